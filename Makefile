@@ -1,0 +1,56 @@
+# `make help` lists the targets. Every target builds .venv first when it is missing or stale.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PORT ?= 8000
+CONFIG ?= serve_config.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test test-fast test-gpu lint fmt type bench docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## make .venv and install the tested set of packages
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+serve: install ## serve the models of serve_config.yaml (PORT=8000 CONFIG=serve_config.yaml)
+	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) --port $(PORT)
+
+test: install ## everything CI runs
+	$(PY) -m pytest -m "not gpu and not chaos"
+
+test-fast: install ## the fast set: no Ray cluster, under a minute
+	$(PY) -m pytest -m "not ray and not gpu and not slow and not chaos"
+
+test-gpu: install ## what needs a CUDA device
+	$(PY) -m pytest -m gpu
+
+lint: install ## style, types and import rules
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+fmt: install ## format and fix what can be fixed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+type: install ## types only
+	$(VENV)/bin/mypy
+
+bench: install ## the benchmarks of this machine, JSON in bench-results/
+	$(PY) -m benchmarks all --out bench-results
+
+docs: install ## write docs/openapi.json from the application
+	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json
+
+clean: ## remove everything that can be rebuilt
+	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The small vocabulary every layer shares: requests, results, errors, clock, metrics, settings."""

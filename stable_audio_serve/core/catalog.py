@@ -1,0 +1,78 @@
+"""What a served model looks like from outside: names, limits and defaults, known without loading any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from stable_audio_serve.core.errors import ConfigError, UnknownModelError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One served model as clients may know it; durations in seconds, rates in hertz."""
+
+    name: str
+    family: str  # "stable-audio-3", "stable-audio-open", ...
+    aliases: tuple[str, ...] = ()
+    max_duration_s: float = 120.0
+    sample_rate_hz: int = 44100
+    channels: int = 2
+    default_steps: int = 8
+    default_cfg_scale: float = 1.0
+    default_duration_padding_s: float = 6.0
+    is_demo: bool = False
+    description: str = ""
+
+
+class ModelCatalog:
+    """The configured models by canonical name and alias, in configuration order; lookups ignore case and spaces."""
+
+    def __init__(self, cards: Iterable[ModelCard], *, default: str | None = None) -> None:
+        """`default` may be an alias; without it the first card is the default.
+
+        Raises ConfigError when there is no card, a name is claimed twice, or the default is unknown.
+        """
+        self._cards: dict[str, ModelCard] = {}
+        self._names: dict[str, str] = {}
+        for card in cards:
+            for name in (card.name, *card.aliases):
+                key = _key(name)
+                if self._names.get(key, card.name) != card.name:
+                    raise ConfigError(f"models: the name {name!r} is claimed by two models", field="models")
+                self._names[key] = card.name
+            self._cards[card.name] = card
+        if not self._cards:
+            raise ConfigError("models: at least one model must be configured", field="models")
+        try:
+            self.default = self.resolve(default) if default else next(iter(self._cards.values()))
+        except UnknownModelError as error:
+            raise ConfigError(f"default model: {error.message}", field="default_model") from error
+
+    def resolve(self, name: str) -> ModelCard:
+        """The card for a canonical name or an alias. Raises UnknownModelError naming the valid ones."""
+        canonical = self._names.get(_key(name))
+        if canonical is None:
+            valid = ", ".join(self._cards)
+            raise UnknownModelError(f"unknown model {name[:100]!r}; valid: {valid}", field="model", allowed=valid)
+        return self._cards[canonical]
+
+    def __iter__(self) -> Iterator[ModelCard]:
+        return iter(self._cards.values())
+
+    def __len__(self) -> int:
+        return len(self._cards)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """What one model's replicas are doing; `stage` is loading, ready, idle (scaled to zero) or failed."""
+
+    stage: str
+    num_replicas: int = 0
+    device: str | None = None
+    detail: Mapping[str, str] | None = None
+
+
+def _key(name: str) -> str:
+    return name.strip().casefold()

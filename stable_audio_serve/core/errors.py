@@ -1,0 +1,114 @@
+"""Every error this project raises on purpose. Knows nothing of HTTP: each dialect maps kinds to its own answers.
+
+StableAudioError
+├── InvalidRequestError        invalid            a field is missing, of the wrong type or out of range
+│   └── UnknownModelError      unknown_model      the request names a model that is not served
+├── InvalidUploadError         invalid_upload     an uploaded file is empty or cannot be decoded
+├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
+├── OverloadedError            overloaded         no room now; retry after some seconds
+├── DeadlineExceededError      deadline_exceeded  the request's own time budget ran out
+├── CancelledRequestError      cancelled          the caller gave the request up
+├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
+├── GenerationError            generation_failed  the model produced something unusable
+├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
+└── ConfigError                config             settings that cannot be used; stops the start
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class StableAudioError(Exception):
+    """Base of the tree.
+
+    `message` is safe to show to a client. `field` names the request field at fault, `allowed` its range in words,
+    `retry_after_s` (seconds) is set when trying again later may help.
+    """
+
+    kind: ClassVar[str] = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        allowed: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.allowed = allowed
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process boundaries; the default protocol would drop the keyword-only arguments.
+        state = {"field": self.field, "allowed": self.allowed, "retry_after_s": self.retry_after_s}
+        return (type(self), (self.message,), state)
+
+
+class InvalidRequestError(StableAudioError):
+    """A field is missing, of the wrong type or out of range."""
+
+    kind = "invalid"
+
+
+class UnknownModelError(InvalidRequestError):
+    """The request names a model that is not served."""
+
+    kind = "unknown_model"
+
+
+class InvalidUploadError(StableAudioError):
+    """An uploaded file is empty or cannot be decoded."""
+
+    kind = "invalid_upload"
+
+
+class UploadTooLargeError(StableAudioError):
+    """An uploaded file or a whole body is above its size limit."""
+
+    kind = "upload_too_large"
+
+
+class OverloadedError(StableAudioError):
+    """There is no room for this work now; `retry_after_s` says when there should be."""
+
+    kind = "overloaded"
+
+
+class DeadlineExceededError(StableAudioError):
+    """The request's own time budget ran out before it finished."""
+
+    kind = "deadline_exceeded"
+
+
+class CancelledRequestError(StableAudioError):
+    """The caller gave the request up."""
+
+    kind = "cancelled"
+
+
+class ModelUnavailableError(StableAudioError):
+    """The model cannot answer now: still loading, or its replica died."""
+
+    kind = "unavailable"
+
+
+class GenerationError(StableAudioError):
+    """The model produced something unusable, for example non-finite values."""
+
+    kind = "generation_failed"
+
+
+class CheckpointError(StableAudioError):
+    """Model files are missing, gated, corrupt or do not fit the network; the message says what to do."""
+
+    kind = "checkpoint"
+
+
+class ConfigError(StableAudioError):
+    """Settings that cannot be used; stops the start with a message naming the key."""
+
+    kind = "config"

@@ -1,0 +1,102 @@
+"""The request and result every layer exchanges: frozen value objects without web, Ray or torch types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAudio:
+    """Audio that enters a model: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`."""
+
+    samples: npt.NDArray[np.float32]
+    sample_rate_hz: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleShift:
+    """Overrides the model's timestep warp. `kind` is logsnr, flux, full or none; `options` its parameters."""
+
+    kind: str
+    options: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request for audio: `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
+
+    `None` for `steps`, `cfg_scale`, `sampler`, `duration_padding_s` or `chunked_decode` means the model's own
+    default. `seed` is already resolved: never "random" at this level.
+    """
+
+    prompt: str
+    duration_s: float
+    seed: int
+    negative_prompt: str | None = None
+    batch_size: int = 1
+    steps: int | None = None
+    cfg_scale: float | None = None
+    sampler: str | None = None
+    schedule_shift: ScheduleShift | None = None
+    apg_scale: float = 1.0
+    cfg_rescale: float = 0.0  # scale_phi of the references, 0..1
+    cfg_norm_threshold: float = 0.0  # 0 = off
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # sigmas at which guidance is on, inclusive
+    duration_padding_s: float | None = None  # headroom generated behind the clip, seconds
+    init_audio: SourceAudio | None = None
+    init_noise_level: float = 1.0  # 0..1; 1 = the source has no influence
+    inpaint_audio: SourceAudio | None = None
+    inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
+    chunked_decode: bool | None = None
+    deadline_s: float | None = None  # time budget from submission, seconds
+    request_id: str = ""
+
+
+Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a request is: `fraction` in 0..1 over all its variations."""
+
+    stage: Stage
+    fraction: float
+    steps_done: int = 0
+    steps_total: int = 0
+    queue_position: int | None = None
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimings:
+    """Wall time of each stage of one request, in milliseconds; the stages sum to `total_ms` within 2 %.
+
+    `denoise_ms` includes `stalled_ms`, the steps spent waiting for a turn.
+    """
+
+    queue_ms: float = 0.0
+    text_ms: float = 0.0
+    source_ms: float = 0.0
+    denoise_ms: float = 0.0
+    stalled_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """Audio as it left the model: one (C, S) float32 array in -1..1 per variation, with what was done."""
+
+    audio: tuple[npt.NDArray[np.float32], ...]
+    sample_rate_hz: int
+    model: str
+    seeds: tuple[int, ...]
+    timings: StageTimings = field(default_factory=StageTimings)

@@ -1,0 +1,1 @@
+"""One device's work: which rows step together, the step loop, decode windows, cancellation. No Ray, no HTTP."""

@@ -1,0 +1,1 @@
+"""Network blocks shared by model families: norms, rotary positions, attention, Fourier features."""

@@ -1,0 +1,201 @@
+"""What the engine sees of a model: one protocol and the values it exchanges. Knows no family and no request queue.
+
+Alphabet: B batch rows, C channels, S audio samples, F latent frames, D latent channels, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.sampling.noise import NoiseSource
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Facts about a loaded model, read from its checkpoint's own config and its registry entry."""
+
+    name: str
+    family: str
+    sample_rate_hz: int
+    channels: int
+    hop: int  # audio samples per latent frame
+    latent_channels: int
+    max_frames: int  # latent frames of the longest window, headroom included
+    max_duration_s: float
+    default_sampler: str
+    default_steps: int
+    default_cfg_scale: float
+    default_padding_s: float
+    decode_halo_frames: int  # latent frames on each side of a decode window that influence its inside
+    noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
+    parameter_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbedding:
+    """One encoded prompt: `tokens` (T, width) on the model's device, `mask` (T,) bool, true for real tokens."""
+
+    prompt: str
+    tokens: Tensor
+    mask: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the tensors."""
+        return self.tokens.nbytes + self.mask.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSpan:
+    """A window over latent frames [start, stop) of which only [keep_start, keep_stop) is written to the output."""
+
+    start: int
+    stop: int
+    keep_start: int
+    keep_stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlan:
+    """Source audio made ready for the encoder: `samples` (C, S) float32 on the CPU at the model's rate, padded or
+    cropped to the row's frames; `windows` in latent frames."""
+
+    samples: Tensor
+    windows: tuple[WindowSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """Everything about one variation that can be decided before touching the device.
+
+    `frames` is the row's own latent length with headroom, of which the first `valid_frames` take part in attention.
+    `output_samples` is the exact length of the result. `negative_prompt` is None unless some evaluation is guided
+    with one. `keep_mask` (F,) float32, 1 = keep the source's latent, or None without inpainting.
+    """
+
+    seed: int
+    frames: int
+    valid_frames: int
+    output_samples: int
+    prompt: str
+    negative_prompt: str | None
+    numbers: Mapping[str, float]
+    sampler: SamplerPlan
+    guidance: Guidance
+    init_source: SourcePlan | None
+    inpaint_source: SourcePlan | None
+    keep_mask: Tensor | None
+    decode_windows: tuple[WindowSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeWindow:
+    """One window of source audio: `samples` (C, S) float32, first latent frame `start`, `stage` init or inpaint."""
+
+    samples: Tensor
+    start: int
+    stage: str
+    noise: NoiseSource
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWindow:
+    """One window of finished latents: `latents` (D, F) float32 on the model's device, first frame `start`."""
+
+    latents: Tensor
+    start: int
+    noise: NoiseSource
+
+
+class BranchConditioning(Protocol):
+    """Per-request constants of one denoiser input (context, cross keys and values, local embeddings).
+
+    Opaque to the engine, which only passes it back in a StepBatch and asks what it weighs.
+    """
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowConditioning:
+    """The conditional branch and, when some evaluation is guided, the unconditional (or negative) one."""
+
+    conditional: BranchConditioning
+    unconditional: BranchConditioning | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held by both branches."""
+        return self.conditional.num_bytes + (self.unconditional.num_bytes if self.unconditional else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Rows that step together; a guided row appears twice, once per branch.
+
+    `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool: invalid frames are neither queries
+    nor keys, and what comes back there is unspecified. F is at least every row's frames.
+    """
+
+    x: Tensor
+    t: Tensor
+    valid: Tensor
+    branches: Sequence[BranchConditioning]
+
+
+class DiffusionModel(Protocol):
+    """A loaded model. All calls but `plan` happen on the engine's thread; `plan` is pure and runs anywhere."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Facts about the model."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors given to and returned by the other methods live."""
+        ...
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        """One plan per variation. `frames` forces the latent length (a row that shares a reference batch).
+
+        Raises InvalidRequestError naming the field for what the model cannot do.
+        """
+        ...
+
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """Embed prompts; row-independent."""
+        ...
+
+    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
+        """Latents (D, F_window) float32 of each window; row-independent."""
+        ...
+
+    def condition(
+        self,
+        plan: RowPlan,
+        *,
+        prompt: TextEmbedding,
+        negative: TextEmbedding | None,
+        inpaint_latents: Tensor | None,
+    ) -> RowConditioning:
+        """Per-request constants of a row; `inpaint_latents` (D, frames) or None."""
+        ...
+
+    def denoise(self, batch: StepBatch) -> Tensor:
+        """Network output (B, D, F) float32: a velocity for every model of this family; row-independent."""
+        ...
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        """Audio (C, hop * F_window) float32 of each window, not clamped; row-independent."""
+        ...

@@ -1,0 +1,1 @@
+"""The Stable Audio 3 family: SAME autoencoder, conditioners, diffusion transformer."""

@@ -1,0 +1,69 @@
+"""What a sampler is to the engine: data. A plan says, evaluation by evaluation, what the network sees and how the
+row's registers change, so that rows with different samplers at different steps share one fused update.
+
+Knows nothing of networks, devices or requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Masked editing of models without mask conditioning: x = m x + (1 - m)(alpha z + beta eps')."""
+
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One call of the network and the update that follows it.
+
+    With registers r_0..r_{R-1}, guided output v, unguided output v_u and fresh noise eps:
+    `r'_i = sum_j a[i][j] r_j + b[i] v + b_uncond[i] v_u + c[i] eps`. A zero coefficient skips its term.
+    `t` and `sigma` are float32 values held in Python floats. `draws_noise` says that a noise tensor is drawn at
+    this evaluation even if every c is 0 (the references do so on ping-pong's last step).
+    """
+
+    t: float
+    sigma: float
+    input_register: int
+    input_scale: float
+    guided: bool
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    b_uncond: tuple[float, ...]
+    c: tuple[float, ...]
+    draws_noise: bool
+    blend: Blend | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerPlan:
+    """A sampler bound to a schedule: R <= 5 registers, all zero at the start except `start_register`.
+
+    The initial latent, `source_scale * source + noise_scale * noise`, goes to `start_register`; after the last
+    evaluation the result is read from `result_register`. `step_ends` holds the number of evaluations after which
+    each of the requested steps is complete (progress is counted in steps, cost in evaluations).
+    """
+
+    num_registers: int
+    start_register: int
+    result_register: int
+    source_scale: float
+    noise_scale: float
+    evaluations: tuple[Evaluation, ...]
+    step_ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Per-row guidance parameters (formulas in `sampling/guidance.py`); plain CFG is `apg_scale` 0."""
+
+    cfg_scale: float = 1.0
+    apg_scale: float = 1.0
+    norm_threshold: float = 0.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)

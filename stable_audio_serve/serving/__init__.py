@@ -1,0 +1,1 @@
+"""Ray Serve: deployments, placement, the launcher. The only folder that imports Ray."""
