@@ -1,0 +1,34 @@
+"""Reference numbers for the tests: where they lie and how they are read. Every folder is loaded at most once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+SA3_GOLDENS = Path(__file__).parent / "data" / "goldens" / "sa3"
+SHARP = ("sharp-s", "sharp-l")
+TINY = ("tiny-s", "tiny-l")
+
+
+@dataclass(frozen=True, slots=True)
+class Goldens:
+    """One folder of reference numbers: `facts` from the JSON file, `tensors` by `<component>/<name>`."""
+
+    folder: Path
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@cache
+def load_goldens(name: str) -> Goldens:
+    """The folder `name` of the Stable Audio 3 goldens: common, sharp-s, sharp-l, tiny-s or tiny-l."""
+    folder = SA3_GOLDENS / name
+    stem = "common" if name == "common" else "golden"
+    facts = json.loads((folder / f"{stem}.json").read_text())
+    return Goldens(folder=folder, facts=facts, tensors=load_file(folder / f"{stem}.safetensors"))
