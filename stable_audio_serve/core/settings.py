@@ -1,0 +1,145 @@
+"""The one settings tree: every value an operator may choose, with its unit, bounds and default.
+
+Holds values only; where they come from (file, `.env`, environment) is `core.settings_sources`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def _split_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    """What every part of the tree shares: frozen, unknown keys refused, values checked by type and range."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ApiSettings(Section):
+    """Limits of the HTTP surface."""
+
+    max_duration_s: Seconds = Field(380.0, description="Longest clip of one request, seconds; a model may allow less.")
+    max_steps: int = Field(50, ge=1, description="Most denoising steps of one request.")
+    max_batch_size: int = Field(4, ge=1, le=99, description="Most variations of one request.")
+    max_upload_bytes: int = Field(104_857_600, ge=1, description="Largest uploaded audio file, bytes.")
+    max_fields_bytes: int = Field(
+        1_048_576, ge=1024, description="Largest JSON body, and largest rest of a form besides its upload, bytes."
+    )
+    receive_idle_timeout_s: Seconds = Field(30.0, description="Longest pause while a body arrives, seconds.")
+    receive_total_timeout_s: Seconds = Field(300.0, description="Longest time for a whole body to arrive, seconds.")
+    send_idle_timeout_s: Seconds = Field(60.0, description="Longest a client may stop reading its answer, seconds.")
+    default_deadline_s: Seconds = Field(900.0, description="Time budget of a request that names none, seconds.")
+    max_deadline_s: Seconds = Field(3600.0, description="Largest time budget a request may ask for, seconds.")
+    max_decode_s: Seconds = Field(60.0, description="Longest time to decode one uploaded file, seconds.")
+    decode_workers: int = Field(1, ge=1, le=16, description="Processes that decode uploads, per ingress replica.")
+    encode_workers: int = Field(2, ge=1, le=64, description="Threads that encode audio files, per ingress replica.")
+    cors_origins: tuple[str, ...] = Field(("*",), description="Origins whose pages may call the API; empty = none.")
+
+
+class ReplicaSettings(Section):
+    """How many replicas of a model run and when that changes (Ray Serve's autoscaling)."""
+
+    min_replicas: int | None = Field(
+        None, ge=0, description="Replicas kept at all times; unset = 1 for preloaded models, 0 for the others."
+    )
+    max_replicas: int = Field(1, ge=1, description="Most replicas under load.")
+    target_ongoing_requests: float = Field(
+        4.0, gt=0, allow_inf_nan=False, description="Requests per replica that autoscaling aims at."
+    )
+    upscale_delay_s: Delay = Field(10.0, description="How long load stays high before a replica is added, seconds.")
+    downscale_delay_s: Delay = Field(300.0, description="How long load stays low before one is removed, seconds.")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ReplicaSettings:
+        if self.min_replicas is not None and self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas must not be above max_replicas")
+        return self
+
+
+class ModelSettings(Section):
+    """One served model. With neither `path` nor `repo_id` the name must be one of the built-in registry."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Canonical name, as it stands in headers and file names.",
+    )
+    path: str | None = Field(None, min_length=1, description="Folder with model_config.json and model.safetensors.")
+    repo_id: str | None = Field(None, min_length=1, description="Hugging Face repository of the same files.")
+    revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of the repository.")
+    aliases: tuple[ModelName, ...] = Field((), description="Further names requests may use.")
+    max_duration_s: Seconds | None = Field(None, description="Longest clip, seconds; unset = the model's own cap.")
+    duration_padding_s: float | None = Field(
+        None, ge=0, le=30, description="Headroom generated behind a clip, seconds; unset = the model's own."
+    )
+    device: str | None = Field(None, min_length=1, description="cuda, mps or cpu; unset = the server's `device`.")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="Precision of the denoiser; unset = by `model_half` and device."
+    )
+    mode: Literal["strict", "fast"] | None = Field(
+        None, description="strict = same bytes in any company; unset = strict on a CPU, fast on CUDA."
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of one replica; unset = 1.")
+    num_cpus: float | None = Field(None, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per replica.")
+    num_gpus: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="GPUs Ray reserves per replica; unset = 1 on CUDA, else 0."
+    )
+    max_queue_s: Seconds = Field(300.0, description="Predicted work a replica accepts before it refuses, seconds.")
+    max_rows: int = Field(64, ge=1, description="Most variations in progress on one replica.")
+    replicas: ReplicaSettings = Field(default_factory=lambda: ReplicaSettings(), description="Replica counts.")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> ModelSettings:
+        if self.path and (self.repo_id or self.revision):
+            raise ValueError("path and repo_id/revision exclude each other")
+        return self
+
+
+class IngressSettings(Section):
+    """The deployment that speaks HTTP."""
+
+    replicas: int = Field(1, ge=1, description="Ingress processes; two or more off a laptop.")
+    num_cpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per process.")
+    max_ongoing_requests: int = Field(256, ge=1, description="Requests one process works on at a time.")
+
+
+class StorageSettings(Section):
+    """Where finished jobs are kept: an S3 bucket when `bucket` is set, else `output_dir`."""
+
+    bucket: str | None = Field(None, min_length=1, description="Bucket name; unset = local files.")
+    prefix: str = Field("stable-audio/jobs", description="Key prefix.")
+    endpoint_url: str | None = Field(None, min_length=1, description="Endpoint of an S3-compatible service.")
+    region: str = Field("us-east-1", min_length=1, description="Region; auto for R2.")
+    public_base_url: str | None = Field(None, min_length=1, description="Public base of download links.")
+    presigned_url_expires_s: int = Field(3600, ge=1, le=604_800, description="Life of a download link, seconds.")
+
+
+class Settings(Section):
+    """Everything an operator may choose; the application `args:` of serve_config.yaml have this shape."""
+
+    models: tuple[ModelSettings, ...] = Field(
+        (ModelSettings(name="small-sfx"), ModelSettings(name="small-music"), ModelSettings(name="medium")),
+        min_length=1,
+        description="The served models; the first is the default model unless `default_model` says otherwise.",
+    )
+    default_model: ModelName | None = Field(None, description="Model of requests that name none; aliases allowed.")
+    preload_models: Annotated[tuple[ModelName, ...], BeforeValidator(_split_commas)] | None = Field(
+        None,
+        description="Models kept loaded, a list or comma list; empty = load on first use; unset = the default.",
+    )
+    device: str | None = Field(None, min_length=1, description="cuda, mps or cpu; unset = the first that exists.")
+    model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
+    output_dir: str = Field("outputs", min_length=1, description="Folder of local job artifacts.")
+    hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")
+    ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")
+    storage: StorageSettings = Field(default_factory=lambda: StorageSettings(), description="Job artifacts.")

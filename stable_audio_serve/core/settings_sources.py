@@ -1,0 +1,133 @@
+"""Builds the settings tree from its sources, later wins: defaults, file arguments, `.env`, environment.
+
+The only place that reads the environment. Every failure is a ConfigError naming the key or variable at fault.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+from pydantic import ValidationError
+
+from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.errors import ConfigError, UnknownModelError
+from stable_audio_serve.core.settings import Settings
+
+# Where each variable lands in the tree; of several names for one value the first that is set wins.
+VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("default_model",): ("STABLE_AUDIO_DEFAULT_MODEL", "STABLE_AUDIO_MODEL"),
+    ("preload_models",): ("STABLE_AUDIO_PRELOAD_MODELS",),
+    ("device",): ("STABLE_AUDIO_DEVICE",),
+    ("model_half",): ("STABLE_AUDIO_MODEL_HALF",),
+    ("output_dir",): ("STABLE_AUDIO_OUTPUT_DIR",),
+    ("hf_token",): ("HF_TOKEN",),
+    ("api", "max_duration_s"): ("STABLE_AUDIO_MAX_DURATION",),
+    ("api", "max_steps"): ("STABLE_AUDIO_MAX_STEPS",),
+    ("api", "max_batch_size"): ("STABLE_AUDIO_MAX_BATCH_SIZE",),
+    ("api", "max_upload_bytes"): ("STABLE_AUDIO_MAX_UPLOAD_BYTES",),
+    ("storage", "bucket"): ("STABLE_AUDIO_STORAGE_BUCKET", "AWS_S3_BUCKET", "R2_BUCKET", "R2_BUCKET_NAME"),
+    ("storage", "prefix"): ("STABLE_AUDIO_STORAGE_PREFIX",),
+    ("storage", "endpoint_url"): ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "R2_ENDPOINT_URL"),
+    ("storage", "region"): ("STABLE_AUDIO_STORAGE_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    ("storage", "public_base_url"): ("STABLE_AUDIO_STORAGE_PUBLIC_BASE_URL",),
+    ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
+}
+
+# For these an empty variable is a value of its own; for the others it counts as not set.
+_EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
+
+
+def load_settings(
+    args: Settings | Mapping[str, Any] | None = None,
+    *,
+    environ: MutableMapping[str, str] = os.environ,
+    directory: Path | None = None,
+) -> Settings:
+    """The effective settings.
+
+    `args` are the file's application arguments, `directory` is where the search for `.env` starts (default: the
+    working directory). Variables of `.env` and a copied HF_TOKEN are added to `environ`, because libraries read them
+    there too. Raises ConfigError.
+    """
+    load_environment(environ, directory=directory)
+    tree = args.model_dump(exclude_unset=True) if isinstance(args, Settings) else _copy(args or {})
+    origins: dict[tuple[str, ...], str] = {}
+    for path, names in VARIABLES.items():
+        name = next((name for name in names if _is_set(environ, name)), None)
+        if name is not None:
+            _set(tree, path, environ[name])
+            origins[path] = name
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise _config_error(error, origins) from error
+
+
+def load_environment(environ: MutableMapping[str, str], *, directory: Path | None = None) -> None:
+    """Add to `environ` what the nearest `.env` at or above `directory` sets and `environ` does not."""
+    start = (directory or Path.cwd()).absolute()
+    path = next((folder / ".env" for folder in (start, *start.parents) if (folder / ".env").is_file()), None)
+    if path is not None:
+        try:
+            values = dotenv_values(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f".env: cannot be read: {error}", field=".env") from error
+        for name, value in values.items():
+            if value is not None:
+                environ.setdefault(name, value)
+    if not environ.get("HF_TOKEN") and environ.get("HUGGING_FACE_HUB_TOKEN"):
+        environ["HF_TOKEN"] = environ["HUGGING_FACE_HUB_TOKEN"]
+
+
+def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
+    """Raise ConfigError, naming key and variable, when the default or a preloaded model is not in `catalog`."""
+    named = [("default_model", settings.default_model)] if settings.default_model else []
+    named += [("preload_models", name) for name in settings.preload_models or ()]
+    for key, name in named:
+        try:
+            catalog.resolve(name)
+        except UnknownModelError as error:
+            raise ConfigError(f"{key} ({VARIABLES[(key,)][0]}): {error.message}", field=key) from error
+
+
+def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
+    """Canonical names of the models to keep loaded, in the operator's order; the default model when nothing is said."""
+    if settings.preload_models is None:
+        return (catalog.default.name,)
+    return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
+
+
+def _is_set(environ: Mapping[str, str], name: str) -> bool:
+    return name in environ and (bool(environ[name].strip()) or name in _EMPTY_MEANS_SOMETHING)
+
+
+def _copy(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in args.items()}
+
+
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: str) -> None:
+    node: Any = tree
+    for key in path[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            return  # validation will say what is wrong with it
+    node[path[-1]] = value.strip()
+
+
+def _config_error(error: ValidationError, origins: Mapping[tuple[str, ...], str]) -> ConfigError:
+    lines = []
+    for item in error.errors(include_url=False, include_context=False):
+        path = tuple(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        name = next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), ".".join(path))
+        shown = "" if path == ("hf_token",) or item["type"] in {"missing", "value_error"} else f" (got {_short(item)})"
+        lines.append(f"{name}: {item['msg']}{shown}")
+    return ConfigError("; ".join(lines), field=lines[0].partition(":")[0])
+
+
+def _short(item: Mapping[str, Any]) -> str:
+    text = repr(item["input"])
+    return text if len(text) <= 80 else text[:77] + "..."

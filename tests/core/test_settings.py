@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from typer.testing import CliRunner
+
+from stable_audio_serve.cli import app
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.core.settings_sources import VARIABLES, check_model_names, load_settings, preloaded_names
+
+
+def load(tmp_path: Path, args: dict[str, Any] | None = None, **environ: str) -> Settings:
+    return load_settings(args, environ=environ, directory=tmp_path)
+
+
+def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
+    settings = load(tmp_path)
+    assert [model.name for model in settings.models] == ["small-sfx", "small-music", "medium"]
+    assert (settings.api.max_duration_s, settings.api.max_steps, settings.api.max_batch_size) == (380.0, 50, 4)
+    assert settings.api.max_upload_bytes == 104_857_600
+    assert settings.output_dir == "outputs"
+    assert settings.model_half is True
+    assert settings.preload_models is None
+    assert settings.storage.prefix == "stable-audio/jobs"
+
+
+def test_the_environment_beats_the_dotenv_file_which_beats_arguments(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("STABLE_AUDIO_MAX_STEPS=30\nSTABLE_AUDIO_MAX_DURATION=200\nOTHER=1\n")
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    environ = {"STABLE_AUDIO_MAX_STEPS": "20"}
+    args = {"api": {"max_steps": 10, "max_duration_s": 100, "max_batch_size": 2}}
+    settings = load_settings(args, environ=environ, directory=inner)
+    assert (settings.api.max_steps, settings.api.max_duration_s, settings.api.max_batch_size) == (20, 200.0, 2)
+    assert environ["OTHER"] == "1"
+    assert args == {"api": {"max_steps": 10, "max_duration_s": 100, "max_batch_size": 2}}
+
+
+def test_validated_arguments_are_overlaid_like_raw_ones(tmp_path: Path) -> None:
+    args = Settings.model_validate({"api": {"max_steps": 10}, "models": [{"name": "demo", "path": "x"}]})
+    settings = load_settings(args, environ={"STABLE_AUDIO_MAX_BATCH_SIZE": "3"}, directory=tmp_path)
+    assert (settings.api.max_steps, settings.api.max_batch_size, settings.models[0].path) == (10, 3, "x")
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on", "True"])
+def test_true_words(tmp_path: Path, value: str) -> None:
+    assert load(tmp_path, {"model_half": False}, STABLE_AUDIO_MODEL_HALF=value).model_half is True
+
+
+@pytest.mark.parametrize("value", ["0", "false", "No", "off"])
+def test_false_words(tmp_path: Path, value: str) -> None:
+    assert load(tmp_path, STABLE_AUDIO_MODEL_HALF=value).model_half is False
+
+
+def test_the_newer_default_model_name_wins(tmp_path: Path) -> None:
+    assert load(tmp_path, STABLE_AUDIO_MODEL="medium").default_model == "medium"
+    both = load(tmp_path, STABLE_AUDIO_MODEL="medium", STABLE_AUDIO_DEFAULT_MODEL="small-music")
+    assert both.default_model == "small-music"
+
+
+def test_an_empty_preload_list_means_load_on_first_use(tmp_path: Path) -> None:
+    assert load(tmp_path, STABLE_AUDIO_PRELOAD_MODELS="").preload_models == ()
+    assert load(tmp_path, STABLE_AUDIO_PRELOAD_MODELS="medium, small-sfx,").preload_models == ("medium", "small-sfx")
+
+
+def test_other_empty_variables_count_as_not_set(tmp_path: Path) -> None:
+    settings = load(tmp_path, STABLE_AUDIO_DEVICE="", STABLE_AUDIO_MAX_STEPS=" ", STABLE_AUDIO_STORAGE_PREFIX="")
+    assert settings.device is None
+    assert settings.api.max_steps == 50
+    assert settings.storage.prefix == ""
+
+
+def test_the_hub_token_is_taken_under_both_names(tmp_path: Path) -> None:
+    environ = {"HUGGING_FACE_HUB_TOKEN": "old"}
+    settings = load_settings(environ=environ, directory=tmp_path)
+    assert environ["HF_TOKEN"] == "old"
+    assert settings.hf_token is not None
+    assert settings.hf_token.get_secret_value() == "old"
+    assert "old" not in repr(settings)
+    environ = {"HUGGING_FACE_HUB_TOKEN": "old", "HF_TOKEN": "new"}
+    load_settings(environ=environ, directory=tmp_path)
+    assert environ["HF_TOKEN"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("STABLE_AUDIO_MAX_DURATION", "long"),
+        ("STABLE_AUDIO_MAX_DURATION", "nan"),
+        ("STABLE_AUDIO_MAX_DURATION", "0"),
+        ("STABLE_AUDIO_MAX_STEPS", "8.5"),
+        ("STABLE_AUDIO_MAX_STEPS", "-1"),
+        ("STABLE_AUDIO_MAX_BATCH_SIZE", "many"),
+        ("STABLE_AUDIO_MAX_UPLOAD_BYTES", "100MB"),
+        ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES", "soon"),
+        ("STABLE_AUDIO_MODEL_HALF", "maybe"),
+    ],
+)
+def test_a_bad_variable_is_named(tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name) as caught:
+        load(tmp_path, **{name: value})
+    assert value in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [
+        ({"modles": []}, "modles"),
+        ({"api": {"max_step": 1}}, "api.max_step"),
+        ({"api": 5}, "api"),
+        ({"models": []}, "models"),
+        ({"models": [{"name": "a", "pth": "x"}]}, "models.0.pth"),
+        ({"models": [{"name": "../a"}]}, "models.0.name"),
+        ({"models": [{"path": "x"}]}, "models.0.name"),
+        ({"models": [{"name": "a", "mode": "quick"}]}, "models.0.mode"),
+        ({"models": [{"name": "a", "max_duration_s": float("inf")}]}, "models.0.max_duration_s"),
+        ({"models": [{"name": "a", "path": "x", "repo_id": "y"}]}, "path and repo_id"),
+        ({"models": [{"name": "a", "replicas": {"min_replicas": 3}}]}, "models.0.replicas"),
+        ({"ingress": {"replicas": 0}}, "ingress.replicas"),
+    ],
+)
+def test_a_bad_key_is_named(tmp_path: Path, args: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load(tmp_path, args)
+
+
+def test_unknown_model_names_stop_the_start() -> None:
+    catalog = ModelCatalog([ModelCard("small-sfx", "stable-audio-3", aliases=("stable-audio-3-small-sfx",))])
+    check_model_names(Settings(default_model="stable-audio-3-small-sfx", preload_models=("small-sfx",)), catalog)
+    with pytest.raises(ConfigError, match=r"STABLE_AUDIO_DEFAULT_MODEL.*'huge'.*small-sfx"):
+        check_model_names(Settings(default_model="huge"), catalog)
+    with pytest.raises(ConfigError, match=r"STABLE_AUDIO_PRELOAD_MODELS.*'huge'"):
+        check_model_names(Settings(preload_models=("small-sfx", "huge")), catalog)
+
+
+def test_the_default_model_is_preloaded_unless_told_otherwise() -> None:
+    catalog = ModelCatalog([ModelCard("a", "f", aliases=("x",)), ModelCard("b", "f")], default="b")
+    assert preloaded_names(Settings(), catalog) == ("b",)
+    assert preloaded_names(Settings(preload_models=()), catalog) == ()
+    assert preloaded_names(Settings(preload_models=("X", "b", "a")), catalog) == ("a", "b")
+
+
+def test_every_key_is_described_and_every_variable_lands_on_one() -> None:
+    pending: list[type[BaseModel]] = [Settings, ModelSettings]
+    while pending:
+        section = pending.pop()
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                pending.append(field.annotation)
+    tree = Settings().model_dump()
+    for path in VARIABLES:
+        node: Any = tree
+        for key in path:
+            node = node[key] if key != path[-1] else node
+        assert path[-1] in node
+
+
+def test_the_tree_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().api.max_steps = 3  # type: ignore[misc]
+
+
+def test_config_command_prints_the_tree_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("applications:\n- import_path: x:y\n  args:\n    models: [{name: demo, path: somewhere}]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    monkeypatch.setenv("STABLE_AUDIO_MAX_STEPS", "12")
+    result = CliRunner().invoke(app, ["config", "--config", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "max_steps: 12" in result.output
+    assert "path: somewhere" in result.output
+    assert "hf_very_secret" not in result.output
+    monkeypatch.setenv("STABLE_AUDIO_MAX_STEPS", "twelve")
+    result = CliRunner().invoke(app, ["config", "--config", str(file)])
+    assert result.exit_code == 2
+    assert "STABLE_AUDIO_MAX_STEPS" in result.output
