@@ -1,0 +1,44 @@
+"""The gated feed-forward network: value times activated gate, then back to the width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sine(x: Tensor) -> Tensor:
+    """`sin(pi x)`, the activation of the last layers of some decoders."""
+    return torch.sin(math.pi * x)
+
+
+class GatedLinear(nn.Module):
+    """Linear to twice the inner width, split into (value, gate), `value * activation(gate)`."""
+
+    def __init__(self, width: int, inner: int, *, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., inner)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * self.activation(gate)
+
+
+class FeedForward(nn.Module):
+    """Gated linear unit and a linear layer, both with bias. The nesting is that of the checkpoints' keys."""
+
+    def __init__(self, width: int, *, mult: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        inner = int(width * mult)
+        gated = GatedLinear(width, inner, activation=activation)
+        self.ff = nn.Sequential(gated, nn.Identity(), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        out: Tensor = self.ff(x)
+        return out

@@ -1,0 +1,57 @@
+"""Normalisation layers of the model families: RMS norm, DyT, and the choice of a per-head norm for queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """`gamma * x / sqrt(mean(x^2) + eps)` over the last axis.
+
+    Statistics and product are taken in float32 whatever the input's dtype, then cast back: in half precision the
+    mean of squares of a wide residual stream overflows.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., width); dtype kept."""
+        normed = F.rms_norm(x.float(), (x.shape[-1],), self.gamma.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+class DyT(nn.Module):
+    """Dynamic tanh, a norm without statistics: `gamma * tanh(alpha * x) + beta` with a scalar alpha."""
+
+    def __init__(self, width: int, *, alpha: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), alpha))
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Squash (..., width); dtype kept."""
+        return torch.addcmul(self.beta, self.gamma, torch.tanh(self.alpha * x))
+
+
+HEAD_NORMS = ("none", "rms", "ln", "dyt")
+
+
+def build_head_norm(kind: str, width: int) -> nn.Module:
+    """The norm applied to each head's query or key before rotation; `kind` is one of HEAD_NORMS."""
+    match kind:
+        case "none":
+            return nn.Identity()
+        case "rms":
+            return RMSNorm(width, eps=1e-6)
+        case "ln":
+            return nn.LayerNorm(width, eps=1e-6)
+        case "dyt":
+            return DyT(width)
+        case _:
+            raise ValueError(f"unknown head norm {kind!r}; known: {', '.join(HEAD_NORMS)}")

@@ -1,0 +1,267 @@
+"""The diffusion transformer of the Stable Audio 3 family: latents, a time and conditioning in, a velocity out.
+
+Module names are the checkpoint's keys below `model.model.`. Knows nothing of samplers, guidance or requests. What
+does not depend on the latents or on time is computed once per request (`condition`) and passed to every step.
+
+Shapes: B rows, D latent channels, F latent frames, M memory tokens, T context tokens, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stable_audio_serve.models.blocks import (
+    Attend,
+    CrossAttention,
+    ExpoFourier,
+    FeedForward,
+    RMSNorm,
+    RotaryEmbedding,
+    RotaryTable,
+    SelfAttention,
+    attend,
+)
+from stable_audio_serve.models.sa3.config import DenoiserConfig
+
+MIN_ROTATED = 32
+
+
+class ContextKeys(NamedTuple):
+    """One layer's cross-attention keys (B, H or 2 H, T, E), normed, and values (B, H, T, E)."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiserConditioning:
+    """What a forward pass needs besides latents and time, for B rows.
+
+    `global_embed` (B, W). `context` per layer, or None for rows without cross-attention (the unconditional branch,
+    whose keys and values would all be zero). `local` per layer (B, F, W), or (B, 1, W) when every frame is alike, or
+    None when there is no local conditioning; zeros are not the same as None, because the biases still contribute.
+    """
+
+    global_embed: Tensor
+    context: tuple[ContextKeys, ...] | None
+    local: tuple[Tensor, ...] | None
+
+    @property
+    def context_bytes(self) -> int:
+        """Memory held by the cross-attention's keys and values."""
+        return sum(key.nbytes + value.nbytes for key, value in self.context or ())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory held by what the unconditional branch shares."""
+        return self.global_embed.nbytes + sum(local.nbytes for local in self.local or ())
+
+    def without_context(self) -> DenoiserConditioning:
+        """The unconditional branch: the same row with all context tokens zero."""
+        return DenoiserConditioning(self.global_embed, None, self.local)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention, local conditioning and feed-forward, the outer two modulated and gated."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        width, heads, kind, norm = config.width, config.num_heads, config.differential, config.head_norm
+        self.num_memory_tokens = config.num_memory_tokens
+        self.to_scale_shift_gate = nn.Parameter(torch.randn(6 * width) / width**0.5)
+        self.pre_norm = RMSNorm(width, eps=config.norm_eps)
+        self.self_attn = SelfAttention(width, num_heads=heads, differential=kind, head_norm=norm)
+        self.cross_attend_norm = RMSNorm(width, eps=config.norm_eps)
+        self.cross_attn = CrossAttention(
+            width, context_width=width, num_heads=heads, differential=kind, head_norm=norm
+        )
+        self.ff_norm = RMSNorm(width, eps=config.norm_eps)
+        self.ff = FeedForward(width, mult=config.ff_mult)
+        if config.local_width:
+            self.to_local_embed = _mlp(config.local_width, width, bias=True)
+
+    def forward(
+        self,
+        h: Tensor,
+        modulation: Tensor,
+        *,
+        rotary: RotaryTable,
+        attend_fn: Attend,
+        context: ContextKeys | None,
+        local: Tensor | None,
+    ) -> Tensor:
+        """h (B, M + F, W), modulation (B, 6 W), local (B, F or 1, W) -> (B, M + F, W).
+
+        The gates are `sigmoid(1 - gate)`. Local conditioning reaches the frames only, not the memory tokens.
+        """
+        parts = (self.to_scale_shift_gate + modulation)[:, None].chunk(6, dim=-1)
+        scale_attn, shift_attn, gate_attn, scale_ff, shift_ff, gate_ff = parts
+        attended = self.self_attn(_modulate(self.pre_norm(h), scale_attn, shift_attn), rotary, attend_fn)
+        h = h + torch.sigmoid(1 - gate_attn) * attended
+        if context is not None:
+            h = h + self.cross_attn(self.cross_attend_norm(h), context.key, context.value)
+        if local is not None:
+            h[:, self.num_memory_tokens :] += local  # in place: h is this layer's own sum
+        fed = self.ff(_modulate(self.ff_norm(h), scale_ff, shift_ff))
+        return h + torch.sigmoid(1 - gate_ff) * fed
+
+
+class Transformer(nn.Module):
+    """Memory tokens in front, rotary positions over all tokens, the layers, and the projections in and out."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.num_memory_tokens = config.num_memory_tokens
+        if config.num_memory_tokens:
+            self.memory_tokens = nn.Parameter(torch.randn(config.num_memory_tokens, width))
+        self.project_in = nn.Linear(config.latent_channels, width, bias=False)
+        self.project_out = nn.Linear(width, config.latent_channels, bias=False)
+        self.rotary_pos_emb = RotaryEmbedding(max(width // config.num_heads // 2, MIN_ROTATED))
+        self.global_cond_embedder = _mlp(width, 6 * width, hidden=width, bias=True)
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
+
+    def forward(
+        self, x: Tensor, global_embed: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None
+    ) -> Tensor:
+        """x (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
+        h = self.project_in(x)
+        if self.num_memory_tokens:
+            h = torch.cat([self.memory_tokens.expand(len(h), -1, -1), h], dim=1)
+        mask = None if valid is None else F.pad(valid, (self.num_memory_tokens, 0), value=True)[:, None, None]
+        rotary = self.rotary_pos_emb(h.shape[1])
+        modulation = self.global_cond_embedder(global_embed)
+        for index, layer in enumerate(self.layers):
+            h = layer(
+                h,
+                modulation,
+                rotary=rotary,
+                attend_fn=partial(attend, mask=mask),
+                context=conditioning.context[index] if conditioning.context is not None else None,
+                local=conditioning.local[index] if conditioning.local is not None else None,
+            )
+        out: Tensor = self.project_out(h[:, self.num_memory_tokens :])
+        return out
+
+
+class Denoiser(nn.Module):
+    """The whole network: residual 1x1 convolutions around the transformer, embedders for context, global and time.
+
+    Row-independent: frames that are not valid are never keys, and what comes out there is unspecified. Inputs are
+    cast to the dtype of the weights and the result returned in it, except time: its Fourier features are taken from
+    the float32 value in every precision. (The reference rounds time to the model's dtype first; near t = 1 one step
+    of float16 turns the highest features by tens of radians, so a half-precision model would see other times than
+    the sampler uses.)
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, channels = config.width, config.latent_channels
+        self.timestep_features = ExpoFourier(config.time_features)
+        self.to_timestep_embed = _mlp(config.time_features, width, bias=True)
+        self.to_cond_embed = _mlp(config.context_width, width, bias=False)
+        self.to_global_embed = _mlp(config.global_width, width, bias=False)
+        self.preprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
+        self.postprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
+        self.transformer = Transformer(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network computes in."""
+        return self.preprocess_conv.weight.dtype
+
+    def condition(self, context: Tensor | None, global_cond: Tensor, local: Tensor | None) -> DenoiserConditioning:
+        """Project a request's conditioning: context (B, T, context width), global_cond (B, global width), local
+        (B, local width, F or 1). Differentiable; reusable at every step."""
+        keys = None
+        if context is not None:
+            tokens = self.to_cond_embed(context.to(self.dtype))
+            keys = tuple(ContextKeys(*layer.cross_attn.project_context(tokens)) for layer in self._layers)
+        embeds = None
+        if local is not None:
+            frames = local.to(self.dtype).transpose(1, 2)
+            embeds = tuple(layer.to_local_embed(frames) for layer in self._layers)
+        return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Time t (B,) in 0..1 -> (B, W)."""
+        if self.config.time_logsnr:
+            t = (5 - torch.log((1 - t) / t).clamp(-12, 5)) / 17
+        out: Tensor = self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
+        return out
+
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all."""
+        x = x.to(self.dtype)
+        x = x + self.preprocess_conv(x)
+        global_embed = conditioning.global_embed + self.embed_time(t)
+        out = self.transformer(x.transpose(1, 2), global_embed, conditioning, valid).transpose(1, 2)
+        out = out + self.postprocess_conv(out)
+        return out
+
+    @property
+    def _layers(self) -> Sequence[TransformerLayer]:
+        return [layer for layer in self.transformer.layers if isinstance(layer, TransformerLayer)]
+
+
+def collate(rows: Sequence[DenoiserConditioning], *, num_frames: int) -> DenoiserConditioning:
+    """One conditioning for rows that step together; local embeddings are padded with zeros to `num_frames`.
+
+    Rows without context beside rows with it get zero keys and values, which add exactly zero, so that the shapes of
+    a step depend on nothing but its rows' count and length. Only a batch of such rows alone skips cross-attention.
+    """
+    if len(rows) == 1 and _fits(rows[0], num_frames):
+        return rows[0]
+    template = next((row.context for row in rows if row.context is not None), None)
+    context = None
+    if template is not None:
+        filled = [row.context or _zeros_like(template) for row in rows]
+        layers = zip(*filled, strict=True)
+        context = tuple(
+            ContextKeys(torch.cat([keys.key for keys in layer]), torch.cat([keys.value for keys in layer]))
+            for layer in layers
+        )
+    local = None
+    if rows[0].local is not None:
+        locals_by_layer = zip(*(row.local or () for row in rows), strict=True)
+        local = tuple(_stack_local(layer, num_frames=num_frames) for layer in locals_by_layer)
+    return DenoiserConditioning(torch.cat([row.global_embed for row in rows]), context, local)
+
+
+def _fits(row: DenoiserConditioning, num_frames: int) -> bool:
+    return row.local is None or row.local[0].shape[1] in (1, num_frames)
+
+
+def _zeros_like(context: tuple[ContextKeys, ...]) -> tuple[ContextKeys, ...]:
+    zeros = ContextKeys(torch.zeros_like(context[0].key), torch.zeros_like(context[0].value))
+    return (zeros,) * len(context)
+
+
+def _stack_local(rows: Sequence[Tensor], *, num_frames: int) -> Tensor:
+    """(1, F or 1, W) each -> (B, num_frames, W), or (B, 1, W) when no row differs from frame to frame."""
+    if all(row.shape[1] == 1 for row in rows):
+        return torch.cat(list(rows))
+    out = rows[0].new_zeros(len(rows), num_frames, rows[0].shape[2])
+    for target, row in zip(out, rows, strict=True):
+        target[: num_frames if row.shape[1] == 1 else row.shape[1]] = row[0]
+    return out
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def _mlp(width_in: int, width_out: int, *, bias: bool, hidden: int | None = None) -> nn.Sequential:
+    hidden = hidden or width_out
+    first, last = nn.Linear(width_in, hidden, bias=bias), nn.Linear(hidden, width_out, bias=bias)
+    return nn.Sequential(first, nn.SiLU(), last)
