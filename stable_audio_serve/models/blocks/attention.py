@@ -84,8 +84,7 @@ class SelfAttention(nn.Module):
             q, k = torch.cat([q, primed[0]], dim=1), torch.cat([k, primed[1]], dim=1)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         out = _subtract(attend_fn(q, k, torch.cat([v, v], dim=1))) if primed else attend_fn(q, k, v)
-        projected: Tensor = self.to_out(merge_heads(out))
-        return projected
+        return self.to_out(merge_heads(out))
 
 
 class CrossAttention(nn.Module):
@@ -115,8 +114,7 @@ class CrossAttention(nn.Module):
             out = _subtract(attend(q, key, torch.cat([value, value], dim=1)))
         else:
             out = attend(q, key, value)
-        projected: Tensor = self.to_out(merge_heads(out))
-        return projected
+        return self.to_out(merge_heads(out))
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -40,5 +40,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
-        out: Tensor = self.ff(x)
-        return out
+        return self.ff(x)

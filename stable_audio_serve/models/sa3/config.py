@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
 from stable_audio_serve.models.config_reader import ConfigReader
 
+MIN_ROTATED = 32  # channels of a denoiser head that carry its position, at least
+
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConfig:
@@ -61,6 +63,8 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
     num_heads = config.integer("num_heads", default=8)
     if width % num_heads:
         raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
+    if width // num_heads < MIN_ROTATED:
+        raise config.unusable("num_heads", f"at most embed_dim / {MIN_ROTATED}")
     time_features = config.integer("timestep_features_dim", default=256, at_least=2)
     if time_features % 2:
         raise config.unusable("timestep_features_dim", "even")

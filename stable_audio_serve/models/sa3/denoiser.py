@@ -28,9 +28,7 @@ from stable_audio_serve.models.blocks import (
     SelfAttention,
     attend,
 )
-from stable_audio_serve.models.sa3.config import DenoiserConfig
-
-MIN_ROTATED = 32
+from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
 
 class ContextKeys(NamedTuple):
@@ -79,9 +77,7 @@ class TransformerLayer(nn.Module):
         self.pre_norm = RMSNorm(width, eps=config.norm_eps)
         self.self_attn = SelfAttention(width, num_heads=heads, differential=kind, head_norm=norm)
         self.cross_attend_norm = RMSNorm(width, eps=config.norm_eps)
-        self.cross_attn = CrossAttention(
-            width, context_width=width, num_heads=heads, differential=kind, head_norm=norm
-        )
+        self.cross_attn = CrossAttention(width, context_width=width, num_heads=heads, differential=kind, head_norm=norm)
         self.ff_norm = RMSNorm(width, eps=config.norm_eps)
         self.ff = FeedForward(width, mult=config.ff_mult)
         if config.local_width:
@@ -97,7 +93,7 @@ class TransformerLayer(nn.Module):
         context: ContextKeys | None,
         local: Tensor | None,
     ) -> Tensor:
-        """h (B, M + F, W), modulation (B, 6 W), local (B, F or 1, W) -> (B, M + F, W).
+        """H (B, M + F, W), modulation (B, 6 W), local (B, F or 1, W) -> (B, M + F, W).
 
         The gates are `sigmoid(1 - gate)`. Local conditioning reaches the frames only, not the memory tokens.
         """
@@ -131,7 +127,7 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, global_embed: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None
     ) -> Tensor:
-        """x (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
+        """X (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
         h = self.project_in(x)
         if self.num_memory_tokens:
             h = torch.cat([self.memory_tokens.expand(len(h), -1, -1), h], dim=1)
@@ -147,8 +143,7 @@ class Transformer(nn.Module):
                 context=conditioning.context[index] if conditioning.context is not None else None,
                 local=conditioning.local[index] if conditioning.local is not None else None,
             )
-        out: Tensor = self.project_out(h[:, self.num_memory_tokens :])
-        return out
+        return self.project_out(h[:, self.num_memory_tokens :])
 
 
 class Denoiser(nn.Module):
@@ -195,19 +190,15 @@ class Denoiser(nn.Module):
         """Time t (B,) in 0..1 -> (B, W)."""
         if self.config.time_logsnr:
             t = (5 - torch.log((1 - t) / t).clamp(-12, 5)) / 17
-        out: Tensor = self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
-        return out
+        return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
 
-    def forward(
-        self, x: Tensor, t: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None = None) -> Tensor:
         """Velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all."""
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
         out = self.transformer(x.transpose(1, 2), global_embed, conditioning, valid).transpose(1, 2)
-        out = out + self.postprocess_conv(out)
-        return out
+        return out + self.postprocess_conv(out)
 
     @property
     def _layers(self) -> Sequence[TransformerLayer]:

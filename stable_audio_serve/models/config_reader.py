@@ -1,0 +1,135 @@
+"""Reads a checkpoint's `model_config.json` key by key; whatever cannot be used is named with its full path."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stable_audio_serve.core.errors import CheckpointError
+
+CONFIG_FILE = "model_config.json"
+
+
+class ConfigReader:
+    """A JSON object and where it sits in the file. Every getter raises CheckpointError naming the key.
+
+    A getter without `default` requires the key; an explicit null counts as absent.
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, path: str = "") -> None:
+        self._values = values
+        self._path = path
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def section(self, key: str, *, optional: bool = False) -> ConfigReader:
+        """The object under `key`; an empty one when it is absent and `optional`."""
+        value = self._get(key, {} if optional else None)
+        if not isinstance(value, Mapping):
+            raise self.unusable(key, "an object")
+        return ConfigReader(value, path=self.name(key))
+
+    def sections(self, key: str) -> list[ConfigReader]:
+        """The objects in the list under `key`."""
+        value = self._get(key, None)
+        if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
+            raise self.unusable(key, "a list of objects")
+        return [ConfigReader(item, path=f"{self.name(key)}[{i}]") for i, item in enumerate(value)]
+
+    def integer(self, key: str, *, default: int | None = None, at_least: int = 1) -> int:
+        """A whole number of at least `at_least`."""
+        value = self.number(key, default=default, at_least=at_least)
+        if value != int(value):
+            raise self.unusable(key, "a whole number")
+        return int(value)
+
+    def number(self, key: str, *, default: float | None = None, at_least: float = -math.inf) -> float:
+        """A finite number of at least `at_least`."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.unusable(key, "a number")
+        if value < at_least:
+            raise self.unusable(key, f"at least {at_least:g}")
+        return value
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.unusable(key, "true or false")
+        return value
+
+    def text(self, key: str, *, default: str | None = None) -> str:
+        """A string."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.unusable(key, "a string")
+        return value
+
+    def choice(self, key: str, allowed: Sequence[str], *, default: str | None = None) -> str:
+        """One of the strings in `allowed`."""
+        value = self.text(key, default=default)
+        if value not in allowed:
+            raise self.unusable(key, "one of " + ", ".join(allowed))
+        return value
+
+    def texts(self, key: str, *, default: Sequence[str]) -> tuple[str, ...]:
+        """A list of strings."""
+        value = self._get(key, list(default))
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.unusable(key, "a list of strings")
+        return tuple(value)
+
+    def integers(self, key: str, *, at_least: int = 1) -> tuple[int, ...]:
+        """A list of whole numbers of at least `at_least`."""
+        value = self._get(key, None)
+        whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        if not whole or any(v < at_least for v in value):
+            raise self.unusable(key, f"a list of whole numbers of at least {at_least}")
+        return tuple(value)
+
+    def numbers(self) -> dict[str, float]:
+        """Every number and flag of this object by name, as floats; other values left out."""
+        return {key: float(value) for key, value in self._values.items() if isinstance(value, int | float)}
+
+    def require(self, **supported: Any) -> None:
+        """Refuse a key whose value differs from the only supported one; an absent key is fine."""
+        for key, value in supported.items():
+            if key in self and self._values[key] != value:
+                found, only = json.dumps(self._values[key], default=str)[:80], json.dumps(value)
+                raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
+
+    def unusable(self, key: str, expected: str) -> CheckpointError:
+        """The error for `key`, saying what was expected and what was found."""
+        found = json.dumps(self._values[key], default=str)[:80] if key in self else "nothing"
+        return CheckpointError(f"{CONFIG_FILE}: {self.name(key)} must be {expected}, found {found}")
+
+    def name(self, key: str) -> str:
+        """The full path of `key` in the file."""
+        return f"{self._path}.{key}" if self._path else key
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        if value is not None:
+            return value
+        if default is None:
+            raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} is missing")
+        return default
+
+
+def read_config(folder: Path) -> ConfigReader:
+    """The config of a checkpoint folder. Raises CheckpointError when it is missing or no JSON object."""
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a {CONFIG_FILE}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return ConfigReader(values)

@@ -1,0 +1,161 @@
+"""The diffusion transformer against the reference numbers, and what batching may and may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stable_audio_serve.models.config_reader import read_config
+from stable_audio_serve.models.sa3.config import parse_denoiser
+from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
+from tests.goldens import SHARP, TINY, load_goldens
+
+SINGLE_FORWARD = 5e-5
+KEY_MASKED = 1e-4
+FAMILY = [*SHARP, *TINY]
+
+
+@cache
+def denoiser(name: str) -> Denoiser:
+    folder = load_goldens(name).folder
+    net = Denoiser(parse_denoiser(read_config(folder).section("model").section("diffusion").section("config")))
+    prefix = "model.model."
+    weights = load_file(folder / "model.safetensors")
+    net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return net.eval()
+
+
+def golden(name: str) -> Callable[[str], Tensor]:
+    return lambda key: load_goldens(name).tensors[f"dit/{key}"]
+
+
+def conditioning(name: str) -> DenoiserConditioning:
+    g = golden(name)
+    return denoiser(name).condition(g("cross_attn_cond"), g("global_cond"), g("local_add_cond"))
+
+
+def assert_near(actual: Tensor, expected: Tensor, *, within: float) -> None:
+    torch.testing.assert_close(actual, expected, atol=within, rtol=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_plain_forward(name: str) -> None:
+    g = golden(name)
+    assert_near(denoiser(name)(g("x"), g("t"), conditioning(name)), g("out"), within=SINGLE_FORWARD)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_padding_is_key_masked(name: str) -> None:
+    g = golden(name)
+    valid = g("padding_mask").bool()
+    out = denoiser(name)(g("x"), g("t"), conditioning(name), valid)
+    visible = valid[:, None].expand_as(out)
+    assert_near(out[visible], g("out_pad_keymask")[visible], within=SINGLE_FORWARD)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_zero_local_conditioning_is_not_absent_local_conditioning(name: str) -> None:
+    g, net = golden(name), denoiser(name)
+    one_zero_frame = torch.zeros_like(g("local_add_cond")[..., :1])
+    zero = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), one_zero_frame))
+    absent = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), None))
+    assert_near(zero, g("out_zero_local"), within=SINGLE_FORWARD)
+    assert_near(absent, g("out_no_local"), within=SINGLE_FORWARD)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_intermediate_values(name: str) -> None:
+    g, net, seen = golden(name), denoiser(name), {}
+    first = net.transformer.layers[0]
+    modules = {
+        "timestep_features": net.timestep_features,
+        "timestep_embed": net.to_timestep_embed,
+        "context": net.to_cond_embed,
+        "global_embed": net.to_global_embed,
+        "adaln_modulation": net.transformer.global_cond_embedder,
+        "project_in": net.transformer.project_in,
+        "layer0_self_attn_out": first.self_attn,
+        "layer0_cross_attn_out": first.cross_attn,
+        "layer0_ff_out": first.ff,
+        "layer0_local_embed": first.to_local_embed,
+        "hidden_after_layer_0": first,
+        "hidden_after_layer_1": net.transformer.layers[1],
+    }
+    handles = [
+        module.register_forward_hook(lambda _module, _args, out, key=key: seen.update({key: out.clone()}))
+        for key, module in modules.items()
+    ]
+    net(g("x"), g("t"), conditioning(name))
+    for handle in handles:
+        handle.remove()
+    for key, value in seen.items():
+        within = 1e-4 if key == "timestep_features" else SINGLE_FORWARD
+        assert_near(value, g(f"mid/{key}"), within=within)
+    assert seen.keys() == modules.keys()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_zero_context_equals_no_cross_attention(name: str) -> None:
+    g, net = golden(name), denoiser(name)
+    zeros = net.condition(torch.zeros_like(g("cross_attn_cond")), g("global_cond"), g("local_add_cond"))
+    skipped = conditioning(name).without_context()
+    assert torch.equal(net(g("x"), g("t"), zeros), net(g("x"), g("t"), skipped))
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
+    g, net = golden(name), denoiser(name)
+    lengths, padded = (40, 17, 29, 40), 64
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in lengths]
+    times = torch.tensor([0.9, 0.2, 0.55, 0.9])
+
+    def condition(row: int) -> DenoiserConditioning:
+        local = g("local_add_cond")[:1, :, : lengths[row]] * (row != 3)  # the last row edits nothing
+        local = local[..., :1] if row == 3 else local
+        made = net.condition(g("cross_attn_cond")[row % 2 :][:1], g("global_cond")[row % 2 :][:1], local)
+        return made.without_context() if row == 2 else made
+
+    conditions = [condition(row) for row in range(len(rows))]
+    alone = [net(x, times[i : i + 1], conditions[i]) for i, x in enumerate(rows)]
+    x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # padding must not matter
+    valid = torch.zeros(len(rows), padded, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        x[i, :, : lengths[i]] = row[0]
+        valid[i, : lengths[i]] = True
+    together = net(x, times, collate(conditions, num_frames=padded), valid)
+    for i, row in enumerate(alone):
+        assert_near(together[i : i + 1, :, : lengths[i]], row, within=1e-5)
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_gradients_reach_every_weight_and_the_context(name: str) -> None:
+    g, net = golden(name), denoiser(name)
+    with torch.enable_grad():
+        inputs = {key: g(key).clone() for key in ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond")}
+        context = inputs["cross_attn_cond"].requires_grad_()
+        valid = g("padding_mask").bool()
+        conditions = net.condition(context, inputs["global_cond"], inputs["local_add_cond"])
+        out = net(inputs["x"], inputs["t"], conditions, valid)
+        assert_near(
+            out[valid[:, None].expand_as(out)],
+            g("out_pad_keymask")[valid[:, None].expand_as(out)],
+            within=KEY_MASKED,
+        )
+        out.square().sum().backward()
+    assert context.grad is not None
+    assert context.grad.abs().sum() > 0
+    missing = [key for key, weight in net.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert missing == []
+    net.zero_grad(set_to_none=True)
