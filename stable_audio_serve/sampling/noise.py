@@ -1,11 +1,22 @@
-"""Where randomness comes from: the protocol. Implementations: SeededNoise (product), ReplayNoise (verification)."""
+"""Where randomness comes from: one source per row, so that neighbours, windows and devices cannot shift a draw.
+
+`SeededNoise` is the product; `ReplayNoise` repeats a reference run's draws for verification. Knows nothing of models.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from stable_audio_serve.core.errors import GenerationError
+
+WINDOW_BLOCK_FRAMES = 32
+_CPU = torch.device("cpu")
 
 
 class NoiseSource(Protocol):
@@ -26,3 +37,109 @@ class NoiseSource(Protocol):
         float32 on `device`. The value of a frame depends on (seed, stage, frame) only, never on the window.
         """
         ...
+
+
+class SeededNoise:
+    """A row's noise from its seed alone.
+
+    Latents draw from one CPU generator, in the order and shape of a lone reference run with that seed. Windows draw
+    in blocks of 32 latent frames from generators derived from (seed, stage, block) on the model's device.
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Any integer; seeds that differ by a multiple of 2**64 are the same."""
+        self._seed = seed % 2**64
+        self._generator = torch.Generator(device=_CPU).manual_seed(self._seed)
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        """The initial latent noise (D, F) float32 on the CPU."""
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32)
+
+    def step(self, shape: tuple[int, ...]) -> Tensor:
+        """The next sampler draw (D, F) float32 on the CPU."""
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32)
+
+    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+        """Noise of a window's latent frames, float32 on `device`."""
+        length = shape[frame_axis]
+        generator = torch.Generator(device=device)
+        block_shape = [WINDOW_BLOCK_FRAMES if axis == frame_axis else size for axis, size in enumerate(shape)]
+        first, last = start // WINDOW_BLOCK_FRAMES, (start + length - 1) // WINDOW_BLOCK_FRAMES
+        blocks = []
+        for block in range(first, last + 1):
+            generator.manual_seed(self._block_seed(stage, block))
+            blocks.append(torch.randn(block_shape, generator=generator, dtype=torch.float32, device=device))
+        return torch.cat(blocks, dim=frame_axis).narrow(frame_axis, start - first * WINDOW_BLOCK_FRAMES, length)
+
+    def _block_seed(self, stage: str, block: int) -> int:
+        digest = hashlib.blake2b(f"{self._seed}/{stage}/{block}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayDraw:
+    """One draw of a reference run: its `stage` ("initial", "step" or a window's), `index` (number of the step or
+    first latent frame of the window) and `shape` over the whole batch."""
+
+    stage: str
+    index: int
+    shape: tuple[int, ...]
+
+
+class ReplayNoise:
+    """The draws of a reference run over `num_rows` rows: one CPU generator, drawn in the script's order.
+
+    The order of calls does not matter: whatever is asked for, every draw before it in the script is made first, once,
+    and each row gets its share. A draw as large as one row's is shared by all (source audio is encoded once per run).
+    """
+
+    def __init__(self, seed: int, script: Sequence[ReplayDraw], *, num_rows: int) -> None:
+        self._generator = torch.Generator(device=_CPU).manual_seed(seed % 2**64)
+        self._pending = list(reversed(script))
+        self._num_rows = num_rows
+        self._made: dict[tuple[str, int], Tensor] = {}
+
+    def row(self, index: int) -> NoiseSource:
+        """What row `index` of the run sees."""
+        return _ReplayRow(self, index)
+
+    def draw(self, stage: str, index: int) -> Tensor:
+        """The draw over the whole batch, float32 on the CPU. Raises GenerationError if the script has none such."""
+        while (stage, index) not in self._made:
+            if not self._pending:
+                raise GenerationError(f"replayed noise: the reference run has no draw {stage!r} at {index}")
+            entry = self._pending.pop()
+            drawn = torch.randn(entry.shape, generator=self._generator, dtype=torch.float32)
+            self._made[entry.stage, entry.index] = drawn
+        return self._made[stage, index]
+
+    def share(self, stage: str, index: int, row: int, shape: tuple[int, ...]) -> Tensor:
+        """Row `row`'s part of a draw, in that row's `shape`. Raises GenerationError if the sizes do not fit."""
+        drawn = self.draw(stage, index)
+        size = torch.Size(shape).numel()
+        if drawn.numel() == size:
+            return drawn.reshape(shape)
+        if drawn.numel() == size * self._num_rows:
+            return drawn.reshape(self._num_rows, *shape)[row]
+        found = "x".join(map(str, drawn.shape))
+        wanted = "x".join(map(str, shape))
+        raise GenerationError(f"replayed noise: draw {stage!r} at {index} is {found}, a row of the model asks {wanted}")
+
+
+class _ReplayRow:
+    """One row's view of a ReplayNoise."""
+
+    def __init__(self, replay: ReplayNoise, row: int) -> None:
+        self._replay = replay
+        self._row = row
+        self._num_steps = 0
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        return self._replay.share("initial", 0, self._row, shape)
+
+    def step(self, shape: tuple[int, ...]) -> Tensor:
+        self._num_steps += 1
+        return self._replay.share("step", self._num_steps - 1, self._row, shape)
+
+    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+        return self._replay.share(stage, start, self._row, shape).to(device)

@@ -1,0 +1,118 @@
+"""Guidance between the network and the sampler: classifier-free, adaptive projected (APG), norm threshold, rescale.
+
+Row-independent to the last bit: every row has its own parameters, and sums are trees whose shape depends only on the
+model's channels and on the frame index, so neither neighbours nor padding can change how a row's values are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.sampling.plan import Guidance
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceBatch:
+    """The parameters of B guided rows, each (B, 1, 1) float32, and which of the optional parts any row asks for."""
+
+    cfg_scale: Tensor
+    apg_scale: Tensor
+    norm_threshold: Tensor
+    rescale: Tensor
+    any_apg: bool
+    any_norm_threshold: bool
+    any_rescale: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Guidance], *, device: torch.device | None = None) -> GuidanceBatch:
+        """Gather the rows' parameters on `device` in one transfer."""
+        values = [(row.cfg_scale, row.apg_scale, row.norm_threshold, row.rescale) for row in rows]
+        cfg, apg, norm, rescale = torch.tensor(values, dtype=torch.float32).T[..., None, None].to(device)
+        return cls(
+            cfg_scale=cfg,
+            apg_scale=apg,
+            norm_threshold=norm,
+            rescale=rescale,
+            any_apg=any(row.apg_scale != 0.0 for row in rows),
+            any_norm_threshold=any(row.norm_threshold > 0.0 for row in rows),
+            any_rescale=any(row.rescale != 0.0 for row in rows),
+        )
+
+
+def guide(
+    x: Tensor, times: Tensor, *, conditional: Tensor, unconditional: Tensor, valid: Tensor | None, rows: GuidanceBatch
+) -> Tensor:
+    """The guided velocity (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
+
+    `conditional` and `unconditional` (B, D, F) are the network's velocities, any float type. Statistics see only
+    frames where `valid` (B, F) bool is true, all of them if it is None; elsewhere the result is unspecified.
+    A part no row asks for is skipped, which changes no bit of the others: its weight would be exactly 0 or 1.
+    """
+    x, t = x.float(), times.float()[:, None, None]
+    v_cond, v_uncond = conditional.float(), unconditional.float()
+    clean = x - t * v_cond
+    difference = clean - (x - t * v_uncond)
+    if rows.any_norm_threshold:
+        difference = _limit_norm(difference, valid, rows.norm_threshold)
+    if rows.any_apg:
+        orthogonal = _orthogonal_part(difference, clean, valid)
+        mixed = rows.apg_scale * orthogonal + (1.0 - rows.apg_scale) * difference
+        difference = torch.where(rows.apg_scale == 0.0, difference, mixed)
+    velocity = (x - (clean + (rows.cfg_scale - 1.0) * difference)) / t
+    if rows.any_rescale:
+        velocity = _rescale(velocity, v_cond, rows.rescale)
+    return velocity
+
+
+def _limit_norm(difference: Tensor, valid: Tensor | None, threshold: Tensor) -> Tensor:
+    """Shrink a row's difference to L2 norm `threshold` where that is above 0 and exceeded."""
+    norm = _row_sum(_valid_only(difference * difference, valid)).sqrt()
+    limited = difference * (threshold / norm).clamp(max=1.0)
+    return torch.where(threshold > 0.0, limited, difference)
+
+
+def _orthogonal_part(difference: Tensor, clean: Tensor, valid: Tensor | None) -> Tensor:
+    """What remains of `difference` after removing its projection on `clean`; 0 on invalid frames.
+
+    Reference: "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416), without momentum.
+    """
+    clean = _valid_only(clean, valid)
+    floor = 1e-12 if valid is None else 1e-8  # the references' two variants
+    direction = clean / _row_sum(clean * clean).sqrt().clamp(min=floor)
+    along = _row_sum(_valid_only(difference * direction, valid))
+    return _valid_only(difference - along * direction, valid)
+
+
+def _rescale(velocity: Tensor, v_cond: Tensor, amount: Tensor) -> Tensor:
+    """Blend towards the conditional velocity's unbiased standard deviation over channels, frame by frame."""
+    matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
+    return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
+
+
+def _channel_std(values: Tensor) -> Tensor:
+    """Unbiased standard deviation over D of (B, D, F): (B, 1, F)."""
+    count = values.shape[1]
+    centred = values - _tree_sum(values) / count
+    return (_tree_sum(centred * centred) / (count - 1)).sqrt()
+
+
+def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero the invalid frames, also where they hold NaN."""
+    return values if valid is None else torch.where(valid[:, None, :], values, 0.0)
+
+
+def _row_sum(values: Tensor) -> Tensor:
+    """Sum of each row of (B, D, F): (B, 1, 1)."""
+    return _tree_sum(_tree_sum(values).transpose(1, 2))
+
+
+def _tree_sum(values: Tensor) -> Tensor:
+    """Sum over axis 1, kept, adding neighbours pairwise: zeros appended to the axis change no bit."""
+    while (count := values.shape[1]) > 1:
+        paired = values[:, 0 : count - 1 : 2] + values[:, 1::2]
+        values = torch.cat((paired, values[:, -1:]), dim=1) if count % 2 else paired
+    return values

@@ -1,0 +1,166 @@
+"""Samplers as data: each turns one row's schedule into a plan of network calls and linear register updates.
+
+Coefficients are float64 from the float32 sigmas. In the formulas v is the network's velocity at (x, t), the clean
+estimate is D = x - t v, and t' is the next time. Knows nothing of networks, lengths or requests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
+
+# Known elsewhere, refused here: the size of a step depends on the data, so no plan can be written down.
+DATA_DEPENDENT = ("k-dpm-adaptive", "dpm-adaptive")
+
+_TINY = 1e-10  # the references' floor for 1 - t' and t
+_LAST_RK4_TIME = 1e-5  # the network is never called at t = 0
+
+_Guided = Callable[[float], bool]
+_Plan = tuple[int, Sequence[Evaluation], Sequence[int]]  # registers, evaluations, evaluations done after each step
+
+
+def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
+    """Bind `sampler` to one row's schedule `sigmas` (steps + 1,) float32, ending at 0.
+
+    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, without one the noise alone. Guidance is
+    on wherever `cfg_scale` is not 1 and the time lies in the interval, compared in float32 as the references do.
+    Raises InvalidRequestError on `sampler_type`.
+    """
+    times = sigmas.to(torch.float32)
+    num_registers, evaluations, step_ends = resolve_sampler(sampler)(times, _guided_times(guidance))
+    level = float(times[0])
+    return SamplerPlan(
+        num_registers=num_registers,
+        start_register=0,
+        result_register=0,
+        source_scale=1.0 - level if has_source else 0.0,
+        noise_scale=level if has_source else 1.0,
+        evaluations=tuple(evaluations),
+        step_ends=tuple(step_ends),
+    )
+
+
+def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
+    """The builder for a sampler's name. Raises InvalidRequestError naming the valid ones."""
+    builder = _BUILDERS.get(name)
+    if builder is not None:
+        return builder
+    valid = ", ".join(SAMPLERS)
+    if name in DATA_DEPENDENT:
+        message = f"sampler_type {name!r} chooses its steps from the data and is not offered; valid: {valid}"
+    else:
+        message = f"unknown sampler_type {name[:40]!r}; valid: {valid}"
+    raise InvalidRequestError(message, field="sampler_type", allowed=valid)
+
+
+def _euler(times: Tensor, guided: _Guided) -> _Plan:
+    """X' = x + (t' - t) v."""
+    evaluations = [_evaluation(t, guided, a=((1.0,),), b=(following - t,)) for t, following in _pairs(times)]
+    return 1, evaluations, range(1, len(evaluations) + 1)
+
+
+def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
+    """X' = (1 - t') D + t' eps with fresh noise each step; the last draw happens too and weighs nothing."""
+    evaluations = [
+        _evaluation(t, guided, a=((1.0 - following,),), b=(-(1.0 - following) * t,), c=(following,), draws_noise=True)
+        for t, following in _pairs(times)
+    ]
+    return 1, evaluations, range(1, len(evaluations) + 1)
+
+
+def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
+    """DPM-Solver++ of second order in its flow form; registers x and the previous D.
+
+    x' = (t'/t) x - (1 - t') c D~ with c = (t' - t) / ((1 - t') t); D~ extrapolates from the previous D, except on the
+    first step, on the last, and where two earlier times coincide.
+    """
+    evaluations: list[Evaluation] = []
+    previous: float | None = None
+    for t, following in _pairs(times):
+        scale = following / t
+        weight = -(1.0 - following) * (following - t) / (max(1.0 - following, _TINY) * max(t, _TINY))
+        history = 0.0
+        if previous is not None and following != 0.0 and previous != t:
+            history = 0.5 * (_log_snr(following) - _log_snr(t)) / (_log_snr(t) - _log_snr(previous))
+        on_estimate = weight * (1.0 + history)
+        evaluations.append(
+            _evaluation(
+                t,
+                guided,
+                a=((scale + on_estimate, -weight * history), (1.0, 0.0)),
+                b=(-on_estimate * t, -t),
+            )
+        )
+        previous = t
+    return 2, evaluations, range(1, len(evaluations) + 1)
+
+
+def _rk4(times: Tensor, guided: _Guided) -> _Plan:
+    """The classical rule; registers x, the point the network sees next, and x plus the weighted slopes so far."""
+    evaluations: list[Evaluation] = []
+    for current, following in itertools.pairwise(times):
+        step = following - current
+        middle, end = float(current + step / 2), float((current + step).clamp(min=_LAST_RK4_TIME))
+        dt, x, point, total = float(step), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+        evaluations += [
+            _evaluation(float(current), guided, a=(x, x, x), b=(0.0, dt / 2, dt / 6)),
+            _evaluation(middle, guided, a=(x, x, total), b=(0.0, dt / 2, dt / 3), input_register=1),
+            _evaluation(middle, guided, a=(x, x, total), b=(0.0, dt, dt / 3), input_register=1),
+            _evaluation(end, guided, a=(total, point, total), b=(dt / 6, 0.0, 0.0), input_register=1),
+        ]
+    return 3, evaluations, range(4, len(evaluations) + 1, 4)
+
+
+_BUILDERS: dict[str, Callable[[Tensor, _Guided], _Plan]] = {
+    "euler": _euler,
+    "rk4": _rk4,
+    "dpmpp": _dpmpp,
+    "pingpong": _pingpong,
+}
+SAMPLERS = tuple(_BUILDERS)
+
+
+def _evaluation(
+    time: float,
+    guided: _Guided,
+    *,
+    a: tuple[tuple[float, ...], ...],
+    b: tuple[float, ...],
+    c: tuple[float, ...] | None = None,
+    input_register: int = 0,
+    draws_noise: bool = False,
+) -> Evaluation:
+    zeros = (0.0,) * len(b)
+    return Evaluation(
+        t=time,
+        sigma=time,
+        input_register=input_register,
+        input_scale=1.0,
+        guided=guided(time),
+        a=a,
+        b=b,
+        b_uncond=zeros,
+        c=c or zeros,
+        draws_noise=draws_noise,
+    )
+
+
+def _pairs(times: Tensor) -> list[tuple[float, float]]:
+    values: list[float] = times.tolist()
+    return list(itertools.pairwise(values))
+
+
+def _guided_times(guidance: Guidance) -> _Guided:
+    low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
+    return lambda time: guidance.cfg_scale != 1.0 and low <= time <= high
+
+
+def _log_snr(time: float) -> float:
+    return math.log(max(1.0 - time, _TINY) / max(time, _TINY))

@@ -1,0 +1,188 @@
+"""Timestep schedules of the flow models: a uniform grid warped towards noisy times, per row and per length.
+
+All arithmetic is float32 in the references' order of operations: the network's time features amplify the last bit of
+a time by 1e5, so a more exact schedule would be a different one. Knows nothing of samplers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
+from stable_audio_serve.core.generation import ScheduleShift
+
+MAX_STEPS = 1000
+CONFIG_KEY = "sampling_distribution_shift_options"
+
+
+class _BadOption(ValueError):
+    """A shift option that cannot be used; rewritten into the caller's own error."""
+
+
+def _require(condition: bool, name: str, allowed: str) -> None:
+    if not condition:
+        raise _BadOption(f"{name} must be {allowed}")
+
+
+class TimestepShift(Protocol):
+    """A monotone warp of times in 0..1 that may depend on how long the row is."""
+
+    def warp(self, times: Tensor, length: Tensor) -> Tensor:
+        """Warp `times` (N,) float32 for a row of `length` latent frames (0-dim float32, at least 1)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoShift:
+    """Identity."""
+
+    kind: ClassVar[str] = "none"
+
+    def warp(self, times: Tensor, length: Tensor) -> Tensor:
+        """Return `times`."""
+        return times
+
+
+@dataclass(frozen=True, slots=True)
+class LogSnrShift:
+    """Even steps in log-SNR, from `anchor_logsnr` (falling by `rate` per doubling of the length) to `logsnr_end`."""
+
+    kind: ClassVar[str] = "logsnr"
+    anchor_length: float = 2000.0
+    anchor_logsnr: float = -6.2
+    rate: float = 1.0
+    logsnr_end: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require(self.anchor_length > 0, "anchor_length", "above 0")
+
+    def warp(self, times: Tensor, length: Tensor) -> Tensor:
+        """sigmoid(-logsnr); times at or beyond 0 and 1 stay exactly there."""
+        start = self.anchor_logsnr - self.rate * torch.log2(length / self.anchor_length)
+        logsnr = self.logsnr_end - times * (self.logsnr_end - start)
+        warped = torch.sigmoid(-logsnr)
+        warped = torch.where(times <= 0, torch.zeros_like(warped), warped)
+        return torch.where(times >= 1, torch.ones_like(warped), warped)
+
+
+@dataclass(frozen=True, slots=True)
+class FluxShift:
+    """alpha t / (1 + (alpha - 1) t) with ln alpha linear in the logarithm of the length."""
+
+    kind: ClassVar[str] = "flux"
+    min_length: float = 256.0
+    max_length: float = 4096.0
+    alpha_min: float = 1.0
+    alpha_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.min_length > 0, "min_length", "above 0")
+        _require(self.max_length >= self.min_length, "max_length", "at least min_length")
+        _require(self.alpha_min > 0, "alpha_min", "above 0")
+        _require(self.alpha_max > 0, "alpha_max", "above 0")
+
+    def warp(self, times: Tensor, length: Tensor) -> Tensor:
+        """Lengths outside min_length..max_length count as the nearer end."""
+        low, high = math.log(self.min_length), math.log(self.max_length)
+        span = (high - low) or 1e-8  # the references' guard for a constant alpha
+        fraction = (torch.log(length.clamp(self.min_length, self.max_length)) - low) / span
+        log_low, log_high = math.log(self.alpha_min), math.log(self.alpha_max)
+        alpha = torch.exp(log_low + fraction * (log_high - log_low))
+        return alpha * times / (1 + (alpha - 1.0) * times)
+
+
+@dataclass(frozen=True, slots=True)
+class FullShift:
+    """1 - e^mu / (e^mu + t / (1 - t)) with mu linear in the length; `use_sine` bends the result once more."""
+
+    kind: ClassVar[str] = "full"
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    min_length: float = 256.0
+    max_length: float = 4096.0
+    use_sine: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_length > self.min_length, "max_length", "above min_length")
+
+    def warp(self, times: Tensor, length: Tensor) -> Tensor:
+        """Lengths outside min_length..max_length count as the nearer end."""
+        length = length.clamp(self.min_length, self.max_length)
+        slope = self.max_shift - self.base_shift
+        mu = -(self.base_shift + slope * (length - self.min_length) / (self.max_length - self.min_length))
+        warped = 1 - torch.exp(mu) / (torch.exp(mu) + (1 / (1 - times) - 1))
+        return torch.sin(warped * math.pi / 2) if self.use_sine else warped
+
+
+# What a checkpoint without options of its own samples with: independent of the length.
+DEFAULT_SHIFT = LogSnrShift(rate=0.0)
+
+_KINDS: Mapping[str, type[NoShift | LogSnrShift | FluxShift | FullShift]] = {
+    shift.kind: shift for shift in (LogSnrShift, FluxShift, FullShift, NoShift)
+}
+SHIFT_KINDS = tuple(_KINDS)
+
+
+def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG_KEY) -> TimestepShift:
+    """The warp a checkpoint's config asks for: `options` with a `type` (default "full"), or None for the default.
+
+    Raises CheckpointError naming `key` and what is wrong with it.
+    """
+    if options is None:
+        return DEFAULT_SHIFT
+    try:
+        if not isinstance(options, Mapping):
+            raise _BadOption("must be an object")
+        kind = options.get("type", FullShift.kind)
+        return _build(str(kind), {name: value for name, value in options.items() if name != "type"})
+    except _BadOption as error:
+        raise CheckpointError(f"model_config.json: {key}: {error}", field=key) from error
+
+
+def shift_from_override(shift: ScheduleShift) -> TimestepShift:
+    """The warp a request asks for instead of the model's own. Raises InvalidRequestError on `schedule_shift`."""
+    try:
+        return _build(shift.kind, dict(shift.options))
+    except _BadOption as error:
+        allowed = ", ".join(SHIFT_KINDS)
+        raise InvalidRequestError(f"schedule_shift: {error}", field="schedule_shift", allowed=allowed) from error
+
+
+def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: float = 1.0) -> Tensor:
+    """Noise levels (steps + 1,) float32 from `sigma_max` to 0 for a row of `length` latent frames.
+
+    The grid linspace(sigma_max, 0) is warped, then element 0 is put back to `sigma_max`; below about 0.7 the inner
+    levels may therefore rise above it, as in the references. Raises InvalidRequestError on `steps` outside 1..1000
+    and `init_noise_level` outside 0.01..1 (a schedule from 0 would divide by 0).
+    """
+    if not 1 <= steps <= MAX_STEPS:
+        allowed = f"1..{MAX_STEPS}"
+        raise InvalidRequestError(f"steps must be in {allowed}, got {steps}", field="steps", allowed=allowed)
+    if not 0.01 <= sigma_max <= 1.0:
+        message = f"init_noise_level must be in 0.01..1, got {sigma_max}"
+        raise InvalidRequestError(message, field="init_noise_level", allowed="0.01..1")
+    times = torch.linspace(sigma_max, 0, steps + 1, dtype=torch.float32)
+    sigmas = shift.warp(times, torch.tensor(max(length, 1.0), dtype=torch.float32)).clone()
+    sigmas[0] = sigma_max
+    if not (torch.isfinite(sigmas).all() and (sigmas[:-1] > 0).all()):
+        raise InvalidRequestError("schedule_shift: the levels before the last must be above 0", field="schedule_shift")
+    return sigmas
+
+
+def _build(kind: str, options: Mapping[str, object]) -> TimestepShift:
+    chosen = _KINDS.get(kind)
+    if chosen is None:
+        raise _BadOption(f"unknown type {kind[:40]!r}; valid: {', '.join(SHIFT_KINDS)}")
+    known = {field.name for field in fields(chosen)}
+    for name, value in options.items():
+        if name not in known:
+            raise _BadOption(f"unknown option {name[:40]!r} for type {kind}")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise _BadOption(f"{name} must be a finite number")
+    return chosen(**{name: float(value) for name, value in options.items()})  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stable_audio_serve.sampling import (
+    DEFAULT_SHIFT,
+    SAMPLERS,
+    Guidance,
+    advance,
+    build_plan,
+    build_sigmas,
+    network_input,
+)
+
+CHANNELS, FRAMES = 3, 7
+
+
+def make_plan(sampler: str, steps: int):
+    return build_plan(sampler, build_sigmas(steps, DEFAULT_SHIFT, length=30), guidance=Guidance(), has_source=False)
+
+
+@st.composite
+def rows_in_flight(draw: st.DrawFn):
+    plan = make_plan(draw(st.sampled_from(SAMPLERS)), draw(st.integers(1, 6)))
+    return plan, draw(st.integers(0, len(plan.evaluations) - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(rows_in_flight(), min_size=1, max_size=6), seed=st.integers(0, 2**20))
+def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    width = max(plan.num_registers for plan, _ in rows)
+    state = torch.randn(len(rows), width, CHANNELS, FRAMES, generator=generator)
+    for index, (plan, _) in enumerate(rows):
+        state[index, plan.num_registers :] = 0.0
+    velocity, noise = torch.randn(2, len(rows), CHANNELS, FRAMES, generator=generator)
+    evaluations = [plan.evaluations[at] for plan, at in rows]
+    together = advance(state, evaluations, velocity=velocity, noise=noise)
+    inputs = network_input(state, evaluations)
+    for index, (plan, _) in enumerate(rows):
+        own = state[index : index + 1, : plan.num_registers]
+        one = slice(index, index + 1)
+        alone = advance(own, evaluations[one], velocity=velocity[one], noise=noise[one])
+        assert alone.numpy().tobytes() == together[one, : plan.num_registers].contiguous().numpy().tobytes()
+        assert not together[index, plan.num_registers :].any()
+        assert torch.equal(network_input(own, evaluations[one]), inputs[one])
+
+
+def test_a_neighbour_s_nan_and_unused_terms_do_not_spread() -> None:
+    euler, pingpong = make_plan("euler", 2).evaluations[0], make_plan("pingpong", 2).evaluations[0]
+    last = make_plan("pingpong", 2).evaluations[-1]
+    state = torch.ones(3, 1, CHANNELS, FRAMES)
+    state[1] = float("nan")
+    noise = torch.full((3, CHANNELS, FRAMES), float("nan"))
+    result = advance(state, [euler, pingpong, last], velocity=torch.ones(3, CHANNELS, FRAMES), noise=noise)
+    assert result[0].isfinite().all()
+    assert result[1].isnan().all()
+    assert result[2].isfinite().all()  # the last draw of ping-pong weighs nothing
+
+
+def test_a_missing_term_that_is_needed_is_an_error() -> None:
+    pingpong = make_plan("pingpong", 2).evaluations[0]
+    with pytest.raises(ValueError, match="noise"):
+        advance(torch.ones(1, 1, 2, 2), [pingpong], velocity=torch.ones(1, 2, 2))
