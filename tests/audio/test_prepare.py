@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.audio.prepare import fix_channels, float_samples, prepare_source
+from stable_audio_serve.core.errors import InvalidUploadError
+from stable_audio_serve.core.generation import SourceAudio
+from tests.goldens import load_goldens
+
+COMMON = load_goldens("common").tensors
+STEREO = COMMON["audio/prepare/in_stereo"]
+INPUTS = {
+    "crop_to_200": STEREO,
+    "pad_to_400": STEREO,
+    "mono_to_stereo": STEREO[:1],
+    "four_channels": torch.cat([STEREO, -STEREO]),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_matches_the_reference(case: str) -> None:
+    expected = COMMON[f"audio/prepare/{case}"][0]
+    source = SourceAudio(INPUTS[case].numpy(), 1000)
+    prepared = prepare_source(source, sample_rate_hz=1000, channels=2, num_samples=expected.shape[1])
+    assert torch.equal(prepared, expected)
+
+
+def test_integers_are_scaled_like_the_reference() -> None:
+    expected = COMMON["audio/prepare/int16_as_float"].numpy()
+    frames = COMMON["audio/prepare/int16_nx2"].numpy()
+    np.testing.assert_allclose(float_samples(frames.astype(np.int16)), expected, rtol=0, atol=1e-6)
+    wide = float_samples(np.array([2147483647, -2147483647, 0], dtype=np.int32))
+    np.testing.assert_allclose(wide, [[1.0, -1.0, 0.0]])
+
+
+def test_other_sample_types_are_refused() -> None:
+    with pytest.raises(InvalidUploadError, match="uint8"):
+        float_samples(np.zeros((3, 2), dtype=np.uint8))
+
+
+def test_resampling_comes_before_the_crop() -> None:
+    source = SourceAudio(COMMON["audio/resample_1500_1000/in"].numpy(), 1500)
+    prepared = prepare_source(source, sample_rate_hz=1000, channels=2, num_samples=450)
+    torch.testing.assert_close(prepared[:, :400], COMMON["audio/resample_1500_1000/out"], rtol=0, atol=1e-6)
+    assert not prepared[:, 400:].any()
+
+
+def test_channels_for_a_mono_model_are_averaged_and_too_few_are_refused() -> None:
+    assert torch.equal(fix_channels(STEREO, 1), STEREO.mean(0, keepdim=True))
+    with pytest.raises(InvalidUploadError, match="needs 6"):
+        fix_channels(STEREO, 6)
