@@ -1,0 +1,135 @@
+"""An audio autoencoder put together from its parts: pretransform, encoder, bottleneck, decoder.
+
+Works on windows of latents; who cuts them and joins their audio is the caller's business. Always quiet unless given
+noise: nothing here draws from a generator of its own. Module names are the checkpoint's keys below
+`pretransform.model.`.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.sa3 import same
+from stable_audio_serve.models.sa3.parts import (
+    Bottleneck,
+    Decoder,
+    Encoder,
+    Noises,
+    Pretransform,
+    build_part,
+    register_part,
+    stack_draws,
+)
+
+PART_MODULES = (same,)  # imported so that their types are registered
+REGULARIZATION = 1e-3
+
+
+class Patched(nn.Module):
+    """Cuts audio into patches: frame channel `c * patch + h` is channel c's sample h of the patch. No weights."""
+
+    noisy = False
+
+    def __init__(self, channels: int, patch: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.samples_per_frame = patch
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Audio (B, C, S) -> frames (B, C * patch, ceil(S / patch)); the end is padded with zeros."""
+        patch = self.samples_per_frame
+        padded = F.pad(audio, (0, -audio.shape[-1] % patch))
+        return padded.unflatten(-1, (-1, patch)).transpose(2, 3).flatten(1, 2)
+
+    def decode(self, frames: Tensor, noise: Noises) -> Tensor:
+        """Frames (B, C * patch, N) -> audio (B, C, N * patch)."""
+        return frames.unflatten(1, (self.channels, self.samples_per_frame)).transpose(2, 3).flatten(2)
+
+
+class SoftNorm(nn.Module):
+    """Per-channel scale and bias into the latents, one common deviation out of them.
+
+    Decoding does not invert the scale and bias; it adds a faint noise, also at inference, when `regularized`.
+    """
+
+    def __init__(self, channels: int, *, regularized: bool) -> None:
+        super().__init__()
+        self.noisy = regularized
+        self.scaling_factor = nn.Parameter(torch.ones(1, channels, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1))
+        self.running_std = nn.Parameter(torch.ones(1))
+        self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # in the files, without elements
+
+    def encode(self, raw: Tensor) -> Tensor:
+        """(B, D, F) -> (B, D, F)."""
+        return (raw * self.scaling_factor + self.bias) / self.running_std
+
+    def decode(self, latents: Tensor, noise: Noises) -> Tensor:
+        """(B, D, F) -> (B, D, F)."""
+        scaled = latents * self.running_std
+        if noise is None or not self.noisy:
+            return scaled
+        shape = (latents.shape[1], latents.shape[2])
+        drawn = stack_draws(noise, "bottleneck", shape, frame_axis=1, device=latents.device)
+        return scaled + REGULARIZATION * self.running_std * drawn.to(latents.dtype)
+
+
+class AudioAutoencoder(nn.Module):
+    """Audio (B, C, S) to latents (B, D, F) and back; `hop` samples per latent frame."""
+
+    def __init__(self, config: ConfigReader) -> None:
+        """`config` is the autoencoder's own section. Raises CheckpointError naming the key that cannot be used."""
+        super().__init__()
+        self.pretransform = cast("Pretransform", build_part("pretransform", config.section("pretransform")))
+        self.encoder = cast("Encoder", build_part("encoder", config.section("encoder")))
+        self.decoder = cast("Decoder", build_part("decoder", config.section("decoder")))
+        self.bottleneck = cast("Bottleneck", build_part("bottleneck", config.section("bottleneck")))
+        self.channels = config.integer("io_channels", default=2)
+        self.latent_channels = config.integer("latent_dim")
+        self.hop = config.integer("downsampling_ratio")
+        for part in (self.encoder, self.decoder):
+            made = self.pretransform.samples_per_frame * part.frames_per_latent
+            if made != self.hop:
+                raise config.unusable("downsampling_ratio", f"patch times stride ({made})")
+
+    @property
+    def encoder_draws_noise(self) -> bool:
+        """Whether encoding depends on the row's noise, so that a clip cannot be encoded once for several rows."""
+        return self.encoder.noisy
+
+    @property
+    def decoder_halo_latents(self) -> int:
+        """Latents on each side of a window that can influence its inside."""
+        return self.decoder.halo_latents
+
+    @property
+    def latent_multiple(self) -> int:
+        """Windows must start at a multiple of this many latents."""
+        return max(self.encoder.latent_multiple, self.decoder.latent_multiple)
+
+    def encode(self, audio: Tensor, noise: Noises = None) -> Tensor:
+        """Audio (B, C, S) -> latents (B, D, F), F at least S / hop rounded up; row-independent."""
+        return self.bottleneck.encode(self.encoder(self.pretransform.encode(audio), noise))
+
+    def decode(self, latents: Tensor, noise: Noises = None) -> Tensor:
+        """Latents (B, D, F) -> audio (B, C, at least F * hop), not clamped; row-independent."""
+        return self.pretransform.decode(self.decoder(self.bottleneck.decode(latents, noise), noise), noise)
+
+
+@register_part("pretransform", "patched")
+def build_patched(config: ConfigReader) -> Patched:
+    """From the innermost `pretransform.config` section."""
+    return Patched(config.integer("channels"), config.integer("patch_size"))
+
+
+@register_part("bottleneck", "softnorm")
+def build_softnorm(config: ConfigReader) -> SoftNorm:
+    """From the `bottleneck.config` section."""
+    if config.integer("noise_augment_dim", default=0, at_least=0):
+        raise config.unusable("noise_augment_dim", "0")
+    return SoftNorm(config.integer("dim"), regularized=config.flag("noise_regularize", default=False))

@@ -1,0 +1,120 @@
+"""What an audio autoencoder is put together from: four kinds of parts, each built from its config by its `type`.
+
+Another module adds a type with `register_part(kind, type)` on a function from its config to a module, and is named in
+`stable_audio_serve/models/sa3/autoencoder.py` so that it is imported before any checkpoint is built.
+Shapes: B windows, C channels, S samples, P frame channels (the pretransform's), N frames, D latent channels, F latent
+frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.sampling.noise import NoiseSource
+
+PartKind = Literal["pretransform", "encoder", "decoder", "bottleneck"]
+PartBuilder = Callable[[ConfigReader], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowNoise:
+    """The draws of one window of one row: `stage` is decode, init or inpaint, `start` its first latent frame."""
+
+    source: NoiseSource
+    stage: str
+    start: int
+
+    def draw(self, name: str, shape: tuple[int, ...], *, frame_axis: int, device: torch.device) -> Tensor:
+        """Unit normal float32 on `device`; `shape[frame_axis]` counts latent frames from the window's start."""
+        return self.source.window(f"{self.stage}/{name}", self.start, shape, frame_axis, device)
+
+
+Noises = Sequence[WindowNoise] | None  # one per window of a batch, or None for no noise at all
+
+
+class Pretransform(Protocol):
+    """Between audio and frames, without weights of its own that matter to the latents' length."""
+
+    samples_per_frame: int
+    noisy: bool  # decoding draws noise
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Audio (B, C, S) -> frames (B, P, ceil(S / samples_per_frame))."""
+        ...
+
+    def decode(self, frames: Tensor, noise: Noises) -> Tensor:
+        """Frames (B, P, N) -> audio (B, C, N * samples_per_frame). `noise` starts at a latent frame's edge."""
+        ...
+
+
+class Encoder(Protocol):
+    """Frames to raw latents."""
+
+    frames_per_latent: int
+    latent_multiple: int  # windows start and end at multiples of this many latents
+    noisy: bool
+
+    def __call__(self, frames: Tensor, noise: Noises) -> Tensor:
+        """(B, P, N) -> (B, D, F); N is padded at the end to whole latents."""
+        ...
+
+
+class Decoder(Protocol):
+    """Latents, out of the bottleneck, to frames."""
+
+    frames_per_latent: int
+    latent_multiple: int
+    noisy: bool
+    halo_latents: int  # latents on each side that can influence a latent's frames
+
+    def __call__(self, latents: Tensor, noise: Noises) -> Tensor:
+        """(B, D, F) -> (B, P, N); F is padded at the end to a multiple of `latent_multiple`."""
+        ...
+
+
+class Bottleneck(Protocol):
+    """Raw latents to what the denoiser learns, and back."""
+
+    noisy: bool
+
+    def encode(self, raw: Tensor) -> Tensor:
+        """(B, D, F) -> (B, D, F)."""
+        ...
+
+    def decode(self, latents: Tensor, noise: Noises) -> Tensor:
+        """(B, D, F) -> (B, D, F)."""
+        ...
+
+
+_BUILDERS: dict[tuple[PartKind, str], PartBuilder] = {}
+
+
+def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBuilder]:
+    """Make `types` buildable; the decorated function gets the part's own `config` section."""
+
+    def register(builder: PartBuilder) -> PartBuilder:
+        for type_ in types:
+            _BUILDERS[kind, type_] = builder
+        return builder
+
+    return register
+
+
+def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
+    """Build `{type, config}`. Raises CheckpointError naming an unknown type."""
+    known = [type_ for registered, type_ in _BUILDERS if registered == kind]
+    type_ = config.choice("type", sorted(known))
+    return _BUILDERS[kind, type_](config.section("config", optional=True))
+
+
+def stack_draws(
+    noise: Sequence[WindowNoise], name: str, shape: tuple[int, ...], *, frame_axis: int, device: torch.device
+) -> Tensor:
+    """One draw of `shape` per window, stacked in front: (B, *shape) float32."""
+    return torch.stack([window.draw(name, shape, frame_axis=frame_axis, device=device) for window in noise])
