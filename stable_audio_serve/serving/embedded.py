@@ -1,0 +1,103 @@
+"""Life of the embedded Ray: started apart from every other Ray on the machine, ended with every process it made.
+
+Knows nothing of models or settings. Ray is imported only once the environment it reads is in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from stable_audio_serve.serving.guard import guarded
+
+logger = logging.getLogger(__name__)
+
+_MIB = 1024 * 1024
+# One result of the longest clip is 134 MiB of float32; a handful of them, but never most of the shared memory.
+_OBJECT_STORE_BYTES = 1024 * _MIB
+_OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
+_DRAIN_TIMEOUT_S = 4.0  # for requests in flight when the server is stopped
+_STOP_TIMEOUT_S = 7.0  # for everything; what still runs then is killed
+# Another Ray's address or credentials, meant for programs that want to join it.
+_FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_NAMESPACE", "RAY_TMPDIR")
+
+
+@contextmanager
+def private_directory() -> Iterator[Path]:
+    """A short-named folder for Ray's files and sockets (a socket path has 107 bytes).
+
+    However this process ends, the folder and every process with a file open in it go too.
+    """
+    parent = "/tmp" if os.access("/tmp", os.W_OK) else None
+    directory = Path(tempfile.mkdtemp(prefix="sas-", dir=parent)).resolve()
+    with guarded(directory):
+        yield directory
+
+
+@contextmanager
+def embedded_ray(directory: Path, *, environment: Mapping[str, str], num_cpus: int) -> Iterator[None]:
+    """Run a Ray of our own in `directory` for the life of the context, on the loopback interface only.
+
+    `num_cpus` is bookkeeping for placement. Leaving the context drains Ray Serve and stops Ray within
+    `_STOP_TIMEOUT_S` seconds.
+    """
+    for name in _FOREIGN_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    try:
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_object_store_bytes(),
+            logging_level=logging.WARNING,
+            _temp_dir=str(directory),
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+    finally:
+        _stop()
+
+
+def _stop() -> None:
+    """Drain, then stop Ray. Asked again by a signal or late, give up: the guard kills what is left."""
+    watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(1,))
+    watchdog.daemon = True
+    watchdog.start()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: os._exit(1))
+    import ray
+
+    if ray.is_initialized():
+        _drain_serve()
+        ray.shutdown()
+    watchdog.cancel()
+
+
+def _drain_serve() -> None:
+    """Ask Serve's controller to finish requests in flight and stop, and wait for it up to `_DRAIN_TIMEOUT_S`."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return  # stopped before Serve was up
+    with suppress(ray.exceptions.RayError, TimeoutError):
+        # The controller ends itself when it is done, which fails this call: retrying it would only print a warning.
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_DRAIN_TIMEOUT_S)
+
+
+def _object_store_bytes() -> int:
+    shared = Path("/dev/shm")
+    available = shutil.disk_usage(shared).free if shared.is_dir() else 2 * _OBJECT_STORE_BYTES
+    return max(_OBJECT_STORE_FLOOR_BYTES, min(_OBJECT_STORE_BYTES, available // 2))

