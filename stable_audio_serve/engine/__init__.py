@@ -1,1 +1,7 @@
-"""One device's work: which rows step together, the step loop, decode windows, cancellation. No Ray, no HTTP."""
+"""One device's work: which rows step together, and running them. Knows neither Ray nor HTTP."""
+
+from stable_audio_serve.engine.engine import Engine
+from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.thread import Heartbeat
+
+__all__ = ["Engine", "EngineOptions", "Heartbeat"]

@@ -1,0 +1,253 @@
+"""The engine's public face: asyncio outside, one thread inside. Accepts, plans and bounds requests and owns the life of
+the engine thread. Knows neither Ray nor HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
+from types import TracebackType
+
+import torch
+
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.engine.admission import Admission
+from stable_audio_serve.engine.batching import BatchPolicy, FixedSlots, MergedGrid, OneRowPerCall
+from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.executor import Executor
+from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
+from stable_audio_serve.engine.loop import EngineLoop
+from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.planner import Planner
+from stable_audio_serve.engine.prediction import Predictor
+from stable_audio_serve.engine.prompt_cache import PromptCache
+from stable_audio_serve.engine.request_state import Reply, RequestState
+from stable_audio_serve.engine.rows import row_work
+from stable_audio_serve.engine.scheduler import Scheduler, SchedulerLimits
+from stable_audio_serve.engine.stages import Stages
+from stable_audio_serve.engine.thread import EngineThread, Heartbeat
+from stable_audio_serve.engine.warmup import WarmUp
+from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
+from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
+
+_STOP_TIMEOUT_S = 30.0  # a step that takes longer is left behind
+_EXIT_TIMEOUT_S = 2.0
+
+
+class Engine:
+    """Generates audio with one model: rows of all requests share the device step by step.
+
+    `await Engine(model).generate(request)` works as it stands; `async with Engine(model) as engine` warms up first
+    and ends cleanly. Methods may be called from several event loops. One process, one thread on the device.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        options: EngineOptions = EngineOptions(),
+        *,
+        clock: Clock = SystemClock(),
+        metrics: Metrics = NullMetrics(),
+        noise_factory: Callable[[int], NoiseSource] = SeededNoise,
+    ) -> None:
+        """`noise_factory` makes a row's noise from its seed."""
+        self._model = model
+        self._clock = clock
+        self._metrics = metrics
+        self._noise_factory = noise_factory
+        self.mode = resolve_mode(options, model.device)
+        self._admission = Admission(options.max_queue_s)
+        self._inbox = Inbox()
+        self._planner = Planner(
+            model, num_threads=options.planning_threads, max_pending=options.max_planning, clock=clock
+        )
+        cost = CostModel()
+        policy = resolve_policy(options, model.device, cost=cost)
+        self._predictor = Predictor(cost, policy)
+        self._thread = self._build_thread(options, policy=policy, cost=cost)
+        self._start_lock = threading.Lock()
+        self._is_started = False
+        self._is_closing = False
+        self._num_in_flight = 0
+        self._request_ids = count()
+        weakref.finalize(self, self._thread.stop, timeout_s=_EXIT_TIMEOUT_S)
+
+    async def start(self) -> None:
+        """Start the engine thread and wait for its warm-up. Raises ModelUnavailableError if the model breaks in it."""
+        self._ensure_started()
+        await asyncio.to_thread(self._thread.wait_ready)
+        if self._thread.error is not None:
+            raise ModelUnavailableError("the model failed during warm-up") from self._thread.error
+
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Accept nothing more, give accepted work `drain_s` to finish, fail the rest as unavailable."""
+        self._is_closing = True
+        ends_at = self._clock.monotonic() + drain_s
+        while self._num_in_flight and self._clock.monotonic() < ends_at:  # noqa: ASYNC110 - callers on several loops
+            await asyncio.sleep(0.01)
+        if self._is_started:
+            await asyncio.to_thread(self._thread.stop, timeout_s=_STOP_TIMEOUT_S)
+        self._planner.close()
+
+    async def __aenter__(self) -> Engine:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
+        *,
+        frames: int | None = None,
+    ) -> GenerationResult:
+        """Audio for one request, variations in order of their seeds.
+
+        `on_progress` is called on this event loop. `frames` forces the latent length (a row that shares a reference
+        batch). Cancelling the awaiting task ends the rows at the next step boundary. Raises InvalidRequestError,
+        OverloadedError, DeadlineExceededError, GenerationError, ModelUnavailableError.
+        """
+        self._ensure_started()
+        if self._is_closing:
+            raise ModelUnavailableError(UNAVAILABLE)
+        self._num_in_flight += 1
+        try:
+            state = await self._accept(request, on_progress, frames=frames)
+            try:
+                return await state.reply.future
+            except asyncio.CancelledError:
+                state.cancel()
+                self._inbox.wake()
+                raise
+        finally:
+            self._num_in_flight -= 1
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Facts about the model."""
+        return self._model.spec
+
+    @property
+    def backlog_ms(self) -> float:
+        """Predicted device time of everything accepted and unfinished."""
+        return self._admission.backlog_ms
+
+    def heartbeat(self) -> Heartbeat:
+        """Whether the engine thread lives, and since when it has not come around."""
+        return self._thread.heartbeat()
+
+    def check_health(self, *, max_silence_s: float = 300.0) -> None:
+        """Raises ModelUnavailableError when a started engine's thread ended or has been silent for too long."""
+        beat = self.heartbeat()
+        if self._is_started and (not beat.is_alive or beat.age_s > max_silence_s):
+            raise ModelUnavailableError(UNAVAILABLE)
+
+    async def _accept(
+        self, request: GenerationRequest, on_progress: ProgressCallback | None, *, frames: int | None
+    ) -> RequestState:
+        """Plan, count in and hand over to the engine thread."""
+        submitted_at = self._clock.monotonic()
+        self._admission.check()
+        plans = await self._planner.plan(request, frames=frames)
+        works = [row_work(plan, hop=self.spec.hop, channels=self.spec.channels) for plan in plans]
+        state = RequestState(
+            next(self._request_ids),
+            request,
+            plans=tuple(zip(plans, works, strict=True)),
+            reply=Reply(on_progress),
+            noise_factory=self._noise_factory,
+            submitted_at=submitted_at,
+        )
+        if any(work.encode_frames for work in works):
+            state.clock.mark("source", self._clock.monotonic())  # planning it was mostly resampling
+        self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)))
+        try:
+            self._inbox.put(state)
+        except ModelUnavailableError:
+            self._admission.release(state.id)
+            raise
+        return state
+
+    def _ensure_started(self) -> None:
+        with self._start_lock:
+            if not self._is_started and not self._is_closing:
+                self._is_started = True
+                self._thread.start()
+
+    def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
+        executor = Executor(self._model, policy, together=1 if self.mode == "strict" else options.slots)
+        limits = SchedulerLimits(
+            max_started=options.max_rows,
+            max_tokens=0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens,
+            slack=options.slack,
+            max_slack_s=options.max_slack_s,
+        )
+        stages = Stages(
+            self._model,
+            executor,
+            cost=cost,
+            cache=PromptCache(options.prompt_cache_bytes),
+            drawer=ThreadPoolExecutor(1, thread_name_prefix="noise"),
+            window_frames=options.window_frames,
+            clock=self._clock,
+            metrics=self._metrics,
+        )
+        loop = EngineLoop(
+            self._model.spec,
+            scheduler=Scheduler(limits, knee_tokens=partial(cost.knee_tokens, fixed_share=options.fixed_share)),
+            stages=stages,
+            predictor=self._predictor,
+            admission=self._admission,
+            inbox=self._inbox,
+            clock=self._clock,
+            metrics=self._metrics,
+        )
+        warm_up = WarmUp(
+            self._model,
+            cost,
+            policy,
+            noise_factory=self._noise_factory,
+            synchronize=executor.synchronize,
+            clock=self._clock,
+            budget_s=options.warmup_budget_s,
+        )
+        prepare = partial(_prepare, warm_up if options.warmup_budget_s > 0 else None, options.torch_threads)
+        return EngineThread(loop, self._inbox, prepare=prepare, clock=self._clock)
+
+
+def resolve_mode(options: EngineOptions, device: torch.device) -> Mode:
+    """The mode asked for, else strict on a CPU (batching gains little there) and fast elsewhere."""
+    return options.mode or ("strict" if device.type == "cpu" else "fast")
+
+
+def resolve_policy(options: EngineOptions, device: torch.device, *, cost: CostModel) -> BatchPolicy:
+    """How steps are cut into device calls in this mode on this device."""
+    on_cpu = device.type == "cpu"
+    grid = options.frame_grid or (1 if on_cpu else 64)
+    if resolve_mode(options, device) == "fast":
+        return MergedGrid(
+            call_ms=partial(cost.call_ms, "denoise"),
+            knee_tokens=partial(cost.knee_tokens, fixed_share=options.fixed_share),
+            grid=grid,
+        )
+    return OneRowPerCall(grid) if on_cpu else FixedSlots(options.slots, grid)
+
+
+def _prepare(warm_up: WarmUp | None, torch_threads: int | None) -> None:
+    """Before the first turn, on the engine thread."""
+    if torch_threads is not None:
+        torch.set_num_threads(torch_threads)
+    if warm_up is not None:
+        warm_up.run()

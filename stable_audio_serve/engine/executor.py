@@ -1,0 +1,207 @@
+"""The only module that calls the model: turns rows and windows into device calls and hides how those run (eager today;
+compiled or captured graphs fit behind `Executor.denoise`, because the batch policy fixes every shape).
+
+A call that raises runs again item by item, so that only the culprit fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.engine.batching import BatchPolicy, Call
+from stable_audio_serve.engine.rows import Row
+from stable_audio_serve.models.protocol import (
+    BranchConditioning,
+    DecodeWindow,
+    DiffusionModel,
+    EncodeWindow,
+    StepBatch,
+    TextEmbedding,
+)
+from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
+from stable_audio_serve.sampling.update import advance, network_input
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Errors after which the device itself is unusable: no row is to blame and the process must be replaced.
+DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+
+
+class Executor:
+    """Runs device work for the engine thread. Every method keeps its inputs' order.
+
+    `together` windows or prompts of equal shape share a call; 1 makes every call a lone one (strict).
+    """
+
+    def __init__(self, model: DiffusionModel, policy: BatchPolicy, *, together: int) -> None:
+        self._model = model
+        self._policy = policy
+        self._together = together
+
+    def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
+        """Encode prompts that were not seen before."""
+        outcomes: list[TextEmbedding | Exception] = []
+        for start in range(0, len(prompts), self._together):
+            outcomes += run_isolated(prompts[start : start + self._together], self._model.encode_text)
+        return outcomes
+
+    def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
+        """Latents (D, F_window) float32 of source windows."""
+        return self._by_length(windows, lambda window: window.samples.shape[-1], self._model.encode_audio)
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
+        """Audio (C, S_window) float32 of finished windows."""
+        return self._by_length(windows, lambda window: window.latents.shape[-1], self._model.decode)
+
+    def calls(self, rows: Sequence[Row]) -> list[Call]:
+        """The device calls in which these rows step now."""
+        return self._policy.split([row.lane for row in rows])
+
+    def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
+        """One evaluation of every row: network, guidance, update. Answers the rows that failed.
+
+        A row's registers, draws and work move on together or not at all.
+        """
+        failures: list[tuple[Row, Exception]] = []
+        for call in calls:
+            members = [rows[i] for i in call.members]
+            outcomes = run_isolated(members, partial(self._evaluate, frames=call.frames, rows_in_call=call.rows))
+            for row, outcome in zip(members, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    failures.append((row, outcome))
+                else:
+                    _commit(row, outcome)
+        return failures
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that a clock tells the truth."""
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+    def _by_length(
+        self,
+        windows: Sequence[Item],
+        length: Callable[[Item], int],
+        run: Callable[[Sequence[Item]], Sequence[Tensor]],
+    ) -> list[Tensor | Exception]:
+        order = sorted(range(len(windows)), key=lambda i: length(windows[i]))
+        outcomes: dict[int, Tensor | Exception] = {}
+        for _, group in groupby(order, key=lambda i: length(windows[i])):
+            indices = list(group)
+            for start in range(0, len(indices), self._together):
+                some = indices[start : start + self._together]
+                outcomes.update(zip(some, run_isolated([windows[i] for i in some], run), strict=True))
+        return [outcomes[i] for i in range(len(windows))]
+
+    def _evaluate(self, rows: Sequence[Row], *, frames: int, rows_in_call: int) -> list[Tensor]:
+        """New registers (R, D, F) of each row after one evaluation, from one call of the network."""
+        device = self._model.device
+        evaluations = [row.evaluation for row in rows]
+        state, valid = _gather(rows, frames, device)
+        x = network_input(state, evaluations)
+        times = torch.tensor([evaluation.t for evaluation in evaluations], dtype=torch.float32).to(device)
+        lanes, branches = _lanes(rows, rows_in_call)
+        picked = torch.tensor(lanes).to(device)
+        output = self._model.denoise(StepBatch(x=x[picked], t=times[picked], valid=valid[picked], branches=branches))
+
+        first = [lanes.index(i) for i in range(len(rows))]
+        velocity = output[torch.tensor(first).to(device)].float()
+        unconditional: Tensor | None = None
+        guided = [i for i, evaluation in enumerate(evaluations) if evaluation.guided]
+        if guided:
+            where = torch.tensor(guided).to(device)
+            unconditional = torch.zeros_like(velocity)
+            unconditional[where] = output[torch.tensor([first[i] + 1 for i in guided]).to(device)].float()
+            velocity[where] = guide(
+                x[where],
+                times[where],
+                conditional=velocity[where],
+                unconditional=unconditional[where],
+                valid=valid[where],
+                rows=GuidanceBatch.of([rows[i].plan.guidance for i in guided], device=device),
+            )
+        moved = advance(
+            state,
+            evaluations,
+            velocity=velocity,
+            unconditional=unconditional,
+            noise=_gather_noise(rows, frames, device),
+        )
+        return [moved[i, : row.plan.sampler.num_registers, :, : row.plan.frames].clone() for i, row in enumerate(rows)]
+
+
+def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
+    """`run(items)`, one result per item; if it raises, each item alone, with its exception as the result.
+
+    `run` must leave no trace when it raises. A lost device is nobody's fault and is raised.
+    """
+    try:
+        return list(run(items))
+    except DEVICE_LOST:
+        raise
+    except Exception as error:  # noqa: BLE001 - the engine's edge: what a row provokes ends that row only
+        if len(items) == 1:
+            return [error]
+    outcomes: list[Result | Exception] = []
+    for item in items:
+        outcomes += run_isolated([item], run)
+    return outcomes
+
+
+def _gather(rows: Sequence[Row], frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Registers (B, R, D, F) float32 padded with zeros, and which frames are valid (B, F) bool."""
+    states = [_present(row.state) for row in rows]
+    num_registers = max(state.shape[0] for state in states)
+    gathered = torch.zeros(len(rows), num_registers, states[0].shape[1], frames, dtype=torch.float32, device=device)
+    for target, state in zip(gathered, states, strict=True):
+        target[: state.shape[0], :, : state.shape[2]] = state
+    lengths = torch.tensor([row.plan.valid_frames for row in rows])
+    return gathered, (torch.arange(frames)[None] < lengths[:, None]).to(device)
+
+
+def _lanes(rows: Sequence[Row], rows_in_call: int) -> tuple[list[int], list[BranchConditioning]]:
+    """Which row each network row shows, and with which conditioning; spare slots repeat the first."""
+    lanes: list[int] = []
+    branches: list[BranchConditioning] = []
+    for i, row in enumerate(rows):
+        conditioning = _present(row.conditioning)
+        lanes.append(i)
+        branches.append(conditioning.conditional)
+        if row.evaluation.guided:
+            lanes.append(i)
+            branches.append(_present(conditioning.unconditional))
+    spare = rows_in_call - len(lanes)
+    return lanes + [0] * spare, branches + [branches[0]] * spare
+
+
+def _gather_noise(rows: Sequence[Row], frames: int, device: torch.device) -> Tensor | None:
+    """This evaluation's draws (B, D, F) float32, zero where a row has none; None when nobody needs any."""
+    draws = {i: _present(row.noise).current() for i, row in enumerate(rows) if any(row.evaluation.c)}
+    if not draws:
+        return None
+    width = _present(rows[0].state).shape[1]
+    gathered = torch.zeros(len(rows), width, frames, dtype=torch.float32)
+    for i, draw in draws.items():
+        gathered[i, :, : rows[i].plan.frames] = _present(draw)
+    return gathered.to(device)
+
+
+def _commit(row: Row, state: Tensor) -> None:
+    if row.evaluation.draws_noise:
+        _present(row.noise).advance()
+    row.state = state
+    row.work.finish_evaluation()
+
+
+def _present(value: Item | None) -> Item:
+    """The value of a field that this phase of a row guarantees."""
+    if value is None:
+        raise RuntimeError("a row was stepped before it was ready")
+    return value

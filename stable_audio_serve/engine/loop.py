@@ -1,0 +1,202 @@
+"""The engine's loop, run by one thread, the only one that uses the device: between steps take in new requests and end
+cancelled and late ones; then pick rows, move each on by one phase, and hand finished audio out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import count
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    GenerationError,
+    ModelUnavailableError,
+    StableAudioError,
+)
+from stable_audio_serve.core.generation import GenerationResult, Progress
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.admission import Admission
+from stable_audio_serve.engine.executor import DEVICE_LOST
+from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
+from stable_audio_serve.engine.prediction import Predictor
+from stable_audio_serve.engine.request_state import RequestState
+from stable_audio_serve.engine.rows import Row
+from stable_audio_serve.engine.scheduler import RowId, Scheduler
+from stable_audio_serve.engine.stages import Failures, Stages
+from stable_audio_serve.engine.work import Phase
+from stable_audio_serve.models.protocol import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Rows and requests between arrival and end. Used by the engine thread only."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        scheduler: Scheduler,
+        stages: Stages,
+        predictor: Predictor,
+        admission: Admission,
+        inbox: Inbox,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._spec = spec
+        self._scheduler = scheduler
+        self._stages = stages
+        self._predictor = predictor
+        self._admission = admission
+        self._inbox = inbox
+        self._clock = clock
+        self._metrics = metrics
+        self._rows: dict[RowId, Row] = {}
+        self._requests: dict[int, RequestState] = {}
+        self._row_ids = count()
+
+    def turn(self) -> bool:
+        """One round; False when there was nothing to do."""
+        for request in self._inbox.take():
+            self._receive(request)
+        self._end_unwanted()
+        picked = [self._rows[row_id] for row_id in self._scheduler.pick()]
+        if not picked:
+            return False
+        try:
+            self._work(picked)
+        except DEVICE_LOST:
+            raise
+        except Exception as error:
+            log.exception("a turn of the engine failed")
+            self._fail([(row, error) for row in picked])
+        self._report(picked)
+        return True
+
+    def abort(self) -> None:
+        """Fail everything that is left and let nothing in any more."""
+        for request in self._inbox.close():
+            self._requests[request.id] = request
+        for request in list(self._requests.values()):
+            self._end(request)
+            request.reply.fail(ModelUnavailableError(UNAVAILABLE))
+
+    def _receive(self, request: RequestState) -> None:
+        self._requests[request.id] = request
+        alone_s = sum(self._predictor.alone_ms(work) for _, work in request.plans) / 1000.0
+        for index, (plan, work) in enumerate(request.plans):
+            row = Row(RowId(next(self._row_ids)), request, index=index, plan=plan, work=work)
+            request.rows.append(row)
+            self._rows[row.id] = row
+            self._scheduler.add(row.id, work, arrived_at=request.submitted_at, alone_s=alone_s)
+        self._report_position(request)
+
+    def _end_unwanted(self) -> None:
+        """Cancelled and late requests leave here, between two steps."""
+        now = self._clock.monotonic()
+        for request in list(self._requests.values()):
+            if request.is_abandoned:
+                self._end(request)
+                request.reply.fail(CancelledRequestError("the request was cancelled"))
+            elif request.deadline_at is not None and now >= request.deadline_at:
+                self._end(request)
+                message = f"the request did not finish within its {request.request.deadline_s:g} s"
+                request.reply.fail(DeadlineExceededError(message, field="deadline_s"))
+
+    def _work(self, picked: Sequence[Row]) -> None:
+        """One phase of every picked row."""
+        now = self._clock.monotonic()
+        for row in picked:
+            row.request.clock.mark("stalled" if row.request.is_started else "queue", now)
+        for row in picked:
+            row.request.is_started = True
+        phases = {row.id: row.work.phase for row in picked}
+        self._fail(self._stages.start([row for row in picked if row.noise is None]))
+        for phase, run in (
+            (Phase.ENCODE, self._stages.encode),
+            (Phase.DENOISE, self._stages.denoise),
+            (Phase.DECODE, self._stages.decode),
+        ):
+            rows = [row for row in picked if phases[row.id] is phase and row.id in self._rows]
+            if rows:
+                self._fail(run(rows))
+        for row in picked:
+            if row.id in self._rows and row.work.phase is Phase.DONE:
+                self._finish(row)
+
+    def _finish(self, row: Row) -> None:
+        """The row's audio is complete; with its last row the request is answered."""
+        request = row.request
+        if row.audio is None:
+            raise RuntimeError("a row finished without audio")
+        request.audio[row.index] = row.audio.audio()
+        self._drop(row)
+        if len(request.audio) < len(request.rows):
+            return
+        self._end(request)
+        timings = request.clock.timings()
+        result = GenerationResult(
+            audio=tuple(request.audio[index] for index in range(len(request.rows))),
+            sample_rate_hz=self._spec.sample_rate_hz,
+            model=self._spec.name,
+            seeds=tuple(row.plan.seed for row in request.rows),
+            timings=timings,
+        )
+        steps = request.progress(None).steps_total
+        request.reply.report(Progress("done", 1.0, steps, steps))
+        request.reply.resolve(result)
+        self._metrics.observe("engine_queue_ms", timings.queue_ms)
+        self._metrics.observe("engine_request_ms", timings.total_ms)
+        samples = sum(audio.shape[-1] for audio in result.audio)
+        self._metrics.increment("engine_audio_seconds_total", samples / self._spec.sample_rate_hz)
+
+    def _fail(self, failures: Failures) -> None:
+        """End the requests of failed rows; nobody else notices."""
+        for row, error in failures:
+            request = row.request
+            if request.id not in self._requests:
+                continue
+            log.error("request %s failed: %r", request.request.request_id or request.id, error, exc_info=error)
+            self._end(request)
+            if not isinstance(error, StableAudioError):
+                error = GenerationError("the model failed on this request")
+            request.reply.fail(error)
+            self._metrics.increment("engine_failures_total")
+
+    def _end(self, request: RequestState) -> None:
+        """Forget a request and all its rows; the only way out."""
+        del self._requests[request.id]
+        for row in request.rows:
+            if row.id in self._rows:
+                self._drop(row)
+        self._admission.release(request.id)
+        for other in self._requests.values():
+            self._report_position(other)
+
+    def _drop(self, row: Row) -> None:
+        del self._rows[row.id]
+        self._scheduler.remove(row.id)
+        row.release()
+
+    def _report(self, picked: Sequence[Row]) -> None:
+        """Tell admission what is left and listeners how far their requests are."""
+        for request in {row.request.id: row.request for row in picked}.values():
+            if request.id in self._requests:
+                left_ms = sum(self._predictor.share_ms(row.work) for row in request.rows if row.id in self._rows)
+                self._admission.update(request.id, left_ms)
+                if request.reply.wants_progress:
+                    request.reply.report(request.progress(None))
+        self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
+
+    def _report_position(self, request: RequestState) -> None:
+        """Tell a waiting listener how many rows are ahead, when that changed."""
+        if request.is_started or not request.reply.wants_progress:
+            return
+        position = min(self._scheduler.position(row.id) for row in request.rows)
+        if position != request.last_position:
+            request.last_position = position
+            request.reply.report(request.progress(position))

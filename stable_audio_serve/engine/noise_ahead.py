@@ -1,0 +1,60 @@
+"""Draws each row's latent noise on one side thread, a step before the engine needs it, so that random numbers never
+cost the device a moment. One row's draws stay in order; rows share nothing but the thread.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future
+
+from torch import Tensor
+
+from stable_audio_serve.sampling.noise import NoiseSource
+from stable_audio_serve.sampling.plan import SamplerPlan
+
+
+class RowNoise:
+    """The draws of one row, used by the engine thread; `source` also serves the row's windows.
+
+    `drawer` must run one task at a time in order. Draws after the last one that weighs anything are not made.
+    """
+
+    def __init__(self, source: NoiseSource, plan: SamplerPlan, *, shape: tuple[int, int], drawer: Executor) -> None:
+        """`shape` is the row's own latent (D, F). The initial draw starts at once."""
+        self.source = source
+        self._shape = shape
+        self._drawer = drawer
+        drawing = [any(e.c) for e in plan.evaluations if e.draws_noise]
+        self._num_left = max((i + 1 for i, weighs in enumerate(drawing) if weighs), default=0)
+        self._initial = drawer.submit(source.initial, shape)
+        self._next: Future[Tensor] | None = None
+        self._draw_next()
+
+    def initial(self) -> Tensor:
+        """The initial latent noise (D, F) float32 on the CPU."""
+        return self._initial.result()
+
+    def current(self) -> Tensor | None:
+        """The draw of the evaluation at hand (D, F) float32 on the CPU, or None when no further draw weighs anything.
+
+        The same tensor until `advance`, so that a failed step can run again.
+        """
+        return self._next.result() if self._next else None
+
+    def advance(self) -> None:
+        """The evaluation is done: forget its draw and start the next."""
+        self._draw_next()
+
+    def cancel(self) -> None:
+        """The row ended: make no further draws."""
+        self._num_left = 0
+        if self._next:
+            self._next.cancel()
+
+    def _draw_next(self) -> None:
+        self._next = None
+        if self._num_left > 0:
+            self._num_left -= 1
+            self._next = self._drawer.submit(self._source_step)
+
+    def _source_step(self) -> Tensor:
+        return self.source.step(self._shape)

@@ -1,0 +1,53 @@
+"""How an engine is tuned: one frozen value, checked when it is made. Knows no settings file and no environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stable_audio_serve.core.errors import ConfigError
+
+Mode = Literal["strict", "fast"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Every knob of one engine; `None` means "decided by the device the model lives on".
+
+    `mode` strict (default on a CPU): a request's bytes never depend on its neighbours. `fast` (default on CUDA): they
+    agree within a stated tolerance, and unlike rows share device calls. Raises ConfigError naming a bad value.
+    """
+
+    mode: Mode | None = None
+    max_rows: int = 64  # rows holding device state at once; the others wait as plans
+    max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused
+    slack: float = 5.0  # a row's deadline is its arrival + slack x its predicted time alone ...
+    max_slack_s: float = 120.0  # ... but never further away than this
+    fixed_share: float = 0.15  # a step is large enough when its fixed cost is this share of it
+    max_step_tokens: int = 16_384  # latent frames of one step over all rows
+    slots: int = 8  # rows of one strict call on CUDA, dummies included
+    frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, 1 on a CPU
+    window_frames: int = 512  # source or decode latents handled between two steps
+    prompt_cache_bytes: int = 256 * 2**20
+    planning_threads: int = 1
+    max_planning: int = 1024  # requests being planned at once
+    torch_threads: int | None = None  # intra-op threads of the engine thread; None leaves torch's default
+    warmup_budget_s: float = 10.0  # stop measuring step costs after this; 0 skips the warm-up
+
+    def __post_init__(self) -> None:
+        if self.mode not in (None, "strict", "fast"):
+            raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
+        at_least_one = ("max_rows", "max_step_tokens", "slots", "window_frames", "planning_threads", "max_planning")
+        for name in (*at_least_one, "frame_grid", "torch_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"engine {name} must be at least 1, got {value}", field=name, allowed=">= 1")
+        for name in ("max_queue_s", "max_slack_s", "prompt_cache_bytes", "warmup_budget_s"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigError(f"engine {name} must not be negative, got {value}", field=name, allowed=">= 0")
+        if not self.slack >= 1:
+            raise ConfigError(f"engine slack must be at least 1, got {self.slack}", field="slack", allowed=">= 1")
+        if not 0 < self.fixed_share < 1:
+            message = f"engine fixed_share must lie between 0 and 1, got {self.fixed_share}"
+            raise ConfigError(message, field="fixed_share", allowed="0 < fixed_share < 1")

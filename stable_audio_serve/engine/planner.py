@@ -1,0 +1,65 @@
+"""Plans requests (lengths, schedules, resampling) on worker threads with a bound, so that neither an event loop nor the
+engine thread ever does it. Usable from several event loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.errors import GenerationError, OverloadedError, StableAudioError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
+
+log = logging.getLogger(__name__)
+
+
+class Planner:
+    """At most `max_pending` requests being planned or waiting for it, on `num_threads` threads."""
+
+    def __init__(self, model: DiffusionModel, *, num_threads: int, max_pending: int, clock: Clock) -> None:
+        self._model = model
+        self._clock = clock
+        self._num_threads = num_threads
+        self._max_pending = max_pending
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning")
+        self._lock = threading.Lock()
+        self._num_pending = 0
+        self._usual_s = 0.01
+
+    async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
+        """The model's plans, one per variation.
+
+        Raises OverloadedError at the bound, what the model refuses, and GenerationError for what it breaks on.
+        """
+        with self._lock:
+            if self._num_pending >= self._max_pending:
+                retry_s = max(0.1, self._num_pending * self._usual_s / self._num_threads)
+                raise OverloadedError("too many requests are being prepared; retry later", retry_after_s=retry_s)
+            self._num_pending += 1
+        future = self._pool.submit(self._run, request, frames)
+        future.add_done_callback(self._forget)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Drop what is waiting; what runs ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, request: GenerationRequest, frames: int | None) -> tuple[RowPlan, ...]:
+        started_at = self._clock.monotonic()
+        try:
+            return self._model.plan(request, frames=frames)
+        except StableAudioError:
+            raise
+        except Exception as error:
+            log.exception("planning request %s failed", request.request_id)
+            raise GenerationError("the model failed on this request") from error
+        finally:
+            self._usual_s += 0.2 * (self._clock.monotonic() - started_at - self._usual_s)
+
+    def _forget(self, _: Future[tuple[RowPlan, ...]]) -> None:
+        with self._lock:
+            self._num_pending -= 1

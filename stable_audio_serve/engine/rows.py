@@ -1,0 +1,105 @@
+"""The engine thread's view of one row: one variation of one request with its own registers, noise and windows."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from stable_audio_serve.engine.batching import Lane
+from stable_audio_serve.engine.noise_ahead import RowNoise
+from stable_audio_serve.engine.request_state import RequestState
+from stable_audio_serve.engine.scheduler import RowId
+from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding
+from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.models.protocol import RowConditioning, RowPlan
+from stable_audio_serve.sampling.plan import Evaluation
+
+# Shares of a row's progress that its phases end at; coarse on purpose, monotone by construction.
+_ENCODED, _DENOISED = 0.05, 0.9
+
+
+class Row:
+    """Mutable state of one row; tensors live on the model's device."""
+
+    def __init__(self, row_id: RowId, request: RequestState, *, index: int, plan: RowPlan, work: RowWork) -> None:
+        """`index` is the variation's place in the request."""
+        self.id = row_id
+        self.request = request
+        self.index = index
+        self.plan = plan
+        self.work = work
+        self.noise: RowNoise | None = None  # from its start on
+        self.sources: dict[str, SourceEncoding] = {}  # by stage: init, inpaint
+        self.conditioning: RowConditioning | None = None
+        self.state: Tensor | None = None  # registers (R, D, F) float32 while denoising
+        self.latents: Tensor | None = None  # (D, F) float32 once denoised
+        self.audio: AudioAssembly | None = None
+        self._encode_total = work.encode_frames
+        self._decode_total = work.decode_frames
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The next call of the network."""
+        return self.plan.sampler.evaluations[self.work.num_done]
+
+    @property
+    def lane(self) -> Lane:
+        """What the next evaluation needs of a device call."""
+        return Lane(self.work.branches[self.work.num_done], self.plan.frames)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the first step can run or has run."""
+        return self.conditioning is not None or self.work.num_done > 0
+
+    @property
+    def steps_done(self) -> int:
+        """Finished steps of the sampler, as the client counts them."""
+        return bisect_right(self.plan.sampler.step_ends, self.work.num_done)
+
+    @property
+    def fraction(self) -> float:
+        """0..1, never falling."""
+        encoded = _share_done(self._encode_total, self.work.encode_frames)
+        denoised = self.work.num_done / max(len(self.work.branches), 1)
+        decoded = _share_done(self._decode_total, self.work.decode_frames)
+        return _ENCODED * encoded + (_DENOISED - _ENCODED) * denoised + (1.0 - _DENOISED) * decoded
+
+    def release(self) -> None:
+        """Drop everything the row holds."""
+        if self.noise is not None:
+            self.noise.cancel()
+        self.noise = self.conditioning = self.state = self.latents = self.audio = None
+        self.sources = {}
+
+
+def row_work(plan: RowPlan, *, hop: int, channels: int) -> RowWork:
+    """The work of a planned row; an evaluation costs two network rows where it is guided."""
+    sources: Sequence[int] = [
+        sum(span.stop - span.start for span in source.windows)
+        for source in (plan.init_source, plan.inpaint_source)
+        if source is not None
+    ]
+    return RowWork(
+        plan.frames,
+        branches=[2 if evaluation.guided else 1 for evaluation in plan.sampler.evaluations],
+        encode_frames=sum(sources),
+        decode_frames=make_assembly(plan, hop=hop, channels=channels).frames_left,
+    )
+
+
+def make_assembly(plan: RowPlan, *, hop: int, channels: int) -> AudioAssembly:
+    """An empty output for a planned row."""
+    return AudioAssembly(
+        plan.decode_windows,
+        channels=channels,
+        hop=hop,
+        valid_frames=plan.valid_frames,
+        output_samples=plan.output_samples,
+    )
+
+
+def _share_done(total: int, left: int) -> float:
+    return 1.0 if total == 0 else 1.0 - left / total

@@ -1,0 +1,241 @@
+"""What picked rows do in each phase: text and sources in, evaluations, audio out. Times every device call for the cost
+model and the requests' clocks. Knows no scheduler; rows that fail are answered to the loop, which ends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor as Drawer
+from typing import TypeVar
+
+import torch
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.errors import GenerationError
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.cost import CostModel, Work
+from stable_audio_serve.engine.executor import DEVICE_LOST, Executor
+from stable_audio_serve.engine.noise_ahead import RowNoise
+from stable_audio_serve.engine.prompt_cache import PromptCache
+from stable_audio_serve.engine.rows import Row, make_assembly
+from stable_audio_serve.engine.windows import SourceEncoding
+from stable_audio_serve.models.protocol import DiffusionModel, TextEmbedding
+from stable_audio_serve.sampling.update import start_state
+
+Result = TypeVar("Result")
+Failures = list[tuple[Row, Exception]]
+
+
+class Stages:
+    """Moves rows on, phase by phase, on the engine thread."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        executor: Executor,
+        *,
+        cost: CostModel,
+        cache: PromptCache,
+        drawer: Drawer,
+        window_frames: int,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """`drawer` runs one noise draw at a time, in order; `window_frames` latents are coded per turn and row."""
+        self._model = model
+        self._executor = executor
+        self._cost = cost
+        self._cache = cache
+        self._drawer = drawer
+        self._window_frames = window_frames
+        self._clock = clock
+        self._metrics = metrics
+
+    def start(self, rows: Sequence[Row]) -> Failures:
+        """A row's first turn: noise, prompts, sources. Rows without sources are ready to step afterwards."""
+        for row in rows:
+            shape = (self._model.spec.latent_channels, row.plan.frames)
+            source = row.request.noise_factory(row.plan.seed)
+            row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=self._drawer)
+        failures = self._embed(rows)
+        failed = {row.id for row, _ in failures}
+        for row in rows:
+            if row.id not in failed:
+                self._open_sources(row)
+                if not row.sources:
+                    failures += self._begin(row)
+        return failures
+
+    def encode(self, rows: Sequence[Row]) -> Failures:
+        """The next source windows of each row; a row whose last window is done becomes ready to step."""
+        pending = {id(source): (source, row) for row in rows for source in row.sources.values() if source.frames_left}
+        failed: dict[int, Exception] = {}
+        windows = [(source, window) for source, _ in pending.values() for window in source.pending(self._window_frames)]
+        if windows:
+            shapes = [(1, window.samples.shape[-1] // self._model.spec.hop) for _, window in windows]
+            outcomes = self._timed("encode", shapes, lambda: self._executor.encode([window for _, window in windows]))
+            for (source, _), outcome in zip(windows, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    failed[id(source)] = outcome
+                elif id(source) not in failed:
+                    source.put(outcome)
+        failures: Failures = []
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("source", now)
+            row.work.encode_frames = sum(source.frames_left for source in row.sources.values())
+            errors = [failed[id(source)] for source in row.sources.values() if id(source) in failed]
+            if errors:
+                failures.append((row, errors[0]))
+            elif row.work.encode_frames == 0:
+                failures += self._begin(row)
+        return failures
+
+    def denoise(self, rows: Sequence[Row]) -> Failures:
+        """One evaluation of every row; a row that had its last one gets its latents checked."""
+        calls = self._executor.calls(rows)
+        lanes = [row.lane for row in rows]
+        tokens = sum(lane.branches * lane.frames for lane in lanes)
+        shapes = [(call.rows, call.frames) for call in calls]
+        failures = self._timed("denoise", shapes, lambda: self._executor.denoise(rows, calls))
+        self._metrics.observe("engine_rows_per_step", len(rows))
+        self._metrics.observe("engine_tokens_per_step", tokens)
+        self._metrics.observe("engine_pad_share", 1.0 - tokens / sum(count * frames for count, frames in shapes))
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("denoise", now)
+            if row.work.num_done == len(row.work.branches):
+                failures += self._take_latents(row)
+        return failures
+
+    def decode(self, rows: Sequence[Row]) -> Failures:
+        """The next windows of each row into its audio."""
+        windows = [
+            (row, window)
+            for row in rows
+            if row.audio is not None and row.latents is not None and row.noise is not None
+            for window in row.audio.pending(row.latents, row.noise.source, self._window_frames)
+        ]
+        shapes = [(1, window.latents.shape[-1]) for _, window in windows]
+        outcomes = self._timed("decode", shapes, lambda: self._executor.decode([window for _, window in windows]))
+        failed: dict[int, tuple[Row, Exception]] = {}
+        for (row, _), outcome in zip(windows, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                failed.setdefault(row.id, (row, outcome))
+            elif row.id not in failed and row.audio is not None:
+                row.audio.put(outcome)
+                row.work.decode_frames = row.audio.frames_left
+                if not row.audio.is_finite:
+                    failed[row.id] = (row, GenerationError("the model made audio that is not a number"))
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("decode", now)
+        return list(failed.values())
+
+    def _embed(self, rows: Sequence[Row]) -> Failures:
+        """Text embeddings of the rows' requests: from the cache, else all new ones of this turn together."""
+        rows = [row for row in rows if row.request.prompt is None]
+        prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
+        known: dict[str, TextEmbedding | Exception] = {
+            prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
+        }
+        missing = [prompt for prompt in prompts if prompt not in known]
+        self._metrics.increment("engine_prompt_cache_hits_total", len(known))
+        self._metrics.increment("engine_prompt_cache_misses_total", len(missing))
+        if missing:
+            outcomes = self._timed("text", [(len(missing), 0)], lambda: self._executor.embed(missing))
+            known.update(zip(missing, outcomes, strict=True))
+            for outcome in outcomes:
+                if not isinstance(outcome, Exception):
+                    self._cache.put(outcome)
+        failures: Failures = []
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("text", now)
+            embeddings: list[TextEmbedding] = []
+            for outcome in (known[prompt] for prompt in _prompts(row)):
+                if isinstance(outcome, Exception):
+                    failures.append((row, outcome))
+                    break
+                embeddings.append(outcome)
+            else:
+                row.request.prompt, *negative = embeddings
+                row.request.negative = negative[0] if negative else None
+        return failures
+
+    def _open_sources(self, row: Row) -> None:
+        """Encodings the row waits for, shared with its request's other rows unless the encoder itself draws noise."""
+        for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
+            if plan is None or row.noise is None:
+                continue
+            encoding = row.request.sources.get(stage)
+            if encoding is None:
+                encoding = SourceEncoding(plan, stage=stage, noise=row.noise.source, hop=self._model.spec.hop)
+                if not self._model.spec.noisy_source_encoder:
+                    row.request.sources[stage] = encoding
+            row.sources[stage] = encoding
+        row.work.encode_frames = sum(source.frames_left for source in row.sources.values())
+
+    def _begin(self, row: Row) -> Failures:
+        """Conditioning and first registers; the last thing before a row steps."""
+        try:
+            self._condition(row)
+            self._set_registers(row)
+        except DEVICE_LOST:
+            raise
+        except Exception as error:  # noqa: BLE001 - the engine's edge: it ends this row only
+            return [(row, error)]
+        return []
+
+    def _condition(self, row: Row) -> None:
+        request = row.request
+        if request.prompt is None:
+            raise RuntimeError("a row was conditioned before its prompt was encoded")
+        if request.conditioning is not None:
+            row.conditioning = request.conditioning
+            return
+        inpaint = row.sources.get("inpaint")
+        row.conditioning = self._model.condition(
+            row.plan,
+            prompt=request.prompt,
+            negative=request.negative,
+            inpaint_latents=inpaint.latents() if inpaint else None,
+        )
+        if inpaint is None or not self._model.spec.noisy_source_encoder:
+            request.conditioning = row.conditioning
+
+    def _set_registers(self, row: Row) -> None:
+        if row.noise is None:
+            raise RuntimeError("a row began before its noise was drawn")
+        init = row.sources.get("init")
+        noise = row.noise.initial().to(self._model.device)
+        row.state = start_state(row.plan.sampler, noise, init.latents() if init else None)
+        row.sources = {}
+
+    def _take_latents(self, row: Row) -> Failures:
+        """From registers to latents, refused when a valid frame is not a number."""
+        if row.state is None:
+            raise RuntimeError("a row ended without registers")
+        latents = row.state[row.plan.sampler.result_register]
+        row.state = row.conditioning = None
+        if not bool(torch.isfinite(latents[:, : row.plan.valid_frames]).all()):
+            return [(row, GenerationError("the model made latents that are not numbers"))]
+        row.latents = latents
+        row.audio = make_assembly(row.plan, hop=self._model.spec.hop, channels=self._model.spec.channels)
+        return []
+
+    def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], run: Callable[[], Result]) -> Result:
+        """Run device work and tell the cost model how long its calls, (rows, frames) each, really took."""
+        started_at = self._clock.monotonic()
+        result = run()
+        self._executor.synchronize()
+        ms = (self._clock.monotonic() - started_at) * 1000.0
+        self._cost.correct(work, shapes, ms)
+        self._metrics.observe(f"engine_{work}_ms", ms)
+        return result
+
+
+def _prompts(row: Row) -> list[str]:
+    """The row's prompt and, if guided with one, its negative prompt."""
+    negative = row.plan.negative_prompt
+    return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]

@@ -1,0 +1,76 @@
+"""The engine thread's life: prepare, turn until stopped, and leave nobody waiting whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.engine.inbox import Inbox
+from stable_audio_serve.engine.loop import EngineLoop
+
+log = logging.getLogger(__name__)
+
+_IDLE_BEAT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A sign of life: `age_s` since the engine thread last came around (a long step makes it grow)."""
+
+    is_alive: bool
+    age_s: float
+
+
+class EngineThread:
+    """Runs `prepare`, then the loop's turns. Never restarts: a thread that ended stays ended."""
+
+    def __init__(self, loop: EngineLoop, inbox: Inbox, *, prepare: Callable[[], None], clock: Clock) -> None:
+        self._loop = loop
+        self._inbox = inbox
+        self._prepare = prepare
+        self._clock = clock
+        self._beat_at = clock.monotonic()
+        self._stopping = False
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.error: BaseException | None = None  # what ended the thread, if it was not asked to end
+
+    def start(self) -> None:
+        """Start the thread; only once."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Block until the preparation succeeded or the thread ended."""
+        self._ready.wait()
+
+    def stop(self, *, timeout_s: float) -> None:
+        """End after the turn at hand; what is unfinished fails as unavailable. Waits at most `timeout_s`."""
+        self._stopping = True
+        self._inbox.wake()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def heartbeat(self) -> Heartbeat:
+        """Whether the thread lives and when it last came around."""
+        return Heartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                self._prepare()
+                self._ready.set()
+                while not self._stopping:
+                    self._beat_at = self._clock.monotonic()
+                    if not self._loop.turn():
+                        self._inbox.wait(_IDLE_BEAT_S)
+        except BaseException as error:
+            log.critical("the engine thread ended", exc_info=error)
+            self.error = error
+        finally:
+            self._loop.abort()
+            self._ready.set()

@@ -1,0 +1,116 @@
+"""Cuts latents and audio into windows for the autoencoder and joins what comes back. Knows no queue and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowSpan
+from stable_audio_serve.sampling.noise import NoiseSource
+
+
+def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
+    """The leading spans that fit `max_frames` latents together, at least one."""
+    total = 0
+    for count, span in enumerate(spans):
+        total += span.stop - span.start
+        if count and total > max_frames:
+            return spans[:count]
+    return spans
+
+
+class SourceEncoding:
+    """One source on its way through the encoder: windows still to encode and the latents so far."""
+
+    def __init__(self, source: SourcePlan, *, stage: str, noise: NoiseSource, hop: int) -> None:
+        """`stage` is init or inpaint, `hop` audio samples per latent frame."""
+        self._source = source
+        self._stage = stage
+        self._noise = noise
+        self._hop = hop
+        self._num_done = 0
+        self._latents: Tensor | None = None
+
+    @property
+    def frames_left(self) -> int:
+        """Latent frames of the windows still to encode."""
+        return sum(span.stop - span.start for span in self._source.windows[self._num_done :])
+
+    def pending(self, max_frames: int) -> list[EncodeWindow]:
+        """The next windows, at most `max_frames` latents together but at least one unless all are done."""
+        spans = take_spans(self._source.windows[self._num_done :], max_frames)
+        samples = self._source.samples
+        return [
+            EncodeWindow(
+                samples=samples[:, span.start * self._hop : span.stop * self._hop].contiguous(),
+                start=span.start,
+                stage=self._stage,
+                noise=self._noise,
+            )
+            for span in spans
+        ]
+
+    def put(self, latents: Tensor) -> None:
+        """The next window's latents (D, F_window) float32, in order."""
+        span = self._source.windows[self._num_done]
+        if self._latents is None:
+            frames = max(s.keep_stop for s in self._source.windows)
+            self._latents = latents.new_zeros(latents.shape[0], frames)
+        kept = latents[:, span.keep_start - span.start : span.keep_stop - span.start]
+        self._latents[:, span.keep_start : span.keep_stop] = kept
+        self._num_done += 1
+
+    def latents(self) -> Tensor:
+        """All latents (D, F) float32. Only after the last window."""
+        if self._latents is None or self.frames_left:
+            raise RuntimeError("a source was read before all its windows were encoded")
+        return self._latents
+
+
+class AudioAssembly:
+    """One row's audio while its windows are decoded: exact length, clamped, silent behind the valid frames."""
+
+    def __init__(
+        self, spans: Sequence[WindowSpan], *, channels: int, hop: int, valid_frames: int, output_samples: int
+    ) -> None:
+        # Windows wholly behind the end of the result (the headroom) are never decoded.
+        self._spans = [s for s in spans if s.keep_start * hop < min(output_samples, valid_frames * hop)]
+        self._hop = hop
+        self._end = min(output_samples, valid_frames * hop)
+        self._audio = torch.zeros(channels, output_samples, dtype=torch.float32)
+        self._num_done = 0
+        self._finite = True
+
+    @property
+    def frames_left(self) -> int:
+        """Latent frames of the windows still to decode."""
+        return sum(span.stop - span.start for span in self._spans[self._num_done :])
+
+    def pending(self, latents: Tensor, noise: NoiseSource, max_frames: int) -> Iterator[DecodeWindow]:
+        """The next windows over `latents` (D, F), at most `max_frames` together but at least one if any is left."""
+        for span in take_spans(self._spans[self._num_done :], max_frames):
+            yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
+
+    def put(self, audio: Tensor) -> None:
+        """The next window's audio (C, >= hop * F_window) float32 on any device, in order."""
+        span = self._spans[self._num_done]
+        start = span.keep_start * self._hop
+        stop = min(span.keep_stop * self._hop, self._end)
+        offset = span.start * self._hop
+        kept = audio[:, start - offset : stop - offset].to("cpu", torch.float32)
+        self._finite = self._finite and bool(torch.isfinite(kept).all())
+        self._audio[:, start:stop] = kept.clamp(-1.0, 1.0)
+        self._num_done += 1
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every sample so far was a number."""
+        return self._finite
+
+    def audio(self) -> npt.NDArray[np.float32]:
+        """The finished audio (C, S) float32 in -1..1."""
+        return self._audio.numpy()

@@ -1,0 +1,273 @@
+"""A tiny model with real tensor maths and makers of requests: what engine tests use instead of a checkpoint.
+
+Neighbours, padding and window edges could leak through it: attention runs over frames with a key mask, the decoder
+reaches over its neighbours, and both autoencoder directions can draw noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    EncodeWindow,
+    ModelSpec,
+    RowConditioning,
+    RowPlan,
+    SourcePlan,
+    StepBatch,
+    TextEmbedding,
+    WindowSpan,
+)
+from stable_audio_serve.sampling.plan import Guidance
+from stable_audio_serve.sampling.samplers import build_plan
+from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT, build_sigmas
+
+_WINDOW, _OVERLAP, _HALO = 32, 8, 2
+
+
+@dataclass(frozen=True, slots=True)
+class ToyBranch:
+    """Context vector (width,) and local additions (width, F) of one branch."""
+
+    context: Tensor
+    local: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.context.nbytes + self.local.nbytes
+
+
+class ToyModel:
+    """Implements DiffusionModel. `on_call(name, items)` runs before every device method and may raise."""
+
+    def __init__(
+        self,
+        *,
+        width: int = 16,
+        latent_channels: int = 4,
+        hop: int = 8,
+        noisy_source_encoder: bool = False,
+        device: str = "cpu",
+        on_call: Callable[[str, Sequence[object]], None] = lambda name, items: None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.on_call = on_call
+        self.spec = ModelSpec(
+            name="toy",
+            family="toy",
+            sample_rate_hz=800,
+            channels=2,
+            hop=hop,
+            latent_channels=latent_channels,
+            max_frames=256,
+            max_duration_s=256 * hop / 800,
+            default_sampler="pingpong",
+            default_steps=4,
+            default_cfg_scale=1.0,
+            default_padding_s=0.1,
+            decode_halo_frames=_HALO,
+            noisy_source_encoder=noisy_source_encoder,
+            parameter_bytes=0,
+        )
+        generator = torch.Generator().manual_seed(7)
+
+        def weight(*shape: int) -> Tensor:
+            return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(self.device)
+
+        channels = self.spec.channels
+        self._text = weight(256, width)
+        self._into = weight(width, latent_channels)
+        self._qkv = weight(3 * width, width)
+        self._out = weight(latent_channels, width)
+        self._time = weight(width, 1)
+        self._local = weight(width, latent_channels + 1)
+        self._encoder = weight(latent_channels, channels * hop)
+        self._decoder = weight(channels * hop, latent_channels, 2 * _HALO + 1)
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        spec = self.spec
+        if request.duration_s > spec.max_duration_s:
+            raise InvalidRequestError("too long", field="duration", allowed=f"0..{spec.max_duration_s}")
+        padding_s = spec.default_padding_s if request.duration_padding_s is None else request.duration_padding_s
+        own = max(1, math.ceil((request.duration_s + padding_s) * spec.sample_rate_hz / spec.hop))
+        valid = min(own, spec.max_frames)
+        length = frames or min(valid + valid % 2, spec.max_frames)
+        guidance = Guidance(
+            cfg_scale=spec.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
+            apg_scale=request.apg_scale,
+            norm_threshold=request.cfg_norm_threshold,
+            rescale=request.cfg_rescale,
+            interval=request.cfg_interval,
+        )
+        level = request.init_noise_level if request.init_audio else 1.0
+        sigmas = build_sigmas(request.steps or spec.default_steps, DEFAULT_SHIFT, length=valid, sigma_max=level)
+        sampler = build_plan(
+            request.sampler or spec.default_sampler,
+            sigmas,
+            guidance=guidance,
+            has_source=request.init_audio is not None,
+        )
+        guided = any(evaluation.guided for evaluation in sampler.evaluations)
+        mask = None
+        if request.inpaint_audio is not None:
+            mask = torch.ones(length)
+            for start_s, end_s in request.inpaint_regions_s:
+                mask[int(start_s * spec.sample_rate_hz / spec.hop) : int(end_s * spec.sample_rate_hz / spec.hop)] = 0
+        return tuple(
+            RowPlan(
+                seed=request.seed + index,
+                frames=length,
+                valid_frames=valid,
+                output_samples=int(request.duration_s * spec.sample_rate_hz),
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt if guided else None,
+                numbers={"seconds_total": request.duration_s},
+                sampler=sampler,
+                guidance=guidance,
+                init_source=self._source(request.init_audio, length),
+                inpaint_source=self._source(request.inpaint_audio, length),
+                keep_mask=mask,
+                decode_windows=make_windows(length),
+            )
+            for index in range(request.batch_size)
+        )
+
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        self.on_call("encode_text", prompts)
+        longest = max(len(prompt.encode()) for prompt in prompts) + 1
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens = torch.tensor([0, *prompt.encode()])
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+        mixed = self._attend(self._text[ids.to(self.device)], mask.to(self.device))
+        return [
+            TextEmbedding(prompt, mixed[row, : int(mask[row].sum())].clone(), mask[row][mask[row]].to(self.device))
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
+        self.on_call("encode_audio", windows)
+        spec = self.spec
+        latents = []
+        for window in windows:
+            patches = window.samples.reshape(spec.channels, -1, spec.hop).permute(1, 0, 2).flatten(1).to(self.device)
+            encoded = torch.tanh(patches @ self._encoder.T).T
+            if spec.noisy_source_encoder:
+                stage = f"{window.stage}/tokens"
+                noise = window.noise.window(stage, window.start, tuple(encoded.shape), 1, self.device)
+                encoded = encoded + 0.1 * noise
+            latents.append(encoded)
+        return latents
+
+    def condition(
+        self, plan: RowPlan, *, prompt: TextEmbedding, negative: TextEmbedding | None, inpaint_latents: Tensor | None
+    ) -> RowConditioning:
+        self.on_call("condition", [plan])
+        local_in = torch.zeros(plan.frames, self.spec.latent_channels + 1, device=self.device)
+        if inpaint_latents is not None and plan.keep_mask is not None:
+            keep = plan.keep_mask.to(self.device)
+            local_in = torch.cat((keep[:, None], (inpaint_latents * keep).T), dim=1)
+        local = local_in @ self._local.T
+        seconds = 0.1 * plan.numbers["seconds_total"]
+        unconditional = None
+        if any(evaluation.guided for evaluation in plan.sampler.evaluations):
+            context = torch.zeros_like(self._text[0]) if negative is None else negative.tokens.mean(0)
+            unconditional = ToyBranch(context + seconds, local)
+        return RowConditioning(ToyBranch(prompt.tokens.mean(0) + seconds, local), unconditional)
+
+    def denoise(self, batch: StepBatch) -> Tensor:
+        self.on_call("denoise", batch.branches)
+        count, _, frames = batch.x.shape
+        hidden = batch.x.transpose(1, 2) @ self._into.T + (batch.t[:, None] * self._time[:, 0])[:, None]
+        extra = hidden.new_zeros(count, frames, hidden.shape[-1])
+        for row, branch in enumerate(batch.branches):
+            extra[row, : branch.local.shape[0]] = branch.local
+            extra[row] += branch.context
+        mixed = self._attend(hidden + extra, batch.valid)
+        velocity = (torch.tanh(hidden + mixed) @ self._out.T).transpose(1, 2) + 0.5 * batch.x
+        # Whoever reads an invalid frame shall notice.
+        return torch.where(batch.valid[:, None], velocity, torch.full_like(velocity, 1e4))
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        self.on_call("decode", windows)
+        latents = torch.stack([window.latents for window in windows])
+        audio = 0.2 * F.conv1d(latents, self._decoder, padding=_HALO)
+        pieces = []
+        for window, patches in zip(windows, audio, strict=True):
+            noise = window.noise.window("decode/tokens", window.start, tuple(patches.shape), 1, self.device)
+            noisy = (patches + 0.01 * noise).T.reshape(-1, self.spec.channels, self.spec.hop)
+            pieces.append(noisy.permute(1, 0, 2).reshape(self.spec.channels, -1))
+        return pieces
+
+    def _attend(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        query, key, value = (hidden @ self._qkv.T).chunk(3, dim=-1)
+        # Invalid frames are no keys; what they get as queries is overwritten.
+        mask = valid[:, None, :].expand(-1, hidden.shape[1], -1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    def _source(self, audio: SourceAudio | None, frames: int) -> SourcePlan | None:
+        if audio is None:
+            return None
+        samples = torch.zeros(self.spec.channels, frames * self.spec.hop)
+        given = torch.from_numpy(audio.samples)[:, : samples.shape[1]]
+        samples[:, : given.shape[1]] = given
+        return SourcePlan(samples, make_windows(frames))
+
+
+def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP) -> tuple[WindowSpan, ...]:
+    """Windows with a hard cut in the middle of each overlap; the last is anchored to the end."""
+    if frames <= window:
+        return (WindowSpan(0, frames, 0, frames),)
+    starts = list(range(0, frames - window + 1, window - overlap))
+    if starts[-1] != frames - window:
+        starts.append(frames - window)
+    half = overlap // 2
+    return tuple(
+        WindowSpan(
+            start,
+            start + window,
+            start if start == 0 else start + half,
+            start + window if start == starts[-1] else start + window - half,
+        )
+        for start in starts
+    )
+
+
+def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: int = 2, seed: int = 1) -> SourceAudio:
+    """Noise of half scale."""
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, (channels, int(duration_s * sample_rate_hz)))
+    return SourceAudio(samples.astype(np.float32), sample_rate_hz)
+
+
+def make_request(
+    prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
+) -> GenerationRequest:
+    """A request with any field replaced."""
+    return replace(GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed), **fields)  # type: ignore[arg-type]
+
+
+def make_unlike_requests() -> list[GenerationRequest]:
+    """Seven requests that differ in length, steps, guidance, sampler, sources and masks."""
+    return [
+        make_request("rain", duration_s=0.15, seed=11, steps=2),
+        make_request("a long low drone", duration_s=1.9, seed=12, steps=7, sampler="euler"),
+        make_request("drums", duration_s=0.8, seed=13, cfg_scale=3.0, steps=5, negative_prompt="voice"),
+        make_request("piano", duration_s=0.55, seed=14, sampler="dpmpp", cfg_scale=2.0, apg_scale=0.5, steps=6),
+        make_request("wind", duration_s=1.2, seed=15, init_audio=make_audio(1.0), init_noise_level=0.6),
+        make_request(
+            "a dog", duration_s=1.0, seed=16, inpaint_audio=make_audio(1.0, seed=2), inpaint_regions_s=((0.2, 0.6),)
+        ),
+        make_request("", duration_s=0.7, seed=17, sampler="rk4", steps=3, batch_size=2, cfg_scale=1.5, cfg_rescale=0.4),
+    ]
