@@ -1,0 +1,163 @@
+"""Turns float audio into files: WAV, FLAC, MP3, Vorbis and Opus, and ZIP archives of several of them.
+
+Knows nothing of HTTP. Every function is CPU work for a worker thread, never for an event loop.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stable_audio_serve.audio.ogg import rewrite_ogg
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_BLOCK = 16_384  # samples converted or written at once: fits the cache, and long Vorbis writes crash libsndfile
+_CHUNK_BYTES = 1_048_576
+_MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_OPUS_RATE_HZ = 48_000
+_OPUS_TAIL = 960  # silent samples behind an Opus clip, cut off again: libsndfile extrapolates the end, with a click
+
+
+class AudioFormat(StrEnum):
+    """Files we write; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
+
+    WAV = "wav"
+    FLAC = "flac"
+    MP3 = "mp3"
+    OGG = "ogg"
+    OPUS = "opus"
+
+    @property
+    def media_type(self) -> str:
+        """The HTTP content type."""
+        return {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"}.get(self.value, "audio/ogg")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFile:
+    """A finished file as buffers to be sent one after another."""
+
+    media_type: str
+    buffers: tuple[bytes | memoryview, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole file."""
+        return sum(len(buffer) for buffer in self.buffers)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The file in pieces of at most 1 MiB."""
+        for buffer in self.buffers:
+            for start in range(0, len(buffer), _CHUNK_BYTES):
+                yield bytes(buffer[start : start + _CHUNK_BYTES])
+
+    def to_bytes(self) -> bytes:
+        """The file in one piece."""
+        return b"".join(self.buffers)
+
+
+def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
+    """Interleaved 16-bit samples (S, C) of `audio` (C, S) float32, clamped to -1..1.
+
+    Gives exactly what libsndfile writes for PCM_16: floor(x * 32768), full scale clipped to 32767.
+    """
+    channels, samples = audio.shape
+    out = np.empty((samples, channels), dtype=np.int16)
+    scaled, fixed = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int32)
+    high_half = slice(1, None, 2) if sys.byteorder == "little" else slice(0, None, 2)
+    for channel in range(channels):
+        for start in range(0, samples, _BLOCK):
+            stop = min(start + _BLOCK, samples)
+            x, q = scaled[: stop - start], fixed[: stop - start]
+            np.multiply(audio[channel, start:stop], np.float32(2**31), out=x)
+            np.clip(x, np.float32(-(2**31)), np.float32(2**31 - 128), out=x)  # the largest float32 below 2**31
+            np.copyto(q, np.rint(x, out=x), casting="unsafe")
+            out[start:stop, channel] = q.view(np.int16)[high_half]
+    return out
+
+
+def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, file_format: AudioFormat) -> EncodedFile:
+    """One file of `audio` (C, S) float32 in -1..1. WAV and FLAC hold 16-bit samples at the given rate.
+
+    MP3 and Opus know few rates; other audio is resampled to the nearest rate that loses nothing.
+    """
+    if file_format is AudioFormat.WAV:
+        return _encode_wav(to_pcm16(audio), sample_rate_hz)
+    if file_format is AudioFormat.FLAC:
+        return _encode_with_libsndfile(to_pcm16(audio), sample_rate_hz, file_format)
+    rate_hz = _container_rate(sample_rate_hz, file_format)
+    samples = np.clip(audio.T, -1.0, 1.0)
+    if rate_hz != sample_rate_hz:
+        import soxr
+
+        samples = np.clip(soxr.resample(samples, sample_rate_hz, rate_hz), -1.0, 1.0)
+    return _encode_with_libsndfile(samples, rate_hz, file_format)
+
+
+def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
+    """A deflated archive of named files; the same files give the same bytes."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, file in files:
+            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes depend on the content only
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.file_size = file.num_bytes
+            with archive.open(entry, "w") as member:
+                for buffer in file.buffers:
+                    member.write(buffer)
+    return EncodedFile("application/zip", (stream.getbuffer(),))
+
+
+def _encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int) -> EncodedFile:
+    channels = pcm.shape[1]
+    data = pcm.astype("<i2", copy=False).reshape(-1).view(np.uint8).data
+    frame_bytes = 2 * channels
+    header = struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        *(b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, channels),
+        *(sample_rate_hz, sample_rate_hz * frame_bytes, frame_bytes, 16, b"data", len(data)),
+    )
+    return EncodedFile(AudioFormat.WAV.media_type, (header, data))
+
+
+def _container_rate(sample_rate_hz: int, file_format: AudioFormat) -> int:
+    if file_format is AudioFormat.OPUS:
+        return _OPUS_RATE_HZ
+    if file_format is AudioFormat.MP3:
+        return next((rate for rate in _MP3_RATES_HZ if rate >= sample_rate_hz), _MP3_RATES_HZ[-1])
+    return sample_rate_hz
+
+
+def _encode_with_libsndfile(
+    samples: npt.NDArray[np.int16] | npt.NDArray[np.float32], sample_rate_hz: int, file_format: AudioFormat
+) -> EncodedFile:
+    import soundfile
+
+    container, subtype = {
+        AudioFormat.FLAC: ("FLAC", "PCM_16"),
+        AudioFormat.MP3: ("MP3", "MPEG_LAYER_III"),
+        AudioFormat.OGG: ("OGG", "VORBIS"),
+        AudioFormat.OPUS: ("OGG", "OPUS"),
+    }[file_format]
+    stream = io.BytesIO()
+    channels = samples.shape[1]
+    with soundfile.SoundFile(stream, "w", sample_rate_hz, channels, format=container, subtype=subtype) as file:
+        for start in range(0, len(samples), _BLOCK):
+            file.write(samples[start : start + _BLOCK])
+        if file_format is AudioFormat.OPUS:
+            file.write(np.zeros((_OPUS_TAIL, channels), dtype=np.float32))
+    if container != "OGG":
+        return EncodedFile(file_format.media_type, (stream.getbuffer(),))
+    data = bytearray(stream.getbuffer())
+    rewrite_ogg(data, trim_samples=_OPUS_TAIL if file_format is AudioFormat.OPUS else 0)
+    return EncodedFile(file_format.media_type, (memoryview(data),))
