@@ -1,0 +1,144 @@
+"""ASGI middleware that bounds what a client may cost: body size, receive and send times, and work after it has gone.
+
+Neither of Ray Serve's proxies has receive deadlines, and a server may or may not cancel a handler whose client has
+gone: here both hold under any of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_audio_serve.core.settings import ApiSettings
+
+# With these Ray Serve lets a client change its own deadline or switch its own cancellation off.
+_CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
+_CLOSE = {"Connection": "close"}
+_MAX_DRAIN_S = 10.0
+
+
+class ClientGoneError(OSError):
+    """The client closed its connection or stopped reading; nobody is left to answer."""
+
+
+class LimitsMiddleware:
+    """Applies `ApiSettings` to every HTTP request. A handler whose client goes away is cancelled."""
+
+    def __init__(self, app: ASGIApp, *, limits: ApiSettings) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application on a guarded connection. Raises ClientGoneError when the client has gone."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in _CONTROL_HEADERS]
+        handler = asyncio.current_task()
+        assert handler is not None
+        connection = _Connection(receive, send, handler, body=_body_limit(scope, self._limits), limits=self._limits)
+        try:
+            await self._app(scope, connection.receive, connection.send)
+        except asyncio.CancelledError:
+            if connection.is_gone and handler.uncancel() == 0:
+                raise ClientGoneError("the client closed its connection") from None
+            raise
+        finally:
+            await connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _BodyLimit:
+    max_bytes: int
+    declared_bytes: int
+    refusal: str
+
+
+def _body_limit(scope: Scope, limits: ApiSettings) -> _BodyLimit:
+    headers = dict(scope["headers"])
+    declared = headers.get(b"content-length", b"")
+    declared_bytes = int(declared) if declared.isdigit() else 0
+    if headers.get(b"content-type", b"").lower().startswith(b"multipart/"):
+        refusal = f"audio: the upload is larger than {limits.max_upload_bytes} bytes"
+        return _BodyLimit(limits.max_upload_bytes + limits.max_fields_bytes, declared_bytes, refusal)
+    return _BodyLimit(limits.max_fields_bytes, declared_bytes, f"body: larger than {limits.max_fields_bytes} bytes")
+
+
+class _Connection:
+    """One request's receive and send. Once the body is complete, a watcher is the only reader of the connection."""
+
+    def __init__(
+        self, receive: Receive, send: Send, handler: asyncio.Task[object], *, body: _BodyLimit, limits: ApiSettings
+    ) -> None:
+        self._receive, self._send, self._handler = receive, send, handler
+        self._body, self._limits = body, limits
+        self._deadline_at = asyncio.get_running_loop().time() + limits.receive_total_timeout_s
+        self._received_bytes = 0
+        self._answered = False
+        self._gone = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def is_gone(self) -> bool:
+        return self._gone.is_set()
+
+    async def receive(self) -> Message:
+        """The next part of the body; after its end, waits for the client to go. Raises HTTPException 408, 413."""
+        if self._watcher is not None or self.is_gone:
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        message = await self._receive_in_time()
+        if message["type"] == "http.disconnect":
+            self._gone.set()
+            return message
+        self._received_bytes += len(message.get("body", b""))
+        if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
+            await self._drain(message)
+            raise HTTPException(413, self._body.refusal, headers=_CLOSE)
+        if not message.get("more_body", False):
+            self._watcher = asyncio.create_task(self._watch())
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on a part of the answer. Raises ClientGoneError when the client reads too slowly."""
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._answered = True
+        try:
+            async with asyncio.timeout(self._limits.send_idle_timeout_s):
+                await self._send(message)
+        except TimeoutError as error:
+            raise ClientGoneError("the client stopped reading its answer") from error
+
+    async def close(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+
+    async def _receive_in_time(self) -> Message:
+        left_s = self._deadline_at - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(min(self._limits.receive_idle_timeout_s, left_s)):
+                return await self._receive()
+        except TimeoutError as error:
+            raise HTTPException(408, "body: did not arrive in time", headers=_CLOSE) from error
+
+    async def _drain(self, message: Message) -> None:
+        """Read on for a while and drop it: a client that is still sending would never see the refusal."""
+        deadline_at = asyncio.get_running_loop().time() + _MAX_DRAIN_S
+        dropped_bytes = 0
+        while message.get("more_body", False) and dropped_bytes < 2 * self._body.max_bytes:
+            if asyncio.get_running_loop().time() > deadline_at:
+                return
+            message = await self._receive_in_time()
+            dropped_bytes += len(message.get("body", b""))
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._answered:  # servers also report the end of a complete answer as a disconnect
+            self._gone.set()
+            self._handler.cancel()

@@ -1,0 +1,107 @@
+"""Maps our wire forms to `GenerationRequest`, with the checks that depend on settings and on the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic_core
+import structlog
+from fastapi.exceptions import RequestValidationError
+
+from stable_audio_serve.api.native.schemas import Controls, check_sampler_kwargs
+from stable_audio_serve.api.service import resolve_seed
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import ApiSettings
+
+log = structlog.get_logger("stable_audio_serve.api")
+
+
+def parse_sampler_kwargs(text: str) -> dict[str, Any]:
+    """The JSON object of a form field; blank is empty. Raises InvalidRequestError, RequestValidationError."""
+    if not text.strip():
+        return {}
+    try:
+        values = pydantic_core.from_json(text)
+    except ValueError as error:
+        raise InvalidRequestError("sampler_kwargs is not valid JSON", field="sampler_kwargs") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError("sampler_kwargs must be a JSON object", field="sampler_kwargs")
+    try:
+        return check_sampler_kwargs(values)
+    except ValueError as error:
+        raise RequestValidationError([_fault("sampler_kwargs", str(error), values)]) from error
+
+
+def to_request(
+    fields: Controls, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
+) -> tuple[ModelCard, GenerationRequest]:
+    """The model and the request that `fields` mean, without source audio. Raises RequestValidationError."""
+    given = fields.model_fields_set
+    try:
+        card = catalog.resolve(fields.model) if "model" in given else catalog.default
+    except UnknownModelError as error:
+        raise RequestValidationError([_fault("model", error.message, fields.model)]) from error
+    longest_s = min(limits.max_duration_s, card.max_duration_s)
+    duration_s = fields.duration if "duration" in given else min(fields.duration, longest_s)
+    steps = fields.steps if "steps" in given else min(card.default_steps, limits.max_steps)
+    faults = [
+        _fault(name, f"{name} must be at most {limit:g} for the model {card.name}", value)
+        for name, value, limit in (
+            ("duration", duration_s, longest_s),
+            ("steps", steps, limits.max_steps),
+            ("batch_size", fields.batch_size, limits.max_batch_size),
+            ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s),
+        )
+        if value > limit
+    ]
+    sampler, scale_phi, norm_threshold = _sampler_options(sampler_kwargs, faults)
+    if faults:
+        raise RequestValidationError(faults)
+    request = GenerationRequest(
+        prompt=fields.prompt,
+        duration_s=duration_s,
+        seed=resolve_seed(fields.seed),
+        negative_prompt=fields.negative_prompt,
+        batch_size=fields.batch_size,
+        steps=steps,
+        cfg_scale=fields.cfg_scale if "cfg_scale" in given else None,
+        sampler=sampler,
+        apg_scale=fields.apg_scale,
+        cfg_rescale=scale_phi,
+        cfg_norm_threshold=norm_threshold,
+        duration_padding_s=fields.duration_padding_sec if "duration_padding_sec" in given else None,
+        chunked_decode=fields.chunked_decode,
+        deadline_s=fields.deadline_s,
+        request_id=request_id,
+    )
+    return card, request
+
+
+def _sampler_options(values: dict[str, Any], faults: list[dict[str, Any]]) -> tuple[str | None, float, float]:
+    """The three honoured options; what is wrong with them is added to `faults`, other keys are ignored."""
+    values = {key: value for key, value in values.items() if value is not None}
+    sampler = values.pop("sampler_type", None)
+    scale_phi = values.pop("scale_phi", 0.0)
+    norm_threshold = values.pop("cfg_norm_threshold", 0.0)
+    if values:
+        log.info("sampler_kwargs ignored", keys=sorted(key[:50] for key in values)[:20])
+    if sampler is not None and (not isinstance(sampler, str) or not sampler.strip()):
+        faults.append(_fault("sampler_kwargs", "sampler_kwargs.sampler_type must be the name of a sampler", sampler))
+    if not _is_number(scale_phi) or not 0 <= scale_phi <= 1:
+        faults.append(_fault("sampler_kwargs", "sampler_kwargs.scale_phi must be a number from 0 to 1", scale_phi))
+    if not _is_number(norm_threshold) or not 0 <= norm_threshold <= 1e6:
+        message = "sampler_kwargs.cfg_norm_threshold must be a number from 0 to 1e6"
+        faults.append(_fault("sampler_kwargs", message, norm_threshold))
+    if faults:
+        return None, 0.0, 0.0
+    return sampler.strip() if sampler else None, float(scale_phi), float(norm_threshold)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fault(field: str, message: str, value: object) -> dict[str, Any]:
+    return {"type": "value_error", "loc": ("body", field), "msg": message, "input": value}

@@ -1,0 +1,96 @@
+"""ASGI middleware around every request: its id, one log line, its metrics, and the last line of defence against bugs.
+
+Never logs prompts or bodies. An exception that nobody expected becomes one opaque 500; its text goes to the log only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from typing import Any
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_audio_serve.api.limits import ClientGoneError
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.metrics import Metrics
+
+log = structlog.get_logger("stable_audio_serve.api")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_CLIENT_GONE_STATUS = 499  # never sent; nginx's word for it in logs and metrics
+
+
+class ObserveMiddleware:
+    """Keeps or makes `X-Request-Id`; handlers add what belongs into the log line with `note`."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Clock | None = None) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._clock = clock or SystemClock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application and account for it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id = _request_id(scope)
+        state["log"] = {}
+        started_at = self._clock.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except (ClientGoneError, asyncio.CancelledError) as error:
+            status = status or _CLIENT_GONE_STATUS
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        except Exception:
+            log.exception("request failed", request_id=request_id)
+            if not status:
+                await _send_opaque_error(send_with_id, request_id)
+        finally:
+            self._account(scope, status, (self._clock.monotonic() - started_at) * 1000)
+
+    def _account(self, scope: Scope, status: int, duration_ms: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._metrics.increment("http_requests", route=route, method=scope["method"], status=str(status))
+        self._metrics.observe("http_request_ms", duration_ms, route=route)
+        log.info(
+            "request",
+            request_id=scope["state"]["request_id"],
+            method=scope["method"],
+            route=route,
+            status=status,
+            duration_ms=round(duration_ms, 1),
+            **scope["state"]["log"],
+        )
+
+
+def note(scope: Scope, **values: Any) -> None:
+    """Add `values` to the log line of the request."""
+    scope["state"]["log"].update(values)
+
+
+def _request_id(scope: Scope) -> str:
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def _send_opaque_error(send: Send, request_id: str) -> None:
+    body = json.dumps({"detail": f"internal error; request id {request_id}"}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,127 @@
+"""What every dialect's handlers do besides speaking: decode uploads, run generations in time, encode files.
+
+Knows requests and results, not wire forms. CPU work happens on bounded worker threads, never on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import structlog
+from starlette.datastructures import UploadFile
+
+from stable_audio_serve.api.backend import Backend
+from stable_audio_serve.audio.decode import AudioDecoder
+from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_audio, make_zip
+from stable_audio_serve.core.catalog import ModelCard, ModelStatus
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import DeadlineExceededError, InvalidUploadError, UploadTooLargeError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.settings import Settings
+
+log = structlog.get_logger("stable_audio_serve.api")
+
+_STATUS_TIMEOUT_S = 1.0
+_DEADLINE_GRACE_S = 1.0  # the engine keeps the deadline itself; this is for a backend that does not answer
+_SEED_LIMIT = 2**63
+_SOURCE_MARGIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A finished answer: the file to send, what was done, and how long writing the file took."""
+
+    file: EncodedFile
+    result: GenerationResult
+    encode_ms: float
+
+
+class Service:
+    """One per application; owns the worker threads and the decoding processes."""
+
+    def __init__(
+        self, backend: Backend, settings: Settings, *, metrics: Metrics | None = None, clock: Clock | None = None
+    ) -> None:
+        self.backend = backend
+        self.settings = settings
+        self.metrics = metrics or NullMetrics()
+        self.clock = clock or SystemClock()
+        api = settings.api
+        self._decoder = AudioDecoder(num_workers=api.decode_workers, timeout_s=api.max_decode_s)
+        self._decode_threads = ThreadPoolExecutor(api.decode_workers, thread_name_prefix="audio-decode")
+        self._encode_threads = ThreadPoolExecutor(api.encode_workers, thread_name_prefix="audio-encode")
+        self._last_status: Mapping[str, ModelStatus] = {}
+
+    async def close(self) -> None:
+        """Wait for running work and stop threads and processes."""
+        for threads in (self._encode_threads, self._decode_threads):
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
+        self._decoder.close()
+
+    async def decode(self, upload: UploadFile, card: ModelCard, *, padding_s: float | None) -> SourceAudio:
+        """What a model can use of an uploaded file. Raises InvalidUploadError, UploadTooLargeError."""
+        limit = self.settings.api.max_upload_bytes
+        if not upload.size:
+            raise InvalidUploadError("audio: the uploaded file is empty", field="audio")
+        if upload.size > limit:
+            raise UploadTooLargeError(f"audio: the upload is larger than {limit} bytes", field="audio")
+        window_s = card.max_duration_s + (card.default_duration_padding_s if padding_s is None else padding_s)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._decode_threads, lambda: self._decoder.decode(upload.file, max_s=window_s + _SOURCE_MARGIN_S)
+        )
+
+    async def generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
+        """Run one request that arrived at `started_at`. Raises errors of `core.errors`."""
+        budget_s = request.deadline_s or self.settings.api.default_deadline_s
+        left_s = budget_s - (self.clock.monotonic() - started_at)
+        late = DeadlineExceededError(f"deadline_s: not finished within {budget_s:g} s", field="deadline_s")
+        if left_s <= 0:
+            raise late
+        try:
+            async with asyncio.timeout(left_s + _DEADLINE_GRACE_S):
+                result = await self.backend.generate(card.name, replace(request, deadline_s=left_s))
+        except TimeoutError as error:
+            raise late from error
+        audio_s = sum(audio.shape[1] for audio in result.audio) / result.sample_rate_hz
+        self.metrics.increment("audio_seconds", audio_s, model=card.name)
+        return result
+
+    async def encode(self, result: GenerationResult, file_format: AudioFormat, *, stem: str) -> Output:
+        """One file, or a ZIP named `<stem>-01`, `<stem>-02`, ... inside when there are several variations."""
+        started_at = self.clock.monotonic()
+        file = await asyncio.get_running_loop().run_in_executor(
+            self._encode_threads, _encode_all, result, file_format, stem
+        )
+        return Output(file, result, (self.clock.monotonic() - started_at) * 1000)
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        """What each model is doing, or what it last was, within a second."""
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                self._last_status = await self.backend.status()
+        except TimeoutError:
+            log.warning("model status did not arrive in time")
+        return self._last_status
+
+
+def resolve_seed(seed: int) -> int:
+    """The seed to use for a wire seed: -1 draws one, any other integer is taken modulo 2**63."""
+    return secrets.randbelow(2**32) if seed == -1 else seed % _SEED_LIMIT
+
+
+def retry_after_header(seconds: float | None) -> dict[str, str]:
+    """`Retry-After` in whole seconds, at least one; nothing when retrying has no known time."""
+    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+def _encode_all(result: GenerationResult, file_format: AudioFormat, stem: str) -> EncodedFile:
+    files = [encode_audio(audio, result.sample_rate_hz, file_format) for audio in result.audio]
+    if len(files) == 1:
+        return files[0]
+    return make_zip((f"{stem}-{index:02d}.{file_format}", file) for index, file in enumerate(files, start=1))

@@ -1,0 +1,75 @@
+"""A small honest Backend for HTTP tests: deterministic tones, typed errors on demand, a record of cancellations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog, ModelStatus
+from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, StageTimings
+
+RATE_HZ = 44100
+
+
+def make_catalog() -> ModelCatalog:
+    names = {"small-sfx": 120.0, "small-music": 120.0, "medium": 380.0}
+    cards = [
+        ModelCard(
+            name,
+            "stable-audio-3",
+            aliases=(f"stable-audio-3-{name}", f"stabilityai/stable-audio-3-{name}"),
+            max_duration_s=max_duration_s,
+        )
+        for name, max_duration_s in names.items()
+    ]
+    demo = ModelCard("demo", "stable-audio-3", max_duration_s=5.0, is_demo=True, default_steps=100)
+    return ModelCatalog([*cards, demo])
+
+
+@dataclass
+class ToneBackend:
+    """A sine whose pitch follows the seed; keeps what it was asked and how many callers gave up."""
+
+    catalog: ModelCatalog = field(default_factory=make_catalog)
+    statuses: dict[str, ModelStatus] = field(default_factory=lambda: {"small-sfx": ModelStatus("ready", 1, "cpu")})
+    delay_s: float = 0.0
+    error: Exception | None = None
+    status_delay_s: float = 0.0
+    requests: list[tuple[str, GenerationRequest]] = field(default_factory=list)
+    num_running: int = 0
+    num_cancelled: int = 0
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        self.requests.append((model, request))
+        self.num_running += 1
+        try:
+            await asyncio.sleep(self.delay_s)
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_running -= 1
+        if self.error is not None:
+            raise self.error
+        seeds = tuple(request.seed + i for i in range(request.batch_size))
+        t = np.arange(int(request.duration_s * RATE_HZ)) / RATE_HZ
+        audio = tuple(
+            np.tile(np.sin(2 * np.pi * (100 + seed % 1000) * t) * 0.5, (2, 1)).astype(np.float32) for seed in seeds
+        )
+        return GenerationResult(audio, RATE_HZ, model, seeds, StageTimings(queue_ms=1, denoise_ms=2, total_ms=3))
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        await asyncio.sleep(self.status_delay_s)
+        return self.statuses
+
+    @property
+    def last(self) -> GenerationRequest:
+        return self.requests[-1][1]
+
+
+def fail_with(error: StableAudioError | Exception) -> ToneBackend:
+    return ToneBackend(error=error)
