@@ -271,3 +271,13 @@ def make_unlike_requests() -> list[GenerationRequest]:
         ),
         make_request("", duration_s=0.7, seed=17, sampler="rk4", steps=3, batch_size=2, cfg_scale=1.5, cfg_rescale=0.4),
     ]
+
+
+class FakeClock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now

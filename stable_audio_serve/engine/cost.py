@@ -4,12 +4,13 @@ routing all read this one model. Knows no tensors and no clock: it is told what 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+_MOST_TOKENS = 2.0**20  # where rows are free, any number is worth it
 
 Work = Literal["text", "encode", "denoise", "decode"]
 
@@ -112,4 +113,4 @@ class CostModel:
         cost = self._costs["denoise"]
         per_token_ms = cost.row_ms(frames) / max(frames, 1)
         variable_ms = cost.fixed_ms * (1 - fixed_share) / fixed_share
-        return variable_ms / per_token_ms if per_token_ms > 0 else math.inf
+        return min(variable_ms / per_token_ms, _MOST_TOKENS) if per_token_ms > 0 else _MOST_TOKENS

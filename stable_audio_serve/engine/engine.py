@@ -206,7 +206,7 @@ class Engine:
         )
         loop = EngineLoop(
             self._model.spec,
-            scheduler=Scheduler(limits, knee_tokens=partial(cost.knee_tokens, fixed_share=options.fixed_share)),
+            scheduler=Scheduler(limits, knee_tokens=lambda frames: frames * policy.crowd(1, frames)),
             stages=stages,
             predictor=self._predictor,
             admission=self._admission,

@@ -37,11 +37,13 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
-        at_least_one = ("max_rows", "max_step_tokens", "slots", "window_frames", "planning_threads", "max_planning")
-        for name in (*at_least_one, "frame_grid", "torch_threads"):
+        least = {"slots": 2}  # a guided row takes two
+        whole = ("max_rows", "max_step_tokens", "slots", "window_frames", "planning_threads", "max_planning")
+        for name in (*whole, "frame_grid", "torch_threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"engine {name} must be at least 1, got {value}", field=name, allowed=">= 1")
+            if value is not None and value < least.get(name, 1):
+                allowed = f">= {least.get(name, 1)}"
+                raise ConfigError(f"engine {name} must be {allowed}, got {value}", field=name, allowed=allowed)
         for name in ("max_queue_s", "max_slack_s", "prompt_cache_bytes", "warmup_budget_s"):
             value = getattr(self, name)
             if not value >= 0:

@@ -1,0 +1,57 @@
+"""How a step is cut into device calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stable_audio_serve.engine.batching import BatchPolicy, FixedSlots, Lane, MergedGrid, OneRowPerCall
+
+POLICIES: dict[str, Callable[[], BatchPolicy]] = {
+    "one row": lambda: OneRowPerCall(),
+    "slots": lambda: FixedSlots(slots=4, grid=64),
+    "merged": lambda: MergedGrid(
+        call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000
+    ),
+}
+lanes = st.lists(
+    st.builds(Lane, branches=st.sampled_from([1, 2]), frames=st.integers(1, 2000)), min_size=1, max_size=12
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(step=lanes)
+def test_every_lane_is_in_one_call_that_holds_it(policy: str, step: list[Lane]) -> None:
+    calls = POLICIES[policy]().split(step)
+    assert sorted(i for call in calls for i in call.members) == list(range(len(step)))
+    for call in calls:
+        assert sum(step[i].branches for i in call.members) <= call.rows
+        assert max(step[i].frames for i in call.members) <= call.frames
+
+
+@given(step=lanes)
+def test_strict_shapes_depend_on_the_lane_alone(step: list[Lane]) -> None:
+    for policy in (POLICIES["one row"](), POLICIES["slots"]()):
+        for call in policy.split(step):
+            for i in call.members:
+                (alone,) = policy.split([step[i]])
+                assert (alone.rows, alone.frames) == (call.rows, call.frames)
+
+
+@given(step=lanes)
+def test_merging_is_never_slower_than_not_merging(step: list[Lane]) -> None:
+    def call_ms(rows: int, frames: int) -> float:
+        return 3.0 + 0.01 * rows * frames
+
+    merged = MergedGrid(call_ms=call_ms, knee_tokens=lambda frames: 1000)
+    cost = sum(call_ms(call.rows, call.frames) for call in merged.split(step))
+    assert cost <= sum(call_ms(lane.branches, merged.padded(lane.frames)) for lane in step) + 1e-9
+
+
+def test_similar_lengths_merge_and_unlike_ones_do_not() -> None:
+    policy = MergedGrid(call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000)
+    calls = policy.split([Lane(1, 100), Lane(1, 1900), Lane(1, 150), Lane(1, 2000)])
+    assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 2, 192), ((1, 3), 2, 2048)]
