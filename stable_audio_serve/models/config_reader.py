@@ -92,9 +92,9 @@ class ConfigReader:
             raise self.unusable(key, f"a list of whole numbers of at least {at_least}")
         return tuple(value)
 
-    def numbers(self) -> dict[str, float]:
-        """Every number and flag of this object by name, as floats; other values left out."""
-        return {key: float(value) for key, value in self._values.items() if isinstance(value, int | float)}
+    def plain(self, key: str) -> Mapping[str, Any] | None:
+        """The object under `key` as it stands in the file, or None."""
+        return self.section(key)._values if key in self else None
 
     def require(self, **supported: Any) -> None:
         """Refuse a key whose value differs from the only supported one; an absent key is fine."""

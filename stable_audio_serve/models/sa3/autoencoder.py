@@ -33,7 +33,7 @@ REGULARIZATION = 1e-3
 class Patched(nn.Module):
     """Cuts audio into patches: frame channel `c * patch + h` is channel c's sample h of the patch. No weights."""
 
-    noisy = False
+    halo_frames = 0
 
     def __init__(self, channels: int, patch: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class SoftNorm(nn.Module):
 
     def __init__(self, channels: int, *, regularized: bool) -> None:
         super().__init__()
-        self.noisy = regularized
+        self.regularized = regularized
         self.scaling_factor = nn.Parameter(torch.ones(1, channels, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1))
         self.running_std = nn.Parameter(torch.ones(1))
@@ -72,7 +72,7 @@ class SoftNorm(nn.Module):
     def decode(self, latents: Tensor, noise: Noises) -> Tensor:
         """(B, D, F) -> (B, D, F)."""
         scaled = latents * self.running_std
-        if noise is None or not self.noisy:
+        if noise is None or not self.regularized:
             return scaled
         shape = (latents.shape[1], latents.shape[2])
         drawn = stack_draws(noise, "bottleneck", shape, frame_axis=1, device=latents.device)
@@ -104,8 +104,9 @@ class AudioAutoencoder(nn.Module):
 
     @property
     def decoder_halo_latents(self) -> int:
-        """Latents on each side of a window that can influence its inside."""
-        return self.decoder.halo_latents
+        """Latents on each side that can influence a latent's audio, in whole multiples of `latent_multiple`."""
+        reach = self.decoder.halo_latents + -(-self.pretransform.halo_frames // self.decoder.frames_per_latent)
+        return -(-reach // self.latent_multiple) * self.latent_multiple
 
     @property
     def latent_multiple(self) -> int:

@@ -5,12 +5,24 @@ A missing key means the reference constructor's default. A value that would need
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
 from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.sa3.lengths import LengthRule
 
+MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
 MIN_ROTATED = 32  # channels of a denoiser head that carry its position, at least
+DEFAULT_CHUNK_FRAMES = 32  # what the length rule assumes of an encoder that does not say (the encoder itself: 128)
+
+# The sampler each training objective is made for.
+OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
+
+# Numbers a request can say; conditioners with other ids cannot be filled.
+NUMBER_IDS = ("seconds_start", "seconds_total")
+LOCAL_IDS = ("inpaint_mask", "inpaint_masked_input")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +96,172 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
         time_features=time_features,
         time_logsnr=config.flag("timestep_features_logsnr", default=False),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptConfig:
+    """The text conditioner: `folders` are where its encoder may lie, relative to the checkpoint, best first."""
+
+    id: str
+    width: int
+    max_length: int
+    folders: tuple[str, ...]
+    project_out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NumberConfig:
+    """A number conditioner: values are clamped to `minimum`..`maximum` and embedded in `width` channels."""
+
+    id: str
+    width: int
+    minimum: float
+    maximum: float
+    features: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sa3Config:
+    """Everything the family reads from a checkpoint's config.
+
+    `context_ids` and `global_ids` name conditioners in the order of concatenation, `local_ids` what each frame is
+    told. `chunked` asks for windows in the autoencoder. `shift` is the schedule's warp as written, None = default.
+    """
+
+    default_sampler: str
+    channels: int
+    latent_channels: int
+    lengths: LengthRule
+    denoiser: DenoiserConfig
+    autoencoder: ConfigReader
+    chunked: bool
+    prompt: PromptConfig
+    numbers: tuple[NumberConfig, ...]
+    context_ids: tuple[str, ...]
+    global_ids: tuple[str, ...]
+    local_ids: tuple[str, ...]
+    masks_padding: bool
+    effective_length_schedule: bool
+    shift: Mapping[str, Any] | None
+
+    @property
+    def edits(self) -> bool:
+        """Whether the denoiser can be told which latents to keep."""
+        return bool(self.local_ids)
+
+
+def parse_config(config: ConfigReader) -> Sa3Config:
+    """A whole `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
+    config.choice("model_type", MODEL_TYPES)
+    model = config.section("model")
+    diffusion = model.section("diffusion")
+    diffusion.choice("type", ("dit",))
+    objective = diffusion.choice("diffusion_objective", tuple(OBJECTIVE_SAMPLERS))
+    pretransform = model.section("pretransform")
+    pretransform.choice("type", ("autoencoder",))
+    autoencoder = pretransform.section("config")
+    prompt, numbers = _parse_conditioners(model.section("conditioning"))
+    parsed = Sa3Config(
+        default_sampler=OBJECTIVE_SAMPLERS[objective],
+        channels=config.integer("audio_channels", default=2),
+        latent_channels=model.integer("io_channels"),
+        lengths=_parse_lengths(config, autoencoder),
+        denoiser=parse_denoiser(diffusion.section("config")),
+        autoencoder=autoencoder,
+        chunked=pretransform.flag("chunked", default=False),
+        prompt=prompt,
+        numbers=numbers,
+        context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
+        global_ids=diffusion.texts("global_cond_ids", default=()),
+        local_ids=diffusion.texts("local_add_cond_ids", default=()),
+        masks_padding=diffusion.flag("mask_padding_attention", default=False),
+        effective_length_schedule=diffusion.flag("use_effective_length_for_schedule", default=False),
+        shift=diffusion.plain("sampling_distribution_shift_options"),
+    )
+    _check_widths(parsed, model, diffusion)
+    return parsed
+
+
+def _parse_lengths(config: ConfigReader, autoencoder: ConfigReader) -> LengthRule:
+    encoder = autoencoder.section("encoder").section("config", optional=True)
+    chunk = encoder.integer("chunk_size", default=DEFAULT_CHUNK_FRAMES)
+    stride = encoder.integers("strides")[0] if "strides" in encoder else chunk
+    rule = LengthRule(
+        sample_rate_hz=config.integer("sample_rate"),
+        hop=autoencoder.integer("downsampling_ratio"),
+        frame_multiple=max(chunk // stride, 1),
+        max_samples=config.integer("sample_size"),
+    )
+    if rule.max_samples < rule.hop:
+        raise config.unusable("sample_size", f"at least one latent frame ({rule.hop})")
+    return rule
+
+
+def _parse_conditioners(conditioning: ConfigReader) -> tuple[PromptConfig, tuple[NumberConfig, ...]]:
+    width = conditioning.integer("cond_dim")
+    prompts, numbers = [], []
+    for item in conditioning.sections("configs"):
+        if item.choice("type", ("t5gemma", "number")) == "t5gemma":
+            prompts.append(_parse_prompt(item, width))
+        else:
+            numbers.append(_parse_number(item, width))
+    if len(prompts) != 1:
+        raise conditioning.unusable("configs", "a list with exactly one conditioner of type t5gemma")
+    return prompts[0], tuple(numbers)
+
+
+def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
+    config = item.section("config", optional=True)
+    config.choice("padding_mode", ("learned",), default="learned")
+    named = [config.text(key) for key in ("model_path", "subfolder", "model_name") if key in config]
+    return PromptConfig(
+        id=item.text("id"),
+        width=width,
+        max_length=config.integer("max_length", default=256),
+        folders=tuple(named),
+        project_out=config.flag("project_out", default=False),
+    )
+
+
+def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
+    config = item.section("config", optional=True)
+    config.choice("fourier_features_type", ("expo",), default="learned")
+    minimum, maximum = config.number("min_val", default=0), config.number("max_val", default=1)
+    if maximum <= minimum:
+        raise config.unusable("max_val", f"above min_val ({minimum:g})")
+    features = config.integer("fourier_features_dim", default=256, at_least=2)
+    if features % 2:
+        raise config.unusable("fourier_features_dim", "even")
+    return NumberConfig(
+        id=item.choice("id", NUMBER_IDS), width=width, minimum=minimum, maximum=maximum, features=features
+    )
+
+
+def _check_widths(config: Sa3Config, model: ConfigReader, diffusion: ConfigReader) -> None:
+    """What the parts promise each other must fit, or the error would surface as a shape somewhere inside."""
+    network = diffusion.section("config")
+    number_ids = tuple(number.id for number in config.numbers)
+    for key, ids, known in (
+        ("cross_attention_cond_ids", config.context_ids, (config.prompt.id, *number_ids)),
+        ("global_cond_ids", config.global_ids, number_ids),
+        ("local_add_cond_ids", config.local_ids, LOCAL_IDS),
+    ):
+        if any(id_ not in known for id_ in ids):
+            raise diffusion.unusable(key, "a list drawn from " + ", ".join(known))
+    if not config.context_ids:
+        raise diffusion.unusable("cross_attention_cond_ids", f"a list with at least {config.prompt.id!r}")
+    if not config.global_ids:
+        raise diffusion.unusable("global_cond_ids", "a list with at least one number conditioner")
+    local_widths = {"inpaint_mask": 1, "inpaint_masked_input": config.latent_channels}
+    for key, found, wanted in (
+        ("io_channels", config.denoiser.latent_channels, config.latent_channels),
+        ("cond_token_dim", config.denoiser.context_width, config.prompt.width),
+        ("global_cond_dim", config.denoiser.global_width, config.prompt.width * len(config.global_ids)),
+        ("local_add_cond_dim", config.denoiser.local_width, sum(local_widths[id_] for id_ in config.local_ids)),
+    ):
+        if found != wanted:
+            raise network.unusable(key, f"{wanted}, as the conditioners and the autoencoder make")
+    if config.autoencoder.integer("latent_dim") != config.latent_channels:
+        raise config.autoencoder.unusable("latent_dim", f"model.io_channels ({config.latent_channels})")
+    if config.autoencoder.integer("io_channels", default=2) != config.channels:
+        raise config.autoencoder.unusable("io_channels", f"audio_channels ({config.channels})")

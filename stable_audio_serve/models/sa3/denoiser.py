@@ -176,15 +176,17 @@ class Denoiser(nn.Module):
     def condition(self, context: Tensor | None, global_cond: Tensor, local: Tensor | None) -> DenoiserConditioning:
         """Project a request's conditioning: context (B, T, context width), global_cond (B, global width), local
         (B, local width, F or 1). Differentiable; reusable at every step."""
-        keys = None
-        if context is not None:
-            tokens = self.to_cond_embed(context.to(self.dtype))
-            keys = tuple(ContextKeys(*layer.cross_attn.project_context(tokens)) for layer in self._layers)
+        keys = None if context is None else self.project_context(context)
         embeds = None
         if local is not None:
             frames = local.to(self.dtype).transpose(1, 2)
             embeds = tuple(layer.to_local_embed(frames) for layer in self._layers)
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
+
+    def project_context(self, context: Tensor) -> tuple[ContextKeys, ...]:
+        """Every layer's keys and values of a context (B, T, context width)."""
+        tokens = self.to_cond_embed(context.to(self.dtype))
+        return tuple(ContextKeys(*layer.cross_attn.project_context(tokens)) for layer in self._layers)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Time t (B,) in 0..1 -> (B, W)."""

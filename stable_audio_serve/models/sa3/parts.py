@@ -42,7 +42,7 @@ class Pretransform(Protocol):
     """Between audio and frames, without weights of its own that matter to the latents' length."""
 
     samples_per_frame: int
-    noisy: bool  # decoding draws noise
+    halo_frames: int  # frames on each side that can influence a frame's audio
 
     def encode(self, audio: Tensor) -> Tensor:
         """Audio (B, C, S) -> frames (B, P, ceil(S / samples_per_frame))."""
@@ -58,7 +58,7 @@ class Encoder(Protocol):
 
     frames_per_latent: int
     latent_multiple: int  # windows start and end at multiples of this many latents
-    noisy: bool
+    noisy: bool  # draws noise when given some
 
     def __call__(self, frames: Tensor, noise: Noises) -> Tensor:
         """(B, P, N) -> (B, D, F); N is padded at the end to whole latents."""
@@ -70,7 +70,6 @@ class Decoder(Protocol):
 
     frames_per_latent: int
     latent_multiple: int
-    noisy: bool
     halo_latents: int  # latents on each side that can influence a latent's frames
 
     def __call__(self, latents: Tensor, noise: Noises) -> Tensor:
@@ -80,8 +79,6 @@ class Decoder(Protocol):
 
 class Bottleneck(Protocol):
     """Raw latents to what the denoiser learns, and back."""
-
-    noisy: bool
 
     def encode(self, raw: Tensor) -> Tensor:
         """(B, D, F) -> (B, D, F)."""

@@ -246,7 +246,6 @@ class SameDecoder(nn.Module):
         self.frames_per_latent = config.stride
         self.latent_multiple = config.latent_multiple
         self.halo_latents = config.halo_latents
-        self.noisy = config.mask_noise > 0
         mapping = WeightNormConv(config.width, config.frame_channels, config.mapping_kernel)
         block = ResamplingBlock(config, mapping=mapping, num_tokens=config.stride)
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})

@@ -1,0 +1,74 @@
+"""From a duration in seconds to latent frames and windows over them. Pure arithmetic, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stable_audio_serve.models.protocol import WindowSpan
+
+WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # the references' chunked encoding and decoding
+
+
+@dataclass(frozen=True, slots=True)
+class LengthRule:
+    """What a checkpoint says about lengths: `max_samples` is the longest window, `frame_multiple` a divisor of T."""
+
+    sample_rate_hz: int
+    hop: int
+    frame_multiple: int
+    max_samples: int
+
+    @property
+    def max_frames(self) -> int:
+        """Latent frames of the longest window."""
+        return self.max_samples // self.hop
+
+
+@dataclass(frozen=True, slots=True)
+class RowLength:
+    """One row's lengths: `frames` with headroom, `valid_frames` of them attended, `effective_frames` that are the
+    clip itself (what length-dependent schedules see), and the exact `output_samples`."""
+
+    frames: int
+    valid_frames: int
+    effective_frames: int
+    output_samples: int
+
+
+def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames: int | None = None) -> RowLength:
+    """Lengths of a row of `duration_s` > 0 with `padding_s` of headroom.
+
+    The clip and its headroom are rounded up to whole frames, then to the multiple, then capped; the headroom itself
+    counts in whole frames. `frames` forces the latent length, as for a row that shares a longer row's batch.
+    """
+    clip_samples = int(duration_s * rule.sample_rate_hz)
+    if frames is None:
+        padded = int((duration_s + padding_s) * rule.sample_rate_hz)
+        whole = -(-padded // (rule.hop * rule.frame_multiple)) * rule.hop * rule.frame_multiple
+        frames = max(min(whole, rule.max_samples) // rule.hop, 1)
+    effective = -(-clip_samples // rule.hop)
+    headroom = int(padding_s * rule.sample_rate_hz / rule.hop)
+    return RowLength(
+        frames=frames,
+        valid_frames=max(min(effective + headroom, frames), 1),
+        effective_frames=effective,
+        output_samples=min(clip_samples, frames * rule.hop),
+    )
+
+
+def whole_window(frames: int) -> tuple[WindowSpan, ...]:
+    """One window over everything."""
+    return (WindowSpan(0, frames, 0, frames),)
+
+
+def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OVERLAP_FRAMES) -> tuple[WindowSpan, ...]:
+    """Windows of `size` frames every `size - overlap`, the last one anchored to the end.
+
+    Joints are hard cuts half an overlap inside a window; where windows overlap further, the later one is kept. The
+    kept parts tile the frames exactly. Fewer than `size` frames are one window.
+    """
+    if frames <= size:
+        return whole_window(frames)
+    starts = [*range(0, frames - size, size - overlap), frames - size]
+    cuts = [0, *(start + overlap // 2 for start in starts[1:]), frames]
+    return tuple(WindowSpan(start, start + size, cuts[i], cuts[i + 1]) for i, start in enumerate(starts))

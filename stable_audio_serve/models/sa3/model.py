@@ -1,0 +1,188 @@
+"""A loaded Stable Audio 3 model behind the protocol the engine sees; its components are public attributes.
+
+Everything here is row-independent. Gradients are off in every public method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.protocol import (
+    BranchConditioning,
+    DecodeWindow,
+    EncodeWindow,
+    ModelSpec,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+)
+from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
+from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner, TextEncoder
+from stable_audio_serve.models.sa3.config import Sa3Config
+from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
+from stable_audio_serve.models.sa3.parts import WindowNoise
+from stable_audio_serve.models.sa3.planning import plan_rows
+from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One denoiser input's constants; `num_bytes` counts what the row's other branch does not already hold."""
+
+    conditioning: DenoiserConditioning
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sa3Components:
+    """The networks of one checkpoint, loaded and on their device; `numbers` by conditioner id."""
+
+    text: TextEncoder
+    prompt: PromptConditioner
+    numbers: dict[str, NumberConditioner]
+    denoiser: Denoiser
+    autoencoder: AudioAutoencoder
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every network, the text encoder included."""
+        return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
+
+
+class Sa3Model:
+    """Implements `DiffusionModel` for the Stable Audio 3 family."""
+
+    def __init__(self, components: Sa3Components, *, config: Sa3Config, spec: ModelSpec, device: torch.device) -> None:
+        self.text = components.text
+        self.prompt = components.prompt
+        self.numbers = components.numbers
+        self.denoiser = components.denoiser
+        self.autoencoder = components.autoencoder
+        self.config = config
+        self._spec = spec
+        self._device = device
+        self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Facts about the model."""
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        return self._device
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        """One plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
+        return plan_rows(request, config=self.config, spec=self._spec, shift=self._shift, frames=frames)
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """Tokens (T, width) float32 with the learned vector at padded positions, and which tokens are real."""
+        ids, mask = (tensor.to(self._device) for tensor in self.text.tokenize(prompts))
+        tokens, real = self.prompt(self.text.encode(ids, mask), mask.bool()), mask.bool()
+        # Cloned, so that a cached prompt does not hold the whole batch's memory.
+        return [TextEmbedding(p, tokens[i].clone(), real[i].clone()) for i, p in enumerate(prompts)]
+
+    @torch.inference_mode()
+    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
+        """Latents (D, F_window) float32 of each window; windows of one length run together."""
+
+        def encode(group: Sequence[EncodeWindow]) -> Tensor:
+            audio = torch.stack([window.samples for window in group]).to(self._device, torch.float32)
+            noise = [WindowNoise(window.noise, window.stage, window.start) for window in group]
+            frames = -(-audio.shape[-1] // self._spec.hop)
+            return self.autoencoder.encode(audio, noise)[..., :frames]
+
+        return _run_by_length(windows, lambda window: window.samples.shape[-1], encode)
+
+    @torch.inference_mode()
+    def condition(
+        self,
+        plan: RowPlan,
+        *,
+        prompt: TextEmbedding,
+        negative: TextEmbedding | None,
+        inpaint_latents: Tensor | None,
+    ) -> RowConditioning:
+        """Per-request constants of a row; the unconditional branch only when some evaluation is guided.
+
+        Without a negative prompt that branch sees no context at all. With one, its padded positions are zero, not
+        the learned vector, and numbers stay as they are.
+        """
+        numbers = {id_: self._embed_number(id_, plan.numbers[id_]) for id_ in self.numbers}
+        global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
+        local = self._local_conditioning(plan.keep_mask, inpaint_latents)
+        row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond, local)
+        conditional = Branch(row, row.shared_bytes + row.context_bytes)
+        if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
+            return RowConditioning(conditional, None)
+        if negative is None:
+            return RowConditioning(conditional, Branch(row.without_context(), 0))
+        tokens = torch.where(negative.mask[:, None], negative.tokens, torch.zeros_like(negative.tokens))
+        away = replace(row, context=self.denoiser.project_context(self._context(tokens, numbers)))
+        return RowConditioning(conditional, Branch(away, away.context_bytes))
+
+    @torch.inference_mode()
+    def denoise(self, batch: StepBatch) -> Tensor:
+        """Velocity (B, D, F) float32; row-independent for valid frames."""
+        branches = cast("Sequence[Branch]", batch.branches)
+        conditioning = collate([branch.conditioning for branch in branches], num_frames=batch.x.shape[-1])
+        return self.denoiser(batch.x, batch.t, conditioning, batch.valid).float()
+
+    @torch.inference_mode()
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        """Audio (C, hop * F_window) float32 of each window, not clamped; windows of one length run together."""
+
+        def decode(group: Sequence[DecodeWindow]) -> Tensor:
+            latents = torch.stack([window.latents for window in group]).to(self._device, torch.float32)
+            noise = [WindowNoise(window.noise, "decode", window.start) for window in group]
+            return self.autoencoder.decode(latents, noise)[..., : latents.shape[-1] * self._spec.hop]
+
+        return _run_by_length(windows, lambda window: window.latents.shape[-1], decode)
+
+    def _embed_number(self, id_: str, value: float) -> Tensor:
+        """(1, width) float32."""
+        return self.numbers[id_](torch.tensor([value], dtype=torch.float32, device=self._device))
+
+    def _context(self, tokens: Tensor, numbers: dict[str, Tensor]) -> Tensor:
+        """Prompt tokens (T, width) and numbers (1, width) each, in the config's order -> (1, T', width)."""
+        prompt_id = self.config.prompt.id
+        parts = [tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids]
+        return torch.cat(parts)[None]
+
+    def _local_conditioning(self, keep_mask: Tensor | None, latents: Tensor | None) -> Tensor | None:
+        """(1, local width, F): the mask and the kept latents; one frame of zeros when nothing is kept."""
+        if not self.config.local_ids:
+            return None
+        if keep_mask is None or latents is None:
+            return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
+        mask = keep_mask.to(self._device)[None]
+        parts = {"inpaint_mask": mask, "inpaint_masked_input": torch.where(mask > 0, latents, torch.zeros_like(latents))}
+        return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]
+
+
+def branch_conditioning(branch: BranchConditioning) -> DenoiserConditioning:
+    """What a branch of this family holds, for tools that run the denoiser themselves."""
+    return cast("Branch", branch).conditioning
+
+
+def _run_by_length[Window](
+    windows: Sequence[Window], length: Callable[[Window], int], run: Callable[[Sequence[Window]], Tensor]
+) -> list[Tensor]:
+    """Run windows of equal length in one call each; results (float32) in the order of `windows`."""
+    groups: dict[int, list[int]] = {}
+    for index, window in enumerate(windows):
+        groups.setdefault(length(window), []).append(index)
+    results: dict[int, Tensor] = {}
+    for indices in groups.values():
+        results.update(zip(indices, run([windows[i] for i in indices]).float(), strict=True))
+    return [results[index] for index in range(len(windows))]

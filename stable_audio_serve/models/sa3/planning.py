@@ -1,0 +1,149 @@
+"""A request becomes one RowPlan per variation: lengths, windows, schedule, masks, validated. Pure and on the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.audio.prepare import prepare_source
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
+from stable_audio_serve.models.sa3.config import Sa3Config
+from stable_audio_serve.models.sa3.lengths import RowLength, chunked_windows, plan_length, whole_window
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import build_plan
+from stable_audio_serve.sampling.schedules import TimestepShift, build_sigmas, shift_from_override
+
+MIN_NOISE_LEVEL = 0.01  # below, the first step would divide by a time near 0; requests of less are taken as this
+
+
+def plan_rows(
+    request: GenerationRequest, *, config: Sa3Config, spec: ModelSpec, shift: TimestepShift, frames: int | None
+) -> tuple[RowPlan, ...]:
+    """One plan per variation; they differ in their seed only and share everything else.
+
+    `shift` is the model's own schedule warp, `frames` forces the latent length (and lifts the duration's cap: what
+    does not fit is cut). Raises InvalidRequestError naming the field.
+    """
+    _check_numbers(request)
+    length = _plan_length(request, config, spec, frames)
+    sampler, guidance = _plan_sampler(request, config, spec, shift, length)
+    guided = any(evaluation.guided for evaluation in sampler.evaluations)
+    negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
+    chunked = config.chunked if request.chunked_decode is None else request.chunked_decode
+    init = _plan_source(request.init_audio, config, length) if request.init_audio else None
+    inpaint = _plan_source(request.inpaint_audio, config, length) if request.inpaint_audio else None
+    keep_mask = _keep_mask(request, config, length)
+    return tuple(
+        RowPlan(
+            seed=request.seed + index,
+            frames=length.frames,
+            valid_frames=length.valid_frames if config.masks_padding else length.frames,
+            output_samples=length.output_samples,
+            prompt=request.prompt,
+            negative_prompt=negative,
+            numbers={"seconds_start": 0.0, "seconds_total": request.duration_s},
+            sampler=sampler,
+            guidance=guidance,
+            init_source=init,
+            inpaint_source=inpaint,
+            keep_mask=keep_mask,
+            decode_windows=_windows(length.frames, chunked=chunked),
+        )
+        for index in range(request.batch_size)
+    )
+
+
+def _check_numbers(request: GenerationRequest) -> None:
+    if request.batch_size < 1:
+        raise InvalidRequestError("batch_size must be at least 1", field="batch_size", allowed=">= 1")
+    for field, value in (
+        ("cfg_scale", request.cfg_scale),
+        ("apg_scale", request.apg_scale),
+        ("scale_phi", request.cfg_rescale),
+        ("cfg_norm_threshold", request.cfg_norm_threshold),
+        ("cfg_interval", sum(request.cfg_interval)),
+        ("duration_padding_sec", request.duration_padding_s),
+    ):
+        if value is not None and not math.isfinite(value):
+            raise InvalidRequestError(f"{field} must be a finite number", field=field)
+    if request.duration_padding_s is not None and request.duration_padding_s < 0:
+        raise InvalidRequestError("duration_padding_sec must not be negative", field="duration_padding_sec")
+    if not 0 <= request.init_noise_level <= 1:
+        raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
+
+
+def _plan_length(request: GenerationRequest, config: Sa3Config, spec: ModelSpec, frames: int | None) -> RowLength:
+    duration_s, cap_s = request.duration_s, spec.max_duration_s
+    if not math.isfinite(duration_s) or int(duration_s * spec.sample_rate_hz) < 1:
+        raise InvalidRequestError("duration must be above 0", field="duration", allowed=f"0..{cap_s:g}")
+    if frames is None and duration_s > cap_s:
+        message = f"duration must be at most {cap_s:g} s for {spec.name}, got {duration_s:g}"
+        raise InvalidRequestError(message, field="duration", allowed=f"0..{cap_s:g}")
+    padding_s = spec.default_padding_s if request.duration_padding_s is None else request.duration_padding_s
+    return plan_length(duration_s, config.lengths, padding_s=padding_s, frames=frames)
+
+
+def _plan_sampler(
+    request: GenerationRequest, config: Sa3Config, spec: ModelSpec, shift: TimestepShift, length: RowLength
+) -> tuple[SamplerPlan, Guidance]:
+    guidance = Guidance(
+        cfg_scale=spec.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
+        apg_scale=request.apg_scale,
+        norm_threshold=request.cfg_norm_threshold,
+        rescale=request.cfg_rescale,
+        interval=request.cfg_interval,
+    )
+    has_source = request.init_audio is not None
+    sigmas = build_sigmas(
+        spec.default_steps if request.steps is None else request.steps,
+        shift_from_override(request.schedule_shift) if request.schedule_shift else shift,
+        length=length.effective_frames if config.effective_length_schedule else length.frames,
+        sigma_max=max(request.init_noise_level, MIN_NOISE_LEVEL) if has_source else 1.0,
+    )
+    sampler = request.sampler or spec.default_sampler
+    return build_plan(sampler, sigmas, guidance=guidance, has_source=has_source), guidance
+
+
+def _plan_source(audio: SourceAudio, config: Sa3Config, length: RowLength) -> SourcePlan:
+    """Source audio as the encoder takes it: the model's rate and channels, exactly the row's frames long."""
+    rule = config.lengths
+    samples = prepare_source(
+        audio,
+        sample_rate_hz=rule.sample_rate_hz,
+        channels=config.channels,
+        num_samples=length.frames * rule.hop,
+    )
+    return SourcePlan(samples=samples, windows=_windows(length.frames, chunked=config.chunked))
+
+
+def _windows(frames: int, *, chunked: bool) -> tuple[WindowSpan, ...]:
+    return chunked_windows(frames) if chunked else whole_window(frames)
+
+
+def _keep_mask(request: GenerationRequest, config: Sa3Config, length: RowLength) -> Tensor | None:
+    """(frames,) float32, 1 where the source's latent is kept: where the first sample of the frame lies in no region.
+
+    Everything from the clip's end on is generated. Nothing is pasted back: the model makes kept parts again.
+    """
+    field = "inpaint_start_seconds"
+    if request.inpaint_audio is None:
+        if request.inpaint_regions_s:
+            raise InvalidRequestError("inpaint regions need audio to keep", field="audio")
+        return None
+    if not config.edits:
+        raise InvalidRequestError("this model cannot inpaint", field="audio")
+    if not request.inpaint_regions_s:
+        raise InvalidRequestError("inpainting needs at least one region to generate", field=field)
+    rule = config.lengths
+    first_samples = torch.arange(length.frames) * rule.hop
+    keep = first_samples < int(request.duration_s * rule.sample_rate_hz)
+    for start_s, end_s in request.inpaint_regions_s:
+        if not (math.isfinite(start_s) and math.isfinite(end_s) and 0 <= start_s < end_s):
+            raise InvalidRequestError(f"inpaint region {start_s}..{end_s} must have 0 <= start < end", field=field)
+        start, end = int(start_s * rule.sample_rate_hz), int(end_s * rule.sample_rate_hz)
+        keep &= (first_samples < start) | (first_samples >= end)
+    return keep.float()
