@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.blocks import ExpoFourier
+from stable_audio_serve.models.registry import TEXT_ENCODER_FOLDER
 from stable_audio_serve.models.sa3.config import NumberConfig, PromptConfig
-
-DEFAULT_FOLDER = "t5gemma-b-b-ul2"
 
 
 class TextEncoder:
@@ -89,7 +88,7 @@ def find_text_encoder(checkpoint: Path, config: PromptConfig) -> Path:
 
     Raises CheckpointError naming the places looked at.
     """
-    names = [*config.folders, DEFAULT_FOLDER]
+    names = [*config.folders, TEXT_ENCODER_FOLDER]
     tried = dict.fromkeys(checkpoint / part for name in names for part in (name, Path(name).name))
     for folder in tried:
         if (folder / "config.json").is_file():
@@ -134,4 +133,3 @@ class NumberConditioner(nn.Module):
         """Values (B,) float32 in their own unit -> (B, width) float32."""
         low, high = self.config.minimum, self.config.maximum
         return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))
-

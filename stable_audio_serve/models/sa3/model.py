@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditionin
 from stable_audio_serve.models.sa3.parts import WindowNoise
 from stable_audio_serve.models.sa3.planning import plan_rows
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
+
+Window = TypeVar("Window")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,10 @@ class Sa3Model:
         if keep_mask is None or latents is None:
             return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
         mask = keep_mask.to(self._device)[None]
-        parts = {"inpaint_mask": mask, "inpaint_masked_input": torch.where(mask > 0, latents, torch.zeros_like(latents))}
+        parts = {
+            "inpaint_mask": mask,
+            "inpaint_masked_input": torch.where(mask > 0, latents, torch.zeros_like(latents)),
+        }
         return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]
 
 
@@ -175,7 +180,7 @@ def branch_conditioning(branch: BranchConditioning) -> DenoiserConditioning:
     return cast("Branch", branch).conditioning
 
 
-def _run_by_length[Window](
+def _run_by_length(
     windows: Sequence[Window], length: Callable[[Window], int], run: Callable[[Sequence[Window]], Tensor]
 ) -> list[Tensor]:
     """Run windows of equal length in one call each; results (float32) in the order of `windows`."""

@@ -1,0 +1,159 @@
+"""Which models there are: the official ones by name, the packaged demo, and what an operator adds.
+
+Knows files and facts, never weights: importing this module imports no torch, so that an ingress can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+
+SA3_FAMILY = "stable-audio-3"
+WEIGHTS_FILE = "model.safetensors"
+TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
+OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
+OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
+
+# Steps and guidance each objective is made for: distilled models in few steps, base models with guidance.
+OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {"rf_denoiser": (8, 1.0), "rectified_flow": (50, 7.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One model that can be loaded: from `folder` when set, else from `repo_id` at `revision`.
+
+    `files` are the patterns to download. `max_duration_s` None means as long as the checkpoint allows.
+    """
+
+    name: str
+    repo_id: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    files: tuple[str, ...] = OFFICIAL_FILES
+    family: str = SA3_FAMILY
+    aliases: tuple[str, ...] = ()
+    max_duration_s: float | None = None
+    sample_rate_hz: int = 44100
+    channels: int = 2
+    default_steps: int = 8
+    default_cfg_scale: float = 1.0
+    default_duration_padding_s: float = 6.0
+    is_demo: bool = False
+    description: str = ""
+
+    def card(self) -> ModelCard:
+        """What clients may know of it."""
+        return ModelCard(
+            name=self.name,
+            family=self.family,
+            aliases=self.aliases,
+            max_duration_s=self.max_duration_s or ModelCard(name="", family="").max_duration_s,
+            sample_rate_hz=self.sample_rate_hz,
+            channels=self.channels,
+            default_steps=self.default_steps,
+            default_cfg_scale=self.default_cfg_scale,
+            default_duration_padding_s=self.default_duration_padding_s,
+            is_demo=self.is_demo,
+            description=self.description,
+        )
+
+
+def _official(name: str, *, max_duration_s: float, description: str) -> ModelEntry:
+    repo_id = f"stabilityai/stable-audio-3-{name}"
+    steps, cfg_scale = OBJECTIVE_DEFAULTS["rectified_flow" if name.endswith("-base") else "rf_denoiser"]
+    return ModelEntry(
+        name=name,
+        repo_id=repo_id,
+        aliases=(f"stable-audio-3-{name}", repo_id),
+        max_duration_s=max_duration_s,
+        default_steps=steps,
+        default_cfg_scale=cfg_scale,
+        description=description,
+    )
+
+
+_DEMO = ModelEntry(
+    name="demo",
+    folder=str(resources.files("stable_audio_serve") / "demo" / "checkpoint"),
+    aliases=("stable-audio-serve-demo",),
+    default_duration_padding_s=0.4,
+    is_demo=True,
+    description="A small model trained on generated sounds only; shows that everything works.",
+)
+
+BUILT_IN: Mapping[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        _official("small-sfx", max_duration_s=120.0, description="Sound effects, up to 2 minutes."),
+        _official("small-music", max_duration_s=120.0, description="Music, up to 2 minutes."),
+        _official("medium", max_duration_s=380.0, description="Music and sound effects, up to 6 minutes 20 seconds."),
+        _official("small-sfx-base", max_duration_s=120.0, description="Base model behind small-sfx."),
+        _official("small-music-base", max_duration_s=120.0, description="Base model behind small-music."),
+        _official("medium-base", max_duration_s=380.0, description="Base model behind medium."),
+        _DEMO,
+    )
+}
+
+
+def resolve_entry(
+    name: str,
+    *,
+    path: str | None = None,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    aliases: tuple[str, ...] = (),
+    max_duration_s: float | None = None,
+    duration_padding_s: float | None = None,
+) -> ModelEntry:
+    """The entry an operator asks for: a built-in name, a local folder (`path`) or a repository (`repo_id`).
+
+    A built-in name with a folder or repository keeps its facts and takes the files from there. What a local folder
+    says of itself (rate, channels, length, objective) is read from its config. Raises ConfigError for an unknown
+    name without a place to load from, CheckpointError for a folder without a usable config.
+    """
+    base = BUILT_IN.get(name)
+    if base is None and path is None and repo_id is None:
+        known = ", ".join(BUILT_IN)
+        message = f"models: {name!r} is not built in ({known}); give it a path or a repo_id"
+        raise ConfigError(message, field="models")
+    entry = base or ModelEntry(name=name, files=OPERATOR_FILES)
+    if path is not None:
+        entry = replace(entry, folder=str(Path(path).expanduser()), repo_id=None)
+    elif repo_id is not None:
+        entry = replace(entry, folder=None, repo_id=repo_id, files=OPERATOR_FILES)
+    if entry.folder is not None:
+        entry = _describe_folder(entry, is_built_in=base is not None)
+    return replace(
+        entry,
+        revision=revision or entry.revision,
+        aliases=tuple(dict.fromkeys((*entry.aliases, *aliases))),
+        max_duration_s=max_duration_s or entry.max_duration_s,
+        default_duration_padding_s=(
+            entry.default_duration_padding_s if duration_padding_s is None else duration_padding_s
+        ),
+    )
+
+
+def _describe_folder(entry: ModelEntry, *, is_built_in: bool) -> ModelEntry:
+    """Fill in what the folder's config says; a built-in entry keeps its own steps, guidance and, if lower, its cap."""
+    config = read_config(Path(entry.folder or ""))
+    rate = config.integer("sample_rate")
+    longest_s = config.integer("sample_size") / rate
+    diffusion = config.section("model").section("diffusion")
+    steps, cfg_scale = OBJECTIVE_DEFAULTS[diffusion.choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS))]
+    if is_built_in:
+        steps, cfg_scale = entry.default_steps, entry.default_cfg_scale
+    return replace(
+        entry,
+        sample_rate_hz=rate,
+        channels=config.integer("audio_channels", default=entry.channels),
+        max_duration_s=min(entry.max_duration_s or longest_s, longest_s),
+        default_steps=steps,
+        default_cfg_scale=cfg_scale,
+    )

@@ -1,0 +1,96 @@
+"""A checkpoint folder of the Stable Audio 3 family into a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from stable_audio_serve.models.config_reader import read_config
+from stable_audio_serve.models.loading import (
+    assign_weights,
+    cast_network,
+    find_weights,
+    read_weights,
+    skipping_random_weights,
+)
+from stable_audio_serve.models.protocol import ModelSpec
+from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
+from stable_audio_serve.models.sa3.conditioners import (
+    NumberConditioner,
+    PromptConditioner,
+    TextEncoder,
+    find_text_encoder,
+    load_text_encoder,
+)
+from stable_audio_serve.models.sa3.config import Sa3Config, parse_config
+from stable_audio_serve.models.sa3.denoiser import Denoiser
+from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
+
+
+def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Sa3Model:
+    """Load the folder's files strictly: the denoiser in `dtype`, the text encoder in its own, the rest in float32.
+
+    Raises CheckpointError naming the file or key that does not fit.
+    """
+    config = parse_config(read_config(folder))
+    weights_file = find_weights(folder)
+    encoder_folder = find_text_encoder(folder, config.prompt)
+    text = load_text_encoder(encoder_folder, max_length=config.prompt.max_length, device=device)
+    with skipping_random_weights():
+        components = build_components(config, text)
+    assign_weights(checkpoint_modules(components, config), read_weights(weights_file), source=weights_file)
+    cast_network(components.denoiser, dtype)
+    for module in components.modules:
+        module.to(device)
+    spec = build_spec(entry, config, components)
+    return Sa3Model(components, config=config, spec=spec, device=device)
+
+
+def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
+    """The networks of a config, with whatever weights torch gives them."""
+    return Sa3Components(
+        text=text,
+        prompt=PromptConditioner(config.prompt, encoder_width=text.width),
+        numbers={number.id: NumberConditioner(number) for number in config.numbers},
+        denoiser=Denoiser(config.denoiser),
+        autoencoder=AudioAutoencoder(config.autoencoder),
+    )
+
+
+def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:
+    """Which module the keys with each prefix belong to; also what an exporter writes."""
+    return {
+        f"conditioner.conditioners.{config.prompt.id}.": components.prompt,
+        **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
+        "model.model.": components.denoiser,
+        "pretransform.model.": components.autoencoder,
+    }
+
+
+def build_spec(entry: ModelEntry, config: Sa3Config, components: Sa3Components) -> ModelSpec:
+    """Facts from the checkpoint, with the entry's cap and defaults."""
+    lengths, autoencoder = config.lengths, components.autoencoder
+    longest_s = lengths.max_samples / lengths.sample_rate_hz
+    parameters = (cast("Iterable[nn.Parameter]", module.parameters()) for module in components.modules)
+    return ModelSpec(
+        name=entry.name,
+        family=entry.family,
+        sample_rate_hz=lengths.sample_rate_hz,
+        channels=config.channels,
+        hop=lengths.hop,
+        latent_channels=config.latent_channels,
+        max_frames=lengths.max_frames,
+        max_duration_s=min(entry.max_duration_s or longest_s, longest_s),
+        default_sampler=config.default_sampler,
+        default_steps=entry.default_steps,
+        default_cfg_scale=entry.default_cfg_scale,
+        default_padding_s=entry.default_duration_padding_s,
+        decode_halo_frames=autoencoder.decoder_halo_latents,
+        noisy_source_encoder=autoencoder.encoder_draws_noise,
+        parameter_bytes=sum(parameter.nbytes for module in parameters for parameter in module),
+    )
