@@ -58,12 +58,14 @@ class EngineLoop:
         self._rows: dict[RowId, Row] = {}
         self._requests: dict[int, RequestState] = {}
         self._row_ids = count()
+        self._queue_changed = False
 
     def turn(self) -> bool:
         """One round; False when there was nothing to do."""
         for request in self._inbox.take():
             self._receive(request)
         self._end_unwanted()
+        self._report_positions()
         picked = [self._rows[row_id] for row_id in self._scheduler.pick()]
         if not picked:
             return False
@@ -93,7 +95,7 @@ class EngineLoop:
             request.rows.append(row)
             self._rows[row.id] = row
             self._scheduler.add(row.id, work, arrived_at=request.submitted_at, alone_s=alone_s)
-        self._report_position(request)
+        self._queue_changed = True
 
     def _end_unwanted(self) -> None:
         """Cancelled and late requests leave here, between two steps."""
@@ -174,8 +176,7 @@ class EngineLoop:
             if row.id in self._rows:
                 self._drop(row)
         self._admission.release(request.id)
-        for other in self._requests.values():
-            self._report_position(other)
+        self._queue_changed = True
 
     def _drop(self, row: Row) -> None:
         del self._rows[row.id]
@@ -192,11 +193,15 @@ class EngineLoop:
                     request.reply.report(request.progress(None))
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
-    def _report_position(self, request: RequestState) -> None:
-        """Tell a waiting listener how many rows are ahead, when that changed."""
-        if request.is_started or not request.reply.wants_progress:
+    def _report_positions(self) -> None:
+        """Tell waiting listeners how many rows are ahead of them, when that changed."""
+        if not self._queue_changed:
             return
-        position = min(self._scheduler.position(row.id) for row in request.rows)
-        if position != request.last_position:
-            request.last_position = position
-            request.reply.report(request.progress(position))
+        self._queue_changed = False
+        for request in self._requests.values():
+            if request.is_started or not request.reply.wants_progress:
+                continue
+            position = min(self._scheduler.position(row.id) for row in request.rows)
+            if position != request.last_position:
+                request.last_position = position
+                request.reply.report(request.progress(position))

@@ -1,0 +1,424 @@
+"""The engine from its asyncio edge: life, cancellation, deadlines, overload, failures, progress, timings."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    GenerationError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    OverloadedError,
+)
+from stable_audio_serve.core.generation import GenerationRequest, Progress
+from stable_audio_serve.engine import Engine, EngineOptions
+from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
+
+OnCall = Callable[[str, Sequence[object]], None]
+
+
+@asynccontextmanager
+async def make_engine(on_call: OnCall | None = None, **fields: object) -> AsyncIterator[Engine]:
+    model = ToyModel(on_call=on_call) if on_call else ToyModel()
+    options = EngineOptions(**{"torch_threads": 1, "warmup_budget_s": 0.0, **fields})  # type: ignore[arg-type]
+    async with Engine(model, options) as engine:
+        yield engine
+
+
+class Gate:
+    """Counts device calls by name and holds the engine thread before denoiser call number `at` until opened."""
+
+    def __init__(self, at: int = 1) -> None:
+        self.calls: Counter[str] = Counter()
+        self._at = at
+        self._reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, name: str, items: Sequence[object]) -> None:
+        self.calls[name] += 1
+        if name == "denoise" and self.calls[name] == self._at:
+            self._reached.set()
+            assert self._open.wait(10)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self._reached.wait, 10)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the condition is another thread's
+            await asyncio.sleep(0.002)
+
+
+async def test_works_without_being_started() -> None:
+    result = await Engine(ToyModel(), EngineOptions(torch_threads=1)).generate(make_request(batch_size=2, seed=4))
+    assert result.seeds == (4, 5)
+    assert result.sample_rate_hz == 800
+    assert result.model == "toy"
+    for audio in result.audio:
+        assert audio.shape == (2, 320)
+        assert audio.dtype == np.float32
+        assert np.abs(audio).max() <= 1.0
+    assert np.abs(result.audio[0] - result.audio[1]).max() > 0.01
+
+
+async def test_warm_up_predicts_the_first_request_within_a_factor_of_three() -> None:
+    predicted_ms: list[float] = []
+    async with make_engine(lambda name, items: time.sleep(0.005), warmup_budget_s=5.0) as engine:
+        request = make_request(duration_s=2.0, steps=30)
+        result = await engine.generate(request, lambda progress: predicted_ms.append(engine.backlog_ms))
+    assert result.timings.total_ms / 3 < predicted_ms[0] < result.timings.total_ms * 3
+
+
+async def test_200_concurrent_submits_all_get_their_own_audio() -> None:
+    requests = [make_request(f"sound {i % 9}", duration_s=0.1 + 0.01 * (i % 7), seed=i, steps=2) for i in range(200)]
+    async with make_engine() as engine:
+        results = await asyncio.gather(*map(engine.generate, requests))
+        assert engine.backlog_ms == 0.0
+    assert [result.seeds for result in results] == [(i,) for i in range(200)]
+    assert len({result.audio[0].tobytes() for result in results}) == 200
+
+
+async def test_prompts_are_encoded_once() -> None:
+    gate = Gate(at=0)
+    async with make_engine(gate) as engine:
+        await asyncio.gather(*(engine.generate(make_request("same", seed=i)) for i in range(5)))
+        await engine.generate(make_request("same", cfg_scale=2.0, negative_prompt="other"))
+    assert gate.calls["encode_text"] == 2
+
+
+async def test_source_is_encoded_once_for_all_variations() -> None:
+    gate = Gate(at=0)
+    async with make_engine(gate) as engine:
+        await engine.generate(make_request(batch_size=3, init_audio=make_audio(), init_noise_level=0.5))
+    assert gate.calls["encode_audio"] == 2  # its two windows
+    assert gate.calls["condition"] == 1
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+async def test_cancelled_request_stops_within_one_step(mode: str) -> None:
+    gate = Gate(at=3)
+    async with make_engine(gate, mode=mode) as engine:
+        task = asyncio.create_task(engine.generate(make_request(steps=50)))
+        await gate.reached()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.open()
+        await until(lambda: engine.backlog_ms == 0.0)
+        await engine.generate(make_request(steps=1, sampler="euler"))
+    assert gate.calls["denoise"] == 3 + 1
+
+
+async def test_request_cancelled_in_the_queue_never_starts() -> None:
+    gate = Gate()
+    async with make_engine(gate) as engine:
+        first = asyncio.create_task(engine.generate(make_request(steps=2)))
+        await gate.reached()
+        second = asyncio.create_task(engine.generate(make_request("unseen")))
+        await asyncio.sleep(0.05)
+        second.cancel()
+        gate.open()
+        await first
+        await until(lambda: engine.backlog_ms == 0.0)
+    assert gate.calls["encode_text"] == 1
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+async def test_deadline_ends_running_and_waiting_requests(waiting: bool) -> None:
+    gate = Gate()
+    async with make_engine(gate) as engine:
+        ahead = [asyncio.create_task(engine.generate(make_request(steps=2)))] if waiting else []
+        if waiting:
+            await gate.reached()
+        late = asyncio.create_task(engine.generate(make_request(deadline_s=0.05)))
+        await asyncio.sleep(0.1)
+        gate.open()
+        with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
+            await late
+        await asyncio.gather(*ahead)
+        assert (await engine.generate(make_request(deadline_s=30.0))).seeds == (1,)
+
+
+async def test_full_queue_refuses_at_once_with_an_honest_retry() -> None:
+    gate = Gate(at=5)
+    async with make_engine(gate, max_queue_s=0.001) as engine:
+        running = asyncio.create_task(engine.generate(make_request(steps=100, duration_s=2.0)))
+        await gate.reached()
+        with pytest.raises(OverloadedError) as refusal:
+            await asyncio.wait_for(engine.generate(make_request()), 1.0)
+        assert refusal.value.retry_after_s is not None
+        assert refusal.value.retry_after_s == pytest.approx(max(0.1, engine.backlog_ms / 1000 - 0.001), rel=0.2)
+        gate.open()
+        await running
+        await engine.generate(make_request())
+
+
+async def test_planning_is_bounded() -> None:
+    released = threading.Event()
+
+    class Slow(ToyModel):
+        def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
+            assert released.wait(10)
+            return super().plan(request, frames=frames)
+
+    options = EngineOptions(max_planning=3, torch_threads=1, warmup_budget_s=0.0)
+    async with Engine(Slow(), options) as engine:
+        tasks = [asyncio.create_task(engine.generate(make_request(seed=i))) for i in range(10)]
+        await until(lambda: sum(task.done() for task in tasks) == 7)
+        released.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(outcome, OverloadedError) for outcome in outcomes] == [False] * 3 + [True] * 7
+
+
+async def test_invalid_request_is_refused_as_the_model_says() -> None:
+    async with make_engine() as engine:
+        with pytest.raises(InvalidRequestError) as refusal:
+            await engine.generate(make_request(duration_s=1e6))
+    assert refusal.value.field == "duration"
+
+
+def break_on(prompt: str, stage: str) -> OnCall:
+    """Fail whenever `stage` meets the poisoned prompt, whoever else is in the call."""
+    poisoned: list[object] = []
+
+    def on_call(name: str, items: Sequence[object]) -> None:
+        if name == "condition" and getattr(items[0], "prompt", None) == prompt:
+            poisoned.append(items[0])
+        if name != stage:
+            return
+        for item in items:
+            if item == prompt or getattr(item, "prompt", None) == prompt:
+                raise RuntimeError("poisoned")
+            if name in ("decode", "encode_audio") and item.noise._seed == 666:  # type: ignore[attr-defined]
+                raise RuntimeError("poisoned")
+
+    return on_call
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("stage", ["encode_text", "encode_audio", "condition", "decode"])
+async def test_row_that_breaks_a_stage_fails_alone(mode: str, stage: str) -> None:
+    poison = make_request("poison", seed=666, init_audio=make_audio(), init_noise_level=0.5)
+    crowd = make_unlike_requests()
+    async with make_engine(break_on("poison", stage), mode=mode) as engine:
+        bad, *good = await asyncio.gather(*map(engine.generate, [poison, *crowd]), return_exceptions=True)
+        assert isinstance(bad, GenerationError)
+        assert not [result for result in good if isinstance(result, BaseException)]
+        assert (await engine.generate(make_request())).seeds == (1,)
+        engine.check_health()
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+async def test_row_that_breaks_the_denoiser_fails_alone(mode: str) -> None:
+    class Fragile(ToyModel):
+        def denoise(self, batch):  # type: ignore[no-untyped-def]
+            if batch.x.shape[-1] >= 140:  # only the longest row has that many frames
+                raise RuntimeError("too long for this network")
+            return super().denoise(batch)
+
+    options = EngineOptions(mode=mode, torch_threads=1, warmup_budget_s=0.0)  # type: ignore[arg-type]
+    crowd = make_unlike_requests()
+    async with Engine(Fragile(), options) as engine:
+        results = await asyncio.gather(*map(engine.generate, crowd), return_exceptions=True)
+    assert [isinstance(result, GenerationError) for result in results] == [
+        request.duration_s > 1.25 for request in crowd
+    ]
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("where", ["denoise", "decode"])
+async def test_row_that_turns_non_finite_fails_alone(mode: str, where: str) -> None:
+    class Unstable(ToyModel):
+        def denoise(self, batch):  # type: ignore[no-untyped-def]
+            velocity = super().denoise(batch)
+            rows = batch.valid.sum(-1) == 70  # the poisoned request's own length
+            if where == "denoise":
+                velocity[rows] = float("nan")
+            return velocity
+
+        def decode(self, windows):  # type: ignore[no-untyped-def]
+            audio = super().decode(windows)
+            for window, piece in zip(windows, audio, strict=True):
+                if where == "decode" and window.noise._seed == 666:
+                    piece[0, 3] = float("inf")
+            return audio
+
+    options = EngineOptions(mode=mode, torch_threads=1, warmup_budget_s=0.0)  # type: ignore[arg-type]
+    poison = make_request(seed=666, duration_s=0.6, duration_padding_s=0.1)
+    async with Engine(Unstable(), options) as engine:
+        bad, *good = await asyncio.gather(
+            *map(engine.generate, [poison, *make_unlike_requests()]), return_exceptions=True
+        )
+    assert isinstance(bad, GenerationError)
+    assert not [result for result in good if isinstance(result, BaseException)]
+    assert all(np.isfinite(audio).all() for result in good for audio in result.audio)  # type: ignore[union-attr]
+
+
+async def test_planning_failure_is_a_generation_error() -> None:
+    class Broken(ToyModel):
+        def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
+            raise ZeroDivisionError
+
+    with pytest.raises(GenerationError):
+        await Engine(Broken(), EngineOptions(torch_threads=1, warmup_budget_s=0.0)).generate(make_request())
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch cannot tell a lost device")
+async def test_lost_device_fails_everybody_as_unavailable_and_health_says_so() -> None:
+    def on_call(name: str, items: Sequence[object]) -> None:
+        if name == "denoise":
+            raise torch.AcceleratorError("the device is gone")
+
+    async with make_engine(on_call) as engine:
+        engine.check_health()
+        outcomes = await asyncio.gather(*map(engine.generate, make_unlike_requests()), return_exceptions=True)
+        assert all(isinstance(outcome, ModelUnavailableError) for outcome in outcomes)
+        await until(lambda: not engine.heartbeat().is_alive)
+        with pytest.raises(ModelUnavailableError):
+            engine.check_health()
+        with pytest.raises(ModelUnavailableError):
+            await engine.generate(make_request())
+
+
+async def test_model_that_breaks_in_warm_up_does_not_start() -> None:
+    def on_call(name: str, items: Sequence[object]) -> None:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(ModelUnavailableError):
+        await Engine(ToyModel(on_call=on_call), EngineOptions(torch_threads=1)).start()
+
+
+async def test_health_notices_silence() -> None:
+    gate = Gate()
+    async with make_engine(gate) as engine:
+        task = asyncio.create_task(engine.generate(make_request()))
+        await gate.reached()
+        await asyncio.sleep(0.1)
+        with pytest.raises(ModelUnavailableError):
+            engine.check_health(max_silence_s=0.05)
+        gate.open()
+        await task
+        engine.check_health()
+
+
+STAGES = ["queued", "encoding", "denoising", "decoding", "done"]
+
+
+async def test_progress_only_moves_forward_and_ends_done() -> None:
+    seen: dict[int, list[Progress]] = {}
+    requests = make_unlike_requests()
+    async with make_engine() as engine:
+        await asyncio.gather(
+            *(engine.generate(request, seen.setdefault(i, []).append) for i, request in enumerate(requests))
+        )
+    for request, reports in zip(requests, seen.values(), strict=True):
+        fractions = [report.fraction for report in reports]
+        assert fractions == sorted(fractions)
+        assert reports[0].stage == "queued"
+        assert reports[0].queue_position is not None
+        assert reports[-1].stage == "done"
+        assert reports[-1].fraction == 1.0
+        assert reports[-1].steps_done == reports[-1].steps_total == request.batch_size * (request.steps or 4)
+        stages = [STAGES.index(report.stage) for report in reports]
+        assert stages == sorted(stages)
+    # Shortest first: whoever is passed by later, shorter work sees its position grow.
+    waited = [reports[0].queue_position for reports in seen.values()]
+    assert waited[0] == 0
+    assert max(position or 0 for position in waited) >= 3
+
+
+async def test_broken_progress_callback_hurts_nobody() -> None:
+    def broken(progress: Progress) -> None:
+        raise RuntimeError("listener")
+
+    problems: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
+    async with make_engine() as engine:
+        assert (await engine.generate(make_request(), broken)).seeds == (1,)
+    assert problems
+
+
+async def test_stages_sum_to_the_total() -> None:
+    async with make_engine() as engine:
+        results = await asyncio.gather(*map(engine.generate, make_unlike_requests()))
+    for result in results:
+        timings = result.timings
+        stages = timings.queue_ms + timings.text_ms + timings.source_ms + timings.denoise_ms + timings.decode_ms
+        assert stages == pytest.approx(timings.total_ms, rel=0.02)
+        assert 0 <= timings.stalled_ms <= timings.denoise_ms
+        assert timings.denoise_ms > 0
+        assert timings.decode_ms > 0
+    assert sum(result.timings.source_ms > 0 for result in results) == 2
+
+
+async def test_waiting_for_others_is_told_apart_from_own_steps() -> None:
+    gate = Gate(at=2)
+    async with make_engine(gate) as engine:
+        long = asyncio.create_task(engine.generate(make_request(steps=40, duration_s=2.0)))
+        await gate.reached()
+        short = asyncio.create_task(engine.generate(make_request(steps=1, duration_s=0.1)))
+        await asyncio.sleep(0.1)
+        gate.open()
+        assert (await long).timings.stalled_ms > 0
+        assert (await short).timings.queue_ms >= 90
+
+
+async def test_closing_refuses_new_work_and_fails_what_waits() -> None:
+    gate = Gate()
+    engine = Engine(ToyModel(on_call=gate), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
+    running = asyncio.create_task(engine.generate(make_request()))
+    await gate.reached()
+    closing = asyncio.create_task(engine.close())
+    await asyncio.sleep(0.05)
+    gate.open()
+    await closing
+    with pytest.raises(ModelUnavailableError):
+        await running
+    with pytest.raises(ModelUnavailableError):
+        await engine.generate(make_request())
+    assert not engine.heartbeat().is_alive
+
+
+async def test_draining_lets_accepted_work_finish() -> None:
+    engine = Engine(ToyModel(), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
+    tasks = [asyncio.create_task(engine.generate(request)) for request in make_unlike_requests()]
+    await asyncio.sleep(0)
+    await engine.close(drain_s=20.0)
+    assert all(task.result().audio for task in tasks)
+
+
+def test_engine_serves_several_event_loops_and_survives_one_that_dies() -> None:
+    gate = Gate(at=2)
+    engine = Engine(ToyModel(on_call=gate), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
+
+    dying = asyncio.new_event_loop()
+    task = dying.create_task(engine.generate(make_request(steps=30), lambda progress: None))
+    dying.run_until_complete(gate.reached())
+    asyncio.all_tasks(dying)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    dying.close()
+    gate.open()
+
+    async def others() -> tuple[int, ...]:
+        results = await asyncio.gather(*map(engine.generate, make_unlike_requests()))
+        await until(lambda: engine.backlog_ms == 0.0)
+        return tuple(result.seeds[0] for result in results)
+
+    assert asyncio.run(others()) == tuple(request.seed for request in make_unlike_requests())
+    assert asyncio.run(engine.generate(make_request(seed=3))).seeds == (3,)
+    assert gate.calls["denoise"] > 0
+    asyncio.run(engine.close())
