@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog, ModelStatus
-from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.core.errors import DeadlineExceededError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, StageTimings
 
 RATE_HZ = 44100
@@ -47,7 +47,10 @@ class ToneBackend:
         self.requests.append((model, request))
         self.num_running += 1
         try:
-            await asyncio.sleep(self.delay_s)
+            async with asyncio.timeout(request.deadline_s):
+                await asyncio.sleep(self.delay_s)
+        except TimeoutError as error:
+            raise DeadlineExceededError("the time budget ran out", field="deadline_s") from error
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
@@ -69,7 +72,3 @@ class ToneBackend:
     @property
     def last(self) -> GenerationRequest:
         return self.requests[-1][1]
-
-
-def fail_with(error: StableAudioError | Exception) -> ToneBackend:
-    return ToneBackend(error=error)

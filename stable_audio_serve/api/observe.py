@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import uuid
 from typing import Any
@@ -51,31 +52,36 @@ class ObserveMiddleware:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        except (ClientGoneError, asyncio.CancelledError) as error:
-            status = status or _CLIENT_GONE_STATUS
-            if isinstance(error, asyncio.CancelledError):
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except ClientGoneError:
+                status = _CLIENT_GONE_STATUS
+            except asyncio.CancelledError:
+                status = _CLIENT_GONE_STATUS
                 raise
-        except Exception:
-            log.exception("request failed", request_id=request_id)
-            if not status:
-                await _send_opaque_error(send_with_id, request_id)
-        finally:
-            self._account(scope, status, (self._clock.monotonic() - started_at) * 1000)
+            except Exception:
+                log.exception("request failed")
+                if not status:
+                    await _send_opaque_error(send_with_id, request_id)
+            finally:
+                self._account(scope, status, (self._clock.monotonic() - started_at) * 1000)
 
     def _account(self, scope: Scope, status: int, duration_ms: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
+        facts = scope["state"]["log"]
         self._metrics.increment("http_requests", route=route, method=scope["method"], status=str(status))
         self._metrics.observe("http_request_ms", duration_ms, route=route)
-        log.info(
+        if "refusal" in facts:
+            self._metrics.increment("refusals", reason=facts["refusal"])
+        log.log(
+            logging.ERROR if status == 500 else logging.INFO,
             "request",
-            request_id=scope["state"]["request_id"],
             method=scope["method"],
             route=route,
             status=status,
             duration_ms=round(duration_ms, 1),
-            **scope["state"]["log"],
+            **facts,
         )
 
 

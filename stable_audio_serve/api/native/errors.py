@@ -14,11 +14,10 @@ from starlette.responses import JSONResponse, Response
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import ExpectedError
 from stable_audio_serve.api.service import retry_after_header
-from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError
+from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
 
 _STATUS = {
     "invalid": 400,
-    "unknown_model": 422,
     "invalid_upload": 400,
     "upload_too_large": 413,
     "overloaded": 503,
@@ -27,13 +26,14 @@ _STATUS = {
     "deadline_exceeded": 504,
 }
 
+# What sampler_kwargs may hold; the rest of a request that the model itself refuses is a 400.
+_OPTIONS = ("sampler", "cfg_rescale", "cfg_norm_threshold")
+
 # Fields of GenerationRequest under the names our clients know.
 _WIRE_NAMES = {
     "duration_s": "duration",
     "duration_padding_s": "duration_padding_sec",
-    "sampler": "sampler_kwargs",
-    "cfg_rescale": "sampler_kwargs",
-    "cfg_norm_threshold": "sampler_kwargs",
+    **dict.fromkeys(_OPTIONS, "sampler_kwargs"),
     "init_audio": "audio",
     "inpaint_audio": "audio",
     "inpaint_regions_s": "inpaint_start_seconds",
@@ -53,7 +53,7 @@ def render_error(request: Request, error: ExpectedError) -> Response:
 def _render_typed(request: Request, error: StableAudioError) -> Response:
     field = _WIRE_NAMES.get(error.field or "", error.field)
     message = error.message if not field or field in error.message else f"{field}: {error.message}"
-    if isinstance(error, InvalidRequestError) and field in {"sampler_kwargs", "model"}:
+    if isinstance(error, UnknownModelError) or (isinstance(error, InvalidRequestError) and error.field in _OPTIONS):
         fault = {"type": "value_error", "loc": ("body", field), "msg": message, "input": None}
         return _render_fields(request, [fault])
     note(request.scope, refusal=error.kind)

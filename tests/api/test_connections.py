@@ -1,0 +1,176 @@
+"""What only a real server and real sockets show: gone clients, slow clients, bodies without end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import uvicorn
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.settings import Settings
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+
+URL = "/v1/audio/generations"
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  what is waited for is not ours to signal
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def connect(backend: ToneBackend, **api: object) -> AsyncIterator[httpx.AsyncClient]:
+    async with serve(backend, **api) as port, httpx.AsyncClient(timeout=10) as client:
+        client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
+        yield client
+
+
+@asynccontextmanager
+async def serve(backend: ToneBackend, **api: object) -> AsyncIterator[int]:
+    """A uvicorn server on a free port of this machine."""
+    app = create_app(backend, Settings.model_validate({"api": api}))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        task = asyncio.create_task(server.serve([listener]))
+        await wait_until(lambda: server.started)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await task
+
+
+async def open_request(port: int, body: bytes, *, headers: str = "", length: int | None = None) -> asyncio.StreamWriter:
+    _, writer = await open_connection(port, body, headers=headers, length=length)
+    return writer
+
+
+async def open_connection(
+    port: int, body: bytes, *, headers: str = "", length: int | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+    writer.write(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
+    await writer.drain()
+    return reader, writer
+
+
+async def test_a_gone_client_cancels_its_generation() -> None:
+    backend = ToneBackend(delay_s=30)
+    async with serve(backend) as port:
+        writer = await open_request(port, b'{"prompt": "x"}', headers="x-request-disconnect-disabled: ?1\r\n")
+        await wait_until(lambda: backend.num_running == 1)
+        writer.close()
+        await wait_until(lambda: backend.num_running == 0)
+    assert backend.num_cancelled == 1
+
+
+async def test_a_hundred_instant_disconnects_leave_nothing_running() -> None:
+    backend = ToneBackend(delay_s=30)
+    async with serve(backend) as port:
+        for index in range(100):
+            writer = await open_request(port, b'{"prompt": "x"}')
+            await asyncio.sleep(0.001 * (index % 4))
+            writer.transport.abort()
+        await wait_until(lambda: backend.num_running == 0)
+        assert backend.num_cancelled == len(backend.requests)
+        backend.delay_s = 0
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            assert (await client.post(URL, json={"prompt": "x", "duration": 0.1})).status_code == 200
+
+
+async def test_one_connection_serves_many_requests() -> None:
+    async with connect(ToneBackend()) as client:
+        for duration_s in (0.1, 20.0, 0.1):
+            reply = await client.post(URL, json={"prompt": "x", "duration": duration_s})
+            assert len(reply.content) == 44 + 4 * int(44100 * duration_s)
+        assert (await client.post(URL, json={"prompt": ""})).status_code == 422
+        assert (await client.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("limits", [{"receive_idle_timeout_s": 0.2}, {"receive_total_timeout_s": 0.2}])
+async def test_a_body_that_does_not_arrive_is_408(limits: dict[str, float]) -> None:
+    async with serve(ToneBackend(), **limits) as port:
+        reader, writer = await open_connection(port, b'{"prom', length=1000)
+        async with asyncio.timeout(5):
+            reply = await reader.read()  # until the server closes the connection
+        writer.close()
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert b'{"detail":"body: did not arrive in time"}' in reply
+
+
+async def test_a_body_that_trickles_is_ended_by_the_total_time() -> None:
+    async with serve(ToneBackend(), receive_idle_timeout_s=0.3, receive_total_timeout_s=0.5) as port:
+        reader, writer = await open_connection(port, b"{", length=1000)
+        async with asyncio.timeout(5):
+            while not reader.at_eof():
+                writer.write(b" ")
+                try:
+                    async with asyncio.timeout(0.05):
+                        reply = await reader.readuntil(b"\r\n")
+                        break
+                except TimeoutError:
+                    continue
+        writer.close()
+    assert reply.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_client_that_stops_reading_does_not_pin_its_answer() -> None:
+    backend = ToneBackend()
+    async with serve(backend, send_idle_timeout_s=0.3) as port:
+        reader, writer = await open_connection(port, b'{"prompt": "x", "duration": 100}')
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(1.5)
+        async with asyncio.timeout(5):
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                await reader.readexactly(44 + 100 * 44100 * 4)
+        writer.close()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_an_upload_above_the_limit_is_413(chunked: bool) -> None:
+    backend = ToneBackend()
+    body = b"".join(
+        [
+            b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n',
+            b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n',
+            bytes(4_000_000),
+            b"\r\n--B--\r\n",
+        ]
+    )
+
+    async def stream() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 65536):
+            yield body[start : start + 65536]
+
+    async with connect(backend, max_upload_bytes=1_000_000) as client:
+        headers = {"content-type": "multipart/form-data; boundary=B"}
+        content = stream() if chunked else body
+        reply = await client.post("/v1/audio/variations", content=content, headers=headers)
+        assert reply.status_code == 413, reply.text
+        assert "audio" in reply.json()["detail"]
+        assert (await client.get("/health")).status_code == 200
+    assert backend.requests == []
+
+
+async def test_an_upload_just_above_the_limit_is_413_too() -> None:
+    wav = make_audio_file(duration_s=0.5)
+    for limit, status in ((len(wav), 200), (len(wav) - 1, 413)):
+        async with connect(ToneBackend(), max_upload_bytes=limit) as client:
+            form = {"prompt": "x", "duration": "1"}
+            reply = await client.post("/v1/audio/variations", data=form, files={"audio": wav})
+            assert reply.status_code == status, reply.text
+
+
+async def test_a_json_body_above_the_limit_is_413() -> None:
+    async with connect(ToneBackend(), max_fields_bytes=10_000) as client:
+        reply = await client.post(URL, json={"prompt": "x" * 10_000})
+    assert reply.status_code == 413
+    assert "body" in reply.json()["detail"]

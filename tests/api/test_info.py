@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.catalog import ModelStatus
+from stable_audio_serve.core.settings import Settings
+from tests.backends import ToneBackend
+
+CONTRACT_KEYS = {
+    *("status", "model", "device", "loaded", "storage_backend", "available_models", "loaded_models"),
+    *("preload_models", "model_duration_limits_seconds", "max_duration_seconds", "max_steps", "max_batch_size"),
+}
+
+
+async def test_health_has_the_keys_of_the_contract(client: httpx.AsyncClient) -> None:
+    reply = await client.get("/health")
+    assert reply.status_code == 200
+    body = reply.json()
+    assert set(body) >= CONTRACT_KEYS
+    assert body["status"] == "ok"
+    assert body["healthy"] is body["loaded"] is body["model_loaded"] is True
+    assert body["model"] == "small-sfx"
+    assert body["device"] is None
+    assert body["storage_backend"] == "local"
+    assert body["available_models"] == ["small-sfx", "small-music", "medium", "demo"]
+    assert body["loaded_models"] == ["small-sfx"]
+    assert body["preload_models"] == ["small-sfx"]
+    limits = {"small-sfx": 120.0, "small-music": 120.0, "medium": 380.0, "demo": 5.0}
+    assert body["model_duration_limits_seconds"] == limits
+    assert (body["max_duration_seconds"], body["max_steps"], body["max_batch_size"]) == (380.0, 50, 4)
+    assert body["models"]["demo"]["demo"] is True
+    assert body["models"]["medium"]["demo"] is False
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "word"),
+    [
+        ({}, 200, "loading"),
+        ({"medium": ModelStatus("loading")}, 200, "loading"),
+        ({"medium": ModelStatus("ready"), "demo": ModelStatus("failed")}, 200, "ok"),
+        ({name: ModelStatus("failed") for name in ("small-sfx", "small-music", "medium", "demo")}, 503, "failed"),
+    ],
+)
+async def test_health_is_200_unless_nothing_can_work(
+    client: httpx.AsyncClient, backend: ToneBackend, statuses: dict[str, ModelStatus], status: int, word: str
+) -> None:
+    backend.statuses = statuses
+    reply = await client.get("/health")
+    assert (reply.status_code, reply.json()["status"]) == (status, word)
+
+
+async def test_health_does_not_wait_for_a_backend_that_hangs(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    await client.get("/health")
+    backend.status_delay_s = 30
+    started_at = time.monotonic()
+    reply = await client.get("/health")
+    assert time.monotonic() - started_at < 3
+    assert reply.json()["loaded_models"] == ["small-sfx"]  # what was known last
+
+
+async def test_health_follows_the_settings() -> None:
+    settings = Settings.model_validate(
+        {
+            "api": {"max_duration_s": 60, "max_steps": 9, "max_batch_size": 2},
+            "device": "cuda",
+            "preload_models": ["stable-audio-3-medium"],
+            "storage": {"bucket": "b"},
+        }
+    )
+    transport = httpx.ASGITransport(create_app(ToneBackend(), settings))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        body = (await client.get("/health")).json()
+    assert (body["device"], body["preload_models"], body["storage_backend"]) == ("cuda", ["medium"], "s3")
+    assert body["model_duration_limits_seconds"]["medium"] == 60
+    assert body["max_steps"] == 9
+
+
+async def test_models_are_listed_in_openais_form(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/models")).json()
+    assert body["object"] == "list"
+    assert [model["id"] for model in body["data"]] == ["small-sfx", "small-music", "medium", "demo"]
+    for model in body["data"]:
+        assert model["object"] == "model"
+        assert isinstance(model["created"], int)
+        assert isinstance(model["owned_by"], str)
+    assert [model["is_demo"] for model in body["data"]] == [False, False, False, True]
+    assert body["data"][2]["max_duration_s"] == 380.0
+
+
+async def test_the_openapi_page_describes_every_public_route(client: httpx.AsyncClient) -> None:
+    document: dict[str, Any] = (await client.get("/openapi.json")).json()
+    assert set(document["paths"]) == {
+        *("/v1/audio/generations", "/v1/audio/variations", "/v1/audio/inpaint", "/health", "/v1/models"),
+    }
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert operation["tags"] == ["Stable Audio 3"]
+            assert operation["summary"]
+    schemas = document["components"]["schemas"]
+    for name in ("GenerationBody", "VariationForm", "InpaintForm"):
+        for field, schema in schemas[name]["properties"].items():
+            assert schema.get("description"), f"{name}.{field}"
+    assert schemas["GenerationBody"]["examples"]
+    variation = document["paths"]["/v1/audio/variations"]["post"]
+    assert set(variation["requestBody"]["content"]) == {"multipart/form-data"}
+    assert {"200", "400", "413", "422", "503", "504"} <= set(variation["responses"])
+    assert (await client.get("/docs")).status_code == 200

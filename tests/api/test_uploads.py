@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import io
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+
+VARIATIONS = "/v1/audio/variations"
+INPAINT = "/v1/audio/inpaint"
+
+
+async def test_a_variation_carries_its_source(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    wav = make_audio_file(duration_s=2.0, rate_hz=48000, channels=1)
+    form = {"prompt": " x ", "duration": "1.5", "negative_prompt": "", "seed": "3", "unknown": "1"}
+    reply = await client.post(VARIATIONS, data=form, files={"audio": ("a.wav", wav, "audio/wav")})
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "audio/wav"
+    assert soundfile.info(io.BytesIO(reply.content)).frames == 66150
+    request = backend.last
+    assert (request.prompt, request.negative_prompt, request.seed, request.init_noise_level) == ("x", None, 3, 0.9)
+    assert request.init_audio is not None
+    assert request.inpaint_audio is None
+    assert request.init_audio.sample_rate_hz == 48000
+    expected = soundfile.read(io.BytesIO(wav), dtype="float32", always_2d=True)[0].T
+    np.testing.assert_array_equal(request.init_audio.samples, expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "regions"),
+    [
+        ("4", "6.5", ((4.0, 6.5),)),
+        ("[2,12]", "[4, 15]", ((2.0, 4.0), (12.0, 15.0))),
+        ("2,12", "4 , 15,", ((2.0, 4.0), (12.0, 15.0))),
+        ("[2]", "4,", ((2.0, 4.0),)),
+        ("0", "20", ((0.0, 20.0),)),
+        (" 1e0 ", "2", ((1.0, 2.0),)),
+        ('["1"]', "[2]", ((1.0, 2.0),)),
+    ],
+)
+@pytest.mark.parametrize("infix", ["", "mask_"])
+async def test_regions_in_every_spelling(
+    client: httpx.AsyncClient,
+    backend: ToneBackend,
+    start: str,
+    end: str,
+    regions: tuple[tuple[float, float], ...],
+    infix: str,
+) -> None:
+    form = {"prompt": "x", "duration": "20", f"inpaint_{infix}start_seconds": start, f"inpaint_{infix}end_seconds": end}
+    reply = await client.post(INPAINT, data=form, files={"audio": make_audio_file(duration_s=0.2)})
+    assert reply.status_code == 200, reply.text
+    assert backend.last.inpaint_regions_s == regions
+    assert backend.last.inpaint_audio is not None
+    assert backend.last.init_audio is None
+
+
+async def test_continuation_is_a_region_behind_the_source(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    form = {"prompt": "x", "duration": "4", "inpaint_start_seconds": "1", "inpaint_end_seconds": "4"}
+    reply = await client.post(INPAINT, data=form, files={"audio": make_audio_file(duration_s=1.0)})
+    assert reply.status_code == 200
+    assert soundfile.info(io.BytesIO(reply.content)).frames == 4 * 44100
+
+
+async def test_all_controls_are_form_fields_too(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    form = {
+        "prompt": "x",
+        "model": "stable-audio-3-medium",
+        "negative_prompt": "hiss",
+        "duration": "0.5",
+        "steps": "12",
+        "cfg_scale": "3.5",
+        "batch_size": "2",
+        "seed": "9",
+        "chunked_decode": "false",
+        "apg_scale": "0.5",
+        "duration_padding_sec": "2",
+        "init_noise_level": "0.25",
+        "sampler_kwargs": '{"sampler_type": "pingpong", "scale_phi": 0.75}',
+        "response_format": "flac",
+    }
+    reply = await client.post(VARIATIONS, data=form, files={"audio": make_audio_file(duration_s=0.2)})
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-disposition"].endswith('"stable-audio-3-medium-batch.zip"')
+    request = backend.last
+    assert (request.steps, request.cfg_scale, request.batch_size, request.seed) == (12, 3.5, 2, 9)
+    assert (request.chunked_decode, request.apg_scale, request.duration_padding_s) == (False, 0.5, 2.0)
+    assert (request.sampler, request.cfg_rescale, request.init_noise_level) == ("pingpong", 0.75, 0.25)
+
+
+async def test_a_source_is_cut_to_what_the_model_can_use(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    form = {"prompt": "x", "model": "demo", "duration": "1", "duration_padding_sec": "2"}
+    upload = make_audio_file(duration_s=60.0, rate_hz=8000)
+    assert (await client.post(VARIATIONS, data=form, files={"audio": upload})).status_code == 200
+    assert backend.last.init_audio is not None
+    assert 7 * 8000 <= backend.last.init_audio.samples.shape[1] <= 9 * 8000
