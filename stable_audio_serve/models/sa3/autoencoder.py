@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.sa3 import same
+from stable_audio_serve.models.sa3 import oscillator, same
 from stable_audio_serve.models.sa3.parts import (
     Bottleneck,
     Decoder,
@@ -26,7 +26,7 @@ from stable_audio_serve.models.sa3.parts import (
     stack_draws,
 )
 
-PART_MODULES = (same,)  # imported so that their types are registered
+PART_MODULES = (same, oscillator)  # imported so that their types are registered
 REGULARIZATION = 1e-3
 
 

@@ -5,6 +5,7 @@ A missing key means the reference constructor's default. A value that would need
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.lengths import LengthRule
+from stable_audio_serve.models.sa3.timeline import NUM_TIMELINE_FEATURES, TempoRule
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
 MIN_ROTATED = 32  # channels of a denoiser head that carry its position, at least
@@ -22,7 +24,7 @@ OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
 
 # Numbers a request can say; conditioners with other ids cannot be filled.
 NUMBER_IDS = ("seconds_start", "seconds_total")
-LOCAL_IDS = ("inpaint_mask", "inpaint_masked_input")
+LOCAL_IDS = ("inpaint_mask", "inpaint_masked_input", "timeline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ class Sa3Config:
     """Everything the family reads from a checkpoint's config.
 
     `context_ids` and `global_ids` name conditioners in the order of concatenation, `local_ids` what each frame is
-    told. `chunked` asks for windows in the autoencoder. `shift` is the schedule's warp as written, None = default.
+    told; `tempo` is there when that includes its place in the beat. `chunked` asks for windows in the autoencoder.
+    `shift` is the schedule's warp as written, None = default.
     """
 
     default_sampler: str
@@ -137,6 +140,7 @@ class Sa3Config:
     chunked: bool
     prompt: PromptConfig
     numbers: tuple[NumberConfig, ...]
+    tempo: TempoRule | None
     context_ids: tuple[str, ...]
     global_ids: tuple[str, ...]
     local_ids: tuple[str, ...]
@@ -147,7 +151,7 @@ class Sa3Config:
     @property
     def edits(self) -> bool:
         """Whether the denoiser can be told which latents to keep."""
-        return bool(self.local_ids)
+        return any(id_ in self.local_ids for id_ in LOCAL_IDS[:2])
 
 
 def parse_config(config: ConfigReader) -> Sa3Config:
@@ -160,7 +164,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
     pretransform = model.section("pretransform")
     pretransform.choice("type", ("autoencoder",))
     autoencoder = pretransform.section("config")
-    prompt, numbers = _parse_conditioners(model.section("conditioning"))
+    prompt, numbers, tempo = _parse_conditioners(model.section("conditioning"))
     parsed = Sa3Config(
         default_sampler=OBJECTIVE_SAMPLERS[objective],
         channels=config.integer("audio_channels", default=2),
@@ -171,6 +175,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
         chunked=pretransform.flag("chunked", default=False),
         prompt=prompt,
         numbers=numbers,
+        tempo=tempo,
         context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
         global_ids=diffusion.texts("global_cond_ids", default=()),
         local_ids=diffusion.texts("local_add_cond_ids", default=()),
@@ -197,17 +202,33 @@ def _parse_lengths(config: ConfigReader, autoencoder: ConfigReader) -> LengthRul
     return rule
 
 
-def _parse_conditioners(conditioning: ConfigReader) -> tuple[PromptConfig, tuple[NumberConfig, ...]]:
+def _parse_conditioners(
+    conditioning: ConfigReader,
+) -> tuple[PromptConfig, tuple[NumberConfig, ...], TempoRule | None]:
     width = conditioning.integer("cond_dim")
-    prompts, numbers = [], []
+    prompts, numbers, tempo = [], [], None
     for item in conditioning.sections("configs"):
-        if item.choice("type", ("t5gemma", "number")) == "t5gemma":
-            prompts.append(_parse_prompt(item, width))
-        else:
-            numbers.append(_parse_number(item, width))
+        match item.choice("type", ("t5gemma", "number", "timeline")):
+            case "t5gemma":
+                prompts.append(_parse_prompt(item, width))
+            case "number":
+                numbers.append(_parse_number(item, width))
+            case _:
+                tempo = _parse_tempo(item)
     if len(prompts) != 1:
         raise conditioning.unusable("configs", "a list with exactly one conditioner of type t5gemma")
-    return prompts[0], tuple(numbers)
+    return prompts[0], tuple(numbers), tempo
+
+
+def _parse_tempo(item: ConfigReader) -> TempoRule:
+    item.choice("id", ("timeline",))
+    config = item.section("config").section("tempo")
+    try:
+        pattern = re.compile(config.text("pattern"))
+    except re.error as error:
+        raise config.unusable("pattern", f"a regular expression ({error})") from error
+    minimum, maximum = config.number("min_val", at_least=1), config.number("max_val", at_least=1)
+    return TempoRule(pattern, config.number("default", at_least=1), minimum, maximum)
 
 
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
@@ -244,7 +265,7 @@ def _check_widths(config: Sa3Config, model: ConfigReader, diffusion: ConfigReade
     for key, ids, known in (
         ("cross_attention_cond_ids", config.context_ids, (config.prompt.id, *number_ids)),
         ("global_cond_ids", config.global_ids, number_ids),
-        ("local_add_cond_ids", config.local_ids, LOCAL_IDS),
+        ("local_add_cond_ids", config.local_ids, LOCAL_IDS if config.tempo else LOCAL_IDS[:2]),
     ):
         if any(id_ not in known for id_ in ids):
             raise diffusion.unusable(key, "a list drawn from " + ", ".join(known))
@@ -252,7 +273,11 @@ def _check_widths(config: Sa3Config, model: ConfigReader, diffusion: ConfigReade
         raise diffusion.unusable("cross_attention_cond_ids", f"a list with at least {config.prompt.id!r}")
     if not config.global_ids:
         raise diffusion.unusable("global_cond_ids", "a list with at least one number conditioner")
-    local_widths = {"inpaint_mask": 1, "inpaint_masked_input": config.latent_channels}
+    local_widths = {
+        "inpaint_mask": 1,
+        "inpaint_masked_input": config.latent_channels,
+        "timeline": NUM_TIMELINE_FEATURES,
+    }
     for key, found, wanted in (
         ("io_channels", config.denoiser.latent_channels, config.latent_channels),
         ("cond_token_dim", config.denoiser.context_width, config.prompt.width),

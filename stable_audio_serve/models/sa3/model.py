@@ -29,6 +29,7 @@ from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
 from stable_audio_serve.models.sa3.parts import WindowNoise
 from stable_audio_serve.models.sa3.planning import plan_rows
+from stable_audio_serve.models.sa3.timeline import timeline_features
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
 
 Window = TypeVar("Window")
@@ -122,7 +123,7 @@ class Sa3Model:
         """
         numbers = {id_: self._embed_number(id_, plan.numbers[id_]) for id_ in self.numbers}
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
-        local = self._local_conditioning(plan.keep_mask, inpaint_latents)
+        local = self._local_conditioning(plan, inpaint_latents)
         row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond, local)
         conditional = Branch(row, row.shared_bytes + row.context_bytes)
         if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
@@ -161,18 +162,33 @@ class Sa3Model:
         parts = [tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids]
         return torch.cat(parts)[None]
 
-    def _local_conditioning(self, keep_mask: Tensor | None, latents: Tensor | None) -> Tensor | None:
-        """(1, local width, F): the mask and the kept latents; one frame of zeros when nothing is kept."""
+    def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
+        """(1, local width, F): what is kept and where each frame lies; one frame of zeros when neither is told."""
         if not self.config.local_ids:
             return None
-        if keep_mask is None or latents is None:
+        keeps = plan.keep_mask is not None and latents is not None
+        if not keeps and self.config.tempo is None:
             return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
-        mask = keep_mask.to(self._device)[None]
-        parts = {
-            "inpaint_mask": mask,
-            "inpaint_masked_input": torch.where(mask > 0, latents, torch.zeros_like(latents)),
-        }
+        parts: dict[str, Tensor] = {}
+        if plan.keep_mask is not None and latents is not None:
+            mask = plan.keep_mask.to(self._device)[None]
+            parts["inpaint_mask"] = mask
+            parts["inpaint_masked_input"] = torch.where(mask > 0, latents, torch.zeros_like(latents))
+        else:
+            parts["inpaint_mask"] = torch.zeros(1, plan.frames, device=self._device)
+            parts["inpaint_masked_input"] = torch.zeros(self._spec.latent_channels, plan.frames, device=self._device)
+        if self.config.tempo is not None:
+            parts["timeline"] = self._timeline(plan)
         return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]
+
+    def _timeline(self, plan: RowPlan) -> Tensor:
+        """(features, F) on the device."""
+        return timeline_features(
+            plan.frames,
+            frame_s=self._spec.hop / self._spec.sample_rate_hz,
+            seconds_total=plan.numbers["seconds_total"],
+            tempo_bpm=plan.numbers["tempo_bpm"],
+        ).to(self._device)
 
 
 def branch_conditioning(branch: BranchConditioning) -> DenoiserConditioning:

@@ -37,6 +37,9 @@ def plan_rows(
     init = _plan_source(request.init_audio, config, length) if request.init_audio else None
     inpaint = _plan_source(request.inpaint_audio, config, length) if request.inpaint_audio else None
     keep_mask = _keep_mask(request, config, length)
+    numbers = {"seconds_start": 0.0, "seconds_total": request.duration_s}
+    if config.tempo is not None:
+        numbers["tempo_bpm"] = config.tempo.read(request.prompt)
     return tuple(
         RowPlan(
             seed=request.seed + index,
@@ -45,7 +48,7 @@ def plan_rows(
             output_samples=length.output_samples,
             prompt=request.prompt,
             negative_prompt=negative,
-            numbers={"seconds_start": 0.0, "seconds_total": request.duration_s},
+            numbers=numbers,
             sampler=sampler,
             guidance=guidance,
             init_source=init,

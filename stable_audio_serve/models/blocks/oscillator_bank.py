@@ -1,0 +1,125 @@
+"""A pretransform without weights: stereo audio <-> frames of oscillator levels, noise-band levels and two balances.
+
+Stands where `patched` stands in other checkpoints. Decoding is a sum of fixed-phase sines plus shaped noise; encoding
+(`oscillator_analysis.py`) is peak picking, so audio that passes through comes back vocoded. Knows no network.
+
+A frame is 512 samples: `NUM_OSCILLATORS` quarter-tone oscillators from 41.2 Hz (440 Hz is index 82), `NUM_BANDS` noise
+bands, then the balance of the tonal and of the noise part in -1 (left) ... 1 (right). Levels are compressed as
+log(1 + a / 0.001) / log(1001): 0 is silence, 1 an amplitude of 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FRAME_SAMPLES = 512
+SAMPLE_RATE_HZ = 44100
+NUM_OSCILLATORS = 200
+NUM_BANDS = 20
+NUM_CHANNELS = NUM_OSCILLATORS + NUM_BANDS + 2
+A4_INDEX = 82
+FLOOR = 0.001
+
+OSCILLATOR_HZ = 440.0 * 2.0 ** ((np.arange(NUM_OSCILLATORS) - A4_INDEX) / 24.0)
+BAND_EDGES_HZ = np.concatenate([[0.0], np.geomspace(150.0, 18000.0, NUM_BANDS - 1), [SAMPLE_RATE_HZ / 2]])
+
+_NOISE_BLOCK = 512
+_NOISE_HOP = 256
+
+
+def compress(amplitude: Tensor) -> Tensor:
+    """Linear amplitude -> level, 0 for silence and 1 for an amplitude of 1."""
+    return torch.log1p(amplitude / FLOOR) / math.log1p(1.0 / FLOOR)
+
+
+def expand(level: Tensor) -> Tensor:
+    """Level -> linear amplitude; the inverse of `compress`, negative levels are silence."""
+    return FLOOR * torch.expm1(level.clamp(0.0, 1.2) * math.log1p(1.0 / FLOOR))
+
+
+def nearest_oscillator(frequency_hz: float) -> int:
+    """The index of the oscillator closest to a frequency, within the bank."""
+    index = round(A4_INDEX + 24.0 * math.log2(frequency_hz / 440.0))
+    return min(max(index, 0), NUM_OSCILLATORS - 1)
+
+
+class OscillatorBank:
+    """Renders frames; row-independent and, but for `halo_frames` at inner window edges, window-independent."""
+
+    halo_frames = 1  # a level ramps from the previous frame's; a noise block reaches half a block into both neighbours
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        omega = 2.0 * np.pi * OSCILLATOR_HZ / SAMPLE_RATE_HZ
+        inside = np.outer(omega, np.arange(FRAME_SAMPLES))
+        waves = np.concatenate([np.cos(inside), np.sin(inside)])
+        self._omega = torch.from_numpy(omega)
+        self._phase = torch.from_numpy(2.0 * np.pi * np.modf(np.arange(NUM_OSCILLATORS) * 0.6180339887498949)[0])
+        self._waves = torch.from_numpy(waves.astype(np.float32)).to(device)  # (2 * oscillators, samples)
+        ramp = torch.arange(1, FRAME_SAMPLES + 1, dtype=torch.float32, device=device) / FRAME_SAMPLES
+        self._rise = (4.0 * ramp).clamp(max=1.0)  # 3 ms attack keeps onsets sharp
+        self._fall = ramp
+        self._window = torch.hann_window(_NOISE_BLOCK, periodic=True, device=device).sqrt()
+        self._band_gain = _band_gains().to(device)  # (bands, bins)
+
+    def render(self, frames: Tensor, noise: Tensor, *, start_frame: int) -> Tensor:
+        """Audio (2, 512 F) float32 of `frames` (222, F) float32, first frame number `start_frame` of the clip.
+
+        `noise` (2, 512 F) unit normal float32 is the raw material of the noise bands.
+        """
+        tonal = expand(frames[:NUM_OSCILLATORS])
+        bands = expand(frames[NUM_OSCILLATORS : NUM_OSCILLATORS + NUM_BANDS])
+        tonal_pan, noise_pan = (_pan_gains(balance) for balance in frames[-2:])
+        return self._tones(tonal, tonal_pan, start_frame) + self._noise(bands, noise_pan, noise)
+
+    def _tones(self, amplitude: Tensor, pan: Tensor, start_frame: int) -> Tensor:
+        num_frames = amplitude.shape[1]
+        at = torch.arange(start_frame, start_frame + num_frames, dtype=torch.float64)
+        phase = torch.remainder(torch.outer(at * FRAME_SAMPLES, self._omega) + self._phase, 2.0 * math.pi)
+        carrier = torch.cat([phase.sin(), phase.cos()], dim=1).to(self._waves)  # (F, 2 * oscillators)
+        stereo = pan[:, :, None] * amplitude.T[None]  # (2, F, oscillators)
+        before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]
+        change = stereo - before
+        audio = self._sum_waves(before, carrier)
+        audio += self._rise * self._sum_waves(change.clamp(min=0.0), carrier)
+        audio += self._fall * self._sum_waves(change.clamp(max=0.0), carrier)
+        return audio.reshape(2, num_frames * FRAME_SAMPLES)
+
+    def _sum_waves(self, amplitude: Tensor, carrier: Tensor) -> Tensor:
+        return (torch.cat([amplitude, amplitude], dim=2) * carrier) @ self._waves
+
+    def _noise(self, bands: Tensor, pan: Tensor, noise: Tensor) -> Tensor:
+        num_frames = bands.shape[1]
+        stereo = pan[:, :, None] * bands.T[None]  # (2, F, bands)
+        before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]
+        between = torch.minimum(before, stereo)  # a block across two frames must not sound before an onset
+        gain = torch.stack([between, stereo], dim=2).reshape(2, 2 * num_frames, NUM_BANDS)
+        gain = torch.nn.functional.pad(gain, (0, 0, 0, 1)) @ self._band_gain  # (2, blocks, bins)
+        padded = torch.nn.functional.pad(noise, (_NOISE_HOP, _NOISE_HOP))
+        blocks = padded.unfold(1, _NOISE_BLOCK, _NOISE_HOP) * self._window
+        shaped = torch.fft.irfft(torch.fft.rfft(blocks) * gain, n=_NOISE_BLOCK) * self._window
+        length = padded.shape[1]
+        summed = torch.nn.functional.fold(
+            shaped.transpose(1, 2), (1, length), kernel_size=(1, _NOISE_BLOCK), stride=(1, _NOISE_HOP)
+        )
+        return summed.reshape(2, length)[:, _NOISE_HOP:-_NOISE_HOP]
+
+
+def _pan_gains(balance: Tensor) -> Tensor:
+    """Left and right gain (2, F) of a balance (F,): equal power, 1 in the middle, one side silent at the ends."""
+    angle = (balance.clamp(-1.0, 1.0) + 1.0) * (math.pi / 4.0)
+    return torch.stack([angle.cos(), angle.sin()]) * math.sqrt(2.0)
+
+
+def _band_gains() -> Tensor:
+    """(bands, bins) spectral gain that turns unit white noise into a band of unit RMS, edges shared by neighbours."""
+    bins = np.arange(_NOISE_BLOCK // 2 + 1) * SAMPLE_RATE_HZ / _NOISE_BLOCK
+    half = SAMPLE_RATE_HZ / _NOISE_BLOCK / 2.0
+    low, high = BAND_EDGES_HZ[:-1, None], BAND_EDGES_HZ[1:, None]
+    share = np.clip((np.minimum(bins + half, high) - np.maximum(bins - half, low)) / (2.0 * half), 0.0, 1.0)
+    width = share.sum(axis=1, keepdims=True)
+    return torch.from_numpy((share * np.sqrt((_NOISE_BLOCK / 2.0) / width)).astype(np.float32))

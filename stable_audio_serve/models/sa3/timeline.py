@@ -1,0 +1,62 @@
+"""Where each latent lies in its clip and in the beat, as features for the denoiser's local conditioning.
+
+A parameter-free conditioner (`"type": "timeline"` in a config's `local_add_cond_ids`): rotary attention knows only
+distances between latents, and a tempo or a sweep needs places. Numbers in, features out; knows no prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PROGRESS_HARMONICS = (1, 2, 3, 4, 5, 6)
+_START_S = (0.1, 0.3, 1.0, 3.0)
+_END_S = (0.1, 0.3, 1.0)
+_BEAT_RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # cycles per beat; 0.25 is a bar of four
+
+NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_S) + 1 + 1 + 2 * len(_BEAT_RATES) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class TempoRule:
+    """How a tempo is read from a prompt: the first group of `pattern` that matches, clamped; else `default_bpm`."""
+
+    pattern: re.Pattern[str]
+    default_bpm: float
+    minimum_bpm: float
+    maximum_bpm: float
+
+    def read(self, prompt: str) -> float:
+        """Beats per minute that a prompt asks for."""
+        match = self.pattern.search(unicodedata.normalize("NFKC", prompt).casefold())
+        number = next((group for group in match.groups() if group), None) if match else None
+        return min(max(float(number), self.minimum_bpm), self.maximum_bpm) if number else self.default_bpm
+
+
+def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, tempo_bpm: float) -> Tensor:
+    """Features (NUM_TIMELINE_FEATURES, F) float32 on the CPU of latent frames that start at multiples of `frame_s`.
+
+    Progress through `seconds_total` and its cosines, closeness to start and end, the duration itself, phases of the
+    beat at `tempo_bpm` whose first beat is at 0, and the tempo itself.
+    """
+    start = torch.arange(num_frames, dtype=torch.float64) * frame_s
+    seconds = max(seconds_total, 1e-3)
+    progress = ((start + frame_s / 2) / seconds).clamp(max=1.25)
+    left = (seconds - start).clamp(min=0.0)
+    beat = start * (tempo_bpm / 60.0)
+    constant = torch.ones(num_frames, dtype=torch.float64)
+    rows = [progress]
+    rows += [torch.cos(math.pi * k * progress) for k in _PROGRESS_HARMONICS]
+    rows += [torch.exp(-start / tau) for tau in _START_S]
+    rows += [torch.exp(-left / tau) for tau in _END_S]
+    rows += [(left / frame_s).clamp(max=1.0), constant * math.log2(seconds / 4.0) / 2.0]
+    for rate in _BEAT_RATES:
+        angle = 2.0 * math.pi * rate * beat
+        rows += [torch.cos(angle), torch.sin(angle)]
+    rows.append(constant * math.log2(tempo_bpm / 110.0))
+    return torch.stack(rows).float()
