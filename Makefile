@@ -5,9 +5,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PORT ?= 8000
 CONFIG ?= serve_config.yaml
+OUT ?= demo-run
+DEVICE ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-gpu lint fmt type bench docs clean
+.PHONY: help install serve test test-fast test-gpu lint fmt type bench docs clean demo-model demo-eval
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -50,6 +52,13 @@ bench: install ## the benchmarks of this machine, JSON in bench-results/
 
 docs: install ## write docs/openapi.json from the application
 	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json
+
+demo-model: install ## train the demo model from nothing (OUT=demo-run DEVICE=cpu); resumes where it stopped
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
+		$(PY) -m stable_audio_serve.demo.train --out $(OUT) --device $(DEVICE)
+
+demo-eval: install ## judge the packaged demo model and write its report
+	$(PY) -m stable_audio_serve.demo.evaluate --json stable_audio_serve/demo/checkpoint/report.json
 
 clean: ## remove everything that can be rebuilt
 	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

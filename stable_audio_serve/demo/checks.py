@@ -1,0 +1,260 @@
+"""Does a clip sound as its scene says? Spectra and onsets of the audio alone; knows neither models nor training.
+
+Thresholds are those of the project's acceptance table, not of any checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from stable_audio_serve.demo.scenes import Scene
+from stable_audio_serve.models.blocks.oscillator_bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
+
+Audio = npt.NDArray[np.float32]
+
+_ONSET_HOP = 128
+_TRIADS = {"major": (0, 4, 7), "minor": (0, 3, 7)}
+
+
+def check_scene(audio: Audio, scene: Scene) -> dict[str, bool]:
+    """The checks that apply to a scene and whether `audio` (2, S) passes each; modifiers are checked beside."""
+    results = {}
+    if scene.kind in _CHECKS:
+        results[_check_name(scene)] = _CHECKS[scene.kind](audio, scene)
+    if scene.kind == "tone" and scene.voice in ("sine", "square", "saw", "triangle"):
+        results["timbre"] = has_timbre(audio, scene.voice, float(OSCILLATOR_HZ[scene.pitch]))
+    if scene.kind == "chord":
+        results["chord mode"] = chord_mode(audio, scene.pitch) == scene.quality
+    if scene.pan in ("left", "right"):
+        results["panning"] = is_panned(audio, scene.pan)
+    if scene.fade:
+        results["fade"] = is_faded(audio, scene.fade)
+    return results
+
+
+def _check_name(scene: Scene) -> str:
+    if scene.kind == "tone":
+        return "pitch"
+    if scene.kind == "beat":
+        return "tempo strict" if scene.voice in ("metronome", "kick") else "tempo loop"
+    names = {"chord": "chord", "arpeggio": "tempo arpeggio", "hit": "one-shot", "hush": "empty prompt"}
+    return names.get(scene.kind, scene.kind)
+
+
+def strongest_hz(audio: Audio) -> float:
+    """Frequency of the strongest spectral peak of the clip's louder half, parabolic between bins."""
+    mono = _both(audio)
+    size = min(len(mono), 65536)
+    energy = np.cumsum(np.concatenate([[0.0], mono.astype(np.float64) ** 2]))
+    starts = np.arange(0, len(mono) - size + 1, 1024)
+    start = int(starts[np.argmax(energy[starts + size] - energy[starts])])
+    magnitude = np.abs(np.fft.rfft(mono[start : start + size] * np.hanning(size), n=2 * size))
+    magnitude[: int(30 * 2 * size / SAMPLE_RATE_HZ)] = 0.0
+    peak = int(magnitude.argmax())
+    if peak in (0, len(magnitude) - 1) or magnitude[peak] < 1e-9:
+        return 0.0
+    left, middle, right = np.log(magnitude[peak - 1 : peak + 2] + 1e-12)
+    return float((peak + 0.5 * (left - right) / (left - 2 * middle + right)) * SAMPLE_RATE_HZ / (2 * size))
+
+
+def has_pitch(audio: Audio, wanted_hz: float, *, cents: float = 50.0) -> bool:
+    """Whether the strongest peak lies within `cents` of a frequency."""
+    found = strongest_hz(audio)
+    return found > 0 and abs(1200 * math.log2(found / wanted_hz)) <= cents
+
+
+def harmonic_levels_db(audio: Audio, fundamental_hz: float, numbers: tuple[int, ...] = (2, 3)) -> list[float]:
+    """Levels of harmonics relative to the fundamental, decibels, within a quarter tone and a bit."""
+    mono = _both(audio)
+    magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono))))
+    step = SAMPLE_RATE_HZ / len(mono)
+
+    def around(hertz: float) -> float:
+        low = int(hertz * 2 ** (-0.6 / 12) / step)
+        return float(magnitude[max(low, 1) : int(hertz * 2 ** (0.6 / 12) / step) + 2].max(initial=1e-9))
+
+    base = around(fundamental_hz)
+    return [20 * math.log10(around(number * fundamental_hz) / base) for number in numbers]
+
+
+def has_timbre(audio: Audio, voice: str, fundamental_hz: float) -> bool:
+    """Second and third harmonic as the wave has them: none, 1/3 odd, 1/2 and 1/3, or 1/9 odd."""
+    second, third = harmonic_levels_db(audio, fundamental_hz)
+    match voice:
+        case "sine":
+            return second < -20 and third < -20
+        case "square":
+            return second < -20 and -16 < third < -4
+        case "saw":
+            return -12 < second < -1 and -16 < third < -4
+        case _:
+            return second < -20 and -27 < third < -12
+
+
+def chroma(audio: Audio) -> npt.NDArray[np.float64]:
+    """Strength (12,) of each pitch class, C first: summed spectral peaks between 60 Hz and 2.2 kHz."""
+    mono = _both(audio)
+    mono = mono[: len(mono) // 8 * 7]
+    magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono)), n=max(len(mono), 32768)))
+    hertz = np.arange(len(magnitude)) * SAMPLE_RATE_HZ / max(len(mono), 32768)
+    inside = (hertz > 60) & (hertz < 2200)
+    peak = (magnitude > np.roll(magnitude, 1)) & (magnitude >= np.roll(magnitude, -1)) & inside
+    peak &= magnitude > 0.05 * magnitude[inside].max(initial=1e-9)
+    classes = np.rint(12 * np.log2(hertz[peak] / 440) + 69).astype(int) % 12
+    return np.asarray(np.bincount(classes, weights=magnitude[peak], minlength=12), np.float64)
+
+
+def has_chord(audio: Audio, root: int, quality: str) -> bool:
+    """Whether the three strongest pitch classes are exactly the triad's."""
+    first = (69 + (root - 82) // 2) % 12
+    wanted = {(first + step) % 12 for step in _TRIADS[quality]}
+    return set(np.argsort(chroma(audio))[-3:].tolist()) == wanted
+
+
+def chord_mode(audio: Audio, root: int) -> str:
+    """Major or minor, by which third over `root` is stronger."""
+    first = (69 + (root - 82) // 2) % 12
+    strength = chroma(audio)
+    return "major" if strength[(first + 4) % 12] > strength[(first + 3) % 12] else "minor"
+
+
+def onset_strength(audio: Audio) -> npt.NDArray[np.float64]:
+    """Rise of the log level per hop of 128 samples, over four frequency ranges."""
+    mono = _both(audio)
+    blocks = np.lib.stride_tricks.sliding_window_view(np.pad(mono, (512, 512)), 1024)[::_ONSET_HOP]
+    power = np.abs(np.fft.rfft(blocks * np.hanning(1024), axis=1)) ** 2
+    ranges = np.add.reduceat(power, [1, 6, 24, 120], axis=1)
+    level = np.log10(ranges + 1e-4 * ranges.max() + 1e-9)
+    rise = np.maximum(level[4:] - level[:-4], 0.0).sum(axis=1)
+    return np.asarray(np.concatenate([np.zeros(2), rise, np.zeros(2)]))
+
+
+def onset_times_s(audio: Audio) -> npt.NDArray[np.float64]:
+    """Instants of clear onsets, at least 0.12 s apart."""
+    strength = onset_strength(audio)
+    floor = 0.35 * np.quantile(strength, 0.995)
+    gap = round(0.12 * SAMPLE_RATE_HZ / _ONSET_HOP)
+    times, last = [], -gap
+    for index in np.flatnonzero(strength > max(floor, 0.3)):
+        near = strength[max(0, index - gap) : index + gap + 1]
+        if strength[index] >= near.max() and index - last >= gap:
+            times.append(index * _ONSET_HOP / SAMPLE_RATE_HZ)
+            last = int(index)
+    return np.array(times)
+
+
+def has_strict_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) -> bool:
+    """Whether onsets come once a beat: their median distance and their number both fit."""
+    times = onset_times_s(audio)
+    if len(times) < 2:
+        return False
+    found = 60.0 / float(np.median(np.diff(times)))
+    expected = audio.shape[1] / SAMPLE_RATE_HZ * tempo_bpm / 60.0
+    return abs(found / tempo_bpm - 1) <= tolerance and abs(len(times) - expected) <= 1 + 0.15 * expected
+
+
+def has_loose_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) -> bool:
+    """Whether the onsets' autocorrelation peaks at the beat, its half or its double."""
+    strength = onset_strength(audio)
+    strength = strength - strength.mean()
+    size = 1 << (2 * len(strength)).bit_length()
+    correlation = np.fft.irfft(np.abs(np.fft.rfft(strength, size)) ** 2)[: len(strength)]
+    rate = SAMPLE_RATE_HZ / _ONSET_HOP
+    low, high = int(rate * 60 / 400), min(int(rate * 60 / 28), len(strength) - 2)
+    if high <= low + 2:
+        return False
+    lags = np.arange(low, high)
+    peak = low + int((correlation[low:high] * (1 - lags / (4 * len(strength)))).argmax())
+    found = 60 * rate / peak
+    return any(abs(found / (tempo_bpm * factor) - 1) <= tolerance for factor in (0.5, 1.0, 2.0))
+
+
+def is_noise(audio: Audio, colour: str) -> bool:
+    """Whether no tone stands out and the power lies where the colour puts it."""
+    mono = _both(audio)
+    size = 2048
+    blocks = np.lib.stride_tricks.sliding_window_view(mono, size)[:: size // 2] * np.hanning(size)
+    power = (np.abs(np.fft.rfft(blocks, axis=1)) ** 2).mean(axis=0)[1:]
+    hertz = np.arange(1, len(power) + 1) * SAMPLE_RATE_HZ / size
+    smooth = np.convolve(power, np.ones(41) / 41, mode="same")
+    if (power[8:-8] / (smooth[8:-8] + 1e-12)).max() > 12:
+        return False
+
+    def density(low: float, high: float) -> float:
+        return 10 * math.log10(power[(hertz >= low) & (hertz < high)].mean() + 1e-12)
+
+    fall = density(200, 400) - density(3200, 6400)  # 4 octaves
+    treble = density(400, 1500) - density(5000, 15000)
+    limits = {"white": (-6, 6), "pink": (7, 18), "brown": (18, 60), "wind": (15, 90), "ocean": (-6, 25)}
+    if colour == "rain":
+        return treble < -6
+    low, high = limits[colour]
+    return low <= fall <= high
+
+
+def has_decayed(audio: Audio) -> bool:
+    """Whether the last third is at least 20 dB below the loudest 50 ms."""
+    block = 2205
+    mono = _both(audio)
+    levels = [_rms(mono[i : i + block]) for i in range(0, len(mono) - block + 1, block)]
+    return _db(_rms(mono[len(mono) * 2 // 3 :])) < _db(max(levels)) - 20
+
+
+def is_silent(audio: Audio, *, below_dbfs: float = -50.0) -> bool:
+    """Whether the whole clip's level is below a bound."""
+    return _db(_rms(audio)) < below_dbfs
+
+
+def is_panned(audio: Audio, side: str, *, by_db: float = 10.0) -> bool:
+    """Whether one side is `by_db` louder."""
+    difference = _db(_rms(audio[0])) - _db(_rms(audio[1]))
+    return difference >= by_db if side == "left" else difference <= -by_db
+
+
+def is_faded(audio: Audio, fade: str, *, by_db: float = 8.0) -> bool:
+    """Whether the last quarter is `by_db` louder (in) or quieter (out) than the first."""
+    quarter = audio.shape[1] // 4
+    change = _db(_rms(audio[:, -quarter:])) - _db(_rms(audio[:, :quarter]))
+    return change >= by_db if fade == "in" else change <= -by_db
+
+
+def has_swept(audio: Audio, scene: Scene) -> bool:
+    """Whether the strongest frequency moves the right way, by half the way asked for at least."""
+    part = max(audio.shape[1] // 6, 2048)
+    first, last = strongest_hz(audio[:, :part]), strongest_hz(audio[:, -part:])
+    if first <= 0 or last <= 0:
+        return False
+    wanted = (scene.target - scene.pitch) / 24.0
+    return math.log2(last / first) / wanted >= 0.5
+
+
+_CHECKS: dict[str, Callable[[Audio, Scene], bool]] = {
+    "tone": lambda audio, scene: has_pitch(audio, float(OSCILLATOR_HZ[scene.pitch])),
+    "chord": lambda audio, scene: has_chord(audio, scene.pitch, scene.quality),
+    "arpeggio": lambda audio, scene: has_loose_tempo(audio, scene.tempo_bpm),
+    "sweep": has_swept,
+    "beat": lambda audio, scene: (has_strict_tempo if scene.voice in ("metronome", "kick") else has_loose_tempo)(
+        audio, scene.tempo_bpm
+    ),
+    "hit": lambda audio, scene: has_decayed(audio),
+    "noise": lambda audio, scene: is_noise(audio, scene.voice),
+    "silence": lambda audio, scene: is_silent(audio),
+    "hush": lambda audio, scene: is_silent(audio, below_dbfs=-26.0),
+}
+
+
+def _both(audio: Audio) -> npt.NDArray[np.float32]:
+    """The louder side, so that panned sounds count and opposite phases do not cancel."""
+    return np.asarray(audio[int(_rms(audio[1]) > _rms(audio[0]))])
+
+
+def _rms(audio: npt.NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean(np.square(audio, dtype=np.float64)))) if audio.size else 0.0
+
+
+def _db(level: float) -> float:
+    return 20 * math.log10(max(level, 1e-7))

@@ -1,0 +1,64 @@
+"""Trained networks into a checkpoint folder of the Stable Audio 3 format: config, weights and text encoder in half."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stable_audio_serve.demo import architecture
+from stable_audio_serve.demo.train_autoencoder import Autoencoder
+from stable_audio_serve.demo.train_denoiser import Network, Trainer
+from stable_audio_serve.demo.vocabulary import MAX_TOKENS, write_tokenizer
+
+_TOKENIZER_CONFIG = {
+    "backend": "tokenizers",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "model_max_length": MAX_TOKENS,
+    "pad_token": "<pad>",
+    "padding_side": "right",
+    "tokenizer_class": "TokenizersBackend",
+    "truncation_side": "right",
+    "unk_token": "<unk>",
+}
+
+
+def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, folder: Path) -> None:
+    """Write `folder` from the averaged weights; files already there are replaced, others stay."""
+    network = Network()
+    network.load_state_dict(trainer.average)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_config.json").write_text(json.dumps(architecture.model_config(), indent=1) + "\n")
+    save_file(_half(_weights(network, autoencoder)), folder / "model.safetensors", metadata={"format": "pt"})
+    text = folder / architecture.TEXT_FOLDER
+    cast("Any", network.text.half()).save_pretrained(text)
+    write_tokenizer(text)
+    (text / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=1) + "\n")
+
+
+def _weights(network: Network, autoencoder: Autoencoder) -> dict[str, Tensor]:
+    """Every tensor of `model.safetensors` by its key; the text encoder has files of its own."""
+    linear = cast("nn.Linear", network.seconds[1])
+    prefix = "conditioner.conditioners"
+    weights: dict[str, Tensor] = {
+        f"{prefix}.prompt.padding_embedding": network.padding_embedding,
+        f"{prefix}.seconds_total.embedder.embedding.1.weight": linear.weight,
+        f"{prefix}.seconds_total.embedder.embedding.1.bias": linear.bias,
+    }
+    weights |= {f"model.model.{key}": value for key, value in network.denoiser.state_dict().items()}
+    weights |= {f"pretransform.model.{key}": value for key, value in autoencoder.state_dict().items()}
+    bottleneck = "pretransform.model.bottleneck"
+    weights[f"{bottleneck}.scaling_factor"] = torch.ones(1, architecture.LATENT_DIM, 1)
+    weights[f"{bottleneck}.bias"] = torch.zeros(1, architecture.LATENT_DIM, 1)
+    weights[f"{bottleneck}.running_std"] = torch.ones(1)
+    weights[f"{bottleneck}.noise_scaling_factor"] = torch.zeros(1, 0, 1)
+    return weights
+
+
+def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().half().contiguous() for key, value in weights.items()}

@@ -1,0 +1,36 @@
+"""Trains the demo model from nothing: `python -m stable_audio_serve.demo.train --out FOLDER`. Resumes where it stopped.
+
+Two stages (autoencoder, then denoiser with text encoder), then the checkpoint folder `FOLDER/checkpoint` in the
+Stable Audio 3 format. Runs on a CPU or a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from stable_audio_serve.demo.package import write_checkpoint
+from stable_audio_serve.demo.train_autoencoder import AutoencoderConfig, train_autoencoder
+from stable_audio_serve.demo.train_denoiser import DenoiserTrainingConfig, train_denoiser
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for state and checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="for the world, the weights and the noise")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderConfig().steps)
+    parser.add_argument("--denoiser-steps", type=int, default=DenoiserTrainingConfig().steps)
+    parser.add_argument("--decay-share", type=float, default=DenoiserTrainingConfig().decay_share)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    first = AutoencoderConfig(steps=options.autoencoder_steps, seed=options.seed)
+    autoencoder = train_autoencoder(first, options.out, device=options.device).cpu()
+    second = DenoiserTrainingConfig(steps=options.denoiser_steps, decay_share=options.decay_share, seed=options.seed)
+    trainer = train_denoiser(second, autoencoder, options.out, device=options.device)
+    write_checkpoint(trainer, autoencoder, options.out / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Stage 1: the patch autoencoder learns the world's parameter frames. Knows nothing of captions or of the denoiser."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stable_audio_serve.demo.optim import MixedOptimizer
+from stable_audio_serve.demo.scenes import SHARES, draw_scene
+from stable_audio_serve.demo.synthesis import render_scene
+from stable_audio_serve.models.blocks.oscillator_bank import NUM_CHANNELS, NUM_OSCILLATORS
+from stable_audio_serve.models.sa3.oscillator import PatchMlpDecoder, PatchMlpEncoder
+
+PATCH_FRAMES = 8
+LATENT_DIM = 64
+LATENT_S = 4096 / 44100
+
+# Sweeps, arpeggios and beats hold the patches that are hardest to keep.
+_SHARES = SHARES | {"sweep": 0.26, "arpeggio": 0.10, "chord": 0.14, "beat": 0.18, "tone": 0.28, "hush": 0.01}
+
+
+@dataclass(frozen=True, slots=True)
+class AutoencoderConfig:
+    """Sizes and schedule of stage 1."""
+
+    width: int = 384
+    encoder_depth: int = 1
+    decoder_depth: int = 2
+    batch_patches: int = 1024
+    pool_patches: int = 40_000
+    steps: int = 4000
+    noise: float = 0.2
+    seed: int = 0
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder over patches, with latent statistics measured after training."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.encoder = PatchMlpEncoder(
+            in_channels=NUM_CHANNELS,
+            patch_frames=PATCH_FRAMES,
+            width=config.width,
+            depth=config.encoder_depth,
+            latent_dim=LATENT_DIM,
+        )
+        self.decoder = PatchMlpDecoder(
+            out_channels=NUM_CHANNELS,
+            patch_frames=PATCH_FRAMES,
+            width=config.width,
+            depth=config.decoder_depth,
+            latent_dim=LATENT_DIM,
+        )
+
+
+class PatchPool:
+    """Patches (8, 222) of random clips, a few of them replaced at every draw."""
+
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._patches = np.zeros((size, PATCH_FRAMES, NUM_CHANNELS), np.float16)
+        self._cursor = 0
+        filled = 0
+        while filled < size:
+            filled += self._add_clip()
+
+    def draw(self, count: int, *, fresh_clips: int = 16) -> Tensor:
+        """`count` patches as frames (count, 222, 8) float32, after `fresh_clips` new clips went into the pool."""
+        for _ in range(fresh_clips):
+            self._add_clip()
+        chosen = self._patches[self._rng.integers(len(self._patches), size=count)]
+        return torch.from_numpy(chosen.astype(np.float32)).transpose(1, 2)
+
+    def _add_clip(self) -> int:
+        patches = draw_patches(self._rng)
+        places = (self._cursor + np.arange(len(patches))) % len(self._patches)
+        self._patches[places] = patches
+        self._cursor = int(places[-1] + 1) % len(self._patches)
+        return len(patches)
+
+
+def draw_patches(rng: np.random.Generator, *, count: int = 8) -> npt.NDArray[np.float32]:
+    """Up to `count` patches of one random clip, the first two latents and the end more likely than the rest."""
+    if rng.random() < 0.08:
+        return _draw_spectra(rng, count)
+    duration_s = float(np.exp(rng.uniform(np.log(0.5), np.log(8.0))))
+    num_latents = int(np.ceil(duration_s / LATENT_S)) + 1
+    scene = draw_scene(rng, shares=_SHARES)
+    frames = render_scene(scene, rng, duration_s=duration_s, num_frames=num_latents * PATCH_FRAMES)
+    if scene.kind in ("tone", "chord", "noise", "silence", "hush"):
+        count = 4
+    patches = frames.reshape(num_latents, PATCH_FRAMES, NUM_CHANNELS)
+    chosen = rng.integers(num_latents, size=count)
+    chosen[0] = 0
+    return patches[chosen]
+
+
+def _draw_spectra(rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
+    """Patches no scene makes: loose partials over uneven noise, so that other people's audio survives a little."""
+    frames = np.zeros((count, PATCH_FRAMES, NUM_CHANNELS), np.float32)
+    slope = np.linspace(0.0, 1.0, PATCH_FRAMES, dtype=np.float32)
+    for patch in frames:
+        partials = rng.integers(4, NUM_OSCILLATORS - 20, size=rng.integers(0, 13))
+        levels = rng.uniform(0.2, 0.85, (2, len(partials)))
+        patch[:, partials] = levels[0] + (levels[1] - levels[0]) * slope[:, None] * rng.integers(0, 2)
+        colour = np.interp(np.arange(20), [0, 5, 12, 19], rng.uniform(-0.2, 0.7, 4))
+        patch[:, NUM_OSCILLATORS:-2] = np.maximum(colour + 0.05 * rng.standard_normal((PATCH_FRAMES, 20)), 0.0)
+        patch[:, -2:] = rng.uniform(-1, 1, 2)
+        if rng.random() < 0.3:
+            patch[: rng.integers(PATCH_FRAMES), :-2] = 0.0
+    return frames
+
+
+def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
+    """Mean over patches of 5 L1 + 50 L2 on levels, each patch divided by sqrt(mean square + 0.003), and the same on
+    levels blurred over neighbouring oscillators, so that a near miss costs less than a far one.
+
+    Where the target is silent only positive levels count: the render takes negative ones as silence.
+    """
+    levels, wanted = decoded[:, :-2], target[:, :-2]
+    error = torch.where(wanted > 0, levels - wanted, levels.clamp(min=0.0))
+    weight = (wanted.square().mean(dim=(1, 2)) + 0.003).rsqrt()
+    per_patch = 5.0 * error.abs().mean(dim=(1, 2)) + 50.0 * error.square().mean(dim=(1, 2))
+    tones = error[:, :NUM_OSCILLATORS].transpose(1, 2).flatten(0, 1)[:, None]
+    for size in (5, 17):
+        blurred = nn.functional.avg_pool1d(tones, size, stride=1, padding=size // 2) * size**0.5
+        per_patch = per_patch + 25.0 * blurred.square().reshape(len(target), -1).mean(dim=1)
+    sounding = torch.stack([wanted[:, :NUM_OSCILLATORS].amax(1), wanted[:, NUM_OSCILLATORS:].amax(1)], dim=1)
+    balance = ((decoded[:, -2:] - target[:, -2:]).square() * (0.1 + sounding)).mean(dim=(1, 2))
+    return (per_patch * weight * 0.1 + 0.5 * balance).mean()
+
+
+def train_autoencoder(config: AutoencoderConfig, folder: Path, *, device: str = "cpu") -> Autoencoder:
+    """Train, resuming from `folder/autoencoder.pt` when it is there; returns the trained network."""
+    torch.manual_seed(config.seed)
+    model = Autoencoder(config).to(device)
+    optimizer = MixedOptimizer(model.named_parameters(), total_steps=config.steps)
+    path = folder / "autoencoder.pt"
+    start = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    if start >= config.steps:
+        standardise(model, seed=config.seed)
+        return model
+    pool = PatchPool(config.pool_patches, np.random.default_rng((config.seed, start)))
+    began, total = time.monotonic(), 0.0
+    for step in range(start, config.steps):
+        target = pool.draw(config.batch_patches).to(device)
+        total += _train_step(model, optimizer, target, step=step, noise=config.noise)
+        if (step + 1) % 100 == 0:
+            speed = (time.monotonic() - began) / (step + 1 - start)
+            print(f"autoencoder step {step + 1}/{config.steps} loss {total / 100:.4f} {speed:.3f} s/step", flush=True)
+            total = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == config.steps:
+            print(f"  {describe(model, seed=config.seed + 1)}", flush=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+    standardise(model, seed=config.seed)
+    return model
+
+
+def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
+    """Give every latent channel mean 0 and deviation 1 over the world's clips, by folding both into the outer layers.
+
+    In place; what decodes from what stays the same.
+    """
+    rng = np.random.default_rng((seed, 3))
+    latents = []
+    with torch.no_grad():
+        for _ in range(num_clips):
+            duration_s = float(np.exp(rng.uniform(np.log(0.5), np.log(8.0))))
+            frames = (int(np.ceil(duration_s / LATENT_S)) + 3) * PATCH_FRAMES
+            clip = render_scene(draw_scene(rng), rng, duration_s=duration_s, num_frames=frames)
+            latents.append(model.encoder(torch.from_numpy(clip.T.copy())[None])[0])
+        mean, deviation = torch.cat(latents, dim=1).mean(dim=1), torch.cat(latents, dim=1).std(dim=1)
+        out, into = model.encoder.project_out, model.decoder.project_in
+        out.weight.div_(deviation[:, None])
+        out.bias.sub_(mean).div_(deviation)
+        into.bias.add_(into.weight @ mean)
+        into.weight.mul_(deviation)
+
+
+def _train_step(model: Autoencoder, optimizer: MixedOptimizer, target: Tensor, *, step: int, noise: float) -> float:
+    with torch.autocast(target.device.type, dtype=torch.bfloat16):
+        latents = model.encoder(target)
+        level = noise * torch.rand(len(target), 1, 1, device=target.device)
+        decoded = model.decoder(latents + level * torch.randn_like(latents))
+    loss = reconstruction_loss(decoded.float(), target)
+    mean, variance = latents.float().mean(dim=(0, 2)), latents.float().var(dim=(0, 2))
+    spread = (mean.square() + variance - variance.clamp(min=1e-6).log() - 1.0).mean()
+    (loss + 0.02 * spread).backward()
+    optimizer.step(step)
+    return float(loss.detach())
+
+
+def describe(model: Autoencoder, *, seed: int) -> str:
+    """Per kind of scene: how often the strongest oscillator of a frame survives within one step, and the L1 error."""
+    rng = np.random.default_rng(seed)
+    device = next(model.parameters()).device
+    parts = []
+    for kind in ("tone", "chord", "arpeggio", "sweep", "beat", "hit", "noise", "pair"):
+        patches = []
+        for _ in range(60):
+            scene = draw_scene(rng, shares={kind: 1.0})
+            clip = render_scene(scene, rng, duration_s=2.0, num_frames=176)
+            patches.append(clip.reshape(-1, PATCH_FRAMES, NUM_CHANNELS)[rng.integers(22, size=6)])
+        target = torch.from_numpy(np.concatenate(patches)).transpose(1, 2).to(device)
+        with torch.no_grad():
+            latents = model.encoder(target)
+            decoded = model.decoder(latents + 0.1 * torch.randn_like(latents))
+        strength, wanted = target[:, :NUM_OSCILLATORS].max(1)
+        found = decoded[:, :NUM_OSCILLATORS].argmax(1)
+        tonal = strength > 0.3
+        hit = ((found - wanted).abs() <= 1)[tonal].float().mean() if bool(tonal.any()) else torch.tensor(1.0)
+        error = (decoded[:, :-2].clamp(min=0) - target[:, :-2]).abs().sum(dim=(1, 2)) / (
+            target[:, :-2].sum(dim=(1, 2)) + 1.0
+        )
+        parts.append(f"{kind} {100 * float(hit):.0f}% {float(error.mean()):.2f}")
+    return ", ".join(parts)

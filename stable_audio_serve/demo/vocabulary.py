@@ -1,0 +1,233 @@
+"""The demo model's tokenizer: any spelling of a prompt becomes a few known words, pitches and nothing else.
+
+Everything happens in a standard `tokenizer.json` (normaliser, split, word level), so the official loading path reads
+it. A frequency or note name becomes the quarter tone nearest to it; words outside the vocabulary vanish. Tempo values
+are read from the prompt by a number conditioner (`TEMPO_PATTERN`); here only the fact that one was named remains.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+FIRST_PITCH, LAST_PITCH = 8, 160  # quarter tones that can be named: 51.9 Hz to 4.19 kHz
+MAX_TOKENS = 24
+
+TEMPO_PATTERN = (
+    r"(?<![\d.])(\d{2,3}(?:\.\d+)?)(?=\s*-?\s*(?:bpm\b|b\.p\.m|beats?\s+(?:per|a|/)\s*min|beats?/min))"
+    r"|(?:\btempo\b|\bbpm\b)\s*(?:of|is|at|=|:|to)?\s*(\d{2,3}(?:\.\d+)?)\b"
+)
+
+WORDS = (
+    *("sine", "square", "saw", "triangle", "organ", "pad", "pluck", "flute", "piano", "bell", "bass"),
+    *("chord", "arpeggio", "major", "minor", "sweep", "up", "down", "laser", "siren", "alarm"),
+    *("kick", "snare", "hat", "clap", "tom", "cowbell", "click", "cymbal", "metronome", "drums", "house"),
+    *("loop", "bpm", "noise", "white", "pink", "brown", "wind", "rain", "ocean", "silence"),
+    *("left", "right", "lefttoright", "righttoleft", "quiet", "loud", "fadein", "fadeout"),
+)
+
+_SPACED = r"(?<![^\s]){}(?![^\s])"  # whole words between spaces
+
+# Whole words or phrases (regular expressions over lower case, single spaces) and the known words they mean, in order.
+_SYNONYMS: tuple[tuple[str, str], ...] = (
+    (r"(?:4|four) (?:on|to) (?:the )?floor", "kick loop"),
+    (r"middle c", "c4"),
+    (r"concert (?:a|pitch)", "a4"),
+    (r"left(?: (?:channel|speaker|side|ear))? (?:to|into|towards?) (?:the )?right", "lefttoright"),
+    (r"right(?: (?:channel|speaker|side|ear))? (?:to|into|towards?) (?:the )?left", "righttoleft"),
+    (r"low(?: (?:pitch|frequency|note))? to high", "up"),
+    (r"high(?: (?:pitch|frequency|note))? to low", "down"),
+    (r"fad(?:e|es|ed|ing) (?:slowly |gently |gradually |smoothly )?in|fadein|fade ins", "fadein"),
+    (r"(?:gets?|getting|grows?|growing|becom(?:es?|ing)) louder|crescendo|swell(?:s|ing)?", "fadein"),
+    (r"quiet to loud|soft to loud|silence to loud|(?:rises?|rising|emerg(?:es|ing)) from silence", "fadein"),
+    (r"fad(?:e|es|ed|ing) (?:slowly |gently |gradually |smoothly )?(?:out|away|to silence|down|off)", "fadeout"),
+    (r"fadeout|(?:gets?|getting|grows?|growing|becom(?:es?|ing)) (?:quieter|softer)", "fadeout"),
+    (r"(?:di|decre)(?:minuendo|scendo)|dy(?:ing|ies) away|dies away|loud to (?:quiet|soft|silence)", "fadeout"),
+    (r"beats? (?:per|a) min(?:ute)?", "bpm"),
+    (r"(?:on )?(?:each|every) beat", "loop"),
+    (r"bass ?drums?|kick ?drums?|kicks?|kicking", "kick"),
+    (r"snares?|snare drums?|rim ?shots?", "snare"),
+    (r"(?:closed |open )?hi ?hats?|hats?", "hat"),
+    (r"(?:hand )?claps?|hand ?claps?|clapping", "clap"),
+    (r"tom ?toms?|toms?", "tom"),
+    (r"cow ?bells?", "cowbell"),
+    (r"(?:crash |ride )?cymbals?|crash", "cymbal"),
+    (r"click ?tracks?|metronomes?", "metronome"),
+    (r"clicks?|clicking|ticks?|ticking", "click"),
+    (r"lasers?|laser (?:zap|shot|gun)s?|zaps?|pew", "laser"),
+    (
+        r"(?:four )?(?:house|techno|disco|edm|dance)(?: music)?(?: (?:drums?|beats?|grooves?|loops?|patterns?))*",
+        "house",
+    ),
+    (r"(?:rock|pop|funk|hip ?hop|trap)(?: drums?)?(?: (?:beats?|grooves?|loops?|patterns?|drums?))*", "drums"),
+    (
+        r"drums?(?: (?:beats?|grooves?|loops?|patterns?|machines?|kits?|breaks?|tracks?))*|break ?beats?|grooves?",
+        "drums",
+    ),
+    (r"loops?|looping|looped|patterns?|beats?|rhythms?|pulses?|pulsing", "loop"),
+    (r"(?:white|static) noise|hiss(?:ing)?|static", "white noise"),
+    (r"pink noise", "pink noise"),
+    (r"(?:brown|red|brownian) noise", "brown noise"),
+    (r"noises?|noisy", "noise"),
+    (r"winds?|windy|breezes?|gusts?", "wind"),
+    (r"rain(?:s|ing|fall|drops)?|rainy", "rain"),
+    (r"oceans?|seas?|waves? (?:crashing|breaking|on (?:the|a) (?:shore|beach))|surf", "ocean"),
+    (r"silen(?:ce|t|tly)|nothing|mute(?:d)?", "silence"),
+    (r"risers?|up ?sweeps?", "sweep up"),
+    (r"sweeps?|sweeping|gliss(?:ando)?|glides?|gliding|chirps?|slides?|sliding|portamento", "sweep"),
+    (r"ris(?:es?|ing)|ascend(?:s|ing)?|upwards?|going up|goes up|increas(?:es|ing)|climb(?:s|ing)|up", "up"),
+    (r"fall(?:s|ing)?|descend(?:s|ing)?|downwards?|going down|goes down|decreas(?:es|ing)|drop(?:s|ping)|down", "down"),
+    (r"sirens?|police siren|ambulance", "siren"),
+    (r"alarms?|alarm clock|buzzer", "alarm"),
+    (r"sines?|sin|sinusoid(?:s|al)?|pure tones?|beeps?", "sine"),
+    (r"squares?|pulse wave|chip ?tune|8 ?bit", "square"),
+    (r"saws?|saw ?(?:tooth|teeth)s?", "saw"),
+    (r"triangles?|triangular|tri", "triangle"),
+    (r"organs?", "organ"),
+    (r"pads?|strings?|ambient pad", "pad"),
+    (r"plucks?|plucked(?: strings?)?|guitars?|harps?", "pluck"),
+    (r"flutes?|whistles?", "flute"),
+    (r"pianos?|electric pianos?|keys|rhodes", "piano"),
+    (r"bells?|chimes?|glockenspiel", "bell"),
+    (r"(?:sub ?|synth )?bass(?:es|line)?", "bass"),
+    (r"chords?|triads?", "chord"),
+    (r"arpeggi(?:os?|ated|ating|o)|arps?|broken chords?", "arpeggio"),
+    (r"maj|majors?", "major"),
+    (r"m|min|minors?", "minor"),
+    (r"quiet(?:ly|er)?|faint(?:ly)?|low volume|soft volume", "quiet"),
+    (r"loud(?:ly|er)?|high volume", "loud"),
+    (r"lefts?|leftmost", "left"),
+    (r"rights?|rightmost", "right"),
+)
+
+
+def build_tokenizer() -> Tokenizer:
+    """The tokenizer: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, then words and pitches; adds no special tokens."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary())}, unk_token="<unk>"))
+    steps = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFD(), normalizers.StripAccents()]
+    steps += [normalizers.Replace(Regex(pattern), content) for pattern, content in rewrites()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    return tokenizer
+
+
+def vocabulary() -> list[str]:
+    """All tokens in order of their ids."""
+    pitches = range(FIRST_PITCH, LAST_PITCH + 1)
+    return ["<pad>", "<eos>", "<bos>", "<unk>", *WORDS, *map(pitch_token, pitches), *map(target_token, pitches)]
+
+
+def pitch_token(index: int) -> str:
+    """The word for a pitch, an oscillator index."""
+    return f"pitch{index}"
+
+
+def target_token(index: int) -> str:
+    """The word for the pitch a sweep ends at."""
+    return f"target{index}"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write `tokenizer.json`; `tokenizer_config.json` is the packager's."""
+    build_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def rewrites() -> list[tuple[str, str]]:
+    """Regular expressions and what replaces their matches, in order, for text already in lower case."""
+    number = r"\d+(?:\.\d+)?"
+    steps = [
+        ("♯", "#"),
+        ("♭", "b"),
+        (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # 1,000
+        (r"(?:kilo ?hertz|k ?hz|kcps)", " khz "),
+        (r"(?<!k)(?:hertz|hz|cycles per second|cps)", " hz "),
+        (rf"(?<=\d) ?(?:[-–—]+>?|→|~) ?(?={number} *k?hz)", " to "),
+        (r"[-–—_/\\,;:!?\"“”„'’‘`(){}\[\]<>|*=+~…]", " "),
+        (r"\.(?!\d)|(?<!\d)\.(?=\d{3,})", " "),
+        (r"\s+", " "),
+        (rf"{number} ?(?:b ?p ?m|beats? (?:per|a) min(?:ute)?s?)(?![a-z])", " bpm "),
+        (rf"(?<![a-z])(?:tempo|bpm) (?:of |is |at |to )?{number}", " bpm "),
+        (rf"{number} ?(?:ms|msecs?|milliseconds?|s|secs?|seconds?|mins?|minutes?)(?![a-z#])", " "),
+        (r"\d+ (?:bars?|measures?|beats?|times|steps?|voices?|notes?)(?![a-z])", " "),
+        (r"(?<![a-z])(?:about|around|roughly|approximately|approx|circa|exactly)(?![a-z])", " "),
+        (r"(?<![a-z])(?:until|till|towards?|up to|down to)(?![a-z])(?= \d| [a-g])", "to"),
+        (r"\s+", " "),
+        (rf"(?<=\d|z) and (?={number} k?hz)", " to "),
+        *((_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS[:3]),
+    ]
+    steps += [step for index in range(FIRST_PITCH, LAST_PITCH + 1) for step in _pitch_rewrites(index)]
+    steps += [(r"\s+", " ")]
+    steps += [(_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS]
+    known = "|".join([*WORDS, r"(?:pitch|target)\d+"])
+    return [*steps, (rf"(?<!\S)(?!(?:{known})(?!\S))\S+", " ")]
+
+
+def _pitch_rewrites(index: int) -> list[tuple[str, str]]:
+    """A pitch after "to" is a target; any other is where a sound is or starts."""
+    named = _pitch_pattern(index)
+    return [(rf"(?<= to ){named}", f" {target_token(index)} "), (named, f" {pitch_token(index)} ")]
+
+
+def _pitch_pattern(index: int) -> str:
+    hertz = [value for value in range(40, 4400) if _nearest_pitch(value) == index]
+    kilo = sorted({form for value in range(4, 440) if _nearest_pitch(value * 10) == index for form in _decimals(value)})
+    whole = "|".join(map(str, hertz)) or "(?!)"
+    after_word = (
+        r"(?<=sine |tone |wave |tooth |square |triangle |saw |sine at |tone at |wave at |frequency |frequency of )"
+    )
+    before_range = r"(?= (?:hz )?to +(?:\d+(?:\.\d+)? k?hz|target))"
+    forms = [
+        rf"(?<![\d.])(?:{whole})(?:\.\d+)? ?hz(?![a-z])",
+        rf"(?<![\d.])(?:{'|'.join(map(re.escape, kilo)) or '(?!)'}) ?khz(?![a-z])",
+        rf"{after_word}(?<![\d.])(?:{whole})(?![\d.a-z])(?! (?:bpm|k?hz))",
+        rf"(?<![\d.])(?:{whole})(?:\.\d+)?{before_range}",
+    ]
+    if index % 2 == 0:
+        forms += _note_forms(index)
+    return f"(?:{'|'.join(forms)})"
+
+
+def _nearest_pitch(frequency_hz: float) -> int:
+    return round(82 + 24 * math.log2(frequency_hz / 440))
+
+
+def _decimals(hundredths: int) -> list[str]:
+    """The ways to write a number of hundredths: 1.5, 1.50; 2, 2.0, 2.00; 0.5, .5."""
+    text = f"{hundredths / 100:.2f}"
+    forms = {text, text.rstrip("0").rstrip(".")}
+    if text.endswith("0"):
+        forms.add(text[:-1])
+    return sorted(forms | {form[1:] for form in forms if form.startswith("0.")})
+
+
+_LETTERS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
+_SIGNS = {"": 0, r"(?:#| sharp|sharp)": 1, r"(?:b| flat|flat)": -1}
+
+
+def _note_forms(index: int) -> list[str]:
+    """Spellings of the note at an oscillator index: with its octave, and without for octave 4 where the context says
+    that a letter is a note."""
+    midi = 69 + (index - 82) // 2
+    with_octave, without = [], []
+    for letter, semitone in _LETTERS.items():
+        for sign, shift in _SIGNS.items():
+            octave, rest = divmod(midi - 12 - semitone - shift, 12)
+            if rest == 0:
+                with_octave.append(rf"{letter}{sign} ?{octave}")
+                if octave == 4:
+                    without.append(f"{letter}{sign}")
+    not_a_count = r"(?![\w#.])(?! (?:bars?|beats?|on|to the|x|part|part|measures?|times|voices?|th|st|nd|rd)(?![a-z]))"
+    forms = [rf"(?<![\w#])(?:{'|'.join(with_octave)}){not_a_count}"] if with_octave else []
+    if without:
+        name = "|".join(without)
+        forms += [
+            rf"(?<![\w#])(?:{name})(?= ?(?:major|minor|maj|min)(?![a-z]))",
+            rf"(?<![\w#])(?:{name})(?= ?m (?:chord|triad|arpeggio))",
+            rf"(?<=note |key of |key |chord on |chord in |chord of |triad on |triad of |root )(?:{name})(?![\w#])",
+        ]
+    return forms
