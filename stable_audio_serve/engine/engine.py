@@ -140,6 +140,11 @@ class Engine:
         return self._model.spec
 
     @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self._model.device
+
+    @property
     def backlog_ms(self) -> float:
         """Predicted device time of everything accepted and unfinished."""
         return self._admission.backlog_ms
