@@ -51,6 +51,8 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None, cache_dir: Path) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the hub answered; that nothing is cached either is not the reason
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     match error:

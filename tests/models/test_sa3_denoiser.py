@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from stable_audio_serve.models.config_reader import read_config
-from stable_audio_serve.models.sa3.config import parse_denoiser
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
-from tests.goldens import SHARP, TINY, load_goldens
+from tests.goldens import SHARP, load_goldens
+from tests.models.loaded import FAMILY, assert_near, loaded
 
 SINGLE_FORWARD = 5e-5
 KEY_MASKED = 1e-4
-FAMILY = [*SHARP, *TINY]
 
 
-@cache
 def denoiser(name: str) -> Denoiser:
-    folder = load_goldens(name).folder
-    net = Denoiser(parse_denoiser(read_config(folder).section("model").section("diffusion").section("config")))
-    prefix = "model.model."
-    weights = load_file(folder / "model.safetensors")
-    net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    return net.eval()
+    return loaded(name).denoiser
 
 
 def golden(name: str) -> Callable[[str], Tensor]:
@@ -37,10 +28,6 @@ def golden(name: str) -> Callable[[str], Tensor]:
 def conditioning(name: str) -> DenoiserConditioning:
     g = golden(name)
     return denoiser(name).condition(g("cross_attn_cond"), g("global_cond"), g("local_add_cond"))
-
-
-def assert_near(actual: Tensor, expected: Tensor, *, within: float) -> None:
-    torch.testing.assert_close(actual, expected, atol=within, rtol=0)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +128,7 @@ def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARP)
 def test_gradients_reach_every_weight_and_the_context(name: str) -> None:
-    g, net = golden(name), denoiser(name)
+    g, net = golden(name), copy.deepcopy(denoiser(name)).requires_grad_()
     with torch.enable_grad():
         inputs = {key: g(key).clone() for key in ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond")}
         context = inputs["cross_attn_cond"].requires_grad_()
@@ -158,4 +145,3 @@ def test_gradients_reach_every_weight_and_the_context(name: str) -> None:
     assert context.grad.abs().sum() > 0
     missing = [key for key, weight in net.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert missing == []
-    net.zero_grad(set_to_none=True)

@@ -208,7 +208,7 @@ class Denoiser(nn.Module):
 
 
 def collate(rows: Sequence[DenoiserConditioning], *, num_frames: int) -> DenoiserConditioning:
-    """One conditioning for rows that step together; local embeddings are padded with zeros to `num_frames`.
+    """One conditioning for single rows that step together; local embeddings are padded with zeros to `num_frames`.
 
     Rows without context beside rows with it get zero keys and values, which add exactly zero, so that the shapes of
     a step depend on nothing but its rows' count and length. Only a batch of such rows alone skips cross-attention.

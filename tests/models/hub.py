@@ -1,0 +1,118 @@
+"""A local HTTP server that answers like the model hub, for repositories given as dictionaries of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Repo:
+    """Files by path. `gated` repositories list their files to everybody and give them to bearers of `token` only."""
+
+    files: Mapping[str, bytes]
+    gated: bool = False
+    token: str | None = None
+    revisions: tuple[str, ...] = ("main",)
+    status: int | None = None  # answer everything with this
+
+
+@dataclass
+class Hub:
+    """A running server; `fetched` are the files handed out so far."""
+
+    url: str = ""
+    fetched: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
+    """Serve `repos` on a free local port until the block ends."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._route(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._route(with_body=False)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def _route(self, *, with_body: bool) -> None:
+            parts = urlsplit(self.path).path.strip("/").split("/")
+            is_api = parts[:2] == ["api", "models"]
+            owner_and_name, rest = ("/".join(parts[2:4]), parts[4:]) if is_api else ("/".join(parts[:2]), parts[2:])
+            repo = repos.get(owner_and_name)
+            if repo is None:
+                return self._error(401, "RepoNotFound")
+            if repo.status is not None:
+                return self._error(repo.status, None)
+            if rest[0] == "revision":
+                if rest[1] not in (*repo.revisions, COMMIT):
+                    return self._error(404, "RevisionNotFound")
+                return self._json({"id": owner_and_name, "sha": COMMIT, "siblings": []})
+            if rest[0] == "tree":
+                return self._json([_tree_entry(path, content) for path, content in repo.files.items()])
+            may_read = repo.token is None or self.headers.get("authorization") == f"Bearer {repo.token}"
+            if not may_read:
+                return self._error(403 if repo.gated else 401, "GatedRepo" if repo.gated else None)
+            path = "/".join(rest[2:])
+            if with_body:
+                hub.fetched.append(path)
+            return self._file(repo.files[path], with_body=with_body)
+
+        def _error(self, status: int, code: str | None) -> None:
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+                self.send_header("X-Error-Message", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def _json(self, value: object) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def _file(self, content: bytes, *, with_body: bool) -> None:
+            self.send_response(200)
+            self.send_header("ETag", f'"{_etag(content)}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def _tree_entry(path: str, content: bytes) -> dict[str, object]:
+    return {"type": "file", "path": path, "size": len(content), "oid": _etag(content)}

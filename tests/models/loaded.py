@@ -1,0 +1,27 @@
+"""The four small reference checkpoints as loaded models, each loaded at most once per test run."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from stable_audio_serve.models.load import load_model
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sa3.model import Sa3Model
+from tests.goldens import SHARP, TINY, load_goldens
+
+FAMILY = [*SHARP, *TINY]
+
+
+@cache
+def loaded(name: str) -> Sa3Model:
+    """A reference checkpoint on the CPU."""
+    model = load_model(resolve_entry(name, path=str(load_goldens(name).folder)))
+    assert isinstance(model, Sa3Model)
+    return model
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, *, within: float) -> None:
+    """Largest absolute difference of two tensors of one shape."""
+    torch.testing.assert_close(actual, expected, atol=within, rtol=0)

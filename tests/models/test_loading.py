@@ -1,0 +1,279 @@
+"""Checkpoint folders that do not fit: every failure is one sentence naming the file or key."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stable_audio_serve.core.errors import CheckpointError, ConfigError
+from stable_audio_serve.models.load import load_model, resolve_device
+from stable_audio_serve.models.loading import cast_network, resolve_dtype
+from stable_audio_serve.models.registry import ModelEntry, resolve_entry
+from stable_audio_serve.models.sa3.model import Sa3Model
+from tests.goldens import load_goldens
+from tests.models.loaded import assert_near, loaded
+
+GAMMA = "model.model.transformer.layers.0.pre_norm.gamma"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint folder that may be spoilt."""
+    copy = tmp_path / "checkpoint"
+    copy.mkdir()
+    source = load_goldens("sharp-s").folder
+    for part in ("model_config.json", "model.safetensors"):
+        shutil.copy(source / part, copy / part)
+    shutil.copytree(source / "t5gemma", copy / "t5gemma")
+    return copy
+
+
+def load(folder: Path) -> Sa3Model:
+    model = load_model(ModelEntry(name="spoilt", folder=str(folder)))
+    assert isinstance(model, Sa3Model)
+    return model
+
+
+def failure(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def configure(folder: Path, path: str, value: Any) -> None:
+    """Set the dotted `path` of model_config.json; `...` removes it."""
+    file = folder / "model_config.json"
+    config = json.loads(file.read_text())
+    *parents, key = path.split(".")
+    place = config
+    for parent in parents:
+        place = place[int(parent)] if isinstance(place, list) else place[parent]
+    if value is ...:
+        del place[key]
+    else:
+        place[key] = value
+    file.write_text(json.dumps(config))
+
+
+def test_missing_key(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.pop(GAMMA))
+    assert f"{GAMMA} is missing" in failure(folder)
+
+
+def test_unknown_keys_are_counted(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.update(a_stranger=torch.zeros(1), b_stranger=torch.zeros(1)))
+    assert "a_stranger (and 1 more) does not belong" in failure(folder)
+
+
+def test_wrong_shape(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.update({GAMMA: torch.zeros(71)}))
+    assert f"{GAMMA} has shape [71], the network needs [72]" in failure(folder)
+
+
+def test_integers_are_no_weights(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.update({GAMMA: torch.zeros(72, dtype=torch.int64)}))
+    assert f"{GAMMA} holds torch.int64" in failure(folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, 200_000])
+def test_truncated_weights(folder: Path, size: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert "corrupt or incomplete" in failure(folder)
+
+
+def test_garbage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 100)
+    assert "corrupt or incomplete" in failure(folder)
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "expected model.safetensors" in failure(folder)
+
+
+def test_half_precision_files_load_as_float32(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.update({key: value.half() for key, value in weights.items()}))
+    weight = load(folder).autoencoder.bottleneck.scaling_factor
+    assert weight.dtype == torch.float32
+    expected = loaded("sharp-s").autoencoder.bottleneck.scaling_factor.half().float()
+    assert torch.equal(weight, expected)
+
+
+def test_pickles_of_tensors_load(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    torch.save({"state_dict": load_file(path), "epoch": 3}, folder / "model.ckpt")
+    path.unlink()
+    model = load(folder)
+    assert torch.equal(model.denoiser.transformer.memory_tokens, loaded("sharp-s").denoiser.transformer.memory_tokens)
+
+
+class _Trap:
+    """Unpickling it would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("trap-was-sprung"),))
+
+
+def test_pickles_with_code_are_refused_unrun(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": _Trap()}, folder / "model.ckpt")
+    assert "convert it to safetensors" in failure(folder)
+    (folder / "model.ckpt").write_bytes(pickle.dumps(_Trap()))
+    assert "model.ckpt" in failure(folder)
+    assert not (tmp_path / "trap-was-sprung").exists()
+
+
+def test_raw_training_checkpoints_are_refused(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.update({"diffusion.model.model.x": torch.zeros(1)}))
+    assert "raw training checkpoint" in failure(folder)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert "model_config.json" in failure(tmp_path / "nowhere")
+
+
+def test_text_encoder_is_found_beside_the_weights_under_its_official_name(folder: Path) -> None:
+    configure(folder, "model.conditioning.configs.0.config.model_path", ...)
+    (folder / "t5gemma").rename(folder / "t5gemma-b-b-ul2")
+    assert load(folder).text.width == 768
+
+
+def test_missing_text_encoder_names_the_places(folder: Path) -> None:
+    shutil.rmtree(folder / "t5gemma")
+    message = failure(folder)
+    assert str(folder / "t5gemma") in message
+    assert str(folder / "t5gemma-b-b-ul2") in message
+
+
+def test_text_encoder_with_a_missing_weight_is_refused(folder: Path) -> None:
+    path = folder / "t5gemma" / "model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert "encoder.norm.weight" in failure(folder)
+
+
+@pytest.mark.parametrize("spoilt", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_corrupt_text_encoder_files(folder: Path, spoilt: str) -> None:
+    (folder / "t5gemma" / spoilt).write_text("{}")
+    assert "text encoder" in failure(folder)
+
+
+def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None:
+    """The official folder holds the full model; the decoder is not used."""
+    from transformers import AutoConfig, T5GemmaForConditionalGeneration
+
+    target = folder / "t5gemma"
+    config = AutoConfig.from_pretrained(target)
+    config.is_encoder_decoder = True
+    whole = T5GemmaForConditionalGeneration(config)
+    whole.model.encoder.load_state_dict(loaded("sharp-s").text.encoder.encoder.state_dict())
+    tokenizer = (target / "tokenizer.json").read_bytes(), (target / "tokenizer_config.json").read_bytes()
+    whole.save_pretrained(target)
+    (target / "tokenizer.json").write_bytes(tokenizer[0])
+    (target / "tokenizer_config.json").write_bytes(tokenizer[1])
+    prompts = ["dog barking", ""]
+    for ours, expected in zip(load(folder).encode_text(prompts), loaded("sharp-s").encode_text(prompts), strict=True):
+        assert_near(ours.tokens, expected.tokens, within=1e-6)
+
+
+DIT = "model.diffusion.config"
+DECODER = "model.pretransform.config.decoder.config"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model_type", "autoencoder"),
+        ("model_type", ...),
+        ("sample_rate", 0),
+        ("sample_rate", "44100"),
+        ("sample_rate", True),
+        ("sample_size", ...),
+        ("model.io_channels", 17),
+        ("model.diffusion.diffusion_objective", "v"),
+        ("model.diffusion.cross_attention_cond_ids", ["prompt", "bpm"]),
+        ("model.diffusion.global_cond_ids", []),
+        ("model.diffusion.local_add_cond_ids", ["no_such_input"]),
+        ("model.diffusion.sampling_distribution_shift_options", {"type": "no-such"}),
+        (f"{DIT}.embed_dim", 73),
+        (f"{DIT}.num_heads", 4),
+        (f"{DIT}.depth", -1),
+        (f"{DIT}.depth", 2.5),
+        (f"{DIT}.cond_token_dim", ...),
+        (f"{DIT}.global_cond_type", "prepend"),
+        (f"{DIT}.timestep_features_type", "learned"),
+        (f"{DIT}.norm_type", ...),
+        (f"{DIT}.patch_size", 2),
+        (f"{DIT}.attn_kwargs.qk_norm", "l2"),
+        (f"{DECODER}.strides", [4, 4]),
+        (f"{DECODER}.strides", []),
+        (f"{DECODER}.dim_heads", 7),
+        (f"{DECODER}.dyt", False),
+        (f"{DECODER}.chunk_size", 24),
+        (f"{DECODER}.sliding_window", [1, 2]),
+        ("model.pretransform.config.downsampling_ratio", 128),
+        ("model.pretransform.config.bottleneck.type", "vae"),
+        ("model.pretransform.config.pretransform.type", "wavelet"),
+        ("model.conditioning.configs.0.type", "clap"),
+        ("model.conditioning.configs.0.config.padding_mode", "zero"),
+        ("model.conditioning.configs.1.config.fourier_features_type", ...),
+        ("model.conditioning.configs.1.config.max_val", 0),
+        ("model.conditioning.configs.1.id", "bpm"),
+    ],
+)
+def test_unusable_config_names_the_key(folder: Path, path: str, value: Any) -> None:
+    configure(folder, path, value)
+    message = failure(folder)
+    assert path.rsplit(".", 1)[-1] in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_config_that_is_no_object(folder: Path, text: str) -> None:
+    (folder / "model_config.json").write_text(text)
+    assert "model_config.json" in failure(folder)
+
+
+def test_precision_policy() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert resolve_dtype(cpu, "float16") is torch.float32
+    assert resolve_dtype(cuda, None) is torch.float16
+    assert resolve_dtype(cuda, "bfloat16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="float8"):
+        resolve_dtype(cuda, "float8")
+    with pytest.raises(ConfigError, match="tpu"):
+        resolve_device("tpu")
+
+
+def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> None:
+    g, net = load_goldens("sharp-s").tensors, load(folder).denoiser
+    cast_network(net, torch.bfloat16)
+    assert net.transformer.rotary_pos_emb.inv_freq.dtype == torch.float32
+    conditioning = net.condition(g["dit/cross_attn_cond"], g["dit/global_cond"], g["dit/local_add_cond"])
+    out = net(g["dit/x"], g["dit/t"], conditioning)
+    assert out.dtype == torch.bfloat16
+    relative = (out.float() - g["dit/out"]).norm() / g["dit/out"].norm()
+    assert relative < 0.03
+
+
+def test_entry_facts_reach_the_spec(folder: Path) -> None:
+    entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0, duration_padding_s=0.5)
+    spec = load_model(entry).spec
+    assert (spec.name, spec.max_duration_s, spec.default_padding_s) == ("mine", 5.0, 0.5)

@@ -1,0 +1,53 @@
+"""Prompt and number conditioners against the reference numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.goldens import SHARP, load_goldens
+from tests.models.loaded import FAMILY, assert_near, loaded
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_prompts_become_the_reference_tokens(name: str) -> None:
+    goldens = load_goldens(name)
+    ids, mask = loaded(name).text.tokenize(goldens.facts["components"]["text"]["prompts"])
+    assert torch.equal(ids, goldens.tensors["text/input_ids"])
+    assert torch.equal(mask, goldens.tensors["text/attention_mask"])
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_prompt_embeddings_with_learned_padding(name: str) -> None:
+    goldens, model = load_goldens(name), loaded(name)
+    mask = goldens.tensors["text/attention_mask"]
+    hidden = model.text.encode(goldens.tensors["text/input_ids"], mask)
+    real = mask.bool()
+    assert_near(hidden[real], goldens.tensors["text/last_hidden_state"][real], within=2e-5)
+    embedded = model.encode_text(goldens.facts["components"]["text"]["prompts"])
+    assert_near(torch.stack([e.tokens for e in embedded]), goldens.tensors["text/embeddings"], within=2e-5)
+    assert torch.equal(torch.stack([e.mask for e in embedded]), real)
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_prompts_do_not_influence_each_other(name: str) -> None:
+    prompts = ["dog barking", "", "a very long prompt " * 20]
+    together = loaded(name).encode_text(prompts)
+    for prompt, among in zip(prompts, together, strict=True):
+        (alone,) = loaded(name).encode_text([prompt])
+        assert_near(among.tokens, alone.tokens, within=1e-6)
+        assert torch.equal(among.mask, alone.mask)
+
+
+def test_an_empty_prompt_is_finite_padding() -> None:
+    (empty,) = loaded("sharp-s").encode_text([""])
+    assert not empty.mask.any()
+    assert torch.equal(empty.tokens, loaded("sharp-s").prompt.padding_embedding.expand_as(empty.tokens))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_seconds_embeddings_clamp_to_the_range(name: str) -> None:
+    goldens = load_goldens(name)
+    values = torch.tensor(goldens.facts["components"]["number"]["values"])
+    embedded = loaded(name).numbers["seconds_total"](values)
+    assert_near(embedded[:, None], goldens.tensors["number/embeddings"], within=1e-4)

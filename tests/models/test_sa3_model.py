@@ -1,0 +1,82 @@
+"""The loaded model through its protocol: conditioning branches, guided rows and unlike rows in one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBatch
+from stable_audio_serve.models.sa3.model import Sa3Model
+from tests.goldens import SHARP
+from tests.models.loaded import assert_near, loaded
+from tests.models.test_sa3_planning import make_clip, make_request
+
+
+def admit(model: Sa3Model, **fields: Any) -> tuple[RowPlan, RowConditioning]:
+    (plan,) = model.plan(make_request(steps=4, **fields))
+    texts = [plan.prompt, *([plan.negative_prompt] if plan.negative_prompt is not None else [])]
+    prompt, *negative = model.encode_text(texts)
+    latents = None
+    if plan.inpaint_source is not None:
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(model.spec.latent_channels, plan.frames, generator=generator)
+    conditioning = model.condition(
+        plan, prompt=prompt, negative=negative[0] if negative else None, inpaint_latents=latents
+    )
+    return plan, conditioning
+
+
+def step(model: Sa3Model, rows: list[tuple[RowPlan, Any, torch.Tensor, float]], *, frames: int) -> torch.Tensor:
+    x = torch.full((len(rows), model.spec.latent_channels, frames), 9.0)
+    valid = torch.zeros(len(rows), frames, dtype=torch.bool)
+    for index, (plan, _, latents, _) in enumerate(rows):
+        x[index, :, : plan.frames] = latents
+        valid[index, : plan.valid_frames] = True
+    times = torch.tensor([t for *_, t in rows])
+    return model.denoise(StepBatch(x=x, t=times, valid=valid, branches=[branch for _, branch, _, _ in rows]))
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_unlike_rows_in_one_step_equal_each_row_alone(name: str) -> None:
+    model = loaded(name)
+    edit = {"inpaint_audio": make_clip(), "inpaint_regions_s": ((0.2, 0.9),)}
+    admitted = [
+        admit(model, cfg_scale=1.0),
+        admit(model, duration_s=0.4, cfg_scale=3.0, negative_prompt="low quality"),
+        admit(model, duration_s=5.1, cfg_scale=2.0, **edit),
+        admit(model, duration_s=1.0, prompt="", cfg_scale=4.0),
+    ]
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for index, (plan, conditioning) in enumerate(admitted):
+        latents = torch.randn(model.spec.latent_channels, plan.frames, generator=generator)
+        branches = [conditioning.conditional, conditioning.unconditional]
+        rows += [(plan, branch, latents, 0.2 + 0.2 * index) for branch in branches if branch is not None]
+    assert len(rows) == 7
+    together = step(model, rows, frames=256)
+    assert together.dtype == torch.float32
+    for index, row in enumerate(rows):
+        alone = step(model, [row], frames=row[0].frames)[0, :, : row[0].valid_frames]
+        assert_near(together[index, :, : row[0].valid_frames], alone, within=1e-5)
+        assert torch.isfinite(alone).all()
+
+
+def test_branches_weigh_what_they_alone_hold() -> None:
+    model = loaded("sharp-l")
+    _, plain = admit(model, cfg_scale=1.0)
+    _, null = admit(model, cfg_scale=3.0)
+    _, negative = admit(model, cfg_scale=3.0, negative_prompt="noise")
+    assert plain.unconditional is None
+    assert null.num_bytes == plain.num_bytes
+    assert plain.num_bytes < negative.num_bytes < 2 * plain.num_bytes
+
+
+def test_spec_says_what_the_checkpoint_says() -> None:
+    spec = loaded("sharp-l").spec
+    assert (spec.sample_rate_hz, spec.hop, spec.latent_channels, spec.channels) == (1000, 64, 16, 2)
+    assert spec.max_frames == 384
+    assert spec.noisy_source_encoder
+    assert not loaded("sharp-s").spec.noisy_source_encoder
+    assert (loaded("sharp-s").spec.default_sampler, spec.default_sampler) == ("pingpong", "euler")

@@ -1,0 +1,217 @@
+"""From requests to row plans: lengths, draws, masks, defaults, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
+from stable_audio_serve.models.protocol import RowPlan
+from stable_audio_serve.models.sa3.lengths import LengthRule, chunked_windows, plan_length
+from tests.goldens import SHARP, load_goldens
+from tests.models.loaded import loaded
+
+SHARP_LENGTHS = [(name, case) for name in SHARP for case in load_goldens(name).facts["components"]["lengths"]]
+COMMON_LENGTHS = [case for case in load_goldens("common").facts["lengths"] if max(case["durations"]) > 0]
+CASES = [(name, case) for name in SHARP for case in load_goldens(name).facts["cases"]]
+
+
+def make_request(**fields: Any) -> GenerationRequest:
+    return GenerationRequest(**{"prompt": "dog barking", "duration_s": 2.337, "seed": 7, **fields})
+
+
+def make_clip(*, seconds: float = 1.0, rate: int = 1000, channels: int = 2) -> SourceAudio:
+    samples = np.random.default_rng(0).uniform(-1, 1, (channels, int(seconds * rate)))
+    return SourceAudio(samples.astype(np.float32), rate)
+
+
+def one(name: str = "sharp-s", **fields: Any) -> RowPlan:
+    (plan,) = loaded(name).plan(make_request(**fields))
+    return plan
+
+
+@pytest.mark.parametrize("case", COMMON_LENGTHS)
+def test_lengths_of_the_official_models(case: dict[str, Any]) -> None:
+    rule = LengthRule(
+        sample_rate_hz=case["sample_rate"],
+        hop=case["downsampling_ratio"],
+        frame_multiple=(case["encoder_chunk_size"] or 32) // case["stride"],
+        max_samples=case["sample_size"],
+    )
+    padding_s = case["duration_padding_sec"]
+    frames = plan_length(max(case["durations"]), rule, padding_s=padding_s).frames
+    rows = [plan_length(seconds, rule, padding_s=padding_s, frames=frames) for seconds in case["durations"]]
+    assert frames == case["latent_length"]
+    assert [row.effective_frames for row in rows] == case["effective_latents"]
+    assert [row.valid_frames for row in rows] == case["valid_latents"]
+    if len(set(case["durations"])) == 1:
+        assert rows[0].output_samples == case["output_samples_after_truncation"][0]
+
+
+@pytest.mark.parametrize(("name", "case"), SHARP_LENGTHS)
+def test_lengths_of_a_checkpoint_with_its_own_dimensions(name: str, case: dict[str, Any]) -> None:
+    rule = loaded(name).config.lengths
+    assert (rule.sample_rate_hz, rule.hop, rule.max_samples) == (
+        case["sample_rate"],
+        case["hop"],
+        case["sample_size"],
+    )
+    padding_s = case["duration_padding_sec"]
+    frames = plan_length(max(case["durations"]), rule, padding_s=padding_s).frames
+    rows = [plan_length(seconds, rule, padding_s=padding_s, frames=frames) for seconds in case["durations"]]
+    assert frames == case["latent_length"] == case["audio_sample_size"] // case["hop"]
+    assert [row.effective_frames for row in rows] == case["effective_latents"]
+    assert [row.valid_frames for row in rows] == case["valid_latents"]
+
+
+@pytest.mark.parametrize("frames", [1, 31, 127, 128, 129, 224, 225, 1292, 1300, 4096])
+def test_windows_tile_the_frames_and_keep_their_margins(frames: int) -> None:
+    spans = chunked_windows(frames)
+    assert [span.keep_start for span in spans] == [0, *(span.keep_stop for span in spans[:-1])]
+    assert spans[-1].keep_stop == spans[-1].stop == frames
+    for span in spans:
+        assert span.start <= span.keep_start < span.keep_stop <= span.stop
+        assert span.stop - span.start == min(frames, 128)
+        assert span.keep_start == 0 or span.keep_start - span.start >= 16
+        assert span.keep_stop == frames or span.stop - span.keep_stop >= 16
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_a_plan_draws_what_the_reference_draws(name: str, case: str) -> None:
+    """The reference's list of draws, in its order, follows from the plan: frames, windows and sampler."""
+    model, facts = loaded(name), load_goldens(name).facts["cases"][case]
+    args, tensors = facts["args"], load_goldens(name).tensors
+
+    def clip(key: str) -> SourceAudio | None:
+        given = args.get(key)
+        return given and SourceAudio(np.atleast_2d(tensors[given["tensor"]].numpy()), given["sample_rate"])
+
+    starts, ends = (np.atleast_1d(args.get(f"inpaint_mask_{end}_seconds", [])).tolist() for end in ("start", "end"))
+    rows, duration = args.get("batch_size", 1), args["duration"]
+    request = make_request(
+        duration_s=max(duration) if isinstance(duration, list) else duration,
+        seed=args["seed"],
+        steps=args.get("steps"),
+        sampler=args.get("sampler_type"),
+        init_audio=clip("init_audio"),
+        init_noise_level=args.get("init_noise_level", 1.0),
+        inpaint_audio=clip("inpaint_audio"),
+        inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
+        chunked_decode=args.get("chunked_decode"),
+    )
+    frames = facts["latent_shape"][-1]
+    (plan,) = model.plan(request, frames=frames if "clamped" in case else None)
+    latents, encoder, decoder = (rows, model.spec.latent_channels), model.autoencoder.encoder, model.autoencoder.decoder
+    expected = [(*latents, plan.frames)]
+    for source in (plan.init_source, plan.inpaint_source):
+        if source and model.spec.noisy_source_encoder:
+            width = encoder.layers["0"].config.width
+            expected += [(span.stop - span.start, 1, width) for span in source.windows]
+    expected += [(*latents, plan.frames) for evaluation in plan.sampler.evaluations if evaluation.draws_noise]
+    for span in plan.decode_windows:
+        size, width = span.stop - span.start, decoder.layers["3"].config.width
+        expected += [(*latents, size), (rows * size, decoder.frames_per_latent, width)]
+    assert expected == [tuple(draw["shape"]) for draw in facts["draws"]]
+    if rows == 1:
+        assert plan.valid_frames == np.atleast_1d(facts["valid_latents"])[0]
+        sigmas = [*(evaluation.sigma for evaluation in plan.sampler.evaluations), 0.0]
+        np.testing.assert_allclose(sigmas, np.ravel(facts["sigmas"]), atol=1e-6)
+
+
+def test_variations_differ_only_in_their_seed() -> None:
+    plans = loaded("sharp-s").plan(make_request(batch_size=3, inpaint_audio=make_clip(), inpaint_regions_s=((1, 2),)))
+    assert [plan.seed for plan in plans] == [7, 8, 9]
+    assert all(plan.inpaint_source is plans[0].inpaint_source for plan in plans)
+    assert all(torch.equal(plan.keep_mask, plans[0].keep_mask) for plan in plans)
+
+
+def test_defaults_follow_the_objective() -> None:
+    distilled, base = one("sharp-s"), one("sharp-l")
+    assert len(distilled.sampler.step_ends) == 8
+    assert not any(evaluation.guided for evaluation in distilled.sampler.evaluations)
+    assert all(evaluation.draws_noise for evaluation in distilled.sampler.evaluations)
+    assert len(base.sampler.step_ends) == 50
+    assert base.guidance.cfg_scale == 7.0
+    assert all(evaluation.guided for evaluation in base.sampler.evaluations)
+
+
+def test_output_length_is_exact() -> None:
+    assert one(duration_s=1.2345).output_samples == 1234
+
+
+@pytest.mark.parametrize(("level", "taken"), [(0.0, 0.01), (0.004, 0.01), (0.01, 0.01), (0.5, 0.5), (1.0, 1.0)])
+def test_low_noise_levels_are_taken_as_the_lowest_that_works(level: float, taken: float) -> None:
+    plan = one(init_audio=make_clip(), init_noise_level=level)
+    assert plan.sampler.noise_scale == pytest.approx(taken)
+    assert plan.sampler.source_scale == pytest.approx(1 - taken)
+    assert all(evaluation.t > 0 for evaluation in plan.sampler.evaluations)
+
+
+def test_noise_level_without_a_source_means_nothing() -> None:
+    assert one(init_noise_level=0.3).sampler.noise_scale == 1.0
+
+
+def test_a_negative_prompt_counts_only_where_guidance_is_on() -> None:
+    assert one(negative_prompt="noise", cfg_scale=3.0).negative_prompt == "noise"
+    assert one(negative_prompt="noise", cfg_scale=1.0).negative_prompt is None
+    assert one(negative_prompt="noise", cfg_scale=3.0, cfg_interval=(2.0, 3.0)).negative_prompt is None
+    assert one(negative_prompt="  ", cfg_scale=3.0).negative_prompt is None
+
+
+def test_kept_frames_are_those_whose_first_sample_is_kept() -> None:
+    hop = loaded("sharp-s").spec.hop  # 64 samples at 1000 Hz
+    plan = one(duration_s=1.0, inpaint_audio=make_clip(), inpaint_regions_s=((0.1, 0.2), (0.5, 0.513)))
+    keep = [bool(value) for value in plan.keep_mask]
+    for frame, kept in enumerate(keep):
+        first = frame * hop
+        assert kept == (first < 1000 and not 100 <= first < 200 and not 500 <= first < 513)
+    assert plan.inpaint_source.samples.shape == (2, plan.frames * hop)
+
+
+def test_padding_and_windows_follow_the_request() -> None:
+    long, short = one(duration_padding_s=6.0), one(duration_padding_s=0.0)
+    assert long.frames > short.frames
+    assert short.frames * 64 >= short.output_samples
+    assert len(one(chunked_decode=True).decode_windows) == 2
+    assert len(one(chunked_decode=False).decode_windows) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"duration_s": 0.0}, "duration"),
+        ({"duration_s": -1.0}, "duration"),
+        ({"duration_s": math.nan}, "duration"),
+        ({"duration_s": math.inf}, "duration"),
+        ({"duration_s": 0.0001}, "duration"),
+        ({"duration_s": 16.4}, "duration"),
+        ({"steps": 0}, "steps"),
+        ({"steps": -3}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"cfg_scale": math.nan}, "cfg_scale"),
+        ({"apg_scale": math.inf}, "apg_scale"),
+        ({"cfg_rescale": math.nan}, "scale_phi"),
+        ({"cfg_norm_threshold": math.nan}, "cfg_norm_threshold"),
+        ({"duration_padding_s": -0.1}, "duration_padding_sec"),
+        ({"duration_padding_s": math.nan}, "duration_padding_sec"),
+        ({"init_audio": make_clip(), "init_noise_level": 1.1}, "init_noise_level"),
+        ({"init_audio": make_clip(), "init_noise_level": -0.1}, "init_noise_level"),
+        ({"init_audio": make_clip(), "init_noise_level": math.nan}, "init_noise_level"),
+        ({"sampler": "no-such-sampler"}, "sampler_type"),
+        ({"schedule_shift": ScheduleShift("no-such-shift")}, "schedule_shift"),
+        ({"inpaint_regions_s": ((0.0, 1.0),)}, "audio"),
+        ({"inpaint_audio": make_clip()}, "inpaint_start_seconds"),
+        ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((1.0, 1.0),)}, "inpaint_start_seconds"),
+        ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((-1.0, 1.0),)}, "inpaint_start_seconds"),
+        ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((0.0, math.nan),)}, "inpaint_start_seconds"),
+    ],
+)
+def test_what_the_model_cannot_do_names_the_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        loaded("sharp-s").plan(make_request(**fields))
+    assert caught.value.field == field
