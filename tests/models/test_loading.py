@@ -135,7 +135,7 @@ def test_pickles_with_code_are_refused_unrun(folder: Path, tmp_path: Path, monke
     (folder / "model.safetensors").unlink()
     torch.save({"state_dict": _Trap()}, folder / "model.ckpt")
     assert "convert it to safetensors" in failure(folder)
-    (folder / "model.ckpt").write_bytes(pickle.dumps(_Trap()))
+    (folder / "model.ckpt").write_bytes(pickle.dumps(_Trap(), protocol=2))
     assert "model.ckpt" in failure(folder)
     assert not (tmp_path / "trap-was-sprung").exists()
 
