@@ -43,17 +43,17 @@ class AudioDecoder:
         worker = self._idle.get()
         try:
             if worker is None or not worker.is_alive():
+                worker = None
                 worker = _Worker.start()
             file.flush()
             return worker.decode(file.fileno(), max_s=max_s, timeout_s=self._timeout_s)
         except _FileRefusedError as error:
             raise InvalidUploadError(f"{field}: {error}", field=field) from error
-        except (OSError, EOFError) as error:  # the process crashed or took too long: this file is why
-            if worker is not None:
-                worker.stop()
+        except _WorkerLostError as error:
+            assert worker is not None
+            worker.stop()
             worker = None
-            reason = "took too long" if isinstance(error, TimeoutError) else "failed"
-            raise InvalidUploadError(f"{field}: decoding the file {reason}", field=field) from error
+            raise InvalidUploadError(f"{field}: decoding the file {error}", field=field) from error
         finally:
             self._idle.put(worker)
 
@@ -72,6 +72,10 @@ class AudioDecoder:
 
 class _FileRefusedError(Exception):
     """The worker's verdict on a file."""
+
+
+class _WorkerLostError(Exception):
+    """The worker crashed or hung over a file; the text says which."""
 
 
 @dataclass(slots=True)
@@ -112,14 +116,19 @@ class _Worker:
 
     def decode(self, descriptor: int, *, max_s: float, timeout_s: float) -> SourceAudio:
         deadline = time.monotonic() + timeout_s
-        self.channel.settimeout(timeout_s)
         task = json.dumps({"max_s": max_s, "max_values": _MAX_VALUES}).encode()
-        socket.send_fds(self.channel, [task], [descriptor])
-        answer: dict[str, Any] = json.loads(self._read_line(deadline))
-        if "refused" in answer:
-            raise _FileRefusedError(answer["refused"])
-        interleaved = np.empty((answer["frames"], answer["channels"]), dtype=np.float32)
-        self._read_into(interleaved.reshape(-1).view(np.uint8).data, deadline)
+        try:
+            self.channel.settimeout(timeout_s)
+            socket.send_fds(self.channel, [task], [descriptor])
+            answer: dict[str, Any] = json.loads(self._read_line(deadline))
+            if "refused" in answer:
+                raise _FileRefusedError(answer["refused"])
+            interleaved = np.empty((answer["frames"], answer["channels"]), dtype=np.float32)
+            self._read_into(interleaved.reshape(-1).view(np.uint8).data, deadline)
+        except TimeoutError as error:
+            raise _WorkerLostError("took too long") from error
+        except (OSError, EOFError) as error:
+            raise _WorkerLostError("failed") from error
         return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
 
     def _read_line(self, deadline: float) -> bytes:

@@ -47,7 +47,9 @@ class ModelCatalog:
         try:
             self.default = self.resolve(default) if default else next(iter(self._cards.values()))
         except UnknownModelError as error:
-            raise ConfigError(f"default model: {error.message}", field="default_model") from error
+            raise ConfigError(
+                f"default_model (STABLE_AUDIO_DEFAULT_MODEL): {error.message}", field="default_model"
+            ) from error
 
     def resolve(self, name: str) -> ModelCard:
         """The card for a canonical name or an alias. Raises UnknownModelError naming the valid ones."""

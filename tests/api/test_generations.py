@@ -142,3 +142,7 @@ async def test_the_shortest_clip(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"prompt": "x", "duration": 1e-9})
     assert reply.status_code == 200
     assert soundfile.info(io.BytesIO(reply.content)).frames <= 1
+
+
+async def test_json_without_a_content_type(client: httpx.AsyncClient) -> None:
+    assert (await client.post(URL, content=b'{"prompt": "x", "duration": 0.1}')).status_code == 200

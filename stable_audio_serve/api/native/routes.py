@@ -55,7 +55,9 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG], default_response_class=Response)
+    router = APIRouter(
+        route_class=route_class(render_error), tags=[TAG], default_response_class=Response, strict_content_type=False
+    )
     created_at = int(time.time())
 
     def convert(

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
+from stable_audio_serve.core.errors import ConfigError, UnknownModelError
+
+A = ModelCard("a", "family", aliases=("Org/A", "first"))
+B = ModelCard("b", "family")
+
+
+@pytest.mark.parametrize("name", ["a", " A ", "org/a", "FIRST"])
+def test_names_and_aliases_ignore_case_and_spaces(name: str) -> None:
+    assert ModelCatalog([A, B]).resolve(name) is A
+
+
+def test_the_first_model_is_the_default_unless_named() -> None:
+    assert ModelCatalog([A, B]).default is A
+    assert ModelCatalog([A, B], default="B").default is B
+
+
+def test_an_unknown_name_lists_the_valid_ones() -> None:
+    with pytest.raises(UnknownModelError, match="a, b") as caught:
+        ModelCatalog([A, B]).resolve("c" * 1000)
+    assert caught.value.field == "model"
+    assert len(caught.value.message) < 300
+
+
+def test_what_cannot_be_served_stops_the_start() -> None:
+    with pytest.raises(ConfigError, match="STABLE_AUDIO_DEFAULT_MODEL"):
+        ModelCatalog([A, B], default="c")
+    with pytest.raises(ConfigError, match="claimed by two"):
+        ModelCatalog([A, ModelCard("first", "family")])
+    with pytest.raises(ConfigError, match="at least one"):
+        ModelCatalog([])
