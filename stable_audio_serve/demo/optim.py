@@ -30,7 +30,7 @@ class MixedOptimizer:
             is_matrix = parameter.ndim == 2 and min(parameter.shape) > 1
             (matrices if is_matrix and not any(part in name for part in adam_only) else others).append(parameter)
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95, ns_steps=4),
+            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95, ns_steps=3),
             torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self._base = [muon_lr, adam_lr]

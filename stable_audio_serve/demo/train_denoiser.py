@@ -41,7 +41,7 @@ class DenoiserTrainingConfig:
     """Schedule of stage 2."""
 
     steps: int = 8000
-    batch_latents: int = 1400
+    batch_latents: int = 1100
     shortest_s: float = 0.5
     longest_s: float = 12.0
     ema: float = 0.998
@@ -107,7 +107,7 @@ class ClipSource:
         rng, config = self._rng, self._config
         longest = float(np.exp(rng.uniform(np.log(config.shortest_s), np.log(config.longest_s))))
         frames = num_latents(longest) + HEADROOM_LATENTS
-        count = int(np.clip(config.batch_latents // frames, 4, 96))
+        count = int(np.clip(config.batch_latents // frames, 4, 48))
         seconds = np.maximum(longest * rng.uniform(0.75, 1.0, count), config.shortest_s)
         seconds = np.round(np.append(longest, seconds[1:]), 2)
         scenes = [draw_scene(rng) for _ in range(count)]

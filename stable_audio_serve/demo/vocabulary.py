@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 FIRST_PITCH, LAST_PITCH = 8, 160  # quarter tones that can be named: 51.9 Hz to 4.19 kHz
-MAX_TOKENS = 24
+MAX_TOKENS = 16
 
 TEMPO_PATTERN = (
     r"(?<![\d.])(\d{2,3}(?:\.\d+)?)(?=\s*-?\s*(?:bpm\b|b\.p\.m|beats?\s+(?:per|a|/)\s*min|beats?/min))"
@@ -144,6 +144,7 @@ def rewrites() -> list[tuple[str, str]]:
         ("♯", "#"),
         ("♭", "b"),
         (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # 1,000
+        (r"(?<!\d)\d{1,2}/\d{1,2}(?!\d)", " "),  # 4/4
         (r"(?:kilo ?hertz|k ?hz|kcps)", " khz "),
         (r"(?<!k)(?:hertz|hz|cycles per second|cps)", " hz "),
         (rf"(?<=\d) ?(?:[-–—]+>?|→|~) ?(?={number} *k?hz)", " to "),
@@ -221,13 +222,13 @@ def _note_forms(index: int) -> list[str]:
                 with_octave.append(rf"{letter}{sign} ?{octave}")
                 if octave == 4:
                     without.append(f"{letter}{sign}")
-    not_a_count = r"(?![\w#.])(?! (?:bars?|beats?|on|to the|x|part|part|measures?|times|voices?|th|st|nd|rd)(?![a-z]))"
+    not_a_count = r"(?![\w#.])(?! (?:bars?|beats?|x|parts?|measures?|times|voices?|th|st|nd|rd)(?![a-z]))"
     forms = [rf"(?<![\w#])(?:{'|'.join(with_octave)}){not_a_count}"] if with_octave else []
     if without:
         name = "|".join(without)
         forms += [
             rf"(?<![\w#])(?:{name})(?= ?(?:major|minor|maj|min)(?![a-z]))",
             rf"(?<![\w#])(?:{name})(?= ?m (?:chord|triad|arpeggio))",
-            rf"(?<=note |key of |key |chord on |chord in |chord of |triad on |triad of |root )(?:{name})(?![\w#])",
+            rf"(?<=note |key of |key |chord on |chord in |chord of |triad on |triad of |root )(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
         ]
     return forms

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from stable_audio_serve.demo.captions import caption
+from stable_audio_serve.demo.scenes import draw_scene
+from stable_audio_serve.demo.vocabulary import build_tokenizer
+from stable_audio_serve.models.blocks.oscillator_bank import nearest_oscillator
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a 440Hz sine wave", "pitch82 sine"),
+        ("A4", "pitch82"),
+        ("note F sharp 3", "pitch52"),
+        ("F♯3 saw", "pitch52 saw"),
+        ("Gb3 sawtooth", "pitch52 saw"),
+        ("Ａ４ ｓｉｎｅ", "pitch82 sine"),
+        ("1.5 kHz tone", "pitch124"),
+        ("1,000 Hz beep", "pitch110 sine"),
+        ("sine at 440", "sine pitch82"),
+        ("square 523.25 Hz", "square pitch88"),
+        ("middle C flute", "pitch64 flute"),
+        ("sweep from 200 to 2000 Hz", "sweep pitch55 target134"),
+        ("falling sweep 2000-200 Hz", "down sweep pitch134 target55"),
+        ("slide from C3 to C5", "sweep pitch40 target88"),
+        ("rising sine sweep, 200 → 800 hz", "up sine sweep pitch55 target103"),
+        ("C major chord", "pitch64 major chord"),
+        ("F#m chord", "pitch76 minor chord"),
+        ("B♭ minor chord on piano", "pitch84 minor chord piano"),
+        ("a 4 second drum loop at 120BPM", "drums bpm"),
+        ("KICK DRUM LOOP 128bpm", "kick loop bpm"),
+        ("metronome, tempo 90", "metronome bpm"),
+        ("white noise panned hard left", "white noise left"),
+        ("pink noise moving from left to right", "pink noise lefttoright"),
+        ("violet helicopter, please!", ""),
+        ("", ""),
+        ("🎵 440 hz 🎵", "pitch82"),
+        ("a saw on e 2 over a house beat at 120 bpm", "saw pitch24 house bpm"),
+        ("sine wave that fades out", "sine fadeout"),
+    ],
+)
+def test_spellings_become_known_words(tokenizer: Tokenizer, prompt: str, words: str) -> None:
+    assert " ".join(tokenizer.encode(prompt).tokens) == words
+
+
+@pytest.mark.parametrize("form", ["{}Hz sine", "a sine of {} Hertz", "SINE {} HZ!", "sine at {}"])
+def test_every_whole_frequency_becomes_the_nearest_pitch(tokenizer: Tokenizer, form: str) -> None:
+    for hertz in range(80, 2001, 1 if form.startswith("{}") else 17):
+        tokens = tokenizer.encode(form.format(hertz)).tokens
+        assert sorted(tokens) == sorted(["sine", f"pitch{nearest_oscillator(hertz)}"]), (hertz, tokens)
+
+
+def test_every_note_name_becomes_its_pitch(tokenizer: Tokenizer) -> None:
+    names = [("c",), ("c#", "db"), ("d",), ("d#", "eb"), ("e",), ("f",), ("f#", "gb"), ("g",), ("g#", "ab"), ("a",)]
+    names += [("a#", "bb"), ("b",)]
+    for octave in range(2, 7):
+        for step, spellings in enumerate(names):
+            for name in spellings:
+                spelled = name.replace("#", " sharp") if "#" in name else name[0] + name[1:].replace("b", " flat")
+                for text in (f"{name}{octave}", f"{name.upper()} {octave}", f"note {spelled} {octave}"):
+                    wanted = 82 + 2 * (12 * (octave + 1) + step - 69)
+                    assert tokenizer.encode(text.replace("B", "b") if "Bb" in text else text).tokens == [
+                        f"pitch{wanted}"
+                    ], text
+
+
+def test_numbers_that_are_no_pitch_stay_out(tokenizer: Tokenizer) -> None:
+    for prompt in ("a 4 bar drum loop", "for 3 seconds", "909 drums", "a 4/4 beat", "2 times", "in 10 s"):
+        assert not any(token.startswith(("pitch", "target")) for token in tokenizer.encode(prompt).tokens), prompt
+
+
+def test_captions_never_lose_what_they_say(tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        scene = draw_scene(rng)
+        tokens = tokenizer.encode(caption(scene, rng)).tokens
+        assert len(tokens) <= 12
+        assert not scene.fade or f"fade{scene.fade}" in tokens
+        assert not scene.pan or scene.pan.replace(" ", "") in tokens
+        if scene.kind == "tone" and scene.pitch not in (82, 24):
+            assert f"pitch{scene.pitch}" in tokens, (scene, tokens)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.demo.captions import caption
+from stable_audio_serve.demo.checks import check_scene, onset_times_s, strongest_hz
+from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
+from stable_audio_serve.demo.synthesis import render_scene
+from stable_audio_serve.models.blocks.oscillator_bank import FRAME_SAMPLES, OSCILLATOR_HZ, OscillatorBank
+
+BANK = OscillatorBank()
+
+
+def make_audio(scene: Scene, *, duration_s: float, seed: int = 0) -> np.ndarray:
+    num_frames = int(duration_s * 44100) // FRAME_SAMPLES + 1
+    frames = render_scene(scene, np.random.default_rng(seed), duration_s=duration_s, num_frames=num_frames)
+    noise = torch.randn(2, num_frames * FRAME_SAMPLES, generator=torch.Generator().manual_seed(seed))
+    return BANK.render(torch.from_numpy(frames.T.copy()), noise, start_frame=0).numpy()[:, : int(duration_s * 44100)]
+
+
+@pytest.mark.parametrize("voice", ["sine", "square", "saw", "triangle", "organ", "piano", "flute"])
+@pytest.mark.parametrize("pitch", [24, 57, 82, 119])
+def test_a_note_sounds_at_its_pitch(voice: str, pitch: int) -> None:
+    audio = make_audio(Scene("tone", voice=voice, pitch=pitch), duration_s=1.0)
+    assert strongest_hz(audio) == pytest.approx(OSCILLATOR_HZ[pitch], rel=0.003)
+
+
+@pytest.mark.parametrize("tempo", [60, 97, 120, 180])
+@pytest.mark.parametrize("voice", ["metronome", "kick"])
+def test_onsets_come_once_a_beat(voice: str, tempo: int) -> None:
+    times = onset_times_s(make_audio(Scene("beat", voice=voice, tempo_bpm=tempo), duration_s=5.0))
+    assert np.abs(np.diff(times) - 60 / tempo).max() < 0.02
+    assert len(times) in (round(5 * tempo / 60) - 1, round(5 * tempo / 60), round(5 * tempo / 60) + 1)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SHARES if kind not in ("pair", "siren", "arpeggio", "beat")])
+def test_the_world_passes_the_checks_its_models_are_judged_by(kind: str) -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(6):
+        scene = draw_scene(rng, shares={kind: 1.0})
+        if scene.kind == "hit" and scene.fade:
+            continue
+        results = check_scene(make_audio(scene, duration_s=2.5), scene)
+        assert all(results.values()), (scene, results)
+
+
+def test_the_checks_do_not_pass_on_the_wrong_sound() -> None:
+    low = make_audio(Scene("tone", voice="saw", pitch=60), duration_s=2.0)
+    for scene in (
+        Scene("tone", voice="saw", pitch=64),
+        Scene("tone", voice="sine", pitch=60, pan="left"),
+        Scene("chord", voice="organ", pitch=60, quality="minor"),
+        Scene("beat", voice="metronome"),
+        Scene("noise", voice="white"),
+        Scene("sweep", voice="sine", pitch=55, target=135, direction="up", fade="in"),
+        Scene("hit", voice="kick"),
+        Scene("silence"),
+    ):
+        results = check_scene(low, scene)
+        assert results
+        assert not any(passed for name, passed in results.items() if name != "timbre" and name != "pitch") or (
+            scene.kind == "tone"
+        ), (scene, results)
+    assert not check_scene(low, Scene("tone", voice="saw", pitch=64))["pitch"]
+    assert not check_scene(low, Scene("tone", voice="sine", pitch=60))["timbre"]
+
+
+def test_what_follows_the_clip_is_silent() -> None:
+    frames = render_scene(
+        Scene("chord", voice="pad", pitch=64, quality="major"), np.random.default_rng(0), duration_s=1.0, num_frames=120
+    )
+    assert frames[:86, :-2].max() > 0.5
+    assert frames[87:, :-2].max() == 0
+
+
+def test_every_kind_of_scene_has_words() -> None:
+    rng = np.random.default_rng(1)
+    for kind in SHARES:
+        texts = {caption(draw_scene(rng, shares={kind: 1.0}), rng) for _ in range(30)}
+        assert texts == {""} if kind == "hush" else "" not in texts
