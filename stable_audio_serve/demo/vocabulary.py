@@ -206,6 +206,7 @@ def _decimals(hundredths: int) -> list[str]:
     return sorted(forms | {form[1:] for form in forms if form.startswith("0.")})
 
 
+_BEFORE_NOTE = "(?<=note |key of |key |chord on |chord in |chord of |triad on |triad of |root )"
 _LETTERS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
 _SIGNS = {"": 0, r"(?:#| sharp|sharp)": 1, r"(?:b| flat|flat)": -1}
 
@@ -229,6 +230,6 @@ def _note_forms(index: int) -> list[str]:
         forms += [
             rf"(?<![\w#])(?:{name})(?= ?(?:major|minor|maj|min)(?![a-z]))",
             rf"(?<![\w#])(?:{name})(?= ?m (?:chord|triad|arpeggio))",
-            rf"(?<=note |key of |key |chord on |chord in |chord of |triad on |triad of |root )(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
+            rf"{_BEFORE_NOTE}(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
         ]
     return forms
