@@ -24,6 +24,25 @@ def version() -> None:
 
 
 @app.command()
+def openapi(
+    out: Annotated[Path | None, typer.Option(help="File to write; without it standard output.")] = None,
+) -> None:
+    """Write the OpenAPI description of the HTTP API as JSON."""
+    import json
+
+    from stable_audio_serve.api.app import create_app
+    from stable_audio_serve.api.backend import OfflineBackend
+    from stable_audio_serve.core.settings import Settings
+
+    document = json.dumps(create_app(OfflineBackend(), Settings()).openapi(), indent=2) + "\n"
+    if out is None:
+        typer.echo(document, nl=False)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(document)
+
+
+@app.command()
 def config(
     file: Annotated[Path | None, typer.Option("--config", help="Serve config file; without it defaults.")] = None,
 ) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.cli import app as cli
 from stable_audio_serve.core.catalog import ModelStatus
 from stable_audio_serve.core.settings import Settings
 from tests.backends import ToneBackend
@@ -110,3 +114,9 @@ async def test_the_openapi_page_describes_every_public_route(client: httpx.Async
     assert set(variation["requestBody"]["content"]) == {"multipart/form-data"}
     assert {"200", "400", "413", "422", "503", "504"} <= set(variation["responses"])
     assert (await client.get("/docs")).status_code == 200
+
+
+def test_the_openapi_command_writes_the_same_page(tmp_path: Path) -> None:
+    out = tmp_path / "docs" / "openapi.json"
+    assert CliRunner().invoke(cli, ["openapi", "--out", str(out)]).exit_code == 0
+    assert json.loads(out.read_text()) == create_app(ToneBackend(), Settings()).openapi()
