@@ -110,9 +110,13 @@ async def test_the_openapi_page_describes_every_public_route(client: httpx.Async
         for field, schema in schemas[name]["properties"].items():
             assert schema.get("description"), f"{name}.{field}"
     assert schemas["GenerationBody"]["examples"]
+    assert "default" not in schemas["GenerationBody"]["properties"]["model"]
     variation = document["paths"]["/v1/audio/variations"]["post"]
     assert set(variation["requestBody"]["content"]) == {"multipart/form-data"}
     assert {"200", "400", "413", "422", "503", "504"} <= set(variation["responses"])
+    for path, name in (("/health", "Health"), ("/v1/models", "ModelList")):
+        answer = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        assert answer["$ref"].endswith(name)
     assert (await client.get("/docs")).status_code == 200
 
 
