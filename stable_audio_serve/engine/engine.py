@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
@@ -131,6 +131,9 @@ class Engine:
                 state.cancel()
                 self._inbox.wake()
                 raise
+        except OverloadedError:
+            self._metrics.increment("engine_requests_total", outcome="refused")
+            raise
         finally:
             self._num_in_flight -= 1
 

@@ -100,7 +100,7 @@ class Stages:
         failures = self._timed("denoise", shapes, lambda: self._executor.denoise(rows, calls))
         self._metrics.observe("engine_rows_per_step", len(rows))
         self._metrics.observe("engine_tokens_per_step", tokens)
-        self._metrics.observe("engine_pad_share", 1.0 - tokens / sum(count * frames for count, frames in shapes))
+        self._metrics.gauge("engine_pad_share", 1.0 - tokens / sum(count * frames for count, frames in shapes))
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("denoise", now)
@@ -127,6 +127,7 @@ class Stages:
                 row.work.decode_frames = row.audio.frames_left
                 if not row.audio.is_finite:
                     failed[row.id] = (row, GenerationError("the model made audio that is not a number"))
+        self._metrics.gauge("engine_device_memory_bytes", self._executor.memory_bytes)
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("decode", now)
