@@ -169,7 +169,7 @@ class Engine:
         submitted_at = self._clock.monotonic()
         self._admission.check()
         plans = await self._planner.plan(request, frames=frames)
-        works = [row_work(plan, hop=self.spec.hop, channels=self.spec.channels) for plan in plans]
+        works = [row_work(plan, hop=self.spec.hop) for plan in plans]
         state = RequestState(
             next(self._request_ids),
             request,
@@ -208,7 +208,8 @@ class Engine:
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
             drawer=ThreadPoolExecutor(1, thread_name_prefix="noise"),
-            window_frames=options.window_frames,
+            # Strict windows run one per call, so there is nothing to gain from several between two steps.
+            window_frames=1 if self.mode == "strict" else options.window_frames,
             clock=self._clock,
             metrics=self._metrics,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from stable_audio_serve.engine.batching import Lane
 from stable_audio_serve.engine.noise_ahead import RowNoise
 from stable_audio_serve.engine.request_state import RequestState
 from stable_audio_serve.engine.scheduler import RowId
-from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding
+from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding, audible_spans, count_frames
 from stable_audio_serve.engine.work import RowWork
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan
 from stable_audio_serve.sampling.plan import Evaluation
@@ -75,18 +74,15 @@ class Row:
         self.sources = {}
 
 
-def row_work(plan: RowPlan, *, hop: int, channels: int) -> RowWork:
+def row_work(plan: RowPlan, *, hop: int) -> RowWork:
     """The work of a planned row; an evaluation costs two network rows where it is guided."""
-    sources: Sequence[int] = [
-        sum(span.stop - span.start for span in source.windows)
-        for source in (plan.init_source, plan.inpaint_source)
-        if source is not None
-    ]
+    sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
+    end = min(plan.output_samples, plan.valid_frames * hop)
     return RowWork(
         plan.frames,
         branches=[2 if evaluation.guided else 1 for evaluation in plan.sampler.evaluations],
-        encode_frames=sum(sources),
-        decode_frames=make_assembly(plan, hop=hop, channels=channels).frames_left,
+        encode_frames=sum(count_frames(source.windows) for source in sources),
+        decode_frames=count_frames(audible_spans(plan.decode_windows, hop=hop, end=end)),
     )
 
 

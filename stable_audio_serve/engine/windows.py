@@ -23,6 +23,16 @@ def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowS
     return spans
 
 
+def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
+    """The windows that reach the result, which ends at sample `end`; those of the headroom are never decoded."""
+    return [span for span in spans if span.keep_start * hop < end]
+
+
+def count_frames(spans: Sequence[WindowSpan]) -> int:
+    """Latent frames of all windows together, overlaps counted twice."""
+    return sum(span.stop - span.start for span in spans)
+
+
 class SourceEncoding:
     """One source on its way through the encoder: windows still to encode and the latents so far."""
 
@@ -38,7 +48,7 @@ class SourceEncoding:
     @property
     def frames_left(self) -> int:
         """Latent frames of the windows still to encode."""
-        return sum(span.stop - span.start for span in self._source.windows[self._num_done :])
+        return count_frames(self._source.windows[self._num_done :])
 
     def pending(self, max_frames: int) -> list[EncodeWindow]:
         """The next windows, at most `max_frames` latents together but at least one unless all are done."""
@@ -77,10 +87,9 @@ class AudioAssembly:
     def __init__(
         self, spans: Sequence[WindowSpan], *, channels: int, hop: int, valid_frames: int, output_samples: int
     ) -> None:
-        # Windows wholly behind the end of the result (the headroom) are never decoded.
-        self._spans = [s for s in spans if s.keep_start * hop < min(output_samples, valid_frames * hop)]
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
+        self._spans = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples, dtype=torch.float32)
         self._num_done = 0
         self._finite = True
@@ -88,7 +97,7 @@ class AudioAssembly:
     @property
     def frames_left(self) -> int:
         """Latent frames of the windows still to decode."""
-        return sum(span.stop - span.start for span in self._spans[self._num_done :])
+        return count_frames(self._spans[self._num_done :])
 
     def pending(self, latents: Tensor, noise: NoiseSource, max_frames: int) -> Iterator[DecodeWindow]:
         """The next windows over `latents` (D, F), at most `max_frames` together but at least one if any is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections import Counter
@@ -131,6 +132,8 @@ async def test_request_cancelled_in_the_queue_never_starts() -> None:
         second = asyncio.create_task(engine.generate(make_request("unseen")))
         await asyncio.sleep(0.05)
         second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
         gate.open()
         await first
         await until(lambda: engine.backlog_ms == 0.0)
@@ -422,3 +425,13 @@ def test_engine_serves_several_event_loops_and_survives_one_that_dies() -> None:
     assert asyncio.run(engine.generate(make_request(seed=3))).seeds == (3,)
     assert gate.calls["denoise"] > 0
     asyncio.run(engine.close())
+
+
+async def test_forgotten_engine_ends_its_thread() -> None:
+    engine = Engine(ToyModel(), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
+    await engine.generate(make_request())
+    thread = engine._thread
+    assert thread.heartbeat().is_alive
+    del engine
+    gc.collect()
+    await until(lambda: not thread.heartbeat().is_alive)

@@ -45,6 +45,31 @@ def test_idle_engine_admits_work_of_any_size() -> None:
     admission.check()
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["admit", "update", "release"]), st.integers(0, 5), st.floats(0, 5_000)), max_size=60
+    )
+)
+def test_backlog_never_exceeds_the_bound_by_more_than_one_request(events: list[tuple[str, int, float]]) -> None:
+    admission, admitted = Admission(max_queue_s=3.0), dict[int, float]()
+    for event, request_id, work_ms in events:
+        if event == "release":
+            admission.release(request_id)
+            admitted.pop(request_id, None)
+        elif event == "update" and request_id in admitted:
+            admitted[request_id] = min(work_ms, admitted[request_id])
+            admission.update(request_id, admitted[request_id])
+        elif event == "admit" and request_id not in admitted:
+            if sum(admitted.values()) > 3_000.0:
+                with pytest.raises(OverloadedError):
+                    admission.admit(request_id, work_ms)
+            else:
+                admission.admit(request_id, work_ms)
+                admitted[request_id] = work_ms
+        assert admission.backlog_ms == pytest.approx(sum(admitted.values()))
+        assert admission.backlog_ms <= 3_000.0 + 5_000.0
+
+
 def make_plan(sampler: str, steps: int = 4) -> SamplerPlan:
     return build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=Guidance(), has_source=False)
 
