@@ -79,5 +79,22 @@ def serve(
         raise typer.Exit(2) from error
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint with golden.json and golden.safetensors beside it.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every comparison to this file.")] = None,
+) -> None:
+    """Check that this machine reproduces a checkpoint's stored reference numbers; exit 1 names what does not."""
+    import json
+
+    from stable_audio_serve.verification import verify as verify_folder
+
+    report = verify_folder(folder, typer.echo)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     app()
