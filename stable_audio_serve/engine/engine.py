@@ -178,7 +178,7 @@ class Engine:
             noise_factory=self._noise_factory,
             submitted_at=submitted_at,
         )
-        if any(work.encode_frames for work in works):
+        if any(work.encode_left for work in works):
             state.clock.mark("source", self._clock.monotonic())  # planning it was mostly resampling
         self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)))
         try:

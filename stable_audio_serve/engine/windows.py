@@ -28,9 +28,9 @@ def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[Wi
     return [span for span in spans if span.keep_start * hop < end]
 
 
-def count_frames(spans: Sequence[WindowSpan]) -> int:
-    """Latent frames of all windows together, overlaps counted twice."""
-    return sum(span.stop - span.start for span in spans)
+def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
+    """Latent frames of each window."""
+    return tuple(span.stop - span.start for span in spans)
 
 
 class SourceEncoding:
@@ -46,9 +46,9 @@ class SourceEncoding:
         self._latents: Tensor | None = None
 
     @property
-    def frames_left(self) -> int:
+    def lengths_left(self) -> tuple[int, ...]:
         """Latent frames of the windows still to encode."""
-        return count_frames(self._source.windows[self._num_done :])
+        return window_lengths(self._source.windows[self._num_done :])
 
     def pending(self, max_frames: int) -> list[EncodeWindow]:
         """The next windows, at most `max_frames` latents together but at least one unless all are done."""
@@ -76,7 +76,7 @@ class SourceEncoding:
 
     def latents(self) -> Tensor:
         """All latents (D, F) float32. Only after the last window."""
-        if self._latents is None or self.frames_left:
+        if self._latents is None or self.lengths_left:
             raise RuntimeError("a source was read before all its windows were encoded")
         return self._latents
 
@@ -95,9 +95,9 @@ class AudioAssembly:
         self._finite = True
 
     @property
-    def frames_left(self) -> int:
+    def lengths_left(self) -> tuple[int, ...]:
         """Latent frames of the windows still to decode."""
-        return count_frames(self._spans[self._num_done :])
+        return window_lengths(self._spans[self._num_done :])
 
     def pending(self, latents: Tensor, noise: NoiseSource, max_frames: int) -> Iterator[DecodeWindow]:
         """The next windows over `latents` (D, F), at most `max_frames` together but at least one if any is left."""

@@ -100,7 +100,7 @@ def test_source_windows_join_without_seams(frames: int, chunk: int) -> None:
     samples = torch.arange(frames * 4.0).repeat(2, 1)
     noise = SeededNoise(0)
     encoding = SourceEncoding(SourcePlan(samples, make_windows(frames)), stage="init", noise=noise, hop=4)
-    while encoding.frames_left:
+    while encoding.lengths_left:
         for window in encoding.pending(chunk):
             encoding.put(window.samples[:1, ::4])
     torch.testing.assert_close(encoding.latents(), samples[:1, ::4], rtol=0, atol=0)
@@ -116,7 +116,7 @@ def test_audio_windows_join_trim_and_fall_silent(
     samples = max(1, int(frames * hop * length_share))
     latents = torch.rand(2, frames)
     audio = AudioAssembly(make_windows(frames), channels=2, hop=hop, valid_frames=valid, output_samples=samples)
-    while audio.frames_left:
+    while audio.lengths_left:
         for window in list(audio.pending(latents, SeededNoise(0), chunk)):
             audio.put(window.latents.repeat_interleave(hop, dim=1))
     expected = latents.repeat_interleave(hop, dim=1).numpy()
@@ -126,7 +126,7 @@ def test_audio_windows_join_trim_and_fall_silent(
 
 def test_windows_behind_the_result_are_not_decoded() -> None:
     audio = AudioAssembly(make_windows(200), channels=2, hop=4, valid_frames=200, output_samples=50)
-    assert audio.frames_left == 32
+    assert audio.lengths_left == (32,)
 
 
 def test_audio_is_clamped_and_non_numbers_are_noticed() -> None:
