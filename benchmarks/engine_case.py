@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.client import Run, send_one_after_another, send_together
 from benchmarks.metrics import Finished, audio_s_per_s, summarize, throughput_rps, worst_ratio
+from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
@@ -36,18 +37,7 @@ class _Timed:
     cpu_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """What to measure: `model` is a registered name or a checkpoint folder, None the demo or else a tiny one."""
-
-    model: str | None = None
-    device: str = "cpu"
-    mode: str | None = None
-    threads: int = 1
-    rounds: int = 3
-
-
-def load(settings: EngineSettings) -> DiffusionModel:
+def load(settings: CaseSettings) -> DiffusionModel:
     """The model to measure, on its device."""
     return load_model(resolve_model(settings.model), device=settings.device)
 
@@ -60,7 +50,7 @@ def resolve_model(name: str | None) -> ModelEntry:
     return resolve_entry("demo") if demo.is_dir() else resolve_entry("tiny", path=str(_FALLBACK))
 
 
-async def run_engine_case(model: DiffusionModel, settings: EngineSettings) -> dict[str, Any]:
+async def run_engine_case(model: DiffusionModel, settings: CaseSettings) -> dict[str, Any]:
     """Sides in the order A B A B, three rounds; the worse round counts. Raises RuntimeError if the audio differs."""
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     async with Engine(model, options) as engine:

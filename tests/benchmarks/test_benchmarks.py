@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.engine_case import EngineSettings, run_engine_case
+from benchmarks.engine_case import run_engine_case
 from benchmarks.metrics import Finished, percentile, steady, summarize, throughput_rps, worst_ratio
 from benchmarks.report import format_table, write_report
+from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, draw_requests, eight_mixed_requests, poisson_arrivals
 from tests.factories import ToyModel
 
@@ -91,7 +92,7 @@ def test_table_aligns_columns() -> None:
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])
 async def test_engine_case_compares_outputs_and_states_ratios(mode: str, tmp_path: Path) -> None:
-    settings = EngineSettings(mode=mode, rounds=2)
+    settings = CaseSettings(mode=mode, rounds=2)
     results = await run_engine_case(ToyModel(), settings)
     path = write_report(tmp_path, "engine", settings=asdict(settings), results=results)
     report = json.loads(path.read_text())
@@ -100,3 +101,23 @@ async def test_engine_case_compares_outputs_and_states_ratios(mode: str, tmp_pat
     assert report["results"]["throughput_ratio"] > 0
     assert report["environment"]["versions"]["torch"]
     assert report["environment"]["settings"]["mode"] == mode
+
+
+def test_what_is_added_is_what_the_engine_did_not_spend() -> None:
+    from benchmarks.http_case import Call, parse_server_timing
+
+    stages = parse_server_timing(
+        "queue;dur=1.5, text;dur=2, denoise;dur=90.5, decode;dur=6, encode;dur=4, total;dur=104"
+    )
+    call = Call(wall_ms=120.0, stages_ms=stages)
+    assert call.engine_ms == 100.0
+    assert call.added_ms == 20.0
+
+
+def test_cold_start_stages_are_read_from_what_the_server_says() -> None:
+    from benchmarks.server import Server
+
+    line = "cold start: ray 2.5 s, serve 1.0 s, models 7.25 s; demo: import 3.0 s, warm_up 0.5 s"
+    server = Server("", lines=["loading", line])
+    stages = {"ray": 2.5, "serve": 1.0, "models": 7.25, "demo import": 3.0, "demo warm_up": 0.5}
+    assert server.stages_s == stages
