@@ -42,13 +42,13 @@ class Scene:
 
 
 SHARES: dict[str, float] = {
-    "tone": 0.33,
+    "tone": 0.28,
     "chord": 0.10,
-    "arpeggio": 0.05,
-    "sweep": 0.13,
+    "arpeggio": 0.08,
+    "sweep": 0.18,
     "beat": 0.20,
-    "hit": 0.05,
-    "noise": 0.06,
+    "hit": 0.03,
+    "noise": 0.05,
     "siren": 0.01,
     "silence": 0.01,
     "hush": 0.02,

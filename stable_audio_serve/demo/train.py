@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     first = AutoencoderConfig(steps=options.autoencoder_steps, seed=options.seed)
-    autoencoder = train_autoencoder(first, options.out, device=options.device).cpu()
+    autoencoder = train_autoencoder(first, options.out, device=options.device)
     second = DenoiserTrainingConfig(steps=options.denoiser_steps, decay_share=options.decay_share, seed=options.seed)
     trainer = train_denoiser(second, autoencoder, options.out, device=options.device)
     write_checkpoint(trainer, autoencoder, options.out / "checkpoint")

@@ -36,6 +36,7 @@ class AutoencoderConfig:
     pool_patches: int = 40_000
     steps: int = 4000
     noise: float = 0.2
+    smoothness: float = 0.1
     seed: int = 0
 
 
@@ -51,6 +52,7 @@ class Autoencoder(nn.Module):
             depth=config.encoder_depth,
             latent_dim=LATENT_DIM,
         )
+        _smooth_over_pitch(self.encoder.project_in)
         self.decoder = PatchMlpDecoder(
             out_channels=NUM_CHANNELS,
             patch_frames=PATCH_FRAMES,
@@ -58,6 +60,18 @@ class Autoencoder(nn.Module):
             depth=config.decoder_depth,
             latent_dim=LATENT_DIM,
         )
+
+
+def _smooth_over_pitch(layer: nn.Linear) -> None:
+    """Start from features that change slowly with pitch: blur the first layer's weights over the oscillators."""
+    with torch.no_grad():
+        weight = layer.weight.view(len(layer.weight), PATCH_FRAMES, NUM_CHANNELS)
+        tones = weight[:, :, :NUM_OSCILLATORS]
+        offsets = torch.arange(-12.0, 13.0)
+        kernel = torch.exp(-0.5 * (offsets / 4.0).square())
+        kernel = (kernel / kernel.square().sum().sqrt())[None, None]
+        blurred = nn.functional.conv1d(tones.flatten(0, 1)[:, None], kernel, padding=12)
+        weight[:, :, :NUM_OSCILLATORS] = blurred.view_as(tones)
 
 
 class PatchPool:
@@ -137,37 +151,81 @@ def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
     return (per_patch * weight * 0.1 + 0.5 * balance).mean()
 
 
+class AutoencoderTrainer:
+    """Network and optimiser of stage 1 with their checkpoint."""
+
+    def __init__(self, config: AutoencoderConfig, *, device: str = "cpu") -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.device = device
+        self.model = Autoencoder(config).to(device)
+        self.optimizer = MixedOptimizer(self.model.named_parameters(), total_steps=config.steps)
+        self.step = 0
+
+    def train_step(self, target: Tensor) -> float:
+        """One update on patches (B, 222, 8); returns the reconstruction loss."""
+        target = target.to(self.device)
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            latents = self.model.encoder(target)
+            level = self.config.noise * torch.rand(len(target), 1, 1, device=self.device)
+            decoded = self.model.decoder(latents + level * torch.randn_like(latents))
+        loss = reconstruction_loss(decoded.float(), target)
+        mean, variance = latents.float().mean(dim=(0, 2)), latents.float().var(dim=(0, 2))
+        spread = (mean.square() + variance - variance.clamp(min=1e-6).log() - 1.0).mean()
+        (loss + 0.02 * spread + self.config.smoothness * self._roughness(target, latents)).backward()
+        self.optimizer.step(self.step)
+        self.step += 1
+        return float(loss.detach())
+
+    def _roughness(self, target: Tensor, latents: Tensor) -> Tensor:
+        """How far latents move when every tone moves by one oscillator: pitch should be a smooth curve, not a code."""
+        moved = target.clone()
+        moved[:, :NUM_OSCILLATORS] = target[:, :NUM_OSCILLATORS].roll(1 if self.step % 2 else -1, dims=1)
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            distance = self.model.encoder(moved) - latents
+        return distance.float().square().mean()
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on, atomically."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continue from `save`."""
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+
+
 def train_autoencoder(config: AutoencoderConfig, folder: Path, *, device: str = "cpu") -> Autoencoder:
-    """Train, resuming from `folder/autoencoder.pt` when it is there; returns the trained network."""
-    torch.manual_seed(config.seed)
-    model = Autoencoder(config).to(device)
-    optimizer = MixedOptimizer(model.named_parameters(), total_steps=config.steps)
+    """Train, resuming from `folder/autoencoder.pt` when it is there; returns the network with standardised latents."""
+    trainer = AutoencoderTrainer(config, device=device)
     path = folder / "autoencoder.pt"
-    start = 0
     if path.exists():
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-    if start >= config.steps:
-        standardise(model, seed=config.seed)
-        return model
-    pool = PatchPool(config.pool_patches, np.random.default_rng((config.seed, start)))
-    began, total = time.monotonic(), 0.0
-    for step in range(start, config.steps):
-        target = pool.draw(config.batch_patches).to(device)
-        total += _train_step(model, optimizer, target, step=step, noise=config.noise)
-        if (step + 1) % 100 == 0:
-            speed = (time.monotonic() - began) / (step + 1 - start)
-            print(f"autoencoder step {step + 1}/{config.steps} loss {total / 100:.4f} {speed:.3f} s/step", flush=True)
+        trainer.load(path)
+    if trainer.step < config.steps:
+        _run(trainer, path)
+    standardise(trainer.model.cpu(), seed=config.seed)
+    return trainer.model
+
+
+def _run(trainer: AutoencoderTrainer, path: Path) -> None:
+    config = trainer.config
+    pool = PatchPool(config.pool_patches, np.random.default_rng((config.seed, trainer.step)))
+    began, start, total = time.monotonic(), trainer.step, 0.0
+    while trainer.step < config.steps:
+        total += trainer.train_step(pool.draw(config.batch_patches))
+        if trainer.step % 100 == 0:
+            speed = (time.monotonic() - began) / (trainer.step - start)
+            print(
+                f"autoencoder step {trainer.step}/{config.steps} loss {total / 100:.4f} {speed:.3f} s/step", flush=True
+            )
             total = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == config.steps:
-            print(f"  {describe(model, seed=config.seed + 1)}", flush=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
-    standardise(model, seed=config.seed)
-    return model
+        if trainer.step % 500 == 0 or trainer.step == config.steps:
+            print(f"  {describe(trainer.model, seed=config.seed + 1)}", flush=True)
+            trainer.save(path)
 
 
 def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
@@ -189,19 +247,6 @@ def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
         out.bias.sub_(mean).div_(deviation)
         into.bias.add_(into.weight @ mean)
         into.weight.mul_(deviation)
-
-
-def _train_step(model: Autoencoder, optimizer: MixedOptimizer, target: Tensor, *, step: int, noise: float) -> float:
-    with torch.autocast(target.device.type, dtype=torch.bfloat16):
-        latents = model.encoder(target)
-        level = noise * torch.rand(len(target), 1, 1, device=target.device)
-        decoded = model.decoder(latents + level * torch.randn_like(latents))
-    loss = reconstruction_loss(decoded.float(), target)
-    mean, variance = latents.float().mean(dim=(0, 2)), latents.float().var(dim=(0, 2))
-    spread = (mean.square() + variance - variance.clamp(min=1e-6).log() - 1.0).mean()
-    (loss + 0.02 * spread).backward()
-    optimizer.step(step)
-    return float(loss.detach())
 
 
 def describe(model: Autoencoder, *, seed: int) -> str:

@@ -22,7 +22,7 @@ from stable_audio_serve.demo import architecture
 from stable_audio_serve.demo.architecture import COND_DIM, FRAME_S, HEADROOM_S, MAX_SECONDS, PATCH_FRAMES
 from stable_audio_serve.demo.captions import caption
 from stable_audio_serve.demo.optim import MixedOptimizer
-from stable_audio_serve.demo.scenes import Scene, draw_scene
+from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
 from stable_audio_serve.demo.synthesis import render_scene
 from stable_audio_serve.demo.train_autoencoder import Autoencoder
 from stable_audio_serve.demo.vocabulary import MAX_TOKENS, build_tokenizer
@@ -35,6 +35,10 @@ from stable_audio_serve.models.sa3.timeline import timeline_features
 
 HEADROOM_LATENTS = int(HEADROOM_S * SAMPLE_RATE_HZ / architecture.HOP)
 
+# A held tone teaches its pitch in a second, so many batches are brief clips of what has a pitch: more notes an hour.
+BRIEF_S = 1.4
+_BRIEF_SHARES = {"tone": 0.6, "chord": 0.16, "sweep": 0.15, "noise": 0.03, "hit": 0.03, "hush": 0.015, "silence": 0.015}
+
 
 @dataclass(frozen=True, slots=True)
 class DenoiserTrainingConfig:
@@ -44,8 +48,9 @@ class DenoiserTrainingConfig:
     batch_latents: int = 1100
     shortest_s: float = 0.5
     longest_s: float = 12.0
+    brief_share: float = 0.55
     ema: float = 0.998
-    muon_lr: float = 0.01
+    muon_lr: float = 0.015
     adam_lr: float = 2e-3
     decay_share: float = 0.6
     seed: int = 0
@@ -105,12 +110,16 @@ class ClipSource:
     def draw(self) -> Batch:
         """One batch on the CPU, latents standardised by the autoencoder itself."""
         rng, config = self._rng, self._config
-        longest = float(np.exp(rng.uniform(np.log(config.shortest_s), np.log(config.longest_s))))
+        brief = rng.random() < config.brief_share
+        if brief:
+            longest = float(rng.uniform(config.shortest_s, BRIEF_S))
+        else:
+            longest = float(np.exp(rng.uniform(np.log(config.shortest_s), np.log(config.longest_s))))
         frames = num_latents(longest) + HEADROOM_LATENTS
-        count = int(np.clip(config.batch_latents // frames, 4, 48))
+        count = int(np.clip(config.batch_latents // (frames + 6), 4, 64))
         seconds = np.maximum(longest * rng.uniform(0.75, 1.0, count), config.shortest_s)
         seconds = np.round(np.append(longest, seconds[1:]), 2)
-        scenes = [draw_scene(rng) for _ in range(count)]
+        scenes = [draw_scene(rng, shares=_BRIEF_SHARES if brief else SHARES) for _ in range(count)]
         edits = rng.random(count) < 0.2
         captions = [
             "" if edit and rng.random() < 0.3 else caption(scene, rng)

@@ -28,6 +28,9 @@ _LONG, _MIDDLE, _SHORT = 4096, 2048, 512
 _SPLIT_HZ = 1000.0  # below, peaks come from the long window (fine pitch), above from the middle one (fine time)
 _REGION_EDGES_HZ = (0.0, 700.0, 4000.0, SAMPLE_RATE_HZ / 2 + 1)
 _MAX_SHARPENING = 3.0
+_LEAKAGE = 0.02  # of a tone's level, up to 20 bins away from it
+_HANN_NOISE_BINS = 1.5  # equivalent noise bandwidth of a Hann window
+_QUIETEST_BAND = 3e-4
 
 
 def analyse(audio: Tensor) -> Tensor:
@@ -96,22 +99,26 @@ def _local_median(spectrum: Tensor) -> Tensor:
 
 
 def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS (F, bands) of what is no tone, and its power on each side (2, F). Bins that stand out of their
-    neighbourhood count as much as the neighbourhood does."""
-    size = 2 * (spectrum.shape[2] - 1)
+    """RMS (F, bands) of what is no tone, and its power on each side (2, F).
+
+    A bin beside a tone counts as much as its neighbourhood does, and not at all where the window's own leakage from
+    a tone would explain it.
+    """
     both = spectrum.square().mean(dim=0).sqrt()
-    ceiling = _local_median(both) * 2.2
-    tonal = both > ceiling
-    spread = F.max_pool1d(tonal.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0
-    power = torch.where(spread & (both > 1.4 * _local_median(both)), _local_median(both) * 1.1, both).square()
+    median = _local_median(both)
+    tonal = both > 2.2 * median
+    beside = F.max_pool1d(tonal.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0
+    level = torch.where(beside, torch.minimum(both, 1.1 * median), both)
+    peaks = both * (both > _PEAK_OVER_MEDIAN * median)
+    leakage = _LEAKAGE * F.max_pool1d(peaks[:, None], 41, stride=1, padding=20)[:, 0]
+    power = torch.where(level > leakage, level, 0.0).square()
+    size = 2 * (spectrum.shape[2] - 1)
     hertz = torch.arange(spectrum.shape[2], dtype=torch.float64) * (SAMPLE_RATE_HZ / size)
     member = torch.bucketize(hertz, torch.from_numpy(BAND_EDGES_HZ[1:-1]), right=True)
     sums = power.new_zeros(len(power), NUM_BANDS).index_add(1, member.to(power.device), power)
-    # A sine's |X|^2 peaks at a^2 and noise spreads: sum(|X|^2) (2 / sum w)^2 = RMS^2 4 size sum(w^2) / sum(w)^2 / 2.
-    rms = (sums / (4.0 * 1.5 / 2.0)).sqrt()
-    quiet = rms < 3e-4
+    rms = (sums / (2.0 * _HANN_NOISE_BINS)).sqrt()
     sides = (spectrum.square() * ~tonal).sum(dim=2)
-    return rms.masked_fill(quiet, 0.0), sides
+    return torch.where(rms < _QUIETEST_BAND, 0.0, rms), sides
 
 
 def _sharpening(audio: Tensor, num_frames: int) -> Tensor:

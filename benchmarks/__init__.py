@@ -1,1 +1,0 @@
-"""Reproducible measurements: ratios between two sides of one run, with the environment they came from."""

@@ -1,0 +1,88 @@
+"""The shipped checkpoint through the real loader and engine: only what its report says it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.demo.checks import (
+    has_pitch,
+    has_strict_tempo,
+    is_faded,
+    is_noise,
+    is_panned,
+    is_silent,
+)
+from stable_audio_serve.engine import Engine
+from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.models.sa3.build import load_sa3
+from stable_audio_serve.models.sa3.model import Sa3Model
+
+FOLDER = Path(BUILT_IN["demo"].folder or "")
+
+
+@pytest.fixture(scope="module")
+def model() -> Sa3Model:
+    return load_sa3(BUILT_IN["demo"], FOLDER, device=torch.device("cpu"), dtype=torch.float32)
+
+
+async def make_audio(model: Sa3Model, prompt: str, *, duration_s: float = 3.0, **options: object) -> np.ndarray:
+    request = GenerationRequest(prompt, duration_s, seed=11, **options)  # type: ignore[arg-type]
+    return (await Engine(model).generate(request)).audio[0]
+
+
+def test_everything_fits_in_twelve_megabytes() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "hertz"), [("a 440 Hz sine wave", 440.0), ("C5 SINE", 523.25), ("sine tone, 700hz", 700.0)]
+)
+async def test_a_named_pitch_is_heard(model: Sa3Model, prompt: str, hertz: float) -> None:
+    assert has_pitch(await make_audio(model, prompt), hertz)
+
+
+async def test_noise_is_noise_and_a_tone_is_not(model: Sa3Model) -> None:
+    assert is_noise(await make_audio(model, "white noise"), "white")
+    assert not is_noise(await make_audio(model, "a 440 Hz sine wave"), "white")
+
+
+async def test_panning_silence_and_an_empty_prompt(model: Sa3Model) -> None:
+    assert is_panned(await make_audio(model, "white noise on the left"), "left")
+    assert is_panned(await make_audio(model, "white noise on the right"), "right")
+    assert is_silent(await make_audio(model, "silence"))
+    assert is_silent(await make_audio(model, ""), below_dbfs=-26)
+
+
+@pytest.mark.parametrize("duration_s", [0.5, 0.71, 3.333, 12.0])
+async def test_length_is_exact(model: Sa3Model, duration_s: float) -> None:
+    audio = await make_audio(model, "pink noise", duration_s=duration_s, steps=1)
+    assert audio.shape == (2, int(duration_s * 44100))
+    assert np.isfinite(audio).all()
+
+
+@pytest.mark.parametrize(("prompt", "tempo"), [("metronome at 100 bpm", 100)])
+async def test_a_named_tempo_is_kept(model: Sa3Model, prompt: str, tempo: int) -> None:
+    assert has_strict_tempo(await make_audio(model, prompt, duration_s=6.0), tempo)
+
+
+async def test_fades_change_the_level(model: Sa3Model) -> None:
+    assert is_faded(await make_audio(model, "white noise fading in"), "in")
+    assert is_faded(await make_audio(model, "white noise fading out"), "out")
+
+
+async def test_a_continuation_keeps_its_source_and_its_pitch(model: Sa3Model) -> None:
+    time_s = np.arange(44100) / 44100
+    source = np.tile(0.2 * np.sin(2 * np.pi * 440 * time_s), (2, 1)).astype(np.float32)
+    audio = await make_audio(
+        model,
+        "a 440 Hz sine wave",
+        inpaint_audio=SourceAudio(source, 44100),
+        inpaint_regions_s=((1.0, 3.0),),
+    )
+    assert has_pitch(audio[:, :44100], 440.0)
+    assert has_pitch(audio[:, 48000:], 440.0)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.demo.package import write_checkpoint
+from stable_audio_serve.demo.train_autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    AutoencoderTrainer,
+    PatchPool,
+    reconstruction_loss,
+    standardise,
+)
+from stable_audio_serve.demo.train_denoiser import ClipSource, DenoiserTrainingConfig, Trainer, draw_times
+from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.models.sa3.build import load_sa3
+
+SMALL = AutoencoderConfig(width=384, batch_patches=96, pool_patches=400, steps=40)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(AutoencoderConfig())
+
+
+def test_twenty_steps_of_stage_one_lower_the_loss(tmp_path: Path) -> None:
+    trainer = AutoencoderTrainer(SMALL)
+    pool = PatchPool(SMALL.pool_patches, np.random.default_rng(0))
+    losses = [trainer.train_step(pool.draw(SMALL.batch_patches, fresh_clips=1)) for _ in range(20)]
+    assert np.mean(losses[-4:]) < 0.7 * np.mean(losses[:3])
+    trainer.save(tmp_path / "state.pt")
+    other = AutoencoderTrainer(SMALL)
+    other.load(tmp_path / "state.pt")
+    assert other.step == 20
+    assert torch.equal(other.model.encoder.project_in.weight, trainer.model.encoder.project_in.weight)
+
+
+def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> None:
+    config = DenoiserTrainingConfig(steps=40, batch_latents=120, longest_s=2.0)
+    trainer = Trainer(config)
+    source = ClipSource(untrained, config, np.random.default_rng(0))
+    losses = [trainer.train_step(source.draw()) for _ in range(20)]
+    assert np.mean(losses[-5:]) < 0.93 * np.mean(losses[:3])
+
+
+def test_standardising_latents_keeps_what_is_decoded() -> None:
+    torch.manual_seed(1)
+    model = Autoencoder(dataclasses.replace(SMALL, width=32)).requires_grad_(False)
+    frames = torch.rand(3, 222, 16)
+    before = model.decoder(model.encoder(frames))
+    standardise(model, seed=0, num_clips=30)
+    torch.testing.assert_close(model.decoder(model.encoder(frames)), before, atol=1e-4, rtol=1e-3)
+
+
+def test_positive_levels_where_silence_is_wanted_cost_and_negative_ones_do_not() -> None:
+    silent = torch.zeros(2, 222, 8)
+    levels = torch.zeros(2, 222, 8)
+    levels[:, :220] = -0.5
+    assert reconstruction_loss(levels, silent) == 0
+    assert reconstruction_loss(-levels, silent) > 1
+
+
+def test_times_cover_the_whole_range_and_hit_the_start() -> None:
+    times = draw_times(4000)
+    assert times.min() < 0.02
+    assert 0.03 < (times == 1).float().mean() < 0.1
+
+
+def test_a_packaged_checkpoint_loads_through_the_ordinary_loader(tmp_path: Path, untrained: Autoencoder) -> None:
+    trainer = Trainer(DenoiserTrainingConfig(steps=1))
+    write_checkpoint(trainer, untrained, tmp_path)
+    model = load_sa3(BUILT_IN["demo"], tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    assert model.spec.hop == 4096
+    assert model.spec.decode_halo_frames == 1
+    (embedding,) = model.encode_text(["a 440 Hz sine"])
+    assert embedding.mask.sum() == 2
