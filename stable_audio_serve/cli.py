@@ -24,6 +24,25 @@ def version() -> None:
 
 
 @app.command()
+def openapi(
+    out: Annotated[Path | None, typer.Option(help="File to write; without it standard output.")] = None,
+) -> None:
+    """Write the OpenAPI description of the HTTP API as JSON."""
+    import json
+
+    from stable_audio_serve.api.app import create_app
+    from stable_audio_serve.api.backend import OfflineBackend
+    from stable_audio_serve.core.settings import Settings
+
+    document = json.dumps(create_app(OfflineBackend(), Settings()).openapi(), indent=2) + "\n"
+    if out is None:
+        typer.echo(document, nl=False)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(document)
+
+
+@app.command()
 def config(
     file: Annotated[Path | None, typer.Option("--config", help="Serve config file; without it defaults.")] = None,
 ) -> None:
@@ -32,31 +51,49 @@ def config(
 
     from stable_audio_serve.core.errors import ConfigError
     from stable_audio_serve.core.settings_sources import load_settings
+    from stable_audio_serve.serving.serve_file import read_serve_file
 
     try:
-        settings = load_settings(_application_args(file) if file else None)
+        settings = load_settings(read_serve_file(file).args if file else None)
     except ConfigError as error:
         typer.echo(f"error: {error.message}", err=True)
         raise typer.Exit(2) from error
     typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
-def _application_args(file: Path) -> dict[str, object]:
-    """The `args:` of the only application in a Serve config file. Raises ConfigError."""
-    import yaml
-
-    from stable_audio_serve.core.errors import ConfigError
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Option("--config", help="Serve config file.")] = Path("serve_config.yaml"),
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: the file's, else 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: the file's, else 8000.")] = None,
+    proxy: Annotated[str, typer.Option(help="Who accepts connections: auto, haproxy or python.")] = "auto",
+) -> None:
+    """Serve the models of a config file on this machine until Ctrl-C, with a Ray of its own."""
+    from stable_audio_serve.core.errors import StableAudioError
+    from stable_audio_serve.serving import launcher
 
     try:
-        tree = yaml.safe_load(file.read_text())
-        args = tree["applications"][0].get("args") or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: {error}", field=str(file)) from error
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ConfigError(f"{file}: applications: needs one application", field="applications") from error
-    if not isinstance(args, dict):
-        raise ConfigError(f"{file}: applications.0.args: must be a mapping", field="args")
-    return args
+        launcher.serve(file, host=host, port=port, proxy=launcher.ProxyKind(proxy), report=typer.echo)
+    except StableAudioError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint with golden.json and golden.safetensors beside it.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every comparison to this file.")] = None,
+) -> None:
+    """Check that this machine reproduces a checkpoint's stored reference numbers; exit 1 names what does not."""
+    import json
+
+    from stable_audio_serve.verification import verify as verify_folder
+
+    report = verify_folder(folder, typer.echo)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog, ModelStatus
+from stable_audio_serve.core.errors import ModelUnavailableError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 
 
@@ -28,3 +29,18 @@ class Backend(Protocol):
     async def status(self) -> Mapping[str, ModelStatus]:
         """What each model is doing, by canonical name; never loads a model and never waits for one."""
         ...
+
+
+class OfflineBackend:
+    """Runs nothing; enough to describe the API without a server."""
+
+    def __init__(self) -> None:
+        self.catalog = ModelCatalog([ModelCard("none", "none")])
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        """Refuse. Raises ModelUnavailableError."""
+        raise ModelUnavailableError("no model is running")
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        """Nothing is known of any model."""
+        return {}

@@ -29,7 +29,7 @@ class ModelCatalog:
     """The configured models by canonical name and alias, in configuration order; lookups ignore case and spaces."""
 
     def __init__(self, cards: Iterable[ModelCard], *, default: str | None = None) -> None:
-        """`default` may be an alias; without it the first card is the default.
+        """`default` may be an alias; without it the first card is the default, the demo only where nothing else is.
 
         Raises ConfigError when there is no card, a name is claimed twice, or the default is unknown.
         """
@@ -45,7 +45,7 @@ class ModelCatalog:
         if not self._cards:
             raise ConfigError("models: at least one model must be configured", field="models")
         try:
-            self.default = self.resolve(default) if default else next(iter(self._cards.values()))
+            self.default = self.resolve(default) if default else min(self, key=lambda card: card.is_demo)
         except UnknownModelError as error:
             raise ConfigError(
                 f"default_model (STABLE_AUDIO_DEFAULT_MODEL): {error.message}", field="default_model"

@@ -128,7 +128,7 @@ class Settings(Section):
     models: tuple[ModelSettings, ...] = Field(
         (ModelSettings(name="small-sfx"), ModelSettings(name="small-music"), ModelSettings(name="medium")),
         min_length=1,
-        description="The served models; the first is the default model unless `default_model` says otherwise.",
+        description="The served models; the first that is no demo is the default, unless `default_model` is set.",
     )
     default_model: ModelName | None = Field(None, description="Model of requests that name none; aliases allowed.")
     preload_models: Annotated[tuple[ModelName, ...], BeforeValidator(_split_commas)] | None = Field(

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
@@ -131,6 +131,9 @@ class Engine:
                 state.cancel()
                 self._inbox.wake()
                 raise
+        except OverloadedError:
+            self._metrics.increment("engine_requests_total", outcome="refused")
+            raise
         finally:
             self._num_in_flight -= 1
 
@@ -166,7 +169,7 @@ class Engine:
         submitted_at = self._clock.monotonic()
         self._admission.check()
         plans = await self._planner.plan(request, frames=frames)
-        works = [row_work(plan, hop=self.spec.hop, channels=self.spec.channels) for plan in plans]
+        works = [row_work(plan, hop=self.spec.hop) for plan in plans]
         state = RequestState(
             next(self._request_ids),
             request,
@@ -175,7 +178,7 @@ class Engine:
             noise_factory=self._noise_factory,
             submitted_at=submitted_at,
         )
-        if any(work.encode_frames for work in works):
+        if any(work.encode_left for work in works):
             state.clock.mark("source", self._clock.monotonic())  # planning it was mostly resampling
         self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)))
         try:
@@ -205,7 +208,8 @@ class Engine:
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
             drawer=ThreadPoolExecutor(1, thread_name_prefix="noise"),
-            window_frames=options.window_frames,
+            # Strict windows run one per call, so there is nothing to gain from several between two steps.
+            window_frames=1 if self.mode == "strict" else options.window_frames,
             clock=self._clock,
             metrics=self._metrics,
         )

@@ -85,6 +85,12 @@ class Executor:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory held by tensors; 0 where the device is the host."""
+        device = self._model.device
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
     def _by_length(
         self,
         windows: Sequence[Item],

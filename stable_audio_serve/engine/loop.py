@@ -84,7 +84,7 @@ class EngineLoop:
         for request in self._inbox.close():
             self._requests[request.id] = request
         for request in list(self._requests.values()):
-            self._end(request)
+            self._end(request, outcome="unavailable")
             request.reply.fail(ModelUnavailableError(UNAVAILABLE))
 
     def _receive(self, request: RequestState) -> None:
@@ -102,10 +102,10 @@ class EngineLoop:
         now = self._clock.monotonic()
         for request in list(self._requests.values()):
             if request.is_abandoned:
-                self._end(request)
+                self._end(request, outcome="cancelled")
                 request.reply.fail(CancelledRequestError("the request was cancelled"))
             elif request.deadline_at is not None and now >= request.deadline_at:
-                self._end(request)
+                self._end(request, outcome="expired")
                 message = f"the request did not finish within its {request.request.deadline_s:g} s"
                 request.reply.fail(DeadlineExceededError(message, field="deadline_s"))
 
@@ -139,7 +139,7 @@ class EngineLoop:
         self._drop(row)
         if len(request.audio) < len(request.rows):
             return
-        self._end(request)
+        self._end(request, outcome="finished")
         timings = request.clock.timings()
         result = GenerationResult(
             audio=tuple(request.audio[index] for index in range(len(request.rows))),
@@ -163,19 +163,19 @@ class EngineLoop:
             if request.id not in self._requests:
                 continue
             log.error("request %s failed: %r", request.request.request_id or request.id, error, exc_info=error)
-            self._end(request)
+            self._end(request, outcome="failed")
             if not isinstance(error, StableAudioError):
                 error = GenerationError("the model failed on this request")
             request.reply.fail(error)
-            self._metrics.increment("engine_failures_total")
 
-    def _end(self, request: RequestState) -> None:
+    def _end(self, request: RequestState, *, outcome: str) -> None:
         """Forget a request and all its rows; the only way out."""
         del self._requests[request.id]
         for row in request.rows:
             if row.id in self._rows:
                 self._drop(row)
         self._admission.release(request.id)
+        self._metrics.increment("engine_requests_total", outcome=outcome)
         self._queue_changed = True
 
     def _drop(self, row: Row) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from stable_audio_serve.engine.batching import Lane
 from stable_audio_serve.engine.noise_ahead import RowNoise
 from stable_audio_serve.engine.request_state import RequestState
 from stable_audio_serve.engine.scheduler import RowId
-from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding
+from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
 from stable_audio_serve.engine.work import RowWork
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan
 from stable_audio_serve.sampling.plan import Evaluation
@@ -36,8 +35,8 @@ class Row:
         self.state: Tensor | None = None  # registers (R, D, F) float32 while denoising
         self.latents: Tensor | None = None  # (D, F) float32 once denoised
         self.audio: AudioAssembly | None = None
-        self._encode_total = work.encode_frames
-        self._decode_total = work.decode_frames
+        self._encode_total = sum(work.encode_left)
+        self._decode_total = sum(work.decode_left)
 
     @property
     def evaluation(self) -> Evaluation:
@@ -62,9 +61,9 @@ class Row:
     @property
     def fraction(self) -> float:
         """0..1, never falling."""
-        encoded = _share_done(self._encode_total, self.work.encode_frames)
+        encoded = _share_done(self._encode_total, sum(self.work.encode_left))
         denoised = self.work.num_done / max(len(self.work.branches), 1)
-        decoded = _share_done(self._decode_total, self.work.decode_frames)
+        decoded = _share_done(self._decode_total, sum(self.work.decode_left))
         return _ENCODED * encoded + (_DENOISED - _ENCODED) * denoised + (1.0 - _DENOISED) * decoded
 
     def release(self) -> None:
@@ -75,18 +74,15 @@ class Row:
         self.sources = {}
 
 
-def row_work(plan: RowPlan, *, hop: int, channels: int) -> RowWork:
+def row_work(plan: RowPlan, *, hop: int) -> RowWork:
     """The work of a planned row; an evaluation costs two network rows where it is guided."""
-    sources: Sequence[int] = [
-        sum(span.stop - span.start for span in source.windows)
-        for source in (plan.init_source, plan.inpaint_source)
-        if source is not None
-    ]
+    sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
+    end = min(plan.output_samples, plan.valid_frames * hop)
     return RowWork(
         plan.frames,
         branches=[2 if evaluation.guided else 1 for evaluation in plan.sampler.evaluations],
-        encode_frames=sum(sources),
-        decode_frames=make_assembly(plan, hop=hop, channels=channels).frames_left,
+        encode_left=[frames for source in sources for frames in window_lengths(source.windows)],
+        decode_left=window_lengths(audible_spans(plan.decode_windows, hop=hop, end=end)),
     )
 
 

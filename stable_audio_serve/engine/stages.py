@@ -68,7 +68,7 @@ class Stages:
 
     def encode(self, rows: Sequence[Row]) -> Failures:
         """The next source windows of each row; a row whose last window is done becomes ready to step."""
-        pending = {id(source): (source, row) for row in rows for source in row.sources.values() if source.frames_left}
+        pending = {id(source): (source, row) for row in rows for source in row.sources.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
         windows = [(source, window) for source, _ in pending.values() for window in source.pending(self._window_frames)]
         if windows:
@@ -83,11 +83,11 @@ class Stages:
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("source", now)
-            row.work.encode_frames = sum(source.frames_left for source in row.sources.values())
+            row.work.encode_left = _lengths_left(row)
             errors = [failed[id(source)] for source in row.sources.values() if id(source) in failed]
             if errors:
                 failures.append((row, errors[0]))
-            elif row.work.encode_frames == 0:
+            elif not row.work.encode_left:
                 failures += self._begin(row)
         return failures
 
@@ -100,7 +100,7 @@ class Stages:
         failures = self._timed("denoise", shapes, lambda: self._executor.denoise(rows, calls))
         self._metrics.observe("engine_rows_per_step", len(rows))
         self._metrics.observe("engine_tokens_per_step", tokens)
-        self._metrics.observe("engine_pad_share", 1.0 - tokens / sum(count * frames for count, frames in shapes))
+        self._metrics.gauge("engine_pad_share", 1.0 - tokens / sum(count * frames for count, frames in shapes))
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("denoise", now)
@@ -124,9 +124,10 @@ class Stages:
                 failed.setdefault(row.id, (row, outcome))
             elif row.id not in failed and row.audio is not None:
                 row.audio.put(outcome)
-                row.work.decode_frames = row.audio.frames_left
+                row.work.decode_left = row.audio.lengths_left
                 if not row.audio.is_finite:
                     failed[row.id] = (row, GenerationError("the model made audio that is not a number"))
+        self._metrics.gauge("engine_device_memory_bytes", self._executor.memory_bytes)
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("decode", now)
@@ -174,7 +175,7 @@ class Stages:
                 if not self._model.spec.noisy_source_encoder:
                     row.request.sources[stage] = encoding
             row.sources[stage] = encoding
-        row.work.encode_frames = sum(source.frames_left for source in row.sources.values())
+        row.work.encode_left = _lengths_left(row)
 
     def _begin(self, row: Row) -> Failures:
         """Conditioning and first registers; the last thing before a row steps."""
@@ -239,3 +240,8 @@ def _prompts(row: Row) -> list[str]:
     """The row's prompt and, if guided with one, its negative prompt."""
     negative = row.plan.negative_prompt
     return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
+
+
+def _lengths_left(row: Row) -> tuple[int, ...]:
+    """Source windows the row still waits for."""
+    return tuple(frames for source in row.sources.values() for frames in source.lengths_left)

@@ -23,6 +23,16 @@ def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowS
     return spans
 
 
+def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
+    """The windows that reach the result, which ends at sample `end`; those of the headroom are never decoded."""
+    return [span for span in spans if span.keep_start * hop < end]
+
+
+def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
+    """Latent frames of each window."""
+    return tuple(span.stop - span.start for span in spans)
+
+
 class SourceEncoding:
     """One source on its way through the encoder: windows still to encode and the latents so far."""
 
@@ -36,9 +46,9 @@ class SourceEncoding:
         self._latents: Tensor | None = None
 
     @property
-    def frames_left(self) -> int:
+    def lengths_left(self) -> tuple[int, ...]:
         """Latent frames of the windows still to encode."""
-        return sum(span.stop - span.start for span in self._source.windows[self._num_done :])
+        return window_lengths(self._source.windows[self._num_done :])
 
     def pending(self, max_frames: int) -> list[EncodeWindow]:
         """The next windows, at most `max_frames` latents together but at least one unless all are done."""
@@ -66,7 +76,7 @@ class SourceEncoding:
 
     def latents(self) -> Tensor:
         """All latents (D, F) float32. Only after the last window."""
-        if self._latents is None or self.frames_left:
+        if self._latents is None or self.lengths_left:
             raise RuntimeError("a source was read before all its windows were encoded")
         return self._latents
 
@@ -77,18 +87,17 @@ class AudioAssembly:
     def __init__(
         self, spans: Sequence[WindowSpan], *, channels: int, hop: int, valid_frames: int, output_samples: int
     ) -> None:
-        # Windows wholly behind the end of the result (the headroom) are never decoded.
-        self._spans = [s for s in spans if s.keep_start * hop < min(output_samples, valid_frames * hop)]
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
+        self._spans = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples, dtype=torch.float32)
         self._num_done = 0
         self._finite = True
 
     @property
-    def frames_left(self) -> int:
+    def lengths_left(self) -> tuple[int, ...]:
         """Latent frames of the windows still to decode."""
-        return sum(span.stop - span.start for span in self._spans[self._num_done :])
+        return window_lengths(self._spans[self._num_done :])
 
     def pending(self, latents: Tensor, noise: NoiseSource, max_frames: int) -> Iterator[DecodeWindow]:
         """The next windows over `latents` (D, F), at most `max_frames` together but at least one if any is left."""

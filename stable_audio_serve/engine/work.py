@@ -20,29 +20,32 @@ class Phase(Enum):
 
 
 class RowWork:
-    """The remaining work of one row of `frames` latents; the loop writes `encode_frames` and `decode_frames`.
+    """The remaining work of one row of `frames` latents; the loop writes `encode_left` and `decode_left`.
 
-    `branches` holds, per evaluation, the network rows it takes: 2 where guidance is on, else 1.
+    Those hold the lengths of the windows still to code. `branches` holds, per evaluation, the network rows it takes:
+    2 where guidance is on, else 1.
     """
 
-    __slots__ = ("_guided_left", "branches", "decode_frames", "encode_frames", "frames", "num_done")
+    __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "num_done")
 
-    def __init__(self, frames: int, *, branches: Sequence[int], encode_frames: int = 0, decode_frames: int = 0) -> None:
+    def __init__(
+        self, frames: int, *, branches: Sequence[int], encode_left: Sequence[int] = (), decode_left: Sequence[int] = ()
+    ) -> None:
         self.frames = frames
         self.branches = tuple(branches)
-        self.encode_frames = encode_frames
-        self.decode_frames = decode_frames
+        self.encode_left = tuple(encode_left)
+        self.decode_left = tuple(decode_left)
         self.num_done = 0
         self._guided_left = sum(n == 2 for n in self.branches)
 
     @property
     def phase(self) -> Phase:
         """Work happens in this order; a row with nothing left is done."""
-        if self.encode_frames > 0:
+        if self.encode_left:
             return Phase.ENCODE
         if self.num_done < len(self.branches):
             return Phase.DENOISE
-        return Phase.DECODE if self.decode_frames > 0 else Phase.DONE
+        return Phase.DECODE if self.decode_left else Phase.DONE
 
     @property
     def tokens(self) -> int:
@@ -61,14 +64,11 @@ class RowWork:
 
         `evaluation_ms(branches, frames)` prices one evaluation: alone, or as a share of a crowded step.
         """
-        total = 0.0
-        if self.encode_frames > 0:
-            total += cost.call_ms("encode", 1, self.encode_frames)
+        total = sum(cost.call_ms("encode", 1, frames) for frames in self.encode_left)
+        total += sum(cost.call_ms("decode", 1, frames) for frames in self.decode_left)
         single = len(self.branches) - self.num_done - self._guided_left
         if single:
             total += single * evaluation_ms(1, self.frames)
         if self._guided_left:
             total += self._guided_left * evaluation_ms(2, self.frames)
-        if self.decode_frames > 0:
-            total += cost.call_ms("decode", 1, self.decode_frames)
         return total

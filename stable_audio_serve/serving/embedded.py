@@ -24,7 +24,7 @@ _MIB = 1024 * 1024
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
 _DRAIN_TIMEOUT_S = 4.0  # for requests in flight when the server is stopped
-_STOP_TIMEOUT_S = 7.0  # for everything; what still runs then is killed
+_STOP_TIMEOUT_S = 6.5  # for everything; what still runs then is killed
 # Another Ray's address or credentials, meant for programs that want to join it.
 _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_NAMESPACE", "RAY_TMPDIR")
 
@@ -41,16 +41,20 @@ def private_directory() -> Iterator[Path]:
         yield directory
 
 
+def apply_environment(variables: Mapping[str, str]) -> None:
+    """Set what Ray reads when it is imported, so before that; forget how to reach any other Ray."""
+    for name in _FOREIGN_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+
+
 @contextmanager
-def embedded_ray(directory: Path, *, environment: Mapping[str, str], num_cpus: int) -> Iterator[None]:
-    """Run a Ray of our own in `directory` for the life of the context, on the loopback interface only.
+def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
+    """Run a Ray of our own in `directory` for the life of the context; its internal ports want its token.
 
     `num_cpus` is bookkeeping for placement. Leaving the context drains Ray Serve and stops Ray within
     `_STOP_TIMEOUT_S` seconds.
     """
-    for name in _FOREIGN_VARIABLES:
-        os.environ.pop(name, None)
-    os.environ.update(environment)
     try:
         import ray
 
@@ -61,7 +65,6 @@ def embedded_ray(directory: Path, *, environment: Mapping[str, str], num_cpus: i
             object_store_memory=_object_store_bytes(),
             logging_level=logging.WARNING,
             _temp_dir=str(directory),
-            _node_ip_address="127.0.0.1",
         )
         yield
     finally:

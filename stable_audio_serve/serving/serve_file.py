@@ -16,6 +16,8 @@ from stable_audio_serve.core.errors import ConfigError
 if typing.TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
+# Our own lines say what an operator needs; Serve's access log would repeat them.
+_QUIET = {"log_level": "ERROR", "enable_access_log": False}
 _DEFAULT_PORT = 8000
 _DEFAULT_HOST = "127.0.0.1"
 
@@ -83,7 +85,8 @@ def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema
     unknown = list(_unknown_keys(file.tree, ServeDeploySchema))
     if unknown:
         raise ConfigError(f"{file.path}: unknown key {', '.join(unknown)}", field=unknown[0])
-    tree = file.tree | {"http_options": (file.tree.get("http_options") or {}) | {"host": host, "port": port}}
+    http_options = (file.tree.get("http_options") or {}) | {"host": host, "port": port}
+    tree = {"logging_config": _QUIET} | file.tree | {"http_options": http_options}
     try:
         return ServeDeploySchema.model_validate(tree)
     except ValidationError as error:

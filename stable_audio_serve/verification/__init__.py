@@ -1,1 +1,5 @@
-"""Compares a checkpoint folder with stored golden numbers, component by component and end to end."""
+"""Checks a checkpoint on this machine against stored reference numbers, component by component and end to end."""
+
+from stable_audio_serve.verification.run import verify
+
+__all__ = ["verify"]

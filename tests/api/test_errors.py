@@ -229,7 +229,7 @@ async def test_checks_run_in_the_order_of_the_contract(client: httpx.AsyncClient
     ("error", "status", "words"),
     [
         (InvalidRequestError("cannot be 0", field="init_noise_level"), 400, ("init_noise_level", "cannot be 0")),
-        (InvalidRequestError("too long", field="duration_s"), 400, ("duration",)),
+        (InvalidRequestError("too long", field="duration"), 400, ("duration",)),
         (OverloadedError("the queue is full", retry_after_s=2.2), 503, ("full",)),
         (ModelUnavailableError("the model is loading"), 503, ("loading",)),
         (DeadlineExceededError("deadline_s: late"), 504, ("deadline_s",)),
@@ -245,7 +245,7 @@ async def test_what_the_model_reports(
 
 
 async def test_an_unknown_sampler_is_a_fault_of_sampler_kwargs(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    backend.error = InvalidRequestError("unknown sampler 'x'; valid: euler", field="sampler")
+    backend.error = InvalidRequestError("unknown sampler 'x'; valid: euler", field="sampler_type")
     reply = await client.post(URL, json={"prompt": "x", "sampler_kwargs": {"sampler_type": "x"}})
     expect_fields(reply, "sampler_kwargs")
     assert "euler" in reply.json()["detail"][0]["msg"]

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.cli import app as cli
 from stable_audio_serve.core.catalog import ModelStatus
 from stable_audio_serve.core.settings import Settings
 from tests.backends import ToneBackend
@@ -106,7 +110,17 @@ async def test_the_openapi_page_describes_every_public_route(client: httpx.Async
         for field, schema in schemas[name]["properties"].items():
             assert schema.get("description"), f"{name}.{field}"
     assert schemas["GenerationBody"]["examples"]
+    assert "default" not in schemas["GenerationBody"]["properties"]["model"]
     variation = document["paths"]["/v1/audio/variations"]["post"]
     assert set(variation["requestBody"]["content"]) == {"multipart/form-data"}
     assert {"200", "400", "413", "422", "503", "504"} <= set(variation["responses"])
+    for path, name in (("/health", "Health"), ("/v1/models", "ModelList")):
+        answer = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        assert answer["$ref"].endswith(name)
     assert (await client.get("/docs")).status_code == 200
+
+
+def test_the_openapi_command_writes_the_same_page(tmp_path: Path) -> None:
+    out = tmp_path / "docs" / "openapi.json"
+    assert CliRunner().invoke(cli, ["openapi", "--out", str(out)]).exit_code == 0
+    assert json.loads(out.read_text()) == create_app(ToneBackend(), Settings()).openapi()

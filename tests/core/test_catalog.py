@@ -19,6 +19,13 @@ def test_the_first_model_is_the_default_unless_named() -> None:
     assert ModelCatalog([A, B], default="B").default is B
 
 
+def test_the_demo_is_the_default_only_where_nothing_else_is() -> None:
+    demo = ModelCard("demo", "family", is_demo=True)
+    assert ModelCatalog([demo, A, B]).default is A
+    assert ModelCatalog([demo]).default is demo
+    assert ModelCatalog([demo, A], default="demo").default is demo
+
+
 def test_an_unknown_name_lists_the_valid_ones() -> None:
     with pytest.raises(UnknownModelError, match="a, b") as caught:
         ModelCatalog([A, B]).resolve("c" * 1000)

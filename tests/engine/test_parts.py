@@ -45,6 +45,31 @@ def test_idle_engine_admits_work_of_any_size() -> None:
     admission.check()
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["admit", "update", "release"]), st.integers(0, 5), st.floats(0, 5_000)), max_size=60
+    )
+)
+def test_backlog_never_exceeds_the_bound_by_more_than_one_request(events: list[tuple[str, int, float]]) -> None:
+    admission, admitted = Admission(max_queue_s=3.0), dict[int, float]()
+    for event, request_id, work_ms in events:
+        if event == "release":
+            admission.release(request_id)
+            admitted.pop(request_id, None)
+        elif event == "update" and request_id in admitted:
+            admitted[request_id] = min(work_ms, admitted[request_id])
+            admission.update(request_id, admitted[request_id])
+        elif event == "admit" and request_id not in admitted:
+            if sum(admitted.values()) > 3_000.0:
+                with pytest.raises(OverloadedError):
+                    admission.admit(request_id, work_ms)
+            else:
+                admission.admit(request_id, work_ms)
+                admitted[request_id] = work_ms
+        assert admission.backlog_ms == pytest.approx(sum(admitted.values()))
+        assert admission.backlog_ms <= 3_000.0 + 5_000.0
+
+
 def make_plan(sampler: str, steps: int = 4) -> SamplerPlan:
     return build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=Guidance(), has_source=False)
 
@@ -75,7 +100,7 @@ def test_source_windows_join_without_seams(frames: int, chunk: int) -> None:
     samples = torch.arange(frames * 4.0).repeat(2, 1)
     noise = SeededNoise(0)
     encoding = SourceEncoding(SourcePlan(samples, make_windows(frames)), stage="init", noise=noise, hop=4)
-    while encoding.frames_left:
+    while encoding.lengths_left:
         for window in encoding.pending(chunk):
             encoding.put(window.samples[:1, ::4])
     torch.testing.assert_close(encoding.latents(), samples[:1, ::4], rtol=0, atol=0)
@@ -91,7 +116,7 @@ def test_audio_windows_join_trim_and_fall_silent(
     samples = max(1, int(frames * hop * length_share))
     latents = torch.rand(2, frames)
     audio = AudioAssembly(make_windows(frames), channels=2, hop=hop, valid_frames=valid, output_samples=samples)
-    while audio.frames_left:
+    while audio.lengths_left:
         for window in list(audio.pending(latents, SeededNoise(0), chunk)):
             audio.put(window.latents.repeat_interleave(hop, dim=1))
     expected = latents.repeat_interleave(hop, dim=1).numpy()
@@ -101,7 +126,7 @@ def test_audio_windows_join_trim_and_fall_silent(
 
 def test_windows_behind_the_result_are_not_decoded() -> None:
     audio = AudioAssembly(make_windows(200), channels=2, hop=4, valid_frames=200, output_samples=50)
-    assert audio.frames_left == 32
+    assert audio.lengths_left == (32,)
 
 
 def test_audio_is_clamped_and_non_numbers_are_noticed() -> None:

@@ -11,8 +11,8 @@ from stable_audio_serve.engine.work import Phase, RowWork
 from tests.factories import FakeClock
 
 
-def make_work(*, frames: int = 100, steps: int = 8, guided: int = 0, decode_frames: int = 0) -> RowWork:
-    return RowWork(frames, branches=[2] * guided + [1] * (steps - guided), decode_frames=decode_frames)
+def make_work(*, frames: int = 100, steps: int = 8, guided: int = 0) -> RowWork:
+    return RowWork(frames, branches=[2] * guided + [1] * (steps - guided))
 
 
 def make_scheduler(*, knee: float = 250, **limits: float) -> Scheduler:

@@ -184,6 +184,8 @@ def test_padding_and_windows_follow_the_request() -> None:
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
+        ({"prompt": "a lone \ud800 surrogate"}, "prompt"),
+        ({"negative_prompt": "\udfff"}, "negative_prompt"),
         ({"duration_s": 0.0}, "duration"),
         ({"duration_s": -1.0}, "duration"),
         ({"duration_s": math.nan}, "duration"),

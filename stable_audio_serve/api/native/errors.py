@@ -26,18 +26,8 @@ _STATUS = {
     "deadline_exceeded": 504,
 }
 
-# What sampler_kwargs may hold; the rest of a request that the model itself refuses is a 400.
-_OPTIONS = ("sampler", "cfg_rescale", "cfg_norm_threshold")
-
-# Fields of GenerationRequest under the names our clients know.
-_WIRE_NAMES = {
-    "duration_s": "duration",
-    "duration_padding_s": "duration_padding_sec",
-    **dict.fromkeys(_OPTIONS, "sampler_kwargs"),
-    "init_audio": "audio",
-    "inpaint_audio": "audio",
-    "inpaint_regions_s": "inpaint_start_seconds",
-}
+# What sampler_kwargs may hold, as the model names it; anything else that only the model can refuse is a 400.
+_OPTIONS = frozenset({"sampler_type", "scale_phi", "cfg_norm_threshold"})
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
@@ -51,7 +41,7 @@ def render_error(request: Request, error: ExpectedError) -> Response:
 
 
 def _render_typed(request: Request, error: StableAudioError) -> Response:
-    field = _WIRE_NAMES.get(error.field or "", error.field)
+    field = "sampler_kwargs" if error.field in _OPTIONS else error.field
     message = error.message if not field or field in error.message else f"{field}: {error.message}"
     if isinstance(error, UnknownModelError) or (isinstance(error, InvalidRequestError) and error.field in _OPTIONS):
         fault = {"type": "value_error", "loc": ("body", field), "msg": message, "input": None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+from pydantic import BaseModel, Field
 
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
@@ -12,70 +13,124 @@ from stable_audio_serve.core.settings_sources import preloaded_names
 _UNKNOWN = ModelStatus("loading")
 
 
-def health(service: Service, status: Mapping[str, ModelStatus]) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body: 200 while alive, also while loading; 503 only when every model has failed."""
+class ModelHealth(BaseModel):
+    """One model's replicas."""
+
+    stage: str = Field(description="loading, ready, idle (scaled to zero) or failed.")
+    demo: bool = Field(description="Made to try the server out, not for its sound.")
+    device: str | None
+    num_replicas: int
+    detail: dict[str, str]
+
+
+class Health(BaseModel):
+    """The server's state and limits."""
+
+    status: str = Field(description="ok once any model is loaded, else loading; failed when none can load.")
+    healthy: bool
+    model: str = Field(description="The default model.")
+    device: str | None = Field(description="The configured device; null = chosen by the server.")
+    loaded: bool
+    model_loaded: bool
+    cuda_available: bool
+    storage_backend: str
+    available_models: list[str]
+    loaded_models: list[str]
+    preload_models: list[str]
+    model_duration_limits_seconds: dict[str, float]
+    max_duration_seconds: float
+    max_steps: int
+    max_batch_size: int
+    models: dict[str, ModelHealth]
+
+
+class Model(BaseModel):
+    """One served model: OpenAI's keys, then ours."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "stable-audio-serve"
+    root: str
+    parent: str | None = None
+    max_model_len: int | None = None
+    permission: list[str] = []
+    family: str
+    description: str
+    aliases: list[str]
+    is_demo: bool
+    is_default: bool
+    max_duration_s: float
+    sample_rate_hz: int
+    channels: int
+    default_steps: int
+    default_cfg_scale: float
+
+
+class ModelList(BaseModel):
+    """The models in the form of OpenAI's list, which its client libraries parse."""
+
+    object: str = "list"
+    data: list[Model]
+
+
+def describe_health(service: Service, status: Mapping[str, ModelStatus]) -> Health:
+    """The health page; unhealthy only when every model has failed."""
     settings, catalog = service.settings, service.backend.catalog
     api = settings.api
-    stages = {card.name: status.get(card.name, _UNKNOWN).stage for card in catalog}
-    loaded = sorted(name for name, stage in stages.items() if stage == "ready")
-    is_healthy = any(stage != "failed" for stage in stages.values())
-    body = {
-        "status": "ok" if loaded else "loading" if is_healthy else "failed",
-        "healthy": is_healthy,
-        "model": catalog.default.name,
-        "device": settings.device,
-        "loaded": bool(loaded),
-        "model_loaded": bool(loaded),
-        "cuda_available": any((item.device or "").startswith("cuda") for item in status.values()),
-        "storage_backend": "s3" if settings.storage.bucket else "local",
-        "available_models": [card.name for card in catalog],
-        "loaded_models": loaded,
-        "preload_models": list(preloaded_names(settings, catalog)),
-        "model_duration_limits_seconds": {card.name: min(api.max_duration_s, card.max_duration_s) for card in catalog},
-        "max_duration_seconds": api.max_duration_s,
-        "max_steps": api.max_steps,
-        "max_batch_size": api.max_batch_size,
-        "models": {card.name: _describe_status(card, status.get(card.name, _UNKNOWN)) for card in catalog},
-    }
-    return (200 if is_healthy else 503), body
+    models = {card.name: _describe_status(card, status.get(card.name, _UNKNOWN)) for card in catalog}
+    loaded = sorted(name for name, model in models.items() if model.stage == "ready")
+    is_healthy = any(model.stage != "failed" for model in models.values())
+    return Health(
+        status="ok" if loaded else "loading" if is_healthy else "failed",
+        healthy=is_healthy,
+        model=catalog.default.name,
+        device=settings.device,
+        loaded=bool(loaded),
+        model_loaded=bool(loaded),
+        cuda_available=any((model.device or "").startswith("cuda") for model in models.values()),
+        storage_backend="s3" if settings.storage.bucket else "local",
+        available_models=list(models),
+        loaded_models=loaded,
+        preload_models=list(preloaded_names(settings, catalog)),
+        model_duration_limits_seconds={card.name: min(api.max_duration_s, card.max_duration_s) for card in catalog},
+        max_duration_seconds=api.max_duration_s,
+        max_steps=api.max_steps,
+        max_batch_size=api.max_batch_size,
+        models=models,
+    )
 
 
-def model_list(service: Service, *, created_at: int) -> dict[str, Any]:
-    """The models in the form of OpenAI's list, which its client libraries parse."""
-    longest_s = service.settings.api.max_duration_s
-    return {
-        "object": "list",
-        "data": [
-            {
-                "id": card.name,
-                "object": "model",
-                "created": created_at,
-                "owned_by": "stable-audio-serve",
-                "root": card.name,
-                "parent": None,
-                "max_model_len": None,
-                "permission": [],
-                "family": card.family,
-                "description": card.description,
-                "aliases": list(card.aliases),
-                "is_demo": card.is_demo,
-                "is_default": card.name == service.backend.catalog.default.name,
-                "max_duration_s": min(longest_s, card.max_duration_s),
-                "sample_rate_hz": card.sample_rate_hz,
-                "channels": card.channels,
-                "default_steps": card.default_steps,
-                "default_cfg_scale": card.default_cfg_scale,
-            }
-            for card in service.backend.catalog
-        ],
-    }
+def describe_models(service: Service, *, created_at: int) -> ModelList:
+    """The catalogue; `created_at` is a Unix time, the server's start."""
+    catalog, longest_s = service.backend.catalog, service.settings.api.max_duration_s
+    return ModelList(
+        data=[
+            Model(
+                id=card.name,
+                created=created_at,
+                root=card.name,
+                family=card.family,
+                description=card.description,
+                aliases=list(card.aliases),
+                is_demo=card.is_demo,
+                is_default=card.name == catalog.default.name,
+                max_duration_s=min(longest_s, card.max_duration_s),
+                sample_rate_hz=card.sample_rate_hz,
+                channels=card.channels,
+                default_steps=card.default_steps,
+                default_cfg_scale=card.default_cfg_scale,
+            )
+            for card in catalog
+        ]
+    )
 
 
-def _describe_status(card: ModelCard, status: ModelStatus) -> dict[str, Any]:
-    return {
-        "stage": status.stage,
-        "demo": card.is_demo,
-        "device": status.device,
-        "num_replicas": status.num_replicas,
-        "detail": dict(status.detail or {}),
-    }
+def _describe_status(card: ModelCard, status: ModelStatus) -> ModelHealth:
+    return ModelHealth(
+        stage=status.stage,
+        demo=card.is_demo,
+        device=status.device,
+        num_replicas=status.num_replicas,
+        detail=dict(status.detail or {}),
+    )

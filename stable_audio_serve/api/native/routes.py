@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from stable_audio_serve.api.native import info
 from stable_audio_serve.api.native.answers import audio_answer, file_stem
@@ -55,9 +55,7 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
-    router = APIRouter(
-        route_class=route_class(render_error), tags=[TAG], default_response_class=Response, strict_content_type=False
-    )
+    router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
     created_at = int(time.time())
 
     def convert(
@@ -87,10 +85,10 @@ def build_router(service: Service) -> APIRouter:
         card, generation = convert(request, body, body.sampler_kwargs)
         return await answer(request, body, card, generation, started_at=started_at)
 
-    router.post("/v1/audio/generations", responses=_AUDIO_RESPONSES)(generate)
+    router.post("/v1/audio/generations", response_class=Response, responses=_AUDIO_RESPONSES)(generate)
     router.post("/generate", include_in_schema=False)(generate)
 
-    @router.post("/v1/audio/variations", responses=_AUDIO_RESPONSES)
+    @router.post("/v1/audio/variations", response_class=Response, responses=_AUDIO_RESPONSES)
     async def vary(request: Request, form: Annotated[VariationForm, _MULTIPART]) -> Response:
         """Make a variation of uploaded audio."""
         started_at = service.clock.monotonic()
@@ -99,7 +97,7 @@ def build_router(service: Service) -> APIRouter:
         generation = replace(generation, init_audio=source, init_noise_level=form.init_noise_level)
         return await answer(request, form, card, generation, started_at=started_at)
 
-    @router.post("/v1/audio/inpaint", responses=_AUDIO_RESPONSES)
+    @router.post("/v1/audio/inpaint", response_class=Response, responses=_AUDIO_RESPONSES)
     async def inpaint(request: Request, form: Annotated[InpaintForm, _MULTIPART]) -> Response:
         """Regenerate regions of uploaded audio, or continue it behind its end."""
         started_at = service.clock.monotonic()
@@ -109,15 +107,16 @@ def build_router(service: Service) -> APIRouter:
         generation = replace(generation, inpaint_audio=source, inpaint_regions_s=regions)
         return await answer(request, form, card, generation, started_at=started_at)
 
-    @router.get("/health", response_class=JSONResponse)
-    async def health() -> Response:
+    @router.get("/health", responses={503: {"model": info.Health, "description": "No model can be loaded."}})
+    async def health(response: Response) -> info.Health:
         """Whether the server can work, its models and its limits. Never loads a model."""
-        status, body = info.health(service, await service.status())
-        return JSONResponse(body, status)
+        body = info.describe_health(service, await service.status())
+        response.status_code = 200 if body.healthy else 503
+        return body
 
-    @router.get("/v1/models", response_class=JSONResponse)
-    async def list_models() -> Response:
+    @router.get("/v1/models")
+    async def list_models() -> info.ModelList:
         """The served models."""
-        return JSONResponse(info.model_list(service, created_at=created_at))
+        return info.describe_models(service, created_at=created_at)
 
     return router

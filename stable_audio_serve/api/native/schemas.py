@@ -41,13 +41,21 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]  # an empty name means "not given" to us; a generated client must not send it
+
+
 class Controls(BaseModel):
     """Fields of every generation request."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     prompt: Prompt = Field(description="What to hear.", examples=["warm analog pad, slow attack"])
-    model: str = Field("", description="Canonical name or alias; unset = the server's default model.")
+    model: str = Field(
+        "",
+        description="Canonical name or alias; unset = the server's default model.",
+        json_schema_extra=_without_default,
+    )
     negative_prompt: str | None = Field(None, description="What to avoid; takes effect with cfg_scale above 1.")
     duration: Finite = Field(7.0, gt=0, description="Length, seconds; at most the server's and the model's cap.")
     steps: int = Field(8, ge=1, description="Denoising steps; unset = the model's own default.")

@@ -28,6 +28,7 @@ def plan_rows(
     `shift` is the model's own schedule warp, `frames` forces the latent length (and lifts the duration's cap: what
     does not fit is cut). Raises InvalidRequestError naming the field.
     """
+    _check_texts(request)
     _check_numbers(request)
     length = _plan_length(request, config, spec, frames)
     sampler, guidance = _plan_sampler(request, config, spec, shift, length)
@@ -58,6 +59,15 @@ def plan_rows(
         )
         for index in range(request.batch_size)
     )
+
+
+def _check_texts(request: GenerationRequest) -> None:
+    """A tokenizer takes Unicode text only; a lone surrogate, as JSON escapes can make, is none."""
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError(f"{field} is not valid Unicode text", field=field) from None
 
 
 def _check_numbers(request: GenerationRequest) -> None:

@@ -80,14 +80,16 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
     width, head_width = config.integer("channels") * mults[0], config.integer("dim_heads", default=128)
     if width % head_width or head_width % 4:
         raise config.unusable("dim_heads", f"a multiple of 4 that divides the width ({width})")
-    window = None
+    window, shifted = None, config.flag("chunk_midpoint_shift", default=False)
     if "sliding_window" in config:
         before, after = (*config.integers("sliding_window", at_least=0), -1, -1)[:2]
         if before != after or before < 0:
             raise config.unusable("sliding_window", "two equal numbers of latents")
         window = before
-    elif chunk_frames % stride or (stride + 1) * (chunk_frames // stride) % 2:
-        raise config.unusable("chunk_size", f"an even number of groups of {stride} frames")
+    elif chunk_frames % stride:
+        raise config.unusable("chunk_size", f"a multiple of the stride ({stride})")
+    elif shifted and (stride + 1) * (chunk_frames // stride) % 2:
+        raise config.unusable("chunk_size", "an even number of tokens, to be shifted by half of them")
     return SameConfig(
         frame_channels=config.integer(channels_key),
         latent_channels=config.integer("latent_dim"),
@@ -103,7 +105,7 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
         num_sine_layers=_sine_layers(config, depths[0]),
         window_latents=window,
         chunk_frames=chunk_frames,
-        midpoint_shift=config.flag("chunk_midpoint_shift", default=False),
+        midpoint_shift=shifted,
     )
 
 

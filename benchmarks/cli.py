@@ -1,0 +1,110 @@
+"""`python -m benchmarks {engine,http,cold-start,all} --out DIR`: run cases, write one JSON file each, print the ratios.
+
+Only the engine case runs without Ray and the web packages, so the others are imported when asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine_case import load, run_engine_case
+from benchmarks.report import format_table, write_report
+from benchmarks.settings import CaseSettings
+
+MODES = ("strict", "fast")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run."""
+    options = _parser().parse_args(arguments)
+    settings = CaseSettings(options.model, options.device, options.mode, options.threads, options.rounds)
+    wanted = tuple(_CASES) if options.case == "all" else (options.case,)
+    for name in ("engine",) if options.engine_only else wanted:
+        print(f"\n{name}")
+        print(format_table(_CASES[name](settings, options.out)))
+
+
+def run_engine(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """Both modes unless one was asked for."""
+    rows: list[dict[str, object]] = []
+    for mode in [settings.mode] if settings.mode else MODES:
+        chosen = replace(settings, mode=mode)
+        results = asyncio.run(run_engine_case(load(chosen), chosen))
+        path = _write(out, f"engine-{mode}", chosen, results)
+        rows.append(
+            {
+                "mode": mode,
+                "model": results["model"]["name"],
+                "throughput_ratio": results["throughput_ratio"],
+                "cpu_time_ratio": results["cpu_time_ratio"],
+                "mean_latency_ratio": results["mean_latency_ratio"],
+                "largest_difference": f"{results['largest_difference']:.1e}",
+                "file": path,
+            }
+        )
+    return rows
+
+
+def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What the way to the engine costs."""
+    from benchmarks.http_case import run_http_case
+
+    results = asyncio.run(run_http_case(settings))
+    path = _write(out, "http", settings, results)
+    return [
+        {
+            "clip_s": results["clip_s"],
+            "engine_ms": results["engine"]["p50_ms"],
+            "http_ms": results["http"]["p50_ms"],
+            "ratio": results["http_over_engine_ratio"],
+            "added_ms": results["added_ms"]["worst_round_median"],
+            "of_it_encode_ms": results["encode_ms"],
+            "file": path,
+        }
+    ]
+
+
+def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """From the command to the first audio."""
+    from benchmarks.cold_start_case import run_cold_start_case
+
+    results = run_cold_start_case(settings)
+    path = _write(out, "cold-start", settings, results)
+    return [
+        {
+            "ready_s": results["ready_s"],
+            "first_audio_s": results["first_audio_s"],
+            "ratio": results["first_audio_over_ray_plus_bare_ratio"],
+            "stages_s": results["stages_s"],
+            "file": path,
+        }
+    ]
+
+
+_CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
+    "engine": run_engine,
+    "http": run_http,
+    "cold-start": run_cold_start,
+}
+
+
+def _write(out: Path, name: str, settings: CaseSettings, results: dict[str, Any]) -> Path:
+    return write_report(out, name, settings=asdict(settings), results=results)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("case", choices=(*_CASES, "all"))
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
+    parser.add_argument("--model", help="registered name or checkpoint folder; default: the demo model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--mode", choices=MODES, help="default: both")
+    parser.add_argument("--threads", type=int, default=1, help="model threads")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engine-only", action="store_true", help="only what runs without Ray and HTTP")
+    return parser

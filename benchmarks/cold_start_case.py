@@ -1,0 +1,67 @@
+"""How long it takes from a command to the first audio, stage by stage, the first time and again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.engine_case import resolve_model
+from benchmarks.server import running_server, write_config
+from benchmarks.settings import CaseSettings
+
+# What no server can beat: import, load and generate in a fresh interpreter.
+_BARE = """
+import asyncio, sys
+from pathlib import Path
+from benchmarks.engine_case import load
+from benchmarks.settings import CaseSettings
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine, EngineOptions
+model = load(CaseSettings(model=sys.argv[1] or None, device=sys.argv[2]))
+request = GenerationRequest(prompt="a bell", duration_s=1.0, seed=1)
+asyncio.run(Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)).generate(request))
+"""
+
+
+def run_cold_start_case(settings: CaseSettings) -> dict[str, Any]:
+    """Each round: a bare process, then two starts of the server, every one up to its first audio."""
+    entry = resolve_model(settings.model)
+    rounds: list[dict[str, Any]] = []
+    for _ in range(settings.rounds):
+        started_at = time.perf_counter()
+        subprocess.run([sys.executable, "-c", _BARE, settings.model or "", settings.device], check=True)
+        bare_s = time.perf_counter() - started_at
+        with tempfile.TemporaryDirectory() as folder:
+            config = write_config(Path(folder), entry, threads=settings.threads)
+            starts = [_start_once(config, model=entry.name) for _ in range(2)]
+        rounds.append({"bare_s": bare_s, "starts": starts})
+    worst = max(rounds, key=lambda r: max(start["first_audio_s"] for start in r["starts"]))
+    slowest = max(worst["starts"], key=lambda start: start["first_audio_s"])
+    floor_s = slowest["stages_s"].get("ray", 0.0) + worst["bare_s"]
+    return {
+        "rounds": rounds,
+        "first_audio_s": slowest["first_audio_s"],
+        "ready_s": slowest["ready_s"],
+        "stages_s": slowest["stages_s"],
+        "first_audio_over_ray_plus_bare_ratio": slowest["first_audio_s"] / floor_s,
+    }
+
+
+def _start_once(config: Path, *, model: str) -> dict[str, Any]:
+    with running_server(config) as server:
+        asked_at = time.perf_counter()
+        body = {"model": model, "prompt": "a bell", "duration": 1.0, "seed": 1}
+        httpx.post(f"{server.url}/v1/audio/generations", json=body, timeout=120.0).raise_for_status()
+        first_audio_s = server.ready_s + time.perf_counter() - asked_at
+    return {
+        "ready_s": server.ready_s,
+        "first_audio_s": first_audio_s,
+        "stopped_s": server.stopped_s,
+        "stages_s": server.stages_s,
+    }

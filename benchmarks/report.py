@@ -1,0 +1,85 @@
+"""Results as JSON with the environment they came from, and as a short table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
+    """Commit, machine, library versions and the settings of this run."""
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "gpu": gpu.name if gpu else None,
+        "gpu_memory_bytes": gpu.total_memory if gpu else None,
+        "cuda": torch.version.cuda,
+        "torch_threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "ray", "fastapi")},
+        "settings": dict(settings),
+    }
+
+
+def write_report(folder: Path, case: str, *, settings: Mapping[str, object], results: Mapping[str, Any]) -> Path:
+    """Write `<case>.json` into `folder`, made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{case}.json"
+    report = {"case": case, "environment": describe_environment(settings), "results": results}
+    path.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    return path
+
+
+def format_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with the same keys as aligned columns."""
+    if not rows:
+        return ""
+    lines = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _commit() -> str | None:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,111 @@
+"""A server of our own as a child process: started with one command, asked over HTTP, stopped as an operator would."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from stable_audio_serve.models.registry import ModelEntry
+
+_READY_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 30.0
+_SAID = "cold start:"
+_STAGE = re.compile(r"(\w+) ([0-9.]+) s")
+
+
+@dataclass(slots=True)
+class Server:
+    """A running server; `ready_s` from the start of the process to its first healthy answer."""
+
+    url: str
+    ready_s: float = 0.0
+    stopped_s: float = 0.0
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def stages_s(self) -> dict[str, float]:
+        """What the server itself said about its cold start, in seconds by stage."""
+        said = [line.removeprefix(_SAID) for line in self.lines if line.startswith(_SAID)]
+        stages: dict[str, float] = {}
+        for part in "".join(said[:1]).split(";"):  # the start itself, then one part per model
+            model, _, laps = part.strip().rpartition(": ")
+            for name, seconds in _STAGE.findall(laps):
+                stages[f"{model} {name}".strip()] = float(seconds)
+        return stages
+
+
+def write_config(folder: Path, entry: ModelEntry, *, threads: int) -> Path:
+    """A serve config with one model in one replica."""
+    model = {"name": entry.name, "threads": threads, "replicas": {"max_replicas": 1}}
+    if not entry.is_demo and entry.folder:
+        model["path"] = str(Path(entry.folder).resolve())
+    application = {
+        "name": "benchmark",
+        "route_prefix": "/",
+        "import_path": "stable_audio_serve.serving.app:build",
+        "args": {"models": [model]},
+    }
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    return path
+
+
+@contextmanager
+def running_server(config: Path) -> Iterator[Server]:
+    """Start, wait until it says it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
+    port = _free_port()
+    command = [sys.executable, "-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port)]
+    started_at = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    server = Server(f"http://127.0.0.1:{port}")
+    ready = threading.Event()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            server.lines.append(line.rstrip())
+            if line.startswith(_SAID):
+                server.ready_s = time.perf_counter() - started_at
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        ready.wait(_READY_TIMEOUT_S)
+        if not server.ready_s:
+            raise RuntimeError("the server did not start:\n" + "\n".join(server.lines[-30:]))
+        yield server
+    finally:
+        stopping_at = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        server.stopped_s = time.perf_counter() - stopping_at
+        reader.join(5.0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,68 @@
+"""The Ray Serve application: one ingress and one deployment per model. `build` is serve_config.yaml's import path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings_sources import load_settings
+from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.logs import configure_logging
+from stable_audio_serve.serving.metrics import RayMetrics
+from stable_audio_serve.serving.placement import Plan, ingress_options, model_options, plan_deployments
+from stable_audio_serve.serving.replica import ModelReplica
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+@serve.ingress()
+class Ingress:
+    """Speaks HTTP; the ASGI application is made inside the replica because it holds the model handles."""
+
+    def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:
+        configure_logging(plan.settings.log_level)
+        application = serve.get_replica_context().app_name
+        self._settings = plan.settings
+        self._backend = RayBackend(plan.catalog, handles, application=application)
+
+    def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
+        app = create_app(self._backend, self._settings, metrics=RayMetrics())
+        app.add_middleware(_LeaveRequestIdToServe)
+        return app
+
+
+class _LeaveRequestIdToServe:
+    """Drops our response header: Ray Serve adds the same one to every answer, whatever the application did."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without_id)
+
+
+def build(args: Settings) -> serve.Application:
+    """The application for these settings, overridden by `.env` and the environment. Raises ConfigError."""
+    plan = plan_deployments(load_settings(args))
+    cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
+    models = {
+        model.name: _bind(ModelReplica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)
+        for model in plan.settings.models
+    }
+    return _bind(Ingress, ingress_options(plan.settings), plan, models)
+
+
+def _bind(deployed: type, options: Mapping[str, Any], *args: object) -> serve.Application:
+    return serve.deployment(deployed).options(**options).bind(*args)

@@ -1,0 +1,173 @@
+"""The API's Backend over Ray Serve model handles: deadlines, one retry, errors of ours instead of Ray's.
+
+Runs inside an ingress replica. Never touches a model, and asking how models are never wakes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NoReturn
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
+
+from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    GenerationError,
+    ModelUnavailableError,
+    OverloadedError,
+    StableAudioError,
+)
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from stable_audio_serve.serving.replica import ReplicaStatus
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 2  # generation is pure once the seed is fixed, so one replica's death costs one retry
+_DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this is for an engine that cannot
+_RETRY_AFTER_S = 5.0
+_STATUS_TTL_S = 0.5
+_STATUS_TIMEOUT_S = 0.8  # the last answer is better than a late one
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    taken_at: float
+    models: Mapping[str, ModelStatus]
+
+
+class RayBackend:
+    """Runs generations on the deployment named like the model."""
+
+    def __init__(self, catalog: ModelCatalog, handles: Mapping[str, DeploymentHandle], *, application: str) -> None:
+        self._catalog = catalog
+        self._handles = handles
+        self._application = application
+        self._replicas: dict[str, ReplicaStatus] = {}
+        self._snapshot = _Snapshot(float("-inf"), {card.name: ModelStatus(stage="loading") for card in catalog})
+        self._refresh: asyncio.Task[None] | None = None
+
+    @property
+    def catalog(self) -> ModelCatalog:
+        """The configured models."""
+        return self._catalog
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        """Run one request on any replica of the model, see `Backend.generate`."""
+        loop = asyncio.get_running_loop()
+        deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            remaining_s = None if deadline_at is None else deadline_at - loop.time()
+            try:
+                return await self._attempt(self._handles[model], replace(request, deadline_s=remaining_s))
+            except RayActorError as error:
+                logger.warning("a replica died: model=%s request_id=%s error=%s", model, request.request_id, error)
+                if not attempts_left:
+                    raise ModelUnavailableError(
+                        f"model {model} lost its replica twice while working on this request",
+                        retry_after_s=_RETRY_AFTER_S,
+                    ) from error
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _attempt(self, handle: DeploymentHandle, request: GenerationRequest) -> GenerationResult:
+        """One call on one replica. Raises RayActorError when that replica died, else errors of ours."""
+        if request.deadline_s is not None and request.deadline_s <= 0:
+            raise DeadlineExceededError("the time budget of this request ran out")
+        bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S
+        response = handle.generate.remote(request)
+        try:
+            async with asyncio.timeout(bound_s):
+                result: GenerationResult = await response
+        except TimeoutError as error:
+            response.cancel()  # giving up on a handle does not stop the replica
+            raise DeadlineExceededError("the time budget of this request ran out") from error
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
+        except DeploymentUnavailableError as error:
+            raise ModelUnavailableError("the model failed to load", retry_after_s=_RETRY_AFTER_S) from error
+        except RayTaskError as error:
+            _raise_cause(error)
+        return result
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        """What each model is doing: the controller's own view, at most `_STATUS_TTL_S` old while it answers."""
+        if time.monotonic() - self._snapshot.taken_at > _STATUS_TTL_S:
+            if self._refresh is None or self._refresh.done():
+                self._refresh = asyncio.create_task(self._take_snapshot())
+            await asyncio.wait({self._refresh}, timeout=_STATUS_TIMEOUT_S)
+        return self._snapshot.models
+
+    async def _take_snapshot(self) -> None:
+        try:
+            application = (await asyncio.to_thread(serve.status)).applications.get(self._application)
+        except RayError as error:
+            logger.warning("the Serve controller does not answer: %s", error)
+            return
+        if application is None:
+            return
+        stages = {card.name: _stage(application, card.name) for card in self._catalog}
+        await asyncio.gather(*(self._ask_replica(name) for name, stage in stages.items() if stage == "ready"))
+        self._snapshot = _Snapshot(
+            time.monotonic(),
+            {name: self._model_status(name, stage, application) for name, stage in stages.items()},
+        )
+
+    async def _ask_replica(self, name: str) -> None:
+        """Learn a running replica's device once; also opens the connection to it before the first real request."""
+        if name in self._replicas:
+            return
+        response = self._handles[name].status.remote()
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                self._replicas[name] = await response
+        except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError):
+            response.cancel()
+
+    def _model_status(self, name: str, stage: str, application: ApplicationStatusOverview) -> ModelStatus:
+        replica = self._replicas.get(name)
+        deployment = application.deployments.get(name)
+        return ModelStatus(
+            stage=stage,
+            num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
+            device=replica.device if replica else None,
+            detail={key: f"{seconds:.2f}" for key, seconds in replica.start_s.items()} if replica else None,
+        )
+
+
+def _stage(application: ApplicationStatusOverview, name: str) -> str:
+    deployment = application.deployments.get(name)
+    if deployment is None:
+        return "loading"
+    if _count(deployment, ReplicaState.RUNNING):
+        return "ready"
+    if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return "failed"
+    if _count(deployment, ReplicaState.STARTING) or deployment.status in ("UPDATING", "UPSCALING"):
+        return "loading"
+    return "idle"
+
+
+def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:
+    return int(deployment.replica_states.get(state, 0))
+
+
+def _raise_cause(error: RayTaskError) -> NoReturn:
+    """What the replica itself raised; anything not of ours is a failed generation whose text stays in the log."""
+    if isinstance(error.cause, StableAudioError):
+        raise error.cause from None
+    logger.error("a replica failed: %s", error)
+    raise GenerationError("the generation failed") from error

@@ -1,0 +1,35 @@
+"""Settings -> a loaded model with its engine, in this process. Imports torch, so only what runs models imports this."""
+
+from __future__ import annotations
+
+import torch
+
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.load import load_model
+from stable_audio_serve.serving.placement import model_entry
+
+
+def load_engine(settings: Settings, model: ModelSettings, *, metrics: Metrics = NullMetrics()) -> Engine:
+    """Load one configured model; the engine is not started. Raises CheckpointError or ConfigError."""
+    loaded = load_model(
+        model_entry(model),
+        device=model.device or settings.device or first_device(),
+        dtype=model.dtype or ("float16" if settings.model_half else "float32"),
+        token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+    )
+    options = EngineOptions(
+        mode=model.mode,
+        max_rows=model.max_rows,
+        max_queue_s=model.max_queue_s,
+        torch_threads=model.threads or 1,
+    )
+    return Engine(loaded, options, metrics=metrics)
+
+
+def first_device() -> str:
+    """The fastest kind of device this process may use; Ray hides GPUs from replicas that reserved none."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,190 @@
+"""`stable-audio-serve serve`: one command from a config file to a ready HTTP address, and back to nothing on Ctrl-C.
+
+Owns the order of the start, what the operator reads meanwhile, and signals; Ray's own life is `embedded`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError
+from stable_audio_serve.core.settings_sources import load_settings
+from stable_audio_serve.serving import environment
+from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, private_directory
+from stable_audio_serve.serving.placement import Plan, plan_deployments
+from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema, read_serve_file
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
+
+Report = Callable[[str], None]
+
+_POLL_S = 0.1
+_HEALTH_TIMEOUT_S = 5.0
+_STILL_LOADING_EVERY_S = 15.0
+_OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
+
+
+class ProxyKind(StrEnum):
+    """Who accepts HTTP connections: HAProxy where it runs, Ray Serve's Python proxy, or the best that works here."""
+
+    AUTO = "auto"
+    HAPROXY = "haproxy"
+    PYTHON = "python"
+
+
+@dataclass
+class Stopwatch:
+    """Names and lengths in seconds of the stages of a cold start."""
+
+    laps: list[tuple[str, float]] = field(default_factory=list)
+    _last: float = field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> None:
+        """End the current stage and call it `name`."""
+        now = time.monotonic()
+        self.laps.append((name, now - self._last))
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.laps)
+
+
+def serve(config: Path, *, host: str | None, port: int | None, proxy: ProxyKind, report: Report) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP. Raises errors of `core.errors` when that cannot begin."""
+    watch = Stopwatch()
+    file = read_serve_file(config)
+    host, port = host or file.host, port or file.port
+    plan = plan_deployments(load_settings(file.args))
+    environment.require_free_port(host, port)
+    _raise_on_signals()
+    with ExitStack() as stack:
+        directory = stack.enter_context(private_directory())
+        variables = environment.base_environment()
+        variables |= _proxy_environment(stack, directory, host=host, proxy=proxy, report=report)
+        apply_environment(variables)
+        schema = deploy_schema(file, host=host, port=port)
+        stack.enter_context(embedded_ray(directory, num_cpus=plan.num_cpus))
+        _raise_on_signals()  # ray.init installs a SIGTERM handler of its own
+        stack.callback(report, "stopping ...")
+        stack.enter_context(suppress(KeyboardInterrupt))
+        watch.lap("ray")
+        _deploy(schema, watch)
+        url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
+        health = _wait_until_ready(file, url, plan=plan, report=report)
+        watch.lap("models")
+        report(f"cold start: {watch}{_load_stages(health, plan)}")
+        report(_ready_text(url, plan))
+        threading.Event().wait()
+
+
+def _proxy_environment(
+    stack: ExitStack, directory: Path, *, host: str, proxy: ProxyKind, report: Report
+) -> Mapping[str, str]:
+    """Variables of the chosen proxy, holding its ports on `stack`; empty for the Python proxy."""
+    if proxy is ProxyKind.PYTHON:
+        return {}
+    reason = environment.why_no_haproxy()
+    if reason is None:
+        try:
+            ports = stack.enter_context(environment.claim_ports(host))
+        except OSError as error:
+            reason = str(error)
+        else:
+            return environment.haproxy_environment(ports, directory)
+    if proxy is ProxyKind.HAPROXY:
+        raise ConfigError(f"--proxy haproxy: {reason}", field="proxy")
+    report(f"using the Python proxy instead of HAProxy: {reason}")
+    return {}
+
+
+def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    serve.start(
+        proxy_location=schema.proxy_location,
+        http_options=schema.http_options.model_dump(),
+        logging_config=schema.logging_config,
+    )
+    watch.lap("serve")
+    _get_global_client().deploy_apps(schema)
+
+
+def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
+    """Until a request would be answered: every kept replica runs, and the HTTP path says so. Returns /health."""
+    from ray import serve
+
+    next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
+    while True:
+        application = serve.status().applications.get(file.application)
+        if application is not None:
+            _raise_if_failed(application)
+            if application.status == "RUNNING" and (health := _health(url, plan)):
+                return health
+        if time.monotonic() >= next_report_at:
+            report("still loading ...")
+            next_report_at += _STILL_LOADING_EVERY_S
+        time.sleep(_POLL_S)
+
+
+def _raise_if_failed(application: ApplicationStatusOverview) -> None:
+    if application.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return
+    messages = [application.message, *(d.message for d in application.deployments.values())]
+    ours = [match for message in messages for match in _OUR_ERROR.findall(message)]
+    raise ModelUnavailableError(ours[-1] if ours else "\n".join(filter(None, messages)))
+
+
+def _health(url: str, plan: Plan) -> Mapping[str, Any]:
+    """GET /health once it lists every preloaded model as loaded; empty before."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=_HEALTH_TIMEOUT_S) as response:
+            health: dict[str, Any] = json.load(response)
+    except (http.client.HTTPException, OSError, ValueError):
+        return {}
+    return health if set(plan.preloaded) <= set(health["loaded_models"]) else {}
+
+
+def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
+    """What the start of each preloaded model was spent on."""
+    details = {name: health["models"][name]["detail"] for name in plan.preloaded}
+    return "".join(
+        f"; {name}: " + ", ".join(f"{stage} {seconds} s" for stage, seconds in detail.items())
+        for name, detail in details.items()
+        if detail
+    )
+
+
+def _ready_text(url: str, plan: Plan) -> str:
+    body = json.dumps({"prompt": "a 440 Hz sine tone, fading out", "duration": 3})
+    return (
+        f"ready: {url} serves {', '.join(plan.names)} (Ctrl-C stops it). Try:\n"
+        f"  curl -sS {url}/v1/audio/generations -H 'Content-Type: application/json' -d '{body}' -o clip.wav"
+    )
+
+
+def _reachable(host: str) -> str:
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _raise_on_signals() -> None:
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)

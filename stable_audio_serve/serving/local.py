@@ -1,0 +1,44 @@
+"""The API's Backend over engines in this process, without Ray: for tests and benchmarks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from types import TracebackType
+
+from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.engine import Engine
+
+
+class LocalBackend:
+    """Runs generations on the engine with the model's name. `async with` starts the engines and closes them."""
+
+    def __init__(self, catalog: ModelCatalog, engines: Mapping[str, Engine]) -> None:
+        self._catalog = catalog
+        self._engines = engines
+
+    @property
+    def catalog(self) -> ModelCatalog:
+        """The configured models."""
+        return self._catalog
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        """Run one request on the model with this canonical name, see `Backend.generate`."""
+        return await self._engines[model].generate(request)
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        """Every model is ready with one replica."""
+        return {
+            name: ModelStatus(stage="ready", num_replicas=1, device=str(engine.device))
+            for name, engine in self._engines.items()
+        }
+
+    async def __aenter__(self) -> LocalBackend:
+        await asyncio.gather(*(engine.start() for engine in self._engines.values()))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(engine.close() for engine in self._engines.values()))

@@ -1,0 +1,127 @@
+"""Settings -> which deployments run, with which resources and replica counts. Pure: no torch, no running Ray."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
+from stable_audio_serve.models.registry import ModelEntry, resolve_entry
+
+_GPU_PRECISION = 10_000  # Ray's own
+_REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it really takes is predicted work
+_CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
+# A replica that is being replaced gets this long to finish its requests and looks this often whether it has.
+_DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will run: the settings, the models' cards and the canonical names of those kept loaded."""
+
+    settings: Settings
+    catalog: ModelCatalog
+    preloaded: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical model names in configuration order."""
+        return tuple(card.name for card in self.catalog)
+
+    @property
+    def num_cpus(self) -> int:
+        """CPU slots an embedded Ray must count so that every replica can be placed on this machine."""
+        wanted = sum(_num_cpus(model, num_gpus=0) * model.replicas.max_replicas for model in self.settings.models)
+        wanted += self.settings.ingress.num_cpus * self.settings.ingress.replicas
+        return max(os.cpu_count() or 1, math.ceil(wanted))
+
+
+def plan_deployments(settings: Settings) -> Plan:
+    """Resolve names and check them. Raises ConfigError naming the key, CheckpointError for an unusable folder."""
+    cards = [model_entry(model).card() for model in settings.models]
+    catalog = ModelCatalog(cards, default=settings.default_model)
+    check_model_names(settings, catalog)
+    return Plan(settings, catalog, preloaded_names(settings, catalog))
+
+
+def model_entry(model: ModelSettings) -> ModelEntry:
+    """What the registry knows about a configured model. Raises ConfigError, CheckpointError."""
+    return resolve_entry(
+        model.name,
+        path=model.path,
+        repo_id=model.repo_id,
+        revision=model.revision,
+        aliases=model.aliases,
+        max_duration_s=model.max_duration_s,
+        duration_padding_s=model.duration_padding_s,
+    )
+
+
+def ingress_options(settings: Settings) -> dict[str, Any]:
+    """Deployment options of the HTTP ingress; its own limits are a fence, the models do admission."""
+    ingress = settings.ingress
+    return {
+        "num_replicas": ingress.replicas,
+        "max_ongoing_requests": ingress.max_ongoing_requests,
+        "max_queued_requests": ingress.max_ongoing_requests,
+        "backpressure_config": {"status_code": 503, "retry_after_s": 5},
+        **_DRAIN,
+        "ray_actor_options": {"num_cpus": ingress.num_cpus},
+    }
+
+
+def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> dict[str, Any]:
+    """Deployment options of one model on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
+    num_gpus = _num_gpus(plan, model, cluster_gpus=cluster_gpus)
+    replicas = model.replicas
+    min_replicas = replicas.min_replicas
+    if min_replicas is None:
+        min_replicas = 1 if model.name in plan.preloaded else 0
+    capacity = model.max_rows * _REQUESTS_PER_ROW
+    return {
+        "name": model.name,
+        "max_ongoing_requests": capacity,
+        "max_queued_requests": capacity,
+        **_DRAIN,
+        "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
+        "autoscaling_config": {
+            "min_replicas": min_replicas,
+            "max_replicas": replicas.max_replicas,
+            "target_ongoing_requests": replicas.target_ongoing_requests,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
+        },
+        "ray_actor_options": {"num_cpus": _num_cpus(model, num_gpus=num_gpus), "num_gpus": num_gpus},
+    }
+
+
+def _num_cpus(model: ModelSettings, *, num_gpus: float) -> float:
+    """What the operator says, else the threads the model computes with."""
+    if model.num_cpus is not None:
+        return model.num_cpus
+    return 1.0 if num_gpus else float(model.threads or 1)
+
+
+def _num_gpus(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> float:
+    """What the operator says; else a whole GPU, or an equal share where there are fewer GPUs than models to place."""
+    if model.num_gpus is not None:
+        return model.num_gpus
+    device = model.device or plan.settings.device
+    if device is not None and not device.startswith("cuda"):
+        return 0.0
+    if not cluster_gpus:
+        if device is None:
+            return 0.0
+        raise ConfigError(
+            f"models.{model.name}: device is {device} but this Ray has no GPU; "
+            "set num_gpus if one will be added by autoscaling",
+            field="device",
+        )
+    rivals = sum(max(other.replicas.min_replicas or 1, 1) for other in plan.settings.models)
+    share = math.floor(cluster_gpus / rivals * _GPU_PRECISION) / _GPU_PRECISION
+    return 1.0 if share >= 1 else share

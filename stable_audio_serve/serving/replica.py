@@ -1,0 +1,93 @@
+"""One model on one device behind a Serve handle: load, warm up, generate, report. The engine does the work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from stable_audio_serve.core.errors import DeadlineExceededError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.serving.logs import configure_logging
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """Where a replica runs, how long the stages of its start took (seconds), and what became of its requests.
+
+    `expired` are requests whose own deadline ended them; `backlog_ms` is predicted device time not yet spent.
+    """
+
+    device: str
+    start_s: Mapping[str, float]
+    in_flight: int
+    finished: int
+    cancelled: int
+    expired: int
+    failed: int
+    backlog_ms: float
+
+
+class ModelReplica:
+    """An asyncio actor around one engine; ready only once the model is loaded and warm."""
+
+    async def __init__(self, settings: Settings, model: ModelSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logging(settings.log_level)
+        self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+        self._start_s: dict[str, float] = {}
+        with self._stage("import"):
+            from stable_audio_serve.serving.engines import load_engine
+            from stable_audio_serve.serving.metrics import RayMetrics
+        with self._stage("load"):
+            self._engine = load_engine(settings, model, metrics=RayMetrics(model=model.name))
+        with self._stage("warm_up"):
+            await self._engine.start()
+        stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
+        logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """Run one request; `deadline_s` counts from now. Raises what `Engine.generate` raises."""
+        self._outcomes["in_flight"] += 1
+        outcome = "failed"
+        try:
+            result = await self._engine.generate(request)
+            outcome = "finished"
+            return result
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except DeadlineExceededError:
+            outcome = "expired"
+            raise
+        finally:
+            self._outcomes["in_flight"] -= 1
+            self._outcomes[outcome] += 1
+
+    async def status(self) -> ReplicaStatus:
+        """Where this replica runs and what it has done."""
+        return ReplicaStatus(
+            device=str(self._engine.device),
+            start_s=self._start_s,
+            backlog_ms=self._engine.backlog_ms,
+            **self._outcomes,
+        )
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising replaces this replica. Raises ModelUnavailableError."""
+        self._engine.check_health()
+
+    async def __del__(self) -> None:
+        # Serve calls and awaits this once the requests in flight are done or out of time.
+        await self._engine.close()
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started_at = time.monotonic()
+        yield
+        self._start_s[name] = time.monotonic() - started_at

@@ -1,0 +1,122 @@
+"""A folder of reference numbers: facts in golden.json, tensors by `<group>/<name>` in golden.safetensors.
+
+Knows the files and their layout, not what the numbers mean. Everything missing or malformed is a CheckpointError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stable_audio_serve.core.errors import CheckpointError
+
+FACTS_FILE = "golden.json"
+TENSORS_FILE = "golden.safetensors"
+
+
+class Goldens:
+    """The numbers of one folder; remembers which were asked for, so that none is forgotten silently."""
+
+    def __init__(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.facts = facts
+        self._tensors = tensors
+        self._used: set[str] = set()
+
+    @classmethod
+    def load(cls, folder: Path) -> Goldens:
+        """Read both files. Raises CheckpointError naming the file."""
+        path = folder / FACTS_FILE
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        if not isinstance(facts, dict):
+            raise CheckpointError(f"{path} must hold a JSON object")
+        path = folder / TENSORS_FILE
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        return cls(facts, tensors)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The tensor `key`; integers keep their type, everything else is float32."""
+        if key not in self._tensors:
+            raise CheckpointError(f"{TENSORS_FILE} has no {key}")
+        self._used.add(key)
+        tensor = self._tensors[key]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def find(self, key: str) -> Tensor | None:
+        """The tensor `key`, or None."""
+        return self[key] if key in self._tensors else None
+
+    def names(self, prefix: str) -> list[str]:
+        """Names below `prefix`, without it."""
+        return sorted(key.removeprefix(prefix) for key in self._tensors if key.startswith(prefix))
+
+    def component(self, name: str) -> dict[str, Any]:
+        """What the facts say about a component, nothing if they do not."""
+        found = self._section("components").get(name, {})
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{FACTS_FILE}: components.{name} must be an object")
+        return found
+
+    def listed(self, name: str) -> list[dict[str, Any]]:
+        """A list of objects among the components, empty if absent."""
+        found = self._section("components").get(name, [])
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise CheckpointError(f"{FACTS_FILE}: components.{name} must be a list of objects")
+        return found
+
+    def cases(self) -> dict[str, dict[str, Any]]:
+        """The end-to-end cases by name."""
+        cases = self._section("cases")
+        for name, case in cases.items():
+            if not isinstance(case, dict) or not isinstance(case.get("args"), dict):
+                raise CheckpointError(f"{FACTS_FILE}: {name} has no arguments")
+        return cases
+
+    def mark(self, *keys: str) -> None:
+        """Count tensors as dealt with."""
+        self._used.update(keys)
+
+    def lacking(self) -> list[str]:
+        """Tensors of components that the facts list and the file does not hold, or holds in another shape.
+
+        What cases and padding variants a folder holds is up to it.
+        """
+        return [
+            key
+            for key, stated in self._section("tensors").items()
+            if not (key.startswith("gen/") or "_pad_" in key)
+            and (key not in self._tensors or list(self._tensors[key].shape) != list(stated["shape"]))
+        ]
+
+    def unused(self) -> Iterator[tuple[str, list[str]]]:
+        """Groups with tensors nobody asked for, and those tensors."""
+        groups: dict[str, list[str]] = {}
+        for key in sorted(self._tensors.keys() - self._used):
+            groups.setdefault(key.split("/")[0], []).append(key)
+        yield from groups.items()
+
+    def _section(self, name: str) -> dict[str, Any]:
+        found = self.facts.get(name, {})
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{FACTS_FILE}: {name} must be an object")
+        return found
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    """A stored mask (uint8, int64 or float) as bool."""
+    return mask.to(torch.bool)

@@ -1,0 +1,161 @@
+"""Runs of the reference repeated through the real engine: a model that can be watched, and the rows that come out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    DiffusionModel,
+    EncodeWindow,
+    ModelSpec,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+)
+from stable_audio_serve.sampling import NoiseSource, ReplayDraw, ReplayNoise
+from stable_audio_serve.verification.cases import Case
+from stable_audio_serve.verification.replay import DrawProbe, SilentWindows, replay_script
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """One row of a run: its plan, final latents (D, F), and audio (C, S) of the row's own length."""
+
+    plan: RowPlan
+    latents: Tensor
+    audio: Tensor
+
+
+class ObservedModel:
+    """A model whose rows are decoded whole, headroom included, so that their final latents can be read.
+
+    `noise` and `latents` are by the row's number, which is its seed.
+    """
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self._model = model
+        self.noise: dict[int, NoiseSource] = {}
+        self.latents: dict[int, Tensor] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        return self._model.spec
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self._model.device
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        """The model's plans, with the result as long as the latents."""
+        plans = self._model.plan(request, frames=frames)
+        return tuple(replace(plan, output_samples=plan.frames * self.spec.hop) for plan in plans)
+
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """The model's."""
+        return self._model.encode_text(prompts)
+
+    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
+        """The model's."""
+        return self._model.encode_audio(windows)
+
+    def condition(
+        self,
+        plan: RowPlan,
+        *,
+        prompt: TextEmbedding,
+        negative: TextEmbedding | None,
+        inpaint_latents: Tensor | None,
+    ) -> RowConditioning:
+        """The model's."""
+        return self._model.condition(plan, prompt=prompt, negative=negative, inpaint_latents=inpaint_latents)
+
+    def denoise(self, batch: StepBatch) -> Tensor:
+        """The model's."""
+        return self._model.denoise(batch)
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        """The model's; keeps the latents that come by."""
+        for window in windows:
+            row = next((row for row, noise in self.noise.items() if noise is window.noise), None)
+            if row is not None:
+                self.latents[row][:, window.start : window.start + window.latents.shape[1]] = window.latents.cpu()
+        return self._model.decode(windows)
+
+
+class Runner:
+    """Repeats cases through one engine. `num_frames` gives a run's latent length from its longest duration and its
+    headroom, in seconds, and its cap in audio samples."""
+
+    def __init__(self, model: DiffusionModel, *, num_frames: Callable[[float, float, int], int]) -> None:
+        self._model = model
+        self._observed = ObservedModel(model)
+        self._probe = DrawProbe(model)
+        self._num_frames = num_frames
+        options = EngineOptions(warmup_budget_s=0.0, max_queue_s=1e9)
+        self._engine = Engine(self._observed, options, noise_factory=lambda seed: self._observed.noise[seed])
+
+    def plan(self, case: Case) -> list[RowPlan]:
+        """One plan per row, all with the latent length of the longest."""
+        frames = self._frames(case)
+        return [self._model.plan(request, frames=frames)[0] for request in case.requests]
+
+    def script(self, case: Case) -> list[ReplayDraw]:
+        """The random draws of the case in order."""
+        channels = self._model.spec.latent_channels
+        return replay_script(self.plan(case)[0], self._probe, latent_channels=channels, num_rows=len(case.requests))
+
+    async def run(self, case: Case) -> list[RowResult]:
+        """All rows of a case together, with the reference's noise."""
+        replay = ReplayNoise(case.seed, self.script(case), num_rows=len(case.requests))
+        return await self._run(case, [replay.row(row) for row in range(len(case.requests))])
+
+    async def run_silent(self, case: Case) -> list[RowResult]:
+        """The same without noise inside the autoencoder, whose draws are then also not made."""
+        script = [draw for draw in self.script(case) if draw.stage in ("initial", "step")]
+        replay = ReplayNoise(case.seed, script, num_rows=len(case.requests))
+        return await self._run(case, [SilentWindows(replay.row(row)) for row in range(len(case.requests))])
+
+    def silent_inpaint_conditioning(self, case: Case) -> Tensor:
+        """What the first row tells each frame: the mask, then the kept latents, encoded without noise (1, 1 + D, F)."""
+        plan = self.plan(case)[0]
+        if plan.inpaint_source is None or plan.keep_mask is None:
+            return torch.zeros(1, 1 + self._model.spec.latent_channels, plan.frames)
+        hop, noise = self._model.spec.hop, SilentWindows(ReplayNoise(0, (), num_rows=1).row(0))
+        latents = torch.zeros(self._model.spec.latent_channels, plan.frames)
+        for span in plan.inpaint_source.windows:
+            samples = plan.inpaint_source.samples[:, span.start * hop : span.stop * hop]
+            window = EncodeWindow(samples=samples, start=span.start, stage="inpaint", noise=noise)
+            encoded = self._model.encode_audio([window])[0].cpu()
+            kept = slice(span.keep_start - span.start, span.keep_stop - span.start)
+            latents[:, span.keep_start : span.keep_stop] = encoded[:, kept]
+        return torch.cat([plan.keep_mask[None], latents * plan.keep_mask])[None]
+
+    async def close(self) -> None:
+        """Stop the engine."""
+        await self._engine.close()
+
+    def _frames(self, case: Case) -> int:
+        longest_s = max(request.duration_s for request in case.requests)
+        return self._num_frames(longest_s, case.requests[0].duration_padding_s or 0.0, case.sample_size)
+
+    async def _run(self, case: Case, noise: Sequence[NoiseSource]) -> list[RowResult]:
+        plans, channels = self.plan(case), self._model.spec.latent_channels
+        self._observed.noise = dict(enumerate(noise))
+        self._observed.latents = {row: torch.zeros(channels, plan.frames) for row, plan in enumerate(plans)}
+        generations = (self._engine.generate(request, frames=plans[0].frames) for request in case.requests)
+        results = await asyncio.gather(*generations)
+        return [
+            RowResult(plan, self._observed.latents[row], torch.from_numpy(result.audio[0])[:, : plan.output_samples])
+            for row, (plan, result) in enumerate(zip(plans, results, strict=True))
+        ]

@@ -1,0 +1,151 @@
+"""What a verification found: comparisons by component, what was skipped and why, and whether it passed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.verification.bounds import BOUNDS, REQUIRED, Component
+
+# What wrong shapes, types or values in files of somebody else's making provoke inside torch and the networks.
+DATA_ERRORS = (
+    StableAudioError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    OSError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One stored tensor or value and the largest difference to it; infinite where they cannot be subtracted."""
+
+    component: Component
+    key: str
+    difference: float
+    bound: float
+
+    @property
+    def missed(self) -> bool:
+        """Whether the bound does not hold."""
+        return not self.difference <= self.bound
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a machine; an infinite difference is None."""
+        difference = self.difference if math.isfinite(self.difference) else None
+        return {**asdict(self), "difference": difference, "missed": self.missed}
+
+
+@dataclass(slots=True)
+class Report:
+    """Collects findings; `say` gets a line per skipped part at once and a line per component at the end."""
+
+    say: Callable[[str], None]
+    bounds: dict[Component, float] = field(default_factory=lambda: dict(BOUNDS))
+    comparisons: list[Comparison] = field(default_factory=list)
+    failures: dict[str, list[str]] = field(default_factory=dict)  # what could not be compared at all, by component
+
+    @property
+    def failed(self) -> list[str]:
+        """Components that missed a bound or could not be compared."""
+        missed = (comparison.component for comparison in self.comparisons if comparison.missed)
+        return list(dict.fromkeys((*self.failures, *missed)))
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failed
+
+    def compare(
+        self, component: Component, key: str, actual: Tensor, expected: Tensor, *, only: Tensor | None = None
+    ) -> None:
+        """Count max|actual - expected|, over the elements where `only` (broadcastable bool) is true.
+
+        Values that are not numbers, and shapes that differ, miss every bound; no element at all counts for nothing.
+        """
+        if actual.shape != expected.shape:
+            self.note(component, f"{key} (shape {_shape(actual)}, expected {_shape(expected)})", math.inf)
+            return
+        difference = (actual.detach().double() - expected.double()).abs()
+        if only is not None:
+            difference = difference[only.expand_as(difference)]
+        if difference.numel():
+            largest = float(difference.max())
+            self.note(component, key, math.inf if math.isnan(largest) else largest)
+
+    def note(self, component: Component, key: str, difference: float) -> None:
+        """Count one comparison by its largest difference."""
+        self.comparisons.append(Comparison(component, key, difference, self.bounds[component]))
+
+    def skip(self, component: str, reason: str) -> None:
+        """Say that something is not compared, and why."""
+        self.say(_line(component, "skipped", reason))
+
+    def fail(self, component: str, message: str) -> None:
+        """Count a component as missed because it could not be compared."""
+        self.failures.setdefault(component, []).append(" ".join(message.split())[:400])
+
+    @contextmanager
+    def guard(self, component: str, key: str = "") -> Iterator[None]:
+        """Turn whatever unusable data provokes inside into a miss of `component`."""
+        try:
+            yield
+        except DATA_ERRORS as error:
+            text = error.message if isinstance(error, StableAudioError) else f"{type(error).__name__}: {error}"
+            self.fail(component, f"{key}: {text}" if key else text)
+
+    def require_groups(self) -> None:
+        """Fail the parts of a model of which nothing was compared."""
+        compared = {comparison.component for comparison in self.comparisons}
+        for name, components in REQUIRED.items():
+            if not compared.intersection(components) and not {name, *components}.intersection(self.failures):
+                self.fail(name, "nothing was compared")
+
+    def finish(self) -> None:
+        """Say the result of every component and of the whole."""
+        found: dict[str, list[Comparison]] = {component: [] for component in (*BOUNDS, *self.failures)}
+        for comparison in self.comparisons:
+            found[comparison.component].append(comparison)
+        for component, comparisons in found.items():
+            if comparisons:
+                self.say(_summary(component, comparisons))
+            if reasons := self.failures.get(component):
+                others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+                self.say(_line(component, "MISSED", reasons[0] + others))
+        self.say(f"verification failed: {', '.join(self.failed)}" if self.failed else "verification passed")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that was compared, for a machine; an infinite difference is None."""
+        return {
+            "passed": self.passed,
+            "failed": self.failed,
+            "failures": self.failures,
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons],
+        }
+
+
+def _summary(component: str, found: list[Comparison]) -> str:
+    worst = max(found, key=lambda comparison: comparison.difference)
+    num_missed = sum(comparison.missed for comparison in found)
+    counts = f"{len(found)} compared" + (f", {num_missed} missed" if num_missed else "")
+    figures = f"largest difference {worst.difference:.2e}  bound {worst.bound:.0e}  ({counts}; worst {worst.key})"
+    return _line(component, "MISSED" if num_missed else "ok", figures)
+
+
+def _line(component: str, verdict: str, text: str) -> str:
+    return f"{component:<23} {verdict:<8} {text}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

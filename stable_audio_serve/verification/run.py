@@ -1,0 +1,90 @@
+"""Verifies a folder: loads its checkpoint and its reference numbers and compares everything they have in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stable_audio_serve.core.errors import CheckpointError, StableAudioError
+from stable_audio_serve.models.load import load_model
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.verification.bounds import AUTOENCODER_BOUND_WITH_ROUNDING, Component
+from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.report import DATA_ERRORS, Report
+from stable_audio_serve.verification.sa3 import compare_sa3
+
+# Which component a checkpoint's keys and files belong to, first match first.
+_OWNERS: tuple[tuple[str, Component], ...] = (
+    ("pretransform.", "autoencoder"),
+    ("model.model.", "denoiser"),
+    ("text encoder", "text"),
+    ("conditioners.prompt", "text"),
+    ("conditioner.", "number"),
+    ("model.diffusion", "denoiser"),
+    ("model.pretransform", "autoencoder"),
+)
+
+
+def verify(folder: Path, say: Callable[[str], None]) -> Report:
+    """Whether the model in `folder` reproduces the numbers stored beside it; one line per component through `say`.
+
+    Runs in float32 on the CPU, where the bounds hold. Unusable files are misses, never exceptions.
+    """
+    report = Report(say)
+    goldens, model = _load_goldens(report, folder), _load_model(report, folder)
+    if goldens is not None and model is not None:
+        with report.guard("goldens"), _engine_log_silenced():
+            _compare(report, goldens, model)
+        report.require_groups()
+    report.finish()
+    return report
+
+
+def _compare(report: Report, goldens: Goldens, model: DiffusionModel) -> None:
+    if lacking := goldens.lacking():
+        others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file, or has another shape")
+    if goldens.component("rounding"):
+        report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
+    if isinstance(model, Sa3Model):
+        compare_sa3(report, goldens, model)
+    else:
+        report.fail("checkpoint", f"nothing is known to compare for the family {model.spec.family}")
+    for group, keys in goldens.unused():
+        names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")
+
+
+@contextmanager
+def _engine_log_silenced() -> Iterator[None]:
+    """What fails in the engine is reported here, once, and not also logged with its stack."""
+    log, silence = logging.getLogger("stable_audio_serve.engine"), logging.NullHandler()
+    propagates, log.propagate = log.propagate, False
+    log.addHandler(silence)
+    try:
+        yield
+    finally:
+        log.removeHandler(silence)
+        log.propagate = propagates
+
+
+def _load_goldens(report: Report, folder: Path) -> Goldens | None:
+    try:
+        return Goldens.load(folder)
+    except CheckpointError as error:
+        report.fail("goldens", error.message)
+    return None
+
+
+def _load_model(report: Report, folder: Path) -> DiffusionModel | None:
+    try:
+        return load_model(resolve_entry("verified", path=str(folder)), device="cpu")
+    except DATA_ERRORS as error:
+        message = error.message if isinstance(error, StableAudioError) else f"{type(error).__name__}: {error}"
+        owner = next((component for part, component in _OWNERS if part in message), "checkpoint")
+        report.fail(owner, message)
+    return None

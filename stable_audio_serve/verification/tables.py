@@ -1,0 +1,66 @@
+"""Compares what needs no network: stored random draws, schedules and lengths."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from stable_audio_serve.models.sa3.lengths import LengthRule, plan_length
+from stable_audio_serve.sampling import build_sigmas, shift_from_config
+from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.report import Report
+
+
+def compare_draws(report: Report, goldens: Goldens) -> None:
+    """Every case's draws, replayed in order from its seed, against the stored ones and the first values of each."""
+    for name, case in goldens.cases().items():
+        with report.guard("draws", name):
+            seed, draws = case["args"].get("seed"), case.get("draws") or []
+            if seed is None or seed < 0:
+                continue
+            generator = torch.Generator().manual_seed(seed)
+            for index, draw in enumerate(draws):
+                drawn = torch.randn(draw["shape"], generator=generator)
+                first = drawn.flatten()[:4]
+                key = f"{name}/draw_{index:02d}"
+                if "first4" in draw:
+                    report.compare("draws", f"{key} first values", first, torch.tensor(draw["first4"]))
+                if (stored := goldens.find(key)) is not None:
+                    report.compare("draws", key, drawn, stored)
+
+
+def compare_schedules(report: Report, goldens: Goldens) -> None:
+    """Schedules listed in the facts; one length or one per row."""
+    for case in goldens.listed("schedules"):
+        with report.guard("schedules", str(case.get("name"))):
+            shift = shift_from_config(case["shift"] or {"type": "none"}, key="shift")
+            lengths = case["seq_len"] if isinstance(case["seq_len"], list) else [case["seq_len"]]
+            expected = torch.tensor(case["values"], dtype=torch.float32)
+            for length, values in zip(lengths, expected.expand(len(lengths), -1), strict=True):
+                sigmas = build_sigmas(case["steps"], shift, length=length, sigma_max=case["sigma_max"])
+                report.compare("schedules", f"schedules/{case.get('name')}", sigmas, values)
+
+
+def compare_lengths(report: Report, goldens: Goldens, rule: LengthRule) -> None:
+    """Length arithmetic listed in the facts, for one duration or a batch of them."""
+    for case in goldens.listed("lengths"):
+        durations, padding_s = case.get("durations") or [], case.get("duration_padding_sec", 6.0)
+        key = f"lengths/{durations}"
+        with report.guard("lengths", key):
+            if (case.get("sample_rate"), case.get("hop")) != (rule.sample_rate_hz, rule.hop):
+                raise ValueError("stored for another sample rate or hop than the model's")
+            capped = replace(rule, max_samples=int(case["sample_size"]))
+            frames = plan_length(max(durations), capped, padding_s=padding_s).frames
+            rows = [plan_length(duration, capped, padding_s=padding_s, frames=frames) for duration in durations]
+            found = {
+                "audio_sample_size": frames * rule.hop,
+                "latent_length": frames,
+                "effective_latents": [row.effective_frames for row in rows],
+                "valid_latents": [row.valid_frames for row in rows],
+                "output_samples_after_truncation": [row.output_samples for row in rows],
+            }
+            for name, value in found.items():
+                if name in case:
+                    report.note("lengths", f"{key} {name}", 0.0 if value == case[name] else math.inf)

@@ -1,0 +1,159 @@
+"""A server as an operator starts it: `stable-audio-serve serve` in a process of its own, watched from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from stable_audio_serve.serving.guard import users_of
+
+APPLICATION = "audio"
+_START_TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def write_config(folder: Path, args: Mapping[str, Any], **top_level: Any) -> Path:
+    application = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": "stable_audio_serve.serving.app:build",
+        "args": args,
+    }
+    path = folder / "serve_config.yaml"
+    path.write_text(json.dumps({"applications": [application], **top_level}))  # JSON is YAML
+    return path
+
+
+def command(config: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "stable_audio_serve.cli", "serve", "--config", str(config), *options]
+
+
+class LaunchedServer:
+    """Starts at once; `wait_until_ready` before use, `stop` or `kill` after."""
+
+    def __init__(self, config: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.lines: list[str] = []
+        self._started_at = time.monotonic()
+        self._ready = threading.Event()
+        self.start_s: float | None = None
+        self.process = subprocess.Popen(
+            command(config, "--port", str(self.port), *options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=config.parent,
+            env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | (environment or {}),
+            start_new_session=True,  # so that a signal to its group is what Ctrl-C is
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_until_ready(self) -> LaunchedServer:
+        assert self._ready.wait(_START_TIMEOUT_S), self.output
+        assert self.process.poll() is None, self.output
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        (self.directory,) = {Path(path) for path in self._open_files() if re.fullmatch(r"/tmp/sas-[^/]+", path)}
+        return self
+
+    def stop(self, *, number: int = signal.SIGINT) -> float:
+        """Ctrl-C; returns the seconds until the process had ended."""
+        started_at = time.monotonic()
+        os.killpg(self.process.pid, number)
+        self.process.wait(timeout=30)
+        self._reader.join(timeout=5)
+        return time.monotonic() - started_at
+
+    def leftovers(self) -> Sequence[int]:
+        """Processes that still use this server's folder."""
+        return users_of(self.directory)
+
+    def pids(self, title: str) -> list[int]:
+        """Processes of this server whose command line contains `title`."""
+        return [pid for pid in users_of(self.directory) if title in _read_process(pid, "cmdline")]
+
+    def ray(self) -> tuple[str, str]:
+        """Address and token of its Ray, which nobody else is told."""
+        (pid,) = self.pids("/raylet/raylet ")
+        address = re.search(r"gcs-address=([\d.:]+)", _read_process(pid, "cmdline"))
+        token = re.search(r"RAY_AUTH_TOKEN=(\w+)", _read_process(pid, "environ"))
+        assert address is not None
+        assert token is not None
+        return address[1], token[1]
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith("  curl "):
+                self.start_s = time.monotonic() - self._started_at
+                self._ready.set()
+        self._ready.set()
+
+    def _open_files(self) -> set[str]:
+        folder = Path(f"/proc/{self.process.pid}/fd")
+        links = (os.readlink(link) for link in folder.iterdir())
+        return {"/".join(link.split("/")[:3]) for link in links}
+
+
+class Watcher:
+    """`watch.py` on one model: Serve's `settings` of every deployment, and the replica's own word on itself."""
+
+    def __init__(self, server: LaunchedServer, model: str) -> None:
+        address, token = server.ray()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serving.watch", address, APPLICATION, model],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+        )
+        assert self._process.stdout is not None
+        self.settings: dict[str, Any] = json.loads(self._process.stdout.readline())
+        self._latest: Future[dict[str, Any]] = Future()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def status(self) -> dict[str, Any]:
+        """What the replica says from now on, not what it said before."""
+        self._latest = Future()
+        return self._latest.result(timeout=30)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            waiting = self._latest
+            if not waiting.done():
+                waiting.set_result(json.loads(line))
+
+
+def _read_process(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

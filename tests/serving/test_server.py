@@ -1,0 +1,186 @@
+"""The whole stack over real HTTP in HAProxy mode: one shared server with tiny checkpoints."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import time
+import wave
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving.launched import LaunchedServer, Watcher
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def watcher(server: LaunchedServer) -> Iterator[Watcher]:
+    watcher = Watcher(server, "tiny")
+    yield watcher
+    watcher.close()
+
+
+def make_body(**overrides: Any) -> dict[str, Any]:
+    return {"prompt": "rain on a tin roof", "duration": 2, "seed": 1, "steps": 2} | overrides
+
+
+def make_long_body(**overrides: Any) -> dict[str, Any]:
+    """Minutes of work for the tiny model."""
+    rk4 = {"sampler_type": "rk4"}
+    return make_body(steps=1000, batch_size=4, cfg_scale=3, duration=16, sampler_kwargs=rk4) | overrides
+
+
+def make_wav() -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(2)
+        writer.setsampwidth(2)
+        writer.setframerate(1000)
+        writer.writeframes(b"\x01\x02" * 2 * 1000)
+    return file.getvalue()
+
+
+def read_wav(response: httpx.Response) -> wave.Wave_read:
+    assert response.status_code == 200, response.text
+    return wave.open(io.BytesIO(response.content))
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/generations", "/generate", "/sa3/v1/audio/generations"])
+def test_text_becomes_audio(server: LaunchedServer, path: str) -> None:
+    wav = read_wav(server.client.post(path, json=make_body()))
+    assert (wav.getnchannels(), wav.getframerate(), wav.getnframes()) == (2, 1000, 2000)
+
+
+def test_same_request_same_bytes_and_one_request_id(server: LaunchedServer) -> None:
+    headers = {"x-request-id": "mine"}
+    first = server.client.post("/generate", json=make_body(), headers=headers)
+    second = server.client.post("/generate", json=make_body())
+    assert first.content == second.content
+    assert first.headers.get_list("x-request-id") == ["mine"]
+
+
+def test_several_variations_come_as_zip(server: LaunchedServer) -> None:
+    response = server.client.post("/generate", json=make_body(batch_size=3, model="little"))
+    names = zipfile.ZipFile(io.BytesIO(response.content)).namelist()
+    assert names == [f"stable-audio-3-tiny-{index:02d}.wav" for index in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("variations", {}), ("inpaint", {"inpaint_start_seconds": "1", "inpaint_end_seconds": "2"})],
+)
+def test_audio_becomes_audio(server: LaunchedServer, path: str, fields: dict[str, str]) -> None:
+    form = {key: str(value) for key, value in make_body(**fields).items()}
+    response = server.client.post(f"/v1/audio/{path}", data=form, files={"audio": ("a.wav", make_wav())})
+    assert read_wav(response).getnframes() == 2000
+
+
+def test_health_knows_what_runs_where(server: LaunchedServer) -> None:
+    health = server.client.get("/health").json()
+    assert health["status"] == "ok"
+    assert health["preload_models"] == ["tiny"]
+    assert "tiny" in health["loaded_models"]
+    assert health["models"]["tiny"]["device"] in ("cpu", "cuda:0")
+    assert set(health["models"]["tiny"]["detail"]) == {"import", "load", "warm_up"}
+
+
+def test_models_and_pages(server: LaunchedServer) -> None:
+    assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["tiny", "lazy"]
+    assert "/v1/audio/inpaint" in server.client.get("/openapi.json").json()["paths"]
+    assert server.client.get("/docs").status_code == 200
+
+
+def test_environment_reaches_the_limits(server: LaunchedServer) -> None:
+    assert server.client.get("/health").json()["max_steps"] == 1000
+    response = server.client.post("/generate", json=make_body(steps=1001))
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"] == ["body", "steps"]
+
+
+def test_model_refusal_crosses_the_handle_intact(server: LaunchedServer) -> None:
+    body = make_body(sampler_kwargs={"sampler_type": "no-such-sampler"})
+    response = server.client.post("/generate", json=body)
+    assert response.status_code in (400, 422)
+    assert "sampler" in response.text
+
+
+def test_late_request_ends_at_its_deadline(server: LaunchedServer) -> None:
+    started_at = time.monotonic()
+    response = server.client.post("/generate", json=make_long_body(deadline_s=1))
+    assert response.status_code == 504
+    assert time.monotonic() - started_at < 3
+
+
+def test_every_stage_of_the_start_is_printed(server: LaunchedServer) -> None:
+    assert "cold start: ray" in server.output
+    assert "tiny: import" in server.output
+    assert f"ready: {server.url}" in server.output
+
+
+def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, watcher: Watcher) -> None:
+    deadline_s = 5.0
+    before = watcher.status()
+    body = json.dumps(make_long_body(deadline_s=deadline_s)).encode()
+    request = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+    for index in range(100):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(request % (len(body), body))
+            time.sleep(index % 20 / 1000)  # some leave before Serve has found a replica, some once their rows step
+    last_left_at = time.monotonic()
+    time.sleep(0.5)
+    assert watcher.status()["in_flight"] <= 5
+    while (after := watcher.status())["in_flight"]:
+        assert time.monotonic() - last_left_at < deadline_s + 1
+    assert after["cancelled"] > before["cancelled"]
+    assert after["expired"] - before["expired"] <= 5
+    assert after["finished"] == before["finished"]
+    assert after["backlog_ms"] == 0
+
+
+def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None:
+    assert server.client.get("/health").json()["models"]["lazy"]["stage"] == "idle"
+    assert server.pids("ServeReplica:audio:lazy") == []  # asking did not wake it
+    assert read_wav(server.client.post("/generate", json=make_body(model="lazy"))).getnframes() > 0
+    assert "lazy" in server.client.get("/health").json()["loaded_models"]
+
+
+def test_overload_is_a_503_that_says_when_to_retry(server: LaunchedServer) -> None:
+    def ask(seed: int) -> httpx.Response:
+        return server.client.post("/generate", json=make_body(model="lazy", duration=20, steps=300, seed=seed))
+
+    with ThreadPoolExecutor(30) as pool:
+        responses = list(pool.map(ask, range(30)))
+    assert {response.status_code for response in responses} == {200, 503}
+    refused = [response for response in responses if response.status_code == 503]
+    assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
+    assert all(response.json()["detail"] for response in refused)
+
+
+def test_autoscaling_settings_reach_serve(watcher: Watcher) -> None:
+    tiny, lazy = (watcher.settings[name]["autoscaling_config"] for name in ("tiny", "lazy"))
+    assert (tiny["min_replicas"], tiny["max_replicas"]) == (1, 1)
+    assert (lazy["min_replicas"], lazy["max_replicas"]) == (0, 2)
+    assert lazy["target_ongoing_requests"] == 3
+    assert lazy["downscale_delay_s"] == 123
+
+
+def test_request_survives_the_death_of_its_replica(server: LaunchedServer) -> None:
+    alone = server.client.post("/generate", json=make_body(steps=200))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.client.post, "/generate", json=make_body(steps=200))
+        time.sleep(0.2)
+        (pid,) = server.pids("ServeReplica:audio:tiny")
+        os.kill(pid, signal.SIGKILL)
+        response = running.result()
+    assert response.status_code == 200
+    assert response.content == alone.content
+    assert server.pids("ServeReplica:audio:tiny") != [pid]

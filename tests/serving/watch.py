@@ -1,0 +1,30 @@
+"""Run as a program: connects to a server's Ray and prints, as JSON lines, Serve's settings of every deployment and then
+what the replica of one model says, again and again. A process of its own, because Ray reads its token when imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+
+
+def main(address: str, application: str, model: str) -> None:
+    ray.init(address=address, log_to_driver=False)
+    deployments = _get_global_client().get_serve_details()["applications"][application]["deployments"]
+    print(
+        json.dumps({name: value["deployment_config"] for name, value in deployments.items()}, default=str), flush=True
+    )
+    handle = serve.get_deployment_handle(model, application)
+    while True:
+        print(json.dumps(asdict(handle.status.remote().result(timeout_s=30))), flush=True)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,88 @@
+"""Goldens folders for the tests: the stored ones as the command sees them, and small copies to tamper with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from stable_audio_serve.cli import app
+from tests.goldens import SA3_GOLDENS
+
+QUICK_CASES = ("gen/t2a_short_unchunked", "gen/t2a_partly_padded")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What `stable-audio-serve verify` said about a folder."""
+
+    exit_code: int
+    lines: tuple[str, ...]
+    report: dict[str, Any]
+
+    def line(self, component: str, verdict: str) -> str:
+        """The line about a component. Fails the test if there is none."""
+        found = [line for line in self.lines if line.startswith(f"{component:<23} {verdict:<8} ")]
+        assert found, f"no line {component!r} {verdict!r} in\n" + "\n".join(self.lines)
+        return found[0]
+
+
+def run_verify(folder: Path) -> Answer:
+    """Run the command in this process."""
+    with TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        result = CliRunner().invoke(app, ["verify", str(folder), "--json", str(report)], catch_exceptions=False)
+        return Answer(result.exit_code, tuple(result.output.splitlines()), json.loads(report.read_text()))
+
+
+@cache
+def verify_stored(name: str) -> Answer:
+    """The answer for one of the stored folders, run once."""
+    return run_verify(SA3_GOLDENS / name)
+
+
+def make_quick_copy(target: Path, *, name: str = "sharp-s") -> Path:
+    """A copy with two cases only and, of the windowed autoencoder runs, none."""
+    shutil.copytree(SA3_GOLDENS / name, target)
+    edit_facts(target, lambda facts: facts.update(cases={key: facts["cases"][key] for key in QUICK_CASES}))
+    edit_facts(target, lambda facts: facts.pop("tensors"))
+
+    def thin(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            if "long" in key or (key.startswith("gen/") and not key.startswith(QUICK_CASES)):
+                del tensors[key]
+
+    edit_tensors(target / "golden.safetensors", thin)
+    return target
+
+
+def edit_facts(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change golden.json."""
+    facts = json.loads((folder / "golden.json").read_text())
+    change(facts)
+    (folder / "golden.json").write_text(json.dumps(facts))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change a safetensors file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def add_to_first(key: str, amount: float) -> Callable[[dict[str, Tensor]], None]:
+    """Change one number of one tensor."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[key].view(-1)[0] += amount
+
+    return change

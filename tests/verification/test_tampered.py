@@ -1,0 +1,128 @@
+"""Folders that must not pass, and what the command says about them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.verification.folders import (
+    QUICK_CASES,
+    add_to_first,
+    edit_facts,
+    edit_tensors,
+    make_quick_copy,
+    run_verify,
+)
+
+WEIGHTS = {
+    "text": "t5gemma/model.safetensors:encoder.layers.0.mlp.up_proj.weight",
+    "number": "model.safetensors:conditioner.conditioners.seconds_total.embedder.embedding.1.bias",
+    "denoiser": "model.safetensors:model.model.transformer.layers.1.ff.ff.2.bias",
+    "autoencoder": "model.safetensors:pretransform.model.decoder.layers.3.mapping.bias",
+}
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_quick_copy(tmp_path_factory.mktemp("quick") / "folder")
+
+
+@pytest.fixture
+def folder(untouched: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(untouched, tmp_path / "folder"))
+
+
+def test_untampered_copy_passes_and_names_what_it_does_not_know(folder: Path) -> None:
+    edit_tensors(folder / "golden.safetensors", lambda tensors: tensors.update({"lyrics/x": torch.zeros(2)}))
+    edit_facts(folder, lambda facts: facts["cases"][QUICK_CASES[0]]["args"].update(reverb=0.3))
+    answer = run_verify(folder)
+    assert answer.exit_code == 0, "\n".join(answer.lines)
+    assert "lyrics/x" in answer.line("lyrics", "skipped")
+    assert "reverb" in answer.line("end-to-end", "skipped")
+
+
+@pytest.mark.parametrize("component", WEIGHTS)
+def test_one_changed_weight_names_its_component(folder: Path, component: str) -> None:
+    file, key = WEIGHTS[component].split(":")
+    edit_tensors(folder / file, add_to_first(key, 0.1))
+    answer = run_verify(folder)
+    assert answer.exit_code == 1
+    assert answer.lines[-1].startswith("verification failed: ")
+    assert "largest difference" in answer.line(component, "MISSED")
+    others = set(WEIGHTS) - {component}
+    assert not others.intersection(answer.report["failed"])
+
+
+@pytest.mark.parametrize("key", ["ae/decode_quiet", "dit/cfg3_neg_apg1", "gen/t2a_partly_padded/audio_keymask"])
+def test_one_changed_number_is_a_miss(folder: Path, key: str) -> None:
+    edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.01))
+    answer = run_verify(folder)
+    assert answer.exit_code == 1
+    assert [entry["key"].split("[")[0] for entry in answer.report["comparisons"] if entry["missed"]] == [key]
+
+
+@pytest.mark.parametrize("component", ["text", "number", "denoiser", "autoencoder"])
+def test_a_missing_weight_names_its_component(folder: Path, component: str) -> None:
+    file, key = WEIGHTS[component].split(":")
+    edit_tensors(folder / file, lambda tensors: tensors.pop(key))
+    answer = run_verify(folder)
+    assert answer.exit_code == 1
+    assert key in answer.line(component, "MISSED")
+    assert answer.report["failed"] == [component]
+
+
+@pytest.mark.parametrize(
+    ("file", "component"),
+    [
+        ("model.safetensors", "checkpoint"),
+        ("model_config.json", "checkpoint"),
+        ("t5gemma/model.safetensors", "text"),
+        ("golden.safetensors", "goldens"),
+        ("golden.json", "goldens"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut short", "removed"])
+def test_unreadable_files_are_misses_without_a_traceback(folder: Path, file: str, component: str, damage: str) -> None:
+    path = folder / file
+    path.write_bytes(path.read_bytes()[:1000]) if damage == "cut short" else path.unlink()
+    answer = run_verify(folder)
+    assert answer.exit_code == 1
+    assert answer.line(component, "MISSED")
+    assert not any("Traceback" in line for line in answer.lines)
+
+
+def test_comparing_too_little_is_a_failure(folder: Path) -> None:
+    def keep_no_autoencoder(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("ae/")]:
+            del tensors[key]
+
+    edit_tensors(folder / "golden.safetensors", keep_no_autoencoder)
+    answer = run_verify(folder)
+    assert answer.exit_code == 1
+    assert "nothing was compared" in answer.line("autoencoder", "MISSED")
+
+
+def test_without_key_masked_twins_only_rows_without_padding_are_compared(folder: Path) -> None:
+    def keep_value_zeroed(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("gen/") and "keymask" in key]:
+            del tensors[key]
+
+    edit_tensors(folder / "golden.safetensors", keep_value_zeroed)
+    answer = run_verify(folder)
+    assert answer.exit_code == 0, "\n".join(answer.lines)
+    assert "padded rows" in answer.line("end-to-end", "skipped")
+    keys = {entry["key"] for entry in answer.report["comparisons"] if entry["component"].startswith("end-to-end")}
+    assert keys == {f"{QUICK_CASES[0]}/{output}[0]" for output in ("latents", "audio")}
+
+
+def test_malformed_facts_are_misses(folder: Path) -> None:
+    edit_facts(folder, lambda facts: facts["components"].update(number={"values": "many"}))
+    edit_facts(folder, lambda facts: facts["cases"][QUICK_CASES[0]]["args"].update(duration="long"))
+    edit_facts(folder, lambda facts: facts["cases"][QUICK_CASES[1]]["args"].update(seed=1))
+    answer = run_verify(folder)
+    assert {"number", "end-to-end", "draws", "end-to-end latents"} <= set(answer.report["failed"])
+    json.dumps(answer.report)
