@@ -11,6 +11,10 @@ from typing import Any
 from stable_audio_serve.core.errors import CheckpointError
 
 CONFIG_FILE = "model_config.json"
+# A damaged file must not ask for a network that exhausts the memory before its weights are compared.
+MAX_SIZE = 2**16
+MAX_DEPTH = 2**10
+MAX_SAMPLES = 2**40
 
 
 class ConfigReader:
@@ -40,11 +44,13 @@ class ConfigReader:
             raise self.unusable(key, "a list of objects")
         return [ConfigReader(item, path=f"{self.name(key)}[{i}]") for i, item in enumerate(value)]
 
-    def integer(self, key: str, *, default: int | None = None, at_least: int = 1) -> int:
-        """A whole number of at least `at_least`."""
+    def integer(self, key: str, *, default: int | None = None, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
+        """A whole number from `at_least` to `at_most`."""
         value = self.number(key, default=default, at_least=at_least)
         if value != int(value):
             raise self.unusable(key, "a whole number")
+        if value > at_most:
+            raise self.unusable(key, f"at most {at_most}")
         return int(value)
 
     def number(self, key: str, *, default: float | None = None, at_least: float = -math.inf) -> float:
@@ -84,12 +90,12 @@ class ConfigReader:
             raise self.unusable(key, "a list of strings")
         return tuple(value)
 
-    def integers(self, key: str, *, at_least: int = 1) -> tuple[int, ...]:
-        """A list of whole numbers of at least `at_least`."""
+    def integers(self, key: str, *, at_least: int = 1, at_most: int = MAX_SIZE) -> tuple[int, ...]:
+        """A list of whole numbers from `at_least` to `at_most`."""
         value = self._get(key, None)
         whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if not whole or any(v < at_least for v in value):
-            raise self.unusable(key, f"a list of whole numbers of at least {at_least}")
+        if not whole or not all(at_least <= v <= at_most for v in value):
+            raise self.unusable(key, f"a list of whole numbers from {at_least} to {at_most}")
         return tuple(value)
 
     def plain(self, key: str) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, read_config
 
 SA3_FAMILY = "stable-audio-3"
 WEIGHTS_FILE = "model.safetensors"
@@ -143,8 +143,8 @@ def resolve_entry(
 def _describe_folder(entry: ModelEntry, *, is_built_in: bool) -> ModelEntry:
     """Fill in what the folder's config says; a built-in entry keeps its own steps, guidance and, if lower, its cap."""
     config = read_config(Path(entry.folder or ""))
-    rate = config.integer("sample_rate")
-    longest_s = config.integer("sample_size") / rate
+    rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
+    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) / rate
     diffusion = config.section("model").section("diffusion")
     steps, cfg_scale = OBJECTIVE_DEFAULTS[diffusion.choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS))]
     if is_built_in:

@@ -237,6 +237,9 @@ DECODER = "model.pretransform.config.decoder.config"
         ("model.conditioning.configs.1.config.fourier_features_type", ...),
         ("model.conditioning.configs.1.config.max_val", 0),
         ("model.conditioning.configs.1.id", "bpm"),
+        (f"{DIT}.depth", 10**9),
+        (f"{DIT}.num_memory_tokens", 10**9),
+        (f"{DECODER}.transformer_depths", [10**9]),
     ],
 )
 def test_unusable_config_names_the_key(folder: Path, path: str, value: Any) -> None:

@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from stable_audio_serve.models.config_reader import read_config
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.loading import (
     assign_weights,
     cast_network,
@@ -41,8 +42,11 @@ def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: to
     weights_file = find_weights(folder)
     encoder_folder = find_text_encoder(folder, config.prompt)
     text = load_text_encoder(encoder_folder, max_length=config.prompt.max_length, device=device)
-    with skipping_random_weights():
-        components = build_components(config, text)
+    try:
+        with skipping_random_weights():
+            components = build_components(config, text)
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     assign_weights(checkpoint_modules(components, config), read_weights(weights_file), source=weights_file)
     cast_network(components.denoiser, dtype)
     for module in components.modules:

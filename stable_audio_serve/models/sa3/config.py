@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
-from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.sa3.lengths import LengthRule
 from stable_audio_serve.models.sa3.timeline import NUM_TIMELINE_FEATURES, TempoRule
 
@@ -85,7 +85,7 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
     return DenoiserConfig(
         latent_channels=config.integer("io_channels", default=32),
         width=width,
-        depth=config.integer("depth", default=12),
+        depth=config.integer("depth", default=12, at_most=MAX_DEPTH),
         num_heads=num_heads,
         context_width=config.integer("cond_token_dim"),
         global_width=config.integer("global_cond_dim"),
@@ -192,10 +192,10 @@ def _parse_lengths(config: ConfigReader, autoencoder: ConfigReader) -> LengthRul
     chunk = encoder.integer("chunk_size", default=DEFAULT_CHUNK_FRAMES)
     stride = encoder.integers("strides")[0] if "strides" in encoder else chunk
     rule = LengthRule(
-        sample_rate_hz=config.integer("sample_rate"),
+        sample_rate_hz=config.integer("sample_rate", at_most=MAX_SAMPLES),
         hop=autoencoder.integer("downsampling_ratio"),
         frame_multiple=max(chunk // stride, 1),
-        max_samples=config.integer("sample_size"),
+        max_samples=config.integer("sample_size", at_most=MAX_SAMPLES),
     )
     if rule.max_samples < rule.hop:
         raise config.unusable("sample_size", f"at least one latent frame ({rule.hop})")

@@ -25,7 +25,7 @@ from stable_audio_serve.models.blocks import (
     attend_band,
     sine,
 )
-from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 from stable_audio_serve.models.sa3.parts import Noises, register_part, stack_draws
 
 
@@ -72,7 +72,8 @@ class SameConfig:
 def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
     """An encoder's or decoder's config section. Raises CheckpointError naming the key that cannot be used."""
     config.require(dyt=True, conformer=False, layer_scale=False)
-    strides, depths, mults = (config.integers(key) for key in ("strides", "transformer_depths", "c_mults"))
+    strides, mults = config.integers("strides"), config.integers("c_mults")
+    depths = config.integers("transformer_depths", at_most=MAX_DEPTH)
     for key, values in (("strides", strides), ("transformer_depths", depths), ("c_mults", mults)):
         if len(values) != 1:
             raise config.unusable(key, "a list of one number: stacked resampling blocks are not supported")
