@@ -82,7 +82,9 @@ def serve(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="Checkpoint with golden.json and golden.safetensors beside it.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every comparison to this file.")] = None,
+    json_file: Annotated[
+        typer.FileTextWrite | None, typer.Option("--json", help="Also write every comparison to this file.")
+    ] = None,
 ) -> None:
     """Check that this machine reproduces a checkpoint's stored reference numbers; exit 1 names what does not."""
     import json
@@ -91,7 +93,7 @@ def verify(
 
     report = verify_folder(folder, typer.echo)
     if json_file is not None:
-        json_file.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        json_file.write(json.dumps(report.as_dict(), indent=1) + "\n")
     if not report.passed:
         raise typer.Exit(1)
 

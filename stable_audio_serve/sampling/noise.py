@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -89,8 +90,9 @@ class ReplayDraw:
 class ReplayNoise:
     """The draws of a reference run over `num_rows` rows: one CPU generator, drawn in the script's order.
 
-    The order of calls does not matter: whatever is asked for, every draw before it in the script is made first, once,
-    and each row gets its share. A draw as large as one row's is shared by all (source audio is encoded once per run).
+    Neither the order of calls nor their thread matters: whatever is asked for, every draw before it in the script is
+    made first, once, and each row gets its share. A draw as large as one row's is shared by all (source audio is
+    encoded once per run).
     """
 
     def __init__(self, seed: int, script: Sequence[ReplayDraw], *, num_rows: int) -> None:
@@ -98,6 +100,7 @@ class ReplayNoise:
         self._pending = list(reversed(script))
         self._num_rows = num_rows
         self._made: dict[tuple[str, int], Tensor] = {}
+        self._lock = Lock()
 
     def row(self, index: int) -> NoiseSource:
         """What row `index` of the run sees."""
@@ -105,13 +108,14 @@ class ReplayNoise:
 
     def draw(self, stage: str, index: int) -> Tensor:
         """The draw over the whole batch, float32 on the CPU. Raises GenerationError if the script has none such."""
-        while (stage, index) not in self._made:
-            if not self._pending:
-                raise GenerationError(f"replayed noise: the reference run has no draw {stage!r} at {index}")
-            entry = self._pending.pop()
-            drawn = torch.randn(entry.shape, generator=self._generator, dtype=torch.float32)
-            self._made[entry.stage, entry.index] = drawn
-        return self._made[stage, index]
+        with self._lock:
+            while (stage, index) not in self._made:
+                if not self._pending:
+                    raise GenerationError(f"replayed noise: the reference run has no draw {stage!r} at {index}")
+                entry = self._pending.pop()
+                drawn = torch.randn(entry.shape, generator=self._generator, dtype=torch.float32)
+                self._made[entry.stage, entry.index] = drawn
+            return self._made[stage, index]
 
     def share(self, stage: str, index: int, row: int, shape: tuple[int, ...]) -> Tensor:
         """Row `row`'s part of a draw, in that row's `shape`. Raises GenerationError if the sizes do not fit."""

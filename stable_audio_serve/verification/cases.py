@@ -27,7 +27,14 @@ DEFAULTS: Mapping[str, Any] = {
     "duration_padding_sec": 6.0,
     "apg_scale": 1.0,
 }
-_SHIFT_NAMES = ("dist_shift", "schedule", "sampling_dist_shift", "schedule_shift")
+# The reference takes an object; a stored case names its class or the type of a config.
+_SHIFT_NAMES = ("dist_shift", "schedule_shift", "schedule", "sampling_dist_shift", "distribution_shift")
+_SHIFT_CLASSES = {
+    "logsnrshift": "logsnr",
+    "fluxdistributionshift": "flux",
+    "distributionshift": "full",
+    "identitydistributionshift": "none",
+}
 _WITHOUT_EFFECT = {"truncate_output_to_duration", "return_latents", "rescale_cfg", "disable_tqdm", "callback"}
 _KNOWN = {
     *DEFAULTS,
@@ -124,10 +131,9 @@ def _shift(args: Mapping[str, Any]) -> ScheduleShift | None:
     found = next((args[name] for name in _SHIFT_NAMES if name in args), None)
     if found is None:
         return None
-    if isinstance(found, str):
-        return ScheduleShift(found)
-    options = tuple((key, value) for key, value in found.items() if key != "type")
-    return ScheduleShift(str(found.get("type", "full")), options)
+    stated: dict[str, Any] = {"type": found} if isinstance(found, str) else dict(found)
+    kind = str(stated.pop("type", "full")).lower()
+    return ScheduleShift(_SHIFT_CLASSES.get(kind, kind), tuple(stated.items()))
 
 
 def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,6 +75,16 @@ def test_replay_gives_the_reference_s_draws_whatever_the_order_of_calls() -> Non
     assert torch.equal(second.initial((3, 8)), expected[0][1])
     for row in (first, second):
         assert torch.equal(row.window("init/tokens", 0, (8, 1, 5), 0, CPU), expected[1])
+
+
+def test_replay_may_be_asked_from_several_threads() -> None:
+    script = [ReplayDraw("step", step, (2, 64, 50)) for step in range(200)]
+    expected = ReplayNoise(3, script, num_rows=2).draw("step", 199)
+    for _ in range(5):
+        replay = ReplayNoise(3, script, num_rows=2)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda step, replay=replay: replay.draw("step", step), reversed(range(200))))
+        assert torch.equal(found[0], expected)
 
 
 def test_replay_names_a_draw_the_reference_did_not_make() -> None:

@@ -62,6 +62,19 @@ def test_every_argument_has_its_field() -> None:
 
 
 @pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        (None, None),
+        ("none", ScheduleShift("none")),
+        ({"max_shift": 2}, ScheduleShift("full", (("max_shift", 2),))),
+        ({"type": "LogSNRShift", "rate": 1}, ScheduleShift("logsnr", (("rate", 1),))),
+    ],
+)
+def test_schedule_overrides_by_type_or_class(stated: Any, expected: ScheduleShift | None) -> None:
+    assert parse({"dist_shift": stated}).requests[0].schedule_shift == expected
+
+
+@pytest.mark.parametrize(
     ("args", "reason"),
     [
         ({"seed": 1, "lora_strength": 0.5}, "lora_strength"),
