@@ -3,7 +3,6 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PORT ?= 8000
 CONFIG ?= serve_config.yaml
 OUT ?= demo-run
 DEVICE ?= cpu
@@ -22,8 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-serve: install ## serve the models of serve_config.yaml (PORT=8000 CONFIG=serve_config.yaml)
-	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) --port $(PORT)
+serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve_config.yaml change it)
+	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) $(if $(PORT),--port $(PORT))
 
 test: install ## everything CI runs
 	$(PY) -m pytest -m "not gpu and not chaos"

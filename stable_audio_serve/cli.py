@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -66,14 +66,17 @@ def serve(
     file: Annotated[Path, typer.Option("--config", help="Serve config file.")] = Path("serve_config.yaml"),
     host: Annotated[str | None, typer.Option(help="Address to listen on; default: the file's, else 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: the file's, else 8000.")] = None,
-    proxy: Annotated[str, typer.Option(help="Who accepts connections: auto, haproxy or python.")] = "auto",
+    proxy: Annotated[
+        Literal["auto", "haproxy", "python"],
+        typer.Option(envvar="STABLE_AUDIO_PROXY", help="Who accepts connections; auto = HAProxy where it runs."),
+    ] = "auto",
 ) -> None:
     """Serve the models of a config file on this machine until Ctrl-C, with a Ray of its own."""
     from stable_audio_serve.core.errors import StableAudioError
     from stable_audio_serve.serving import launcher
 
     try:
-        launcher.serve(file, host=host, port=port, proxy=launcher.ProxyKind(proxy), report=typer.echo)
+        launcher.serve(file, host=host, port=port, proxy=proxy, report=typer.echo)
     except StableAudioError as error:
         typer.echo(f"error: {error.message}", err=True)
         raise typer.Exit(2) from error

@@ -15,9 +15,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError
 from stable_audio_serve.core.settings_sources import load_settings
@@ -30,19 +29,12 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
 Report = Callable[[str], None]
+ProxyKind = Literal["auto", "haproxy", "python"]  # who accepts connections; auto = HAProxy where it runs
 
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 5.0
 _STILL_LOADING_EVERY_S = 15.0
 _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
-
-
-class ProxyKind(StrEnum):
-    """Who accepts HTTP connections: HAProxy where it runs, Ray Serve's Python proxy, or the best that works here."""
-
-    AUTO = "auto"
-    HAPROXY = "haproxy"
-    PYTHON = "python"
 
 
 @dataclass
@@ -94,9 +86,7 @@ def _proxy_environment(
     stack: ExitStack, directory: Path, *, host: str, proxy: ProxyKind, report: Report
 ) -> Mapping[str, str]:
     """Variables of the chosen proxy, holding its ports on `stack`; empty for the Python proxy."""
-    if proxy is ProxyKind.PYTHON:
-        return {}
-    reason = environment.why_no_haproxy()
+    reason = "asked for" if proxy == "python" else environment.why_no_haproxy()
     if reason is None:
         try:
             ports = stack.enter_context(environment.claim_ports(host))
@@ -104,9 +94,9 @@ def _proxy_environment(
             reason = str(error)
         else:
             return environment.haproxy_environment(ports, directory)
-    if proxy is ProxyKind.HAPROXY:
+    if proxy == "haproxy":
         raise ConfigError(f"--proxy haproxy: {reason}", field="proxy")
-    report(f"using the Python proxy instead of HAProxy: {reason}")
+    report(f"using Ray Serve's Python proxy instead of HAProxy: {reason}")
     return {}
 
 

@@ -79,9 +79,12 @@ class LaunchedServer:
         return self
 
     def stop(self, *, number: int = signal.SIGINT) -> float:
-        """Ctrl-C; returns the seconds until the process had ended."""
+        """Ctrl-C, which the whole process group gets, or another signal; returns the seconds until it had ended."""
         started_at = time.monotonic()
-        os.killpg(self.process.pid, number)
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
         self.process.wait(timeout=30)
         self._reader.join(timeout=5)
         return time.monotonic() - started_at

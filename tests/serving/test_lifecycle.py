@@ -1,0 +1,145 @@
+"""Starting and stopping: servers side by side, the Python proxy, faults that stop the start, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import TINY
+from tests.serving.launched import LaunchedServer, command, free_port, write_config
+
+pytestmark = pytest.mark.ray
+
+_BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
+_LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_s": 30}
+_STOP_BOUND_S = 8.0
+
+
+def make_args(**settings: Any) -> dict[str, Any]:
+    return {"models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}], **settings}
+
+
+@pytest.fixture(scope="module")
+def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LaunchedServer]]:
+    """Two more servers on the machine, told where to find the first one's Ray: they must not care."""
+    address, token = server.ray()
+    foreign = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    config = write_config(tmp_path_factory.mktemp("others"), make_args())
+    (config.parent / ".env").write_text("STABLE_AUDIO_MAX_STEPS=1000\nSTABLE_AUDIO_MAX_BATCH_SIZE=9\n")
+    servers = {
+        "haproxy": LaunchedServer(config, environment=foreign),
+        "python": LaunchedServer(config, environment=foreign | {"STABLE_AUDIO_PROXY": "python"}),
+    }
+    try:
+        yield {name: launched.wait_until_ready() for name, launched in servers.items()}
+    finally:
+        for launched in servers.values():
+            if launched.process.poll() is None:
+                launched.stop(number=signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["haproxy", "python"])
+def test_servers_side_by_side_give_the_same_audio(
+    server: LaunchedServer, others: dict[str, LaunchedServer], name: str
+) -> None:
+    expected = server.client.post("/generate", json=_BODY)
+    response = others[name].client.post("/generate", json=_BODY)
+    assert response.status_code == 200
+    assert response.content == expected.content
+
+
+def test_proxies_are_what_was_asked_for(others: dict[str, LaunchedServer]) -> None:
+    assert others["haproxy"].pids("bin/haproxy ")
+    assert "Python proxy" not in others["haproxy"].output
+    assert not others["python"].pids("bin/haproxy ")
+    assert "using Ray Serve's Python proxy" in others["python"].output
+
+
+@pytest.mark.parametrize("name", ["haproxy", "python"])
+def test_dotenv_reaches_the_limits(others: dict[str, LaunchedServer], name: str) -> None:
+    assert others[name].client.get("/health").json()["max_batch_size"] == 9
+
+
+def test_python_proxy_keeps_deadlines_and_errors(others: dict[str, LaunchedServer]) -> None:
+    client = others["python"].client
+    assert client.post("/generate", json=_LONG_BODY | {"deadline_s": 0.5}).status_code == 504
+    refused = client.post("/generate", json=_BODY | {"model": "other"})
+    assert refused.status_code == 422
+    assert refused.json()["detail"][0]["loc"] == ["body", "model"]
+    assert client.post("/generate", json=_BODY | {"batch_size": 2}).headers["content-type"] == "application/zip"
+
+
+@pytest.mark.parametrize(("name", "number"), [("haproxy", signal.SIGINT), ("python", signal.SIGTERM)])
+def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
+    server: LaunchedServer, others: dict[str, LaunchedServer], name: str, number: int
+) -> None:
+    replicas = server.pids("ray::Serve")
+    stopped = others[name]
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(stopped.client.post, "/generate", json=_LONG_BODY)
+        time.sleep(0.3)
+        assert stopped.stop(number=number) < _STOP_BOUND_S
+        assert busy.exception(timeout=5) or busy.result().status_code >= 500
+    assert stopped.process.returncode == 0, stopped.output
+    assert stopped.leftovers() == []
+    assert not stopped.directory.exists()
+    assert server.pids("ray::Serve") == replicas
+    assert server.client.post("/generate", json=_BODY).status_code == 200
+
+
+def run_to_failure(config: Path, *options: str, **variables: str) -> str:
+    """The last thing said by a server that must not start."""
+    result = subprocess.run(
+        command(config, *options),
+        capture_output=True,
+        text=True,
+        cwd=config.parent,
+        env=os.environ | {"PYTHONPATH": os.getcwd()} | variables,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+def test_taken_port_stops_the_start(server: LaunchedServer, tmp_path: Path) -> None:
+    config = write_config(tmp_path, make_args())
+    assert f"port {server.port}" in run_to_failure(config, "--port", str(server.port))
+
+
+@pytest.mark.parametrize(
+    ("args", "top_level", "variables", "named"),
+    [
+        ({"modles": []}, {}, {}, "modles"),
+        ({"models": [{"name": "tiny", "path": "/absent"}]}, {}, {}, "/absent"),
+        ({"models": [{"name": "unheard-of"}]}, {}, {}, "unheard-of"),
+        (make_args(), {"htpp_options": {}}, {}, "htpp_options"),
+        (make_args(), {}, {"STABLE_AUDIO_MAX_STEPS": "many"}, "STABLE_AUDIO_MAX_STEPS"),
+        (make_args(), {}, {"STABLE_AUDIO_DEFAULT_MODEL": "medium"}, "STABLE_AUDIO_DEFAULT_MODEL"),
+    ],
+)
+def test_config_fault_stops_the_start_by_name(
+    tmp_path: Path, args: dict[str, Any], top_level: dict[str, Any], variables: dict[str, str], named: str
+) -> None:
+    config = write_config(tmp_path, args, **top_level)
+    assert named in run_to_failure(config, "--port", str(free_port()), **variables)
+
+
+def test_corrupt_weights_stop_the_start_with_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(TINY, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config = write_config(tmp_path, {"models": [{"name": "tiny", "path": str(folder)}]})
+    error = run_to_failure(config, "--port", str(free_port()), "--proxy", "python")
+    assert error.startswith("error: ")
+    assert "model.safetensors is corrupt" in error
