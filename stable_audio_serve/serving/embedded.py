@@ -23,7 +23,7 @@ _MIB = 1024 * 1024
 # One result of the longest clip is 134 MiB of float32; a handful of them, but never most of the shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
-_DRAIN_TIMEOUT_S = 4.0  # for requests in flight when the server is stopped
+_DRAIN_TIMEOUT_S = 3.0  # for requests in flight when the server is stopped
 _STOP_TIMEOUT_S = 6.5  # for everything; what still runs then is killed
 # Another Ray's address or credentials, meant for programs that want to join it.
 _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_NAMESPACE", "RAY_TMPDIR")

@@ -11,8 +11,15 @@ from stable_audio_serve.models.load import load_model
 from stable_audio_serve.serving.placement import model_entry
 
 
-def load_engine(settings: Settings, model: ModelSettings, *, metrics: Metrics = NullMetrics()) -> Engine:
-    """Load one configured model; the engine is not started. Raises CheckpointError or ConfigError."""
+def load_engine(
+    settings: Settings, model: ModelSettings, *, gpu_share: float = 1.0, metrics: Metrics = NullMetrics()
+) -> Engine:
+    """Load one configured model; the engine is not started. Raises CheckpointError or ConfigError.
+
+    `gpu_share` below 1 bounds this process's memory on its GPU, because Ray's fractions are bookkeeping only.
+    """
+    if 0 < gpu_share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
     loaded = load_model(
         model_entry(model),
         device=model.device or settings.device or first_device(),

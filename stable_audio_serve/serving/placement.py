@@ -111,10 +111,10 @@ def _num_gpus(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> float
     """What the operator says; else a whole GPU, or an equal share where there are fewer GPUs than models to place."""
     if model.num_gpus is not None:
         return model.num_gpus
-    device = model.device or plan.settings.device
-    if device is not None and not device.startswith("cuda"):
+    if not _may_use_gpu(plan.settings, model):
         return 0.0
     if not cluster_gpus:
+        device = model.device or plan.settings.device
         if device is None:
             return 0.0
         raise ConfigError(
@@ -122,6 +122,13 @@ def _num_gpus(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> float
             "set num_gpus if one will be added by autoscaling",
             field="device",
         )
-    rivals = sum(max(other.replicas.min_replicas or 1, 1) for other in plan.settings.models)
-    share = math.floor(cluster_gpus / rivals * _GPU_PRECISION) / _GPU_PRECISION
-    return 1.0 if share >= 1 else share
+    rivals = [other for other in plan.settings.models if other.num_gpus is None and _may_use_gpu(plan.settings, other)]
+    taken = sum((other.num_gpus or 0) * (other.replicas.min_replicas or 1) for other in plan.settings.models)
+    places = sum(other.replicas.min_replicas or 1 for other in rivals)
+    share = math.floor((cluster_gpus - taken) / places * _GPU_PRECISION) / _GPU_PRECISION
+    return min(1.0, share) if share > 0 else 1.0
+
+
+def _may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
+    device = model.device or settings.device
+    return device is None or device.startswith("cuda")

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import ray
+
 from stable_audio_serve.core.errors import DeadlineExceededError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import ModelSettings, Settings
@@ -45,7 +47,8 @@ class ModelReplica:
             from stable_audio_serve.serving.engines import load_engine
             from stable_audio_serve.serving.metrics import RayMetrics
         with self._stage("load"):
-            self._engine = load_engine(settings, model, metrics=RayMetrics(model=model.name))
+            gpu_share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+            self._engine = load_engine(settings, model, gpu_share=gpu_share, metrics=RayMetrics(model=model.name))
         with self._stage("warm_up"):
             await self._engine.start()
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())

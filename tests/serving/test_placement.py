@@ -1,0 +1,99 @@
+"""From settings to replica counts, limits and resources, without Ray."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments
+
+
+def make_options(*models: dict[str, Any], cluster_gpus: float = 0, **settings: Any) -> dict[str, dict[str, Any]]:
+    plan = plan_deployments(Settings.model_validate({"models": models, **settings}))
+    return {model.name: model_options(plan, model, cluster_gpus=cluster_gpus) for model in plan.settings.models}
+
+
+def gpus(*models: dict[str, Any], **settings: Any) -> list[float]:
+    return [options["ray_actor_options"]["num_gpus"] for options in make_options(*models, **settings).values()]
+
+
+SFX: dict[str, Any] = {"name": "small-sfx"}
+MUSIC: dict[str, Any] = {"name": "small-music"}
+
+
+def test_preloaded_models_stay_and_others_start_at_zero() -> None:
+    options = make_options(SFX, MUSIC)
+    assert options["small-sfx"]["autoscaling_config"]["min_replicas"] == 1
+    assert options["small-music"]["autoscaling_config"]["min_replicas"] == 0
+
+
+def test_preloading_by_alias_and_preloading_nothing() -> None:
+    both = make_options(SFX, MUSIC, preload_models=["stable-audio-3-small-music"])
+    assert [o["autoscaling_config"]["min_replicas"] for o in both.values()] == [0, 1]
+    none = make_options(SFX, MUSIC, preload_models=[])
+    assert [o["autoscaling_config"]["min_replicas"] for o in none.values()] == [0, 0]
+
+
+def test_operator_decides_replica_counts_and_delays() -> None:
+    replicas = {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 3, "upscale_delay_s": 1}
+    scaling = make_options(SFX | {"replicas": replicas})["small-sfx"]["autoscaling_config"]
+    assert {key: scaling[key] for key in replicas} == replicas
+
+
+def test_fence_lets_the_engine_do_admission() -> None:
+    options = make_options(SFX | {"max_rows": 10})["small-sfx"]
+    assert options["max_ongoing_requests"] >= 2 * 10
+    assert options["max_queued_requests"] > 0
+
+
+def test_gpu_is_taken_when_there_is_one_and_only_then() -> None:
+    assert gpus(SFX) == [0]
+    assert gpus(SFX, cluster_gpus=1) == [1]
+    assert gpus(SFX, MUSIC, cluster_gpus=8) == [1, 1]
+
+
+def test_models_share_too_few_gpus_and_always_fit() -> None:
+    shares = gpus(SFX, MUSIC, {"name": "medium"}, cluster_gpus=1)
+    assert shares == [0.3333] * 3
+    assert gpus(SFX | {"replicas": {"min_replicas": 2, "max_replicas": 2}}, MUSIC, cluster_gpus=2) == [0.6666] * 2
+
+
+def test_operator_decides_gpus_and_cpu_models_take_none() -> None:
+    assert gpus(SFX | {"num_gpus": 0.25}, cluster_gpus=1) == [0.25]
+    assert gpus(SFX | {"device": "cpu"}, cluster_gpus=1) == [0]
+    assert gpus(SFX, cluster_gpus=1, device="cpu") == [0]
+    assert gpus(SFX | {"device": "cuda", "num_gpus": 1}) == [1]
+
+
+def test_cpu_models_leave_the_gpu_to_the_others() -> None:
+    assert gpus(SFX | {"device": "cpu"}, MUSIC, cluster_gpus=1) == [0, 1]
+
+
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="small-sfx"):
+        gpus(SFX, device="cuda")
+
+
+def test_an_embedded_ray_counts_enough_cpus_for_every_replica() -> None:
+    many = plan_deployments(
+        Settings.model_validate({"models": [SFX | {"num_cpus": 3, "replicas": {"max_replicas": 100}}]})
+    )
+    assert many.num_cpus == 300
+    few = plan_deployments(Settings.model_validate({"models": [SFX]}))
+    assert few.num_cpus == max(os.cpu_count() or 1, 1)
+
+
+def test_unknown_names_are_refused_by_variable() -> None:
+    with pytest.raises(ConfigError, match="STABLE_AUDIO_PRELOAD_MODELS"):
+        plan_deployments(Settings.model_validate({"models": [SFX], "preload_models": ["medium"]}))
+
+
+def test_ingress_overflow_says_when_to_retry() -> None:
+    options = ingress_options(Settings.model_validate({"ingress": {"replicas": 3, "max_ongoing_requests": 9}}))
+    assert options["num_replicas"] == 3
+    assert options["max_ongoing_requests"] == 9
+    assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 5}
