@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import re
 import signal
 import threading
@@ -104,6 +105,7 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
     from ray import serve
     from ray.serve.context import _get_global_client
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location=schema.proxy_location,
         http_options=schema.http_options.model_dump(),
