@@ -207,7 +207,6 @@ def test_padding_and_windows_follow_the_request() -> None:
         ({"sampler": "no-such-sampler"}, "sampler_type"),
         ({"schedule_shift": ScheduleShift("no-such-shift")}, "schedule_shift"),
         ({"inpaint_regions_s": ((0.0, 1.0),)}, "audio"),
-        ({"inpaint_audio": make_clip()}, "inpaint_start_seconds"),
         ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((1.0, 1.0),)}, "inpaint_start_seconds"),
         ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((-1.0, 1.0),)}, "inpaint_start_seconds"),
         ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((0.0, math.nan),)}, "inpaint_start_seconds"),
@@ -217,3 +216,9 @@ def test_what_the_model_cannot_do_names_the_field(fields: dict[str, Any], field:
     with pytest.raises(InvalidRequestError) as caught:
         loaded("sharp-s").plan(make_request(**fields))
     assert caught.value.field == field
+
+
+def test_a_source_without_a_region_keeps_nothing() -> None:
+    keep = one(inpaint_audio=make_clip()).keep_mask
+    assert keep is not None
+    assert not keep.any()

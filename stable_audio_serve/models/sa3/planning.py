@@ -150,7 +150,7 @@ def _keep_mask(request: GenerationRequest, config: Sa3Config, length: RowLength)
     if not config.edits:
         raise InvalidRequestError("this model cannot inpaint", field="audio")
     if not request.inpaint_regions_s:
-        raise InvalidRequestError("inpainting needs at least one region to generate", field=field)
+        return torch.zeros(length.frames)  # as in the reference: a source without a region keeps nothing
     rule = config.lengths
     first_samples = torch.arange(length.frames) * rule.hop
     keep = first_samples < int(request.duration_s * rule.sample_rate_hz)
