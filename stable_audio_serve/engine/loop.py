@@ -13,6 +13,7 @@ from stable_audio_serve.core.errors import (
     CancelledRequestError,
     DeadlineExceededError,
     GenerationError,
+    InvalidRequestError,
     ModelUnavailableError,
     StableAudioError,
 )
@@ -162,7 +163,8 @@ class EngineLoop:
             request = row.request
             if request.id not in self._requests:
                 continue
-            log.error("request %s failed: %r", request.request.request_id or request.id, error, exc_info=error)
+            level = logging.INFO if isinstance(error, InvalidRequestError) else logging.ERROR
+            log.log(level, "request %s failed: %r", request.request.request_id or request.id, error, exc_info=error)
             self._end(request, outcome="failed")
             if not isinstance(error, StableAudioError):
                 error = GenerationError("the model failed on this request")

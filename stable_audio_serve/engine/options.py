@@ -33,7 +33,7 @@ class EngineOptions:
     planning_threads: int = 1
     max_planning: int = 1024  # requests being planned at once
     torch_threads: int | None = None  # intra-op threads of the engine thread; None leaves torch's default
-    warmup_budget_s: float = 10.0  # stop measuring step costs after this; 0 skips the warm-up
+    warmup_budget_s: float = 2.0  # no further measurement that would end after this; 0 skips the warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):
