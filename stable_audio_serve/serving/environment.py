@@ -5,6 +5,7 @@ Decides before Ray is imported, because Ray Serve reads its environment at impor
 
 from __future__ import annotations
 
+import errno
 import random
 import secrets
 import shutil
@@ -24,6 +25,7 @@ _FIRST_PORT = 20000
 _LAST_PORT = 32000
 _BLOCK = 32  # stats, metrics, two fallback proxies, and the ingress replicas
 _ATTEMPTS = 50
+_ALL_IPV4 = "0.0.0.0"
 _BINARY_CHECK_TIMEOUT_S = 5.0
 
 
@@ -62,6 +64,7 @@ class PortBlock:
 @contextmanager
 def claim_ports(host: str) -> Iterator[PortBlock]:
     """Hold a block of free ports for the life of the context. Raises OSError when none is found."""
+    host = _ALL_IPV4 if ":" in host else host  # HAProxy's own pages listen on IPv4
     for _ in range(_ATTEMPTS):
         first = random.randrange(_FIRST_PORT, _LAST_PORT, _BLOCK)
         claim = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -79,23 +82,30 @@ def claim_ports(host: str) -> Iterator[PortBlock]:
 
 def is_port_free(host: str, port: int) -> bool:
     """Whether a server could listen on this address now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    try:
+        _try_to_bind(host, port)
+    except OSError:
+        return False
     return True
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raise ConfigError when the server's own address is taken."""
-    if not is_port_free(host, port):
+    """Raise ConfigError when the server's own address is taken or cannot be listened on."""
+    try:
+        _try_to_bind(host, port)
+    except OSError as error:
+        reason = "it is already in use" if error.errno == errno.EADDRINUSE else error.strerror
         raise ConfigError(
-            f"port {port} on {host} is already in use: stop what listens there or choose another with --port (PORT=)",
+            f"cannot listen on port {port} of {host}: {reason}; choose another with --port (PORT=) or --host",
             field="port",
-        )
+        ) from error
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+        probe.bind((host, port))
 
 
 def why_no_haproxy() -> str | None:

@@ -33,7 +33,9 @@ def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> 
     """Two more servers on the machine, told where to find the first one's Ray: they must not care."""
     address, token = server.ray()
     foreign = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    config = write_config(tmp_path_factory.mktemp("others"), make_args())
+    folder = tmp_path_factory.mktemp("others")
+    relative = os.path.relpath(TINY, folder)  # to where the server is started
+    config = write_config(folder, {"models": [{"name": "tiny", "path": relative, "max_queue_s": 1e6}]})
     (config.parent / ".env").write_text("STABLE_AUDIO_MAX_STEPS=1000\nSTABLE_AUDIO_MAX_BATCH_SIZE=9\n")
     servers = {
         "haproxy": LaunchedServer(config, environment=foreign),
