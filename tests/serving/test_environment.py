@@ -30,13 +30,13 @@ def test_no_block_of_free_ports_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_taken_port_is_refused_with_what_to_do() -> None:
-    with socket.create_server((_HOST, 0)) as server, pytest.raises(ConfigError, match="in use.*--port") as caught:
+    with socket.create_server((_HOST, 0)) as server, pytest.raises(ConfigError, match=r"in use.*--port") as caught:
         require_free_port(_HOST, server.getsockname()[1])
     assert caught.value.field == "port"
 
 
 def test_unusable_address_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match="no.such.host"):
+    with pytest.raises(ConfigError, match=r"no\.such\.host"):
         require_free_port("no.such.host.invalid", 8000)
 
 
