@@ -5,19 +5,19 @@ Owns the order of the start, what the operator reads meanwhile, and signals; Ray
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
 import re
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import httpx
 
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError
 from stable_audio_serve.core.settings_sources import load_settings
@@ -143,9 +143,9 @@ def _raise_if_failed(application: ApplicationStatusOverview) -> None:
 def _health(url: str, plan: Plan) -> Mapping[str, Any]:
     """GET /health once it lists every preloaded model as loaded; empty before."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=_HEALTH_TIMEOUT_S) as response:
-            health: dict[str, Any] = json.load(response)
-    except (http.client.HTTPException, OSError, ValueError):
+        answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)  # no proxy to our own machine
+        health: dict[str, Any] = answer.raise_for_status().json()
+    except (httpx.HTTPError, ValueError):
         return {}
     return health if set(plan.preloaded) <= set(health["loaded_models"]) else {}
 
