@@ -27,7 +27,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
         ]
     }
     config = write_config(tmp_path_factory.mktemp("server"), args)
-    launched = LaunchedServer(config, environment={"STABLE_AUDIO_MAX_STEPS": "1000", "STABLE_AUDIO_MAX_DURATION": "20"})
+    launched = LaunchedServer(
+        config,
+        environment={
+            "STABLE_AUDIO_MAX_STEPS": "1000",
+            "STABLE_AUDIO_MAX_DURATION": "20",
+            "http_proxy": "http://127.0.0.1:9",  # meant for the outside world: must not matter on this machine
+        },
+    )
     try:
         yield launched.wait_until_ready()
     finally:

@@ -142,6 +142,7 @@ def test_corrupt_weights_stop_the_start_with_one_sentence(tmp_path: Path) -> Non
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     config = write_config(tmp_path, {"models": [{"name": "tiny", "path": str(folder)}]})
-    error = run_to_failure(config, "--port", str(free_port()), "--proxy", "python")
+    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's own retries take long and change nothing
+    error = run_to_failure(config, "--port", str(free_port()), "--proxy", "python", **once)
     assert error.startswith("error: ")
     assert "model.safetensors is corrupt" in error
