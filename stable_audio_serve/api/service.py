@@ -20,7 +20,12 @@ from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_audio, make_zip
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import DeadlineExceededError, InvalidUploadError, UploadTooLargeError
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    InvalidUploadError,
+    OverloadedError,
+    UploadTooLargeError,
+)
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
@@ -28,6 +33,7 @@ from stable_audio_serve.core.settings import Settings
 log = structlog.get_logger("stable_audio_serve.api")
 
 _STATUS_TIMEOUT_S = 1.0
+_BUSY_RETRY_S = 5.0
 _SEED_LIMIT = 2**63
 _SOURCE_MARGIN_S = 1.0
 
@@ -56,6 +62,7 @@ class Service:
         self._decode_threads = ThreadPoolExecutor(api.decode_workers, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(api.encode_workers, thread_name_prefix="audio-encode")
         self._last_status: Mapping[str, ModelStatus] = {}
+        self._num_generating = 0
 
     async def close(self) -> None:
         """Wait for running work and stop threads and processes."""
@@ -81,7 +88,13 @@ class Service:
         left_s = budget_s - (self.clock.monotonic() - started_at)
         if left_s <= 0:
             raise DeadlineExceededError("deadline_s: the time budget ran out before the model was asked")
-        result = await self.backend.generate(card.name, replace(request, deadline_s=left_s))
+        if self._num_generating >= self.settings.ingress.max_ongoing_requests:
+            raise OverloadedError("too many requests are in progress", retry_after_s=_BUSY_RETRY_S)
+        self._num_generating += 1
+        try:
+            result = await self.backend.generate(card.name, replace(request, deadline_s=left_s))
+        finally:
+            self._num_generating -= 1
         audio_s = sum(audio.shape[1] for audio in result.audio) / result.sample_rate_hz
         self.metrics.increment("audio_seconds", audio_s, model=card.name)
         return result

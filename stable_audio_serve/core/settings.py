@@ -108,7 +108,7 @@ class IngressSettings(Section):
 
     replicas: int = Field(1, ge=1, description="Ingress processes; two or more off a laptop.")
     num_cpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per process.")
-    max_ongoing_requests: int = Field(256, ge=1, description="Requests one process works on at a time.")
+    max_ongoing_requests: int = Field(256, ge=1, description="Generations one process has in progress at a time.")
 
 
 class StorageSettings(Section):

@@ -63,12 +63,14 @@ def model_entry(model: ModelSettings) -> ModelEntry:
 
 
 def ingress_options(settings: Settings) -> dict[str, Any]:
-    """Deployment options of the HTTP ingress; its own limits are a fence, the models do admission."""
+    """Deployment options of the HTTP ingress. The application refuses what is too much, in each dialect's own words;
+    Serve's limits, whose answers are plain text and which would hold /health back too, are a fence at twice that."""
     ingress = settings.ingress
+    fence = 2 * ingress.max_ongoing_requests
     return {
         "num_replicas": ingress.replicas,
-        "max_ongoing_requests": ingress.max_ongoing_requests,
-        "max_queued_requests": ingress.max_ongoing_requests,
+        "max_ongoing_requests": fence,
+        "max_queued_requests": fence,
         "backpressure_config": {"status_code": 503, "retry_after_s": 5},
         **_DRAIN,
         "ray_actor_options": {"num_cpus": ingress.num_cpus},

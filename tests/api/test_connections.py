@@ -26,16 +26,19 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def connect(backend: ToneBackend, **api: object) -> AsyncIterator[httpx.AsyncClient]:
-    async with serve(backend, **api) as port, httpx.AsyncClient(timeout=10) as client:
+async def connect(
+    backend: ToneBackend, *, max_generations: int = 256, **api: object
+) -> AsyncIterator[httpx.AsyncClient]:
+    async with serve(backend, max_generations=max_generations, **api) as port, httpx.AsyncClient(timeout=10) as client:
         client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
         yield client
 
 
 @asynccontextmanager
-async def serve(backend: ToneBackend, **api: object) -> AsyncIterator[int]:
+async def serve(backend: ToneBackend, *, max_generations: int = 256, **api: object) -> AsyncIterator[int]:
     """A uvicorn server on a free port of this machine."""
-    app = create_app(backend, Settings.model_validate({"api": api}))
+    settings = Settings.model_validate({"api": api, "ingress": {"max_ongoing_requests": max_generations}})
+    app = create_app(backend, settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         task = asyncio.create_task(server.serve([listener]))
@@ -174,3 +177,18 @@ async def test_a_json_body_above_the_limit_is_413() -> None:
         reply = await client.post(URL, json={"prompt": "x" * 10_000})
     assert reply.status_code == 413
     assert "body" in reply.json()["detail"]
+
+
+async def test_more_generations_than_a_process_takes_are_refused_in_json_and_health_still_answers() -> None:
+    backend = ToneBackend(delay_s=2.0)
+    async with connect(backend, max_generations=20) as client:
+        bodies = [{"prompt": "a", "duration": 0.1, "seed": seed} for seed in range(25)]
+        waiting = [asyncio.create_task(client.post(URL, json=body)) for body in bodies]
+        await wait_until(lambda: backend.num_running == 20)
+        assert (await client.get("/health")).status_code == 200
+        answers = await asyncio.gather(*waiting)
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert len(refused) == 5
+    assert {answer.headers["retry-after"] for answer in refused} == {"5"}
+    assert "too many requests" in refused[0].json()["detail"]
+    assert sum(answer.status_code == 200 for answer in answers) == 20
