@@ -25,6 +25,7 @@ PATCH_FRAMES = 8
 LATENT_DIM = 64
 COND_DIM = 128
 MAX_SECONDS = 48.0
+LONGEST_TRAINED_S = 12.0  # the duration embedding says no more than this; the timeline does
 HEADROOM_S = 0.4
 TEXT_FOLDER = "t5gemma"
 FRAME_S = HOP / SAMPLE_RATE_HZ
@@ -96,7 +97,7 @@ def model_config() -> dict[str, Any]:
 
 def _conditioners() -> list[dict[str, Any]]:
     prompt = {"model_path": TEXT_FOLDER, "max_length": MAX_TOKENS, "padding_mode": "learned"}
-    seconds = {"min_val": 0, "max_val": MAX_SECONDS, "fourier_features_type": "expo"}
+    seconds = {"min_val": 0, "max_val": LONGEST_TRAINED_S, "fourier_features_type": "expo"}
     tempo = {"pattern": TEMPO_PATTERN, "default": DEFAULT_TEMPO_BPM, "min_val": 30, "max_val": 300}
     return [
         {"id": "prompt", "type": "t5gemma", "config": prompt},

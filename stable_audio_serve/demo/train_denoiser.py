@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from stable_audio_serve.demo import architecture
-from stable_audio_serve.demo.architecture import COND_DIM, FRAME_S, HEADROOM_S, MAX_SECONDS, PATCH_FRAMES
+from stable_audio_serve.demo.architecture import COND_DIM, FRAME_S, HEADROOM_S, LONGEST_TRAINED_S, PATCH_FRAMES
 from stable_audio_serve.demo.captions import caption
 from stable_audio_serve.demo.optim import MixedOptimizer
 from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
@@ -47,7 +47,7 @@ class DenoiserTrainingConfig:
     steps: int = 8000
     batch_latents: int = 1100
     shortest_s: float = 0.5
-    longest_s: float = 12.0
+    longest_s: float = LONGEST_TRAINED_S
     brief_share: float = 0.55
     ema: float = 0.998
     muon_lr: float = 0.015
@@ -82,7 +82,7 @@ class Network(nn.Module):
         """Cross tokens (B, T + 1, C) and global vector (B, C) of token ids (B, T), mask (B, T) and seconds (B,)."""
         encoded = self.text(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         prompt = torch.where(mask[:, :, None], encoded.float(), self.padding_embedding)
-        duration = self.seconds((seconds / MAX_SECONDS).clamp(0.0, 1.0)).float()
+        duration = self.seconds((seconds / LONGEST_TRAINED_S).clamp(0.0, 1.0)).float()
         return torch.cat([prompt, duration[:, None]], dim=1), duration
 
 

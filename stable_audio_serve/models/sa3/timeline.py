@@ -19,6 +19,8 @@ _START_S = (0.1, 0.3, 1.0, 3.0)
 _END_S = (0.1, 0.3, 1.0)
 _BEAT_RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # cycles per beat; 0.25 is a bar of four
 
+_LONG_S = 12.0  # clips beyond it are alike but for their progress
+
 NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_S) + 1 + 1 + 2 * len(_BEAT_RATES) + 1
 
 
@@ -54,7 +56,7 @@ def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, 
     rows += [torch.cos(math.pi * k * progress) for k in _PROGRESS_HARMONICS]
     rows += [torch.exp(-start / tau) for tau in _START_S]
     rows += [torch.exp(-left / tau) for tau in _END_S]
-    rows += [(left / frame_s).clamp(max=1.0), constant * math.log2(seconds / 4.0) / 2.0]
+    rows += [(left / frame_s).clamp(max=1.0), constant * math.log2(min(seconds, _LONG_S) / 4.0) / 2.0]
     for rate in _BEAT_RATES:
         angle = 2.0 * math.pi * rate * beat
         rows += [torch.cos(angle), torch.sin(angle)]
