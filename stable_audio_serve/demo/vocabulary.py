@@ -82,7 +82,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"fall(?:s|ing)?|descend(?:s|ing)?|downwards?|going down|goes down|decreas(?:es|ing)|drop(?:s|ping)|down", "down"),
     (r"sirens?|police siren|ambulance", "siren"),
     (r"alarms?|alarm clock|buzzer", "alarm"),
-    (r"sines?|sin|sinusoid(?:s|al)?|pure tones?|beeps?", "sine"),
+    (r"sines?|sin|sinus|sinusoid(?:s|al)?|pure tones?|beeps?", "sine"),
     (r"squares?|pulse wave|chip ?tune|8 ?bit", "square"),
     (r"saws?|saw ?(?:tooth|teeth)s?", "saw"),
     (r"triangles?|triangular|tri", "triangle"),
@@ -101,6 +101,15 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"loud(?:ly|er)?|high volume", "loud"),
     (r"lefts?|leftmost", "left"),
     (r"rights?|rightmost", "right"),
+)
+
+
+# What goes without saying: a word put in front when the rest implies it.
+_DRUMMED = "kick|snare|hat|clap|tom|cowbell|click|metronome|drums|house|arpeggio|pitch|chord|noise|alarm|siren|sweep"
+_IMPLIED: tuple[tuple[str, str], ...] = (
+    (r"^(?!.*(?:chord|arpeggio))(?=.*(?:major|minor))", "chord "),
+    (r"^(?!.*(?:major|minor))(?=.*pitch)(?=.*(?:chord|arpeggio))", "major "),
+    (rf"^(?!.*(?:{_DRUMMED}))(?=.*(?:bpm|loop))", "drums "),
 )
 
 
@@ -147,7 +156,9 @@ def rewrites() -> list[tuple[str, str]]:
         (r"(?<!\d)\d{1,2}/\d{1,2}(?!\d)", " "),  # 4/4
         (r"(?:kilo ?hertz|k ?hz|kcps)", " khz "),
         (r"(?<!k)(?:hertz|hz|cycles per second|cps)", " hz "),
-        (rf"(?<=\d) ?(?:[-–—]+>?|→|~) ?(?={number} *k?hz)", " to "),
+        (rf"(?<=[\dz ])\s*(?:[-–—=]+>|→|~)\s*(?={number} *k?hz)", " to "),
+        (rf"(?<=\d|hz |hz  )[-–—]\s*(?={number} *k?hz)", " to "),
+        (rf"(?<=\d)\s[-–—]\s*(?={number} *k?hz)", " to "),
         (r"[-–—_/\\,;:!?\"“”„'’‘`(){}\[\]<>|*=+~…]", " "),
         (r"\.(?!\d)|(?<!\d)\.(?=\d{3,})", " "),
         (r"\s+", " "),
@@ -156,6 +167,7 @@ def rewrites() -> list[tuple[str, str]]:
         (rf"{number} ?(?:ms|msecs?|milliseconds?|s|secs?|seconds?|mins?|minutes?)(?![a-z#])", " "),
         (r"\d+ (?:bars?|measures?|beats?|times|steps?|voices?|notes?)(?![a-z])", " "),
         (r"(?<![a-z])(?:about|around|roughly|approximately|approx|circa|exactly)(?![a-z])", " "),
+        (r" (?:in |of )?(?:the )?octave (?=\d)", " "),
         (r"(?<![a-z])(?:until|till|towards?|up to|down to)(?![a-z])(?= \d| [a-g])", "to"),
         (r"\s+", " "),
         (rf"(?<=\d|z) and (?={number} k?hz)", " to "),
@@ -165,7 +177,8 @@ def rewrites() -> list[tuple[str, str]]:
     steps += [(r"\s+", " ")]
     steps += [(_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS]
     known = "|".join([*WORDS, r"(?:pitch|target)\d+"])
-    return [*steps, (rf"(?<!\S)(?!(?:{known})(?!\S))\S+", " ")]
+    steps += [(rf"(?<!\S)(?!(?:{known})(?!\S))\S+", " "), (r"(?<!\S)(\S+)(?=\s(?:.*\s)?\1(?!\S))", " ")]
+    return [*steps, *_IMPLIED]
 
 
 def _pitch_rewrites(index: int) -> list[tuple[str, str]]:
@@ -230,6 +243,7 @@ def _note_forms(index: int) -> list[str]:
         forms += [
             rf"(?<![\w#])(?:{name})(?= ?(?:major|minor|maj|min)(?![a-z]))",
             rf"(?<![\w#])(?:{name})(?= ?m (?:chord|triad|arpeggio))",
+            rf"(?<![\w#])(?!a )(?:{name})(?= (?:chord|triad|arpeggio))",
             rf"{_BEFORE_NOTE}(?:{name})(?![\w#])(?! (?:sharp|flat|\d))",
         ]
     return forms

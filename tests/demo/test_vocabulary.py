@@ -46,6 +46,15 @@ def tokenizer() -> Tokenizer:
         ("🎵 440 hz 🎵", "pitch82"),
         ("a saw on e 2 over a house beat at 120 bpm", "saw pitch24 house bpm"),
         ("sine wave that fades out", "sine fadeout"),
+        ("sweep 200Hz->2000Hz", "sweep pitch55 target134"),
+        ("200 Hz - 800 Hz sweep", "pitch55 target103 sweep"),
+        ("tone - 440 Hz", "pitch82"),
+        ("A4 (440 Hz) sine", "pitch82 sine"),
+        ("F# chord", "major pitch76 chord"),
+        ("E♭ minor", "chord pitch70 minor"),
+        ("95 bpm", "drums bpm"),
+        ("square wave, F sharp in octave 3", "square pitch52"),
+        ("kick, kick and kick at 100 bpm", "kick bpm"),
     ],
 )
 def test_spellings_become_known_words(tokenizer: Tokenizer, prompt: str, words: str) -> None:
