@@ -48,7 +48,7 @@ class DenoiserTrainingConfig:
     batch_latents: int = 1100
     shortest_s: float = 0.5
     longest_s: float = LONGEST_TRAINED_S
-    brief_share: float = 0.55
+    brief_share: float = 0.45
     ema: float = 0.998
     muon_lr: float = 0.015
     adam_lr: float = 2e-3
