@@ -163,8 +163,11 @@ class EngineLoop:
             request = row.request
             if request.id not in self._requests:
                 continue
-            level = logging.INFO if isinstance(error, InvalidRequestError) else logging.ERROR
-            log.log(level, "request %s failed: %r", request.request.request_id or request.id, error, exc_info=error)
+            name = request.request.request_id or request.id
+            if isinstance(error, InvalidRequestError):
+                log.info("request %s refused: %s", name, error)
+            else:
+                log.error("request %s failed: %r", name, error, exc_info=error)
             self._end(request, outcome="failed")
             if not isinstance(error, StableAudioError):
                 error = GenerationError("the model failed on this request")

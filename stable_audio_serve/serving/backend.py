@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -88,7 +88,7 @@ class RayBackend:
         response = handle.generate.remote(request)
         try:
             async with asyncio.timeout(bound_s):
-                result: GenerationResult = await response
+                result: GenerationResult | StableAudioError = await response
         except TimeoutError as error:
             response.cancel()  # giving up on a handle does not stop the replica
             raise DeadlineExceededError("the time budget of this request ran out") from error
@@ -99,8 +99,11 @@ class RayBackend:
             raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
         except DeploymentUnavailableError as error:
             raise ModelUnavailableError("the model failed to load", retry_after_s=_RETRY_AFTER_S) from error
-        except RayTaskError as error:
-            _raise_cause(error)
+        except RayTaskError as error:  # nothing we expect: its text is for the log only
+            logger.error("a replica failed: %s", error)
+            raise GenerationError("the generation failed") from error
+        if isinstance(result, StableAudioError):
+            raise result
         return result
 
     async def status(self) -> Mapping[str, ModelStatus]:
@@ -163,11 +166,3 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
 
 def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:
     return int(deployment.replica_states.get(state, 0))
-
-
-def _raise_cause(error: RayTaskError) -> NoReturn:
-    """What the replica itself raised; anything not of ours is a failed generation whose text stays in the log."""
-    if isinstance(error.cause, StableAudioError):
-        raise error.cause from None
-    logger.error("a replica failed: %s", error)
-    raise GenerationError("the generation failed") from error

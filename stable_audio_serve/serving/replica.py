@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import ray
 
-from stable_audio_serve.core.errors import DeadlineExceededError
+from stable_audio_serve.core.errors import DeadlineExceededError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.serving.logs import configure_logging
@@ -54,8 +54,11 @@ class ModelReplica:
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Run one request; `deadline_s` counts from now. Raises what `Engine.generate` raises."""
+    async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
+        """Run one request; `deadline_s` counts from now.
+
+        Errors of ours are returned: Serve logs whatever a replica raises as its failure, with a traceback.
+        """
         self._outcomes["in_flight"] += 1
         outcome = "failed"
         try:
@@ -65,9 +68,10 @@ class ModelReplica:
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
-        except DeadlineExceededError:
-            outcome = "expired"
-            raise
+        except StableAudioError as error:
+            if isinstance(error, DeadlineExceededError):
+                outcome = "expired"
+            return error
         finally:
             self._outcomes["in_flight"] -= 1
             self._outcomes[outcome] += 1
@@ -86,8 +90,9 @@ class ModelReplica:
         self._engine.check_health()
 
     async def __del__(self) -> None:
-        # Serve calls and awaits this once the requests in flight are done or out of time.
-        await self._engine.close()
+        # Serve calls and awaits this once the requests in flight are done or out of time, and after a failed start.
+        if hasattr(self, "_engine"):
+            await self._engine.close()
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

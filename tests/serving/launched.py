@@ -89,6 +89,13 @@ class LaunchedServer:
         self._reader.join(timeout=5)
         return time.monotonic() - started_at
 
+    def wait_for_output(self, text: str, *, timeout_s: float = 10.0) -> None:
+        """Until a line with `text` was printed; Ray brings the lines of its processes a little later."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output:
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.05)
+
     def leftovers(self) -> Sequence[int]:
         """Processes that still use this server's folder."""
         return users_of(self.directory)

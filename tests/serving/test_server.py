@@ -113,6 +113,15 @@ def test_model_refusal_crosses_the_handle_intact(server: LaunchedServer) -> None
     assert "sampler" in response.text
 
 
+def test_refusals_leave_no_traceback_in_the_log(server: LaunchedServer) -> None:
+    num_lines = len(server.lines)
+    server.client.post("/generate", json=make_body(sampler_kwargs={"sampler_type": "no-such-sampler"}))
+    server.client.post("/generate", json=make_body(deadline_s=0.001))
+    server.client.get("/health", headers={"X-Request-Id": "the-last-line"})
+    server.wait_for_output("the-last-line")
+    assert not [line for line in server.lines[num_lines:] if "Traceback" in line]
+
+
 def test_late_request_ends_at_its_deadline(server: LaunchedServer) -> None:
     started_at = time.monotonic()
     response = server.client.post("/generate", json=make_long_body(deadline_s=1))
