@@ -48,7 +48,8 @@ class ModelCatalog:
             self.default = self.resolve(default) if default else min(self, key=lambda card: card.is_demo)
         except UnknownModelError as error:
             raise ConfigError(
-                f"default_model (STABLE_AUDIO_DEFAULT_MODEL): {error.message}", field="default_model"
+                f"default_model (STABLE_AUDIO_DEFAULT_MODEL or STABLE_AUDIO_MODEL): {error.message}",
+                field="default_model",
             ) from error
 
     def resolve(self, name: str) -> ModelCard:

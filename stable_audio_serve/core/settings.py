@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, m
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Device = Annotated[str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$")]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -80,7 +81,7 @@ class ModelSettings(Section):
     duration_padding_s: float | None = Field(
         None, ge=0, le=30, description="Headroom generated behind a clip, seconds; unset = the model's own."
     )
-    device: str | None = Field(None, min_length=1, description="cuda, mps or cpu; unset = the server's `device`.")
+    device: Device | None = Field(None, description="cuda, mps or cpu; unset = the server's `device`.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="Precision of the denoiser; unset = by `model_half` and device."
     )
@@ -135,7 +136,7 @@ class Settings(Section):
         None,
         description="Models kept loaded, a list or comma list; empty = load on first use; unset = the default.",
     )
-    device: str | None = Field(None, min_length=1, description="cuda, mps or cpu; unset = the first that exists.")
+    device: Device | None = Field(None, description="cuda, mps or cpu; unset = the first that exists.")
     model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
     output_dir: str = Field("outputs", min_length=1, description="Folder of local job artifacts.")
     hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")

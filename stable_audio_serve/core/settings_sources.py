@@ -91,7 +91,8 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
         try:
             catalog.resolve(name)
         except UnknownModelError as error:
-            raise ConfigError(f"{key} ({VARIABLES[(key,)][0]}): {error.message}", field=key) from error
+            names = " or ".join(VARIABLES[(key,)])
+            raise ConfigError(f"{key} ({names}): {error.message}", field=key) from error
 
 
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:

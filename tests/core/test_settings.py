@@ -99,6 +99,7 @@ def test_the_hub_token_is_taken_under_both_names(tmp_path: Path) -> None:
         ("STABLE_AUDIO_MAX_UPLOAD_BYTES", "100MB"),
         ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES", "soon"),
         ("STABLE_AUDIO_MODEL_HALF", "maybe"),
+        ("STABLE_AUDIO_DEVICE", "tpu"),
     ],
 )
 def test_a_bad_variable_is_named(tmp_path: Path, name: str, value: str) -> None:
@@ -122,6 +123,7 @@ def test_a_bad_variable_is_named(tmp_path: Path, name: str, value: str) -> None:
         ({"models": [{"name": "a", "path": "x", "repo_id": "y"}]}, "path and repo_id"),
         ({"models": [{"name": "a", "replicas": {"min_replicas": 3}}]}, "models.0.replicas"),
         ({"ingress": {"replicas": 0}}, "ingress.replicas"),
+        ({"models": [{"name": "a", "device": "gpu"}]}, "models.0.device"),
     ],
 )
 def test_a_bad_key_is_named(tmp_path: Path, args: dict[str, Any], key: str) -> None:
@@ -132,7 +134,7 @@ def test_a_bad_key_is_named(tmp_path: Path, args: dict[str, Any], key: str) -> N
 def test_unknown_model_names_stop_the_start() -> None:
     catalog = ModelCatalog([ModelCard("small-sfx", "stable-audio-3", aliases=("stable-audio-3-small-sfx",))])
     check_model_names(Settings(default_model="stable-audio-3-small-sfx", preload_models=("small-sfx",)), catalog)
-    with pytest.raises(ConfigError, match=r"STABLE_AUDIO_DEFAULT_MODEL.*'huge'.*small-sfx"):
+    with pytest.raises(ConfigError, match=r"STABLE_AUDIO_DEFAULT_MODEL or STABLE_AUDIO_MODEL.*'huge'.*small-sfx"):
         check_model_names(Settings(default_model="huge"), catalog)
     with pytest.raises(ConfigError, match=r"STABLE_AUDIO_PRELOAD_MODELS.*'huge'"):
         check_model_names(Settings(preload_models=("small-sfx", "huge")), catalog)
