@@ -18,6 +18,7 @@ from stable_audio_serve.core.settings import ApiSettings
 _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 _CLOSE = {"Connection": "close"}
 _MAX_DRAIN_S = 10.0
+_MAX_DRAIN_IDLE_S = 1.0
 
 
 class ClientGoneError(OSError):
@@ -127,13 +128,16 @@ class _Connection:
             raise HTTPException(408, "body: did not arrive in time", headers=_CLOSE) from error
 
     async def _drain(self, message: Message) -> None:
-        """Read on for a while and drop it: a client that is still sending would never see the refusal."""
+        """Read on and drop it as long as more keeps coming: a client still sending would never see the refusal."""
         deadline_at = asyncio.get_running_loop().time() + _MAX_DRAIN_S
         dropped_bytes = 0
         while message.get("more_body", False) and dropped_bytes < 2 * self._body.max_bytes:
-            if asyncio.get_running_loop().time() > deadline_at:
+            left_s = deadline_at - asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(min(_MAX_DRAIN_IDLE_S, left_s)):
+                    message = await self._receive()
+            except TimeoutError:
                 return
-            message = await self._receive_in_time()
             dropped_bytes += len(message.get("body", b""))
 
     async def _watch(self) -> None:

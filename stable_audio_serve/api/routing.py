@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -21,7 +22,7 @@ ErrorRenderer = Callable[[Request, ExpectedError], Response]
 
 _MAX_FILES = 8
 _MAX_FIELDS = 64
-_MAX_FIELD_BYTES = 256 * 1024
+_MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
 
 
 class BoundedRequest(Request):
@@ -31,12 +32,15 @@ class BoundedRequest(Request):
         """The JSON body. Raises JSONDecodeError, also for nesting and numbers beyond all reason."""
         body = await self.body()
         try:
-            return pydantic_core.from_json(body)
+            return pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8))
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from error
 
     async def _get_form(self, **_: Any) -> FormData:
-        return await super()._get_form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+        try:
+            return await super()._get_form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+        except HTTPException as error:
+            raise HTTPException(error.status_code, f"body: {error.detail}", headers=error.headers) from error
 
 
 def route_class(render: ErrorRenderer) -> type[APIRoute]:

@@ -179,6 +179,15 @@ async def test_a_json_body_above_the_limit_is_413() -> None:
     assert "body" in reply.json()["detail"]
 
 
+async def test_a_body_declared_too_large_is_refused_without_waiting_for_it() -> None:
+    async with serve(ToneBackend()) as port:
+        reader, writer = await open_connection(port, b"{", length=99_999_999_999)
+        async with asyncio.timeout(5):
+            reply = await reader.read()
+        writer.close()
+    assert reply.startswith(b"HTTP/1.1 413 ")
+
+
 async def test_more_generations_than_a_process_takes_are_refused_in_json_and_health_still_answers() -> None:
     backend = ToneBackend(delay_s=2.0)
     async with connect(backend, max_generations=20) as client:

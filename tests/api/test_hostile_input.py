@@ -52,6 +52,23 @@ async def test_strange_json(client: httpx.AsyncClient, body: bytes) -> None:
     expect_client_error(await client.post(URL, content=body, headers=JSON))
 
 
+async def test_json_with_a_byte_order_mark(client: httpx.AsyncClient) -> None:
+    body = b'\xef\xbb\xbf{"prompt": "x", "duration": 0.1}'
+    assert (await client.post(URL, content=body, headers=JSON)).status_code == 200
+
+
+async def test_the_longest_prompt_also_fits_a_form(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    form = {"prompt": "\N{HEADPHONE}" * 100_000, "duration": "0.1"}
+    assert (await client.post(VARIATIONS, data=form, files={"audio": WAV})).status_code == 200
+    assert backend.requests[-1][1].prompt == form["prompt"]
+
+
+async def test_a_form_field_beyond_all_reason_names_the_body(client: httpx.AsyncClient) -> None:
+    reply = await client.post(VARIATIONS, data={"prompt": "x" * 600_000}, files={"audio": WAV})
+    assert reply.status_code == 400
+    assert reply.json()["detail"].startswith("body: ")
+
+
 @pytest.mark.parametrize(
     "content_type",
     [
@@ -77,7 +94,7 @@ async def test_wrong_content_types(client: httpx.AsyncClient, url: str, content_
         b"--B\r\nContent-Disposition: ;;;\r\n\r\nx\r\n--B--\r\n",
         b"--B\r\nNo-Colon\r\n\r\nx\r\n--B--\r\n",
         b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n' + WAV,
-        b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + b"x" * 300_000 + b"\r\n--B--\r\n",
+        b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + b"x" * 600_000 + b"\r\n--B--\r\n",
         b'--B\r\nContent-Disposition: form-data; name="f"\r\n\r\nx\r\n' * 100 + b"--B--\r\n",
         b'--B\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\nx\r\n' * 20 + b"--B--\r\n",
         b"--B\r\n" + b"X-A: b\r\n" * 5000 + b"\r\nx\r\n--B--\r\n",
