@@ -38,10 +38,11 @@ class RowLength:
 def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames: int | None = None) -> RowLength:
     """Lengths of a row of `duration_s` > 0 with `padding_s` of headroom.
 
-    The clip and its headroom are rounded up to whole frames, then to the multiple, then capped; the headroom itself
-    counts in whole frames. `frames` forces the latent length, as for a row that shares a longer row's batch.
+    The clip, at least one sample, and its headroom are rounded up to whole frames, then to the multiple, then capped;
+    the headroom itself counts in whole frames. `frames` forces the latent length, as for a row that shares a longer
+    row's batch.
     """
-    clip_samples = int(duration_s * rule.sample_rate_hz)
+    clip_samples = max(int(duration_s * rule.sample_rate_hz), 1)
     if frames is None:
         padded = int((duration_s + padding_s) * rule.sample_rate_hz)
         whole = -(-padded // (rule.hop * rule.frame_multiple)) * rule.hop * rule.frame_multiple

@@ -91,7 +91,7 @@ def _check_numbers(request: GenerationRequest) -> None:
 
 def _plan_length(request: GenerationRequest, config: Sa3Config, spec: ModelSpec, frames: int | None) -> RowLength:
     duration_s, cap_s = request.duration_s, spec.max_duration_s
-    if not math.isfinite(duration_s) or int(duration_s * spec.sample_rate_hz) < 1:
+    if not math.isfinite(duration_s) or duration_s <= 0:
         raise InvalidRequestError("duration must be above 0", field="duration", allowed=f"0..{cap_s:g}")
     if frames is None and duration_s > cap_s:
         message = f"duration must be at most {cap_s:g} s for {spec.name}, got {duration_s:g}"
