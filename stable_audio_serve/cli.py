@@ -9,12 +9,12 @@ import typer
 
 from stable_audio_serve import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @app.callback()
 def main() -> None:
-    """Serve Stable Audio models."""
+    """Self-hosted serving of Stable Audio models over HTTP."""
 
 
 @app.command()
