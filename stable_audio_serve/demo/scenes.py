@@ -44,9 +44,9 @@ class Scene:
 SHARES: dict[str, float] = {
     "tone": 0.22,
     "chord": 0.06,
-    "arpeggio": 0.10,
-    "sweep": 0.17,
-    "beat": 0.31,
+    "arpeggio": 0.14,
+    "sweep": 0.19,
+    "beat": 0.26,
     "hit": 0.03,
     "noise": 0.05,
     "siren": 0.01,

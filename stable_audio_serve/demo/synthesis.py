@@ -262,7 +262,11 @@ def _falling(length_s: float, start: float, end: float, amplitude: float, tau_s:
 
 
 def _kick() -> tuple[Array, Array]:
-    tonal, noise = _falling(0.22, 28, 10, 0.8, 0.07)
+    """A low tone that falls to its pitch within three hundredths of a second, and the beater's knock."""
+    tonal, noise = _hit(0.22)
+    time_s = np.arange(len(tonal)) * FRAME_S
+    pitches = np.rint(12 + 16 * np.exp(-time_s / 0.012)).astype(int)
+    tonal[np.arange(len(tonal)), pitches] = 0.8 * _decaying(0.22, 0.07)
     noise[0, 2:12] = 0.05
     return tonal, noise
 

@@ -37,7 +37,7 @@ HEADROOM_LATENTS = int(HEADROOM_S * SAMPLE_RATE_HZ / architecture.HOP)
 
 # A held tone teaches its pitch in a second, so many batches are brief clips of what has a pitch: more notes an hour.
 BRIEF_S = 1.4
-_BRIEF_SHARES = {"tone": 0.6, "chord": 0.16, "sweep": 0.15, "noise": 0.03, "hit": 0.03, "hush": 0.015, "silence": 0.015}
+_BRIEF_SHARES = {"tone": 0.56, "chord": 0.14, "sweep": 0.21, "noise": 0.03, "hit": 0.03, "hush": 0.015, "silence": 0.015}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class DenoiserTrainingConfig:
     batch_latents: int = 1100
     shortest_s: float = 0.5
     longest_s: float = LONGEST_TRAINED_S
-    brief_share: float = 0.45
+    brief_share: float = 0.42
     ema: float = 0.998
     muon_lr: float = 0.015
     adam_lr: float = 2e-3
