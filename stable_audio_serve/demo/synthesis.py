@@ -10,6 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from stable_audio_serve.demo.drums import BAR_PATTERNS, HIT_SOUNDS
 from stable_audio_serve.demo.scenes import Scene
 from stable_audio_serve.models.blocks.oscillator_bank import (
     BAND_EDGES_HZ,
@@ -129,7 +130,7 @@ def _render_part(scene: Scene, rng: np.random.Generator, *, duration_s: float, n
         case "beat":
             _draw_beat(canvas, scene)
         case "hit":
-            canvas.stamp(0, *_HIT_SOUNDS[scene.voice])
+            canvas.stamp(0, *HIT_SOUNDS[scene.voice])
         case "noise":
             canvas.bands[:] = _noise_bands(scene.voice, rng, num_frames)
         case "hush":
@@ -208,80 +209,11 @@ def _draw_arpeggio(canvas: _Canvas, scene: Scene) -> None:
         canvas.stamp(onset, tones, silent)
 
 
-# voice -> (hit, parts per beat, the parts of a four-beat bar it falls on)
-_BAR_PATTERNS: dict[str, list[tuple[str, int, tuple[int, ...]]]] = {
-    "metronome": [("click", 1, (0, 1, 2, 3))],
-    "kick": [("kick", 1, (0, 1, 2, 3))],
-    "clap": [("clap", 1, (0, 1, 2, 3))],
-    "snare": [("snare", 1, (0, 1, 2, 3))],
-    "tom": [("tom", 1, (0, 1, 2, 3))],
-    "cowbell": [("cowbell", 1, (0, 1, 2, 3))],
-    "hat": [("hat", 2, (0, 1, 2, 3, 4, 5, 6, 7))],
-    "drums": [("kick", 1, (0, 2)), ("snare", 1, (1, 3)), ("hat", 2, (0, 1, 2, 3, 4, 5, 6, 7))],
-    "house": [("kick", 1, (0, 1, 2, 3)), ("clap", 1, (1, 3)), ("hat", 2, (1, 3, 5, 7))],
-}
-
-
 def _draw_beat(canvas: _Canvas, scene: Scene) -> None:
-    for hit, per_beat, places in _BAR_PATTERNS[scene.voice]:
+    for hit, per_beat, places in BAR_PATTERNS[scene.voice]:
         for number, onset in enumerate(onset_frames(scene.tempo_bpm, len(canvas.tones), per_beat=per_beat)):
             if number % (4 * per_beat) in places:
-                canvas.stamp(onset, *_HIT_SOUNDS[hit])
-
-
-def _decaying(length_s: float, tau_s: float) -> Array:
-    time_s = np.arange(max(1, round(length_s / FRAME_S)), dtype=np.float32) * FRAME_S
-    return np.exp(-time_s / tau_s).astype(np.float32)
-
-
-def _hit(
-    length_s: float,
-    *,
-    tones: list[tuple[float, float, float]] = [],  # noqa: B006 - read only: (hertz, amplitude, tau_s)
-    bands: tuple[int, int, float, float] | None = None,  # first band, last band, RMS of each, tau_s
-) -> tuple[Array, Array]:
-    num_frames = max(1, round(length_s / FRAME_S))
-    tonal = np.zeros((num_frames, NUM_OSCILLATORS), np.float32)
-    noise = np.zeros((num_frames, NUM_BANDS), np.float32)
-    for frequency_hz, amplitude, tau_s in tones:
-        index = round(82 + 24 * math.log2(frequency_hz / 440))
-        tonal[:, index] = amplitude * _decaying(length_s, tau_s)
-    if bands is not None:
-        first, last, rms, tau_s = bands
-        noise[:, first : last + 1] = rms * _decaying(length_s, tau_s)[:, None]
-    return tonal, noise
-
-
-def _falling(length_s: float, start: float, end: float, amplitude: float, tau_s: float) -> tuple[Array, Array]:
-    """A tone that falls from oscillator `start` to `end` while it decays."""
-    tonal, noise = _hit(length_s)
-    progress = np.linspace(0, 1, len(tonal))
-    pitches = np.rint(start + (end - start) * np.sqrt(progress)).astype(int)
-    tonal[np.arange(len(tonal)), pitches] = amplitude * _decaying(length_s, tau_s)
-    return tonal, noise
-
-
-def _kick() -> tuple[Array, Array]:
-    """A low tone that falls to its pitch within three hundredths of a second, and the beater's knock."""
-    tonal, noise = _hit(0.22)
-    time_s = np.arange(len(tonal)) * FRAME_S
-    pitches = np.rint(12 + 16 * np.exp(-time_s / 0.012)).astype(int)
-    tonal[np.arange(len(tonal)), pitches] = 0.8 * _decaying(0.22, 0.07)
-    noise[0, 2:12] = 0.05
-    return tonal, noise
-
-
-_HIT_SOUNDS: dict[str, tuple[Array, Array]] = {
-    "kick": _kick(),
-    "snare": _hit(0.2, tones=[(190.0, 0.25, 0.05)], bands=(6, 17, 0.07, 0.05)),
-    "hat": _hit(0.08, bands=(15, 19, 0.05, 0.02)),
-    "clap": _hit(0.16, bands=(8, 14, 0.09, 0.04)),
-    "tom": _falling(0.4, 44, 34, 0.6, 0.13),
-    "cowbell": _hit(0.3, tones=[(540.0, 0.3, 0.09), (800.0, 0.25, 0.09)]),
-    "click": _hit(0.05, tones=[(1500.0, 0.5, 0.014)], bands=(10, 18, 0.03, 0.008)),
-    "cymbal": _hit(1.6, bands=(13, 19, 0.06, 0.4)),
-    "laser": _falling(0.4, 150, 60, 0.4, 0.25),
-}
+                canvas.stamp(onset, *HIT_SOUNDS[hit])
 
 
 def _noise_bands(colour: str, rng: np.random.Generator, num_frames: int) -> Array:

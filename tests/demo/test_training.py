@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from stable_audio_serve.demo.clips import ClipConfig, ClipSource
 from stable_audio_serve.demo.package import write_checkpoint
 from stable_audio_serve.demo.train_autoencoder import (
     Autoencoder,
@@ -16,7 +17,7 @@ from stable_audio_serve.demo.train_autoencoder import (
     reconstruction_loss,
     standardise,
 )
-from stable_audio_serve.demo.train_denoiser import ClipSource, DenoiserTrainingConfig, Trainer, draw_times
+from stable_audio_serve.demo.train_denoiser import DenoiserTrainingConfig, Trainer, draw_times
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import load_sa3
 
@@ -42,9 +43,8 @@ def test_twenty_steps_of_stage_one_lower_the_loss(tmp_path: Path) -> None:
 
 
 def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> None:
-    config = DenoiserTrainingConfig(steps=40, batch_latents=120, longest_s=2.0)
-    trainer = Trainer(config)
-    source = ClipSource(untrained, config, np.random.default_rng(0))
+    trainer = Trainer(DenoiserTrainingConfig(steps=40))
+    source = ClipSource(untrained, ClipConfig(batch_latents=120, longest_s=2.0), np.random.default_rng(0))
     losses = [trainer.train_step(source.draw()) for _ in range(20)]
     assert np.mean(losses[-5:]) < 0.93 * np.mean(losses[:3])
 

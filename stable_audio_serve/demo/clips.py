@@ -1,0 +1,162 @@
+"""Batches for stage 2: random scenes as captions, latents of the trained autoencoder, timelines and edit masks."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from stable_audio_serve.demo import architecture
+from stable_audio_serve.demo.architecture import FRAME_S, HEADROOM_S, LONGEST_TRAINED_S, PATCH_FRAMES
+from stable_audio_serve.demo.captions import caption
+from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
+from stable_audio_serve.demo.synthesis import render_scene
+from stable_audio_serve.demo.train_autoencoder import Autoencoder
+from stable_audio_serve.demo.vocabulary import MAX_TOKENS, build_tokenizer
+from stable_audio_serve.models.blocks.oscillator_bank import SAMPLE_RATE_HZ
+from stable_audio_serve.models.sa3.timeline import timeline_features
+
+HEADROOM_LATENTS = int(HEADROOM_S * SAMPLE_RATE_HZ / architecture.HOP)
+
+# A held tone teaches its pitch in a second, so many batches are brief clips of what has a pitch: more notes an hour.
+BRIEF_S = 1.4
+_BRIEF_SHARES = {
+    "tone": 0.56,
+    "chord": 0.14,
+    "sweep": 0.21,
+    "noise": 0.03,
+    "hit": 0.03,
+    "hush": 0.015,
+    "silence": 0.015,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ClipConfig:
+    """How long clips are and how many go into a batch."""
+
+    batch_latents: int = 1100
+    shortest_s: float = 0.5
+    longest_s: float = LONGEST_TRAINED_S
+    brief_share: float = 0.42
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F)."""
+
+    latents: Tensor
+    valid: Tensor
+    tokens: Tensor
+    mask: Tensor
+    seconds: Tensor
+    local: Tensor
+
+
+class ClipSource:
+    """Fresh random clips of similar length, encoded by the frozen autoencoder."""
+
+    def __init__(self, autoencoder: Autoencoder, config: ClipConfig, rng: np.random.Generator) -> None:
+        self._autoencoder = autoencoder.eval()
+        self._config = config
+        self._rng = rng
+        self._tokenizer = padded_tokenizer()
+
+    def draw(self) -> Batch:
+        """One batch on the CPU, latents standardised by the autoencoder itself."""
+        rng, config = self._rng, self._config
+        brief = rng.random() < config.brief_share
+        if brief:
+            longest = float(rng.uniform(config.shortest_s, BRIEF_S))
+        else:
+            longest = float(np.exp(rng.uniform(np.log(config.shortest_s), np.log(config.longest_s))))
+        frames = num_latents(longest) + HEADROOM_LATENTS
+        count = int(np.clip(config.batch_latents // (frames + 6), 4, 64))
+        seconds = np.maximum(longest * rng.uniform(0.75, 1.0, count), config.shortest_s)
+        seconds = np.round(np.append(longest, seconds[1:]), 2)
+        scenes = [draw_scene(rng, shares=_BRIEF_SHARES if brief else SHARES) for _ in range(count)]
+        edits = rng.random(count) < 0.2
+        captions = [
+            "" if edit and rng.random() < 0.3 else caption(scene, rng)
+            for scene, edit in zip(scenes, edits, strict=True)
+        ]
+        clips = [
+            render_scene(scene, rng, duration_s=float(length), num_frames=frames * PATCH_FRAMES)
+            for scene, length in zip(scenes, seconds, strict=True)
+        ]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            latents = self._autoencoder.encoder(torch.from_numpy(np.stack(clips)).transpose(1, 2)).float()
+        valid = torch.tensor([[n < num_latents(s) + HEADROOM_LATENTS for n in range(frames)] for s in seconds])
+        encoded = self._tokenizer.encode_batch(captions)
+        return Batch(
+            latents,
+            valid,
+            torch.tensor([entry.ids for entry in encoded]),
+            torch.tensor([entry.attention_mask for entry in encoded]).bool(),
+            torch.tensor(seconds, dtype=torch.float32),
+            self._local(latents, scenes, seconds, edits),
+        )
+
+    def _local(self, latents: Tensor, scenes: list[Scene], seconds: np.ndarray[Any, Any], edits: Any) -> Tensor:
+        count, _, frames = latents.shape
+        keep = torch.zeros(count, 1, frames)
+        for row in np.flatnonzero(edits):
+            keep[row, 0] = self._keep_mask(frames, num_latents(float(seconds[row])))
+        lines = [
+            timeline_features(frames, frame_s=FRAME_S, seconds_total=float(length), tempo_bpm=scene.tempo_bpm)
+            for scene, length in zip(scenes, seconds, strict=True)
+        ]
+        return torch.cat([keep, keep * latents, torch.stack(lines)], dim=1)
+
+    def _keep_mask(self, frames: int, sounding: int) -> Tensor:
+        """Which latents an edit keeps: a prefix, a suffix, or all but a hole."""
+        keep = torch.zeros(frames)
+        first, second = sorted(self._rng.integers(1, max(sounding, 2), size=2))
+        kind = self._rng.random()
+        if kind < 0.45:
+            keep[:first] = 1.0
+        elif kind < 0.65:
+            keep[second:sounding] = 1.0
+        else:
+            keep[:sounding] = 1.0
+            keep[first : max(second, first + 1)] = 0.0
+        return keep
+
+
+def prefetched(source: ClipSource, stop: threading.Event, *, depth: int = 3) -> Iterator[Batch]:
+    """Batches of a source, made a few ahead on a side thread until `stop` is set."""
+    batches: queue.Queue[Batch] = queue.Queue(depth)
+
+    def fill() -> None:
+        while not stop.is_set():
+            batch = source.draw()
+            while not stop.is_set():
+                try:
+                    batches.put(batch, timeout=1.0)
+                    break
+                except queue.Full:
+                    continue
+
+    threading.Thread(target=fill, name="clips", daemon=True).start()
+    while True:
+        yield batches.get()
+
+
+def padded_tokenizer() -> Tokenizer:
+    """The tokenizer, cutting and padding to the model's prompt length."""
+    tokenizer = build_tokenizer()
+    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_padding(length=MAX_TOKENS, pad_id=0, pad_token="<pad>")
+    return tokenizer
+
+
+def num_latents(seconds: float) -> int:
+    """Latents that a clip sounds for."""
+    return -(-int(seconds * SAMPLE_RATE_HZ) // architecture.HOP)
