@@ -29,7 +29,7 @@ from stable_audio_serve.engine.options import EngineOptions, Mode
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.prompt_cache import PromptCache
-from stable_audio_serve.engine.request_state import Reply, RequestState
+from stable_audio_serve.engine.request_state import Reply, RequestState, late
 from stable_audio_serve.engine.rows import row_work
 from stable_audio_serve.engine.scheduler import Scheduler, SchedulerLimits
 from stable_audio_serve.engine.stages import Stages
@@ -81,8 +81,13 @@ class Engine:
         weakref.finalize(self, self._thread.stop, timeout_s=_EXIT_TIMEOUT_S)
 
     async def start(self) -> None:
-        """Start the engine thread and wait for its warm-up. Raises ModelUnavailableError if the model breaks in it."""
+        """Start the engine thread and wait for its warm-up.
+
+        Raises ModelUnavailableError if the model breaks in it, and on an engine that was closed.
+        """
         self._ensure_started()
+        if self._is_closing:
+            raise ModelUnavailableError(UNAVAILABLE)
         await asyncio.to_thread(self._thread.wait_ready)
         if self._thread.error is not None:
             raise ModelUnavailableError("the model failed during warm-up") from self._thread.error
@@ -168,7 +173,12 @@ class Engine:
         """Plan, count in and hand over to the engine thread."""
         submitted_at = self._clock.monotonic()
         self._admission.check()
-        plans = await self._planner.plan(request, frames=frames)
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                plans = await self._planner.plan(request, frames=frames)
+        except TimeoutError:
+            self._metrics.increment("engine_requests_total", outcome="expired")
+            raise late(request) from None
         works = [row_work(plan, hop=self.spec.hop) for plan in plans]
         state = RequestState(
             next(self._request_ids),

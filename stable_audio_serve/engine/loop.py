@@ -11,7 +11,6 @@ from itertools import count
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import (
     CancelledRequestError,
-    DeadlineExceededError,
     GenerationError,
     InvalidRequestError,
     ModelUnavailableError,
@@ -23,7 +22,7 @@ from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.executor import DEVICE_LOST
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.request_state import RequestState
+from stable_audio_serve.engine.request_state import RequestState, late
 from stable_audio_serve.engine.rows import Row
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
 from stable_audio_serve.engine.stages import Failures, Stages
@@ -107,8 +106,7 @@ class EngineLoop:
                 request.reply.fail(CancelledRequestError("the request was cancelled"))
             elif request.deadline_at is not None and now >= request.deadline_at:
                 self._end(request, outcome="expired")
-                message = f"the request did not finish within its {request.request.deadline_s:g} s"
-                request.reply.fail(DeadlineExceededError(message, field="deadline_s"))
+                request.reply.fail(late(request.request))
 
     def _work(self, picked: Sequence[Row]) -> None:
         """One phase of every picked row."""

@@ -10,8 +10,9 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.core.errors import GenerationError, OverloadedError, StableAudioError
+from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine.inbox import UNAVAILABLE
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 
 log = logging.getLogger(__name__)
@@ -28,27 +29,35 @@ class Planner:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning")
         self._lock = threading.Lock()
         self._num_pending = 0
+        self._closed = False
         self._usual_s = 0.01
 
     async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
         """The model's plans, one per variation.
 
-        Raises OverloadedError at the bound, what the model refuses, and GenerationError for what it breaks on.
+        Raises OverloadedError at the bound, ModelUnavailableError once closed, what the model refuses, and
+        GenerationError for what it breaks on.
         """
         with self._lock:
+            if self._closed:
+                raise ModelUnavailableError(UNAVAILABLE)
             if self._num_pending >= self._max_pending:
                 retry_s = max(0.1, self._num_pending * self._usual_s / self._num_threads)
                 raise OverloadedError("too many requests are being prepared; retry later", retry_after_s=retry_s)
             self._num_pending += 1
-        future = self._pool.submit(self._run, request, frames)
+            future = self._pool.submit(self._run, request, frames)
         future.add_done_callback(self._forget)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Drop what is waiting; what runs ends by itself."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Fail what is waiting; what runs ends by itself."""
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown(wait=False)
 
     def _run(self, request: GenerationRequest, frames: int | None) -> tuple[RowPlan, ...]:
+        if self._closed:
+            raise ModelUnavailableError(UNAVAILABLE)
         started_at = self._clock.monotonic()
         try:
             return self._model.plan(request, frames=frames)

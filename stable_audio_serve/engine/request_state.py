@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from stable_audio_serve.core.errors import DeadlineExceededError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -92,6 +93,12 @@ class StageClock:
             decode_ms=ms.get("decode", 0.0),
             total_ms=(self._last_at - self._started_at) * 1000.0,
         )
+
+
+def late(request: GenerationRequest) -> DeadlineExceededError:
+    """What a caller is told whose time budget ran out."""
+    message = f"the request did not finish within its {request.deadline_s:g} s"
+    return DeadlineExceededError(message, field="deadline_s")
 
 
 class RequestState:

@@ -53,11 +53,8 @@ class Stages:
 
     def start(self, rows: Sequence[Row]) -> Failures:
         """A row's first turn: noise, prompts, sources. Rows without sources are ready to step afterwards."""
-        for row in rows:
-            shape = (self._model.spec.latent_channels, row.plan.frames)
-            source = row.request.noise_factory(row.plan.seed)
-            row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=self._drawer)
-        failures = self._embed(rows)
+        failures = [failure for row in rows for failure in _alone(row, self._open_noise)]
+        failures += self._embed([row for row in rows if row.noise is not None])
         failed = {row.id for row, _ in failures}
         for row in rows:
             if row.id not in failed:
@@ -164,6 +161,11 @@ class Stages:
                 row.request.negative = negative[0] if negative else None
         return failures
 
+    def _open_noise(self, row: Row) -> None:
+        shape = (self._model.spec.latent_channels, row.plan.frames)
+        source = row.request.noise_factory(row.plan.seed)
+        row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=self._drawer)
+
     def _open_sources(self, row: Row) -> None:
         """Encodings the row waits for, shared with its request's other rows unless the encoder itself draws noise."""
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
@@ -179,14 +181,7 @@ class Stages:
 
     def _begin(self, row: Row) -> Failures:
         """Conditioning and first registers; the last thing before a row steps."""
-        try:
-            self._condition(row)
-            self._set_registers(row)
-        except DEVICE_LOST:
-            raise
-        except Exception as error:  # noqa: BLE001 - the engine's edge: it ends this row only
-            return [(row, error)]
-        return []
+        return _alone(row, self._condition, self._set_registers)
 
     def _condition(self, row: Row) -> None:
         request = row.request
@@ -234,6 +229,18 @@ class Stages:
         self._cost.correct(work, shapes, ms)
         self._metrics.observe(f"engine_{work}_ms", ms)
         return result
+
+
+def _alone(row: Row, *actions: Callable[[Row], None]) -> Failures:
+    """Do what concerns one row only; what it raises ends that row only."""
+    try:
+        for action in actions:
+            action(row)
+    except DEVICE_LOST:
+        raise
+    except Exception as error:  # noqa: BLE001 - the engine's edge
+        return [(row, error)]
+    return []
 
 
 def _prompts(row: Row) -> list[str]:

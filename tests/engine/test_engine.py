@@ -22,6 +22,7 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, Progress
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.sampling import SeededNoise
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
 
 OnCall = Callable[[str, Sequence[object]], None]
@@ -60,6 +61,18 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+
+class SlowPlanner(ToyModel):
+    """Plans nothing before `released` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
+        assert self.released.wait(10)
+        return super().plan(request, frames=frames)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -184,20 +197,44 @@ async def test_full_queue_refuses_at_once_with_an_honest_retry() -> None:
 
 
 async def test_planning_is_bounded() -> None:
-    released = threading.Event()
-
-    class Slow(ToyModel):
-        def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
-            assert released.wait(10)
-            return super().plan(request, frames=frames)
-
-    options = EngineOptions(max_planning=3, torch_threads=1, warmup_budget_s=0.0)
-    async with Engine(Slow(), options) as engine:
+    model = SlowPlanner()
+    async with Engine(model, EngineOptions(max_planning=3, torch_threads=1, warmup_budget_s=0.0)) as engine:
         tasks = [asyncio.create_task(engine.generate(make_request(seed=i))) for i in range(10)]
         await until(lambda: sum(task.done() for task in tasks) == 7)
-        released.set()
+        model.released.set()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [isinstance(outcome, OverloadedError) for outcome in outcomes] == [False] * 3 + [True] * 7
+
+
+async def test_deadline_counts_while_others_are_planned() -> None:
+    model = SlowPlanner()
+    async with Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)) as engine:
+        tasks = [asyncio.create_task(engine.generate(make_request(deadline_s=0.05))) for _ in range(3)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        assert all(isinstance(outcome, DeadlineExceededError) for outcome in outcomes)
+        model.released.set()
+        assert (await engine.generate(make_request(deadline_s=30.0))).seeds == (1,)
+
+
+async def test_closing_fails_what_is_being_planned_as_unavailable() -> None:
+    model = SlowPlanner()
+    engine = Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0))
+    tasks = [asyncio.create_task(engine.generate(make_request(seed=i))) for i in range(3)]
+    await asyncio.sleep(0.05)
+    await engine.close()
+    model.released.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(outcome, ModelUnavailableError) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_a_closed_engine_does_not_start(started: bool) -> None:
+    engine = Engine(ToyModel(), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
+    if started:
+        await engine.start()
+    await engine.close()
+    with pytest.raises(ModelUnavailableError):
+        await asyncio.wait_for(engine.start(), 5)
 
 
 async def test_invalid_request_is_refused_as_the_model_says() -> None:
@@ -236,6 +273,27 @@ async def test_row_that_breaks_a_stage_fails_alone(mode: str, stage: str) -> Non
         assert not [result for result in good if isinstance(result, BaseException)]
         assert (await engine.generate(make_request())).seeds == (1,)
         engine.check_health()
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("when", ["made", "drawn"])
+async def test_row_whose_noise_breaks_fails_alone(mode: str, when: str) -> None:
+    class Broken(SeededNoise):
+        def initial(self, shape: tuple[int, ...]) -> torch.Tensor:
+            raise RuntimeError("no noise")
+
+    def make_noise(seed: int) -> SeededNoise:
+        if seed == 666 and when == "made":
+            raise KeyError(seed)
+        return Broken(seed) if seed == 666 else SeededNoise(seed)
+
+    options = EngineOptions(mode=mode, torch_threads=1, warmup_budget_s=0.0)  # type: ignore[arg-type]
+    async with Engine(ToyModel(), options, noise_factory=make_noise) as engine:
+        requests = [make_request(seed=1), make_request(seed=666), make_request(seed=2)]
+        first, bad, last = await asyncio.gather(*map(engine.generate, requests), return_exceptions=True)
+    assert isinstance(bad, GenerationError)
+    assert not isinstance(first, BaseException)
+    assert not isinstance(last, BaseException)
 
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])
