@@ -39,6 +39,17 @@ def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None) -> torc
     return dtype or torch.float16
 
 
+def require_exact_float32() -> None:
+    """Switch off what CUDA libraries do to speed up float32 and half precision by rounding, for the whole process.
+
+    Convolutions would otherwise run in TF32, whose 10 bits the autoencoder and every parity bound would notice.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def find_weights(folder: Path) -> Path:
     """The weight file of a checkpoint folder; safetensors before pickles. Raises CheckpointError when there is none."""
     for name in WEIGHT_FILES:

@@ -2,7 +2,7 @@
 
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
 from stable_audio_serve.sampling.noise import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
-from stable_audio_serve.sampling.plan import Blend, Evaluation, Guidance, SamplerPlan
+from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, resolve_sampler
 from stable_audio_serve.sampling.schedules import (
     DEFAULT_SHIFT,
@@ -18,7 +18,6 @@ __all__ = [
     "DEFAULT_SHIFT",
     "SAMPLERS",
     "SHIFT_KINDS",
-    "Blend",
     "Evaluation",
     "Guidance",
     "GuidanceBatch",

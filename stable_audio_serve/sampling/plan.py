@@ -10,14 +10,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Blend:
-    """Masked editing of models without mask conditioning: x = m x + (1 - m)(alpha z + beta eps')."""
-
-    alpha: float
-    beta: float
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """One call of the network and the update that follows it.
 
@@ -37,7 +29,6 @@ class Evaluation:
     b_uncond: tuple[float, ...]
     c: tuple[float, ...]
     draws_noise: bool
-    blend: Blend | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,6 +225,7 @@ DECODER = "model.pretransform.config.decoder.config"
         (f"{DIT}.attn_kwargs.qk_norm", "l2"),
         (f"{DECODER}.strides", [4, 4]),
         (f"{DECODER}.strides", []),
+        ("model.pretransform.config.encoder.config.strides", []),
         (f"{DECODER}.dim_heads", 7),
         (f"{DECODER}.dyt", False),
         (f"{DECODER}.chunk_size", 24),
@@ -246,6 +247,18 @@ def test_unusable_config_names_the_key(folder: Path, path: str, value: Any) -> N
     configure(folder, path, value)
     message = failure(folder)
     assert path.rsplit(".", 1)[-1] in message
+
+
+def test_parts_that_do_not_fit_each_other_are_found_before_any_request(folder: Path) -> None:
+    configure(folder, "model.pretransform.config.pretransform.config.channels", 4)
+    assert "model.pretransform.config describes parts that do not fit each other" in failure(folder)
+
+
+def test_loading_forbids_rounded_float32(folder: Path) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    load(folder)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])

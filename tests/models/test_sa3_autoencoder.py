@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +184,13 @@ def test_halo_covers_everything_that_influences_a_window(name: str) -> None:
     hop = model.spec.hop
     before, after = (model.autoencoder.decode(z)[..., start * hop : stop * hop] for z in (latents, changed))
     assert_near(after, before, within=1e-6)
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_every_layer_turns_by_its_own_stored_frequencies(name: str) -> None:
+    net = copy.deepcopy(loaded(name).autoencoder)
+    latents = g(name, "ae/latents")
+    before = net.decode(latents)
+    layer = net.decoder.layers["3"].transformers[-1]
+    layer.rope.inv_freq.mul_(1.5)
+    assert (net.decode(latents) - before).abs().max() > 1e-4

@@ -16,6 +16,7 @@ from stable_audio_serve.models.loading import (
     cast_network,
     find_weights,
     read_weights,
+    require_exact_float32,
     skipping_random_weights,
 )
 from stable_audio_serve.models.protocol import ModelSpec
@@ -38,6 +39,7 @@ def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: to
 
     Raises CheckpointError naming the file or key that does not fit.
     """
+    require_exact_float32()
     config = parse_config(read_config(folder))
     weights_file = find_weights(folder)
     encoder_folder = find_text_encoder(folder, config.prompt)
@@ -51,6 +53,7 @@ def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: to
     cast_network(components.denoiser, dtype)
     for module in components.modules:
         module.to(device)
+    _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
     spec = build_spec(entry, config, components)
     return Sa3Model(components, config=config, spec=spec, device=device)
 
@@ -64,6 +67,21 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
         denoiser=Denoiser(config.denoiser),
         autoencoder=AudioAutoencoder(config.autoencoder),
     )
+
+
+@torch.inference_mode()
+def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: Path) -> None:
+    """Code one latent there and back: whether the parts fit each other shows in no single part's config."""
+    audio = torch.zeros(1, net.channels, net.hop, device=device)
+    try:
+        latents = net.encode(audio)[..., :1]
+        made = net.decode(latents)[..., : net.hop]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        message = f"{source}: model.pretransform.config describes parts that do not fit each other: {reason}"
+        raise CheckpointError(message) from error
+    if latents.shape[1] != net.latent_channels or made.shape != audio.shape:
+        raise CheckpointError(f"{source}: model.pretransform.config does not lead from audio to latents and back")
 
 
 def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:

@@ -190,7 +190,8 @@ def parse_config(config: ConfigReader) -> Sa3Config:
 def _parse_lengths(config: ConfigReader, autoencoder: ConfigReader) -> LengthRule:
     encoder = autoencoder.section("encoder").section("config", optional=True)
     chunk = encoder.integer("chunk_size", default=DEFAULT_CHUNK_FRAMES)
-    stride = encoder.integers("strides")[0] if "strides" in encoder else chunk
+    strides = encoder.integers("strides") if "strides" in encoder else ()
+    stride = strides[0] if strides else chunk
     rule = LengthRule(
         sample_rate_hz=config.integer("sample_rate", at_most=MAX_SAMPLES),
         hop=autoencoder.integer("downsampling_ratio"),

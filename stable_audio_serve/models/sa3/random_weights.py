@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.loading import cast_network
+from stable_audio_serve.models.loading import cast_network, require_exact_float32
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.conditioners import TextEncoder
@@ -111,6 +111,7 @@ def build_random_model(name: str, *, device: str | torch.device, dtype: torch.dt
 
     The tokenizer knows no words, only how many there are.
     """
+    require_exact_float32()
     target = torch.device(device)
     torch.manual_seed(seed)
     config = parse_config(ConfigReader(official_config(name)))

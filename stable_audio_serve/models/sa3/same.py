@@ -19,7 +19,6 @@ from stable_audio_serve.models.blocks import (
     DyT,
     FeedForward,
     RotaryEmbedding,
-    RotaryTable,
     SelfAttention,
     attend,
     attend_band,
@@ -147,9 +146,9 @@ class SameLayer(nn.Module):
         self.ff = FeedForward(width, mult=config.ff_mult, activation=sine if uses_sine else F.silu)
         self.rope = RotaryEmbedding(config.head_width // 2)
 
-    def forward(self, x: Tensor, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width)."""
-        x = x + self.self_attn(self.pre_norm(x), rotary, attend_fn)
+    def forward(self, x: Tensor, attend_fn: Attend) -> Tensor:
+        """(B, N, width) -> (B, N, width); positions count from 0."""
+        x = x + self.self_attn(self.pre_norm(x), self.rope(x.shape[1]), attend_fn)
         return x + self.ff(self.ff_norm(x))
 
 
@@ -184,9 +183,8 @@ class ResamplingBlock(nn.Module):
         if self.config.window_latents is None:
             x = self._transform_chunks(x, self.config.latent_multiple * group_size)
         else:
-            rotary = self._rotary(x.shape[1])
             for layer in self.transformers:
-                x = layer(x, rotary, partial(attend_band, radius=self.config.window_latents * group_size))
+                x = layer(x, partial(attend_band, radius=self.config.window_latents * group_size))
         return x.reshape(groups.shape)
 
     def _transform_chunks(self, x: Tensor, chunk: int) -> Tensor:
@@ -194,26 +192,20 @@ class ResamplingBlock(nn.Module):
 
         For the shift the sequence is lengthened at both ends by copies of its own half chunks, dropped afterwards.
         """
-        rotary, half = self._rotary(chunk), chunk // 2
+        half = chunk // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
-        x = self._run_chunked(x, chunk, rotary, 0, middle)
+        x = self._run_chunked(x, chunk, 0, middle)
         if middle == len(self.transformers):
             return x
         x = torch.cat([x[:, :half], x, x[:, -half:]], dim=1)
-        return self._run_chunked(x, chunk, rotary, middle, len(self.transformers))[:, half:-half]
+        return self._run_chunked(x, chunk, middle, len(self.transformers))[:, half:-half]
 
-    def _run_chunked(self, x: Tensor, chunk: int, rotary: RotaryTable, first: int, last: int) -> Tensor:
+    def _run_chunked(self, x: Tensor, chunk: int, first: int, last: int) -> Tensor:
         shape = x.shape
         x = x.reshape(-1, chunk, shape[2])
         for layer in self.transformers[first:last]:
-            x = layer(x, rotary, attend)
+            x = layer(x, attend)
         return x.reshape(shape)
-
-    def _rotary(self, num_positions: int) -> RotaryTable:
-        # Every layer stores the same frequencies; positions count from 0 in whatever sequence attention sees.
-        layer = self.transformers[0]
-        assert isinstance(layer, SameLayer)
-        return layer.rope(num_positions)
 
 
 class SameEncoder(nn.Module):
