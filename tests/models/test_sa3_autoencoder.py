@@ -189,7 +189,7 @@ def test_halo_covers_everything_that_influences_a_window(name: str) -> None:
 @pytest.mark.parametrize("name", SHARP)
 def test_every_layer_turns_by_its_own_stored_frequencies(name: str) -> None:
     net = copy.deepcopy(loaded(name).autoencoder)
-    latents = g(name, "ae/latents")
+    latents = g(name, "latents")
     before = net.decode(latents)
     layer = net.decoder.layers["3"].transformers[-1]
     layer.rope.inv_freq.mul_(1.5)
