@@ -1,0 +1,203 @@
+"""Networks and whole runs of sizes no stored numbers have, against plain second implementations of the formulas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.sa3.build import build_components, build_spec, checkpoint_modules
+from stable_audio_serve.models.sa3.conditioners import TextEncoder
+from stable_audio_serve.models.sa3.config import parse_config
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.sampling import SeededNoise
+from tests.goldens import load_goldens
+from tests.models.loaded import assert_near, loaded
+from tests.models.plain_generation import PlainModel, PlainRun
+from tests.models.plain_networks import below, decode, denoise, encode
+
+SIZES: dict[str, dict[str, Any]] = {
+    # Unshifted chunks of three latents, odd stride, mono, memoryless and differential, a wide head.
+    "mono": {
+        "rate": 2205, "channels": 1, "latents": 5, "patch": 3, "stride": 5, "max_frames": 150, "text": 33,
+        "encoder": {"chunk_size": 15, "transformer_depths": [1], "channels": 12, "dim_heads": 12, "c_mults": [2]},
+        "decoder": {"chunk_size": 15, "transformer_depths": [3], "channels": 12, "dim_heads": 12, "c_mults": [1]},
+        "network": {"embed_dim": 132, "num_heads": 2, "depth": 1, "num_memory_tokens": 0},
+        "attention": {"qk_norm": "none", "differential": True},
+        "diffusion": {"sampling_distribution_shift_options": {"type": "full", "min_length": 8, "max_length": 200}},
+        "pretransform": {"chunked": False},  # windows of 128 would not end on a chunk
+    },
+    # Chunks shifted by half, an odd number of layers and a single one, plain attention, schedule by the padded length.
+    "shifted": {
+        "rate": 1000, "channels": 2, "latents": 8, "patch": 2, "stride": 4, "max_frames": 200, "text": 4,
+        "encoder": {"chunk_size": 16, "chunk_midpoint_shift": True, "transformer_depths": [1], "dim_heads": 8},
+        "decoder": {
+            "chunk_size": 16, "chunk_midpoint_shift": True, "transformer_depths": [3], "dim_heads": 8,
+            "conv_mapping": True, "differential": False, "mask_noise": 0.0,
+        },
+        "network": {"embed_dim": 80, "num_heads": 1, "depth": 3, "num_memory_tokens": 1, "timestep_features_dim": 64},
+        "attention": {"qk_norm": "dyt", "differential": False},
+        "diffusion": {"use_effective_length_for_schedule": False, "diffusion_objective": "rectified_flow"},
+    },
+    # Wide sliding windows, sine in all layers but one, attention over padding too.
+    "sliding": {
+        "rate": 800, "channels": 2, "latents": 12, "patch": 1, "stride": 16, "max_frames": 170, "text": 16,
+        "encoder": {"sliding_window": [1, 1], "transformer_depths": [2], "ff_mult": 2.5},
+        "decoder": {"sliding_window": [2, 2], "transformer_depths": [4], "sinusoidal_blocks": [4]},
+        "network": {"embed_dim": 192, "num_heads": 3, "depth": 2, "num_memory_tokens": 9},
+        "attention": {"qk_norm": "rms", "differential": True},
+        "diffusion": {
+            "mask_padding_attention": False, "diffusion_objective": "rectified_flow",
+            "sampling_distribution_shift_options": {
+                "type": "flux", "min_length": 4, "max_length": 300, "alpha_min": 0.5, "alpha_max": 6.0,
+            },
+        },
+    },
+}  # fmt: skip
+
+
+def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
+    config = json.loads((load_goldens("sharp-s").folder / "model_config.json").read_text())
+    model, latents = config["model"], sizes["latents"]
+    config["sample_rate"], config["audio_channels"] = sizes["rate"], sizes["channels"]
+    hop = sizes["patch"] * sizes["stride"]
+    config["sample_size"] = sizes["max_frames"] * hop
+    model["io_channels"] = latents
+    model["pretransform"].update(sizes.get("pretransform", {}))
+    autoencoder = model["pretransform"]["config"]
+    autoencoder.update(latent_dim=latents, io_channels=sizes["channels"], downsampling_ratio=hop)
+    autoencoder["pretransform"]["config"] = {"channels": sizes["channels"], "patch_size": sizes["patch"]}
+    autoencoder["bottleneck"]["config"]["dim"] = latents
+    for half, key in (("encoder", "in_channels"), ("decoder", "out_channels")):
+        part = autoencoder[half]["config"]
+        for name in ("chunk_size", "chunk_midpoint_shift", "conv_mapping"):
+            part.pop(name, None)
+        part.update({"strides": [sizes["stride"]], "latent_dim": latents, key: sizes["channels"] * sizes["patch"]})
+        part.update(sizes[half])
+    model["conditioning"]["configs"][0]["config"]["max_length"] = sizes["text"]
+    model["conditioning"]["configs"][1]["config"]["max_val"] = 60
+    network = {"io_channels": latents, "local_add_cond_dim": latents + 1, "attn_kwargs": sizes["attention"]}
+    model["diffusion"]["config"].update(network, **sizes["network"])
+    model["diffusion"].update(sizes["diffusion"])
+    return config
+
+
+@cache
+def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
+    """The same random network twice."""
+    stated = make_config(SIZES[name])
+    config = parse_config(ConfigReader(stated))
+    borrowed = loaded("sharp-s").text
+    text = TextEncoder(borrowed.tokenizer, borrowed.encoder, max_length=config.prompt.max_length)
+    torch.manual_seed(1)
+    components = build_components(config, text)
+    modules = checkpoint_modules(components, config)
+    for module in modules.values():
+        for parameter in module.requires_grad_(False).parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    weights = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
+    spec = build_spec(ModelEntry(name=name, default_duration_padding_s=0.2), config, components)
+    model = Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
+    texts = {embedding.prompt: (embedding.tokens, embedding.mask) for embedding in model.encode_text(PROMPTS)}
+    return model, PlainModel(stated, weights, texts)
+
+
+PROMPTS = ("house music 124 bpm with rain and a piano", "", "low quality")
+SHIFTS = (
+    ScheduleShift("flux", (("min_length", 4), ("max_length", 300), ("alpha_min", 0.7), ("alpha_max", 3.0))),
+    ScheduleShift("full", (("use_sine", 1.0), ("min_length", 4))),
+    ScheduleShift("logsnr", (("rate", 0.5), ("anchor_length", 100))),
+    ScheduleShift("none"),
+)
+
+
+class Quiet(SeededNoise):
+    """No noise inside the autoencoder."""
+
+    def window(
+        self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> torch.Tensor:
+        return torch.zeros(shape)
+
+
+def make_clip(model: Sa3Model, frames: float, *, seed: int) -> SourceAudio:
+    shape = (model.spec.channels, int(frames * model.spec.hop))
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, shape).astype(np.float32)
+    return SourceAudio(samples, model.spec.sample_rate_hz)
+
+
+def make_requests(model: Sa3Model) -> list[GenerationRequest]:
+    """Every sampler, schedule and input, from one and a half frames to two windows."""
+    frame_s = model.spec.hop / model.spec.sample_rate_hz
+    init = {"init_audio": make_clip(model, 20.3, seed=1), "init_noise_level": 0.5}
+    regions = ((3.2 * frame_s, 8 * frame_s), (15 * frame_s, 99 * frame_s))
+    edit = {"inpaint_audio": make_clip(model, 30, seed=2), "inpaint_regions_s": regions}
+    strong = {"cfg_scale": 5.0, "negative_prompt": PROMPTS[2]}
+    partly = {**strong, "cfg_interval": (0.3, 0.9)}
+    fields: list[dict[str, Any]] = [
+        {"duration_s": 1.5 * frame_s, "steps": 1},
+        {"duration_s": 21 * frame_s, "sampler": "rk4", "schedule_shift": SHIFTS[1], **partly},
+        {"duration_s": 20.3 * frame_s, "sampler": "pingpong", "schedule_shift": SHIFTS[0], **init, "steps": 5},
+        {"duration_s": 33 * frame_s, "sampler": "euler", **init, **edit, **strong, "apg_scale": 0.5, "steps": 3},
+        {"duration_s": 19 * frame_s, "sampler": "dpmpp", "schedule_shift": SHIFTS[2], **edit, "steps": 6},
+        {"duration_s": 130 * frame_s, "steps": 2, "cfg_scale": 0.5, "cfg_rescale": 0.4, "cfg_norm_threshold": 3.0},
+        {"duration_s": 9 * frame_s, "schedule_shift": SHIFTS[3], "sampler": "rk4", "steps": 2, "prompt": ""},
+    ]  # fmt: skip
+    return [
+        GenerationRequest(**{"prompt": PROMPTS[0], "seed": seed, "steps": 4, "cfg_scale": 1.0, **field})
+        for seed, field in enumerate(fields)
+    ]
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 7, 24])
+@pytest.mark.parametrize("name", SIZES)
+def test_networks(name: str, num_frames: int) -> None:
+    model, plain = make_pair(name)
+    generator = torch.Generator().manual_seed(num_frames)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    channels, width = model.spec.latent_channels, model.config.prompt.width
+    latents, audio = draw(channels, num_frames), draw(model.spec.channels, num_frames * model.spec.hop - 1)
+    context, glob, local = draw(9, width), draw(width), draw(channels + 1, num_frames)
+    weights, valid = below(plain.weights, "pretransform.model."), max(1, num_frames - 2)
+    with torch.inference_mode():
+        decoded, encoded = model.autoencoder.decode(latents[None])[0], model.autoencoder.encode(audio[None])[0]
+        assert_near(decoded, decode(weights, plain.autoencoder, latents), within=2e-5)
+        assert_near(encoded, encode(weights, plain.autoencoder, audio), within=2e-5)
+        conditioning = model.denoiser.condition(context[None], glob[None], local[None])
+        mask = (torch.arange(num_frames) < valid)[None]
+        ours = model.denoiser(latents[None], torch.tensor([0.31]), conditioning, mask)[0]
+        expected = denoise(
+            below(plain.weights, "model.model."), plain.diffusion["config"], latents, 0.31,
+            context=context, glob=glob, local=local, num_valid=valid,
+        )  # fmt: skip
+    assert_near(ours[:, :valid], expected[:, :valid], within=5e-5)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_whole_runs(name: str) -> None:
+    model, plain = make_pair(name)
+    requests = make_requests(model)
+
+    async def generate() -> list[np.ndarray]:
+        options = EngineOptions(warmup_budget_s=0.0, torch_threads=1)
+        async with Engine(model, options, noise_factory=Quiet) as engine:
+            return [result.audio[0] for result in await asyncio.gather(*map(engine.generate, requests))]
+
+    for request, audio in zip(requests, asyncio.run(generate()), strict=True):
+        with torch.inference_mode():
+            expected = PlainRun(plain, request, padding_s=model.spec.default_padding_s).audio()
+        assert audio.shape == expected.shape
+        assert np.abs(expected).max() > 0.02
+        np.testing.assert_allclose(audio, expected, atol=2e-4, rtol=0, err_msg=str(request)[:300])
