@@ -45,7 +45,7 @@ class ClipConfig:
     batch_latents: int = 1100
     shortest_s: float = 0.5
     longest_s: float = LONGEST_TRAINED_S
-    brief_share: float = 0.42
+    brief_share: float = 0.37
 
 
 @dataclass(frozen=True, slots=True)

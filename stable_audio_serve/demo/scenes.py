@@ -42,11 +42,11 @@ class Scene:
 
 
 SHARES: dict[str, float] = {
-    "tone": 0.22,
+    "tone": 0.17,
     "chord": 0.06,
-    "arpeggio": 0.14,
-    "sweep": 0.19,
-    "beat": 0.26,
+    "arpeggio": 0.12,
+    "sweep": 0.14,
+    "beat": 0.38,
     "hit": 0.03,
     "noise": 0.05,
     "siren": 0.01,
@@ -82,7 +82,7 @@ def _draw_single(rng: np.random.Generator, kind: str) -> Scene:
         case "sweep":
             return _draw_sweep(rng)
         case "beat":
-            weights = np.array([0.22, 0.31, 0.17, 0.13, 0.05, 0.03, 0.05, 0.02, 0.02])
+            weights = np.array([0.17, 0.40, 0.18, 0.13, 0.03, 0.02, 0.03, 0.02, 0.02])
             return Scene("beat", voice=str(rng.choice(PATTERNS, p=weights)), tempo_bpm=_tempo(rng))
         case "hit":
             return Scene("hit", voice=str(rng.choice(HITS)))
