@@ -50,7 +50,11 @@ class ClipConfig:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F)."""
+    """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F).
+
+    `unnamed` (B,) marks clips whose caption was withheld although nothing of them is kept: only what the noise
+    leaves visible says what they are, so they are not shown at the highest noise levels.
+    """
 
     latents: Tensor
     valid: Tensor
@@ -58,6 +62,7 @@ class Batch:
     mask: Tensor
     seconds: Tensor
     local: Tensor
+    unnamed: Tensor
 
 
 class ClipSource:
@@ -83,10 +88,9 @@ class ClipSource:
         seconds = np.round(np.append(longest, seconds[1:]), 2)
         scenes = [draw_scene(rng, shares=_BRIEF_SHARES if brief else SHARES) for _ in range(count)]
         edits = rng.random(count) < 0.2
-        captions = [
-            "" if edit and rng.random() < 0.3 else caption(scene, rng)
-            for scene, edit in zip(scenes, edits, strict=True)
-        ]
+        withheld = rng.random(count) < np.where(edits, 0.35, 0.08)
+        captions = ["" if blank else caption(scene, rng) for scene, blank in zip(scenes, withheld, strict=True)]
+        unnamed = withheld & ~edits & np.array([scene.kind != "hush" for scene in scenes])
         clips = [
             render_scene(scene, rng, duration_s=float(length), num_frames=frames * PATCH_FRAMES)
             for scene, length in zip(scenes, seconds, strict=True)
@@ -102,6 +106,7 @@ class ClipSource:
             torch.tensor([entry.attention_mask for entry in encoded]).bool(),
             torch.tensor(seconds, dtype=torch.float32),
             self._local(latents, scenes, seconds, edits),
+            torch.from_numpy(unnamed),
         )
 
     def _local(self, latents: Tensor, scenes: list[Scene], seconds: np.ndarray[Any, Any], edits: Any) -> Tensor:

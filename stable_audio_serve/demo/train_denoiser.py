@@ -24,6 +24,8 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.config import parse_denoiser
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 
+HIGHEST_UNNAMED_T = 0.8  # above, noise hides what an uncaptioned clip is; there an empty prompt means near silence
+
 
 @dataclass(frozen=True, slots=True)
 class DenoiserTrainingConfig:
@@ -34,6 +36,7 @@ class DenoiserTrainingConfig:
     ema: float = 0.998
     muon_lr: float = 0.015
     adam_lr: float = 2e-3
+    warmup_steps: int = 100
     decay_share: float = 0.6
     seed: int = 0
 
@@ -60,10 +63,18 @@ class Network(nn.Module):
             self.denoiser.postprocess_conv.weight.zero_()
             self.denoiser.transformer.project_out.weight.mul_(0.3)
 
-    def context(self, tokens: Tensor, mask: Tensor, seconds: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross tokens (B, T + 1, C) and global vector (B, C) of token ids (B, T), mask (B, T) and seconds (B,)."""
+    def context(
+        self, tokens: Tensor, mask: Tensor, seconds: Tensor, bare: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross tokens (B, T + 1, C) and global vector (B, C) of token ids (B, T), mask (B, T) and seconds (B,).
+
+        Rows marked in `bare` (B,) have zeros at padded positions, as a negative prompt has.
+        """
+        padding: Tensor = self.padding_embedding
+        if bare is not None:
+            padding = padding * ~bare[:, None, None]
         encoded = self.text(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        prompt = torch.where(mask[:, :, None], encoded.float(), self.padding_embedding)
+        prompt = torch.where(mask[:, :, None], encoded.float(), padding)
         duration = self.seconds((seconds / LONGEST_TRAINED_S).clamp(0.0, 1.0)).float()
         return torch.cat([prompt, duration[:, None]], dim=1), duration
 
@@ -78,12 +89,14 @@ def draw_times(count: int) -> Tensor:
 
 def flow_loss(network: Network, batch: Batch) -> Tensor:
     """Rectified flow on one batch: mean squared error of v = noise - data over the valid latents."""
-    context, duration = network.context(batch.tokens, batch.mask, batch.seconds)
+    bare = torch.rand(len(batch.tokens), device=batch.tokens.device) < 0.06
+    context, duration = network.context(batch.tokens, batch.mask, batch.seconds, bare)
     dropped = torch.rand(len(context), 1, 1, device=context.device) < 0.1
     context = context.masked_fill(dropped, 0.0)
     conditioning = network.denoiser.condition(context, duration, batch.local)
     noise = torch.randn_like(batch.latents)
     t = draw_times(len(noise)).to(noise.device)
+    t = torch.where(batch.unnamed, HIGHEST_UNNAMED_T * t, t)
     mix = t[:, None, None]
     velocity = network.denoiser((1 - mix) * batch.latents + mix * noise, t, conditioning, batch.valid)
     error = (velocity.float() - (noise - batch.latents)).square().mean(dim=1)
@@ -105,7 +118,7 @@ class Trainer:
             muon_lr=config.muon_lr,
             adam_lr=config.adam_lr,
             adam_only=("embed_tokens", "project_in", "project_out", "memory_tokens", "global", "timestep", "seconds"),
-            warmup_steps=100,
+            warmup_steps=config.warmup_steps,
             decay_share=config.decay_share,
         )
         self.step = 0
