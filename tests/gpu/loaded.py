@@ -1,0 +1,22 @@
+"""Reference checkpoints on a device, the denoiser in a precision of choice; each loaded at most once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from stable_audio_serve.models.load import load_model
+from stable_audio_serve.models.loading import cast_network
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sa3.model import Sa3Model
+from tests.goldens import load_goldens
+
+
+@cache
+def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32) -> Sa3Model:
+    model = load_model(resolve_entry(name, path=str(load_goldens(name).folder)), device=device, dtype=dtype)
+    assert isinstance(model, Sa3Model)
+    if device.type != "cuda":
+        cast_network(model.denoiser, dtype)  # the product itself keeps to float32 there
+    return model
