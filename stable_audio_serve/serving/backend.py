@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
@@ -28,7 +28,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
     from stable_audio_serve.serving.replica import ReplicaStatus
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS = 2  # generation is pure once the seed is fixed, so one replica's death costs one retry
 _DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this is for an engine that cannot
 _RETRY_AFTER_S = 5.0
+_LOAD_CHECK_S = 1.0  # how often a request that is held looks whether its model can load at all
 _STATUS_TTL_S = 0.5
 _STATUS_TIMEOUT_S = 0.8  # the last answer is better than a late one
 
@@ -70,7 +71,7 @@ class RayBackend:
         for attempts_left in reversed(range(_ATTEMPTS)):
             remaining_s = None if deadline_at is None else deadline_at - loop.time()
             try:
-                return await self._attempt(self._handles[model], replace(request, deadline_s=remaining_s))
+                return await self._attempt(model, replace(request, deadline_s=remaining_s))
             except RayActorError as error:
                 logger.warning("a replica died: model=%s request_id=%s error=%s", model, request.request_id, error)
                 if not attempts_left:
@@ -80,12 +81,13 @@ class RayBackend:
                     ) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _attempt(self, handle: DeploymentHandle, request: GenerationRequest) -> GenerationResult:
+    async def _attempt(self, model: str, request: GenerationRequest) -> GenerationResult:
         """One call on one replica. Raises RayActorError when that replica died, else errors of ours."""
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S
-        response = handle.generate.remote(request)
+        response = self._handles[model].generate.remote(request)
+        watcher = asyncio.create_task(self._cancel_if_unloadable(model, response))
         try:
             async with asyncio.timeout(bound_s):
                 result: GenerationResult | StableAudioError = await response
@@ -97,14 +99,26 @@ class RayBackend:
             raise
         except BackPressureError as error:
             raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
-        except DeploymentUnavailableError as error:
-            raise ModelUnavailableError("the model failed to load", retry_after_s=_RETRY_AFTER_S) from error
+        except (DeploymentUnavailableError, RequestCancelledError) as error:
+            raise _unloadable(model) from error
         except RayTaskError as error:  # nothing we expect: its text is for the log only
             logger.error("a replica failed: %s", error)
             raise GenerationError("the generation failed") from error
+        finally:
+            watcher.cancel()
+        if self._snapshot.models[model].stage != "ready":
+            self._snapshot = replace(self._snapshot, taken_at=float("-inf"))  # the answer proves it out of date
         if isinstance(result, StableAudioError):
             raise result
         return result
+
+    async def _cancel_if_unloadable(self, model: str, response: DeploymentResponse) -> None:
+        """Serve may hold a request for a model without replicas for ever, even if it can never load."""
+        while True:
+            await asyncio.sleep(_LOAD_CHECK_S)
+            if (await self.status())[model].stage == "failed":
+                response.cancel()
+                return
 
     async def status(self) -> Mapping[str, ModelStatus]:
         """What each model is doing: the controller's own view, at most `_STATUS_TTL_S` old while it answers."""
@@ -151,17 +165,22 @@ class RayBackend:
         )
 
 
+def _unloadable(model: str) -> ModelUnavailableError:
+    return ModelUnavailableError(f"model {model} failed to load", retry_after_s=_RETRY_AFTER_S)
+
+
 def _stage(application: ApplicationStatusOverview, name: str) -> str:
     deployment = application.deployments.get(name)
     if deployment is None:
         return "loading"
     if _count(deployment, ReplicaState.RUNNING):
         return "ready"
-    if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        return "failed"
-    if _count(deployment, ReplicaState.STARTING) or deployment.status in ("UPDATING", "UPSCALING"):
+    if _count(deployment, ReplicaState.STARTING):
         return "loading"
-    return "idle"
+    if deployment.status == "DEPLOY_FAILED" or deployment.status_trigger == "REPLICA_STARTUP_FAILED":
+        return "failed"
+    # An unhealthy one has lost its replicas and is about to start others.
+    return "loading" if deployment.status in ("UPDATING", "UPSCALING", "UNHEALTHY") else "idle"
 
 
 def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:

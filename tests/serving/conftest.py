@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,10 @@ LAZY = str(SA3_GOLDENS / "tiny-l")
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """One server in HAProxy mode: `tiny` is preloaded, `lazy` starts at zero replicas and takes little work."""
+    """One server in HAProxy mode: `tiny` is preloaded, `lazy` starts at zero, and takes little, `broken` cannot."""
+    broken = tmp_path_factory.mktemp("models") / "broken"
+    shutil.copytree(TINY, broken)
+    (broken / "model.safetensors").write_bytes(b"nothing of use")
     args = {
         "models": [
             {"name": "tiny", "path": TINY, "aliases": ["little"], "max_queue_s": 1e6, "replicas": {"max_replicas": 1}},
@@ -24,6 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
                 "max_queue_s": 1.0,
                 "replicas": {"max_replicas": 2, "target_ongoing_requests": 3, "downscale_delay_s": 123},
             },
+            {"name": "broken", "path": str(broken)},
         ]
     }
     config = write_config(tmp_path_factory.mktemp("server"), args)

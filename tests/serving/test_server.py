@@ -94,7 +94,7 @@ def test_health_knows_what_runs_where(server: LaunchedServer) -> None:
 
 
 def test_models_and_pages(server: LaunchedServer) -> None:
-    assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["tiny", "lazy"]
+    assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["tiny", "lazy", "broken"]
     assert "/v1/audio/inpaint" in server.client.get("/openapi.json").json()["paths"]
     assert server.client.get("/docs").status_code == 200
 
@@ -160,6 +160,17 @@ def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None
     assert server.pids("ServeReplica:audio:lazy") == []  # asking did not wake it
     assert read_wav(server.client.post("/generate", json=make_body(model="lazy"))).getnframes() > 0
     assert "lazy" in server.client.get("/health").json()["loaded_models"]
+
+
+def test_model_that_cannot_load_is_refused_long_before_the_deadline(server: LaunchedServer) -> None:
+    for _ in range(2):
+        response = server.client.post("/generate", json=make_body(model="broken"))
+        assert response.status_code == 503
+        assert "broken failed to load" in response.json()["detail"]
+        assert int(response.headers["retry-after"]) >= 1
+    health = server.client.get("/health").json()
+    assert health["models"]["broken"]["stage"] == "failed"
+    assert health["status"] == "ok"
 
 
 def test_overload_is_a_503_that_says_when_to_retry(server: LaunchedServer) -> None:
