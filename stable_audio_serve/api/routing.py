@@ -40,7 +40,9 @@ class BoundedRequest(Request):
         try:
             return await super()._get_form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
         except HTTPException as error:
-            raise HTTPException(error.status_code, f"body: {error.detail}", headers=error.headers) from error
+            if error.status_code != 400:
+                raise
+            raise HTTPException(400, f"body: {error.detail}") from error
 
 
 def route_class(render: ErrorRenderer) -> type[APIRoute]:

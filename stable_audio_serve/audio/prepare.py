@@ -34,7 +34,8 @@ def float_samples(frames: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, num_samples: int) -> Tensor:
     """`audio` as (channels, num_samples) float32 on the CPU: resampled, then cropped or zero-padded at its end."""
-    samples = torch.from_numpy(np.ascontiguousarray(audio.samples, dtype=np.float32))
+    # Arrays from another process are read-only, which torch warns of.
+    samples = torch.from_numpy(np.require(audio.samples, np.float32, ["C", "W"]))
     samples = fix_channels(samples, channels)
     samples = resample(samples, audio.sample_rate_hz, to_hz=sample_rate_hz, max_samples=num_samples)
     return functional.pad(samples[:, :num_samples], (0, max(0, num_samples - samples.shape[-1])))
