@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
@@ -37,7 +38,11 @@ class Reply:
         self._loop = asyncio.get_running_loop()
         self._on_progress = on_progress
         self.future: asyncio.Future[GenerationResult] = self._loop.create_future()
-        self.abandoned = False  # the loop is closed, so nobody waits any more
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nobody waits any more because the event loop is closed."""
+        return self._loop.is_closed()
 
     @property
     def wants_progress(self) -> bool:
@@ -58,10 +63,8 @@ class Reply:
             self._post(self._on_progress, progress)
 
     def _post(self, action: Callable[[Message], object], message: Message) -> None:
-        try:
+        with suppress(RuntimeError):  # the loop was closed
             self._loop.call_soon_threadsafe(self._deliver, action, message)
-        except RuntimeError:  # the loop was closed
-            self.abandoned = True
 
     def _deliver(self, action: Callable[[Message], object], message: Message) -> None:
         if not self.future.done():
@@ -140,7 +143,7 @@ class RequestState:
     @property
     def is_abandoned(self) -> bool:
         """Whether nobody waits for the result."""
-        return self._cancelled or self.reply.abandoned
+        return self._cancelled or self.reply.is_abandoned
 
     def progress(self, queue_position: int | None) -> Progress:
         """How far all variations are together; stage and fraction never go back."""

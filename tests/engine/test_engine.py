@@ -498,6 +498,22 @@ def test_engine_serves_several_event_loops_and_survives_one_that_dies() -> None:
     asyncio.run(engine.close())
 
 
+def test_request_forgotten_by_a_dead_event_loop_stops() -> None:
+    gate = Gate(at=2)
+    engine = Engine(ToyModel(on_call=gate), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
+    dying = asyncio.new_event_loop()
+    task = dying.create_task(engine.generate(make_request(steps=50)))
+    dying.run_until_complete(gate.reached())
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    dying.close()
+    del task
+    gc.collect()
+    gate.open()
+    asyncio.run(until(lambda: engine.backlog_ms == 0.0))
+    assert gate.calls["denoise"] == 2
+    asyncio.run(engine.close())
+
+
 async def test_forgotten_engine_ends_its_thread() -> None:
     engine = Engine(ToyModel(), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
     await engine.generate(make_request())
