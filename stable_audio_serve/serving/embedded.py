@@ -23,7 +23,7 @@ _MIB = 1024 * 1024
 # One result of the longest clip is 134 MiB of float32; a handful of them, but never most of the shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
-_DRAIN_TIMEOUT_S = 3.0  # for requests in flight when the server is stopped
+_SERVE_TIMEOUT_S = 3.0  # for Serve to end its processes in order; requests in flight are cut off
 _STOP_TIMEOUT_S = 6.5  # for everything; what still runs then is killed
 # Another Ray's address or credentials, meant for programs that want to join it.
 _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_NAMESPACE", "RAY_TMPDIR")
@@ -52,8 +52,8 @@ def apply_environment(variables: Mapping[str, str]) -> None:
 def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
     """Run a Ray of our own in `directory` for the life of the context; its internal ports want its token.
 
-    `num_cpus` is bookkeeping for placement. Leaving the context drains Ray Serve and stops Ray within
-    `_STOP_TIMEOUT_S` seconds.
+    `num_cpus` is bookkeeping for placement. Leaving the context stops Ray Serve and Ray within `_STOP_TIMEOUT_S`
+    seconds.
     """
     try:
         import ray
@@ -72,7 +72,7 @@ def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
 
 
 def _stop() -> None:
-    """Drain, then stop Ray. Asked again by a signal or late, give up: the guard kills what is left."""
+    """Stop Ray Serve, then Ray. Asked again by a signal or late, give up: the guard kills what is left."""
     watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(1,))
     watchdog.daemon = True
     watchdog.start()
@@ -81,13 +81,13 @@ def _stop() -> None:
     import ray
 
     if ray.is_initialized():
-        _drain_serve()
+        _stop_serve()
         ray.shutdown()
     watchdog.cancel()
 
 
-def _drain_serve() -> None:
-    """Ask Serve's controller to finish requests in flight and stop, and wait for it up to `_DRAIN_TIMEOUT_S`."""
+def _stop_serve() -> None:
+    """Ask Serve's controller to end all it started, and wait for it up to `_SERVE_TIMEOUT_S`."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -97,7 +97,7 @@ def _drain_serve() -> None:
         return  # stopped before Serve was up
     with suppress(ray.exceptions.RayError, TimeoutError):
         # The controller ends itself when it is done, which fails this call: retrying it would only print a warning.
-        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_DRAIN_TIMEOUT_S)
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SERVE_TIMEOUT_S)
 
 
 def _object_store_bytes() -> int:

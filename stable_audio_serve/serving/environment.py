@@ -149,7 +149,10 @@ def base_environment() -> dict[str, str]:
 
 
 def haproxy_environment(ports: PortBlock, directory: Path) -> dict[str, str]:
-    """HAProxy mode for one laptop-sized server: every listener and file is this server's own."""
+    """HAProxy mode for one laptop-sized server: every listener and file is this server's own.
+
+    Ray binds the statistics and metrics pages, read-only, to every interface and offers no choice.
+    """
     first_replica, last_replica = ports.replicas
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
