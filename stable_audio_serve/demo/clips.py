@@ -53,7 +53,8 @@ class Batch:
     """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F).
 
     `unnamed` (B,) marks clips whose caption was withheld although nothing of them is kept: only what the noise
-    leaves visible says what they are, so they are not shown at the highest noise levels.
+    leaves visible says what they are, so they are not shown at the highest noise levels. `frames` (B, 222, 8 F) are
+    what the latents were made of.
     """
 
     latents: Tensor
@@ -63,6 +64,11 @@ class Batch:
     seconds: Tensor
     local: Tensor
     unnamed: Tensor
+    frames: Tensor
+
+    def to(self, device: str) -> Batch:
+        """The same on another device."""
+        return Batch(*(getattr(self, name).to(device) for name in Batch.__slots__))
 
 
 class ClipSource:
@@ -96,7 +102,8 @@ class ClipSource:
             for scene, length in zip(scenes, seconds, strict=True)
         ]
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = self._autoencoder.encoder(torch.from_numpy(np.stack(clips)).transpose(1, 2)).float()
+            frames_of = torch.from_numpy(np.stack(clips)).transpose(1, 2)
+            latents = self._autoencoder.encoder(frames_of).float()
         valid = torch.tensor([[n < num_latents(s) + HEADROOM_LATENTS for n in range(frames)] for s in seconds])
         encoded = self._tokenizer.encode_batch(captions)
         return Batch(
@@ -107,6 +114,7 @@ class ClipSource:
             torch.tensor(seconds, dtype=torch.float32),
             self._local(latents, scenes, seconds, edits),
             torch.from_numpy(unnamed),
+            frames_of,
         )
 
     def _local(self, latents: Tensor, scenes: list[Scene], seconds: np.ndarray[Any, Any], edits: Any) -> Tensor:

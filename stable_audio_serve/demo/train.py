@@ -1,7 +1,7 @@
 """Trains the demo model from nothing: `python -m stable_audio_serve.demo.train --out FOLDER`. Resumes where it stopped.
 
-Two stages (autoencoder, then denoiser with text encoder), then the checkpoint folder `FOLDER/checkpoint` in the
-Stable Audio 3 format. Runs on a CPU or a GPU.
+Three stages (autoencoder, then denoiser with text encoder, then the decoder once more), then the checkpoint
+folder `FOLDER/checkpoint` in the Stable Audio 3 format. Runs on a CPU or a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stable_audio_serve.demo.package import write_checkpoint
 from stable_audio_serve.demo.train_autoencoder import AutoencoderConfig, train_autoencoder
+from stable_audio_serve.demo.train_decoder import DecoderTrainingConfig, train_decoder
 from stable_audio_serve.demo.train_denoiser import DenoiserTrainingConfig, train_denoiser
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderConfig().steps)
     parser.add_argument("--denoiser-steps", type=int, default=DenoiserTrainingConfig().steps)
+    parser.add_argument("--decoder-steps", type=int, default=DecoderTrainingConfig().steps)
     parser.add_argument("--decay-share", type=float, default=DenoiserTrainingConfig().decay_share)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -29,7 +31,9 @@ def main() -> None:
     autoencoder = train_autoencoder(first, options.out, device=options.device)
     second = DenoiserTrainingConfig(steps=options.denoiser_steps, decay_share=options.decay_share, seed=options.seed)
     trainer = train_denoiser(second, autoencoder, options.out, device=options.device)
-    write_checkpoint(trainer, autoencoder, options.out / "checkpoint")
+    third = DecoderTrainingConfig(steps=options.decoder_steps, seed=options.seed)
+    train_decoder(third, trainer, autoencoder, device=options.device)
+    write_checkpoint(trainer, autoencoder.cpu(), options.out / "checkpoint")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> float:
         """One update; returns the loss."""
-        batch = Batch(*(getattr(batch, name).to(self.device) for name in Batch.__slots__))
+        batch = batch.to(self.device)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             loss = flow_loss(self.network, batch)
         loss.backward()

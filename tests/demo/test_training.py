@@ -17,6 +17,7 @@ from stable_audio_serve.demo.train_autoencoder import (
     reconstruction_loss,
     standardise,
 )
+from stable_audio_serve.demo.train_decoder import DecoderTrainingConfig, train_decoder
 from stable_audio_serve.demo.train_denoiser import DenoiserTrainingConfig, Trainer, draw_times
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import load_sa3
@@ -24,7 +25,7 @@ from stable_audio_serve.models.sa3.build import load_sa3
 SMALL = AutoencoderConfig(width=384, batch_patches=96, pool_patches=400, steps=40)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def untrained() -> Autoencoder:
     torch.manual_seed(0)
     return Autoencoder(AutoencoderConfig())
@@ -47,6 +48,16 @@ def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> Non
     batch = ClipSource(untrained, ClipConfig(batch_latents=120, longest_s=2.0), np.random.default_rng(0)).draw()
     losses = [trainer.train_step(batch) for _ in range(20)]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
+
+
+def test_stage_three_changes_the_decoder_and_nothing_else(untrained: Autoencoder) -> None:
+    before = {name: value.clone() for name, value in untrained.state_dict().items()}
+    config = DecoderTrainingConfig(steps=2, clips=ClipConfig(batch_latents=60, longest_s=1.0))
+    train_decoder(config, Trainer(DenoiserTrainingConfig(steps=1)), untrained)
+    changed = {
+        name.split(".")[0] for name, value in untrained.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"decoder"}
 
 
 def test_standardising_latents_keeps_what_is_decoded() -> None:

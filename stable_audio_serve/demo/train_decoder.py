@@ -1,0 +1,88 @@
+"""Stage 3: the decoder learns to read the denoiser's latents, which are never exactly the encoder's.
+
+Encoder and denoiser stay as they are, so what an audio input becomes does not change.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stable_audio_serve.demo.architecture import PATCH_FRAMES
+from stable_audio_serve.demo.clips import Batch, ClipConfig, ClipSource, prefetched
+from stable_audio_serve.demo.optim import MixedOptimizer
+from stable_audio_serve.demo.train_autoencoder import Autoencoder, reconstruction_loss
+from stable_audio_serve.demo.train_denoiser import HIGHEST_UNNAMED_T, Network, Trainer, draw_times
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderTrainingConfig:
+    """Schedule of stage 3."""
+
+    steps: int = 600
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    clean_share: float = 0.3  # latents straight from the encoder, with noise, so that editing stays true
+    noise: float = 0.2
+    seed: int = 0
+
+
+def train_decoder(
+    config: DecoderTrainingConfig, trainer: Trainer, autoencoder: Autoencoder, *, device: str = "cpu"
+) -> None:
+    """Train `autoencoder.decoder` in place on what the averaged denoiser makes of noised latents."""
+    network = Network().to(device).eval().requires_grad_(False)
+    network.load_state_dict(trainer.average)
+    source = ClipSource(autoencoder, config.clips, np.random.default_rng((config.seed, 5)))
+    decoder = autoencoder.decoder.to(device).train()
+    parameters = list(decoder.named_parameters())
+    optimizer = MixedOptimizer(
+        parameters, total_steps=config.steps, muon_lr=0.004, adam_lr=6e-4, warmup_steps=20, decay_share=0.9
+    )
+    torch.manual_seed(config.seed + 5)
+    stop = threading.Event()
+    batches = prefetched(source, stop)
+    began, total = time.monotonic(), 0.0
+    for step in range(config.steps):
+        batch = next(batches).to(device)
+        latents = _denoised(network, batch)
+        clean = batch.latents + config.noise * torch.rand(1, device=device) * torch.randn_like(batch.latents)
+        latents = torch.where(torch.rand(len(latents), 1, 1, device=device) < config.clean_share, clean, latents)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            decoded = decoder(latents)
+        loss = reconstruction_loss(_patches(decoded.float(), batch.valid), _patches(batch.frames, batch.valid))
+        loss.backward()
+        optimizer.step(step)
+        total += float(loss.detach())
+        if (step + 1) % 50 == 0:
+            speed = (time.monotonic() - began) / (step + 1)
+            print(f"decoder step {step + 1}/{config.steps} loss {total / 50:.4f} {speed:.3f} s/step", flush=True)
+            total = 0.0
+    stop.set()
+    decoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _denoised(network: Network, batch: Batch) -> Tensor:
+    """The denoiser's guess (B, D, F) at the data behind noised latents, at the sampler's times and often at 1."""
+    t = draw_times(len(batch.latents)).to(batch.latents.device).clamp(min=0.25)
+    t = torch.where(torch.rand_like(t) < 0.35, torch.ones_like(t), t)
+    t = torch.where(batch.unnamed, HIGHEST_UNNAMED_T * t, t)
+    mix = t[:, None, None]
+    noise = torch.randn_like(batch.latents)
+    noised = (1 - mix) * batch.latents + mix * noise
+    with torch.autocast(noise.device.type, dtype=torch.bfloat16):
+        context, duration = network.context(batch.tokens, batch.mask, batch.seconds)
+        conditioning = network.denoiser.condition(context, duration, batch.local)
+        velocity = network.denoiser(noised, t, conditioning, batch.valid).float()
+    return noised - mix * velocity
+
+
+def _patches(frames: Tensor, valid: Tensor) -> Tensor:
+    """The valid latents' patches (N, 222, 8) of frames (B, 222, 8 F)."""
+    patches = frames.unflatten(2, (-1, PATCH_FRAMES)).permute(0, 2, 1, 3)
+    return patches[valid]
