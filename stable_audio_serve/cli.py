@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -76,9 +77,10 @@ def serve(
     from stable_audio_serve.serving import launcher
 
     try:
-        launcher.serve(file, host=host, port=port, proxy=proxy, report=typer.echo)
+        launcher.serve(
+            file, host=host, port=port, proxy=proxy, report=typer.echo, complain=partial(typer.echo, err=True)
+        )
     except StableAudioError as error:
-        typer.echo(f"error: {error.message}", err=True)
         raise typer.Exit(2) from error
 
 

@@ -55,6 +55,7 @@ def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
     `num_cpus` is bookkeeping for placement. Leaving the context stops Ray Serve and Ray within `_STOP_TIMEOUT_S`
     seconds.
     """
+    late_exit_code = 2
     try:
         import ray
 
@@ -67,17 +68,18 @@ def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
             _temp_dir=str(directory),
         )
         yield
+        late_exit_code = 0
     finally:
-        _stop()
+        _stop(late_exit_code)
 
 
-def _stop() -> None:
+def _stop(late_exit_code: int) -> None:
     """Stop Ray Serve, then Ray. Asked again by a signal or late, give up: the guard kills what is left."""
-    watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(1,))
+    watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(late_exit_code,))
     watchdog.daemon = True
     watchdog.start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: os._exit(1))
+        signal.signal(number, lambda *_: os._exit(late_exit_code))
     import ray
 
     if ray.is_initialized():

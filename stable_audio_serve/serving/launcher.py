@@ -11,15 +11,15 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
-from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError
+from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.serving import environment
 from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, private_directory
@@ -55,24 +55,31 @@ class Stopwatch:
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.laps)
 
 
-def serve(config: Path, *, host: str | None, port: int | None, proxy: ProxyKind, report: Report) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP. Raises errors of `core.errors` when that cannot begin."""
+def serve(
+    config: Path, *, host: str | None, port: int | None, proxy: ProxyKind, report: Report, complain: Report
+) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP.
+
+    What keeps that from beginning goes to `complain` in one sentence, then is raised as an error of `core.errors`.
+    """
     watch = Stopwatch()
-    file = read_serve_file(config)
-    host, port = host or file.host, port or file.port
-    plan = plan_deployments(load_settings(file.args))
-    environment.require_free_port(host, port)
-    _raise_on_signals()
     with ExitStack() as stack:
-        directory = stack.enter_context(private_directory())
-        variables = environment.base_environment()
-        variables |= _proxy_environment(stack, directory, host=host, proxy=proxy, report=report)
-        apply_environment(variables)
-        schema = deploy_schema(file, host=host, port=port)
+        with _said_at_once(complain):
+            file = read_serve_file(config)
+            host, port = host or file.host, port or file.port
+            plan = plan_deployments(load_settings(file.args))
+            environment.require_free_port(host, port)
+            _raise_on_signals()
+            directory = stack.enter_context(private_directory())
+            variables = environment.base_environment()
+            variables |= _proxy_environment(stack, directory, host=host, proxy=proxy, report=report)
+            apply_environment(variables)
+            schema = deploy_schema(file, host=host, port=port)
         stack.enter_context(embedded_ray(directory, num_cpus=plan.num_cpus))
         _raise_on_signals()  # ray.init installs a SIGTERM handler of its own
         stack.callback(report, "stopping ...")
         stack.enter_context(suppress(KeyboardInterrupt))
+        stack.enter_context(_said_at_once(complain))
         watch.lap("ray")
         _deploy(schema, watch)
         url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
@@ -81,6 +88,16 @@ def serve(config: Path, *, host: str | None, port: int | None, proxy: ProxyKind,
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(_ready_text(url, plan))
         threading.Event().wait()
+
+
+@contextmanager
+def _said_at_once(complain: Report) -> Iterator[None]:
+    """Tell the operator what went wrong before anything is stopped: stopping may take seconds or be cut short."""
+    try:
+        yield
+    except StableAudioError as error:
+        complain(f"error: {error.message}")
+        raise
 
 
 def _proxy_environment(
