@@ -7,6 +7,8 @@ CONFIG ?= serve_config.yaml
 OUT ?= demo-run
 DEVICE ?= cpu
 
+PARALLEL := --numprocesses 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-fast test-gpu lint fmt type bench docs clean demo-model demo-eval
 
@@ -24,11 +26,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve_config.yaml change it)
 	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) $(if $(PORT),--port $(PORT))
 
-test: install ## everything CI runs
-	$(PY) -m pytest -m "not gpu and not chaos"
+test: install ## everything CI runs: first what needs no Ray, on two processes, then real clusters
+	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not chaos"
+	$(PY) -m pytest -m "ray and not gpu and not chaos"
 
 test-fast: install ## the fast set: no Ray cluster, under a minute
-	$(PY) -m pytest -m "not ray and not gpu and not slow and not chaos"
+	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not slow and not chaos"
 
 test-gpu: install ## what needs a CUDA device
 	$(PY) -m pytest -m gpu

@@ -51,6 +51,7 @@ def test_engine_models_and_sampling_import(packages: Path) -> None:
     run(packages, "-c", "; ".join(f"import stable_audio_serve.{module}" for module in modules))
 
 
+@pytest.mark.slow
 def test_the_engine_benchmark_runs(packages: Path, tmp_path: Path) -> None:
     run(
         packages, "-m", "benchmarks", "all", "--engine-only", "--mode", "fast", "--rounds", "1",

@@ -31,6 +31,7 @@ def untrained() -> Autoencoder:
     return Autoencoder(AutoencoderConfig())
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_stage_one_lower_the_loss(tmp_path: Path) -> None:
     trainer = AutoencoderTrainer(SMALL)
     pool = PatchPool(SMALL.pool_patches, np.random.default_rng(0))
@@ -43,6 +44,7 @@ def test_twenty_steps_of_stage_one_lower_the_loss(tmp_path: Path) -> None:
     assert torch.equal(other.model.encoder.project_in.weight, trainer.model.encoder.project_in.weight)
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> None:
     trainer = Trainer(DenoiserTrainingConfig(steps=40, warmup_steps=5))
     batch = ClipSource(untrained, ClipConfig(batch_latents=120, longest_s=2.0), np.random.default_rng(0)).draw()

@@ -185,6 +185,7 @@ def test_networks(name: str, num_frames: int) -> None:
     assert_near(ours[:, :valid], expected[:, :valid], within=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_whole_runs(name: str) -> None:
     model, plain = make_pair(name)

@@ -12,6 +12,7 @@ COMPONENTS = [component for component in BOUNDS if component not in ("lengths", 
 CASES = [(name, case) for name in SHARP for case in load_goldens(name).facts["cases"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SHARP, *TINY])
 def test_the_command_accepts_the_folder(name: str) -> None:
     answer = verify_stored(name)
