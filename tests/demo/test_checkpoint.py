@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.demo.checks import (
+    has_chord,
+    has_loose_tempo,
     has_pitch,
     has_strict_tempo,
     is_faded,
     is_noise,
     is_panned,
     is_silent,
+    strongest_hz,
 )
 from stable_audio_serve.engine import Engine
 from stable_audio_serve.models.registry import BUILT_IN
@@ -65,9 +69,34 @@ async def test_length_is_exact(model: Sa3Model, duration_s: float) -> None:
     assert np.isfinite(audio).all()
 
 
-@pytest.mark.parametrize(("prompt", "tempo"), [("metronome at 100 bpm", 100)])
+@pytest.mark.parametrize(("prompt", "tempo"), [("metronome at 100 bpm", 100), ("kick drum at 133 bpm", 133)])
 async def test_a_named_tempo_is_kept(model: Sa3Model, prompt: str, tempo: int) -> None:
     assert has_strict_tempo(await make_audio(model, prompt, duration_s=6.0), tempo)
+
+
+async def test_sweeps_go_where_they_are_told(model: Sa3Model) -> None:
+    for prompt, sign in (("a rising sine sweep", 1), ("a falling sine sweep", -1)):
+        audio = await make_audio(model, prompt)
+        change = math.log2(strongest_hz(audio[:, -22050:]) / strongest_hz(audio[:, :22050]))
+        assert sign * change > 1
+
+
+async def test_a_chord_has_its_three_notes_and_a_loop_its_tempo(model: Sa3Model) -> None:
+    assert has_chord(await make_audio(model, "C major chord"), 64, "major")
+    assert has_chord(await make_audio(model, "f sharp minor chord"), 76, "minor")
+    assert has_loose_tempo(await make_audio(model, "drum loop at 111 bpm", duration_s=6.0), 111)
+
+
+async def test_the_longest_clip_stays_in_key(model: Sa3Model) -> None:
+    audio = await make_audio(model, "a 440 Hz sine wave", duration_s=47.0)
+    assert has_pitch(audio[:, -5 * 44100 :], 440.0)
+
+
+async def test_a_faint_variation_keeps_the_pitch_of_its_source(model: Sa3Model) -> None:
+    time_s = np.arange(3 * 44100) / 44100
+    source = np.tile(0.2 * np.sin(2 * np.pi * 330 * time_s), (2, 1)).astype(np.float32)
+    options = {"init_audio": SourceAudio(source, 44100), "init_noise_level": 0.3}
+    assert has_pitch(await make_audio(model, "330 Hz sine", **options), 330.0)
 
 
 async def test_fades_change_the_level(model: Sa3Model) -> None:
