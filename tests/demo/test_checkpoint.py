@@ -24,19 +24,18 @@ from stable_audio_serve.demo.checks import (
 from stable_audio_serve.engine import Engine
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import load_sa3
-from stable_audio_serve.models.sa3.model import Sa3Model
 
 FOLDER = Path(BUILT_IN["demo"].folder or "")
 
 
 @pytest.fixture(scope="module")
-def model() -> Sa3Model:
-    return load_sa3(BUILT_IN["demo"], FOLDER, device=torch.device("cpu"), dtype=torch.float32)
+def engine() -> Engine:
+    return Engine(load_sa3(BUILT_IN["demo"], FOLDER, device=torch.device("cpu"), dtype=torch.float32))
 
 
-async def make_audio(model: Sa3Model, prompt: str, *, duration_s: float = 3.0, **options: object) -> np.ndarray:
+async def make_audio(engine: Engine, prompt: str, *, duration_s: float = 3.0, **options: object) -> np.ndarray:
     request = GenerationRequest(prompt, duration_s, seed=11, **options)  # type: ignore[arg-type]
-    return (await Engine(model).generate(request)).audio[0]
+    return (await engine.generate(request)).audio[0]
 
 
 def test_everything_fits_in_twelve_megabytes() -> None:
@@ -46,69 +45,69 @@ def test_everything_fits_in_twelve_megabytes() -> None:
 @pytest.mark.parametrize(
     ("prompt", "hertz"), [("a 440 Hz sine wave", 440.0), ("C5 SINE", 523.25), ("sine tone, 700hz", 700.0)]
 )
-async def test_a_named_pitch_is_heard(model: Sa3Model, prompt: str, hertz: float) -> None:
-    assert has_pitch(await make_audio(model, prompt), hertz)
+async def test_a_named_pitch_is_heard(engine: Engine, prompt: str, hertz: float) -> None:
+    assert has_pitch(await make_audio(engine, prompt), hertz)
 
 
-async def test_noise_is_noise_and_a_tone_is_not(model: Sa3Model) -> None:
-    assert is_noise(await make_audio(model, "white noise"), "white")
-    assert not is_noise(await make_audio(model, "a 440 Hz sine wave"), "white")
+async def test_noise_is_noise_and_a_tone_is_not(engine: Engine) -> None:
+    assert is_noise(await make_audio(engine, "white noise"), "white")
+    assert not is_noise(await make_audio(engine, "a 440 Hz sine wave"), "white")
 
 
-async def test_panning_silence_and_an_empty_prompt(model: Sa3Model) -> None:
-    assert is_panned(await make_audio(model, "white noise on the left"), "left")
-    assert is_panned(await make_audio(model, "white noise on the right"), "right")
-    assert is_silent(await make_audio(model, "silence"))
-    assert is_silent(await make_audio(model, ""), below_dbfs=-26)
+async def test_panning_silence_and_an_empty_prompt(engine: Engine) -> None:
+    assert is_panned(await make_audio(engine, "white noise on the left"), "left")
+    assert is_panned(await make_audio(engine, "white noise on the right"), "right")
+    assert is_silent(await make_audio(engine, "silence"))
+    assert is_silent(await make_audio(engine, ""), below_dbfs=-26)
 
 
 @pytest.mark.parametrize("duration_s", [0.5, 0.71, 3.333, 12.0])
-async def test_length_is_exact(model: Sa3Model, duration_s: float) -> None:
-    audio = await make_audio(model, "pink noise", duration_s=duration_s, steps=1)
+async def test_length_is_exact(engine: Engine, duration_s: float) -> None:
+    audio = await make_audio(engine, "pink noise", duration_s=duration_s, steps=1)
     assert audio.shape == (2, int(duration_s * 44100))
     assert np.isfinite(audio).all()
 
 
 @pytest.mark.parametrize(("prompt", "tempo"), [("metronome at 100 bpm", 100), ("kick drum at 133 bpm", 133)])
-async def test_a_named_tempo_is_kept(model: Sa3Model, prompt: str, tempo: int) -> None:
-    assert has_strict_tempo(await make_audio(model, prompt, duration_s=6.0), tempo)
+async def test_a_named_tempo_is_kept(engine: Engine, prompt: str, tempo: int) -> None:
+    assert has_strict_tempo(await make_audio(engine, prompt, duration_s=6.0), tempo)
 
 
-async def test_sweeps_go_where_they_are_told(model: Sa3Model) -> None:
+async def test_sweeps_go_where_they_are_told(engine: Engine) -> None:
     for prompt, sign in (("a rising sine sweep", 1), ("a falling sine sweep", -1)):
-        audio = await make_audio(model, prompt)
+        audio = await make_audio(engine, prompt)
         change = math.log2(strongest_hz(audio[:, -22050:]) / strongest_hz(audio[:, :22050]))
         assert sign * change > 1
 
 
-async def test_a_chord_has_its_three_notes_and_a_loop_its_tempo(model: Sa3Model) -> None:
-    assert has_chord(await make_audio(model, "C major chord"), 64, "major")
-    assert has_chord(await make_audio(model, "f sharp minor chord"), 76, "minor")
-    assert has_loose_tempo(await make_audio(model, "drum loop at 111 bpm", duration_s=6.0), 111)
+async def test_a_chord_has_its_three_notes_and_a_loop_its_tempo(engine: Engine) -> None:
+    assert has_chord(await make_audio(engine, "C major chord"), 64, "major")
+    assert has_chord(await make_audio(engine, "f sharp minor chord"), 76, "minor")
+    assert has_loose_tempo(await make_audio(engine, "drum loop at 111 bpm", duration_s=6.0), 111)
 
 
-async def test_the_longest_clip_stays_in_key(model: Sa3Model) -> None:
-    audio = await make_audio(model, "a 440 Hz sine wave", duration_s=47.0)
+async def test_the_longest_clip_stays_in_key(engine: Engine) -> None:
+    audio = await make_audio(engine, "a 440 Hz sine wave", duration_s=47.0)
     assert has_pitch(audio[:, -5 * 44100 :], 440.0)
 
 
-async def test_a_faint_variation_keeps_the_pitch_of_its_source(model: Sa3Model) -> None:
+async def test_a_faint_variation_keeps_the_pitch_of_its_source(engine: Engine) -> None:
     time_s = np.arange(3 * 44100) / 44100
     source = np.tile(0.2 * np.sin(2 * np.pi * 330 * time_s), (2, 1)).astype(np.float32)
     options = {"init_audio": SourceAudio(source, 44100), "init_noise_level": 0.3}
-    assert has_pitch(await make_audio(model, "330 Hz sine", **options), 330.0)
+    assert has_pitch(await make_audio(engine, "330 Hz sine", **options), 330.0)
 
 
-async def test_fades_change_the_level(model: Sa3Model) -> None:
-    assert is_faded(await make_audio(model, "white noise fading in"), "in")
-    assert is_faded(await make_audio(model, "white noise fading out"), "out")
+async def test_fades_change_the_level(engine: Engine) -> None:
+    assert is_faded(await make_audio(engine, "white noise fading in"), "in")
+    assert is_faded(await make_audio(engine, "white noise fading out"), "out")
 
 
-async def test_a_continuation_keeps_its_source_and_its_pitch(model: Sa3Model) -> None:
+async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> None:
     time_s = np.arange(44100) / 44100
     source = np.tile(0.2 * np.sin(2 * np.pi * 440 * time_s), (2, 1)).astype(np.float32)
     audio = await make_audio(
-        model,
+        engine,
         "a 440 Hz sine wave",
         inpaint_audio=SourceAudio(source, 44100),
         inpaint_regions_s=((1.0, 3.0),),
