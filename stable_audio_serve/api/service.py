@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import structlog
@@ -63,6 +64,7 @@ class Service:
         self._encode_threads = ThreadPoolExecutor(api.encode_workers, thread_name_prefix="audio-encode")
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
+        self._source_bytes = 0
 
     async def close(self) -> None:
         """Wait for running work and stop threads and processes."""
@@ -88,16 +90,31 @@ class Service:
         left_s = budget_s - (self.clock.monotonic() - started_at)
         if left_s <= 0:
             raise DeadlineExceededError("deadline_s: the time budget ran out before the model was asked")
-        if self._num_generating >= self.settings.ingress.max_ongoing_requests:
-            raise OverloadedError("too many requests are in progress", retry_after_s=_BUSY_RETRY_S)
-        self._num_generating += 1
-        try:
+        with self._admitted(request):
             result = await self.backend.generate(card.name, replace(request, deadline_s=left_s))
-        finally:
-            self._num_generating -= 1
         audio_s = sum(audio.shape[1] for audio in result.audio) / result.sample_rate_hz
         self.metrics.increment("audio_seconds", audio_s, model=card.name)
         return result
+
+    @contextmanager
+    def _admitted(self, request: GenerationRequest) -> Iterator[None]:
+        """Bound what this process holds for requests in progress: their number, and their decoded source audio.
+
+        Raises OverloadedError. A source larger than the bound is taken when it is alone.
+        """
+        sources = (source.samples.nbytes for source in (request.init_audio, request.inpaint_audio) if source)
+        num_bytes = sum(sources)
+        if self._num_generating >= self.settings.ingress.max_ongoing_requests:
+            raise OverloadedError("too many requests are in progress", retry_after_s=_BUSY_RETRY_S)
+        if self._source_bytes and self._source_bytes + num_bytes > self.settings.api.max_source_bytes:
+            raise OverloadedError("audio: too much source audio is in progress", retry_after_s=_BUSY_RETRY_S)
+        self._num_generating += 1
+        self._source_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._num_generating -= 1
+            self._source_bytes -= num_bytes
 
     async def encode(self, result: GenerationResult, file_format: AudioFormat, *, stem: str) -> Output:
         """One file, or a ZIP named `<stem>-01`, `<stem>-02`, ... inside when there are several variations."""

@@ -35,6 +35,9 @@ class ApiSettings(Section):
     max_fields_bytes: int = Field(
         1_048_576, ge=1024, description="Largest JSON body, and largest rest of a form besides its upload, bytes."
     )
+    max_source_bytes: int = Field(
+        1_073_741_824, ge=1, description="Decoded source audio of requests in progress, bytes, per ingress replica."
+    )
     receive_idle_timeout_s: Seconds = Field(30.0, description="Longest pause while a body arrives, seconds.")
     receive_total_timeout_s: Seconds = Field(300.0, description="Longest time for a whole body to arrive, seconds.")
     send_idle_timeout_s: Seconds = Field(60.0, description="Longest a client may stop reading its answer, seconds.")

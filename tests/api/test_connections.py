@@ -201,3 +201,18 @@ async def test_more_generations_than_a_process_takes_are_refused_in_json_and_hea
     assert {answer.headers["retry-after"] for answer in refused} == {"5"}
     assert "too many requests" in refused[0].json()["detail"]
     assert sum(answer.status_code == 200 for answer in answers) == 20
+
+
+async def test_more_decoded_audio_than_a_process_holds_is_refused_until_some_is_done() -> None:
+    backend = ToneBackend(delay_s=1.0)
+    form = {"prompt": "a", "duration": "0.1"}
+    files = {"audio": make_audio_file(duration_s=1.0)}  # 353 kB when decoded
+    async with connect(backend, max_source_bytes=500_000) as client:
+        first = asyncio.create_task(client.post("/v1/audio/variations", data=form, files=files))
+        await wait_until(lambda: backend.num_running == 1)
+        second = await client.post("/v1/audio/variations", data=form, files=files)
+        assert (second.status_code, second.headers["retry-after"]) == (503, "5")
+        assert "audio" in second.json()["detail"]
+        assert (await client.post(URL, json={"prompt": "a", "duration": 0.1})).status_code == 200
+        assert (await first).status_code == 200
+        assert (await client.post("/v1/audio/variations", data=form, files=files)).status_code == 200
