@@ -65,7 +65,7 @@ def draw_cases(*, per_kind: int, seeds: int, seed: int) -> list[Case]:
     for kind in _KINDS:
         for number in range(per_kind * (2 if kind in ("tone", "beat") else 1)):
             scene = draw_scene(rng, shares={kind: 1.0})
-            shortest = {"beat": 4.0, "arpeggio": 3.0, "hit": 1.5, "chord": 1.0, "sweep": 1.0}.get(kind, 0.7)
+            shortest = {"beat": 2.5, "arpeggio": 3.0, "hit": 1.5, "chord": 1.0, "sweep": 1.0}.get(kind, 0.7)
             duration_s = round(float(np.exp(rng.uniform(np.log(shortest), np.log(10.0)))), 2)
             text = caption(scene, rng)
             cases += [Case(scene, text, duration_s, 1000 * seed + 10 * number + repeat) for repeat in range(seeds)]
