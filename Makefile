@@ -10,7 +10,7 @@ DEVICE ?= cpu
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-gpu lint fmt type bench docs clean demo-model demo-eval
+.PHONY: help install serve test test-fast test-gpu fuzz lint fmt type bench docs clean demo-model demo-eval
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -26,15 +26,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve_config.yaml change it)
 	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) $(if $(PORT),--port $(PORT))
 
-test: install ## everything CI runs: first what needs no Ray, on two processes, then real clusters
-	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not chaos"
-	$(PY) -m pytest -m "ray and not gpu and not chaos"
+test: install ## everything CI runs: first what needs no Ray, on two processes, then real clusters and what runs alone
+	$(PY) -m pytest $(PARALLEL) -m "not ray and not serial and not gpu and not chaos"
+	$(PY) -m pytest -m "(ray or serial) and not gpu and not chaos"
 
 test-fast: install ## the fast set: no Ray cluster, under a minute
 	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not slow and not chaos"
 
 test-gpu: install ## what needs a CUDA device
 	$(PY) -m pytest -m gpu
+
+fuzz: install ## ten thousand generated requests to every operation of the API, with another seed each time
+	FUZZ_EXAMPLES=300 $(PY) -m pytest tests/api/test_fuzz.py --hypothesis-seed=$${SEED:-$$RANDOM} --timeout 1800
 
 lint: install ## style, types and import rules
 	$(VENV)/bin/ruff check .

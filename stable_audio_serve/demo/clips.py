@@ -93,8 +93,8 @@ class ClipSource:
         seconds = np.maximum(longest * rng.uniform(0.75, 1.0, count), config.shortest_s)
         seconds = np.round(np.append(longest, seconds[1:]), 2)
         scenes = [draw_scene(rng, shares=_BRIEF_SHARES if brief else SHARES) for _ in range(count)]
-        edits = rng.random(count) < 0.2
-        withheld = rng.random(count) < np.where(edits, 0.35, 0.08)
+        edits = rng.random(count) < 0.25
+        withheld = rng.random(count) < np.where(edits, 0.5, 0.12)
         captions = ["" if blank else caption(scene, rng) for scene, blank in zip(scenes, withheld, strict=True)]
         unnamed = withheld & ~edits & np.array([scene.kind != "hush" for scene in scenes])
         clips = [
@@ -129,17 +129,19 @@ class ClipSource:
         return torch.cat([keep, keep * latents, torch.stack(lines)], dim=1)
 
     def _keep_mask(self, frames: int, sounding: int) -> Tensor:
-        """Which latents an edit keeps: a prefix, a suffix, or all but a hole."""
+        """Which latents an edit keeps: a prefix, a suffix, or all but one hole or two."""
         keep = torch.zeros(frames)
-        first, second = sorted(self._rng.integers(1, max(sounding, 2), size=2))
+        first, second, third, fourth = sorted(self._rng.integers(1, max(sounding, 2), size=4))
         kind = self._rng.random()
         if kind < 0.45:
-            keep[:first] = 1.0
-        elif kind < 0.65:
-            keep[second:sounding] = 1.0
+            keep[:second] = 1.0
+        elif kind < 0.6:
+            keep[third:sounding] = 1.0
         else:
             keep[:sounding] = 1.0
-            keep[first : max(second, first + 1)] = 0.0
+            keep[first : max(second if kind < 0.75 else third, first + 1)] = 0.0
+            if kind < 0.75:
+                keep[third:fourth] = 0.0
         return keep
 
 

@@ -1,4 +1,4 @@
-"""Judges a demo checkpoint on fresh prompts through the real loader and engine: `python -m ...demo.evaluate FOLDER`.
+"""Judges a demo checkpoint, or a server's demo model, on fresh prompts: `python -m ...demo.evaluate [FOLDER | URL]`.
 
 Every class is reported apart. Thresholds are the acceptance table's; nothing here looks at weights or latents.
 """
@@ -10,21 +10,19 @@ import asyncio
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.demo.captions import caption
-from stable_audio_serve.demo.checks import check_scene, has_pitch
-from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
-from stable_audio_serve.engine import Engine
+from stable_audio_serve.demo.cases import KINDS, Case, draw_cases
+from stable_audio_serve.demo.checks import Audio, check_scene, has_loose_tempo, has_pitch, has_strict_tempo
+from stable_audio_serve.demo.players import EnginePlayer, HttpPlayer, Player
 from stable_audio_serve.models.blocks.oscillator_bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3.build import load_sa3
 
 # What must pass and what is aimed at, in percent, by check.
 THRESHOLDS: dict[str, tuple[float, float]] = {
@@ -43,51 +41,38 @@ THRESHOLDS: dict[str, tuple[float, float]] = {
     "sweep": (90, 98),
     "fade": (85, 95),
     "continuation": (85, 95),
+    "variation": (85, 95),
+    "holes": (85, 95),
+    "loop repeats": (85, 95),
+    "long pitch": (90, 97),
+    "long tempo": (80, 90),
     "length": (100, 100),
 }
-_KINDS = [kind for kind in SHARES if kind not in ("siren", "pair")]
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One request and the scene it describes."""
-
-    scene: Scene
-    prompt: str
-    duration_s: float
-    seed: int
-
-
-def draw_cases(*, per_kind: int, seeds: int, seed: int) -> list[Case]:
-    """`per_kind` fresh prompts of every kind (beats and tones twice as many), each with `seeds` seeds."""
-    rng = np.random.default_rng((seed, 99))
-    cases = []
-    for kind in _KINDS:
-        for number in range(per_kind * (2 if kind in ("tone", "beat") else 1)):
-            scene = draw_scene(rng, shares={kind: 1.0})
-            shortest = {"beat": 2.5, "arpeggio": 3.0, "hit": 1.5, "chord": 1.0, "sweep": 1.0}.get(kind, 0.7)
-            duration_s = round(float(np.exp(rng.uniform(np.log(shortest), np.log(10.0)))), 2)
-            text = caption(scene, rng)
-            cases += [Case(scene, text, duration_s, 1000 * seed + 10 * number + repeat) for repeat in range(seeds)]
-    return cases
-
-
-async def judge(folder: Path, cases: list[Case], *, steps: int = 8, sampler: str | None = None) -> dict[str, Any]:
-    """Generate every case and count what passes; the result is the report's body."""
-    model = load_sa3(BUILT_IN["demo"], folder, device=torch.device("cpu"), dtype=torch.float32)
+async def judge(
+    player: Player,
+    cases: Sequence[Case],
+    *,
+    steps: int = 8,
+    sampler: str | None = None,
+    cfg_scale: float | None = None,
+) -> dict[str, Any]:
+    """Play every case and count what passes; the result is the report's body."""
     counts: dict[str, list[bool]] = defaultdict(list)
     failures = []
     began = time.perf_counter()
-    async with Engine(model) as engine:
-        for case in cases:
-            audio = await _generate(engine, case, steps=steps, sampler=sampler)
-            counts["length"].append(audio.shape == (2, int(case.duration_s * SAMPLE_RATE_HZ)))
-            for name, passed in check_scene(audio, case.scene).items():
-                counts[name].append(passed)
-                if not passed:
-                    failures.append(f"{name}: {case.prompt!r} {case.duration_s} s seed {case.seed}")
-            if case.scene.kind == "tone" and case.scene.voice in ("sine", "organ", "square") and case.duration_s > 2:
-                counts["continuation"].append(await _continues(engine, case, audio, steps=steps))
+    for case in cases:
+        request = GenerationRequest(
+            case.prompt, case.duration_s, case.seed, steps=steps, sampler=sampler, cfg_scale=cfg_scale
+        )
+        audio = await player.play(request)
+        verdicts = {"length": audio.shape == (2, int(case.duration_s * SAMPLE_RATE_HZ))}
+        verdicts |= await _judge_sound(player, case, request, audio)
+        for name, passed in verdicts.items():
+            counts[name].append(passed)
+            if not passed:
+                failures.append(f"{name}: {case.prompt!r} {case.duration_s:.2f} s seed {case.seed}")
     seconds = time.perf_counter() - began
     return {
         "checks": {name: _summary(name, counts[name]) for name in sorted(counts)},
@@ -97,24 +82,50 @@ async def judge(folder: Path, cases: list[Case], *, steps: int = 8, sampler: str
     }
 
 
-async def _generate(engine: Engine, case: Case, *, steps: int, sampler: str | None) -> np.ndarray[Any, Any]:
-    request = GenerationRequest(case.prompt, case.duration_s, case.seed, steps=steps, sampler=sampler)
-    return (await engine.generate(request)).audio[0]
+async def _judge_sound(player: Player, case: Case, request: GenerationRequest, audio: Audio) -> dict[str, bool]:
+    if case.task == "loop":
+        return {"loop repeats": _repeats(audio, case)}
+    verdicts = check_scene(audio, case.scene)
+    if case.is_long:
+        name = "long pitch" if case.scene.kind == "tone" else "long tempo"
+        return {name: check_scene(audio[:, -10 * SAMPLE_RATE_HZ :], case.scene)[next(iter(verdicts))]}
+    if case.task == "edit":
+        verdicts |= await _judge_edits(player, case, request, audio)
+    return verdicts
 
 
-async def _continues(engine: Engine, case: Case, audio: np.ndarray[Any, Any], *, steps: int) -> bool:
-    """Whether a continuation of the first half keeps the pitch it had."""
+def _repeats(audio: Audio, case: Case) -> bool:
+    """Whether the clip, played twice without a gap, keeps its beat across the joint."""
+    twice = np.concatenate([audio, audio], axis=1)
+    judged = has_strict_tempo if case.scene.voice in ("metronome", "kick") else has_loose_tempo
+    return judged(twice, case.scene.tempo_bpm)
+
+
+async def _judge_edits(player: Player, case: Case, request: GenerationRequest, audio: Audio) -> dict[str, bool]:
+    """Whether a continuation of the first half, two holes filled in and a variation keep the pitch of a held note."""
+    hertz = float(OSCILLATOR_HZ[case.scene.pitch])
     half = audio.shape[1] // 2
-    request = GenerationRequest(
-        case.prompt,
-        case.duration_s,
-        case.seed + 7,
-        steps=steps,
-        inpaint_audio=SourceAudio(audio[:, :half], SAMPLE_RATE_HZ),
-        inpaint_regions_s=((half / SAMPLE_RATE_HZ, case.duration_s),),
-    )
-    result = (await engine.generate(request)).audio[0]
-    return has_pitch(result[:, half + 4096 :], float(OSCILLATOR_HZ[case.scene.pitch]))
+    fifth_s = case.duration_s / 5
+    variants: dict[str, dict[str, Any]] = {
+        "continuation": {
+            "inpaint_audio": SourceAudio(audio[:, :half], SAMPLE_RATE_HZ),
+            "inpaint_regions_s": ((half / SAMPLE_RATE_HZ, case.duration_s),),
+        },
+        "holes": {
+            "inpaint_audio": SourceAudio(audio, SAMPLE_RATE_HZ),
+            "inpaint_regions_s": ((fifth_s, 2 * fifth_s), (3 * fifth_s, 4 * fifth_s)),
+        },
+        "variation": {"init_audio": SourceAudio(audio, SAMPLE_RATE_HZ), "init_noise_level": 0.5},
+    }
+    verdicts = {}
+    for name, options in variants.items():
+        edited = replace(request, seed=case.seed + 7, **options)
+        result = await player.play(edited)
+        first, second, third, fourth = (round(n * fifth_s * SAMPLE_RATE_HZ) for n in range(1, 5))
+        holes = np.concatenate([result[:, first:second], result[:, third:fourth]], axis=1)
+        heard = {"continuation": result[:, half + 4096 :], "holes": holes, "variation": result}[name]
+        verdicts[name] = has_pitch(heard, hertz)
+    return verdicts
 
 
 def _summary(name: str, passed: list[bool]) -> dict[str, Any]:
@@ -124,20 +135,29 @@ def _summary(name: str, passed: list[bool]) -> dict[str, Any]:
     return {"passed": sum(passed), "count": len(passed), "percent": percent, "must": must, "aim": aim, "meets": verdict}
 
 
+async def _run(options: argparse.Namespace) -> dict[str, Any]:
+    target = str(options.target)
+    over_http = target.startswith(("http://", "https://"))
+    kinds = [kind for kind in KINDS if not (over_http and kind == "hush")]  # the routes refuse an empty prompt
+    cases = draw_cases(per_kind=options.per_kind, seeds=options.seeds, seed=options.seed, kinds=kinds)
+    async with HttpPlayer(target) if over_http else EnginePlayer(Path(target)) as player:
+        return await judge(player, cases, steps=options.steps, sampler=options.sampler, cfg_scale=options.cfg_scale)
+
+
 def main() -> None:
     """Parse the command line, judge, print a table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(BUILT_IN["demo"].folder or ""))
+    parser.add_argument("target", nargs="?", default=BUILT_IN["demo"].folder, help="checkpoint folder or server URL")
     parser.add_argument("--json", type=Path, help="where to write the report")
     parser.add_argument("--per-kind", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sampler")
+    parser.add_argument("--cfg-scale", type=float)
     options = parser.parse_args()
-    cases = draw_cases(per_kind=options.per_kind, seeds=options.seeds, seed=options.seed)
-    body = asyncio.run(judge(options.folder, cases, steps=options.steps, sampler=options.sampler))
-    settings = {key: getattr(options, key) for key in ("per_kind", "seeds", "seed", "steps", "sampler")}
+    body = asyncio.run(_run(options))
+    settings = {key: getattr(options, key) for key in ("per_kind", "seeds", "seed", "steps", "sampler", "cfg_scale")}
     for name, row in body["checks"].items():
         print(f"{name:16s} {row['passed']:4d}/{row['count']:<4d} {row['percent']:5.1f} %  {row['meets']}")
     if options.json:

@@ -34,7 +34,7 @@ class AutoencoderConfig:
     decoder_depth: int = 2
     batch_patches: int = 1024
     pool_patches: int = 40_000
-    steps: int = 2000
+    steps: int = 1600
     noise: float = 0.2
     smoothness: float = 0.4
     seed: int = 0

@@ -31,13 +31,13 @@ HIGHEST_UNNAMED_T = 0.8  # above, noise hides what an uncaptioned clip is; there
 class DenoiserTrainingConfig:
     """Schedule of stage 2."""
 
-    steps: int = 8000
+    steps: int = 6600
     clips: ClipConfig = field(default_factory=ClipConfig)
     ema: float = 0.998
     muon_lr: float = 0.015
     adam_lr: float = 2e-3
     warmup_steps: int = 100
-    decay_share: float = 0.6
+    decay_share: float = 0.5
     seed: int = 0
 
 
