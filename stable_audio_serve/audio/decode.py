@@ -13,23 +13,27 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
 
-from stable_audio_serve.core.errors import InvalidUploadError
+from stable_audio_serve.core.errors import InvalidUploadError, OverloadedError
 from stable_audio_serve.core.generation import SourceAudio
 
 _MAX_VALUES = 80_000_000  # kept samples x channels, 320 MB: 410 s of stereo at 96 kHz
 _START_TIMEOUT_S = 30.0
+_START_RETRY_S = 5.0
+_ATTEMPTS = 2  # a process may die of something else than the file, for example of a machine short of memory
 
 
 class AudioDecoder:
     """A pool of decoding processes, each started when first needed. `decode` blocks: call it from worker threads."""
 
-    def __init__(self, *, num_workers: int = 1, timeout_s: float = 60.0) -> None:
-        """`timeout_s` bounds the decoding of one file, seconds."""
+    def __init__(self, *, num_workers: int = 1, timeout_s: float = 20.0, own_rates_hz: Collection[int] = ()) -> None:
+        """`timeout_s` bounds the decoding of one file, seconds. `own_rates_hz` are read besides those of 8-192 kHz."""
+        self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
         self._timeout_s = timeout_s
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(num_workers):
@@ -38,22 +42,33 @@ class AudioDecoder:
     def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
         """The first `max_s` seconds of `file` (anything with a `fileno`), at most two channels, at the file's rate.
 
-        Raises InvalidUploadError naming `field`.
+        Raises InvalidUploadError naming `field`, OverloadedError when no decoding process can be started.
         """
+        file.flush()
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                return self._decode_once(file.fileno(), max_s=max_s)
+            except _FileRefusedError as error:
+                raise InvalidUploadError(f"{field}: {error}", field=field) from error
+            except TimeoutError as error:
+                raise InvalidUploadError(f"{field}: decoding the file took too long", field=field) from error
+            except _WorkerLostError as error:
+                if not attempts_left:
+                    raise InvalidUploadError(f"{field}: decoding the file failed", field=field) from error
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _decode_once(self, descriptor: int, *, max_s: float) -> SourceAudio:
         worker = self._idle.get()
         try:
             if worker is None or not worker.is_alive():
                 worker = None
                 worker = _Worker.start()
-            file.flush()
-            return worker.decode(file.fileno(), max_s=max_s, timeout_s=self._timeout_s)
-        except _FileRefusedError as error:
-            raise InvalidUploadError(f"{field}: {error}", field=field) from error
-        except _WorkerLostError as error:
-            assert worker is not None
-            worker.stop()
-            worker = None
-            raise InvalidUploadError(f"{field}: decoding the file {error}", field=field) from error
+            return worker.decode(descriptor, self._limits | {"max_s": max_s}, timeout_s=self._timeout_s)
+        except (_WorkerLostError, TimeoutError):
+            if worker is not None:
+                worker.stop()
+                worker = None
+            raise
         finally:
             self._idle.put(worker)
 
@@ -75,7 +90,7 @@ class _FileRefusedError(Exception):
 
 
 class _WorkerLostError(Exception):
-    """The worker crashed or hung over a file; the text says which."""
+    """The worker died over a file."""
 
 
 @dataclass(slots=True)
@@ -85,25 +100,29 @@ class _Worker:
 
     @classmethod
     def start(cls) -> _Worker:
+        """Raises OverloadedError when the machine has no room for one more process."""
         ours, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "stable_audio_serve.audio.decode_worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal is for the server, which stops us itself
-            )
-        worker = cls(process, ours)
+        worker = None
         try:
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "stable_audio_serve.audio.decode_worker", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C in the terminal is for the server, which stops us itself
+                )
+            worker = cls(process, ours)
             worker._read_line(time.monotonic() + _START_TIMEOUT_S)
-        except BaseException:
-            worker.stop()
-            raise
+        except (OSError, EOFError) as error:
+            if worker is not None:
+                worker.stop()
+            ours.close()
+            raise OverloadedError("audio: no file can be decoded now", retry_after_s=_START_RETRY_S) from error
         return worker
 
     def is_alive(self) -> bool:
@@ -114,21 +133,22 @@ class _Worker:
         self.process.kill()
         self.process.wait()
 
-    def decode(self, descriptor: int, *, max_s: float, timeout_s: float) -> SourceAudio:
-        deadline = time.monotonic() + timeout_s
-        task = json.dumps({"max_s": max_s, "max_values": _MAX_VALUES}).encode()
+    def decode(self, descriptor: int, limits: dict[str, Any], *, timeout_s: float) -> SourceAudio:
+        """Raises TimeoutError, or _WorkerLostError when the process died; it is of no further use after either."""
+        deadline_at = time.monotonic() + timeout_s
+        task = json.dumps(limits).encode()
         try:
             self.channel.settimeout(timeout_s)
             socket.send_fds(self.channel, [task], [descriptor])
-            answer: dict[str, Any] = json.loads(self._read_line(deadline))
+            answer: dict[str, Any] = json.loads(self._read_line(deadline_at))
             if "refused" in answer:
                 raise _FileRefusedError(answer["refused"])
             interleaved = np.empty((answer["frames"], answer["channels"]), dtype=np.float32)
-            self._read_into(interleaved.reshape(-1).view(np.uint8).data, deadline)
-        except TimeoutError as error:
-            raise _WorkerLostError("took too long") from error
+            self._read_into(interleaved.reshape(-1).view(np.uint8).data, deadline_at)
+        except TimeoutError:
+            raise
         except (OSError, EOFError) as error:
-            raise _WorkerLostError("failed") from error
+            raise _WorkerLostError("the decoding process died") from error
         return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
 
     def _read_line(self, deadline: float) -> bytes:

@@ -13,6 +13,7 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
 
 _BLOCK_VALUES = 1 << 18
 _MEMORY_BYTES = 2 << 30
-_KEPT_CHANNELS = 2  # models use two at most
-_MAX_CHANNELS = 32
-_RATES_HZ = (1_000, 384_000)
+_NICENESS = 5  # who shares the cores is answering requests
+_RATES_HZ = (8_000, 192_000)
 _MAX_LEVEL = 1_000.0  # full scale is 1
-_MAGIC = (b"RIFF", b"RF64", b"riff", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"ID3")
+_MAX_FILE_VALUES = 1 << 31  # samples x channels that a header may promise: three hours of stereo at 96 kHz
+_FORMATS = "WAV, FLAC, MP3, Ogg (Vorbis, Opus, FLAC), AIFF, CAF, AU, W64 or RF64"
+_CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"})
+_MAGIC = (b"fLaC", b"OggS", b".snd", b"caff", b"ID3", b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb")
+_RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC")})
+
+# What each channel of 3 to 8 is, in the order of WAV files: left, right, centre or - for the bass that is left out.
+_SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
+_SURROUND_GAIN = 0.5**0.5  # of all but front left and front right, ITU-R BS.775
 
 
 class Refused(Exception):
@@ -37,43 +45,81 @@ def sniff(head: bytes) -> None:
     """Raise Refused unless `head`, the first bytes of a file, belongs to a format we read."""
     if not head:
         raise Refused("the file is empty")
-    is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
-    if not is_mpeg and not head.startswith(_MAGIC):
-        raise Refused("not a WAV, FLAC, MP3, OGG or other audio file that can be decoded")
+    # An MPEG frame: 11 set bits, then a version and a layer that exist (layer 0 is AAC's).
+    is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x18 != 0x08 and head[1] & 0x06
+    if not is_mpeg and not head.startswith(_MAGIC) and (head[:4], head[8:12]) not in _RIFF_FORMS:
+        raise Refused(f"not an audio file that can be decoded; allowed: {_FORMATS}")
 
 
-def read(descriptor: int, *, max_s: float, max_values: int) -> tuple[npt.NDArray[np.float32], int]:
-    """The first `max_s` seconds as (S, C) float32 and the rate in Hz. Raises Refused."""
+def read(
+    descriptor: int, *, max_s: float, max_values: int, own_rates_hz: Collection[int]
+) -> tuple[npt.NDArray[np.float32], int]:
+    """The first `max_s` seconds as (S, C) float32, at most stereo, and the rate in Hz. Raises Refused.
+
+    `own_rates_hz` are the served models' rates: what a model made, it takes back.
+    """
     import soundfile
 
     os.lseek(descriptor, 0, os.SEEK_SET)
     sniff(os.pread(descriptor, 16, 0))
     try:
         with soundfile.SoundFile(descriptor, closefd=False) as file:
-            if not _RATES_HZ[0] <= file.samplerate <= _RATES_HZ[1]:
-                raise Refused(f"the sample rate {file.samplerate} Hz is outside {_RATES_HZ[0]}..{_RATES_HZ[1]} Hz")
-            if file.channels > _MAX_CHANNELS:
-                raise Refused(f"{file.channels} channels are more than {_MAX_CHANNELS}")
-            limit = min(int(max_s * file.samplerate) + 1, max_values // min(file.channels, _KEPT_CHANNELS))
-            return _read_blocks(file, limit), file.samplerate
+            if file.samplerate not in own_rates_hz:
+                check_rate(file.samplerate)
+            check_header(file.format, channels=file.channels, frames=file.frames)
+            limit = int(max_s * file.samplerate) + 1
+            longest = max_values // min(file.channels, 2)
+            if min(limit, file.frames) > longest:
+                raise Refused(f"at {file.samplerate} Hz it must not be longer than {longest // file.samplerate} s")
+            return _read_blocks(file, min(limit, longest)), file.samplerate
     except soundfile.LibsndfileError as error:
         raise Refused("the audio cannot be decoded") from error
 
 
+def check_rate(rate_hz: int) -> None:
+    """Raise Refused for a rate that no usual recording has."""
+    if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
+        raise Refused(f"the sample rate {rate_hz} Hz is outside {_RATES_HZ[0]}..{_RATES_HZ[1]} Hz")
+
+
+def check_header(container: str, *, channels: int, frames: int) -> None:
+    """Raise Refused for what no sound in the file could make acceptable."""
+    if container not in _CONTAINERS:
+        raise Refused(f"{container} files are not accepted; allowed: {_FORMATS}")
+    if not 1 <= channels <= max(_SPEAKERS):
+        raise Refused(f"{channels} channels; allowed: 1 to {max(_SPEAKERS)}")
+    if frames * channels > _MAX_FILE_VALUES:
+        raise Refused(f"its header promises {frames} samples of {channels} channels, more than can be decoded")
+
+
+def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(S, C) with 1 to 8 channels in the order of WAV files as (S, 1) or (S, 2), never louder than its loudest."""
+    if block.shape[1] <= 2:
+        return block
+    return block @ _mix_matrix(block.shape[1])
+
+
+def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
+    """Gains (C, 2) whose columns sum to one."""
+    gains = np.array([[who in "lc", who in "rc"] for who in _SPEAKERS[channels]], dtype=np.float32)
+    gains[2:] *= _SURROUND_GAIN
+    normal: npt.NDArray[np.float32] = gains / gains.sum(axis=0)
+    return normal
+
+
 def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
-    """Up to `limit` frames of the first two channels; a file that ends early gives what it has."""
+    """Up to `limit` frames; a file that ends early gives what it has."""
     blocks: list[npt.NDArray[np.float32]] = []
     left = limit
     while left > 0:
         block = file.read(min(left, _BLOCK_VALUES // file.channels), dtype="float32", always_2d=True)
         if not len(block):
             break
-        block = block[:, :_KEPT_CHANNELS]
         if not np.isfinite(block).all():
             raise Refused("the audio has samples that are not finite numbers")
         if np.abs(block).max() > _MAX_LEVEL:
             raise Refused(f"the audio has samples beyond {_MAX_LEVEL:g} times full scale")
-        blocks.append(block)
+        blocks.append(mix_down(block))
         left -= len(block)
     if not blocks:
         raise Refused("the file holds no audio")
@@ -84,6 +130,7 @@ def main() -> None:
     """Serve exchanges on the socket named on the command line until the parent closes it."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(_NICENESS)
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.sendall(b"ready\n")
     while True:
@@ -93,7 +140,7 @@ def main() -> None:
         task = json.loads(message)
         samples = None
         try:
-            samples, rate_hz = read(descriptors[0], max_s=task["max_s"], max_values=task["max_values"])
+            samples, rate_hz = read(descriptors[0], **task)
             answer: dict[str, Any] = {"frames": samples.shape[0], "channels": samples.shape[1], "rate_hz": rate_hz}
         except Refused as error:
             answer = {"refused": str(error)}

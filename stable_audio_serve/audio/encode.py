@@ -9,7 +9,7 @@ import io
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -86,13 +86,21 @@ def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
     return out
 
 
+def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
+    """Interleaved 16-bit samples (S, C) of `audio` (C, S) float32, made as loud as fits: divided by its own peak,
+    times 32767, truncated towards zero. Silence stays silence."""
+    peak = np.abs(audio).max(initial=0.0)
+    scaled = np.divide(audio.T, peak or 1.0, dtype=np.float32, order="C")
+    return np.multiply(scaled, np.float32(32767), out=scaled).astype(np.int16)
+
+
 def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, file_format: AudioFormat) -> EncodedFile:
     """One file of `audio` (C, S) float32 in -1..1. WAV and FLAC hold 16-bit samples at the given rate.
 
     MP3 and Opus know few rates; other audio is resampled to the nearest rate that loses nothing.
     """
     if file_format is AudioFormat.WAV:
-        return _encode_wav(to_pcm16(audio), sample_rate_hz)
+        return encode_wav(to_pcm16(audio), sample_rate_hz)
     if file_format is AudioFormat.FLAC:
         return _encode_with_libsndfile(to_pcm16(audio), sample_rate_hz, file_format)
     rate_hz = _container_rate(sample_rate_hz, file_format)
@@ -102,6 +110,11 @@ def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, file_forma
 
         samples = np.clip(soxr.resample(samples, sample_rate_hz, rate_hz), -1.0, 1.0)
     return _encode_with_libsndfile(samples, rate_hz, file_format)
+
+
+def encode_pcm(audio: npt.NDArray[np.float32]) -> EncodedFile:
+    """Bare interleaved samples of `audio` (C, S) float32 in -1..1: 16 bits, little-endian, no header."""
+    return EncodedFile("audio/pcm", (_little_endian(to_pcm16(audio)),))
 
 
 def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
@@ -118,9 +131,20 @@ def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
     return EncodedFile("application/zip", (stream.getbuffer(),))
 
 
-def _encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int) -> EncodedFile:
+def encode_variations(
+    variations: Sequence[npt.NDArray[np.float32]], sample_rate_hz: int, file_format: AudioFormat, *, stem: str
+) -> EncodedFile:
+    """One file of one variation (C, S), or of several a ZIP with `<stem>-01.<format>`, `<stem>-02.<format>`, ..."""
+    files = [encode_audio(audio, sample_rate_hz, file_format) for audio in variations]
+    if len(files) == 1:
+        return files[0]
+    return make_zip((f"{stem}-{index:02d}.{file_format}", file) for index, file in enumerate(files, start=1))
+
+
+def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int) -> EncodedFile:
+    """A WAV file of interleaved samples (S, C)."""
     channels = pcm.shape[1]
-    data = pcm.astype("<i2", copy=False).reshape(-1).view(np.uint8).data
+    data = _little_endian(pcm)
     frame_bytes = 2 * channels
     header = struct.pack(
         "<4sI4s4sIHHIIHH4sI",
@@ -128,6 +152,10 @@ def _encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int) -> EncodedFile:
         *(sample_rate_hz, sample_rate_hz * frame_bytes, frame_bytes, 16, b"data", len(data)),
     )
     return EncodedFile(AudioFormat.WAV.media_type, (header, data))
+
+
+def _little_endian(pcm: npt.NDArray[np.int16]) -> memoryview:
+    return pcm.astype("<i2", copy=False).reshape(-1).view(np.uint8).data
 
 
 def _container_rate(sample_rate_hz: int, file_format: AudioFormat) -> int:

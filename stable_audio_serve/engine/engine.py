@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -17,7 +18,7 @@ import torch
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.batching import BatchPolicy, FixedSlots, MergedGrid, OneRowPerCall
@@ -131,7 +132,7 @@ class Engine:
         try:
             state = await self._accept(request, on_progress, frames=frames)
             try:
-                return await state.reply.future
+                return replace(await state.reply.future, device=self._device_use())
             except asyncio.CancelledError:
                 state.cancel()
                 self._inbox.wake()
@@ -197,6 +198,12 @@ class Engine:
             self._admission.release(state.id)
             raise
         return state
+
+    def _device_use(self) -> DeviceUse:
+        if self.device.type != "cuda":
+            return DeviceUse(self.device.type)
+        memory = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return DeviceUse("cuda", *memory)
 
     def _ensure_started(self) -> None:
         with self._start_lock:

@@ -22,7 +22,7 @@ from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.executor import DEVICE_LOST
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.request_state import RequestState, late
+from stable_audio_serve.engine.request_state import RequestState, late, late_start
 from stable_audio_serve.engine.rows import Row
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
 from stable_audio_serve.engine.stages import Failures, Stages
@@ -107,6 +107,9 @@ class EngineLoop:
             elif request.deadline_at is not None and now >= request.deadline_at:
                 self._end(request, outcome="expired")
                 request.reply.fail(late(request.request))
+            elif request.start_by is not None and not request.is_started and now >= request.start_by:
+                self._end(request, outcome="expired")
+                request.reply.fail(late_start(request.request))
 
     def _work(self, picked: Sequence[Row]) -> None:
         """One phase of every picked row."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stable_audio_serve.core.errors import DeadlineExceededError
+from stable_audio_serve.core.errors import DeadlineExceededError, StartTimeoutError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -104,6 +104,11 @@ def late(request: GenerationRequest) -> DeadlineExceededError:
     return DeadlineExceededError(message, field="deadline_s")
 
 
+def late_start(request: GenerationRequest) -> StartTimeoutError:
+    """What a caller is told whose request waited longer than it wanted to."""
+    return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
+
+
 class RequestState:
     """One accepted request. Fields below the line belong to the engine thread, `cancel` may come from any."""
 
@@ -124,6 +129,7 @@ class RequestState:
         self.noise_factory = noise_factory
         self.submitted_at = submitted_at
         self.deadline_at = None if request.deadline_s is None else submitted_at + request.deadline_s
+        self.start_by = None if request.start_within_s is None else submitted_at + request.start_within_s
         self._cancelled = False
         # ------ the engine thread's
         self.clock = StageClock(submitted_at)

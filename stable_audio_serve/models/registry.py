@@ -41,6 +41,8 @@ class ModelEntry:
     max_duration_s: float | None = None
     sample_rate_hz: int = 44100
     channels: int = 2
+    latent_channels: int = 256
+    objective: str = "rf_denoiser"
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
@@ -56,6 +58,8 @@ class ModelEntry:
             max_duration_s=self.max_duration_s or ModelCard(name="", family="").max_duration_s,
             sample_rate_hz=self.sample_rate_hz,
             channels=self.channels,
+            latent_channels=self.latent_channels,
+            objective=self.objective,
             default_steps=self.default_steps,
             default_cfg_scale=self.default_cfg_scale,
             default_duration_padding_s=self.default_duration_padding_s,
@@ -66,12 +70,14 @@ class ModelEntry:
 
 def _official(name: str, *, max_duration_s: float, description: str) -> ModelEntry:
     repo_id = f"stabilityai/stable-audio-3-{name}"
-    steps, cfg_scale = OBJECTIVE_DEFAULTS["rectified_flow" if name.endswith("-base") else "rf_denoiser"]
+    objective = "rectified_flow" if name.endswith("-base") else "rf_denoiser"
+    steps, cfg_scale = OBJECTIVE_DEFAULTS[objective]
     return ModelEntry(
         name=name,
         repo_id=repo_id,
         aliases=(f"stable-audio-3-{name}", repo_id),
         max_duration_s=max_duration_s,
+        objective=objective,
         default_steps=steps,
         default_cfg_scale=cfg_scale,
         description=description,
@@ -84,7 +90,7 @@ _DEMO = ModelEntry(
     aliases=("stable-audio-serve-demo",),
     default_duration_padding_s=0.4,
     is_demo=True,
-    description="A small model trained on generated sounds only; shows that everything works.",
+    description="A small demo model trained on generated sounds only; shows that everything works.",
 )
 
 BUILT_IN: Mapping[str, ModelEntry] = {
@@ -145,14 +151,17 @@ def _describe_folder(entry: ModelEntry, *, is_built_in: bool) -> ModelEntry:
     config = read_config(Path(entry.folder or ""))
     rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
     longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) / rate
-    diffusion = config.section("model").section("diffusion")
-    steps, cfg_scale = OBJECTIVE_DEFAULTS[diffusion.choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS))]
+    model = config.section("model")
+    objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS))
+    steps, cfg_scale = OBJECTIVE_DEFAULTS[objective]
     if is_built_in:
         steps, cfg_scale = entry.default_steps, entry.default_cfg_scale
     return replace(
         entry,
         sample_rate_hz=rate,
         channels=config.integer("audio_channels", default=entry.channels),
+        latent_channels=model.integer("io_channels"),
+        objective=objective,
         max_duration_s=min(entry.max_duration_s or longest_s, longest_s),
         default_steps=steps,
         default_cfg_scale=cfg_scale,

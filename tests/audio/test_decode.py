@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from typing import IO
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from stable_audio_serve.audio import decode as decode_module
 from stable_audio_serve.audio.decode import AudioDecoder
-from stable_audio_serve.core.errors import InvalidUploadError
+from stable_audio_serve.audio.decode_worker import Refused, mix_down, read
+from stable_audio_serve.core.errors import InvalidUploadError, OverloadedError
 from tests.audio_files import make_audio_file
 
 
@@ -30,6 +33,14 @@ def as_file(data: bytes) -> IO[bytes]:
     file = tempfile.TemporaryFile()  # noqa: SIM115  closed with the test
     file.write(data)
     return file
+
+
+def claim_flac_samples(samples: int) -> bytes:
+    """A FLAC file of one second whose header promises more."""
+    data = bytearray(make_audio_file(container="FLAC"))
+    data[21] = data[21] & 0xF0 | samples >> 32
+    data[22:26] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
+    return bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -50,10 +61,76 @@ def test_every_format_is_read_whole(decoder: AudioDecoder, container: str, subty
     np.testing.assert_array_equal(source.samples, expected.T)
 
 
-@pytest.mark.parametrize(("channels", "kept"), [(1, 1), (2, 2), (6, 2)])
-def test_at_most_two_channels_are_kept(decoder: AudioDecoder, channels: int, kept: int) -> None:
+@pytest.mark.parametrize(("channels", "kept"), [(1, 1), (2, 2), *((channels, 2) for channels in range(3, 9))])
+def test_up_to_eight_channels_are_mixed_down_to_two(decoder: AudioDecoder, channels: int, kept: int) -> None:
     source = decoder.decode(as_file(make_audio_file(channels=channels)), max_s=60)
+    mono = decoder.decode(as_file(make_audio_file(channels=1)), max_s=60)
     assert source.samples.shape == (kept, 44100)
+    np.testing.assert_allclose(source.samples, np.tile(mono.samples, (kept, 1)), atol=1e-6)  # the same on all: as loud
+
+
+@pytest.mark.parametrize(
+    ("loud", "left", "right"),
+    [(0, 1.0, 0.0), (1, 0.0, 1.0), (2, 0.5**0.5, 0.5**0.5), (3, 0.0, 0.0), (4, 0.5**0.5, 0.0), (5, 0.0, 0.5**0.5)],
+)
+def test_each_speaker_of_a_surround_file_is_heard_where_it_stands(loud: int, left: float, right: float) -> None:
+    block = np.zeros((10, 6), dtype=np.float32)
+    block[:, loud] = 1.0
+    weight = 1.0 + 2 * 0.5**0.5  # front, centre and back of one side
+    np.testing.assert_allclose(mix_down(block), np.tile(np.array([left, right]) / weight, (10, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("upload", "words"),
+    [
+        (make_audio_file(rate_hz=7999), "8000..192000"),
+        (make_audio_file(rate_hz=192_001, duration_s=0.1), "8000..192000"),
+        (make_audio_file(channels=9, duration_s=0.1), "1 to 8"),
+        (claim_flac_samples(2**36 - 1), "header promises"),
+        (claim_flac_samples(2**30 + 1), "header promises"),
+        (make_audio_file(container="SVX", channels=1), "allowed: WAV"),
+        (make_audio_file(container="WAV")[:8] + b"AVI " + bytes(100), "allowed: WAV"),
+        (b"\xff\xf1" + bytes(100), "allowed: WAV"),  # AAC
+        (b"ID3\x04\x00\x00" + b"\x7f" * 4 + make_audio_file(container="MP3"), "cannot be decoded"),
+    ],
+)
+def test_a_header_is_enough_to_refuse(decoder: AudioDecoder, upload: bytes, words: str) -> None:
+    started_at = time.monotonic()
+    with pytest.raises(InvalidUploadError, match=words):
+        decoder.decode(as_file(upload), max_s=60)
+    assert time.monotonic() - started_at < 5
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 192_000])
+def test_the_ends_of_the_range_of_rates_are_read(decoder: AudioDecoder, rate_hz: int) -> None:
+    source = decoder.decode(as_file(make_audio_file(rate_hz=rate_hz, duration_s=0.5)), max_s=60)
+    assert (source.sample_rate_hz, source.samples.shape) == (rate_hz, (2, rate_hz // 2))
+
+
+def test_what_is_too_long_to_keep_is_refused_not_cut() -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(make_audio_file(duration_s=2.0, rate_hz=8000))
+        with pytest.raises(Refused, match="at 8000 Hz it must not be longer than 1 s"):
+            read(file.fileno(), max_s=60, max_values=2 * 8000, own_rates_hz=())
+        samples, _ = read(file.fileno(), max_s=0.5, max_values=2 * 8000, own_rates_hz=())
+    assert samples.shape == (4001, 2)
+
+
+@pytest.mark.parametrize("container", ["FLAC", "OGG", "MP3", "AIFF", "CAF", "AU", "W64", "RF64", "WAV"])
+def test_half_a_file_gives_what_it_has_or_is_refused(decoder: AudioDecoder, container: str) -> None:
+    data = make_audio_file(container=container)
+    try:
+        samples = decoder.decode(as_file(data[: len(data) // 2]), max_s=60).samples
+    except InvalidUploadError as error:
+        assert "cannot be decoded" in error.message  # noqa: PT017  either is right, a crash is not
+    else:
+        assert 10_000 < samples.shape[1] < 30_000
+
+
+def test_a_chain_of_ogg_files_is_read_at_one_rate(decoder: AudioDecoder) -> None:
+    chain = make_audio_file(container="OGG") + make_audio_file(container="OGG", rate_hz=22050, channels=1)
+    source = decoder.decode(as_file(chain), max_s=60)
+    assert (source.sample_rate_hz, source.samples.shape) == (44100, (2, 44100))
 
 
 def test_only_the_seconds_asked_for_are_read(decoder: AudioDecoder) -> None:
@@ -86,6 +163,49 @@ def test_a_crash_costs_one_file_only() -> None:
     time.sleep(0.05)
     assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
     assert decoder.worker_pids() != first
+    decoder.close()
+
+
+def test_a_process_killed_at_work_is_replaced_and_the_file_read() -> None:
+    decoder = AudioDecoder()
+    decoder.decode(as_file(make_audio_file()), max_s=10)
+    (pid,) = decoder.worker_pids()
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+    assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
+    assert decoder.worker_pids() != [pid]
+    decoder.close()
+
+
+def test_a_file_that_kills_every_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    start = decode_module._Worker.start
+
+    def start_doomed() -> decode_module._Worker:
+        worker = start()
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        threading.Timer(0.1, os.kill, (worker.process.pid, signal.SIGKILL)).start()
+        killed.append(worker.process.pid)
+        return worker
+
+    decoder = AudioDecoder()
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module._Worker, "start", start_doomed)
+        with pytest.raises(InvalidUploadError, match="audio: decoding the file failed"):
+            decoder.decode(as_file(make_audio_file()), max_s=10)
+    assert len(killed) == 2
+    assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
+    decoder.close()
+
+
+def test_a_machine_without_room_for_a_process_is_busy_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = AudioDecoder()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(OverloadedError, match="audio") as caught:
+            decoder.decode(as_file(make_audio_file()), max_s=10)
+    assert caught.value.retry_after_s
+    assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
     decoder.close()
 
 
@@ -122,3 +242,13 @@ def test_the_process_starts_quickly_and_knows_no_heavy_package() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     for package in ("torch", "ray", "fastapi", "pydantic", "transformers"):
         assert f"'{package}'" not in loaded
+
+
+def test_a_served_models_own_rate_is_taken_however_unusual() -> None:
+    file = as_file(make_audio_file(rate_hz=1000))
+    usual, with_own = AudioDecoder(), AudioDecoder(own_rates_hz={1000})
+    with pytest.raises(InvalidUploadError, match="1000 Hz"):
+        usual.decode(file, max_s=2.0)
+    assert with_own.decode(file, max_s=2.0).sample_rate_hz == 1000
+    usual.close()
+    with_own.close()

@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import soundfile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from stable_audio_serve.audio.encode import AudioFormat, encode_audio, make_zip, to_pcm16
+from stable_audio_serve.audio.encode import AudioFormat, encode_audio, make_zip, to_full_scale_pcm16, to_pcm16
 
 
 def make_tone(*, duration_s: float = 0.5, rate_hz: int = 44100, channels: int = 2) -> npt.NDArray[np.float32]:
@@ -26,6 +27,19 @@ def test_pcm16_is_what_libsndfile_writes(audio: npt.NDArray[np.float32]) -> None
     soundfile.write(stream, audio.T, 44100, format="WAV", subtype="PCM_16")
     expected = soundfile.read(io.BytesIO(stream.getvalue()), dtype="int16")[0]
     np.testing.assert_array_equal(to_pcm16(audio), expected)
+
+
+@given(arrays(np.float32, (2, 300), elements=st.floats(-2, 2, width=32)))
+def test_full_scale_is_what_torch_computes(audio: npt.NDArray[np.float32]) -> None:
+    pcm = to_full_scale_pcm16(audio)
+    assert pcm.flags.c_contiguous
+    if not audio.any():
+        assert not pcm.any()
+        return
+    tensor = torch.from_numpy(audio)
+    expected = tensor.div(tensor.abs().max()).clamp(-1, 1).mul(32767).to(torch.int16)
+    np.testing.assert_array_equal(pcm, expected.numpy().T)
+    assert np.abs(pcm.astype(int)).max() == 32767
 
 
 def test_pcm16_is_right_across_blocks_and_for_strided_input() -> None:

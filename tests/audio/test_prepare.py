@@ -3,11 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stable_audio_serve.audio.prepare import fix_channels, float_samples, prepare_source
 from stable_audio_serve.core.errors import InvalidUploadError
 from stable_audio_serve.core.generation import SourceAudio
 from tests.goldens import load_goldens
+
+pytestmark = pytest.mark.slow
 
 COMMON = load_goldens("common").tensors
 STEREO = COMMON["audio/prepare/in_stereo"]
@@ -51,3 +55,23 @@ def test_channels_for_a_mono_model_are_averaged_and_too_few_are_refused() -> Non
     assert torch.equal(fix_channels(STEREO, 1), STEREO.mean(0, keepdim=True))
     with pytest.raises(InvalidUploadError, match="needs 6"):
         fix_channels(STEREO, 6)
+
+
+@settings(max_examples=1000)
+@given(
+    rate_hz=st.sampled_from([8000, 11025, 22050, 44056, 44100, 48000, 96000, 192_000]),
+    model_rate_hz=st.sampled_from([16000, 32000, 44100, 48000]),
+    num_samples=st.integers(1, 3000),
+    wanted=st.integers(1, 3000),
+    channels=st.integers(1, 2),
+)
+def test_a_source_of_any_rate_and_length_is_exactly_as_long_as_wanted(
+    rate_hz: int, model_rate_hz: int, num_samples: int, wanted: int, channels: int
+) -> None:
+    source = SourceAudio(np.full((channels, num_samples), 0.5, dtype=np.float32), rate_hz)
+    prepared = prepare_source(source, sample_rate_hz=model_rate_hz, channels=2, num_samples=wanted)
+    assert prepared.shape == (2, wanted)
+    assert prepared.isfinite().all()
+    heard = -(-num_samples * model_rate_hz // rate_hz)  # ceil: what is behind it is silence
+    assert not prepared[:, heard:].any()
+    assert prepared[:, : min(heard, wanted)].any()

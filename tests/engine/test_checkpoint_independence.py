@@ -16,6 +16,8 @@ from stable_audio_serve.models.registry import resolve_entry
 from tests.factories import make_audio, make_request
 from tests.goldens import SHARP, load_goldens
 
+pytestmark = pytest.mark.slow
+
 # Largest differences seen in fast mode on a CPU: sharp-s 3.9e-6, sharp-l 1.2e-5. PCM16's last bit is 3e-5.
 FAST_TOLERANCE = 1e-4
 

@@ -19,6 +19,7 @@ from stable_audio_serve.core.errors import (
     InvalidRequestError,
     ModelUnavailableError,
     OverloadedError,
+    StartTimeoutError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, Progress
 from stable_audio_serve.engine import Engine, EngineOptions
@@ -180,6 +181,25 @@ async def test_deadline_ends_running_and_waiting_requests(waiting: bool) -> None
             await late
         await asyncio.gather(*ahead)
         assert (await engine.generate(make_request(deadline_s=30.0))).seeds == (1,)
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+async def test_a_time_to_start_in_ends_only_what_waits(waiting: bool) -> None:
+    gate = Gate()
+    async with make_engine(gate, max_rows=1) as engine:
+        ahead = [asyncio.create_task(engine.generate(make_request(steps=2)))] if waiting else []
+        if waiting:
+            await gate.reached()
+        limited = asyncio.create_task(engine.generate(make_request(start_within_s=0.05)))
+        await gate.reached()
+        await asyncio.sleep(0.1)
+        gate.open()
+        if waiting:
+            with pytest.raises(StartTimeoutError, match=r"0\.05 s"):
+                await limited
+        else:
+            assert (await limited).seeds == (1,)
+        await asyncio.gather(*ahead)
 
 
 async def test_full_queue_refuses_at_once_with_an_honest_retry() -> None:

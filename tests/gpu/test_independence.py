@@ -48,6 +48,15 @@ async def generate_crowded(engine: Engine) -> list[GenerationResult]:
     return results
 
 
+async def test_the_memory_of_the_device_is_told(device: torch.device) -> None:
+    async with Engine(load_on(device, SHARP[0], torch.float32), EngineOptions(warmup_budget_s=0.0)) as engine:
+        use = (await engine.generate(make_request(duration_s=1.0, steps=1))).device
+    assert use.kind == "cuda"
+    assert use.memory_used_bytes is not None
+    assert use.memory_peak_bytes is not None
+    assert 0 < use.memory_used_bytes <= use.memory_peak_bytes
+
+
 def largest_difference(left: list[GenerationResult], right: list[GenerationResult]) -> float:
     return max(float(np.abs(a.audio[0] - b.audio[0]).max()) for a, b in zip(left, right, strict=True))
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.models.hub import COMMIT, Repo, running_hub
 
+pytestmark = pytest.mark.slow
+
 FILES = {
     "model_config.json": b"{}",
     "model.safetensors": b"weights",

@@ -26,6 +26,8 @@ def test_official_models_answer_to_all_their_names(name: str) -> None:
         assert card.max_duration_s == (380.0 if name.startswith("medium") else 120.0)
         defaults = (card.default_steps, card.default_cfg_scale, card.default_duration_padding_s)
         assert defaults == ((50, 7.0, 6.0) if name.endswith("-base") else (8, 1.0, 6.0))
+        assert card.objective == ("rectified_flow" if name.endswith("-base") else "rf_denoiser")
+        assert card.latent_channels == 256
 
 
 def test_a_folder_describes_itself() -> None:
@@ -35,6 +37,8 @@ def test_a_folder_describes_itself() -> None:
     assert distilled.aliases == ("my-model",)
     base = resolve_entry("other", path=str(load_goldens("sharp-l").folder)).card()
     assert (base.default_steps, base.default_cfg_scale) == (50, 7.0)
+    assert (base.objective, distilled.objective) == ("rectified_flow", "rf_denoiser")
+    assert resolve_entry("demo").card().latent_channels == 64
 
 
 def test_a_local_copy_of_a_built_in_model_keeps_its_facts() -> None:

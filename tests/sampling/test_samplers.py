@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.sampling import (
     DEFAULT_SHIFT,
@@ -82,6 +83,10 @@ def test_guidance_is_decided_per_evaluation_in_float32() -> None:
     assert [evaluation.guided for evaluation in plan.evaluations] == [False, True, True, True]
     off = build_plan("euler", sigmas, guidance=Guidance(cfg_scale=1.0), has_source=False)
     assert not any(evaluation.guided for evaluation in off.evaluations)
+
+
+def test_what_the_api_takes_for_samplers_are_the_samplers() -> None:
+    assert ModelCard("m", "stable-audio-3").samplers == SAMPLERS
 
 
 @pytest.mark.parametrize("name", ["heun", "", "Euler", "k-dpm-adaptive"])

@@ -18,6 +18,8 @@ from tests.verification.folders import (
     run_verify,
 )
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = {
     "text": "t5gemma/model.safetensors:encoder.layers.0.mlp.up_proj.weight",
     "number": "model.safetensors:conditioner.conditioners.seconds_total.embedder.embedding.1.bias",

@@ -44,9 +44,9 @@ def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames
     """
     clip_samples = max(int(duration_s * rule.sample_rate_hz), 1)
     if frames is None:
-        padded = int((duration_s + padding_s) * rule.sample_rate_hz)
+        padded = max(int((duration_s + padding_s) * rule.sample_rate_hz), clip_samples)
         whole = -(-padded // (rule.hop * rule.frame_multiple)) * rule.hop * rule.frame_multiple
-        frames = max(min(whole, rule.max_samples) // rule.hop, 1)
+        frames = min(whole, rule.max_samples) // rule.hop
     effective = -(-clip_samples // rule.hop)
     headroom = int(padding_s * rule.sample_rate_hz / rule.hop)
     return RowLength(

@@ -1,0 +1,58 @@
+"""What makes a clip a loop: the tempo its prompt names, bars that fit into a window, and its length to the sample.
+
+Pure arithmetic; knows no audio and no dialect.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+BEATS_PER_BAR = 4
+BAR_COUNTS = (1, 2, 4, 8)
+
+_OVERHANG_S = 1.0  # how far explicit bars may exceed the window before they are halved
+# Starts only where a run of digits does and never gives back, so that hostile text takes linear time. No tempo has 19
+# digits.
+_TEMPO = re.compile(r"(?<!\d)(\d{1,18}+)\s*+bpm", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Whole bars of four beats at a tempo above 0."""
+
+    tempo_bpm: int
+    bars: int
+
+    @property
+    def bar_s(self) -> float:
+        """Length of one bar, seconds."""
+        return BEATS_PER_BAR * 60 / self.tempo_bpm
+
+    @property
+    def duration_s(self) -> float:
+        """Length, seconds."""
+        return self.bars * BEATS_PER_BAR * 60 / self.tempo_bpm
+
+    def num_samples(self, sample_rate_hz: int) -> int:
+        """Length in whole samples, rounded down; exact, where products of floats could fall just short."""
+        return self.bars * BEATS_PER_BAR * 60 * sample_rate_hz // self.tempo_bpm
+
+
+def read_tempo(prompt: str) -> int | None:
+    """Beats per minute: the first run of digits followed by "bpm" in any case; None without one, or when it is 0."""
+    found = _TEMPO.search(prompt)
+    return int(found[1]) or None if found else None
+
+
+def plan_loop(tempo_bpm: int, *, bars: int | None, window_s: float) -> Loop:
+    """The loop to cut from a window of `window_s` seconds.
+
+    Without `bars` the most of 8, 4, 2 and 1 that fit, and 1 when none does. Given bars are halved once, to at least 1,
+    when they exceed the window by more than a second; what is still longer than the window is for the caller to cut.
+    """
+    if bars is None:
+        fitting = (count for count in reversed(BAR_COUNTS) if Loop(tempo_bpm, count).duration_s <= window_s)
+        return Loop(tempo_bpm, next(fitting, 1))
+    loop = Loop(tempo_bpm, bars)
+    return loop if loop.duration_s <= window_s + _OVERHANG_S else Loop(tempo_bpm, max(1, bars // 2))

@@ -1,0 +1,135 @@
+"""Tempo, bars and lengths against a second formulation in exact fractions and plain string handling."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from stable_audio_serve.audio.loops import Loop, plan_loop, read_tempo
+
+WINDOW_S = 524_288 / 44_100
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tempo"),
+    [
+        ("aggressive techno drums 140bpm", 140),
+        ("90 BPM house", 90),
+        ("128  bpm", 128),
+        ("128\t\nbpm", 128),
+        ("172BpM amen", 172),
+        ("techno120bpm", 120),
+        ("120bpmish", 120),
+        ("007 bpm", 7),
+        ("bpm 120", None),
+        ("127.5bpm", 5),
+        ("120-bpm", None),
+        ("120 b p m", None),
+        ("90bpm then 120bpm", 90),
+        ("take 5, 120bpm", 120),
+        ("0bpm", None),
+        ("000 bpm", None),
+        ("0bpm 120bpm", None),
+        ("", None),
+        ("bpm", None),
+        ("99999bpm", 99999),
+        ("9" * 19 + "bpm", None),
+        ("x" * 1000 + "100bpm", 100),
+        ("\u0661\u0662\u0660bpm", 120),  # digits of another script are digits
+        ("100\u00a0bpm", 100),
+    ],
+)
+def test_tempo_of_a_prompt(prompt: str, tempo: int | None) -> None:
+    assert read_tempo(prompt) == tempo
+
+
+@pytest.mark.parametrize("prompt", ["1" * 100_000, "1 " * 50_000, "1" + " " * 100_000, ("1" * 17 + " ") * 5_000 + "b"])
+def test_hostile_prompts_take_no_time(prompt: str) -> None:
+    started_at = time.perf_counter()
+    assert read_tempo(prompt) is None
+    assert time.perf_counter() - started_at < 0.2
+
+
+def scan_tempo(prompt: str) -> int | None:
+    """The first "bpm" with digits right before it, white space aside."""
+    lowered = prompt.lower()
+    at = lowered.find("bpm")
+    while at >= 0:
+        before = lowered[:at].rstrip()
+        digits = before[len(before.rstrip("0123456789")) :]
+        if digits and len(digits) <= 18:
+            return int(digits) or None
+        at = lowered.find("bpm", at + 1)
+    return None
+
+
+@settings(max_examples=1000)
+@given(
+    st.lists(st.sampled_from(["bpm", "BPM", "Bpm", " ", "  ", "\n", "0", "1", "98", "120", ".", "b", "pm", "x", "-"]))
+)
+def test_tempo_agrees_with_a_plain_scan(parts: list[str]) -> None:
+    prompt = "".join(parts)
+    assert read_tempo(prompt) == scan_tempo(prompt)
+
+
+def plan_exactly(tempo: int, bars: int | None, window_s: float) -> tuple[int, Fraction]:
+    """Bars and seconds, in fractions."""
+    window = Fraction(window_s)
+    if bars is None:
+        bars = max((count for count in (1, 2, 4, 8) if Fraction(240 * count, tempo) <= window), default=1)
+    elif Fraction(240 * bars, tempo) - window > 1:
+        bars = max(1, bars // 2)
+    return bars, Fraction(240 * bars, tempo)
+
+
+@settings(max_examples=1000)
+@given(
+    tempo=st.integers(1, 400) | st.integers(1, 10**7),
+    bars=st.sampled_from([None, 1, 2, 4, 8]),
+    window_s=st.just(WINDOW_S) | st.floats(0.5, 60),
+    rate_hz=st.sampled_from([44_100, 48_000, 16_000]),
+)
+@example(tempo=170, bars=None, window_s=WINDOW_S, rate_hz=44_100)
+@example(tempo=140, bars=4, window_s=WINDOW_S, rate_hz=44_100)
+def test_bars_and_lengths_are_exact(tempo: int, bars: int | None, window_s: float, rate_hz: int) -> None:
+    loop = plan_loop(tempo, bars=bars, window_s=window_s)
+    expected_bars, seconds = plan_exactly(tempo, bars, window_s)
+    assert loop == Loop(tempo, expected_bars)
+    assert loop.num_samples(rate_hz) == int(seconds * rate_hz)
+    assert loop.duration_s == pytest.approx(float(seconds), rel=1e-12)
+    assert loop.bar_s * loop.bars == pytest.approx(loop.duration_s, rel=1e-12)
+
+
+def test_every_usual_tempo_is_what_the_original_computes_in_floats() -> None:
+    for tempo in range(1, 401):
+        for bars in (1, 2, 4, 8):
+            assert Loop(tempo, bars).num_samples(44_100) == int(60.0 / tempo * 4 * bars * 44_100)
+
+
+@pytest.mark.parametrize(
+    ("tempo", "bars", "samples"),
+    [(74, 2, 286_054), (90, 4, 470_400), (128, 4, 330_750), (140, 4, 302_400), (170, 8, 498_070)],
+)
+def test_the_usual_tempos(tempo: int, bars: int, samples: int) -> None:
+    loop = plan_loop(tempo, bars=None, window_s=WINDOW_S)
+    assert (loop.bars, loop.num_samples(44_100)) == (bars, samples)
+
+
+@pytest.mark.parametrize(
+    ("tempo", "asked", "given_bars"),
+    [
+        (170, 8, 8),  # fits
+        (150, 8, 8),  # 12.8 s, a second is forgiven
+        (148, 8, 4),  # 12.97 s
+        (60, 8, 4),  # halved once only: 16 s
+        (60, 4, 2),
+        (20, 2, 1),
+        (10, 1, 1),  # 24 s, nothing to halve
+    ],
+)
+def test_explicit_bars_are_halved_once(tempo: int, asked: int, given_bars: int) -> None:
+    assert plan_loop(tempo, bars=asked, window_s=WINDOW_S).bars == given_bars
