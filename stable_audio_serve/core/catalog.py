@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 
+# Of the Stable Audio 3 family; known here, so that a job with another one is refused before it is accepted.
+SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -18,9 +21,13 @@ class ModelCard:
     max_duration_s: float = 120.0
     sample_rate_hz: int = 44100
     channels: int = 2
+    latent_channels: int = 256
+    objective: str = "rf_denoiser"  # what it was trained for: rf_denoiser, rectified_flow or v
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
+    samplers: tuple[str, ...] = SAMPLERS  # what GenerationRequest.sampler may be
+    conditions_on_start: bool = False  # honours GenerationRequest.start_s
     is_demo: bool = False
     description: str = ""
 

@@ -5,11 +5,14 @@ StableAudioError
 │   └── UnknownModelError      unknown_model      the request names a model that is not served
 ├── InvalidUploadError         invalid_upload     an uploaded file is empty or cannot be decoded
 ├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
+├── UnauthorizedError          unauthorized       keys are configured and the request brought none of them
 ├── OverloadedError            overloaded         no room now; retry after some seconds
 ├── DeadlineExceededError      deadline_exceeded  the request's own time budget ran out
+│   └── StartTimeoutError      start_timeout      it had a time to start in, and had to wait longer
 ├── CancelledRequestError      cancelled          the caller gave the request up
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── GenerationError            generation_failed  the model produced something unusable
+├── StorageError               storage            a file or job could not be kept, for example because a disk is full
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
 └── ConfigError                config             settings that cannot be used; stops the start
 """
@@ -72,6 +75,12 @@ class UploadTooLargeError(StableAudioError):
     kind = "upload_too_large"
 
 
+class UnauthorizedError(StableAudioError):
+    """Keys are configured and the request brought none of them."""
+
+    kind = "unauthorized"
+
+
 class OverloadedError(StableAudioError):
     """There is no room for this work now; `retry_after_s` says when there should be."""
 
@@ -82,6 +91,12 @@ class DeadlineExceededError(StableAudioError):
     """The request's own time budget ran out before it finished."""
 
     kind = "deadline_exceeded"
+
+
+class StartTimeoutError(DeadlineExceededError):
+    """The request's own time to start in ran out while it waited."""
+
+    kind = "start_timeout"
 
 
 class CancelledRequestError(StableAudioError):
@@ -100,6 +115,12 @@ class GenerationError(StableAudioError):
     """The model produced something unusable, for example non-finite values."""
 
     kind = "generation_failed"
+
+
+class StorageError(StableAudioError):
+    """A file or a job could not be kept, for example because a disk is full."""
+
+    kind = "storage"
 
 
 class CheckpointError(StableAudioError):

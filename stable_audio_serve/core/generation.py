@@ -38,6 +38,7 @@ class GenerationRequest:
     prompt: str
     duration_s: float
     seed: int
+    start_s: float = 0.0  # where the clip lies in an imagined longer one; only for models that condition on it
     negative_prompt: str | None = None
     batch_size: int = 1
     steps: int | None = None
@@ -55,6 +56,7 @@ class GenerationRequest:
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
     chunked_decode: bool | None = None
     deadline_s: float | None = None  # time budget from submission, seconds
+    start_within_s: float | None = None  # of which at most this much may be spent waiting for the first step
     request_id: str = ""
 
 
@@ -92,6 +94,16 @@ class StageTimings:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """Where a request ran: `kind` is cuda, mps or cpu. Memory in bytes, on CUDA only: held when it ended, and the most
+    ever held by the process."""
+
+    kind: str = "cpu"
+    memory_used_bytes: int | None = None
+    memory_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
     """Audio as it left the model: one (C, S) float32 array in -1..1 per variation, with what was done."""
 
@@ -100,3 +112,4 @@ class GenerationResult:
     model: str
     seeds: tuple[int, ...]
     timings: StageTimings = field(default_factory=StageTimings)
+    device: DeviceUse = field(default_factory=DeviceUse)

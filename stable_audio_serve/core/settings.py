@@ -5,13 +5,17 @@ Holds values only; where they come from (file, `.env`, environment) is `core.set
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SecretStr, model_validator
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Device = Annotated[str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HiddenPassword = PlainSerializer(lambda url: url and re.sub(r":[^:@/]*@", ":**********@", url), when_used="json")
+Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -28,12 +32,15 @@ class Section(BaseModel):
 class ApiSettings(Section):
     """Limits of the HTTP surface."""
 
-    max_duration_s: Seconds = Field(380.0, description="Longest clip of one request, seconds; a model may allow less.")
-    max_steps: int = Field(50, ge=1, description="Most denoising steps of one request.")
+    max_duration_s: Seconds = Field(380.0, description="Longest clip of our own API, seconds; a model may allow less.")
+    max_steps: int = Field(50, ge=1, le=1000, description="Most denoising steps of our own API.")
     max_batch_size: int = Field(4, ge=1, le=99, description="Most variations of one request.")
     max_upload_bytes: int = Field(104_857_600, ge=1, description="Largest uploaded audio file, bytes.")
     max_fields_bytes: int = Field(
         1_048_576, ge=1024, description="Largest JSON body, and largest rest of a form besides its upload, bytes."
+    )
+    max_bodies_bytes: int = Field(
+        4_294_967_296, ge=1, description="Bodies of requests in progress, uploads included, bytes, per ingress replica."
     )
     max_source_bytes: int = Field(
         1_073_741_824, ge=1, description="Decoded source audio of requests in progress, bytes, per ingress replica."
@@ -43,9 +50,19 @@ class ApiSettings(Section):
     send_idle_timeout_s: Seconds = Field(60.0, description="Longest a client may stop reading its answer, seconds.")
     default_deadline_s: Seconds = Field(900.0, description="Time budget of a request that names none, seconds.")
     max_deadline_s: Seconds = Field(3600.0, description="Largest time budget a request may ask for, seconds.")
-    max_decode_s: Seconds = Field(60.0, description="Longest time to decode one uploaded file, seconds.")
+    max_decode_s: Seconds = Field(20.0, description="Longest time to decode one uploaded file, seconds.")
     decode_workers: int = Field(1, ge=1, le=16, description="Processes that decode uploads, per ingress replica.")
     encode_workers: int = Field(2, ge=1, le=64, description="Threads that encode audio files, per ingress replica.")
+    key_hashes: Annotated[tuple[Sha256, ...], BeforeValidator(_split_commas), Hidden] = Field(
+        (),
+        description="SHA-256 digests of the keys that may use the API, a list or comma list; none = everybody may.",
+        repr=False,
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="How clients reach this server, for links in replies; unset = by what each request used.",
+    )
     cors_origins: tuple[str, ...] = Field(("*",), description="Origins whose pages may call the API; empty = none.")
 
 
@@ -115,6 +132,33 @@ class IngressSettings(Section):
     max_ongoing_requests: int = Field(256, ge=1, description="Generations one process has in progress at a time.")
 
 
+class DialectSettings(Section):
+    """What each foreign dialect speaks for. An unset model is the server's default model."""
+
+    saos_model: ModelName | None = Field(None, description="Model behind the Stable Audio Open small routes.")
+    vllm_model: ModelName | None = Field(None, description="Model of vLLM requests that name none.")
+    aiml_model: ModelName | None = Field(None, description="Model called `stable-audio` in the AIML API.")
+    fal_model: ModelName | None = Field(None, description="Model behind `fal-ai/stable-audio`.")
+    saos_window_s: Seconds = Field(
+        524_288 / 44_100, description="Longest clip of the Stable Audio Open small routes, seconds."
+    )
+    riff_dir: str = Field("riffs", min_length=1, description="Folder of riffs named like gsharp_80bpm_4.wav.")
+
+
+class JobSettings(Section):
+    """Work that is accepted now and done later."""
+
+    database_url: Annotated[str | None, HiddenPassword] = Field(
+        None, min_length=1, description="Where jobs are kept; unset = SQLite, jobs.db in `output_dir`."
+    )
+    max_queued: int = Field(1000, ge=1, description="Jobs waiting to run; above it new ones are refused.")
+    max_running: int = Field(8, ge=1, description="Jobs running at a time, of one runner.")
+    max_attempts: int = Field(3, ge=1, description="Starts of one job whose failure is not its own fault.")
+    webhook_allow_hosts: tuple[str, ...] = Field(
+        (), description="Hosts webhooks may reach although their address is private, for example localhost."
+    )
+
+
 class StorageSettings(Section):
     """Where finished jobs are kept: an S3 bucket when `bucket` is set, else `output_dir`."""
 
@@ -146,4 +190,6 @@ class Settings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")
     ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")
+    dialects: DialectSettings = Field(default_factory=lambda: DialectSettings(), description="Foreign dialects.")
+    jobs: JobSettings = Field(default_factory=lambda: JobSettings(), description="Durable jobs.")
     storage: StorageSettings = Field(default_factory=lambda: StorageSettings(), description="Job artifacts.")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
+from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 
 # Where each variable lands in the tree; of several names for one value the first that is set wins.
@@ -25,6 +26,9 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("model_half",): ("STABLE_AUDIO_MODEL_HALF",),
     ("output_dir",): ("STABLE_AUDIO_OUTPUT_DIR",),
     ("hf_token",): ("HF_TOKEN",),
+    ("jobs", "database_url"): ("STABLE_AUDIO_DATABASE_URL",),
+    ("api", "key_hashes"): ("STABLE_AUDIO_API_KEY_HASHES",),
+    ("api", "public_url"): ("STABLE_AUDIO_PUBLIC_URL",),
     ("api", "max_duration_s"): ("STABLE_AUDIO_MAX_DURATION",),
     ("api", "max_steps"): ("STABLE_AUDIO_MAX_STEPS",),
     ("api", "max_batch_size"): ("STABLE_AUDIO_MAX_BATCH_SIZE",),
@@ -36,6 +40,11 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "public_base_url"): ("STABLE_AUDIO_STORAGE_PUBLIC_BASE_URL",),
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }
+
+# A key in plain text, as vLLM's users set it: joins the hashes, and only as a hash.
+_PLAIN_KEY = "VLLM_API_KEY"
+
+_SECRET = (("hf_token",), ("api", "key_hashes"))
 
 # For these an empty variable is a value of its own; for the others it counts as not set.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
@@ -62,7 +71,7 @@ def load_settings(
             _set(tree, path, environ[name])
             origins[path] = name
     try:
-        return Settings.model_validate(tree)
+        return _with_plain_key(Settings.model_validate(tree), environ.get(_PLAIN_KEY, "").strip())
     except ValidationError as error:
         raise _config_error(error, origins) from error
 
@@ -84,15 +93,18 @@ def load_environment(environ: MutableMapping[str, str], *, directory: Path | Non
 
 
 def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
-    """Raise ConfigError, naming key and variable, when the default or a preloaded model is not in `catalog`."""
-    named = [("default_model", settings.default_model)] if settings.default_model else []
-    named += [("preload_models", name) for name in settings.preload_models or ()]
-    for key, name in named:
+    """Raise ConfigError, naming key and variable, when a model that settings name is not in `catalog`."""
+    named: list[tuple[tuple[str, ...], str | None]] = [(("default_model",), settings.default_model)]
+    named += [(("preload_models",), name) for name in settings.preload_models or ()]
+    named += [(("dialects", key), name) for key, name in settings.dialects if key.endswith("_model")]
+    for path, name in named:
         try:
-            catalog.resolve(name)
+            if name:
+                catalog.resolve(name)
         except UnknownModelError as error:
-            names = " or ".join(VARIABLES[(key,)])
-            raise ConfigError(f"{key} ({names}): {error.message}", field=key) from error
+            key = ".".join(path)
+            variables = f" ({' or '.join(VARIABLES[path])})" if path in VARIABLES else ""
+            raise ConfigError(f"{key}{variables}: {error.message}", field=key) from error
 
 
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
@@ -100,6 +112,13 @@ def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...
     if settings.preload_models is None:
         return (catalog.default.name,)
     return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
+
+
+def _with_plain_key(settings: Settings, key: str) -> Settings:
+    hashes = settings.api.key_hashes
+    if not key or hash_key(key) in hashes:
+        return settings
+    return settings.model_copy(update={"api": settings.api.model_copy(update={"key_hashes": (*hashes, hash_key(key))})})
 
 
 def _is_set(environ: Mapping[str, str], name: str) -> bool:
@@ -124,7 +143,8 @@ def _config_error(error: ValidationError, origins: Mapping[tuple[str, ...], str]
     for item in error.errors(include_url=False, include_context=False):
         path = tuple(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         name = next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), ".".join(path))
-        shown = "" if path == ("hf_token",) or item["type"] in {"missing", "value_error"} else f" (got {_short(item)})"
+        is_secret = any(path[: len(secret)] == secret for secret in _SECRET)
+        shown = "" if is_secret or item["type"] in {"missing", "value_error"} else f" (got {_short(item)})"
         lines.append(f"{name}: {item['msg']}{shown}")
     return ConfigError("; ".join(lines), field=lines[0].partition(":")[0])
 

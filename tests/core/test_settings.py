@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from stable_audio_serve.cli import app
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import VARIABLES, check_model_names, load_settings, preloaded_names
 
@@ -88,6 +90,60 @@ def test_the_hub_token_is_taken_under_both_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "path", "expected"),
+    [
+        ("STABLE_AUDIO_DEFAULT_MODEL", "medium", "default_model", "medium"),
+        ("STABLE_AUDIO_MODEL", "medium", "default_model", "medium"),
+        ("STABLE_AUDIO_PRELOAD_MODELS", "medium, small-sfx", "preload_models", ("medium", "small-sfx")),
+        ("STABLE_AUDIO_DEVICE", "cpu", "device", "cpu"),
+        ("STABLE_AUDIO_MODEL_HALF", "off", "model_half", False),
+        ("STABLE_AUDIO_MAX_DURATION", "60.5", "api.max_duration_s", 60.5),
+        ("STABLE_AUDIO_MAX_STEPS", "99", "api.max_steps", 99),
+        ("STABLE_AUDIO_MAX_BATCH_SIZE", "2", "api.max_batch_size", 2),
+        ("STABLE_AUDIO_MAX_UPLOAD_BYTES", "1000", "api.max_upload_bytes", 1000),
+        ("STABLE_AUDIO_OUTPUT_DIR", "/data/out", "output_dir", "/data/out"),
+        ("STABLE_AUDIO_DATABASE_URL", "sqlite:////data/jobs.db", "jobs.database_url", "sqlite:////data/jobs.db"),
+        ("STABLE_AUDIO_PUBLIC_URL", "https://a.example", "api.public_url", "https://a.example"),
+        ("STABLE_AUDIO_STORAGE_BUCKET", "b", "storage.bucket", "b"),
+        ("AWS_S3_BUCKET", "b", "storage.bucket", "b"),
+        ("R2_BUCKET", "b", "storage.bucket", "b"),
+        ("R2_BUCKET_NAME", "b", "storage.bucket", "b"),
+        ("STABLE_AUDIO_STORAGE_PREFIX", "p/q", "storage.prefix", "p/q"),
+        ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "https://s3.example", "storage.endpoint_url", "https://s3.example"),
+        ("AWS_ENDPOINT_URL_S3", "https://s3.example", "storage.endpoint_url", "https://s3.example"),
+        ("R2_ENDPOINT_URL", "https://s3.example", "storage.endpoint_url", "https://s3.example"),
+        ("STABLE_AUDIO_STORAGE_REGION", "auto", "storage.region", "auto"),
+        ("AWS_REGION", "eu-west-1", "storage.region", "eu-west-1"),
+        ("AWS_DEFAULT_REGION", "eu-west-1", "storage.region", "eu-west-1"),
+        (
+            "STABLE_AUDIO_STORAGE_PUBLIC_BASE_URL",
+            "https://cdn.example/x",
+            "storage.public_base_url",
+            "https://cdn.example/x",
+        ),
+        ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES", "60", "storage.presigned_url_expires_s", 60),
+    ],
+)
+def test_every_variable_takes_effect(tmp_path: Path, name: str, value: str, path: str, expected: object) -> None:
+    settings = load(tmp_path, **{name: value})
+    assert attrgetter(path)(settings) == expected
+    assert attrgetter(path)(load(tmp_path)) != expected
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("STABLE_AUDIO_STORAGE_BUCKET", "AWS_S3_BUCKET", "R2_BUCKET", "R2_BUCKET_NAME"),
+        ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "R2_ENDPOINT_URL"),
+        ("STABLE_AUDIO_STORAGE_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    ],
+)
+def test_our_own_name_of_a_variable_wins(tmp_path: Path, names: tuple[str, ...]) -> None:
+    storage = load(tmp_path, **{name: f"https://{index}.example" for index, name in enumerate(names)}).storage
+    assert "https://0.example" in (storage.bucket, storage.endpoint_url, storage.region)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("STABLE_AUDIO_MAX_DURATION", "long"),
@@ -95,6 +151,7 @@ def test_the_hub_token_is_taken_under_both_names(tmp_path: Path) -> None:
         ("STABLE_AUDIO_MAX_DURATION", "0"),
         ("STABLE_AUDIO_MAX_STEPS", "8.5"),
         ("STABLE_AUDIO_MAX_STEPS", "-1"),
+        ("STABLE_AUDIO_MAX_STEPS", "1001"),  # more than any sampler is planned for
         ("STABLE_AUDIO_MAX_BATCH_SIZE", "many"),
         ("STABLE_AUDIO_MAX_UPLOAD_BYTES", "100MB"),
         ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES", "soon"),
@@ -138,6 +195,8 @@ def test_unknown_model_names_stop_the_start() -> None:
         check_model_names(Settings(default_model="huge"), catalog)
     with pytest.raises(ConfigError, match=r"STABLE_AUDIO_PRELOAD_MODELS.*'huge'"):
         check_model_names(Settings(preload_models=("small-sfx", "huge")), catalog)
+    with pytest.raises(ConfigError, match=r"^dialects\.fal_model: unknown model 'huge'"):
+        check_model_names(Settings.model_validate({"dialects": {"fal_model": "huge"}}), catalog)
 
 
 def test_the_default_model_is_preloaded_unless_told_otherwise() -> None:
@@ -163,6 +222,32 @@ def test_every_key_is_described_and_every_variable_lands_on_one() -> None:
         assert path[-1] in node
 
 
+def test_key_hashes_come_from_file_and_variables_and_plain_keys_are_hashed(tmp_path: Path) -> None:
+    one, two = hash_key("one"), hash_key("two")
+    assert load(tmp_path, {"api": {"key_hashes": [one]}}).api.key_hashes == (one,)
+    assert load(tmp_path, STABLE_AUDIO_API_KEY_HASHES=f"{one}, {two}").api.key_hashes == (one, two)
+    settings = load(tmp_path, {"api": {"key_hashes": [one]}}, VLLM_API_KEY=" two ")
+    assert settings.api.key_hashes == (one, two)
+    assert load_settings(settings, environ={"VLLM_API_KEY": "two"}, directory=tmp_path) == settings
+    assert load(tmp_path, VLLM_API_KEY="").api.key_hashes == ()
+    assert one not in repr(settings)
+    assert one not in settings.model_dump_json()
+
+
+def test_a_plain_key_where_a_hash_belongs_is_refused_but_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="STABLE_AUDIO_API_KEY_HASHES") as caught:
+        load(tmp_path, STABLE_AUDIO_API_KEY_HASHES="my-plain-key")
+    assert "my-plain-key" not in caught.value.message
+
+
+def test_the_key_command_prints_a_key_and_its_hash() -> None:
+    printed = [line.split() for line in CliRunner().invoke(app, ["key"]).output.splitlines()]
+    (_, key), (_, digest) = printed
+    assert digest == hash_key(key)
+    assert len(key) > 40
+    assert CliRunner().invoke(app, ["key"]).output.split()[1] != key
+
+
 def test_the_tree_is_frozen() -> None:
     with pytest.raises(ValidationError):
         Settings().api.max_steps = 3  # type: ignore[misc]
@@ -173,12 +258,16 @@ def test_config_command_prints_the_tree_without_secrets(tmp_path: Path, monkeypa
     file.write_text("applications:\n- import_path: x:y\n  args:\n    models: [{name: demo, path: somewhere}]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    monkeypatch.setenv("VLLM_API_KEY", "very-plain-key")
+    monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", "postgresql://me:passw0rd@db/jobs")
     monkeypatch.setenv("STABLE_AUDIO_MAX_STEPS", "12")
     result = CliRunner().invoke(app, ["config", "--config", str(file)])
     assert result.exit_code == 0, result.output
     assert "max_steps: 12" in result.output
     assert "path: somewhere" in result.output
-    assert "hf_very_secret" not in result.output
+    for secret in ("hf_very_secret", "very-plain-key", hash_key("very-plain-key"), "passw0rd"):
+        assert secret not in result.output
+    assert "@db/jobs" in result.output
     monkeypatch.setenv("STABLE_AUDIO_MAX_STEPS", "twelve")
     result = CliRunner().invoke(app, ["config", "--config", str(file)])
     assert result.exit_code == 2

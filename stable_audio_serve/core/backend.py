@@ -1,0 +1,30 @@
+"""What the HTTP layer and the job runner need from whatever runs the models; `serving` implements it over Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+
+
+class Backend(Protocol):
+    """Runs generations by canonical model name."""
+
+    @property
+    def catalog(self) -> ModelCatalog:
+        """The configured models."""
+        ...
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        """Run one request on the model with this canonical name.
+
+        Cancelling the awaiting task cancels the work. Raises errors of `core.errors`: InvalidRequestError,
+        OverloadedError, DeadlineExceededError, ModelUnavailableError, GenerationError.
+        """
+        ...
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        """What each model is doing, by canonical name; never loads a model and never waits for one."""
+        ...

@@ -1,0 +1,107 @@
+"""Doing one job: its upload back to samples, the generation, the file, its safe keeping. Knows no states or stores."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import tempfile
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import IO
+
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.audio.decode import AudioDecoder
+from stable_audio_serve.audio.encode import AudioFormat, encode_variations
+from stable_audio_serve.core.backend import Backend
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
+
+# Told of each stage: its name, the fraction done, and a line for the job's log.
+Report = Callable[[str, float, str], Awaitable[None]]
+
+_LEAST_START_S = 0.001
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class JobExecutor:
+    """Owns the worker threads and decoding processes that jobs need besides the model."""
+
+    def __init__(
+        self, backend: Backend, artifacts: ArtifactStore, limits: ApiSettings, *, clock: Clock | None = None
+    ) -> None:
+        self._backend = backend
+        self._artifacts = artifacts
+        self._limits = limits
+        self._clock = clock or SystemClock()
+        self._decoder = AudioDecoder(
+            num_workers=limits.decode_workers,
+            timeout_s=limits.max_decode_s,
+            own_rates_hz={card.sample_rate_hz for card in backend.catalog},
+        )
+        self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="job-decode")
+        self._encode_threads = ThreadPoolExecutor(limits.encode_workers, thread_name_prefix="job-encode")
+
+    async def execute(self, job: Job, report: Report) -> JobResult:
+        """Run the job to its stored file. Raises errors of `core.errors`; then, and when cancelled, keeps nothing."""
+        spec = job.spec
+        self._backend.catalog.resolve(spec.model)  # the server may be another one than when the job was accepted
+        request = await self._with_source(spec)
+        started_at = self._clock.monotonic()
+        await report("generating", 0.1, f"generating {request.duration_s:g} s of audio with {spec.model}")
+        result = await self._backend.generate(spec.model, self._limited(request, job))
+        inference_s = self._clock.monotonic() - started_at
+        await report("encoding", 0.9, f"generated in {inference_s:.2f} s")
+        file_format = AudioFormat(spec.file_format)
+        file = await asyncio.get_running_loop().run_in_executor(
+            self._encode_threads,
+            lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=spec.file_stem),
+        )
+        name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
+        key = f"{_UNSAFE.sub('-', spec.id)}-{_UNSAFE.sub('-', name)}"
+        stored = await self._artifacts.put(key, file.chunks(), media_type=file.media_type, file_name=name)
+        return JobResult(
+            file=stored,
+            file_id=secrets.token_hex(16),
+            sample_rate_hz=result.sample_rate_hz,
+            num_outputs=len(result.audio),
+            seeds=result.seeds,
+            inference_s=inference_s,
+        )
+
+    async def close(self) -> None:
+        """Wait for running work and stop threads and processes."""
+        for threads in (self._encode_threads, self._decode_threads):
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
+        self._decoder.close()
+
+    def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
+        """The request with its time limits; the engine may have a queue too, in which a first start can be late."""
+        start_within_s = None
+        if job.spec.start_within_s is not None and job.attempts <= 1:
+            waited_s = (datetime.now(UTC) - job.created_at).total_seconds()
+            start_within_s = max(job.spec.start_within_s - waited_s, _LEAST_START_S)
+        deadline_s = request.deadline_s or self._limits.max_deadline_s
+        return replace(request, request_id=job.spec.id, deadline_s=deadline_s, start_within_s=start_within_s)
+
+    async def _with_source(self, spec: JobSpec) -> GenerationRequest:
+        if spec.upload is None:
+            return spec.request
+        source = await self._decode(spec.upload)
+        if spec.upload.role == "init":
+            return replace(spec.request, init_audio=source)
+        return replace(spec.request, inpaint_audio=source)
+
+    async def _decode(self, upload: JobUpload) -> SourceAudio:
+        loop = asyncio.get_running_loop()
+        with tempfile.TemporaryFile() as copy:
+            async for chunk in self._artifacts.read(upload.file.key):
+                await loop.run_in_executor(self._decode_threads, copy.write, chunk)
+            return await loop.run_in_executor(self._decode_threads, self._read_samples, copy, upload.max_s)
+
+    def _read_samples(self, file: IO[bytes], max_s: float) -> SourceAudio:
+        return self._decoder.decode(file, max_s=max_s)

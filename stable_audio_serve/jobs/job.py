@@ -1,0 +1,95 @@
+"""What a job is: frozen value objects, the states it can be in, and nothing about how it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.generation import GenerationRequest
+
+Contract = Literal["sa3", "aiml", "fal"]
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
+Priority = Literal["normal", "low"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobUpload:
+    """The client's own file that a job starts from, as it was sent; decoded again when the job runs."""
+
+    file: StoredFile
+    role: Literal["init", "inpaint"]
+    max_s: float  # what the model can use of it, seconds
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What was accepted. `request` carries no audio; `upload` names it. Ids are unguessable and unique per contract."""
+
+    id: str
+    contract: Contract
+    model: str  # canonical name
+    mode: Mode
+    request: GenerationRequest
+    file_format: str = "wav"  # of `audio.encode.AudioFormat`
+    file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
+    upload: JobUpload | None = None
+    priority: Priority = "normal"
+    start_within_s: float | None = None  # not started by then = failed with code `start_timeout`
+    webhook_url: str | None = None
+    wire: Mapping[str, Any] = field(default_factory=dict)  # what the dialect wants to remember; plain JSON
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job failed; `message` is safe to show. `code` is a kind of `core.errors`, or `start_timeout`."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What a job made. `file_id` is an unguessable name of its own for links that need no key."""
+
+    file: StoredFile
+    file_id: str
+    sample_rate_hz: int
+    num_outputs: int
+    seeds: tuple[int, ...]
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobLog:
+    """One line of a job's log, for its client."""
+
+    at: datetime
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as it is now; times are aware, in UTC."""
+
+    spec: JobSpec
+    state: State
+    created_at: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    attempts: int = 0
+    cancel_requested: bool = False
+    stage: str = "queued"
+    fraction: float = 0.0
+    logs: tuple[JobLog, ...] = ()
+    result: JobResult | None = None
+    error: JobError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is in a final state."""
+        return self.state in ("succeeded", "failed", "cancelled")

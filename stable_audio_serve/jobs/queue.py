@@ -1,0 +1,109 @@
+"""What a dialect may do with jobs and their files. Every method may be called on any ingress replica."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+
+from stable_audio_serve.artifacts.local import LocalArtifacts
+from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
+from stable_audio_serve.core.errors import ConfigError, StableAudioError, StorageError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.database import Database, database_url
+from stable_audio_serve.jobs.job import Contract, Job, JobSpec
+from stable_audio_serve.jobs.store import CancelOutcome, JobStore
+
+__all__ = ["CancelOutcome", "JobQueue", "open_artifacts", "open_queue", "open_store"]
+
+
+class JobQueue:
+    """Jobs as their clients see them; whoever runs them is told by `wake`, which may be lost."""
+
+    def __init__(self, store: JobStore, artifacts: ArtifactStore, *, wake: Callable[[], None] = lambda: None) -> None:
+        self.store = store
+        self.artifacts = artifacts
+        self.wake = wake
+
+    async def submit(self, spec: JobSpec) -> Job:
+        """Keep a job; once this returns it will run, whatever process dies. Raises OverloadedError, StorageError.
+
+        The upload of a job that could not be kept is deleted.
+        """
+        try:
+            job = await asyncio.to_thread(self.store.add, spec)
+        except StableAudioError:
+            if spec.upload is not None:
+                await self.artifacts.delete(spec.upload.file.key)
+            raise
+        self.wake()
+        return job
+
+    async def get(self, contract: Contract, job_id: str) -> Job | None:
+        """The job as it is now; None when this contract has no such job."""
+        return await asyncio.to_thread(self.store.get, contract, job_id)
+
+    async def position(self, job: Job) -> int:
+        """How many jobs will start before this queued one, 0 = next."""
+        return await asyncio.to_thread(self.store.position, job)
+
+    async def cancel(self, contract: Contract, job_id: str) -> CancelOutcome:
+        """`removed` = was queued and is cancelled now; `requested` = runs, and will be told to stop."""
+        outcome, job = await asyncio.to_thread(self.store.cancel, contract, job_id)
+        if outcome == "removed" and job is not None and job.spec.upload is not None:
+            await self.artifacts.delete(job.spec.upload.file.key)
+        if outcome in ("removed", "requested"):
+            self.wake()
+        return outcome
+
+    async def put_upload(self, chunks: Iterable[bytes], *, media_type: str, file_name: str) -> StoredFile:
+        """Keep a client's file for a job about to be submitted. Raises StorageError."""
+        key = f"uploads/{secrets.token_hex(16)}"
+        return await self.artifacts.put(key, chunks, media_type=media_type, file_name=file_name)
+
+    async def publish(
+        self, chunks: Iterable[bytes], *, media_type: str, file_name: str, file_id: str | None = None
+    ) -> tuple[str, StoredFile]:
+        """Keep a file for whoever has its link: its id, unguessable unless given, for `links`. Raises StorageError."""
+        key = f"files/{secrets.token_hex(16)}"
+        file = await self.artifacts.put(key, chunks, media_type=media_type, file_name=file_name)
+        try:
+            return await asyncio.to_thread(lambda: self.store.publish(file, file_id=file_id)), file
+        except StorageError:
+            await self.artifacts.delete(key)
+            raise
+
+    async def find_file(self, file_id: str) -> StoredFile | None:
+        """A published file, or the finished audio of a job (`JobResult.file_id`)."""
+        return await asyncio.to_thread(self.store.find_file, file_id)
+
+    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """The file in chunks. Raises FileNotFoundError before the first chunk when it is gone."""
+        return self.artifacts.read(file.key)
+
+    async def close(self) -> None:
+        """Close the database."""
+        await asyncio.to_thread(self.store.database.close)
+
+
+def open_store(settings: Settings) -> JobStore:
+    """The job store of these settings; touches nothing yet. Raises ConfigError."""
+    url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
+    return JobStore(Database(url), max_queued=settings.jobs.max_queued)
+
+
+def open_artifacts(settings: Settings) -> ArtifactStore:
+    """The artifact store of these settings; touches nothing yet. Raises ConfigError."""
+    if settings.storage.bucket is not None:
+        raise ConfigError(
+            "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME): "
+            "S3 storage cannot be used yet; unset it to keep files in output_dir",
+            field="storage.bucket",
+        )
+    return LocalArtifacts(Path(settings.output_dir).absolute())
+
+
+def open_queue(settings: Settings, *, wake: Callable[[], None] = lambda: None) -> JobQueue:
+    """The job queue of these settings; touches nothing yet. Raises ConfigError."""
+    return JobQueue(open_store(settings), open_artifacts(settings), wake=wake)

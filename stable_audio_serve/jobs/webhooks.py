@@ -1,0 +1,198 @@
+"""POSTs to addresses that clients chose, without becoming a way into the private network.
+
+The name is resolved once, every address is checked, and the connection goes to a checked address; no redirects, no
+proxies, bounded time, and the answer's body is not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import httpcore
+import httpx
+
+from stable_audio_serve.core.errors import InvalidRequestError
+
+_MAX_URL_CHARACTERS = 2048
+_RESOLVE_TIMEOUT_S = 3.0
+_DELIVERY_TIMEOUT_S = 15.0
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
+_PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".home.arpa")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What `is_global` of some Python versions lets through.
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network) for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10")
+)
+
+# Name servers that clients choose may be slow; only other webhooks shall wait for them.
+_RESOLVERS = ThreadPoolExecutor(4, thread_name_prefix="webhook-resolver")
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class DeliveryError(Exception):
+    """A notice did not arrive; the text says why, for the log."""
+
+
+class _ForbiddenTargetError(DeliveryError):
+    """The target lies where clients must not send us."""
+
+
+async def check_webhook_url(url: str, *, field: str, allow_hosts: Collection[str] = ()) -> None:
+    """Raise InvalidRequestError naming `field` unless `url` may be called: http(s) to a public address.
+
+    A host in `allow_hosts` may have any address. A name that cannot be resolved now is checked at delivery.
+    """
+    try:
+        target = _parse(url)
+        if not _is_allowed(target.host, allow_hosts):
+            _require_public_name(target.host)
+            _require_public(await _resolve(target.host, target.port))
+    except _ForbiddenTargetError as error:
+        allowed = "an http or https URL on a public address"
+        raise InvalidRequestError(f"{field} {error}; allowed: {allowed}", field=field, allowed=allowed) from error
+    except DeliveryError:
+        return
+
+
+async def post_json(url: str, body: bytes, *, allow_hosts: Collection[str] = ()) -> None:
+    """POST a JSON body. Raises DeliveryError unless it is answered with a 2xx status."""
+    target = _parse(url)
+    headers = [("Content-Type", "application/json"), ("User-Agent", "stable-audio-serve")]
+    network = _CheckedNetwork(allow_hosts)
+    try:
+        async with (
+            asyncio.timeout(_DELIVERY_TIMEOUT_S),
+            httpcore.AsyncConnectionPool(network_backend=network) as pool,
+            pool.stream("POST", target.url, headers=headers, content=body) as answer,
+        ):
+            status = answer.status
+    except TimeoutError as error:
+        raise DeliveryError("no answer in time") from error
+    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+        raise DeliveryError(f"{type(error).__name__}: {error}") from error
+    if not 200 <= status < 300:
+        raise DeliveryError(f"answered with status {status}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    url: str
+    host: str
+    port: int
+
+
+def _parse(url: str) -> _Target:
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError, ValueError) as error:
+        raise _ForbiddenTargetError("is not a URL") from error
+    if len(url) > _MAX_URL_CHARACTERS:
+        raise _ForbiddenTargetError(f"is longer than {_MAX_URL_CHARACTERS} characters")
+    host = parsed.raw_host.decode("ascii")
+    if parsed.scheme not in ("http", "https") or not _HOST.fullmatch(host):
+        raise _ForbiddenTargetError("is not an http or https URL with a host")
+    if parsed.userinfo:
+        raise _ForbiddenTargetError("must not carry a user name or password")
+    port = parsed.port if parsed.port is not None else 443 if parsed.scheme == "https" else 80
+    if not 0 < port < 65536:
+        raise _ForbiddenTargetError("has no valid port")
+    return _Target(str(parsed.copy_with(fragment=None)), host, port)
+
+
+def _is_allowed(host: str, allow_hosts: Collection[str]) -> bool:
+    return host.lower().rstrip(".") in {allowed.lower().rstrip(".").strip("[]") for allowed in allow_hosts}
+
+
+async def _resolve(host: str, port: int) -> list[_Address]:
+    """Every address of a host. Raises DeliveryError when there is none."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
+            resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            found = await loop.run_in_executor(_RESOLVERS, resolve)
+    except (OSError, TimeoutError, UnicodeError) as error:
+        raise DeliveryError(f"its host cannot be resolved: {error}") from error
+    # An IPv6 address may carry the name of an interface behind a percent sign.
+    return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
+
+
+def _require_public_name(host: str) -> None:
+    """What only a private network's own name server knows, whether or not it is asked now."""
+    name = host.lower().rstrip(".")
+    if ":" not in name and ("." not in name or name.endswith(_PRIVATE_NAMES)):
+        raise _ForbiddenTargetError("leads to a name that is not public")
+
+
+def _require_public(addresses: Iterable[_Address]) -> None:
+    """One private address among public ones is enough to refuse: which one a client would get is a matter of luck."""
+    if not all(_is_public(address) for address in addresses):
+        raise _ForbiddenTargetError("leads to an address that is not public")
+
+
+def _is_public(address: _Address) -> bool:
+    embedded = _embedded(address)
+    if embedded is not None:
+        return _is_public(embedded)
+    if any(address in network for network in _NOT_PUBLIC):
+        return False
+    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+
+
+def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 one is a way to."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    teredo = address.teredo[1] if address.teredo else None
+    return address.ipv4_mapped or address.sixtofour or teredo
+
+
+class _CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to the addresses it has checked itself, so that a name cannot change its meaning in between."""
+
+    def __init__(self, allow_hosts: Collection[str]) -> None:
+        self._allow_hosts = allow_hosts
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # httpcore's own signature
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """The first address that answers. Raises DeliveryError, and httpcore's errors."""
+        is_allowed = _is_allowed(host, self._allow_hosts)
+        if not is_allowed:
+            _require_public_name(host)
+        addresses = await _resolve(host, port)
+        if not is_allowed:
+            _require_public(addresses)
+        for address in addresses[:-1]:
+            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._network.connect_tcp(str(address), port, timeout, local_address, socket_options)
+        return await self._network.connect_tcp(str(addresses[-1]), port, timeout, local_address, socket_options)
+
+    async def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,  # noqa: ASYNC109  # httpcore's own signature
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Refuse. Raises DeliveryError."""
+        raise _ForbiddenTargetError("is a socket file")
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await self._network.sleep(seconds)

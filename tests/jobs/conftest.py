@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import JobSettings, Settings
+from stable_audio_serve.jobs.job import Job, JobSpec
+from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.runner import JobRunner
+from tests.backends import ToneBackend
+
+_NUMBERS = itertools.count()
+
+
+def make_spec(**overrides: Any) -> JobSpec:
+    """A job of its own id for one second of audio."""
+    request = GenerationRequest(prompt="rain", duration_s=overrides.pop("duration_s", 1.0), seed=7)
+    fields: dict[str, Any] = {
+        **{"id": f"{next(_NUMBERS):032x}", "contract": "sa3", "model": "small-sfx", "mode": "text-to-audio"},
+        "request": request,
+    }
+    return JobSpec(**fields | overrides)
+
+
+async def wait_for(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class Workshop:
+    """A queue and a backend in one folder, and as many runners as a test starts, one after another or at once."""
+
+    settings: Settings
+    queue: JobQueue
+    backend: ToneBackend = field(default_factory=ToneBackend)
+    runners: list[JobRunner] = field(default_factory=list)
+
+    async def start_runner(self, **options: Any) -> JobRunner:
+        runner = JobRunner(self.queue.store, self.queue.artifacts, self.backend, self.settings, **options)
+        self.runners.append(runner)
+        await runner.start()
+        self.queue.wake = runner.wake
+        return runner
+
+    async def until(self, job: Job, condition: Callable[[Job], bool]) -> Job:
+        async with asyncio.timeout(10):
+            while not condition(job):
+                await asyncio.sleep(0.01)
+                found = await self.queue.get(job.spec.contract, job.spec.id)
+                assert found is not None
+                job = found
+        return job
+
+    async def finished(self, job: Job) -> Job:
+        return await self.until(job, lambda job: job.is_over)
+
+    def files(self) -> list[str]:
+        """Names of everything kept, besides the database."""
+        folder = Path(self.settings.output_dir)
+        paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("jobs.db"))
+        return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+@pytest.fixture
+def job_settings() -> JobSettings:
+    """Override it in a module or class for other limits."""
+    return JobSettings()
+
+
+@pytest.fixture
+async def workshop(tmp_path: Path, job_settings: JobSettings) -> AsyncIterator[Workshop]:
+    settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=job_settings)
+    workshop = Workshop(settings, open_queue(settings))
+    yield workshop
+    for runner in workshop.runners:
+        await runner.close()
+    await workshop.queue.close()

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
+from stable_audio_serve.jobs import codec
+from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
+
+FILE = StoredFile("uploads/x", "audio/wav", "a b\u202e.wav", 12, "ab" * 32)
+
+# Every field differs from its default, so that none can get lost unseen.
+REQUEST = GenerationRequest(
+    prompt='"quoted" ♪ \x00 \n \U0001f3b5 ' + "x" * 1000,
+    duration_s=0.1 + 0.2,
+    seed=2**63 - 1,
+    start_s=1.5,
+    negative_prompt="",
+    batch_size=3,
+    steps=7,
+    cfg_scale=2.5,
+    sampler="rk4",
+    schedule_shift=ScheduleShift("flux", (("a", 1.0), ("b", 0.1))),
+    apg_scale=0.3,
+    cfg_rescale=0.7,
+    cfg_norm_threshold=1e6,
+    cfg_interval=(0.1, 0.9),
+    duration_padding_s=0.0,
+    init_noise_level=0.4,
+    inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
+    chunked_decode=False,
+    deadline_s=12.5,
+    start_within_s=3.5,
+    request_id="r",
+)
+SPEC = JobSpec(
+    id="1" * 32,
+    contract="fal",
+    model="small-sfx",
+    mode="inpainting",
+    request=REQUEST,
+    file_format="flac",
+    file_stem="stem",
+    upload=JobUpload(FILE, "inpaint", 123.5),
+    priority="low",
+    start_within_s=0.5,
+    webhook_url="https://example.com/?a=b",
+    wire={"base_url": "http://x", "nested": {"list": [1, 2.5, None, True]}},
+)
+
+
+def test_every_field_of_the_examples_is_one_of_its_own() -> None:
+    defaults = GenerationRequest("", 0.0, 0)
+    kept = {item.name for item in fields(GenerationRequest)} - {"init_audio", "inpaint_audio"}
+    assert not [name for name in kept if getattr(REQUEST, name) == getattr(defaults, name)]
+
+
+def test_a_specification_survives_exactly() -> None:
+    assert codec.load_spec(codec.dump(SPEC)) == SPEC
+    plain = replace(SPEC, request=GenerationRequest("x", 1.0, 0), upload=None, wire={})
+    assert codec.load_spec(codec.dump(plain)) == plain
+
+
+@pytest.mark.parametrize("error", [JobError("invalid", "steps: no", "steps"), JobError("storage", "full")])
+def test_an_error_survives_exactly(error: JobError) -> None:
+    assert codec.load_error(codec.dump(error)) == error
+
+
+def test_a_result_survives_exactly() -> None:
+    result = JobResult(FILE, "f" * 32, 44100, 2, (5, 2**63 - 1), 0.123456789)
+    assert codec.load_result(codec.dump(result)) == result
+
+
+def test_what_another_version_wrote_can_be_read() -> None:
+    text = json.loads(codec.dump(SPEC))
+    text["new_field"] = {"x": 1}
+    text["request"]["new_control"] = 3
+    del text["file_stem"], text["request"]["apg_scale"]
+    spec = codec.load_spec(json.dumps(text))
+    assert (spec.file_stem, spec.request.apg_scale) == ("audio", 1.0)
+
+
+def test_source_audio_is_never_written() -> None:
+    source = SourceAudio(np.zeros((2, 10), dtype=np.float32), 44100)
+    with pytest.raises(ValueError):
+        codec.dump(replace(SPEC, request=replace(REQUEST, init_audio=source)))

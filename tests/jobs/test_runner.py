@@ -1,0 +1,432 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    GenerationError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    OverloadedError,
+    StableAudioError,
+    StartTimeoutError,
+    StorageError,
+)
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs import runner as runner_module
+from stable_audio_serve.jobs.job import JobUpload
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+from tests.jobs.conftest import Workshop, make_spec, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "_RETRY_S", 0.02)
+
+
+class FailingBackend(ToneBackend):
+    """Raises these errors one after another, then works."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__()
+        self.errors = list(errors)
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        if self.errors:
+            self.requests.append((model, request))
+            raise self.errors.pop(0)
+        return await super().generate(model, request)
+
+
+@dataclass
+class CountingBackend(ToneBackend):
+    """Remembers how many requests it had at most at a time."""
+
+    most_running: int = 0
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        self.most_running = max(self.most_running, self.num_running + 1)
+        return await super().generate(model, request)
+
+
+async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
+    data = make_audio_file(duration_s=0.5)
+    file = await workshop.queue.put_upload([data], media_type="audio/wav", file_name="a.wav")
+    return JobUpload(file, role, max_s=10.0)
+
+
+async def test_a_job_becomes_a_file(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    accepted = await workshop.queue.submit(make_spec(file_stem="rain"))
+    assert (accepted.state, accepted.stage, accepted.started_at) == ("queued", "queued", None)
+    job = await workshop.finished(accepted)
+    assert job.state == "succeeded"
+    assert (job.stage, job.fraction, job.attempts, job.error) == ("done", 1.0, 1, None)
+    assert job.started_at is not None
+    assert job.completed_at is not None
+    assert job.created_at <= job.started_at <= job.completed_at
+    result = job.result
+    assert result is not None
+    assert (result.sample_rate_hz, result.num_outputs, result.seeds) == (44100, 1, (7,))
+    assert (result.file.file_name, result.file.media_type) == ("rain.wav", "audio/wav")
+    data = b"".join([chunk async for chunk in workshop.queue.read(result.file)])
+    assert len(data) == result.file.num_bytes
+    assert soundfile.info(io.BytesIO(data)).frames == 44100
+    assert workshop.files() == [f"{job.spec.id}-rain.wav"]
+    assert await workshop.queue.find_file(result.file_id) == result.file
+    messages = [line.message for line in job.logs]
+    assert messages[:2] == ["queued", "started"]
+    assert "small-sfx" in messages[2]
+    assert messages[-1] == "finished"
+    assert [line.at for line in job.logs] == sorted(line.at for line in job.logs)
+
+
+async def test_several_variations_become_a_zip(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    request = GenerationRequest(prompt="x", duration_s=0.2, seed=1, batch_size=2)
+    spec = make_spec(request=request, file_format="flac", file_stem="s")
+    job = await workshop.finished(await workshop.queue.submit(spec))
+    assert job.result is not None
+    assert (job.result.file.file_name, job.result.file.media_type) == ("s-batch.zip", "application/zip")
+    assert (job.result.num_outputs, job.result.seeds) == (2, (1, 2))
+    archive = Path(workshop.settings.output_dir) / f"{spec.id}-s-batch.zip"
+    assert zipfile.ZipFile(archive).namelist() == ["s-01.flac", "s-02.flac"]
+
+
+async def test_odd_characters_of_an_id_do_not_reach_the_file_name(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    spec = make_spec(id="0f-1a:stable/../audio")
+    job = await workshop.finished(await workshop.queue.submit(spec))
+    assert job.state == "succeeded"
+    assert workshop.files() == ["0f-1a-stable-..-audio-audio.wav"]
+
+
+@pytest.mark.parametrize("role", ["init", "inpaint"])
+async def test_an_upload_reaches_the_model_and_is_deleted(workshop: Workshop, role: Any) -> None:
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop, role=role))))
+    assert job.state == "succeeded"
+    request = workshop.backend.last
+    sources = {"init": request.init_audio, "inpaint": request.inpaint_audio}
+    source = sources.pop(role)
+    assert source is not None
+    assert source.samples.shape[1] == 22050
+    assert list(sources.values()) == [None]
+    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-audio.wav"])
+
+
+async def test_an_upload_that_is_gone_fails_its_job(workshop: Workshop) -> None:
+    kept = await upload(workshop)
+    await workshop.queue.artifacts.delete(kept.file.key)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=kept)))
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("failed", "storage")
+
+
+async def test_the_model_is_told_the_job_and_a_time_limit(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert workshop.backend.last.request_id == job.spec.id
+    assert workshop.backend.last.deadline_s == workshop.settings.api.max_deadline_s
+
+
+async def test_the_engine_gets_what_is_left_of_the_time_to_start_in(workshop: Workshop) -> None:
+    job = await workshop.queue.submit(make_spec(start_within_s=5.0))
+    await asyncio.sleep(0.2)
+    await workshop.start_runner()
+    await workshop.finished(job)
+    left_s = workshop.backend.last.start_within_s
+    assert left_s is not None
+    assert 3.0 < left_s <= 4.8
+
+
+async def test_late_in_the_engine_s_own_queue_is_late_too(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(StartTimeoutError("it did not start within its 5 s"))
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(start_within_s=5.0)))
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("failed", "start_timeout")
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_running=2)])
+async def test_no_more_run_at_once_than_may(workshop: Workshop) -> None:
+    workshop.backend = backend = CountingBackend(delay_s=0.1)
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(5)]
+    await workshop.start_runner()
+    for job in jobs:
+        await workshop.finished(job)
+    assert backend.most_running == 2
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
+async def test_low_priority_waits_for_normal(workshop: Workshop) -> None:
+    jobs = [
+        await workshop.queue.submit(make_spec(priority=priority)) for priority in ("low", "normal", "low", "normal")
+    ]
+    assert [await workshop.queue.position(job) for job in jobs] == [2, 0, 3, 1]
+    await workshop.start_runner()
+    for job in jobs:
+        await workshop.finished(job)
+    started = [request.request_id for _, request in workshop.backend.requests]
+    assert started == [jobs[index].spec.id for index in (1, 3, 0, 2)]
+
+
+async def test_a_submission_starts_at_once_however_long_the_runner_was_idle(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    await asyncio.sleep(1.7)  # its next look is almost two seconds away
+    started_at = time.monotonic()
+    await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert time.monotonic() - started_at < 1.0
+
+
+async def test_a_lost_wake_up_costs_only_a_pause(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    workshop.queue.wake = lambda: None
+    assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
+
+
+async def test_an_idle_runner_hardly_asks_its_store(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    look = workshop.queue.store.look
+
+    def count(owner: str) -> Any:
+        nonlocal asked
+        asked += 1
+        return look(owner)
+
+    monkeypatch.setattr(workshop.queue.store, "look", count)
+    await workshop.start_runner()
+    await asyncio.sleep(1.4)
+    assert asked <= 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequestError("steps: at most 9", field="steps"),
+        GenerationError("not finite"),
+        DeadlineExceededError("too late"),
+        StorageError("the disk is full"),
+    ],
+)
+async def test_a_failure_of_its_own_is_not_retried(workshop: Workshop, error: StableAudioError) -> None:
+    workshop.backend = FailingBackend(error)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
+    assert job.error is not None
+    assert (job.state, job.attempts) == ("failed", 1)
+    assert (job.error.code, job.error.message, job.error.field) == (error.kind, error.message, error.field)
+    await wait_for(lambda: workshop.files() == [])
+
+
+async def test_an_unexpected_failure_says_nothing_about_itself(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(RuntimeError("/secret/path"))
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert job.error is not None
+    assert job.error.code == "generation_failed"
+    assert "secret" not in job.error.message
+    assert not [line for line in job.logs if "secret" in line.message]
+
+
+async def test_a_model_that_is_gone_is_tried_again(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(ModelUnavailableError("lost its replica"), ModelUnavailableError("and again"))
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
+    assert (job.state, job.attempts) == ("succeeded", 3)
+    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-audio.wav"])
+
+
+async def test_a_model_that_stays_away_fails_the_job_in_the_end(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(*[ModelUnavailableError("lost its replica")] * 9)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert job.error is not None
+    assert (job.state, job.attempts, job.error.code) == ("failed", 3, "unavailable")
+    assert len(workshop.backend.requests) == 3
+
+
+async def test_a_full_engine_costs_patience_but_no_attempt(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(*[OverloadedError("busy", retry_after_s=0.05)] * 5)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert (job.state, job.attempts) == ("succeeded", 1)
+    assert len(workshop.backend.requests) == 6
+
+
+async def test_a_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> None:
+    job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
+    assert await workshop.queue.cancel("fal", job.spec.id) == "unknown"
+    assert await workshop.queue.cancel("sa3", job.spec.id) == "removed"
+    assert await workshop.queue.cancel("sa3", job.spec.id) == "already_over"
+    await wait_for(lambda: workshop.files() == [])
+    await workshop.start_runner()
+    await asyncio.sleep(0.1)
+    assert workshop.backend.requests == []
+
+
+async def test_a_running_job_is_stopped_at_the_model(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 60
+    await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
+    await workshop.until(job, lambda job: workshop.backend.num_running > 0)
+    started_at = time.monotonic()
+    assert await workshop.queue.cancel("sa3", job.spec.id) == "requested"
+    job = await workshop.finished(job)
+    assert time.monotonic() - started_at < 1
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("cancelled", "cancelled")
+    assert workshop.backend.num_cancelled == 1
+    await wait_for(lambda: workshop.files() == [])
+
+
+async def test_cancelling_one_job_leaves_the_others_alone(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 0.3
+    await workshop.start_runner()
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
+    await workshop.until(jobs[0], lambda _: workshop.backend.num_running == 3)
+    await workshop.queue.cancel("sa3", jobs[1].spec.id)
+    assert [(await workshop.finished(job)).state for job in jobs] == ["succeeded", "cancelled", "succeeded"]
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
+async def test_a_job_that_cannot_start_in_time_fails(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 0.6
+    await workshop.start_runner()
+    first = await workshop.queue.submit(make_spec())
+    late = await workshop.queue.submit(make_spec(start_within_s=0.2, upload=await upload(workshop)))
+    late = await workshop.finished(late)
+    assert late.error is not None
+    assert (late.state, late.error.code, late.attempts) == ("failed", "start_timeout", 0)
+    assert (await workshop.finished(first)).state == "succeeded"
+    await wait_for(lambda: workshop.files() == [f"{first.spec.id}-audio.wav"])
+
+
+async def test_what_a_dead_runner_left_is_done_by_the_next(workshop: Workshop) -> None:
+    job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
+    assert workshop.queue.store.claim("a dead one") is not None
+    await workshop.start_runner()
+    job = await workshop.finished(job)
+    assert (job.state, job.attempts) == ("succeeded", 2)
+
+
+async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> None:
+    job = await workshop.queue.submit(make_spec())
+    store = workshop.queue.store
+    for attempt in (1, 2, 3):
+        claimed = store.claim("a dead one")
+        assert claimed is not None
+        assert claimed.attempts == attempt
+        if attempt < 3:
+            store.requeue(claimed, "a dead one", delay_s=0, attempts=attempt, message="x")
+    await workshop.start_runner()
+    job = await workshop.finished(job)
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("failed", "unavailable")
+    assert workshop.backend.requests == []
+
+
+async def test_a_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Workshop) -> None:
+    job = await workshop.queue.submit(make_spec())
+    workshop.queue.store.claim("a dead one")
+    assert await workshop.queue.cancel("sa3", job.spec.id) == "requested"
+    await workshop.start_runner()
+    assert (await workshop.finished(job)).state == "cancelled"
+    assert workshop.backend.requests == []
+
+
+async def test_a_runner_that_stops_puts_its_jobs_back_at_no_cost(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 60
+    first = await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
+    await workshop.until(job, lambda _: workshop.backend.num_running > 0)
+    await first.close()
+    job = await workshop.until(job, lambda job: job.state == "queued")
+    assert (job.attempts, job.started_at) == (0, None)
+    workshop.backend.delay_s = 0
+    await workshop.start_runner()
+    job = await workshop.finished(job)
+    assert (job.state, job.attempts) == ("succeeded", 1)
+
+
+async def test_a_runner_that_was_replaced_cannot_end_its_jobs(workshop: Workshop) -> None:
+    """It wakes from a long sleep, and its jobs have long been another's."""
+    workshop.backend.delay_s = 0.4
+    await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec())
+    await workshop.until(job, lambda _: workshop.backend.num_running == 1)
+    await workshop.start_runner()
+    job = await workshop.finished(job)
+    assert (job.state, job.attempts) == ("succeeded", 2)
+    await asyncio.sleep(0.5)
+    assert await workshop.queue.get("sa3", job.spec.id) == job
+    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-audio.wav"])
+
+
+async def test_an_outcome_waits_for_a_store_that_fails_for_a_while(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.05)
+    failures = [StorageError("the disk is full")] * 3
+
+    def flaky(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return change(*args, **kwargs)
+
+        return call
+
+    store = workshop.queue.store
+    monkeypatch.setattr(store, "succeed", flaky(store.succeed))
+    await workshop.start_runner()
+    assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
+    assert failures == []
+
+
+async def test_the_loop_survives_a_store_that_fails_for_a_while(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.05)
+    runner = await workshop.start_runner()
+    store, look = workshop.queue.store, workshop.queue.store.look
+
+    def fail(_: str) -> Any:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(store, "look", fail)
+    job = await workshop.queue.submit(make_spec())
+    await asyncio.sleep(0.2)
+    runner.check_health()
+    monkeypatch.setattr(store, "look", look)
+    assert (await workshop.finished(job)).state == "succeeded"
+
+
+async def test_a_model_that_is_no_longer_served_fails_its_jobs(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(model="retired")))
+    assert job.error is not None
+    assert (job.error.code, "retired" in job.error.message) == ("unknown_model", True)
+
+
+async def test_a_health_check_tells_of_a_loop_that_ended(workshop: Workshop) -> None:
+    runner = await workshop.start_runner()
+    runner.check_health()
+    await runner.close()
+    with pytest.raises(GenerationError):
+        runner.check_health()

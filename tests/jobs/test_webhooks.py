@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.jobs import webhooks
+from stable_audio_serve.jobs.webhooks import DeliveryError, check_webhook_url, post_json
+
+ALLOWED = ("127.0.0.1",)
+
+
+@dataclass
+class Receiver:
+    """A real HTTP server that answers every request alike and keeps what it was sent."""
+
+    answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n"
+    delay_s: float = 0.0
+    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+    num_connections: int = 0
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook?a=b"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            first, *lines = head.strip().split("\r\n")
+            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+            self.requests.append((first, headers, await reader.readexactly(int(headers["content-length"]))))
+            await asyncio.sleep(self.delay_s)
+            writer.write(self.answer)
+            await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def receiving(**options: Any) -> AsyncIterator[Receiver]:
+    receiver = Receiver(**options)
+    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
+    receiver.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield receiver
+
+
+async def test_a_body_arrives_as_it_was_given() -> None:
+    async with receiving() as receiver:
+        await post_json(receiver.url, b'{"a": "\xc3\xa4"}', allow_hosts=ALLOWED)
+    first, headers, body = receiver.requests[0]
+    assert first == "POST /hook?a=b HTTP/1.1"
+    assert headers["content-type"] == "application/json"
+    assert headers["host"] == f"127.0.0.1:{receiver.port}"
+    assert json.loads(body) == {"a": "ä"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n",
+        b"no HTTP at all\r\n\r\n",
+        b"",
+    ],
+)
+async def test_what_is_no_success_is_a_failed_delivery(answer: bytes) -> None:
+    async with receiving(answer=answer) as receiver:
+        with pytest.raises(DeliveryError):
+            await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
+    assert len(receiver.requests) == 1
+
+
+async def test_redirects_are_not_followed() -> None:
+    async with receiving() as other:
+        answer = f"HTTP/1.1 307 Go\r\nLocation: {other.url}\r\nContent-Length: 0\r\n\r\n".encode()
+        async with receiving(answer=answer) as receiver:
+            with pytest.raises(DeliveryError, match="307"):
+                await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
+    assert other.num_connections == 0
+
+
+async def test_an_endless_answer_is_not_read() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n"
+    async with receiving(answer=head + b"x" * 10_000_000) as receiver, asyncio.timeout(5):
+        await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
+
+
+async def test_a_silent_server_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "_DELIVERY_TIMEOUT_S", 0.2)
+    async with receiving(delay_s=3) as receiver, asyncio.timeout(2):
+        with pytest.raises(DeliveryError, match="time"):
+            await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
+
+
+async def test_nobody_listening_is_a_failed_delivery() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(DeliveryError):
+        await post_json(f"http://127.0.0.1:{port}/", b"{}", allow_hosts=ALLOWED)
+
+
+PRIVATE = [
+    *("127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "localhost", "LOCALHOST.", "0.0.0.0", "0"),
+    *("10.0.0.1", "172.16.3.4", "192.168.1.1", "100.64.0.1", "169.254.169.254", "192.0.0.192", "198.18.0.1"),
+    *("224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1"),
+    *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[::127.0.0.1]", "[fe80::1]", "[fc00::1]"),
+    *("[fd00:ec2::254]", "[fec0::1]", "[ff02::1]", "[2002:7f00:1::]", "[64:ff9b::a00:1]", "[64:ff9b:1::1]"),
+    *("redis", "hooks.local", "metadata.google.internal", "x.localhost"),
+    *("[2001:db8::1]", "[2001:0:4136:e378:8000:63bf:3fff:fdd2]"),
+]
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_private_addresses_are_refused_in_every_spelling(host: str, scheme: str) -> None:
+    with pytest.raises(InvalidRequestError, match="fal_webhook") as caught:
+        await check_webhook_url(f"{scheme}://{host}:8080/hook", field="fal_webhook")
+    assert caught.value.field == "fal_webhook"
+
+
+@pytest.mark.parametrize("host", ["8.8.8.8", "[2606:4700:4700::1111]", "93.184.216.34:8443", "[::ffff:8.8.8.8]"])
+async def test_public_addresses_are_accepted(host: str) -> None:
+    await check_webhook_url(f"https://{host}/hook", field="webhook_url")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "hook", "/hook", "ftp://8.8.8.8/", "file:///etc/passwd", "gopher://8.8.8.8/", "http://", "https:///x"),
+        *("http://8.8.8.8:99999/", "http://user:secret@8.8.8.8/", "http://8.8.8.8/\n", "http://8.8.8.8\r\nX: y/"),
+        *(
+            "javascript:alert(1)",
+            "http://[::1",
+            "//8.8.8.8/",
+            "https://8.8.8.8/" + "x" * 3000,
+            "http://a b/",
+            "http://8.8.8.8:0/",
+        ),
+    ],
+)
+async def test_what_is_no_web_address_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequestError, match="fal_webhook"):
+        await check_webhook_url(url, field="fal_webhook", allow_hosts=("8.8.8.8",))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host"),
+    [("127.0.0.1", "127.0.0.1"), ("LocalHost", "localhost"), ("localhost", "LOCALHOST."), ("[::1]", "[::1]")],
+)
+async def test_allowed_hosts_may_be_private(allowed: str, host: str) -> None:
+    await check_webhook_url(f"http://{host}:9/x", field="webhook_url", allow_hosts=(allowed,))
+
+
+async def test_an_allowed_name_does_not_allow_its_address_or_other_names() -> None:
+    for host in ("127.0.0.1", "localhost.example.localhost"):
+        with pytest.raises(InvalidRequestError):
+            await check_webhook_url(f"http://{host}/", field="webhook_url", allow_hosts=("localhost",))
+
+
+async def test_a_name_that_cannot_be_resolved_now_is_left_to_the_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror("unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    await check_webhook_url("https://hooks.example.com/", field="webhook_url")
+    with pytest.raises(DeliveryError, match="resolved"):
+        await post_json("https://hooks.example.com/", b"{}")
+
+
+@pytest.mark.parametrize("answers", [["127.0.0.1"], ["93.184.216.34", "127.0.0.1"], ["::ffff:10.0.0.1"]])
+async def test_a_name_that_leads_inside_by_the_time_of_delivery_is_not_called(
+    monkeypatch: pytest.MonkeyPatch, answers: list[str]
+) -> None:
+    async with receiving() as receiver:
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, receiver.port)) for address in answers]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        with pytest.raises(DeliveryError, match="public"):
+            await post_json(f"http://rebound.example.com:{receiver.port}/", b"{}")
+    assert receiver.num_connections == 0
+
+
+async def test_the_connection_goes_to_an_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that changes its meaning between two questions is asked only once."""
+    resolve, asked = socket.getaddrinfo, []
+
+    async with receiving() as receiver:
+
+        def answer(host: str, *args: Any, **kwargs: Any) -> Any:
+            if host == "flaky.example.com":
+                asked.append(host)
+                return resolve("127.0.0.1" if len(asked) == 1 else "127.0.0.9", *args, **kwargs)
+            return resolve(host, *args, **kwargs)
+
+        monkeypatch.setattr(socket, "getaddrinfo", answer)
+        url = f"http://flaky.example.com:{receiver.port}/"
+        await post_json(url, b"{}", allow_hosts=("flaky.example.com",))
+    assert asked == ["flaky.example.com"]
+    assert receiver.requests[0][1]["host"] == f"flaky.example.com:{receiver.port}"
+
+
+async def test_slow_name_servers_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(5))
+    monkeypatch.setattr(webhooks, "_RESOLVE_TIMEOUT_S", 0.2)
+    checks = [
+        asyncio.create_task(check_webhook_url(f"https://slow{number}.example.com/", field="webhook_url"))
+        for number in range(40)
+    ]
+    await asyncio.sleep(0.05)
+    async with asyncio.timeout(0.5):
+        await asyncio.to_thread(time.sleep, 0)
+    async with asyncio.timeout(2):
+        await asyncio.gather(*checks)
+    released.set()
