@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog, ModelStatus
-from stable_audio_serve.core.errors import DeadlineExceededError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, StageTimings
+from stable_audio_serve.core.errors import DeadlineExceededError, StartTimeoutError
+from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, GenerationResult, StageTimings
 
 RATE_HZ = 44100
 
@@ -37,8 +37,10 @@ class ToneBackend:
     catalog: ModelCatalog = field(default_factory=make_catalog)
     statuses: dict[str, ModelStatus] = field(default_factory=lambda: {"small-sfx": ModelStatus("ready", 1, "cpu")})
     delay_s: float = 0.0
+    queue_s: float = 0.0  # how long a request waits for its start
     error: Exception | None = None
     status_delay_s: float = 0.0
+    device: DeviceUse = field(default_factory=DeviceUse)
     requests: list[tuple[str, GenerationRequest]] = field(default_factory=list)
     num_running: int = 0
     num_cancelled: int = 0
@@ -47,7 +49,11 @@ class ToneBackend:
         self.requests.append((model, request))
         self.num_running += 1
         try:
+            if request.start_within_s is not None and request.start_within_s < self.queue_s:
+                await asyncio.sleep(request.start_within_s)
+                raise StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
             async with asyncio.timeout(request.deadline_s):
+                await asyncio.sleep(self.queue_s)
                 await asyncio.sleep(self.delay_s)
         except TimeoutError as error:
             raise DeadlineExceededError("the time budget ran out", field="deadline_s") from error
@@ -59,11 +65,13 @@ class ToneBackend:
         if self.error is not None:
             raise self.error
         seeds = tuple(request.seed + i for i in range(request.batch_size))
-        t = np.arange(int(request.duration_s * RATE_HZ)) / RATE_HZ
+        t = np.arange(max(int(request.duration_s * RATE_HZ), 1)) / RATE_HZ
         audio = tuple(
             np.tile(np.sin(2 * np.pi * (100 + seed % 1000) * t) * 0.5, (2, 1)).astype(np.float32) for seed in seeds
         )
-        return GenerationResult(audio, RATE_HZ, model, seeds, StageTimings(queue_ms=1, denoise_ms=2, total_ms=3))
+        return GenerationResult(
+            audio, RATE_HZ, model, seeds, StageTimings(queue_ms=1, denoise_ms=2, total_ms=3), self.device
+        )
 
     async def status(self) -> Mapping[str, ModelStatus]:
         await asyncio.sleep(self.status_delay_s)

@@ -9,48 +9,102 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 
 from stable_audio_serve import __version__
-from stable_audio_serve.api.backend import Backend
+from stable_audio_serve.api import files, merged, server
+from stable_audio_serve.api.answers import EXPOSED_HEADERS
+from stable_audio_serve.api.compat import aimlapi, fal
+from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
+from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
+from stable_audio_serve.api.description import DescribedAPI
+from stable_audio_serve.api.keys import ApiKeys
 from stable_audio_serve.api.limits import LimitsMiddleware
-from stable_audio_serve.api.native.answers import EXPOSED_HEADERS
+from stable_audio_serve.api.native import jobs as native_jobs
+from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.native.errors import render_error
-from stable_audio_serve.api.native.routes import build_router
 from stable_audio_serve.api.observe import ObserveMiddleware
+from stable_audio_serve.api.routing import allowed_methods
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.queue import JobQueue
+
+# One for each dialect, in the order of the API page.
+TAGS = [
+    {"name": server.TAG, "description": "Health and models, shared by all dialects."},
+    {"name": native.TAG, "description": "Our own API: the Stable Audio 3 server's."},
+    {"name": files.TAG, "description": "Downloads, for whoever has the link."},
+    {"name": merged.TAG, "description": "The path that the dialects of Stable Audio 3 and Open Small share."},
+    {"name": open_small.TAG, "description": "The Flask API for Stable Audio Open Small."},
+    {"name": vllm_omni.TAG, "description": "vLLM-Omni's audio generation."},
+    {"name": aimlapi.TAG, "description": "The AIML API's `stable-audio`: submit and poll."},
+    {"name": fal.TAG, "description": "fal's queue, synchronous calls and storage for `fal-ai/stable-audio`."},
+]
 
 
-def create_app(backend: Backend, settings: Settings, *, metrics: Metrics | None = None) -> FastAPI:
-    """The application over any backend; it knows nothing of Ray."""
+def create_app(
+    backend: Backend, settings: Settings, *, jobs: JobQueue | None = None, metrics: Metrics | None = None
+) -> FastAPI:
+    """The application over any backend; it knows nothing of Ray.
+
+    Without `jobs` the queue is the one of the settings, for whatever runner there is.
+    """
     metrics = metrics or NullMetrics()
-    service = Service(backend, settings, metrics=metrics)
+    service = Service(backend, settings, jobs=jobs, metrics=metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await service.close()
 
-    app = FastAPI(
+    app = DescribedAPI(
         title="stable-audio-serve",
         version=__version__,
         description="Text to audio, variations and inpainting with Stable Audio models.",
+        openapi_tags=TAGS,
         lifespan=lifespan,
+        openapi_url=None,  # with its pages behind the keys, in `server`
         middleware=[
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.api.cors_origins,
                 allow_methods=["*"],
                 allow_headers=["*"],
-                expose_headers=EXPOSED_HEADERS,
+                expose_headers=(*EXPOSED_HEADERS, *fal.EXPOSED_HEADERS),
             ),
             Middleware(ObserveMiddleware, metrics=metrics),
             Middleware(LimitsMiddleware, limits=settings.api),
         ],
     )
-    app.add_exception_handler(HTTPException, render_error)  # type: ignore[arg-type]
-    router = build_router(service)
-    app.include_router(router)
-    app.include_router(router, prefix="/sa3", include_in_schema=False)
+    app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
+    app.state.keys = ApiKeys(settings.api.key_hashes)
+    sa3 = native.build_router(service)
+    sa3.include_router(native_jobs.build_router(service))
+    routers = {
+        "sa3": sa3,
+        "saos": open_small.build_router(service),
+        "vllm": vllm_omni.build_router(service),
+        "aiml": aimlapi.build_router(service),
+        "fal": fal.build_router(service),
+    }
+    shared = server.build_router(service)
+    app.include_router(server.build_docs_router())
+    app.include_router(shared)
+    app.include_router(merged.build_router(service))
+    for name, router in routers.items():  # where two dialects share a path, the first one's route is found
+        app.include_router(router)
+        for part in (router, shared):
+            app.include_router(part, prefix=f"/{name}", include_in_schema=False)
+    app.include_router(files.build_router(service))
     return app
+
+
+def _render_unrouted(request: Request, error: HTTPException) -> Response:
+    """Unknown paths, and unknown methods in the form of the path's dialect."""
+    if error.status_code == 405:  # what found no route for the method knows only the first one of the path
+        error = HTTPException(405, error.detail, headers={"Allow": ", ".join(allowed_methods(request))})
+    render = getattr(request.scope.get("route"), "render_error", render_error)
+    return render(request, error)

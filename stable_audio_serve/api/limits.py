@@ -1,4 +1,4 @@
-"""ASGI middleware that bounds what a client may cost: body size, receive and send times, and work after it has gone.
+"""ASGI middleware that bounds what clients may cost: body sizes, receive and send times, and work after they have gone.
 
 Neither of Ray Serve's proxies has receive deadlines, and a server may or may not cancel a handler whose client has
 gone: here both hold under any of them.
@@ -7,7 +7,7 @@ gone: here both hold under any of them.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +17,7 @@ from stable_audio_serve.core.settings import ApiSettings
 # With these Ray Serve lets a client change its own deadline or switch its own cancellation off.
 _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 _CLOSE = {"Connection": "close"}
+_BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DRAIN_S = 10.0
 _MAX_DRAIN_IDLE_S = 1.0
 
@@ -31,6 +32,7 @@ class LimitsMiddleware:
     def __init__(self, app: ASGIApp, *, limits: ApiSettings) -> None:
         self._app = app
         self._limits = limits
+        self._held = _HeldBytes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application on a guarded connection. Raises ClientGoneError when the client has gone."""
@@ -40,7 +42,9 @@ class LimitsMiddleware:
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in _CONTROL_HEADERS]
         handler = asyncio.current_task()
         assert handler is not None
-        connection = _Connection(receive, send, handler, body=_body_limit(scope, self._limits), limits=self._limits)
+        body = _body_limit(scope, self._limits)
+        connection = _Connection(receive, send, handler, body=body, held=self._held, limits=self._limits)
+        scope.setdefault("state", {})["connection"] = connection
         try:
             await self._app(scope, connection.receive, connection.send)
         except asyncio.CancelledError:
@@ -49,6 +53,18 @@ class LimitsMiddleware:
             raise
         finally:
             await connection.close()
+
+
+def accept_file_body(scope: Scope) -> None:
+    """Let the body of this request be as large as an upload; called before its first byte is read."""
+    scope["state"]["connection"].accept_file_body()
+
+
+@dataclass(slots=True)
+class _HeldBytes:
+    """Bodies of all requests in progress, in memory or in temporary files."""
+
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +88,17 @@ class _Connection:
     """One request's receive and send. Once the body is complete, a watcher is the only reader of the connection."""
 
     def __init__(
-        self, receive: Receive, send: Send, handler: asyncio.Task[object], *, body: _BodyLimit, limits: ApiSettings
+        self,
+        receive: Receive,
+        send: Send,
+        handler: asyncio.Task[object],
+        *,
+        body: _BodyLimit,
+        held: _HeldBytes,
+        limits: ApiSettings,
     ) -> None:
         self._receive, self._send, self._handler = receive, send, handler
-        self._body, self._limits = body, limits
+        self._body, self._held, self._limits = body, held, limits
         self._deadline_at = asyncio.get_running_loop().time() + limits.receive_total_timeout_s
         self._received_bytes = 0
         self._answered = False
@@ -86,8 +109,12 @@ class _Connection:
     def is_gone(self) -> bool:
         return self._gone.is_set()
 
+    def accept_file_body(self) -> None:
+        limit = self._limits.max_upload_bytes
+        self._body = replace(self._body, max_bytes=limit, refusal=f"body: the upload is larger than {limit} bytes")
+
     async def receive(self) -> Message:
-        """The next part of the body; after its end, waits for the client to go. Raises HTTPException 408, 413."""
+        """The next part of the body; after its end, waits for the client to go. Raises HTTPException 408, 413, 503."""
         if self._watcher is not None or self.is_gone:
             await self._gone.wait()
             return {"type": "http.disconnect"}
@@ -95,10 +122,15 @@ class _Connection:
         if message["type"] == "http.disconnect":
             self._gone.set()
             return message
-        self._received_bytes += len(message.get("body", b""))
+        num_bytes = len(message.get("body", b""))
+        self._received_bytes += num_bytes
+        self._held.num_bytes += num_bytes
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
             await self._drain(message)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
+        if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:  # alone, a body is taken
+            await self._drain(message)
+            raise HTTPException(503, "body: too much is being received from others", headers=_BUSY)
         if not message.get("more_body", False):
             self._watcher = asyncio.create_task(self._watch())
         return message
@@ -114,7 +146,8 @@ class _Connection:
             raise ClientGoneError("the client stopped reading its answer") from error
 
     async def close(self) -> None:
-        """Stop watching."""
+        """Stop watching, and count the body no more."""
+        self._held.num_bytes -= self._received_bytes
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)

@@ -6,7 +6,6 @@ Never logs prompts or bodies. An exception that nobody expected becomes one opaq
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import uuid
@@ -14,10 +13,13 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.limits import ClientGoneError
 from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.metrics import Metrics
 
 log = structlog.get_logger("stable_audio_serve.api")
@@ -63,7 +65,7 @@ class ObserveMiddleware:
             except Exception:
                 log.exception("request failed")
                 if not status:
-                    await _send_opaque_error(send_with_id, request_id)
+                    await _opaque_answer(scope)(scope, receive, send_with_id)
             finally:
                 self._account(scope, status, (self._clock.monotonic() - started_at) * 1000)
 
@@ -95,8 +97,9 @@ def _request_id(scope: Scope) -> str:
     return given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-async def _send_opaque_error(send: Send, request_id: str) -> None:
-    body = json.dumps({"detail": f"internal error; request id {request_id}"}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _opaque_answer(scope: Scope) -> Response:
+    """A 500 in the form of the route's dialect, where a route was found."""
+    render = scope["state"].get("render_error")
+    if render is not None:
+        return render(Request(scope), GenerationError("unexpected"))
+    return JSONResponse({"detail": f"internal error; request id {scope['state']['request_id']}"}, 500)

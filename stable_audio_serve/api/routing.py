@@ -10,19 +10,32 @@ from typing import Any
 import pydantic_core
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
-from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.api.keys import ApiKeys
+from stable_audio_serve.core.errors import StableAudioError, UnauthorizedError
 
 ExpectedError = StableAudioError | RequestValidationError | HTTPException
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _MAX_FILES = 8
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
+
+
+class HexIdConvertor(StringConvertor):
+    """In routes, `{name:hex_id}`: an id as we make them, so that it is told apart from words at its place."""
+
+    regex = "[0-9a-f]{32}"
+
+
+register_url_convertor("hex_id", HexIdConvertor())
 
 
 class BoundedRequest(Request):
@@ -46,18 +59,55 @@ class BoundedRequest(Request):
 
 
 def route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """A route type that answers the errors we expect in one dialect's form; all others stay unexpected."""
+    """A route type that answers the errors we expect in one dialect's form; all others stay unexpected.
 
+    Where keys are configured it admits only requests that bring one.
+    """
+    return _dialect_route(render, _admit_by_key)
+
+
+def public_route_class(render: ErrorRenderer) -> type[APIRoute]:
+    """The same without keys: for health, and for links that are handed out."""
+    return _dialect_route(render, _admit_everybody)
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """What the path of `request` can be asked with, over all routes that share it."""
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
+    routes = request.app.routes
+    return [name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+
+
+def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> type[APIRoute]:
     class DialectRoute(APIRoute):
+        render_error = staticmethod(render)
+
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 
             async def handle_and_render(request: Request) -> Response:
+                request.state.render_error = render  # for what nobody expects, see `observe`
+                bounded = BoundedRequest(request.scope, request.receive)
                 try:
-                    return await handle(BoundedRequest(request.scope, request.receive))
+                    admit(request)
+                    return await handle(bounded)
                 except (StableAudioError, RequestValidationError, HTTPException) as error:
-                    return render(request, error)
+                    response = render(request, error)
+                    if isinstance(error, UnauthorizedError):
+                        response.headers["WWW-Authenticate"] = "Bearer"
+                    return response
+                finally:
+                    await bounded.close()  # deletes what was uploaded, whoever parsed the form
 
             return handle_and_render
 
     return DialectRoute
+
+
+def _admit_by_key(request: Request) -> None:
+    keys: ApiKeys = request.app.state.keys
+    keys.admit(request)
+
+
+def _admit_everybody(_: Request) -> None:
+    pass

@@ -8,28 +8,35 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import structlog
 from starlette.datastructures import UploadFile
 
-from stable_audio_serve.api.backend import Backend
 from stable_audio_serve.audio.decode import AudioDecoder
-from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_audio, make_zip
+from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_variations
+from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     InvalidUploadError,
     OverloadedError,
+    StorageError,
     UploadTooLargeError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.job import JobUpload
+from stable_audio_serve.jobs.queue import JobQueue, open_queue
+
+T = TypeVar("T")
 
 log = structlog.get_logger("stable_audio_serve.api")
 
@@ -37,6 +44,7 @@ _STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
 _SEED_LIMIT = 2**63
 _SOURCE_MARGIN_S = 1.0
+_UPLOAD_CHUNK_BYTES = 1_048_576
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +60,26 @@ class Service:
     """One per application; owns the worker threads and the decoding processes."""
 
     def __init__(
-        self, backend: Backend, settings: Settings, *, metrics: Metrics | None = None, clock: Clock | None = None
+        self,
+        backend: Backend,
+        settings: Settings,
+        *,
+        jobs: JobQueue | None = None,
+        metrics: Metrics | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        """Without `jobs` the queue is the one of the settings; somebody else runs what is in it. Raises ConfigError."""
         self.backend = backend
         self.settings = settings
+        self.jobs = jobs or open_queue(settings)
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
         api = settings.api
-        self._decoder = AudioDecoder(num_workers=api.decode_workers, timeout_s=api.max_decode_s)
+        self._decoder = AudioDecoder(
+            num_workers=api.decode_workers,
+            timeout_s=api.max_decode_s,
+            own_rates_hz={card.sample_rate_hz for card in backend.catalog},
+        )
         self._decode_threads = ThreadPoolExecutor(api.decode_workers, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(api.encode_workers, thread_name_prefix="audio-encode")
         self._last_status: Mapping[str, ModelStatus] = {}
@@ -71,18 +91,46 @@ class Service:
         for threads in (self._encode_threads, self._decode_threads):
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         self._decoder.close()
+        await self.jobs.close()
 
-    async def decode(self, upload: UploadFile, card: ModelCard, *, padding_s: float | None) -> SourceAudio:
-        """What a model can use of an uploaded file. Raises InvalidUploadError, UploadTooLargeError."""
+    async def decode(
+        self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, field: str = "audio"
+    ) -> SourceAudio:
+        """What a model can use of a file uploaded as `field`. Raises InvalidUploadError, UploadTooLargeError."""
         limit = self.settings.api.max_upload_bytes
         if not upload.size:
-            raise InvalidUploadError("audio: the uploaded file is empty", field="audio")
+            raise InvalidUploadError(f"{field}: the uploaded file is empty", field=field)
         if upload.size > limit:
-            raise UploadTooLargeError(f"audio: the upload is larger than {limit} bytes", field="audio")
-        window_s = card.max_duration_s + (card.default_duration_padding_s if padding_s is None else padding_s)
+            raise UploadTooLargeError(f"{field}: the upload is larger than {limit} bytes", field=field)
+        max_s = _usable_s(card, padding_s)
         return await asyncio.get_running_loop().run_in_executor(
-            self._decode_threads, lambda: self._decoder.decode(upload.file, max_s=window_s + _SOURCE_MARGIN_S)
+            self._decode_threads, lambda: self._decoder.decode(upload.file, max_s=max_s, field=field)
         )
+
+    async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
+        """The first `max_s` seconds of a file of the operator's own. Raises StorageError."""
+
+        def decode() -> SourceAudio:
+            with path.open("rb") as file:
+                return self._decoder.decode(file, max_s=max_s)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decode_threads, decode)
+        except (OSError, InvalidUploadError) as error:
+            raise StorageError(f"{path.name} cannot be read: {error}") from error
+
+    async def keep_upload(
+        self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Literal["init", "inpaint"]
+    ) -> JobUpload:
+        """Check that a model can use an uploaded file, then keep it as it was sent, for a job about to be submitted.
+
+        Raises InvalidUploadError, UploadTooLargeError, StorageError.
+        """
+        await self.decode(upload, card, padding_s=padding_s)
+        await upload.seek(0)
+        chunks = iter(lambda: upload.file.read(_UPLOAD_CHUNK_BYTES), b"")
+        file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
+        return JobUpload(file, role, _usable_s(card, padding_s))
 
     async def generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
         """Run one request that arrived at `started_at`. Raises errors of `core.errors`."""
@@ -119,10 +167,14 @@ class Service:
     async def encode(self, result: GenerationResult, file_format: AudioFormat, *, stem: str) -> Output:
         """One file, or a ZIP named `<stem>-01`, `<stem>-02`, ... inside when there are several variations."""
         started_at = self.clock.monotonic()
-        file = await asyncio.get_running_loop().run_in_executor(
-            self._encode_threads, _encode_all, result, file_format, stem
+        file = await self.compute(
+            lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=stem)
         )
         return Output(file, result, (self.clock.monotonic() - started_at) * 1000)
+
+    async def compute(self, function: Callable[[], T]) -> T:
+        """What `function` returns; its CPU work happens on an encoding thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         """What each model is doing, or what it last was, within a second."""
@@ -134,6 +186,13 @@ class Service:
         return self._last_status
 
 
+def _usable_s(card: ModelCard, padding_s: float | None) -> float:
+    """What a model can use of source audio, seconds; more than its window, because resampling looks ahead."""
+    return (
+        card.max_duration_s + (card.default_duration_padding_s if padding_s is None else padding_s) + _SOURCE_MARGIN_S
+    )
+
+
 def resolve_seed(seed: int) -> int:
     """The seed to use for a wire seed: -1 draws one, any other integer is taken modulo 2**63."""
     return secrets.randbelow(2**32) if seed == -1 else seed % _SEED_LIMIT
@@ -142,10 +201,3 @@ def resolve_seed(seed: int) -> int:
 def retry_after_header(seconds: float | None) -> dict[str, str]:
     """`Retry-After` in whole seconds, at least one; nothing when retrying has no known time."""
     return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
-
-
-def _encode_all(result: GenerationResult, file_format: AudioFormat, stem: str) -> EncodedFile:
-    files = [encode_audio(audio, result.sample_rate_hz, file_format) for audio in result.audio]
-    if len(files) == 1:
-        return files[0]
-    return make_zip((f"{stem}-{index:02d}.{file_format}", file) for index, file in enumerate(files, start=1))

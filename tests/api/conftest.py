@@ -9,7 +9,13 @@ import structlog
 from fastapi import FastAPI
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.api.webhooks import webhook_body
+from stable_audio_serve.core.settings import JobSettings, Settings
+from stable_audio_serve.jobs.database import JOBS
+from stable_audio_serve.jobs.notifier import Notifier
+from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.runner import JobRunner
 from tests.backends import ToneBackend
 
 
@@ -19,10 +25,37 @@ def _plain_logs() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Iterator[tuple[FastAPI, ToneBackend]]:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Of the shared application: the defaults, with a folder of its own for jobs."""
+    jobs = JobSettings(webhook_allow_hosts=("127.0.0.1", "localhost"))
+    return Settings(output_dir=str(tmp_path_factory.mktemp("outputs")), jobs=jobs)
+
+
+@pytest.fixture(scope="session")
+def jobs(settings: Settings) -> JobQueue:
+    """The shared application's jobs. They wait, unless a test asks for `runner`."""
+    return open_queue(settings)
+
+
+@pytest.fixture
+async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> AsyncIterator[JobRunner]:
+    """Runs the shared application's jobs for the length of one test, which finds none of another test's."""
+    with jobs.store.database.writing() as connection:
+        connection.execute(JOBS.delete())
+    notifier = Notifier(Outbox(jobs.store.database), webhook_body, allow_hosts=settings.jobs.webhook_allow_hosts)
+    runner = JobRunner(jobs.store, jobs.artifacts, backend, settings, notifier=notifier)
+    await runner.start()
+    jobs.wake = runner.wake
+    yield runner
+    jobs.wake = lambda: None
+    await runner.close()
+
+
+@pytest.fixture(scope="session")
+def shared(settings: Settings, jobs: JobQueue) -> Iterator[tuple[FastAPI, ToneBackend]]:
     """One application for all tests that need no settings of their own; building it is the slow part."""
     backend = ToneBackend()
-    app = create_app(backend, Settings())
+    app = create_app(backend, settings, jobs=jobs)
     yield app, backend
 
     async def run_lifespan() -> None:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-import uvicorn
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import Settings
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
+from tests.sockets import listening, wait_until
+
+pytestmark = pytest.mark.slow
 
 URL = "/v1/audio/generations"
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  what is waited for is not ours to signal
-            await asyncio.sleep(0.005)
+_JSON = "Content-Type: application/json\r\n"
 
 
 @asynccontextmanager
@@ -38,28 +34,22 @@ async def connect(
 async def serve(backend: ToneBackend, *, max_generations: int = 256, **api: object) -> AsyncIterator[int]:
     """A uvicorn server on a free port of this machine."""
     settings = Settings.model_validate({"api": api, "ingress": {"max_ongoing_requests": max_generations}})
-    app = create_app(backend, settings)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        task = asyncio.create_task(server.serve([listener]))
-        await wait_until(lambda: server.started)
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            await task
+    async with listening(create_app(backend, settings)) as port:
+        yield port
 
 
-async def open_request(port: int, body: bytes, *, headers: str = "", length: int | None = None) -> asyncio.StreamWriter:
+async def open_request(
+    port: int, body: bytes, *, headers: str = _JSON, length: int | None = None
+) -> asyncio.StreamWriter:
     _, writer = await open_connection(port, body, headers=headers, length=length)
     return writer
 
 
 async def open_connection(
-    port: int, body: bytes, *, headers: str = "", length: int | None = None
+    port: int, body: bytes, *, path: str = URL, headers: str = _JSON, length: int | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}"
     writer.write(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
     await writer.drain()
     return reader, writer
@@ -68,7 +58,7 @@ async def open_connection(
 async def test_a_gone_client_cancels_its_generation() -> None:
     backend = ToneBackend(delay_s=30)
     async with serve(backend) as port:
-        writer = await open_request(port, b'{"prompt": "x"}', headers="x-request-disconnect-disabled: ?1\r\n")
+        writer = await open_request(port, b'{"prompt": "x"}', headers=_JSON + "x-request-disconnect-disabled: ?1\r\n")
         await wait_until(lambda: backend.num_running == 1)
         writer.close()
         await wait_until(lambda: backend.num_running == 0)

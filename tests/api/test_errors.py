@@ -244,11 +244,22 @@ async def test_what_the_model_reports(
     assert reply.headers.get("retry-after") == ("3" if error.retry_after_s else None)
 
 
-async def test_an_unknown_sampler_is_a_fault_of_sampler_kwargs(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    backend.error = InvalidRequestError("unknown sampler 'x'; valid: euler", field="sampler_type")
-    reply = await client.post(URL, json={"prompt": "x", "sampler_kwargs": {"sampler_type": "x"}})
-    expect_fields(reply, "sampler_kwargs")
-    assert "euler" in reply.json()["detail"][0]["msg"]
+@pytest.mark.parametrize("name", ["x", "Euler", "dpm-adaptive"])
+async def test_a_sampler_the_model_does_not_have_is_refused_before_the_model_is_asked(
+    client: httpx.AsyncClient, backend: ToneBackend, name: str
+) -> None:
+    kwargs = {"sampler_type": name}
+    form = {"prompt": "x", "sampler_kwargs": json.dumps(kwargs)}
+    times = {"inpaint_start_seconds": "0", "inpaint_end_seconds": "1"}
+    replies = [
+        *[await client.post(path, json={"prompt": "x", "sampler_kwargs": kwargs}) for path in (URL, "/jobs")],
+        *[await client.post(path, data=form, files={"audio": WAV}) for path in (VARIATIONS, "/jobs/variations")],
+        await client.post("/jobs/inpaint", data=form | times, files={"audio": WAV}),
+    ]
+    for reply in replies:
+        expect_fields(reply, "sampler_kwargs")
+        assert "one of euler, rk4, dpmpp, pingpong for the model small-sfx" in reply.json()["detail"][0]["msg"]
+    assert not backend.requests
 
 
 @pytest.mark.parametrize(
@@ -270,11 +281,47 @@ async def test_the_time_budget_is_the_clients(client: httpx.AsyncClient, backend
     expect_sentence(await client.post(URL, json={"prompt": "x", "deadline_s": 0.01}), 504, "deadline_s")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b'{"prompt": "x"', "EOF"), (b'{"prompt": "\\ud800"}', "hex escape"), (b"prompt=x", "line 1")],
+)
+async def test_what_is_wrong_with_broken_json_is_told(client: httpx.AsyncClient, content: bytes, reason: str) -> None:
+    reply = await client.post(URL, content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 422
+    (fault,) = reply.json()["detail"]
+    assert (fault["type"], fault["loc"][0]) == ("json_invalid", "body")
+    assert reason in fault["msg"]
+
+
 async def test_unknown_paths_and_methods_answer_json(client: httpx.AsyncClient) -> None:
     expect_sentence(await client.get("/nope"), 404, "Not Found")
     reply = await client.get(URL)
     expect_sentence(reply, 405, "Method Not Allowed")
     assert reply.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "methods", "keys"),
+    [
+        ("/health", "GET, HEAD", {"detail"}),
+        ("/jobs", "POST", {"detail"}),
+        ("/generate", "POST", {"error", "detail"}),
+        ("/generate/loop", "POST", {"error"}),
+        ("/v1/models", "GET", {"error"}),
+        ("/v1/audio/generate", "POST", {"error"}),
+        ("/v2/generate/audio", "GET, POST", {"statusCode", "message", "error", "path", "meta"}),
+        ("/queue/fal-ai/stable-audio/requests/x", "GET", {"detail"}),
+        ("/fal/fal-ai/stable-audio/requests/x/cancel", "PUT", {"detail"}),
+        ("/fal-ai/stable-audio/other", "POST", {"detail"}),
+    ],
+)
+async def test_a_wrong_method_is_told_all_the_right_ones_in_its_dialect(
+    client: httpx.AsyncClient, path: str, methods: str, keys: set[str]
+) -> None:
+    reply = await client.request("PURGE", path)
+    assert (reply.status_code, reply.headers["allow"]) == (405, methods)
+    assert set(reply.json()) == keys
+    assert "Method Not Allowed" in reply.text
 
 
 async def test_request_ids_are_kept_or_made(client: httpx.AsyncClient) -> None:

@@ -13,6 +13,7 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.cli import app as cli
 from stable_audio_serve.core.catalog import ModelStatus
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.queue import JobQueue
 from tests.backends import ToneBackend
 
 CONTRACT_KEYS = {
@@ -37,6 +38,7 @@ async def test_health_has_the_keys_of_the_contract(client: httpx.AsyncClient) ->
     limits = {"small-sfx": 120.0, "small-music": 120.0, "medium": 380.0, "demo": 5.0}
     assert body["model_duration_limits_seconds"] == limits
     assert (body["max_duration_seconds"], body["max_steps"], body["max_batch_size"]) == (380.0, 50, 4)
+    assert body["model_info"] == {"sample_rate": 44100, "sample_size": 524_288, "diffusion_objective": "rf_denoiser"}
     assert body["models"]["demo"]["demo"] is True
     assert body["models"]["medium"]["demo"] is False
 
@@ -58,6 +60,12 @@ async def test_health_is_200_unless_nothing_can_work(
     assert (reply.status_code, reply.json()["status"]) == (status, word)
 
 
+@pytest.mark.parametrize("url", ["/health", "/sa3/health", "/saos/health"])
+async def test_probes_may_ask_with_head(client: httpx.AsyncClient, url: str) -> None:
+    reply, told = await client.get(url), await client.head(url)
+    assert (told.status_code, told.headers["content-length"]) == (reply.status_code, reply.headers["content-length"])
+
+
 async def test_health_does_not_wait_for_a_backend_that_hangs(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     await client.get("/health")
     backend.status_delay_s = 30
@@ -67,7 +75,7 @@ async def test_health_does_not_wait_for_a_backend_that_hangs(client: httpx.Async
     assert reply.json()["loaded_models"] == ["small-sfx"]  # what was known last
 
 
-async def test_health_follows_the_settings() -> None:
+async def test_health_follows_the_settings(jobs: JobQueue) -> None:
     settings = Settings.model_validate(
         {
             "api": {"max_duration_s": 60, "max_steps": 9, "max_batch_size": 2},
@@ -76,7 +84,7 @@ async def test_health_follows_the_settings() -> None:
             "storage": {"bucket": "b"},
         }
     )
-    transport = httpx.ASGITransport(create_app(ToneBackend(), settings))
+    transport = httpx.ASGITransport(create_app(ToneBackend(), settings, jobs=jobs))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         body = (await client.get("/health")).json()
     assert (body["device"], body["preload_models"], body["storage_backend"]) == ("cuda", ["medium"], "s3")
@@ -91,20 +99,33 @@ async def test_models_are_listed_in_openais_form(client: httpx.AsyncClient) -> N
     for model in body["data"]:
         assert model["object"] == "model"
         assert isinstance(model["created"], int)
-        assert isinstance(model["owned_by"], str)
+        assert model["owned_by"] == "vllm"
+        assert model["root"] == model["id"]
+        assert {"parent", "max_model_len", "permission"} <= set(model)
     assert [model["is_demo"] for model in body["data"]] == [False, False, False, True]
     assert body["data"][2]["max_duration_s"] == 380.0
 
 
 async def test_the_openapi_page_describes_every_public_route(client: httpx.AsyncClient) -> None:
     document: dict[str, Any] = (await client.get("/openapi.json")).json()
-    assert set(document["paths"]) == {
+    assert set(document["paths"]) >= {
         *("/v1/audio/generations", "/v1/audio/variations", "/v1/audio/inpaint", "/health", "/v1/models"),
+        *("/files/{file_id}/{file_name}", "/v1/audio/generate"),
+        *("/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"),
+        *("/riffs/available", "/model/info"),
     }
-    for path in document["paths"].values():
-        for operation in path.values():
-            assert operation["tags"] == ["Stable Audio 3"]
+    described = {tag["name"] for tag in document["tags"]}
+    ticket = "/storage/upload/{ticket}"
+    public = {"/health", "/files/{file_id}/{file_name}", ticket, f"{ticket}/{{number}}", f"{ticket}/complete"}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert len(operation["tags"]) == 1
+            assert set(operation["tags"]) <= described
             assert operation["summary"]
+            own_errors = {"422"} & set(operation["responses"])
+            assert not any("HTTPValidationError" in str(operation["responses"][status]) for status in own_errors)
+            assert ("401" in operation["responses"]) is not (path in public)
+            assert bool(operation["security"]) is not (path in public)
     schemas = document["components"]["schemas"]
     for name in ("GenerationBody", "VariationForm", "InpaintForm"):
         for field, schema in schemas[name]["properties"].items():

@@ -56,7 +56,7 @@ def to_request(
         )
         if value > limit
     ]
-    sampler, scale_phi, norm_threshold = _sampler_options(sampler_kwargs, faults)
+    sampler, scale_phi, norm_threshold = _sampler_options(sampler_kwargs, card, faults)
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
@@ -79,7 +79,9 @@ def to_request(
     return card, request
 
 
-def _sampler_options(values: dict[str, Any], faults: list[dict[str, Any]]) -> tuple[str | None, float, float]:
+def _sampler_options(
+    values: dict[str, Any], card: ModelCard, faults: list[dict[str, Any]]
+) -> tuple[str | None, float, float]:
     """The three honoured options; what is wrong with them is added to `faults`, other keys are ignored."""
     values = {key: value for key, value in values.items() if value is not None}
     sampler = values.pop("sampler_type", None)
@@ -87,8 +89,9 @@ def _sampler_options(values: dict[str, Any], faults: list[dict[str, Any]]) -> tu
     norm_threshold = values.pop("cfg_norm_threshold", 0.0)
     if values:
         log.info("sampler_kwargs ignored", keys=sorted(key[:50] for key in values)[:20])
-    if sampler is not None and (not isinstance(sampler, str) or not sampler.strip()):
-        faults.append(_fault("sampler_kwargs", "sampler_kwargs.sampler_type must be the name of a sampler", sampler))
+    if sampler is not None and (not isinstance(sampler, str) or sampler.strip() not in card.samplers):
+        message = f"sampler_kwargs.sampler_type must be one of {', '.join(card.samplers)} for the model {card.name}"
+        faults.append(_fault("sampler_kwargs", message, sampler))
     if not _is_number(scale_phi) or not 0 <= scale_phi <= 1:
         faults.append(_fault("sampler_kwargs", "sampler_kwargs.scale_phi must be a number from 0 to 1", scale_phi))
     if not _is_number(norm_threshold) or not 0 <= norm_threshold <= 1e6:

@@ -9,12 +9,10 @@ import math
 from typing import Annotated, Any
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100_000)]
 
 RESERVED_SAMPLER_KWARGS = frozenset(
     (

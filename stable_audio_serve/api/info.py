@@ -23,12 +23,21 @@ class ModelHealth(BaseModel):
     detail: dict[str, str]
 
 
+class ModelInfo(BaseModel):
+    """The model behind the Stable Audio Open small routes."""
+
+    sample_rate: int = Field(description="Hertz.")
+    sample_size: int = Field(description="Samples of its longest clip.")
+    diffusion_objective: str
+
+
 class Health(BaseModel):
     """The server's state and limits."""
 
     status: str = Field(description="ok once any model is loaded, else loading; failed when none can load.")
     healthy: bool
     model: str = Field(description="The default model.")
+    model_info: ModelInfo
     device: str | None = Field(description="The configured device; null = chosen by the server.")
     loaded: bool
     model_loaded: bool
@@ -50,7 +59,7 @@ class Model(BaseModel):
     id: str
     object: str = "model"
     created: int
-    owned_by: str = "stable-audio-serve"
+    owned_by: str = "vllm"
     root: str
     parent: str | None = None
     max_model_len: int | None = None
@@ -85,6 +94,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus]) -> Heal
         status="ok" if loaded else "loading" if is_healthy else "failed",
         healthy=is_healthy,
         model=catalog.default.name,
+        model_info=_describe_window(service),
         device=settings.device,
         loaded=bool(loaded),
         model_loaded=bool(loaded),
@@ -123,6 +133,17 @@ def describe_models(service: Service, *, created_at: int) -> ModelList:
             )
             for card in catalog
         ]
+    )
+
+
+def _describe_window(service: Service) -> ModelInfo:
+    dialects, catalog = service.settings.dialects, service.backend.catalog
+    card = catalog.resolve(dialects.saos_model or catalog.default.name)
+    window_s = min(dialects.saos_window_s, card.max_duration_s)
+    return ModelInfo(
+        sample_rate=card.sample_rate_hz,
+        sample_size=round(window_s * card.sample_rate_hz),
+        diffusion_objective=card.objective,
     )
 
 

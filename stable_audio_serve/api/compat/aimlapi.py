@@ -1,0 +1,245 @@
+"""The AIML API's `stable-audio`: a generation is accepted with an id, and polled until its file can be fetched."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Query
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from stable_audio_serve.api.compat.hosted import (
+    DEFAULT_STEPS,
+    MAX_S,
+    START_DESCRIPTION,
+    ClipInput,
+    WholeNumber,
+    to_request,
+)
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.faults import printable
+from stable_audio_serve.api.links import base_url, file_url
+from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.routing import ExpectedError, route_class
+from stable_audio_serve.api.service import Service, retry_after_header
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
+from stable_audio_serve.jobs.job import Job, JobSpec, State
+
+TAG = "AIML API"
+MODEL = "stable-audio"  # the one model there; here an alias of a configured one
+
+_STATUS = {"upload_too_large": 413, "unauthorized": 401, "overloaded": 429, "unavailable": 503}
+_STATES: dict[State, Literal["queued", "generating", "completed", "error"]] = {
+    "queued": "queued",
+    "running": "generating",
+    "succeeded": "completed",
+    "failed": "error",
+    "cancelled": "error",
+}
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]  # what an unset field means is no value that a set one may have
+
+
+class AimlInput(ClipInput):
+    """What to generate."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": MODEL, "prompt": "lo-fi ambient music"}]})
+
+    model: str = Field(description=f"`{MODEL}`, or one of the server's own models.")
+    seconds_start: WholeNumber = Field(
+        0, ge=1, le=MAX_S, description=f"{START_DESCRIPTION} Unset = 0.", json_schema_extra=_without_default
+    )
+    steps: WholeNumber = Field(DEFAULT_STEPS, ge=1, le=1000, description="Denoising steps.")
+
+
+class AimlMeta(BaseModel):
+    """What it cost: nothing."""
+
+    usage: dict[str, int] = {"credits_used": 0}
+
+
+class AimlFile(BaseModel):
+    """The finished file; its URL needs no key."""
+
+    url: str
+    content_type: str
+    file_name: str
+    file_size: int
+
+
+class AimlFailure(BaseModel):
+    """Why there is no file."""
+
+    name: str
+    message: str
+
+
+class AimlGeneration(BaseModel):
+    """A generation as it is now."""
+
+    id: str
+    status: Literal["queued", "generating", "completed", "error"]
+    audio_file: AimlFile | None = Field(None, exclude_if=_is_none)
+    error: AimlFailure | None = Field(None, exclude_if=_is_none)
+    meta: AimlMeta = AimlMeta()
+
+
+class AimlFault(BaseModel):
+    """One field at fault."""
+
+    path: list[str | int]
+    message: str
+    code: str
+
+
+class AimlError(BaseModel):
+    """Any error."""
+
+    statusCode: int
+    message: str
+    error: str
+    path: str
+    meta: list[AimlFault]
+
+
+_INVALID: dict[int | str, dict[str, Any]] = {
+    400: {"model": AimlError, "description": "A field is missing, of the wrong type or out of range."}
+}
+_SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **_INVALID,
+    **error_responses(AimlError, 401, 408, 413, 429, 500, 503),
+}
+_POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **_INVALID,
+    **error_responses(AimlError, 401, 500, 503),
+    404: {"model": AimlError, "description": "No such generation."},
+}
+
+
+def build_router(service: Service) -> APIRouter:
+    """The routes over one service."""
+    catalog, jobs = service.backend.catalog, service.jobs
+    card = catalog.resolve(service.settings.dialects.aiml_model or catalog.default.name)
+    router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
+
+    def resolve(name: str) -> ModelCard:
+        try:
+            return card if name == MODEL else catalog.resolve(name)
+        except UnknownModelError as error:
+            fault = {"type": "value_error", "loc": ("body", "model"), "msg": f"{error.message}, {MODEL}"}
+            raise RequestValidationError([fault]) from error
+
+    @router.post("/v2/generate/audio", responses=_SUBMIT_RESPONSES)
+    async def submit(request: Request, body: AimlInput) -> AimlGeneration:
+        """Accept a generation; ask for it by its id."""
+        model = resolve(body.model)
+        generation = to_request(body, model, request_id=request.state.request_id)
+        note(request.scope, model=model.name, duration_s=generation.duration_s)
+        job = await jobs.submit(
+            JobSpec(
+                id=f"{uuid.uuid4()}:{MODEL}",
+                contract="aiml",
+                model=model.name,
+                mode="text-to-audio",
+                request=generation,
+                file_stem="generated",
+            )
+        )
+        return AimlGeneration(id=job.spec.id, status="queued")
+
+    @router.get("/v2/generate/audio", responses=_POLL_RESPONSES)
+    async def poll(
+        request: Request, generation_id: Annotated[str, Query(description="As the submission gave it.")]
+    ) -> AimlGeneration:
+        """A generation as it is now, with its file once it is completed."""
+        job = await jobs.get("aiml", unquote(generation_id))  # some clients encode its colon twice
+        if job is None:
+            raise HTTPException(404, "generation_id: no such generation")
+        return _describe(job, base_url(request, service.settings.api))
+
+    return router
+
+
+def _describe(job: Job, base: str) -> AimlGeneration:
+    status = _STATES[job.state]
+    if job.result is not None:
+        file = job.result.file
+        audio_file = AimlFile(
+            url=file_url(base, job.result),
+            content_type=file.media_type,
+            file_name=file.file_name,
+            file_size=file.num_bytes,
+        )
+        return AimlGeneration(id=job.spec.id, status=status, audio_file=audio_file)
+    if status == "error":
+        name, message = (job.error.code, job.error.message) if job.error else (job.state, "the generation ended")
+        return AimlGeneration(id=job.spec.id, status=status, error=AimlFailure(name=name, message=message))
+    return AimlGeneration(id=job.spec.id, status=status)
+
+
+def render_error(request: Request, error: ExpectedError) -> Response:
+    """The answer to an error we expect."""
+    if isinstance(error, RequestValidationError):
+        return _render_faults(request, [fault for each in error.errors()[:50] for fault in _to_faults(each)])
+    if isinstance(error, InvalidRequestError):
+        field = error.field or "body"
+        return _render_faults(request, [AimlFault(path=[field], message=error.message, code="value_error")])
+    if isinstance(error, HTTPException):
+        note(request.scope, refusal=str(error.status_code))
+        return _render(request, error.status_code, str(error.detail), headers=error.headers)
+    note(request.scope, refusal=error.kind)
+    status = _STATUS.get(error.kind, 500)
+    message = error.message
+    if status == 500:  # what happened inside is for the log, not for the client
+        note(request.scope, error=message)
+        message = f"The generation could not be accepted; request id {request.state.request_id}"
+    return _render(request, status, message, headers=retry_after_header(error.retry_after_s))
+
+
+def _to_faults(fault: Mapping[str, Any]) -> list[AimlFault]:
+    part, *path = fault["loc"]
+    if not path and fault["type"] == "missing":  # no body at all: name what it should have held
+        return [AimlFault(path=[name], message=fault["msg"], code="missing") for name in ("model", "prompt")]
+    if fault["type"] == "json_invalid":  # its path is a position
+        path = []
+    known_path = [printable(step) for step in path] or [part]
+    return [AimlFault(path=known_path, message=printable(fault["msg"]), code=fault["type"])]
+
+
+def _render_faults(request: Request, faults: list[AimlFault]) -> Response:
+    note(request.scope, refusal="validation", fields=sorted({str(fault.path[-1])[:50] for fault in faults})[:20])
+    what = "; ".join(f"{'.'.join(map(str, fault.path))}: {fault.message}" for fault in faults)
+    part = "Query" if request.method == "GET" else "Body"
+    return _render(request, 400, f"{part} validation error! {what}", faults=faults)
+
+
+def _render(
+    request: Request,
+    status: int,
+    message: str,
+    *,
+    faults: list[AimlFault] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    body = AimlError(
+        statusCode=status,
+        message=message,
+        error=HTTPStatus(status).phrase,
+        path=request.url.path,
+        meta=faults or [],
+    )
+    return JSONResponse(body.model_dump(), status, headers=dict(headers or {}))

@@ -1,0 +1,50 @@
+"""The proxy path of fal's JavaScript client: one URL receives every call, a header names what it was meant for.
+
+Nothing is ever forwarded: the three hosts the client knows are this server's own routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from urllib.parse import unquote, urlsplit
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+TARGET_HEADER = "x-fal-target-url"
+
+# Where each host's paths are found here.
+_PREFIXES: Mapping[str, str] = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": ""}
+
+
+class Dispatched(Response):
+    """The answer of our own route for another path: its body, status, headers and streaming as they are."""
+
+    def __init__(self, app: ASGIApp, *, path: str, query: bytes) -> None:
+        super().__init__()
+        self._app, self._path, self._query = app, path, query
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application on the same request at another address."""
+        root_path = scope.get("root_path", "")
+        path = root_path + self._path
+        target = {"path": path, "raw_path": path.encode(), "query_string": self._query}
+        await self._app({**scope, **target}, receive, send)
+
+
+def dispatch(request: Request, app: ASGIApp) -> Response:
+    """The answer to what the request was meant for. Raises HTTPException 400 without a target, 412 for other hosts."""
+    target = request.headers.get(TARGET_HEADER)
+    if target is None:
+        raise HTTPException(400, f"{TARGET_HEADER}: header required, the fal URL that is meant")
+    prefix = None
+    with suppress(ValueError):  # what no URL parser takes is no known host
+        url = urlsplit(target)
+        if url.scheme in ("http", "https"):
+            prefix = _PREFIXES.get(url.netloc.lower())
+    if prefix is None:
+        raise HTTPException(412, f"{TARGET_HEADER}: must be a URL of one of the hosts {', '.join(_PREFIXES)}")
+    return Dispatched(app, path=prefix + unquote(url.path), query=url.query.encode())

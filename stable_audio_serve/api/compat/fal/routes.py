@@ -1,0 +1,184 @@
+"""fal's routes. The queue and the synchronous host share a path: `targets` tells which one a submission means."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from stable_audio_serve.api.compat.fal import targets
+from stable_audio_serve.api.compat.fal.errors import failure_of, render_error
+from stable_audio_serve.api.compat.fal.proxy import dispatch
+from stable_audio_serve.api.compat.fal.queue import CANCEL_REPLIES, describe_status, make_ticket
+from stable_audio_serve.api.compat.fal.run import FILE_STEM, describe_output, run
+from stable_audio_serve.api.compat.fal.storage_routes import build_announcing_router, build_receiving_router
+from stable_audio_serve.api.compat.fal.stream import stream_status
+from stable_audio_serve.api.compat.fal.wire import (
+    APP,
+    REQUEST_ID,
+    AudioInput,
+    AudioOutput,
+    CancelReply,
+    FalError,
+    InProgress,
+    Queued,
+    Status,
+    Ticket,
+)
+from stable_audio_serve.api.compat.hosted import to_request
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.links import base_url, file_url
+from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.jobs.job import Job, JobSpec
+from stable_audio_serve.jobs.webhooks import check_webhook_url
+
+TAG = "fal"
+
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+_INVALID: dict[int | str, dict[str, Any]] = {
+    422: {"model": FalError, "description": "A field is missing, of the wrong type or out of range."}
+}
+_SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **_INVALID,
+    **error_responses(FalError, 401, 408, 413, 429, 500, 503),
+    504: {"model": FalError, "description": "The time in X-Fal-Request-Timeout ran out before the start."},
+}
+_WATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **_INVALID,
+    **error_responses(FalError, 401, 500, 503),
+    404: {"model": FalError, "description": "No such request."},
+}
+_RESULT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **_WATCH_RESPONSES,
+    400: {"model": FalError, "description": "Still in progress."},
+    499: {"model": FalError, "description": "It was cancelled."},
+    500: {"model": FalError, "description": "It failed."},
+    504: {"model": FalError, "description": "It could not start in its time."},
+}
+_CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **error_responses(FalError, 401, 500, 503),
+    400: {"model": CancelReply, "description": "It is over."},
+    404: {"model": CancelReply, "description": "No such request."},
+}
+_Logs = Annotated[bool, Query(description="Whether to send the log too.")]
+
+
+def build_router(service: Service) -> APIRouter:
+    """The routes over one service."""
+    new_router = partial(APIRouter, route_class=route_class(render_error), strict_content_type=False)
+    hosts = new_router()
+    submission, requests = new_router(), new_router()
+    _add_submission(submission, service)
+    _add_requests(requests, service)
+    for prefix in ("", "/queue", "/run"):
+        hosts.include_router(submission, prefix=prefix)
+        hosts.include_router(requests, prefix=prefix, include_in_schema=prefix == "/queue")
+    hosts.include_router(build_announcing_router(service))
+    router = new_router(tags=[TAG])
+    router.include_router(build_receiving_router(service))
+    router.include_router(hosts)
+
+    @router.api_route("/api/fal/proxy", methods=_METHODS, response_class=Response, include_in_schema=False)
+    async def proxy(request: Request) -> Response:
+        """What fal's JavaScript client sends to a proxy; its header `x-fal-target-url` names what it means."""
+        return dispatch(request, hosts)
+
+    return router
+
+
+def _add_submission(router: APIRouter, service: Service) -> None:
+    catalog = service.backend.catalog
+    card = catalog.resolve(service.settings.dialects.fal_model or catalog.default.name)
+
+    @router.post(f"/{APP}/{{endpoint:fal_endpoint}}", include_in_schema=False)
+    @router.post(f"/{APP}", responses=_SUBMIT_RESPONSES)
+    async def submit(
+        request: Request,
+        request_id: Annotated[str, Depends(_new_request_id)],
+        body: AudioInput,
+        fal_webhook: Annotated[str | None, Query(description="Where to send the end of a queued request.")] = None,
+    ) -> AudioOutput | Ticket:
+        """Generate audio: now, or, below `/queue` and on a host named `queue.*`, as a queued request."""
+        generation = to_request(body, card, request_id=request.state.request_id)
+        note(request.scope, model=card.name, duration_s=generation.duration_s, fal_request_id=request_id)
+        start_within_s = targets.start_within_s(request)
+        if not targets.means_queue(request):
+            return await run(request, service, card, replace(generation, start_within_s=start_within_s))
+        if fal_webhook is not None:
+            allow_hosts = service.settings.jobs.webhook_allow_hosts
+            await check_webhook_url(fal_webhook, field="fal_webhook", allow_hosts=allow_hosts)
+        spec = JobSpec(
+            id=request_id,
+            contract="fal",
+            model=card.name,
+            mode="text-to-audio",
+            request=generation,
+            file_stem=FILE_STEM,
+            priority=targets.priority(request),
+            start_within_s=start_within_s,
+            webhook_url=fal_webhook,
+            wire={"base_url": base_url(request, service.settings.api)},
+        )
+        job = await service.jobs.submit(spec)
+        links = targets.links_of(request, request_id, limits=service.settings.api)
+        return make_ticket(job, links, position=await service.jobs.position(job))
+
+
+def _add_requests(router: APIRouter, service: Service) -> None:
+    limits, jobs = service.settings.api, service.jobs
+    path = f"/{APP}/requests/{{request_id}}"
+
+    async def find(request: Request, response: Response, request_id: str) -> Job:
+        job = await jobs.get("fal", request_id)
+        if job is None:
+            raise HTTPException(404, f"no request {request_id[:100]!r}")
+        request.state.fal_request_id = response.headers[REQUEST_ID] = request_id
+        return job
+
+    @router.get(f"{path}/status", responses={**_WATCH_RESPONSES, 202: {"model": Queued | InProgress}})
+    async def show_status(
+        request: Request, response: Response, job: Job = Depends(find), logs: _Logs = False
+    ) -> Status:
+        """Whether the request waits, runs (both 202) or is over."""
+        response.status_code = 200 if job.is_over else 202
+        position = await jobs.position(job) if job.state == "queued" else 0
+        links = targets.links_of(request, job.spec.id, limits=limits)
+        return describe_status(job, links, position=position, logs=job.logs if logs else None)
+
+    @router.get(f"{path}/status/stream", response_class=EventSourceResponse, responses=_WATCH_RESPONSES)
+    async def stream(request: Request, job: Job = Depends(find), logs: _Logs = False) -> Response:
+        """The same as server-sent events, one per change, until the request is over."""
+        return stream_status(jobs, job, targets.links_of(request, job.spec.id, limits=limits), with_logs=logs)
+
+    @router.get(path, responses=_RESULT_RESPONSES, response_model=AudioOutput)
+    @router.get(f"{path}/response", include_in_schema=False)
+    async def show_result(request: Request, job: Job = Depends(find)) -> Response:
+        """The output of a finished request, or why there is none."""
+        if not job.is_over:
+            raise HTTPException(400, "Request is still in progress")
+        headers = {REQUEST_ID: job.spec.id}
+        if job.result is None:
+            failure = failure_of(job)
+            return JSONResponse(failure.body, failure.status, headers={**headers, **failure.headers})
+        output = describe_output(job.result.file, file_url(base_url(request, limits), job.result))
+        return JSONResponse(output.model_dump(), headers=headers)
+
+    @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)
+    async def cancel(request_id: str, response: Response) -> CancelReply:
+        """Cancel a request that is not over."""
+        response.status_code, reply = CANCEL_REPLIES[await jobs.cancel("fal", request_id)]
+        return reply
+
+
+def _new_request_id(request: Request, response: Response) -> str:
+    request_id = str(uuid.uuid4())
+    request.state.fal_request_id = response.headers[REQUEST_ID] = request_id
+    return request_id

@@ -1,0 +1,168 @@
+"""fal's storage: files that clients keep here, in one piece or in parts, and fetch by links that need no key.
+
+An upload is announced first and then sent to an address that is its own permission: clients send no key there. So the
+address carries a signed ticket, and any ingress replica can take what another one announced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import IO
+
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from stable_audio_serve.api.limits import accept_file_body
+from stable_audio_serve.api.links import published_url
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.errors import UploadTooLargeError
+from stable_audio_serve.jobs.queue import JobQueue
+
+MAX_PARTS = 10_000
+
+_TICKET_LIFE_S = 86_400
+_CHUNK_BYTES = 1_048_576
+_FILE_ID = re.compile(r"[0-9a-f]{32}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9.+-]{1,60}/[A-Za-z0-9.+-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One announced upload: the file it will become."""
+
+    file_id: str
+    file_name: str
+    media_type: str
+
+    def url(self, base: str) -> str:
+        """Where the file can be fetched once it is here."""
+        return published_url(base, self.file_id, file_name=self.file_name)
+
+
+class Tickets:
+    """Writes tickets into addresses and reads them back. The secret is what all replicas know: the keys' digests."""
+
+    def __init__(self, key_hashes: Sequence[str]) -> None:
+        self._serializer = URLSafeTimedSerializer("".join(sorted(key_hashes)), salt="fal-upload")
+
+    def announce(self, file_name: str | None, media_type: str | None) -> Ticket:
+        """A ticket for a new file."""
+        return _clean_ticket(secrets.token_hex(16), file_name, media_type)
+
+    def sign(self, ticket: Ticket) -> str:
+        """The ticket as a part of an address."""
+        return str(self._serializer.dumps([ticket.file_id, ticket.file_name, ticket.media_type]))
+
+    def read(self, text: str) -> Ticket:
+        """The ticket in an address. Raises HTTPException 403 when it is not ours or too old."""
+        try:
+            file_id, file_name, media_type = self._serializer.loads(text, max_age=_TICKET_LIFE_S)
+        except (BadSignature, ValueError) as error:
+            raise HTTPException(403, "upload: unknown or expired; initiate it again") from error
+        if not _FILE_ID.fullmatch(file_id):  # without keys everybody knows the secret
+            raise HTTPException(403, "upload: unknown or expired; initiate it again")
+        return _clean_ticket(file_id, file_name, media_type)
+
+
+class Storage:
+    """Takes the bytes of announced files, within the limit of all uploads."""
+
+    def __init__(self, jobs: JobQueue, *, max_bytes: int) -> None:
+        self._jobs = jobs
+        self._max_bytes = max_bytes
+
+    async def receive(self, request: Request, ticket: Ticket) -> StoredFile:
+        """Keep the request's body as the whole file. Raises HTTPException 400 when another one is there already."""
+        async with _received(request) as body:
+            existing = await self._jobs.find_file(ticket.file_id)
+            if existing is not None:
+                if await asyncio.to_thread(_digest, body) != existing.sha256:
+                    raise HTTPException(400, "upload: the file is there already")
+                return existing  # the client repeats what it had no answer to
+            return await self._publish(ticket, body)
+
+    async def receive_part(self, request: Request, ticket: Ticket, number: int) -> str:
+        """Keep the request's body as one part of the file; its digest."""
+        async with _received(request) as body:
+            part = await self._jobs.artifacts.put(
+                _part_key(ticket, number), _chunks(body), media_type=ticket.media_type, file_name=str(number)
+            )
+        return part.sha256
+
+    async def join(self, ticket: Ticket, digests: Mapping[int, str]) -> StoredFile:
+        """Make the file of its parts, by number. Raises HTTPException 400, UploadTooLargeError."""
+        existing = await self._jobs.find_file(ticket.file_id)
+        if existing is not None:
+            return existing
+        with tempfile.TemporaryFile() as joined:
+            for number in sorted(digests):
+                await self._append(joined, ticket, number, digest=digests[number])
+            joined.seek(0)
+            file = await self._publish(ticket, joined)
+        for number in digests:
+            await self._jobs.artifacts.delete(_part_key(ticket, number))
+        return file
+
+    async def _append(self, joined: IO[bytes], ticket: Ticket, number: int, *, digest: str) -> None:
+        found = hashlib.sha256()
+        try:
+            async for chunk in self._jobs.artifacts.read(_part_key(ticket, number)):
+                found.update(chunk)
+                await asyncio.to_thread(joined.write, chunk)
+                if joined.tell() > self._max_bytes:
+                    raise UploadTooLargeError(f"parts: the upload is larger than {self._max_bytes} bytes")
+        except FileNotFoundError as error:
+            raise HTTPException(400, f"parts: part {number} was not uploaded") from error
+        if found.hexdigest() != digest.strip('"'):
+            raise HTTPException(400, f"parts: the etag of part {number} is not the one it was answered with")
+
+    async def _publish(self, ticket: Ticket, body: IO[bytes]) -> StoredFile:
+        _, file = await self._jobs.publish(
+            _chunks(body), media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id
+        )
+        return file
+
+
+@asynccontextmanager
+async def _received(request: Request) -> AsyncIterator[IO[bytes]]:
+    """The whole body of a request as a temporary file, in memory while it is small."""
+    accept_file_body(request.scope)
+    with tempfile.SpooledTemporaryFile(max_size=_CHUNK_BYTES) as file:
+        upload = UploadFile(file)  # type: ignore[arg-type]
+        async for chunk in request.stream():
+            await upload.write(chunk)
+        await upload.seek(0)
+        yield file
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _digest(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(file):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _part_key(ticket: Ticket, number: int) -> str:
+    return f"uploads/{ticket.file_id}/{number}"
+
+
+def _clean_ticket(file_id: str, file_name: str | None, media_type: str | None) -> Ticket:
+    """Names and types are the client's: what cannot stand in a path or a header is replaced."""
+    name = _UNSAFE.sub("_", file_name or "")[-100:].lstrip("._-") or "upload.bin"
+    is_type = media_type is not None and _MEDIA_TYPE.fullmatch(media_type)
+    return Ticket(file_id, name, media_type if is_type and media_type else "application/octet-stream")

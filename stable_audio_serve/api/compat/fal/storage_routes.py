@@ -1,0 +1,185 @@
+"""The routes of fal's storage, in the forms of both its clients: `/storage/...` and `/files/upload...`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stable_audio_serve.api.compat.fal.errors import render_error
+from stable_audio_serve.api.compat.fal.storage import MAX_PARTS, Storage, Ticket, Tickets
+from stable_audio_serve.api.compat.fal.wire import FalError
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.links import base_url
+from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.service import Service
+
+_TOKEN_LIFE = timedelta(hours=1)
+_RAW_BODY = {
+    "requestBody": {
+        "required": False,  # a file may be empty
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **error_responses(FalError, 408, 413, 500, 503),
+    422: {"model": FalError, "description": "A field is missing, of the wrong type or out of range."},
+}
+_KEY_RESPONSES = {**_RESPONSES, **error_responses(FalError, 401)}
+_UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **_RESPONSES,
+    400: {"model": FalError, "description": "Another file is there already, or a part is missing."},
+    404: {"model": FalError, "description": "No such address."},
+    403: {"model": FalError, "description": "The address is not one of ours, or too old."},
+}
+
+
+class TicketConvertor(StringConvertor):
+    """In routes, `{name:fal_ticket}`: a signed ticket, which no other path of this storage looks like."""
+
+    regex = r"[^/]+\.[^/]+"
+
+
+register_url_convertor("fal_ticket", TicketConvertor())
+
+_Number = Annotated[int, Path(ge=1, le=MAX_PARTS)]
+_Name = Annotated[str | None, Header(alias="x-fal-file-name")]
+_Type = Annotated[str | None, Header(alias="content-type", include_in_schema=False)]
+
+
+class UploadToken(BaseModel):
+    """What authorises uploads: the client's own key again, which these routes accept like all others."""
+
+    token: str
+    token_type: str
+    base_url: str
+    expires_at: datetime
+
+
+class NewUpload(BaseModel):
+    """A file about to be uploaded."""
+
+    file_name: str | None = Field(None, description="Unset = upload.bin.")
+    content_type: str | None = Field(None, description="Unset = application/octet-stream.")
+
+
+class UploadPlace(BaseModel):
+    """Where to put the file, and where it is then."""
+
+    upload_url: str
+    file_url: str
+
+
+class Uploaded(BaseModel):
+    """Where the file is."""
+
+    access_url: str
+
+
+class MultipartUpload(BaseModel):
+    """Parts go to `<access_url>/multipart/<uploadId>/<number>`."""
+
+    access_url: str
+    uploadId: str
+
+
+class Part(BaseModel):
+    """One part that has arrived."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    partNumber: int = Field(ge=1, le=MAX_PARTS)
+    etag: str = Field(max_length=100)
+
+
+class Parts(BaseModel):
+    """All parts of a file."""
+
+    parts: list[Part] = Field(min_length=1, max_length=MAX_PARTS)
+
+
+def build_announcing_router(service: Service) -> APIRouter:
+    """What takes a key: tokens, announcements, and uploads in one request."""
+    limits, tickets, storage = service.settings.api, *_parts_of(service)
+    router = APIRouter(route_class=route_class(render_error), strict_content_type=False)
+
+    @router.post("/storage/auth/token", responses=_KEY_RESPONSES)
+    async def make_token(request: Request) -> UploadToken:
+        """What uploads are authorised with."""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        return UploadToken(
+            token=key.strip() or "none",
+            token_type=scheme or "Bearer",
+            base_url=base_url(request, limits),
+            expires_at=datetime.now(UTC) + _TOKEN_LIFE,
+        )
+
+    @router.post("/storage/upload/initiate", responses=_KEY_RESPONSES)
+    @router.post("/storage/upload/initiate-multipart", responses=_KEY_RESPONSES)
+    async def announce(request: Request, body: NewUpload) -> UploadPlace:
+        """Announce a file: its bytes are PUT to `upload_url`, or, in parts, to `<upload_url>/<number>`."""
+        ticket = tickets.announce(body.file_name, body.content_type)
+        base = base_url(request, limits)
+        return UploadPlace(upload_url=f"{base}/storage/upload/{tickets.sign(ticket)}", file_url=ticket.url(base))
+
+    @router.post("/files/upload", openapi_extra=_RAW_BODY, responses={**_UPLOAD_RESPONSES, **_KEY_RESPONSES})
+    async def upload(request: Request, name: _Name = None, media_type: _Type = None) -> Uploaded:
+        """Store a file; the body is its bytes."""
+        ticket = tickets.announce(name, media_type)
+        await storage.receive(request, ticket)
+        return Uploaded(access_url=ticket.url(base_url(request, limits)))
+
+    @router.post("/files/upload/multipart", responses=_KEY_RESPONSES)
+    async def announce_parts(request: Request, name: _Name = None, media_type: _Type = None) -> MultipartUpload:
+        """Announce a file that will come in parts."""
+        ticket = tickets.announce(name, media_type)
+        return MultipartUpload(access_url=ticket.url(base_url(request, limits)), uploadId=tickets.sign(ticket))
+
+    return router
+
+
+def build_receiving_router(service: Service) -> APIRouter:
+    """What takes no key but an address that was handed out."""
+    limits, tickets, storage = service.settings.api, *_parts_of(service)
+    router = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
+
+    def read_ticket(ticket: str) -> Ticket:
+        return tickets.read(ticket)
+
+    @router.put("/storage/upload/{ticket:fal_ticket}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES)
+    async def receive(request: Request, announced: Ticket = Depends(read_ticket)) -> Uploaded:
+        """Store an announced file; the body is its bytes."""
+        await storage.receive(request, announced)
+        return Uploaded(access_url=announced.url(base_url(request, limits)))
+
+    forms = ("/storage/upload/{ticket:fal_ticket}", "/files/{file_id}/{file_name}/multipart/{ticket:fal_ticket}")
+    for index, path in enumerate(forms):
+
+        @router.put(
+            f"{path}/{{number}}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES, include_in_schema=not index
+        )
+        async def receive_part(
+            request: Request, response: Response, number: _Number, announced: Ticket = Depends(read_ticket)
+        ) -> Part:
+            """Store one part of an announced file."""
+            etag = await storage.receive_part(request, announced, number)
+            response.headers["ETag"] = f'"{etag}"'
+            return Part(partNumber=number, etag=etag)
+
+        @router.post(f"{path}/complete", responses=_UPLOAD_RESPONSES, include_in_schema=not index)
+        async def complete(request: Request, body: Parts, announced: Ticket = Depends(read_ticket)) -> Uploaded:
+            """Make the file of its parts."""
+            await storage.join(announced, {part.partNumber: part.etag for part in body.parts})
+            return Uploaded(access_url=announced.url(base_url(request, limits)))
+
+    return router
+
+
+def _parts_of(service: Service) -> tuple[Tickets, Storage]:
+    limits = service.settings.api
+    return Tickets(limits.key_hashes), Storage(service.jobs, max_bytes=limits.max_upload_bytes)

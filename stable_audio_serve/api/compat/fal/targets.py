@@ -1,0 +1,71 @@
+"""Which of fal's hosts a request means, and where its replies link to: on one server, paths and headers must tell."""
+
+from __future__ import annotations
+
+import math
+
+from fastapi.exceptions import RequestValidationError
+from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.requests import Request
+
+from stable_audio_serve.api.compat.fal.wire import APP, Links
+from stable_audio_serve.api.links import base_url
+from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.job import Priority
+
+
+class EndpointConvertor(PathConvertor):
+    """In routes, `{name:fal_endpoint}`: a path of the application that takes submissions. It streams nothing."""
+
+    regex = "(?!(?:requests|stream|realtime)(?:/|$)).*"
+
+
+register_url_convertor("fal_endpoint", EndpointConvertor())
+
+
+def means_queue(request: Request) -> bool:
+    """Whether a submission goes to the queue: by its path's prefix, else by its host's name."""
+    prefix = _prefix(request)
+    if prefix.endswith(("/queue", "/run")):
+        return prefix.endswith("/queue")
+    hosts = (request.headers.get("host", ""), request.headers.get("x-forwarded-host", ""))
+    return any(host.strip().lower().startswith("queue.") for host in hosts)
+
+
+def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links:
+    """The three addresses of a queued request, on the host and below the prefix that this caller used."""
+    prefix = _prefix(request).removesuffix("/run")
+    url = f"{base_url(request, limits)}{prefix}/{APP}/requests/{request_id}"
+    return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")
+
+
+def start_within_s(request: Request) -> float | None:
+    """How long the request may wait for its start, seconds. Raises RequestValidationError."""
+    text = request.headers.get("x-fal-request-timeout")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise _header_fault("x-fal-request-timeout", text, "Header should be a number of seconds above 0")
+    return seconds
+
+
+def priority(request: Request) -> Priority:
+    """Which requests go first. Raises RequestValidationError."""
+    match text := request.headers.get("x-fal-queue-priority", "normal"):
+        case "normal" | "low":
+            return text
+    raise _header_fault("x-fal-queue-priority", text, "Header should be 'normal' or 'low'")
+
+
+def _prefix(request: Request) -> str:
+    """What stands before the application's name, without the path this server is mounted at."""
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", "")).partition(f"/{APP}")[0]
+
+
+def _header_fault(name: str, value: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("header", name), "msg": message, "input": value}])

@@ -1,0 +1,21 @@
+"""What fal tells a webhook at the end of a queued request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stable_audio_serve.api.compat.fal.errors import failure_of
+from stable_audio_serve.api.compat.fal.run import describe_output
+from stable_audio_serve.api.links import file_url
+from stable_audio_serve.jobs.job import Job
+
+
+def webhook_body(job: Job) -> Mapping[str, Any]:
+    """The output, or the error as asking for the result would give it. Its links start as the submission's did."""
+    ids = {"request_id": job.spec.id, "gateway_request_id": job.spec.id}
+    if job.result is None:
+        failure = failure_of(job)
+        return {**ids, "status": "ERROR", "payload": failure.body, "error": failure.message}
+    output = describe_output(job.result.file, file_url(job.spec.wire["base_url"], job.result))
+    return {**ids, "status": "OK", "payload": output.model_dump()}

@@ -1,0 +1,99 @@
+"""The dialect's successful answers: a WAV file, or the same file as base64 in JSON beside its metadata."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
+from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.service import Output, Service
+from stable_audio_serve.audio.encode import encode_wav, to_full_scale_pcm16
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A finished file: `num_samples` of the `num_available` that were generated, in `generation_s` seconds."""
+
+    output: Output
+    num_samples: int
+    num_available: int
+    generation_s: float
+
+    @property
+    def result(self) -> GenerationResult:
+        """What was generated."""
+        return self.output.result
+
+
+async def make_clip(
+    service: Service,
+    request: Request,
+    card: ModelCard,
+    generation: GenerationRequest,
+    *,
+    started_at: float,
+    num_samples: int | None = None,
+) -> Clip:
+    """Run a request that arrived at `started_at`; its first `num_samples` as a file, at full scale as a whole."""
+    note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
+    asked_at = service.clock.monotonic()
+    result = await service.generate(card, generation, started_at=started_at)
+    made_at = service.clock.monotonic()
+    pcm = await service.compute(lambda: to_full_scale_pcm16(result.audio[0])[:num_samples])
+    output = Output(encode_wav(pcm, result.sample_rate_hz), result, (service.clock.monotonic() - made_at) * 1000)
+    note(request.scope, num_bytes=output.file.num_bytes)
+    return Clip(output, len(pcm), result.audio[0].shape[1], made_at - asked_at)
+
+
+async def answer(
+    service: Service, output: Output, *, return_format: str, name: str, metadata: dict[str, Any]
+) -> Response:
+    """The file under this name, or all of it in JSON."""
+    if return_format == "file":
+        return encoded_answer(output.file, attachment(name) | result_headers(output))
+    return await base64_answer(service, output, metadata)
+
+
+async def base64_answer(service: Service, output: Output, metadata: dict[str, Any]) -> Response:
+    """The file and its metadata in JSON."""
+    body = await service.compute(lambda: _pack(output, metadata))
+    return Response(body, headers=result_headers(output), media_type="application/json")
+
+
+def clip_metadata(
+    generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
+) -> dict[str, Any]:
+    """What `/generate` tells of a clip, but for the tempo; `duration_s` and `generation_s` in seconds."""
+    return {
+        "prompt": generation.prompt,
+        "negative_prompt": generation.negative_prompt,
+        "steps": generation.steps,
+        "cfg_scale": generation.cfg_scale,
+        "seed": result.seeds[0],
+        "sample_rate": result.sample_rate_hz,
+        "duration_seconds": duration_s,
+        "generation_time": round(generation_s, 2),
+        "realtime_factor": round(duration_s / max(generation_s, 1e-6), 2),
+        "device": result.device.kind,
+        **_memory(result),
+    }
+
+
+def _memory(result: GenerationResult) -> dict[str, float]:
+    used, peak = result.device.memory_used_bytes, result.device.memory_peak_bytes
+    if used is None or peak is None:
+        return {}
+    return {"gpu_memory_used": round(used / 1e9, 2), "gpu_memory_peak": round(peak / 1e9, 2)}
+
+
+def _pack(output: Output, metadata: dict[str, Any]) -> bytes:
+    audio = base64.b64encode(output.file.to_bytes()).decode()
+    return json.dumps({"success": True, "audio_base64": audio, "metadata": metadata}).encode()

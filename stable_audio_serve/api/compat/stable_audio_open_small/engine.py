@@ -1,0 +1,64 @@
+"""Which model stands behind a request, seen with this dialect's eyes: its window, its default steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from stable_audio_serve.api.compat.stable_audio_open_small.schemas import GenerateBody, LoopForm
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A served model whose longest clip is this dialect's window."""
+
+    card: ModelCard
+
+    @property
+    def window_s(self) -> float:
+        """Longest clip, seconds; also the length of a clip when nothing is said."""
+        return self.card.max_duration_s
+
+    @property
+    def num_window_samples(self) -> int:
+        """Samples of a whole window."""
+        return int(self.window_s * self.card.sample_rate_hz)
+
+    def steps(self, wanted: int | None, *, at_most: int) -> int:
+        """The steps to take: what is wanted, else the model's default."""
+        return min(self.card.default_steps, at_most) if wanted is None else wanted
+
+    def sampler(self, wanted: str | None) -> str | None:
+        """The sampler to use, None for the model's own. Raises InvalidRequestError."""
+        name = (wanted or "").strip() or None
+        if name is not None and name not in self.card.samplers:
+            valid = ", ".join(self.card.samplers)
+            raise InvalidRequestError(f"sampler_type must be one of {valid}", field="sampler_type", allowed=valid)
+        return name
+
+
+def default_engine(service: Service) -> Engine:
+    """The model the operator chose for this dialect, else the server's default."""
+    return _view(service, service.settings.dialects.saos_model)
+
+
+def find_engine(service: Service, fields: GenerateBody | LoopForm) -> Engine:
+    """The default engine, or the fine-tune a request names: `<repo>`, or `<repo>/<checkpoint>`, must be the name or
+    an alias of a served model. Raises InvalidRequestError."""
+    if fields.model_type == "standard":
+        return default_engine(service)
+    if not fields.finetune_repo:
+        raise InvalidRequestError("finetune_repo is required for finetune models", field="finetune_repo")
+    parts = (fields.finetune_repo, fields.finetune_checkpoint)
+    try:
+        return _view(service, "/".join(part for part in parts if part))
+    except UnknownModelError as error:
+        raise InvalidRequestError(f"finetune_repo: {error.message}", field="finetune_repo") from error
+
+
+def _view(service: Service, name: str | None) -> Engine:
+    catalog = service.backend.catalog
+    card = catalog.resolve(name) if name else catalog.default
+    return Engine(replace(card, max_duration_s=min(card.max_duration_s, service.settings.dialects.saos_window_s)))

@@ -1,0 +1,43 @@
+"""Reads request bodies of any content type the dialect takes into plain values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+
+from stable_audio_serve.core.errors import InvalidRequestError
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object of a body, whatever type it is declared as. Raises InvalidRequestError."""
+    try:
+        values = await request.json()
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError("JSON body required") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError("JSON body required")
+    return values
+
+
+async def read_form(request: Request) -> dict[str, Any]:
+    """The fields of a form, without uploads for which no file was chosen. Raises HTTPException 400, 413."""
+    form = await request.form()
+    return {name: value for name, value in form.items() if not _is_no_file(name, value)}
+
+
+async def read_json_or_form(request: Request) -> dict[str, Any]:
+    """Either, by content type. Raises InvalidRequestError, HTTPException."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type.endswith(("/json", "+json")):
+        return await read_json(request)
+    return await read_form(request)
+
+
+def _is_no_file(name: str, value: object) -> bool:
+    """Browsers send a part without file name, some libraries an empty text."""
+    if isinstance(value, UploadFile):
+        return not value.filename and not value.size
+    return name == "audio_file" and not value

@@ -1,0 +1,62 @@
+"""What the dialect says about itself: model, parameters, health. Never loads a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_audio_serve.api.compat.stable_audio_open_small.engine import Engine
+from stable_audio_serve.core.catalog import ModelStatus
+
+_ENDPOINTS = {
+    "/generate": "Text-to-audio generation",
+    "/generate/loop": "BPM-aware loop generation (text or style transfer)",
+    "/generate/style-transfer": "Audio-to-audio style transfer",
+}
+
+
+def describe_model(engine: Engine, status: ModelStatus) -> dict[str, Any]:
+    """`GET /model/info`: the engine in use and what requests may say."""
+    card = engine.card
+    return {
+        "model_name": card.name,
+        "device": status.device,
+        "config": {
+            **describe_window(engine),
+            "io_channels": card.latent_channels,
+            "max_duration_seconds": round(engine.window_s),
+        },
+        "supported_endpoints": _ENDPOINTS,
+        "supported_parameters": {
+            "bars": {"default": "auto", "options": [1, 2, 4, 8], "type": "int"},
+            "cfg_scale": {"default": 6.0, "range": "0-20", "type": "float"},
+            "loop_type": {"default": "auto", "options": ["drums", "instruments", "auto"], "type": "string"},
+            "negative_prompt": {"required": False, "type": "string"},
+            "prompt": {"required": True, "type": "string"},
+            "return_format": {"default": "file", "options": ["file", "base64"], "type": "string"},
+            "seed": {"default": -1, "note": "-1 for random", "type": "int"},
+            "steps": {"default": engine.steps(None, at_most=100), "range": "1-100", "type": "int"},
+            "style_strength": {"default": 0.8, "note": "For style transfer", "range": "0.1-1.0", "type": "float"},
+        },
+    }
+
+
+def describe_health(engine: Engine, status: ModelStatus) -> tuple[int, dict[str, Any]]:
+    """Status code and body of the dialect's own `GET /health`: healthy unless the engine cannot load."""
+    if status.stage == "failed":
+        return 500, {"status": "error", "model_loaded": False, "error": "the model cannot be loaded"}
+    return 200, {
+        "status": "healthy",
+        "model_loaded": status.stage == "ready",
+        "device": status.device,
+        "cuda_available": (status.device or "").startswith("cuda"),
+        "model_info": describe_window(engine),
+    }
+
+
+def describe_window(engine: Engine) -> dict[str, Any]:
+    """Rate, longest clip in samples, and what the model was trained for."""
+    return {
+        "diffusion_objective": engine.card.objective,
+        "sample_rate": engine.card.sample_rate_hz,
+        "sample_size": engine.num_window_samples,
+    }

@@ -1,0 +1,156 @@
+"""Loops cut to the sample from a generated window: from text, in the style of an upload, or from a riff."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stable_audio_serve.api.compat.stable_audio_open_small.answers import Clip, answer, make_clip
+from stable_audio_serve.api.compat.stable_audio_open_small.engine import Engine, default_engine, find_engine
+from stable_audio_serve.api.compat.stable_audio_open_small.generate import read_upload
+from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, read_riff
+from stable_audio_serve.api.compat.stable_audio_open_small.schemas import LoopForm, RiffForm
+from stable_audio_serve.api.service import Service, resolve_seed
+from stable_audio_serve.audio.loops import Loop, plan_loop, read_tempo
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+
+_NOT_DRUMS = "melody, harmony, pitched instruments, vocals, singing"
+_NOT_INSTRUMENTS = "drums, percussion, kick, snare, hi-hat"
+_DRUM_WORD = re.compile(r"[^\W\d_]*drum[^\W\d_]*(\s*,)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class MadeLoop:
+    """A loop with the request it came from."""
+
+    loop: Loop
+    generation: GenerationRequest
+    clip: Clip
+
+    @property
+    def available_s(self) -> float:
+        """Length of what was generated, seconds."""
+        return self.clip.num_available / self.clip.result.sample_rate_hz
+
+
+async def make_loop(service: Service, request: Request, form: LoopForm) -> Response:
+    """`POST /generate/loop`."""
+    started_at = service.clock.monotonic()
+    engine = find_engine(service, form)
+    loop = _plan(engine, form)
+    source = await read_upload(service, form.audio_file, engine) if form.audio_file else None
+    generation = _to_generation(request, engine, form, source=source, seed=resolve_seed(form.seed))
+    made = await _cut(service, request, engine, loop, generation, started_at=started_at)
+    extras = {
+        "calculated_duration_seconds": round(loop.duration_s, 2),
+        "available_audio_seconds": round(made.available_s, 2),
+        "seconds_per_bar": round(loop.bar_s, 2),
+        "model_type": form.model_type,
+    }
+    return await answer(
+        service,
+        made.clip.output,
+        return_format=form.return_format,
+        name=f"loop_{_name(made, form)}",
+        metadata=_metadata(made, form) | extras,
+    )
+
+
+async def make_riff_loop(service: Service, request: Request, form: RiffForm, library: RiffLibrary) -> Response:
+    """`POST /generate/loop-with-riff`."""
+    started_at = service.clock.monotonic()
+    engine = default_engine(service)
+    loop = _plan(engine, form)
+    seed = resolve_seed(form.seed)
+    source = await read_riff(service, library.choose(form.key, seed=seed), tempo_bpm=loop.tempo_bpm)
+    generation = _to_generation(request, engine, form, source=source, seed=seed)
+    made = await _cut(service, request, engine, loop, generation, started_at=started_at)
+    return await answer(
+        service,
+        made.clip.output,
+        return_format=form.return_format,
+        name=f"riff_{form.key}_{_name(made, form)}",
+        metadata=_metadata(made, form) | {"key": form.key, "source": "personal_riff_library"},
+    )
+
+
+def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
+    """The prompt for a kind of loop, and what to avoid in it."""
+    has_drum = "drum" in prompt.casefold()
+    if loop_type == "drums":
+        return prompt if has_drum else f"{prompt} drum loop", _NOT_DRUMS
+    if loop_type == "instruments":
+        return " ".join(_DRUM_WORD.sub("", prompt).split()).strip(" ,") if has_drum else prompt, _NOT_INSTRUMENTS
+    return prompt, ""
+
+
+def _plan(engine: Engine, form: LoopForm | RiffForm) -> Loop:
+    tempo_bpm = read_tempo(form.prompt)
+    assert tempo_bpm is not None  # the form has seen to it
+    loop = plan_loop(tempo_bpm, bars=form.bars, window_s=engine.window_s)
+    if not loop.num_samples(engine.card.sample_rate_hz):
+        message = f"prompt: {loop.bars} bars at {tempo_bpm}bpm are shorter than one sample"
+        raise InvalidRequestError(message, field="prompt")
+    return loop
+
+
+def _to_generation(
+    request: Request, engine: Engine, form: LoopForm | RiffForm, *, source: SourceAudio | None, seed: int
+) -> GenerationRequest:
+    prompt, negative_prompt = rewrite_prompt(form.prompt, form.loop_type)
+    return GenerationRequest(
+        prompt=prompt,
+        duration_s=engine.window_s,
+        seed=seed,
+        negative_prompt=negative_prompt,
+        steps=engine.steps(form.steps, at_most=250),
+        cfg_scale=form.cfg_scale,
+        init_audio=source,
+        init_noise_level=form.style_strength if source else 1.0,
+        request_id=request.state.request_id,
+    )
+
+
+async def _cut(
+    service: Service,
+    request: Request,
+    engine: Engine,
+    loop: Loop,
+    generation: GenerationRequest,
+    *,
+    started_at: float,
+) -> MadeLoop:
+    num_samples = loop.num_samples(engine.card.sample_rate_hz)
+    clip = await make_clip(service, request, engine.card, generation, started_at=started_at, num_samples=num_samples)
+    return MadeLoop(loop, generation, clip)
+
+
+def _name(made: MadeLoop, form: LoopForm | RiffForm) -> str:
+    return f"{form.loop_type}_{made.loop.tempo_bpm}bpm_{made.loop.bars}bars_{made.generation.seed}.wav"
+
+
+def _metadata(made: MadeLoop, form: LoopForm | RiffForm) -> dict[str, Any]:
+    """What both kinds of loop tell."""
+    is_transfer = made.generation.init_audio is not None
+    return {
+        "prompt": made.generation.prompt,
+        "original_prompt": form.prompt,
+        "negative_prompt": made.generation.negative_prompt,
+        "loop_type": form.loop_type,
+        "detected_bpm": made.loop.tempo_bpm,
+        "bars": made.loop.bars,
+        "loop_duration_seconds": round(min(made.loop.duration_s, made.available_s), 2),
+        "style_transfer": is_transfer,
+        "style_strength": form.style_strength if is_transfer else None,
+        "steps": made.generation.steps,
+        "cfg_scale": form.cfg_scale,
+        "seed": made.generation.seed,
+        "sample_rate": made.clip.result.sample_rate_hz,
+        "generation_time": round(made.clip.generation_s, 2),
+        "device": made.clip.result.device.kind,
+    }

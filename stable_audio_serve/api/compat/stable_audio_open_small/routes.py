@@ -1,0 +1,138 @@
+"""The dialect's routes. Thin: read the body, fill in the form, hand over. `/generate` is also reached through the path
+that two dialects share, see `api.merged`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from stable_audio_serve.api.compat.stable_audio_open_small.engine import default_engine
+from stable_audio_serve.api.compat.stable_audio_open_small.errors import render_error
+from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_form, read_json, read_json_or_form
+from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_style_clip, make_text_clip
+from stable_audio_serve.api.compat.stable_audio_open_small.info import describe_health, describe_model
+from stable_audio_serve.api.compat.stable_audio_open_small.loops import make_loop, make_riff_loop
+from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary
+from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
+    GenerateBody,
+    LoopForm,
+    RiffForm,
+    StyleForm,
+    Wire,
+    parse,
+)
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.catalog import ModelStatus
+
+TAG = "Stable Audio Open Small"
+
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+class Base64Answer(BaseModel):
+    """A clip with `return_format` base64."""
+
+    success: bool
+    audio_base64: str
+    metadata: dict[str, Any]
+
+
+class Problem(BaseModel):
+    """What is wrong, in one sentence; `success` is false where it is the server's fault."""
+
+    error: str
+    success: bool | None = None
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A WAV file, or JSON with return_format base64.",
+        "model": Base64Answer,
+        "content": {"audio/wav": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    400: {"model": Problem, "description": "A field is missing, of the wrong type or out of range."},
+    **error_responses(Problem, 401, 408, 413, 500, 503, 504),
+}
+
+
+def request_body(form: type[Wire], *content_types: str) -> dict[str, Any]:
+    """The OpenAPI description of a body that we parse ourselves."""
+    content = {content_type: {"schema": _schema(form, content_type)} for content_type in content_types}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _schema(form: type[Wire], content_type: str) -> dict[str, Any]:
+    schema = form.model_json_schema()
+    if content_type != _FORMS[0]:  # only multipart forms can hold a file
+        schema["properties"].pop("audio_file", None)
+    return schema
+
+
+def build_router(service: Service) -> APIRouter:
+    """The routes over one service; scans the folder of riffs."""
+    router = APIRouter(route_class=route_class(render_error), tags=[TAG])
+    library = RiffLibrary(Path(service.settings.dialects.riff_dir))
+    engine = default_engine(service)
+
+    async def status() -> ModelStatus:
+        return (await service.status()).get(engine.card.name, ModelStatus("loading"))
+
+    @router.post("/generate", include_in_schema=False)
+    async def generate(request: Request) -> Response:
+        return await make_text_clip(service, request, parse(GenerateBody, await read_json(request)))
+
+    @router.post(
+        "/generate/loop",
+        response_class=Response,
+        responses=RESPONSES,
+        openapi_extra=request_body(LoopForm, *_FORMS, "application/json"),
+    )
+    async def loop(request: Request) -> Response:
+        """Make a loop of whole bars at the tempo the prompt names."""
+        return await make_loop(service, request, parse(LoopForm, await read_json_or_form(request)))
+
+    @router.post(
+        "/generate/style-transfer",
+        response_class=Response,
+        responses=RESPONSES,
+        openapi_extra=request_body(StyleForm, _FORMS[0]),
+    )
+    async def transfer_style(request: Request) -> Response:
+        """Make a clip out of uploaded audio and a prompt."""
+        return await make_style_clip(service, request, parse(StyleForm, await read_form(request)))
+
+    @router.post(
+        "/generate/loop-with-riff",
+        response_class=Response,
+        responses=RESPONSES,
+        openapi_extra=request_body(RiffForm, *_FORMS),
+    )
+    async def loop_with_riff(request: Request) -> Response:
+        """Make a loop out of a riff of the server's library and a prompt."""
+        return await make_riff_loop(service, request, parse(RiffForm, await read_form(request)), library)
+
+    @router.get("/riffs/available", responses=error_responses(Problem, 401, 500))
+    async def list_riffs() -> dict[str, Any]:
+        """The server's riffs by key."""
+        return library.describe()
+
+    @router.get("/model/info", responses=error_responses(Problem, 401, 500))
+    async def model_info() -> dict[str, Any]:
+        """The model in use and what requests may say."""
+        return describe_model(engine, await status())
+
+    async def health() -> Response:
+        code, body = describe_health(engine, await status())
+        return JSONResponse(body, code)
+
+    public = public_route_class(render_error)
+    router.add_api_route(
+        "/health", health, methods=["GET", "HEAD"], include_in_schema=False, route_class_override=public
+    )
+    return router

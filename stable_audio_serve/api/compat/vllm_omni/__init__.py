@@ -1,0 +1,1 @@
+"""vLLM-Omni's audio generation endpoint: `POST /v1/audio/generate`, errors in OpenAI's form."""

@@ -1,0 +1,77 @@
+"""Maps vLLM's request to ours: which seconds of which generation, and the defaults of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ResponseFormat
+from stable_audio_serve.api.service import resolve_seed
+from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_audio, encode_pcm
+from stable_audio_serve.audio.stretch import time_stretch
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+
+_WINDOW_S = 1024 * 2048 / 44_100  # of Stable Audio Open 1.0, the model this dialect was made for
+_MAX_END_S = 512.0  # what its start and total conditioners cover
+_DEFAULT_STEPS = 50
+_DEFAULT_GUIDANCE = 7.0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The clip lies from `start_s` to `end_s`, seconds."""
+
+    start_s: float
+    end_s: float
+
+
+def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
+    """What to return, of a generation of at most `cap_s`. Raises InvalidRequestError naming the field.
+
+    A clip that would end behind the cap is shorter, as the original's is.
+    """
+    if body.audio_length is None:
+        return Span(0.0, min(_WINDOW_S, cap_s))
+    start_s, length_s = body.audio_start or 0.0, body.audio_length
+    if length_s > cap_s:
+        message = f"audio_length {length_s:g} exceeds maximum {cap_s:g} seconds"
+        raise InvalidRequestError(message, field="audio_length", allowed=f"0 to {cap_s:g}")
+    if not 0 <= start_s <= _MAX_END_S:
+        message = f"audio_start {start_s:g} must be from 0 to {_MAX_END_S:g} seconds"
+        raise InvalidRequestError(message, field="audio_start", allowed=f"0 to {_MAX_END_S:g}")
+    if start_s >= cap_s:
+        message = f"audio_start {start_s:g} must be less than the longest clip, {cap_s:g} seconds"
+        raise InvalidRequestError(message, field="audio_start", allowed=f"0 to {cap_s:g}")
+    if start_s + length_s > _MAX_END_S:
+        message = f"audio_start + audio_length must be at most {_MAX_END_S:g} seconds"
+        raise InvalidRequestError(message, field="audio_start")
+    return Span(start_s, min(start_s + length_s, cap_s))
+
+
+def to_request(body: AudioBody, card: ModelCard, span: Span, *, request_id: str) -> GenerationRequest:
+    """The generation that holds the span: the span itself where the model knows starts, else all from zero on."""
+    guidance = _DEFAULT_GUIDANCE if body.guidance_scale is None else body.guidance_scale
+    return GenerationRequest(
+        prompt=body.input,
+        duration_s=span.end_s - span.start_s if card.conditions_on_start else span.end_s,
+        start_s=span.start_s if card.conditions_on_start else 0.0,
+        seed=resolve_seed(-1 if body.seed is None else body.seed % 2**63),
+        negative_prompt=body.negative_prompt or None,
+        steps=_DEFAULT_STEPS if body.num_inference_steps is None else body.num_inference_steps,
+        cfg_scale=max(guidance, 1.0),  # up to 1 the original has guidance off, which is what 1 means to us
+        request_id=request_id,
+    )
+
+
+def make_file(body: AudioBody, card: ModelCard, span: Span, result: GenerationResult) -> EncodedFile:
+    """The file of the span, at the speed and in the format asked for. CPU work."""
+    rate_hz = result.sample_rate_hz
+    audio = result.audio[0]
+    if not card.conditions_on_start:
+        start = int(span.start_s * rate_hz)
+        audio = audio[:, min(start, audio.shape[1] - 1) :]  # at least one sample, as everywhere
+    audio = time_stretch(audio, rate_hz, speed=1.0 if body.speed is None else body.speed)
+    if body.response_format is ResponseFormat.PCM:
+        return encode_pcm(audio)
+    return encode_audio(audio, rate_hz, AudioFormat(body.response_format))

@@ -1,0 +1,82 @@
+"""The wire forms of vLLM-Omni's audio generation, release 0.30.0."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+
+from stable_audio_serve.api.fields import Finite, Prompt
+
+
+class ResponseFormat(StrEnum):
+    """`pcm` is bare samples, signed 16-bit little-endian, interleaved; `opus` is Opus in Ogg at 48 kHz."""
+
+    WAV = "wav"
+    PCM = "pcm"
+    FLAC = "flac"
+    MP3 = "mp3"
+    OPUS = "opus"
+
+
+def _check_seed(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError("must fit into 64 bits, -2**63 to 2**63 - 1")
+    return seed
+
+
+# Bounds in the schema would be rounded to the nearest float, outside the range.
+Seed = Annotated[int, AfterValidator(_check_seed), WithJsonSchema({"type": "integer", "format": "int64"})]
+
+
+class AudioBody(BaseModel):
+    """One clip from a text prompt; null is the same as absent."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "input": "a dog barking in the distance",
+                    "audio_length": 10.0,
+                    "negative_prompt": "Low quality",
+                    "guidance_scale": 7.0,
+                    "num_inference_steps": 100,
+                    "seed": 42,
+                }
+            ]
+        },
+    )
+
+    input: Prompt = Field(description="What to hear.")
+    model: str | None = Field(None, description="A served name or alias; null = the server's choice.")
+    response_format: ResponseFormat = Field(ResponseFormat.WAV, description="The kind of audio file.")
+    speed: Finite | None = Field(None, ge=0.25, le=4.0, description="Changes the length, keeps the pitch; null = 1.")
+    stream_format: Literal["audio", "sse"] | None = Field(None, description="Only audio is supported.")
+    audio_length: Finite | None = Field(
+        None, gt=0, description="Seconds, at most what the model can do; null = 47.55 or the model's longest clip."
+    )
+    audio_start: Finite | None = Field(
+        None, description="Where the clip lies in a longer one, 0 to 512 seconds; only used with audio_length."
+    )
+    negative_prompt: str | None = Field(None, max_length=100_000, description="What to avoid; needs guidance above 1.")
+    guidance_scale: Finite | None = Field(None, ge=0, le=1000, description="Above 1 = guidance is on; null = 7.")
+    num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; null = 50.")
+    seed: Seed | None = Field(None, description="The same seed and request give the same bytes; null = random.")
+
+
+class ErrorBody(BaseModel):
+    """Every error, in OpenAI's form."""
+
+    class Error(BaseModel):
+        """`code` is the HTTP status, `param` the field at fault."""
+
+        message: str
+        type: str
+        param: str | None
+        code: int
+
+    error: Error

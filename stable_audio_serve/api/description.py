@@ -1,0 +1,75 @@
+"""The API's OpenAPI description: what FastAPI derives from the routes, made true where the derivation is not.
+
+FastAPI announces a 422 of its own form wherever there is a parameter, takes form fields to have a null, and does not
+know our keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+_AUTOMATIC = "HTTPValidationError"
+_ERRORS = {
+    401: "Keys are configured and none of them was sent.",
+    408: "The body did not arrive in time.",
+    413: "The upload or the body is too large.",
+    429: "The queue is full; Retry-After says when to come again.",
+    500: "A failure inside.",
+    503: "No room now, or the model is not ready; Retry-After says when to come again.",
+    504: "The time budget ran out.",
+}
+_SECURITY_SCHEMES = {
+    "Bearer": {"type": "http", "scheme": "bearer", "description": "Where keys are configured."},
+    "Key": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "The same as `Key <key>`."},
+}
+
+
+def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What operations of a dialect whose errors look like `model` may answer, for FastAPI's `responses`."""
+    return {status: {"model": model, "description": _ERRORS[status]} for status in statuses}
+
+
+class DescribedAPI(FastAPI):
+    """An application whose description tells what it answers."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The document, made once."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            _correct(document)
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
+def _correct(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for path in document["paths"].values():
+        for operation in path.values():
+            responses = operation["responses"]
+            if _AUTOMATIC in str(responses.get("422")):
+                del responses["422"]
+            for content_type, content in operation.get("requestBody", {}).get("content", {}).items():
+                if content_type != "application/json":
+                    _drop_nulls(_resolve(content["schema"], schemas))
+            operation["security"] = [{}, *({name: []} for name in _SECURITY_SCHEMES)] if "401" in responses else []
+    for name in (_AUTOMATIC, "ValidationError"):
+        schemas.pop(name, None)
+    document["components"]["securitySchemes"] = _SECURITY_SCHEMES
+
+
+def _resolve(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    return schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+def _drop_nulls(form: dict[str, Any]) -> None:
+    """A field of a form is there as text or not at all."""
+    for field in form.get("properties", {}).values():
+        choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
+        if len(choices) == 1:
+            del field["anyOf"]
+            field.update(choices[0])
+        elif choices:
+            field["anyOf"] = choices

@@ -1,0 +1,16 @@
+"""Field types that the request models of several dialects share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+NOT_BLANK = r"\S"
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Prompt = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=100_000),
+    Field(json_schema_extra={"pattern": NOT_BLANK}),
+]

@@ -1,0 +1,68 @@
+"""Downloads of stored files: links with an unguessable id need no key. Files are streamed, never held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
+
+from stable_audio_serve.api.answers import attachment
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.schemas import ErrorBody
+from stable_audio_serve.api.routing import public_route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.jobs.queue import JobQueue
+
+TAG = "Files"
+
+
+def build_router(service: Service) -> APIRouter:
+    """The download route over one service."""
+    router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
+    path = "/files/{file_id:hex_id}/{file_name}"
+
+    @router.head(path, include_in_schema=False)
+    @router.get(
+        path,
+        response_class=Response,
+        responses={
+            200: {"description": "The file.", "content": {"application/octet-stream": {}}},
+            **error_responses(ErrorBody, 500, 503),
+            404: {"model": ErrorBody, "description": "No such file, or it is gone."},
+        },
+    )
+    async def download(request: Request, file_id: str, file_name: str) -> Response:
+        """A finished job's audio, or a stored file, for whoever has its link."""
+        file = await service.jobs.find_file(file_id)
+        if file is None or file.file_name != file_name:
+            raise HTTPException(404, "file not found")
+        return await file_answer(request, service.jobs, file)
+
+    return router
+
+
+async def file_answer(request: Request, jobs: JobQueue, file: StoredFile) -> Response:
+    """The file as a download with its length; to HEAD only what is said of it. Raises HTTPException 404 when gone."""
+    chunks = jobs.read(file)
+    try:
+        first = await anext(chunks, b"")
+    except FileNotFoundError as error:
+        raise HTTPException(404, "the file is gone") from error
+    headers = {
+        **attachment(file.file_name),
+        "Content-Length": str(file.num_bytes),
+        "X-Content-Type-Options": "nosniff",
+    }
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=file.media_type)
+    return StreamingResponse(_chain(first, chunks), headers=headers, media_type=file.media_type)
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk

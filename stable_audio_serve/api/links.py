@@ -1,0 +1,48 @@
+"""Absolute URLs for replies: how the caller reached this server, or the configured public URL.
+
+Headers decide, and anybody may send headers: what is no plain host name or no HTTP scheme is ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+from starlette.requests import Request
+
+from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.job import JobResult
+
+_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?")
+
+
+def base_url(request: Request, limits: ApiSettings) -> str:
+    """Scheme, host and mount path as this caller can reach them, without a slash at the end."""
+    if limits.public_url:
+        return limits.public_url.rstrip("/")
+    forwarded_scheme = _first(request, "x-forwarded-proto").lower()
+    scheme = forwarded_scheme if forwarded_scheme in ("http", "https") else request.url.scheme
+    hosts = (_first(request, "x-forwarded-host"), _first(request, "host"))
+    host = next((host for host in hosts if _HOST.fullmatch(host)), None) or _own_address(request)
+    return f"{scheme}://{host}{request.scope.get('root_path', '').rstrip('/')}"
+
+
+def file_url(base: str, result: JobResult) -> str:
+    """Where whoever has this link can fetch a finished job's file."""
+    return published_url(base, result.file_id, file_name=result.file.file_name)
+
+
+def published_url(base: str, file_id: str, *, file_name: str) -> str:
+    """Where whoever has this link can fetch the file that `JobQueue.publish` gave this id."""
+    return f"{base}/files/{file_id}/{quote(file_name, safe='')}"
+
+
+def _first(request: Request, header: str) -> str:
+    """What the proxy nearest to the client said."""
+    return request.headers.get(header, "").split(",")[0].strip()
+
+
+def _own_address(request: Request) -> str:
+    host, port = request.scope.get("server") or ("localhost", None)
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{port}" if port else host

@@ -1,0 +1,111 @@
+"""`POST /generate`, which two dialects share: whose request it is follows from its fields, and each then keeps its own
+contract. Errors are told in both dialects' forms, with the status of the one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.responses import JSONResponse, Response
+
+from stable_audio_serve.api.compat.stable_audio_open_small.answers import base64_answer, clip_metadata
+from stable_audio_serve.api.compat.stable_audio_open_small.errors import describe_error, name_field
+from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_json
+from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_text_clip
+from stable_audio_serve.api.compat.stable_audio_open_small.routes import Base64Answer
+from stable_audio_serve.api.compat.stable_audio_open_small.schemas import Format, GenerateBody, parse
+from stable_audio_serve.api.native.answers import audio_answer
+from stable_audio_serve.api.native.errors import describe_error as describe_sa3_error
+from stable_audio_serve.api.native.routes import MEDIA_TYPES, convert, run
+from stable_audio_serve.api.native.schemas import GenerationBody
+from stable_audio_serve.api.routing import ExpectedError, route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.audio.loops import read_tempo
+
+TAG = "Generate"
+
+# One of these makes a request a Stable Audio 3 one; what both dialects know, or neither, says nothing.
+ONLY_SA3 = GenerationBody.model_fields.keys() - GenerateBody.model_fields.keys()
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A WAV file, a ZIP of several variations, or JSON with return_format base64.",
+        "model": Base64Answer,
+        "content": dict.fromkeys(MEDIA_TYPES, _BINARY),
+    },
+    **{
+        status: {"description": description, "content": {"application/json": {"schema": {"type": "object"}}}}
+        for status, description in (
+            (400, "A field of a Stable Audio Open Small request is wrong, or the model refuses it."),
+            (401, "Keys are configured and none of them was sent."),
+            (408, "The body did not arrive in time."),
+            (413, "Body too large."),
+            (422, "A field of a Stable Audio 3 request is wrong."),
+            (500, "A failure inside."),
+            (503, "No room now; Retry-After says when to come again."),
+            (504, "The time budget ran out."),
+        )
+    },
+}
+
+
+class Sa3Body(GenerationBody):
+    """A Stable Audio 3 request that may ask for the other dialect's kind of answer."""
+
+    return_format: Format | None = None
+
+
+def build_router(service: Service) -> APIRouter:
+    """The shared path over one service."""
+    router = APIRouter(route_class=route_class(render_error), tags=[TAG])
+    schemas = [{"$ref": "#/components/schemas/GenerationBody"}, GenerateBody.model_json_schema()]
+    body = {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}
+
+    @router.post("/generate", response_class=Response, responses=_RESPONSES, openapi_extra={"requestBody": body})
+    async def generate(request: Request) -> Response:
+        """Make audio from a text prompt, as Stable Audio 3 when a field only it knows is there."""
+        values = await read_json(request)
+        if not ONLY_SA3 & values.keys():
+            return await make_text_clip(service, request, parse(GenerateBody, values))
+        request.state.is_sa3 = True
+        return await _generate_sa3(service, request, values)
+
+    return router
+
+
+def render_error(request: Request, error: ExpectedError) -> Response:
+    """The answer to an error we expect: `error` for one dialect, `detail` for the other."""
+    if getattr(request.state, "is_sa3", False):
+        status, body, headers = describe_sa3_error(request, error)
+        faults = body["detail"]
+        sentence = faults if isinstance(faults, str) else name_field(str(faults[0]["loc"][-1]), faults[0]["msg"])
+        return JSONResponse({**body, "error": sentence}, status, headers=headers)
+    refusal = describe_error(request, error)
+    body = {**refusal.body(), "detail": refusal.faults or refusal.sentence}
+    return JSONResponse(body, refusal.status, headers=refusal.headers)
+
+
+async def _generate_sa3(service: Service, request: Request, values: dict[str, Any]) -> Response:
+    started_at = service.clock.monotonic()
+    try:
+        body = Sa3Body.model_validate(values)
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
+        raise RequestValidationError(faults) from error
+    card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
+    output = await run(service, request, card, generation, fields=body, started_at=started_at)
+    if body.return_format != "base64":
+        return audio_answer(output, body.response_format)
+    result = output.result
+    metadata = clip_metadata(
+        replace(generation, cfg_scale=card.default_cfg_scale if generation.cfg_scale is None else generation.cfg_scale),
+        result,
+        duration_s=round(result.audio[0].shape[1] / result.sample_rate_hz, 2),
+        generation_s=result.timings.total_ms / 1000,
+    )
+    return await base64_answer(service, output, metadata | {"detected_bpm": read_tempo(body.prompt)})

@@ -1,0 +1,24 @@
+"""A backend that runs nothing: enough to describe the API without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog, ModelStatus
+from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+
+
+class OfflineBackend:
+    """Runs nothing; enough to describe the API without a server."""
+
+    def __init__(self) -> None:
+        self.catalog = ModelCatalog([ModelCard("none", "none")])
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        """Refuse. Raises ModelUnavailableError."""
+        raise ModelUnavailableError("no model is running")
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        """Nothing is known of any model."""
+        return {}

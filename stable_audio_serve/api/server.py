@@ -1,0 +1,72 @@
+"""The routes about the server itself, which several dialects share: health, the served models, the API's description.
+
+Health never needs a key; the others do where keys are configured.
+"""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from stable_audio_serve.api import info
+from stable_audio_serve.api.compat.vllm_omni.errors import render_error as render_openai_error
+from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.service import Service
+
+TAG = "Server"
+
+
+def build_router(service: Service) -> APIRouter:
+    """Health and models, which are also found under each dialect's prefix."""
+    router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
+    created_at = int(time.time())
+
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", responses={503: {"model": info.Health, "description": "No model can be loaded."}})
+    async def health(response: Response) -> info.Health:
+        """Whether the server can work, its models and its limits. Never loads a model."""
+        body = info.describe_health(service, await service.status())
+        response.status_code = 200 if body.healthy else 503
+        return body
+
+    async def list_models() -> info.ModelList:
+        """The served models."""
+        return info.describe_models(service, created_at=created_at)
+
+    router.add_api_route(
+        "/v1/models",
+        list_models,
+        methods=["GET"],
+        responses=error_responses(ErrorBody, 401, 500),
+        route_class_override=route_class(render_openai_error),
+    )
+    return router
+
+
+def build_docs_router() -> APIRouter:
+    """The API's description and two pages that show it."""
+    router = APIRouter(route_class=route_class(render_error), include_in_schema=False)
+
+    @router.get("/openapi.json")
+    async def openapi(request: Request) -> JSONResponse:
+        return JSONResponse(request.app.openapi())
+
+    @router.get("/docs")
+    async def swagger(request: Request) -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url=_openapi_url(request), title=request.app.title)
+
+    @router.get("/redoc")
+    async def redoc(request: Request) -> HTMLResponse:
+        return get_redoc_html(openapi_url=_openapi_url(request), title=request.app.title)
+
+    return router
+
+
+def _openapi_url(request: Request) -> str:
+    return f"{request.scope.get('root_path', '').rstrip('/')}/openapi.json"

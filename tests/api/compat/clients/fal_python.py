@@ -1,0 +1,151 @@
+"""Calls a server with the unmodified Python client of fal and prints what it saw as JSON.
+
+Usage: fal_python.py environment|formats <base URL>. `environment` relies on FAL_RUN_HOST, FAL_QUEUE_RUN_HOST and
+SSL_CERT_FILE alone; `formats` sets the client's URL formats, which also allows plain HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fal_client
+import fal_client.client as internals
+import httpx
+
+APP = "fal-ai/stable-audio"
+CLIP = {"prompt": "quick", "seconds_total": 1}
+
+
+def run() -> Any:
+    return fal_client.run(APP, CLIP)
+
+
+def submit() -> Any:
+    handle = fal_client.submit(APP, CLIP, priority="low", hint="any")
+    first = handle.status()
+    events = [type(event).__name__ for event in handle.iter_events(with_logs=True)]
+    last = fal_client.status(APP, handle.request_id, with_logs=True)
+    return {
+        "first": type(first).__name__,
+        "events": list(dict.fromkeys(events)),
+        "num_logs": len(last.logs),
+        "inference_time": last.metrics["inference_time"],
+        "error": last.error,
+        "result": handle.get(),
+        "again": fal_client.result(APP, handle.request_id),
+    }
+
+
+def subscribe() -> Any:
+    seen: list[str] = []
+    ids: list[str] = []
+    result = fal_client.subscribe(
+        f"{APP}/some/endpoint",
+        CLIP,
+        with_logs=True,
+        on_enqueue=ids.append,
+        on_queue_update=lambda status: seen.append(type(status).__name__),
+        start_timeout=30,
+    )
+    return {"result": result, "num_ids": len(ids), "last": seen[-1]}
+
+
+def subscribe_async() -> Any:
+    async def call() -> Any:
+        client = fal_client.AsyncClient(key="none")
+        handle = await client.submit(APP, CLIP)
+        events = [type(event).__name__ async for event in handle.iter_events(with_logs=True)]
+        return {"last": events[-1], "result": await handle.get(), "run": await client.run(APP, CLIP)}
+
+    return asyncio.run(call())
+
+
+def cancel() -> Any:
+    handle = fal_client.submit(APP, {"prompt": "slow"})
+    handle.cancel()
+    *_, last = handle.iter_events()
+    return {"error": last.error, "error_type": last.error_type, "result": failure(handle.get)}
+
+
+def client_timeout() -> Any:
+    try:
+        fal_client.subscribe(APP, {"prompt": "slow"}, client_timeout=1.5)
+    except fal_client.FalClientTimeoutError as error:
+        *_, last = fal_client.SyncClient(key="none").get_handle(APP, error.request_id).iter_events()
+        return {"error_type": last.error_type}
+
+
+def start_timeout() -> Any:
+    ahead = [fal_client.submit(APP, {"prompt": "slow"}) for _ in range(2)]  # as many as run at a time
+    late = failure(lambda: fal_client.subscribe(APP, CLIP, start_timeout=1.1))
+    for handle in ahead:
+        handle.cancel()
+    return late
+
+
+def upload() -> Any:
+    client = fal_client.SyncClient(key="none")
+    data = bytes(range(256)) * 100
+    whole = client.upload(data, "audio/wav", "take 1.wav")
+    fallback = client.upload(data, "audio/wav", repository="fal")
+    internals.MULTIPART_THRESHOLD, internals.MULTIPART_CHUNK_SIZE = 10_000, 10_000
+    parts = client.upload(data, "audio/wav", "take 2.wav")
+    return {url.rpartition("/")[2]: httpx.get(url).content == data for url in (whole, fallback, parts)}
+
+
+def failure(call: Callable[[], Any]) -> Any:
+    began_at = time.monotonic()
+    try:
+        call()
+    except fal_client.FalClientHTTPError as error:
+        return {
+            "status": error.status_code,
+            "detail": error.message,
+            "error_type": error.error_type,
+            "text": str(error),
+            "seconds": time.monotonic() - began_at,
+        }
+
+
+def errors() -> Any:
+    return {
+        "invalid run": failure(lambda: fal_client.run(APP, {"prompt": "x", "steps": 1})),
+        "invalid submit": failure(lambda: fal_client.submit(APP, {})),
+        "invalid subscribe": failure(lambda: fal_client.subscribe(APP, {"prompt": "x", "seconds_total": 48})),
+        "failed": failure(lambda: fal_client.subscribe(APP, {"prompt": "fail"})),
+        "unknown app": failure(lambda: fal_client.run("fal-ai/fast-sdxl", CLIP)),
+        "unknown request": failure(lambda: fal_client.status(APP, "7875a82d-0991-47c8-99fa-bdd57f4f0303")),
+        "too late to cancel": failure(lambda: fal_client.cancel(APP, done_request())),
+        "stream": stream_status(),
+    }
+
+
+def done_request() -> str:
+    handle = fal_client.submit(APP, CLIP)
+    handle.get()
+    return handle.request_id
+
+
+def stream_status() -> Any:
+    try:
+        return list(fal_client.stream(APP, CLIP))
+    except Exception as error:  # noqa: BLE001  whatever a client makes of it
+        return type(error).__name__
+
+
+def main(way: str, base: str) -> None:
+    internals.REST_URL = internals.CDN_URL = base  # no variable of the environment changes these two
+    if way == "formats":
+        internals.RUN_URL_FORMAT = f"{base}/"
+        internals.QUEUE_URL_FORMAT = f"{base}/queue/"
+    calls = (run, submit, subscribe, subscribe_async, cancel, client_timeout, start_timeout, upload, errors)
+    print(json.dumps({call.__name__: call() for call in calls}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

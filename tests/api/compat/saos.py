@@ -1,0 +1,64 @@
+"""What the tests of the Stable Audio Open Small dialect share."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import soundfile
+
+WINDOW_SAMPLES = 524_288
+
+CLIP_KEYS = {
+    *("prompt", "negative_prompt", "steps", "cfg_scale", "seed", "sample_rate", "duration_seconds"),
+    *("generation_time", "realtime_factor", "detected_bpm", "device"),
+}
+STYLE_KEYS = CLIP_KEYS | {"style_strength", "input_audio_shape"}
+RIFF_KEYS = {
+    *("prompt", "original_prompt", "negative_prompt", "loop_type", "detected_bpm", "bars", "loop_duration_seconds"),
+    *("style_transfer", "style_strength", "steps", "cfg_scale", "seed", "sample_rate", "generation_time", "device"),
+    *("key", "source"),
+}
+LOOP_KEYS = RIFF_KEYS - {"key", "source"} | {
+    *("calculated_duration_seconds", "available_audio_seconds", "seconds_per_bar", "model_type"),
+}
+
+
+def read_pcm(data: bytes) -> npt.NDArray[np.int16]:
+    """Samples (S, 2) of a 16-bit stereo WAV at 44.1 kHz."""
+    info = soundfile.info(io.BytesIO(data))
+    assert (info.format, info.subtype, info.channels, info.samplerate) == ("WAV", "PCM_16", 2, 44_100)
+    return np.asarray(soundfile.read(io.BytesIO(data), dtype="int16")[0])
+
+
+def expect_wav(reply: httpx.Response, *, name: str) -> npt.NDArray[np.int16]:
+    """The samples of a file reply whose file name matches `name`."""
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "audio/wav"
+    assert int(reply.headers["content-length"]) == len(reply.content)
+    assert reply.headers["x-sample-rate"] == "44100"
+    assert reply.headers["x-output-count"] == "1"
+    assert re.fullmatch(f'attachment; filename="{name}"', reply.headers["content-disposition"])
+    return read_pcm(reply.content)
+
+
+def expect_base64(reply: httpx.Response) -> tuple[npt.NDArray[np.int16], dict[str, Any]]:
+    """The samples and the metadata of a base64 reply."""
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert set(body) == {"success", "audio_base64", "metadata"}
+    assert body["success"] is True
+    return read_pcm(base64.b64decode(body["audio_base64"], validate=True)), body["metadata"]
+
+
+def expect_refusal(reply: httpx.Response, sentence: str) -> None:
+    """400 with exactly this sentence."""
+    assert reply.status_code == 400, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.json() == {"error": sentence}

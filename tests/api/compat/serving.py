@@ -1,0 +1,66 @@
+"""Applications with settings of their own, with a runner for their jobs; in this process or behind a real socket."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.webhooks import webhook_body
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.notifier import Notifier
+from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.runner import JobRunner
+from tests.backends import ToneBackend
+from tests.sockets import listening
+
+
+@asynccontextmanager
+async def make_app(
+    backend: ToneBackend | None = None, *, run_jobs: bool = True, **settings: Any
+) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
+    """An application with `settings`, its jobs in a folder of their own."""
+    backend = backend or ToneBackend()
+    with tempfile.TemporaryDirectory() as folder:
+        parsed = Settings.model_validate({"output_dir": folder, **settings})
+        jobs = open_queue(parsed)
+        app = create_app(backend, parsed, jobs=jobs)
+        app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
+        notifier = Notifier(Outbox(jobs.store.database), webhook_body, allow_hosts=parsed.jobs.webhook_allow_hosts)
+        runner = JobRunner(jobs.store, jobs.artifacts, backend, parsed, notifier=notifier)
+        if run_jobs:
+            await runner.start()
+            jobs.wake = runner.wake
+        async with app.router.lifespan_context(app):
+            yield app, backend
+            await runner.close()
+
+
+@asynccontextmanager
+async def make_client(
+    backend: ToneBackend | None = None, *, run_jobs: bool = True, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
+    """A client of such an application, without a socket."""
+    async with (
+        make_app(backend, run_jobs=run_jobs, **settings) as (app, backend),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+    ):
+        yield client, backend
+
+
+@asynccontextmanager
+async def serve_app(
+    backend: ToneBackend | None = None, *, certificate: tuple[Path, Path] | None = None, **settings: Any
+) -> AsyncIterator[tuple[int, ToneBackend]]:
+    """Such an application on a free port of this machine; with a `certificate` (chain, key) it speaks TLS."""
+    async with make_app(backend, **settings) as (app, backend):
+        tls = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]} if certificate else {}
+        async with listening(app, lifespan="off", **tls) as port:
+            yield port, backend

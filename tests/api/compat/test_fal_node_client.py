@@ -1,0 +1,121 @@
+"""The unmodified JavaScript client of fal, through the proxy path of a real server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.api.compat.backends import PromptBackend
+from tests.api.compat.client_scripts import check_output, run_script
+from tests.api.compat.serving import serve_app
+
+CLIENT = "@fal-ai/client@1.10.1"
+SCRIPT = Path(__file__).parent / "clients" / "fal_node.cjs"
+pytestmark = pytest.mark.slow
+
+
+def without(reason: str) -> None:
+    """Skip where the tools are missing, but never where everything has to run."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(f"NOT TESTED, the JavaScript client of fal: {reason}")
+
+
+@pytest.fixture(scope="module")
+def node_path() -> Path:
+    """Where the client is installed: a folder of the user's cache, filled by the first run."""
+    if not shutil.which("node") or not shutil.which("npm"):
+        without("node and npm are not installed")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
+    installed = cache / CLIENT.replace("/", "-")
+    if not installed.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=cache)
+        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", folder, CLIENT]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        if done.returncode:
+            shutil.rmtree(folder)
+            without(f"npm could not install {CLIENT}: {done.stderr[-500:]}")
+        Path(folder).rename(installed)  # all of it at once
+    return installed / "node_modules"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def seen(node_path: Path) -> AsyncIterator[dict[str, Any]]:
+    """What the client saw."""
+    async with serve_app(PromptBackend(), jobs={"max_running": 2}) as (port, _):
+        base = f"http://localhost:{port}"
+        environment = {**os.environ, "NODE_PATH": str(node_path)}
+        yield await run_script("node", str(SCRIPT), base, environment=environment, timeout_s=180) | {"base": base}
+
+
+def test_run(seen: dict[str, Any]) -> None:
+    check_output(seen["run"]["data"], seen["base"])
+    assert len(seen["run"]["requestId"]) == 36
+
+
+@pytest.mark.parametrize("mode", ["polling", "streaming"])
+def test_subscribe(seen: dict[str, Any], mode: str) -> None:
+    subscribed = seen[mode]
+    check_output(subscribed["data"], seen["base"])
+    assert subscribed["ids"] == [subscribed["requestId"]]
+    assert subscribed["statuses"][-2:] == ["IN_PROGRESS", "COMPLETED"]
+    assert len(subscribed["messages"]) >= 3
+    assert len(set(subscribed["messages"])) == len(subscribed["messages"])  # the stream repeats none
+
+
+def test_submit_status_stream_and_result(seen: dict[str, Any]) -> None:
+    queue = seen["queue"]
+    assert queue["queue_position"] == 0
+    assert queue["first"] in ("IN_QUEUE", "IN_PROGRESS")
+    assert queue["events"][-1] == "COMPLETED"
+    assert queue["last"]["status"] == "COMPLETED"
+    assert queue["result"]["requestId"] == queue["requestId"]
+    check_output(queue["result"]["data"], seen["base"])
+
+
+def test_cancel(seen: dict[str, Any]) -> None:
+    assert seen["cancel"]["status"]["error_type"] == "client_cancelled"
+    result = seen["cancel"]["result"]
+    assert (result["status"], result["body"]["error_type"]) == (499, "client_cancelled")
+
+
+def test_upload(seen: dict[str, Any]) -> None:
+    assert seen["upload"]["small"] == [200, "audio/wav", 5000]
+    assert seen["upload"]["large"] == [200, "audio/wav", 91 * 1024 * 1024]
+    check_output(seen["upload"]["withBlob"], seen["base"])
+
+
+def test_a_start_timeout_is_the_users_and_not_repeated(seen: dict[str, Any]) -> None:
+    late = seen["startTimeout"]
+    assert (late["status"], late["isUserTimeout"], late["body"]["error_type"]) == (504, True, "request_timeout")
+    assert late["seconds"] < 5
+
+
+def test_input_errors_are_validation_errors_by_field(seen: dict[str, Any]) -> None:
+    for name in ("steps", "queued"):
+        error = seen["errors"][name]
+        assert (error["name"], error["isValidation"], error["status"]) == ("ValidationError", True, 422)
+        assert error["stepsErrors"] == 1
+        assert len(error["requestId"]) == 36
+    assert seen["errors"]["noInput"]["body"]["detail"][0]["loc"] == ["body", "prompt"]
+
+
+def test_other_errors(seen: dict[str, Any]) -> None:
+    errors = seen["errors"]
+    assert {name: error["status"] for name, error in errors.items() if not error["isValidation"]} == {
+        "failed": 500,
+        "unknownApp": 404,
+        "tooLate": 400,
+    }
+    assert errors["failed"]["body"]["error_type"] == "internal_error"
+    assert errors["tooLate"]["body"] == {"status": "ALREADY_COMPLETED"}
+    assert all(error["seconds"] < 2 for error in errors.values()), "a refusal was repeated"

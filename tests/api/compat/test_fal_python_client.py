@@ -1,0 +1,118 @@
+"""The unmodified Python client of fal against a real socket, both ways its users point it at another server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import trustme
+
+from tests.api.compat.backends import PromptBackend
+from tests.api.compat.client_scripts import check_output, run_script
+from tests.api.compat.serving import serve_app
+
+SCRIPT = Path(__file__).parent / "clients" / "fal_python.py"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of a certificate of our own for localhost: what the server shows, its key, and what a client must trust."""
+    folder = tmp_path_factory.mktemp("certificate")
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    files = {name: folder / f"{name}.pem" for name in ("chain", "key", "authority")}
+    authority.cert_pem.write_to_path(str(files["authority"]))
+    issued.private_key_pem.write_to_path(str(files["key"]))
+    for blob in issued.cert_chain_pems:
+        blob.write_to_path(str(files["chain"]), append=True)
+    return files
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["environment", "formats"])
+async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> AsyncIterator[dict[str, Any]]:
+    """What the client saw: with TLS through its environment, or over plain HTTP through its URL formats."""
+    is_tls = request.param == "environment"
+    pair = (certificate["chain"], certificate["key"]) if is_tls else None
+    async with serve_app(PromptBackend(), certificate=pair, jobs={"max_running": 2}) as (port, _):
+        address = f"localhost:{port}"
+        environment = {**os.environ, "FAL_KEY": "id:secret"}
+        if is_tls:
+            environment |= {
+                "SSL_CERT_FILE": str(certificate["authority"]),
+                "FAL_RUN_HOST": address,
+                "FAL_QUEUE_RUN_HOST": f"{address}/queue",
+            }
+        base = f"{'https' if is_tls else 'http'}://{address}"
+        command = (sys.executable, str(SCRIPT), request.param, base)
+        yield await run_script(*command, environment=environment, timeout_s=120) | {"base": base}
+
+
+def test_run(seen: dict[str, Any]) -> None:
+    check_output(seen["run"], seen["base"])
+
+
+def test_submit_status_events_and_result(seen: dict[str, Any]) -> None:
+    submit = seen["submit"]
+    assert submit["first"] in ("Queued", "InProgress")
+    assert submit["events"][-2:] == ["InProgress", "Completed"]
+    assert submit["num_logs"] >= 2
+    assert submit["inference_time"] >= PromptBackend.pause_s
+    assert submit["error"] is None
+    check_output(submit["result"], seen["base"])
+    assert submit["again"] == submit["result"]
+
+
+def test_subscribe(seen: dict[str, Any]) -> None:
+    assert (seen["subscribe"]["num_ids"], seen["subscribe"]["last"]) == (1, "Completed")
+    check_output(seen["subscribe"]["result"], seen["base"])
+
+
+def test_the_asynchronous_client(seen: dict[str, Any]) -> None:
+    assert seen["subscribe_async"]["last"] == "Completed"
+    check_output(seen["subscribe_async"]["result"], seen["base"])
+    check_output(seen["subscribe_async"]["run"], seen["base"])
+
+
+def test_cancel(seen: dict[str, Any]) -> None:
+    cancel = seen["cancel"]
+    assert cancel["error_type"] == "client_cancelled"
+    assert (cancel["result"]["status"], cancel["result"]["error_type"]) == (499, "client_cancelled")
+    assert cancel["result"]["detail"] == cancel["error"]
+
+
+def test_a_client_that_gives_up_cancels(seen: dict[str, Any]) -> None:
+    assert seen["client_timeout"] == {"error_type": "client_cancelled"}
+
+
+def test_a_start_timeout_is_raised_and_not_repeated(seen: dict[str, Any]) -> None:
+    late = seen["start_timeout"]
+    assert (late["status"], late["error_type"]) == (504, "request_timeout")
+    assert late["seconds"] < 5
+
+
+def test_upload(seen: dict[str, Any]) -> None:
+    assert seen["upload"] == {"take_1.wav": True, "upload.bin": True, "take_2.wav": True}
+
+
+def test_input_errors_carry_the_entries_of_the_fields(seen: dict[str, Any]) -> None:
+    fields = {"invalid run": "steps", "invalid submit": "prompt", "invalid subscribe": "seconds_total"}
+    for name, field in fields.items():
+        error = seen["errors"][name]
+        assert error["status"] == 422
+        assert [entry["loc"] for entry in error["detail"]] == [["body", field]]
+        assert field in error["text"]
+
+
+def test_other_errors(seen: dict[str, Any]) -> None:
+    errors = seen["errors"]
+    assert (errors["failed"]["status"], errors["failed"]["error_type"]) == (500, "internal_error")
+    assert errors["unknown app"]["status"] == 404
+    assert errors["unknown request"]["status"] == 404
+    assert (errors["too late to cancel"]["status"], errors["stream"]) == (400, "SSEError")
+    assert all(error["seconds"] < 2 for name, error in errors.items() if name != "stream"), "a refusal was repeated"

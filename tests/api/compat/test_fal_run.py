@@ -1,0 +1,228 @@
+"""fal's page over HTTP: the model's input and output, the synchronous host, and which host a request means."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    GenerationError,
+    ModelUnavailableError,
+    OverloadedError,
+    StorageError,
+)
+from tests.api.compat.serving import make_client
+from tests.api.compat.wav import read_wav
+from tests.backends import ToneBackend
+
+URL = "/fal-ai/stable-audio"
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+async def test_a_run_is_answered_with_a_stored_file(client: httpx.AsyncClient) -> None:
+    reply = await client.post(URL, json={"prompt": "tech house"})
+    assert reply.status_code == 200
+    assert UUID.fullmatch(reply.headers["x-fal-request-id"])
+    file = reply.json()["audio_file"]
+    assert file.keys() == {"url", "content_type", "file_name", "file_size"}
+    assert (file["content_type"], file["file_name"][-4:], file["file_size"]) == ("audio/wav", ".wav", 5_292_044)
+    download = await client.get(file["url"])
+    assert (download.headers["content-type"], len(download.content)) == ("audio/wav", file["file_size"])
+    assert read_wav(download.content) == (44100, 2, 2, 30 * 44100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (30, 0.0, 100)),
+        ({"seconds_start": 0, "seconds_total": 1, "steps": 2}, (1, 0.0, 2)),
+        ({"seconds_start": 47, "seconds_total": 47, "steps": 1000, "unknown": {}}, (47, 47.0, 1000)),
+    ],
+)
+async def test_fields_defaults_and_ranges(
+    client: httpx.AsyncClient, backend: ToneBackend, fields: dict[str, Any], expected: tuple[float, float, int]
+) -> None:
+    reply = await client.post(URL, json={"prompt": "rain"} | fields)
+    assert reply.status_code == 200, reply.text
+    assert (backend.last.duration_s, backend.last.start_s, backend.last.steps) == expected
+    assert read_wav((await client.get(reply.json()["audio_file"]["url"])).content)[3] == expected[0] * 44100
+
+
+INVALID: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": None}, "prompt", "string_type"),
+    ({"prompt": ""}, "prompt", "string_too_short"),
+    ({"prompt": " \n"}, "prompt", "string_too_short"),
+    ({"prompt": ["x"]}, "prompt", "string_type"),
+    ({"seconds_start": -1}, "seconds_start", "greater_than_equal"),
+    ({"seconds_start": 48}, "seconds_start", "less_than_equal"),
+    ({"seconds_total": 0}, "seconds_total", "greater_than_equal"),
+    ({"seconds_total": -1}, "seconds_total", "greater_than_equal"),
+    ({"seconds_total": 48}, "seconds_total", "less_than_equal"),
+    ({"seconds_total": 1.5}, "seconds_total", "int_from_float"),
+    ({"seconds_total": "30"}, "seconds_total", "int_type"),
+    ({"seconds_total": True}, "seconds_total", "int_type"),
+    ({"steps": 1}, "steps", "greater_than_equal"),
+    ({"steps": 1001}, "steps", "less_than_equal"),
+    ({"steps": 10**30}, "steps", "less_than_equal"),
+    ({"steps": None}, "steps", "int_type"),
+]
+
+
+@pytest.mark.parametrize("path", [URL, f"/queue{URL}"])
+@pytest.mark.parametrize(("fields", "field", "kind"), INVALID)
+async def test_input_errors_are_422_at_once_and_name_the_field(
+    client: httpx.AsyncClient, path: str, fields: dict[str, Any], field: str, kind: str
+) -> None:
+    reply = await client.post(path, json={"prompt": "rain"} | fields)
+    assert (reply.status_code, reply.headers["content-type"]) == (422, "application/json")
+    assert reply.headers["x-fal-retryable"] == "false"
+    (entry,) = reply.json()["detail"]
+    assert (entry["loc"], entry["type"]) == (["body", field], kind)
+    assert entry["msg"]
+    assert "input" in entry
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"steps": 5}'])
+async def test_a_missing_prompt_is_named(client: httpx.AsyncClient, content: bytes) -> None:
+    reply = await client.post(URL, content=content, headers={"content-type": "application/json"})
+    (entry,) = reply.json()["detail"]
+    assert (reply.status_code, entry["loc"], entry["type"]) == (422, ["body", "prompt"], "missing")
+
+
+async def test_a_short_engine_shrinks_the_default_and_refuses_more() -> None:
+    async with make_client(dialects={"fal_model": "demo"}) as (client, backend):
+        assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
+        assert backend.requests[-1][0] == "demo"
+        assert backend.last.duration_s == 5
+        assert (await client.post(URL, json={"prompt": "x", "seconds_total": 5})).status_code == 200
+        reply = await client.post(URL, json={"prompt": "x", "seconds_total": 6})
+    (entry,) = reply.json()["detail"]
+    assert (reply.status_code, entry["loc"], entry["ctx"]) == (422, ["body", "seconds_total"], {"le": 5})
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "is_queue"),
+    [
+        (URL, {}, False),
+        (f"/run{URL}", {}, False),
+        (f"/queue{URL}", {}, True),
+        (URL, {"host": "queue.fal.run"}, True),
+        (URL, {"host": "queue.localhost:8000"}, True),
+        (URL, {"x-forwarded-host": "queue.example.org"}, True),
+        (f"/run{URL}", {"host": "queue.fal.run"}, False),
+        (URL, {"x-fal-target-url": "https://queue.fal.run/fal-ai/stable-audio"}, False),
+        (f"/fal{URL}", {}, False),
+        (f"/fal/run{URL}", {}, False),
+        (f"/fal/queue{URL}", {}, True),
+        (f"{URL}/sub/endpoint", {}, False),
+        (f"/queue{URL}/x", {}, True),
+    ],
+)
+async def test_path_then_host_tell_which_one_is_meant(
+    client: httpx.AsyncClient, path: str, headers: dict[str, str], is_queue: bool
+) -> None:
+    reply = await client.post(path, json={"prompt": "x", "seconds_total": 1}, headers=headers)
+    assert reply.status_code == 200, reply.text
+    assert ("audio_file" in reply.json(), "status_url" in reply.json()) == (not is_queue, is_queue)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/fal-ai/fast-sdxl", "/run/fal-ai/fast-sdxl", "/queue/fal-ai/fast-sdxl", "/queue/other/stable-audio"),
+        *(f"{URL}/stream", f"/run{URL}/stream", f"/queue{URL}/requests", f"{URL}/realtime", "/queue/fal-ai"),
+    ],
+)
+async def test_unknown_applications_are_404(client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.post(path, json={"prompt": "x"})
+    assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
+    assert isinstance(reply.json()["detail"], str)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "error_type", "retryable"),
+    [
+        (OverloadedError("too many", retry_after_s=3.2), 429, "overloaded", "true"),
+        (ModelUnavailableError("loading", retry_after_s=1), 503, "unavailable", "true"),
+        (GenerationError("NaN in /srv/secret"), 500, "internal_error", "false"),
+        (StorageError("the disk is full"), 500, "internal_error", "false"),
+        (DeadlineExceededError("the time budget ran out"), 500, "generation_timeout", "false"),
+    ],
+)
+async def test_platform_errors_have_a_sentence_and_a_type(
+    client: httpx.AsyncClient, backend: ToneBackend, error: Exception, status: int, error_type: str, retryable: str
+) -> None:
+    backend.error = error
+    reply = await client.post(URL, json={"prompt": "x"})
+    assert reply.status_code == status
+    assert reply.json().keys() == {"detail", "error_type"}
+    assert (reply.json()["error_type"], reply.headers["x-fal-error-type"]) == (error_type, error_type)
+    assert reply.headers["x-fal-retryable"] == retryable
+    assert UUID.fullmatch(reply.headers["x-fal-request-id"])
+    assert "secret" not in reply.text
+    assert ("retry-after" in reply.headers) == (retryable == "true")
+
+
+async def test_a_run_that_cannot_start_in_its_time_is_504_of_the_users_kind(
+    client: httpx.AsyncClient, backend: ToneBackend
+) -> None:
+    backend.queue_s = 5.0
+    reply = await client.post(URL, json={"prompt": "x"}, headers={"x-fal-request-timeout": "0.05"})
+    assert (reply.status_code, reply.json()["error_type"]) == (504, "request_timeout")
+    assert reply.headers["x-fal-request-timeout-type"] == "user"
+    assert reply.headers["x-fal-error-type"] == "request_timeout"
+
+
+async def test_a_run_that_started_may_take_longer(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    backend.delay_s = 0.2
+    reply = await client.post(URL, json={"prompt": "x"}, headers={"x-fal-request-timeout": "0.05"})
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1e999"])
+async def test_a_start_timeout_must_be_a_number_of_seconds(client: httpx.AsyncClient, value: str) -> None:
+    reply = await client.post(URL, json={"prompt": "x"}, headers={"x-fal-request-timeout": value})
+    assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["header", "x-fal-request-timeout"])
+
+
+async def test_headers_we_do_not_know_are_ignored(client: httpx.AsyncClient) -> None:
+    headers = {
+        "x-fal-runner-hint": "a",
+        "x-fal-object-lifecycle-preference": '{"expiration_duration_seconds": 60}',
+        "x-fal-no-retry": "1",
+        "x-app-fal-disable-fallback": "true",
+        "authorization": "Key whatever:x",
+    }
+    reply = await client.post(URL, json={"prompt": "x", "seconds_total": 1}, headers=headers)
+    assert reply.status_code == 200
+
+
+async def test_with_keys_configured_a_bad_one_is_401() -> None:
+    digest = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # of "key"
+    async with make_client(api={"key_hashes": [digest]}) as (client, _):
+        body = {"prompt": "x", "seconds_total": 1}
+        reply = await client.post(URL, json=body, headers={"authorization": "Key wrong"})
+        assert (reply.status_code, type(reply.json()["detail"])) == (401, str)
+        reply = await client.post(URL, json=body, headers={"authorization": "Key key"})
+        assert reply.status_code == 200
+        assert (await client.get(reply.json()["audio_file"]["url"])).status_code == 200
+
+
+async def test_pages_of_other_origins_may_call_and_read_ids(client: httpx.AsyncClient) -> None:
+    origin = {"origin": "https://page.example"}
+    for method in ("GET", "POST", "PUT"):
+        asked = {
+            "access-control-request-method": method,
+            "access-control-request-headers": "x-fal-target-url,content-type,authorization",
+        }
+        reply = await client.options("/api/fal/proxy", headers=origin | asked)
+        assert reply.status_code == 200
+        assert method in reply.headers["access-control-allow-methods"]
+        assert "x-fal-target-url" in reply.headers["access-control-allow-headers"].lower()
+    reply = await client.post(URL, json={"prompt": "x", "seconds_total": 1}, headers=origin)
+    assert reply.headers["access-control-allow-origin"] in ("*", origin["origin"])
+    assert "x-fal-request-id" in reply.headers["access-control-expose-headers"].lower()

@@ -1,0 +1,198 @@
+"""fal's storage over HTTP: both clients' ways to bring a file, what limits them, and who may."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.compat.serving import make_client, serve_app
+
+pytestmark = pytest.mark.slow
+
+DATA = bytes(range(256)) * 40
+KEY = "sas-test"
+KEYS = {"api": {"key_hashes": [hashlib.sha256(KEY.encode()).hexdigest()]}}
+AUTHORIZED = {"authorization": f"Key {KEY}"}
+
+
+async def announce(client: httpx.AsyncClient, kind: str = "initiate", **body: Any) -> dict[str, str]:
+    named = {"file_name": "take.wav", "content_type": "audio/wav"} | body
+    reply = await client.post(f"/storage/upload/{kind}?storage_type=fal-cdn-v3", json=named, headers=AUTHORIZED)
+    assert reply.status_code == 200, reply.text
+    assert reply.json().keys() == {"upload_url", "file_url"}
+    return reply.json()
+
+
+async def check_file(client: httpx.AsyncClient, url: str, data: bytes = DATA, media_type: str = "audio/wav") -> None:
+    reply = await client.get(url)
+    assert (reply.status_code, reply.content) == (200, data)
+    assert reply.headers["content-type"] == media_type
+    assert reply.headers["content-disposition"].startswith("attachment")
+
+
+async def test_a_token_is_the_callers_key_for_a_while(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/storage/auth/token?storage_type=fal-cdn-v3", json={}, headers=AUTHORIZED)
+    body = reply.json()
+    assert (body["token"], body["token_type"], body["base_url"]) == (KEY, "Key", "http://test")
+    assert datetime.fromisoformat(body["expires_at"]) > datetime.now(UTC)
+    bare = (await client.post("/storage/auth/token", json={})).json()
+    assert bare["token"]
+    assert bare["token_type"]
+
+
+async def test_an_upload_in_one_request(client: httpx.AsyncClient) -> None:
+    headers = {"content-type": "audio/wav", "x-fal-file-name": "take 1.wav"}
+    reply = await client.post("/files/upload", content=DATA, headers=headers)
+    assert reply.json().keys() == {"access_url"}
+    assert reply.json()["access_url"].endswith("/take_1.wav")
+    await check_file(client, reply.json()["access_url"])
+
+
+async def test_an_announced_upload(client: httpx.AsyncClient) -> None:
+    place = await announce(client)
+    assert (await client.get(place["file_url"])).status_code == 404
+    assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
+    await check_file(client, place["file_url"])
+
+
+async def test_a_repeated_upload_is_taken_and_another_is_not(client: httpx.AsyncClient) -> None:
+    place = await announce(client)
+    for _ in range(2):
+        assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
+    reply = await client.put(place["upload_url"], content=b"other")
+    assert (reply.status_code, type(reply.json()["detail"])) == (400, str)
+    await check_file(client, place["file_url"])
+
+
+@pytest.mark.parametrize("is_javascript", [False, True])
+async def test_an_upload_in_parts(client: httpx.AsyncClient, is_javascript: bool) -> None:
+    if is_javascript:
+        place = await announce(client, "initiate-multipart")
+        url, parts_url = place["file_url"], place["upload_url"]
+    else:
+        headers = {"content-type": "audio/wav", "x-fal-file-name": "take.wav"}
+        begun = (await client.post("/files/upload/multipart", headers=headers)).json()
+        url, parts_url = begun["access_url"], f"{begun['access_url']}/multipart/{begun['uploadId']}"
+    parts = []
+    for number in (2, 1, 3):  # they may come in any order
+        chunk = DATA[(number - 1) * 4000 : number * 4000]
+        reply = await client.put(f"{parts_url}/{number}", content=chunk)
+        assert reply.json()["partNumber"] == number
+        assert reply.json()["etag"] in reply.headers["etag"]
+        parts.append({"partNumber": number, "etag": reply.headers["etag"]})
+    for _ in range(2):
+        reply = await client.post(f"{parts_url}/complete", json={"parts": parts})
+        assert reply.status_code == 200, reply.text
+    await check_file(client, url)
+
+
+async def test_parts_that_are_missing_or_others_are_400(client: httpx.AsyncClient) -> None:
+    place = await announce(client, "initiate-multipart")
+    etag = (await client.put(f"{place['upload_url']}/1", content=DATA)).headers["etag"]
+    for parts in ([{"partNumber": 2, "etag": etag}], [{"partNumber": 1, "etag": "0" * 64}]):
+        reply = await client.post(f"{place['upload_url']}/complete", json={"parts": parts})
+        assert (reply.status_code, reply.json()["detail"][:6]) == (400, "parts:")
+    assert (await client.get(place["file_url"])).status_code == 404
+
+
+@pytest.mark.parametrize("parts", [[], [{"partNumber": 0, "etag": "x"}], [{"partNumber": 1}], "x", None])
+async def test_a_list_of_parts_that_is_none_is_422(client: httpx.AsyncClient, parts: Any) -> None:
+    place = await announce(client, "initiate-multipart")
+    reply = await client.post(f"{place['upload_url']}/complete", json={"parts": parts})
+    assert (reply.status_code, "parts" in reply.json()["detail"][0]["loc"]) == (422, True)
+
+
+@pytest.mark.parametrize("path", ["/storage/upload/initiate", "/fal/storage/upload/initiate-multipart"])
+async def test_an_announcement_without_a_body_names_the_body(client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.post(path)
+    assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["body"])
+
+
+@pytest.mark.parametrize("number", ["0", "10001", "x", "-1"])
+async def test_a_part_number_out_of_range_is_422(client: httpx.AsyncClient, number: str) -> None:
+    place = await announce(client, "initiate-multipart")
+    reply = await client.put(f"{place['upload_url']}/{number}", content=DATA)
+    assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["path", "number"])
+
+
+@pytest.mark.parametrize(
+    ("name", "media_type", "shown", "served"),
+    [
+        ("../../etc/passwd", "audio/wav", "etc_passwd", "audio/wav"),
+        ("<script>.html", "text/html\r\nx: y", "script_.html", "application/octet-stream"),
+        ("...", "nonsense", "upload.bin", "application/octet-stream"),
+        ("Gitarre ♫.mp3", "audio/mpeg; codecs=mp3", "Gitarre_.mp3", "audio/mpeg; codecs=mp3"),
+        (None, None, "upload.bin", "application/octet-stream"),
+        ("x" * 5000 + ".wav", "audio/wav", None, "audio/wav"),
+    ],
+)
+async def test_names_and_types_cannot_leave_their_place(
+    client: httpx.AsyncClient, name: str | None, media_type: str | None, shown: str | None, served: str
+) -> None:
+    place = await announce(client, file_name=name, content_type=media_type)
+    if shown:
+        assert place["file_url"].rpartition("/")[2] == shown
+    assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
+    await check_file(client, place["file_url"], media_type=served)
+
+
+@pytest.mark.parametrize("ticket", ["x", "a.b.c", "W10.aaaa.bbbb", "x" * 5000])
+async def test_an_address_that_was_not_handed_out_is_refused(client: httpx.AsyncClient, ticket: str) -> None:
+    for path in (f"/storage/upload/{ticket}", f"/storage/upload/{ticket}/1", f"/files/a/b/multipart/{ticket}/1"):
+        assert (await client.put(path, content=DATA)).status_code in (403, 404, 405)
+
+
+async def test_what_is_larger_than_an_upload_may_be_is_413_while_it_arrives() -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield bytes(100_000)
+
+    async with (
+        serve_app(api={"max_upload_bytes": 200_000}) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+    ):
+        place = await announce(client)
+        parts = await announce(client, "initiate-multipart")
+        assert (await client.put(place["upload_url"], content=bytes(200_001))).status_code == 413
+        assert (await client.put(f"{parts['upload_url']}/1", content=bytes(200_001))).status_code == 413
+        assert (await client.put(place["upload_url"], content=bytes(200_000))).status_code == 200
+        reply = await client.post("/files/upload", content=stream())
+        assert (reply.status_code, "200000 bytes" in reply.json()["detail"]) == (413, True)
+        for number in (1, 2):
+            await client.put(f"{parts['upload_url']}/{number}", content=bytes(100_001))
+        etag = hashlib.sha256(bytes(100_001)).hexdigest()
+        listed = {"parts": [{"partNumber": number, "etag": etag} for number in (1, 2)]}
+        reply = await client.post(f"{parts['upload_url']}/complete", json=listed)
+        assert (reply.status_code, "parts" in reply.json()["detail"]) == (413, True)
+
+
+async def test_with_keys_only_addresses_that_were_handed_out_need_none() -> None:
+    async with make_client(**KEYS) as (client, _):
+        for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
+            assert (await client.post(path, json={})).status_code == 401
+        place = await announce(client)
+        assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
+        await check_file(client, place["file_url"])
+        token = (await client.post("/storage/auth/token", json={}, headers=AUTHORIZED)).json()
+        headers = {"authorization": f"{token['token_type']} {token['token']}", "content-type": "audio/wav"}
+        reply = await client.post("/files/upload", content=DATA, headers=headers)
+        await check_file(client, reply.json()["access_url"])
+
+
+async def test_an_address_of_another_server_is_refused() -> None:
+    async with make_client() as (open_client, _), make_client(**KEYS) as (client, _):
+        path = httpx.URL((await announce(open_client))["upload_url"]).path
+        assert (await client.put(path, content=DATA)).status_code == 403
+
+
+async def test_json_bodies_stay_small() -> None:
+    async with make_client(api={"max_fields_bytes": 10_000}) as (client, _):
+        reply = await client.post("/storage/upload/initiate", json={"file_name": "x" * 20_000})
+        assert reply.status_code == 413
+        reply = await client.post("/fal-ai/stable-audio", json={"prompt": "x" * 20_000})
+        assert (reply.status_code, "body" in reply.json()["detail"]) == (413, True)

@@ -1,0 +1,122 @@
+"""fal's status stream over HTTP: one line of data per event, all changes, only new log lines, and an end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.api.compat.fal import stream
+from stable_audio_serve.core.errors import GenerationError
+from tests.api.compat.serving import make_client, serve_app
+from tests.backends import ToneBackend
+
+pytestmark = pytest.mark.slow
+
+QUEUE = "/queue/fal-ai/stable-audio"
+BODY = {"prompt": "Trömmelwirbel", "seconds_total": 1}
+
+
+async def submit(client: httpx.AsyncClient) -> dict[str, Any]:
+    return (await client.post(QUEUE, json=BODY)).json()
+
+
+async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: str = "?logs=1") -> list[Any]:
+    """The events of a stream to its end, each parsed as strictly as the page describes it."""
+    reply = await client.get(f"{ticket['status_url']}/stream{query}", timeout=10)
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.headers["x-fal-request-id"] == ticket["request_id"]
+    blocks = reply.text.removesuffix("\n\n").split("\n\n")
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    assert reply.text.isascii()
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+async def test_every_change_is_told_until_the_end() -> None:
+    async with make_client(ToneBackend(delay_s=0.5), jobs={"max_running": 1}) as (client, _):
+        first, second = await submit(client), await submit(client)
+        events = await read_stream(client, second)
+        assert [event["status"] for event in events][:1] == ["IN_QUEUE"]
+        assert {event["status"] for event in events} == {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
+        assert [event["status"] for event in events].count("COMPLETED") == 1
+        assert events[-1]["status"] == "COMPLETED"
+        assert (await read_stream(client, first))[-1]["status"] == "COMPLETED"
+        polled = (await client.get(f"{second['status_url']}?logs=1")).json()
+    told = [entry for event in events for entry in event.get("logs") or []]
+    assert told == polled["logs"]  # each line once, in order
+    assert all(event["status_url"] == second["status_url"] for event in events)
+
+
+@pytest.mark.parametrize("query", ["", "?logs=0", "?logs=false"])
+async def test_without_logs_the_key_is_there_and_empty(query: str) -> None:
+    async with make_client() as (client, _):
+        events = await read_stream(client, await submit(client), query)
+    assert all(event["logs"] is None for event in events if event["status"] != "IN_QUEUE")
+    assert events[-1]["metrics"]["inference_time"] >= 0
+
+
+async def test_a_request_that_is_over_is_one_event() -> None:
+    async with make_client(ToneBackend(error=GenerationError("silence"))) as (client, _):
+        ticket = await submit(client)
+        await read_stream(client, ticket)
+        (event,) = await read_stream(client, ticket)
+    assert (event["status"], event["error_type"]) == ("COMPLETED", "internal_error")
+
+
+async def test_a_cancelled_request_ends_its_stream() -> None:
+    async with make_client(ToneBackend(delay_s=30)) as (client, _):
+        ticket = await submit(client)
+        following = asyncio.create_task(read_stream(client, ticket))
+        await asyncio.sleep(0.3)
+        await client.put(ticket["cancel_url"])
+        events = await following
+    assert (events[-1]["status"], events[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
+
+
+async def test_an_unknown_request_has_no_stream() -> None:
+    async with make_client(run_jobs=False) as (client, _):
+        reply = await client.get(f"{QUEUE}/requests/{uuid.uuid4()}/status/stream")
+    assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
+
+
+@asynccontextmanager
+async def open_stream(path: str, headers: dict[str, str]) -> AsyncIterator[AsyncIterator[str]]:
+    async with (
+        serve_app(ToneBackend(delay_s=30)) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        ticket = await submit(client)
+        url = path.format(**ticket)
+        named = {name: value.format(**ticket) for name, value in headers.items()}
+        async with client.stream("GET", url, headers=named) as reply:
+            yield reply.aiter_lines()
+
+
+STREAMS = {
+    "direct": ("{status_url}/stream", {}),
+    "proxied": (
+        "/api/fal/proxy",
+        {"x-fal-target-url": "https://queue.fal.run/fal-ai/stable-audio/requests/{request_id}/status/stream"},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", STREAMS)
+async def test_the_first_event_comes_at_once_and_comments_keep_the_connection(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    assert stream._COMMENT_S < 15
+    monkeypatch.setattr(stream, "_COMMENT_S", 0.2)
+    async with open_stream(*STREAMS[way]) as lines, asyncio.timeout(5):
+        first = await anext(lines)
+        assert json.loads(first.removeprefix("data: "))["status"] in ("IN_QUEUE", "IN_PROGRESS")
+        async for line in lines:
+            if line.startswith(":"):
+                break

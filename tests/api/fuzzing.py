@@ -1,0 +1,166 @@
+"""A whole server for generated requests: the real application behind a socket, with a runner, in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+import schemathesis
+
+from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from tests.api.compat.serving import serve_app
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend, make_catalog
+
+RATE_HZ = 8000  # keeps files small: clips are as long as asked for
+MAX_DURATION_S = 48.0
+
+
+def _make_catalog() -> ModelCatalog:
+    return ModelCatalog(
+        replace(card, max_duration_s=MAX_DURATION_S, sample_rate_hz=RATE_HZ, is_demo=False) for card in make_catalog()
+    )
+
+
+@dataclass
+class LowRateBackend(ToneBackend):
+    """The tones of ToneBackend at a low sample rate."""
+
+    catalog: ModelCatalog = field(default_factory=_make_catalog)
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        t = np.arange(max(int(request.duration_s * RATE_HZ), 1)) / RATE_HZ
+        seeds = tuple(request.seed + i for i in range(request.batch_size))
+        audio = tuple(
+            np.tile(0.5 * np.sin(2 * np.pi * (100 + seed % 1000) * t), (2, 1)).astype(np.float32) for seed in seeds
+        )
+        return GenerationResult(audio, RATE_HZ, model, seeds)
+
+
+@contextmanager
+def run_server(riff_dir: Path) -> Iterator[str]:
+    """The base URL of such a server; it finds one riff."""
+    (riff_dir / "gsharp_120bpm_4.wav").write_bytes(make_audio_file(duration_s=8, rate_hz=RATE_HZ))
+    settings = {"jobs": {"max_queued": 1_000_000}, "dialects": {"riff_dir": str(riff_dir)}}
+    started: queue.Queue[tuple[int, Callable[[], object]]] = queue.Queue()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        async with serve_app(LowRateBackend(), **settings) as (port, _):
+            started.put((port, lambda: loop.call_soon_threadsafe(stop.set)))
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    port, stop = started.get(timeout=60)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        stop()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Known:
+    """Ids that exist, by the names of path and query parameters."""
+
+    ids: dict[str, str]
+
+    @classmethod
+    def make(cls, url: str) -> Known:
+        """Submit one of everything."""
+        fal = _post(f"{url}/queue/fal-ai/stable-audio", {"prompt": "rain", "seconds_total": 1})
+        aiml = _post(f"{url}/v2/generate/audio", {"model": "stable-audio", "prompt": "rain", "seconds_total": 1})
+        job = _post(f"{url}/jobs", {"prompt": "rain", "duration": 1})
+        upload = _post(f"{url}/storage/upload/initiate", {"file_name": "a.bin"})
+        file_id, file_name = upload["file_url"].split("/")[-2:]
+        return cls(
+            {
+                "request_id": fal["request_id"],
+                "generation_id": aiml["id"],
+                "job_id": job["id"],
+                "ticket": upload["upload_url"].split("/")[-1],
+                "file_id": file_id,
+                "file_name": file_name,
+            }
+        )
+
+
+def make_meaningful(case: schemathesis.Case, known: Known) -> None:
+    """Turn a request of the right form into one that also means something: what a schema cannot say."""
+    (case.query or {}).pop("fal_webhook", None)
+    for parameters in (case.path_parameters, case.query):
+        for name in parameters or ():
+            if name in known.ids and not case.path.endswith("/cancel"):  # what is over cannot be cancelled
+                parameters[name] = known.ids[name]
+    if case.path.startswith("/storage/upload/{ticket}") and case.method == "PUT":
+        case.body = b"the same each time"
+    if not isinstance(case.body, dict):
+        return
+    for name, value in list(case.body.items()):
+        if name in _FOR_SOME_MODELS:
+            del case.body[name]
+        elif name in _MEANINGFUL:
+            case.body[name] = _MEANINGFUL[name]
+        elif name in _AT_MOST and isinstance(value, int | float):
+            case.body[name] = min(value, _AT_MOST[name])
+            if name == "steps":  # 8.0 is an integer to JSON Schema, but not to the dialect of Open Small
+                case.body[name] = int(case.body[name])
+    if "audio" in case.body and "sampler_kwargs" in case.body:
+        case.body["sampler_kwargs"] = '{"scale_phi": 0.5}'
+    if case.body.get("model_type") == "finetune":
+        case.body["finetune_repo"] = "medium"
+    if "inpaint" in case.path:
+        case.body.update(duration=4, inpaint_start_seconds="[1, 2.5]", inpaint_end_seconds="[2, 3]")
+    if "loop" in case.path:
+        case.body["prompt"] = "rain at 120 bpm"
+
+
+def is_lenient(case: schemathesis.Case) -> bool:
+    """Whether a wrong type in a request is one that we take on purpose: "5" and true where a number belongs."""
+    return isinstance(case.body, dict) and any(
+        isinstance(value, bool) or (isinstance(value, str) and _is_number(value))
+        for name, value in case.body.items()
+        if name not in ("prompt", "input", "negative_prompt")
+    )
+
+
+_WAV = make_audio_file(duration_s=0.2, rate_hz=RATE_HZ)
+_MEANINGFUL: dict[str, Any] = {
+    "audio": _WAV,
+    "audio_file": _WAV,
+    "model": "medium",
+    "sampler_kwargs": {"scale_phi": 0.5},
+    "deadline_s": 60,
+    "key": "gsharp",
+    "finetune_repo": "medium",
+    "audio_start": 0,
+    "stream_format": "audio",
+}
+_FOR_SOME_MODELS = {"finetune_checkpoint", "sampler_type", "inpaint_mask_start_seconds", "inpaint_mask_end_seconds"}
+_AT_MOST = {"duration": 40, "steps": 50, "batch_size": 2, "audio_length": 40}
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    reply = requests.post(url, json=body, timeout=30)
+    reply.raise_for_status()
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

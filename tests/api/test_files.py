@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from stable_audio_serve.api.links import published_url
+from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.jobs.queue import JobQueue
+from tests.api.compat.serving import make_client
+
+
+async def publish(jobs: JobQueue, *, data: bytes = b"RIFF", name: str = "a.wav", kind: str = "audio/wav") -> str:
+    file_id, _ = await jobs.publish([data], media_type=kind, file_name=name)
+    return published_url("", file_id, file_name=name)
+
+
+async def test_a_published_file_is_a_download(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+    reply = await client.get(await publish(jobs, data=b"x" * 3_000_000))
+    assert reply.status_code == 200
+    assert reply.content == b"x" * 3_000_000
+    assert reply.headers["content-length"] == "3000000"
+    assert reply.headers["content-type"] == "audio/wav"
+    assert reply.headers["content-disposition"] == 'attachment; filename="a.wav"'
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_head_tells_what_a_download_would_be(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+    url = await publish(jobs, data=b"x" * 3_000_000)
+    reply, told = await client.get(url), await client.head(url)
+    assert (told.status_code, told.content) == (200, b"")
+    for name in ("content-length", "content-type", "content-disposition", "x-content-type-options"):
+        assert told.headers[name] == reply.headers[name]
+    assert (await client.head(url.replace("a.wav", "b.wav"))).status_code == 404
+
+
+async def test_an_empty_file_is_a_file(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+    reply = await client.get(await publish(jobs, data=b""))
+    assert (reply.status_code, reply.content, reply.headers["content-length"]) == (200, b"", "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [('a"b\\c.wav', "a_b_c.wav"), ("größe ♪.wav", "gr__e _.wav"), ("a\r\nX-Evil: 1", "a__X-Evil: 1")]
+)
+async def test_a_file_name_cannot_break_out_of_its_header(
+    client: httpx.AsyncClient, jobs: JobQueue, name: str, shown: str
+) -> None:
+    reply = await client.get(await publish(jobs, name=name))
+    assert reply.status_code == 200
+    assert reply.headers["content-disposition"] == f'attachment; filename="{shown}"'
+    assert "x-evil" not in reply.headers
+
+
+@pytest.mark.parametrize("path", ["/files/0/a.wav", f"/files/{'0' * 32}/a.wav", "/files/..%2f/jobs.db", "/files/x/%00"])
+async def test_an_unknown_link_is_404(client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.get(path)
+    assert reply.status_code == 404
+    assert isinstance(reply.json()["detail"], str)
+
+
+async def test_the_name_is_part_of_the_link(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+    url = await publish(jobs)
+    assert (await client.get(url.replace("a.wav", "b.wav"))).status_code == 404
+
+
+async def test_a_file_that_is_gone_is_404(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+    file_id, file = await jobs.publish([b"x"], media_type="audio/wav", file_name="a.wav")
+    await jobs.artifacts.delete(file.key)
+    assert (await client.get(f"/files/{file_id}/a.wav")).status_code == 404
+
+
+async def test_a_link_needs_no_key() -> None:
+    async with make_client(api={"key_hashes": [hash_key(b"secret")]}) as (client, _):
+        client.headers["Authorization"] = "Bearer secret"
+        body = {"model": "stable-audio", "prompt": "x", "seconds_total": 1}
+        job_id = (await client.post("/v2/generate/audio", json=body)).json()["id"]
+        status: dict[str, object] = {}
+        while status.get("status") != "completed":
+            status = (await client.get("/v2/generate/audio", params={"generation_id": job_id})).json()
+        del client.headers["Authorization"]
+        file = status["audio_file"]
+        assert isinstance(file, dict)
+        reply = await client.get(file["url"])
+        assert reply.status_code == 200
+        assert len(reply.content) == file["file_size"]

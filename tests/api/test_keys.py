@@ -1,0 +1,113 @@
+"""API keys: which routes ask for one, how it may be sent, and what a bad one is answered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.settings import Settings
+from tests.backends import ToneBackend
+
+KEYS = ("first-key", "id-part:secret-part", "schlüssel")
+
+PUBLIC = {
+    ("GET", "/health"),
+    *(("GET", path) for path in ("/files/{file_id}/{file_name}", "/jobs/{job_id}/audio")),
+    *(("PUT", path) for path in ("/storage/upload/{ticket}", "/storage/upload/{ticket}/{number}")),
+    ("POST", "/storage/upload/{ticket}/complete"),
+}
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    """An application with keys."""
+    hashes = [hash_key(key) for key in KEYS]
+    tree = {"api": {"key_hashes": hashes}, "output_dir": str(tmp_path_factory.mktemp("outputs"))}
+    return create_app(ToneBackend(), Settings.model_validate(tree))
+
+
+def connect(app: FastAPI, **headers: Any) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers)
+
+
+def _fill(path: str) -> str:
+    ids = {"job_id": "0" * 32, "file_id": "0" * 32, "ticket": "a.b", "number": "1"}
+    return re.sub(r"{(\w+)}", lambda match: ids.get(match[1], match[1]), path)
+
+
+def operations(app: FastAPI) -> Iterator[tuple[str, str]]:
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            yield method.upper(), _fill(path)
+    yield from (("GET", path) for path in ("/openapi.json", "/docs", "/redoc", f"/jobs/{'0' * 32}/audio"))
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+async def test_every_route_but_the_public_ones_wants_a_key(locked: FastAPI, headers: dict[str, str]) -> None:
+    public = {(method, _fill(path)) for method, path in PUBLIC}
+    async with connect(locked, **headers) as client:
+        for method, path in operations(locked):
+            for prefix in ("", *(f"/{name}" for name in ("sa3", "saos", "vllm", "aiml", "fal"))):
+                reply = await client.request(method, prefix + path)
+                if (method, path) in public:
+                    assert reply.status_code != 401, path
+                elif not (prefix and reply.status_code in (404, 405)):  # not a path of this dialect
+                    assert reply.status_code == 401, (method, prefix + path)
+                    assert reply.headers["www-authenticate"] == "Bearer"
+                    assert reply.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("scheme", ["Bearer", "Key", "bearer", "KEY"])
+async def test_both_schemes_are_taken_everywhere(locked: FastAPI, scheme: str, key: str) -> None:
+    async with connect(locked, Authorization=f"{scheme} {key}".encode()) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.post("/v1/audio/generate", json={"input": "x", "audio_length": 1})).status_code == 200
+        body = {"prompt": "x", "duration": 1}
+        assert (await client.post("/v1/audio/generations", json=body)).status_code == 200
+        assert (await client.get("/docs")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "Bearer", "Bearer ", "first-key", "Basic first-key", "Bearer first-key2", "Bearer FIRST-KEY", "Key x y"],
+)
+async def test_other_headers_are_refused(locked: FastAPI, value: str) -> None:
+    async with connect(locked, Authorization=value) as client:
+        assert (await client.get("/v1/models")).status_code == 401
+
+
+async def test_the_refusal_has_the_form_of_the_routes_dialect(locked: FastAPI) -> None:
+    async with connect(locked) as client:
+        vllm = (await client.post("/v1/audio/generate", json={"input": "x"})).json()["error"]
+        assert (vllm["code"], vllm["type"], vllm["param"]) == (401, "AuthenticationError", None)
+        assert "Authorization" in vllm["message"]
+        assert (await client.get("/v1/models")).json()["error"]["code"] == 401
+        native = (await client.post("/v1/audio/generations", json={"prompt": "x"})).json()
+        assert "Authorization" in native["detail"]
+
+
+async def test_a_key_is_asked_for_before_the_body_is_looked_at(locked: FastAPI) -> None:
+    async with connect(locked) as client:
+        assert (await client.post("/v1/audio/generate", content=b"{")).status_code == 401
+
+
+async def test_preflights_need_no_key(locked: FastAPI) -> None:
+    headers = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    async with connect(locked, **headers) as client:
+        reply = await client.options("/v1/audio/generate")
+        assert reply.status_code == 200
+        assert reply.headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer any"}, {"Authorization": "\x00"}])
+async def test_without_keys_any_header_and_none_pass(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    assert (await client.get("/v1/models", headers=headers)).status_code == 200
+    assert (await client.get("/docs", headers=headers)).status_code == 200

@@ -1,0 +1,164 @@
+"""Uploads over a real socket while things go wrong: decoders killed or hanging, many at once, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.test_connections import connect, open_connection, serve
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+from tests.sockets import wait_until
+
+pytestmark = pytest.mark.slow
+
+VARIATIONS = "/v1/audio/variations"
+FORM = {"prompt": "x", "duration": "0.1"}
+WAV = make_audio_file(duration_s=10.0)
+
+
+def decoder_pids() -> set[int]:
+    """Decoding processes started by this one."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            stat, command = (entry / "stat").read_text(), (entry / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if b"decode_worker" in command and int(stat.rpartition(")")[2].split()[1]) == os.getpid():
+            found.add(int(entry.name))
+    return found
+
+
+def spooled_files(folder: Path) -> list[str]:
+    """What this process has open in `folder`, deleted or not."""
+    links = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(os.readlink(entry))
+        except OSError:
+            continue
+    return [link for link in links if link.startswith(str(folder))]
+
+
+async def upload(client: httpx.AsyncClient, data: bytes = WAV) -> httpx.Response:
+    return await client.post(VARIATIONS, data=FORM, files={"audio": ("a.wav", data)})
+
+
+async def test_a_decoder_killed_between_and_during_uploads_costs_nobody_anything() -> None:
+    before = decoder_pids()
+    async with connect(ToneBackend()) as client:
+        assert (await upload(client)).status_code == 200
+        for during in (False, True, True):
+            (pid,) = decoder_pids() - before
+            if during:
+                os.kill(pid, signal.SIGSTOP)
+                asyncio.get_running_loop().call_later(0.2, os.kill, pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGKILL)
+            assert (await upload(client)).status_code == 200
+    assert decoder_pids() <= before
+
+
+async def test_a_decoder_that_hangs_is_a_quick_400_and_the_next_upload_works() -> None:
+    before = decoder_pids()
+    async with connect(ToneBackend(), max_decode_s=1.0) as client:
+        assert (await upload(client)).status_code == 200
+        (pid,) = decoder_pids() - before
+        os.kill(pid, signal.SIGSTOP)
+        started_at = time.monotonic()
+        reply = await upload(client)
+        assert reply.status_code == 400
+        assert reply.json() == {"detail": "audio: decoding the file took too long"}
+        assert time.monotonic() - started_at < 5
+        assert (await upload(client)).status_code == 200
+
+
+async def test_health_answers_while_a_decoder_hangs() -> None:
+    before = decoder_pids()
+    async with connect(ToneBackend(), max_decode_s=2.0) as client:
+        assert (await upload(client)).status_code == 200
+        (pid,) = decoder_pids() - before
+        os.kill(pid, signal.SIGSTOP)
+        stuck = asyncio.create_task(upload(client))
+        await asyncio.sleep(0.2)
+        for _ in range(5):
+            async with asyncio.timeout(1):
+                assert (await client.get("/health")).status_code == 200
+        assert not stuck.done()
+        assert (await stuck).status_code == 400
+
+
+async def test_twelve_uploads_at_once_each_get_their_own_source() -> None:
+    backend = ToneBackend()
+    lengths_s = [0.1 * (index + 1) for index in range(12)]
+
+    async def one(client: httpx.AsyncClient, length_s: float) -> int:
+        form = FORM | {"seed": str(round(length_s * 10))}
+        files = {"audio": make_audio_file(duration_s=length_s, rate_hz=8000)}
+        return (await client.post(VARIATIONS, data=form, files=files)).status_code
+
+    async with connect(backend) as client:
+        assert set(await asyncio.gather(*(one(client, length_s) for length_s in lengths_s))) == {200}
+    for _, request in backend.requests:
+        assert request.init_audio is not None
+        assert request.init_audio.samples.shape == (2, request.seed * 800)
+
+
+@pytest.fixture
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None:
+    head = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n' + bytes(3_000_000)
+    headers = "Content-Type: multipart/form-data; boundary=B\r\n"
+
+    async def too_much() -> AsyncIterator[bytes]:
+        yield head
+        for _ in range(100):
+            yield bytes(65536)
+
+    async with serve(ToneBackend(), max_upload_bytes=5_000_000, receive_idle_timeout_s=0.5) as port:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            assert (await upload(client)).status_code == 200
+            assert (await upload(client, b"RIFF----WAVE" + bytes(3_000_000))).status_code == 400
+            form = FORM | {"steps": "0"}
+            assert (await client.post(VARIATIONS, data=form, files={"audio": WAV})).status_code == 422
+            multipart = {"content-type": "multipart/form-data; boundary=B"}
+            assert (await client.post(VARIATIONS, content=head, headers=multipart)).status_code in (400, 422)
+            assert (await client.post(VARIATIONS, content=too_much(), headers=multipart)).status_code == 413
+        for leave in (True, False):
+            reader, writer = await open_connection(port, head, path=VARIATIONS, headers=headers, length=4_000_000)
+            await wait_until(lambda: bool(spooled_files(spool)))
+            if leave:
+                writer.transport.abort()
+            else:
+                assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+                writer.close()
+            await wait_until(lambda: not spooled_files(spool))
+    assert not spooled_files(spool)
+    assert not os.listdir(spool)
+
+
+async def test_more_body_bytes_than_a_process_holds_are_refused_until_others_are_done() -> None:
+    backend = ToneBackend(delay_s=1.0)
+    async with connect(backend, max_bodies_bytes=2 * len(WAV)) as client:
+        first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # alone, a body is taken
+        await wait_until(lambda: backend.num_running == 1)
+        second = await upload(client)
+        assert (second.status_code, second.headers["retry-after"]) == (503, "5")
+        assert second.json() == {"detail": "body: too much is being received from others"}
+        assert (await client.get("/health")).status_code == 200
+        assert (await first).status_code == 200
+        await asyncio.sleep(0.5)  # an answer arrives before its request's files are closed
+        assert (await upload(client)).status_code == 200

@@ -1,0 +1,33 @@
+"""Applications behind a real socket of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  what is waited for is not ours to signal
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def listening(app: FastAPI, **options: Any) -> AsyncIterator[int]:
+    """A uvicorn server, with `options` of its own, on a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **options)
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve([listener]))
+        await wait_until(lambda: server.started)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await task
