@@ -1,4 +1,4 @@
-"""`python -m benchmarks {engine,http,cold-start,all} --out DIR`: run cases, write one JSON file each, print the ratios.
+"""`python -m benchmarks CASE --out DIR`: run one case or all, write one JSON file each, print the ratios.
 
 Only the engine case runs without Ray and the web packages, so the others are imported when asked for.
 """
@@ -69,6 +69,44 @@ def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     ]
 
 
+def run_overhead(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What everything around the engine costs, by dialect."""
+    from benchmarks.overhead_case import run_overhead_case
+
+    results = run_overhead_case(settings)
+    path = _write(out, "overhead", settings, results)
+    return [
+        {
+            "route": name,
+            "app_p50_ms": route["worst_round_p50_ms"]["app"],
+            "serve_p50_ms": route["worst_round_p50_ms"]["serve"],
+            "target_ms": route["target_p50_ms"],
+            "serve_over_app": route["serve_over_app_ratio"],
+            "file": path,
+        }
+        for name, route in results["routes"].items()
+    ]
+
+
+def run_uploads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """How fast uploads are taken, and what others feel of it."""
+    from benchmarks.uploads_case import run_uploads_case
+
+    results = run_uploads_case(settings)
+    path = _write(out, "uploads", settings, results)
+    return [
+        {
+            "side": result["side"],
+            "kind": result["kind"],
+            "pace": result["pace"],
+            "realtime_factor": result["worst_realtime_factor"],
+            "health_p95_ms": result["worst_health_p95_ms"],
+            "file": path,
+        }
+        for result in results["results"]
+    ]
+
+
 def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """From the command to the first audio."""
     from benchmarks.cold_start_case import run_cold_start_case
@@ -89,6 +127,8 @@ def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]
 _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "engine": run_engine,
     "http": run_http,
+    "overhead": run_overhead,
+    "uploads": run_uploads,
     "cold-start": run_cold_start,
 }
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from stable_audio_serve.models.registry import ModelEntry
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _SAID = "cold start:"
+_READY = (_SAID, "INFO:     Uvicorn running on")
 _STAGE = re.compile(r"(\w+) ([0-9.]+) s")
 
 
@@ -46,7 +47,9 @@ class Server:
         return stages
 
 
-def write_config(folder: Path, entry: ModelEntry, *, threads: int) -> Path:
+def write_config(
+    folder: Path, entry: ModelEntry, *, threads: int, import_path: str = "stable_audio_serve.serving.app:build"
+) -> Path:
     """A serve config with one model in one replica."""
     model = {"name": entry.name, "threads": threads, "replicas": {"max_replicas": 1}}
     if not entry.is_demo and entry.folder:
@@ -54,8 +57,8 @@ def write_config(folder: Path, entry: ModelEntry, *, threads: int) -> Path:
     application = {
         "name": "benchmark",
         "route_prefix": "/",
-        "import_path": "stable_audio_serve.serving.app:build",
-        "args": {"models": [model]},
+        "import_path": import_path,
+        "args": {"models": [model], "output_dir": str(folder / "outputs")},
     }
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))
@@ -66,15 +69,29 @@ def write_config(folder: Path, entry: ModelEntry, *, threads: int) -> Path:
 def running_server(config: Path) -> Iterator[Server]:
     """Start, wait until it says it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
     port = _free_port()
-    command = [sys.executable, "-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port)]
+    command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
+    with _running(command, port=port) as server:
+        yield server
+
+
+@contextmanager
+def running_instant_app() -> Iterator[Server]:
+    """The API on uvicorn alone, around an engine that takes no time. Raises RuntimeError if it does not start."""
+    port = _free_port()
+    with _running(("-m", "benchmarks.instant", str(port)), port=port) as server:
+        yield server
+
+
+@contextmanager
+def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
     started_at = time.perf_counter()
     process = subprocess.Popen(
-        command,
+        [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _search_path()},
     )
     server = Server(f"http://127.0.0.1:{port}")
     ready = threading.Event()
@@ -82,7 +99,7 @@ def running_server(config: Path) -> Iterator[Server]:
     def read() -> None:
         for line in process.stdout or ():
             server.lines.append(line.rstrip())
-            if line.startswith(_SAID):
+            if line.startswith(_READY):
                 server.ready_s = time.perf_counter() - started_at
                 ready.set()
         ready.set()
@@ -103,6 +120,11 @@ def running_server(config: Path) -> Iterator[Server]:
             process.kill()
         server.stopped_s = time.perf_counter() - stopping_at
         reader.join(5.0)
+
+
+def _search_path() -> str:
+    """So that every process of the server finds this package too."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
 
 
 def _free_port() -> int:

@@ -32,7 +32,7 @@ def openapi(
     import json
 
     from stable_audio_serve.api.app import create_app
-    from stable_audio_serve.api.backend import OfflineBackend
+    from stable_audio_serve.api.offline import OfflineBackend
     from stable_audio_serve.core.settings import Settings
 
     document = json.dumps(create_app(OfflineBackend(), Settings()).openapi(), indent=2) + "\n"
@@ -41,6 +41,15 @@ def openapi(
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(document)
+
+
+@app.command()
+def key() -> None:
+    """Make an API key. The server needs only its hash: STABLE_AUDIO_API_KEY_HASHES, or `api: {key_hashes: [...]}`."""
+    from stable_audio_serve.core.keys import hash_key, make_key
+
+    made = make_key()
+    typer.echo(f"key:  {made}\nhash: {hash_key(made)}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The Ray Serve application: one ingress and one deployment per model. `build` is serve_config.yaml's import path."""
+"""The Ray Serve application: an ingress, a job runner, a deployment per model. `build` is the config's import path."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
+from stable_audio_serve.jobs.queue import open_queue
 from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
-from stable_audio_serve.serving.placement import Plan, ingress_options, model_options, plan_deployments
+from stable_audio_serve.serving.placement import Plan, ingress_options, model_options, plan_deployments, runner_options
 from stable_audio_serve.serving.replica import ModelReplica
 
 if TYPE_CHECKING:
@@ -26,14 +28,15 @@ if TYPE_CHECKING:
 class Ingress:
     """Speaks HTTP; the ASGI application is made inside the replica because it holds the model handles."""
 
-    def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle], runner: DeploymentHandle) -> None:
         configure_logging(plan.settings.log_level)
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
         self._backend = RayBackend(plan.catalog, handles, application=application)
+        self._jobs = open_queue(plan.settings, wake=RunnerBell(runner).ring)
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
-        app = create_app(self._backend, self._settings, metrics=RayMetrics())
+        app = create_app(self._backend, self._settings, jobs=self._jobs, metrics=RayMetrics())
         app.add_middleware(_LeaveRequestIdToServe)
         return app
 
@@ -55,13 +58,19 @@ class _LeaveRequestIdToServe:
 
 def build(args: Settings) -> serve.Application:
     """The application for these settings, overridden by `.env` and the environment. Raises ConfigError."""
+    return assemble(args, replica=ModelReplica)
+
+
+def assemble(args: Settings, *, replica: type) -> serve.Application:
+    """`build` with another class in the place of ModelReplica. Raises ConfigError."""
     plan = plan_deployments(load_settings(args))
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     models = {
-        model.name: _bind(ModelReplica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)
+        model.name: _bind(replica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)
         for model in plan.settings.models
     }
-    return _bind(Ingress, ingress_options(plan.settings), plan, models)
+    runner = _bind(JobRunnerReplica, runner_options(), plan, models)
+    return _bind(Ingress, ingress_options(plan.settings), plan, models, runner)
 
 
 def _bind(deployed: type, options: Mapping[str, Any], *args: object) -> serve.Application:

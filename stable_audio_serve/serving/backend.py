@@ -38,7 +38,8 @@ _ATTEMPTS = 2  # generation is pure once the seed is fixed, so one replica's dea
 _DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this is for an engine that cannot
 _RETRY_AFTER_S = 5.0
 _LOAD_CHECK_S = 1.0  # how often a request that is held looks whether its model can load at all
-_STATUS_TTL_S = 0.5
+_STATUS_TTL_S = 0.5  # older ones are renewed, those who ask meanwhile get the old one at once
+_STATUS_STALE_S = 2.0  # older still: whoever asks waits for the new one
 _STATUS_TIMEOUT_S = 0.8  # the last answer is better than a late one
 
 
@@ -121,10 +122,11 @@ class RayBackend:
                 return
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """What each model is doing: the controller's own view, at most `_STATUS_TTL_S` old while it answers."""
-        if time.monotonic() - self._snapshot.taken_at > _STATUS_TTL_S:
-            if self._refresh is None or self._refresh.done():
-                self._refresh = asyncio.create_task(self._take_snapshot())
+        """What each model is doing: the controller's own view, at most `_STATUS_STALE_S` old while it answers."""
+        age_s = time.monotonic() - self._snapshot.taken_at
+        if age_s > _STATUS_TTL_S and (self._refresh is None or self._refresh.done()):
+            self._refresh = asyncio.create_task(self._take_snapshot())
+        if age_s > _STATUS_STALE_S and self._refresh is not None:
             await asyncio.wait({self._refresh}, timeout=_STATUS_TIMEOUT_S)
         return self._snapshot.models
 

@@ -11,6 +11,7 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
+from stable_audio_serve.jobs.queue import open_queue
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 
 _GPU_PRECISION = 10_000  # Ray's own
@@ -42,10 +43,15 @@ class Plan:
 
 
 def plan_deployments(settings: Settings) -> Plan:
-    """Resolve names and check them. Raises ConfigError naming the key, CheckpointError for an unusable folder."""
+    """Resolve names, paths and stores and check them; touches no file but checkpoints.
+
+    Raises ConfigError naming the key, CheckpointError for an unusable folder.
+    """
     cards = [model_entry(model).card() for model in settings.models]
     catalog = ModelCatalog(cards, default=settings.default_model)
     check_model_names(settings, catalog)
+    settings = settings.model_copy(update={"output_dir": os.path.abspath(settings.output_dir)})
+    open_queue(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
 
 
@@ -74,6 +80,19 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
         "backpressure_config": {"status_code": 503, "retry_after_s": 5},
         **_DRAIN,
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
+    }
+
+
+def runner_options() -> dict[str, Any]:
+    """Deployment options of the job runner: exactly one, which waits for models rather than computes."""
+    return {
+        "name": "job-runner",
+        "num_replicas": 1,
+        "max_ongoing_requests": 1000,  # wake-up calls, over at once
+        "health_check_period_s": 2.0,  # how soon a dead one is missed, and its jobs go on
+        "graceful_shutdown_timeout_s": 10.0,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "ray_actor_options": {"num_cpus": 0},
     }
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+import httpx
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +21,8 @@ from benchmarks.report import format_table, write_report
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, draw_requests, eight_mixed_requests, poisson_arrivals
 from tests.factories import ToyModel
+
+pytestmark = pytest.mark.slow
 
 times = st.floats(0, 1e6, allow_nan=False)
 
@@ -121,3 +126,31 @@ def test_cold_start_stages_are_read_from_what_the_server_says() -> None:
     server = Server("", lines=["loading", line])
     stages = {"ray": 2.5, "serve": 1.0, "models": 7.25, "demo import": 3.0, "demo warm_up": 0.5}
     assert server.stages_s == stages
+
+
+def test_the_instant_engine_answers_every_route_of_the_overhead_case() -> None:
+    from benchmarks.overhead_case import ROUTES, measure_route
+    from benchmarks.server import running_instant_app
+
+    with running_instant_app() as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        for route in ROUTES:
+            figures = measure_route({"app": client, "serve": client}, route, rounds=1)
+            assert 0 < figures["worst_round_p50_ms"]["app"] <= figures["latency"]["app"]["p95_ms"], route.name
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3"])
+def test_upload_files_are_what_they_say(container: str) -> None:
+    from benchmarks.uploads_case import make_file
+
+    info = soundfile.info(io.BytesIO(make_file(container, duration_s=2.0)))
+    assert (info.format, info.frames, info.channels) == (container, 88_200, 2)
+
+
+def test_uploads_and_health_are_timed_against_a_real_server() -> None:
+    from benchmarks.server import running_instant_app
+    from benchmarks.uploads_case import make_file, measure_round
+
+    with running_instant_app() as server:
+        figures = measure_round(server, make_file("WAV", duration_s=2.0), every_s=0.05, file_s=2.0)
+    assert figures["realtime_factor"] > 1
+    assert 0 < figures["health_during_uploads"]["p50_ms"] <= figures["health_during_uploads"]["p95_ms"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments
 
 
@@ -97,3 +98,23 @@ def test_ingress_overflow_says_when_to_retry() -> None:
     assert options["num_replicas"] == 3
     assert options["max_ongoing_requests"] == 2 * 9
     assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 5}
+
+
+def test_the_folder_of_jobs_is_the_one_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = plan_deployments(Settings(models=(ModelSettings(name="demo"),), output_dir="out"))
+    assert plan.settings.output_dir == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"storage": {"bucket": "b"}}, "STABLE_AUDIO_STORAGE_BUCKET"),
+        ({"jobs": {"database_url": "postgresql://u:secret@db/jobs"}}, "database_url"),
+    ],
+)
+def test_stores_that_cannot_be_used_stop_the_start(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        make_options({"name": "demo"}, **settings)
+    assert "secret" not in caught.value.message

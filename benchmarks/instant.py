@@ -1,0 +1,94 @@
+"""The whole server around an engine that takes no time: what is left is what everything but the engine costs.
+
+`build` is the Ray Serve application, `python -m benchmarks.instant PORT` the same API on uvicorn alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.settings import ModelSettings, Settings
+
+_RATE_HZ = 44_100
+
+
+@lru_cache(maxsize=4)
+def _clip(samples: int) -> Any:
+    """(2, samples) float32: chords under a little noise, as hard to compress as music."""
+    t = np.arange(samples) / _RATE_HZ
+    tones = sum(
+        np.sin(2 * np.pi * hz * t[None] + np.array([[0.0], [phase]])) for phase, hz in enumerate((110, 277, 659))
+    )
+    noise = np.random.default_rng(0).normal(0.0, 0.02, (2, samples))
+    return np.ascontiguousarray(0.2 * tones + noise, dtype=np.float32)
+
+
+def _make_result(model: str, request: GenerationRequest) -> GenerationResult:
+    clip = _clip(int(request.duration_s * _RATE_HZ))
+    seeds = tuple(request.seed + index for index in range(request.batch_size))
+    return GenerationResult((clip,) * request.batch_size, _RATE_HZ, model, seeds)
+
+
+class InstantBackend:
+    """Answers in this process."""
+
+    def __init__(self, catalog: ModelCatalog) -> None:
+        self.catalog = catalog
+
+    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+        """The same clip for everybody."""
+        return _make_result(model, request)
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        """Ready."""
+        return {card.name: ModelStatus("ready", 1, "cpu") for card in self.catalog}
+
+
+class InstantReplica:
+    """Answers like `serving.replica.ModelReplica`, from another process and at once."""
+
+    def __init__(self, settings: Settings, model: ModelSettings) -> None:
+        self._model = model.name
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """The same clip for everybody."""
+        return _make_result(self._model, request)
+
+    async def status(self) -> object:
+        """Ready, having loaded nothing."""
+        from stable_audio_serve.serving.replica import ReplicaStatus
+
+        counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+        return ReplicaStatus(device="cpu", start_s={}, backlog_ms=0.0, **counts)
+
+
+def build(args: Settings) -> Any:
+    """The application of `serving.app` with instant replicas."""
+    from stable_audio_serve.serving.app import assemble
+
+    return assemble(args, replica=InstantReplica)
+
+
+def main() -> None:
+    """Serve the API over `InstantBackend` with uvicorn until stopped."""
+    import uvicorn
+
+    from stable_audio_serve.api.app import create_app
+    from stable_audio_serve.serving.placement import plan_deployments
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(models=(ModelSettings(name="demo"),), output_dir=folder)
+        app = create_app(InstantBackend(plan_deployments(settings).catalog), settings)
+        uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), access_log=False)
+
+
+if __name__ == "__main__":
+    main()

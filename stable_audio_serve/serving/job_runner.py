@@ -1,0 +1,84 @@
+"""The job runner behind a Serve handle, and how an ingress wakes it. The runner itself is `jobs.runner`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from stable_audio_serve.api.webhooks import webhook_body
+from stable_audio_serve.jobs.notifier import Notifier
+from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.queue import open_artifacts, open_store
+from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.logs import configure_logging
+from stable_audio_serve.serving.metrics import RayMetrics
+from stable_audio_serve.serving.placement import Plan
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger(__name__)
+
+_WAKE_TIMEOUT_S = 5.0
+
+
+class JobRunnerReplica:
+    """The only replica of its deployment; asks the same model deployments as the ingress does."""
+
+    async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = plan.settings
+        configure_logging(settings.log_level)
+        application = serve.get_replica_context().app_name
+        backend = RayBackend(plan.catalog, handles, application=application)
+        store, artifacts, metrics = open_store(settings), open_artifacts(settings), RayMetrics()
+        allow_hosts = settings.jobs.webhook_allow_hosts
+        notifier = Notifier(Outbox(store.database), webhook_body, allow_hosts=allow_hosts, metrics=metrics)
+        self._runner = JobRunner(store, artifacts, backend, settings, notifier=notifier, metrics=metrics)
+        await self._runner.start()
+
+    async def wake(self) -> None:
+        """There may be something to do."""
+        self._runner.wake()
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising replaces this replica. Raises GenerationError."""
+        self._runner.check_health()
+
+    async def __del__(self) -> None:  # Serve's hook for the end of a replica
+        if hasattr(self, "_runner"):  # not after a failed start
+            await self._runner.close()
+
+
+class RunnerBell:
+    """Wakes the runner from an ingress replica; a call that gets lost costs one polling interval, nothing else."""
+
+    def __init__(self, runner: DeploymentHandle) -> None:
+        self._runner = runner
+        self._ringing: asyncio.Task[None] | None = None
+        self._again = False
+
+    def ring(self) -> None:
+        """Call the runner soon; several rings during one call become one more call."""
+        if self._ringing is not None and not self._ringing.done():
+            self._again = True
+            return
+        self._ringing = asyncio.create_task(self._ring())
+
+    async def _ring(self) -> None:
+        self._again = True
+        while self._again:
+            self._again = False
+            response = self._runner.wake.remote()
+            try:
+                async with asyncio.timeout(_WAKE_TIMEOUT_S):
+                    await response
+            except (TimeoutError, RayError, RayServeException) as error:
+                response.cancel()
+                logger.debug("the job runner did not hear: %s", error)

@@ -1,0 +1,168 @@
+"""Every ```bash block of the README and of the dialects' pages, run as it stands against a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from stable_audio_serve.api import files, merged, server
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.compat import aimlapi, fal
+from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
+from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
+from stable_audio_serve.api.native import routes as native
+from stable_audio_serve.api.offline import OfflineBackend
+from stable_audio_serve.core.settings import Settings
+from tests.api.compat.serving import serve_app
+from tests.audio_files import make_audio_file
+from tests.backends import RATE_HZ, ToneBackend
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+DIALECTS = ROOT / "docs" / "dialects"
+PAGES = sorted(path.name for path in DIALECTS.glob("*.md"))
+
+# Whose operations each page shows, every one of them with a command.
+TAGS = {
+    "aimlapi.md": {aimlapi.TAG},
+    "fal.md": {fal.TAG, files.TAG},
+    "stable-audio-3.md": {native.TAG, merged.TAG, server.TAG},
+    "stable-audio-open-small.md": {open_small.TAG, merged.TAG},
+    "vllm-omni.md": {vllm_omni.TAG, server.TAG},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a page's commands wrote and called: `calls` as METHOD and path, `folder` holds their files."""
+
+    output: str
+    calls: list[str]
+    backend: ToneBackend
+    folder: Path
+
+    def has_called(self, operation: str) -> bool:
+        """Whether a command called this METHOD and path, in which `{name}` is any one part."""
+        pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
+        return any(re.fullmatch(pattern, call) for call in self.calls)
+
+    def frames(self, name: str) -> int:
+        """Samples per channel of an audio file, which is 16-bit stereo at the model's rate unless it is Opus."""
+        info = soundfile.info(self.folder / name)
+        if info.subtype != "OPUS":
+            assert (info.subtype, info.samplerate, info.channels) == ("PCM_16", RATE_HZ, 2)
+        return info.frames
+
+
+def read_commands(page: Path) -> str:
+    return "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
+
+
+async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
+    commands = read_commands(page)
+    (folder / ".curlrc").write_text('write-out = "%{stderr}%{method} %{url_effective}\\n"')
+    async with serve_app(**settings) as (port, backend):
+        address = f"127.0.0.1:{port}"
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-euo", "pipefail", "-c", commands.replace(" localhost:8000/", f" {address}/")),
+            cwd=folder,
+            env={"BASE": f"http://{address}", "CURL_HOME": str(folder), "PATH": "/usr/bin:/bin"},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(60):
+            output, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    calls = re.findall(rf"^([A-Z]+) (?:http://)?{address}(/[^?\n]*)", errors.decode(), flags=re.MULTILINE)
+    return Run(output.decode(), [" ".join(call) for call in calls], backend, folder)
+
+
+@pytest.fixture(scope="module")
+def operations() -> dict[str, set[str]]:
+    """METHOD and path of every described operation, by tag."""
+    found: dict[str, set[str]] = {}
+    for path, operations in create_app(OfflineBackend(), Settings()).openapi()["paths"].items():
+        for method, operation in operations.items():
+            found.setdefault(operation["tags"][0], set()).add(f"{method.upper()} {path}")
+    return found
+
+
+def expect_complete(run: Run, page: str, operations: dict[str, set[str]]) -> None:
+    """The page has a command for each operation of its dialect."""
+    wanted = set().union(*(operations[tag] for tag in TAGS[page]))
+    assert not [operation for operation in wanted if not run.has_called(operation)]
+
+
+async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    run = await run_page(DIALECTS / "stable-audio-3.md", tmp_path)
+    expect_complete(run, "stable-audio-3.md", operations)
+    assert run.has_called("GET /jobs/{job_id}/audio")
+    names = {"tone.wav": 3, "chord.wav": 3, "variation.wav": 3, "longer.wav": 5, "kick.wav": 2}
+    assert {name: run.frames(name) for name in names} == {name: seconds * RATE_HZ for name, seconds in names.items()}
+    assert run.output.count('"status":"queued"') == 2
+    assert '"status":"succeeded"' in run.output
+    assert '"small-sfx"' in run.output
+
+
+async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    (tmp_path / "f_110bpm_3.wav").write_bytes(make_audio_file(duration_s=4.0))
+    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path, dialects={"riff_dir": str(tmp_path)})
+    expect_complete(run, "stable-audio-open-small.md", operations)
+    assert "GET /saos/health" in run.calls
+    lengths = {"clip.wav": 524_288, "drums.wav": 302_400, "break.wav": 352_800, "transfer.wav": 524_288}
+    assert {name: run.frames(name) for name in lengths} == lengths
+    assert run.frames("riff.wav") == 302_400
+    assert json.loads((tmp_path / "bass.json").read_text())["success"] is True
+
+
+async def test_vllm_omni(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    run = await run_page(DIALECTS / "vllm-omni.md", tmp_path)
+    expect_complete(run, "vllm-omni.md", operations)
+    assert (run.frames("hammer.wav"), run.frames("waves.wav")) == (3 * RATE_HZ, 5 * RATE_HZ)
+    assert run.frames("dog.opus") == round(round(2 * RATE_HZ / 0.667) * 48_000 / RATE_HZ)
+    assert '"small-sfx"' in run.output
+
+
+async def test_aimlapi(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    run = await run_page(DIALECTS / "aimlapi.md", tmp_path)
+    expect_complete(run, "aimlapi.md", operations)
+    assert run.frames("generated.wav") == 2 * RATE_HZ
+
+
+async def test_fal(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    run = await run_page(DIALECTS / "fal.md", tmp_path)
+    expect_complete(run, "fal.md", operations)
+    assert run.frames("audio.wav") == 2 * RATE_HZ
+    assert json.loads((tmp_path / "output.json").read_text()).keys() == {"audio_file"}
+    assert '"COMPLETED"' in run.output
+    assert '"CANCELLATION_REQUESTED"' in run.output or '"ALREADY_COMPLETED"' in run.output
+
+
+async def test_readme(tmp_path: Path) -> None:
+    run = await run_page(ROOT / "README.md", tmp_path)
+    names = {"tone.wav": 3, "variation.wav": 3, "longer.wav": 5}
+    assert {name: run.frames(name) for name in names} == {name: seconds * RATE_HZ for name, seconds in names.items()}
+    assert (tmp_path / "loops.zip").read_bytes()[:2] == b"PK"
+    assert {"POST /jobs", "GET /health", "GET /v1/models"} <= set(run.calls)
+    assert [request.batch_size for _, request in run.backend.requests[:4]] == [1, 3, 1, 1]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_that_a_page_names_exist(page: str) -> None:
+    document = Settings().model_dump()
+    for section, key in re.findall(r"`(api|dialects|jobs)\.(\w+)`", (DIALECTS / page).read_text()):
+        assert key in document[section], f"{section}.{key}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_is_linked_and_run(page: str) -> None:
+    assert f"docs/dialects/{page}" in (ROOT / "README.md").read_text()
+    assert page in TAGS

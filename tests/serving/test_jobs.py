@@ -1,0 +1,183 @@
+"""Durable jobs on the whole stack: one server of their own, because it is killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.audio_files import make_audio_file
+from tests.serving.conftest import TINY
+from tests.serving.launched import LaunchedServer, Watcher, write_config
+
+pytestmark = pytest.mark.ray
+
+_TIMEOUT_S = 60.0
+_OVER = ("succeeded", "failed")
+
+
+def make_body(**overrides: Any) -> dict[str, Any]:
+    return {"prompt": "rain on a tin roof", "duration": 2, "seed": 1, "steps": 2} | overrides
+
+
+def make_long_body(**overrides: Any) -> dict[str, Any]:
+    """Seconds of work for the tiny model."""
+    return make_body(steps=400, duration=4) | overrides
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs")
+    args = {
+        "models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}],
+        "jobs": {"webhook_allow_hosts": ["127.0.0.1"], "max_running": 2},
+        "ingress": {"replicas": 2},
+    }
+    return write_config(folder, args)
+
+
+def launch(config: Path) -> LaunchedServer:
+    environment = {"STABLE_AUDIO_MAX_STEPS": "1000", "STABLE_AUDIO_MAX_DURATION": "20"}
+    return LaunchedServer(config, environment=environment).wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def server(config: Path) -> Iterator[LaunchedServer]:
+    launched = launch(config)
+    yield launched
+    if launched.process.poll() is None:
+        launched.stop()
+
+
+def submit(server: LaunchedServer, **fields: Any) -> str:
+    reply = server.client.post("/jobs", json=make_body(**fields))
+    assert reply.status_code == 202, reply.text
+    job_id: str = reply.json()["id"]
+    return job_id
+
+
+def wait(server: LaunchedServer, job_id: str, *words: str) -> dict[str, Any]:
+    """The job once its status is one of `words`; without any, once it is over."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        job: dict[str, Any] = server.client.get(f"/jobs/{job_id}").json()
+        if job["status"] in (words or _OVER):
+            return job
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+
+
+def test_a_job_runs_and_its_file_lies_below_the_folder_of_the_start(server: LaunchedServer, config: Path) -> None:
+    job = wait(server, submit(server))
+    assert job["status"] == "succeeded", job
+    assert job["download_url"] == f"{server.url}/jobs/{job['id']}/audio"
+    audio = server.client.get(job["download_url"]).content
+    assert audio == server.client.post("/generate", json=make_body(model="tiny")).content
+    assert (config.parent / "outputs" / f"{job['id']}-stable-audio-3-tiny.wav").read_bytes() == audio
+    assert (config.parent / "outputs" / "jobs.db").is_file()
+
+
+def test_the_runner_is_woken_by_a_submission(server: LaunchedServer) -> None:
+    time.sleep(5)  # long enough for it to fall asleep
+    started_at = time.monotonic()
+    wait(server, submit(server))
+    assert time.monotonic() - started_at < 1.5
+
+
+def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer) -> None:
+    with Receiver() as receiver:
+        path = f"/queue/fal-ai/stable-audio?fal_webhook={receiver.url}"
+        ticket = server.client.post(path, json={"prompt": "x", "seconds_total": 16, "steps": 1000}).json()
+        watcher = Watcher(server, "tiny")
+        try:
+            wait_until(lambda: watcher.status()["in_flight"] == 1)
+            assert server.client.put(ticket["cancel_url"]).status_code == 202
+            wait_until(lambda: watcher.status()["in_flight"] == 0, timeout_s=3)
+        finally:
+            watcher.close()
+        status = server.client.get(ticket["status_url"]).json()
+        assert (status["status"], status["error_type"]) == ("COMPLETED", "client_cancelled")
+        wait_until(lambda: bool(receiver.bodies), timeout_s=5)
+        assert receiver.bodies[0]["request_id"] == ticket["request_id"]
+        assert receiver.bodies[0]["status"] == "ERROR"
+
+
+def test_a_killed_runner_is_replaced_and_its_job_is_done_again(server: LaunchedServer) -> None:
+    job_id = submit(server, **make_long_body())
+    wait(server, job_id, "running")
+    (pid,) = server.pids("job-runner")
+    os.kill(pid, signal.SIGKILL)
+    assert wait(server, job_id)["status"] == "succeeded"
+    assert server.pids("job-runner") != [pid]
+
+
+def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, config: Path) -> None:
+    """Some run, some wait, one has an upload: a server started later in the same folder does them all."""
+    finished = wait(server, submit(server))
+    bodies = [make_long_body(seed=seed) for seed in range(3)]
+    job_ids = [submit(server, **body) for body in bodies]
+    upload = {"audio": ("a.wav", make_audio_file(duration_s=1.0))}
+    form = {"prompt": "x", "duration": "2", "steps": "2"}
+    job_ids.append(server.client.post("/jobs/variations", data=form, files=upload).json()["id"])
+    wait(server, job_ids[0], "running")
+    server.stop(number=signal.SIGKILL)
+
+    again = launch(config)
+    try:
+        jobs = [wait(again, job_id) for job_id in job_ids]
+        assert [job["status"] for job in jobs] == ["succeeded"] * 4
+        expected = again.client.post("/v1/audio/generations", json=bodies[2]).content
+        assert again.client.get(jobs[2]["download_url"]).content == expected
+        kept = again.client.get(f"/jobs/{finished['id']}").json()
+        assert (kept["status"], kept["completed_at"]) == ("succeeded", finished["completed_at"])
+        wait_until(lambda: list((config.parent / "outputs" / "uploads").iterdir()) == [], timeout_s=5)
+    finally:
+        again.stop()
+
+
+def wait_until(condition: Any, *, timeout_s: float = _TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Receiver:
+    """A server for webhooks, in a thread."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        bodies = self.bodies
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/hook"
+
+    def __enter__(self) -> Receiver:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
