@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import ModelSettings, Settings
 
 _RATE_HZ = 44_100
@@ -43,7 +43,9 @@ class InstantBackend:
     def __init__(self, catalog: ModelCatalog) -> None:
         self.catalog = catalog
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         """The same clip for everybody."""
         return _make_result(model, request)
 

@@ -10,7 +10,13 @@ import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog, ModelStatus
 from stable_audio_serve.core.errors import DeadlineExceededError, StartTimeoutError
-from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, GenerationResult, StageTimings
+from stable_audio_serve.core.generation import (
+    DeviceUse,
+    GenerationRequest,
+    GenerationResult,
+    ProgressCallback,
+    StageTimings,
+)
 
 RATE_HZ = 44100
 
@@ -45,7 +51,9 @@ class ToneBackend:
     num_running: int = 0
     num_cancelled: int = 0
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         self.requests.append((model, request))
         self.num_running += 1
         try:

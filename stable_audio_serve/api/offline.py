@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog, ModelStatus
 from stable_audio_serve.core.errors import ModelUnavailableError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 
 
 class OfflineBackend:
@@ -15,7 +15,9 @@ class OfflineBackend:
     def __init__(self) -> None:
         self.catalog = ModelCatalog([ModelCard("none", "none")])
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         """Refuse. Raises ModelUnavailableError."""
         raise ModelUnavailableError("no model is running")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 
 
 class Backend(Protocol):
@@ -17,10 +17,13 @@ class Backend(Protocol):
         """The configured models."""
         ...
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         """Run one request on the model with this canonical name.
 
-        Cancelling the awaiting task cancels the work. Raises errors of `core.errors`: InvalidRequestError,
+        `on_progress` is called on the event loop of the caller, a few times a second at most. Cancelling the awaiting
+        task cancels the work. Raises errors of `core.errors`: InvalidRequestError,
         OverloadedError, DeadlineExceededError, ModelUnavailableError, GenerationError.
         """
         ...

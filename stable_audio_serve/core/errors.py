@@ -6,13 +6,16 @@ StableAudioError
 ├── InvalidUploadError         invalid_upload     an uploaded file is empty or cannot be decoded
 ├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
 ├── UnauthorizedError          unauthorized       keys are configured and the request brought none of them
+├── ConflictError              conflict           contradicts what is stored, for example a key used for something else
 ├── OverloadedError            overloaded         no room now; retry after some seconds
+│   └── QuotaError             quota              this caller has too much waiting already
 ├── DeadlineExceededError      deadline_exceeded  the request's own time budget ran out
 │   └── StartTimeoutError      start_timeout      it had a time to start in, and had to wait longer
 ├── CancelledRequestError      cancelled          the caller gave the request up
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── GenerationError            generation_failed  the model produced something unusable
-├── StorageError               storage            a file or job could not be kept, for example because a disk is full
+├── StorageError               storage            a file or job could not be kept or read now; retry
+│   └── StorageFullError       storage_full       there is no room left for files or jobs
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
 └── ConfigError                config             settings that cannot be used; stops the start
 """
@@ -81,10 +84,22 @@ class UnauthorizedError(StableAudioError):
     kind = "unauthorized"
 
 
+class ConflictError(StableAudioError):
+    """The request contradicts what is stored: an id or idempotency key of something else, a job that is over."""
+
+    kind = "conflict"
+
+
 class OverloadedError(StableAudioError):
     """There is no room for this work now; `retry_after_s` says when there should be."""
 
     kind = "overloaded"
+
+
+class QuotaError(OverloadedError):
+    """This caller has as much waiting as one caller may have."""
+
+    kind = "quota"
 
 
 class DeadlineExceededError(StableAudioError):
@@ -118,9 +133,15 @@ class GenerationError(StableAudioError):
 
 
 class StorageError(StableAudioError):
-    """A file or a job could not be kept, for example because a disk is full."""
+    """A file or a job could not be kept or read now; trying again later may help."""
 
     kind = "storage"
+
+
+class StorageFullError(StorageError):
+    """There is no room left for files or jobs."""
+
+    kind = "storage_full"
 
 
 class CheckpointError(StableAudioError):

@@ -151,9 +151,26 @@ class JobSettings(Section):
     database_url: Annotated[str | None, HiddenPassword] = Field(
         None, min_length=1, description="Where jobs are kept; unset = SQLite, jobs.db in `output_dir`."
     )
-    max_queued: int = Field(1000, ge=1, description="Jobs waiting to run; above it new ones are refused.")
-    max_running: int = Field(8, ge=1, description="Jobs running at a time, of one runner.")
+    max_queued: int = Field(10_000, ge=1, description="Jobs waiting to run; above it new ones are refused.")
+    max_queued_per_key: int = Field(1000, ge=1, description="Of these, jobs of one API key.")
+    batch_patience_s: Seconds = Field(
+        300.0, description="How much older than an interactive job a batch job must be to go first, seconds."
+    )
+    runners: int = Field(1, ge=1, description="Job runner processes.")
+    max_running: int = Field(64, ge=1, description="Jobs running at a time, of one runner.")
+    work_ahead_s: Seconds = Field(
+        30.0, description="Predicted work a runner hands to each model replica at a time, seconds; one job at least."
+    )
+    lease_s: float = Field(
+        15.0, ge=1, le=3600, description="How long a silent runner keeps its jobs, seconds; renewed at a third of it."
+    )
     max_attempts: int = Field(3, ge=1, description="Starts of one job whose failure is not its own fault.")
+    retention_s: Seconds = Field(604_800.0, description="How long ended jobs and their files are kept, seconds.")
+    orphan_after_s: Seconds = Field(86_400.0, description="Age at which a file that belongs to nothing goes, seconds.")
+    sweep_every_s: Seconds = Field(600.0, description="Pause between two sweeps of what is too old, seconds.")
+    webhook_secret: SecretStr | None = Field(
+        None, description="Signs webhooks of our own API (Standard Webhooks, `whsec_...`); unset = not signed."
+    )
     webhook_allow_hosts: tuple[str, ...] = Field(
         (), description="Hosts webhooks may reach although their address is private, for example localhost."
     )

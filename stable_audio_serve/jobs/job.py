@@ -13,7 +13,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 Contract = Literal["sa3", "aiml", "fal"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
-Priority = Literal["normal", "low"]
+Priority = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,12 @@ class JobSpec:
     file_format: str = "wav"  # of `audio.encode.AudioFormat`
     file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
     upload: JobUpload | None = None
-    priority: Priority = "normal"
+    priority: Priority = "interactive"
     start_within_s: float | None = None  # not started by then = failed with code `start_timeout`
     webhook_url: str | None = None
+    client: str = ""  # whose it is: a digest of the API key it came with; empty where no keys are configured
+    idempotency_key: str | None = None  # unique per client and contract
+    fingerprint: str = ""  # SHA-256 of what was asked: another one for the same id or key is a conflict
     wire: Mapping[str, Any] = field(default_factory=dict)  # what the dialect wants to remember; plain JSON
 
 

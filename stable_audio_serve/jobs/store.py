@@ -23,7 +23,7 @@ from stable_audio_serve.jobs.job import Contract, Job, JobError, JobLog, JobResu
 CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
 
 _FULL_RETRY_S = 10.0
-_PRIORITIES = {"normal": 0, "low": 1}
+_PRIORITIES = {"interactive": 0, "batch": 1}
 _CANCELLED = JobError("cancelled", "the job was cancelled")
 _LATE = JobError("start_timeout", "the job could not be started in the time its client allowed")
 

@@ -25,7 +25,7 @@ from stable_audio_serve.core.errors import (
     OverloadedError,
     StableAudioError,
 )
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -65,7 +65,9 @@ class RayBackend:
         """The configured models."""
         return self._catalog
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         """Run one request on any replica of the model, see `Backend.generate`."""
         loop = asyncio.get_running_loop()
         deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s

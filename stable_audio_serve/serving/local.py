@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.engine import Engine
 
 
@@ -23,9 +23,11 @@ class LocalBackend:
         """The configured models."""
         return self._catalog
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         """Run one request on the model with this canonical name, see `Backend.generate`."""
-        return await self._engines[model].generate(request)
+        return await self._engines[model].generate(request, on_progress=on_progress)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         """Every model is ready with one replica."""

@@ -17,7 +17,7 @@ import requests
 import schemathesis
 
 from stable_audio_serve.core.catalog import ModelCatalog
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend, make_catalog
@@ -38,7 +38,9 @@ class LowRateBackend(ToneBackend):
 
     catalog: ModelCatalog = field(default_factory=_make_catalog)
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         t = np.arange(max(int(request.duration_s * RATE_HZ), 1)) / RATE_HZ
         seeds = tuple(request.seed + i for i in range(request.batch_size))
         audio = tuple(

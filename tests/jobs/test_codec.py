@@ -46,7 +46,7 @@ SPEC = JobSpec(
     file_format="flac",
     file_stem="stem",
     upload=JobUpload(FILE, "inpaint", 123.5),
-    priority="low",
+    priority="batch",
     start_within_s=0.5,
     webhook_url="https://example.com/?a=b",
     wire={"base_url": "http://x", "nested": {"list": [1, 2.5, None, True]}},

@@ -22,7 +22,7 @@ from stable_audio_serve.core.errors import (
     StartTimeoutError,
     StorageError,
 )
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import runner as runner_module
 from stable_audio_serve.jobs.job import JobUpload
@@ -45,7 +45,9 @@ class FailingBackend(ToneBackend):
         super().__init__()
         self.errors = list(errors)
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         if self.errors:
             self.requests.append((model, request))
             raise self.errors.pop(0)
@@ -58,7 +60,9 @@ class CountingBackend(ToneBackend):
 
     most_running: int = 0
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         self.most_running = max(self.most_running, self.num_running + 1)
         return await super().generate(model, request)
 
@@ -176,7 +180,8 @@ async def test_no_more_run_at_once_than_may(workshop: Workshop) -> None:
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
 async def test_low_priority_waits_for_normal(workshop: Workshop) -> None:
     jobs = [
-        await workshop.queue.submit(make_spec(priority=priority)) for priority in ("low", "normal", "low", "normal")
+        await workshop.queue.submit(make_spec(priority=priority))
+        for priority in ("batch", "interactive", "batch", "interactive")
     ]
     assert [await workshop.queue.position(job) for job in jobs] == [2, 0, 3, 1]
     await workshop.start_runner()

@@ -88,7 +88,7 @@ def test_the_same_id_under_two_contracts_is_two_jobs(store: JobStore) -> None:
 
 
 def test_jobs_start_in_order_of_priority_then_arrival(store: JobStore) -> None:
-    jobs = [store.add(make_spec(priority=priority)) for priority in ("low", "normal", "low", "normal")]
+    jobs = [store.add(make_spec(priority=priority)) for priority in ("batch", "interactive", "batch", "interactive")]
     assert [store.position(job) for job in jobs] == [2, 0, 3, 1]
     assert claimed_ids(store, 4) == [jobs[index].spec.id for index in (1, 3, 0, 2)]
     assert store.claim("me") is None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stable_audio_serve.core.errors import GenerationError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from tests.backends import ToneBackend
 
 
@@ -16,7 +16,9 @@ class PromptBackend(ToneBackend):
 
     pause_s: ClassVar[float] = 0.3
 
-    async def generate(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
         self.delay_s = 30.0 if request.prompt == "slow" else self.pause_s
         result = await super().generate(model, request)
         if request.prompt == "fail":

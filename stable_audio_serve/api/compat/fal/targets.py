@@ -56,8 +56,10 @@ def start_within_s(request: Request) -> float | None:
 def priority(request: Request) -> Priority:
     """Which requests go first. Raises RequestValidationError."""
     match text := request.headers.get("x-fal-queue-priority", "normal"):
-        case "normal" | "low":
-            return text
+        case "normal":
+            return "interactive"
+        case "low":
+            return "batch"
     raise _header_fault("x-fal-queue-priority", text, "Header should be 'normal' or 'low'")
 
 
