@@ -8,6 +8,10 @@ import os
 
 from hypothesis import settings
 
+from tests.databases import postgres, postgres_url
+
+__all__ = ["postgres", "postgres_url"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")

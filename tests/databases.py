@@ -1,0 +1,195 @@
+"""A real PostgreSQL from this machine's packages: one server per test process, a fresh empty database per test.
+
+Where it cannot run the tests that need it are skipped with a loud line; under CI=true they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psycopg
+import pytest
+
+_PACKAGES = Path("/usr/lib/postgresql")  # Debian and Ubuntu keep versions side by side, and none of them on PATH
+_SYSTEM_USER = "postgres"  # the server refuses to run as root
+_START_TIMEOUT_S = 60
+_START_ATTEMPTS = 3  # somebody else may take the port between finding and using it
+
+__all__ = ["PostgresServer", "postgres", "postgres_url", "running_postgres"]
+
+
+class UnavailableError(Exception):
+    """This machine cannot run PostgreSQL; the message says why."""
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """A running server, reached over TCP with a password, as in production. Its disk writes are durable."""
+
+    programs: Path
+    folder: Path
+    port: int
+    user: str
+    password: str
+
+    def url(self, database: str = "postgres") -> str:
+        """Where a database is."""
+        return f"postgresql://{self.user}:{self.password}@127.0.0.1:{self.port}/{database}"
+
+    def create_database(self) -> str:
+        """The URL of a new empty database."""
+        name = f"test_{secrets.token_hex(8)}"
+        self.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        """Remove it, whoever is connected."""
+        self.execute(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
+
+    def execute(self, statement: str) -> None:
+        """Run one statement as the superuser, outside of any test's database."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """End every connection and stop; `immediate` is a crash, from which the next start recovers."""
+        self._control("stop", "--mode", mode)
+
+    def start(self) -> None:
+        """Start again after `stop`, on the same port, with what was committed."""
+        self._control("start", "--log", str(self.folder / "log"), "--options", f"-p {self.port}")
+
+    def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop and start."""
+        self.stop(mode)
+        self.start()
+
+    def _control(self, *arguments: str) -> None:
+        _run(self.folder, self.programs / "pg_ctl", "--pgdata", "data", "--wait", "--timeout", "60", *arguments)
+
+
+@contextmanager
+def running_postgres() -> Iterator[PostgresServer]:
+    """A new server in a temporary folder; both are gone afterwards, also if this process is killed.
+
+    Raises UnavailableError.
+    """
+    programs = _find_programs()
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    if os.geteuid() == 0:
+        try:
+            shutil.chown(folder, _SYSTEM_USER, _SYSTEM_USER)
+        except LookupError as error:
+            folder.rmdir()
+            raise UnavailableError(f"root cannot run it and there is no user {_SYSTEM_USER}") from error
+    with _cleaned_up(programs, folder):
+        user, password = "tester", secrets.token_hex(8)
+        (folder / "password").write_text(password)  # the folder is private
+        access = ("--username", user, "--pwfile", "password", "--auth-local", "trust", "--auth-host", "scram-sha-256")
+        encoding = ("--encoding", "UTF8", "--locale", "C")
+        _run(folder, programs / "initdb", "--no-sync", "--pgdata", "data", *access, *encoding)
+        with (folder / "data" / "postgresql.conf").open("a") as file:
+            file.write(f"listen_addresses = '127.0.0.1'\nunix_socket_directories = '{folder}'\nmax_connections = 200\n")
+        yield _start(programs, folder, user=user, password=password)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """The one server of this test process."""
+    try:
+        with running_postgres() as server:
+            yield server
+    except UnavailableError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI needs PostgreSQL: {error}")
+        pytest.skip(f"NOT TESTED AGAINST POSTGRESQL: {error}")
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> Iterator[str]:
+    """A new empty database."""
+    url = postgres.create_database()
+    yield url
+    postgres.drop_database(url)
+
+
+def _find_programs() -> Path:
+    on_path = shutil.which("postgres")
+    folders = [Path(on_path).resolve().parent] if on_path else []
+    folders += sorted(_PACKAGES.glob("*/bin"), key=lambda folder: -float(folder.parent.name))
+    for folder in folders:
+        if all((folder / name).is_file() for name in ("postgres", "initdb", "pg_ctl")):
+            return folder
+    raise UnavailableError("it is not installed (Debian and Ubuntu: apt-get install postgresql)")
+
+
+def _start(programs: Path, folder: Path, *, user: str, password: str) -> PostgresServer:
+    for attempts_left in reversed(range(_START_ATTEMPTS)):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        server = PostgresServer(programs, folder, port, user, password)
+        try:
+            server.start()
+        except UnavailableError:
+            if not attempts_left:
+                raise
+        else:
+            return server
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+@contextmanager
+def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
+    """A process that outlives this one stops the server and removes the folder when our end of its pipe closes."""
+    stop = f"'{programs}/pg_ctl' stop --pgdata data --mode immediate --wait"
+    script = f"cat >/dev/null; if [ -e data/postmaster.pid ]; then {stop}; fi; rm -rf '{folder}'"
+    keeper = subprocess.Popen(
+        ["/bin/sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the tests, not for it
+        **_as_system_user(folder),
+    )
+    try:
+        yield
+    finally:
+        keeper.communicate()
+        shutil.rmtree(folder, ignore_errors=True)  # the folder's own entry may belong to root's /tmp
+
+
+def _run(folder: Path, *command: str | Path) -> None:
+    """Run one of PostgreSQL's programs. Raises UnavailableError with what it said."""
+    with (folder / "output").open("w+b") as output:  # a pipe would stay open as long as the server runs
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=_START_TIMEOUT_S * 2,
+                check=False,
+                **_as_system_user(folder),
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UnavailableError(f"{Path(command[0]).name} cannot run: {error}") from error
+        output.seek(0)
+        said = output.read().decode(errors="replace").strip()
+    if done.returncode:
+        raise UnavailableError(f"{Path(command[0]).name} failed with status {done.returncode}: {said[-500:]}")
+
+
+def _as_system_user(folder: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"cwd": folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}}
+    is_root = os.geteuid() == 0
+    return options | {"user": _SYSTEM_USER, "group": _SYSTEM_USER, "extra_groups": ()} if is_root else options
