@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, create_model
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.jobs.job import JobError, JobLog, JobResult, JobSpec
+from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec
 
 
 def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: Any) -> type[BaseModel]:
@@ -31,11 +31,10 @@ _Request = _model_of(GenerationRequest, without=frozenset({"init_audio", "inpain
 _Spec = _model_of(JobSpec, request=_Request)
 _RESULT = TypeAdapter(JobResult)
 _ERROR = TypeAdapter(JobError)
-_LOGS = TypeAdapter(tuple[JobLog, ...])
 _FILE = TypeAdapter(StoredFile)
 
 
-def dump(value: JobSpec | JobResult | JobError | StoredFile | tuple[JobLog, ...]) -> str:
+def dump(value: JobSpec | JobResult | JobError | StoredFile) -> str:
     """`value` as JSON text."""
     return pydantic_core.to_json(value).decode()
 
@@ -54,11 +53,6 @@ def load_result(text: str) -> JobResult:
 def load_error(text: str) -> JobError:
     """What `dump` wrote of a job's error."""
     return _ERROR.validate_json(text)
-
-
-def load_logs(text: str) -> tuple[JobLog, ...]:
-    """What `dump` wrote of a job's log."""
-    return _LOGS.validate_json(text)
 
 
 def load_file(text: str) -> StoredFile:

@@ -62,7 +62,9 @@ class JobExecutor:
             lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=spec.file_stem),
         )
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
-        key = f"{_UNSAFE.sub('-', spec.id)}-{_UNSAFE.sub('-', name)}"
+        fence = job.lease.fence if job.lease else 1
+        attempt = f"{fence}-" if fence > 1 else ""  # never the key of an earlier attempt, which may still be writing
+        key = f"{_UNSAFE.sub('-', spec.id)}-{attempt}{_UNSAFE.sub('-', name)}"
         stored = await self._artifacts.put(key, file.chunks(), media_type=file.media_type, file_name=name)
         return JobResult(
             file=stored,

@@ -68,11 +68,23 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
-class JobLog:
-    """One line of a job's log, for its client."""
+class JobEvent:
+    """Something that happened to a job; ids grow. Events with a `message` are its log, for its client."""
 
+    id: int
     at: datetime
-    message: str
+    stage: str
+    fraction: float
+    eta_s: float | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who runs a job; `fence` counts the leases of the job, and a write with an older one is refused."""
+
+    owner: str
+    fence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +100,9 @@ class Job:
     cancel_requested: bool = False
     stage: str = "queued"
     fraction: float = 0.0
-    logs: tuple[JobLog, ...] = ()
+    eta_s: float | None = None  # predicted time to its end, seconds, when last reported
+    lease: Lease | None = None  # of a running job
+    is_dead_letter: bool = False  # failed by no fault of its own; an operator may try it again
     result: JobResult | None = None
     error: JobError | None = None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -27,14 +25,13 @@ class Notice:
 class Outbox:
     """Notices that are due; each is tried until it is settled. Blocking: for worker threads."""
 
-    def __init__(self, database: Database, *, now: Callable[[], float] = time.time) -> None:
-        """`now` gives Unix time in seconds."""
+    def __init__(self, database: Database) -> None:
+        """Touches nothing yet."""
         self._database = database
-        self._now = now
 
     def due(self, *, limit: int) -> list[Notice]:
         """What should be delivered now, oldest first."""
-        query = sa.select(JOBS).where(_jobs.webhook_at <= self._now()).order_by(_jobs.webhook_at).limit(limit)
+        query = sa.select(JOBS).where(_jobs.webhook_at <= self._database.now).order_by(_jobs.webhook_at).limit(limit)
         with self._database.reading() as connection:
             return [Notice(row.webhook_url, to_job(row), row.webhook_attempts) for row in connection.execute(query)]
 
@@ -44,9 +41,9 @@ class Outbox:
 
     def postpone(self, notice: Notice, *, delay_s: float) -> None:
         """It failed: try again in `delay_s`."""
-        self._update(notice, webhook_at=self._now() + delay_s)
+        self._update(notice, webhook_at=self._database.now + delay_s)
 
-    def _update(self, notice: Notice, *, webhook_at: float | None) -> None:
+    def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
         spec = notice.job.spec
         change = sa.update(JOBS).where(
             _jobs.contract == spec.contract, _jobs.id == spec.id, _jobs.webhook_attempts == notice.num_failures

@@ -12,8 +12,8 @@ from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.core.errors import ConfigError, StableAudioError, StorageError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.database import Database, database_url
-from stable_audio_serve.jobs.job import Contract, Job, JobSpec
-from stable_audio_serve.jobs.store import CancelOutcome, JobStore
+from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobSpec
+from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore
 
 __all__ = ["CancelOutcome", "JobQueue", "open_artifacts", "open_queue", "open_store"]
 
@@ -31,21 +31,31 @@ class JobQueue:
 
         The upload of a job that could not be kept is deleted.
         """
+        return (await self.add(spec)).job
+
+    async def add(self, spec: JobSpec) -> Added:
+        """`submit`, saying whether the job is new: a repeated request finds its first one. Raises ConflictError too."""
         try:
-            job = await asyncio.to_thread(self.store.add, spec)
+            added = await asyncio.to_thread(self.store.add, spec)
         except StableAudioError:
-            if spec.upload is not None:
-                await self.artifacts.delete(spec.upload.file.key)
+            await self._drop_upload(spec)
             raise
-        self.wake()
-        return job
+        if added.is_new:
+            self.wake()
+        else:
+            await self._drop_upload(spec)
+        return added
+
+    async def events(self, contract: Contract, job_id: str, *, after: int = 0) -> tuple[JobEvent, ...]:
+        """What happened to the job since the event with the id `after`."""
+        return await asyncio.to_thread(lambda: self.store.events(contract, job_id, after=after))
 
     async def get(self, contract: Contract, job_id: str) -> Job | None:
         """The job as it is now; None when this contract has no such job."""
         return await asyncio.to_thread(self.store.get, contract, job_id)
 
     async def position(self, job: Job) -> int:
-        """How many jobs will start before this queued one, 0 = next."""
+        """How many jobs of its model will start before this queued one, 0 = next."""
         return await asyncio.to_thread(self.store.position, job)
 
     async def cancel(self, contract: Contract, job_id: str) -> CancelOutcome:
@@ -56,6 +66,10 @@ class JobQueue:
         if outcome in ("removed", "requested"):
             self.wake()
         return outcome
+
+    async def _drop_upload(self, spec: JobSpec) -> None:
+        if spec.upload is not None:
+            await self.artifacts.delete(spec.upload.file.key)
 
     async def put_upload(self, chunks: Iterable[bytes], *, media_type: str, file_name: str) -> StoredFile:
         """Keep a client's file for a job about to be submitted. Raises StorageError."""
@@ -90,7 +104,7 @@ class JobQueue:
 def open_store(settings: Settings) -> JobStore:
     """The job store of these settings; touches nothing yet. Raises ConfigError."""
     url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
-    return JobStore(Database(url), max_queued=settings.jobs.max_queued)
+    return JobStore(Database(url), settings.jobs)
 
 
 def open_artifacts(settings: Settings) -> ArtifactStore:
@@ -102,6 +116,16 @@ def open_artifacts(settings: Settings) -> ArtifactStore:
             field="storage.bucket",
         )
     return LocalArtifacts(Path(settings.output_dir).absolute())
+
+
+def prepare_stores(settings: Settings) -> str:
+    """Make or upgrade the job database and say in one line where jobs are kept. Raises ConfigError, StorageError."""
+    database = open_store(settings).database
+    try:
+        database.prepare()
+    finally:
+        database.close()
+    return f"jobs are kept in {database}"
 
 
 def open_queue(settings: Settings, *, wake: Callable[[], None] = lambda: None) -> JobQueue:

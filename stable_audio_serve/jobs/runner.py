@@ -65,8 +65,7 @@ class JobRunner:
 
     async def start(self) -> None:
         """Recover, then run jobs until `close`. Raises StorageError."""
-        for job in await asyncio.to_thread(self._store.adopt, self._owner):
-            await self._recover(job)
+        await self._reclaim()
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def wake(self) -> None:
@@ -111,29 +110,29 @@ class JobRunner:
         self._metrics.gauge("jobs_running", len(self._tasks))
         self._metrics.gauge("jobs_queued", outlook.num_queued)
         num_done = 0
-        if outlook.num_stops:
-            for key in await asyncio.to_thread(self._store.cancellations, self._owner):
-                task = self._tasks.get(key)
-                if task is not None and not task.cancelling():  # once: it is writing down its end by now
-                    task.cancel()
+        if self._tasks or outlook.num_stops:
+            await self._renew()
+        if _is_due(outlook.reclaim_in_s):
+            num_done += await self._reclaim()
         if _is_due(outlook.late_in_s):
             for job in await asyncio.to_thread(self._store.expire):
                 await self._ended(job)
                 num_done += 1
         if _is_due(outlook.webhook_in_s) and self._notifier is not None:
             self._notifier.deliver_due(then=self.wake)
-        while _is_due(outlook.claim_in_s) and len(self._tasks) < self._settings.max_running:
-            claimed = await asyncio.to_thread(self._store.claim, self._owner)
-            if claimed is None:
+        while _is_due(outlook.lease_in_s) and len(self._tasks) < self._settings.max_running:
+            lease = partial(self._store.lease, self._owner, lease_s=self._settings.lease_s)
+            leased = await asyncio.to_thread(lease)
+            if leased is None:
                 break
-            self._begin(claimed)
+            self._begin(leased)
             num_done += 1
         return num_done
 
     @staticmethod
     def _wait_s(outlook: Outlook, poll_s: float) -> float:
         """Until the next poll, or until something comes due that is not due already."""
-        times = (outlook.claim_in_s, outlook.late_in_s, outlook.webhook_in_s)
+        times = (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s)
         return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])
 
     def _begin(self, job: Job) -> None:
@@ -170,12 +169,10 @@ class JobRunner:
 
     async def _report(self, job: Job, stage: str, fraction: float, message: str) -> None:
         with suppress(StorageError):  # the next one may be written again
-            await asyncio.to_thread(
-                self._store.report, job, self._owner, stage=stage, fraction=fraction, message=message
-            )
+            await asyncio.to_thread(self._store.report, job, stage=stage, fraction=fraction, message=message)
 
     async def _succeed(self, job: Job, result: JobResult) -> None:
-        ended = await self._settle(partial(self._store.succeed, job, self._owner, result))
+        ended = await self._settle(partial(self._store.succeed, job, result))
         if ended is None:
             await self._discard(job, result)
         await self._ended(ended)
@@ -188,7 +185,7 @@ class JobRunner:
             await self._artifacts.delete(result.file.key)
 
     async def _fail(self, job: Job, error: JobError) -> None:
-        await self._ended(await self._settle(partial(self._store.fail, job, self._owner, error)))
+        await self._ended(await self._settle(partial(self._store.fail, job, error)))
 
     async def _retry_or_fail(self, job: Job, error: StableAudioError) -> None:
         """A full engine costs no attempt: the job only waits longer."""
@@ -206,20 +203,27 @@ class JobRunner:
         if self._is_closing:
             await self._requeue(job, delay_s=0.0, attempts=job.attempts - 1, message="put back: the runner stops")
         else:
-            await self._ended(await self._settle(partial(self._store.stop, job, self._owner)))
+            await self._ended(await self._settle(partial(self._store.stop, job)))
 
-    async def _recover(self, job: Job) -> None:
-        """Continue with what a dead runner left behind; it may have died of this very job, so the attempt counts."""
-        log.warning("job was left running", job_id=job.spec.id, attempts=job.attempts)
-        if job.cancel_requested:
-            await self._ended(await self._settle(partial(self._store.stop, job, self._owner)))
-        elif job.attempts >= self._settings.max_attempts:
-            await self._fail(job, JobError("unavailable", "the server was restarted too often during this job"))
-        else:
-            await self._requeue(job, delay_s=0.0, attempts=job.attempts, message="put back")
+    async def _renew(self) -> None:
+        """Hold on to what this runner does, and stop what was cancelled or lost."""
+        held = await asyncio.to_thread(partial(self._store.renew, self._owner, lease_s=self._settings.lease_s))
+        wanted = {(job.contract, job.id) for job in held if not job.cancel_requested}
+        for key, task in self._tasks.items():
+            if key not in wanted and not task.cancelling():  # once: it is writing down its end by now
+                task.cancel()
+
+    async def _reclaim(self) -> int:
+        """Take over from dead runners; how many jobs."""
+        reclaimed = await asyncio.to_thread(partial(self._store.reclaim, max_attempts=self._settings.max_attempts))
+        for job in reclaimed:
+            log.warning("job was left running", job_id=job.spec.id, attempts=job.attempts, state=job.state)
+            if job.is_over:
+                await self._ended(job)
+        return len(reclaimed)
 
     async def _requeue(self, job: Job, *, delay_s: float, attempts: int, message: str) -> None:
-        change = partial(self._store.requeue, job, self._owner, delay_s=delay_s, attempts=attempts, message=message)
+        change = partial(self._store.requeue, job, delay_s=delay_s, attempts=attempts, message=message)
         await self._settle(change)
 
     async def _settle(self, change: Callable[[], Job | None]) -> Job | None:

@@ -17,7 +17,7 @@ from stable_audio_serve.api.compat.fal.wire import (
     Status,
     Ticket,
 )
-from stable_audio_serve.jobs.job import Job, JobLog
+from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import CancelOutcome
 
 CANCEL_REPLIES: dict[CancelOutcome, tuple[int, CancelReply]] = {
@@ -33,11 +33,11 @@ def make_ticket(job: Job, links: Links, *, position: int) -> Ticket:
     return Ticket(**links.model_dump(), gateway_request_id=job.spec.id, queue_position=position)
 
 
-def describe_status(job: Job, links: Links, *, position: int, logs: Sequence[JobLog] | None) -> Status:
+def describe_status(job: Job, links: Links, *, position: int, logs: Sequence[JobEvent] | None) -> Status:
     """The job as it is now; `logs` None where the client asked for none. `position` counts for queued jobs only."""
     if job.state == "queued":
         return Queued(**links.model_dump(), queue_position=position)
-    entries = None if logs is None else [_describe_log(entry) for entry in logs]
+    entries = None if logs is None else [_describe_log(event.at, event.message) for event in logs if event.message]
     if not job.is_over:
         return InProgress(**links.model_dump(), logs=entries)
     metrics = Metrics(inference_time=job.result.inference_s if job.result else None)
@@ -49,8 +49,8 @@ def describe_status(job: Job, links: Links, *, position: int, logs: Sequence[Job
     )
 
 
-def _describe_log(entry: JobLog) -> LogEntry:
-    return LogEntry(message=entry.message, timestamp=_iso(entry.at))
+def _describe_log(at: datetime, message: str) -> LogEntry:
+    return LogEntry(message=message, timestamp=_iso(at))
 
 
 def _iso(at: datetime) -> str:

@@ -151,7 +151,8 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         response.status_code = 200 if job.is_over else 202
         position = await jobs.position(job) if job.state == "queued" else 0
         links = targets.links_of(request, job.spec.id, limits=limits)
-        return describe_status(job, links, position=position, logs=job.logs if logs else None)
+        events = await jobs.events("fal", job.spec.id) if logs else None
+        return describe_status(job, links, position=position, logs=events)
 
     @router.get(f"{path}/status/stream", response_class=EventSourceResponse, responses=_WATCH_RESPONSES)
     async def stream(request: Request, job: Job = Depends(find), logs: _Logs = False) -> Response:

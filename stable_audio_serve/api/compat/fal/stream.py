@@ -25,18 +25,20 @@ def stream_status(jobs: JobQueue, job: Job, links: Links, *, with_logs: bool) ->
 
 
 async def _follow(jobs: JobQueue, job: Job, links: Links, *, with_logs: bool) -> AsyncIterator[ServerSentEvent]:
-    num_sent = 0
+    last_id = 0
     last_seen = None
     wait_s = _FIRST_POLL_S
     current: Job | None = job
     while current is not None:
         position = await jobs.position(current) if current.state == "queued" else 0
-        new_logs = current.logs[num_sent:] if with_logs and current.state != "queued" else ()
+        wants_logs = with_logs and current.state != "queued"
+        new_events = await jobs.events("fal", current.spec.id, after=last_id) if wants_logs else ()
+        new_logs = [event for event in new_events if event.message]
         seen = (current.state, position)
         if seen != last_seen or new_logs:
             last_seen = seen
             wait_s = _FIRST_POLL_S
-            num_sent += len(new_logs)
+            last_id = max((event.id for event in new_events), default=last_id)
             body = describe_status(current, links, position=position, logs=new_logs if with_logs else None)
             yield ServerSentEvent(body.model_dump_json(ensure_ascii=True), sep="\n")
         if current.is_over:
