@@ -111,7 +111,7 @@ def test_the_folder_of_jobs_is_the_one_of_the_start(tmp_path: Path, monkeypatch:
     ("settings", "named"),
     [
         ({"storage": {"bucket": "b"}}, "STABLE_AUDIO_STORAGE_BUCKET"),
-        ({"jobs": {"database_url": "postgresql://u:secret@db/jobs"}}, "database_url"),
+        ({"jobs": {"database_url": "mysql://u:secret@db/jobs"}}, "database_url"),
     ],
 )
 def test_stores_that_cannot_be_used_stop_the_start(settings: dict[str, Any], named: str) -> None:
