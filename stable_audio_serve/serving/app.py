@@ -17,7 +17,14 @@ from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
-from stable_audio_serve.serving.placement import Plan, ingress_options, model_options, plan_deployments, runner_options
+from stable_audio_serve.serving.placement import (
+    Plan,
+    ingress_options,
+    model_options,
+    plan_deployments,
+    require_shared_database,
+    runner_options,
+)
 from stable_audio_serve.serving.replica import ModelReplica
 
 if TYPE_CHECKING:
@@ -64,6 +71,7 @@ def build(args: Settings) -> serve.Application:
 def assemble(args: Settings, *, replica: type) -> serve.Application:
     """`build` with another class in the place of ModelReplica. Raises ConfigError."""
     plan = plan_deployments(load_settings(args))
+    require_shared_database(plan.settings, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     models = {
         model.name: _bind(replica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)

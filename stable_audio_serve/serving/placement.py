@@ -11,7 +11,7 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
-from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.queue import open_queue, open_store
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 
 _GPU_PRECISION = 10_000  # Ray's own
@@ -53,6 +53,16 @@ def plan_deployments(settings: Settings) -> Plan:
     settings = settings.model_copy(update={"output_dir": os.path.abspath(settings.output_dir)})
     open_queue(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
+
+
+def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
+    """Raise ConfigError for jobs in a SQLite file on several machines: each would have its own, or lose rows of it."""
+    if num_nodes > 1 and open_store(settings).database.is_sqlite:
+        raise ConfigError(
+            f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): SQLite serves one machine and this Ray cluster has "
+            f"{num_nodes} nodes; set it to a PostgreSQL database, postgresql://user:password@host/database",
+            field="jobs.database_url",
+        )
 
 
 def model_entry(model: ModelSettings) -> ModelEntry:
