@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.failpoints import failpoint
 
 _CHUNK_BYTES = 1_048_576
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -70,6 +71,7 @@ def _write(path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
         with partial.open("xb") as file:
             for chunk in chunks:
                 file.write(chunk)
+                failpoint("mid_upload")
                 digest.update(chunk)
                 num_bytes += len(chunk)
             file.flush()

@@ -12,6 +12,7 @@ import torch
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError
+from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.cost import CostModel, Work
 from stable_audio_serve.engine.executor import DEVICE_LOST, Executor
@@ -95,6 +96,7 @@ class Stages:
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         shapes = [(call.rows, call.frames) for call in calls]
         failures = self._timed("denoise", shapes, lambda: self._executor.denoise(rows, calls))
+        failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
         self._metrics.observe("engine_tokens_per_step", tokens)
         self._metrics.gauge("engine_pad_share", 1.0 - tokens / sum(count * frames for count, frames in shapes))
@@ -107,6 +109,7 @@ class Stages:
 
     def decode(self, rows: Sequence[Row]) -> Failures:
         """The next windows of each row into its audio."""
+        failpoint("before_decode")
         windows = [
             (row, window)
             for row in rows

@@ -25,10 +25,10 @@ from stable_audio_serve.core.errors import (
     OverloadedError,
     StableAudioError,
 )
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle, DeploymentResponse
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
     from stable_audio_serve.serving.replica import ReplicaStatus
 
@@ -74,7 +74,7 @@ class RayBackend:
         for attempts_left in reversed(range(_ATTEMPTS)):
             remaining_s = None if deadline_at is None else deadline_at - loop.time()
             try:
-                return await self._attempt(model, replace(request, deadline_s=remaining_s))
+                return await self._attempt(model, replace(request, deadline_s=remaining_s), on_progress)
             except RayActorError as error:
                 logger.warning("a replica died: model=%s request_id=%s error=%s", model, request.request_id, error)
                 if not attempts_left:
@@ -84,16 +84,18 @@ class RayBackend:
                     ) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _attempt(self, model: str, request: GenerationRequest) -> GenerationResult:
+    async def _attempt(
+        self, model: str, request: GenerationRequest, on_progress: ProgressCallback | None
+    ) -> GenerationResult:
         """One call on one replica. Raises RayActorError when that replica died, else errors of ours."""
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S
-        response = self._handles[model].generate.remote(request)
+        response = self._call(model, request, is_reporting=on_progress is not None)
         watcher = asyncio.create_task(self._cancel_if_unloadable(model, response))
         try:
             async with asyncio.timeout(bound_s):
-                result: GenerationResult | StableAudioError = await response
+                result = await _receive(response, on_progress)
         except TimeoutError as error:
             response.cancel()  # giving up on a handle does not stop the replica
             raise DeadlineExceededError("the time budget of this request ran out") from error
@@ -115,7 +117,17 @@ class RayBackend:
             raise result
         return result
 
-    async def _cancel_if_unloadable(self, model: str, response: DeploymentResponse) -> None:
+    def _call(
+        self, model: str, request: GenerationRequest, *, is_reporting: bool
+    ) -> DeploymentResponse | DeploymentResponseGenerator:
+        handle = self._handles[model]
+        if is_reporting:
+            return handle.options(stream=True).generate_reporting.remote(request)
+        return handle.generate.remote(request)
+
+    async def _cancel_if_unloadable(
+        self, model: str, response: DeploymentResponse | DeploymentResponseGenerator
+    ) -> None:
         """Serve may hold a request for a model without replicas for ever, even if it can never load."""
         while True:
             await asyncio.sleep(_LOAD_CHECK_S)
@@ -167,6 +179,19 @@ class RayBackend:
             device=replica.device if replica else None,
             detail={key: f"{seconds:.2f}" for key, seconds in replica.start_s.items()} if replica else None,
         )
+
+
+async def _receive(
+    response: DeploymentResponse | DeploymentResponseGenerator, on_progress: ProgressCallback | None
+) -> GenerationResult | StableAudioError:
+    """What the replica answers, in the end, to either kind of call."""
+    if on_progress is None:
+        return await response
+    async for item in response:
+        if not isinstance(item, Progress):
+            return item
+        on_progress(item)
+    raise ModelUnavailableError("the replica stopped in the middle of this request", retry_after_s=_RETRY_AFTER_S)
 
 
 def _unloadable(model: str) -> ModelUnavailableError:

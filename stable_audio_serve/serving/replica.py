@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 
 from stable_audio_serve.core.errors import DeadlineExceededError, StableAudioError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
+from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.serving.logs import configure_logging
 
 logger = logging.getLogger(__name__)
+
+_PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,29 @@ class ModelReplica:
 
         Errors of ours are returned: Serve logs whatever a replica raises as its failure, with a traceback.
         """
+        return await self._generate(request)
+
+    async def generate_reporting(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
+        """`generate` for a streaming handle: some progress, and at the end what `generate` returns."""
+        feed = ProgressFeed(_PROGRESS_INTERVAL_S)
+        working = asyncio.create_task(self._generate(request, on_progress=feed.put))
+        working.add_done_callback(lambda _: feed.close())
+        try:
+            async for progress in feed:
+                yield progress
+            yield await working
+        finally:
+            working.cancel()  # nobody listens any more; nothing happens when it is done
+
+    async def _generate(
+        self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult | StableAudioError:
         self._outcomes["in_flight"] += 1
         outcome = "failed"
         try:
-            result = await self._engine.generate(request)
+            result = await self._engine.generate(request, on_progress)
             outcome = "finished"
             return result
         except asyncio.CancelledError:

@@ -1,0 +1,60 @@
+"""Progress on its way to somebody slower than the engine: across processes, into a database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.generation import Progress
+
+
+class ProgressFeed:
+    """Hands out every change of stage at once and, within a stage, the latest progress once per `interval_s` seconds.
+
+    Belongs to one event loop; `put` is a `ProgressCallback`.
+    """
+
+    def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
+        self._interval_s = interval_s
+        self._clock = clock
+        self._pending: deque[Progress] = deque()  # the latest of each stage that nobody was given yet
+        self._changed = asyncio.Event()
+        self._is_closed = False
+
+    def put(self, progress: Progress) -> None:
+        """Take in what the engine reports."""
+        if self._pending and self._pending[-1].stage == progress.stage:
+            self._pending[-1] = progress
+        else:
+            self._pending.append(progress)
+            self._changed.set()
+
+    def close(self) -> None:
+        """Nothing comes any more: whoever iterates gets what is left and then the end."""
+        self._is_closed = True
+        self._changed.set()
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        stage, due_at = "", 0.0
+        while self._pending or not self._is_closed:
+            wait_s = self._wait_s(stage, due_at)
+            if wait_s is not None and wait_s <= 0:
+                progress = self._pending.popleft()
+                stage, due_at = progress.stage, self._clock.monotonic() + self._interval_s
+                yield progress
+                continue
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
+
+    def _wait_s(self, stage: str, due_at: float) -> float | None:
+        """Until the next one may be handed out; None while there is none."""
+        if not self._pending:
+            return None
+        if self._is_closed or len(self._pending) > 1 or self._pending[0].stage != stage:
+            return 0.0
+        return due_at - self._clock.monotonic()

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.core.failpoints import VARIABLE, parse
+
+_PROGRAM = """
+from stable_audio_serve.core.failpoints import failpoint
+failpoint("after_lease")
+failpoint("mid_upload")
+"""
+
+
+def run(failpoints: str) -> int:
+    return subprocess.run([sys.executable, "-c", _PROGRAM], env={VARIABLE: failpoints}, timeout=30).returncode
+
+
+@pytest.mark.parametrize(
+    ("failpoints", "code"), [("", 0), ("after_commit=kill", 0), ("mid_upload=kill", -signal.SIGKILL)]
+)
+def test_a_process_dies_where_it_is_told_to(failpoints: str, code: int) -> None:
+    assert run(failpoints) == code
+
+
+def test_with_a_file_it_dies_once(tmp_path: Path) -> None:
+    markers = [tmp_path / name for name in ("a", "b")]
+    failpoints = f"after_lease=kill@{markers[0]}, mid_upload=kill@{markers[1]}"
+    assert [run(failpoints) for _ in range(3)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert [marker.exists() for marker in markers] == [True, True]
+
+
+@pytest.mark.parametrize("text", ["nowhere=kill", "mid_upload", "mid_upload=explode"])
+def test_what_it_cannot_read_is_said_at_once(text: str) -> None:
+    with pytest.raises(ValueError, match=VARIABLE):
+        parse(text)

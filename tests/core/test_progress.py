@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+from stable_audio_serve.core.generation import Progress, Stage
+from stable_audio_serve.core.progress import ProgressFeed
+
+
+def make_progress(fraction: float, stage: Stage = "denoising") -> Progress:
+    return Progress(stage, fraction)
+
+
+async def collect(feed: ProgressFeed) -> Sequence[Progress]:
+    return [progress async for progress in feed]
+
+
+async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
+    feed = ProgressFeed(3600.0)
+    stages: list[Stage] = ["queued", "encoding", "denoising", "decoding", "done"]
+    async with asyncio.timeout(5):
+        collecting = asyncio.create_task(collect(feed))
+        for stage in stages:
+            await asyncio.sleep(0.01)
+            feed.put(make_progress(0.5, stage))
+        feed.close()
+        assert [progress.stage for progress in await collecting] == stages
+
+
+async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> None:
+    feed = ProgressFeed(0.2)
+    received: dict[float, float] = {}
+
+    async def receive() -> None:
+        async for progress in feed:
+            received[progress.fraction] = time.monotonic()
+
+    receiving = asyncio.create_task(receive())
+    for step in range(100):
+        feed.put(make_progress(step / 100))
+        await asyncio.sleep(0.005)
+    async with asyncio.timeout(5):
+        while 0.99 not in received:  # noqa: ASYNC110 - nothing newer follows, and it arrives nevertheless
+            await asyncio.sleep(0.01)
+    assert min(after - before for before, after in pairwise(received.values())) >= 0.19
+    feed.close()
+    await receiving
+
+
+async def test_what_is_left_at_the_end_is_handed_out_without_waiting() -> None:
+    feed = ProgressFeed(3600.0)
+    for progress in (make_progress(0.1), make_progress(0.2), make_progress(0.3, "decoding")):
+        feed.put(progress)
+    feed.close()
+    async with asyncio.timeout(5):
+        assert await collect(feed) == [make_progress(0.2), make_progress(0.3, "decoding")]
+
+
+async def test_a_feed_that_was_told_nothing_just_ends() -> None:
+    feed = ProgressFeed(1.0)
+    feed.close()
+    async with asyncio.timeout(5):
+        assert await collect(feed) == []
