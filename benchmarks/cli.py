@@ -107,6 +107,24 @@ def run_uploads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     ]
 
 
+def run_jobs_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """How fast jobs are accepted, and what asking about them costs."""
+    from benchmarks.jobs_http_case import run_jobs_http_case
+
+    results = run_jobs_http_case(settings)
+    path = _write(out, "jobs-http", settings, results)
+    return [
+        {
+            "submit_p50_ms": results["worst_submit_p50_ms"],
+            "target_ms": results["target"]["submit_p50_ms"],
+            "status_p95_ms_meanwhile": results["worst_status_p95_ms"],
+            "poll_p95_ms": results["worst_poll_p95_ms"],
+            "engine_polled_over_quiet": results["engine_polled_over_quiet_ratio"],
+            "file": path,
+        }
+    ]
+
+
 def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """From the command to the first audio."""
     from benchmarks.cold_start_case import run_cold_start_case
@@ -129,6 +147,7 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "http": run_http,
     "overhead": run_overhead,
     "uploads": run_uploads,
+    "jobs-http": run_jobs_http,
     "cold-start": run_cold_start,
 }
 

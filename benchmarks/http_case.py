@@ -74,17 +74,18 @@ async def _round(
     engine: Engine, client: httpx.AsyncClient, request: GenerationRequest, *, model: str
 ) -> tuple[Sequence[float], Sequence[Call]]:
     await engine.generate(request)
-    await _call(client, request, model=model)
+    await call(client, request, model=model)
     own_ms, calls = [], []
     for _ in range(_CALLS_PER_ROUND):
         started_at = time.perf_counter()
         await engine.generate(request)
         own_ms.append((time.perf_counter() - started_at) * 1000.0)
-        calls.append(await _call(client, request, model=model))
+        calls.append(await call(client, request, model=model))
     return own_ms, calls
 
 
-async def _call(client: httpx.AsyncClient, request: GenerationRequest, *, model: str) -> Call:
+async def call(client: httpx.AsyncClient, request: GenerationRequest, *, model: str) -> Call:
+    """Ask the server for one clip and time it."""
     body = {
         "model": model,
         "prompt": request.prompt,

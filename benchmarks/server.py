@@ -48,9 +48,14 @@ class Server:
 
 
 def write_config(
-    folder: Path, entry: ModelEntry, *, threads: int, import_path: str = "stable_audio_serve.serving.app:build"
+    folder: Path,
+    entry: ModelEntry,
+    *,
+    threads: int,
+    import_path: str = "stable_audio_serve.serving.app:build",
+    **args: object,
 ) -> Path:
-    """A serve config with one model in one replica."""
+    """A serve config with one model in one replica, and what else `args` say."""
     model = {"name": entry.name, "threads": threads, "replicas": {"max_replicas": 1}}
     if not entry.is_demo and entry.folder:
         model["path"] = str(Path(entry.folder).resolve())
@@ -58,7 +63,7 @@ def write_config(
         "name": "benchmark",
         "route_prefix": "/",
         "import_path": import_path,
-        "args": {"models": [model], "output_dir": str(folder / "outputs")},
+        "args": {"models": [model], "output_dir": str(folder / "outputs"), **args},
     }
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))

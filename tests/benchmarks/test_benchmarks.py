@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -154,3 +155,19 @@ def test_uploads_and_health_are_timed_against_a_real_server() -> None:
         figures = measure_round(server, make_file("WAV", duration_s=2.0), every_s=0.05, file_s=2.0)
     assert figures["realtime_factor"] > 1
     assert 0 < figures["health_during_uploads"]["p50_ms"] <= figures["health_during_uploads"]["p95_ms"]
+
+
+def test_a_load_is_sent_at_its_own_times_and_refuses_to_time_errors() -> None:
+    from benchmarks.jobs_http_case import send
+    from benchmarks.server import running_instant_app
+
+    body = {"prompt": "x", "duration": 1}
+    with running_instant_app() as server:
+        started_at = time.perf_counter()
+        tickets = send(server.url, [("POST", "/jobs", body)] * 20, rate_hz=40.0)
+        assert time.perf_counter() - started_at > 19 / 40
+        polls = send(server.url, [("GET", f"/jobs/{ticket.answer['id']}", None) for ticket in tickets], rate_hz=100.0)
+        assert {poll.answer["status"] for poll in polls} == {"queued"}
+        assert all(sent.latency_ms > 0 for sent in (*tickets, *polls))
+        with pytest.raises(RuntimeError, match="422"):
+            send(server.url, [("POST", "/jobs", {})], rate_hz=10.0)
