@@ -94,7 +94,8 @@ def running_postgres() -> Iterator[PostgresServer]:
             raise UnavailableError(f"root cannot run it and there is no user {_SYSTEM_USER}") from error
     with _cleaned_up(programs, folder):
         user, password = "tester", secrets.token_hex(8)
-        (folder / "password").write_text(password)  # the folder is private
+        (folder / "password").write_text(password)
+        (folder / "password").chmod(0o644)  # for the user the server runs as; the folder itself is private
         access = ("--username", user, "--pwfile", "password", "--auth-local", "trust", "--auth-host", "scram-sha-256")
         encoding = ("--encoding", "UTF8", "--locale", "C")
         _run(folder, programs / "initdb", "--no-sync", "--pgdata", "data", *access, *encoding)

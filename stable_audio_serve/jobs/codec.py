@@ -4,7 +4,8 @@ a store may hold what an older or newer version of this package wrote.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+import json
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_type_hints
 
 import pydantic_core
@@ -13,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, create_model
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec
+from stable_audio_serve.jobs.tables import storable
 
 
 def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: Any) -> type[BaseModel]:
@@ -35,8 +37,17 @@ _FILE = TypeAdapter(StoredFile)
 
 
 def dump(value: JobSpec | JobResult | JobError | StoredFile) -> str:
-    """`value` as JSON text."""
-    return pydantic_core.to_json(value).decode()
+    """`value` as JSON text, with U+FFFD for lone surrogates, which no encoding has."""
+    try:
+        return pydantic_core.to_json(value).decode()
+    except pydantic_core.PydanticSerializationError:
+        return storable(json.dumps(value, default=_to_plain, ensure_ascii=False))
+
+
+def _to_plain(value: Any) -> dict[str, Any]:
+    if is_dataclass(value):
+        return {item.name: getattr(value, item.name) for item in fields(value)}
+    return dict(value)
 
 
 def load_spec(text: str) -> JobSpec:

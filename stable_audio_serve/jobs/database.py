@@ -1,7 +1,8 @@
-"""The tables jobs are kept in, and transactions on them, on SQLite or PostgreSQL. Blocking: for worker threads."""
+"""Transactions on the tables of jobs, on SQLite or PostgreSQL. Blocking: for worker threads."""
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,97 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-import structlog
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
 
-from stable_audio_serve.core.errors import ConfigError, StorageError
+from stable_audio_serve.jobs.faults import at_start, at_work, config_error
+from stable_audio_serve.jobs.migrations.upgrade import upgrade
 
-log = structlog.get_logger("stable_audio_serve.jobs")
+_POOL_SIZE = 8
+_POOL_OVERFLOW = 8
+_POOL_TIMEOUT_S = 10.0
 
-METADATA = sa.MetaData()
-REVISION = "0001"  # of Alembic's history: what this version reads and writes
-
-_Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # the only type SQLite counts up by itself
-
-JOBS = sa.Table(
-    "jobs",
-    METADATA,
-    sa.Column("seq", _Number, primary_key=True),  # order of arrival
-    sa.Column("contract", sa.Text, nullable=False),
-    sa.Column("id", sa.Text, nullable=False),
-    sa.Column("client", sa.Text, nullable=False),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("turn", sa.Double, nullable=False),  # when it would have had to come, to be served in order of arrival
-    sa.Column("spec", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Double, nullable=False),  # this and all times: Unix seconds
-    sa.Column("started_at", sa.Double),
-    sa.Column("completed_at", sa.Double),
-    sa.Column("not_before", sa.Double, nullable=False),
-    sa.Column("start_before", sa.Double),
-    sa.Column("owner", sa.Text),
-    sa.Column("fence", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("lease_until", sa.Double),
-    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("is_dead_letter", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("stage", sa.Text, nullable=False, server_default="queued"),
-    sa.Column("fraction", sa.Double, nullable=False, server_default="0"),
-    sa.Column("eta_s", sa.Double),
-    sa.Column("result", sa.Text),
-    sa.Column("error", sa.Text),
-    sa.Column("idempotency_key", sa.Text),
-    sa.Column("fingerprint", sa.Text, nullable=False),
-    sa.Column("upload_key", sa.Text),
-    sa.Column("result_key", sa.Text),
-    sa.Column("webhook_url", sa.Text),
-    sa.Column("webhook_at", sa.Double),  # when to try next; none = nothing to deliver
-    sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
-    sa.UniqueConstraint("contract", "id"),
-    sa.UniqueConstraint("contract", "client", "idempotency_key"),
-    sa.Index("jobs_by_turn", "state", "model", "turn", "seq"),
-    sa.Index("jobs_by_retry", "state", "not_before"),
-    sa.Index("jobs_by_lateness", "state", "start_before"),
-    sa.Index("jobs_by_lease", "state", "lease_until"),
-    sa.Index("jobs_by_owner", "owner"),
-    sa.Index("jobs_by_client", "client", "contract", "seq"),
-    sa.Index("jobs_by_end", "completed_at"),
-    sa.Index("jobs_by_webhook", "webhook_at"),
-    sa.Index("jobs_by_upload", "upload_key"),
-    sa.Index("jobs_by_result", "result_key"),
-    sqlite_autoincrement=True,
-)
-
-EVENTS = sa.Table(
-    "events",
-    METADATA,
-    sa.Column("id", _Number, primary_key=True),
-    sa.Column("job", _Number, sa.ForeignKey("jobs.seq", ondelete="CASCADE"), nullable=False),
-    sa.Column("at", sa.Double, nullable=False),
-    sa.Column("stage", sa.Text, nullable=False),
-    sa.Column("fraction", sa.Double, nullable=False),
-    sa.Column("eta_s", sa.Double),
-    sa.Column("message", sa.Text),
-    sa.Index("events_of_job", "job", "id"),
-    sqlite_autoincrement=True,
-)
-
-# Files that links without a key lead to: finished audio, and whatever a dialect lets its clients store.
-FILES = sa.Table(
-    "files",
-    METADATA,
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("key", sa.Text, nullable=False),
-    sa.Column("file", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Double, nullable=False),
-    sa.Index("files_by_key", "key"),
-    sa.Index("files_by_age", "created_at"),
-)
-
+_OLDEST_SQLITE = (3, 35)  # the first that says RETURNING
 _BUSY_TIMEOUT_S = 15.0
-_RETRY_S = 2.0
-_MIGRATION_LOCK = 0x53415544  # any number of our own
+_WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
+
+_CONNECT_TIMEOUT_S = 5
+# How PostgreSQL notices that the other side vanished without a word: seconds, the last in milliseconds.
+_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+# It gives up on what takes longer; and a process frozen in the middle of a transaction loses its locks.
+_TIMEOUTS_MS = {
+    "statement_timeout": 30_000,
+    "lock_timeout": 15_000,
+    "idle_in_transaction_session_timeout": 10_000,
+}
 
 
 def database_url(url: str | None, folder: Path) -> sa.URL:
@@ -109,24 +41,30 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
         return sa.URL.create("sqlite", database=str(folder / "jobs.db"))
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError as error:
-        raise _config_error("not a database URL") from error
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise config_error("not a database URL") from error
     kind = parsed.drivername.partition("+")[0]
-    if kind == "sqlite" and parsed.database and parsed.database != ":memory:":
+    if kind == "sqlite" and parsed.database and parsed.database != ":memory:" and not parsed.query:
         return parsed.set(drivername="sqlite")
     if kind in ("postgresql", "postgres"):
         return parsed.set(drivername="postgresql+psycopg")
-    raise _config_error("only SQLite files (sqlite:////path/to/jobs.db) and PostgreSQL (postgresql://...) can be used")
+    raise config_error("only SQLite files (sqlite:////path/to/jobs.db) and PostgreSQL (postgresql://...) can be used")
 
 
 class Database:
     """Transactions on the tables, which are brought up to date before the first one."""
 
     def __init__(self, url: sa.URL, *, now: Callable[[], float] | None = None) -> None:
-        """Touches nothing yet. `now` gives Unix time in seconds; unset = the clock that all who share the tables do."""
+        """Touches nothing yet. `now` gives Unix time in seconds; unset = the clock that all who share the tables do.
+
+        Raises ConfigError when what the database needs is not installed.
+        """
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self.engine = _create_sqlite(url) if self.is_sqlite else _create_postgresql(url)
+        self._reader = self.engine.execution_options(reading=True)
+        if not self.is_sqlite:  # one statement needs neither a BEGIN before nor a ROLLBACK after it
+            self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
         self._now = now
         self._lock = threading.Lock()
         self._is_ready = False
@@ -150,73 +88,78 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """A transaction; on SQLite no other writer overlaps it. Raises StorageError."""
-        with _our_errors(), self._ready().begin() as connection:
+        with at_work():
+            self._make_ready()
+            with self.engine.begin() as connection:
+                yield connection
+
+    @contextmanager
+    def writing_alone(self, lock: int) -> Iterator[sa.Connection]:
+        """A transaction that no other one with the same number overlaps. Raises StorageError."""
+        with self.writing() as connection:
+            if not self.is_sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A transaction that waits for no writer. Raises StorageError."""
-        with _our_errors(), self._ready().connect().execution_options(reading=True) as connection:
-            yield connection
+        """A connection that waits for no writer; each statement sees what is committed by then. Raises StorageError."""
+        with at_work():
+            self._make_ready()
+            with self._reader.connect() as connection:
+                yield connection
 
     def prepare(self) -> None:
-        """Make or upgrade the tables. Raises StorageError, and ConfigError when a newer version of this made them."""
-        with _our_errors():
-            self._ready()
+        """Make or upgrade the tables.
+
+        Raises ConfigError, with the reason, when that is not possible: no server, no access, tables of a newer version.
+        """
+        with at_start(self):
+            self._make_ready()
 
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
 
-    def _ready(self) -> sa.Engine:
+    def _make_ready(self) -> None:
+        if self._is_ready:
+            return
         with self._lock:
             if not self._is_ready:
-                with self.engine.begin() as connection:
-                    _migrate(connection, is_sqlite=self.is_sqlite)
+                with self.engine.begin() as connection:  # looking and changing in one: other processes start too
+                    upgrade(connection)
                 self._is_ready = True
-        return self.engine
-
-
-def _migrate(connection: sa.Connection, *, is_sqlite: bool) -> None:
-    """Upgrade to `REVISION`; looking and changing in one transaction, because others start too."""
-    if not is_sqlite:
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-    if sa.inspect(connection).has_table("alembic_version"):
-        found = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-        if found == REVISION:
-            return
-        if found is not None and found > REVISION:
-            raise _config_error(f"made by a newer version of stable-audio-serve (schema {found}, ours is {REVISION})")
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    command.upgrade(config, "head")
-
-
-@contextmanager
-def _our_errors() -> Iterator[None]:
-    try:
-        yield
-    except (SQLAlchemyError, OSError) as error:
-        log.error("the job database failed", error=str(error.__cause__ or error))
-        raise StorageError("the job database cannot be used now", retry_after_s=_RETRY_S) from error
-
-
-def _config_error(message: str) -> ConfigError:
-    return ConfigError(f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): {message}", field="jobs.database_url")
 
 
 def _create_postgresql(url: sa.URL) -> sa.Engine:
     try:
-        return sa.create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=8)
+        engine = sa.create_engine(
+            url,
+            connect_args={"connect_timeout": _CONNECT_TIMEOUT_S} | _KEEPALIVE,
+            pool_pre_ping=True,  # the server may have been restarted
+            pool_size=_POOL_SIZE,
+            max_overflow=_POOL_OVERFLOW,
+            pool_timeout=_POOL_TIMEOUT_S,
+        )
     except ImportError as error:
-        raise _config_error("PostgreSQL needs psycopg: pip install 'stable-audio-serve[postgres]'") from error
+        raise config_error("PostgreSQL needs psycopg: pip install 'stable-audio-serve[postgres]'") from error
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _: Any) -> None:
+        connection.autocommit = True
+        calls = (f"set_config('{name}', '{value}', false)" for name, value in _TIMEOUTS_MS.items())
+        connection.execute(f"SELECT {', '.join(calls)}")
+        connection.autocommit = False
+
+    return engine
 
 
 def _create_sqlite(url: sa.URL) -> sa.Engine:
-    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise config_error(
+            f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, _OLDEST_SQLITE))} is needed"
+        )
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S}, pool_size=_POOL_SIZE)
     path = Path(url.database or "")
 
     @sa.event.listens_for(engine, "do_connect")
@@ -224,15 +167,16 @@ def _create_sqlite(url: sa.URL) -> sa.Engine:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     @sa.event.listens_for(engine, "connect")
-    def _configure(connection: Any, _: Any) -> None:
+    def _configure(connection: sqlite3.Connection, _: Any) -> None:
         connection.isolation_level = None  # transactions begin below, not where the driver guesses
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        reading = connection.get_execution_options().get("reading")
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+        if not connection.get_execution_options().get("reading"):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from stable_audio_serve.jobs.database import JOBS, Database
+from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job
-from stable_audio_serve.jobs.store import to_job
+from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.transitions import to_job
 
 _jobs = JOBS.c
 

@@ -1,406 +1,346 @@
-"""What every job store must do, whatever database is behind it."""
+"""What clients may do with the job store, on every database it can be kept in."""
 
 from __future__ import annotations
 
-import itertools
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import ConfigError, OverloadedError, StorageError
-from stable_audio_serve.jobs.database import Database, database_url
-from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobSpec
-from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError, StorageError
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.database import Database
+from stable_audio_serve.jobs.job import JobSpec, JobUpload
 from stable_audio_serve.jobs.store import JobStore
 from tests.jobs.conftest import make_spec
+from tests.jobs.stores import (
+    FILE,
+    RESULT,
+    Wall,
+    add,
+    add_spec,
+    database,
+    find,
+    lease,
+    leased_ids,
+    open_database,
+    postgres_with_tables,
+    store,
+    store_url,
+    wall,
+)
 
-FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
-RESULT = JobResult(FILE, "f" * 32, 44100, 1, (7,), 1.5)
-ERROR = JobError("invalid", "steps: too many", "steps")
+__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
-
-@dataclass
-class Wall:
-    """A clock that stands still until it is moved."""
-
-    now: float = 1_790_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def wall() -> Wall:
-    return Wall()
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(database_url(None, tmp_path / "jobs"))
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def store(database: Database, wall: Wall) -> JobStore:
-    return JobStore(database, max_queued=50, now=wall)
-
-
-def find(store: JobStore, job: Job) -> Job:
-    found = store.get(job.spec.contract, job.spec.id)
-    assert found is not None
-    return found
-
-
-def claim(store: JobStore, owner: str = "me") -> Job:
-    job = store.claim(owner)
-    assert job is not None
-    return job
-
-
-def claimed_ids(store: JobStore, number: int) -> list[str]:
-    return [claim(store).spec.id for _ in range(number)]
+ODD_TEXTS = {
+    "quotes": "'; DROP TABLE jobs; --",
+    "nul": "a\x00b",
+    "surrogate": "lone \ud800 surrogate",
+    "unicode": "♪ \U0001f3b5 e\u0301",
+    "blank": " \n\t",
+    "parameters": "%s ? :x $1 {}",
+    "empty": "",
+}
+odd_texts = pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 
 
 def test_a_new_job_waits_and_can_be_found_under_its_contract_only(store: JobStore, wall: Wall) -> None:
-    job = store.add(make_spec(contract="fal"))
+    job = add(store, contract="fal")
     assert find(store, job) == job
     assert (job.state, job.stage, job.fraction, job.attempts, job.cancel_requested) == ("queued", "queued", 0, 0, False)
     assert (job.started_at, job.completed_at, job.result, job.error) == (None, None, None, None)
+    assert (job.lease, job.eta_s, job.is_dead_letter) == (None, None, False)
     assert job.created_at.timestamp() == wall.now
-    assert [line.message for line in job.logs] == ["queued"]
     assert store.get("sa3", job.spec.id) is None
     assert store.get("fal", "other") is None
 
 
+def test_everything_asked_for_is_kept(store: JobStore) -> None:
+    upload = JobUpload(StoredFile("uploads/1", "audio/wav", "a b.wav", 12, "ab" * 32), "init", 47.5)
+    spec = make_spec(upload=upload, priority="batch", start_within_s=9.5, wire={"a": [1, None]}, client="k" * 16)
+    spec = replace(spec, idempotency_key="key", fingerprint="f" * 64, webhook_url="https://a.example/")
+    assert find(store, add_spec(store, spec)).spec == spec
+
+
+@odd_texts
+def test_any_text_survives_but_lone_surrogates_which_no_encoding_has(store: JobStore, text: str) -> None:
+    def spec_of(text: str) -> JobSpec:
+        spec = make_spec(id="1" * 32, wire={"text": text, text: 1})
+        return replace(spec, request=replace(spec.request, prompt=text, negative_prompt=text))
+
+    assert find(store, add_spec(store, spec_of(text))).spec == spec_of(text.replace("\ud800", "\ufffd"))
+
+
+@odd_texts
+def test_any_text_may_be_looked_up(store: JobStore, text: str) -> None:
+    assert store.get("sa3", text) is None
+    assert store.find_file(text) is None
+    assert store.cancel("sa3", text) == ("unknown", None)
+    assert store.events("sa3", text) == ()
+    assert store.list_own("sa3", text).jobs == ()
+    assert store.lease(text, lease_s=15, models=[text]) is None
+    assert store.renew(text, lease_s=15) == []
+    assert store.unreferenced([text]) == [text]
+
+
+@odd_texts
+def test_any_text_may_name_things(store: JobStore, text: str) -> None:
+    spec = make_spec(id=text, client=text, model=text, idempotency_key=text, fingerprint="f", webhook_url=text)
+    job = add_spec(store, spec)
+    assert not store.add(spec).is_new
+    assert store.get("sa3", text) == job
+    leased = lease(store, text)
+    assert store.report(leased, stage=text, fraction=0.5, message=text)
+    assert store.succeed(leased, RESULT) is not None
+
+
 def test_the_same_id_under_two_contracts_is_two_jobs(store: JobStore) -> None:
     for contract in ("sa3", "aiml"):
-        store.add(make_spec(id="same", contract=contract))
+        add(store, id="same", contract=contract)
     store.cancel("aiml", "same")
     assert [store.get(contract, "same").state for contract in ("sa3", "aiml")] == ["queued", "cancelled"]  # type: ignore[union-attr]
-    with pytest.raises(StorageError):
-        store.add(make_spec(id="same", contract="sa3"))
 
 
-def test_jobs_start_in_order_of_priority_then_arrival(store: JobStore) -> None:
-    jobs = [store.add(make_spec(priority=priority)) for priority in ("batch", "interactive", "batch", "interactive")]
-    assert [store.position(job) for job in jobs] == [2, 0, 3, 1]
-    assert claimed_ids(store, 4) == [jobs[index].spec.id for index in (1, 3, 0, 2)]
-    assert store.claim("me") is None
+class TestRepeatedRequests:
+    """An idempotency key, or an id the client chose, makes a job at most once."""
+
+    @pytest.mark.parametrize("by", ["id", "key"])
+    def test_find_their_first_job_whatever_became_of_it(self, store: JobStore, by: str) -> None:
+        first = add(store, id="1" * 32, idempotency_key="k", fingerprint="same")
+        again = make_spec(fingerprint="same", **{"id": {"id": first.spec.id}, "key": {"idempotency_key": "k"}}[by])
+        repeated = store.add(again)
+        assert (repeated.job, repeated.is_new) == (first, False)
+        store.cancel("sa3", first.spec.id)
+        repeated = store.add(again)
+        assert (repeated.job.state, repeated.is_new) == ("cancelled", False)
+        assert store.counts() == {"cancelled": 1}
+
+    @pytest.mark.parametrize(("by", "code"), [("id", "id"), ("key", "Idempotency-Key")])
+    def test_of_something_else_are_conflicts(self, store: JobStore, by: str, code: str) -> None:
+        add(store, id="1" * 32, idempotency_key="k", fingerprint="one")
+        other = make_spec(fingerprint="other", **{"id": {"id": "1" * 32}, "key": {"idempotency_key": "k"}}[by])
+        with pytest.raises(ConflictError, match=code) as caught:
+            store.add(other)
+        assert caught.value.field == code
+        assert store.counts() == {"queued": 1}
+
+    def test_without_a_fingerprint_are_conflicts(self, store: JobStore) -> None:
+        spec = make_spec()
+        store.add(spec)
+        with pytest.raises(ConflictError):
+            store.add(spec)
+
+    def test_of_another_client_or_contract_are_other_jobs(self, store: JobStore) -> None:
+        for contract, client in (("sa3", "one"), ("sa3", "two"), ("fal", "one"), ("sa3", "")):
+            add(store, contract=contract, client=client, idempotency_key="k", fingerprint="same")
+        assert store.counts() == {"queued": 4}
+
+    def test_an_id_of_another_client_stays_that_clients(self, store: JobStore) -> None:
+        add(store, id="1" * 32, client="one", fingerprint="same")
+        with pytest.raises(ConflictError):
+            store.add(make_spec(id="1" * 32, client="two", fingerprint="same"))
+
+    def test_are_answered_when_the_queue_is_full(self, database: Database) -> None:
+        store = JobStore(database, JobSettings(max_queued=1))
+        spec = make_spec(idempotency_key="k", fingerprint="same")
+        store.add(spec)
+        assert not store.add(spec).is_new
+
+    def test_a_key_of_its_own_for_each_of_two_ids(self, store: JobStore) -> None:
+        add(store, id="1" * 32, idempotency_key="a", fingerprint="same")
+        add(store, id="2" * 32, idempotency_key="b", fingerprint="same")
+        with pytest.raises(ConflictError):  # its key is the first job's, its id the second one's
+            store.add(make_spec(id="2" * 32, idempotency_key="a", fingerprint="same"))
 
 
-def test_a_claim_says_when_and_how_often(store: JobStore, wall: Wall) -> None:
-    store.add(make_spec())
-    wall.now += 5
-    job = claim(store)
-    assert (job.state, job.attempts) == ("running", 1)
-    assert job.started_at is not None
-    assert job.started_at.timestamp() == wall.now
-    assert (job.logs[-1].message, job.logs[-1].at.timestamp()) == ("started", wall.now)
+class TestRoom:
+    """Jobs that wait are bounded, for all and for each client."""
+
+    def test_more_than_may_wait_are_refused(self, database: Database) -> None:
+        store = JobStore(database, JobSettings(max_queued=2))
+        add(store)
+        add(store)
+        with pytest.raises(OverloadedError) as caught:
+            add(store)
+        assert not isinstance(caught.value, QuotaError)
+        assert caught.value.retry_after_s
+        lease(store)
+        add(store)
+
+    def test_more_of_one_client_than_may_wait_are_refused(self, database: Database) -> None:
+        store = JobStore(database, JobSettings(max_queued=10, max_queued_per_key=2))
+        add(store, client="one")
+        add(store, client="one")
+        with pytest.raises(QuotaError) as caught:
+            add(store, client="one")
+        assert caught.value.retry_after_s
+        add(store, client="two")
+
+    def test_who_has_no_key_shares_the_limit_of_all_only(self, database: Database) -> None:
+        store = JobStore(database, JobSettings(max_queued=3, max_queued_per_key=1))
+        for _ in range(3):
+            add(store, client="")
+        with pytest.raises(OverloadedError) as caught:
+            add(store, client="")
+        assert not isinstance(caught.value, QuotaError)
+
+    def test_a_refused_job_leaves_nothing(self, database: Database) -> None:
+        store = JobStore(database, JobSettings(max_queued=1))
+        add(store)
+        spec = make_spec(idempotency_key="k", fingerprint="f")
+        with pytest.raises(OverloadedError):
+            store.add(spec)
+        assert store.get("sa3", spec.id) is None
+        lease(store)
+        assert store.add(spec).is_new
 
 
-def test_two_claims_at_once_never_get_the_same_job(store: JobStore) -> None:
-    for _ in range(40):
-        store.add(make_spec())
-    barrier = threading.Barrier(4)
+class TestListing:
+    """A client sees its own jobs, newest first, in pages."""
 
-    def claim_all(owner: str) -> list[str]:
-        barrier.wait()
-        ids = []
-        while job := store.claim(owner):
-            ids.append(job.spec.id)
-        return ids
+    def test_pages_show_every_own_job_once(self, store: JobStore, wall: Wall) -> None:
+        jobs = []
+        for _ in range(5):
+            jobs.append(add(store, client="one"))
+            add(store, client="two")
+            add(store, client="one", contract="fal")
+            wall.now += 1
+        first = store.list_own("sa3", "one", limit=2)
+        second = store.list_own("sa3", "one", cursor=first.next_cursor, limit=2)
+        add(store, client="one")  # newer than what is being paged through
+        third = store.list_own("sa3", "one", cursor=second.next_cursor, limit=2)
+        assert [*first.jobs, *second.jobs, *third.jobs] == jobs[::-1]
+        assert third.next_cursor is None
 
-    with ThreadPoolExecutor(4) as pool:
-        ids = list(itertools.chain(*pool.map(claim_all, "abcd")))
-    assert len(ids) == len(set(ids)) == 40
+    def test_an_exactly_full_page_is_the_last(self, store: JobStore) -> None:
+        for _ in range(2):
+            add(store)
+        page = store.list_own("sa3", "", limit=2)
+        assert (len(page.jobs), page.next_cursor) == (2, None)
 
+    def test_one_state_only(self, store: JobStore) -> None:
+        ended, waiting = add(store), add(store)
+        store.cancel("sa3", ended.spec.id)
+        assert [job.spec.id for job in store.list_own("sa3", "", state="queued").jobs] == [waiting.spec.id]
+        assert [job.spec.id for job in store.list_own("sa3", "", state="cancelled").jobs] == [ended.spec.id]
+        assert store.list_own("sa3", "", state="failed").jobs == ()
 
-def test_more_than_may_wait_are_refused(database: Database, wall: Wall) -> None:
-    store = JobStore(database, max_queued=2, now=wall)
-    store.add(make_spec())
-    store.add(make_spec())
-    with pytest.raises(OverloadedError) as caught:
-        store.add(make_spec())
-    assert caught.value.retry_after_s
-    claim(store)
-    store.add(make_spec())
-
-
-def test_many_at_once_never_exceed_what_may_wait(database: Database, wall: Wall) -> None:
-    store = JobStore(database, max_queued=5, now=wall)
-
-    def add(_: int) -> bool:
-        try:
-            store.add(make_spec())
-        except OverloadedError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(add, range(20))) == 5
-    assert store.look("me").num_queued == 5
+    @pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "9" * 30, "1'", "\x00", "０"])
+    def test_a_cursor_that_was_never_given_is_refused(self, store: JobStore, cursor: str) -> None:
+        with pytest.raises(ValueError, match="cursor"):
+            store.list_own("sa3", "", cursor=cursor)
 
 
-def test_progress_is_noted_for_the_owner_only(store: JobStore) -> None:
-    store.add(make_spec())
-    job = claim(store)
-    assert store.report(job, "me", stage="generating", fraction=0.5, message="half")
-    assert not store.report(job, "other", stage="x", fraction=0.9, message="x")
-    now = find(store, job)
-    assert (now.stage, now.fraction, now.logs[-1].message) == ("generating", 0.5, "half")
+class TestEvents:
+    """What happened to a job can be read again from any point."""
+
+    def test_tell_a_job_from_its_start_to_its_end(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        job = add(store)
+        wall.now += 5
+        store.cancel("sa3", leased_ids(store, 1)[0])
+        leased = lease(store)
+        wall.now += 1
+        store.report(leased, stage="generating", fraction=0.5, eta_s=2.5)
+        wall.now += 1
+        store.succeed(leased, RESULT)
+        events = store.events("sa3", job.spec.id)
+        assert [(event.stage, event.fraction, event.eta_s) for event in events] == [
+            ("queued", 0, None),
+            ("started", 0, None),
+            ("generating", 0.5, 2.5),
+            ("done", 1, None),
+        ]
+        assert [event.at.timestamp() - job.created_at.timestamp() for event in events] == [0, 5, 6, 7]
+        assert [event.message for event in events] == ["queued", "started", None, "finished"]
+
+    def test_continue_after_any_of_them(self, store: JobStore) -> None:
+        job = add(store)
+        leased = lease(store)
+        for step in range(4):
+            store.report(leased, stage="generating", fraction=step / 4)
+        events = store.events("sa3", job.spec.id)
+        assert [event.id for event in events] == sorted({event.id for event in events})
+        for index, event in enumerate(events):
+            assert store.events("sa3", job.spec.id, after=event.id) == events[index + 1 :]
+
+    @pytest.mark.parametrize("after", [-1, -(2**70), 2**31, 2**63 - 1, 2**63, 10**40])
+    def test_after_any_number(self, store: JobStore, after: int) -> None:
+        job = add(store)
+        assert len(store.events("sa3", job.spec.id, after=after)) == (1 if after < 0 else 0)
+
+    def test_are_of_one_job_only(self, store: JobStore) -> None:
+        one, other = add(store, contract="fal"), add(store)
+        store.cancel("fal", one.spec.id)
+        assert [event.message for event in store.events("sa3", other.spec.id)] == ["queued"]
+        assert [event.message for event in store.events("fal", one.spec.id)] == ["queued", "cancelled"]
+        assert store.events("sa3", one.spec.id) == ()
 
 
-def test_success_keeps_the_result_and_publishes_its_file(store: JobStore, wall: Wall) -> None:
-    store.add(make_spec())
-    job = claim(store)
-    wall.now += 3
-    ended = store.succeed(job, "me", RESULT)
-    assert ended is not None
-    assert ended == find(store, job)
-    assert (ended.state, ended.result, ended.error, ended.fraction, ended.stage) == (
-        *("succeeded", RESULT, None, 1.0),
-        "done",
-    )
-    assert ended.completed_at is not None
-    assert ended.completed_at.timestamp() == wall.now
-    assert store.find_file(RESULT.file_id) == FILE
-    assert store.find_file("other") is None
+class TestCancelling:
+    """A waiting job ends at once, a running one is asked to."""
 
+    def test_a_waiting_job_ends_at_once(self, store: JobStore) -> None:
+        job = add(store)
+        outcome, ended = store.cancel("sa3", job.spec.id)
+        assert outcome == "removed"
+        assert ended is not None
+        assert (ended.state, ended.started_at) == ("cancelled", None)
+        assert ended.error is not None
+        assert ended.error.code == "cancelled"
+        assert store.lease("me", lease_s=15) is None
+        assert store.cancel("sa3", job.spec.id) == ("already_over", ended)
 
-def test_failure_keeps_the_error(store: JobStore) -> None:
-    store.add(make_spec())
-    ended = store.fail(claim(store), "me", ERROR)
-    assert ended is not None
-    assert (ended.state, ended.error, ended.result) == ("failed", ERROR, None)
-    assert ended.logs[-1].message == ERROR.message
+    def test_a_running_job_is_asked_to_stop(self, store: JobStore) -> None:
+        job = add(store)
+        leased = lease(store)
+        assert [held.cancel_requested for held in store.renew("me", lease_s=15)] == [False]
+        outcome, asked = store.cancel("sa3", job.spec.id)
+        assert outcome == "requested"
+        assert asked is not None
+        assert (asked.state, asked.cancel_requested) == ("running", True)
+        assert [held.cancel_requested for held in store.renew("me", lease_s=15)] == [True]
+        assert store.cancel("sa3", job.spec.id) == ("requested", asked)
+        ended = store.stop(leased)
+        assert ended is not None
+        assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")
 
-
-def end_in_every_way(store: JobStore, job: Job, owner: str) -> list[Job | None]:
-    return [
-        store.succeed(job, owner, RESULT),
-        store.fail(job, owner, ERROR),
-        store.stop(job, owner),
-        store.requeue(job, owner, delay_s=0, attempts=0, message="x"),
-    ]
-
-
-@pytest.mark.parametrize("way", range(3))
-def test_an_end_is_final(store: JobStore, way: int) -> None:
-    store.add(make_spec())
-    job = claim(store)
-    ends = (
-        lambda: store.succeed(job, "me", RESULT),
-        lambda: store.fail(job, "me", ERROR),
-        lambda: store.stop(job, "me"),
-    )
-    ended = ends[way]()
-    assert end_in_every_way(store, job, "me") == [None] * 4
-    assert store.cancel("sa3", job.spec.id) == ("already_over", ended)
-    assert store.claim("me") is None
-    assert find(store, job) == ended
-
-
-def test_only_the_owner_may_end_a_job(store: JobStore) -> None:
-    waiting = store.add(make_spec())
-    assert end_in_every_way(store, waiting, "me") == [None] * 4
-    job = claim(store)
-    assert end_in_every_way(store, job, "other") == [None] * 4
-    assert store.find_file(RESULT.file_id) is None
-    assert find(store, job).state == "running"
-
-
-def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
-    job = store.add(make_spec())
-    outcome, ended = store.cancel("sa3", job.spec.id)
-    assert outcome == "removed"
-    assert ended is not None
-    assert (ended.state, ended.started_at) == ("cancelled", None)
-    assert ended.error is not None
-    assert ended.error.code == "cancelled"
-    assert store.claim("me") is None
-    assert store.cancel("sa3", job.spec.id)[0] == "already_over"
-
-
-def test_a_running_job_is_asked_to_stop(store: JobStore) -> None:
-    store.add(make_spec())
-    job = claim(store)
-    assert store.cancellations("me") == []
-    assert store.cancel("sa3", job.spec.id)[0] == "requested"
-    assert store.cancellations("me") == [("sa3", job.spec.id)]
-    assert store.cancellations("other") == []
-    assert find(store, job).cancel_requested
-    ended = store.stop(job, "me")
-    assert ended is not None
-    assert ended.state == "cancelled"
-    assert store.cancellations("me") == []
-
-
-def test_an_unknown_job_cannot_be_cancelled(store: JobStore) -> None:
-    assert store.cancel("sa3", "other") == ("unknown", None)
-
-
-def test_a_job_put_back_waits_its_delay_and_keeps_its_turn(store: JobStore, wall: Wall) -> None:
-    first, second = store.add(make_spec()), store.add(make_spec())
-    job = claim(store)
-    put_back = store.requeue(job, "me", delay_s=10, attempts=1, message="put back: busy")
-    assert put_back is not None
-    assert (put_back.state, put_back.attempts, put_back.started_at) == ("queued", 1, None)
-    assert put_back.logs[-1].message == "put back: busy"
-    assert claimed_ids(store, 1) == [second.spec.id]
-    assert store.claim("me") is None
-    assert store.look("me").claim_in_s == pytest.approx(10)
-    wall.now += 10.5
-    again = claim(store)
-    assert (again.spec.id, again.attempts) == (first.spec.id, 2)
-
-
-def test_a_late_job_fails_instead_of_starting(store: JobStore, wall: Wall) -> None:
-    late, patient = store.add(make_spec(start_within_s=5.0)), store.add(make_spec(start_within_s=60.0))
-    assert store.look("me").late_in_s == pytest.approx(5)
-    assert store.expire() == []
-    wall.now += 5.5
-    (ended,) = store.expire()
-    assert ended.spec.id == late.spec.id
-    assert ended.state == "failed"
-    assert ended.error is not None
-    assert ended.error.code == "start_timeout"
-    assert claimed_ids(store, 1) == [patient.spec.id]
-
-
-def test_a_late_job_is_not_claimed_even_before_it_is_found_late(store: JobStore, wall: Wall) -> None:
-    store.add(make_spec(start_within_s=5.0))
-    wall.now += 5.5
-    assert store.claim("me") is None
-
-
-def test_a_job_that_began_in_time_is_never_late(store: JobStore, wall: Wall) -> None:
-    store.add(make_spec(start_within_s=5.0))
-    job = claim(store)
-    wall.now += 60
-    assert store.expire() == []
-    store.requeue(job, "me", delay_s=0, attempts=1, message="x")
-    assert store.expire() == []
-    assert claim(store).attempts == 2
-
-
-def test_a_job_whose_start_did_not_count_can_still_be_late(store: JobStore, wall: Wall) -> None:
-    store.add(make_spec(start_within_s=5.0))
-    store.requeue(claim(store), "me", delay_s=0, attempts=0, message="busy")
-    wall.now += 6
-    assert len(store.expire()) == 1
-
-
-def test_a_new_owner_takes_over_what_the_old_one_left(store: JobStore) -> None:
-    store.add(make_spec())
-    store.add(make_spec())
-    job = claim(store, "old")
-    (adopted,) = store.adopt("new")
-    assert (adopted.spec.id, adopted.state, adopted.attempts) == (job.spec.id, "running", 1)
-    assert end_in_every_way(store, job, "old") == [None] * 4
-    assert not store.report(job, "old", stage="x", fraction=0.9, message="x")
-    assert store.adopt("new") == []
-    assert store.succeed(job, "new", RESULT) is not None
-
-
-def test_jobs_survive_the_end_of_the_process(store: JobStore, database: Database) -> None:
-    waiting, running = store.add(make_spec()), store.add(make_spec())
-    claim(store)
-    database.close()
-    again = JobStore(Database(str(database.engine.url)))
-    assert again.get("sa3", waiting.spec.id) == find(store, waiting)
-    assert again.get("sa3", running.spec.id) == find(store, running)
-    again.database.close()
-
-
-def test_an_idle_look_sees_nothing_to_do(store: JobStore) -> None:
-    outlook = store.look("me")
-    assert (outlook.num_queued, outlook.num_stops) == (0, 0)
-    assert (outlook.claim_in_s, outlook.late_in_s, outlook.webhook_in_s) == (None, None, None)
-
-
-def test_an_end_is_to_be_told_until_it_is_settled(store: JobStore, database: Database, wall: Wall) -> None:
-    outbox = Outbox(database, now=wall)
-    store.add(make_spec())
-    store.add(make_spec(webhook_url="https://a.example/1"))
-    for _ in range(2):
-        store.succeed(claim(store), "me", JobResult(FILE, f"{_}", 44100, 1, (7,), 1.5))
-    (notice,) = outbox.due(limit=10)
-    assert (notice.url, notice.job.state, notice.num_failures) == ("https://a.example/1", "succeeded", 0)
-    assert store.look("me").webhook_in_s == pytest.approx(0)
-    outbox.postpone(notice, delay_s=7)
-    assert outbox.due(limit=10) == []
-    assert store.look("me").webhook_in_s == pytest.approx(7)
-    wall.now += 7
-    (notice,) = outbox.due(limit=10)
-    assert notice.num_failures == 1
-    outbox.settle(notice)
-    assert outbox.due(limit=10) == []
-    assert store.look("me").webhook_in_s is None
-
-
-@pytest.mark.parametrize("end", ["fail", "stop", "cancel", "expire"])
-def test_every_kind_of_end_is_told(store: JobStore, database: Database, wall: Wall, end: str) -> None:
-    job = store.add(make_spec(webhook_url="https://a.example/", start_within_s=1.0))
-    match end:
-        case "fail":
-            store.fail(claim(store), "me", ERROR)
-        case "stop":
-            store.stop(claim(store), "me")
-        case "cancel":
+    def test_asking_twice_is_noted_once(self, store: JobStore) -> None:
+        job = add(store)
+        lease(store)
+        for _ in range(3):
             store.cancel("sa3", job.spec.id)
-        case "expire":
-            wall.now += 2
-            store.expire()
-    (notice,) = Outbox(database, now=wall).due(limit=10)
-    assert notice.job == find(store, job)
+        messages = [event.message for event in store.events("sa3", job.spec.id)]
+        assert messages == ["queued", "started", "cancellation requested"]
+
+    def test_an_unknown_job_cannot_be_cancelled(self, store: JobStore) -> None:
+        add(store, id="one", contract="fal")
+        assert store.cancel("sa3", "one") == ("unknown", None)
 
 
-def test_nothing_is_told_before_the_end(store: JobStore, database: Database, wall: Wall) -> None:
-    store.add(make_spec(webhook_url="https://a.example/"))
-    job = claim(store)
-    store.requeue(job, "me", delay_s=0, attempts=1, message="x")
-    assert Outbox(database, now=wall).due(limit=10) == []
+class TestPublishedFiles:
+    """Whoever has the id may read the file."""
+
+    def test_ids_cannot_be_guessed(self, store: JobStore) -> None:
+        ids = {store.publish(FILE) for _ in range(3)}
+        assert len(ids) == 3
+        assert all(len(file_id) == 32 for file_id in ids)
+        assert [store.find_file(file_id) for file_id in ids] == [FILE] * 3
+        assert store.find_file("other") is None
+
+    def test_a_used_id_keeps_its_file(self, store: JobStore) -> None:
+        store.publish(FILE, file_id="mine")
+        with pytest.raises(StorageError):
+            store.publish(replace(FILE, key="other"), file_id="mine")
+        assert store.find_file("mine") == FILE
 
 
-def test_a_published_file_is_found_by_an_id_that_cannot_be_guessed(store: JobStore) -> None:
-    ids = {store.publish(FILE) for _ in range(3)}
-    assert len(ids) == 3
-    assert all(len(file_id) == 32 for file_id in ids)
-    assert [store.find_file(file_id) for file_id in ids] == [FILE] * 3
-
-
-def test_nothing_is_touched_before_the_first_use(tmp_path: Path) -> None:
-    JobStore(Database(database_url(None, tmp_path / "outputs")))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_database_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    store = JobStore(Database(database_url(None, tmp_path / "file")))
-    with pytest.raises(StorageError):
-        store.add(make_spec())
-
-
-@pytest.mark.parametrize("url", ["nonsense", "postgresql://u:secret@host/db", "sqlite://", "sqlite:///", "mysql://x/y"])
-def test_a_database_that_cannot_be_used_yet_stops_the_start(tmp_path: Path, url: str) -> None:
-    with pytest.raises(ConfigError, match="database_url") as caught:
-        database_url(url, tmp_path)
-    assert "secret" not in caught.value.message
-
-
-def test_a_configured_sqlite_file_is_used(tmp_path: Path) -> None:
-    database = Database(database_url(f"sqlite:///{tmp_path}/mine.db", Path("/nowhere")))
-    JobStore(database).add(make_spec())
+def test_jobs_survive_the_end_of_the_process(store: JobStore, database: Database, store_url: str, wall: Wall) -> None:
+    waiting, running = add(store), add(store)
+    lease(store)
     database.close()
-    assert (tmp_path / "mine.db").is_file()
-
-
-def test_prompts_with_anything_in_them_survive(store: JobStore) -> None:
-    spec: JobSpec = make_spec(wire={"text": "'; DROP TABLE jobs; -- \x00 ♪"})
-    assert find(store, store.add(spec)).spec == spec
+    again = JobStore(open_database(store_url, wall))
+    expected: Any = (find(store, waiting), find(store, running))
+    assert (find(again, waiting), find(again, running)) == expected
+    again.database.close()

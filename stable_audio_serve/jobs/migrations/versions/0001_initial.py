@@ -2,7 +2,7 @@
 
 from alembic import op
 
-from stable_audio_serve.jobs.database import METADATA
+from stable_audio_serve.jobs.tables import METADATA
 
 revision = "0001"
 down_revision = None

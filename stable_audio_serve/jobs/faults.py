@@ -1,0 +1,59 @@
+"""What goes wrong with a database, as errors of ours: at the start one sentence, later something to try again."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
+
+log = structlog.get_logger("stable_audio_serve.jobs")
+
+_RETRY_S = 2.0
+_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "53100")  # of SQLite by name, of PostgreSQL by number
+
+
+def config_error(message: str) -> ConfigError:
+    """That the configured database cannot be used, and why."""
+    return ConfigError(f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): {message}", field="jobs.database_url")
+
+
+@contextmanager
+def at_start(database: object) -> Iterator[None]:
+    """Raises ConfigError, with the reason, for whatever the database refuses; `str(database)` says which it is."""
+    try:
+        yield
+    except (SQLAlchemyError, OSError) as error:
+        raise config_error(f"{database} cannot be used: {_reason(error)}") from error
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Raises StorageError for whatever the database refuses; the reason is for the log only."""
+    try:
+        yield
+    except (SQLAlchemyError, OSError, ConfigError) as error:
+        log.error("the job database failed", error=_reason(error))
+        if _is_full(error):
+            raise StorageFullError("the disk of the job database is full") from error
+        raise StorageError("the job database cannot be used now", retry_after_s=_RETRY_S) from error
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    return getattr(cause, "sqlite_errorname", None) in _FULL or getattr(cause, "sqlstate", None) in _FULL
+
+
+def _reason(error: Exception) -> str:
+    """One line without the statement, whose values may be a client's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__

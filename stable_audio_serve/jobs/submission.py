@@ -1,0 +1,56 @@
+"""What is decided before a job is kept: whether there is room, and whether the same request was kept already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.job import JobSpec
+from stable_audio_serve.jobs.tables import JOBS, in_state, storable
+from stable_audio_serve.jobs.transitions import is_job
+
+_FULL_RETRY_S = 10.0
+
+_jobs = JOBS.c
+_QUEUED = in_state("queued")
+
+
+def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
+    """Why another job cannot wait. Who has no key is bounded by the limit for all only."""
+    own = count(_QUEUED, _jobs.client == spec.client) if spec.client else sa.literal(0)
+    waiting = connection.execute(sa.select(count(_QUEUED).label("all"), own.label("own"))).one()
+    if waiting.all >= limits.max_queued:
+        return OverloadedError("the job queue is full", retry_after_s=_FULL_RETRY_S)
+    if waiting.own >= limits.max_queued_per_key:
+        return QuotaError("too many jobs of this key are waiting", retry_after_s=_FULL_RETRY_S)
+    return None
+
+
+def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
+    """The job that this request made before. Raises ConflictError when another one has its key or id."""
+    by_key = sa.and_(
+        _jobs.contract == spec.contract,
+        _jobs.client == spec.client,
+        _jobs.idempotency_key == spec.idempotency_key,
+    )
+    rows: list[sa.Row[Any]] = []
+    for condition, field, used in (
+        (by_key if spec.idempotency_key is not None else None, "Idempotency-Key", "key"),
+        (is_job(spec.contract, spec.id), "id", "id"),
+    ):
+        row = None if condition is None else connection.execute(sa.select(JOBS).where(condition)).first()
+        if row is None:
+            continue
+        is_same = spec.fingerprint and row.fingerprint == spec.fingerprint and row.client == storable(spec.client)
+        if not is_same or any(row.seq != other.seq for other in rows):
+            raise ConflictError(f"{field}: this {used} was used for another request", field=field)
+        rows.append(row)
+    return rows[0] if rows else None
+
+
+def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
+    """How many jobs meet all conditions."""
+    return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()

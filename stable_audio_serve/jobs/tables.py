@@ -1,0 +1,124 @@
+"""The tables jobs are kept in, the same on SQLite and PostgreSQL. All times are Unix seconds.
+
+Indexes of what waits or runs cover nothing else, so that the many ended jobs of a week cost them nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+METADATA = sa.MetaData()
+
+
+class _Text(sa.TypeDecorator[str]):
+    """Text that any database takes: PostgreSQL has no U+0000, and no encoding has lone surrogates."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        """What is sent to the database."""
+        return None if value is None else storable(value)
+
+
+def storable(text: str) -> str:
+    """`text` with U+FFFD for what not every database can keep."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+
+
+_Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # the only type SQLite counts up by itself
+
+JOBS = sa.Table(
+    "jobs",
+    METADATA,
+    sa.Column("seq", _Number, primary_key=True),  # order of arrival
+    sa.Column("contract", _Text, nullable=False),
+    sa.Column("id", _Text, nullable=False),
+    sa.Column("client", _Text, nullable=False),
+    sa.Column("model", _Text, nullable=False),
+    sa.Column("state", _Text, nullable=False),
+    sa.Column("turn", sa.Double, nullable=False),  # when it would have had to come, to be served in order of arrival
+    sa.Column("spec", _Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("completed_at", sa.Double),
+    sa.Column("not_before", sa.Double, nullable=False),
+    sa.Column("start_before", sa.Double),  # of jobs that wait
+    sa.Column("owner", _Text),  # of jobs that run
+    sa.Column("fence", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("lease_until", sa.Double),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("is_dead_letter", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("stage", _Text, nullable=False, server_default="queued"),
+    sa.Column("fraction", sa.Double, nullable=False, server_default="0"),
+    sa.Column("eta_s", sa.Double),
+    sa.Column("result", _Text),
+    sa.Column("error", _Text),
+    sa.Column("idempotency_key", _Text),
+    sa.Column("fingerprint", _Text, nullable=False),
+    sa.Column("upload_key", _Text),
+    sa.Column("result_key", _Text),
+    sa.Column("webhook_url", _Text),
+    sa.Column("webhook_at", sa.Double),  # when to try next; none = nothing to deliver
+    sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.UniqueConstraint("contract", "id"),
+    sqlite_autoincrement=True,
+)
+_jobs = JOBS.c
+
+EVENTS = sa.Table(
+    "events",
+    METADATA,
+    sa.Column("id", _Number, primary_key=True),
+    sa.Column("job", _Number, sa.ForeignKey("jobs.seq", ondelete="CASCADE"), nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("stage", _Text, nullable=False),
+    sa.Column("fraction", sa.Double, nullable=False),
+    sa.Column("eta_s", sa.Double),
+    sa.Column("message", _Text),
+    sa.Index("events_of_job", "job", "id"),
+    sqlite_autoincrement=True,
+)
+
+# Files that links without a key lead to: finished audio, and whatever a dialect lets its clients store.
+FILES = sa.Table(
+    "files",
+    METADATA,
+    sa.Column("id", _Text, primary_key=True),
+    sa.Column("key", _Text, nullable=False),
+    sa.Column("file", _Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Index("files_by_key", "key"),
+    sa.Index("files_by_age", "created_at"),
+)
+
+
+def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
+    """That a job waits, or runs; written out, because databases match no parameter with a partial index."""
+    return _jobs.state == sa.literal_column(f"'{state}'")
+
+
+def _index(name: str, *columns: sa.Column[Any], of: sa.ColumnElement[bool], unique: bool = False) -> None:
+    sa.Index(name, *columns, unique=unique, sqlite_where=of, postgresql_where=of)
+
+
+_QUEUED, _RUNNING = in_state("queued"), in_state("running")
+_index("jobs_by_turn", _jobs.turn, _jobs.seq, _jobs.model, of=_QUEUED)
+_index("jobs_waiting_of_client", _jobs.client, of=_QUEUED)
+_index("jobs_by_delay", _jobs.not_before, of=_QUEUED)
+_index("jobs_by_lateness", _jobs.start_before, of=_jobs.start_before.is_not(None))
+_index("jobs_by_lease", _jobs.lease_until, of=_RUNNING)
+_index("jobs_by_owner", _jobs.owner, of=_RUNNING)
+_index("jobs_by_end", _jobs.completed_at, of=_jobs.completed_at.is_not(None))
+_index("jobs_by_webhook", _jobs.webhook_at, of=_jobs.webhook_at.is_not(None))
+_index("jobs_dead", _jobs.seq, of=_jobs.is_dead_letter)
+_index("jobs_by_upload", _jobs.upload_key, of=_jobs.upload_key.is_not(None))
+_index("jobs_by_result", _jobs.result_key, of=_jobs.result_key.is_not(None))
+_key = (_jobs.contract, _jobs.client, _jobs.idempotency_key)
+_index("jobs_by_key", *_key, of=_jobs.idempotency_key.is_not(None), unique=True)
+sa.Index("jobs_of_client", _jobs.client, _jobs.contract, _jobs.seq, _jobs.state)

@@ -1,0 +1,128 @@
+"""Job stores on both databases, with a clock that a test moves, and short words for what tests do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.database import Database, database_url
+from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobSpec
+from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.tables import METADATA
+from tests.databases import PostgresServer
+from tests.jobs.conftest import make_spec
+
+__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
+
+KINDS = ("sqlite", "postgresql")
+LEASE_S = 15.0
+FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
+RESULT = JobResult(FILE, "f" * 32, 44100, 1, (7,), 1.5)
+ERROR = JobError("invalid", "steps: too many", "steps")
+
+
+@dataclass
+class Wall:
+    """A clock that stands still until it is moved."""
+
+    now: float = 1_790_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def wall() -> Wall:
+    return Wall()
+
+
+@pytest.fixture(scope="module")
+def postgres_with_tables(postgres: PostgresServer) -> Iterator[str]:
+    """One database for the tests of a module, which `empty` clears faster than another one is made."""
+    url = postgres.create_database()
+    open_database(url).prepare()
+    yield url
+    postgres.drop_database(url)
+
+
+@pytest.fixture(params=KINDS)
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a test's jobs are, with nothing in it."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs' / 'jobs.db'}"
+    url: str = request.getfixturevalue("postgres_with_tables")
+    empty(url)
+    return url
+
+
+@pytest.fixture
+def database(store_url: str, wall: Wall) -> Iterator[Database]:
+    database = open_database(store_url, wall)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    return JobStore(database, JobSettings(max_queued=50, max_queued_per_key=40))
+
+
+def open_database(url: str, wall: Wall | None = None) -> Database:
+    return Database(database_url(url, Path("/nowhere")), now=wall)
+
+
+def empty(url: str) -> None:
+    """Forget every job of a PostgreSQL database."""
+    with psycopg.connect(url) as connection:
+        connection.execute(f"TRUNCATE {', '.join(METADATA.tables)} RESTART IDENTITY CASCADE".encode())
+
+
+def add(store: JobStore, **overrides: Any) -> Job:
+    """A new job, whose spec `make_spec` fills in."""
+    return add_spec(store, make_spec(**overrides))
+
+
+def add_spec(store: JobStore, spec: JobSpec) -> Job:
+    added = store.add(spec)
+    assert added.is_new
+    return added.job
+
+
+def find(store: JobStore, job: Job) -> Job:
+    found = store.get(job.spec.contract, job.spec.id)
+    assert found is not None
+    return found
+
+
+def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
+    job = store.lease(owner, lease_s=LEASE_S, **options)
+    assert job is not None
+    return job
+
+
+def leased_ids(store: JobStore, number: int) -> list[str]:
+    return [lease(store).spec.id for _ in range(number)]
+
+
+def result_of(job: Job) -> JobResult:
+    """A result with a file of its own, as each attempt has."""
+    assert job.lease is not None
+    key = f"{job.spec.contract}-{job.spec.id}-{job.lease.fence}.wav"
+    return JobResult(StoredFile(key, "audio/wav", "a.wav", 3, "0" * 64), f"file-{key}", 44100, 1, (7,), 1.5)
+
+
+def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:
+    """What a runner may do with a job it has leased."""
+    return [
+        store.succeed(job, RESULT),
+        store.fail(job, ERROR),
+        store.stop(job),
+        store.requeue(job, delay_s=0, attempts=0, message="x"),
+    ]

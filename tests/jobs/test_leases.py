@@ -1,0 +1,350 @@
+"""What runners may do with jobs: only whoever holds the lease, and only while it does. On every database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.database import Database
+from stable_audio_serve.jobs.job import Job, Lease
+from stable_audio_serve.jobs.store import JobStore
+from tests.jobs.stores import (
+    ERROR,
+    FILE,
+    LEASE_S,
+    RESULT,
+    Wall,
+    add,
+    database,
+    end_in_every_way,
+    find,
+    lease,
+    leased_ids,
+    postgres_with_tables,
+    result_of,
+    store,
+    store_url,
+    wall,
+)
+
+__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
+
+
+class TestOrder:
+    """Jobs start in order of arrival; batch jobs let interactive ones go first, for a while."""
+
+    def test_first_come_first_served(self, store: JobStore) -> None:
+        jobs = [add(store) for _ in range(3)]  # at one moment of the clock
+        assert [store.position(job) for job in jobs] == [0, 1, 2]
+        assert leased_ids(store, 3) == [job.spec.id for job in jobs]
+        assert store.lease("me", lease_s=15) is None
+
+    def test_interactive_before_batch(self, store: JobStore) -> None:
+        jobs = [add(store, priority=priority) for priority in ("batch", "interactive", "batch", "interactive")]
+        assert [store.position(job) for job in jobs] == [2, 0, 3, 1]
+        assert leased_ids(store, 4) == [jobs[index].spec.id for index in (1, 3, 0, 2)]
+
+    def test_a_batch_job_does_not_wait_for_ever(self, database: Database, wall: Wall) -> None:
+        store = JobStore(database, JobSettings(batch_patience_s=60))
+        batch = add(store, priority="batch")
+        wall.now += 59
+        early = add(store)
+        wall.now += 2
+        late = add(store)
+        assert leased_ids(store, 3) == [early.spec.id, batch.spec.id, late.spec.id]
+
+    def test_only_of_the_models_asked_for(self, store: JobStore) -> None:
+        a, b, c = add(store, model="a"), add(store, model="b"), add(store, model="c")
+        assert [store.position(job) for job in (a, b, c)] == [0, 0, 0]
+        assert store.lease("me", lease_s=15, models=["other"]) is None
+        assert store.lease("me", lease_s=15, models=[]) is None
+        assert lease(store, models=["c", "b"]).spec.id == b.spec.id
+        assert lease(store, models=["b", "a", "c"]).spec.id == a.spec.id
+        assert lease(store).spec.id == c.spec.id
+
+
+class TestLeasing:
+    """A lease has an owner, a fence that grows, and an end."""
+
+    def test_says_when_and_how_often(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        wall.now += 5
+        job = lease(store)
+        assert (job.state, job.attempts, job.lease) == ("running", 1, Lease("me", 1))
+        assert job.started_at is not None
+        assert job.started_at.timestamp() == wall.now
+        assert find(store, job) == job
+
+    def test_fences_grow(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        fences = []
+        for owner in ("a", "a", "b", "a"):
+            job = lease(store, owner)
+            assert job.lease is not None
+            assert job.lease.owner == owner
+            fences.append(job.lease.fence)
+            store.requeue(job, delay_s=0, attempts=0, message="x")
+        assert fences == [1, 2, 3, 4]
+
+    def test_renewing_names_what_is_still_held(self, store: JobStore, wall: Wall) -> None:
+        for _ in range(4):
+            add(store)
+        mine, ended, asked, other = lease(store), lease(store), lease(store), lease(store, "other")
+        store.succeed(ended, result_of(ended))
+        store.cancel("sa3", asked.spec.id)
+        held = {(one.contract, one.id): (one.fence, one.cancel_requested) for one in store.renew("me", lease_s=LEASE_S)}
+        assert held == {("sa3", mine.spec.id): (1, False), ("sa3", asked.spec.id): (1, True)}
+        assert [one.id for one in store.renew("other", lease_s=LEASE_S)] == [other.spec.id]
+        assert store.renew("nobody", lease_s=LEASE_S) == []
+
+    def test_a_renewed_lease_lasts_from_then_on(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        job = lease(store)
+        for _ in range(5):
+            wall.now += LEASE_S - 1
+            assert store.reclaim(max_attempts=3) == []
+            store.renew("me", lease_s=LEASE_S)
+        wall.now += LEASE_S + 1
+        assert [job.spec.id for job in store.reclaim(max_attempts=3)] == [job.spec.id]
+        assert store.renew("me", lease_s=LEASE_S) == []
+
+    def test_an_overdue_lease_that_nobody_took_is_still_held(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        job = lease(store)
+        wall.now += 10 * LEASE_S
+        assert len(store.renew("me", lease_s=LEASE_S)) == 1
+        assert store.reclaim(max_attempts=3) == []
+        assert store.succeed(job, RESULT) is not None
+
+
+class TestReclaiming:
+    """Jobs whose runner fell silent start again elsewhere, a bounded number of times."""
+
+    def test_a_lost_job_waits_again_with_its_turn_and_its_attempts(self, store: JobStore, wall: Wall) -> None:
+        first, second = add(store), add(store)
+        lease(store, "dead")
+        wall.now += LEASE_S + 1
+        (back,) = store.reclaim(max_attempts=3)
+        assert (back.spec.id, back.state, back.attempts, back.lease) == (first.spec.id, "queued", 1, None)
+        assert (back.started_at, back.stage, back.fraction) == (None, "queued", 0)
+        again = lease(store)
+        assert (again.spec.id, again.attempts, again.lease) == (first.spec.id, 2, Lease("me", 2))
+        assert lease(store).spec.id == second.spec.id
+
+    def test_the_old_holder_can_change_nothing_any_more(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        stale = lease(store, "frozen")
+        wall.now += LEASE_S + 1
+        (waiting,) = store.reclaim(max_attempts=3)
+        assert end_in_every_way(store, stale) == [None] * 4
+        assert not store.report(stale, stage="x", fraction=0.9)
+        assert find(store, stale) == waiting
+        for owner in ("new", "frozen"):  # the same owner may get it again, which does not revive its old lease
+            current = lease(store, owner)
+            assert end_in_every_way(store, stale) == [None] * 4
+            assert not store.report(stale, stage="x", fraction=0.9)
+            assert find(store, stale) == current
+            store.requeue(current, delay_s=0, attempts=1, message="x")
+        assert store.find_file(RESULT.file_id) is None
+
+    def test_the_last_attempt_lost_is_a_dead_letter(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        for attempt in (1, 2):
+            assert lease(store).attempts == attempt
+            wall.now += LEASE_S + 1
+            (job,) = store.reclaim(max_attempts=2)
+        assert (job.state, job.is_dead_letter, job.attempts) == ("failed", True, 2)
+        assert job.error is not None
+        assert job.error.code == "unavailable"
+        assert job.completed_at is not None
+        assert store.lease("me", lease_s=15) is None
+
+    def test_a_lost_job_that_was_cancelled_ends_so(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        job = lease(store)
+        store.cancel("sa3", job.spec.id)
+        wall.now += LEASE_S + 1
+        (ended,) = store.reclaim(max_attempts=1)
+        assert (ended.state, ended.is_dead_letter) == ("cancelled", False)
+
+    def test_many_at_once(self, store: JobStore, wall: Wall) -> None:
+        for _ in range(9):
+            add(store)
+        jobs = [lease(store) for _ in range(9)]
+        for job in jobs[:3]:
+            store.cancel("sa3", job.spec.id)
+        for job in jobs[3:6]:
+            store.requeue(job, delay_s=0, attempts=2, message="x")
+            lease(store)
+        wall.now += LEASE_S + 1
+        states = {job.spec.id: job.state for job in store.reclaim(max_attempts=3)}
+        assert [states[job.spec.id] for job in jobs] == ["cancelled"] * 3 + ["failed"] * 3 + ["queued"] * 3
+
+
+class TestProgress:
+    """Only the holder may say how far a job is."""
+
+    def test_is_shown(self, store: JobStore) -> None:
+        add(store)
+        job = lease(store)
+        assert store.report(job, stage="generating", fraction=0.5, eta_s=3.5, message="half")
+        now = find(store, job)
+        assert (now.stage, now.fraction, now.eta_s) == ("generating", 0.5, 3.5)
+        assert store.events("sa3", job.spec.id)[-1].message == "half"
+
+    def test_of_others_is_not(self, store: JobStore) -> None:
+        add(store)
+        job = lease(store)
+        for stranger in (replace(job, lease=Lease("other", 1)), replace(job, lease=Lease("me", 2)), with_no_lease(job)):
+            assert not store.report(stranger, stage="x", fraction=0.9)
+            assert end_in_every_way(store, stranger) == [None] * 4
+        assert find(store, job) == job
+
+
+class TestEnding:
+    """An end is final, and told with everything that belongs to it in one commit."""
+
+    def test_success_keeps_the_result_and_publishes_its_file(self, store: JobStore, wall: Wall) -> None:
+        add(store)
+        job = lease(store)
+        wall.now += 3
+        ended = store.succeed(job, RESULT)
+        assert ended is not None
+        assert ended == find(store, job)
+        assert (ended.state, ended.result, ended.error) == ("succeeded", RESULT, None)
+        assert (ended.fraction, ended.stage, ended.lease, ended.eta_s) == (1, "done", None, None)
+        assert ended.completed_at is not None
+        assert ended.completed_at.timestamp() == wall.now
+        assert store.find_file(RESULT.file_id) == FILE
+
+    def test_failure_keeps_the_error(self, store: JobStore) -> None:
+        add(store)
+        ended = store.fail(lease(store), ERROR)
+        assert ended is not None
+        assert (ended.state, ended.error, ended.result, ended.is_dead_letter) == ("failed", ERROR, None, False)
+        assert store.events("sa3", ended.spec.id)[-1].message == ERROR.message
+
+    def test_failure_of_the_machines_is_a_dead_letter(self, store: JobStore) -> None:
+        add(store)
+        ended = store.fail(lease(store), ERROR, is_dead_letter=True)
+        assert ended is not None
+        assert ended.is_dead_letter
+
+    @pytest.mark.parametrize("end", ["succeed", "fail", "stop"])
+    def test_is_final(self, store: JobStore, wall: Wall, end: str) -> None:
+        add(store, start_within_s=5.0)
+        job = lease(store)
+        ended = {
+            "succeed": lambda: store.succeed(job, RESULT),
+            "fail": lambda: store.fail(job, ERROR),
+            "stop": lambda: store.stop(job),
+        }[end]()
+        wall.now += 10 * LEASE_S
+        assert end_in_every_way(store, job) == [None] * 4
+        assert store.cancel("sa3", job.spec.id) == ("already_over", ended)
+        assert store.lease("me", lease_s=15) is None
+        assert (store.reclaim(max_attempts=1), store.expire(), store.renew("me", lease_s=15)) == ([], [], [])
+        assert not store.report(job, stage="x", fraction=0.1)
+        assert find(store, job) == ended
+
+    def test_a_job_nobody_started_cannot_be_ended(self, store: JobStore) -> None:
+        waiting = add(store)
+        assert end_in_every_way(store, waiting) == [None] * 4
+        assert find(store, waiting) == waiting
+
+
+class TestRequeueing:
+    """A job can be put back to wait."""
+
+    def test_it_waits_its_delay_and_keeps_its_turn(self, store: JobStore, wall: Wall) -> None:
+        first, second = add(store), add(store)
+        job = lease(store)
+        put_back = store.requeue(job, delay_s=10, attempts=1, message="put back: busy")
+        assert put_back is not None
+        assert (put_back.state, put_back.attempts, put_back.started_at, put_back.lease) == ("queued", 1, None, None)
+        assert store.events("sa3", first.spec.id)[-1].message == "put back: busy"
+        assert leased_ids(store, 1) == [second.spec.id]
+        assert store.lease("me", lease_s=15) is None
+        assert store.look("me").lease_in_s == pytest.approx(10)
+        wall.now += 10.5
+        again = lease(store)
+        assert (again.spec.id, again.attempts) == (first.spec.id, 2)
+
+    def test_a_job_to_be_cancelled_is_cancelled_instead(self, store: JobStore) -> None:
+        add(store)
+        job = lease(store)
+        store.cancel("sa3", job.spec.id)
+        ended = store.requeue(job, delay_s=10, attempts=1, message="x")
+        assert ended is not None
+        assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")
+        assert find(store, job) == ended
+
+
+class TestStartDeadlines:
+    """A job may say how long it is worth starting."""
+
+    def test_a_late_job_fails_instead_of_starting(self, store: JobStore, wall: Wall) -> None:
+        late, patient = add(store, start_within_s=5.0), add(store, start_within_s=60.0)
+        assert store.look("me").late_in_s == pytest.approx(5)
+        assert store.expire() == []
+        wall.now += 5.5
+        (ended,) = store.expire()
+        assert (ended.spec.id, ended.state, ended.is_dead_letter) == (late.spec.id, "failed", False)
+        assert ended.error is not None
+        assert ended.error.code == "start_timeout"
+        assert leased_ids(store, 1) == [patient.spec.id]
+
+    def test_a_late_job_is_not_leased_even_before_it_is_found_late(self, store: JobStore, wall: Wall) -> None:
+        add(store, start_within_s=5.0)
+        wall.now += 5.5
+        assert store.lease("me", lease_s=15) is None
+
+    def test_a_job_that_began_in_time_is_never_late(self, store: JobStore, wall: Wall) -> None:
+        add(store, start_within_s=5.0)
+        job = lease(store)
+        wall.now += 60
+        assert store.expire() == []
+        store.requeue(job, delay_s=0, attempts=1, message="x")
+        assert store.expire() == []
+        lease(store)
+        wall.now += 60
+        store.reclaim(max_attempts=9)
+        assert store.expire() == []
+        assert lease(store).attempts == 3
+
+    def test_a_job_whose_start_did_not_count_can_still_be_late(self, store: JobStore, wall: Wall) -> None:
+        add(store, start_within_s=5.0)
+        store.requeue(lease(store), delay_s=0, attempts=0, message="busy")
+        wall.now += 6
+        assert len(store.expire()) == 1
+
+
+class TestOutlook:
+    """One query says whether there is anything to do."""
+
+    def test_idle(self, store: JobStore) -> None:
+        outlook = store.look("me")
+        assert (outlook.num_queued, outlook.num_stops) == (0, 0)
+        assert (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s) == (None,) * 4
+
+    def test_busy(self, store: JobStore, wall: Wall) -> None:
+        for _ in range(4):
+            add(store, webhook_url="https://a.example/")
+        add(store, start_within_s=60)
+        job, ended = lease(store), lease(store)
+        lease(store, "other")
+        store.cancel("sa3", job.spec.id)
+        store.succeed(ended, RESULT)
+        wall.now += 5
+        mine, others = store.look("me"), store.look("other")
+        assert (mine.num_queued, mine.num_stops, others.num_stops) == (2, 1, 0)
+        assert mine.lease_in_s == pytest.approx(-5)
+        assert mine.reclaim_in_s == pytest.approx(LEASE_S - 5)
+        assert mine.late_in_s == pytest.approx(55)
+        assert mine.webhook_in_s == pytest.approx(-5)
+
+
+def with_no_lease(job: Job) -> Job:
+    return replace(job, lease=None)

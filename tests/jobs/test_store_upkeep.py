@@ -1,0 +1,241 @@
+"""What operators, the sweeper and the outbox of webhooks do with the job store, on every database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.jobs.database import Database
+from stable_audio_serve.jobs.job import Job, JobUpload
+from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.store import JobStore
+from tests.jobs.stores import (
+    ERROR,
+    FILE,
+    LEASE_S,
+    Wall,
+    add,
+    database,
+    find,
+    lease,
+    postgres_with_tables,
+    result_of,
+    store,
+    store_url,
+    wall,
+)
+
+__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
+
+
+def upload(key: str) -> JobUpload:
+    return JobUpload(StoredFile(key, "audio/wav", "a.wav", 12, "ab" * 32), "init", 47.5)
+
+
+def dead_letter(store: JobStore, **overrides: object) -> Job:
+    add(store, **overrides)
+    ended = store.fail(lease(store), ERROR, is_dead_letter=True)
+    assert ended is not None
+    return ended
+
+
+class TestOperators:
+    """The command line sees everybody's jobs and may try dead letters again."""
+
+    def test_see_all_jobs_newest_first(self, store: JobStore) -> None:
+        jobs = [add(store, contract=contract, client=contract) for contract in ("sa3", "fal", "aiml")]
+        assert store.list_all() == jobs[::-1]
+        assert store.list_all(limit=2) == jobs[:0:-1]
+        store.cancel("fal", jobs[1].spec.id)
+        assert [job.spec.id for job in store.list_all(state="cancelled")] == [jobs[1].spec.id]
+        assert store.counts() == {"queued": 2, "cancelled": 1}
+
+    def test_see_dead_letters(self, store: JobStore) -> None:
+        add(store)
+        store.fail(lease(store), ERROR)
+        dead = dead_letter(store)
+        assert store.list_all(dead_letters=True) == [dead]
+
+    def test_let_a_dead_letter_start_over(self, store: JobStore, wall: Wall) -> None:
+        dead = dead_letter(store, start_within_s=5.0, webhook_url="https://a.example/")
+        wall.now += 100
+        retried = store.retry("sa3", dead.spec.id)
+        assert retried == find(store, dead)
+        assert (retried.state, retried.attempts, retried.error, retried.completed_at) == ("queued", 0, None, None)
+        assert not retried.is_dead_letter
+        assert store.expire() == []
+        assert Outbox(store.database).due(limit=9) == []  # it is not over any more
+        again = lease(store)
+        assert (again.attempts, again.lease.fence if again.lease else 0) == (1, 2)
+        assert store.succeed(again, result_of(again)) is not None
+        (notice,) = Outbox(store.database).due(limit=9)
+        assert (notice.job.state, notice.num_failures) == ("succeeded", 0)
+
+    def test_cannot_retry_anything_else(self, store: JobStore) -> None:
+        waiting, failed = add(store), add(store)
+        store.cancel("sa3", waiting.spec.id)
+        store.fail(lease(store), ERROR)
+        before = (find(store, waiting), find(store, failed))
+        assert [store.retry("sa3", job_id) for job_id in (waiting.spec.id, failed.spec.id, "other")] == [None] * 3
+        assert (find(store, waiting), find(store, failed)) == before
+
+    def test_a_retry_forgets_that_it_was_to_be_cancelled(self, store: JobStore) -> None:
+        add(store)
+        job = lease(store)
+        store.cancel("sa3", job.spec.id)
+        store.fail(job, ERROR, is_dead_letter=True)
+        store.retry("sa3", job.spec.id)
+        lease(store)
+        assert [held.cancel_requested for held in store.renew("me", lease_s=LEASE_S)] == [False]
+
+
+class TestRetention:
+    """What ended long ago is forgotten, in batches, and its files are named for deletion."""
+
+    def test_old_ends_go_and_name_their_files(self, store: JobStore, wall: Wall) -> None:
+        old, waiting = add(store, upload=upload("uploads/old")), add(store, upload=upload("uploads/waiting"))
+        ended = lease(store)
+        store.succeed(ended, result_of(ended))
+        wall.now += 100
+        young = lease(store)
+        store.succeed(young, result_of(young))
+        later = add(store)
+        wall.now += 50
+        assert sorted(store.purge(age_s=120)) == sorted(["uploads/old", result_of(ended).file.key])
+        assert store.get("sa3", old.spec.id) is None
+        assert store.events("sa3", old.spec.id) == ()
+        assert store.find_file(result_of(ended).file_id) is None
+        assert find(store, waiting).state == "succeeded"
+        assert store.find_file(result_of(young).file_id) is not None
+        assert find(store, later).state == "queued"
+        assert store.purge(age_s=120) == []
+
+    def test_a_purged_id_may_be_used_again(self, store: JobStore, wall: Wall) -> None:
+        job = add(store, id="1" * 32, idempotency_key="k", fingerprint="f")
+        store.cancel("sa3", job.spec.id)
+        wall.now += 10
+        store.purge(age_s=5)
+        add(store, id="1" * 32, idempotency_key="k", fingerprint="other")
+
+    def test_batches_are_bounded_and_oldest_first(self, store: JobStore, wall: Wall) -> None:
+        jobs = []
+        for number in range(5):
+            jobs.append(add(store, upload=upload(f"uploads/{number}")))
+            store.cancel("sa3", jobs[-1].spec.id)
+            wall.now += 1
+        wall.now += 100
+        batches = [store.purge(age_s=60, limit=2) for _ in range(4)]
+        assert [sorted(batch) for batch in batches] == [
+            *(["uploads/0", "uploads/1"], ["uploads/2", "uploads/3"], ["uploads/4"], [])
+        ]
+
+    def test_jobs_without_files_do_not_hide_that_there_is_more(self, store: JobStore, wall: Wall) -> None:
+        for _ in range(3):
+            store.cancel("sa3", add(store).spec.id)
+        store.cancel("sa3", add(store, upload=upload("uploads/last")).spec.id)
+        wall.now += 100
+        assert store.purge(age_s=60, limit=1) == ["uploads/last"]
+        assert (store.counts(), store.purge(age_s=60, limit=1)) == ({}, [])
+
+    def test_published_files_go_too(self, store: JobStore, wall: Wall) -> None:
+        file_id = store.publish(FILE)
+        wall.now += 100
+        young = store.publish(replace(FILE, key="young"))
+        assert store.purge(age_s=60) == [FILE.key]
+        assert store.find_file(file_id) is None
+        assert store.find_file(young) is not None
+
+    def test_a_file_somebody_else_still_needs_stays(self, store: JobStore, wall: Wall) -> None:
+        store.publish(FILE)
+        wall.now += 100
+        young = store.publish(FILE)
+        assert store.purge(age_s=60) == []
+        assert store.find_file(young) == FILE
+
+    def test_a_retried_dead_letter_stays(self, store: JobStore, wall: Wall) -> None:
+        dead = dead_letter(store)
+        wall.now += 100
+        store.retry("sa3", dead.spec.id)
+        assert store.purge(age_s=60) == []
+        assert find(store, dead).state == "queued"
+
+    def test_orphans_are_what_nothing_needs(self, store: JobStore) -> None:
+        add(store, upload=upload("uploads/ended"))
+        job = lease(store)
+        store.succeed(job, result_of(job))
+        dead_letter(store, upload=upload("uploads/dead"))
+        add(store, upload=upload("uploads/running"))
+        lease(store)
+        add(store, upload=upload("uploads/waiting"))
+        store.publish(FILE)
+        needed = ["uploads/dead", "uploads/running", "uploads/waiting", result_of(job).file.key, FILE.key]
+        assert store.unreferenced(["x", *needed, "uploads/ended"]) == ["x", "uploads/ended"]
+        assert store.unreferenced([]) == []
+        assert len(store.unreferenced([f"many/{number}" for number in range(40_000)])) == 40_000
+
+
+class TestOutbox:
+    """Ends are told until that is settled."""
+
+    def test_an_end_is_due_until_it_is_settled(self, store: JobStore, database: Database, wall: Wall) -> None:
+        outbox = Outbox(database)
+        add(store)
+        add(store, webhook_url="https://a.example/1")
+        for _ in range(2):
+            job = lease(store)
+            store.succeed(job, result_of(job))
+        (notice,) = outbox.due(limit=10)
+        assert (notice.url, notice.job.state, notice.num_failures) == ("https://a.example/1", "succeeded", 0)
+        assert store.look("me").webhook_in_s == pytest.approx(0)
+        outbox.postpone(notice, delay_s=7)
+        assert outbox.due(limit=10) == []
+        assert store.look("me").webhook_in_s == pytest.approx(7)
+        wall.now += 7
+        (notice,) = outbox.due(limit=10)
+        assert notice.num_failures == 1
+        outbox.settle(notice)
+        assert outbox.due(limit=10) == []
+        assert store.look("me").webhook_in_s is None
+
+    @pytest.mark.parametrize("end", ["fail", "stop", "cancel", "expire", "reclaim"])
+    def test_every_kind_of_end_is_told(self, store: JobStore, database: Database, wall: Wall, end: str) -> None:
+        job = add(store, webhook_url="https://a.example/", start_within_s=1.0)
+        match end:
+            case "fail":
+                store.fail(lease(store), ERROR)
+            case "stop":
+                store.stop(lease(store))
+            case "cancel":
+                store.cancel("sa3", job.spec.id)
+            case "expire":
+                wall.now += 2
+                store.expire()
+            case "reclaim":
+                lease(store)
+                wall.now += LEASE_S + 1
+                store.reclaim(max_attempts=1)
+        (notice,) = Outbox(database).due(limit=10)
+        assert notice.job == find(store, job)
+
+    def test_nothing_is_told_before_the_end(self, store: JobStore, database: Database) -> None:
+        add(store, webhook_url="https://a.example/")
+        store.requeue(lease(store), delay_s=0, attempts=1, message="x")
+        assert Outbox(database).due(limit=10) == []
+
+    def test_a_late_settlement_of_an_older_try_changes_nothing(self, store: JobStore, database: Database) -> None:
+        outbox = Outbox(database)
+        add(store, webhook_url="https://a.example/")
+        store.fail(lease(store), ERROR)
+        (notice,) = outbox.due(limit=10)
+        outbox.postpone(notice, delay_s=0)
+        outbox.settle(notice)
+        assert len(outbox.due(limit=10)) == 1
+
+    def test_oldest_first_and_no_more_than_asked_for(self, store: JobStore, database: Database, wall: Wall) -> None:
+        for number in range(3):
+            add(store, webhook_url=f"https://a.example/{number}")
+            store.fail(lease(store), ERROR)
+            wall.now += 1
+        assert [notice.url[-1] for notice in Outbox(database).due(limit=2)] == ["0", "1"]
