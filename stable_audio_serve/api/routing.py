@@ -61,7 +61,7 @@ class BoundedRequest(Request):
 def route_class(render: ErrorRenderer) -> type[APIRoute]:
     """A route type that answers the errors we expect in one dialect's form; all others stay unexpected.
 
-    Where keys are configured it admits only requests that bring one.
+    Where keys are configured it admits only requests that bring one. `request.state.client` says whose they are.
     """
     return _dialect_route(render, _admit_by_key)
 
@@ -106,7 +106,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
 
 def _admit_by_key(request: Request) -> None:
     keys: ApiKeys = request.app.state.keys
-    keys.admit(request)
+    request.state.client = keys.admit(request)
 
 
 def _admit_everybody(_: Request) -> None:

@@ -25,8 +25,10 @@ from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
+    GenerationError,
     InvalidUploadError,
     OverloadedError,
+    StableAudioError,
     StorageError,
     UploadTooLargeError,
 )
@@ -42,6 +44,7 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 _STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
+_STORAGE_RETRY_S = 5.0
 _SEED_LIMIT = 2**63
 _SOURCE_MARGIN_S = 1.0
 _UPLOAD_CHUNK_BYTES = 1_048_576
@@ -108,7 +111,7 @@ class Service:
         )
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
-        """The first `max_s` seconds of a file of the operator's own. Raises StorageError."""
+        """The first `max_s` seconds of a file of the operator's own. Raises GenerationError."""
 
         def decode() -> SourceAudio:
             with path.open("rb") as file:
@@ -117,7 +120,7 @@ class Service:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._decode_threads, decode)
         except (OSError, InvalidUploadError) as error:
-            raise StorageError(f"{path.name} cannot be read: {error}") from error
+            raise GenerationError(f"{path.name} cannot be read: {error}") from error
 
     async def keep_upload(
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Literal["init", "inpaint"]
@@ -198,6 +201,9 @@ def resolve_seed(seed: int) -> int:
     return secrets.randbelow(2**32) if seed == -1 else seed % _SEED_LIMIT
 
 
-def retry_after_header(seconds: float | None) -> dict[str, str]:
+def retry_after_header(error: StableAudioError) -> dict[str, str]:
     """`Retry-After` in whole seconds, at least one; nothing when retrying has no known time."""
+    seconds = error.retry_after_s
+    if seconds is None and error.kind == StorageError.kind:  # whoever noticed could not know how long it will last
+        seconds = _STORAGE_RETRY_S
     return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -16,7 +16,10 @@ from stable_audio_serve.core.errors import (
     InvalidRequestError,
     ModelUnavailableError,
     OverloadedError,
+    QuotaError,
     StableAudioError,
+    StorageError,
+    StorageFullError,
 )
 from stable_audio_serve.core.settings import Settings
 from tests.audio_files import make_audio_file
@@ -231,7 +234,10 @@ async def test_checks_run_in_the_order_of_the_contract(client: httpx.AsyncClient
         (InvalidRequestError("cannot be 0", field="init_noise_level"), 400, ("init_noise_level", "cannot be 0")),
         (InvalidRequestError("too long", field="duration"), 400, ("duration",)),
         (OverloadedError("the queue is full", retry_after_s=2.2), 503, ("full",)),
+        (QuotaError("too many of yours are waiting", retry_after_s=2.2), 429, ("yours",)),
         (ModelUnavailableError("the model is loading"), 503, ("loading",)),
+        (StorageError("the database is away", retry_after_s=2.2), 503, ("away",)),
+        (StorageFullError("the disk is full"), 507, ("full",)),
         (DeadlineExceededError("deadline_s: late"), 504, ("deadline_s",)),
     ],
 )

@@ -36,7 +36,15 @@ from stable_audio_serve.jobs.job import Job, JobSpec, State
 TAG = "AIML API"
 MODEL = "stable-audio"  # the one model there; here an alias of a configured one
 
-_STATUS = {"upload_too_large": 413, "unauthorized": 401, "overloaded": 429, "unavailable": 503}
+_STATUS = {
+    "unauthorized": 401,
+    "upload_too_large": 413,
+    "overloaded": 429,
+    "quota": 429,
+    "unavailable": 503,
+    "storage": 503,
+    "storage_full": 507,
+}
 _STATES: dict[State, Literal["queued", "generating", "completed", "error"]] = {
     "queued": "queued",
     "running": "generating",
@@ -207,7 +215,7 @@ def render_error(request: Request, error: ExpectedError) -> Response:
     if status == 500:  # what happened inside is for the log, not for the client
         note(request.scope, error=message)
         message = f"The generation could not be accepted; request id {request.state.request_id}"
-    return _render(request, status, message, headers=retry_after_header(error.retry_after_s))
+    return _render(request, status, message, headers=retry_after_header(error))
 
 
 def _to_faults(fault: Mapping[str, Any]) -> list[AimlFault]:

@@ -22,12 +22,15 @@ _STATUS = {
     "invalid": 400,
     "invalid_upload": 400,
     "unauthorized": 401,
+    "conflict": 409,
     "upload_too_large": 413,
+    "quota": 429,
     "overloaded": 503,
     "unavailable": 503,
     "cancelled": 503,
+    "storage": 503,
     "deadline_exceeded": 504,
-    "storage": 507,
+    "storage_full": 507,
 }
 
 
@@ -58,7 +61,7 @@ def _describe_typed(request: Request, error: StableAudioError) -> Description:
     if status == 500:  # what happened inside is for the log, not for the client
         note(request.scope, error=error.message)
         message = f"generation failed; request id {request.state.request_id}"
-    return status, {"detail": message}, retry_after_header(error.retry_after_s)
+    return status, {"detail": message}, retry_after_header(error)
 
 
 def _describe_fields(request: Request, faults: Sequence[Mapping[str, Any]]) -> Description:

@@ -13,7 +13,9 @@ from stable_audio_serve.core.errors import (
     GenerationError,
     ModelUnavailableError,
     OverloadedError,
+    QuotaError,
     StorageError,
+    StorageFullError,
 )
 from tests.api.compat.serving import make_client
 from tests.api.compat.wav import read_wav
@@ -149,7 +151,9 @@ async def test_unknown_applications_are_404(client: httpx.AsyncClient, path: str
         (OverloadedError("too many", retry_after_s=3.2), 429, "overloaded", "true"),
         (ModelUnavailableError("loading", retry_after_s=1), 503, "unavailable", "true"),
         (GenerationError("NaN in /srv/secret"), 500, "internal_error", "false"),
-        (StorageError("the disk is full"), 500, "internal_error", "false"),
+        (StorageError("a file could not be kept"), 503, "storage", "true"),
+        (StorageFullError("the disk is full"), 507, "storage_full", "false"),
+        (QuotaError("too many", retry_after_s=3.2), 429, "quota", "true"),
         (DeadlineExceededError("the time budget ran out"), 500, "generation_timeout", "false"),
     ],
 )

@@ -14,6 +14,8 @@ from stable_audio_serve.core.errors import (
     InvalidRequestError,
     ModelUnavailableError,
     OverloadedError,
+    StorageError,
+    StorageFullError,
 )
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.saos import expect_refusal
@@ -211,6 +213,8 @@ async def test_a_tempo_too_fast_for_a_sample(client: httpx.AsyncClient) -> None:
     [
         (OverloadedError("no room now", retry_after_s=7.2), 503, "no room now"),
         (ModelUnavailableError("still loading", retry_after_s=5), 503, "still loading"),
+        (StorageError("the store is away", retry_after_s=2), 503, "the store is away"),
+        (StorageFullError("the disk is full"), 507, "the disk is full"),
         (DeadlineExceededError("too late", field="deadline_s"), 504, "deadline_s: too late"),
         (GenerationError("secret path"), 500, None),
         (RuntimeError("secret text"), 500, None),

@@ -13,6 +13,10 @@ from stable_audio_serve.core.errors import (
     InvalidRequestError,
     ModelUnavailableError,
     OverloadedError,
+    QuotaError,
+    StableAudioError,
+    StorageError,
+    StorageFullError,
 )
 from tests.backends import ToneBackend
 
@@ -131,7 +135,10 @@ async def test_a_bad_field_is_found_before_an_unknown_model(client: httpx.AsyncC
         (InvalidRequestError("prompt is not valid", field="prompt"), 400, "BadRequestError", "input"),
         (InvalidRequestError("steps must be few", field="steps"), 400, "BadRequestError", "num_inference_steps"),
         (OverloadedError("no room", retry_after_s=3), 503, "ServiceUnavailableError", None),
+        (QuotaError("your queue is full", retry_after_s=3), 429, "RateLimitError", None),
         (ModelUnavailableError("loading"), 503, "ServiceUnavailableError", None),
+        (StorageError("no database", retry_after_s=3), 503, "ServiceUnavailableError", None),
+        (StorageFullError("the disk is full"), 507, "InternalServerError", None),
         (DeadlineExceededError("out of time"), 504, "TimeoutError", None),
         (GenerationError("secret path"), 500, "InternalServerError", None),
         (RuntimeError("secret path"), 500, "InternalServerError", None),
@@ -145,7 +152,9 @@ async def test_failures_later(
     message = expect_error(reply, status, kind, param)
     assert "secret" not in message
     assert param is None or param in message
-    assert reply.headers.get("retry-after") == ("3" if isinstance(error, OverloadedError) else None)
+    assert reply.headers.get("retry-after") == (
+        "3" if isinstance(error, StableAudioError) and error.retry_after_s else None
+    )
 
 
 async def test_other_methods_and_unknown_paths(client: httpx.AsyncClient) -> None:

@@ -44,7 +44,10 @@ _KINDS = {
     "start_timeout": _Kind(504, "request_timeout", headers={TIMEOUT_TYPE: "user"}),
     "deadline_exceeded": _Kind(500, "generation_timeout"),
     "overloaded": _Kind(429, "overloaded", is_retryable=True, stored_status=500),
+    "quota": _Kind(429, "quota", is_retryable=True, stored_status=500),
     "unavailable": _Kind(503, "unavailable", is_retryable=True, stored_status=500),
+    "storage": _Kind(503, "storage", is_retryable=True, stored_status=500),
+    "storage_full": _Kind(507, "storage_full", stored_status=500),
 }
 
 
@@ -83,7 +86,7 @@ def render_error(request: Request, error: ExpectedError) -> Response:
         failure = _invalid([_fault(error.message, error.field)])
     else:
         failure = _failure(_KINDS.get(error.kind, _INTERNAL), error.message, is_stored=False)
-        headers |= retry_after_header(error.retry_after_s)
+        headers |= retry_after_header(error)
         note(request.scope, refusal=error.kind)
         if failure.error_type == _INTERNAL.error_type:
             note(request.scope, error=error.message)  # what happened inside is for the log, not for the client

@@ -24,9 +24,12 @@ _STATUS = {
     "upload_too_large": 413,
     "unauthorized": 401,
     "overloaded": 503,
+    "quota": 429,
     "unavailable": 503,
     "cancelled": 503,
+    "storage": 503,
     "deadline_exceeded": 504,
+    "storage_full": 507,
 }
 
 
@@ -87,7 +90,7 @@ def _describe_typed(request: Request, error: StableAudioError) -> Refusal:
     extra = {"available_keys": error.available_keys} if isinstance(error, NoRiffsError) else {}
     place = ["body", error.field] if error.field else ["body"]
     faults = ({"type": "value_error", "loc": place, "msg": sentence, "input": None},) if status == 400 else ()
-    return Refusal(status, sentence, retry_after_header(error.retry_after_s), extra, faults)
+    return Refusal(status, sentence, retry_after_header(error), extra, faults)
 
 
 def name_field(field: str, sentence: str) -> str:

@@ -70,7 +70,7 @@ class RiffLibrary:
 async def read_riff(service: Service, riff: Riff, *, tempo_bpm: int) -> SourceAudio:
     """The first 12 seconds of a riff at another tempo and the same pitch, as one channel.
 
-    Raises InvalidRequestError for a tempo too far from its own, StorageError when its file cannot be read.
+    Raises InvalidRequestError for a tempo too far from its own, GenerationError when its file cannot be read.
     """
     speed = tempo_bpm / riff.tempo_bpm
     if not 1 / _MAX_STRETCH <= speed <= _MAX_STRETCH:

@@ -20,10 +20,13 @@ _STATUS_AND_TYPE = {
     "invalid": (400, "BadRequestError"),
     "unauthorized": (401, "AuthenticationError"),
     "unknown_model": (404, "NotFoundError"),
+    "quota": (429, "RateLimitError"),
     "overloaded": (503, "ServiceUnavailableError"),
     "unavailable": (503, "ServiceUnavailableError"),
     "cancelled": (503, "ServiceUnavailableError"),
+    "storage": (503, "ServiceUnavailableError"),
     "deadline_exceeded": (504, "TimeoutError"),
+    "storage_full": (507, "InternalServerError"),
 }
 # What this dialect calls the fields that a model may refuse.
 _NAMES = {
@@ -61,7 +64,7 @@ def _render_typed(request: Request, error: StableAudioError) -> Response:
     if status == 500:  # what happened inside is for the log, not for the client
         note(request.scope, error=error.message)
         message = f"internal error; request id {request.state.request_id}"
-    headers = retry_after_header(error.retry_after_s)
+    headers = retry_after_header(error)
     return _answer(status, kind, message, param=field if status < 500 else None, headers=headers)
 
 
