@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -36,6 +36,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 TAGS = [
     {"name": server.TAG, "description": "Health and models, shared by all dialects."},
     {"name": native.TAG, "description": "Our own API: the Stable Audio 3 server's."},
+    {"name": native_jobs.TAG, "description": "The same requests, accepted now and done later."},
     {"name": files.TAG, "description": "Downloads, for whoever has the link."},
     {"name": merged.TAG, "description": "The path that the dialects of Stable Audio 3 and Open Small share."},
     {"name": open_small.TAG, "description": "The Flask API for Stable Audio Open Small."},
@@ -81,7 +82,8 @@ def create_app(
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
     app.state.keys = ApiKeys(settings.api.key_hashes)
-    sa3 = native.build_router(service)
+    sa3 = APIRouter()
+    sa3.include_router(native.build_router(service))
     sa3.include_router(native_jobs.build_router(service))
     routers = {
         "sa3": sa3,

@@ -1,7 +1,7 @@
 """The API's OpenAPI description: what FastAPI derives from the routes, made true where the derivation is not.
 
-FastAPI announces a 422 of its own form wherever there is a parameter, takes form fields to have a null, and does not
-know our keys.
+FastAPI announces a 422 of its own form wherever there is a parameter, takes parameters and form fields to have a null,
+and does not know our keys.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ _ERRORS = {
     401: "Keys are configured and none of them was sent.",
     408: "The body did not arrive in time.",
     413: "The upload or the body is too large.",
-    429: "The queue is full; Retry-After says when to come again.",
+    429: "Too much of this caller's waits already; Retry-After says when to come again.",
     500: "A failure inside.",
     503: "No room now, or the model is not ready; Retry-After says when to come again.",
     504: "The time budget ran out.",
+    507: "There is no room left to keep it.",
 }
 _SECURITY_SCHEMES = {
     "Bearer": {"type": "http", "scheme": "bearer", "description": "Where keys are configured."},
@@ -51,9 +52,12 @@ def _correct(document: dict[str, Any]) -> None:
             responses = operation["responses"]
             if _AUTOMATIC in str(responses.get("422")):
                 del responses["422"]
+            for parameter in operation.get("parameters", ()):
+                _drop_null(parameter["schema"])
             for content_type, content in operation.get("requestBody", {}).get("content", {}).items():
                 if content_type != "application/json":
-                    _drop_nulls(_resolve(content["schema"], schemas))
+                    for field in _resolve(content["schema"], schemas).get("properties", {}).values():
+                        _drop_null(field)
             operation["security"] = [{}, *({name: []} for name in _SECURITY_SCHEMES)] if "401" in responses else []
     for name in (_AUTOMATIC, "ValidationError"):
         schemas.pop(name, None)
@@ -64,12 +68,11 @@ def _resolve(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
     return schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
 
-def _drop_nulls(form: dict[str, Any]) -> None:
-    """A field of a form is there as text or not at all."""
-    for field in form.get("properties", {}).values():
-        choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
-        if len(choices) == 1:
-            del field["anyOf"]
-            field.update(choices[0])
-        elif choices:
-            field["anyOf"] = choices
+def _drop_null(field: dict[str, Any]) -> None:
+    """A parameter, and a field of a form, is there as text or not at all."""
+    choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
+    if len(choices) == 1:
+        del field["anyOf"]
+        field.update(choices[0])
+    elif choices:
+        field["anyOf"] = choices

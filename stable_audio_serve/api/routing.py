@@ -35,7 +35,14 @@ class HexIdConvertor(StringConvertor):
     regex = "[0-9a-f]{32}"
 
 
+class JobIdConvertor(StringConvertor):
+    """In routes, `{name:job_id}`: what may be meant as a job's id, so that what is none can be refused as one."""
+
+    regex = "(?!(?:variations|inpaint)$)[^/]+"
+
+
 register_url_convertor("hex_id", HexIdConvertor())
+register_url_convertor("job_id", JobIdConvertor())
 
 
 class BoundedRequest(Request):

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from stable_audio_serve.api.compat import fal
+from stable_audio_serve.api.native import webhooks as native
 from stable_audio_serve.jobs.job import Contract, Job
 from stable_audio_serve.jobs.notifier import WebhookBody
 
-_BODIES: Mapping[Contract, WebhookBody] = {"fal": fal.webhook_body}
+_BODIES: Mapping[Contract, WebhookBody] = {"sa3": native.webhook_body, "fal": fal.webhook_body}
 
 
 def webhook_body(job: Job) -> Mapping[str, Any]:

@@ -50,8 +50,7 @@ class StableAudioError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process boundaries; the default protocol would drop the keyword-only arguments.
-        state = {"field": self.field, "allowed": self.allowed, "retry_after_s": self.retry_after_s}
-        return (type(self), (self.message,), state)
+        return (type(self), (self.message,), dict(vars(self)))
 
 
 class InvalidRequestError(StableAudioError):
@@ -85,9 +84,16 @@ class UnauthorizedError(StableAudioError):
 
 
 class ConflictError(StableAudioError):
-    """The request contradicts what is stored: an id or idempotency key of something else, a job that is over."""
+    """The request contradicts what is stored: an id or idempotency key of something else, a job that is over.
+
+    `code` tells clients which: `id_in_use`, `idempotency_key_reused` or `job_is_over`.
+    """
 
     kind = "conflict"
+
+    def __init__(self, message: str, *, code: str = "conflict", field: str | None = None) -> None:
+        super().__init__(message, field=field)
+        self.code = code
 
 
 class OverloadedError(StableAudioError):

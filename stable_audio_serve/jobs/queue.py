@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from stable_audio_serve.artifacts.local import LocalArtifacts
@@ -12,8 +14,8 @@ from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.core.errors import ConfigError, StableAudioError, StorageError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.database import Database, database_url
-from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobSpec
-from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore
+from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobSpec, State
+from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore, Page
 
 __all__ = ["CancelOutcome", "JobQueue", "open_artifacts", "open_queue", "open_store"]
 
@@ -27,16 +29,19 @@ class JobQueue:
         self.wake = wake
 
     async def submit(self, spec: JobSpec) -> Job:
-        """Keep a job; once this returns it will run, whatever process dies. Raises OverloadedError, StorageError.
-
-        The upload of a job that could not be kept is deleted.
-        """
+        """`add` for requests that cannot be repeats."""
         return (await self.add(spec)).job
 
     async def add(self, spec: JobSpec) -> Added:
-        """`submit`, saying whether the job is new: a repeated request finds its first one. Raises ConflictError too."""
+        """Keep a job; once this returns it will run, whatever process dies. A repeated request finds its first job.
+
+        The upload of a job that is not kept is deleted. Raises ConflictError, OverloadedError, QuotaError and
+        StorageError.
+        """
         try:
             added = await asyncio.to_thread(self.store.add, spec)
+        except StorageError:  # it may be kept nevertheless, only the database's answer did not arrive
+            raise
         except StableAudioError:
             await self._drop_upload(spec)
             raise
@@ -46,9 +51,16 @@ class JobQueue:
             await self._drop_upload(spec)
         return added
 
+    async def list_own(
+        self, contract: Contract, client: str, *, state: State | None, cursor: str | None, limit: int
+    ) -> Page:
+        """One client's jobs, newest first. Raises ValueError for a cursor that is none of ours."""
+        find = partial(self.store.list_own, contract, client, state=state, cursor=cursor, limit=limit)
+        return await asyncio.to_thread(find)
+
     async def events(self, contract: Contract, job_id: str, *, after: int = 0) -> tuple[JobEvent, ...]:
         """What happened to the job since the event with the id `after`."""
-        return await asyncio.to_thread(lambda: self.store.events(contract, job_id, after=after))
+        return await asyncio.to_thread(partial(self.store.events, contract, job_id, after=after))
 
     async def get(self, contract: Contract, job_id: str) -> Job | None:
         """The job as it is now; None when this contract has no such job."""
@@ -58,18 +70,19 @@ class JobQueue:
         """How many jobs of its model will start before this queued one, 0 = next."""
         return await asyncio.to_thread(self.store.position, job)
 
-    async def cancel(self, contract: Contract, job_id: str) -> CancelOutcome:
-        """`removed` = was queued and is cancelled now; `requested` = runs, and will be told to stop."""
+    async def cancel(self, contract: Contract, job_id: str) -> tuple[CancelOutcome, Job | None]:
+        """`removed` = was queued and is cancelled now; `requested` = runs, and will be told to stop. And the job."""
         outcome, job = await asyncio.to_thread(self.store.cancel, contract, job_id)
-        if outcome == "removed" and job is not None and job.spec.upload is not None:
-            await self.artifacts.delete(job.spec.upload.file.key)
+        if outcome == "removed" and job is not None:
+            await self._drop_upload(job.spec)
         if outcome in ("removed", "requested"):
             self.wake()
-        return outcome
+        return outcome, job
 
     async def _drop_upload(self, spec: JobSpec) -> None:
         if spec.upload is not None:
-            await self.artifacts.delete(spec.upload.file.key)
+            with suppress(StorageError):  # then it is an orphan, and swept as one
+                await self.artifacts.delete(spec.upload.file.key)
 
     async def put_upload(self, chunks: Iterable[bytes], *, media_type: str, file_name: str) -> StoredFile:
         """Keep a client's file for a job about to be submitted. Raises StorageError."""

@@ -37,16 +37,16 @@ def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
         _jobs.idempotency_key == spec.idempotency_key,
     )
     rows: list[sa.Row[Any]] = []
-    for condition, field, used in (
-        (by_key if spec.idempotency_key is not None else None, "Idempotency-Key", "key"),
-        (is_job(spec.contract, spec.id), "id", "id"),
+    for condition, field, used, code in (
+        (by_key if spec.idempotency_key is not None else None, "Idempotency-Key", "key", "idempotency_key_reused"),
+        (is_job(spec.contract, spec.id), "id", "id", "id_in_use"),
     ):
         row = None if condition is None else connection.execute(sa.select(JOBS).where(condition)).first()
         if row is None:
             continue
         is_same = spec.fingerprint and row.fingerprint == spec.fingerprint and row.client == storable(spec.client)
         if not is_same or any(row.seq != other.seq for other in rows):
-            raise ConflictError(f"{field}: this {used} was used for another request", field=field)
+            raise ConflictError(f"{field}: this {used} was used for another request", field=field, code=code)
         rows.append(row)
     return rows[0] if rows else None
 

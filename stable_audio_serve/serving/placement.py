@@ -82,7 +82,7 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
     """Deployment options of the HTTP ingress. The application refuses what is too much, in each dialect's own words;
     Serve's limits, whose answers are plain text and which would hold /health back too, are a fence at twice that."""
     ingress = settings.ingress
-    fence = 2 * ingress.max_ongoing_requests
+    fence = 2 * (ingress.max_ongoing_requests + ingress.max_event_streams)
     return {
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": fence,

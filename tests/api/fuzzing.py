@@ -104,14 +104,14 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
     (case.query or {}).pop("fal_webhook", None)
     for parameters in (case.path_parameters, case.query):
         for name in parameters or ():
-            if name in known.ids and not case.path.endswith("/cancel"):  # what is over cannot be cancelled
+            if name in known.ids and not _wants_other_ids(case):
                 parameters[name] = known.ids[name]
     if case.path.startswith("/storage/upload/{ticket}") and case.method == "PUT":
         case.body = b"the same each time"
     if not isinstance(case.body, dict):
         return
     for name, value in list(case.body.items()):
-        if name in _FOR_SOME_MODELS:
+        if name in _DROPPED:
             del case.body[name]
         elif name in _MEANINGFUL:
             case.body[name] = _MEANINGFUL[name]
@@ -127,6 +127,11 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
         case.body.update(duration=4, inpaint_start_seconds="[1, 2.5]", inpaint_end_seconds="[2, 3]")
     if "loop" in case.path:
         case.body["prompt"] = "rain at 120 bpm"
+
+
+def _wants_other_ids(case: schemathesis.Case) -> bool:
+    """What is over cannot be cancelled, and an id that is used cannot be chosen."""
+    return case.path.endswith("/cancel") or (case.path.startswith("/jobs/") and case.method in ("DELETE", "PUT"))
 
 
 def is_lenient(case: schemathesis.Case) -> bool:
@@ -150,7 +155,11 @@ _MEANINGFUL: dict[str, Any] = {
     "audio_start": 0,
     "stream_format": "audio",
 }
-_FOR_SOME_MODELS = {"finetune_checkpoint", "sampler_type", "inpaint_mask_start_seconds", "inpaint_mask_end_seconds"}
+_DROPPED = {
+    *("finetune_checkpoint", "sampler_type"),  # for some models
+    *("inpaint_mask_start_seconds", "inpaint_mask_end_seconds"),  # second names
+    "webhook_url",  # a public address, of which there is none here
+}
 _AT_MOST = {"duration": 40, "steps": 50, "batch_size": 2, "audio_length": 40}
 
 

@@ -310,7 +310,8 @@ async def test_unknown_paths_and_methods_answer_json(client: httpx.AsyncClient) 
     ("path", "methods", "keys"),
     [
         ("/health", "GET, HEAD", {"detail"}),
-        ("/jobs", "POST", {"detail"}),
+        ("/jobs", "GET, POST", {"detail"}),
+        ("/jobs/variations", "POST", {"detail"}),
         ("/generate", "POST", {"error", "detail"}),
         ("/generate/loop", "POST", {"error"}),
         ("/v1/models", "GET", {"error"}),

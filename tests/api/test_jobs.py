@@ -28,8 +28,10 @@ REGION = {"inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}
 KEYS = {
     *("id", "status", "mode", "model", "duration", "steps", "output_count", "created_at", "started_at"),
     *("completed_at", "download_url", "download_content_type", "error", "storage_backend", "storage_key"),
-    "sample_rate",
+    *("sample_rate", "progress", "attempts", "priority"),
 }
+
+ENDS = ("succeeded", "failed", "cancelled")
 
 
 async def submit(client: httpx.AsyncClient, path: str = "/jobs", **fields: Any) -> dict[str, Any]:
@@ -56,7 +58,7 @@ async def show(client: httpx.AsyncClient, ticket: dict[str, Any]) -> dict[str, A
 async def wait(client: httpx.AsyncClient, ticket: dict[str, Any], *words: str) -> dict[str, Any]:
     """The job once its status is one of `words`; without any, once it is over."""
     async with asyncio.timeout(10):
-        while (status := await show(client, ticket))["status"] not in (words or ("succeeded", "failed")):  # noqa: ASYNC110
+        while (status := await show(client, ticket))["status"] not in (words or ENDS):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return status
 
@@ -107,6 +109,7 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
         **{"steps": 5, "output_count": 2, "storage_backend": "local"},
         **dict.fromkeys(("started_at", "completed_at", "download_url", "download_content_type"), None),
         **dict.fromkeys(("error", "storage_key", "sample_rate"), None),
+        **{"attempts": 0, "priority": "interactive", "progress": status["progress"]},
     }
 
 
@@ -344,14 +347,15 @@ async def test_a_full_queue_refuses_with_a_time_to_come_again() -> None:
         assert list((_folder(client) / "uploads").iterdir()) == []
 
 
-async def test_a_folder_that_cannot_be_written_is_507(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_written_is_503_with_a_time_to_come_again(tmp_path: Path) -> None:
     (tmp_path / "occupied").write_text("no folder")
     async with make_client(run_jobs=False, output_dir=str(tmp_path / "occupied")) as (client, _):
         for reply in (
             await client.post("/jobs", json=BODY),
             await client.post("/jobs/variations", data={"prompt": "x"}, files={"audio": ("a.wav", WAV)}),
         ):
-            assert reply.status_code == 507, reply.text
+            assert reply.status_code == 503, reply.text
+            assert int(reply.headers["retry-after"]) > 0
             assert "occupied" not in reply.text
 
 

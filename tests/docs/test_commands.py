@@ -1,4 +1,4 @@
-"""Every ```bash block of the README and of the dialects' pages, run as it stands against a real socket."""
+"""Every ```bash block of the README, of the dialects' pages and of the one about jobs, run as it stands."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.compat import aimlapi, fal
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
+from stable_audio_serve.api.native import jobs as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.core.settings import Settings
@@ -27,16 +28,18 @@ from tests.backends import RATE_HZ, ToneBackend
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-DIALECTS = ROOT / "docs" / "dialects"
-PAGES = sorted(path.name for path in DIALECTS.glob("*.md"))
+DOCS = ROOT / "docs"
+DIALECTS = DOCS / "dialects"
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 # Whose operations each page shows, every one of them with a command.
 TAGS = {
-    "aimlapi.md": {aimlapi.TAG},
-    "fal.md": {fal.TAG, files.TAG},
-    "stable-audio-3.md": {native.TAG, merged.TAG, server.TAG},
-    "stable-audio-open-small.md": {open_small.TAG, merged.TAG},
-    "vllm-omni.md": {vllm_omni.TAG, server.TAG},
+    "jobs.md": {native_jobs.TAG},
+    "dialects/aimlapi.md": {aimlapi.TAG},
+    "dialects/fal.md": {fal.TAG, files.TAG},
+    "dialects/stable-audio-3.md": {native.TAG, merged.TAG, server.TAG},
+    "dialects/stable-audio-open-small.md": {open_small.TAG, merged.TAG},
+    "dialects/vllm-omni.md": {vllm_omni.TAG, server.TAG},
 }
 
 
@@ -103,7 +106,7 @@ def expect_complete(run: Run, page: str, operations: dict[str, set[str]]) -> Non
 
 async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "stable-audio-3.md", tmp_path)
-    expect_complete(run, "stable-audio-3.md", operations)
+    expect_complete(run, "dialects/stable-audio-3.md", operations)
     assert run.has_called("GET /jobs/{job_id}/audio")
     names = {"tone.wav": 3, "chord.wav": 3, "variation.wav": 3, "longer.wav": 5, "kick.wav": 2}
     assert {name: run.frames(name) for name in names} == {name: seconds * RATE_HZ for name, seconds in names.items()}
@@ -112,10 +115,20 @@ async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -
     assert '"small-sfx"' in run.output
 
 
+async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+    (tmp_path / "take.wav").write_bytes(make_audio_file(duration_s=2.0))
+    run = await run_page(DOCS / "jobs.md", tmp_path)
+    expect_complete(run, "jobs.md", operations)
+    assert run.frames("rain.wav") == 2 * RATE_HZ
+    assert run.output.count("event: end") == 2
+    first, again = re.findall(r'"status_url":"([^"]*)"', run.output)[:2]
+    assert first == again
+
+
 async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     (tmp_path / "f_110bpm_3.wav").write_bytes(make_audio_file(duration_s=4.0))
     run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path, dialects={"riff_dir": str(tmp_path)})
-    expect_complete(run, "stable-audio-open-small.md", operations)
+    expect_complete(run, "dialects/stable-audio-open-small.md", operations)
     assert "GET /saos/health" in run.calls
     lengths = {"clip.wav": 524_288, "drums.wav": 302_400, "break.wav": 352_800, "transfer.wav": 524_288}
     assert {name: run.frames(name) for name in lengths} == lengths
@@ -125,7 +138,7 @@ async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set
 
 async def test_vllm_omni(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "vllm-omni.md", tmp_path)
-    expect_complete(run, "vllm-omni.md", operations)
+    expect_complete(run, "dialects/vllm-omni.md", operations)
     assert (run.frames("hammer.wav"), run.frames("waves.wav")) == (3 * RATE_HZ, 5 * RATE_HZ)
     assert run.frames("dog.opus") == round(round(2 * RATE_HZ / 0.667) * 48_000 / RATE_HZ)
     assert '"small-sfx"' in run.output
@@ -133,13 +146,13 @@ async def test_vllm_omni(tmp_path: Path, operations: dict[str, set[str]]) -> Non
 
 async def test_aimlapi(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "aimlapi.md", tmp_path)
-    expect_complete(run, "aimlapi.md", operations)
+    expect_complete(run, "dialects/aimlapi.md", operations)
     assert run.frames("generated.wav") == 2 * RATE_HZ
 
 
 async def test_fal(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "fal.md", tmp_path)
-    expect_complete(run, "fal.md", operations)
+    expect_complete(run, "dialects/fal.md", operations)
     assert run.frames("audio.wav") == 2 * RATE_HZ
     assert json.loads((tmp_path / "output.json").read_text()).keys() == {"audio_file"}
     assert '"COMPLETED"' in run.output
@@ -158,11 +171,11 @@ async def test_readme(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_that_a_page_names_exist(page: str) -> None:
     document = Settings().model_dump()
-    for section, key in re.findall(r"`(api|dialects|jobs)\.(\w+)`", (DIALECTS / page).read_text()):
+    for section, key in re.findall(r"`(api|dialects|ingress|jobs)\.(\w+)`", (DOCS / page).read_text()):
         assert key in document[section], f"{section}.{key}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_is_linked_and_run(page: str) -> None:
-    assert f"docs/dialects/{page}" in (ROOT / "README.md").read_text()
+    assert f"docs/{page}" in (ROOT / "README.md").read_text()
     assert page in TAGS

@@ -276,9 +276,9 @@ async def test_a_full_engine_costs_patience_but_no_attempt(workshop: Workshop) -
 
 async def test_a_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
-    assert await workshop.queue.cancel("fal", job.spec.id) == "unknown"
-    assert await workshop.queue.cancel("sa3", job.spec.id) == "removed"
-    assert await workshop.queue.cancel("sa3", job.spec.id) == "already_over"
+    assert (await workshop.queue.cancel("fal", job.spec.id))[0] == "unknown"
+    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "removed"
+    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "already_over"
     await wait_for(lambda: workshop.files() == [])
     await workshop.start_runner()
     await asyncio.sleep(0.1)
@@ -291,7 +291,7 @@ async def test_a_running_job_is_stopped_at_the_model(workshop: Workshop) -> None
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
     await workshop.until(job, lambda job: workshop.backend.num_running > 0)
     started_at = time.monotonic()
-    assert await workshop.queue.cancel("sa3", job.spec.id) == "requested"
+    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "requested"
     job = await workshop.finished(job)
     assert time.monotonic() - started_at < 1
     assert job.error is not None
@@ -349,7 +349,7 @@ async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> N
 async def test_a_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec())
     workshop.queue.store.claim("a dead one")
-    assert await workshop.queue.cancel("sa3", job.spec.id) == "requested"
+    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "requested"
     await workshop.start_runner()
     assert (await workshop.finished(job)).state == "cancelled"
     assert workshop.backend.requests == []

@@ -94,9 +94,11 @@ def test_unknown_names_are_refused_by_variable() -> None:
 
 
 def test_ingress_overflow_says_when_to_retry() -> None:
-    options = ingress_options(Settings.model_validate({"ingress": {"replicas": 3, "max_ongoing_requests": 9}}))
+    options = ingress_options(
+        Settings.model_validate({"ingress": {"replicas": 3, "max_ongoing_requests": 9, "max_event_streams": 4}})
+    )
     assert options["num_replicas"] == 3
-    assert options["max_ongoing_requests"] == 2 * 9
+    assert options["max_ongoing_requests"] == 2 * (9 + 4)
     assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 5}
 
 

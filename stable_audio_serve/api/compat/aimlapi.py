@@ -129,7 +129,8 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 }
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
-    **error_responses(AimlError, 401, 408, 413, 429, 500, 503),
+    **error_responses(AimlError, 401, 408, 413, 500, 503, 507),
+    429: {"model": AimlError, "description": "The queue is full; Retry-After says when to come again."},
 }
 _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
@@ -165,6 +166,7 @@ def build_router(service: Service) -> APIRouter:
                 mode="text-to-audio",
                 request=generation,
                 file_stem="generated",
+                client=request.state.client,
             )
         )
         return AimlGeneration(id=job.spec.id, status="queued")

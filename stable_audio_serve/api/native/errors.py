@@ -14,7 +14,7 @@ from stable_audio_serve.api.faults import printable
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import ExpectedError
 from stable_audio_serve.api.service import retry_after_header
-from stable_audio_serve.core.errors import StableAudioError, UnknownModelError
+from stable_audio_serve.core.errors import ConflictError, StableAudioError, UnknownModelError
 
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
 
@@ -61,7 +61,8 @@ def _describe_typed(request: Request, error: StableAudioError) -> Description:
     if status == 500:  # what happened inside is for the log, not for the client
         note(request.scope, error=error.message)
         message = f"generation failed; request id {request.state.request_id}"
-    return status, {"detail": message}, retry_after_header(error)
+    code = {"code": error.code} if isinstance(error, ConflictError) else {}
+    return status, {"detail": message, **code}, retry_after_header(error)
 
 
 def _describe_fields(request: Request, faults: Sequence[Mapping[str, Any]]) -> Description:

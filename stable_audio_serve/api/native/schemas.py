@@ -6,13 +6,14 @@ Static ranges only; limits that depend on settings or on the model are checked i
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.jobs.job import Priority
 
 RESERVED_SAMPLER_KWARGS = frozenset(
     (
@@ -111,6 +112,33 @@ class InpaintForm(UploadForm):
     inpaint_mask_end_seconds: str | None = Field(None, description="Alias of inpaint_end_seconds.")
 
 
+class JobControls(BaseModel):
+    """Fields of every job; the synchronous routes ignore them as they do unknown ones."""
+
+    priority: Priority = Field(
+        "interactive", description="Extension: batch jobs wait while there are interactive ones, but not for ever."
+    )
+    webhook_url: str | None = Field(
+        None,
+        min_length=1,
+        max_length=2048,
+        description="Extension: told the job's end, by a POST as Standard Webhooks describes it.",
+        examples=["https://example.com/hooks/audio"],
+    )
+
+
+class JobBody(JobControls, GenerationBody):
+    """Text to audio, later."""
+
+
+class JobVariationForm(JobControls, VariationForm):
+    """Audio to audio, later."""
+
+
+class JobInpaintForm(JobControls, InpaintForm):
+    """Regenerate regions of the source, later."""
+
+
 class ValidationErrors(BaseModel):
     """422: one entry per field at fault."""
 
@@ -129,3 +157,9 @@ class ErrorBody(BaseModel):
     """Any other error: a sentence that names the field, where one is at fault."""
 
     detail: str
+
+
+class ConflictBody(ErrorBody):
+    """409: what the request contradicts, in a word that stays the same."""
+
+    code: Literal["id_in_use", "idempotency_key_reused", "job_is_over"]

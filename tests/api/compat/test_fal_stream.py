@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.api.compat.fal import stream
+from stable_audio_serve.api import streams
 from stable_audio_serve.core.errors import GenerationError
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
@@ -112,8 +112,8 @@ STREAMS = {
 async def test_the_first_event_comes_at_once_and_comments_keep_the_connection(
     monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    assert stream._COMMENT_S < 15
-    monkeypatch.setattr(stream, "_COMMENT_S", 0.2)
+    assert streams._COMMENT_S < 15
+    monkeypatch.setattr(streams, "_COMMENT_S", 0.2)
     async with open_stream(*STREAMS[way]) as lines, asyncio.timeout(5):
         first = await anext(lines)
         assert json.loads(first.removeprefix("data: "))["status"] in ("IN_QUEUE", "IN_PROGRESS")

@@ -48,7 +48,8 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 }
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
-    **error_responses(FalError, 401, 408, 413, 429, 500, 503),
+    **error_responses(FalError, 401, 408, 413, 500, 503, 507),
+    429: {"model": FalError, "description": "The queue is full; Retry-After says when to come again."},
     504: {"model": FalError, "description": "The time in X-Fal-Request-Timeout ran out before the start."},
 }
 _WATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -125,6 +126,7 @@ def _add_submission(router: APIRouter, service: Service) -> None:
             priority=targets.priority(request),
             start_within_s=start_within_s,
             webhook_url=fal_webhook,
+            client=request.state.client,
             wire={"base_url": base_url(request, service.settings.api)},
         )
         job = await service.jobs.submit(spec)
@@ -157,7 +159,8 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     @router.get(f"{path}/status/stream", response_class=EventSourceResponse, responses=_WATCH_RESPONSES)
     async def stream(request: Request, job: Job = Depends(find), logs: _Logs = False) -> Response:
         """The same as server-sent events, one per change, until the request is over."""
-        return stream_status(jobs, job, targets.links_of(request, job.spec.id, limits=limits), with_logs=logs)
+        links = targets.links_of(request, job.spec.id, limits=limits)
+        return service.streams.open(stream_status(jobs, job, links, with_logs=logs), headers={REQUEST_ID: job.spec.id})
 
     @router.get(path, responses=_RESULT_RESPONSES, response_model=AudioOutput)
     @router.get(f"{path}/response", include_in_schema=False)
@@ -175,7 +178,8 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)
     async def cancel(request_id: str, response: Response) -> CancelReply:
         """Cancel a request that is not over."""
-        response.status_code, reply = CANCEL_REPLIES[await jobs.cancel("fal", request_id)]
+        outcome, _ = await jobs.cancel("fal", request_id)
+        response.status_code, reply = CANCEL_REPLIES[outcome]
         return reply
 
 

@@ -1,0 +1,69 @@
+"""A job's events as a stream: what happened so far, what happens next, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import Header
+from pydantic import BaseModel, Field
+from sse_starlette import ServerSentEvent
+
+from stable_audio_serve.api.native.status import JobProgress, describe, iso
+from stable_audio_serve.api.streams import Change, follow
+from stable_audio_serve.jobs.job import Job, JobEvent
+from stable_audio_serve.jobs.queue import JobQueue
+
+END = "end"  # the kind and the id of the last event
+EXAMPLE = (
+    'id: 17\nevent: progress\ndata: {"stage":"denoising","fraction":0.45,"eta_seconds":2.1,"queue_position":null,'
+    '"message":null,"at":"2026-11-20T14:00:01.250000+00:00"}\n\n'
+)
+
+LastEventId = Annotated[
+    str | None,
+    Header(
+        alias="Last-Event-ID",
+        pattern=f"^([0-9]{{1,18}}|{END})$",
+        description="The id of the last event that arrived: only what came after it is sent.",
+    ),
+]
+
+
+class JobProgressEvent(JobProgress):
+    """The data of a `progress` event."""
+
+    message: str | None = Field(description="A line for the client's log.")
+    at: str | None = Field(description="When it happened; null = it is so now.")
+
+
+async def stream_events(jobs: JobQueue, job: Job, *, url: str, after: int) -> AsyncIterator[ServerSentEvent]:
+    """`progress` events behind the one with the id `after`, and one `end` event with the job's status."""
+    async for change in follow(jobs, job, after=after):
+        for event in change.events:
+            yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
+        if change.job.is_over:
+            yield _sse(describe(change.job, url=url), kind=END, event_id=END)
+        elif change.position is not None or not change.events:
+            yield _sse(_of_now(change), kind="progress")
+
+
+def _of_event(event: JobEvent) -> JobProgressEvent:
+    return JobProgressEvent(
+        stage=event.stage,
+        fraction=event.fraction,
+        eta_seconds=event.eta_s,
+        queue_position=None,
+        message=event.message,
+        at=iso(event.at),
+    )
+
+
+def _of_now(change: Change) -> JobProgressEvent:
+    """What no event says: places in the queue change without the job. Without an id it is not replayed."""
+    progress = describe(change.job, url="", position=change.position).progress
+    return JobProgressEvent(**progress.model_dump(), message=None, at=None)
+
+
+def _sse(body: BaseModel, *, kind: str, event_id: str | None = None) -> ServerSentEvent:
+    return ServerSentEvent(body.model_dump_json(ensure_ascii=True), event=kind, id=event_id, sep="\n")

@@ -1,0 +1,130 @@
+"""Jobs as our own API tells of them: to whoever asks, in event streams, and to webhooks."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+
+from stable_audio_serve.api.links import base_url
+from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.job import Job, Mode, Priority, State
+
+_TICKET: dict[str, Any] = {
+    "id": "68e48e7af36c4d829e3797a0b3e7687c",
+    "status": "queued",
+    "status_url": "http://localhost:8000/jobs/68e48e7af36c4d829e3797a0b3e7687c",
+}
+_STATUS: dict[str, Any] = {
+    "id": "68e48e7af36c4d829e3797a0b3e7687c",
+    "status": "running",
+    "mode": "text-to-audio",
+    "model": "small-sfx",
+    "duration": 10.0,
+    "steps": 8,
+    "output_count": 1,
+    "created_at": "2026-11-20T14:00:00.125000+00:00",
+    "started_at": "2026-11-20T14:00:01.250000+00:00",
+    "completed_at": None,
+    "download_url": None,
+    "download_content_type": None,
+    "error": None,
+    "storage_backend": "local",
+    "storage_key": None,
+    "sample_rate": None,
+    "progress": {"stage": "denoising", "fraction": 0.45, "eta_seconds": 2.1, "queue_position": None},
+    "attempts": 1,
+    "priority": "interactive",
+}
+
+
+class JobTicket(BaseModel):
+    """An accepted job."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_TICKET]})
+
+    id: str = Field(description="32 hexadecimal digits.")
+    status: Literal["queued"] = "queued"
+    status_url: str = Field(description="Where to ask about it.")
+
+
+class JobProgress(BaseModel):
+    """How far a job is."""
+
+    stage: str = Field(description="`queued`, `started`, what it is at, or `done`; an ended job's last one.")
+    fraction: float = Field(description="Share of the work that is done, 0 to 1.")
+    eta_seconds: float | None = Field(description="Predicted time to its end, when last told.")
+    queue_position: int | None = Field(description="Jobs of its model that start before it; 0 = next.")
+
+
+class JobStatus(BaseModel):
+    """A job as it is now; what is not known yet is null."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_STATUS]})
+
+    id: str
+    status: State
+    mode: Mode
+    model: str
+    duration: float = Field(description="Seconds.")
+    steps: int | None
+    output_count: int = Field(description="Variations.")
+    created_at: str = Field(description="ISO 8601 with UTC offset, as the other times.")
+    started_at: str | None
+    completed_at: str | None
+    download_url: str | None
+    download_content_type: str | None
+    error: str | None
+    storage_backend: Literal["local", "s3"]
+    storage_key: str | None
+    sample_rate: int | None = Field(description="Hertz.")
+    progress: JobProgress
+    attempts: int = Field(description="How often it was started.")
+    priority: Priority
+
+
+class JobPage(BaseModel):
+    """Some of the caller's jobs, newest first."""
+
+    jobs: list[JobStatus]
+    next_cursor: str | None = Field(description="Leads to the next page; null = there are no older ones.")
+
+
+def job_url(request: Request, job_id: str, *, limits: ApiSettings) -> str:
+    """Where to ask about a job: on the host and below the prefix that this caller used."""
+    path: str = request.scope["path"]
+    prefix = path.removeprefix(request.scope.get("root_path", "")).rpartition("/jobs")[0]
+    return f"{base_url(request, limits)}{prefix}/jobs/{job_id}"
+
+
+def describe(job: Job, *, url: str, position: int | None = None) -> JobStatus:
+    """The job as it is; `url` is its own, `position` a queued one's place in the queue where that was asked for."""
+    request, result = job.spec.request, job.result
+    return JobStatus(
+        id=job.spec.id,
+        status=job.state,
+        mode=job.spec.mode,
+        model=job.spec.model,
+        duration=request.duration_s,
+        steps=request.steps,
+        output_count=request.batch_size,
+        created_at=iso(job.created_at),
+        started_at=iso(job.started_at) if job.started_at else None,
+        completed_at=iso(job.completed_at) if job.completed_at else None,
+        download_url=f"{url}/audio" if result else None,
+        download_content_type=result.file.media_type if result else None,
+        error=job.error.message if job.error else None,
+        storage_backend="local",
+        storage_key=job.spec.id if result else None,
+        sample_rate=result.sample_rate_hz if result else None,
+        progress=JobProgress(stage=job.stage, fraction=job.fraction, eta_seconds=job.eta_s, queue_position=position),
+        attempts=job.attempts,
+        priority=job.spec.priority,
+    )
+
+
+def iso(at: datetime) -> str:
+    """ISO 8601 with UTC offset."""
+    return at.isoformat()

@@ -1,0 +1,187 @@
+"""Submitting jobs to our own API: the same requests as the synchronous ones, answered with a ticket.
+
+A request that carries an `Idempotency-Key`, or chooses its job's id, may be sent again: it finds its first job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Form, Header, Path, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import Response
+
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.native.answers import file_stem
+from stable_audio_serve.api.native.convert import parse_sampler_kwargs
+from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.regions import parse_regions
+from stable_audio_serve.api.native.routes import TIME_FIELDS, convert
+from stable_audio_serve.api.native.schemas import (
+    ConflictBody,
+    ErrorBody,
+    JobBody,
+    JobInpaintForm,
+    JobVariationForm,
+    ValidationErrors,
+)
+from stable_audio_serve.api.native.status import JobTicket, job_url
+from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
+from stable_audio_serve.jobs.webhooks import check_webhook_url
+
+CONTRACT: Literal["sa3"] = "sa3"
+REPLAYED = "Idempotent-Replayed"
+
+_Fields = JobBody | JobVariationForm | JobInpaintForm
+_MULTIPART = Form(media_type="multipart/form-data")
+_Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        pattern="^[!-~]{1,255}$",
+        description="1 to 255 visible ASCII characters: the same request with the same key finds the same job.",
+    ),
+]
+_ChosenId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="32 lower-case hexadecimal digits.")]
+
+_TICKET_HEADERS = {
+    REPLAYED: {"schema": {"type": "string", "enum": ["true"]}, "description": "The job was there already."}
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    202: {"description": "The job is kept and will be done.", "headers": _TICKET_HEADERS},
+    409: {"model": ConflictBody, "description": "Its key or id was used for another request."},
+    422: {"model": ValidationErrors, "description": "A field is missing, of the wrong type or out of range."},
+    **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 507),
+}
+_UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **_RESPONSES,
+    400: {"model": ErrorBody, "description": "The upload or the inpaint times."},
+}
+
+
+def build_router(service: Service) -> APIRouter:
+    """The routes over one service."""
+    router = APIRouter(prefix="/jobs", route_class=route_class(render_error), strict_content_type=False)
+    submit = _Submission(service).submit
+
+    @router.post("", status_code=202, responses=_RESPONSES)
+    async def generate(request: Request, response: Response, body: JobBody, idempotency_key: _Key = None) -> JobTicket:
+        """Make audio from a text prompt, later."""
+        card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
+        return await submit(request, response, body, card, generation, mode="text-to-audio", key=idempotency_key)
+
+    @router.put("/{job_id:job_id}", status_code=202, responses=_RESPONSES)
+    async def generate_as(request: Request, response: Response, job_id: _ChosenId, body: JobBody) -> JobTicket:
+        """Make audio from a text prompt, later, as the job with an id that the client chose."""
+        card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
+        return await submit(request, response, body, card, generation, mode="text-to-audio", job_id=job_id)
+
+    @router.post("/variations", status_code=202, responses=_UPLOAD_RESPONSES)
+    async def vary(
+        request: Request,
+        response: Response,
+        form: Annotated[JobVariationForm, _MULTIPART],
+        idempotency_key: _Key = None,
+    ) -> JobTicket:
+        """Make a variation of uploaded audio, later."""
+        card, generation = convert(service, request, form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs))
+        generation = replace(generation, init_noise_level=form.init_noise_level)
+        return await submit(request, response, form, card, generation, mode="audio-to-audio", key=idempotency_key)
+
+    @router.post("/inpaint", status_code=202, responses=_UPLOAD_RESPONSES)
+    async def inpaint(
+        request: Request,
+        response: Response,
+        form: Annotated[JobInpaintForm, _MULTIPART],
+        idempotency_key: _Key = None,
+    ) -> JobTicket:
+        """Regenerate regions of uploaded audio, or continue it behind its end, later."""
+        card, generation = convert(service, request, form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs))
+        regions = parse_regions(form.model_dump(include=TIME_FIELDS), duration_s=generation.duration_s)
+        generation = replace(generation, inpaint_regions_s=regions)
+        return await submit(request, response, form, card, generation, mode="inpainting", key=idempotency_key)
+
+    return router
+
+
+class _Submission:
+    """What all submissions do once their fields mean something."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def submit(
+        self,
+        request: Request,
+        response: Response,
+        fields: _Fields,
+        card: ModelCard,
+        generation: GenerationRequest,
+        *,
+        mode: Mode,
+        key: str | None = None,
+        job_id: str | None = None,
+    ) -> JobTicket:
+        """Keep the job, or find the one of the same request. Raises RequestValidationError and errors of the store."""
+        settings = self._service.settings
+        await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
+        upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
+        job_id = job_id or uuid.uuid4().hex
+        url = job_url(request, job_id, limits=settings.api)
+        spec = JobSpec(
+            id=job_id,
+            contract=CONTRACT,
+            model=card.name,
+            mode=mode,
+            request=generation,
+            file_format=fields.response_format,
+            file_stem=file_stem(card.name),
+            upload=upload,
+            priority=fields.priority,
+            webhook_url=fields.webhook_url,
+            client=request.state.client,
+            idempotency_key=key,
+            fingerprint=_fingerprint(request.method, mode, fields, upload),
+            wire={"url": url},
+        )
+        added = await self._service.jobs.add(spec)
+        note(request.scope, job_id=added.job.spec.id)
+        if not added.is_new:
+            response.headers[REPLAYED] = "true"
+            url = job_url(request, added.job.spec.id, limits=settings.api)
+        return JobTicket(id=added.job.spec.id, status_url=url)
+
+    async def _keep_upload(
+        self, fields: _Fields, card: ModelCard, *, padding_s: float | None, mode: Mode
+    ) -> JobUpload | None:
+        if isinstance(fields, JobBody):
+            return None
+        role: Literal["init", "inpaint"] = "inpaint" if mode == "inpainting" else "init"
+        return await self._service.keep_upload(fields.audio, card, padding_s=padding_s, role=role)
+
+
+async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> None:
+    if fields.webhook_url is None:
+        return
+    try:
+        await check_webhook_url(fields.webhook_url, field="webhook_url", allow_hosts=allow_hosts)
+    except InvalidRequestError as error:
+        fault = {"type": "value_error", "loc": ("body", "webhook_url"), "msg": error.message}
+        raise RequestValidationError([{**fault, "input": fields.webhook_url}]) from error
+
+
+def _fingerprint(method: str, mode: Mode, fields: _Fields, upload: JobUpload | None) -> str:
+    """SHA-256 of what the client asked for: the route, the fields it sent, whatever their order, and its upload."""
+    sent = fields.model_dump(mode="json", exclude_unset=True, exclude={"audio"})
+    asked = [method, mode, sent, upload.file.sha256 if upload else None]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""Following jobs to their end as server-sent events, whichever process runs them: their store is asked in turns.
+
+A stream costs a connection and reads of the store for as long as its job waits and runs, so one process bounds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.jobs.job import Job, JobEvent
+from stable_audio_serve.jobs.queue import JobQueue
+
+_FIRST_POLL_S = 0.5  # grows while nothing happens
+_LAST_POLL_S = 2.0
+_COMMENT_S = 10  # proxies and clients give a silent connection up after 15 s and more
+_BUSY_RETRY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A job that is no longer as it was told before: `events` are the new ones, `position` is a queued job's."""
+
+    job: Job
+    events: tuple[JobEvent, ...]
+    position: int | None
+
+
+async def follow(jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
+    """What the job is now, then every change until it is over or gone; no events up to the one with the id `after`."""
+    contract, job_id = job.spec.contract, job.spec.id
+    current: Job | None = job
+    told: object = None
+    wait_s = _FIRST_POLL_S
+    while current is not None:
+        position = await jobs.position(current) if current.state == "queued" else None
+        now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
+        if now != told:
+            told, wait_s = now, _FIRST_POLL_S
+            events = await jobs.events(contract, job_id, after=after)
+            after = max((event.id for event in events), default=after)
+            yield Change(current, events, position)
+        if current.is_over:
+            return
+        await asyncio.sleep(wait_s)
+        wait_s = min(wait_s * 1.5, _LAST_POLL_S)
+        current = await jobs.get(contract, job_id)
+
+
+class EventStreams:
+    """The streams that one process has open."""
+
+    def __init__(self, max_streams: int) -> None:
+        self._max_streams = max_streams
+        self._num_open = 0
+
+    def open(self, events: AsyncIterator[ServerSentEvent], *, headers: Mapping[str, str] | None = None) -> Response:
+        """An answer that sends `events`. Raises OverloadedError when too many are open."""
+        if self._num_open >= self._max_streams:
+            raise OverloadedError("too many event streams are open", retry_after_s=_BUSY_RETRY_S)
+        return _Stream(events, counted=self._counted, headers=headers)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+
+
+class _Stream(EventSourceResponse):
+    """Counts while it is being sent, so that an answer which never is counts nothing."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[ServerSentEvent],
+        *,
+        counted: Callable[[], AbstractContextManager[None]],
+        headers: Mapping[str, str] | None,
+    ) -> None:
+        super().__init__(events, ping=_COMMENT_S, sep="\n", headers=headers)
+        self._counted = counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._counted():
+            await super().__call__(scope, receive, send)

@@ -1,0 +1,216 @@
+"""The event stream of a job, read as strictly as the HTML standard describes it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.api import streams
+from stable_audio_serve.core.errors import GenerationError
+from stable_audio_serve.core.keys import hash_key
+from tests.api.compat.serving import make_client, serve_app
+from tests.api.test_jobs import submit, wait
+from tests.backends import ToneBackend
+from tests.sockets import wait_until
+
+pytestmark = pytest.mark.slow
+
+PROGRESS = {"stage", "fraction", "eta_seconds", "queue_position", "message", "at"}
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """The events of a complete stream: event, id (None where it has none) and data."""
+    assert text.endswith("\n\n")
+    events = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if not line.startswith(":"))
+        if fields:
+            events.append({"event": fields["event"], "id": fields.get("id"), "data": json.loads(fields["data"])})
+    return events
+
+
+async def read(client: httpx.AsyncClient, ticket: dict[str, Any], *, after: str | None = None) -> list[dict[str, Any]]:
+    """The stream of a job to its end."""
+    headers = {} if after is None else {"Last-Event-ID": after}
+    reply = await client.get(f"/jobs/{ticket['id']}/events", headers=headers, timeout=15)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.headers["cache-control"] == "no-store"
+    events = parse(reply.text)
+    assert [event["event"] for event in events].count("end") == 1
+    assert (events[-1]["event"], events[-1]["id"]) == ("end", "end")
+    for event in events[:-1]:
+        assert event["event"] == "progress"
+        assert set(event["data"]) == PROGRESS
+        assert (event["id"] is None) == (event["data"]["at"] is None)
+    return events
+
+
+def ids(events: list[dict[str, Any]]) -> list[int]:
+    return [int(event["id"]) for event in events[:-1] if event["id"] is not None]
+
+
+async def test_everything_is_told_in_order_until_the_end() -> None:
+    async with make_client(ToneBackend(delay_s=0.7), jobs={"max_running": 1}) as (client, _):
+        first, second = await submit(client), await submit(client)
+        events = await read(client, second)
+        assert events[-1]["data"] == (await client.get(second["status_url"])).json()
+        assert events[-1]["data"]["status"] == "succeeded"
+        told = ids(events)
+        assert told == sorted(set(told))
+        stages = [event["data"]["stage"] for event in events[:-1]]
+        assert (stages[0], stages[-1]) == ("queued", "done")
+        fractions = [event["data"]["fraction"] for event in events[:-1]]
+        assert fractions == sorted(fractions)
+        assert any(event["data"]["queue_position"] == 0 for event in events)
+        assert {"queued", "started", "finished"} <= {event["data"]["message"] for event in events[:-1]}
+        assert ids(await read(client, second)) == told  # a second reader, later, is told the same
+        assert (await read(client, first))[-1]["data"]["status"] == "succeeded"
+
+
+async def test_a_broken_stream_goes_on_where_it_broke_off() -> None:
+    async with make_client() as (client, _):
+        ticket = await submit(client)
+        await wait(client, ticket)
+        everything = await read(client, ticket)
+        told = ids(everything)
+        assert len(told) >= 3
+        for number, last in enumerate(told):
+            rest = await read(client, ticket, after=str(last))
+            assert ids(rest) == told[number + 1 :]
+            assert rest[-1] == everything[-1]
+        assert ids(await read(client, ticket, after="0")) == told
+
+
+async def test_a_stream_that_has_ended_does_not_begin_again() -> None:
+    async with make_client() as (client, _):
+        ticket = await submit(client)
+        await read(client, ticket)
+        reply = await client.get(f"/jobs/{ticket['id']}/events", headers={"Last-Event-ID": "end"})
+    assert (reply.status_code, reply.content) == (204, b"")
+
+
+@pytest.mark.parametrize("last", ["", "x", "-1", "1.5", "9" * 19, "End", "1 2"])
+async def test_what_is_no_event_id_is_named(client: httpx.AsyncClient, last: str) -> None:
+    ticket = await submit(client)
+    reply = await client.get(f"/jobs/{ticket['id']}/events", headers={"Last-Event-ID": last})
+    assert reply.status_code == 422
+    assert [item["loc"] for item in reply.json()["detail"]] == [["header", "Last-Event-ID"]]
+
+
+@pytest.mark.parametrize("job_id", ["0" * 32, "nope", "A" * 32, "%00"])
+async def test_an_unknown_job_has_no_events(client: httpx.AsyncClient, job_id: str) -> None:
+    reply = await client.get(f"/jobs/{job_id}/events")
+    assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+async def test_every_end_ends_the_stream(state: str) -> None:
+    backend = ToneBackend(delay_s=30 if state == "cancelled" else 0, error=GenerationError("silence"))
+    async with make_client(backend) as (client, _):
+        ticket = await submit(client)
+        following = asyncio.create_task(read(client, ticket))
+        if state == "cancelled":
+            await wait(client, ticket, "running")
+            await client.delete(f"/jobs/{ticket['id']}")
+        events = await following
+    assert events[-1]["data"]["status"] == state
+    assert events[-1]["data"]["error"]
+
+
+async def test_places_in_the_queue_are_told_as_they_change() -> None:
+    async with make_client(run_jobs=False) as (client, _):
+        before, ticket = await submit(client), await submit(client)
+        following = asyncio.create_task(read(client, ticket))
+        await asyncio.sleep(0.2)
+        await client.delete(f"/jobs/{before['id']}")
+        await asyncio.sleep(1.5)
+        await client.delete(f"/jobs/{ticket['id']}")
+        events = await following
+    positions = [event["data"]["queue_position"] for event in events if event["id"] is None]
+    assert positions == [1, 0]
+
+
+@asynccontextmanager
+async def open_stream(client: httpx.AsyncClient, ticket: dict[str, Any]) -> AsyncIterator[AsyncIterator[str]]:
+    async with client.stream("GET", f"/jobs/{ticket['id']}/events", timeout=15) as reply:
+        assert reply.status_code == 200
+        yield reply.aiter_lines()
+
+
+async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_COMMENT_S", 0.2)
+    async with (
+        serve_app(ToneBackend(delay_s=30), ingress={"max_event_streams": 2}) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        ticket = await submit(client)
+        fal = (await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})).json()
+        async with open_stream(client, ticket) as lines, asyncio.timeout(10):
+            assert (await anext(lines)).startswith("id: ")
+            async for line in lines:  # a silent stream carries comments
+                if line.startswith(":"):
+                    break
+            async with open_stream(client, ticket) as others:
+                await anext(others)
+                for url in (f"/jobs/{ticket['id']}/events", f"{fal['status_url']}/stream"):
+                    reply = await client.get(url)
+                    assert reply.status_code in (429, 503), reply.text
+                    assert "too many event streams" in reply.json()["detail"]
+                    assert int(reply.headers["retry-after"]) > 0
+                    assert reply.headers["content-type"] == "application/json"
+
+        statuses = []
+        async with asyncio.timeout(10):
+            while 200 not in statuses:
+                async with client.stream("GET", f"/jobs/{ticket['id']}/events") as reply:
+                    statuses.append(reply.status_code)
+
+
+async def test_nobody_asks_the_store_for_a_client_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_FIRST_POLL_S", 0.1)
+    monkeypatch.setattr(streams, "_LAST_POLL_S", 0.1)
+    asked = 0
+    follow_once = streams.JobQueue.get
+
+    async def counted(*args: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await follow_once(*args)
+
+    monkeypatch.setattr(streams.JobQueue, "get", counted)
+    async with (
+        serve_app(ToneBackend(delay_s=30)) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        ticket = await submit(client)
+        async with open_stream(client, ticket) as lines:
+            await anext(lines)
+            await wait_until(lambda: asked >= 3)
+        await asyncio.sleep(0.3)
+        seen = asked
+        await asyncio.sleep(0.5)  # longer than any pause between two questions
+        assert asked == seen
+
+
+async def test_a_stream_wants_a_key_where_there_are_some() -> None:
+    async with make_client(run_jobs=False, api={"key_hashes": [hash_key("one")]}) as (client, _):
+        reply = await client.get(f"/jobs/{'0' * 32}/events")
+    assert reply.status_code == 401
+
+
+async def test_any_replica_tells_of_any_job(tmp_path: Any) -> None:
+    folder = str(tmp_path)
+    async with (
+        make_client(run_jobs=False, output_dir=folder) as (one, _),
+        make_client(output_dir=folder) as (other, _),
+    ):
+        ticket = await submit(one)
+        events = await read(other, ticket)
+        assert ids(await read(one, ticket, after=str(ids(events)[0]))) == ids(events)[1:]
