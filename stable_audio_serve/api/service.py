@@ -131,11 +131,11 @@ class Service:
 
         Raises InvalidUploadError, UploadTooLargeError, StorageError.
         """
-        await self.decode(upload, card, padding_s=padding_s)
+        source = await self.decode(upload, card, padding_s=padding_s)
         await upload.seek(0)
         chunks = iter(lambda: upload.file.read(_UPLOAD_CHUNK_BYTES), b"")
         file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
-        return JobUpload(file, role, _usable_s(card, padding_s))
+        return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 
     async def generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
         """Run one request that arrived at `started_at`. Raises errors of `core.errors`."""

@@ -6,30 +6,38 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Generic, Protocol, TypeVar
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.generation import Progress
 
 
-class ProgressFeed:
-    """Hands out every change of stage at once and, within a stage, the latest progress once per `interval_s` seconds.
+class _Staged(Protocol):
+    @property
+    def stage(self) -> str: ...
 
-    Belongs to one event loop; `put` is a `ProgressCallback`.
+
+Report = TypeVar("Report", bound=_Staged)
+
+
+class ProgressFeed(Generic[Report]):
+    """Hands out every change of stage at once and, within a stage, the latest report once per `interval_s` seconds.
+
+    Belongs to one event loop.
     """
 
     def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
         self._interval_s = interval_s
         self._clock = clock
-        self._pending: deque[Progress] = deque()  # the latest of each stage that nobody was given yet
+        self._pending: deque[Report] = deque()  # the latest of each stage that nobody was given yet
         self._changed = asyncio.Event()
         self._is_closed = False
 
-    def put(self, progress: Progress) -> None:
-        """Take in what the engine reports."""
-        if self._pending and self._pending[-1].stage == progress.stage:
-            self._pending[-1] = progress
+    def put(self, report: Report) -> None:
+        """Take in what is true now."""
+        if self._pending and self._pending[-1].stage == report.stage:
+            self._pending[-1] = report
         else:
-            self._pending.append(progress)
+            self._pending.append(report)
             self._changed.set()
 
     def close(self) -> None:
@@ -37,14 +45,14 @@ class ProgressFeed:
         self._is_closed = True
         self._changed.set()
 
-    async def __aiter__(self) -> AsyncIterator[Progress]:
+    async def __aiter__(self) -> AsyncIterator[Report]:
         stage, due_at = "", 0.0
         while self._pending or not self._is_closed:
             wait_s = self._wait_s(stage, due_at)
             if wait_s is not None and wait_s <= 0:
-                progress = self._pending.popleft()
-                stage, due_at = progress.stage, self._clock.monotonic() + self._interval_s
-                yield progress
+                report = self._pending.popleft()
+                stage, due_at = report.stage, self._clock.monotonic() + self._interval_s
+                yield report
                 continue
             self._changed.clear()
             with suppress(TimeoutError):

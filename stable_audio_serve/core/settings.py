@@ -5,10 +5,21 @@ Holds values only; where they come from (file, `.env`, environment) is `core.set
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    model_validator,
+)
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -21,6 +32,16 @@ ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 
 def _split_commas(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _check_signing_secret(secret: SecretStr) -> SecretStr:
+    try:
+        key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        key = b""
+    if not 24 <= len(key) <= 64:
+        raise ValueError("must be whsec_ and the base64 form of 24 to 64 bytes")
+    return secret
 
 
 class Section(BaseModel):
@@ -169,8 +190,8 @@ class JobSettings(Section):
     retention_s: Seconds = Field(604_800.0, description="How long ended jobs and their files are kept, seconds.")
     orphan_after_s: Seconds = Field(86_400.0, description="Age at which a file that belongs to nothing goes, seconds.")
     sweep_every_s: Seconds = Field(600.0, description="Pause between two sweeps of what is too old, seconds.")
-    webhook_secret: SecretStr | None = Field(
-        None, description="Signs webhooks of our own API (Standard Webhooks, `whsec_...`); unset = not signed."
+    webhook_secret: Annotated[SecretStr, AfterValidator(_check_signing_secret)] | None = Field(
+        None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 bytes; unset = unsigned."
     )
     webhook_allow_hosts: tuple[str, ...] = Field(
         (), description="Hosts webhooks may reach although their address is private, for example localhost."

@@ -27,6 +27,7 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("output_dir",): ("STABLE_AUDIO_OUTPUT_DIR",),
     ("hf_token",): ("HF_TOKEN",),
     ("jobs", "database_url"): ("STABLE_AUDIO_DATABASE_URL",),
+    ("jobs", "webhook_secret"): ("STABLE_AUDIO_WEBHOOK_SECRET",),
     ("api", "key_hashes"): ("STABLE_AUDIO_API_KEY_HASHES",),
     ("api", "public_url"): ("STABLE_AUDIO_PUBLIC_URL",),
     ("api", "max_duration_s"): ("STABLE_AUDIO_MAX_DURATION",),
@@ -44,7 +45,7 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 # A key in plain text, as vLLM's users set it: joins the hashes, and only as a hash.
 _PLAIN_KEY = "VLLM_API_KEY"
 
-_SECRET = (("hf_token",), ("api", "key_hashes"))
+_SECRET = (("hf_token",), ("api", "key_hashes"), ("jobs", "webhook_secret"))
 
 # For these an empty variable is a value of its own; for the others it counts as not set.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})

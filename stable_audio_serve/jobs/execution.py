@@ -6,30 +6,41 @@ import asyncio
 import re
 import secrets
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import IO
 
-from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import AudioFormat, encode_variations
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.budget import ByteBudget
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 
-# Told of each stage: its name, the fraction done, and a line for the job's log.
-Report = Callable[[str, float, str], Awaitable[None]]
+GENERATED = 0.95  # the fraction of a job whose audio is made and has yet to become a file
 
 _LEAST_START_S = 0.001
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a job is: an engine's stage or one around it. A `message` is a line for the job's log."""
+
+    stage: str
+    fraction: float
+    engine_position: int | None = None
+    message: str | None = None
+
+
 class JobExecutor:
-    """Owns the worker threads and decoding processes that jobs need besides the model."""
+    """Owns the worker threads and decoding processes that jobs need besides the model, and bounds their memory."""
 
     def __init__(
         self, backend: Backend, artifacts: ArtifactStore, limits: ApiSettings, *, clock: Clock | None = None
@@ -38,6 +49,7 @@ class JobExecutor:
         self._artifacts = artifacts
         self._limits = limits
         self._clock = clock or SystemClock()
+        self._source_bytes = ByteBudget(limits.max_source_bytes)
         self._decoder = AudioDecoder(
             num_workers=limits.decode_workers,
             timeout_s=limits.max_decode_s,
@@ -46,26 +58,23 @@ class JobExecutor:
         self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="job-decode")
         self._encode_threads = ThreadPoolExecutor(limits.encode_workers, thread_name_prefix="job-encode")
 
-    async def execute(self, job: Job, report: Report) -> JobResult:
+    async def execute(self, job: Job, report: Callable[[JobProgress], None]) -> JobResult:
         """Run the job to its stored file. Raises errors of `core.errors`; then, and when cancelled, keeps nothing."""
         spec = job.spec
         self._backend.catalog.resolve(spec.model)  # the server may be another one than when the job was accepted
-        request = await self._with_source(spec)
-        started_at = self._clock.monotonic()
-        await report("generating", 0.1, f"generating {request.duration_s:g} s of audio with {spec.model}")
-        result = await self._backend.generate(spec.model, self._limited(request, job))
-        inference_s = self._clock.monotonic() - started_at
-        await report("encoding", 0.9, f"generated in {inference_s:.2f} s")
-        file_format = AudioFormat(spec.file_format)
-        file = await asyncio.get_running_loop().run_in_executor(
-            self._encode_threads,
-            lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=spec.file_stem),
-        )
-        name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
-        fence = job.lease.fence if job.lease else 1
-        attempt = f"{fence}-" if fence > 1 else ""  # never the key of an earlier attempt, which may still be writing
-        key = f"{_UNSAFE.sub('-', spec.id)}-{attempt}{_UNSAFE.sub('-', name)}"
-        stored = await self._artifacts.put(key, file.chunks(), media_type=file.media_type, file_name=name)
+        async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
+            request = self._limited(await self._with_source(spec), job)
+            duration = f"{request.duration_s:g} s"
+            report(JobProgress("started", 0.0, message=f"generating {duration} of audio with {spec.model}"))
+            started_at = self._clock.monotonic()
+            result = await self._backend.generate(
+                spec.model, request, on_progress=lambda progress: _pass_on(progress, report)
+            )
+            inference_s = self._clock.monotonic() - started_at
+            del request  # and with it the source audio
+        report(JobProgress("storing", GENERATED, message=f"generated in {inference_s:.2f} s"))
+        stored = await self._store(job, result)
+        failpoint("after_upload")
         return JobResult(
             file=stored,
             file_id=secrets.token_hex(16),
@@ -80,6 +89,19 @@ class JobExecutor:
         for threads in (self._encode_threads, self._decode_threads):
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         self._decoder.close()
+
+    async def _store(self, job: Job, result: GenerationResult) -> StoredFile:
+        spec = job.spec
+        file_format = AudioFormat(spec.file_format)
+        file = await asyncio.get_running_loop().run_in_executor(
+            self._encode_threads,
+            lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=spec.file_stem),
+        )
+        name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
+        fence = job.lease.fence if job.lease else 1
+        attempt = f"{fence}-" if fence > 1 else ""  # never the key of an earlier attempt, which may still be writing
+        key = f"{_UNSAFE.sub('-', spec.id)}-{attempt}{_UNSAFE.sub('-', name)}"
+        return await self._artifacts.put(key, file.chunks(), media_type=file.media_type, file_name=name)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
         """The request with its time limits; the engine may have a queue too, in which a first start can be late."""
@@ -107,3 +129,8 @@ class JobExecutor:
 
     def _read_samples(self, file: IO[bytes], max_s: float) -> SourceAudio:
         return self._decoder.decode(file, max_s=max_s)
+
+
+def _pass_on(progress: Progress, report: Callable[[JobProgress], None]) -> None:
+    if progress.stage != "done":  # for the job there is more to do
+        report(JobProgress(progress.stage, progress.fraction * GENERATED, progress.queue_position))

@@ -23,6 +23,7 @@ class JobUpload:
     file: StoredFile
     role: Literal["init", "inpaint"]
     max_s: float  # what the model can use of it, seconds
+    decoded_bytes: int = 0  # memory its samples take
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Job:
     stage: str = "queued"
     fraction: float = 0.0
     eta_s: float | None = None  # predicted time to its end, seconds, when last reported
+    engine_position: int | None = None  # of a running job that waits in an engine: how many are before it
     lease: Lease | None = None  # of a running job
     is_dead_letter: bool = False  # failed by no fault of its own; an operator may try it again
     result: JobResult | None = None

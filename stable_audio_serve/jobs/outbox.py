@@ -1,7 +1,11 @@
-"""Which ended jobs their clients still have to be told of. Part of the jobs' own table, so it survives restarts."""
+"""Which ended jobs their clients still have to be told of. Part of the jobs' own table, so it survives restarts.
+
+Whoever delivers claims a notice first, for a time: no two processes try it at once, and one that dies only delays it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -16,11 +20,12 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A client to be told: where, of which job, and how often that failed already."""
+    """A client to be told: where, of which job, and which attempt this is, from 1."""
 
     url: str
+    host: str
     job: Job
-    num_failures: int
+    attempt: int
 
 
 class Outbox:
@@ -30,11 +35,16 @@ class Outbox:
         """Touches nothing yet."""
         self._database = database
 
-    def due(self, *, limit: int) -> list[Notice]:
-        """What should be delivered now, oldest first."""
-        query = sa.select(JOBS).where(_jobs.webhook_at <= self._database.now).order_by(_jobs.webhook_at).limit(limit)
-        with self._database.reading() as connection:
-            return [Notice(row.webhook_url, to_job(row), row.webhook_attempts) for row in connection.execute(query)]
+    def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
+        """The notice that has been due for longest, of other hosts than these; nobody else gets it for `for_s`."""
+        now = self._database.now
+        is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
+        first = sa.select(_jobs.seq).where(*is_due).order_by(_jobs.webhook_at).limit(1)
+        change = sa.update(JOBS).where(_jobs.seq == first.with_for_update(skip_locked=True).scalar_subquery(), *is_due)
+        values = change.values(webhook_at=now + for_s, webhook_attempts=_jobs.webhook_attempts + 1)
+        with self._database.writing() as connection:
+            row = connection.execute(values.returning(JOBS)).first()
+        return None if row is None else Notice(row.webhook_url, row.webhook_host, to_job(row), row.webhook_attempts)
 
     def settle(self, notice: Notice) -> None:
         """It was delivered, or given up: never try it again."""
@@ -45,9 +55,10 @@ class Outbox:
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
+        """Unless somebody else has claimed it since."""
         spec = notice.job.spec
         change = sa.update(JOBS).where(
-            _jobs.contract == spec.contract, _jobs.id == spec.id, _jobs.webhook_attempts == notice.num_failures
+            _jobs.contract == spec.contract, _jobs.id == spec.id, _jobs.webhook_attempts == notice.attempt
         )
         with self._database.writing() as connection:
-            connection.execute(change.values(webhook_at=webhook_at, webhook_attempts=notice.num_failures + 1))
+            connection.execute(change.values(webhook_at=webhook_at))

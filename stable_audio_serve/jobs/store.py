@@ -30,6 +30,7 @@ from stable_audio_serve.jobs.transitions import (
     to_job,
     waiting_again,
 )
+from stable_audio_serve.jobs.webhooks import host_of
 
 CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
 
@@ -220,10 +221,18 @@ class JobStore:
         return reclaimed
 
     def report(
-        self, job: Job, *, stage: str, fraction: float, eta_s: float | None = None, message: str | None = None
+        self,
+        job: Job,
+        *,
+        stage: str,
+        fraction: float,
+        eta_s: float | None = None,
+        engine_position: int | None = None,
+        message: str | None = None,
     ) -> bool:
         """Note progress of a running job; false when its lease is lost."""
-        return self._change_held(job, message=message, stage=stage, fraction=fraction, eta_s=eta_s) is not None
+        values = {"stage": stage, "fraction": fraction, "eta_s": eta_s, "engine_position": engine_position}
+        return self._change_held(job, message=message, **values) is not None
 
     def succeed(self, job: Job, result: JobResult) -> Job | None:
         """End a job with its result, whose file is published by the same commit; None when its lease is lost."""
@@ -337,6 +346,7 @@ class JobStore:
             "start_before": None if spec.start_within_s is None else now + spec.start_within_s,
             "upload_key": spec.upload.file.key if spec.upload else None,
             "webhook_url": spec.webhook_url,
+            "webhook_host": host_of(spec.webhook_url) if spec.webhook_url else None,
         }
         insert = self.database.insert(JOBS).values(values).on_conflict_do_nothing().returning(JOBS)
         return connection.execute(insert).first()

@@ -57,6 +57,7 @@ JOBS = sa.Table(
     sa.Column("stage", _Text, nullable=False, server_default="queued"),
     sa.Column("fraction", sa.Double, nullable=False, server_default="0"),
     sa.Column("eta_s", sa.Double),
+    sa.Column("engine_position", sa.Integer),
     sa.Column("result", _Text),
     sa.Column("error", _Text),
     sa.Column("idempotency_key", _Text),
@@ -64,6 +65,7 @@ JOBS = sa.Table(
     sa.Column("upload_key", _Text),
     sa.Column("result_key", _Text),
     sa.Column("webhook_url", _Text),
+    sa.Column("webhook_host", _Text),
     sa.Column("webhook_at", sa.Double),  # when to try next; none = nothing to deliver
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
     sa.UniqueConstraint("contract", "id"),

@@ -79,7 +79,7 @@ class Transitions:
         return {
             **{"state": "running", "owner": owner, "fence": _jobs.fence + 1, "lease_until": now + lease_s},
             **{"attempts": _jobs.attempts + 1, "started_at": now, "start_before": None},
-            **{"stage": "started", "fraction": 0.0, "eta_s": None},
+            **{"stage": "started", "fraction": 0.0, "eta_s": None, "engine_position": None},
         }
 
     def ended(self, state: State, error: JobError | None = None) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Transitions:
         now = self.database.now
         return {
             **{"state": state, "completed_at": now, "owner": None, "lease_until": None, "start_before": None},
-            **{"eta_s": None, "error": None if error is None else codec.dump(error)},
+            **{"eta_s": None, "engine_position": None, "error": None if error is None else codec.dump(error)},
             "webhook_at": sa.case((_jobs.webhook_url.is_not(None), now)),
         }
 
@@ -96,7 +96,7 @@ def waiting_again() -> dict[str, Any]:
     """What changes when a job goes back to wait; its turn stays."""
     return {
         **{"state": "queued", "owner": None, "lease_until": None, "started_at": None, "eta_s": None},
-        **{"stage": "queued", "fraction": 0.0},
+        **{"stage": "queued", "fraction": 0.0, "engine_position": None},
     }
 
 
@@ -125,6 +125,7 @@ def to_job(row: sa.Row[Any]) -> Job:
         stage=row.stage,
         fraction=row.fraction,
         eta_s=row.eta_s,
+        engine_position=row.engine_position,
         lease=None if row.owner is None else Lease(row.owner, row.fence),
         is_dead_letter=row.is_dead_letter,
         result=None if row.result is None else codec.load_result(row.result),

@@ -10,30 +10,33 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import urlsplit
 
 import httpcore
 import httpx
 
 from stable_audio_serve.core.errors import InvalidRequestError
 
+DELIVERY_TIMEOUT_S = 15.0
+
 _MAX_URL_CHARACTERS = 2048
 _RESOLVE_TIMEOUT_S = 3.0
-_DELIVERY_TIMEOUT_S = 15.0
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".home.arpa")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# What `is_global` of some Python versions lets through.
+# What `is_global` of some Python versions lets through, and the public address at which Azure serves its machines.
 _NOT_PUBLIC = tuple(
-    ipaddress.ip_network(network) for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10")
+    ipaddress.ip_network(network)
+    for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "168.63.129.16/32")
 )
 
 # Name servers that clients choose may be slow; only other webhooks shall wait for them.
-_RESOLVERS = ThreadPoolExecutor(4, thread_name_prefix="webhook-resolver")
+_RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="webhook-resolver")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -44,6 +47,14 @@ class DeliveryError(Exception):
 
 class _ForbiddenTargetError(DeliveryError):
     """The target lies where clients must not send us."""
+
+
+def host_of(url: str) -> str:
+    """Whom a webhook calls, for taking turns: the host's name in lower case, or nothing in what is no URL."""
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
 
 
 async def check_webhook_url(url: str, *, field: str, allow_hosts: Collection[str] = ()) -> None:
@@ -63,16 +74,18 @@ async def check_webhook_url(url: str, *, field: str, allow_hosts: Collection[str
         return
 
 
-async def post_json(url: str, body: bytes, *, allow_hosts: Collection[str] = ()) -> None:
-    """POST a JSON body. Raises DeliveryError unless it is answered with a 2xx status."""
+async def post_json(
+    url: str, body: bytes, *, headers: Mapping[str, str] | None = None, allow_hosts: Collection[str] = ()
+) -> None:
+    """POST a JSON body. Raises DeliveryError unless it is answered with a 2xx status within `DELIVERY_TIMEOUT_S`."""
     target = _parse(url)
-    headers = [("Content-Type", "application/json"), ("User-Agent", "stable-audio-serve")]
+    all_headers = {"Content-Type": "application/json", "User-Agent": "stable-audio-serve", **(headers or {})}
     network = _CheckedNetwork(allow_hosts)
     try:
         async with (
-            asyncio.timeout(_DELIVERY_TIMEOUT_S),
+            asyncio.timeout(DELIVERY_TIMEOUT_S),
             httpcore.AsyncConnectionPool(network_backend=network) as pool,
-            pool.stream("POST", target.url, headers=headers, content=body) as answer,
+            pool.stream("POST", target.url, headers=list(all_headers.items()), content=body) as answer,
         ):
             status = answer.status
     except TimeoutError as error:

@@ -77,7 +77,7 @@ def assemble(args: Settings, *, replica: type) -> serve.Application:
         model.name: _bind(replica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)
         for model in plan.settings.models
     }
-    runner = _bind(JobRunnerReplica, runner_options(), plan, models)
+    runner = _bind(JobRunnerReplica, runner_options(plan.settings), plan, models)
     return _bind(Ingress, ingress_options(plan.settings), plan, models, runner)
 
 

@@ -30,7 +30,7 @@ _WAKE_TIMEOUT_S = 5.0
 
 
 class JobRunnerReplica:
-    """The only replica of its deployment; asks the same model deployments as the ingress does."""
+    """One runner of several; asks the same model deployments as the ingress does."""
 
     async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = plan.settings
@@ -38,8 +38,7 @@ class JobRunnerReplica:
         application = serve.get_replica_context().app_name
         backend = RayBackend(plan.catalog, handles, application=application)
         store, artifacts, metrics = open_store(settings), open_artifacts(settings), RayMetrics()
-        allow_hosts = settings.jobs.webhook_allow_hosts
-        notifier = Notifier(Outbox(store.database), webhook_body, allow_hosts=allow_hosts, metrics=metrics)
+        notifier = Notifier(Outbox(store.database), webhook_body, settings.jobs, metrics=metrics)
         self._runner = JobRunner(store, artifacts, backend, settings, notifier=notifier, metrics=metrics)
         await self._runner.start()
 
@@ -57,7 +56,7 @@ class JobRunnerReplica:
 
 
 class RunnerBell:
-    """Wakes the runner from an ingress replica; a call that gets lost costs one polling interval, nothing else."""
+    """Wakes the runners from an ingress replica; a call that gets lost costs one polling interval, nothing else."""
 
     def __init__(self, runner: DeploymentHandle) -> None:
         self._runner = runner
@@ -65,7 +64,7 @@ class RunnerBell:
         self._again = False
 
     def ring(self) -> None:
-        """Call the runner soon; several rings during one call become one more call."""
+        """Call every runner soon; several rings during one call become one more call."""
         if self._ringing is not None and not self._ringing.done():
             self._again = True
             return
@@ -75,10 +74,8 @@ class RunnerBell:
         self._again = True
         while self._again:
             self._again = False
-            response = self._runner.wake.remote()
+            response = self._runner.broadcast("wake")
             try:
-                async with asyncio.timeout(_WAKE_TIMEOUT_S):
-                    await response
+                await response.results_async(timeout_s=_WAKE_TIMEOUT_S, return_exceptions=True)
             except (TimeoutError, RayError, RayServeException) as error:
-                response.cancel()
-                logger.debug("the job runner did not hear: %s", error)
+                logger.debug("a job runner did not hear: %s", error)

@@ -93,11 +93,11 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def runner_options() -> dict[str, Any]:
-    """Deployment options of the job runner: exactly one, which waits for models rather than computes."""
+def runner_options(settings: Settings) -> dict[str, Any]:
+    """Deployment options of the job runners, which wait for models rather than compute."""
     return {
         "name": "job-runner",
-        "num_replicas": 1,
+        "num_replicas": settings.jobs.runners,
         "max_ongoing_requests": 1000,  # wake-up calls, over at once
         "health_check_period_s": 2.0,  # how soon a dead one is missed, and its jobs go on
         "graceful_shutdown_timeout_s": 10.0,

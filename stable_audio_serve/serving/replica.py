@@ -68,7 +68,7 @@ class ModelReplica:
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
         """`generate` for a streaming handle: some progress, and at the end what `generate` returns."""
-        feed = ProgressFeed(_PROGRESS_INTERVAL_S)
+        feed = ProgressFeed[Progress](_PROGRESS_INTERVAL_S)
         working = asyncio.create_task(self._generate(request, on_progress=feed.put))
         working.add_done_callback(lambda _: feed.close())
         try:

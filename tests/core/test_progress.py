@@ -13,12 +13,12 @@ def make_progress(fraction: float, stage: Stage = "denoising") -> Progress:
     return Progress(stage, fraction)
 
 
-async def collect(feed: ProgressFeed) -> Sequence[Progress]:
+async def collect(feed: ProgressFeed[Progress]) -> Sequence[Progress]:
     return [progress async for progress in feed]
 
 
 async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
-    feed = ProgressFeed(3600.0)
+    feed = ProgressFeed[Progress](3600.0)
     stages: list[Stage] = ["queued", "encoding", "denoising", "decoding", "done"]
     async with asyncio.timeout(5):
         collecting = asyncio.create_task(collect(feed))
@@ -30,7 +30,7 @@ async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
 
 
 async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> None:
-    feed = ProgressFeed(0.2)
+    feed = ProgressFeed[Progress](0.2)
     received: dict[float, float] = {}
 
     async def receive() -> None:
@@ -50,7 +50,7 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
 
 
 async def test_what_is_left_at_the_end_is_handed_out_without_waiting() -> None:
-    feed = ProgressFeed(3600.0)
+    feed = ProgressFeed[Progress](3600.0)
     for progress in (make_progress(0.1), make_progress(0.2), make_progress(0.3, "decoding")):
         feed.put(progress)
     feed.close()
@@ -59,7 +59,7 @@ async def test_what_is_left_at_the_end_is_handed_out_without_waiting() -> None:
 
 
 async def test_a_feed_that_was_told_nothing_just_ends() -> None:
-    feed = ProgressFeed(1.0)
+    feed = ProgressFeed[Progress](1.0)
     feed.close()
     async with asyncio.timeout(5):
         assert await collect(feed) == []

@@ -272,3 +272,18 @@ def test_config_command_prints_the_tree_without_secrets(tmp_path: Path, monkeypa
     result = CliRunner().invoke(app, ["config", "--config", str(file)])
     assert result.exit_code == 2
     assert "STABLE_AUDIO_MAX_STEPS" in result.output
+
+
+@pytest.mark.parametrize("secret", ["whsec_c2hvcnQ=", "not base64!", "whsec_" + "QUFB" * 40])
+def test_a_secret_that_cannot_sign_stops_the_start_and_is_not_repeated(secret: str) -> None:
+    with pytest.raises(ConfigError, match="STABLE_AUDIO_WEBHOOK_SECRET: .*whsec_ and the base64 form") as caught:
+        load_settings(environ={"STABLE_AUDIO_WEBHOOK_SECRET": secret})
+    assert secret not in str(caught.value)
+
+
+def test_a_secret_that_can_sign_is_taken_and_hidden() -> None:
+    secret = "whsec_" + "QUFB" * 8
+    settings = load_settings(environ={"STABLE_AUDIO_WEBHOOK_SECRET": secret})
+    assert settings.jobs.webhook_secret is not None
+    assert settings.jobs.webhook_secret.get_secret_value() == secret
+    assert secret not in settings.model_dump_json()

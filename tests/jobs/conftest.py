@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,24 @@ def make_spec(**overrides: Any) -> JobSpec:
         "request": request,
     }
     return JobSpec(**fields | overrides)
+
+
+class RecordedMetrics:
+    """Keeps what it is told, by name and tags."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[tuple[Any, ...]] = Counter()
+        self.gauges: dict[tuple[Any, ...], float] = {}
+        self.samples: dict[tuple[Any, ...], list[float]] = {}
+
+    def increment(self, name: str, value: float = 1.0, **tags: str) -> None:
+        self.counters[name, *tags.items()] += int(value)
+
+    def gauge(self, name: str, value: float, **tags: str) -> None:
+        self.gauges[name, *tags.items()] = value
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        self.samples.setdefault((name, *tags.items()), []).append(value)
 
 
 async def wait_for(condition: Callable[[], bool]) -> None:

@@ -1,20 +1,29 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
+import standardwebhooks
+from pydantic import SecretStr
 
+from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job
-from stable_audio_serve.jobs.notifier import Notifier
+from stable_audio_serve.jobs.notifier import RETRY_DELAYS_S, Notifier
 from stable_audio_serve.jobs.outbox import Outbox
-from tests.jobs.conftest import Workshop, make_spec, wait_for
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 from tests.jobs.test_webhooks import Receiver, receiving
+
+_SECRET = "whsec_" + "c2VjcmV0" * 5
+_FAILURE = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
 
 
 def body(job: Job) -> Mapping[str, Any]:
-    return {"id": job.spec.id, "state": job.state}
+    return {"id": job.spec.id, "state": job.state, "prompt": "ä"}
 
 
 @pytest.fixture
@@ -23,9 +32,15 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield receiver
 
 
-def make_notifier(workshop: Workshop, **options: Any) -> Notifier:
+def make_notifier(workshop: Workshop, *, settings: Mapping[str, Any] | None = None, **options: Any) -> Notifier:
+    job_settings = JobSettings(**{"webhook_allow_hosts": ("127.0.0.1", "localhost"), **(settings or {})})
     outbox = Outbox(workshop.queue.store.database)
-    return Notifier(outbox, body, **{"allow_hosts": ["127.0.0.1"], "retry_delays_s": (0.05, 0.05, 0.05)} | options)
+    chosen = {"body": body, "retry_delays_s": (0.05, 0.05, 0.05), **options}
+    return Notifier(outbox, chosen.pop("body"), job_settings, **chosen)
+
+
+def states(receiver: Receiver) -> list[str]:
+    return [json.loads(sent)["state"] for _, _, sent in receiver.requests]
 
 
 async def test_the_end_of_a_job_is_told_once(workshop: Workshop, receiver: Receiver) -> None:
@@ -36,7 +51,34 @@ async def test_the_end_of_a_job_is_told_once(workshop: Workshop, receiver: Recei
     await workshop.finished(silent)
     await wait_for(lambda: bool(receiver.requests))
     await workshop.finished(await workshop.queue.submit(make_spec()))
-    assert [json.loads(sent) for _, _, sent in receiver.requests] == [{"id": told.spec.id, "state": "succeeded"}]
+    await wait_for(lambda: not is_waiting(workshop))
+    assert [json.loads(sent) for _, _, sent in receiver.requests] == [
+        {"id": told.spec.id, "state": "succeeded", "prompt": "ä"}
+    ]
+
+
+async def test_a_notice_can_be_verified_with_the_public_library(workshop: Workshop, receiver: Receiver) -> None:
+    notifier = make_notifier(workshop, settings={"webhook_secret": SecretStr(_SECRET)})
+    await workshop.start_runner(notifier=notifier)
+    job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
+    await wait_for(lambda: bool(receiver.requests))
+    _, headers, sent = receiver.requests[0]
+    assert standardwebhooks.Webhook(_SECRET).verify(sent, headers)["id"] == job.spec.id
+    assert headers["webhook-id"] == job.spec.id
+    with pytest.raises(standardwebhooks.WebhookVerificationError):
+        standardwebhooks.Webhook(_SECRET).verify(sent.replace(b"succeeded", b"failed"), headers)
+
+
+async def test_without_a_secret_a_notice_is_named_and_dated_but_not_signed(
+    workshop: Workshop, receiver: Receiver
+) -> None:
+    await workshop.start_runner(notifier=make_notifier(workshop))
+    job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
+    await wait_for(lambda: bool(receiver.requests))
+    headers = receiver.requests[0][1]
+    assert headers["webhook-id"] == job.spec.id
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+    assert "webhook-signature" not in headers
 
 
 async def test_a_cancelled_job_is_told_too(workshop: Workshop, receiver: Receiver) -> None:
@@ -44,25 +86,40 @@ async def test_a_cancelled_job_is_told_too(workshop: Workshop, receiver: Receive
     await workshop.queue.cancel("sa3", job.spec.id)
     await workshop.start_runner(notifier=make_notifier(workshop))
     await wait_for(lambda: bool(receiver.requests))
-    assert json.loads(receiver.requests[0][2])["state"] == "cancelled"
+    assert states(receiver) == ["cancelled"]
 
 
-async def test_a_failed_delivery_is_tried_again(workshop: Workshop, receiver: Receiver) -> None:
-    good, receiver.answer = receiver.answer, b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
-    await workshop.start_runner(notifier=make_notifier(workshop))
+async def test_a_failed_delivery_is_tried_again_with_a_new_signature_and_the_same_id(
+    workshop: Workshop, receiver: Receiver
+) -> None:
+    good, receiver.answer = receiver.answer, _FAILURE
+    notifier = make_notifier(workshop, settings={"webhook_secret": SecretStr(_SECRET)}, retry_delays_s=(1.1,) * 9)
+    await workshop.start_runner(notifier=notifier)
     await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await wait_for(lambda: len(receiver.requests) == 2)
     receiver.answer = good
-    await wait_for(lambda: not due(workshop))
-    assert 3 <= len(receiver.requests) <= 4
+    await wait_for(lambda: not is_waiting(workshop))
     assert len({sent for _, _, sent in receiver.requests}) == 1
+    headers = [headers for _, headers, _ in receiver.requests]
+    assert len({sent["webhook-id"] for sent in headers}) == 1
+    assert len({sent["webhook-timestamp"] for sent in headers}) > 1
+    for sent in headers:
+        standardwebhooks.Webhook(_SECRET).verify(receiver.requests[0][2], sent)
 
 
 async def test_after_the_last_retry_it_is_given_up(workshop: Workshop, receiver: Receiver) -> None:
-    receiver.answer = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
-    await workshop.start_runner(notifier=make_notifier(workshop))
+    receiver.answer = _FAILURE
+    metrics = RecordedMetrics()
+    await workshop.start_runner(notifier=make_notifier(workshop, metrics=metrics))
     await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: len(receiver.requests) == 4 and not due(workshop))
+    await wait_for(lambda: len(receiver.requests) == 4 and not is_waiting(workshop))
+    assert metrics.counters == {("webhooks", ("outcome", "failed")): 3, ("webhooks", ("outcome", "given_up")): 1}
+
+
+def test_the_retries_last_for_hours_with_growing_pauses() -> None:
+    assert list(RETRY_DELAYS_S) == sorted(RETRY_DELAYS_S)
+    assert RETRY_DELAYS_S[0] <= 10
+    assert 4 * 3600 <= sum(RETRY_DELAYS_S) <= 48 * 3600
 
 
 async def test_what_was_not_delivered_is_delivered_after_a_restart(workshop: Workshop, receiver: Receiver) -> None:
@@ -75,19 +132,55 @@ async def test_what_was_not_delivered_is_delivered_after_a_restart(workshop: Wor
     assert json.loads(receiver.requests[0][2])["id"] == job.spec.id
 
 
-async def test_a_receiver_that_hangs_delays_no_job(workshop: Workshop, receiver: Receiver) -> None:
-    receiver.delay_s = 5
+async def test_several_runners_deliver_each_notice_once(workshop: Workshop, receiver: Receiver) -> None:
+    receiver.delay_s = 0.05
+    for _ in range(3):
+        await workshop.start_runner(notifier=make_notifier(workshop))
+    jobs = [await workshop.queue.submit(make_spec(webhook_url=receiver.url)) for _ in range(20)]
+    for job in jobs:
+        await workshop.finished(job)
+    await wait_for(lambda: not is_waiting(workshop))
+    told = Counter(json.loads(sent)["id"] for _, _, sent in receiver.requests)
+    assert told == Counter(job.spec.id for job in jobs)
+
+
+async def test_a_receiver_that_hangs_delays_no_job_and_no_other_receiver(
+    workshop: Workshop, receiver: Receiver
+) -> None:
+    """Its host has a hundred notices before the other's only one."""
+    async with receiving(delay_s=5) as hanging:
+        await workshop.start_runner(notifier=make_notifier(workshop))
+        for _ in range(100):
+            job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
+            await workshop.queue.cancel("sa3", job.spec.id)
+        await wait_for(lambda: bool(hanging.requests))
+        elsewhere = receiver.url.replace("127.0.0.1", "localhost")
+        async with asyncio.timeout(4):
+            job = await workshop.finished(await workshop.queue.submit(make_spec(webhook_url=elsewhere)))
+            assert job.state == "succeeded"
+            await wait_for(lambda: bool(receiver.requests))
+        assert len(hanging.requests) <= 8
+
+
+async def test_a_notice_of_a_process_that_died_over_it_is_tried_again(workshop: Workshop, receiver: Receiver) -> None:
+    job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
+    await workshop.queue.cancel("sa3", job.spec.id)
+    outbox = Outbox(workshop.queue.store.database)
+    dead = outbox.claim(for_s=0.5)
+    assert dead is not None
+    assert outbox.claim(for_s=0.5) is None
     await workshop.start_runner(notifier=make_notifier(workshop))
-    await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await wait_for(lambda: bool(receiver.requests))
-    assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
+    await wait_for(lambda: not is_waiting(workshop))
+    outbox.postpone(dead, delay_s=0.0)  # it was not dead after all
+    assert outbox.claim(for_s=0.5) is None
 
 
 async def test_a_private_target_is_not_called_at_delivery_either(workshop: Workshop, receiver: Receiver) -> None:
-    await workshop.start_runner(notifier=make_notifier(workshop, allow_hosts=[]))
+    await workshop.start_runner(notifier=make_notifier(workshop, settings={"webhook_allow_hosts": ()}))
     await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: bool(due(workshop)))
-    await wait_for(lambda: not due(workshop))
+    await wait_for(lambda: is_waiting(workshop))
+    await wait_for(lambda: not is_waiting(workshop))
     assert receiver.num_connections == 0
 
 
@@ -99,15 +192,13 @@ async def test_a_body_that_cannot_be_made_holds_up_no_other(workshop: Workshop, 
             raise RuntimeError("a bug")
         return body(job)
 
-    await workshop.start_runner(
-        notifier=Notifier(Outbox(workshop.queue.store.database), sometimes, allow_hosts=["127.0.0.1"])
-    )
+    await workshop.start_runner(notifier=make_notifier(workshop, body=sometimes))
     await workshop.queue.submit(broken)
     good = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await wait_for(lambda: bool(receiver.requests))
     assert json.loads(receiver.requests[0][2])["id"] == good.spec.id
 
 
-def due(workshop: Workshop) -> bool:
+def is_waiting(workshop: Workshop) -> bool:
     """Whether anybody is still to be told, now or later."""
     return workshop.queue.store.look("").webhook_in_s is not None

@@ -100,7 +100,7 @@ async def test_an_endless_answer_is_not_read() -> None:
 
 
 async def test_a_silent_server_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhooks, "_DELIVERY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(webhooks, "DELIVERY_TIMEOUT_S", 0.2)
     async with receiving(delay_s=3) as receiver, asyncio.timeout(2):
         with pytest.raises(DeliveryError, match="time"):
             await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
@@ -116,6 +116,7 @@ async def test_nobody_listening_is_a_failed_delivery() -> None:
 PRIVATE = [
     *("127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "localhost", "LOCALHOST.", "0.0.0.0", "0"),
     *("10.0.0.1", "172.16.3.4", "192.168.1.1", "100.64.0.1", "169.254.169.254", "192.0.0.192", "198.18.0.1"),
+    *("168.63.129.16", "100.100.100.200", "[fd20:ce::254]", "[::ffff:0:7f00:1]", "0x7f.1", "017700000001", "127.0.1"),
     *("224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1"),
     *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[::127.0.0.1]", "[fe80::1]", "[fc00::1]"),
     *("[fd00:ec2::254]", "[fec0::1]", "[ff02::1]", "[2002:7f00:1::]", "[64:ff9b::a00:1]", "[64:ff9b:1::1]"),

@@ -33,7 +33,7 @@ async def make_app(
         jobs = open_queue(parsed)
         app = create_app(backend, parsed, jobs=jobs)
         app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
-        notifier = Notifier(Outbox(jobs.store.database), webhook_body, allow_hosts=parsed.jobs.webhook_allow_hosts)
+        notifier = Notifier(Outbox(jobs.store.database), webhook_body, parsed.jobs)
         runner = JobRunner(jobs.store, jobs.artifacts, backend, parsed, notifier=notifier)
         if run_jobs:
             await runner.start()
