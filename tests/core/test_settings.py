@@ -276,7 +276,7 @@ def test_config_command_prints_the_tree_without_secrets(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("secret", ["whsec_c2hvcnQ=", "not base64!", "whsec_" + "QUFB" * 40])
 def test_a_secret_that_cannot_sign_stops_the_start_and_is_not_repeated(secret: str) -> None:
-    with pytest.raises(ConfigError, match="STABLE_AUDIO_WEBHOOK_SECRET: .*whsec_ and the base64 form") as caught:
+    with pytest.raises(ConfigError, match=r"STABLE_AUDIO_WEBHOOK_SECRET: .*whsec_ and the base64 form") as caught:
         load_settings(environ={"STABLE_AUDIO_WEBHOOK_SECRET": secret})
     assert secret not in str(caught.value)
 

@@ -38,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
     args = {
         "models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}],
-        "jobs": {"webhook_allow_hosts": ["127.0.0.1"], "max_running": 2},
+        "jobs": {"webhook_allow_hosts": ["127.0.0.1"], "max_running": 2, "lease_s": 3.0},
         "ingress": {"replicas": 2},
     }
     return write_config(folder, args)
@@ -95,9 +95,10 @@ def test_the_runner_is_woken_by_a_submission(server: LaunchedServer) -> None:
 def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer) -> None:
     with Receiver() as receiver:
         path = f"/queue/fal-ai/stable-audio?fal_webhook={receiver.url}"
-        ticket = server.client.post(path, json={"prompt": "x", "seconds_total": 16, "steps": 1000}).json()
         watcher = Watcher(server, "tiny")
         try:
+            watcher.status()
+            ticket = server.client.post(path, json={"prompt": "x", "seconds_total": 16, "steps": 1000}).json()
             wait_until(lambda: watcher.status()["in_flight"] == 1)
             assert server.client.put(ticket["cancel_url"]).status_code == 202
             wait_until(lambda: watcher.status()["in_flight"] == 0, timeout_s=3)
@@ -124,10 +125,10 @@ def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, c
     finished = wait(server, submit(server))
     bodies = [make_long_body(seed=seed) for seed in range(3)]
     job_ids = [submit(server, **body) for body in bodies]
+    wait(server, job_ids[0], "running", *_OVER)
     upload = {"audio": ("a.wav", make_audio_file(duration_s=1.0))}
     form = {"prompt": "x", "duration": "2", "steps": "2"}
     job_ids.append(server.client.post("/jobs/variations", data=form, files=upload).json()["id"])
-    wait(server, job_ids[0], "running")
     server.stop(number=signal.SIGKILL)
 
     again = launch(config)
