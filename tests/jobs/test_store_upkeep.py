@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job, JobUpload
-from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.outbox import Notice, Outbox
 from stable_audio_serve.jobs.store import JobStore
 from tests.jobs.stores import (
     ERROR,
@@ -66,12 +68,12 @@ class TestOperators:
         assert (retried.state, retried.attempts, retried.error, retried.completed_at) == ("queued", 0, None, None)
         assert not retried.is_dead_letter
         assert store.expire() == []
-        assert Outbox(store.database).due(limit=9) == []  # it is not over any more
+        assert Outbox(store.database).claim(for_s=60) is None  # it is not over any more
         again = lease(store)
         assert (again.attempts, again.lease.fence if again.lease else 0) == (1, 2)
         assert store.succeed(again, result_of(again)) is not None
-        (notice,) = Outbox(store.database).due(limit=9)
-        assert (notice.job.state, notice.num_failures) == ("succeeded", 0)
+        notice = claim(Outbox(store.database))
+        assert (notice.job.state, notice.attempt) == ("succeeded", 1)
 
     def test_cannot_retry_anything_else(self, store: JobStore) -> None:
         waiting, failed = add(store), add(store)
@@ -182,22 +184,46 @@ class TestOutbox:
     def test_an_end_is_due_until_it_is_settled(self, store: JobStore, database: Database, wall: Wall) -> None:
         outbox = Outbox(database)
         add(store)
-        add(store, webhook_url="https://a.example/1")
+        add(store, webhook_url="https://A.example:99/1")
         for _ in range(2):
             job = lease(store)
             store.succeed(job, result_of(job))
-        (notice,) = outbox.due(limit=10)
-        assert (notice.url, notice.job.state, notice.num_failures) == ("https://a.example/1", "succeeded", 0)
         assert store.look("me").webhook_in_s == pytest.approx(0)
+        notice = claim(outbox)
+        assert (notice.url, notice.host, notice.attempt) == ("https://A.example:99/1", "a.example", 1)
+        assert notice.job.state == "succeeded"
         outbox.postpone(notice, delay_s=7)
-        assert outbox.due(limit=10) == []
+        assert outbox.claim(for_s=60) is None
         assert store.look("me").webhook_in_s == pytest.approx(7)
         wall.now += 7
-        (notice,) = outbox.due(limit=10)
-        assert notice.num_failures == 1
+        notice = claim(outbox)
+        assert notice.attempt == 2
         outbox.settle(notice)
-        assert outbox.due(limit=10) == []
+        wall.now += 1000
+        assert outbox.claim(for_s=60) is None
         assert store.look("me").webhook_in_s is None
+
+    def test_a_claimed_end_is_nobody_else_s_for_a_while(self, store: JobStore, database: Database, wall: Wall) -> None:
+        outbox = Outbox(database)
+        add(store, webhook_url="https://a.example/")
+        store.fail(lease(store), ERROR)
+        claim(outbox)
+        assert outbox.claim(for_s=60) is None
+        assert store.look("me").webhook_in_s == pytest.approx(60)
+        wall.now += 60
+        assert claim(outbox).attempt == 2
+
+    def test_of_many_who_claim_at_once_each_end_has_one(self, store: JobStore, database: Database) -> None:
+        outbox = Outbox(database)
+        for _ in range(12):
+            add(store, webhook_url="https://a.example/")
+            store.fail(lease(store), ERROR)
+        with ThreadPoolExecutor(6) as threads:
+            claimed = list(threads.map(lambda _: outbox.claim(for_s=60), range(12)))
+        ids = [notice.job.spec.id for notice in claimed if notice is not None]
+        while notice := outbox.claim(for_s=60):  # PostgreSQL answers None for rows that others look at
+            ids.append(notice.job.spec.id)
+        assert len(ids) == len(set(ids)) == 12
 
     @pytest.mark.parametrize("end", ["fail", "stop", "cancel", "expire", "reclaim"])
     def test_every_kind_of_end_is_told(self, store: JobStore, database: Database, wall: Wall, end: str) -> None:
@@ -216,26 +242,37 @@ class TestOutbox:
                 lease(store)
                 wall.now += LEASE_S + 1
                 store.reclaim(max_attempts=1)
-        (notice,) = Outbox(database).due(limit=10)
-        assert notice.job == find(store, job)
+        assert claim(Outbox(database)).job == find(store, job)
 
     def test_nothing_is_told_before_the_end(self, store: JobStore, database: Database) -> None:
         add(store, webhook_url="https://a.example/")
         store.requeue(lease(store), delay_s=0, attempts=1, message="x")
-        assert Outbox(database).due(limit=10) == []
+        assert Outbox(database).claim(for_s=60) is None
 
     def test_a_late_settlement_of_an_older_try_changes_nothing(self, store: JobStore, database: Database) -> None:
         outbox = Outbox(database)
         add(store, webhook_url="https://a.example/")
         store.fail(lease(store), ERROR)
-        (notice,) = outbox.due(limit=10)
+        notice = claim(outbox)
         outbox.postpone(notice, delay_s=0)
+        claim(outbox)
         outbox.settle(notice)
-        assert len(outbox.due(limit=10)) == 1
+        outbox.postpone(notice, delay_s=1)
+        assert store.look("me").webhook_in_s == pytest.approx(60)
 
-    def test_oldest_first_and_no_more_than_asked_for(self, store: JobStore, database: Database, wall: Wall) -> None:
-        for number in range(3):
-            add(store, webhook_url=f"https://a.example/{number}")
+    def test_oldest_first_and_not_of_hosts_that_have_enough(
+        self, store: JobStore, database: Database, wall: Wall
+    ) -> None:
+        for host in ("a", "b", "a", "c"):
+            add(store, webhook_url=f"https://{host}.example/")
             store.fail(lease(store), ERROR)
             wall.now += 1
-        assert [notice.url[-1] for notice in Outbox(database).due(limit=2)] == ["0", "1"]
+        outbox = Outbox(database)
+        assert claim(outbox, except_hosts=["a.example"]).host == "b.example"
+        assert [claim(outbox).host for _ in range(3)] == ["a.example", "a.example", "c.example"]
+
+
+def claim(outbox: Outbox, **options: Any) -> Notice:
+    notice = outbox.claim(for_s=60, **options)
+    assert notice is not None
+    return notice
