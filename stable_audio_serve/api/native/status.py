@@ -56,7 +56,9 @@ class JobProgress(BaseModel):
     stage: str = Field(description="`queued`, `started`, what it is at, or `done`; an ended job's last one.")
     fraction: float = Field(description="Share of the work that is done, 0 to 1.")
     eta_seconds: float | None = Field(description="Predicted time to its end, when last told.")
-    queue_position: int | None = Field(description="Jobs of its model that start before it; 0 = next.")
+    queue_position: int | None = Field(
+        description="What starts before it, 0 = next: jobs of its model or, once a runner has it, rows in the engine."
+    )
 
 
 class JobStatus(BaseModel):
@@ -119,7 +121,12 @@ def describe(job: Job, *, url: str, position: int | None = None) -> JobStatus:
         storage_backend="local",
         storage_key=job.spec.id if result else None,
         sample_rate=result.sample_rate_hz if result else None,
-        progress=JobProgress(stage=job.stage, fraction=job.fraction, eta_seconds=job.eta_s, queue_position=position),
+        progress=JobProgress(
+            stage=job.stage,
+            fraction=job.fraction,
+            eta_seconds=job.eta_s,
+            queue_position=job.engine_position if position is None else position,
+        ),
         attempts=job.attempts,
         priority=job.spec.priority,
     )
