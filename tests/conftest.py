@@ -5,8 +5,14 @@ Hypothesis example, because a busy machine is not a bug.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.object_storage import ObjectStorage
 
 from tests.databases import postgres, postgres_url
 
@@ -15,3 +21,18 @@ __all__ = ["postgres", "postgres_url"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def _object_storage() -> Iterator[ObjectStorage]:
+    from tests.object_storage import running_object_storage  # moto is slow to load, and few tests need it
+
+    with running_object_storage() as storage:
+        yield storage
+
+
+@pytest.fixture
+def object_storage(_object_storage: ObjectStorage) -> Iterator[ObjectStorage]:
+    """An S3 service over HTTP, with a proxy in front that spares everything until a test sets its `faults`."""
+    yield _object_storage
+    _object_storage.proxy.reset()

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import json
 import random
+import re
 import socket
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import boto3
+import httpx
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
+
+from stable_audio_serve.core.settings import StorageSettings
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "test-key", "test-secret"
 
 _ANSWERS = ((500, "InternalError"), (503, "SlowDown"))
-_BUCKET_NUMBERS = itertools.count()
+_NUMBERS = itertools.count()
 _POLL_S = 0.02
 _UPSTREAM_TIMEOUT_S = 60.0
 
@@ -43,21 +49,33 @@ class Faults:
 
 
 class FaultyProxy:
-    """Stands before one HTTP server. `faults` may be replaced at any time and applies to the next request."""
+    """Stands before one HTTP server. `faults` may be replaced at any time and applies to the next request.
+
+    `fates` are for single requests: the first one with the text in `METHOD /path?query` gets `error`, `error-after`,
+    `cut`, `cut-answer` or `deny`.
+    """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
         """Before the server on `port` of this machine."""
         self.faults = Faults()
+        self.fates: dict[str, str] = {}
         self.num_requests = 0
         self.num_errors = 0
         self.num_cuts = 0
         self.requests: list[str] = []  # `METHOD /path?query` of each
         self._upstream_port = port
+        self._uploads: dict[bytes, datetime] = {}
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: _Handler(self, *args))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), daemon=True)
+
+    def reset(self) -> None:
+        """Let everything pass again, and forget what passed."""
+        self.faults = Faults()
+        self.fates.clear()
+        self.requests.clear()
 
     @property
     def url(self) -> str:
@@ -77,6 +95,9 @@ class FaultyProxy:
         with self._lock:
             self.num_requests += 1
             self.requests.append(request)
+            for text in self.fates:
+                if text in request:
+                    return self.fates.pop(text)
             share, is_after = self._random.random(), self._random.random() < 0.5
             if faults.only not in request or share >= faults.errors + faults.cuts:
                 return "pass"
@@ -102,9 +123,18 @@ class FaultyProxy:
             connection.putheader("Connection", "close")
             connection.endheaders(body or None)
             answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
+            return answer.status, answer.headers, self._dated(answer.read())
         finally:
             connection.close()
+
+    def _dated(self, answer: bytes) -> bytes:
+        """The answer with the times at which multipart uploads began, where moto says 2010."""
+        upload_ids = re.findall(rb"<UploadId>([^<]+)</UploadId>", answer[:1_000_000])
+        for upload_id in upload_ids:
+            begun_at = self._uploads.setdefault(upload_id, datetime.now(UTC))
+            text = begun_at.strftime("%Y-%m-%dT%H:%M:%S.000Z").encode()
+            answer = answer.replace(b"<Initiated>2010-11-10T20:48:33.000Z<", b"<Initiated>" + text + b"<", 1)
+        return answer
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -136,6 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(faults.delay_s)
         if faults.answer is not None and faults.only in request:
             return self._answer_error(*faults.answer)
+        if fate == "deny":
+            return self._answer_error(403, "AccessDenied")
         if fate == "error":
             return self._answer_error(*proxy.pick_answer())
         status, headers, content = proxy.forward(self.command, self.path, self.headers.items(), body)
@@ -181,8 +213,11 @@ class ObjectStorage:
     client: Any = field(init=False)  # boto3's, past the proxy
 
     def __post_init__(self) -> None:
-        self.client = boto3.client(
-            "s3",
+        self.client = self._connect("s3")
+
+    def _connect(self, service: str) -> Any:
+        return boto3.client(
+            service,
             endpoint_url=self.server_url,
             region_name="us-east-1",
             aws_access_key_id=ACCESS_KEY_ID,
@@ -192,9 +227,32 @@ class ObjectStorage:
 
     def make_bucket(self) -> str:
         """A new, empty one."""
-        name = f"bucket-{next(_BUCKET_NUMBERS)}"
+        name = f"bucket-{next(_NUMBERS)}"
         self.client.create_bucket(Bucket=name)
         return name
+
+    def settings(self, bucket: str, **overrides: Any) -> StorageSettings:
+        """Settings with which a store keeps its files in `bucket`, through the proxy."""
+        settings = {"bucket": bucket, "endpoint_url": self.proxy.url}
+        settings |= {"access_key_id": ACCESS_KEY_ID, "secret_access_key": SECRET_ACCESS_KEY}
+        return StorageSettings.model_validate(settings | overrides)
+
+    @contextmanager
+    def requiring_keys(self, *actions: str) -> Iterator[tuple[str, str]]:
+        """Let the service check signatures and permissions; an access key that may do `actions`, and its secret."""
+        iam = self._connect("iam")
+        user = f"user-{next(_NUMBERS)}"
+        iam.create_user(UserName=user)
+        key = iam.create_access_key(UserName=user)["AccessKey"]
+        statement = {"Effect": "Allow", "Action": list(actions), "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        iam.put_user_policy(UserName=user, PolicyName="policy", PolicyDocument=policy)
+        url = f"{self.server_url}/moto-api/reset-auth"
+        httpx.post(url, content="0")
+        try:
+            yield key["AccessKeyId"], key["SecretAccessKey"]
+        finally:
+            httpx.post(url, content="inf")
 
     def environ(self, bucket: str, **variables: str) -> dict[str, str]:
         """Variables with which a server keeps its files in `bucket`, through the proxy."""

@@ -8,6 +8,7 @@ from starlette.responses import Response, StreamingResponse
 
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.encode import EncodedFile
+from stable_audio_serve.core.file_names import content_disposition
 
 # What a page on another origin may read.
 EXPOSED_HEADERS = (
@@ -38,9 +39,8 @@ def result_headers(output: Output) -> dict[str, str]:
 
 
 def attachment(file_name: str) -> dict[str, str]:
-    """The header that names a download. Names may hold what clients sent: only plain ASCII reaches the header."""
-    plain = "".join(char if char.isascii() and char.isprintable() and char not in '"\\' else "_" for char in file_name)
-    return {"Content-Disposition": f'attachment; filename="{plain}"'}
+    """The header that names a download."""
+    return {"Content-Disposition": content_disposition(file_name)}
 
 
 async def _chunks(file: EncodedFile) -> AsyncIterator[bytes]:

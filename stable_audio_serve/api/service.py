@@ -132,8 +132,11 @@ class Service:
         Raises InvalidUploadError, UploadTooLargeError, StorageError.
         """
         source = await self.decode(upload, card, padding_s=padding_s)
-        await upload.seek(0)
-        chunks = iter(lambda: upload.file.read(_UPLOAD_CHUNK_BYTES), b"")
+
+        def chunks() -> Iterator[bytes]:
+            upload.file.seek(0)
+            return iter(lambda: upload.file.read(_UPLOAD_CHUNK_BYTES), b"")
+
         file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
         return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 from stable_audio_serve.api.compat import fal
 from stable_audio_serve.api.native import webhooks as native
-from stable_audio_serve.jobs.job import Contract, Job
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.jobs.job import Contract
 from stable_audio_serve.jobs.notifier import WebhookBody
 
-_BODIES: Mapping[Contract, WebhookBody] = {"sa3": native.webhook_body, "fal": fal.webhook_body}
 
-
-def webhook_body(job: Job) -> Mapping[str, Any]:
-    """The JSON body for an ended job, in the form of the dialect that accepted it."""
-    return _BODIES[job.spec.contract](job)
+def webhook_bodies(files: ArtifactStore) -> WebhookBody:
+    """Makes the JSON body for an ended job, in the form of the dialect that accepted it. Blocking."""
+    bodies: Mapping[Contract, WebhookBody] = {
+        "sa3": partial(native.webhook_body, files=files),
+        "fal": fal.webhook_body,
+    }
+    return lambda job: bodies[job.spec.contract](job)

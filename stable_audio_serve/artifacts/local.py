@@ -2,57 +2,115 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import hashlib
+import heapq
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterable
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.artifacts.keys import FOLDERS, is_ours, upload_key
+from stable_audio_serve.artifacts.store import BackendName, Chunks, ObjectPage, StoredFile, StoredObject
+from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
+from stable_audio_serve.artifacts.verified import verified
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
 
+_NUM_THREADS = 8
 _CHUNK_BYTES = 1_048_576
+_RETRY_S = 5.0
+_PAGE = 1000
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_PARTS = 3
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class LocalArtifacts:
     """An `ArtifactStore` below one folder, which is made when the first file is kept."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, metrics: Metrics | None = None) -> None:
+        """Touches nothing yet."""
         self._folder = folder
+        self._metrics = metrics or NullMetrics()
+        self._threads = StoreThreads(_NUM_THREADS, name="local-files")
 
-    async def put(self, key: str, chunks: Iterable[bytes], *, media_type: str, file_name: str) -> StoredFile:
-        """Write a file. Raises StorageError; then, and when cancelled, nothing is left behind."""
+    def __str__(self) -> str:
+        return f"folder {self._folder}"
+
+    @property
+    def backend_name(self) -> BackendName:
+        """That files are local."""
+        return "local"
+
+    async def put(self, key: str, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+        """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind."""
         path = self._path(key)
-        writing = asyncio.create_task(asyncio.to_thread(_write, path, chunks))
-        try:
-            num_bytes, sha256 = await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            with suppress(StorageError):
-                await writing
-                await self.delete(key)
-            raise
+        num_bytes, sha256 = await self._threads.run(partial(_write, path, chunks), undo=partial(_remove, path))
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
-    async def read(self, key: str) -> AsyncIterator[bytes]:
-        """The file in chunks of 1 MiB. Raises FileNotFoundError before the first chunk when it is gone."""
-        file = await asyncio.to_thread(self._path(key).open, "rb")
-        with file:
-            while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
-                yield chunk
+    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """The file in chunks of 1 MiB, see `ArtifactStore.read`."""
+        chunks = verified(file, _read(self._path(file.key)), metrics=self._metrics)
+        return self._threads.stream(chunks)
 
     async def delete(self, key: str) -> None:
         """Remove a file; it is no error when it is gone already. Raises StorageError."""
+        await self._threads.call(partial(_remove, self._path(key)))
+
+    async def close(self) -> None:
+        """Begin nothing new."""
+        self._threads.close()
+
+    def check(self) -> None:
+        """Write a file and read it back. Raises ConfigError."""
+        path = self._path(upload_key())
         try:
-            await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
+            _write(path, lambda: [b"check"], threading.Event())
+            is_same = b"".join(_read(path)) == b"check"
+            _remove(path)
+        except StorageError as error:
+            raise self._config_error(error.message) from error
+        if not is_same:
+            raise self._config_error("a file does not come back as it was written")
+
+    def url(self, file: StoredFile) -> None:
+        """None: local files are fetched through us."""
+
+    def bucket_key(self, file: StoredFile) -> None:
+        """None: there are no buckets."""
+
+    def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
+        """What lies directly in a folder under keys of ours. Raises StorageError."""
+        try:
+            keys = (f"{folder}/{name}" if folder else name for name in self._names(folder))
+            found = heapq.nsmallest(_PAGE, (key for key in keys if is_ours(key) and (cursor is None or key > cursor)))
+            objects = tuple(item for item in map(self._describe, found) if item is not None)
         except OSError as error:
             raise _storage_error(error) from error
+        return ObjectPage(objects, found[-1] if len(found) == _PAGE else None)
+
+    def sweep_unfinished(self, *, older_than_s: float) -> int:
+        """Remove partial files last written that long ago; how many. Raises StorageError."""
+        before = time.time() - older_than_s
+        num_removed = 0
+        try:
+            for folder in FOLDERS:
+                for name in filter(_PARTIAL.fullmatch, self._names(folder)):
+                    path = self._folder / folder / name
+                    with suppress(FileNotFoundError):  # finished, or swept by somebody else
+                        if path.stat().st_mtime <= before:
+                            path.unlink()
+                            num_removed += 1
+        except OSError as error:
+            raise _storage_error(error) from error
+        return num_removed
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
@@ -60,29 +118,69 @@ class LocalArtifacts:
             raise ValueError(f"not an artifact key: {key!r}")  # keys are ours: this is a bug, not a bad request
         return self._folder.joinpath(*parts)
 
+    def _names(self, folder: str) -> Iterator[str]:
+        """Of the files in a folder, which need not be there."""
+        with suppress(FileNotFoundError), os.scandir(self._folder / folder) as entries:
+            yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
-def _write(path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
-    """Size and SHA-256 of what was written."""
+    def _describe(self, key: str) -> StoredObject | None:
+        try:
+            found = self._path(key).stat()
+        except FileNotFoundError:
+            return None
+        return StoredObject(key, found.st_size, found.st_mtime)
+
+    def _config_error(self, problem: str) -> ConfigError:
+        message = f"output_dir (STABLE_AUDIO_OUTPUT_DIR): files cannot be kept in {self._folder}: {problem}"
+        return ConfigError(message, field="output_dir")
+
+
+def _write(path: Path, chunks: Chunks, stop: threading.Event) -> tuple[int, str]:
+    """Size and SHA-256 of what was written. Raises StorageError, StoppedError."""
     digest = hashlib.sha256()
     num_bytes = 0
-    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
+    partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            for chunk in chunks:
+        with partial_path.open("xb") as file:
+            for chunk in until_stopped(chunks(), stop):
                 file.write(chunk)
                 failpoint("mid_upload")
                 digest.update(chunk)
                 num_bytes += len(chunk)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-        _flush_folder(path.parent)
-    except OSError as error:
+        partial_path.replace(path)
+        try:
+            _flush_folder(path.parent)
+        except OSError:
+            path.unlink()
+            raise
+    except BaseException as error:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise _storage_error(error) from error
+            partial_path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _storage_error(error) from error
+        raise
     return num_bytes, digest.hexdigest()
+
+
+def _read(path: Path) -> Generator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _storage_error(error) from error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _storage_error(error) from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -94,5 +192,6 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _storage_error(error: OSError) -> StorageError:
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return StorageError("the disk is full" if is_full else f"a file could not be kept: {error.strerror or 'I/O error'}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFullError("the disk is full")
+    return StorageError(f"a file cannot be kept or read: {error.strerror or 'I/O error'}", retry_after_s=_RETRY_S)

@@ -1,15 +1,20 @@
-"""The seam to wherever files are kept. Keys are made by us, never by clients."""
+"""The seam to wherever files are kept. Keys are made by us (`artifacts.keys`), never by clients."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+BackendName = Literal["local", "s3"]
+
+# The pieces of a file from its start; it may be called more than once, and always gives the same bytes.
+Chunks = Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file at rest; `sha256` is hexadecimal."""
+    """One file at rest, as it was when it was put; `sha256` is hexadecimal."""
 
     key: str
     media_type: str
@@ -18,17 +23,71 @@ class StoredFile:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """What lies under a key; `modified_at` is Unix time in seconds."""
+
+    key: str
+    num_bytes: int
+    modified_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPage:
+    """Some of the objects of a folder; `next_cursor` leads to the others, if any."""
+
+    objects: tuple[StoredObject, ...]
+    next_cursor: str | None
+
+
 class ArtifactStore(Protocol):
     """Keeps files. A file is either there in full or not there at all."""
 
-    async def put(self, key: str, chunks: Iterable[bytes], *, media_type: str, file_name: str) -> StoredFile:
-        """Write a file. Raises StorageError; then nothing is left behind."""
+    @property
+    def backend_name(self) -> BackendName:
+        """What kind of store this is, as clients are told."""
         ...
 
-    def read(self, key: str) -> AsyncIterator[bytes]:
-        """The file in chunks. Raises FileNotFoundError before the first chunk when it is gone."""
+    async def put(self, key: str, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+        """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind.
+
+        What cannot be removed at that moment is left to the sweeper.
+        """
+        ...
+
+    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """The file in chunks; the last one comes only when the whole is what was put.
+
+        Raises FileNotFoundError before the first chunk when it is gone, StorageError, DamagedFileError.
+        """
         ...
 
     async def delete(self, key: str) -> None:
-        """Remove a file; it is no error when it is gone already."""
+        """Remove a file; it is no error when it is gone already. Raises StorageError."""
+        ...
+
+    async def close(self) -> None:
+        """Begin nothing new."""
+        ...
+
+    # Blocking: for worker threads, and for the start
+
+    def check(self) -> None:
+        """Write a file and read it back, within ten seconds. Raises ConfigError naming the settings at fault."""
+        ...
+
+    def url(self, file: StoredFile) -> str | None:
+        """Where clients can fetch the file without us; None when they cannot. Raises StorageError."""
+        ...
+
+    def bucket_key(self, file: StoredFile) -> str | None:
+        """The whole key of the file in its bucket; None where there are no buckets."""
+        ...
+
+    def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
+        """What lies directly in one of `artifacts.keys.FOLDERS` under keys of ours. Raises StorageError."""
+        ...
+
+    def sweep_unfinished(self, *, older_than_s: float) -> int:
+        """Remove what writers that died left unfinished, begun that long ago; how many. Raises StorageError."""
         ...

@@ -15,7 +15,8 @@ StableAudioError
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── GenerationError            generation_failed  the model produced something unusable
 ├── StorageError               storage            a file or job could not be kept or read now; retry
-│   └── StorageFullError       storage_full       there is no room left for files or jobs
+│   ├── StorageFullError       storage_full       there is no room left for files or jobs
+│   └── DamagedFileError       storage            a stored file is not what it was when it was stored
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
 └── ConfigError                config             settings that cannot be used; stops the start
 """
@@ -148,6 +149,10 @@ class StorageFullError(StorageError):
     """There is no room left for files or jobs."""
 
     kind = "storage_full"
+
+
+class DamagedFileError(StorageError):
+    """A stored file is not what it was when it was stored: bytes are missing, or others."""
 
 
 class CheckpointError(StableAudioError):

@@ -27,6 +27,7 @@ Device = Annotated[str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 HiddenPassword = PlainSerializer(lambda url: url and re.sub(r":[^:@/]*@", ":**********@", url), when_used="json")
 Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
+_PLAIN_URL = r"^https?://[^\s?#@]+$"
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -199,14 +200,34 @@ class JobSettings(Section):
 
 
 class StorageSettings(Section):
-    """Where finished jobs are kept: an S3 bucket when `bucket` is set, else `output_dir`."""
+    """Where the files of jobs are kept: an S3 bucket when `bucket` is set, else `output_dir`."""
 
     bucket: str | None = Field(None, min_length=1, description="Bucket name; unset = local files.")
-    prefix: str = Field("stable-audio/jobs", description="Key prefix.")
-    endpoint_url: str | None = Field(None, min_length=1, description="Endpoint of an S3-compatible service.")
+    prefix: Annotated[str, AfterValidator(lambda prefix: prefix.strip("/"))] = Field(
+        "stable-audio/jobs", max_length=500, description="What keys begin with; slashes at its ends do not count."
+    )
+    endpoint_url: str | None = Field(
+        None, pattern=_PLAIN_URL, description="Endpoint of an S3-compatible service; unset = AWS."
+    )
     region: str = Field("us-east-1", min_length=1, description="Region; auto for R2.")
-    public_base_url: str | None = Field(None, min_length=1, description="Public base of download links.")
-    presigned_url_expires_s: int = Field(3600, ge=1, le=604_800, description="Life of a download link, seconds.")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="Where the bucket stands in URLs; auto = in the path of endpoints, in the host of AWS."
+    )
+    public_base_url: str | None = Field(
+        None, pattern=_PLAIN_URL, description="Public base of download links; unset = presigned links."
+    )
+    presigned_url_expires_s: int = Field(3600, ge=1, le=604_800, description="Life of a presigned link, seconds.")
+    access_key_id: SecretStr | None = Field(
+        None, min_length=1, description="Access key; unset = where the AWS SDK looks for one."
+    )
+    secret_access_key: SecretStr | None = Field(None, min_length=1, description="The access key's secret.")
+    session_token: SecretStr | None = Field(None, min_length=1, description="Of temporary access keys.")
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> StorageSettings:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("access_key_id and secret_access_key belong together")
+        return self
 
 
 class Settings(Section):
@@ -224,7 +245,7 @@ class Settings(Section):
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the first that exists.")
     model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
-    output_dir: str = Field("outputs", min_length=1, description="Folder of local job artifacts.")
+    output_dir: str = Field("outputs", min_length=1, description="Folder of jobs and, without a bucket, their files.")
     hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")

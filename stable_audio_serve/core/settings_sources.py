@@ -42,10 +42,17 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }
 
+# Pairs of access key and secret, the first that is whole counts; then what else the AWS SDK looks at.
+_ACCESS_KEYS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY"))
+_SESSION_TOKEN = "AWS_SESSION_TOKEN"
+
 # A key in plain text, as vLLM's users set it: joins the hashes, and only as a hash.
 _PLAIN_KEY = "VLLM_API_KEY"
 
-_SECRET = (("hf_token",), ("api", "key_hashes"), ("jobs", "webhook_secret"))
+_SECRET = (
+    *(("hf_token",), ("api", "key_hashes"), ("jobs", "webhook_secret")),
+    *(("storage", name) for name in ("access_key_id", "secret_access_key", "session_token")),
+)
 
 # For these an empty variable is a value of its own; for the others it counts as not set.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
@@ -71,6 +78,7 @@ def load_settings(
         if name is not None:
             _set(tree, path, environ[name])
             origins[path] = name
+    _set_access_key(tree, environ)
     try:
         return _with_plain_key(Settings.model_validate(tree), environ.get(_PLAIN_KEY, "").strip())
     except ValidationError as error:
@@ -137,6 +145,20 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], value: str) -> None:
         if not isinstance(node, dict):
             return  # validation will say what is wrong with it
     node[path[-1]] = value.strip()
+
+
+def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """All of a key from one place: parts of two keys would only be refused."""
+    pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)
+    if pair is None:
+        return
+    has_token = pair is _ACCESS_KEYS[0] and _is_set(environ, _SESSION_TOKEN)
+    names = {"access_key_id": pair[0], "secret_access_key": pair[1], "session_token": has_token and _SESSION_TOKEN}
+    if isinstance(tree.get("storage"), dict):
+        tree["storage"].pop("session_token", None)
+    for key, name in names.items():
+        if name:
+            _set(tree, ("storage", key), environ[name])
 
 
 def _config_error(error: ValidationError, origins: Mapping[tuple[str, ...], str]) -> ConfigError:

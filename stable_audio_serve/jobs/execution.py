@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import tempfile
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import IO
 
+from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import AudioFormat, encode_variations
@@ -26,7 +26,6 @@ from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 GENERATED = 0.95  # the fraction of a job whose audio is made and has yet to become a file
 
 _LEAST_START_S = 0.001
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +97,8 @@ class JobExecutor:
             lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=spec.file_stem),
         )
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
-        fence = job.lease.fence if job.lease else 1
-        attempt = f"{fence}-" if fence > 1 else ""  # never the key of an earlier attempt, which may still be writing
-        key = f"{_UNSAFE.sub('-', spec.id)}-{attempt}{_UNSAFE.sub('-', name)}"
-        return await self._artifacts.put(key, file.chunks(), media_type=file.media_type, file_name=name)
+        key = artifact_key(spec.id, name, fence=job.lease.fence if job.lease else 1)
+        return await self._artifacts.put(key, file.chunks, media_type=file.media_type, file_name=name)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
         """The request with its time limits; the engine may have a queue too, in which a first start can be late."""
@@ -123,7 +120,7 @@ class JobExecutor:
     async def _decode(self, upload: JobUpload) -> SourceAudio:
         loop = asyncio.get_running_loop()
         with tempfile.TemporaryFile() as copy:
-            async for chunk in self._artifacts.read(upload.file.key):
+            async for chunk in self._artifacts.read(upload.file):
                 await loop.run_in_executor(self._decode_threads, copy.write, chunk)
             return await loop.run_in_executor(self._decode_threads, self._read_samples, copy, upload.max_s)
 

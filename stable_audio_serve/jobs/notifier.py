@@ -108,7 +108,7 @@ class Notifier:
         spec = notice.job.spec
         with structlog.contextvars.bound_contextvars(job_id=spec.id, contract=spec.contract, attempt=notice.attempt):
             try:
-                body = pydantic_core.to_json(self._body(notice.job))
+                body = pydantic_core.to_json(await asyncio.to_thread(self._body, notice.job))
                 headers = self._headers(spec.id, body)
                 await post_json(notice.url, body, headers=headers, allow_hosts=self._allow_hosts)
             except DeliveryError as error:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from stable_audio_serve.artifacts.keys import file_key, upload_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
-from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
-from stable_audio_serve.core.errors import ConfigError, StableAudioError, StorageError
+from stable_audio_serve.artifacts.s3 import S3Artifacts
+from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
+from stable_audio_serve.core.errors import StableAudioError, StorageError
+from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobSpec, State
@@ -84,21 +86,19 @@ class JobQueue:
             with suppress(StorageError):  # then it is an orphan, and swept as one
                 await self.artifacts.delete(spec.upload.file.key)
 
-    async def put_upload(self, chunks: Iterable[bytes], *, media_type: str, file_name: str) -> StoredFile:
+    async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Keep a client's file for a job about to be submitted. Raises StorageError."""
-        key = f"uploads/{secrets.token_hex(16)}"
-        return await self.artifacts.put(key, chunks, media_type=media_type, file_name=file_name)
+        return await self.artifacts.put(upload_key(), chunks, media_type=media_type, file_name=file_name)
 
     async def publish(
-        self, chunks: Iterable[bytes], *, media_type: str, file_name: str, file_id: str | None = None
+        self, chunks: Chunks, *, media_type: str, file_name: str, file_id: str | None = None
     ) -> tuple[str, StoredFile]:
         """Keep a file for whoever has its link: its id, unguessable unless given, for `links`. Raises StorageError."""
-        key = f"files/{secrets.token_hex(16)}"
-        file = await self.artifacts.put(key, chunks, media_type=media_type, file_name=file_name)
+        file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         try:
             return await asyncio.to_thread(lambda: self.store.publish(file, file_id=file_id)), file
         except StorageError:
-            await self.artifacts.delete(key)
+            await self.artifacts.delete(file.key)
             raise
 
     async def find_file(self, file_id: str) -> StoredFile | None:
@@ -106,11 +106,12 @@ class JobQueue:
         return await asyncio.to_thread(self.store.find_file, file_id)
 
     def read(self, file: StoredFile) -> AsyncIterator[bytes]:
-        """The file in chunks. Raises FileNotFoundError before the first chunk when it is gone."""
-        return self.artifacts.read(file.key)
+        """The file in chunks, see `ArtifactStore.read`."""
+        return self.artifacts.read(file)
 
     async def close(self) -> None:
-        """Close the database."""
+        """Close the database, and begin nothing new with files."""
+        await self.artifacts.close()
         await asyncio.to_thread(self.store.database.close)
 
 
@@ -120,27 +121,30 @@ def open_store(settings: Settings) -> JobStore:
     return JobStore(Database(url), settings.jobs)
 
 
-def open_artifacts(settings: Settings) -> ArtifactStore:
-    """The artifact store of these settings; touches nothing yet. Raises ConfigError."""
+def open_artifacts(settings: Settings, *, metrics: Metrics | None = None) -> ArtifactStore:
+    """The artifact store of these settings; touches nothing yet."""
     if settings.storage.bucket is not None:
-        raise ConfigError(
-            "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME): "
-            "S3 storage cannot be used yet; unset it to keep files in output_dir",
-            field="storage.bucket",
-        )
-    return LocalArtifacts(Path(settings.output_dir).absolute())
+        return S3Artifacts(settings.storage, metrics=metrics)
+    return LocalArtifacts(Path(settings.output_dir).absolute(), metrics=metrics)
 
 
 def prepare_stores(settings: Settings) -> str:
-    """Make or upgrade the job database and say in one line where jobs are kept. Raises ConfigError, StorageError."""
+    """Try out where files are kept, make or upgrade the job database, and say in one line where both are.
+
+    Raises ConfigError, StorageError.
+    """
+    artifacts = open_artifacts(settings)
+    artifacts.check()
     database = open_store(settings).database
     try:
         database.prepare()
     finally:
         database.close()
-    return f"jobs are kept in {database}"
+    return f"jobs are kept in {database}, their files in {artifacts}"
 
 
-def open_queue(settings: Settings, *, wake: Callable[[], None] = lambda: None) -> JobQueue:
+def open_queue(
+    settings: Settings, *, wake: Callable[[], None] = lambda: None, metrics: Metrics | None = None
+) -> JobQueue:
     """The job queue of these settings; touches nothing yet. Raises ConfigError."""
-    return JobQueue(open_store(settings), open_artifacts(settings), wake=wake)
+    return JobQueue(open_store(settings), open_artifacts(settings, metrics=metrics), wake=wake)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
-from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.queue import open_queue, prepare_stores
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
@@ -30,6 +31,8 @@ from stable_audio_serve.serving.replica import ModelReplica
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+logger = logging.getLogger(__name__)
+
 
 @serve.ingress()
 class Ingress:
@@ -40,10 +43,11 @@ class Ingress:
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
         self._backend = RayBackend(plan.catalog, handles, application=application)
-        self._jobs = open_queue(plan.settings, wake=RunnerBell(runner).ring)
+        self._metrics = RayMetrics()
+        self._jobs = open_queue(plan.settings, wake=RunnerBell(runner).ring, metrics=self._metrics)
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
-        app = create_app(self._backend, self._settings, jobs=self._jobs, metrics=RayMetrics())
+        app = create_app(self._backend, self._settings, jobs=self._jobs, metrics=self._metrics)
         app.add_middleware(_LeaveRequestIdToServe)
         return app
 
@@ -72,6 +76,7 @@ def assemble(args: Settings, *, replica: type) -> serve.Application:
     """`build` with another class in the place of ModelReplica. Raises ConfigError."""
     plan = plan_deployments(load_settings(args))
     require_shared_database(plan.settings, num_nodes=sum(node["Alive"] for node in ray.nodes()))
+    logger.info(prepare_stores(plan.settings))
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     models = {
         model.name: _bind(replica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)

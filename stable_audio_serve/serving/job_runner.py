@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from stable_audio_serve.api.webhooks import webhook_body
+from stable_audio_serve.api.webhooks import webhook_bodies
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.queue import open_artifacts, open_store
@@ -37,8 +37,9 @@ class JobRunnerReplica:
         configure_logging(settings.log_level)
         application = serve.get_replica_context().app_name
         backend = RayBackend(plan.catalog, handles, application=application)
-        store, artifacts, metrics = open_store(settings), open_artifacts(settings), RayMetrics()
-        notifier = Notifier(Outbox(store.database), webhook_body, settings.jobs, metrics=metrics)
+        metrics = RayMetrics()
+        store, artifacts = open_store(settings), open_artifacts(settings, metrics=metrics)
+        notifier = Notifier(Outbox(store.database), webhook_bodies(artifacts), settings.jobs, metrics=metrics)
         self._runner = JobRunner(store, artifacts, backend, settings, notifier=notifier, metrics=metrics)
         await self._runner.start()
 

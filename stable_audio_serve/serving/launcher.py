@@ -21,6 +21,7 @@ import httpx
 
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.settings_sources import load_settings
+from stable_audio_serve.jobs.queue import prepare_stores
 from stable_audio_serve.serving import environment
 from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, private_directory
 from stable_audio_serve.serving.placement import Plan, plan_deployments
@@ -69,6 +70,7 @@ def serve(
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
+            report(prepare_stores(plan.settings))
             _raise_on_signals()
             directory = stack.enter_context(private_directory())
             variables = environment.base_environment()

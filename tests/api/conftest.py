@@ -9,7 +9,7 @@ import structlog
 from fastapi import FastAPI
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.webhooks import webhook_body
+from stable_audio_serve.api.webhooks import webhook_bodies
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.outbox import Outbox
@@ -42,7 +42,7 @@ async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> As
     """Runs the shared application's jobs for the length of one test, which finds none of another test's."""
     with jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
-    notifier = Notifier(Outbox(jobs.store.database), webhook_body, settings.jobs)
+    notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings.jobs)
     runner = JobRunner(jobs.store, jobs.artifacts, backend, settings, notifier=notifier)
     await runner.start()
     jobs.wake = runner.wake

@@ -10,7 +10,7 @@ from tests.api.compat.serving import make_client
 
 
 async def publish(jobs: JobQueue, *, data: bytes = b"RIFF", name: str = "a.wav", kind: str = "audio/wav") -> str:
-    file_id, _ = await jobs.publish([data], media_type=kind, file_name=name)
+    file_id, _ = await jobs.publish(lambda: [data], media_type=kind, file_name=name)
     return published_url("", file_id, file_name=name)
 
 
@@ -63,7 +63,7 @@ async def test_the_name_is_part_of_the_link(client: httpx.AsyncClient, jobs: Job
 
 
 async def test_a_file_that_is_gone_is_404(client: httpx.AsyncClient, jobs: JobQueue) -> None:
-    file_id, file = await jobs.publish([b"x"], media_type="audio/wav", file_name="a.wav")
+    file_id, file = await jobs.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
     await jobs.artifacts.delete(file.key)
     assert (await client.get(f"/files/{file_id}/a.wav")).status_code == 404
 

@@ -1,20 +1,26 @@
+"""What only a local folder can get wrong; the rest is `test_stores`."""
+
 from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import os
 import resource
-import threading
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 
 
 @pytest.fixture
@@ -28,37 +34,12 @@ def artifacts(folder: Path) -> LocalArtifacts:
 
 
 async def put(artifacts: LocalArtifacts, key: str, *chunks: bytes) -> StoredFile:
-    return await artifacts.put(key, chunks, media_type="audio/wav", file_name="a.wav")
+    return await artifacts.put(key, lambda: chunks, media_type="audio/wav", file_name="a.wav")
 
 
 def names(folder: Path) -> list[str]:
     """Of every file below the folder, which need not be there."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-async def test_a_file_comes_back_as_it_was_put(artifacts: LocalArtifacts, folder: Path) -> None:
-    data = os.urandom(2_500_000)
-    file = await put(artifacts, "uploads/abc", data[:10], data[10:], b"")
-    assert file == StoredFile("uploads/abc", "audio/wav", "a.wav", len(data), hashlib.sha256(data).hexdigest())
-    chunks = [chunk async for chunk in artifacts.read(file.key)]
-    assert b"".join(chunks) == data
-    assert max(map(len, chunks)) <= 1_048_576
-    assert names(folder) == ["uploads/abc"]
-
-
-async def test_a_second_put_replaces_the_file_as_a_whole(artifacts: LocalArtifacts, folder: Path) -> None:
-    await put(artifacts, "a", b"first and longer")
-    await put(artifacts, "a", b"second")
-    assert [chunk async for chunk in artifacts.read("a")] == [b"second"]
-    assert names(folder) == ["a"]
-
-
-async def test_a_deleted_file_is_gone_before_the_first_chunk(artifacts: LocalArtifacts) -> None:
-    await put(artifacts, "a", b"x")
-    await artifacts.delete("a")
-    await artifacts.delete("a")
-    with pytest.raises(FileNotFoundError):
-        await anext(artifacts.read("a"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +67,7 @@ async def test_no_key_leads_out_of_the_folder(artifacts: LocalArtifacts, folder:
     with pytest.raises(ValueError):
         await put(artifacts, key, b"x")
     with pytest.raises(ValueError):
-        await anext(artifacts.read(key))
+        await anext(artifacts.read(StoredFile(key, "audio/wav", "a.wav", 1, "")))
     with pytest.raises(ValueError):
         await artifacts.delete(key)
     assert names(folder) == []
@@ -98,7 +79,7 @@ async def test_a_source_that_breaks_off_leaves_nothing(artifacts: LocalArtifacts
         raise OSError(errno.EIO, "the upload cannot be read")
 
     with pytest.raises(StorageError):
-        await artifacts.put("a", chunks(), media_type="audio/wav", file_name="a.wav")
+        await artifacts.put("a", chunks, media_type="audio/wav", file_name="a.wav")
     assert names(folder) == []
 
 
@@ -119,7 +100,7 @@ async def test_a_full_disk_is_said_and_leaves_nothing(
     if full_at == "replace":
         monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(StorageError, match=r"^the disk is full$"):
-        await artifacts.put("a", chunks(), media_type="audio/wav", file_name="a.wav")
+        await artifacts.put("a", chunks, media_type="audio/wav", file_name="a.wav")
     assert names(folder) == []
 
 
@@ -135,25 +116,7 @@ async def test_a_file_above_the_process_limit_leaves_nothing(artifacts: LocalArt
     assert names(folder) == []
 
 
-async def test_a_cancelled_put_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def chunks() -> Iterator[bytes]:
-        yield b"half"
-        begun.set()
-        go_on.wait(5)
-        yield b"rest"
-
-    task = asyncio.create_task(artifacts.put("a", chunks(), media_type="audio/wav", file_name="a.wav"))
-    await asyncio.to_thread(begun.wait, 5)
-    task.cancel()
-    go_on.set()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert names(folder) == []
-
-
-async def test_reading_never_sees_half_a_file(artifacts: LocalArtifacts) -> None:
+async def test_reading_never_sees_half_a_file(artifacts: LocalArtifacts, folder: Path) -> None:
     contents = [bytes([number]) * 200_000 for number in range(8)]
     await put(artifacts, "a", contents[0])
 
@@ -163,5 +126,77 @@ async def test_reading_never_sees_half_a_file(artifacts: LocalArtifacts) -> None
 
     writing = asyncio.create_task(write())
     while not writing.done():
-        assert b"".join([chunk async for chunk in artifacts.read("a")]) in contents
+        assert (folder / "a").read_bytes() in contents
+        await asyncio.sleep(0)
     await writing
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system of 1 MiB cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+async def test_a_disk_that_is_full_is_said_and_useful_again_when_it_is_not(tiny_disk: Path) -> None:
+    artifacts = LocalArtifacts(tiny_disk)
+    first = await put(artifacts, "uploads/first", bytes(700_000))
+    for key in ("a", "uploads/b"):
+        with pytest.raises(StorageFullError, match=r"^the disk is full$"):
+            await put(artifacts, key, bytes(200_000), bytes(300_000))
+    assert names(tiny_disk) == ["uploads/first"]
+    assert b"".join([chunk async for chunk in artifacts.read(first)]) == bytes(700_000)
+    await artifacts.delete(first.key)
+    await put(artifacts, "a", bytes(700_000))
+
+
+def test_a_full_disk_is_found_at_the_start(tiny_disk: Path) -> None:
+    (tiny_disk / "uploads").mkdir()
+    with suppress(OSError), (tiny_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    with pytest.raises(ConfigError, match=r"^output_dir .*the disk is full"):
+        LocalArtifacts(tiny_disk).check()
+
+
+_KILLED_WRITER = """
+import asyncio, sys
+from pathlib import Path
+from stable_audio_serve.artifacts.local import LocalArtifacts
+asyncio.run(LocalArtifacts(Path(sys.argv[1])).put(
+    sys.argv[2], lambda: [b"half", b"rest"], media_type="audio/wav", file_name="a.wav"))
+"""
+
+
+@pytest.mark.parametrize("key", [artifact_key("0" * 32, "a.wav", fence=1), f"uploads/{'1' * 32}"])
+async def test_what_a_killed_writer_leaves_is_not_listed_and_goes_when_it_is_old(
+    artifacts: LocalArtifacts, folder: Path, key: str
+) -> None:
+    environ = os.environ | {"STABLE_AUDIO_FAILPOINTS": "mid_upload=kill"}
+    writer = await asyncio.create_subprocess_exec(sys.executable, "-c", _KILLED_WRITER, folder, key, env=environ)
+    assert await writer.wait() == -signal.SIGKILL
+    (left,) = names(folder)
+    assert left.endswith(".partial")
+    assert [artifacts.list_folder(name).objects for name in FOLDERS] == [()] * len(FOLDERS)
+    await put(artifacts, key, b"whole")
+    assert artifacts.sweep_unfinished(older_than_s=60) == 0
+    os.utime(folder / left, (time.time() - 61,) * 2)
+    (folder / ".foreign.partial").touch()
+    os.utime(folder / ".foreign.partial", (0, 0))
+    assert artifacts.sweep_unfinished(older_than_s=60) == 1
+    assert names(folder) == sorted([key, ".foreign.partial"])
+
+
+@pytest.mark.parametrize("place", ["file/below", "file", "/proc/self/outputs", "/dev/null"])
+def test_a_folder_that_cannot_be_written_is_one_sentence_that_names_the_setting(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"^output_dir \(STABLE_AUDIO_OUTPUT_DIR\): .*cannot be kept") as caught:
+        LocalArtifacts(tmp_path / place).check()
+    assert place in caught.value.message

@@ -248,6 +248,51 @@ def test_the_key_command_prints_a_key_and_its_hash() -> None:
     assert CliRunner().invoke(app, ["key"]).output.split()[1] != key
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (None, None, None)),
+        ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, ("a", "b", None)),
+        ({"R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
+        (
+            {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_SESSION_TOKEN": "t"}
+            | {"R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"},
+            ("a", "b", "t"),
+        ),
+        # Half a pair is none, and a token belongs to AWS's.
+        ({"AWS_ACCESS_KEY_ID": "a", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
+        ({"AWS_SESSION_TOKEN": "t", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
+        ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": " "}, (None, None, None)),
+    ],
+)
+def test_access_keys_come_in_pairs(
+    tmp_path: Path, environ: dict[str, str], expected: tuple[str | None, str | None, str | None]
+) -> None:
+    storage = load(tmp_path, **environ).storage
+    found = (storage.access_key_id, storage.secret_access_key, storage.session_token)
+    assert tuple(value and value.get_secret_value() for value in found) == expected
+
+
+def test_a_pair_of_the_environment_replaces_the_whole_key_of_the_file(tmp_path: Path) -> None:
+    args = {"storage": {"access_key_id": "x", "secret_access_key": "y", "session_token": "z"}}
+    assert load(tmp_path, args).storage.session_token is not None
+    assert load(tmp_path, args, R2_ACCESS_KEY_ID="c", R2_SECRET_ACCESS_KEY="d").storage.session_token is None
+    with pytest.raises(ConfigError, match=r"storage.*belong together"):
+        load(tmp_path, {"storage": {"access_key_id": "only-half"}})
+
+
+@pytest.mark.parametrize(("given", "kept"), [("/a/b/", "a/b"), ("a", "a"), ("//", ""), ("", "")])
+def test_slashes_at_the_ends_of_the_prefix_do_not_count(tmp_path: Path, given: str, kept: str) -> None:
+    assert load(tmp_path, STABLE_AUDIO_STORAGE_PREFIX=given).storage.prefix == kept
+
+
+def test_storage_urls_are_urls_without_secrets(tmp_path: Path) -> None:
+    for name in ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "STABLE_AUDIO_STORAGE_PUBLIC_BASE_URL"):
+        for value in ("s3.example", "ftp://s3.example", "https://s3.example/?x=1"):
+            with pytest.raises(ConfigError, match=name):
+                load(tmp_path, **{name: value})
+
+
 def test_the_tree_is_frozen() -> None:
     with pytest.raises(ValidationError):
         Settings().api.max_steps = 3  # type: ignore[misc]
@@ -260,12 +305,15 @@ def test_config_command_prints_the_tree_without_secrets(tmp_path: Path, monkeypa
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
     monkeypatch.setenv("VLLM_API_KEY", "very-plain-key")
     monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", "postgresql://me:passw0rd@db/jobs")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "aws-key-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws-very-secret")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "aws-token")
     monkeypatch.setenv("STABLE_AUDIO_MAX_STEPS", "12")
     result = CliRunner().invoke(app, ["config", "--config", str(file)])
     assert result.exit_code == 0, result.output
     assert "max_steps: 12" in result.output
     assert "path: somewhere" in result.output
-    for secret in ("hf_very_secret", "very-plain-key", hash_key("very-plain-key"), "passw0rd"):
+    for secret in ("hf_very_secret", "very-plain-key", hash_key("very-plain-key"), "passw0rd", "aws-"):
         assert secret not in result.output
     assert "@db/jobs" in result.output
     monkeypatch.setenv("STABLE_AUDIO_MAX_STEPS", "twelve")

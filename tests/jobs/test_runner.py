@@ -71,7 +71,7 @@ class CountingBackend(ToneBackend):
 
 async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
     data = make_audio_file(duration_s=0.5)
-    file = await workshop.queue.put_upload([data], media_type="audio/wav", file_name="a.wav")
+    file = await workshop.queue.put_upload(lambda: [data], media_type="audio/wav", file_name="a.wav")
     return JobUpload(file, role, max_s=10.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from fastapi import Header
 from pydantic import BaseModel, Field
 from sse_starlette import ServerSentEvent
 
-from stable_audio_serve.api.native.status import JobProgress, describe, iso
+from stable_audio_serve.api.native.status import JobProgress, describe, iso, progress_of
 from stable_audio_serve.api.streams import Change, follow
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
@@ -43,7 +44,8 @@ async def stream_events(jobs: JobQueue, job: Job, *, url: str, after: int) -> As
         for event in change.events:
             yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
         if change.job.is_over:
-            yield _sse(describe(change.job, url=url), kind=END, event_id=END)
+            status = await asyncio.to_thread(describe, change.job, jobs.artifacts, url=url)
+            yield _sse(status, kind=END, event_id=END)
         elif change.position is not None or not change.events:
             yield _sse(_of_now(change), kind="progress")
 
@@ -61,7 +63,7 @@ def _of_event(event: JobEvent) -> JobProgressEvent:
 
 def _of_now(change: Change) -> JobProgressEvent:
     """What no event says: places in the queue change without the job. Without an id it is not replayed."""
-    progress = describe(change.job, url="", position=change.position).progress
+    progress = progress_of(change.job, position=change.position)
     return JobProgressEvent(**progress.model_dump(), message=None, at=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -55,6 +56,10 @@ def build_router(service: Service) -> APIRouter:
     jobs, limits = service.jobs, service.settings.api
     path = "/jobs/{job_id:job_id}"
 
+    async def status_of(request: Request, job: Job, *, position: int | None = None) -> JobStatus:
+        url = job_url(request, job.spec.id, limits=limits)
+        return await asyncio.to_thread(describe, job, jobs.artifacts, url=url, position=position)
+
     @router.get("/jobs", responses=_LIST_RESPONSES)
     async def list_jobs(
         request: Request,
@@ -66,7 +71,7 @@ def build_router(service: Service) -> APIRouter:
     ) -> JobPage:
         """The jobs of the caller's key, newest first. Places in the queue are told of one job at a time only."""
         page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
-        statuses = [describe(job, url=job_url(request, job.spec.id, limits=limits)) for job in page.jobs]
+        statuses = await asyncio.gather(*(status_of(request, job) for job in page.jobs))
         return JobPage(jobs=statuses, next_cursor=page.next_cursor)
 
     @router.get(path, responses=_READ_RESPONSES)
@@ -74,7 +79,7 @@ def build_router(service: Service) -> APIRouter:
         """How far a job is and, once it has succeeded, where its audio is."""
         job = _require(await jobs.get(CONTRACT, job_id))
         position = await jobs.position(job) if job.state == "queued" else None
-        return describe(job, url=job_url(request, job.spec.id, limits=limits), position=position)
+        return await status_of(request, job, position=position)
 
     @router.delete(path, responses=_CANCEL_RESPONSES)
     async def cancel_job(request: Request, response: Response, job_id: str) -> JobStatus:
@@ -85,7 +90,7 @@ def build_router(service: Service) -> APIRouter:
         if outcome == "already_over":
             raise ConflictError(f"the job is over: it is {job.state}", code="job_is_over")
         response.status_code = 200 if outcome == "removed" else 202
-        return describe(job, url=job_url(request, job.spec.id, limits=limits))
+        return await status_of(request, job)
 
     @router.get("/jobs/{job_id:hex_id}/events", response_class=EventSourceResponse, responses=_EVENTS_RESPONSES)
     async def stream(request: Request, job_id: str, last_event_id: LastEventId = None) -> Response:
@@ -102,6 +107,8 @@ def build_router(service: Service) -> APIRouter:
     @links.get("/jobs/{job_id:hex_id}/audio", response_class=Response, include_in_schema=False)
     async def download(request: Request, job_id: str) -> Response:
         """A finished job's file. Like every link that is handed out it needs no key."""
+        if jobs.artifacts.backend_name != "local":
+            raise HTTPException(404, "the audio lies in a bucket: see download_url of the job")
         job = _require(await jobs.get(CONTRACT, job_id))
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")

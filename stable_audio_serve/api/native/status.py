@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from stable_audio_serve.api.links import base_url
+from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, Mode, Priority, State
 
@@ -79,7 +80,7 @@ class JobStatus(BaseModel):
     download_url: str | None
     download_content_type: str | None
     error: str | None
-    storage_backend: Literal["local", "s3"]
+    storage_backend: BackendName
     storage_key: str | None
     sample_rate: int | None = Field(description="Hertz.")
     progress: JobProgress
@@ -101,8 +102,11 @@ def job_url(request: Request, job_id: str, *, limits: ApiSettings) -> str:
     return f"{base_url(request, limits)}{prefix}/jobs/{job_id}"
 
 
-def describe(job: Job, *, url: str, position: int | None = None) -> JobStatus:
-    """The job as it is; `url` is its own, `position` a queued one's place in the queue where that was asked for."""
+def describe(job: Job, files: ArtifactStore, *, url: str, position: int | None = None) -> JobStatus:
+    """The job as it is; `url` is its own, `position` a queued one's place in the queue where that was asked for.
+
+    Links to local files lead to us, those to a bucket lead there. Blocking: for worker threads. Raises StorageError.
+    """
     request, result = job.spec.request, job.result
     return JobStatus(
         id=job.spec.id,
@@ -115,20 +119,25 @@ def describe(job: Job, *, url: str, position: int | None = None) -> JobStatus:
         created_at=iso(job.created_at),
         started_at=iso(job.started_at) if job.started_at else None,
         completed_at=iso(job.completed_at) if job.completed_at else None,
-        download_url=f"{url}/audio" if result else None,
+        download_url=files.url(result.file) or f"{url}/audio" if result else None,
         download_content_type=result.file.media_type if result else None,
         error=job.error.message if job.error else None,
-        storage_backend="local",
-        storage_key=job.spec.id if result else None,
+        storage_backend=files.backend_name,
+        storage_key=files.bucket_key(result.file) or job.spec.id if result else None,
         sample_rate=result.sample_rate_hz if result else None,
-        progress=JobProgress(
-            stage=job.stage,
-            fraction=job.fraction,
-            eta_seconds=job.eta_s,
-            queue_position=job.engine_position if position is None else position,
-        ),
+        progress=progress_of(job, position=position),
         attempts=job.attempts,
         priority=job.spec.priority,
+    )
+
+
+def progress_of(job: Job, *, position: int | None) -> JobProgress:
+    """How far the job is."""
+    return JobProgress(
+        stage=job.stage,
+        fraction=job.fraction,
+        eta_seconds=job.eta_s,
+        queue_position=job.engine_position if position is None else position,
     )
 
 

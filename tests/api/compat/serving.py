@@ -12,7 +12,7 @@ import httpx
 from fastapi import FastAPI
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.webhooks import webhook_body
+from stable_audio_serve.api.webhooks import webhook_bodies
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.outbox import Outbox
@@ -33,7 +33,7 @@ async def make_app(
         jobs = open_queue(parsed)
         app = create_app(backend, parsed, jobs=jobs)
         app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
-        notifier = Notifier(Outbox(jobs.store.database), webhook_body, parsed.jobs)
+        notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), parsed.jobs)
         runner = JobRunner(jobs.store, jobs.artifacts, backend, parsed, notifier=notifier)
         if run_jobs:
             await runner.start()

@@ -23,7 +23,7 @@ async def run(request: Request, service: Service, card: ModelCard, generation: G
     output = await service.encode(result, AudioFormat.WAV, stem=FILE_STEM)
     note(request.scope, num_bytes=output.file.num_bytes)
     file_id, file = await service.jobs.publish(
-        output.file.chunks(), media_type=output.file.media_type, file_name=f"{FILE_STEM}.wav"
+        output.file.chunks, media_type=output.file.media_type, file_name=f"{FILE_STEM}.wav"
     )
     base = base_url(request, service.settings.api)
     return describe_output(file, published_url(base, file_id, file_name=file.file_name))

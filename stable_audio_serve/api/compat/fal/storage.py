@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
@@ -23,8 +24,9 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.limits import accept_file_body
 from stable_audio_serve.api.links import published_url
+from stable_audio_serve.artifacts.keys import part_key
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import UploadTooLargeError
+from stable_audio_serve.core.errors import DamagedFileError, UploadTooLargeError
 from stable_audio_serve.jobs.queue import JobQueue
 
 MAX_PARTS = 10_000
@@ -32,6 +34,7 @@ MAX_PARTS = 10_000
 _TICKET_LIFE_S = 86_400
 _CHUNK_BYTES = 1_048_576
 _FILE_ID = re.compile(r"[0-9a-f]{32}")
+_ETAG = re.compile(r'"?([0-9a-f]{64})-([0-9]{1,12})"?')
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9.+-]{1,60}/[A-Za-z0-9.+-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?")
 
@@ -92,45 +95,57 @@ class Storage:
             return await self._publish(ticket, body)
 
     async def receive_part(self, request: Request, ticket: Ticket, number: int) -> str:
-        """Keep the request's body as one part of the file; its digest."""
+        """Keep the request's body as one part of the file; its etag."""
+        key = part_key(ticket.file_id, number)
         async with _received(request) as body:
             part = await self._jobs.artifacts.put(
-                _part_key(ticket, number), _chunks(body), media_type=ticket.media_type, file_name=str(number)
+                key, partial(_chunks, body), media_type=ticket.media_type, file_name=str(number)
             )
-        return part.sha256
+        return f"{part.sha256}-{part.num_bytes}"
 
-    async def join(self, ticket: Ticket, digests: Mapping[int, str]) -> StoredFile:
+    async def join(self, ticket: Ticket, etags: Mapping[int, str]) -> StoredFile:
         """Make the file of its parts, by number. Raises HTTPException 400, UploadTooLargeError."""
         existing = await self._jobs.find_file(ticket.file_id)
         if existing is not None:
             return existing
+        parts = [_find_part(ticket, number, etags[number]) for number in sorted(etags)]
+        if sum(part.num_bytes for part in parts) > self._max_bytes:
+            raise UploadTooLargeError(f"parts: the upload is larger than {self._max_bytes} bytes")
         with tempfile.TemporaryFile() as joined:
-            for number in sorted(digests):
-                await self._append(joined, ticket, number, digest=digests[number])
-            joined.seek(0)
+            for part in parts:
+                await self._append(joined, part)
             file = await self._publish(ticket, joined)
-        for number in digests:
-            await self._jobs.artifacts.delete(_part_key(ticket, number))
+        for part in parts:
+            await self._jobs.artifacts.delete(part.key)
         return file
 
-    async def _append(self, joined: IO[bytes], ticket: Ticket, number: int, *, digest: str) -> None:
-        found = hashlib.sha256()
+    async def _append(self, joined: IO[bytes], part: StoredFile) -> None:
         try:
-            async for chunk in self._jobs.artifacts.read(_part_key(ticket, number)):
-                found.update(chunk)
+            async for chunk in self._jobs.artifacts.read(part):
                 await asyncio.to_thread(joined.write, chunk)
-                if joined.tell() > self._max_bytes:
-                    raise UploadTooLargeError(f"parts: the upload is larger than {self._max_bytes} bytes")
         except FileNotFoundError as error:
-            raise HTTPException(400, f"parts: part {number} was not uploaded") from error
-        if found.hexdigest() != digest.strip('"'):
-            raise HTTPException(400, f"parts: the etag of part {number} is not the one it was answered with")
+            raise HTTPException(400, f"parts: part {part.file_name} was not uploaded") from error
+        except DamagedFileError as error:
+            raise _wrong_etag(part.file_name) from error
 
     async def _publish(self, ticket: Ticket, body: IO[bytes]) -> StoredFile:
         _, file = await self._jobs.publish(
-            _chunks(body), media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id
+            partial(_chunks, body), media_type=ticket.media_type, file_name=ticket.file_name, file_id=ticket.file_id
         )
         return file
+
+
+def _find_part(ticket: Ticket, number: int, etag: str) -> StoredFile:
+    """What was kept as one part of a file, if it was this. Raises HTTPException 400."""
+    found = _ETAG.fullmatch(etag)
+    if found is None:
+        raise _wrong_etag(number)
+    key = part_key(ticket.file_id, number)
+    return StoredFile(key, ticket.media_type, str(number), num_bytes=int(found[2]), sha256=found[1])
+
+
+def _wrong_etag(number: int | str) -> HTTPException:
+    return HTTPException(400, f"parts: the etag of part {number} is not the one it was answered with")
 
 
 @asynccontextmanager
@@ -146,6 +161,7 @@ async def _received(request: Request) -> AsyncIterator[IO[bytes]]:
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    file.seek(0)
     while chunk := file.read(_CHUNK_BYTES):
         yield chunk
 
@@ -155,10 +171,6 @@ def _digest(file: IO[bytes]) -> str:
     for chunk in _chunks(file):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def _part_key(ticket: Ticket, number: int) -> str:
-    return f"uploads/{ticket.file_id}/{number}"
 
 
 def _clean_ticket(file_id: str, file_name: str | None, media_type: str | None) -> Ticket:

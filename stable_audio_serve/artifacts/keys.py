@@ -1,0 +1,42 @@
+"""The keys that files are kept under: one place that makes them, and that knows them again among foreign ones."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+# Where keys lie: finished jobs at the top, files of jobs to come, files that clients have links to.
+FOLDERS = ("", "uploads", "files")
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_HEX = "[0-9a-f]{32}"
+_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_OURS = re.compile(
+    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}(-[0-9]{{1,6}})?|files/{_HEX}"
+)
+
+
+def artifact_key(job_id: str, file_name: str, *, fence: int) -> str:
+    """Of a finished job's file. Every attempt has its own: an earlier one may still be writing."""
+    attempt = f"{fence}-" if fence > 1 else ""
+    return f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}"
+
+
+def upload_key() -> str:
+    """Of a file that a job starts from."""
+    return f"uploads/{secrets.token_hex(16)}"
+
+
+def part_key(upload_id: str, number: int) -> str:
+    """Of one part of a file that arrives in several; `upload_id` has 32 hexadecimal digits."""
+    return f"uploads/{upload_id}-{number}"
+
+
+def file_key() -> str:
+    """Of a file that clients have a link to."""
+    return f"files/{secrets.token_hex(16)}"
+
+
+def is_ours(key: str) -> bool:
+    """Whether a key has a shape that we make; whatever has another one belongs to somebody else."""
+    return _OURS.fullmatch(key) is not None

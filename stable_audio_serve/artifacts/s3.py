@@ -1,0 +1,256 @@
+"""Files in a bucket of S3, R2 or another service of that protocol, each under `<prefix>/<key>`."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+
+import structlog
+
+from stable_audio_serve.artifacts.keys import is_ours
+from stable_audio_serve.artifacts.s3_check import check_bucket
+from stable_audio_serve.artifacts.s3_client import is_missing, make_client, our_errors, s3_errors
+from stable_audio_serve.artifacts.store import BackendName, Chunks, ObjectPage, StoredFile, StoredObject
+from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
+from stable_audio_serve.artifacts.verified import verified
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.file_names import content_disposition
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.settings import StorageSettings
+
+log = structlog.get_logger("stable_audio_serve.artifacts")
+
+_NUM_THREADS = 16
+_CHUNK_BYTES = 1_048_576
+_MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
+_PART_BYTES = 8 * _CHUNK_BYTES
+_PAGE = 1000
+_MAX_RESUMES = 5  # of one download without a byte in between
+_RESUME_PAUSE_S = 0.2  # before the first of them; doubles
+
+
+class S3Artifacts:
+    """An `ArtifactStore` in one bucket, which must exist."""
+
+    def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
+        """Touches nothing yet. `settings` must name a bucket."""
+        self._settings = settings
+        self._prefix = f"{settings.prefix}/" if settings.prefix else ""
+        self._metrics = metrics or NullMetrics()
+        self._threads = StoreThreads(_NUM_THREADS, name="s3-files")
+        self._lock = threading.Lock()
+        self._made_client: Any = None
+
+    def __str__(self) -> str:
+        return f"bucket {self._settings.bucket} of {self._settings.endpoint_url or 'AWS S3'}"
+
+    @property
+    def backend_name(self) -> BackendName:
+        """That files are in a bucket."""
+        return "s3"
+
+    async def put(self, key: str, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+        """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind."""
+        put = partial(self._put, key, chunks, media_type, file_name)
+        return await self._threads.run(put, undo=partial(self._delete, key))
+
+    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """The file in chunks of 1 MiB, see `ArtifactStore.read`; a connection that breaks is taken up again."""
+        return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
+
+    async def delete(self, key: str) -> None:
+        """Remove a file; it is no error when it is gone already. Raises StorageError."""
+        await self._threads.call(partial(self._delete, key))
+
+    async def close(self) -> None:
+        """Begin nothing new."""
+        self._threads.close()
+
+    def check(self) -> None:
+        """Write, read, list and delete within ten seconds. Raises ConfigError."""
+        check_bucket(self._settings, prefix=self._prefix)
+
+    def url(self, file: StoredFile) -> str:
+        """On the public base, or presigned. Raises StorageError when there is nothing to sign it with."""
+        if base := self._settings.public_base_url:
+            return f"{base.rstrip('/')}/{quote(self.bucket_key(file))}"
+        with our_errors("sign"):
+            url: str = self._client.generate_presigned_url(
+                "get_object", Params=self._at(file.key), ExpiresIn=self._settings.presigned_url_expires_s
+            )
+        return url
+
+    def bucket_key(self, file: StoredFile) -> str:
+        """The whole key of the file in its bucket."""
+        return self._prefix + file.key
+
+    def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
+        """What lies directly in a folder under keys of ours; any page may be empty. Raises StorageError."""
+        prefix = f"{self._prefix}{folder}/" if folder else self._prefix
+        options: dict[str, Any] = {"ContinuationToken": cursor} if cursor else {}
+        with our_errors("list"):
+            page = self._client.list_objects_v2(
+                Bucket=self._settings.bucket, Prefix=prefix, Delimiter="/", MaxKeys=_PAGE, **options
+            )
+        objects = (
+            StoredObject(item["Key"].removeprefix(self._prefix), item["Size"], item["LastModified"].timestamp())
+            for item in page.get("Contents", ())
+        )
+        return ObjectPage(tuple(item for item in objects if is_ours(item.key)), page.get("NextContinuationToken"))
+
+    def sweep_unfinished(self, *, older_than_s: float) -> int:
+        """Abort uploads in parts that were begun that long ago; how many. Raises StorageError."""
+        before = time.time() - older_than_s
+        num_aborted = 0
+        with our_errors("sweep"):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._settings.bucket, Prefix=self._prefix
+            )
+            for upload in (upload for page in pages for upload in page.get("Uploads", ())):
+                key = upload["Key"].removeprefix(self._prefix)
+                if is_ours(key) and upload["Initiated"].timestamp() <= before:
+                    self._abort(key, upload["UploadId"])
+                    num_aborted += 1
+        return num_aborted
+
+    # On worker threads
+
+    @property
+    def _client(self) -> Any:
+        with self._lock:
+            if self._made_client is None:
+                self._made_client = make_client(self._settings)
+        return self._made_client
+
+    def _at(self, key: str) -> dict[str, Any]:
+        return {"Bucket": self._settings.bucket, "Key": self._prefix + key}
+
+    def _put(self, key: str, chunks: Chunks, media_type: str, file_name: str, stop: threading.Event) -> StoredFile:
+        """Raises StorageError, StoppedError."""
+        with our_errors("put"):
+            whole, num_bytes, sha256 = _measure(until_stopped(chunks(), stop))
+            options = {
+                **self._at(key),
+                "ContentType": media_type,
+                "ContentDisposition": content_disposition(file_name),
+                "Metadata": {"sha256": sha256},
+            }
+            if whole is not None:
+                failpoint("mid_upload")
+                self._client.put_object(**options, Body=whole)
+            else:
+                self._put_in_parts(key, options, until_stopped(chunks(), stop), num_bytes=num_bytes, sha256=sha256)
+        return StoredFile(key, media_type, file_name, num_bytes, sha256)
+
+    def _put_in_parts(
+        self, key: str, options: dict[str, Any], chunks: Iterable[bytes], *, num_bytes: int, sha256: str
+    ) -> None:
+        upload_id = self._client.create_multipart_upload(**options)["UploadId"]
+        try:
+            digest = hashlib.sha256()
+            parts = []
+            for number, part in enumerate(_join(chunks, _PART_BYTES), start=1):
+                digest.update(part)
+                answer = self._client.upload_part(**self._at(key), UploadId=upload_id, PartNumber=number, Body=part)
+                failpoint("mid_upload")
+                parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+            if digest.hexdigest() != sha256:
+                raise StorageError("a file changed while it was stored")
+            self._complete(key, upload_id, parts, num_bytes=num_bytes, sha256=sha256)
+        except BaseException:
+            self._give_up(key, upload_id)
+            raise
+
+    def _complete(self, key: str, upload_id: str, parts: list[dict[str, Any]], *, num_bytes: int, sha256: str) -> None:
+        try:
+            self._client.complete_multipart_upload(
+                **self._at(key), UploadId=upload_id, MultipartUpload={"Parts": parts}
+            )
+        except s3_errors():
+            # When the answer to the first attempt was lost, the next one finds no upload, but its object is there.
+            if not self._is_there(key, num_bytes=num_bytes, sha256=sha256):
+                raise
+
+    def _is_there(self, key: str, *, num_bytes: int, sha256: str) -> bool:
+        try:
+            found = self._client.head_object(**self._at(key))
+        except s3_errors():
+            return False
+        return (found["ContentLength"], found["Metadata"].get("sha256")) == (num_bytes, sha256)
+
+    def _give_up(self, key: str, upload_id: str) -> None:
+        """Drop the parts of an upload; what cannot be dropped now is swept later."""
+        try:
+            self._abort(key, upload_id)
+        except s3_errors() as error:
+            log.warning("an unfinished upload stays until it is swept", key=key, error=str(error))
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        try:
+            self._client.abort_multipart_upload(**self._at(key), UploadId=upload_id)
+        except self._client.exceptions.NoSuchUpload:
+            return
+
+    def _delete(self, key: str) -> None:
+        with our_errors("delete"):
+            self._client.delete_object(**self._at(key))
+
+    def _read(self, file: StoredFile) -> Generator[bytes]:
+        """Raises FileNotFoundError, StorageError."""
+        num_read = num_failures = 0
+        with our_errors("read"):
+            while True:
+                try:
+                    for chunk in self._open(file, num_read):
+                        num_read += len(chunk)
+                        num_failures = 0
+                        yield chunk
+                    return
+                except s3_errors() as error:
+                    if is_missing(error) and not num_read:
+                        break
+                    num_failures += 1
+                    if num_failures > _MAX_RESUMES:
+                        raise
+                    time.sleep(_RESUME_PAUSE_S * 2 ** (num_failures - 1))
+        raise FileNotFoundError(file.key)
+
+    def _open(self, file: StoredFile, start: int) -> Iterator[bytes]:
+        """The bytes of an object from `start` on."""
+        options = {"Range": f"bytes={start}-"} if start else {}
+        with closing(self._client.get_object(**self._at(file.key), **options)["Body"]) as body:
+            yield from body.iter_chunks(_CHUNK_BYTES)
+
+
+def _measure(chunks: Iterable[bytes]) -> tuple[bytes | None, int, str]:
+    """Size and SHA-256 of a file, and all of it if it is small enough to be sent in one piece."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    whole = bytearray()
+    for chunk in chunks:
+        digest.update(chunk)
+        num_bytes += len(chunk)
+        if num_bytes <= _MULTIPART_ABOVE_BYTES:
+            whole += chunk
+        else:
+            whole.clear()
+    return (bytes(whole) if num_bytes <= _MULTIPART_ABOVE_BYTES else None), num_bytes, digest.hexdigest()
+
+
+def _join(chunks: Iterable[bytes], num_bytes: int) -> Iterator[bytes]:
+    """`chunks` in pieces of `num_bytes`; the last one may be shorter."""
+    piece = bytearray()
+    for chunk in chunks:
+        piece += chunk
+        while len(piece) >= num_bytes:
+            yield bytes(piece[:num_bytes])
+            del piece[:num_bytes]
+    if piece:
+        yield bytes(piece)

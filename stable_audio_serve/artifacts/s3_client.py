@@ -1,0 +1,112 @@
+"""boto3's client for S3 and services that speak its protocol, and what its errors mean to us.
+
+boto3 is imported at the first use: a server that keeps its files in a folder never loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+
+from stable_audio_serve.core.errors import StorageError, StorageFullError
+from stable_audio_serve.core.settings import StorageSettings
+
+log = structlog.get_logger("stable_audio_serve.artifacts")
+
+_CONNECT_TIMEOUT_S = 3.0
+_READ_TIMEOUT_S = 20.0
+_MAX_ATTEMPTS = 5
+_MAX_CONNECTIONS = 32
+_RETRY_S = 5.0
+_INSUFFICIENT_STORAGE = 507  # of HTTP
+
+
+def make_client(
+    settings: StorageSettings,
+    *,
+    connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+    read_timeout_s: float = _READ_TIMEOUT_S,
+    max_attempts: int = _MAX_ATTEMPTS,
+) -> Any:
+    """A client for the service of these settings; safe to share among threads. Touches nothing yet."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        signature_version="s3v4",  # also for links, where the SDK would still use version 2 in us-east-1
+        connect_timeout=connect_timeout_s,
+        read_timeout=read_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": max_attempts},
+        max_pool_connections=_MAX_CONNECTIONS,
+        # Bodies are part of the signature, so that the service refuses what arrives changed; newer checksums are
+        # not understood by every service.
+        s3={"addressing_style": _addressing(settings), "payload_signing_enabled": True},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.endpoint_url,
+        region_name=settings.region,
+        aws_access_key_id=_secret(settings.access_key_id),
+        aws_secret_access_key=_secret(settings.secret_access_key),
+        aws_session_token=_secret(settings.session_token),
+        config=config,
+    )
+
+
+def s3_errors() -> tuple[type[Exception], ...]:
+    """What the client raises when the service or the way to it fails."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    return (BotoCoreError, ClientError, ResponseParserError, OSError)
+
+
+def code_of(error: BaseException) -> str:
+    """The service's own code of an error, for example NoSuchKey; the error's class when the service said nothing."""
+    return str(_answer(error).get("Error", {}).get("Code") or type(error).__name__)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status of an error that the service answered."""
+    status = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status if isinstance(status, int) else None
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether an error says that there is no such object."""
+    return code_of(error) in ("NoSuchKey", "404", "NotFound")
+
+
+@contextmanager
+def our_errors(operation: str) -> Iterator[None]:
+    """Turn what the client raises into StorageError and StorageFullError."""
+    try:
+        yield
+    except s3_errors() as error:
+        code = code_of(error)
+        log.warning("the object storage failed", operation=operation, code=code, error=str(error))
+        if status_of(error) == _INSUFFICIENT_STORAGE or "QuotaExceeded" in code or "StorageFull" in code:
+            raise StorageFullError("the object storage is full") from error
+        raise StorageError(f"the object storage cannot be used now ({code})", retry_after_s=_RETRY_S) from error
+
+
+def _answer(error: BaseException) -> Mapping[str, Any]:
+    """What the service answered, as the client read it; empty when it did not."""
+    answer = getattr(error, "response", None)
+    return answer if isinstance(answer, Mapping) else {}
+
+
+def _addressing(settings: StorageSettings) -> str:
+    """Services of other kinds are often without a name for each bucket; AWS prefers it."""
+    if settings.addressing == "auto":
+        return "path" if settings.endpoint_url else "virtual"
+    return settings.addressing
+
+
+def _secret(value: Any) -> str | None:
+    return None if value is None else value.get_secret_value()

@@ -1,0 +1,253 @@
+"""What every artifact store keeps: one suite for a local folder and for a bucket behind HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.artifacts.keys import artifact_key, file_key, part_key, upload_key
+from stable_audio_serve.artifacts.local import LocalArtifacts
+from stable_audio_serve.artifacts.s3 import S3Artifacts
+from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
+from stable_audio_serve.core.errors import DamagedFileError
+from tests.artifacts.metrics import CountingMetrics
+from tests.object_storage import ObjectStorage
+
+MIB = 1_048_576
+KEY = artifact_key("0" * 32, "a.wav", fence=1)
+
+
+@dataclass
+class Place:
+    """A store, and what can be seen of it from behind."""
+
+    store: ArtifactStore
+    metrics: CountingMetrics
+    names: Callable[[], list[str]]  # of all that lies there, hidden and unfinished things included
+    write: Callable[[str, bytes], None]  # past the store
+
+
+def local_place(folder: Path) -> Place:
+    def names() -> list[str]:
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+    def write(key: str, data: bytes) -> None:
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(data)
+
+    metrics = CountingMetrics()
+    return Place(LocalArtifacts(folder, metrics=metrics), metrics, names, write)
+
+
+def s3_place(storage: ObjectStorage, prefix: str) -> Place:
+    bucket = storage.make_bucket()
+    lead = f"{prefix}/" if prefix else ""
+
+    def names() -> list[str]:
+        return sorted(key.removeprefix(lead) for key in (*storage.keys(bucket), *storage.unfinished(bucket)))
+
+    def write(key: str, data: bytes) -> None:
+        storage.client.put_object(Bucket=bucket, Key=lead + key, Body=data)
+
+    metrics = CountingMetrics()
+    return Place(S3Artifacts(storage.settings(bucket, prefix=prefix), metrics=metrics), metrics, names, write)
+
+
+@pytest.fixture(params=["local", "s3", "s3 without prefix"])
+async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
+    if request.param == "local":
+        made = local_place(tmp_path / "not" / "there" / "yet")
+    else:
+        made = s3_place(request.getfixturevalue("object_storage"), "a/b" if request.param == "s3" else "")
+    yield made
+    await made.store.close()
+
+
+async def put(place: Place, *chunks: bytes, key: str = KEY, name: str = "a.wav") -> StoredFile:
+    return await place.store.put(key, lambda: chunks, media_type="audio/wav", file_name=name)
+
+
+async def read(place: Place, file: StoredFile) -> bytes:
+    return b"".join([chunk async for chunk in place.store.read(file)])
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, MIB, MIB + 1, 3 * MIB, 17 * MIB + 3])
+async def test_a_file_comes_back_as_it_was_put(place: Place, num_bytes: int) -> None:
+    data = os.urandom(num_bytes)
+    pieces = [data[:10], b"", *(data[start : start + MIB] for start in range(10, num_bytes, MIB))]
+    file = await put(place, *pieces)
+    assert file == StoredFile(KEY, "audio/wav", "a.wav", num_bytes, hashlib.sha256(data).hexdigest())
+    chunks = [chunk async for chunk in place.store.read(file)]
+    assert b"".join(chunks) == data
+    assert max(map(len, chunks), default=0) <= MIB
+    assert place.names() == [KEY]
+
+
+async def test_a_second_put_replaces_the_file_as_a_whole(place: Place) -> None:
+    await put(place, b"first and longer")
+    second = await put(place, b"second")
+    assert await read(place, second) == b"second"
+    assert place.names() == [KEY]
+
+
+async def test_a_deleted_file_is_gone_before_the_first_chunk(place: Place) -> None:
+    file = await put(place, b"x")
+    await place.store.delete(KEY)
+    await place.store.delete(KEY)
+    with pytest.raises(FileNotFoundError):
+        await anext(place.store.read(file))
+    assert place.names() == []
+
+
+@pytest.mark.parametrize("size", [3, 20 * MIB])
+async def test_a_source_that_breaks_off_leaves_nothing(place: Place, size: int) -> None:
+    class SourceError(Exception):
+        pass
+
+    num_reads = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal num_reads
+        num_reads += 1
+        yield bytes(size)
+        if size == 3 or num_reads == 2 or place.store.backend_name == "local":
+            raise SourceError
+
+    with pytest.raises(SourceError):
+        await place.store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav")
+    assert place.names() == []
+
+
+@pytest.mark.parametrize("size", [3, 10 * MIB])
+async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        yield bytes(size)
+        begun.set()
+        go_on.wait(5)
+        yield bytes(size)
+
+    task = asyncio.create_task(place.store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav"))
+    await asyncio.to_thread(begun.wait, 5)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert place.names() == []
+
+
+async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
+    """Also when the file was there already and nobody was told."""
+    for turns in range(0, 60, 3):
+        task = asyncio.create_task(put(place, b"x" * 100))
+        for _ in range(turns):
+            await asyncio.sleep(0.0005)
+        was_done = task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if was_done:
+            await place.store.delete(KEY)
+        assert place.names() == []
+
+
+@pytest.mark.parametrize("num_bytes", [1, MIB, 2 * MIB + 5])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty"])
+async def test_a_damaged_file_is_never_handed_out_whole(place: Place, num_bytes: int, damage: str) -> None:
+    """So that a client, who was told the length, notices; what fits in one chunk is refused before a byte."""
+    data = os.urandom(num_bytes)
+    file = await put(place, data)
+    damaged = {
+        "flipped": data[:-1] + bytes([data[-1] ^ 1]),
+        "cut": data[:-1],
+        "longer": data + b"x",
+        "empty": b"",
+    }[damage]
+    place.write(KEY, damaged)
+    got = []
+
+    async def take() -> None:
+        async for chunk in place.store.read(file):
+            got.append(chunk)  # noqa: PERF401  what came before the error counts
+
+    with pytest.raises(DamagedFileError):
+        await take()
+    assert sum(map(len, got)) <= max(0, num_bytes - 1)
+    assert num_bytes > MIB or not got
+    assert place.metrics.counts == {"damaged_files": 1}
+
+
+async def test_a_reader_that_goes_away_leaves_the_store_usable(place: Place) -> None:
+    file = await put(place, os.urandom(3 * MIB))
+    for _ in range(40):
+        chunks = place.store.read(file)
+        await anext(chunks)
+        await chunks.aclose()  # type: ignore[attr-defined]
+    for _ in range(10):
+        reading = asyncio.create_task(anext(place.store.read(file)))  # type: ignore[arg-type]
+        await asyncio.sleep(0.001)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    assert len(await read(place, file)) == 3 * MIB
+
+
+async def test_only_our_own_keys_are_listed_by_folder(place: Place) -> None:
+    ids = ("1" * 32, "6f9619ff-8b86-d011-b42d-00c04fc964ff", "6f9619ff-8b86-d011-b42d-00c04fc964ff:stable-audio")
+    jobs = [artifact_key(job_id, "stable audio ä.wav", fence=fence) for job_id in ids for fence in (1, 2)]
+    uploads, files = [upload_key(), part_key("2" * 32, 7)], [file_key()]
+    for key in (*jobs, *uploads, *files):
+        await put(place, b"12345", key=key)
+    for key in ("foreign.wav", "jobs.db", "uploads/holiday.jpg", "files/sub/a", "other/a.wav", "1" * 32):
+        place.write(key, b"x")
+    for folder, keys in (("", jobs), ("uploads", uploads), ("files", files)):
+        page = place.store.list_folder(folder)
+        assert page.next_cursor is None
+        assert sorted(item.key for item in page.objects) == sorted(keys)
+        for item in page.objects:
+            assert item.num_bytes == 5
+            assert abs(item.modified_at - time.time()) < 5
+
+
+async def test_a_large_folder_comes_in_pages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stable_audio_serve.artifacts.local._PAGE", 3)
+    monkeypatch.setattr("stable_audio_serve.artifacts.s3._PAGE", 3)
+    keys = [upload_key() for _ in range(7)]
+    for key in keys:
+        place.write(key, b"x")
+    found, cursor, num_pages = [], None, 0
+    while num_pages == 0 or cursor:
+        page = place.store.list_folder("uploads", cursor=cursor)
+        found += [item.key for item in page.objects]
+        cursor, num_pages = page.next_cursor, num_pages + 1
+    assert sorted(found) == sorted(keys)
+    assert num_pages == 3
+
+
+async def test_an_empty_store_lists_nothing(place: Place) -> None:
+    assert place.store.list_folder("uploads").objects == ()
+    assert place.store.sweep_unfinished(older_than_s=0) == 0
+
+
+async def test_a_store_that_works_passes_its_check_and_keeps_nothing_of_it(place: Place) -> None:
+    await asyncio.to_thread(place.store.check)
+    assert place.names() == []
+
+
+async def test_many_files_at_once(place: Place) -> None:
+    data = {upload_key(): os.urandom(300_000) for _ in range(40)}
+    files = await asyncio.gather(*(put(place, content, key=key) for key, content in data.items()))
+    assert await asyncio.gather(*(read(place, file) for file in files)) == list(data.values())
+
+
+async def test_a_file_of_another_content_is_not_the_one_asked_for(place: Place) -> None:
+    file = await put(place, b"abc")
+    with pytest.raises(DamagedFileError):
+        await read(place, replace(file, sha256="0" * 64))
