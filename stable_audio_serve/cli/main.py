@@ -1,4 +1,4 @@
-"""The `stable-audio-serve` command. Thin: parses arguments and imports what a command needs only when it runs."""
+"""The commands. Thin: parses arguments and imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 import typer
 
 from stable_audio_serve import __version__
+from stable_audio_serve.cli import jobs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.add_typer(jobs.app, name="jobs")
 
 
 @app.callback()
@@ -110,7 +112,3 @@ def verify(
         json_file.write(json.dumps(report.as_dict(), indent=1) + "\n")
     if not report.passed:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    app()

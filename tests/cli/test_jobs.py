@@ -1,0 +1,247 @@
+"""The operator's commands on a store of either kind, also while somebody else writes to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.cli import app
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.jobs.job import Job, JobError, JobUpload
+from stable_audio_serve.jobs.store import JobStore
+from tests.databases import postgres
+from tests.jobs.stores import RESULT, add, find, lease, open_database, postgres_with_tables, store_url
+
+__all__ = ["postgres", "postgres_with_tables", "store_url"]
+
+pytestmark = pytest.mark.slow
+
+DEAD = JobError("unavailable", "the model lost its replica too often")
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J \u202egnp.exe [bold]b[/bold] :smile:\r\nnext \ud83c " + "long " * 50
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[JobStore]:
+    store = JobStore(open_database(store_url))
+    store.database.prepare()
+    yield store
+    store.database.close()
+
+
+@pytest.fixture
+def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`stable-audio-serve jobs`, beside the server that has `store` open."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", store_url)
+    monkeypatch.setenv("STABLE_AUDIO_OUTPUT_DIR", str(tmp_path / "jobs"))
+    return lambda *arguments: CliRunner().invoke(app, ["jobs", *arguments])
+
+
+def expect(result: Result, *words: str, code: int = 0) -> str:
+    """What was printed, errors included; without a traceback and without anything a terminal would obey."""
+    assert result.exit_code == code, result.output
+    assert code or not result.stderr
+    if code:
+        assert result.stderr.startswith("error: ")
+    assert all(char.isprintable() or char == "\n" for char in result.output)
+    for word in words:
+        assert word in result.output
+    return result.output
+
+
+def load(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    assert result.stdout.isascii()
+    return json.loads(result.stdout)
+
+
+def add_one_of_each(store: JobStore) -> dict[str, Job]:
+    """A job in each state, and a dead letter."""
+    jobs = {"succeeded": add(store), "failed": add(store), "dead": add(store), "running": add(store)}
+    for _ in jobs:
+        lease(store)
+    leased = {name: find(store, job) for name, job in jobs.items()}
+    store.succeed(leased["succeeded"], RESULT)
+    store.fail(leased["failed"], JobError("invalid", "steps: too many", "steps"))
+    store.fail(leased["dead"], DEAD, is_dead_letter=True)
+    jobs |= {"cancelled": add(store), "queued": add(store)}
+    store.cancel("sa3", jobs["cancelled"].spec.id)
+    return {name: find(store, job) for name, job in jobs.items()}
+
+
+def test_a_list_is_newest_first_with_the_number_of_each(store: JobStore, run: Run) -> None:
+    jobs = add_one_of_each(store)
+    output = expect(run("list"), "1 queued, 1 running, 1 succeeded, 2 failed, 1 cancelled")
+    rows = [line for line in output.splitlines() if "sa3/" in line]
+    assert [row.split()[0] for row in rows] == [f"sa3/{job.spec.id}" for job in list(jobs.values())[::-1]]
+    assert [row.split()[1] for row in rows] == [job.state for job in list(jobs.values())[::-1]]
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "succeeded", "failed", "cancelled"])
+def test_a_list_of_one_state(store: JobStore, run: Run, state: str) -> None:
+    jobs = add_one_of_each(store)
+    listed = load(run("list", "--state", state, "--json"))
+    assert [job["id"] for job in listed] == [job.spec.id for job in list(jobs.values())[::-1] if job.state == state]
+    assert {job["state"] for job in listed} == {state}
+
+
+def test_a_list_has_a_limit(store: JobStore, run: Run) -> None:
+    jobs = [add(store) for _ in range(4)]
+    assert [job["id"] for job in load(run("list", "--limit", "2", "--json"))] == [job.spec.id for job in jobs[:1:-1]]
+    assert expect(run("list", "--limit", "1")).count("sa3/") == 1
+
+
+def test_an_empty_store(store: JobStore, run: Run) -> None:
+    expect(run("list"), "no jobs")
+    expect(run("dead-letters"), "no dead letters")
+    assert load(run("list", "--json")) == []
+
+
+def test_dead_letters_say_what_they_died_of(store: JobStore, run: Run) -> None:
+    dead = add_one_of_each(store)["dead"]
+    output = expect(run("dead-letters"), f"sa3/{dead.spec.id}", DEAD.message)
+    assert output.count("sa3/") == 1
+    (letter,) = load(run("dead-letters", "--json"))
+    assert (letter["id"], letter["is_dead_letter"], letter["error"]["code"]) == (dead.spec.id, True, "unavailable")
+
+
+def test_one_job_and_what_happened_to_it(store: JobStore, run: Run) -> None:
+    job = add(store, client="0123456789abcdef", webhook_url="https://example.com/hook", idempotency_key="order-1")
+    leased = lease(store, "runner-7")
+    store.report(leased, stage="denoising", fraction=0.25, eta_s=3.0, message="half way to half way")
+    output = expect(
+        run("show", job.spec.id), "running", "runner-7", "0123456789abcdef", "order-1", "half way to", "25%"
+    )
+    assert output.count("denoising") == 2
+    shown = load(run("show", f"sa3/{job.spec.id}", "--json"))
+    assert (shown["state"], shown["owner"], shown["fence"], shown["attempts"]) == ("running", "runner-7", 1, 1)
+    assert shown["prompt"] == "rain"
+    assert [event["message"] for event in shown["events"]] == ["queued", "started", "half way to half way"]
+    store.succeed(leased, RESULT)
+    assert load(run("show", job.spec.id, "--json"))["artifact_sha256"] == RESULT.file.sha256
+
+
+def test_what_clients_wrote_does_not_reach_the_terminal_raw(store: JobStore, run: Run) -> None:
+    job = add(store, request=GenerationRequest(prompt=HOSTILE, duration_s=1.0, seed=7))
+    store.fail(lease(store), JobError("invalid", "\x1b[2Jno \x07"), is_dead_letter=True)
+    for arguments in (("list",), ("dead-letters",), ("show", job.spec.id)):
+        output = expect(run(*arguments), "[bold]b[/bold] :smile: next")
+        assert "long " * 20 not in output
+    (listed,) = load(run("list", "--json"))
+    assert listed["prompt"].startswith("\x1b]0;owned\x07")
+
+
+def test_a_name_without_contract_is_enough_where_it_is_unique(store: JobStore, run: Run) -> None:
+    fal = add(store, contract="fal", id="7875a82d-0991-47c8-99fa-bdd57f4f0303")
+    aiml = add(store, contract="aiml", id="ed58c4e0-2ed6-429f-91a1-b2c13a89ff46:stable-audio")
+    for job in (fal, aiml):
+        for name in (job.spec.id, f"{job.spec.contract}/{job.spec.id}"):
+            assert load(run("show", name, "--json"))["contract"] == job.spec.contract
+    other = "aiml" if fal.spec.contract == "fal" else "fal"
+    expect(run("show", f"{other}/{fal.spec.id}"), "no such job", code=1)
+
+
+def test_a_name_of_two_jobs_is_refused(store: JobStore, run: Run) -> None:
+    for contract in ("sa3", "fal"):
+        add(store, contract=contract, id="a" * 32)
+    expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32}, fal/{'a' * 32}", code=1)
+    expect(run("cancel", f"fal/{'a' * 32}"), "cancelled")
+    assert [job.state for job in store.list_all()] == ["cancelled", "queued"]
+
+
+@pytest.mark.parametrize("name", ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"])
+@pytest.mark.parametrize("command", ["show", "cancel", "retry"])
+def test_an_unknown_job_is_one_sentence(store: JobStore, run: Run, command: str, name: str) -> None:
+    assert len(expect(run(command, name), "no such job", code=1).splitlines()) == 1
+
+
+def test_cancelling(store: JobStore, run: Run, tmp_path: Path) -> None:
+    upload = tmp_path / "jobs" / "uploads" / ("b" * 32)
+    upload.parent.mkdir(parents=True)
+    upload.write_bytes(b"abc")
+    file = StoredFile(f"uploads/{'b' * 32}", "application/octet-stream", "upload", 3, "0" * 64)
+    running, waiting = add(store), add(store, upload=JobUpload(file, "init", 1.0))
+    lease(store)
+    expect(run("cancel", running.spec.id, waiting.spec.id), f"{waiting.spec.id}: cancelled", "asked to stop")
+    assert find(store, waiting).state == "cancelled"
+    assert find(store, running).cancel_requested
+    assert not upload.exists()
+    expect(run("cancel", waiting.spec.id), "it is over: cancelled", code=1)
+
+
+def test_only_a_dead_letter_can_be_tried_again(store: JobStore, run: Run) -> None:
+    jobs = add_one_of_each(store)
+    for name, job in jobs.items():
+        if name != "dead":
+            expect(run("retry", job.spec.id), f"it is no dead letter: it is {job.state}", code=1)
+            assert find(store, job) == job
+    expect(run("retry", jobs["dead"].spec.id), "queued again")
+    again = find(store, jobs["dead"])
+    assert (again.state, again.attempts, again.error) == ("queued", 0, None)
+    expect(run("dead-letters"), "no dead letters")
+
+
+def test_those_that_can_be_are_also_when_others_cannot(store: JobStore, run: Run) -> None:
+    jobs = add_one_of_each(store)
+    result = run("retry", "nope", jobs["dead"].spec.id)
+    assert (result.exit_code, result.stderr) == (1, "error: nope: no such job\n")
+    assert find(store, jobs["dead"]).state == "queued"
+
+
+def test_wrong_words_are_refused(run: Run, store: JobStore) -> None:
+    for arguments in (("list", "--state", "done"), ("list", "--limit", "0"), ("show",), ("nope",)):
+        assert run(*arguments).exit_code == 2
+
+
+def test_a_store_that_is_not_there_is_one_sentence(
+    run: Run, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", f"sqlite:///{tmp_path}/nowhere/jobs.db")
+    expect(run("list"), "there are no jobs yet", code=2)
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "text").write_text("no database at all, but long enough for a header of one" * 20)
+    monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", f"sqlite:///{tmp_path}/text")
+    assert len(expect(run("list"), code=2).splitlines()) == 1
+    monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/jobs")
+    assert "secret" not in expect(run("list"), "127.0.0.1", code=2)
+    monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", "mysql://h/db")
+    expect(run("list"), "jobs.database_url", code=2)
+
+
+def test_the_config_file_names_the_store(
+    run: Run, store: JobStore, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STABLE_AUDIO_DATABASE_URL")
+    job = add(store)
+    tree = {"applications": [{"args": {"jobs": {"database_url": store_url}}}]}
+    (tmp_path / "mine.yaml").write_text(json.dumps(tree))
+    assert load(run("show", job.spec.id, "--json", "--config", "mine.yaml"))["id"] == job.spec.id
+    (tmp_path / "mine.yaml").rename("serve_config.yaml")  # where the server looks, too
+    assert load(run("show", job.spec.id, "--json"))["id"] == job.spec.id
+    expect(run("list", "--config", "mine.yaml"), "mine.yaml", code=2)
+
+
+def test_as_a_program_of_its_own(store: JobStore, store_url: str, tmp_path: Path) -> None:
+    job = add(store)
+    command = [sys.executable, "-m", "stable_audio_serve.cli", "jobs", "cancel", job.spec.id, "nope"]
+    environment = os.environ | {"STABLE_AUDIO_DATABASE_URL": store_url, "STABLE_AUDIO_OUTPUT_DIR": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        f"{job.spec.id}: cancelled\n",
+        "error: nope: no such job\n",
+    )
+    assert find(store, job).state == "cancelled"
