@@ -12,6 +12,7 @@ import random
 import re
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,15 @@ class Faults:
     is_silent: bool = False  # requests are taken and never answered
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients may go away: that is no news."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
 class FaultyProxy:
     """Stands before one HTTP server. `faults` may be replaced at any time and applies to the next request.
 
@@ -67,8 +77,7 @@ class FaultyProxy:
         self._uploads: dict[bytes, datetime] = {}
         self._random = random.Random(seed)
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: _Handler(self, *args))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), lambda *args: _Handler(self, *args))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), daemon=True)
 
     def reset(self) -> None:

@@ -8,6 +8,9 @@ import secrets
 # Where keys lie: finished jobs at the top, files of jobs to come, files that clients have links to.
 FOLDERS = ("", "uploads", "files")
 
+# Says whose a folder or bucket is.
+OWNER_KEY = ".owner"
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _HEX = "[0-9a-f]{32}"
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"

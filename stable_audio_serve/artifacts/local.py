@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from stable_audio_serve.artifacts.keys import FOLDERS, is_ours, upload_key
+from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, is_ours, upload_key
 from stable_audio_serve.artifacts.store import BackendName, Chunks, ObjectPage, StoredFile, StoredObject
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
 from stable_audio_serve.artifacts.verified import verified
@@ -85,6 +85,20 @@ class LocalArtifacts:
 
     def bucket_key(self, file: StoredFile) -> None:
         """None: there are no buckets."""
+
+    def claim(self, owner: str) -> float | None:
+        """Since when this folder is the owner's, see `ArtifactStore.claim`."""
+        path = self._folder / OWNER_KEY
+        draft = self._folder / f".{OWNER_KEY}.{secrets.token_hex(8)}.partial"
+        try:
+            if not path.exists():
+                _write(draft, lambda: [owner.encode()], threading.Event())
+                with suppress(FileExistsError):  # somebody was faster
+                    os.link(draft, path)
+                draft.unlink()
+            return path.stat().st_mtime if path.read_text() == owner else None
+        except OSError as error:
+            raise _storage_error(error) from error
 
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
         """What lies directly in a folder under keys of ours. Raises StorageError."""

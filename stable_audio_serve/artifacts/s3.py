@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 import structlog
 
-from stable_audio_serve.artifacts.keys import is_ours
+from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours
 from stable_audio_serve.artifacts.s3_check import check_bucket
-from stable_audio_serve.artifacts.s3_client import is_missing, make_client, our_errors, s3_errors
+from stable_audio_serve.artifacts.s3_client import is_missing, make_client, our_errors, s3_errors, status_of
 from stable_audio_serve.artifacts.store import BackendName, Chunks, ObjectPage, StoredFile, StoredObject
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
 from stable_audio_serve.artifacts.verified import verified
@@ -32,6 +32,8 @@ _CHUNK_BYTES = 1_048_576
 _MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
 _PART_BYTES = 8 * _CHUNK_BYTES
 _PAGE = 1000
+_NOT_IMPLEMENTED = 501
+_WAS_FASTER = (409, 412)  # conflict, precondition failed: somebody else was
 _MAX_RESUMES = 5  # of one download without a byte in between
 _RESUME_PAUSE_S = 0.2  # before the first of them; doubles
 
@@ -91,6 +93,19 @@ class S3Artifacts:
         """The whole key of the file in its bucket."""
         return self._prefix + file.key
 
+    def claim(self, owner: str) -> float | None:
+        """Since when this part of the bucket is the owner's, see `ArtifactStore.claim`."""
+        at = self._at(OWNER_KEY)
+        with our_errors("claim"):
+            try:
+                found = self._client.get_object(**at)
+            except self._client.exceptions.NoSuchKey:
+                self._put_if_missing(at, owner.encode())
+                found = self._client.get_object(**at)
+            is_owned = found["Body"].read() == owner.encode()
+        since: float = found["LastModified"].timestamp()
+        return since if is_owned else None
+
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
         """What lies directly in a folder under keys of ours; any page may be empty. Raises StorageError."""
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix
@@ -148,6 +163,15 @@ class S3Artifacts:
             else:
                 self._put_in_parts(key, options, until_stopped(chunks(), stop), num_bytes=num_bytes, sha256=sha256)
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
+
+    def _put_if_missing(self, at: dict[str, Any], body: bytes) -> None:
+        try:
+            self._client.put_object(**at, Body=body, IfNoneMatch="*")
+        except s3_errors() as error:
+            if status_of(error) == _NOT_IMPLEMENTED:  # of services that know no conditions
+                self._client.put_object(**at, Body=body)
+            elif status_of(error) not in _WAS_FASTER:
+                raise
 
     def _put_in_parts(
         self, key: str, options: dict[str, Any], chunks: Iterable[bytes], *, num_bytes: int, sha256: str

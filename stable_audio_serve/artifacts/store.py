@@ -84,6 +84,13 @@ class ArtifactStore(Protocol):
         """The whole key of the file in its bucket; None where there are no buckets."""
         ...
 
+    def claim(self, owner: str) -> float | None:
+        """Since when this place is the owner's, Unix seconds; None when it is another's. What is nobody's is taken.
+
+        Files that were here before are not the owner's either. Raises StorageError.
+        """
+        ...
+
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
         """What lies directly in one of `artifacts.keys.FOLDERS` under keys of ours. Raises StorageError."""
         ...

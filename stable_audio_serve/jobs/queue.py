@@ -135,12 +135,13 @@ def prepare_stores(settings: Settings) -> str:
     """
     artifacts = open_artifacts(settings)
     artifacts.check()
-    database = open_store(settings).database
+    store = open_store(settings)
     try:
-        database.prepare()
+        store.database.prepare()
+        artifacts.claim(store.identity())  # now: what is put before belongs to nobody, and is never swept
     finally:
-        database.close()
-    return f"jobs are kept in {database}, their files in {artifacts}"
+        store.database.close()
+    return f"jobs are kept in {store.database}, their files in {artifacts}"
 
 
 def open_queue(

@@ -28,6 +28,7 @@ from stable_audio_serve.jobs.job import Job, State
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.periodic import Periodic
 from stable_audio_serve.jobs.store import JobStore, Outlook
+from stable_audio_serve.jobs.sweeper import Sweeper
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
@@ -75,6 +76,7 @@ class JobRunner:
         self._is_closing = False
         self._loop_task: asyncio.Task[None] | None = None
         self._counting = Periodic(self._count, every_s=_COUNT_EVERY_S, clock=clock)
+        self._sweeper = Sweeper(store, artifacts, self._settings, metrics=self._metrics)
         self._asking = Periodic(self._ask_replicas, every_s=_REPLICAS_EVERY_S, clock=clock)
 
     async def start(self) -> None:
@@ -83,6 +85,7 @@ class JobRunner:
         self._heartbeat.start()
         if self._notifier is not None:
             self._notifier.start(on_postponed=self.wake)
+        self._sweeper.start()
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def wake(self) -> None:
@@ -106,6 +109,7 @@ class JobRunner:
         await _finish({attempt.task for attempt in self._attempts.values()})
         for periodic in (self._counting, self._asking):
             await periodic.close()
+        await self._sweeper.close()
         if self._notifier is not None:
             await self._notifier.close()
         await asyncio.to_thread(self._heartbeat.close)

@@ -20,7 +20,7 @@ from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobResult, JobSpec, State
 from stable_audio_serve.jobs.retention import forget_some, unreferenced
 from stable_audio_serve.jobs.submission import count, find_no_room, find_same
-from stable_audio_serve.jobs.tables import EVENTS, FILES, JOBS, in_state
+from stable_audio_serve.jobs.tables import EVENTS, FILES, IDENTITY, JOBS, in_state
 from stable_audio_serve.jobs.transitions import (
     CANCELLED,
     Transitions,
@@ -316,6 +316,14 @@ class JobStore:
             return {state: count for state, count in connection.execute(query)}  # noqa: C416
 
     # What the sweeper does
+
+    def identity(self) -> str:
+        """A random name that this database has and keeps."""
+        query = sa.select(IDENTITY.c.id)
+        with self.database.writing() as connection:
+            new = {"seq": 1, "id": secrets.token_hex(16)}
+            connection.execute(self.database.insert(IDENTITY).values(new).on_conflict_do_nothing())
+            return str(connection.execute(query).scalar_one())
 
     def purge(self, *, age_s: float, limit: int = 100) -> list[str]:
         """Forget jobs that ended, and files published, `age_s` ago and more: some that nothing needs any more, by key.

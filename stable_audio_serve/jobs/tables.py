@@ -99,6 +99,14 @@ FILES = sa.Table(
     sa.Index("files_by_age", "created_at"),
 )
 
+# What this database is called, among others that may exist: one row.
+IDENTITY = sa.Table(
+    "identity",
+    METADATA,
+    sa.Column("seq", _Number, primary_key=True),  # always 1
+    sa.Column("id", _Text, nullable=False),
+)
+
 
 def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
     """That a job waits, or runs; written out, because databases match no parameter with a partial index."""

@@ -251,3 +251,13 @@ async def test_a_file_of_another_content_is_not_the_one_asked_for(place: Place) 
     file = await put(place, b"abc")
     with pytest.raises(DamagedFileError):
         await read(place, replace(file, sha256="0" * 64))
+
+
+async def test_a_place_belongs_to_whom_claims_it_first(place: Place) -> None:
+    claims = await asyncio.gather(*(asyncio.to_thread(place.store.claim, owner) for owner in "abcdef"))
+    (since,) = [claim for claim in claims if claim is not None]
+    assert abs(since - time.time()) < 10
+    winner = "abcdef"[claims.index(since)]
+    assert [place.store.claim(owner) for owner in (winner, "x", winner)] == [since, None, since]
+    assert place.store.list_folder("").objects == ()
+    assert [name.rpartition("/")[2] for name in place.names()] == [".owner"]

@@ -93,6 +93,11 @@ class TestOperators:
         assert [held.cancel_requested for held in store.renew("me", lease_s=LEASE_S)] == [False]
 
 
+def test_a_database_keeps_its_name(store: JobStore, database: Database) -> None:
+    names = {store.identity(), store.identity(), JobStore(database).identity()}
+    assert [len(name) for name in names] == [32]
+
+
 class TestRetention:
     """What ended long ago is forgotten, in batches, and its files are named for deletion."""
 

@@ -1,0 +1,277 @@
+"""What the sweeper removes and what it must not touch, on a folder and on a bucket."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.artifacts.keys import artifact_key, file_key, part_key
+from stable_audio_serve.artifacts.local import LocalArtifacts
+from stable_audio_serve.artifacts.s3 import S3Artifacts
+from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.database import Database, database_url
+from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobUpload
+from stable_audio_serve.jobs.queue import JobQueue
+from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.sweeper import Sweeper, Swept
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
+from tests.object_storage import Faults, ObjectStorage
+
+HOUR = 3600.0
+LIMITS = JobSettings(retention_s=7 * 24 * HOUR, orphan_after_s=24 * HOUR, sweep_every_s=600)
+
+
+@dataclass
+class Premises:
+    """A job queue, what lies in its place, and a clock that a test moves for the queue and its sweepers."""
+
+    queue: JobQueue
+    late_s: float = 0.0
+    metrics: RecordedMetrics = field(default_factory=RecordedMetrics)
+
+    def now(self) -> float:
+        return time.time() + self.late_s
+
+    def names(self) -> list[str]:
+        raise NotImplementedError
+
+    def write(self, key: str) -> None:
+        """As somebody else."""
+        raise NotImplementedError
+
+    def begin(self, key: str) -> None:
+        """Leave a file unfinished."""
+        raise NotImplementedError
+
+    async def sweep(self, **limits: float) -> Swept:
+        settings = LIMITS.model_copy(update=limits)
+        store, artifacts = self.queue.store, self.queue.artifacts
+        return await Sweeper(store, artifacts, settings, metrics=self.metrics, now=self.now).sweep()
+
+    async def put(self, key: str) -> StoredFile:
+        return await self.queue.artifacts.put(key, lambda: [b"audio"], media_type="audio/wav", file_name="a.wav")
+
+    async def make_job(self, **overrides: Any) -> Job:
+        """A running job with an upload."""
+        file = await self.queue.put_upload(lambda: [b"upload"], media_type="audio/wav", file_name="a.wav")
+        await self.queue.submit(make_spec(upload=JobUpload(file, "init", 10.0), **overrides))
+        job = self.queue.store.lease("me", lease_s=15)
+        assert job is not None
+        return job
+
+    async def finish(self, job: Job) -> StoredFile:
+        file = await self.put(artifact_key(job.spec.id, "a.wav", fence=1))
+        assert self.queue.store.succeed(job, JobResult(file, file.key[:32], 44100, 1, (7,), 0.1)) is not None
+        return file
+
+
+@dataclass(kw_only=True)
+class Folder(Premises):
+    folder: Path
+
+    def names(self) -> list[str]:
+        paths = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.folder)) for path in paths if path.name != ".owner")
+
+    def write(self, key: str) -> None:
+        (self.folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / key).write_bytes(b"foreign")
+
+    def begin(self, key: str) -> None:
+        folder, _, name = key.rpartition("/")
+        self.write(f"{folder}/.{name}.{'0' * 16}.partial")
+
+
+@dataclass(kw_only=True)
+class Bucket(Premises):
+    storage: ObjectStorage
+    bucket: str
+
+    def names(self) -> list[str]:
+        names = (*self.storage.keys(self.bucket), *self.storage.unfinished(self.bucket))
+        return sorted(name.removeprefix("p/") for name in names if not name.endswith(".owner"))
+
+    def write(self, key: str) -> None:
+        self.storage.client.put_object(Bucket=self.bucket, Key=f"p/{key}", Body=b"foreign")
+
+    def begin(self, key: str) -> None:
+        self.storage.client.create_multipart_upload(Bucket=self.bucket, Key=f"p/{key}")
+
+
+@pytest.fixture(params=["local", "s3"])
+async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Premises]:
+    """A place that nobody has used yet."""
+    made = make_folder(tmp_path) if request.param == "local" else make_bucket(request, tmp_path)
+    yield made
+    await made.queue.close()
+
+
+@pytest.fixture
+def premises(unclaimed: Premises) -> Premises:
+    unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity())
+    return unclaimed
+
+
+@pytest.fixture
+async def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bucket]:
+    made = make_bucket(request, tmp_path)
+    made.queue.artifacts.claim(made.queue.store.identity())
+    yield made
+    await made.queue.close()
+
+
+def make_folder(tmp_path: Path) -> Folder:
+    folder = tmp_path / "files"
+    made = Folder(make_queue(tmp_path, LocalArtifacts(folder), lambda: made.now()), folder=folder)
+    return made
+
+
+def make_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Bucket:
+    storage: ObjectStorage = request.getfixturevalue("object_storage")
+    bucket = storage.make_bucket()
+    artifacts = S3Artifacts(storage.settings(bucket, prefix="p"))
+    made = Bucket(make_queue(tmp_path, artifacts, lambda: made.now()), storage=storage, bucket=bucket)
+    return made
+
+
+def make_queue(folder: Path, artifacts: ArtifactStore, now: Any, *, name: str = "jobs.db") -> JobQueue:
+    url = database_url(f"sqlite:///{folder / name}", folder)
+    return JobQueue(JobStore(Database(url, now=now), LIMITS), artifacts)
+
+
+async def test_nothing_young_is_touched(premises: Premises) -> None:
+    await premises.finish(await premises.make_job())
+    await premises.make_job()
+    await premises.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
+    await premises.put(file_key())
+    before = premises.names()
+    assert len(before) == 5
+    for late_s in (0, 23 * HOUR):
+        premises.late_s = late_s
+        assert await premises.sweep() == Swept()
+    assert premises.names() == before
+
+
+async def test_old_jobs_and_published_files_go_with_their_files(premises: Premises) -> None:
+    job = await premises.make_job()
+    await premises.finish(job)
+    file_id, _ = await premises.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
+    premises.late_s = 6 * 24 * HOUR
+    await premises.queue.artifacts.delete(job.spec.upload.file.key if job.spec.upload else "")
+    later = await premises.finish(await premises.make_job())
+    premises.late_s = 7 * 24 * HOUR + 1
+    swept = await premises.sweep(orphan_after_s=30 * 24 * HOUR)
+    assert swept.num_old == 3  # an upload that is gone already counts as removed
+    assert await premises.queue.get("sa3", job.spec.id) is None
+    assert await premises.queue.find_file(file_id) is None
+    assert later.key in premises.names()
+    assert not any(job.spec.id in name or name.startswith("files/") for name in premises.names())
+    assert premises.metrics.counters["swept_files", ("kind", "old")] == 3
+
+
+async def test_files_that_belong_to_nothing_go_after_a_day(premises: Premises) -> None:
+    job = await premises.make_job()
+    await premises.finish(job)
+    orphans = [artifact_key(job.spec.id, "a.wav", fence=2), part_key("7" * 32, 3), file_key()]
+    for key in orphans:
+        await premises.put(key)
+    premises.late_s = 25 * HOUR
+    assert await premises.sweep() == Swept(num_orphans=4)  # with the upload of the ended job
+    assert premises.names() == [artifact_key(job.spec.id, "a.wav", fence=1)]
+    assert await premises.sweep() == Swept()
+
+
+async def test_what_a_job_still_needs_stays_however_old(premises: Premises) -> None:
+    running, dead, waiting = await premises.make_job(), await premises.make_job(), await premises.make_job()
+    error = JobError("unavailable", "no")
+    assert premises.queue.store.fail(dead, error, is_dead_letter=True) is not None
+    assert premises.queue.store.requeue(waiting, delay_s=0, attempts=0, message="again") is not None
+    premises.late_s = 30 * 24 * HOUR
+    assert await premises.sweep(retention_s=60 * 24 * HOUR) == Swept()
+    assert premises.names() == sorted(job.spec.upload.file.key for job in (running, dead, waiting) if job.spec.upload)
+
+
+FOREIGN = ("song.wav", "jobs.db", "uploads/photo.jpg", "files/x/y.wav", "other/" + "1" * 32 + "-a.wav", "1" * 32)
+
+
+async def test_foreign_files_are_not_touched(premises: Premises) -> None:
+    for key in FOREIGN:
+        premises.write(key)
+    premises.late_s = 400 * 24 * HOUR
+    assert await premises.sweep() == Swept()
+    assert premises.names() == sorted(FOREIGN)
+
+
+async def test_what_was_there_before_us_stays(unclaimed: Premises) -> None:
+    """The Stable Audio 3 server names its files as we do, and by default in the same place."""
+    unclaimed.write(artifact_key("1" * 32, "stable-audio-3-medium.wav", fence=1))
+    before = unclaimed.names()
+    await asyncio.sleep(1.1)  # buckets count whole seconds
+    assert unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity()) is not None
+    orphan = await unclaimed.put(file_key())
+    unclaimed.late_s = 400 * 24 * HOUR
+    assert await unclaimed.sweep() == Swept(num_orphans=1)
+    assert unclaimed.names() == before
+    assert orphan.key not in unclaimed.names()
+
+
+async def test_a_place_that_another_database_claimed_is_not_swept_of_orphans(
+    premises: Premises, tmp_path: Path
+) -> None:
+    file = await premises.finish(await premises.make_job())
+    stranger = replace(premises, queue=make_queue(tmp_path, premises.queue.artifacts, premises.now, name="other.db"))
+    stranger.late_s = 5 * 24 * HOUR
+    assert await stranger.sweep() == Swept()
+    assert file.key in premises.names()
+    assert premises.queue.store.identity() != stranger.queue.store.identity()
+    await asyncio.to_thread(stranger.queue.store.database.close)
+
+
+async def test_several_sweepers_at_once_remove_each_file_once(premises: Premises) -> None:
+    for _ in range(30):
+        await premises.put(file_key())
+    for _ in range(5):
+        await premises.finish(await premises.make_job())
+    premises.late_s = 8 * 24 * HOUR
+    await asyncio.gather(*(premises.sweep() for _ in range(3)))
+    assert premises.names() == []
+
+
+async def test_a_service_in_trouble_is_swept_later(bucket: Bucket) -> None:
+    await bucket.finish(await bucket.make_job())
+    await bucket.put(file_key())
+    bucket.late_s = 8 * 24 * HOUR
+    bucket.storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
+    assert await bucket.sweep() == Swept()
+    assert bucket.queue.store.list_all() == []  # forgotten first: what is left of it is an orphan
+    assert len(bucket.names()) == 3
+    bucket.storage.proxy.faults = Faults()
+    assert await bucket.sweep() == Swept(num_orphans=3)
+
+
+async def test_unfinished_files_go_when_they_are_old(premises: Premises) -> None:
+    premises.begin(file_key())
+    assert await premises.sweep() == Swept()
+    assert await premises.sweep(orphan_after_s=-HOUR) == Swept(num_unfinished=1)
+    assert premises.names() == []
+
+
+@pytest.fixture
+def job_settings() -> JobSettings:
+    """Of the workshop."""
+    return JobSettings(sweep_every_s=0.05, orphan_after_s=0.001)
+
+
+async def test_a_runner_sweeps_by_itself(workshop: Workshop) -> None:
+    queue = workshop.queue
+    queue.artifacts.claim(queue.store.identity())
+    await queue.artifacts.put(file_key(), lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
+    await workshop.start_runner()
+    await wait_for(lambda: workshop.files() == [".owner"])
