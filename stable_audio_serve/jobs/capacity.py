@@ -13,7 +13,8 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
 
-_MEMORY = 0.9  # weight of what was known, for each job that ends
+_MEMORY = 0.9  # weight of what was known before, for each job that ends
+_APART = 0.1  # jobs that end by this share of their time after one another do not end together
 _JOBS_BEFORE_LEARNT = 4  # per replica
 _LEAST_BUSY_S = 1e-6
 
@@ -43,6 +44,18 @@ class _Speed:
     work: float = 0.0
     unaccounted_s: float = 0.0  # spent since a job last ended
     since: float = 0.0
+
+    def add(self, work: float) -> None:
+        """A job ended that did this work. Of several that end together only the first makes older ones fade."""
+        expected_s = self.predict_s(work)
+        keep = _MEMORY ** min(1.0, self.unaccounted_s / (_APART * expected_s)) if expected_s else 1.0
+        self.busy_s = self.busy_s * keep + max(self.unaccounted_s, _LEAST_BUSY_S)
+        self.work = self.work * keep + work
+        self.unaccounted_s = 0.0
+
+    def predict_s(self, work: float) -> float | None:
+        """How long a replica takes for this work, seconds; None while nothing is known."""
+        return self.busy_s / self.work * work if self.work else None
 
 
 class Capacity:
@@ -110,9 +123,7 @@ class Capacity:
     def predict_s(self, model: str, work: float) -> float | None:
         """How long a replica takes for this work, seconds; None while too little is known."""
         speed = self._speeds.get(model)
-        if speed is None or not speed.work:
-            return None
-        return max(speed.busy_s, _LEAST_BUSY_S) / speed.work * work
+        return None if speed is None else speed.predict_s(work)
 
     def backlog_s(self, model: str) -> float | None:
         """Predicted time until all that was taken of a model is done, seconds; None while too little is known."""
@@ -146,9 +157,7 @@ class Capacity:
         taken.is_working = False
         speed = self._speeds.get(taken.model)
         if speed is not None and taken.done > 0:
-            speed.busy_s = speed.busy_s * _MEMORY + speed.unaccounted_s
-            speed.work = speed.work * _MEMORY + taken.work * taken.done
-            speed.unaccounted_s = 0.0
+            speed.add(taken.work * taken.done)
 
     def _account(self, model: str) -> None:
         """Count the time since the last change: of as many replicas as there were jobs to keep them busy."""

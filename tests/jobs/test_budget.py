@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from stable_audio_serve.jobs.budget import ByteBudget
+
+
+async def take(budget: ByteBudget, num_bytes: int, taken: list[int], *, until: asyncio.Event) -> None:
+    async with budget.hold(num_bytes):
+        taken.append(num_bytes)
+        await until.wait()
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_what_fits_is_had_together_and_the_rest_waits_its_turn() -> None:
+    budget, taken, done = ByteBudget(100), list[int](), asyncio.Event()
+    tasks = []
+    for num_bytes in (60, 40, 50, 1):
+        tasks.append(asyncio.create_task(take(budget, num_bytes, taken, until=done)))
+        await settle()
+    assert taken == [60, 40]  # the last one would fit later too, but it came after the third
+    done.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+    assert taken == [60, 40, 50, 1]
+
+
+async def test_more_than_there_is_goes_to_one_who_is_alone() -> None:
+    budget, taken, done = ByteBudget(100), list[int](), asyncio.Event()
+    tasks = [asyncio.create_task(take(budget, num_bytes, taken, until=done)) for num_bytes in (500, 1)]
+    await settle()
+    assert taken == [500]
+    done.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+
+
+async def test_whoever_gives_up_or_fails_leaves_nothing_behind() -> None:
+    budget = ByteBudget(100)
+    with pytest.raises(RuntimeError):
+        async with budget.hold(100):
+            raise RuntimeError("a bug")
+    async with budget.hold(100):
+        waiting = asyncio.create_task(take(budget, 100, [], until=asyncio.Event()))
+        await settle()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    async with asyncio.timeout(5), budget.hold(100):
+        pass

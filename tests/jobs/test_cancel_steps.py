@@ -1,0 +1,130 @@
+"""Cancelling a job at every step of a real engine: it ends within one step, and its neighbours do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.jobs.job import Job
+from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.models.protocol import DecodeWindow, StepBatch
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.serving.local import LocalBackend
+from tests.goldens import load_goldens
+from tests.jobs.conftest import make_spec
+from tests.models.loaded import loaded
+
+pytestmark = pytest.mark.slow
+
+_NAME = "tiny-s"
+_STEPS = 6
+_VICTIM_S = 3.0  # longer than the others, which is how the gate knows it
+NEIGHBOURS = (
+    GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=_STEPS),
+    GenerationRequest(prompt="drums", duration_s=0.6, seed=2, steps=_STEPS + 3, cfg_scale=2.0, batch_size=2),
+)
+
+
+class GatedModel:
+    """A real model that holds the engine in the middle of a chosen device call of the longest row."""
+
+    def __init__(self) -> None:
+        self._model = loaded(_NAME)
+        self._longest = max(plan.frames for plan in self._model.plan(make_victim()))
+        self.num_steps = 0  # of that row
+        self._hold_at = ""
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def hold(self, call: str) -> None:
+        """`step 0` is the row's first step, `decode` the first decoding of anything after its last one."""
+        self.num_steps = 0
+        self._hold_at = call
+        self.reached.clear()
+        self.opened.clear()
+
+    def denoise(self, batch: StepBatch) -> Any:
+        if batch.x.shape[-1] >= self._longest:
+            self._pass(f"step {self.num_steps}")
+            self.num_steps += 1
+        return self._model.denoise(batch)
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> Any:
+        if self.num_steps == _STEPS:
+            self._pass("decode")
+        return self._model.decode(windows)
+
+    def _pass(self, call: str) -> None:
+        if call == self._hold_at:
+            self.reached.set()
+            assert self.opened.wait(30)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def make_victim() -> GenerationRequest:
+    return GenerationRequest(prompt="a bell", duration_s=_VICTIM_S, seed=3, steps=_STEPS)
+
+
+@asynccontextmanager
+async def running(folder: Path, model: Any) -> AsyncIterator[JobQueue]:
+    """A queue whose jobs a runner does on an engine in this process."""
+    settings = Settings(output_dir=str(folder))
+    card = resolve_entry(_NAME, path=str(load_goldens(_NAME).folder)).card()
+    engine = Engine(model, EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
+    async with LocalBackend(ModelCatalog([card]), {_NAME: engine}) as backend:
+        queue = open_queue(settings)
+        runner = JobRunner(queue.store, queue.artifacts, backend, settings)
+        await runner.start()
+        queue.wake = runner.wake
+        yield queue
+        await runner.close()
+        await queue.close()
+
+
+async def finish(queue: JobQueue, job: Job) -> Job:
+    async with asyncio.timeout(30):
+        while not job.is_over:
+            await asyncio.sleep(0.005)
+            job = await queue.get("sa3", job.spec.id) or job
+    return job
+
+
+async def audio_of(queue: JobQueue, job: Job) -> bytes:
+    assert job.result is not None, job.error
+    return b"".join([chunk async for chunk in queue.read(job.result.file)])
+
+
+async def test_it_ends_within_a_step_and_its_neighbours_do_not_notice(tmp_path: Path) -> None:
+    model = GatedModel()
+    async with running(tmp_path, model) as queue:
+        alone = []
+        for request in NEIGHBOURS:
+            job = await finish(queue, await queue.submit(make_spec(model=_NAME, request=request)))
+            alone.append(await audio_of(queue, job))
+        for call in (*(f"step {step}" for step in range(_STEPS)), "decode"):
+            model.hold(call)
+            victim = await queue.submit(make_spec(model=_NAME, request=make_victim()))
+            others = [await queue.submit(make_spec(model=_NAME, request=request)) for request in NEIGHBOURS]
+            assert await asyncio.to_thread(model.reached.wait, 30), call
+            outcome, _ = await queue.cancel("sa3", victim.spec.id)
+            assert outcome == "requested", call
+            victim = await finish(queue, victim)  # the engine is told by then, and still in its step
+            num_before = model.num_steps
+            model.opened.set()
+            crowd = [await audio_of(queue, await finish(queue, other)) for other in others]
+            assert (victim.state, victim.result) == ("cancelled", None)
+            assert model.num_steps == min(num_before + 1, _STEPS), call  # the one it was in
+            assert crowd == alone, call

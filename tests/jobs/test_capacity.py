@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pytest
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.jobs.capacity import Capacity, work_of
+from tests.factories import FakeClock, make_request
+
+_AHEAD_S = 30.0
+
+
+def make_capacity(clock: FakeClock, *models: str, max_running: int = 64) -> Capacity:
+    return Capacity(models or ("a",), ahead_s=_AHEAD_S, max_running=max_running, clock=clock)
+
+
+def run_alone(capacity: Capacity, clock: FakeClock, *, work: float, seconds: float, model: str = "a") -> None:
+    """A job from start to end, with nothing beside it."""
+    capacity.begin("alone", model=model, work=work)
+    capacity.advance("alone", done=0.0)
+    clock.now += seconds
+    capacity.advance("alone", done=1.0)
+    capacity.end("alone")
+
+
+def fill(capacity: Capacity, *, work: float, model: str = "a") -> int:
+    """How many such jobs are taken."""
+    count = 0
+    while (models := capacity.open_models()) is None or model in models:
+        capacity.begin((model, capacity.num_taken), model=model, work=work)
+        count += 1
+    return count
+
+
+def test_work_is_duration_times_steps_times_variations() -> None:
+    card = ModelCard("a", "f", default_steps=100)
+    assert work_of(make_request(duration_s=3.0, steps=8, batch_size=2), card) == 48
+    assert work_of(make_request(duration_s=3.0, steps=None), card) == 300
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+def test_before_anything_is_learnt_a_few_jobs_go_to_each_replica(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    assert capacity.predict_s("a", 1.0) is None
+    assert fill(capacity, work=1e9) == 4
+    more = make_capacity(clock)
+    more.set_replicas({"a": 3})
+    assert fill(more, work=1e9) == 12
+
+
+def test_a_model_takes_jobs_up_to_its_time_and_one_at_least(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    run_alone(capacity, clock, work=10.0, seconds=5.0)
+    assert capacity.predict_s("a", 10.0) == pytest.approx(5.0)
+    assert fill(capacity, work=10.0) == 6
+    for index in range(6):
+        capacity.end(("a", index))
+    assert fill(capacity, work=1e6) == 1
+
+
+def test_replicas_multiply_the_room(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    run_alone(capacity, clock, work=10.0, seconds=5.0)
+    capacity.set_replicas({"a": 3})
+    assert fill(capacity, work=10.0) == 18
+
+
+def test_a_model_without_replicas_is_asked_all_the_same(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    run_alone(capacity, clock, work=10.0, seconds=5.0)
+    capacity.set_replicas({"a": 0})
+    assert fill(capacity, work=10.0) == 6
+
+
+def test_a_full_model_leaves_room_for_another(clock: FakeClock) -> None:
+    capacity = make_capacity(clock, "a", "b")
+    assert capacity.open_models() is None
+    assert fill(capacity, work=1.0) == 4
+    assert capacity.open_models() == ["b"]
+
+
+def test_no_more_jobs_than_allowed_whatever_the_engines_could_do(clock: FakeClock) -> None:
+    capacity = make_capacity(clock, "a", "b", max_running=5)
+    run_alone(capacity, clock, work=1.0, seconds=1e-3)
+    assert fill(capacity, work=1.0) == 5
+    assert capacity.open_models() == ()
+
+
+def test_what_is_done_of_a_job_makes_room(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    run_alone(capacity, clock, work=10.0, seconds=5.0)
+    assert fill(capacity, work=60.0) == 1
+    capacity.advance(("a", 0), done=0.5)
+    assert fill(capacity, work=60.0) == 1
+
+
+def test_what_runs_together_counts_once_so_batching_makes_room(clock: FakeClock) -> None:
+    """Forty jobs in the ten seconds that one takes alone."""
+    capacity = make_capacity(clock)
+    for _ in range(30):
+        keys = range(40)
+        for key in keys:
+            capacity.begin(key, model="a", work=10.0)
+            capacity.advance(key, done=0.0)
+        clock.now += 10.0
+        for key in keys:
+            capacity.advance(key, done=1.0)
+            capacity.end(key)
+    assert capacity.predict_s("a", 10.0) == pytest.approx(0.25, rel=0.01)
+
+
+def test_replicas_that_work_side_by_side_are_not_one_fast_replica(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    capacity.set_replicas({"a": 2})
+    for key in "xy":
+        capacity.begin(key, model="a", work=10.0)
+        capacity.advance(key, done=0.0)
+    clock.now += 10.0
+    for key in "xy":
+        capacity.advance(key, done=1.0)
+        capacity.end(key)
+    assert capacity.predict_s("a", 10.0) == pytest.approx(10.0)
+
+
+def test_waiting_and_keeping_files_are_not_the_engine_s_time(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    capacity.begin("x", model="a", work=10.0)
+    clock.now += 1000.0  # queued, or the model loads
+    capacity.advance("x", done=0.0)
+    clock.now += 5.0
+    capacity.advance("x", done=1.0)
+    clock.now += 1000.0  # a slow disk
+    capacity.end("x")
+    assert capacity.predict_s("a", 10.0) == pytest.approx(5.0)
+
+
+def test_a_job_that_was_stopped_half_way_teaches_what_it_did(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    capacity.begin("x", model="a", work=10.0)
+    capacity.advance("x", done=0.0)
+    clock.now += 5.0
+    capacity.advance("x", done=0.5)
+    capacity.end("x")
+    assert capacity.predict_s("a", 10.0) == pytest.approx(10.0)
+
+
+def test_a_speed_that_changes_is_followed(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    run_alone(capacity, clock, work=10.0, seconds=100.0)  # the first job, while kernels compile
+    for _ in range(50):
+        run_alone(capacity, clock, work=10.0, seconds=1.0)
+    assert capacity.predict_s("a", 10.0) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_closed_model_opens_again_by_itself(clock: FakeClock) -> None:
+    capacity = make_capacity(clock, "a", "b")
+    assert capacity.opens_in_s() is None
+    capacity.close("a", for_s=7.0)
+    capacity.close("a", for_s=2.0)
+    assert capacity.open_models() == ["b"]
+    assert capacity.opens_in_s() == pytest.approx(7.0)
+    clock.now += 7.0
+    assert capacity.open_models() is None
+    assert capacity.opens_in_s() is None
+
+
+def test_the_end_of_a_job_is_predicted(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    capacity.begin("x", model="a", work=10.0)
+    assert capacity.predict_end_s("x") is None
+    capacity.end("x")
+    run_alone(capacity, clock, work=10.0, seconds=5.0)
+    for key in "xy":
+        capacity.begin(key, model="a", work=10.0)
+    capacity.advance("x", done=0.5)
+    assert capacity.predict_end_s("x") == pytest.approx(2.5)
+    assert capacity.predict_end_s("y") == pytest.approx(7.5)  # behind the other
+
+
+def test_a_model_that_is_not_served_any_more_disturbs_nothing(clock: FakeClock) -> None:
+    capacity = make_capacity(clock)
+    capacity.begin("x", model="retired", work=10.0)
+    capacity.advance("x", done=0.5)
+    assert capacity.predict_end_s("x") is None
+    capacity.close("retired", for_s=10.0)
+    capacity.end("x")
+    assert capacity.open_models() is None

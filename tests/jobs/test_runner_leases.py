@@ -1,0 +1,229 @@
+"""Several runners of one store: who runs what, and what becomes of a job whose runner is silent, lost or late."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import OverloadedError, StorageError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs import attempt as attempt_module
+from stable_audio_serve.jobs.job import Job, JobResult
+from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.tables import JOBS
+from tests.backends import ToneBackend
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
+
+pytestmark = pytest.mark.slow
+
+_LEASE_S = 1.0
+
+
+@pytest.fixture
+def job_settings() -> JobSettings:
+    return JobSettings(lease_s=_LEASE_S)
+
+
+def end_leases(workshop: Workshop) -> None:
+    """As if no runner had been heard of for a lease's length."""
+    with workshop.queue.store.database.writing() as connection:
+        connection.execute(sa.update(JOBS).where(JOBS.c.state == "running").values(lease_until=0.0))
+
+
+async def running(workshop: Workshop, num_running: int = 1) -> None:
+    await wait_for(lambda: workshop.backend.num_running == num_running)
+
+
+async def test_runners_share_the_jobs_and_do_each_once(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 0.05
+    for _ in range(3):
+        await workshop.start_runner()
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(30)]
+    ended = [await workshop.finished(job) for job in jobs]
+    assert {(job.state, job.attempts) for job in ended} == {("succeeded", 1)}
+    assert len(workshop.backend.requests) == 30
+
+
+async def test_a_job_longer_than_its_lease_stays_with_its_runner(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 2.5 * _LEASE_S
+    for _ in range(2):
+        await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert (job.state, job.attempts) == ("succeeded", 1)
+    assert len(workshop.backend.requests) == 1
+
+
+async def test_a_busy_event_loop_loses_no_lease(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 0.2
+    await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec())
+    await running(workshop)
+    time.sleep(2 * _LEASE_S)  # noqa: ASYNC251 - that is the point
+    assert workshop.queue.store.reclaim(max_attempts=3) == []
+    assert (await workshop.finished(job)).attempts == 1
+
+
+async def test_a_runner_that_lost_its_lease_stops_its_work_and_writes_nothing(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 60
+    metrics = RecordedMetrics()
+    await workshop.start_runner(metrics=metrics)
+    job = await workshop.queue.submit(make_spec())
+    await running(workshop)
+    end_leases(workshop)
+    (taken,) = workshop.queue.store.reclaim(max_attempts=3)
+    other = workshop.queue.store.lease("another", lease_s=60.0)
+    assert other is not None
+    await wait_for(lambda: workshop.backend.num_cancelled == 1)
+    await wait_for(lambda: metrics.counters["job_leases_lost",] == 1)
+    now = await workshop.queue.get("sa3", job.spec.id)
+    assert now is not None
+    assert (now.state, now.attempts, now.lease) == ("running", 2, other.lease)
+    assert (taken.state, workshop.files()) == ("queued", [])
+
+
+async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fell asleep with its file kept, just before its commit."""
+    store = JobStore(workshop.queue.store.database, workshop.settings.jobs)
+    succeed, asleep, woken = store.succeed, threading.Event(), threading.Event()
+
+    def late(job: Job, result: JobResult) -> Job | None:
+        asleep.set()
+        assert woken.wait(20)
+        return succeed(job, result)
+
+    monkeypatch.setattr(store, "succeed", late)
+    monkeypatch.setattr(store, "renew", lambda *_, **__: woken.wait(20) and [])
+    metrics = RecordedMetrics()
+    runner = JobRunner(store, workshop.queue.artifacts, workshop.backend, workshop.settings, metrics=metrics)
+    workshop.runners.append(runner)
+    await runner.start()
+    job = await workshop.queue.submit(make_spec())
+    await wait_for(asleep.is_set)
+    end_leases(workshop)
+    await workshop.start_runner()
+    ended = await workshop.finished(job)
+    assert (ended.state, ended.attempts) == ("succeeded", 2)
+    assert workshop.files() == [f"{job.spec.id}-2-audio.wav", f"{job.spec.id}-audio.wav"]
+    woken.set()
+    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
+    assert await workshop.queue.get("sa3", job.spec.id) == ended
+    assert ended.result is not None
+    assert [chunk async for chunk in workshop.queue.read(ended.result.file)]
+    await wait_for(lambda: metrics.counters["job_leases_lost",] == 1)
+
+
+async def test_a_success_whose_answer_got_lost_is_still_one(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt_module, "_SETTLE_RETRY_S", 0.05)
+    store, succeed = workshop.queue.store, workshop.queue.store.succeed
+    num_calls = 0
+
+    def cut(job: Job, result: JobResult) -> Job | None:
+        nonlocal num_calls
+        num_calls += 1
+        ended = succeed(job, result)
+        if num_calls == 1:
+            raise StorageError("the connection was cut after the commit")
+        return ended
+
+    monkeypatch.setattr(store, "succeed", cut)
+    metrics = RecordedMetrics()
+    await workshop.start_runner(metrics=metrics)
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert job.state == "succeeded"
+    await wait_for(lambda: bool(metrics.counters["jobs", ("state", "succeeded"), ("contract", "sa3")]))
+    assert num_calls == 2
+    assert workshop.files() == [f"{job.spec.id}-audio.wav"]
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(lease_s=_LEASE_S, max_running=1)])
+async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop) -> None:
+    workshop.backend.delay_s = 60
+    runners = [await workshop.start_runner() for _ in range(3)]
+
+    def wake_all() -> None:
+        for runner in runners:
+            runner.wake()
+
+    workshop.queue.wake = wake_all
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
+    await running(workshop, 3)
+    for job in jobs:
+        await workshop.queue.cancel("sa3", job.spec.id)
+    assert [(await workshop.finished(job)).state for job in jobs] == ["cancelled"] * 3
+
+
+async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop) -> None:
+    for _ in range(3):
+        await workshop.start_runner()
+    await asyncio.sleep(2.5)  # until they have slowed down
+    statements = []
+    engine = workshop.queue.store.database.engine
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    await asyncio.sleep(5.0)
+    asked = [statement for statement in statements if not statement.startswith(("BEGIN", "COMMIT", "PRAGMA"))]
+    assert 0 < len(asked) < 3 * 5
+
+
+class OneFullModel(ToneBackend):
+    """One model takes nothing, the others work."""
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        if model == "medium":
+            self.requests.append((model, request))
+            raise OverloadedError("the queue is full", retry_after_s=60.0)
+        return await super().generate(model, request, on_progress=on_progress)
+
+
+async def test_a_full_model_holds_up_no_other_model_and_is_left_alone(workshop: Workshop) -> None:
+    workshop.backend = OneFullModel()
+    await workshop.start_runner()
+    waiting = [await workshop.queue.submit(make_spec(model="medium")) for _ in range(20)]
+    done = [await workshop.finished(await workshop.queue.submit(make_spec())) for _ in range(3)]
+    assert [job.state for job in done] == ["succeeded"] * 3
+    refused = [model for model, _ in workshop.backend.requests if model == "medium"]
+    assert len(refused) <= 4
+    states = [await workshop.queue.get("sa3", job.spec.id) for job in waiting]
+    assert {(job.state, job.attempts) for job in states if job} == {("queued", 0)}
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(lease_s=_LEASE_S, max_attempts=2)])
+async def test_an_operator_can_see_what_happened(workshop: Workshop) -> None:
+    metrics = RecordedMetrics()
+    spec = make_spec()
+    await workshop.queue.submit(spec)
+    assert workshop.queue.store.lease("a dead one", lease_s=0.0) is not None
+    first = await workshop.start_runner(metrics=metrics)
+    await workshop.finished(await workshop.queue.submit(make_spec()))
+    await first.close()
+    dead = await workshop.queue.submit(make_spec())
+    for _ in range(2):
+        workshop.queue.store.lease("a dead one", lease_s=0.0)
+        if _ == 0:
+            workshop.queue.store.reclaim(max_attempts=2)
+    await workshop.queue.submit(make_spec(model="medium"))
+    await asyncio.sleep(0.3)
+    workshop.backend = OneFullModel()
+    await workshop.start_runner(metrics=metrics)
+    await workshop.finished(dead)
+    await wait_for(lambda: metrics.gauges.get(("jobs_by_state", ("state", "failed"))) == 1)
+    assert metrics.counters["jobs", ("state", "succeeded"), ("contract", "sa3")] == 2
+    assert metrics.counters["jobs", ("state", "failed"), ("contract", "sa3")] == 1
+    assert metrics.counters["jobs_reclaimed", ("state", "queued")] == 1
+    assert metrics.counters["jobs_reclaimed", ("state", "failed")] == 1
+    assert metrics.counters["job_dead_letters", ("reason", "unavailable")] == 1
+    assert metrics.gauges["jobs_by_state", ("state", "succeeded")] == 2
+    assert metrics.gauges["jobs_running",] == 0
+    assert metrics.gauges["jobs_queued",] == 1
+    assert len(metrics.samples["job_run_ms", ("model", "small-sfx")]) == 3
