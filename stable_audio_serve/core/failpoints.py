@@ -1,7 +1,8 @@
-"""Named places where tests may kill this process, to prove that nothing is lost or seen twice when it dies there.
+"""Named places where tests may kill or freeze this process, to prove that nothing is lost or seen twice by that.
 
-The environment variable STABLE_AUDIO_FAILPOINTS holds `name=kill` or, to die once only, `name=kill@<file to make>`,
-separated by commas. Read when this module is imported; without it a failpoint costs one look into an empty mapping.
+The environment variable STABLE_AUDIO_FAILPOINTS holds `name=kill` or `name=stop` or, for the first process only that
+gets there, `name=kill@<file to make>`, separated by commas. Read when this module is imported; without it a failpoint
+costs one look into an empty mapping.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,25 +19,41 @@ Failpoint = Literal["after_lease", "between_steps", "before_decode", "mid_upload
 VARIABLE = "STABLE_AUDIO_FAILPOINTS"
 
 
-def parse(text: str) -> Mapping[str, Path | None]:
-    """The active failpoints with the file each makes before it kills. Raises ValueError for what it cannot read."""
-    active: dict[str, Path | None] = {}
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+@dataclass(frozen=True, slots=True)
+class _Action:
+    signal: signal.Signals
+    marker: Path | None
+
+
+def _parse(text: str) -> Mapping[str, _Action]:
+    """Raises ValueError for what it cannot read."""
+    actions: dict[str, _Action] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, action = item.partition("=")
         kind, _, marker = action.partition("@")
-        if name not in get_args(Failpoint) or kind != "kill":
-            raise ValueError(f"{VARIABLE}: {item!r} is not <name>=kill[@<file>] with one of {get_args(Failpoint)}")
-        active[name] = Path(marker) if marker else None
-    return active
+        if name not in get_args(Failpoint) or kind not in _SIGNALS:
+            raise ValueError(f"{VARIABLE}: {item!r} is not <name>=kill|stop[@<file>] with one of {get_args(Failpoint)}")
+        actions[name] = _Action(_SIGNALS[kind], Path(marker) if marker else None)
+    return actions
 
 
-_ACTIVE = parse(os.environ.get(VARIABLE, ""))
+_actions = _parse(os.environ.get(VARIABLE, ""))
+
+
+def activate(text: str) -> None:
+    """From here on do what `text` says, in the words of the variable. Raises ValueError."""
+    global _actions
+    _actions = _parse(text)
 
 
 def failpoint(name: Failpoint) -> None:
-    """End this process by SIGKILL when the environment asks for it here."""
-    if name in _ACTIVE and _is_first(_ACTIVE[name]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Kill or freeze this process when that was asked for here."""
+    action = _actions.get(name)
+    if action is not None and _is_first(action.marker):
+        os.kill(os.getpid(), action.signal)
 
 
 def _is_first(marker: Path | None) -> bool:

@@ -39,6 +39,7 @@ class JobRunnerReplica:
         backend = RayBackend(plan.catalog, handles, application=application)
         metrics = RayMetrics()
         store, artifacts = open_store(settings), open_artifacts(settings, metrics=metrics)
+        self._store, self._artifacts = store, artifacts
         notifier = Notifier(Outbox(store.database), webhook_bodies(artifacts), settings.jobs, metrics=metrics)
         self._runner = JobRunner(store, artifacts, backend, settings, notifier=notifier, metrics=metrics)
         await self._runner.start()
@@ -54,6 +55,8 @@ class JobRunnerReplica:
     async def __del__(self) -> None:  # Serve's hook for the end of a replica
         if hasattr(self, "_runner"):  # not after a failed start
             await self._runner.close()
+            await self._artifacts.close()
+            await asyncio.to_thread(self._store.database.close)
 
 
 class RunnerBell:

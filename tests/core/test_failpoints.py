@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_audio_serve.core.failpoints import VARIABLE, parse
+from stable_audio_serve.core.failpoints import VARIABLE, activate
 
 _PROGRAM = """
 from stable_audio_serve.core.failpoints import failpoint
@@ -37,4 +37,4 @@ def test_with_a_file_it_dies_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["nowhere=kill", "mid_upload", "mid_upload=explode"])
 def test_what_it_cannot_read_is_said_at_once(text: str) -> None:
     with pytest.raises(ValueError, match=VARIABLE):
-        parse(text)
+        activate(text)

@@ -1,0 +1,66 @@
+"""A runner with a real engine in a process of its own, for tests that kill or freeze it.
+
+Processes are forked from one that has everything imported and the model loaded, so that each starts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+
+from stable_audio_serve.api.webhooks import webhook_bodies
+from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.failpoints import activate
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.jobs.notifier import Notifier
+from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.serving.local import LocalBackend
+from tests.goldens import load_goldens
+from tests.models.loaded import loaded
+
+MODEL = "tiny-s"
+
+
+def make_context() -> ForkServerContext:
+    """Whose processes come from a server with everything imported and the model loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.jobs.crash_preload"])
+    return context
+
+
+def start_worker(context: ForkServerContext, settings: Settings, *, failpoints: str = "") -> BaseProcess:
+    """Works until every job is over and told, unless something happens to it."""
+    process = context.Process(target=_main, args=(settings, failpoints), daemon=True)
+    process.start()
+    return process
+
+
+def _main(settings: Settings, active: str) -> None:
+    activate(active)
+    asyncio.run(_work(settings))
+
+
+async def _work(settings: Settings) -> None:
+    card = resolve_entry(MODEL, path=str(load_goldens(MODEL).folder)).card()
+    engine = Engine(loaded(MODEL), EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
+    queue = open_queue(settings)
+    notifier = Notifier(Outbox(queue.store.database), webhook_bodies(queue.artifacts), settings.jobs)
+    async with LocalBackend(ModelCatalog([card]), {MODEL: engine}) as backend:
+        runner = JobRunner(queue.store, queue.artifacts, backend, settings, notifier=notifier)
+        await runner.start()
+        while not await asyncio.to_thread(_is_done, queue.store):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await runner.close()
+    await queue.close()
+
+
+def _is_done(store: JobStore) -> bool:
+    counts = store.counts()
+    return not counts.get("queued") and not counts.get("running") and store.look("").webhook_in_s is None

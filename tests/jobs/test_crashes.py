@@ -1,0 +1,186 @@
+"""Runners that are killed or frozen at the worst moments: every job has one visible file and one logical webhook."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from stable_audio_serve.core.failpoints import Failpoint
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import JobSettings, Settings
+from stable_audio_serve.jobs.job import Job
+from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.tables import FILES
+from tests.databases import postgres, postgres_url
+from tests.jobs.conftest import make_spec
+from tests.jobs.crash_worker import MODEL, make_context, start_worker
+from tests.jobs.test_webhooks import Receiver, receiving
+
+__all__ = ["postgres", "postgres_url"]
+
+pytestmark = pytest.mark.slow
+
+_TIMEOUT_S = 60.0
+_REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=4)
+
+
+@pytest.fixture(scope="module")
+def context() -> ForkServerContext:
+    return make_context()
+
+
+@dataclass
+class Site:
+    """One store and folder, and the workers of a test on them."""
+
+    settings: Settings
+    context: ForkServerContext
+    receiver: Receiver
+    queue: JobQueue
+    workers: list[BaseProcess] = field(default_factory=list)
+
+    def work(self, failpoints: str = "") -> BaseProcess:
+        worker = start_worker(self.context, self.settings, failpoints=failpoints)
+        self.workers.append(worker)
+        return worker
+
+    async def submit(self) -> Job:
+        wire = {"url": "http://here/jobs/x"}
+        return await self.queue.submit(
+            make_spec(model=MODEL, request=_REQUEST, webhook_url=self.receiver.url, wire=wire)
+        )
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(_TIMEOUT_S):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def exit_code(self, worker: BaseProcess) -> int | None:
+        await asyncio.to_thread(worker.join, _TIMEOUT_S)
+        return worker.exitcode
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in Path(self.settings.output_dir).glob("*.wav"))
+
+    async def visible(self, job: Job) -> tuple[Job, bytes]:
+        """A job that has succeeded, and its audio, having made sure that there is one of each thing."""
+        ended = await self.queue.get("sa3", job.spec.id)
+        assert ended is not None
+        assert ended.result is not None, (ended.state, ended.error)
+        with self.queue.store.database.reading() as connection:
+            assert connection.execute(sa.select(FILES.c.key)).scalars().all() == [ended.result.file.key]
+        assert {headers["webhook-id"] for _, headers, _ in self.receiver.requests} == {job.spec.id}
+        return ended, b"".join([chunk async for chunk in self.queue.read(ended.result.file)])
+
+
+@pytest.fixture(params=["sqlite"])
+async def site(request: pytest.FixtureRequest, tmp_path: Path, context: ForkServerContext) -> AsyncIterator[Site]:
+    url = request.getfixturevalue("postgres_url") if request.param == "postgresql" else None
+    jobs = JobSettings(database_url=url, lease_s=1.0, webhook_allow_hosts=("127.0.0.1",))
+    settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=jobs)
+    async with receiving() as receiver:
+        site = Site(settings, context, receiver, open_queue(settings))
+        yield site
+        for worker in site.workers:
+            worker.kill()
+            worker.join()
+        await site.queue.close()
+
+
+@pytest.fixture(scope="module")
+def expected(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The audio of a job to which nothing happens."""
+
+    async def run() -> bytes:
+        settings = Settings(output_dir=str(tmp_path_factory.mktemp("undisturbed")))
+        queue = open_queue(settings)
+        job = await queue.submit(make_spec(model=MODEL, request=_REQUEST))
+        worker = start_worker(context, settings)
+        await asyncio.to_thread(worker.join, _TIMEOUT_S)
+        ended = await queue.get("sa3", job.spec.id)
+        assert ended is not None
+        assert ended.result is not None
+        audio = b"".join([chunk async for chunk in queue.read(ended.result.file)])
+        await queue.close()
+        return audio
+
+    return asyncio.run(run())
+
+
+POINTS: dict[Failpoint, int] = {
+    "after_lease": 2,
+    "between_steps": 2,
+    "before_decode": 2,
+    "mid_upload": 2,
+    "after_upload": 2,
+    "after_commit": 1,
+}
+ON_POSTGRESQL = ("after_lease", "after_upload", "after_commit")
+
+
+@pytest.mark.parametrize(
+    ("site", "point"),
+    [("sqlite", point) for point in POINTS] + [("postgresql", point) for point in ON_POSTGRESQL],
+    indirect=["site"],
+)
+async def test_killed_there_it_leaves_one_file_and_one_webhook(site: Site, point: Failpoint, expected: bytes) -> None:
+    job = await site.submit()
+    assert await site.exit_code(site.work(f"{point}=kill")) == -signal.SIGKILL
+    assert await site.exit_code(site.work()) == 0
+    ended, audio = await site.visible(job)
+    assert audio == expected
+    assert ended.attempts == POINTS[point]
+    assert len(site.receiver.requests) == 1
+
+
+async def test_a_job_that_kills_everybody_ends_as_a_dead_letter(site: Site) -> None:
+    job = await site.submit()
+    for _ in range(site.settings.jobs.max_attempts):
+        assert await site.exit_code(site.work("between_steps=kill")) == -signal.SIGKILL
+    assert await site.exit_code(site.work("between_steps=kill")) == 0
+    ended = await site.queue.get("sa3", job.spec.id)
+    assert ended is not None
+    assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", site.settings.jobs.max_attempts, True)
+    assert len(site.receiver.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("site", "point", "left"),
+    [
+        ("sqlite", "between_steps", []),
+        ("sqlite", "after_upload", ["{}-audio.wav"]),
+        ("postgresql", "after_upload", ["{}-audio.wav"]),
+    ],
+    indirect=["site"],
+)
+async def test_frozen_past_its_lease_and_thawed_it_changes_nothing(
+    site: Site, point: Failpoint, left: list[str], expected: bytes, tmp_path: Path
+) -> None:
+    job = await site.submit()
+    frozen = site.work(f"{point}=stop@{tmp_path / 'stopped once'}")
+    await site.until(lambda: is_stopped(frozen))
+    assert await site.exit_code(site.work()) == 0
+    ended, audio = await site.visible(job)
+    visible = f"{job.spec.id}-2-audio.wav"
+    assert (audio, ended.attempts) == (expected, 2)
+    assert site.files() == sorted([visible, *(name.format(job.spec.id) for name in left)])
+    assert frozen.pid is not None
+    os.kill(frozen.pid, signal.SIGCONT)
+    assert await site.exit_code(frozen) == 0
+    assert site.files() == [visible]
+    assert await site.visible(job) == (ended, audio)
+    assert len(site.receiver.requests) == 1
+
+
+def is_stopped(process: BaseProcess) -> bool:
+    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "T"
