@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.settings import ModelSettings, Settings
 
 _RATE_HZ = 44_100
@@ -63,6 +63,11 @@ class InstantReplica:
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """The same clip for everybody."""
         return _make_result(self._model, request)
+
+    async def generate_reporting(self, request: GenerationRequest) -> AsyncIterator[Progress | GenerationResult]:
+        """The same clip, for a streaming handle."""
+        yield Progress("denoising", 0.0)
+        yield _make_result(self._model, request)
 
     async def status(self) -> object:
         """Ready, having loaded nothing."""

@@ -17,6 +17,7 @@ from stable_audio_serve.jobs.store import JobStore
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _BEATS_PER_LEASE = 3
+_CLOSE_TIMEOUT_S = 2.0
 
 
 class LeaseId(NamedTuple):
@@ -91,10 +92,10 @@ class Heartbeat:
                 self._loop.call_soon_threadsafe(self._tell, lost, to_stop)
 
     def close(self) -> None:
-        """Stop beating, once a beat in progress is over. Blocking."""
+        """Stop beating; a beat in progress is given a moment. Blocking."""
         self._closed.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=self._lease_s)
+            self._thread.join(timeout=_CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._closed.wait(self._lease_s / _BEATS_PER_LEASE):

@@ -38,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
     args = {
         "models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}],
-        "jobs": {"webhook_allow_hosts": ["127.0.0.1"], "max_running": 2, "lease_s": 3.0},
+        "jobs": {"webhook_allow_hosts": ["127.0.0.1"], "runners": 2, "max_running": 2, "lease_s": 3.0},
         "ingress": {"replicas": 2},
     }
     return write_config(folder, args)
@@ -111,13 +111,43 @@ def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer) -> No
         assert receiver.bodies[0]["status"] == "ERROR"
 
 
-def test_a_killed_runner_is_replaced_and_its_job_is_done_again(server: LaunchedServer) -> None:
+def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
+    job_id = submit(server, **make_long_body(steps=1000))
+    seen = []
+    while not seen or seen[-1]["status"] not in _OVER:
+        seen.append(wait(server, job_id, "queued", "running", *_OVER))
+        time.sleep(0.05)
+    denoising = [job["progress"] for job in seen if job["progress"]["stage"] == "denoising"]
+    fractions = [progress["fraction"] for progress in denoising]
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) > 2
+    assert any(progress["eta_seconds"] for progress in denoising)
+    assert seen[-1]["progress"] == {"stage": "done", "fraction": 1.0, "eta_seconds": None, "queue_position": None}
+    with server.client.stream("GET", f"/jobs/{job_id}/events") as reply:
+        events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    stages = [event["stage"] for event in events if "stage" in event]
+    assert (stages[0], stages[-1]) == ("queued", "done")
+    assert {"started", "denoising", "storing"} <= set(stages)
+
+
+def test_a_replica_that_dies_in_the_middle_costs_no_attempt(server: LaunchedServer) -> None:
     job_id = submit(server, **make_long_body())
     wait(server, job_id, "running")
-    (pid,) = server.pids("job-runner")
+    (pid,) = server.pids("ServeReplica:audio:tiny")
     os.kill(pid, signal.SIGKILL)
+    job = wait(server, job_id)
+    assert (job["status"], job["attempts"]) == ("succeeded", 1)
+
+
+def test_killed_runners_are_replaced_and_their_job_is_done_again(server: LaunchedServer) -> None:
+    job_id = submit(server, **make_long_body())
+    wait(server, job_id, "running")
+    killed = server.pids("job-runner")
+    assert len(killed) == 2
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
     assert wait(server, job_id)["status"] == "succeeded"
-    assert server.pids("job-runner") != [pid]
+    assert not set(killed) & set(server.pids("job-runner"))
 
 
 def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, config: Path) -> None:
