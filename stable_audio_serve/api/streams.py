@@ -26,7 +26,7 @@ _BUSY_RETRY_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A job that is no longer as it was told before: `events` are the new ones, `position` is a queued job's."""
+    """A job that is no longer as it was told: `events` are the new ones, `position` is how many are before it."""
 
     job: Job
     events: tuple[JobEvent, ...]
@@ -40,7 +40,7 @@ async def follow(jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[C
     told: object = None
     wait_s = _FIRST_POLL_S
     while current is not None:
-        position = await jobs.position(current) if current.state == "queued" else None
+        position = await jobs.position(current) if current.state == "queued" else current.engine_position
         now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
         if now != told:
             told, wait_s = now, _FIRST_POLL_S

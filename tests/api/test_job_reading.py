@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import standardwebhooks
 
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.keys import hash_key
@@ -195,7 +196,10 @@ async def test_a_job_of_another_dialect_cannot_be_cancelled(client: httpx.AsyncC
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
 async def test_a_webhook_is_told_the_end(end: str) -> None:
     backend = ToneBackend(error=GenerationError("silence") if end == "failed" else None)
-    jobs = {"webhook_allow_hosts": ["127.0.0.1"]}
+    jobs = {
+        "webhook_allow_hosts": ["127.0.0.1"],
+        "webhook_secret": "whsec_dGhlIHNlY3JldCBvZiB0aGlzIG9wZXJhdG9yLCBrZXB0IHdlbGw=",
+    }
     async with receiving() as receiver, make_client(backend, jobs=jobs) as (client, _):
         backend.delay_s = 30 if end == "cancelled" else 0
         ticket = await submit(client, webhook_url=receiver.url)
@@ -205,6 +209,9 @@ async def test_a_webhook_is_told_the_end(end: str) -> None:
             while not receiver.requests:  # noqa: ASYNC110  what is waited for is not ours to signal
                 await asyncio.sleep(0.02)
         status = (await client.get(ticket["status_url"])).json()
-    body = json.loads(receiver.requests[0][2])
+    _, headers, content = receiver.requests[0]
+    body = json.loads(content)
+    assert headers["webhook-id"] == ticket["id"]
+    assert standardwebhooks.Webhook(jobs["webhook_secret"]).verify(content, headers) == body
     assert body == {"type": f"job.{end}", "timestamp": status["completed_at"], "data": status}
     assert status["status"] == end

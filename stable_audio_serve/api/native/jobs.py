@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -56,9 +57,20 @@ def build_router(service: Service) -> APIRouter:
     jobs, limits = service.jobs, service.settings.api
     path = "/jobs/{job_id:job_id}"
 
+    async def statuses_of(request: Request, found: Sequence[Job], *, position: int | None = None) -> list[JobStatus]:
+        def describe_all() -> list[JobStatus]:
+            return [
+                describe(job, jobs.artifacts, url=job_url(request, job.spec.id, limits=limits), position=position)
+                for job in found
+            ]
+
+        if any(job.result is not None for job in found):  # signing a link may wait for credentials
+            return await asyncio.to_thread(describe_all)
+        return describe_all()
+
     async def status_of(request: Request, job: Job, *, position: int | None = None) -> JobStatus:
-        url = job_url(request, job.spec.id, limits=limits)
-        return await asyncio.to_thread(describe, job, jobs.artifacts, url=url, position=position)
+        (status,) = await statuses_of(request, [job], position=position)
+        return status
 
     @router.get("/jobs", responses=_LIST_RESPONSES)
     async def list_jobs(
@@ -71,8 +83,7 @@ def build_router(service: Service) -> APIRouter:
     ) -> JobPage:
         """The jobs of the caller's key, newest first. Places in the queue are told of one job at a time only."""
         page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
-        statuses = await asyncio.gather(*(status_of(request, job) for job in page.jobs))
-        return JobPage(jobs=statuses, next_cursor=page.next_cursor)
+        return JobPage(jobs=await statuses_of(request, page.jobs), next_cursor=page.next_cursor)
 
     @router.get(path, responses=_READ_RESPONSES)
     async def show_job(request: Request, job_id: str) -> JobStatus:

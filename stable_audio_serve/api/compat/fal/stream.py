@@ -21,11 +21,12 @@ async def stream_status(jobs: JobQueue, job: Job, links: Links, *, with_logs: bo
     async for change in follow(jobs, job):
         untold += [event for event in change.events if event.message]
         for current in _steps(change, since=told[0] if told else None):
+            position = change.position if current.state == "queued" else None
             logs = untold if with_logs and current.state != "queued" else []
-            if (current.state, change.position) == told and not logs:
+            if (current.state, position) == told and not logs:
                 continue
-            told = (current.state, change.position)
-            status = describe_status(current, links, position=change.position or 0, logs=logs if with_logs else None)
+            told = (current.state, position)
+            status = describe_status(current, links, position=position or 0, logs=logs if with_logs else None)
             yield ServerSentEvent(status.model_dump_json(ensure_ascii=True), sep="\n")
             if logs:
                 untold = []
