@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from stable_audio_serve.artifacts.keys import artifact_key, upload_key
+from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key, upload_key
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
@@ -47,6 +47,18 @@ async def put(store: S3Artifacts, data: bytes, *, key: str = KEY) -> StoredFile:
 
 async def read(store: S3Artifacts, file: StoredFile) -> bytes:
     return b"".join([chunk async for chunk in store.read(file)])
+
+
+async def test_without_a_prefix_keys_stand_at_the_top(object_storage: ObjectStorage, bucket: str) -> None:
+    store = S3Artifacts(object_storage.settings(bucket, prefix=""))
+    file, upload = await put(store, b"x"), await put(store, b"y", key=upload_key())
+    object_storage.client.put_object(Bucket=bucket, Key="holiday.jpg", Body=b"")
+    object_storage.client.create_multipart_upload(Bucket=bucket, Key="uploads/holiday.jpg")
+    assert store.bucket_key(file) == file.key
+    assert [[item.key for item in store.list_folder(name).objects] for name in FOLDERS] == [[KEY], [upload.key], []]
+    assert store.sweep_unfinished(older_than_s=-60) == 0
+    assert store.claim("me") is not None
+    assert await read(store, file) == b"x"
 
 
 @pytest.mark.parametrize("num_bytes", [100, 20 * MIB])
@@ -97,7 +109,7 @@ async def test_a_service_that_is_down_is_a_storage_error_in_bounded_time(
     file = await put(store, b"x")
     object_storage.proxy.faults = Faults(is_down=True)
     started_at = time.monotonic()
-    for doing in (put(store, b"x"), read(store, file), store.delete(KEY)):
+    for doing in (put(store, b"x"), read(store, file)):
         with pytest.raises(StorageError, match="object storage cannot be used now") as caught:
             await doing
         assert caught.value.retry_after_s
@@ -294,6 +306,13 @@ def closed_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+@pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check gives up sooner than it does for operators."""
+    monkeypatch.setattr("stable_audio_serve.artifacts.s3_check._BUDGET_S", 1.0)
+
+
+@pytest.mark.usefixtures("little_patience")
 def test_an_unreachable_endpoint_is_found_at_the_start(
     object_storage: ObjectStorage, bucket: str, closed_port: int
 ) -> None:
@@ -309,10 +328,13 @@ def test_a_silent_endpoint_is_found_at_the_start(object_storage: ObjectStorage, 
     assert "cannot be reached" in check(object_storage, bucket)
 
 
-def test_a_service_in_trouble_is_given_some_time(object_storage: ObjectStorage, bucket: str) -> None:
+def test_a_service_in_trouble_is_given_some_time(
+    object_storage: ObjectStorage, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     object_storage.proxy.faults = Faults(errors=0.3, cuts=0.1)
     S3Artifacts(object_storage.settings(bucket)).check()
     object_storage.proxy.faults = Faults(answer=(503, "SlowDown"))
+    monkeypatch.setattr("stable_audio_serve.artifacts.s3_check._BUDGET_S", 1.0)
     message = check(object_storage, bucket)
     assert message.startswith("storage.endpoint_url (")
     assert "503" in message

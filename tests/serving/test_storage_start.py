@@ -1,0 +1,65 @@
+"""A server whose files cannot be kept does not start: one sentence, before Ray is begun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.object_storage import ObjectStorage
+from tests.serving.conftest import TINY
+from tests.serving.launched import command, free_port, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def refusal(folder: Path, **variables: str) -> str:
+    """All that a start which must fail says."""
+    config = write_config(folder, {"models": [{"name": "tiny", "path": TINY}]})
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "R2_"))}
+    started_at = time.monotonic()
+    result = subprocess.run(
+        command(config, "--port", str(free_port())),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=clean | {"PYTHONPATH": os.getcwd(), "AWS_EC2_METADATA_DISABLED": "true"} | variables,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = (result.stdout + result.stderr).splitlines()
+    assert time.monotonic() - started_at < 40
+    return line
+
+
+def test_an_unusable_bucket_is_named(object_storage: ObjectStorage, tmp_path: Path) -> None:
+    variables = object_storage.environ("no-such-bucket")
+    assert "error: storage.bucket (STABLE_AUDIO_STORAGE_BUCKET" in refusal(tmp_path, **variables)
+
+
+def test_a_bad_key_is_named_and_not_shown(object_storage: ObjectStorage, tmp_path: Path) -> None:
+    bucket = object_storage.make_bucket()
+    with object_storage.requiring_keys("s3:*") as (key, _):
+        variables = object_storage.environ(bucket, AWS_ACCESS_KEY_ID=key, AWS_SECRET_ACCESS_KEY="wrong-secret")
+        line = refusal(tmp_path, **variables)
+    assert "error: storage.access_key_id (AWS_ACCESS_KEY_ID" in line
+    assert "SignatureDoesNotMatch" in line
+    assert "wrong-secret" not in line
+
+
+def test_an_unreachable_service_is_named(object_storage: ObjectStorage, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    variables = object_storage.environ("some-bucket", STABLE_AUDIO_STORAGE_ENDPOINT_URL=url)
+    line = refusal(tmp_path, **variables)
+    assert "error: storage.endpoint_url (STABLE_AUDIO_STORAGE_ENDPOINT_URL" in line
+    assert url in line
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = refusal(tmp_path, STABLE_AUDIO_OUTPUT_DIR=str(tmp_path / "file" / "outputs"))
+    assert "error: output_dir (STABLE_AUDIO_OUTPUT_DIR)" in line
