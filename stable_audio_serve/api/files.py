@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
@@ -58,11 +59,13 @@ async def file_answer(request: Request, jobs: JobQueue, file: StoredFile) -> Res
         "X-Content-Type-Options": "nosniff",
     }
     if request.method == "HEAD":
+        await chunks.aclose()
         return Response(headers=headers, media_type=file.media_type)
     return StreamingResponse(_chain(first, chunks), headers=headers, media_type=file.media_type)
 
 
-async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for chunk in rest:
-        yield chunk
+async def _chain(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk

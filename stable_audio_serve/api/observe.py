@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.limits import ClientGoneError
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import GenerationError
+from stable_audio_serve.core.errors import GenerationError, StorageError
 from stable_audio_serve.core.metrics import Metrics
 
 log = structlog.get_logger("stable_audio_serve.api")
@@ -62,7 +62,10 @@ class ObserveMiddleware:
             except asyncio.CancelledError:
                 status = _CLIENT_GONE_STATUS
                 raise
-            except Exception:
+            except Exception as error:
+                if status and isinstance(error, StorageError):  # a file that breaks off: its length tells the client
+                    note(scope, error=error.message)
+                    return
                 log.exception("request failed")
                 if not status:
                     await _opaque_answer(scope)(scope, receive, send_with_id)

@@ -10,7 +10,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ class LocalArtifacts:
         num_bytes, sha256 = await self._threads.run(partial(_write, path, chunks), undo=partial(_remove, path))
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
-    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+    def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """The file in chunks of 1 MiB, see `ArtifactStore.read`."""
         chunks = verified(file, _read(self._path(file.key)), metrics=self._metrics)
         return self._threads.stream(chunks)

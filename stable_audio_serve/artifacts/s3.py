@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -63,7 +63,7 @@ class S3Artifacts:
         put = partial(self._put, key, chunks, media_type, file_name)
         return await self._threads.run(put, undo=partial(self._delete, key))
 
-    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+    def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """The file in chunks of 1 MiB, see `ArtifactStore.read`; a connection that breaks is taken up again."""
         return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -55,7 +55,7 @@ class ArtifactStore(Protocol):
         """
         ...
 
-    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+    def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """The file in chunks; the last one comes only when the whole is what was put.
 
         Raises FileNotFoundError before the first chunk when it is gone, StorageError, DamagedFileError.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -49,7 +49,7 @@ class StoreThreads:
         """What `work` returns; it goes on when the caller is cancelled."""
         return await asyncio.wrap_future(self._pool.submit(work))
 
-    async def stream(self, chunks: Generator[bytes]) -> AsyncIterator[bytes]:
+    async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
         """`chunks`, each made on a thread; the generator is closed at the end, whoever ends it."""
         future: Future[bytes | None] | None = None
         try:

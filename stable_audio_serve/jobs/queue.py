@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,7 @@ class JobQueue:
         """A published file, or the finished audio of a job (`JobResult.file_id`)."""
         return await asyncio.to_thread(self.store.find_file, file_id)
 
-    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+    def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """The file in chunks, see `ArtifactStore.read`."""
         return self.artifacts.read(file)
 

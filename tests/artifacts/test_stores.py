@@ -189,7 +189,7 @@ async def test_a_reader_that_goes_away_leaves_the_store_usable(place: Place) -> 
     for _ in range(40):
         chunks = place.store.read(file)
         await anext(chunks)
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await chunks.aclose()
     for _ in range(10):
         reading = asyncio.create_task(anext(place.store.read(file)))  # type: ignore[arg-type]
         await asyncio.sleep(0.001)
