@@ -23,6 +23,7 @@ from stable_audio_serve.core.errors import (
     StableAudioError,
     StorageError,
     StorageFullError,
+    UnknownModelError,
 )
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.metrics import Metrics
@@ -103,8 +104,8 @@ class Attempt:
             await self._put_back(error)
         elif isinstance(error, StorageFullError):
             await self._fail(JobError(error.kind, "the job's file cannot be kept: there is no room left for files"))
-        elif isinstance(error, ModelUnavailableError | StorageError):
-            await self._retry_or_give_up(error)
+        elif isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
+            await self._retry_or_give_up(error)  # a model may be one that a newer server knows, about to replace us
         elif isinstance(error, StableAudioError):
             await self._fail(JobError(error.kind, error.message, error.field))
         elif isinstance(error, FileNotFoundError):

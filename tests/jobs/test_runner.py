@@ -72,7 +72,7 @@ class CountingBackend(ToneBackend):
 async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
     data = make_audio_file(duration_s=0.5)
     file = await workshop.queue.put_upload(lambda: [data], media_type="audio/wav", file_name="a.wav")
-    return JobUpload(file, role, max_s=10.0)
+    return JobUpload(file, role, max_s=10.0, decoded_bytes=2 * 22050 * 4)
 
 
 async def test_a_job_becomes_a_file(workshop: Workshop) -> None:
@@ -420,11 +420,25 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
     assert (await workshop.finished(job)).state == "succeeded"
 
 
-async def test_a_model_that_is_no_longer_served_fails_its_jobs(workshop: Workshop) -> None:
+async def test_a_model_that_is_not_served_makes_a_dead_letter_in_the_end(workshop: Workshop) -> None:
+    """Not at once: while servers are replaced, a runner may be older than the ingress that took the job."""
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(model="retired")))
     assert job.error is not None
     assert (job.error.code, "retired" in job.error.message) == ("unknown_model", True)
+    assert (job.attempts, job.is_dead_letter) == (3, True)
+
+
+async def test_source_audio_is_decoded_only_as_far_as_memory_allows(workshop: Workshop) -> None:
+    workshop.backend = backend = CountingBackend(delay_s=0.1)
+    one = await upload(workshop)
+    api = workshop.settings.api.model_copy(update={"max_source_bytes": int(2.5 * one.decoded_bytes)})
+    workshop.settings = workshop.settings.model_copy(update={"api": api})
+    jobs = [await workshop.queue.submit(make_spec(upload=one))]
+    jobs += [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(3)]
+    await workshop.start_runner()
+    assert [(await workshop.finished(job)).state for job in jobs] == ["succeeded"] * 4
+    assert backend.most_running == 2
 
 
 async def test_a_health_check_tells_of_a_loop_that_ended(workshop: Workshop) -> None:
