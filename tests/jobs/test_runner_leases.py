@@ -9,7 +9,7 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from stable_audio_serve.core.errors import OverloadedError, StorageError
+from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StorageError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import attempt as attempt_module
@@ -227,3 +227,28 @@ async def test_an_operator_can_see_what_happened(workshop: Workshop) -> None:
     assert metrics.gauges["jobs_running",] == 0
     assert metrics.gauges["jobs_queued",] == 1
     assert len(metrics.samples["job_run_ms", ("model", "small-sfx")]) == 3
+
+
+async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(workshop: Workshop) -> None:
+    class OnceAway(ToneBackend):
+        async def generate(
+            self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+        ) -> GenerationResult:
+            if not self.requests:
+                self.requests.append((model, request))
+                raise ModelUnavailableError("lost its replica")
+            return await super().generate(model, request, on_progress=on_progress)
+
+    class Oldest(RecordedMetrics):
+        age_s = 0.0
+
+        def gauge(self, name: str, value: float, **tags: str) -> None:
+            self.age_s = max(self.age_s, value if name == "job_queue_age_s" else 0.0)
+
+    workshop.backend, metrics = OnceAway(), Oldest()
+    job = await workshop.queue.submit(make_spec())
+    await asyncio.sleep(0.5)
+    await workshop.start_runner(metrics=metrics)
+    assert (await workshop.finished(job)).attempts == 2
+    assert metrics.counters["job_retries", ("reason", "unavailable")] == 1
+    assert 0.4 <= metrics.age_s < 10
