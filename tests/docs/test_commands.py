@@ -33,8 +33,9 @@ DIALECTS = DOCS / "dialects"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 # Whose operations each page shows, every one of them with a command.
-TAGS = {
+TAGS: dict[str, set[str]] = {
     "jobs.md": {native_jobs.TAG},
+    "storage.md": set(),
     "dialects/aimlapi.md": {aimlapi.TAG},
     "dialects/fal.md": {fal.TAG, files.TAG},
     "dialects/stable-audio-3.md": {native.TAG, merged.TAG, server.TAG},
@@ -171,7 +172,7 @@ async def test_readme(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_that_a_page_names_exist(page: str) -> None:
     document = Settings().model_dump()
-    for section, key in re.findall(r"`(api|dialects|ingress|jobs)\.(\w+)`", (DOCS / page).read_text()):
+    for section, key in re.findall(r"`(api|dialects|ingress|jobs|storage)\.(\w+)`", (DOCS / page).read_text()):
         assert key in document[section], f"{section}.{key}"
 
 
