@@ -62,7 +62,7 @@ class FaultyProxy:
     """Stands before one HTTP server. `faults` may be replaced at any time and applies to the next request.
 
     `fates` are for single requests: the first one with the text in `METHOD /path?query` gets `error`, `error-after`,
-    `cut`, `cut-answer` or `deny`.
+    `cut`, `cut-answer`, `deny` (403) or `lost` (carried out, and answered with NoSuchUpload as if it had been before).
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
@@ -180,6 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fate == "error":
             return self._answer_error(*proxy.pick_answer())
         status, headers, content = proxy.forward(self.command, self.path, self.headers.items(), body)
+        if fate == "lost":
+            return self._answer_error(404, "NoSuchUpload")
         if fate == "error-after":
             return self._answer_error(*proxy.pick_answer())
         if fate == "cut-answer" and not content:
@@ -197,8 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-        if is_cut:
-            self._cut()
+        if is_cut:  # not by a reset: what was sent shall arrive
+            self.close_connection = True
 
     def _answer_error(self, status: int, code: str) -> None:
         text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"

@@ -9,7 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import structlog
+
+from stable_audio_serve.core.errors import StorageError
+
 T = TypeVar("T")
+
+log = structlog.get_logger("stable_audio_serve.artifacts")
 
 _WIND_DOWN_S = 5.0  # how long a cancelled caller waits for its work to be undone; it is undone in any case
 
@@ -70,4 +76,7 @@ class StoreThreads:
 
 def _undo(future: Future[T], undo: Callable[[], None]) -> None:
     if future.exception() is None:
-        undo()
+        try:
+            undo()
+        except StorageError as error:
+            log.warning("a file that nobody wants stays until it is swept", error=error.message)

@@ -154,11 +154,12 @@ async def test_an_upload_in_parts_that_fails_leaves_nothing(
     assert object_storage.keys(bucket) == []
 
 
+@pytest.mark.parametrize("fate", ["error-after", "lost"])
 async def test_a_completion_whose_answer_is_lost_is_a_completion(
-    object_storage: ObjectStorage, store: S3Artifacts, bucket: str
+    object_storage: ObjectStorage, store: S3Artifacts, bucket: str, fate: str
 ) -> None:
     data = os.urandom(20 * MIB)
-    object_storage.proxy.fates[f"POST /{bucket}/p/{KEY}?uploadId="] = "error-after"
+    object_storage.proxy.fates[f"POST /{bucket}/p/{KEY}?uploadId="] = fate
     file = await put(store, data)
     assert await read(store, file) == data
     assert object_storage.unfinished(bucket) == []

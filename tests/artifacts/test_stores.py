@@ -129,11 +129,15 @@ async def test_a_source_that_breaks_off_leaves_nothing(place: Place, size: int) 
 async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
+    num_taken = 0
+
     def chunks() -> Iterator[bytes]:
+        nonlocal num_taken
         yield bytes(size)
         begun.set()
         go_on.wait(5)
-        yield bytes(size)
+        for num_taken in range(10):  # noqa: B007  counts
+            yield bytes(size)
 
     task = asyncio.create_task(place.store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav"))
     await asyncio.to_thread(begun.wait, 5)
@@ -142,6 +146,7 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert place.names() == []
+    assert num_taken == 0  # nobody went on for nothing
 
 
 async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
