@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -128,6 +130,38 @@ def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
     stages = [event["stage"] for event in events if "stage" in event]
     assert (stages[0], stages[-1]) == ("queued", "done")
     assert {"started", "denoising", "storing"} <= set(stages)
+
+
+def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Iterator[dict[str, Any]]:
+    """The events of a job as they arrive: id, event and data."""
+    event: dict[str, Any] = {}
+    with server.client.stream("GET", f"/jobs/{job_id}/events", headers={"Last-Event-ID": after}) as reply:
+        assert reply.status_code == 200
+        for line in reply.iter_lines():
+            name, _, value = line.partition(": ")
+            if not line and event:
+                yield event
+                event = {}
+            elif name:
+                event[name] = json.loads(value) if name == "data" else value
+
+
+def test_a_stream_goes_on_at_another_ingress_after_an_operator_cancelled(server: LaunchedServer, config: Path) -> None:
+    job_id = submit(server, **make_long_body(steps=1000, duration=16, batch_size=4))
+    told = []
+    for event in read_events(server, job_id):  # its connection is given up in the middle
+        told.append(event)
+        if event["data"]["stage"] == "denoising":
+            break
+    command = [sys.executable, "-m", "stable_audio_serve.cli", "jobs", "cancel", job_id]
+    done = subprocess.run(command, cwd=config.parent, capture_output=True, timeout=60, check=True)
+    assert b"asked to stop" in done.stdout
+    last = next(event["id"] for event in reversed(told) if "id" in event)
+    *rest, end = read_events(server, job_id, after=last)
+    assert (end["id"], end["event"], end["data"]["status"]) == ("end", "end", "cancelled")
+    assert all(int(event["id"]) > int(last) for event in rest if "id" in event)
+    assert rest[-1]["data"]["message"] == "cancelled"
+    assert server.client.delete(f"/jobs/{job_id}").json()["code"] == "job_is_over"
 
 
 def test_a_replica_that_dies_in_the_middle_costs_no_attempt(server: LaunchedServer) -> None:
