@@ -179,4 +179,4 @@ def test_settings_that_a_page_names_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_is_linked_and_run(page: str) -> None:
     assert f"docs/{page}" in (ROOT / "README.md").read_text()
-    assert page in TAGS
+    assert page in TAGS or not read_commands(DOCS / page)
