@@ -5,7 +5,9 @@ Hypothesis example, because a busy machine is not a bug.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,3 +38,17 @@ def object_storage(_object_storage: ObjectStorage) -> Iterator[ObjectStorage]:
     """An S3 service over HTTP, with a proxy in front that spares everything until a test sets its `faults`."""
     yield _object_storage
     _object_storage.proxy.reset()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system of 1 MiB cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)

@@ -7,7 +7,6 @@ import errno
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -129,20 +128,6 @@ async def test_reading_never_sees_half_a_file(artifacts: LocalArtifacts, folder:
         assert (folder / "a").read_bytes() in contents
         await asyncio.sleep(0)
     await writing
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a file system of 1 MiB cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 async def test_a_disk_that_is_full_is_said_and_useful_again_when_it_is_not(tiny_disk: Path) -> None:
