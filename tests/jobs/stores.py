@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from stable_audio_serve.jobs.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
 
-__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
+__all__ = ["database", "postgres_with_tables", "processes", "store", "store_url", "wall"]
 
 KINDS = ("sqlite", "postgresql")
 LEASE_S = 15.0
@@ -50,6 +52,13 @@ def postgres_with_tables(postgres: PostgresServer) -> Iterator[str]:
     open_database(url).prepare()
     yield url
     postgres.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Three other processes."""
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.fixture(params=KINDS)

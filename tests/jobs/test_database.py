@@ -1,0 +1,274 @@
+"""The job database at the start, when it fails, and when it comes back."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
+from stable_audio_serve.jobs.database import Database, database_url
+from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.tables import METADATA
+from tests.databases import PostgresServer
+from tests.jobs.stores import KINDS, add, find, open_database, processes
+
+pytestmark = pytest.mark.slow
+
+__all__ = ["processes"]
+
+
+@pytest.fixture(params=KINDS)
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without any tables."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'new' / 'jobs.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+def execute(url: str, statement: str) -> None:
+    """Change the database behind the store's back."""
+    if url.startswith("sqlite"):
+        with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+            connection.execute(statement)
+    else:
+        with psycopg.connect(url) as connection:
+            connection.execute(statement.encode())
+
+
+def refusal_of(url: str) -> str:
+    """Why a start with this database is refused: one sentence, without the password."""
+    with pytest.raises(ConfigError) as caught:
+        open_database(url).prepare()
+    assert caught.value.field == "jobs.database_url"
+    assert "jobs.database_url" in caught.value.message
+    assert "\n" not in caught.value.message
+    password = sa.make_url(url).password
+    assert password is None or password not in caught.value.message
+    return caught.value.message
+
+
+def prepare(url: str, job_id: str) -> None:
+    """In another process."""
+    database = open_database(url)
+    database.prepare()
+    add(JobStore(database), id=job_id)
+    database.close()
+
+
+def fill(store: JobStore) -> None:
+    for _ in range(100):
+        add(store)
+
+
+class TestAddresses:
+    """What may be configured."""
+
+    def test_nothing_is_a_file_in_the_output_folder(self, tmp_path: Path) -> None:
+        database = Database(database_url(None, tmp_path / "outputs"))
+        assert list(tmp_path.iterdir()) == []
+        add(JobStore(database))
+        database.close()
+        assert (tmp_path / "outputs" / "jobs.db").is_file()
+        assert str(database) == f"SQLite {tmp_path / 'outputs' / 'jobs.db'}"
+
+    @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2"])
+    def test_postgresql_is_said_without_its_password(self, scheme: str) -> None:
+        database = open_database(f"{scheme}://user:secret@db.example:6543/jobs?sslmode=require")
+        assert str(database) == "PostgreSQL db.example:6543/jobs"
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            *("nonsense", "", "sqlite://", "sqlite:///", "sqlite:///:memory:", "mysql://u:secret@host/db"),
+            *("postgresql://u:secret@host:port/db", "sqlite:///file:a?mode=memory&uri=true", "://", "https://secret"),
+        ],
+    )
+    def test_anything_else_stops_the_start(self, tmp_path: Path, url: str) -> None:
+        with pytest.raises(ConfigError, match="database_url") as caught:
+            database_url(url, tmp_path)
+        assert "secret" not in caught.value.message
+
+    def test_postgresql_without_its_driver_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "psycopg", None)
+        with pytest.raises(ConfigError, match=r"pip install .*postgres"):
+            open_database("postgresql://host/db")
+
+    def test_a_sqlite_that_is_too_old_says_which_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 31, 1))
+        with pytest.raises(ConfigError, match=r"3\.35"):
+            open_database("sqlite:////nowhere/jobs.db")
+
+
+class TestStart:
+    """Tables are made and upgraded, or the reason why not is one sentence."""
+
+    def test_makes_every_table_once(self, empty_url: str) -> None:
+        for _ in range(2):
+            database = open_database(empty_url)
+            database.prepare()
+            tables = set(sa.inspect(database.engine).get_table_names())
+            assert tables == {*METADATA.tables, "alembic_version"}
+            database.close()
+
+    def test_the_first_use_makes_them_too(self, empty_url: str) -> None:
+        database = open_database(empty_url)
+        store = JobStore(database)
+        job = add(store)
+        assert find(store, job) == job
+        database.close()
+
+    @pytest.mark.parametrize("_", range(3))
+    def test_many_processes_may_start_at_once(self, empty_url: str, processes: ProcessPoolExecutor, _: int) -> None:
+        list(processes.map(prepare, [empty_url] * 6, "abcdef"))
+        database = open_database(empty_url)
+        assert JobStore(database).counts() == {"queued": 6}
+        database.close()
+
+    def test_tables_of_a_newer_version_are_refused(self, empty_url: str) -> None:
+        database = open_database(empty_url)
+        database.prepare()
+        database.close()
+        execute(empty_url, "UPDATE alembic_version SET version_num = '9999'")
+        assert "newer version" in refusal_of(empty_url)
+        assert "9999" in refusal_of(empty_url)
+        with pytest.raises(StorageError):  # one that runs already, when another one upgrades
+            JobStore(open_database(empty_url)).counts()
+
+    def test_tables_of_something_else_are_refused(self, tmp_path: Path, empty_url: str) -> None:
+        (tmp_path / "new").mkdir()
+        execute(empty_url, "CREATE TABLE jobs (salary integer)")
+        assert "not ours" in refusal_of(empty_url)
+
+    def test_a_file_that_is_no_database(self, tmp_path: Path) -> None:
+        (tmp_path / "jobs.db").write_text("no database at all, but long enough to be looked at" * 100)
+        assert "not a database" in refusal_of(f"sqlite:///{tmp_path / 'jobs.db'}")
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("no folder")
+        assert str(tmp_path) in refusal_of(f"sqlite:///{tmp_path / 'file' / 'jobs.db'}")
+        assert str(tmp_path) in refusal_of(f"sqlite:///{tmp_path}")
+
+    def test_a_server_that_is_not_there(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        assert "refused" in refusal_of(f"postgresql://user:secret@127.0.0.1:{port}/jobs")
+
+    def test_a_host_that_is_not_there(self) -> None:
+        assert "nowhere.invalid" in refusal_of("postgresql://user:secret@nowhere.invalid/jobs")
+
+    def test_a_server_that_never_answers(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            assert "timeout" in refusal_of(f"postgresql://user:secret@127.0.0.1:{port}/jobs")
+
+    def test_a_wrong_password(self, postgres: PostgresServer) -> None:
+        url = postgres.url().replace(postgres.password, "wrong-password")
+        assert "password authentication failed" in refusal_of(url)
+
+    def test_an_unknown_database(self, postgres: PostgresServer) -> None:
+        assert '"other" does not exist' in refusal_of(postgres.url("other"))
+
+    def test_a_user_who_may_make_no_tables(self, postgres: PostgresServer, postgres_url: str) -> None:
+        postgres.execute("CREATE ROLE guest LOGIN PASSWORD 'guest-secret'")
+        url = postgres_url.replace(f"{postgres.user}:{postgres.password}", "guest:guest-secret")
+        assert "permission denied" in refusal_of(url)
+
+
+class TestFaults:
+    """What fails while jobs are served is an error to try again, and passes."""
+
+    def test_a_restarted_server_is_used_again(self, postgres: PostgresServer, postgres_url: str) -> None:
+        database = open_database(postgres_url)
+        store = JobStore(database)
+        job = add(store)
+        for mode in ("fast", "immediate"):
+            postgres.restart(mode)
+            assert find(store, job) == job
+            add(store)
+        database.close()
+
+    def test_a_server_that_is_away_is_a_storage_error_until_it_is_back(
+        self, postgres: PostgresServer, postgres_url: str
+    ) -> None:
+        database = open_database(postgres_url)
+        store = JobStore(database)
+        job = add(store)
+        postgres.stop()
+        try:
+            for _ in range(2):
+                with pytest.raises(StorageError) as caught:
+                    store.get("sa3", job.spec.id)
+                assert caught.value.retry_after_s
+                with pytest.raises(StorageError):
+                    add(store)
+        finally:
+            postgres.start()
+        assert find(store, job) == job
+        assert store.counts() == {"queued": 1}
+        database.close()
+
+    def test_a_connection_lost_in_the_middle_changes_nothing(self, postgres: PostgresServer, postgres_url: str) -> None:
+        database = open_database(postgres_url)
+        store = JobStore(database)
+        add(store)
+
+        def lose_connection() -> None:
+            with database.writing() as connection:
+                connection.execute(sa.text("DELETE FROM jobs"))
+                own = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar()
+                postgres.execute(f"SELECT pg_terminate_backend({own})")
+                connection.execute(sa.text("SELECT 1"))
+
+        with pytest.raises(StorageError):
+            lose_connection()
+        assert store.counts() == {"queued": 1}
+        database.close()
+
+    def test_a_process_frozen_in_a_transaction_loses_its_locks(self, postgres_url: str) -> None:
+        database = open_database(postgres_url)
+        with database.writing() as connection:
+            limit = connection.execute(sa.text("SHOW idle_in_transaction_session_timeout")).scalar()
+        assert limit == "10s"
+        database.close()
+
+    def test_a_full_disk_is_its_own_error_and_passes(self, tmp_path: Path) -> None:
+        database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}")
+        store = JobStore(database)
+        job = add(store)
+        with database.writing() as connection:  # SQLite says the same as on a full disk; the pool keeps this connection
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StorageFullError):
+            fill(store)
+        assert find(store, job) == job
+        with database.writing() as connection:
+            connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+        add(store)
+        database.close()
+
+    def test_a_full_disk_of_the_server_too(self, postgres_url: str) -> None:
+        database = open_database(postgres_url)
+        store = JobStore(database)
+        job = add(store)
+        raising = "BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END"
+        execute(postgres_url, f"CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ {raising} $$")
+        execute(postgres_url, "CREATE TRIGGER full_disk BEFORE INSERT ON jobs EXECUTE FUNCTION full_disk()")
+        with pytest.raises(StorageFullError):
+            add(store)
+        execute(postgres_url, "DROP TRIGGER full_disk ON jobs")
+        assert find(store, job) == job
+        add(store)
+        database.close()
+
+    def test_a_database_that_cannot_be_opened(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("no folder")
+        with pytest.raises(StorageError):
+            add(JobStore(Database(database_url(None, tmp_path / "file"))))

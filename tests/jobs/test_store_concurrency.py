@@ -1,0 +1,230 @@
+"""Many at once, in threads and in processes, on every database: nothing is done twice, lost or beyond its limits."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.database import Database
+from stable_audio_serve.jobs.job import Job
+from stable_audio_serve.jobs.store import JobStore
+from tests.jobs.conftest import make_spec
+from tests.jobs.stores import (
+    ERROR,
+    add,
+    find,
+    lease,
+    open_database,
+    postgres_with_tables,
+    processes,
+    result_of,
+    store_url,
+)
+
+pytestmark = pytest.mark.slow
+
+__all__ = ["postgres_with_tables", "processes", "store_url"]
+
+_MANY = JobSettings(max_queued=10_000)
+
+
+@pytest.fixture
+def database(store_url: str) -> Iterator[Database]:
+    """With the database's own clock."""
+    database = open_database(store_url)
+    yield database
+    database.close()
+
+
+def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
+    """The answers, or errors, of calls that all start together."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        barrier.wait()
+        try:
+            return call()
+        except (ConflictError, OverloadedError) as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+def lease_all(url: str, owner: str) -> list[str]:
+    """Ids of all that one process gets of a queue."""
+    store = JobStore(open_database(url))
+    ids = []
+    while job := store.lease(owner, lease_s=60):
+        ids.append(job.spec.id)
+    store.database.close()
+    return ids
+
+
+def add_same(url: str, number: int) -> list[bool]:
+    """What one process is told that adds the same request again and again."""
+    store = JobStore(open_database(url), _MANY)
+    specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
+    told = [store.add(spec).is_new for spec in specs]
+    store.database.close()
+    return told
+
+
+def test_threads_never_lease_the_same_job(database: Database) -> None:
+    store = JobStore(database, _MANY)
+    expected = {add(store).spec.id for _ in range(60)}
+
+    def lease_them(owner: str) -> list[str]:
+        ids = []
+        while job := store.lease(owner, lease_s=60):
+            ids.append(job.spec.id)
+        return ids
+
+    ids = list(itertools.chain(*at_once([partial(lease_them, owner) for owner in "abcdef"])))
+    assert len(ids) == 60
+    assert set(ids) == expected
+
+
+def test_processes_never_lease_the_same_job(database: Database, store_url: str, processes: ProcessPoolExecutor) -> None:
+    store = JobStore(database, _MANY)
+    expected = {add(store).spec.id for _ in range(150)}
+    shares = processes.map(lease_all, [store_url] * 3, "abc")
+    ids = list(itertools.chain(*shares))
+    assert len(ids) == 150
+    assert set(ids) == expected
+
+
+@pytest.mark.parametrize("by", ["key", "id"])
+def test_fifty_identical_requests_at_once_make_one_job(database: Database, by: str) -> None:
+    store = JobStore(database, _MANY)
+    same = {"key": {"idempotency_key": "k"}, "id": {"id": "1" * 32}}[by]
+    specs = [make_spec(fingerprint="f", **same) for _ in range(50)]
+    answers = at_once([partial(store.add, spec) for spec in specs])
+    assert [answer.is_new for answer in answers].count(True) == 1
+    assert len({answer.job.spec.id for answer in answers}) == 1
+    assert store.counts() == {"queued": 1}
+
+
+def test_identical_requests_of_many_processes_make_one_job(
+    database: Database, store_url: str, processes: ProcessPoolExecutor
+) -> None:
+    told = processes.map(add_same, [store_url] * 3, range(3))
+    assert list(itertools.chain(*told)).count(True) == 1
+    assert JobStore(database).counts() == {"queued": 1}
+
+
+def test_two_requests_with_one_key_at_once_make_one_job(database: Database) -> None:
+    store = JobStore(database, _MANY)
+    specs = [make_spec(idempotency_key="k", fingerprint=fingerprint) for fingerprint in "ab" * 10]
+    answers = at_once([partial(store.add, spec) for spec in specs])
+    assert sum(isinstance(answer, ConflictError) for answer in answers) == 10
+    assert store.counts() == {"queued": 1}
+
+
+@pytest.mark.parametrize(
+    ("limits", "refusal"),
+    [({"max_queued": 5}, OverloadedError), ({"max_queued": 100, "max_queued_per_key": 5}, QuotaError)],
+)
+def test_many_at_once_never_exceed_what_may_wait(
+    database: Database, limits: dict[str, int], refusal: type[Exception]
+) -> None:
+    stores = [JobStore(database, JobSettings(**limits)) for _ in range(30)]
+    answers = at_once([partial(store.add, make_spec(client="k")) for store in stores])
+    assert [type(answer) for answer in answers].count(refusal) == 25
+    assert stores[0].counts() == {"queued": 5}
+
+
+def test_only_one_of_many_ends_at_once_counts(database: Database) -> None:
+    store = JobStore(database, _MANY)
+    for _ in range(8):
+        add(store)
+        job = lease(store)
+        result = result_of(job)
+        ends = at_once(
+            [
+                partial(store.succeed, job, result),
+                partial(store.fail, job, ERROR),
+                partial(store.stop, job),
+                partial(store.requeue, job, delay_s=60, attempts=1, message="x"),
+            ]
+        )
+        (ended,) = [end for end in ends if end is not None]
+        assert find(store, job) == ended
+        assert (store.find_file(result.file_id) is not None) == (ended.state == "succeeded")
+
+
+def test_a_cancelled_job_never_starts_and_a_started_one_hears_of_it(database: Database) -> None:
+    store = JobStore(database, _MANY)
+    for _ in range(8):
+        job = add(store)
+        leased, (outcome, _) = at_once(
+            [partial(store.lease, "me", lease_s=60), partial(store.cancel, "sa3", job.spec.id)]
+        )
+        if outcome == "removed":
+            assert leased is None
+            assert find(store, job).state == "cancelled"
+        else:
+            assert outcome == "requested"
+            assert [held.cancel_requested for held in store.renew("me", lease_s=60)] == [True]
+            store.stop(leased)
+
+
+def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database) -> None:
+    store = JobStore(database, _MANY)
+    for _ in range(8):
+        add(store)
+        job = lease(store)
+        store.fail(job, ERROR, is_dead_letter=True)
+        retried, _ = at_once([partial(store.retry, "sa3", job.spec.id), partial(store.purge, age_s=0)])
+        found = store.get("sa3", job.spec.id)
+        assert (None if found is None else found.state) == ("queued" if retried else None)
+        store.cancel("sa3", job.spec.id)
+
+
+def test_whatever_runners_do_every_job_ends_once(database: Database) -> None:
+    """Some fall silent, some wake up after their jobs were given away, some end them twice."""
+    num_jobs = 60
+    store = JobStore(database, _MANY)
+    ended: list[Job] = []
+    deadline = time.monotonic() + 120
+
+    def is_done() -> bool:
+        return len(ended) >= num_jobs or time.monotonic() > deadline
+
+    def submit() -> None:
+        for _ in range(num_jobs):
+            add(store)
+
+    def work(owner: str) -> None:
+        chance = random.Random(owner)
+        while not is_done():
+            job = store.lease(owner, lease_s=0.05)
+            if job is None:
+                time.sleep(0.01)
+                continue
+            if chance.random() < 0.3:
+                time.sleep(0.15)  # past its lease
+            ended.extend(end for end in (store.succeed(job, result_of(job)) for _ in range(2)) if end is not None)
+
+    def sweep() -> None:
+        while not is_done():
+            store.reclaim(max_attempts=1000)
+            time.sleep(0.02)
+
+    at_once([submit, *(partial(work, owner) for owner in "abcd"), sweep])
+    assert store.counts() == {"succeeded": num_jobs}
+    assert len(ended) == len({job.spec.id for job in ended}) == num_jobs
+    for job in ended:
+        assert job.result is not None
+        assert find(store, job) == job
+        assert store.find_file(job.result.file_id) == job.result.file
