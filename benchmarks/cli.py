@@ -107,6 +107,26 @@ def run_uploads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     ]
 
 
+def run_jobs(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What keeping a job costs, by database."""
+    from benchmarks.jobs_case import run_jobs_case
+
+    results = run_jobs_case(settings)
+    path = _write(out, "jobs", settings, results)
+    return [
+        {
+            "database": name,
+            "submit_p50_ms": figures["worst_submit_p50_ms"],
+            "submit_p95_ms": figures["worst_submit_p95_ms"],
+            "lease_p95_ms": figures["worst_lease_p95_ms"],
+            "long_over_short": figures["worst_lease_long_over_short_ratio"],
+            "reads_per_s": figures["worst_reads_per_s"],
+            "file": path,
+        }
+        for name, figures in results["databases"].items()
+    ]
+
+
 def run_jobs_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """How fast jobs are accepted, and what asking about them costs."""
     from benchmarks.jobs_http_case import run_jobs_http_case
@@ -147,6 +167,7 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "http": run_http,
     "overhead": run_overhead,
     "uploads": run_uploads,
+    "jobs": run_jobs,
     "jobs-http": run_jobs_http,
     "cold-start": run_cold_start,
 }

@@ -20,7 +20,7 @@ from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobResult, JobSpec, State
 from stable_audio_serve.jobs.retention import forget_some, unreferenced
 from stable_audio_serve.jobs.submission import count, find_no_room, find_same
-from stable_audio_serve.jobs.tables import EVENTS, FILES, IDENTITY, JOBS, in_state
+from stable_audio_serve.jobs.tables import EVENTS, FILES, IDENTITY, IS_DEAD, JOBS, in_state
 from stable_audio_serve.jobs.transitions import (
     CANCELLED,
     Transitions,
@@ -296,7 +296,7 @@ class JobStore:
         if state is not None:
             query = query.where(_jobs.state == state)
         if dead_letters:
-            query = query.where(_jobs.is_dead_letter)
+            query = query.where(IS_DEAD)
         with self.database.reading() as connection:
             return [to_job(row) for row in connection.execute(query)]
 

@@ -73,6 +73,8 @@ JOBS = sa.Table(
 )
 _jobs = JOBS.c
 
+IS_DEAD = _jobs.is_dead_letter == sa.true()  # word by word as in its index, for SQLite
+
 EVENTS = sa.Table(
     "events",
     METADATA,
@@ -126,7 +128,7 @@ _index("jobs_by_lease", _jobs.lease_until, of=_RUNNING)
 _index("jobs_by_owner", _jobs.owner, of=_RUNNING)
 _index("jobs_by_end", _jobs.completed_at, of=_jobs.completed_at.is_not(None))
 _index("jobs_by_webhook", _jobs.webhook_at, of=_jobs.webhook_at.is_not(None))
-_index("jobs_dead", _jobs.seq, of=_jobs.is_dead_letter)
+_index("jobs_dead", _jobs.seq, of=IS_DEAD)
 _index("jobs_by_upload", _jobs.upload_key, of=_jobs.upload_key.is_not(None))
 _index("jobs_by_result", _jobs.result_key, of=_jobs.result_key.is_not(None))
 _key = (_jobs.contract, _jobs.client, _jobs.idempotency_key)

@@ -171,3 +171,15 @@ def test_a_load_is_sent_at_its_own_times_and_refuses_to_time_errors() -> None:
         assert all(sent.latency_ms > 0 for sent in (*tickets, *polls))
         with pytest.raises(RuntimeError, match="422"):
             send(server.url, [("POST", "/jobs", {})], rate_hz=10.0)
+
+
+def test_the_job_store_is_measured_on_both_databases() -> None:
+    from benchmarks.jobs_case import Load, run_jobs_case
+
+    load = Load(submit_hz=50.0, submit_s=0.4, queued=200, leases=10, reads_s=0.1)
+    results = run_jobs_case(CaseSettings(rounds=1), load)["databases"]
+    assert "sqlite" in results
+    for figures in results.values():
+        assert 0 < figures["worst_submit_p50_ms"] <= figures["worst_submit_p95_ms"]
+        assert figures["worst_lease_p95_ms"] > 0
+        assert figures["worst_reads_per_s"] > 0

@@ -1,0 +1,118 @@
+"""With ten thousand jobs waiting and as many ended, no query of the job store reads a whole table or sorts one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from benchmarks.jobs_case import fill
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.database import Database
+from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.tables import JOBS
+from tests.databases import PostgresServer
+from tests.jobs.conftest import make_spec
+from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, result_of
+
+pytestmark = pytest.mark.slow
+
+_NUM_JOBS = 10_000
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobStore]:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('plans') / 'jobs.db'}"
+    else:
+        server: PostgresServer = request.getfixturevalue("postgres")
+        url = server.create_database()
+    store = JobStore(open_database(url), JobSettings(max_queued=10 * _NUM_JOBS, max_queued_per_key=10 * _NUM_JOBS))
+    for state in ("succeeded", "queued"):
+        fill(store, _NUM_JOBS, state=state)
+    for _ in range(10):
+        lease(store, "busy")
+    if request.param == "postgresql":
+        with store.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("ANALYZE")
+    yield store
+    store.database.close()
+
+
+def plans(database: Database, call: Callable[[], Any]) -> Iterator[tuple[str, str]]:
+    """The statements of `call`, each with how the database carries it out."""
+    statements: list[tuple[str, Any]] = []
+
+    def record(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, many: bool) -> None:
+        statements.append((statement, parameters[0] if many else parameters))
+
+    sa.event.listen(database.engine, "before_cursor_execute", record)
+    try:
+        call()
+    finally:
+        sa.event.remove(database.engine, "before_cursor_execute", record)
+    explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN (FORMAT JSON) "
+    with database.reading() as connection:
+        for statement, parameters in statements:
+            if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
+                rows = connection.exec_driver_sql(explain + statement, parameters).all()
+                yield statement, "\n".join(row[-1] if database.is_sqlite else json.dumps(row[0]) for row in rows)
+
+
+def faults(plan: str, *, is_sqlite: bool) -> list[str]:
+    """What reads or sorts more than it needs."""
+    if is_sqlite:
+        return re.findall(r"SCAN (?:jobs|events|files)(?! USING).*|USE TEMP B-TREE.*", plan)
+    nodes = json.loads(plan)
+    found = []
+    while nodes:
+        node = nodes.pop()
+        node = node.get("Plan", node)
+        nodes += node.get("Plans", [])
+        if node["Node Type"] == "Seq Scan" and node["Relation Name"] == JOBS.name:  # the others are small
+            found.append("Seq Scan")
+        if node["Node Type"] == "Sort" and node["Plan Rows"] > 100:
+            found.append(f"Sort of {node['Plan Rows']} rows")
+    return found
+
+
+CALLS: dict[str, Callable[[JobStore], Any]] = {
+    "add": lambda store: store.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
+    "add again": lambda store: store.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
+    "get": lambda store: store.get("sa3", "x"),
+    "list": lambda store: store.list_own("sa3", "", cursor="15000"),
+    "list of a state": lambda store: store.list_own("sa3", "k", state="failed"),
+    "events": lambda store: store.events("sa3", "x", after=5),
+    "position": lambda store: store.position(add(store)),
+    "cancel": lambda store: store.cancel("sa3", add(store).spec.id),
+    "find file": lambda store: store.find_file("x"),
+    "lease": lambda store: lease(store),
+    "lease of models": lambda store: lease(store, models=["demo", "other"]),
+    "lease of another model": lambda store: store.lease("me", lease_s=1, models=["other"]),
+    "renew": lambda store: store.renew("busy", lease_s=15),
+    "reclaim": lambda store: store.reclaim(max_attempts=3),
+    "report": lambda store: store.report(lease(store), stage="x", fraction=0.5),
+    "succeed": lambda store: (lambda job: store.succeed(job, result_of(job)))(lease(store)),
+    "fail": lambda store: store.fail(lease(store), ERROR, is_dead_letter=True),
+    "requeue": lambda store: store.requeue(lease(store), delay_s=1, attempts=1, message="x"),
+    "expire": lambda store: store.expire(),
+    "look": lambda store: store.look("busy"),
+    "dead letters": lambda store: store.list_all(dead_letters=True),
+    "retry": lambda store: store.retry("sa3", "x"),
+    "unreferenced": lambda store: store.unreferenced([f"uploads/{number}" for number in range(50)]),
+    "purge": lambda store: store.purge(age_s=1_000_000),
+    "claim a webhook": lambda store: Outbox(store.database).claim(for_s=10),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_uses_indexes(store: JobStore, name: str) -> None:
+    found = list(plans(store.database, lambda: CALLS[name](store)))
+    assert found
+    for statement, plan in found:
+        assert not faults(plan, is_sqlite=store.database.is_sqlite), f"{statement}\n{plan}"
