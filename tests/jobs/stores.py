@@ -23,7 +23,7 @@ from tests.jobs.conftest import make_spec
 
 __all__ = ["database", "postgres_with_tables", "processes", "store", "store_url", "wall"]
 
-KINDS = ("sqlite", "postgresql")
+KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
 RESULT = JobResult(FILE, "f" * 32, 44100, 1, (7,), 1.5)
