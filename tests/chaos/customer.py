@@ -1,0 +1,137 @@
+"""A client that trusts nobody: retries what was not answered, writes down every promise, fetches and checks the audio.
+
+Retries are repetitions of the very same submission, idempotency key included. What the server says about a job is asked
+until it is over; nothing is taken for an answer but the API's own JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import soundfile
+
+from tests.chaos import dialects
+from tests.chaos.ledger import Ledger
+from tests.chaos.orders import Order
+
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 2.0
+_POLL_S = 0.5
+_TRANSIENT = (429, 500, 502, 503, 504)
+
+
+class WrongError(Exception):
+    """The server gave an answer that it must not give; the text says which."""
+
+
+class NoAnswerError(Exception):
+    """Nobody answered, or only that it cannot be done now; the text says which. It may have been done all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Customer:
+    """`http` leads to the server; `webhooks_url` is where notices are received, one path per order."""
+
+    http: httpx.AsyncClient
+    ledger: Ledger
+    webhooks_url: str
+
+    async def run(self, order: Order, *, give_up_s: float) -> None:
+        """Submit, wait, fetch and check, all of it in the ledger. What is wrong ends up there too."""
+        try:
+            async with asyncio.timeout(give_up_s):
+                job = await self._submit(order)
+                if order.is_repeated:
+                    await self._submit(order)
+                await self.fetch(order, job)
+        except TimeoutError:
+            self.ledger.write("wrong", order.number, why=f"not over after {give_up_s:g} s")
+        except WrongError as error:
+            self.ledger.write("wrong", order.number, why=str(error))
+
+    async def fetch(self, order: Order, job: str) -> bytes | None:
+        """The audio of a job once it is over, downloaded twice; None if it failed. Raises WrongError."""
+        look = await self._end(order, job)
+        if look.state == "failed":
+            self.ledger.write("failed", order.number, job=job, error=look.error)
+            return None
+        files = [(await self._insist(method="GET", url=look.file_url)).content for _ in range(2)]
+        digests = [hashlib.sha256(file).hexdigest() for file in files]
+        path = httpx.URL(look.file_url).path
+        self.ledger.write("fetched", order.number, job=job, path=path, sha256=digests)
+        _check_audio(files[0], order)
+        return files[0]
+
+    async def expected_audio(self, order: Order) -> bytes:
+        """What the synchronous route makes of an order of our own API. Raises WrongError."""
+        route = "variations" if order.kind == "variation" else "generations"
+        sending = dialects.submission(order, webhook_url="") | {"url": f"/v1/audio/{route}", "headers": {}}
+        return (await self._insist(**sending | {"method": "POST"})).content
+
+    async def _submit(self, order: Order) -> str:
+        sending = dialects.submission(order, webhook_url=f"{self.webhooks_url}/{order.number}")
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                reply = await self._ask(**sending)
+            except NoAnswerError as error:
+                self.ledger.write("unanswered", order.number, why=str(error))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                continue
+            self.ledger.write("accepted", order.number, status=reply.status_code, body=reply.text)
+            try:
+                return dialects.job_id(order, reply.json())
+            except (ValueError, KeyError, TypeError) as error:
+                raise WrongError(f"accepted without an id: {reply.status_code} {reply.text[:300]}") from error
+
+    async def _end(self, order: Order, job: str) -> dialects.Look:
+        """What became of a job, with the file's URL."""
+        while True:
+            reply = await self._insist(method="GET", url=dialects.status_path(order, job))
+            look = dialects.read_status(order, reply.json())
+            if look.state == "succeeded" and not look.file_url:
+                output = await self._insist(method="GET", url=dialects.result_path(job))
+                return dialects.Look("succeeded", file_url=output.json()["audio_file"]["url"])
+            if look.state != "waiting":
+                return look
+            await asyncio.sleep(_POLL_S)
+
+    async def _insist(self, **request: Any) -> httpx.Response:
+        """The answer to a request that may be repeated, asked again while there is none. Raises WrongError."""
+        while True:
+            with suppress(NoAnswerError):
+                return await self._ask(**request)
+            await asyncio.sleep(_POLL_S)
+
+    async def _ask(self, **request: Any) -> httpx.Response:
+        """A 2xx. Raises NoAnswerError where there is none yet, WrongError for what must not be answered."""
+        try:
+            reply = await self.http.request(**request)
+        except httpx.TransportError as error:
+            raise NoAnswerError(repr(error)) from error
+        if reply.is_success:
+            return reply
+        is_own = reply.headers.get("content-type", "").startswith("application/json")
+        if reply.status_code in _TRANSIENT and not (reply.status_code == 500 and is_own):  # the proxy's 500 is a page
+            raise NoAnswerError(str(reply.status_code))
+        raise WrongError(f"{request['method']} {request['url']} answered {reply.status_code}: {reply.text[:300]}")
+
+
+def _check_audio(file: bytes, order: Order) -> None:
+    """Raises WrongError unless it is the WAV that was ordered."""
+    try:
+        audio, rate_hz = soundfile.read(io.BytesIO(file), always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise WrongError(f"not a WAV: {error}, {len(file)} bytes") from error
+    if audio.shape[1] != 2 or abs(len(audio) - order.duration_s * rate_hz) > 1:
+        raise WrongError(f"{audio.shape} samples at {rate_hz} Hz are not {order.duration_s} s of stereo")
+    if not np.any(audio):
+        raise WrongError("silence")

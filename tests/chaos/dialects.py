@@ -1,0 +1,72 @@
+"""How an order is sent, asked about and fetched in each dialect. Wire forms only; `customer` sends and retries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import quote
+
+from tests.chaos.orders import Order
+
+State = Literal["waiting", "succeeded", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a poll said: the file's URL once it has succeeded, or why it failed."""
+
+    state: State
+    file_url: str = ""
+    error: str = ""
+
+
+def submission(order: Order, *, webhook_url: str) -> dict[str, Any]:
+    """Arguments of the HTTP client's `request`."""
+    hook = {"webhook_url": webhook_url} if order.has_webhook else {}
+    headers = {} if order.key is None else {"Idempotency-Key": order.key}
+    if order.kind == "variation":
+        files = {"audio": ("clip.wav", order.clip, "audio/wav")}
+        form = {name: str(value) for name, value in order.controls.items()} | hook
+        return {"method": "POST", "url": "/jobs/variations", "data": form, "files": files, "headers": headers}
+    if order.kind == "aiml":
+        return {"method": "POST", "url": "/v2/generate/audio", "json": {"model": "stable-audio", **_hosted(order)}}
+    if order.kind == "fal":
+        query = {"fal_webhook": webhook_url} if order.has_webhook else {}
+        return {"method": "POST", "url": "/queue/fal-ai/stable-audio", "params": query, "json": _hosted(order)}
+    if order.kind == "chosen":
+        return {"method": "PUT", "url": f"/jobs/{order.key}", "json": order.controls | hook}
+    return {"method": "POST", "url": "/jobs", "json": order.controls | hook, "headers": headers}
+
+
+def job_id(order: Order, reply: Any) -> str:
+    """The id in the answer to a submission. Raises KeyError, TypeError when there is none."""
+    found: str = reply["request_id" if order.kind == "fal" else "id"]
+    return found
+
+
+def status_path(order: Order, job: str) -> str:
+    """Where to ask how far a job is."""
+    if order.kind == "aiml":
+        return f"/v2/generate/audio?generation_id={quote(job)}"
+    return f"{result_path(job)}/status" if order.kind == "fal" else f"/jobs/{job}"
+
+
+def result_path(job: str) -> str:
+    """Where fal has the output of a completed request."""
+    return f"/queue/fal-ai/stable-audio/requests/{job}"
+
+
+def read_status(order: Order, reply: Any) -> Look:
+    """What an answer at `status_path` means; fal tells the file's URL elsewhere. Raises KeyError, TypeError."""
+    status = reply["status"]
+    if status in ("queued", "running", "generating", "IN_QUEUE", "IN_PROGRESS"):
+        return Look("waiting")
+    if reply.get("error") is not None or status not in ("succeeded", "completed", "COMPLETED"):
+        return Look("failed", error=f"{status}: {reply.get('error')}")
+    if order.kind == "fal":
+        return Look("succeeded")
+    return Look("succeeded", file_url=reply["audio_file"]["url"] if order.kind == "aiml" else reply["download_url"])
+
+
+def _hosted(order: Order) -> dict[str, Any]:
+    return {"prompt": order.controls["prompt"], "seconds_total": order.duration_s, "steps": order.steps}

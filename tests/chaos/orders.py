@@ -1,0 +1,83 @@
+"""What the clients of a chaos run want: a mix over the dialects, the same for the same seed. Knows no HTTP client."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tests.audio_files import make_audio_file
+
+# `keyed` brings an Idempotency-Key, `chosen` an id of the client's own, a `variation` an upload.
+Kind = Literal["plain", "keyed", "chosen", "variation", "aiml", "fal"]
+
+_WEIGHTS: Mapping[Kind, int] = {"plain": 2, "keyed": 3, "chosen": 2, "variation": 3, "aiml": 1, "fal": 2}
+_NOTIFYING = ("plain", "keyed", "chosen", "variation", "fal")  # kinds whose dialect can call a webhook
+_STEPS = ((4, 5), (60, 3), (400, 2))  # with weights; four hundred are a second of work, to be hit in the middle
+_RATE_HZ = 8_000
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One wish. `key` is its idempotency key, or the id it chose: with one it may never become two jobs.
+
+    `is_repeated` = sent again although it was answered.
+    """
+
+    number: int
+    kind: Kind
+    duration_s: int
+    steps: int
+    seed: int
+    key: str | None
+    has_webhook: bool
+    is_repeated: bool
+
+    @property
+    def contract(self) -> str:
+        """Whose name the store keeps it under."""
+        return self.kind if self.kind in ("aiml", "fal") else "sa3"
+
+    @property
+    def controls(self) -> dict[str, Any]:
+        """The fields of our own API."""
+        return {
+            "prompt": f"order {self.number}",
+            "duration": self.duration_s,
+            "steps": self.steps,
+            "seed": self.seed,
+        }
+
+    @property
+    def clip(self) -> bytes:
+        """The file a variation starts from."""
+        return make_audio_file(duration_s=0.5, rate_hz=_RATE_HZ, hz=200.0 + self.number)
+
+
+def make_orders(count: int, *, seed: int) -> list[Order]:
+    """Every kind once, then as the weights say, in an order drawn from `seed`."""
+    rng = random.Random(f"orders/{seed}")
+    kinds = [*_WEIGHTS, *rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=max(0, count - len(_WEIGHTS)))]
+    rng.shuffle(kinds)
+    return [_make_order(number, kind, rng) for number, kind in enumerate(kinds[:count])]
+
+
+def _make_order(number: int, kind: Kind, rng: random.Random) -> Order:
+    has_key = kind in ("keyed", "chosen") or (kind == "variation" and rng.random() < 0.5)
+    return Order(
+        number=number,
+        kind=kind,
+        duration_s=rng.randint(1, 3),
+        steps=rng.choices([steps for steps, _ in _STEPS], [weight for _, weight in _STEPS])[0],
+        seed=1000 + number,
+        key=rng.randbytes(16).hex() if has_key else None,
+        has_webhook=kind in _NOTIFYING and rng.random() < 0.5,
+        is_repeated=has_key and rng.random() < 0.5,
+    )
+
+
+def arrival_times(count: int, *, span_s: float, seed: int) -> Sequence[float]:
+    """When each order comes, seconds from the start, rising; at random over `span_s`."""
+    rng = random.Random(f"arrivals/{seed}")
+    return sorted(rng.uniform(0.0, span_s) for _ in range(count))

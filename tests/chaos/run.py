@@ -1,0 +1,151 @@
+"""A whole chaos run: customers and killer at once, then quiet, then everything looked at again and judged."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from tests.chaos.customer import Customer, WrongError
+from tests.chaos.killer import Blow, Strike, plan_strikes, strike_all
+from tests.chaos.ledger import Ledger
+from tests.chaos.orders import Order, arrival_times, make_orders
+from tests.chaos.scene import ORPHAN_AFTER_S, WEBHOOK_SECRET, Scene
+from tests.chaos.verdict import Verdict, judge
+from tests.chaos.webhooks import Inbox, receiving
+
+_REPORT_EVERY_S = 10.0
+_NOTICES_S = 60.0  # how long after the end the last webhooks may come
+_SWEEP_S = 30.0  # how long after a file is old enough it may still lie there
+_AGAIN_AT_ONCE = 8
+_ANSWER_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosPlan:
+    """How much is asked for and broken. The same seed gives the same orders and the same sequence of kills."""
+
+    num_orders: int
+    rounds: int  # in each, one process of every kind is killed
+    every_s: float  # between two kills, about
+    late_after_s: float  # of an order, from its acceptance or the last kill
+    give_up_s: float  # of an order, from its arrival
+    num_compared: int  # jobs whose audio is compared bit by bit with what the synchronous route makes
+    is_swept: bool = False  # wait at the end until files that belong to nothing are gone
+    seed: int = 0
+
+    @property
+    def orders(self) -> list[Order]:
+        return make_orders(self.num_orders, seed=self.seed)
+
+    @property
+    def strikes(self) -> list[Strike]:
+        return plan_strikes(rounds=self.rounds, every_s=self.every_s, seed=self.seed)
+
+
+async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
+    """Carry out `plan`; progress is printed."""
+    orders, strikes = plan.orders, plan.strikes
+    limits = httpx.Limits(max_connections=None)  # a pool with a bound loses places when it runs into time limits
+    with receiving(WEBHOOK_SECRET) as inbox:
+        async with httpx.AsyncClient(
+            base_url=scene.server.url, timeout=_ANSWER_S, limits=limits, follow_redirects=True
+        ) as http:
+            customer = Customer(http, ledger, inbox.url)
+            progress = asyncio.create_task(_tell_progress(ledger, inbox))
+            try:
+                blows = await _attack(scene, plan, customer, orders=orders, strikes=strikes)
+                await _look_again(customer, orders, plan)
+                await _wait_for_notices(inbox, orders)
+            finally:
+                progress.cancel()
+    verdict = judge(
+        orders,
+        ledger.entries(),
+        notices=inbox.notices,
+        rows=scene.rows(),
+        visible=scene.visible(),
+        blows=blows,
+        late_after_s=plan.late_after_s,
+    )
+    for key in set(scene.visible()) - scene.stored():
+        verdict.add("lost", f"artifact {key} is visible and not there")
+    if plan.is_swept:
+        for key in sorted(await _orphans(scene)):
+            verdict.add("orphaned", f"file {key} belongs to nothing")
+    return verdict
+
+
+async def _attack(
+    scene: Scene, plan: ChaosPlan, customer: Customer, *, orders: Sequence[Order], strikes: Sequence[Strike]
+) -> list[Blow]:
+    """Orders arrive for as long as there are strikes."""
+    arrivals = arrival_times(len(orders), span_s=strikes[-1].at_s, seed=plan.seed)
+
+    async def arrive(order: Order, at_s: float) -> None:
+        await asyncio.sleep(at_s)
+        await customer.run(order, give_up_s=plan.give_up_s)
+
+    blows, *_ = await asyncio.gather(
+        strike_all(
+            scene.server,
+            strikes,
+            crash_database=scene.crash_database,
+            seed=plan.seed,
+            report=lambda blow: print(f"chaos: killed {blow.target}", flush=True),
+        ),
+        *(arrive(order, at_s) for order, at_s in zip(orders, arrivals, strict=True)),
+    )
+    return blows
+
+
+async def _look_again(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
+    """In quiet: every finished job is still what it was, and a sample is what it should be, bit by bit."""
+    numbered = {order.number: order for order in orders}
+    jobs = {(entry["order"], entry["job"]) for entry in customer.ledger.entries() if entry["what"] == "fetched"}
+    comparable = sorted(pair for pair in jobs if numbered[pair[0]].contract == "sa3")  # the others draw their seeds
+    compared = set(random.Random(plan.seed).sample(comparable, min(plan.num_compared, len(comparable))))
+    gate = asyncio.Semaphore(_AGAIN_AT_ONCE)
+
+    async def look(order: Order, job: str, *, compare: bool) -> None:
+        async with gate:
+            try:
+                async with asyncio.timeout(plan.give_up_s):
+                    audio = await customer.fetch(order, job)
+                    if compare and audio != await customer.expected_audio(order):
+                        customer.ledger.write("wrong", order.number, why=f"job {job} has other audio than expected")
+            except (TimeoutError, WrongError) as error:
+                customer.ledger.write("wrong", order.number, why=f"afterwards: {error!r}")
+
+    await asyncio.gather(*(look(numbered[n], job, compare=(n, job) in compared) for n, job in sorted(jobs)))
+
+
+async def _wait_for_notices(inbox: Inbox, orders: Sequence[Order]) -> None:
+    due = {order.number for order in orders if order.has_webhook}
+    deadline = time.monotonic() + _NOTICES_S
+    while due - inbox.told() and time.monotonic() < deadline:  # noqa: ASYNC110  # another thread fills the inbox
+        await asyncio.sleep(0.2)
+
+
+async def _orphans(scene: Scene) -> set[str]:
+    """Files that belong to no job, once the sweeper has had its time."""
+    deadline = time.monotonic() + ORPHAN_AFTER_S + _SWEEP_S
+    while True:
+        orphans = scene.stored() - set(scene.visible())
+        if not orphans or time.monotonic() > deadline:
+            return orphans
+        await asyncio.sleep(1.0)
+
+
+async def _tell_progress(ledger: Ledger, inbox: Inbox) -> None:
+    started_at = time.monotonic()
+    while True:
+        await asyncio.sleep(_REPORT_EVERY_S)
+        counts = Counter(entry["what"] for entry in ledger.entries())
+        said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+        print(f"chaos: {time.monotonic() - started_at:.0f} s: {said}; {len(inbox.notices)} notices", flush=True)

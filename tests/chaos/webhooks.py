@@ -1,0 +1,84 @@
+"""Where the webhooks of a chaos run arrive. Answers some of the first deliveries with 503, so that they come again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from standardwebhooks import Webhook, WebhookVerificationError
+
+_REFUSE_EVERY = 5  # every fifth order's first notice
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One delivery; `webhook_id` is the header's, None where the dialect has none."""
+
+    order: int
+    job: str
+    webhook_id: str | None
+    outcome: str  # what it says became of the job
+    was_refused: bool
+    is_genuine: bool = True  # signed as it should be, where the dialect signs
+
+
+class Inbox:
+    """`url` takes notices below /<order number>; our own API's must be signed with `secret`."""
+
+    def __init__(self, server: ThreadingHTTPServer, secret: str) -> None:
+        self._signature = Webhook(secret)
+        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        self.notices: list[Notice] = []
+        self._num_seen: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def told(self) -> set[int]:
+        """Orders of which a notice was taken."""
+        return {notice.order for notice in self.notices if not notice.was_refused}
+
+    def take(self, path: str, headers: Mapping[str, str], content: bytes) -> int:
+        """Note a delivery; the status to answer with."""
+        order, body = int(path.strip("/")), json.loads(content)
+        headers = {name.lower(): value for name, value in headers.items()}
+        is_fal = "request_id" in body
+        job, outcome = (body["request_id"], body["status"]) if is_fal else (body["data"]["id"], body["type"])
+        is_genuine = is_fal or self._is_signed(headers, content)
+        with self._lock:
+            self._num_seen[order] += 1
+            is_refused = order % _REFUSE_EVERY == 0 and self._num_seen[order] == 1
+            self.notices.append(Notice(order, job, headers.get("webhook-id"), outcome, is_refused, is_genuine))
+        return 503 if is_refused else 204
+
+    def _is_signed(self, headers: Mapping[str, str], content: bytes) -> bool:
+        try:
+            self._signature.verify(content, dict(headers))
+        except WebhookVerificationError:
+            return False
+        return True
+
+
+@contextmanager
+def receiving(secret: str) -> Iterator[Inbox]:
+    """Take deliveries on a free port for the length of the context."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(inbox.take(self.path, dict(self.headers), content))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        inbox = Inbox(server, secret)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield inbox
+        server.shutdown()
+        thread.join()
