@@ -16,7 +16,7 @@ import structlog
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import GenerationError, UnknownModelError
+from stable_audio_serve.core.errors import GenerationError, StorageError, UnknownModelError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
@@ -80,8 +80,9 @@ class JobRunner:
         self._asking = Periodic(self._ask_replicas, every_s=_REPLICAS_EVERY_S, clock=clock)
 
     async def start(self) -> None:
-        """Take over from dead runners, then run jobs until `close`. Raises StorageError."""
-        await self._reclaim()
+        """Take over from dead runners, then run jobs until `close`."""
+        with suppress(StorageError):  # away now, it is asked again by the loop
+            await self._reclaim()
         self._heartbeat.start()
         if self._notifier is not None:
             self._notifier.start(on_postponed=self.wake)
@@ -122,8 +123,9 @@ class JobRunner:
             try:
                 outlook = await asyncio.to_thread(self._store.look, self.owner)
                 num_done = await self._turn(outlook)
-            except Exception:  # the runner outlives whatever its store does
-                log.exception("the job runner cannot use its store")
+            except Exception as error:  # the runner outlives whatever its store does
+                is_expected = isinstance(error, StorageError)
+                log.error("the job runner cannot use its store", error=str(error), exc_info=not is_expected)
                 wait_s = _LAST_POLL_S
             else:
                 poll_s = _FIRST_POLL_S if num_done else min(poll_s * 2, _LAST_POLL_S)

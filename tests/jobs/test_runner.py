@@ -420,6 +420,24 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
     assert (await workshop.finished(job)).state == "succeeded"
 
 
+async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.05)
+    store = workshop.queue.store
+    job = await workshop.queue.submit(make_spec())
+    store.lease("a runner that died", lease_s=0.0)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise StorageError("nobody answers")
+
+    with monkeypatch.context() as away:
+        for name in ("look", "reclaim", "renew", "lease"):
+            away.setattr(store, name, fail)
+        runner = await workshop.start_runner()
+        await asyncio.sleep(0.2)
+        runner.check_health()
+    assert (await workshop.finished(job)).state == "succeeded"
+
+
 async def test_a_model_that_is_not_served_makes_a_dead_letter_in_the_end(workshop: Workshop) -> None:
     """Not at once: while servers are replaced, a runner may be older than the ingress that took the job."""
     await workshop.start_runner()
