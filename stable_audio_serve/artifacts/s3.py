@@ -34,8 +34,7 @@ _PART_BYTES = 8 * _CHUNK_BYTES
 _PAGE = 1000
 _NOT_IMPLEMENTED = 501
 _WAS_FASTER = (409, 412)  # conflict, precondition failed: somebody else was
-_MAX_RESUMES = 5  # of one download without a byte in between
-_RESUME_PAUSE_S = 0.2  # before the first of them; doubles
+_MAX_BREAKS = 5  # of a download's connections without a byte in between
 
 
 class S3Artifacts:
@@ -228,29 +227,33 @@ class S3Artifacts:
 
     def _read(self, file: StoredFile) -> Generator[bytes]:
         """Raises FileNotFoundError, StorageError."""
-        num_read = num_failures = 0
+        num_read = num_breaks = 0
         with our_errors("read"):
-            while True:
-                try:
-                    for chunk in self._open(file, num_read):
-                        num_read += len(chunk)
-                        num_failures = 0
-                        yield chunk
-                    return
-                except s3_errors() as error:
-                    if is_missing(error) and not num_read:
-                        break
-                    num_failures += 1
-                    if num_failures > _MAX_RESUMES:
-                        raise
-                    time.sleep(_RESUME_PAUSE_S * 2 ** (num_failures - 1))
+            while (body := self._open(file, num_read)) is not None:
+                with closing(body):
+                    try:
+                        for chunk in body.iter_chunks(_CHUNK_BYTES):
+                            num_read += len(chunk)
+                            num_breaks = 0
+                            yield chunk
+                        return
+                    except s3_errors():
+                        num_breaks += 1
+                        if num_breaks > _MAX_BREAKS:
+                            raise
+        if num_read:
+            raise StorageError("the stored file was removed while it was read")
         raise FileNotFoundError(file.key)
 
-    def _open(self, file: StoredFile, start: int) -> Iterator[bytes]:
-        """The bytes of an object from `start` on."""
+    def _open(self, file: StoredFile, start: int) -> Any:
+        """The body of an object from the byte `start` on; None when it is gone."""
         options = {"Range": f"bytes={start}-"} if start else {}
-        with closing(self._client.get_object(**self._at(file.key), **options)["Body"]) as body:
-            yield from body.iter_chunks(_CHUNK_BYTES)
+        try:
+            return self._client.get_object(**self._at(file.key), **options)["Body"]
+        except s3_errors() as error:
+            if is_missing(error):
+                return None
+            raise
 
 
 def _measure(chunks: Iterable[bytes]) -> tuple[bytes | None, int, str]:

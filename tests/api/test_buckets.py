@@ -13,6 +13,8 @@ from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
 from tests.object_storage import Faults, ObjectStorage
 
+pytestmark = pytest.mark.slow
+
 BODY = {"prompt": "rain", "duration": 1, "seed": 7}
 
 

@@ -23,6 +23,8 @@ from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFul
 from stable_audio_serve.core.settings import StorageSettings
 from tests.object_storage import SECRET_ACCESS_KEY, Faults, ObjectStorage
 
+pytestmark = pytest.mark.slow
+
 MIB = 1_048_576
 KEY = artifact_key("0" * 32, "a.wav", fence=1)
 EVERYTHING = ("s3:*",)
@@ -101,6 +103,23 @@ async def test_a_download_goes_on_where_its_connection_broke(object_storage: Obj
     object_storage.proxy.fates["GET"] = "cut-answer"
     assert await read(store, file) == data
     assert sum(request.startswith("GET") for request in object_storage.proxy.requests) == 2
+
+
+async def test_a_file_removed_while_it_is_read_is_no_whole_file(
+    object_storage: ObjectStorage, store: S3Artifacts
+) -> None:
+    file = await put(store, os.urandom(6 * MIB))
+    object_storage.proxy.fates["GET"] = "cut-answer"
+    chunks = store.read(file)
+    await anext(chunks)
+    await store.delete(file.key)
+
+    async def take_the_rest() -> None:
+        async for _ in chunks:
+            pass
+
+    with pytest.raises(StorageError, match="removed"):
+        await take_the_rest()
 
 
 async def test_a_service_that_is_down_is_a_storage_error_in_bounded_time(
@@ -324,6 +343,7 @@ def test_an_unreachable_endpoint_is_found_at_the_start(
         assert "cannot be reached" in message
 
 
+@pytest.mark.usefixtures("little_patience")
 def test_a_silent_endpoint_is_found_at_the_start(object_storage: ObjectStorage, bucket: str) -> None:
     object_storage.proxy.faults = Faults(is_silent=True)
     assert "cannot be reached" in check(object_storage, bucket)

@@ -24,6 +24,8 @@ from stable_audio_serve.jobs.sweeper import Sweeper, Swept
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 from tests.object_storage import Faults, ObjectStorage
 
+pytestmark = pytest.mark.slow
+
 HOUR = 3600.0
 LIMITS = JobSettings(retention_s=7 * 24 * HOUR, orphan_after_s=24 * HOUR, sweep_every_s=600)
 
