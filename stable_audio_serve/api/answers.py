@@ -12,7 +12,7 @@ from stable_audio_serve.core.file_names import content_disposition
 
 # What a page on another origin may read.
 EXPOSED_HEADERS = (
-    *("Content-Disposition", "Retry-After", "Server-Timing"),
+    *("Content-Disposition", "Idempotent-Replayed", "Retry-After", "Server-Timing"),
     *("X-Model", "X-Output-Count", "X-Request-Id", "X-Sample-Rate", "X-Seed"),
 )
 _STREAM_ABOVE_BYTES = 1_048_576

@@ -6,22 +6,30 @@ A stream costs a connection and reads of the store for as long as its job waits 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
+import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.errors import OverloadedError, StorageError
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
+
+T = TypeVar("T")
+
+log = structlog.get_logger("stable_audio_serve.api")
 
 _FIRST_POLL_S = 0.5  # grows while nothing happens
 _LAST_POLL_S = 2.0
 _COMMENT_S = 10  # proxies and clients give a silent connection up after 15 s and more
 _BUSY_RETRY_S = 10.0
+_PATIENCE = 30  # questions to a store that is away, each after the longest pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +42,45 @@ class Change:
 
 
 async def follow(jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
-    """What the job is now, then every change until it is over or gone; no events up to the one with the id `after`."""
+    """What the job is now, then every change until it is over or gone; no events up to the one with the id `after`.
+
+    A store that is away for less than a minute is waited for. Raises StorageError after that.
+    """
     contract, job_id = job.spec.contract, job.spec.id
     current: Job | None = job
     told: object = None
     wait_s = _FIRST_POLL_S
     while current is not None:
-        position = await jobs.position(current) if current.state == "queued" else current.engine_position
+        is_queued = current.state == "queued"
+        position = await _ask(partial(jobs.position, current)) if is_queued else current.engine_position
         now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
         if now != told:
             told, wait_s = now, _FIRST_POLL_S
-            events = await jobs.events(contract, job_id, after=after)
+            events = await _ask(partial(jobs.events, contract, job_id, after=after))
             after = max((event.id for event in events), default=after)
             yield Change(current, events, position)
         if current.is_over:
             return
         await asyncio.sleep(wait_s)
         wait_s = min(wait_s * 1.5, _LAST_POLL_S)
-        current = await jobs.get(contract, job_id)
+        current = await _ask(partial(jobs.get, contract, job_id))
+
+
+async def _ask(question: Callable[[], Awaitable[T]]) -> T:
+    for _ in range(_PATIENCE):
+        with suppress(StorageError):
+            return await question()
+        await asyncio.sleep(_LAST_POLL_S)
+    return await question()
+
+
+async def _end_quietly(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+    """`events` until there are no more or none can be read: the client comes again, and is told why then."""
+    try:
+        async for event in events:
+            yield event
+    except StorageError as error:
+        log.warning("an event stream breaks off", reason=error.message)
 
 
 class EventStreams:
@@ -65,7 +94,7 @@ class EventStreams:
         """An answer that sends `events`. Raises OverloadedError when too many are open."""
         if self._num_open >= self._max_streams:
             raise OverloadedError("too many event streams are open", retry_after_s=_BUSY_RETRY_S)
-        return _Stream(events, counted=self._counted, headers=headers)
+        return _Stream(_end_quietly(events), counted=self._counted, headers=headers)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +19,10 @@ from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.serving import make_client, serve_app
 from tests.api.test_jobs import submit, wait
 from tests.backends import ToneBackend
+from tests.databases import PostgresServer, postgres, postgres_url
 from tests.sockets import wait_until
+
+__all__ = ["postgres", "postgres_url"]
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +210,41 @@ async def test_a_stream_wants_a_key_where_there_are_some() -> None:
     assert reply.status_code == 401
 
 
-async def test_any_replica_tells_of_any_job(tmp_path: Any) -> None:
+async def test_a_stream_outlives_a_restart_of_its_database(postgres: PostgresServer, postgres_url: str) -> None:
+    async with make_client(run_jobs=False, jobs={"database_url": postgres_url}) as (client, _):
+        ticket = await submit(client)
+        following = asyncio.create_task(read(client, ticket))
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(postgres.stop, "immediate")
+        await asyncio.sleep(1.5)
+        assert not following.done()
+        assert (await client.get(f"/jobs/{ticket['id']}/events")).status_code == 503
+        await asyncio.to_thread(postgres.start)
+        assert (await client.delete(f"/jobs/{ticket['id']}")).status_code == 200
+        events = await following
+    assert events[-1]["data"]["status"] == "cancelled"
+    assert [event["data"]["message"] for event in events[:-1] if event["id"]] == ["queued", "cancelled"]
+
+
+async def test_a_stream_whose_store_stays_away_just_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(streams, "_PATIENCE", 1)
+    monkeypatch.setattr(streams, "_LAST_POLL_S", 0.1)
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    async with make_client(run_jobs=False, jobs={"database_url": url}) as (client, _):
+        ticket = await submit(client)
+        following = asyncio.create_task(client.get(f"/jobs/{ticket['id']}/events", timeout=15))
+        await asyncio.sleep(0.3)
+        with closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
+            connection.execute("DROP TABLE jobs")
+        reply = await following
+    assert [event["event"] for event in parse(reply.text)] == ["progress", "progress"]
+    assert "breaks off" in (said := capsys.readouterr().out)
+    assert "Traceback" not in said
+
+
+async def test_any_replica_tells_of_any_job(tmp_path: Path) -> None:
     folder = str(tmp_path)
     async with (
         make_client(run_jobs=False, output_dir=folder) as (one, _),

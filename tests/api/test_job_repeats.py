@@ -9,10 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.store import Added, JobStore
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, REGION, wait
 from tests.audio_files import make_audio_file
@@ -151,6 +154,28 @@ async def test_a_repeat_is_answered_also_when_the_queue_is_full() -> None:
         ticket = (await post(client, "/jobs", key="full")).json()
         assert (await post(client, "/jobs", key="other")).status_code == 503
         assert (await post(client, "/jobs", key="full")).json() == ticket
+
+
+async def test_an_accepted_job_keeps_its_upload_although_the_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database took the job and its word of it did not arrive: the client is refused, and tries again."""
+    add = JobStore.add
+
+    def add_and_lose_the_answer(store: JobStore, spec: JobSpec) -> Added:
+        monkeypatch.setattr(JobStore, "add", add)
+        add(store, spec)
+        raise StorageError("the connection was cut")
+
+    async with make_client() as (client, _):
+        monkeypatch.setattr(JobStore, "add", add_and_lose_the_answer)
+        assert (await post(client, "/jobs/variations", key="lost")).status_code == 503
+        again = await post(client, "/jobs/variations", key="lost")
+        assert again.headers["idempotent-replayed"] == "true"
+        assert (await wait(client, again.json()))["status"] == "succeeded"
+
+
+async def test_pages_of_other_origins_may_read_that_it_was_a_repeat(client: httpx.AsyncClient) -> None:
+    reply = await client.get("/health", headers={"Origin": "https://page.example"})
+    assert "Idempotent-Replayed" in reply.headers["access-control-expose-headers"]
 
 
 async def test_api_keys_do_not_share_idempotency_keys() -> None:
