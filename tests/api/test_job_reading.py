@@ -19,6 +19,8 @@ from tests.backends import ToneBackend
 from tests.jobs.test_webhooks import receiving
 from tests.sockets import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 async def read_pages(client: httpx.AsyncClient, **query: Any) -> list[list[str]]:
     """The ids of each page, to the last one."""
