@@ -140,6 +140,7 @@ def run_jobs_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
             "status_p95_ms_meanwhile": results["worst_status_p95_ms"],
             "poll_p95_ms": results["worst_poll_p95_ms"],
             "engine_polled_over_quiet": results["engine_polled_over_quiet_ratio"],
+            "queries_per_s_and_idle_runner": results["queries_per_s_and_idle_runner"],
             "file": path,
         }
     ]

@@ -1,4 +1,5 @@
-"""Jobs over HTTP: submissions at a fixed rate, with somebody watching, and whether many polls slow the engine down.
+"""Jobs over HTTP: submissions at a fixed rate, with somebody watching; whether many polls slow the engine down; and how
+often idle runners ask their database.
 
 Submissions go to the whole server around an engine that takes no time, so that its runner works through them meanwhile;
 polls go to the real model. Load is sent from another process, at fixed times: a late answer counts in full.
@@ -9,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,16 +38,21 @@ _CONNECTIONS = 64
 _DRAIN_TIMEOUT_S = 300.0
 _WATCH_HZ = 20.0
 _CLIP_S = 10.0
+_SETTLE_S = 10.0  # runners fall asleep by and by
+_STATEMENT = re.compile(r"LOG:  (?:statement|execute [^:]+): (.*)")
+_NO_QUERY = re.compile(r";|BEGIN.*|COMMIT|ROLLBACK")
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much: jobs and polls per second, and how long each lasts."""
+    """How much: jobs and polls per second, idle runners, and how long each lasts."""
 
     submit_hz: float = 100.0
     submit_s: float = 30.0
     poll_hz: float = 150.0
     poll_s: float = 10.0
+    idle_runners: int = 2
+    idle_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +64,28 @@ class Sent:
 
 
 def run_jobs_http_case(settings: CaseSettings, load: Load | None = None) -> dict[str, Any]:
-    """Both halves, `settings.rounds` times each; the worse round counts."""
+    """Submissions and polls `settings.rounds` times each, the worse round counts; then idleness, once."""
     load = load or Load()
     entry = resolve_model(settings.model)
-    write = partial(write_config, entry=entry, threads=settings.threads, jobs={"max_queued_per_key": 10_000})
+    write = partial(write_config, entry=entry, threads=settings.threads)
     with tempfile.TemporaryDirectory() as folder:
-        config = write(Path(folder), import_path="benchmarks.instant:build")
+        config = write(Path(folder), import_path="benchmarks.instant:build", jobs={"max_queued_per_key": 10_000})
         with running_server(config) as server, _sender() as sender, _sender() as watcher:
             submissions = [measure_submissions(server.url, sender, watcher, load) for _ in range(settings.rounds)]
     with tempfile.TemporaryDirectory() as folder, running_server(write(Path(folder))) as server, _sender() as sender:
         polls = [measure_polls(server.url, sender, load, model=entry.name) for _ in range(settings.rounds)]
+    idle = measure_idle_runners(write, load)
     return {
         "load": asdict(load),
-        "target": {"submit_p50_ms": 30.0},
+        "target": {"submit_p50_ms": 30.0, "queries_per_s_and_idle_runner": 1.0},
         "worst_submit_p50_ms": max(run["submit"]["p50_ms"] for run in submissions),
         "worst_status_p95_ms": max(run["status"]["p95_ms"] for run in submissions),
         "worst_poll_p95_ms": max(run["poll"]["p95_ms"] for run in polls),
         "engine_polled_over_quiet_ratio": worst_ratio(
             [(run["engine_polled"]["p50_ms"], run["engine_quiet"]["p50_ms"]) for run in polls], larger_is_better=False
         ),
+        "queries_per_s_and_idle_runner": idle and idle["queries_per_s_and_runner"],
+        "idle": idle,
         "submissions": submissions,
         "polls": polls,
     }
@@ -120,6 +131,37 @@ def measure_polls(url: str, sender: ProcessPoolExecutor, load: Load, *, model: s
         "http_quiet_p50_ms": median(clip.wall_ms for clip in quiet),
         "http_polled_p50_ms": median(clip.wall_ms for clip in polled),
         "poll": asdict(summarize([sent.latency_ms for sent in polls])),
+    }
+
+
+def measure_idle_runners(write: Callable[..., Path], load: Load) -> dict[str, Any] | None:
+    """What a PostgreSQL of our own is asked while nobody wants anything; None where it is not installed.
+
+    It writes down every statement: queries, and what else the driver sends (checks of connections, transactions).
+    """
+    from tests.databases import UnavailableError, running_postgres
+
+    try:
+        with running_postgres() as database, tempfile.TemporaryDirectory() as folder:
+            url = database.create_database()
+            database.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET log_statement = 'all'")
+            jobs = {"database_url": url, "runners": load.idle_runners}
+            with running_server(write(Path(folder), import_path="benchmarks.instant:build", jobs=jobs)) as server:
+                _wait_until_over(server.url, [send(server.url, [("POST", "/jobs", _JOB)], rate_hz=1.0)[0].answer["id"]])
+                time.sleep(_SETTLE_S)
+                log = database.folder / "log"
+                start = log.stat().st_size
+                time.sleep(load.idle_s)
+                statements = _STATEMENT.findall(log.read_bytes()[start:].decode(errors="replace"))
+    except UnavailableError as error:
+        print(f"idle runners are left out: {error}")
+        return None
+    queries = [statement for statement in statements if not _NO_QUERY.fullmatch(statement)]
+    per_s_and_runner = 1.0 / (load.idle_s * load.idle_runners)
+    return {
+        "queries_per_s_and_runner": len(queries) * per_s_and_runner,
+        "statements_per_s_and_runner": len(statements) * per_s_and_runner,
+        "queries": Counter(query[:60] for query in queries),
     }
 
 

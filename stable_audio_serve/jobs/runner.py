@@ -33,7 +33,7 @@ from stable_audio_serve.jobs.sweeper import Sweeper
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _FIRST_POLL_S = 0.25  # doubles while there is nothing to do
-_LAST_POLL_S = 2.0  # what a lost wake-up costs at most
+_LAST_POLL_S = 3.0  # what a lost wake-up costs at most; with it idle runners ask less than once a second
 _COUNT_EVERY_S = 15.0
 _REPLICAS_EVERY_S = 2.0
 _CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be given back; what takes longer is taken over when its lease ends
