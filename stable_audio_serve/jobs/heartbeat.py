@@ -36,7 +36,7 @@ def lease_id(job: Job) -> LeaseId:
 
 
 class Heartbeat:
-    """Renews everything `owner` holds, in one query, as long as it holds anything."""
+    """Renews everything that `owner` is told to hold, in one query, as long as there is anything."""
 
     def __init__(
         self,
@@ -83,7 +83,8 @@ class Heartbeat:
             held = frozenset(self._held)
         if not held:
             return
-        renewed = self._store.renew(self._owner, lease_s=self._lease_s)
+        job_ids = {lease.job_id for lease in held}
+        renewed = self._store.renew(self._owner, lease_s=self._lease_s, job_ids=job_ids)
         alive = {LeaseId(job.contract, job.id, job.fence): job.cancel_requested for job in renewed}
         lost = [lease for lease in held if lease not in alive]
         to_stop = [lease for lease in held if alive.get(lease)]

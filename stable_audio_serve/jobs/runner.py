@@ -203,7 +203,8 @@ class JobRunner:
                 self._attempts[lease].stop(reason)
 
     async def _reclaim(self) -> int:
-        """Take jobs from dead runners; how many."""
+        """Take jobs from dead runners; how many. Our own are not lost if it was the store that was away."""
+        await asyncio.to_thread(self._heartbeat.beat)
         reclaimed = await asyncio.to_thread(partial(self._store.reclaim, max_attempts=self._settings.max_attempts))
         for job in reclaimed:
             log.warning("job reclaimed", job_id=job.spec.id, attempts=job.attempts, state=job.state)

@@ -195,9 +195,12 @@ class JobStore:
         with self.database.writing() as connection:
             return self._do.change_first(connection, *conditions, order=order, message="started", **values)
 
-    def renew(self, owner: str, *, lease_s: float) -> list[Held]:
-        """Hold on to every running job of this owner for `lease_s` from now; those that are not named are lost."""
-        change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING)
+    def renew(self, owner: str, *, lease_s: float, job_ids: Collection[str]) -> list[Held]:
+        """Hold on to these running jobs of this owner for `lease_s` from now; those that are not returned are lost.
+
+        A lease whose owner never heard that it got it is thus not kept: nobody runs that job.
+        """
+        change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, _jobs.id.in_(job_ids))
         values = change.values(lease_until=self.database.now + lease_s)
         returning = values.returning(_jobs.contract, _jobs.id, _jobs.fence, _jobs.cancel_requested)
         with self.database.writing() as connection:

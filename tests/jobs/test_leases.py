@@ -94,10 +94,20 @@ class TestLeasing:
         mine, ended, asked, other = lease(store), lease(store), lease(store), lease(store, "other")
         store.succeed(ended, result_of(ended))
         store.cancel("sa3", asked.spec.id)
-        held = {(one.contract, one.id): (one.fence, one.cancel_requested) for one in store.renew("me", lease_s=LEASE_S)}
+        ids = [job.spec.id for job in (mine, ended, asked, other)]
+        renewed = store.renew("me", lease_s=LEASE_S, job_ids=ids)
+        held = {(one.contract, one.id): (one.fence, one.cancel_requested) for one in renewed}
         assert held == {("sa3", mine.spec.id): (1, False), ("sa3", asked.spec.id): (1, True)}
-        assert [one.id for one in store.renew("other", lease_s=LEASE_S)] == [other.spec.id]
-        assert store.renew("nobody", lease_s=LEASE_S) == []
+        assert [one.id for one in store.renew("other", lease_s=LEASE_S, job_ids=ids)] == [other.spec.id]
+        assert store.renew("nobody", lease_s=LEASE_S, job_ids=ids) == []
+
+    def test_what_its_owner_does_not_know_of_is_not_renewed(self, store: JobStore, wall: Wall) -> None:
+        for _ in range(2):
+            add(store)
+        known, unknown = lease(store), lease(store)
+        wall.now += LEASE_S
+        assert [one.id for one in store.renew("me", lease_s=LEASE_S, job_ids=[known.spec.id])] == [known.spec.id]
+        assert [job.spec.id for job in store.reclaim(max_attempts=3)] == [unknown.spec.id]
 
     def test_a_renewed_lease_lasts_from_then_on(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -105,16 +115,16 @@ class TestLeasing:
         for _ in range(5):
             wall.now += LEASE_S - 1
             assert store.reclaim(max_attempts=3) == []
-            store.renew("me", lease_s=LEASE_S)
+            store.renew("me", lease_s=LEASE_S, job_ids=[job.spec.id])
         wall.now += LEASE_S + 1
         assert [job.spec.id for job in store.reclaim(max_attempts=3)] == [job.spec.id]
-        assert store.renew("me", lease_s=LEASE_S) == []
+        assert store.renew("me", lease_s=LEASE_S, job_ids=[job.spec.id]) == []
 
     def test_an_overdue_lease_that_nobody_took_is_still_held(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
         wall.now += 10 * LEASE_S
-        assert len(store.renew("me", lease_s=LEASE_S)) == 1
+        assert len(store.renew("me", lease_s=LEASE_S, job_ids=[job.spec.id])) == 1
         assert store.reclaim(max_attempts=3) == []
         assert store.succeed(job, RESULT) is not None
 
@@ -245,7 +255,8 @@ class TestEnding:
         assert end_in_every_way(store, job) == [None] * 4
         assert store.cancel("sa3", job.spec.id) == ("already_over", ended)
         assert store.lease("me", lease_s=15) is None
-        assert (store.reclaim(max_attempts=1), store.expire(), store.renew("me", lease_s=15)) == ([], [], [])
+        assert (store.reclaim(max_attempts=1), store.expire()) == ([], [])
+        assert store.renew("me", lease_s=15, job_ids=[job.spec.id]) == []
         assert not store.report(job, stage="x", fraction=0.1)
         assert find(store, job) == ended
 

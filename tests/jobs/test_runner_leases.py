@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -252,3 +253,42 @@ async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(wo
     assert (await workshop.finished(job)).attempts == 2
     assert metrics.counters["job_retries", ("reason", "unavailable")] == 1
     assert 0.4 <= metrics.age_s < 10
+
+
+async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody runs that job: it must not stay `running` for as long as its owner has other work."""
+    workshop.backend.delay_s = 60
+    await workshop.start_runner()
+    long = await workshop.queue.submit(make_spec())
+    await running(workshop)
+    store, lease = workshop.queue.store, workshop.queue.store.lease
+    was_cut = False
+
+    def cut(*args: Any, **options: Any) -> Job | None:
+        nonlocal was_cut
+        job = lease(*args, **options)
+        if job is not None and not was_cut:
+            was_cut = True
+            raise StorageError("the connection was cut after the commit")
+        return job
+
+    monkeypatch.setattr(store, "lease", cut)
+    lost = await workshop.queue.submit(make_spec())
+    await workshop.until(lost, lambda job: job.attempts == 2)
+    now = await workshop.queue.get("sa3", long.spec.id)
+    assert now is not None
+    assert (now.state, now.attempts) == ("running", 1)
+
+
+async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(workshop: Workshop) -> None:
+    """Neither does a clock that jumps forward: a runner that lives takes nothing from itself."""
+    workshop.backend.delay_s = 3 * _LEASE_S
+    runner = await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec())
+    await running(workshop)
+    end_leases(workshop)
+    runner.wake()
+    ended = await workshop.finished(job)
+    assert (ended.state, ended.attempts, len(workshop.backend.requests)) == ("succeeded", 1, 1)

@@ -80,7 +80,7 @@ def test_any_text_may_be_looked_up(store: JobStore, text: str) -> None:
     assert store.events("sa3", text) == ()
     assert store.list_own("sa3", text).jobs == ()
     assert store.lease(text, lease_s=15, models=[text]) is None
-    assert store.renew(text, lease_s=15) == []
+    assert store.renew(text, lease_s=15, job_ids=[text]) == []
     assert store.unreferenced([text]) == [text]
 
 
@@ -295,12 +295,12 @@ class TestCancelling:
     def test_a_running_job_is_asked_to_stop(self, store: JobStore) -> None:
         job = add(store)
         leased = lease(store)
-        assert [held.cancel_requested for held in store.renew("me", lease_s=15)] == [False]
+        assert [held.cancel_requested for held in store.renew("me", lease_s=15, job_ids=[job.spec.id])] == [False]
         outcome, asked = store.cancel("sa3", job.spec.id)
         assert outcome == "requested"
         assert asked is not None
         assert (asked.state, asked.cancel_requested) == ("running", True)
-        assert [held.cancel_requested for held in store.renew("me", lease_s=15)] == [True]
+        assert [held.cancel_requested for held in store.renew("me", lease_s=15, job_ids=[job.spec.id])] == [True]
         assert store.cancel("sa3", job.spec.id) == ("requested", asked)
         ended = store.stop(leased)
         assert ended is not None

@@ -175,7 +175,8 @@ def test_a_cancelled_job_never_starts_and_a_started_one_hears_of_it(database: Da
             assert find(store, job).state == "cancelled"
         else:
             assert outcome == "requested"
-            assert [held.cancel_requested for held in store.renew("me", lease_s=60)] == [True]
+            renewed = store.renew("me", lease_s=60, job_ids=[job.spec.id])
+            assert [held.cancel_requested for held in renewed] == [True]
             store.stop(leased)
 
 

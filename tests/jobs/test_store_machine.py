@@ -293,7 +293,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(owner=_owners)
     def renew(self, owner: str) -> None:
         mine = [job for job in self.jobs.values() if job.owner == owner]
-        held = {(one.contract, one.id, one.fence, one.cancel_requested) for one in self.store.renew(owner, lease_s=10)}
+        renewed = self.store.renew(owner, lease_s=_LEASE_S, job_ids={job.spec.id for job in self.jobs.values()})
+        held = {(one.contract, one.id, one.fence, one.cancel_requested) for one in renewed}
         assert held == {(job.spec.contract, job.spec.id, job.fence, job.cancel_requested) for job in mine}
         for job in mine:
             job.lease_until = self.now + _LEASE_S

@@ -94,7 +94,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "lease": lambda store: lease(store),
     "lease of models": lambda store: lease(store, models=["demo", "other"]),
     "lease of another model": lambda store: store.lease("me", lease_s=1, models=["other"]),
-    "renew": lambda store: store.renew("busy", lease_s=15),
+    "renew": lambda store: store.renew("busy", lease_s=15, job_ids=[f"{n:032x}" for n in range(64)]),
     "reclaim": lambda store: store.reclaim(max_attempts=3),
     "report": lambda store: store.report(lease(store), stage="x", fraction=0.5),
     "succeed": lambda store: (lambda job: store.succeed(job, result_of(job)))(lease(store)),
