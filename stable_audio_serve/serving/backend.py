@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
@@ -75,8 +75,8 @@ class RayBackend:
             remaining_s = None if deadline_at is None else deadline_at - loop.time()
             try:
                 return await self._attempt(model, replace(request, deadline_s=remaining_s), on_progress)
-            except RayActorError as error:
-                logger.warning("a replica died: model=%s request_id=%s error=%s", model, request.request_id, error)
+            except RayError as error:  # the replica died, or what it made was lost with its node
+                logger.warning("a replica was lost: model=%s request_id=%s error=%s", model, request.request_id, error)
                 if not attempts_left:
                     raise ModelUnavailableError(
                         f"model {model} lost its replica twice while working on this request",
@@ -87,7 +87,7 @@ class RayBackend:
     async def _attempt(
         self, model: str, request: GenerationRequest, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """One call on one replica. Raises RayActorError when that replica died, else errors of ours."""
+        """One call on one replica. Raises RayError when the replica or its answer was lost, else errors of ours."""
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S

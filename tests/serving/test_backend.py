@@ -1,0 +1,38 @@
+"""What calls on model replicas end in, with handles that answer as Ray's do, without Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
+
+from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.serving.backend import RayBackend
+from tests.backends import make_catalog
+
+_REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=7)
+_RESULT = GenerationResult((), 44100, "small-sfx", (7,))
+
+
+def backend(*answers: GenerationResult | RayError) -> RayBackend:
+    """On a model whose replicas answer one call after another like this."""
+    left = list(answers)
+
+    async def generate(_: GenerationRequest) -> GenerationResult:
+        answer = left.pop(0)
+        if isinstance(answer, RayError):
+            raise answer
+        return answer
+
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=generate))
+    return RayBackend(make_catalog(), {"small-sfx": handle}, application="default")
+
+
+@pytest.mark.parametrize("lost", [NodeDiedError("its node is gone"), OwnerDiedError("ab", "", "")])
+async def test_an_answer_that_is_lost_with_its_node_is_made_again_once(lost: RayError) -> None:
+    assert await backend(lost, _RESULT).generate("small-sfx", _REQUEST) == _RESULT
+    with pytest.raises(ModelUnavailableError):
+        await backend(lost, lost).generate("small-sfx", _REQUEST)
