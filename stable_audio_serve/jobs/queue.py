@@ -95,11 +95,8 @@ class JobQueue:
     ) -> tuple[str, StoredFile]:
         """Keep a file for whoever has its link: its id, unguessable unless given, for `links`. Raises StorageError."""
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
-        try:
-            return await asyncio.to_thread(lambda: self.store.publish(file, file_id=file_id)), file
-        except StorageError:
-            await self.artifacts.delete(file.key)
-            raise
+        # When that fails the file stays, to be swept: it may be published, only the database's answer did not arrive.
+        return await asyncio.to_thread(lambda: self.store.publish(file, file_id=file_id)), file
 
     async def find_file(self, file_id: str) -> StoredFile | None:
         """A published file, or the finished audio of a job (`JobResult.file_id`)."""
