@@ -165,9 +165,11 @@ class Attempt:
             self._count_lost(None)
         elif self._stop_reason == "cancelled":
             await self._account_for(await self._settle(partial(self._at.store.stop, self.job)))
-        else:
+        elif self._stop_reason == "closing":
             message = "put back: the runner stops"
             await self._requeue(delay_s=0.0, attempts=self.job.attempts - 1, message=message)
+        else:
+            await self._retry_or_give_up(ModelUnavailableError("the generation was broken off"))
 
     async def _requeue(self, *, delay_s: float, attempts: int, message: str) -> None:
         log.info("job put back", reason=message, delay_s=round(delay_s, 1))

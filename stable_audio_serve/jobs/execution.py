@@ -17,6 +17,7 @@ from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import AudioFormat, encode_variations
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.settings import ApiSettings
@@ -60,6 +61,8 @@ class JobExecutor:
     async def execute(self, job: Job, report: Callable[[JobProgress], None]) -> JobResult:
         """Run the job to its stored file. Raises errors of `core.errors`; then, and when cancelled, keeps nothing."""
         spec = job.spec
+        if not job.is_readable:
+            raise StorageError("the job was written by another version of this server, which can run it")
         self._backend.catalog.resolve(spec.model)  # the server may be another one than when the job was accepted
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)

@@ -107,6 +107,7 @@ class Job:
     is_dead_letter: bool = False  # failed by no fault of its own; an operator may try it again
     result: JobResult | None = None
     error: JobError | None = None
+    is_readable: bool = True  # else another version wrote it, and of `spec` only what stands in columns is known
 
     @property
     def is_over(self) -> bool:

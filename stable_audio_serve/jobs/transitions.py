@@ -5,16 +5,19 @@ A change names the states and leases it starts from, so of two at once only one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs import codec
 from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, Lease, State
+from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobSpec, Lease, State
 from stable_audio_serve.jobs.tables import EVENTS, JOBS, in_state
+
+T = TypeVar("T")
 
 CANCELLED = JobError("cancelled", "the job was cancelled")
 
@@ -113,9 +116,10 @@ def is_held(job: Job) -> sa.ColumnElement[bool]:
 
 
 def to_job(row: sa.Row[Any]) -> Job:
-    """The job in a row of the table."""
+    """The job in a row of the table, also when this version cannot read all of it: it must not hold up others."""
+    spec = _read(codec.load_spec, row.spec)
     return Job(
-        spec=codec.load_spec(row.spec),
+        spec=spec or _outline(row),
         state=row.state,
         created_at=datetime.fromtimestamp(row.created_at, UTC),
         started_at=_to_time(row.started_at),
@@ -128,8 +132,32 @@ def to_job(row: sa.Row[Any]) -> Job:
         engine_position=row.engine_position,
         lease=None if row.owner is None else Lease(row.owner, row.fence),
         is_dead_letter=row.is_dead_letter,
-        result=None if row.result is None else codec.load_result(row.result),
-        error=None if row.error is None else codec.load_error(row.error),
+        result=_read(codec.load_result, row.result),
+        error=_read(codec.load_error, row.error),
+        is_readable=spec is not None,
+    )
+
+
+def _read(load: Callable[[str], T], text: str | None) -> T | None:
+    """None for nothing and for what another version of this package wrote."""
+    try:
+        return None if text is None else load(text)
+    except ValueError:
+        return None
+
+
+def _outline(row: sa.Row[Any]) -> JobSpec:
+    """What is known of a job without its specification."""
+    return JobSpec(
+        id=row.id,
+        contract=row.contract,
+        model=row.model,
+        mode="text-to-audio",
+        request=GenerationRequest(prompt="", duration_s=0.0, seed=0),
+        webhook_url=row.webhook_url,
+        client=row.client,
+        idempotency_key=row.idempotency_key,
+        fingerprint=row.fingerprint,
     )
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import soundfile
+import sqlalchemy as sa
 
+from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
@@ -28,6 +30,7 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import attempt as attempt_module
 from stable_audio_serve.jobs import runner as runner_module
 from stable_audio_serve.jobs.job import JobUpload
+from stable_audio_serve.jobs.tables import JOBS
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.jobs.conftest import Workshop, make_spec, wait_for
@@ -465,3 +468,49 @@ async def test_a_health_check_tells_of_a_loop_that_ended(workshop: Workshop) -> 
     await runner.close()
     with pytest.raises(GenerationError):
         runner.check_health()
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
+async def test_a_job_of_another_version_is_tried_again_then_set_aside_and_holds_up_no_other(
+    workshop: Workshop,
+) -> None:
+    bad, good = [await workshop.queue.submit(make_spec()) for _ in range(2)]
+    with workshop.queue.store.database.writing() as connection:
+        connection.execute(sa.update(JOBS).where(JOBS.c.id == bad.spec.id).values(spec='{"prompt": "rain"}'))
+    await workshop.start_runner()
+    assert (await workshop.finished(good)).state == "succeeded"
+    ended = await workshop.finished(bad)
+    assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", 2, True)
+    assert len(workshop.backend.requests) == 1
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
+async def test_work_that_is_broken_off_by_itself_costs_an_attempt(workshop: Workshop) -> None:
+    class BrokenOff(ToneBackend):
+        async def generate(
+            self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+        ) -> GenerationResult:
+            self.requests.append((model, request))
+            raise asyncio.CancelledError
+
+    workshop.backend = BrokenOff()
+    await workshop.start_runner()
+    ended = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", 2, True)
+
+
+async def test_a_published_file_stays_when_only_the_answer_of_the_database_got_lost(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = workshop.queue.store.publish
+
+    def cut(file: StoredFile, *, file_id: str | None) -> str:
+        publish(file, file_id=file_id)
+        raise StorageError("the connection was cut after the commit")
+
+    monkeypatch.setattr(workshop.queue.store, "publish", cut)
+    with pytest.raises(StorageError):
+        await workshop.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav", file_id="mine")
+    found = await workshop.queue.find_file("mine")
+    assert found is not None
+    assert [chunk async for chunk in workshop.queue.read(found)] == [b"x"]

@@ -7,21 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job, JobUpload
 from stable_audio_serve.jobs.outbox import Notice, Outbox
 from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.tables import JOBS
 from tests.jobs.stores import (
     ERROR,
     FILE,
     LEASE_S,
+    RESULT,
     Wall,
     add,
     database,
     find,
     lease,
+    leased_ids,
     postgres_with_tables,
     result_of,
     store,
@@ -274,6 +278,42 @@ class TestOutbox:
         outbox = Outbox(database)
         assert claim(outbox, except_hosts=["a.example"]).host == "b.example"
         assert [claim(outbox).host for _ in range(3)] == ["a.example", "a.example", "c.example"]
+
+
+class TestUnreadableJobs:
+    """Another version wrote what this one cannot read: such a job holds up no other one."""
+
+    def spoil(self, store: JobStore, job: Job, **columns: str) -> None:
+        with store.database.writing() as connection:
+            connection.execute(sa.update(JOBS).where(JOBS.c.id == job.spec.id).values(columns))
+
+    def test_it_is_still_known_by_what_every_version_can_read(self, store: JobStore) -> None:
+        job = add(store, client="me", webhook_url="https://a.example/")
+        self.spoil(store, job, spec='{"prompt": "rain"}')
+        now = find(store, job)
+        assert (now.is_readable, now.state, now.created_at) == (False, "queued", job.created_at)
+        assert (now.spec.id, now.spec.model, now.spec.client) == (job.spec.id, job.spec.model, "me")
+        assert now.spec.webhook_url == "https://a.example/"
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 7}'])
+    def test_everybody_else_goes_on(self, store: JobStore, wall: Wall, text: str) -> None:
+        bad, good = (add(store, client="me", webhook_url="https://a.example/") for _ in range(2))
+        self.spoil(store, bad, spec=text, error=text)
+        assert [job.spec.id for job in store.list_own("sa3", "me").jobs] == [good.spec.id, bad.spec.id]
+        assert len(store.list_all()) == 2
+        assert leased_ids(store, 2) == [bad.spec.id, good.spec.id]
+        wall.now += LEASE_S
+        assert [job.state for job in store.reclaim(max_attempts=1)] == ["failed", "failed"]
+        assert [claim(Outbox(store.database)).job.is_readable for _ in range(2)] == [False, True]
+        assert store.retry("sa3", bad.spec.id) is not None
+        assert store.cancel("sa3", bad.spec.id)[0] == "removed"
+
+    def test_a_result_that_cannot_be_read_is_none(self, store: JobStore) -> None:
+        add(store)
+        job = lease(store)
+        assert store.succeed(job, RESULT) is not None
+        self.spoil(store, job, result='{"file": 7}')
+        assert (find(store, job).state, find(store, job).result) == ("succeeded", None)
 
 
 def claim(outbox: Outbox, **options: Any) -> Notice:
