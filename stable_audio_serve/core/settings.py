@@ -29,10 +29,18 @@ HiddenPassword = PlainSerializer(lambda url: url and re.sub(r":[^:@/]*@", ":****
 Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
 _PLAIN_URL = r"^https?://[^\s?#@]+$"
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 
 
 def _split_commas(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _trim_prefix(prefix: str) -> str:
+    trimmed = prefix.strip("/")
+    if {".", ".."} & set(trimmed.split("/")):
+        raise ValueError("must not have . or .. between slashes: clients leave them out of links")
+    return trimmed
 
 
 def _check_signing_secret(secret: SecretStr) -> SecretStr:
@@ -115,7 +123,7 @@ class ModelSettings(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="Canonical name, as it stands in headers and file names.",
     )
-    path: str | None = Field(None, min_length=1, description="Folder with model_config.json and model.safetensors.")
+    path: Folder | None = Field(None, description="Folder with model_config.json and model.safetensors.")
     repo_id: str | None = Field(None, min_length=1, description="Hugging Face repository of the same files.")
     revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of the repository.")
     aliases: tuple[ModelName, ...] = Field((), description="Further names requests may use.")
@@ -165,7 +173,7 @@ class DialectSettings(Section):
     saos_window_s: Seconds = Field(
         524_288 / 44_100, description="Longest clip of the Stable Audio Open small routes, seconds."
     )
-    riff_dir: str = Field("riffs", min_length=1, description="Folder of riffs named like gsharp_80bpm_4.wav.")
+    riff_dir: Folder = Field("riffs", description="Folder of riffs named like gsharp_80bpm_4.wav.")
 
 
 class JobSettings(Section):
@@ -203,7 +211,7 @@ class StorageSettings(Section):
     """Where the files of jobs are kept: an S3 bucket when `bucket` is set, else `output_dir`."""
 
     bucket: str | None = Field(None, min_length=1, description="Bucket name; unset = local files.")
-    prefix: Annotated[str, AfterValidator(lambda prefix: prefix.strip("/"))] = Field(
+    prefix: Annotated[str, AfterValidator(_trim_prefix)] = Field(
         "stable-audio/jobs", max_length=500, description="What keys begin with; slashes at its ends do not count."
     )
     endpoint_url: str | None = Field(
@@ -245,7 +253,7 @@ class Settings(Section):
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the first that exists.")
     model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
-    output_dir: str = Field("outputs", min_length=1, description="Folder of jobs and, without a bucket, their files.")
+    output_dir: Folder = Field("outputs", description="Folder of jobs and, without a bucket, their files.")
     hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")

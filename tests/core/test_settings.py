@@ -286,6 +286,25 @@ def test_slashes_at_the_ends_of_the_prefix_do_not_count(tmp_path: Path, given: s
     assert load(tmp_path, STABLE_AUDIO_STORAGE_PREFIX=given).storage.prefix == kept
 
 
+@pytest.mark.parametrize("prefix", ["../jobs", "a/./b", "/a/..", "."])
+def test_a_prefix_that_clients_would_change_in_links_is_refused(tmp_path: Path, prefix: str) -> None:
+    with pytest.raises(ConfigError, match="STABLE_AUDIO_STORAGE_PREFIX"):
+        load(tmp_path, STABLE_AUDIO_STORAGE_PREFIX=prefix)
+
+
+@pytest.mark.parametrize(
+    ("field", "args"),
+    [
+        ("output_dir", {"output_dir": "a\0b"}),
+        ("dialects.riff_dir", {"dialects": {"riff_dir": "a\0b"}}),
+        ("models.0.path", {"models": [{"name": "tiny", "path": "a\0b"}]}),
+    ],
+)
+def test_a_folder_that_no_system_can_have_is_refused(tmp_path: Path, field: str, args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        load(tmp_path, args)
+
+
 def test_storage_urls_are_urls_without_secrets(tmp_path: Path) -> None:
     for name in ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "STABLE_AUDIO_STORAGE_PUBLIC_BASE_URL"):
         for value in ("s3.example", "ftp://s3.example", "https://s3.example/?x=1"):
