@@ -25,11 +25,22 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Device = Annotated[str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-HiddenPassword = PlainSerializer(lambda url: url and re.sub(r":[^:@/]*@", ":**********@", url), when_used="json")
 Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
 _PLAIN_URL = r"^https?://[^\s?#@]+$"
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+
+
+def _without_secrets(url: str | None) -> str | None:
+    """A URL with nothing but its scheme and its place: passwords may also stand among its options."""
+    if url is None:
+        return None
+    scheme, separator, rest = url.partition("://")
+    place = re.sub(r"^.*@", "**********@", rest)
+    return f"{scheme}://{place.partition('?')[0]}" if separator else "**********"
+
+
+HiddenPassword = PlainSerializer(_without_secrets, when_used="json")
 
 
 def _split_commas(value: object) -> object:

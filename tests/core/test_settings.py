@@ -12,7 +12,7 @@ from stable_audio_serve.cli import app
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.keys import hash_key
-from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.core.settings import JobSettings, ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import VARIABLES, check_model_names, load_settings, preloaded_names
 
 
@@ -339,6 +339,25 @@ def test_config_command_prints_the_tree_without_secrets(tmp_path: Path, monkeypa
     result = CliRunner().invoke(app, ["config", "--config", str(file)])
     assert result.exit_code == 2
     assert "STABLE_AUDIO_MAX_STEPS" in result.output
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "postgresql://me:pass/w0rd@db/jobs",
+            "postgresql://me:pass:w0rd@db/jobs",
+            "postgresql://me:pass@w0rd@db/jobs",
+        ),
+        *("postgresql://db/jobs?user=me&password=w0rd", "postgresql://me:pass?w0rd@db/jobs", "host=db password=w0rd"),
+        "postgresql://me:pass%40@db/jobs?sslpassword=w0rd@x",
+    ],
+)
+def test_no_part_of_a_database_password_is_printed(url: str) -> None:
+    printed = JobSettings(database_url=url).model_dump_json(include={"database_url"}).partition(":")[2]
+    assert "pass" not in printed
+    assert "w0rd" not in printed
+    assert printed.startswith('"postgresql://') or url.startswith("host=")
 
 
 @pytest.mark.parametrize("secret", ["whsec_c2hvcnQ=", "not base64!", "whsec_" + "QUFB" * 40])
