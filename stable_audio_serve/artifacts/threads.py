@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 log = structlog.get_logger("stable_audio_serve.artifacts")
 
-_WIND_DOWN_S = 5.0  # how long a cancelled caller waits for its work to be undone; it is undone in any case
+_WIND_DOWN_S = 1.0  # how long a cancelled caller waits for its work to be undone; it is undone in any case
 
 
 class StoppedError(Exception):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from stable_audio_serve.artifacts import local as local_module
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StorageError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
@@ -292,3 +293,24 @@ async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(wo
     runner.wake()
     ended = await workshop.finished(job)
     assert (ended.state, ended.attempts, len(workshop.backend.requests)) == ("succeeded", 1, 1)
+
+
+async def test_a_job_whose_file_is_being_kept_slowly_is_given_back_when_its_runner_stops(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, answered = threading.Event(), threading.Event()
+
+    def silent(*_: object) -> tuple[int, str]:
+        begun.set()
+        answered.wait(20)
+        raise StorageError("no answer")
+
+    monkeypatch.setattr(local_module, "_write", silent)
+    runner = await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec())
+    await wait_for(begun.is_set)
+    await runner.close()
+    answered.set()
+    now = await workshop.queue.get("sa3", job.spec.id)
+    assert now is not None
+    assert (now.state, now.attempts) == ("queued", 0)
