@@ -49,6 +49,7 @@ def wall() -> Wall:
 def postgres_with_tables(postgres: PostgresServer) -> Iterator[str]:
     """One database for the tests of a module, which `empty` clears faster than another one is made."""
     url = postgres.create_database()
+    postgres.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET synchronous_commit = off")  # no crash is tested here
     open_database(url).prepare()
     yield url
     postgres.drop_database(url)

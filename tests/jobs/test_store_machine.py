@@ -1,6 +1,6 @@
 """Any sequence of what may be done to the job store, against a model of it in plain Python.
 
-Hypothesis draws the sequences and shortens one that breaks something. STORE_SEQUENCES is their number per database.
+Hypothesis draws the sequences and shortens one that breaks something.
 """
 
 from __future__ import annotations
@@ -33,12 +33,9 @@ from stable_audio_serve.jobs.tables import METADATA
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, result_of, store_url
 
-pytestmark = pytest.mark.slow
-
 __all__ = ["postgres_with_tables", "store_url"]
 
-_NUM_SEQUENCES = int(os.environ.get("STORE_SEQUENCES", "100"))
-_NUM_STEPS = 25 if _NUM_SEQUENCES <= 100 else 50
+_CHAOS_SEQUENCES = int(os.environ.get("CHAOS_STORE_SEQUENCES", "2000"))
 _LIMITS = JobSettings(max_queued=5, max_queued_per_key=3, batch_patience_s=30)
 _LEASE_S = 10.0
 _MAX_ATTEMPTS = 3
@@ -465,13 +462,21 @@ def databases(store_url: str) -> Iterator[tuple[tuple[Database, Database], Wall]
         database.close()
 
 
-@pytest.mark.timeout(max(300, _NUM_SEQUENCES * 3))
+@pytest.mark.slow
 def test_no_sequence_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_sequences(databases, count=100, steps=25)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(60 + 4 * _CHAOS_SEQUENCES)
+def test_no_long_sequence_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
+    run_sequences(databases, count=_CHAOS_SEQUENCES, steps=50)
+
+
+def run_sequences(databases: tuple[tuple[Database, Database], Wall], *, count: int, steps: int) -> None:
+    run_state_machine_as_test(
         lambda: StoreMachine(*databases),
         settings=settings(
-            max_examples=_NUM_SEQUENCES,
-            stateful_step_count=_NUM_STEPS,
-            suppress_health_check=list(HealthCheck),
+            max_examples=count, stateful_step_count=steps, suppress_health_check=list(HealthCheck), print_blob=True
         ),
     )
