@@ -135,6 +135,7 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
     try:
         engine = sa.create_engine(
             url,
+            isolation_level="READ COMMITTED",  # what the compare-and-sets of `transitions` are made for
             connect_args={"connect_timeout": _CONNECT_TIMEOUT_S} | _KEEPALIVE,
             pool_pre_ping=True,  # the server may have been restarted
             pool_size=_POOL_SIZE,
