@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+
+import sqlalchemy as sa
 
 from stable_audio_serve.api.webhooks import webhook_bodies
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.failpoints import activate
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.queue import open_queue
@@ -51,6 +59,8 @@ async def _work(settings: Settings) -> None:
     card = resolve_entry(MODEL, path=str(load_goldens(MODEL).folder)).card()
     engine = Engine(loaded(MODEL), EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
     queue = open_queue(settings)
+    if queue.store.database.is_sqlite:
+        _freeze_between_transactions(queue.store.database)
     notifier = Notifier(Outbox(queue.store.database), webhook_bodies(queue.artifacts), settings.jobs)
     async with LocalBackend(ModelCatalog([card]), {MODEL: engine}) as backend:
         runner = JobRunner(queue.store, queue.artifacts, backend, settings, notifier=notifier)
@@ -59,6 +69,24 @@ async def _work(settings: Settings) -> None:
             await asyncio.sleep(0.05)
         await runner.close()
     await queue.close()
+
+
+def _freeze_between_transactions(database: Database) -> None:
+    """SQLite has one writer: frozen in the middle of a transaction, it would hold up everybody else."""
+    lock = threading.Lock()
+    writing, kill = database.writing, os.kill
+
+    @contextmanager
+    def writing_alone() -> Iterator[sa.Connection]:
+        with lock, writing() as connection:
+            yield connection
+
+    def kill_alone(pid: int, number: int) -> None:
+        with lock if number == signal.SIGSTOP else nullcontext():
+            kill(pid, number)
+
+    database.writing = writing_alone  # type: ignore[method-assign]
+    os.kill = kill_alone
 
 
 def _is_done(store: JobStore) -> bool:
