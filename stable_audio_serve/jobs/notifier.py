@@ -109,7 +109,7 @@ class Notifier:
         with structlog.contextvars.bound_contextvars(job_id=spec.id, contract=spec.contract, attempt=notice.attempt):
             try:
                 body = pydantic_core.to_json(await asyncio.to_thread(self._body, notice.job))
-                headers = self._headers(spec.id, body)
+                headers = self._headers(notice.id, body)
                 await post_json(notice.url, body, headers=headers, allow_hosts=self._allow_hosts)
             except DeliveryError as error:
                 reason = str(error)
@@ -137,9 +137,9 @@ class Notifier:
         log.info("webhook ended", outcome=outcome, reason=reason)
         await asyncio.to_thread(self._outbox.settle, notice)
 
-    def _headers(self, job_id: str, body: bytes) -> Mapping[str, str]:
+    def _headers(self, notice_id: str, body: bytes) -> Mapping[str, str]:
         now = datetime.now(UTC)
-        headers = {"webhook-id": job_id, "webhook-timestamp": str(int(now.timestamp()))}
+        headers = {"webhook-id": notice_id, "webhook-timestamp": str(int(now.timestamp()))}
         if self._signer is None:
             return headers
-        return headers | {"webhook-signature": self._signer.sign(job_id, now, body.decode())}
+        return headers | {"webhook-signature": self._signer.sign(notice_id, now, body.decode())}

@@ -20,11 +20,16 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A client to be told: where, of which job, and which attempt this is, from 1."""
+    """A client to be told: where, of which job, and which attempt this is, from 1.
 
+    `id` is the job's; each later end, of a dead letter that was tried again, has another.
+    """
+
+    id: str
     url: str
     host: str
     job: Job
+    retries: int
     attempt: int
 
 
@@ -44,7 +49,10 @@ class Outbox:
         values = change.values(webhook_at=now + for_s, webhook_attempts=_jobs.webhook_attempts + 1)
         with self._database.writing() as connection:
             row = connection.execute(values.returning(JOBS)).first()
-        return None if row is None else Notice(row.webhook_url, row.webhook_host, to_job(row), row.webhook_attempts)
+        if row is None:
+            return None
+        notice_id = f"{row.id}-{row.retries}" if row.retries else row.id
+        return Notice(notice_id, row.webhook_url, row.webhook_host, to_job(row), row.retries, row.webhook_attempts)
 
     def settle(self, notice: Notice) -> None:
         """It was delivered, or given up: never try it again."""
@@ -55,10 +63,9 @@ class Outbox:
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
-        """Unless somebody else has claimed it since."""
+        """Unless somebody else has claimed it since, or the job was tried again."""
         spec = notice.job.spec
-        change = sa.update(JOBS).where(
-            _jobs.contract == spec.contract, _jobs.id == spec.id, _jobs.webhook_attempts == notice.attempt
-        )
+        is_same = (_jobs.retries == notice.retries, _jobs.webhook_attempts == notice.attempt)
+        change = sa.update(JOBS).where(_jobs.contract == spec.contract, _jobs.id == spec.id, *is_same)
         with self._database.writing() as connection:
             connection.execute(change.values(webhook_at=webhook_at))

@@ -306,7 +306,7 @@ class JobStore:
     def retry(self, contract: Contract, job_id: str) -> Job | None:
         """Let a dead letter wait again, its attempts forgotten; None when the job is none."""
         values = waiting_again() | {"attempts": 0, "is_dead_letter": False, "error": None, "completed_at": None}
-        values |= {"cancel_requested": False, "webhook_at": None, "webhook_attempts": 0}
+        values |= {"cancel_requested": False, "webhook_at": None, "webhook_attempts": 0, "retries": _jobs.retries + 1}
         is_dead = sa.and_(is_job(contract, job_id), _jobs.is_dead_letter)
         with self.database.writing() as connection:
             values["not_before"] = self.database.now

@@ -68,6 +68,7 @@ JOBS = sa.Table(
     sa.Column("webhook_host", _Text),
     sa.Column("webhook_at", sa.Double),  # when to try next; none = nothing to deliver
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # by operators, of a dead letter
     sa.UniqueConstraint("contract", "id"),
     sqlite_autoincrement=True,
 )

@@ -257,6 +257,22 @@ class TestOutbox:
         store.requeue(lease(store), delay_s=0, attempts=1, message="x")
         assert Outbox(database).claim(for_s=60) is None
 
+    def test_each_end_of_a_dead_letter_that_was_retried_is_a_notice_of_its_own(
+        self, store: JobStore, database: Database
+    ) -> None:
+        outbox = Outbox(database)
+        dead = dead_letter(store, webhook_url="https://a.example/")
+        notices = [claim(outbox)]
+        for end in (lambda job: store.fail(job, ERROR, is_dead_letter=True), lambda job: store.succeed(job, RESULT)):
+            assert store.retry("sa3", dead.spec.id) is not None
+            end(lease(store))
+            notices.append(claim(outbox))
+            outbox.settle(notices[-2])  # the older one arrived only now
+            outbox.postpone(notices[-1], delay_s=0)
+            assert claim(outbox).id == notices[-1].id
+        assert notices[0].id == dead.spec.id
+        assert len({notice.id for notice in notices}) == 3
+
     def test_a_late_settlement_of_an_older_try_changes_nothing(self, store: JobStore, database: Database) -> None:
         outbox = Outbox(database)
         add(store, webhook_url="https://a.example/")
