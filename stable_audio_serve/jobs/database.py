@@ -15,6 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from stable_audio_serve.jobs.faults import at_start, at_work, config_error
 from stable_audio_serve.jobs.migrations.upgrade import upgrade
+from stable_audio_serve.jobs.tables import JOBS
 
 _POOL_SIZE = 8
 _POOL_OVERFLOW = 8
@@ -116,6 +117,11 @@ class Database:
         """
         with at_start(self):
             self._make_ready()
+
+    def check_writable(self) -> None:
+        """Raise ConfigError, with the reason, when rows can only be read: a standby, or a user without rights."""
+        with at_start(self), self.engine.begin() as connection:
+            connection.execute(sa.delete(JOBS).where(sa.false()))
 
     def close(self) -> None:
         """Close every connection."""

@@ -135,6 +135,7 @@ def prepare_stores(settings: Settings) -> str:
     store = open_store(settings)
     try:
         store.database.prepare()
+        store.database.check_writable()
         artifacts.claim(store.identity())  # now: what is put before belongs to nobody, and is never swept
     finally:
         store.database.close()

@@ -13,7 +13,9 @@ import pytest
 import sqlalchemy as sa
 
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
+from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.database import Database, database_url
+from stable_audio_serve.jobs.queue import prepare_stores
 from stable_audio_serve.jobs.store import JobStore
 from stable_audio_serve.jobs.tables import METADATA
 from tests.databases import PostgresServer
@@ -180,6 +182,16 @@ class TestStart:
         postgres.execute("CREATE ROLE guest LOGIN PASSWORD 'guest-secret'")
         url = postgres_url.replace(f"{postgres.user}:{postgres.password}", "guest:guest-secret")
         assert "permission denied" in refusal_of(url)
+
+    def test_a_server_that_takes_no_writes(self, tmp_path: Path, postgres_url: str) -> None:
+        database = open_database(postgres_url)
+        database.prepare()
+        database.close()
+        name = postgres_url.rpartition("/")[2]
+        execute(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        settings = Settings(output_dir=str(tmp_path), jobs=JobSettings(database_url=postgres_url))
+        with pytest.raises(ConfigError, match=r"STABLE_AUDIO_DATABASE_URL.* read-only transaction"):
+            prepare_stores(settings)
 
 
 class TestFaults:
