@@ -108,6 +108,8 @@ def make_spec() -> JobSpec:
 
 def fill(store: JobStore, count: int, *, state: str) -> None:
     """Add `count` jobs in one statement."""
+    if not count:
+        return
     template = store.add(make_spec()).job.spec.id
     copied = [column for column in JOBS.c if column.name not in ("seq", "id", "state", "turn", "completed_at")]
     number = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)

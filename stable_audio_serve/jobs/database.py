@@ -28,11 +28,16 @@ _WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one wri
 _CONNECT_TIMEOUT_S = 5
 # How PostgreSQL notices that the other side vanished without a word: seconds, the last in milliseconds.
 _KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
-# It gives up on what takes longer; and a process frozen in the middle of a transaction loses its locks.
-_TIMEOUTS_MS = {
+_SESSION = {
+    # It gives up on what takes longer, in milliseconds; and a process frozen in a transaction loses its locks.
     "statement_timeout": 30_000,
     "lock_timeout": 15_000,
     "idle_in_transaction_session_timeout": 10_000,
+    # A queue fills faster than statistics are renewed. So plans made for a short one are not kept, and what its
+    # statistics take for a few rows is not sorted: every query has an index in its own order.
+    "plan_cache_mode": "force_custom_plan",
+    "enable_sort": "off",
+    "jit": "off",
 }
 
 
@@ -154,7 +159,7 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _: Any) -> None:
         connection.autocommit = True
-        calls = (f"set_config('{name}', '{value}', false)" for name, value in _TIMEOUTS_MS.items())
+        calls = (f"set_config('{name}', '{value}', false)" for name, value in _SESSION.items())
         connection.execute(f"SELECT {', '.join(calls)}")
         connection.autocommit = False
 

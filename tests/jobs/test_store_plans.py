@@ -116,3 +116,29 @@ def test_uses_indexes(store: JobStore, name: str) -> None:
     assert found
     for statement, plan in found:
         assert not faults(plan, is_sqlite=store.database.is_sqlite), f"{statement}\n{plan}"
+
+
+@pytest.mark.parametrize("before", [{"queued": 30}, {"queued": 0, "succeeded": _NUM_JOBS}], ids=["short", "empty"])
+def test_a_queue_that_fills_faster_than_statistics_is_not_sorted(postgres_url: str, before: dict[str, int]) -> None:
+    """PostgreSQL keeps plans, and counts rows once a minute; few rows are best read as a whole."""
+    store = JobStore(open_database(postgres_url), JobSettings(max_queued=10 * _NUM_JOBS))
+
+    def num_rows_read() -> int:
+        with store.database.reading() as connection:
+            connection.execute(sa.select(sa.func.pg_stat_force_next_flush()))
+            query = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'jobs'"
+            rows: int = connection.exec_driver_sql(query).scalar_one()
+            return rows
+
+    for state, count in before.items():
+        fill(store, count, state=state)
+    with store.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+    for _ in range(20):
+        store.lease("me", lease_s=15)
+    fill(store, _NUM_JOBS, state="queued")
+    num_before = num_rows_read()
+    for _ in range(20):
+        lease(store)
+    assert num_rows_read() - num_before < 20 * 50
+    store.database.close()
