@@ -23,11 +23,15 @@ _POOL_TIMEOUT_S = 10.0
 
 _OLDEST_SQLITE = (3, 35)  # the first that says RETURNING
 _BUSY_TIMEOUT_S = 15.0
+_BUSY_PAUSE_S = 0.01
 _WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
 
-_CONNECT_TIMEOUT_S = 5
-# How PostgreSQL notices that the other side vanished without a word: seconds, the last in milliseconds.
-_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+# What psycopg is told unless the URL says otherwise: seconds, the last in milliseconds. It notices when the server
+# vanishes without a word.
+_CONNECT = {
+    **{"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3},
+    "tcp_user_timeout": 20_000,
+}
 _SESSION = {
     # It gives up on what takes longer, in milliseconds; and a process frozen in a transaction loses its locks.
     "statement_timeout": 30_000,
@@ -147,7 +151,7 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
         engine = sa.create_engine(
             url,
             isolation_level="READ COMMITTED",  # what the compare-and-sets of `transitions` are made for
-            connect_args={"connect_timeout": _CONNECT_TIMEOUT_S} | _KEEPALIVE,
+            connect_args={name: value for name, value in _CONNECT.items() if name not in url.query},
             pool_pre_ping=True,  # the server may have been restarted
             pool_size=_POOL_SIZE,
             max_overflow=_POOL_OVERFLOW,
@@ -181,7 +185,7 @@ def _create_sqlite(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _: Any) -> None:
         connection.isolation_level = None  # transactions begin below, not where the driver guesses
-        connection.execute("PRAGMA journal_mode = WAL")
+        _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
@@ -192,3 +196,17 @@ def _create_sqlite(url: sa.URL) -> sa.Engine:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Keep a write-ahead log. The first connection ever needs the whole file for that, and its wait is not SQLite's."""
+    give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
+                raise
+            time.sleep(_BUSY_PAUSE_S)
+        else:
+            return

@@ -127,7 +127,7 @@ class TestStart:
         assert find(store, job) == job
         database.close()
 
-    @pytest.mark.parametrize("_", range(3))
+    @pytest.mark.parametrize("_", range(5))
     def test_many_processes_may_start_at_once(self, empty_url: str, processes: ProcessPoolExecutor, _: int) -> None:
         list(processes.map(prepare, [empty_url] * 6, "abcdef"))
         database = open_database(empty_url)
@@ -169,7 +169,7 @@ class TestStart:
     def test_a_server_that_never_answers(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-            assert "timeout" in refusal_of(f"postgresql://user:secret@127.0.0.1:{port}/jobs")
+            assert "timeout" in refusal_of(f"postgresql://user:secret@127.0.0.1:{port}/jobs?connect_timeout=2")
 
     def test_a_wrong_password(self, postgres: PostgresServer) -> None:
         url = postgres.url().replace(postgres.password, "wrong-password")
