@@ -1,10 +1,12 @@
 """The whole server around an engine that takes no time: what is left is what everything but the engine costs.
 
-`build` is the Ray Serve application, `python -m benchmarks.instant PORT` the same API on uvicorn alone.
+`build` is the Ray Serve application, `python -m benchmarks.instant PORT` the same API on uvicorn alone. `build_remote`
+is the first around an engine that does take time, but not this machine's: as if it were on another one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -18,6 +20,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.core.settings import ModelSettings, Settings
 
 _RATE_HZ = 44_100
+REMOTE_S = 0.25
 
 
 @lru_cache(maxsize=4)
@@ -77,11 +80,28 @@ class InstantReplica:
         return ReplicaStatus(device="cpu", start_s={}, backlog_ms=0.0, **counts)
 
 
+class RemoteReplica(InstantReplica):
+    """The same after a while."""
+
+    async def generate_reporting(self, request: GenerationRequest) -> AsyncIterator[Progress | GenerationResult]:
+        """The same clip, for a streaming handle."""
+        yield Progress("denoising", 0.0)
+        await asyncio.sleep(REMOTE_S)
+        yield _make_result(self._model, request)
+
+
 def build(args: Settings) -> Any:
     """The application of `serving.app` with instant replicas."""
     from stable_audio_serve.serving.app import assemble
 
     return assemble(args, replica=InstantReplica)
+
+
+def build_remote(args: Settings) -> Any:
+    """The same with replicas that take `REMOTE_S` for a job."""
+    from stable_audio_serve.serving.app import assemble
+
+    return assemble(args, replica=RemoteReplica)
 
 
 def main() -> None:
