@@ -413,13 +413,13 @@ STAGES = ["queued", "encoding", "denoising", "decoding", "done"]
 
 
 async def test_progress_only_moves_forward_and_ends_done() -> None:
-    seen: dict[int, list[Progress]] = {}
     requests = make_unlike_requests()
+    seen: list[list[Progress]] = [[] for _ in requests]
     async with make_engine() as engine:
         await asyncio.gather(
-            *(engine.generate(request, seen.setdefault(i, []).append) for i, request in enumerate(requests))
+            *(engine.generate(request, reports.append) for request, reports in zip(requests, seen, strict=True))
         )
-    for request, reports in zip(requests, seen.values(), strict=True):
+    for request, reports in zip(requests, seen, strict=True):
         fractions = [report.fraction for report in reports]
         assert fractions == sorted(fractions)
         assert reports[0].stage == "queued"
@@ -429,10 +429,20 @@ async def test_progress_only_moves_forward_and_ends_done() -> None:
         assert reports[-1].steps_done == reports[-1].steps_total == request.batch_size * (request.steps or 4)
         stages = [STAGES.index(report.stage) for report in reports]
         assert stages == sorted(stages)
-    # Shortest first: whoever is passed by later, shorter work sees its position grow.
-    waited = [reports[0].queue_position for reports in seen.values()]
-    assert waited[0] == 0
-    assert max(position or 0 for position in waited) >= 3
+
+
+async def test_queue_position_counts_whoever_comes_first() -> None:
+    gate, seen = Gate(), [list[Progress]() for _ in range(4)]
+    async with make_engine(gate) as engine:
+        tasks = [asyncio.create_task(engine.generate(make_request(steps=2)))]
+        await gate.reached()  # the engine takes nobody in before it opens
+        for reports in seen:
+            backlog_ms = engine.backlog_ms
+            tasks.append(asyncio.create_task(engine.generate(make_request(), reports.append)))
+            await until(lambda: engine.backlog_ms > backlog_ms)  # noqa: B023 - awaited in its own round
+        gate.open()
+        await asyncio.gather(*tasks)
+    assert [(reports[0].stage, reports[0].queue_position) for reports in seen] == [("queued", i) for i in (1, 2, 3, 4)]
 
 
 async def test_broken_progress_callback_hurts_nobody() -> None:
