@@ -41,6 +41,7 @@ T = TypeVar("T")
 StopReason = Literal["cancelled", "lost", "closing"]
 
 _REPORT_INTERVAL_S = 1.0
+_LEAST_REPORT_INTERVAL_S = 0.2  # each report is a transaction: what passes sooner is not worth one
 _SETTLE_RETRY_S = 1.0
 _RETRY_S = 2.0  # doubles with each attempt
 _MAX_RETRY_S = 60.0
@@ -71,7 +72,7 @@ class Attempt:
         self._at = workplace
         self._stop_reason: StopReason | None = None
         self._working_since: float | None = None
-        self._feed = ProgressFeed[JobProgress](_REPORT_INTERVAL_S)
+        self._feed = ProgressFeed[JobProgress](_REPORT_INTERVAL_S, least_interval_s=_LEAST_REPORT_INTERVAL_S)
         self._work = asyncio.create_task(workplace.executor.execute(job, self._report))
         self.task = asyncio.create_task(self._run())
 
@@ -199,7 +200,7 @@ class Attempt:
     # Progress
 
     def _report(self, progress: JobProgress) -> None:
-        if progress.stage not in ("started", "queued"):
+        if progress.stage != "queued":
             if self._working_since is None:
                 self._working_since = self._at.clock.monotonic()
             self._at.capacity.advance(self.lease, done=progress.fraction / GENERATED)
@@ -214,7 +215,6 @@ class Attempt:
                 fraction=progress.fraction,
                 eta_s=self._eta_s(progress),
                 engine_position=progress.engine_position,
-                message=progress.message,
             )
             with suppress(StorageError):  # the next one may be written again
                 if not await asyncio.to_thread(write):

@@ -77,6 +77,7 @@ class Database:
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
         self._now = now
         self._lock = threading.Lock()
+        self._sqlite_turn = threading.Lock()
         self._is_ready = False
 
     def __str__(self) -> str:
@@ -100,7 +101,7 @@ class Database:
         """A transaction; on SQLite no other writer overlaps it. Raises StorageError."""
         with at_work():
             self._make_ready()
-            with self.engine.begin() as connection:
+            with self._turn(), self.engine.begin() as connection:
                 yield connection
 
     @contextmanager
@@ -118,6 +119,19 @@ class Database:
             self._make_ready()
             with self._reader.connect() as connection:
                 yield connection
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Here wait this process's writers on SQLite, whose own way to wait is to sleep longer and longer."""
+        if not self.is_sqlite:
+            yield
+            return
+        if not self._sqlite_turn.acquire(timeout=_BUSY_TIMEOUT_S):
+            raise TimeoutError("other writers of this process take too long")
+        try:
+            yield
+        finally:
+            self._sqlite_turn.release()
 
     def prepare(self) -> None:
         """Make or upgrade the tables.

@@ -31,12 +31,11 @@ _LEAST_START_S = 0.001
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """How far a job is: an engine's stage or one around it. A `message` is a line for the job's log."""
+    """How far a job is: an engine's stage or one around it."""
 
     stage: str
     fraction: float
     engine_position: int | None = None
-    message: str | None = None
 
 
 class JobExecutor:
@@ -66,15 +65,13 @@ class JobExecutor:
         self._backend.catalog.resolve(spec.model)  # the server may be another one than when the job was accepted
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)
-            duration = f"{request.duration_s:g} s"
-            report(JobProgress("started", 0.0, message=f"generating {duration} of audio with {spec.model}"))
             started_at = self._clock.monotonic()
             result = await self._backend.generate(
                 spec.model, request, on_progress=lambda progress: _pass_on(progress, report)
             )
             inference_s = self._clock.monotonic() - started_at
             del request  # and with it the source audio
-        report(JobProgress("storing", GENERATED, message=f"generated in {inference_s:.2f} s"))
+        report(JobProgress("storing", GENERATED))
         stored = await self._store(job, result)
         failpoint("after_upload")
         return JobResult(

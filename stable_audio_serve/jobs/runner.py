@@ -149,7 +149,7 @@ class JobRunner:
         if _is_due(outlook.webhook_in_s) and self._notifier is not None:
             self._notifier.deliver_due()
         if _is_due(outlook.lease_in_s):
-            num_done += await self._lease()
+            num_done += await self._lease(outlook.num_queued)
         return num_done
 
     def _wait_s(self, outlook: Outlook, poll_s: float) -> float:
@@ -158,11 +158,11 @@ class JobRunner:
         times.append(self._capacity.opens_in_s())
         return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])
 
-    async def _lease(self) -> int:
-        """Take waiting jobs while there is room for them; how many."""
+    async def _lease(self, num_queued: int) -> int:
+        """Take waiting jobs, of which there were so many, while there is room for them; how many."""
         num_leased = 0
         self._asking.start_if_due()
-        while not self._is_closing:
+        while num_leased < num_queued and not self._is_closing:
             models = self._capacity.open_models()
             if models is not None and not models:
                 break

@@ -231,18 +231,18 @@ class JobStore:
         fraction: float,
         eta_s: float | None = None,
         engine_position: int | None = None,
-        message: str | None = None,
     ) -> bool:
         """Note progress of a running job; false when its lease is lost."""
         values = {"stage": stage, "fraction": fraction, "eta_s": eta_s, "engine_position": engine_position}
-        return self._change_held(job, message=message, **values) is not None
+        return self._change_held(job, message=None, **values) is not None
 
     def succeed(self, job: Job, result: JobResult) -> Job | None:
         """End a job with its result, whose file is published by the same commit; None when its lease is lost."""
         values = self._do.ended("succeeded") | {"stage": "done", "fraction": 1.0}
         values |= {"result": codec.dump(result), "result_key": result.file.key}
         with self.database.writing() as connection:
-            ended = self._do.change(connection, is_held(job), message="finished", **values)
+            message = f"finished: the generation took {result.inference_s:.2f} s"
+            ended = self._do.change(connection, is_held(job), message=message, **values)
             if ended is not None:
                 self._publish(connection, result.file, file_id=result.file_id)
         return ended

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WAKE_TIMEOUT_S = 5.0
+_PAUSE_S = 0.1  # between two calls: under a flood of jobs each costs ingress and runner more than it brings
 
 
 class JobRunnerReplica:
@@ -68,7 +69,7 @@ class RunnerBell:
         self._again = False
 
     def ring(self) -> None:
-        """Call every runner soon; several rings during one call become one more call."""
+        """Call every runner: now, or, soon after another call, together with all who ring until then."""
         if self._ringing is not None and not self._ringing.done():
             self._again = True
             return
@@ -83,3 +84,4 @@ class RunnerBell:
                 await response.results_async(timeout_s=_WAKE_TIMEOUT_S, return_exceptions=True)
             except (TimeoutError, RayError, RayServeException) as error:
                 logger.debug("a job runner did not hear: %s", error)
+            await asyncio.sleep(_PAUSE_S)

@@ -19,8 +19,8 @@ from stable_audio_serve.jobs.tables import JOBS
 from tests.backends import ToneBackend
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _plain_logs() -> None:
+@pytest.fixture(autouse=True)
+def _plain_logs(_logs_as_they_were: None) -> None:
     structlog.configure([structlog.processors.format_exc_info, structlog.processors.LogfmtRenderer()])
 
 

@@ -199,10 +199,10 @@ class TestProgress:
     def test_is_shown(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
-        assert store.report(job, stage="generating", fraction=0.5, eta_s=3.5, message="half")
+        assert store.report(job, stage="generating", fraction=0.5, eta_s=3.5)
         now = find(store, job)
         assert (now.stage, now.fraction, now.eta_s) == ("generating", 0.5, 3.5)
-        assert store.events("sa3", job.spec.id)[-1].message == "half"
+        assert store.events("sa3", job.spec.id)[-1].fraction == 0.5
 
     def test_of_others_is_not(self, store: JobStore) -> None:
         add(store)

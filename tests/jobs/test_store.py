@@ -91,7 +91,7 @@ def test_any_text_may_name_things(store: JobStore, text: str) -> None:
     assert not store.add(spec).is_new
     assert store.get("sa3", text) == job
     leased = lease(store, text)
-    assert store.report(leased, stage=text, fraction=0.5, message=text)
+    assert store.report(leased, stage=text, fraction=0.5)
     assert store.succeed(leased, RESULT) is not None
 
 
@@ -253,7 +253,12 @@ class TestEvents:
             ("done", 1, None),
         ]
         assert [event.at.timestamp() - job.created_at.timestamp() for event in events] == [0, 5, 6, 7]
-        assert [event.message for event in events] == ["queued", "started", None, "finished"]
+        assert [event.message for event in events] == [
+            "queued",
+            "started",
+            None,
+            "finished: the generation took 1.50 s",
+        ]
 
     def test_continue_after_any_of_them(self, store: JobStore) -> None:
         job = add(store)

@@ -129,7 +129,7 @@ def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
         events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
     stages = [event["stage"] for event in events if "stage" in event]
     assert (stages[0], stages[-1]) == ("queued", "done")
-    assert {"started", "denoising", "storing"} <= set(stages)
+    assert {"started", "denoising"} <= set(stages)
 
 
 def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Iterator[dict[str, Any]]:
