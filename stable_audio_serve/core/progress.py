@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
@@ -19,25 +20,24 @@ Report = TypeVar("Report", bound=_Staged)
 
 
 class ProgressFeed(Generic[Report]):
-    """Hands out the latest report: a change of stage soon, and within a stage one per `interval_s` seconds.
+    """Hands out every change of stage at once and, within a stage, the latest report once per `interval_s` seconds.
 
     Belongs to one event loop.
     """
 
-    def __init__(self, interval_s: float, *, least_interval_s: float = 0.0, clock: Clock = SystemClock()) -> None:
-        """Between any two reports, and before the first, pass `least_interval_s`: shorter stages are left out."""
+    def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
         self._interval_s = interval_s
-        self._least_interval_s = least_interval_s
         self._clock = clock
-        self._latest: Report | None = None  # until it is handed out
+        self._pending: deque[Report] = deque()  # the latest of each stage that nobody was given yet
         self._changed = asyncio.Event()
         self._is_closed = False
 
     def put(self, report: Report) -> None:
         """Take in what is true now."""
-        is_same_stage = self._latest is not None and self._latest.stage == report.stage
-        self._latest = report
-        if not is_same_stage:
+        if self._pending and self._pending[-1].stage == report.stage:
+            self._pending[-1] = report
+        else:
+            self._pending.append(report)
             self._changed.set()
 
     def close(self) -> None:
@@ -46,12 +46,12 @@ class ProgressFeed(Generic[Report]):
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[Report]:
-        stage, told_at = "", self._clock.monotonic()
-        while self._latest is not None or not self._is_closed:
-            wait_s = self._wait_s(stage, told_at)
-            if self._latest is not None and wait_s is not None and wait_s <= 0:
-                report, self._latest = self._latest, None
-                stage, told_at = report.stage, self._clock.monotonic()
+        stage, due_at = "", 0.0
+        while self._pending or not self._is_closed:
+            wait_s = self._wait_s(stage, due_at)
+            if wait_s is not None and wait_s <= 0:
+                report = self._pending.popleft()
+                stage, due_at = report.stage, self._clock.monotonic() + self._interval_s
                 yield report
                 continue
             self._changed.clear()
@@ -59,11 +59,10 @@ class ProgressFeed(Generic[Report]):
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()
 
-    def _wait_s(self, stage: str, told_at: float) -> float | None:
-        """Until the latest report may be handed out; None while there is none."""
-        if self._latest is None:
+    def _wait_s(self, stage: str, due_at: float) -> float | None:
+        """Until the next one may be handed out; None while there is none."""
+        if not self._pending:
             return None
-        if self._is_closed:
+        if self._is_closed or len(self._pending) > 1 or self._pending[0].stage != stage:
             return 0.0
-        interval_s = self._interval_s if self._latest.stage == stage else self._least_interval_s
-        return told_at + interval_s - self._clock.monotonic()
+        return due_at - self._clock.monotonic()

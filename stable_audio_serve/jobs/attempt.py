@@ -27,21 +27,19 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.capacity import Capacity
 from stable_audio_serve.jobs.execution import GENERATED, JobExecutor, JobProgress
 from stable_audio_serve.jobs.heartbeat import lease_id
 from stable_audio_serve.jobs.job import Job, JobError, JobResult
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.reporter import Reporter
+from stable_audio_serve.jobs.store import JobStore, Report
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 T = TypeVar("T")
 StopReason = Literal["cancelled", "lost", "closing"]
 
-_REPORT_INTERVAL_S = 1.0
-_LEAST_REPORT_INTERVAL_S = 0.2  # each report is a transaction: what passes sooner is not worth one
 _SETTLE_RETRY_S = 1.0
 _RETRY_S = 2.0  # doubles with each attempt
 _MAX_RETRY_S = 60.0
@@ -57,6 +55,7 @@ class Workplace:
     artifacts: ArtifactStore
     executor: JobExecutor
     capacity: Capacity
+    reporter: Reporter
     settings: JobSettings
     metrics: Metrics
     clock: Clock
@@ -72,7 +71,6 @@ class Attempt:
         self._at = workplace
         self._stop_reason: StopReason | None = None
         self._working_since: float | None = None
-        self._feed = ProgressFeed[JobProgress](_REPORT_INTERVAL_S, least_interval_s=_LEAST_REPORT_INTERVAL_S)
         self._work = asyncio.create_task(workplace.executor.execute(job, self._report))
         self.task = asyncio.create_task(self._run())
 
@@ -86,12 +84,11 @@ class Attempt:
         spec = self.job.spec
         with structlog.contextvars.bound_contextvars(job_id=spec.id, contract=spec.contract):
             log.info("job started", model=spec.model, attempt=self.job.attempts, fence=self.lease.fence)
-            writing = asyncio.create_task(self._write_progress())
             try:
                 await asyncio.wait({self._work})
+                self._at.reporter.drop(self.lease)
                 await self._end()
             finally:
-                writing.cancel()
                 self._work.cancel()
 
     async def _end(self) -> None:
@@ -204,21 +201,8 @@ class Attempt:
             if self._working_since is None:
                 self._working_since = self._at.clock.monotonic()
             self._at.capacity.advance(self.lease, done=progress.fraction / GENERATED)
-        self._feed.put(progress)
-
-    async def _write_progress(self) -> None:
-        async for progress in self._feed:
-            write = partial(
-                self._at.store.report,
-                self.job,
-                stage=progress.stage,
-                fraction=progress.fraction,
-                eta_s=self._eta_s(progress),
-                engine_position=progress.engine_position,
-            )
-            with suppress(StorageError):  # the next one may be written again
-                if not await asyncio.to_thread(write):
-                    self.stop("lost")
+        eta_s = self._eta_s(progress)
+        self._at.reporter.put(Report(self.job, progress.stage, progress.fraction, eta_s, progress.engine_position))
 
     def _eta_s(self, progress: JobProgress) -> float | None:
         """Predicted time to the end of the generation, seconds: from its own pace, else from earlier jobs."""

@@ -27,6 +27,7 @@ from stable_audio_serve.jobs.heartbeat import Heartbeat, LeaseId, lease_id
 from stable_audio_serve.jobs.job import Job, State
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.periodic import Periodic
+from stable_audio_serve.jobs.reporter import Reporter
 from stable_audio_serve.jobs.store import JobStore, Outlook
 from stable_audio_serve.jobs.sweeper import Sweeper
 
@@ -66,8 +67,9 @@ class JobRunner:
             max_running=self._settings.max_running,
             clock=clock,
         )
+        self._reporter = Reporter(store, tell_lost=lambda lost: self._told(lost, ()))
         self._workplace = Workplace(
-            store, artifacts, self._executor, self._capacity, self._settings, self._metrics, clock
+            store, artifacts, self._executor, self._capacity, self._reporter, self._settings, self._metrics, clock
         )
         self.owner = secrets.token_hex(8)
         self._heartbeat = Heartbeat(store, self.owner, lease_s=self._settings.lease_s, tell=self._told)
@@ -110,6 +112,7 @@ class JobRunner:
         await _finish({attempt.task for attempt in self._attempts.values()})
         for periodic in (self._counting, self._asking):
             await periodic.close()
+        await self._reporter.close()
         await self._sweeper.close()
         if self._notifier is not None:
             await self._notifier.close()

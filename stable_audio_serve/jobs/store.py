@@ -64,6 +64,17 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Report:
+    """How far a running job is; `eta_s` is the predicted time to its end, seconds."""
+
+    job: Job
+    stage: str
+    fraction: float
+    eta_s: float | None = None
+    engine_position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     """Some jobs, newest first; `next_cursor` leads to the older ones, if any."""
 
@@ -204,6 +215,7 @@ class JobStore:
         values = change.values(lease_until=self.database.now + lease_s)
         returning = values.returning(_jobs.contract, _jobs.id, _jobs.fence, _jobs.cancel_requested)
         with self.database.writing() as connection:
+            _lock(connection, job_ids)
             return [Held(*row) for row in connection.execute(returning)]
 
     def reclaim(self, *, max_attempts: int) -> list[Job]:
@@ -223,18 +235,11 @@ class JobStore:
             reclaimed += self._change_all(*is_lost, message=message, **values)
         return reclaimed
 
-    def report(
-        self,
-        job: Job,
-        *,
-        stage: str,
-        fraction: float,
-        eta_s: float | None = None,
-        engine_position: int | None = None,
-    ) -> bool:
-        """Note progress of a running job; false when its lease is lost."""
-        values = {"stage": stage, "fraction": fraction, "eta_s": eta_s, "engine_position": engine_position}
-        return self._change_held(job, message=None, **values) is not None
+    def report(self, reports: Collection[Report]) -> list[Job]:
+        """Note progress of running jobs; those whose lease is lost."""
+        with self.database.writing() as connection:
+            _lock(connection, {report.job.spec.id for report in reports})
+            return [report.job for report in reports if self._note_progress(connection, report) is None]
 
     def succeed(self, job: Job, result: JobResult) -> Job | None:
         """End a job with its result, whose file is published by the same commit; None when its lease is lost."""
@@ -362,6 +367,11 @@ class JobStore:
         insert = self.database.insert(JOBS).values(values).on_conflict_do_nothing().returning(JOBS)
         return connection.execute(insert).first()
 
+    def _note_progress(self, connection: sa.Connection, report: Report) -> Job | None:
+        values = {"stage": report.stage, "fraction": report.fraction, "eta_s": report.eta_s}
+        values["engine_position"] = report.engine_position
+        return self._do.change(connection, is_held(report.job), message=None, **values)
+
     def _change_held(self, job: Job, *, message: str | None, **values: Any) -> Job | None:
         with self.database.writing() as connection:
             return self._do.change(connection, is_held(job), message=message, **values)
@@ -380,6 +390,13 @@ class JobStore:
         row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self.database.now}
         connection.execute(sa.insert(FILES).values(row))
         return file_id
+
+
+def _lock(connection: sa.Connection, job_ids: Collection[str]) -> None:
+    """Running jobs that are about to be changed, always in the same order: two who change several never deadlock."""
+    in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
+    if connection.dialect.name != "sqlite":
+        connection.execute(in_order)
 
 
 def _parse_cursor(cursor: str) -> int:

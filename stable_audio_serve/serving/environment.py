@@ -141,6 +141,7 @@ def base_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_memory_monitor_refresh_ms": "0",  # what other programs use must not kill our replicas
+        "RAY_worker_niceness": "0",  # replicas answer people: they are not batch work that yields to everything
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",

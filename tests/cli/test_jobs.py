@@ -19,7 +19,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs.job import Job, JobError, JobUpload
 from stable_audio_serve.jobs.store import JobStore
 from tests.databases import postgres
-from tests.jobs.stores import RESULT, add, find, lease, open_database, postgres_with_tables, store_url
+from tests.jobs.stores import RESULT, add, find, lease, open_database, postgres_with_tables, report, store_url
 
 __all__ = ["postgres", "postgres_with_tables", "store_url"]
 
@@ -119,7 +119,7 @@ def test_dead_letters_say_what_they_died_of(store: JobStore, run: Run) -> None:
 def test_one_job_and_what_happened_to_it(store: JobStore, run: Run) -> None:
     job = add(store, client="0123456789abcdef", webhook_url="https://example.com/hook", idempotency_key="order-1")
     leased = lease(store, "runner-7")
-    store.report(leased, stage="denoising", fraction=0.25, eta_s=3.0)
+    report(store, leased, stage="denoising", fraction=0.25, eta_s=3.0)
     output = expect(run("show", job.spec.id), "running", "runner-7", "0123456789abcdef", "order-1", "25%")
     assert output.count("denoising") == 2
     shown = load(run("show", f"sa3/{job.spec.id}", "--json"))

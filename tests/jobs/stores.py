@@ -16,7 +16,7 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobSpec
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.store import JobStore, Report
 from stable_audio_serve.jobs.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
@@ -115,6 +115,11 @@ def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
     job = store.lease(owner, lease_s=LEASE_S, **options)
     assert job is not None
     return job
+
+
+def report(store: JobStore, job: Job, **progress: Any) -> bool:
+    """Whether the job's lease still held."""
+    return store.report([Report(job, **progress)]) == []
 
 
 def leased_ids(store: JobStore, number: int) -> list[str]:

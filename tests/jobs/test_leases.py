@@ -23,6 +23,7 @@ from tests.jobs.stores import (
     lease,
     leased_ids,
     postgres_with_tables,
+    report,
     result_of,
     store,
     store_url,
@@ -149,12 +150,12 @@ class TestReclaiming:
         wall.now += LEASE_S + 1
         (waiting,) = store.reclaim(max_attempts=3)
         assert end_in_every_way(store, stale) == [None] * 4
-        assert not store.report(stale, stage="x", fraction=0.9)
+        assert not report(store, stale, stage="x", fraction=0.9)
         assert find(store, stale) == waiting
         for owner in ("new", "frozen"):  # the same owner may get it again, which does not revive its old lease
             current = lease(store, owner)
             assert end_in_every_way(store, stale) == [None] * 4
-            assert not store.report(stale, stage="x", fraction=0.9)
+            assert not report(store, stale, stage="x", fraction=0.9)
             assert find(store, stale) == current
             store.requeue(current, delay_s=0, attempts=1, message="x")
         assert store.find_file(RESULT.file_id) is None
@@ -199,7 +200,7 @@ class TestProgress:
     def test_is_shown(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
-        assert store.report(job, stage="generating", fraction=0.5, eta_s=3.5)
+        assert report(store, job, stage="generating", fraction=0.5, eta_s=3.5)
         now = find(store, job)
         assert (now.stage, now.fraction, now.eta_s) == ("generating", 0.5, 3.5)
         assert store.events("sa3", job.spec.id)[-1].fraction == 0.5
@@ -208,7 +209,7 @@ class TestProgress:
         add(store)
         job = lease(store)
         for stranger in (replace(job, lease=Lease("other", 1)), replace(job, lease=Lease("me", 2)), with_no_lease(job)):
-            assert not store.report(stranger, stage="x", fraction=0.9)
+            assert not report(store, stranger, stage="x", fraction=0.9)
             assert end_in_every_way(store, stranger) == [None] * 4
         assert find(store, job) == job
 
@@ -257,7 +258,7 @@ class TestEnding:
         assert store.lease("me", lease_s=15) is None
         assert (store.reclaim(max_attempts=1), store.expire()) == ([], [])
         assert store.renew("me", lease_s=15, job_ids=[job.spec.id]) == []
-        assert not store.report(job, stage="x", fraction=0.1)
+        assert not report(store, job, stage="x", fraction=0.1)
         assert find(store, job) == ended
 
     def test_a_job_nobody_started_cannot_be_ended(self, store: JobStore) -> None:

@@ -26,6 +26,7 @@ from tests.jobs.stores import (
     leased_ids,
     open_database,
     postgres_with_tables,
+    report,
     store,
     store_url,
     wall,
@@ -91,7 +92,7 @@ def test_any_text_may_name_things(store: JobStore, text: str) -> None:
     assert not store.add(spec).is_new
     assert store.get("sa3", text) == job
     leased = lease(store, text)
-    assert store.report(leased, stage=text, fraction=0.5)
+    assert report(store, leased, stage=text, fraction=0.5)
     assert store.succeed(leased, RESULT) is not None
 
 
@@ -242,7 +243,7 @@ class TestEvents:
         store.cancel("sa3", leased_ids(store, 1)[0])
         leased = lease(store)
         wall.now += 1
-        store.report(leased, stage="generating", fraction=0.5, eta_s=2.5)
+        report(store, leased, stage="generating", fraction=0.5, eta_s=2.5)
         wall.now += 1
         store.succeed(leased, RESULT)
         events = store.events("sa3", job.spec.id)
@@ -264,7 +265,7 @@ class TestEvents:
         job = add(store)
         leased = lease(store)
         for step in range(4):
-            store.report(leased, stage="generating", fraction=step / 4)
+            report(store, leased, stage="generating", fraction=step / 4)
         events = store.events("sa3", job.spec.id)
         assert [event.id for event in events] == sorted({event.id for event in events})
         for index, event in enumerate(events):

@@ -31,7 +31,7 @@ from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.store import JobStore
 from stable_audio_serve.jobs.tables import METADATA
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, result_of, store_url
+from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, report, result_of, store_url
 
 __all__ = ["postgres_with_tables", "store_url"]
 
@@ -320,7 +320,7 @@ class StoreMachine(RuleBasedStateMachine):
         """What a runner does under a lease that may be lost."""
         leased, job = self.pick_lease(back)
         is_held = job is not None
-        assert self.store.report(leased, stage="generating", fraction=0.5, eta_s=1.0) == is_held
+        assert report(self.store, leased, stage="generating", fraction=0.5, eta_s=1.0) == is_held
         match how:
             case "succeed":
                 self.succeed(leased, job)

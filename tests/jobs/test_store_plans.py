@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.store import JobStore
 from stable_audio_serve.jobs.tables import JOBS
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, result_of
+from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, report, result_of
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "lease of another model": lambda store: store.lease("me", lease_s=1, models=["other"]),
     "renew": lambda store: store.renew("busy", lease_s=15, job_ids=[f"{n:032x}" for n in range(64)]),
     "reclaim": lambda store: store.reclaim(max_attempts=3),
-    "report": lambda store: store.report(lease(store), stage="x", fraction=0.5),
+    "report": lambda store: report(store, lease(store), stage="x", fraction=0.5),
     "succeed": lambda store: (lambda job: store.succeed(job, result_of(job)))(lease(store)),
     "fail": lambda store: store.fail(lease(store), ERROR, is_dead_letter=True),
     "requeue": lambda store: store.requeue(lease(store), delay_s=1, attempts=1, message="x"),
