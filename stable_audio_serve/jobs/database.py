@@ -24,6 +24,7 @@ _POOL_TIMEOUT_S = 10.0
 _OLDEST_SQLITE = (3, 35)  # the first that says RETURNING
 _BUSY_TIMEOUT_S = 15.0
 _BUSY_PAUSE_S = 0.01
+_TURN_PAUSE_S = 0.001
 _WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
 
 # What psycopg is told unless the URL says otherwise: seconds, the last in milliseconds. It notices when the server
@@ -207,9 +208,27 @@ def _create_sqlite(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
         if not connection.get_execution_options().get("reading"):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            _begin_writing(connection.connection.driver_connection)
 
     return engine
+
+
+def _begin_writing(connection: sqlite3.Connection) -> None:
+    """Wait for other processes' writers at a steady pace: SQLite's own sleeps get longer, and others overtake."""
+    give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(_TURN_PAUSE_S)
+            else:
+                return
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobSpec, State
 from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore, Page
 
+_MOST_TOGETHER = 32  # one transaction then takes about 20 ms
+
 __all__ = ["CancelOutcome", "JobQueue", "open_artifacts", "open_queue", "open_store"]
 
 
@@ -29,6 +31,8 @@ class JobQueue:
         self.store = store
         self.artifacts = artifacts
         self.wake = wake
+        self._submitting: asyncio.Task[None] | None = None
+        self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
     async def submit(self, spec: JobSpec) -> Job:
         """`add` for requests that cannot be repeats."""
@@ -41,7 +45,7 @@ class JobQueue:
         StorageError.
         """
         try:
-            added = await asyncio.to_thread(self.store.add, spec)
+            added = await self._add(spec)
         except StorageError:  # it may be kept nevertheless, only the database's answer did not arrive
             raise
         except StableAudioError:
@@ -52,6 +56,30 @@ class JobQueue:
         else:
             await self._drop_upload(spec)
         return added
+
+    async def _add(self, spec: JobSpec) -> Added:
+        """`store.add`, in one transaction with whatever else was submitted during the one before."""
+        future = asyncio.get_running_loop().create_future()
+        self._submitted.append((spec, future))
+        if self._submitting is None or self._submitting.done():
+            self._submitting = asyncio.create_task(self._add_submitted())
+        return await future
+
+    async def _add_submitted(self) -> None:
+        while self._submitted:
+            submitted, self._submitted = self._submitted[:_MOST_TOGETHER], self._submitted[_MOST_TOGETHER:]
+            outcomes: Sequence[Added | Exception]
+            try:
+                outcomes = await asyncio.to_thread(self.store.add_all, [spec for spec, _ in submitted])
+            except Exception as error:  # noqa: BLE001 - everybody's
+                outcomes = [error] * len(submitted)
+            for (_, future), outcome in zip(submitted, outcomes, strict=True):
+                if future.done():  # nobody waits any more
+                    continue
+                if isinstance(outcome, Exception):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
 
     async def list_own(
         self, contract: Contract, client: str, *, state: State | None, cursor: str | None, limit: int

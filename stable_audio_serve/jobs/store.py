@@ -13,7 +13,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.errors import ConflictError, StableAudioError, StorageError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import codec
 from stable_audio_serve.jobs.database import Database
@@ -114,16 +114,15 @@ class JobStore:
         Raises ConflictError (`field` is "Idempotency-Key" or "id") when that was another request, QuotaError and
         OverloadedError when too many are waiting.
         """
+        (outcome,) = self.add_all([spec])
+        if isinstance(outcome, StableAudioError):
+            raise outcome
+        return outcome
+
+    def add_all(self, specs: Sequence[JobSpec]) -> list[Added | StableAudioError]:
+        """`add` for several, in one transaction: what it returns or raises for each of them."""
         with self.database.writing_alone(_ADDING) as connection:  # so that the limits hold, however many add at once
-            refusal = find_no_room(connection, spec, limits=self._limits)
-            if refusal is None and (row := self._insert(connection, spec)):
-                self._do.note(connection, [row], message="queued")
-                return Added(to_job(row), is_new=True)
-            if earlier := find_same(connection, spec):
-                return Added(to_job(earlier), is_new=False)
-        raise refusal or StorageError(
-            "the job database changes too fast", retry_after_s=0
-        )  # just purged: what was in the way
+            return [self._add(connection, spec) for spec in specs]
 
     def get(self, contract: Contract, job_id: str) -> Job | None:
         """The job as it is now."""
@@ -350,6 +349,19 @@ class JobStore:
             return unreferenced(connection, list(keys))
 
     # Inside
+
+    def _add(self, connection: sa.Connection, spec: JobSpec) -> Added | StableAudioError:
+        refusal = find_no_room(connection, spec, limits=self._limits)
+        if refusal is None and (row := self._insert(connection, spec)):
+            self._do.note(connection, [row], message="queued")
+            return Added(to_job(row), is_new=True)
+        try:
+            earlier = find_same(connection, spec)
+        except ConflictError as error:
+            return error
+        if earlier is not None:
+            return Added(to_job(earlier), is_new=False)
+        return refusal or StorageError("the job database changes too fast", retry_after_s=0)  # its twin was just purged
 
     def _insert(self, connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
         """None when a job with its id or idempotency key is there already."""
