@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -63,7 +63,10 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
 
 
 class Database:
-    """Transactions on the tables, which are brought up to date before the first one."""
+    """Transactions on the tables, which are brought up to date before the first one.
+
+    `now` is the time, Unix seconds, as SQL: the server's where there is one, because machines' clocks differ.
+    """
 
     def __init__(self, url: sa.URL, *, now: Callable[[], float] | None = None) -> None:
         """Touches nothing yet. `now` gives Unix time in seconds; unset = the clock that all who share the tables do.
@@ -76,7 +79,7 @@ class Database:
         self._reader = self.engine.execution_options(reading=True)
         if not self.is_sqlite:  # one statement needs neither a BEGIN before nor a ROLLBACK after it
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
-        self._now = now
+        self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or time.time)
         self._lock = threading.Lock()
         self._sqlite_turn = threading.Lock()
         self._is_ready = False
@@ -85,13 +88,6 @@ class Database:
         if self.is_sqlite:
             return f"SQLite {self.url.database}"
         return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
-
-    @property
-    def now(self) -> sa.ColumnElement[float]:
-        """The time, Unix seconds, as SQL: the server's where there is one, because machines' clocks differ."""
-        if self._now is None and not self.is_sqlite:
-            return sa.cast(sa.extract("epoch", sa.func.statement_timestamp()), sa.Double)
-        return sa.literal((self._now or time.time)(), sa.Double)
 
     def insert(self, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
         """An INSERT that can say ON CONFLICT."""
@@ -161,6 +157,15 @@ class Database:
                 self._is_ready = True
 
 
+def _server_time() -> sa.ColumnElement[float]:
+    return sa.cast(sa.extract("epoch", sa.func.statement_timestamp()), sa.Double)
+
+
+def _time_of(clock: Callable[[], float]) -> sa.ColumnElement[float]:
+    """Asked whenever a statement with it is executed."""
+    return sa.bindparam("now", callable_=clock, type_=sa.Double)
+
+
 def _create_postgresql(url: sa.URL) -> sa.Engine:
     try:
         engine = sa.create_engine(
@@ -208,7 +213,7 @@ def _create_sqlite(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
         if not connection.get_execution_options().get("reading"):
-            _begin_writing(connection.connection.driver_connection)
+            _begin_writing(cast(sqlite3.Connection, connection.connection.driver_connection))
 
     return engine
 

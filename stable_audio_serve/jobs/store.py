@@ -105,6 +105,7 @@ class JobStore:
         self.database = database
         self._limits = limits or JobSettings()
         self._do = Transitions(database)
+        self._insert_job = _insert_job(database)
 
     # What clients do
 
@@ -365,19 +366,16 @@ class JobStore:
 
     def _insert(self, connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
         """None when a job with its id or idempotency key is there already."""
-        now = self.database.now
-        patience_s = self._limits.batch_patience_s if spec.priority == "batch" else 0.0
         values = {
             **{"contract": spec.contract, "id": spec.id, "client": spec.client, "model": spec.model},
-            **{"state": "queued", "created_at": now, "not_before": now, "turn": now + patience_s},
             **{"spec": codec.dump(spec), "fingerprint": spec.fingerprint, "idempotency_key": spec.idempotency_key},
-            "start_before": None if spec.start_within_s is None else now + spec.start_within_s,
+            "patience_s": self._limits.batch_patience_s if spec.priority == "batch" else 0.0,
+            "start_within_s": spec.start_within_s,
             "upload_key": spec.upload.file.key if spec.upload else None,
             "webhook_url": spec.webhook_url,
             "webhook_host": host_of(spec.webhook_url) if spec.webhook_url else None,
         }
-        insert = self.database.insert(JOBS).values(values).on_conflict_do_nothing().returning(JOBS)
-        return connection.execute(insert).first()
+        return connection.execute(self._insert_job, values).first()
 
     def _note_progress(self, connection: sa.Connection, report: Report) -> Job | None:
         values = {"stage": report.stage, "fraction": report.fraction, "eta_s": report.eta_s}
@@ -402,6 +400,19 @@ class JobStore:
         row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self.database.now}
         connection.execute(sa.insert(FILES).values(row))
         return file_id
+
+
+def _insert_job(database: Database) -> sa.Executable:
+    """Made once: to put a statement together costs more than to run it."""
+    now, patience_s, start_within_s = (database.now, *map(_seconds, ("patience_s", "start_within_s")))
+    insert = database.insert(JOBS).values(
+        state="queued", created_at=now, not_before=now, turn=now + patience_s, start_before=now + start_within_s
+    )
+    return insert.on_conflict_do_nothing().returning(JOBS)
+
+
+def _seconds(name: str) -> sa.BindParameter[float]:
+    return sa.bindparam(name, type_=sa.Double)
 
 
 def _lock(connection: sa.Connection, job_ids: Collection[str]) -> None:

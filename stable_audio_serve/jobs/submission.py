@@ -18,10 +18,22 @@ _jobs = JOBS.c
 _QUEUED = in_state("queued")
 
 
+def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
+    """How many jobs meet all conditions."""
+    return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()
+
+
+# Made once: to put a statement together costs more than to run it.
+_WAITING = sa.select(count(_QUEUED).label("all"), sa.literal(0).label("own"))
+_WAITING_AND_OWN = sa.select(
+    count(_QUEUED).label("all"), count(_QUEUED, _jobs.client == sa.bindparam("client")).label("own")
+)
+
+
 def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
     """Why another job cannot wait. Who has no key is bounded by the limit for all only."""
-    own = count(_QUEUED, _jobs.client == spec.client) if spec.client else sa.literal(0)
-    waiting = connection.execute(sa.select(count(_QUEUED).label("all"), own.label("own"))).one()
+    query = _WAITING_AND_OWN if spec.client else _WAITING
+    waiting = connection.execute(query, {"client": spec.client}).one()
     if waiting.all >= limits.max_queued:
         return OverloadedError("the job queue is full", retry_after_s=_FULL_RETRY_S)
     if waiting.own >= limits.max_queued_per_key:
@@ -49,8 +61,3 @@ def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
             raise ConflictError(f"{field}: this {used} was used for another request", field=field, code=code)
         rows.append(row)
     return rows[0] if rows else None
-
-
-def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
-    """How many jobs meet all conditions."""
-    return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()

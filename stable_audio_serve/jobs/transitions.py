@@ -30,6 +30,7 @@ class Transitions:
     def __init__(self, database: Database) -> None:
         """Touches nothing yet."""
         self.database = database
+        self._insert_events = sa.insert(EVENTS).values(at=database.now)
 
     def change(
         self, connection: sa.Connection, *conditions: sa.ColumnElement[bool], message: str | None, **values: Any
@@ -73,8 +74,11 @@ class Transitions:
 
     def note(self, connection: sa.Connection, rows: Iterable[sa.Row[Any]], *, message: str | None) -> None:
         """An event for each of these rows of jobs."""
-        events = [{"job": row.seq, "stage": row.stage, "fraction": row.fraction, "eta_s": row.eta_s} for row in rows]
-        connection.execute(sa.insert(EVENTS).values(at=self.database.now, message=message), events)
+        events = [
+            {"job": row.seq, "stage": row.stage, "fraction": row.fraction, "eta_s": row.eta_s, "message": message}
+            for row in rows
+        ]
+        connection.execute(self._insert_events, events)
 
     def started(self, owner: str, *, lease_s: float) -> dict[str, Any]:
         """What changes when a job is leased."""

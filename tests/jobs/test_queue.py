@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.store import Added
+from tests.jobs.conftest import Workshop, make_spec
+from tests.jobs.stores import add
+
+
+@pytest.fixture
+def job_settings() -> JobSettings:
+    return JobSettings(max_queued=60)
+
+
+async def test_what_is_submitted_together_is_kept_in_few_transactions(workshop: Workshop) -> None:
+    commits: list[object] = []
+    add(workshop.queue.store)
+    sa.event.listen(workshop.queue.store.database.engine, "commit", commits.append)
+    specs = [make_spec() for _ in range(50)]
+    added = await asyncio.gather(*map(workshop.queue.add, specs))
+    assert [one.job.spec for one in added] == specs
+    assert len(commits) <= 4
+    for spec in specs:
+        assert await workshop.queue.get("sa3", spec.id) is not None
+
+
+async def test_each_of_many_hears_of_its_own_fate(workshop: Workshop) -> None:
+    queue = workshop.queue
+    first, same, other = (make_spec(idempotency_key="k", fingerprint=print_) for print_ in ("f", "f", "g"))
+    many = [make_spec() for _ in range(60)]
+    outcomes = await asyncio.gather(*map(queue.add, [first, same, other, *many]), return_exceptions=True)
+    assert [getattr(outcome, "is_new", None) for outcome in outcomes[:3]] == [True, False, None]
+    assert isinstance(outcomes[2], ConflictError)
+    assert outcomes[2].code == "idempotency_key_reused"
+    assert [type(outcome) for outcome in outcomes[3:]] == [Added] * 59 + [OverloadedError]
+    assert await queue.get("sa3", many[-1].id) is None
+
+
+async def test_a_submission_nobody_waits_for_any_more_harms_no_other(workshop: Workshop) -> None:
+    left, stays = make_spec(), make_spec()
+    tasks = [asyncio.create_task(workshop.queue.add(spec)) for spec in (left, stays)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    assert (await tasks[1]).is_new
+    assert (await asyncio.gather(tasks[0], return_exceptions=True))[0].__class__ is asyncio.CancelledError
+
+
+async def test_a_database_that_fails_fails_everybody_and_then_nobody(workshop: Workshop) -> None:
+    add(workshop.queue.store)
+    engine = workshop.queue.store.database.engine
+
+    def fail(connection: sa.Connection) -> None:
+        raise sa.exc.OperationalError("", {}, Exception("gone"))
+
+    sa.event.listen(engine, "begin", fail)
+    outcomes = await asyncio.gather(*(workshop.queue.add(make_spec()) for _ in range(5)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [StorageError] * 5
+    sa.event.remove(engine, "begin", fail)
+    assert (await workshop.queue.add(make_spec())).is_new
