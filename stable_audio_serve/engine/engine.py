@@ -41,7 +41,6 @@ from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
 _STOP_TIMEOUT_S = 30.0  # a step that takes longer is left behind
 _EXIT_TIMEOUT_S = 2.0
-_NICENESS = 10  # on the processor's cores maths takes what answering over HTTP and keeping jobs leave
 
 
 class Engine:
@@ -251,8 +250,7 @@ class Engine:
             budget_s=options.warmup_budget_s,
         )
         prepare = partial(_prepare, warm_up if options.warmup_budget_s > 0 else None, options.torch_threads)
-        niceness = _NICENESS if self.device.type == "cpu" else 0
-        return EngineThread(loop, self._inbox, prepare=prepare, niceness=niceness, clock=self._clock)
+        return EngineThread(loop, self._inbox, prepare=prepare, clock=self._clock)
 
 
 def resolve_mode(options: EngineOptions, device: torch.device) -> Mode:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,11 +29,7 @@ class Heartbeat:
 class EngineThread:
     """Runs `prepare`, then the loop's turns. Never restarts: a thread that ended stays ended."""
 
-    def __init__(
-        self, loop: EngineLoop, inbox: Inbox, *, prepare: Callable[[], None], niceness: int = 0, clock: Clock
-    ) -> None:
-        """`niceness` is added to this thread's own and to its helpers', where a system knows such a thing (Linux)."""
-        self._niceness = niceness
+    def __init__(self, loop: EngineLoop, inbox: Inbox, *, prepare: Callable[[], None], clock: Clock) -> None:
         self._loop = loop
         self._inbox = inbox
         self._prepare = prepare
@@ -67,8 +61,6 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            if self._niceness and sys.platform == "linux":  # elsewhere it would be the whole process's
-                os.nice(self._niceness)
             with torch.inference_mode():
                 self._prepare()
                 self._ready.set()

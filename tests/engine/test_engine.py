@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -396,20 +394,6 @@ async def test_model_that_breaks_in_warm_up_does_not_start() -> None:
 
     with pytest.raises(ModelUnavailableError):
         await Engine(ToyModel(on_call=on_call), EngineOptions(torch_threads=1)).start()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only there has a thread a niceness of its own")
-async def test_maths_on_the_processor_leaves_others_the_right_of_way() -> None:
-    priorities: set[int] = set()
-
-    def on_call(name: str, items: Sequence[object]) -> None:
-        priorities.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    async with make_engine(on_call) as engine:
-        await engine.generate(make_request())
-    assert priorities == {min(own + 10, 19)}
-    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 async def test_health_notices_silence() -> None:
