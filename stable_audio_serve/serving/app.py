@@ -26,6 +26,7 @@ from stable_audio_serve.serving.placement import (
     require_shared_database,
     runner_options,
 )
+from stable_audio_serve.serving.priority import yield_to_engines
 from stable_audio_serve.serving.replica import ModelReplica
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Ingress:
     """Speaks HTTP; the ASGI application is made inside the replica because it holds the model handles."""
 
     def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle], runner: DeploymentHandle) -> None:
+        yield_to_engines()
         configure_logging(plan.settings.log_level)
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
