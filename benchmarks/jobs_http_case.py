@@ -2,8 +2,8 @@
 often idle runners ask their database.
 
 Submissions go to the whole server, whose runner meanwhile does sixteen jobs a second on an engine that takes time but
-no processor of this machine, or as many as it can on one that takes none; polls go to the real model. Load is sent from
-another process, at fixed times: a late answer counts in full.
+no processor of this machine, as many as it can on one that takes no time, or what the real model on the same cores gets
+done; polls go to the real model. Load is sent from another process, at fixed times: a late answer counts in full.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _CLIP_S = 10.0
 _PACES: dict[str, tuple[str, dict[str, object]]] = {
     "beside 16 jobs a second": ("benchmarks.instant:build_remote", {"max_running": round(16 * REMOTE_S)}),
     "beside as many jobs as can be": ("benchmarks.instant:build", {}),
+    "beside the model at work": ("stable_audio_serve.serving.app:build", {}),
 }
 _SETTLE_S = 10.0  # runners fall asleep by and by
 _STATEMENT = re.compile(r"LOG:  (?:statement|execute [^:]+): (.*)")

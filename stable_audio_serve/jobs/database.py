@@ -23,8 +23,7 @@ _POOL_TIMEOUT_S = 10.0
 
 _OLDEST_SQLITE = (3, 35)  # the first that says RETURNING
 _BUSY_TIMEOUT_S = 15.0
-_BUSY_PAUSE_S = 0.01
-_TURN_PAUSE_S = 0.001
+_BUSY_PAUSE_S = 0.001
 _WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
 
 # What psycopg is told unless the URL says otherwise: seconds, the last in milliseconds. It notices when the server
@@ -81,7 +80,6 @@ class Database:
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
         self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or time.time)
         self._lock = threading.Lock()
-        self._sqlite_turn = threading.Lock()
         self._is_ready = False
 
     def __str__(self) -> str:
@@ -98,7 +96,7 @@ class Database:
         """A transaction; on SQLite no other writer overlaps it. Raises StorageError."""
         with at_work():
             self._make_ready()
-            with self._turn(), self.engine.begin() as connection:
+            with self.engine.begin() as connection:
                 yield connection
 
     @contextmanager
@@ -116,19 +114,6 @@ class Database:
             self._make_ready()
             with self._reader.connect() as connection:
                 yield connection
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Here wait this process's writers on SQLite, whose own way to wait is to sleep longer and longer."""
-        if not self.is_sqlite:
-            yield
-            return
-        if not self._sqlite_turn.acquire(timeout=_BUSY_TIMEOUT_S):
-            raise TimeoutError("other writers of this process take too long")
-        try:
-            yield
-        finally:
-            self._sqlite_turn.release()
 
     def prepare(self) -> None:
         """Make or upgrade the tables.
@@ -219,29 +204,25 @@ def _create_sqlite(url: sa.URL) -> sa.Engine:
 
 
 def _begin_writing(connection: sqlite3.Connection) -> None:
-    """Wait for other processes' writers at a steady pace: SQLite's own sleeps get longer, and others overtake."""
-    give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
+    """Wait for other writers at a steady pace: SQLite's own sleeps get longer, and others overtake."""
     connection.execute("PRAGMA busy_timeout = 0")
     try:
-        while True:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                    raise
-                time.sleep(_TURN_PAUSE_S)
-            else:
-                return
+        _insist(connection, "BEGIN IMMEDIATE")
     finally:
         connection.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
     """Keep a write-ahead log. The first connection ever needs the whole file for that, and its wait is not SQLite's."""
+    _insist(connection, "PRAGMA journal_mode = WAL")
+
+
+def _insist(connection: sqlite3.Connection, statement: str) -> None:
+    """Execute it once the database is free. Raises sqlite3.OperationalError."""
     give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(statement)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
                 raise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner import JobRunner
-from stable_audio_serve.jobs.store import Added, JobStore
+from stable_audio_serve.jobs.store import JobStore
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, REGION, wait
 from tests.audio_files import make_audio_file
@@ -160,15 +161,15 @@ async def test_a_repeat_is_answered_also_when_the_queue_is_full() -> None:
 
 async def test_an_accepted_job_keeps_its_upload_although_the_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The database took the job and its word of it did not arrive: the client is refused, and tries again."""
-    add = JobStore.add
+    add_all = JobStore.add_all
 
-    def add_and_lose_the_answer(store: JobStore, spec: JobSpec) -> Added:
-        monkeypatch.setattr(JobStore, "add", add)
-        add(store, spec)
+    def add_and_lose_the_answer(store: JobStore, specs: Sequence[JobSpec]) -> NoReturn:
+        monkeypatch.setattr(JobStore, "add_all", add_all)
+        add_all(store, specs)
         raise StorageError("the connection was cut")
 
     async with make_client() as (client, _):
-        monkeypatch.setattr(JobStore, "add", add_and_lose_the_answer)
+        monkeypatch.setattr(JobStore, "add_all", add_and_lose_the_answer)
         assert (await post(client, "/jobs/variations", key="lost")).status_code == 503
         again = await post(client, "/jobs/variations", key="lost")
         assert again.headers["idempotent-replayed"] == "true"
