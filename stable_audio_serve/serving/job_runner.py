@@ -20,6 +20,7 @@ from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.placement import Plan
+from stable_audio_serve.serving.priority import yield_to_engines
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -34,6 +35,7 @@ class JobRunnerReplica:
     """One runner of several; asks the same model deployments as the ingress does."""
 
     async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
+        yield_to_engines()
         settings = plan.settings
         configure_logging(settings.log_level)
         application = serve.get_replica_context().app_name
