@@ -83,7 +83,7 @@ async def test_links_of_the_foreign_dialects_lead_through_us(object_storage: Obj
 
 
 async def test_an_upload_is_kept_in_the_bucket_until_its_job_ends(object_storage: ObjectStorage, bucket: str) -> None:
-    backend = ToneBackend(delay_s=0.3)
+    backend = ToneBackend(delay_s=1.0)
     async with make_client(backend, storage=storage_args(object_storage, bucket)) as (client, _):
         audio = (await client.post("/v1/audio/generations", json=BODY)).content
         ticket = await client.post("/jobs/variations", data={"prompt": "x", "duration": "1"}, files={"audio": audio})

@@ -135,7 +135,7 @@ async def test_a_status_tells_the_place_in_the_queue() -> None:
 async def test_a_status_tells_progress_and_attempts(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
-    backend.delay_s = 0.3
+    backend.delay_s = 1.0
     ticket = await submit(client)
     status = await wait(client, ticket, "running")
     assert status["attempts"] == 1

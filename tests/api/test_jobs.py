@@ -116,7 +116,7 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
 async def test_a_running_job_says_when_it_began(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
-    backend.delay_s = 0.3
+    backend.delay_s = 1.0
     ticket = await submit(client)
     status = await wait(client, ticket, "running")
     assert datetime.fromisoformat(status["started_at"]) >= datetime.fromisoformat(status["created_at"])

@@ -314,7 +314,7 @@ async def test_a_running_job_is_stopped_at_the_model(workshop: Workshop) -> None
 
 
 async def test_cancelling_one_job_leaves_the_others_alone(workshop: Workshop) -> None:
-    workshop.backend.delay_s = 0.3
+    workshop.backend.delay_s = 1.0
     await workshop.start_runner()
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
     await workshop.until(jobs[0], lambda _: workshop.backend.num_running == 3)

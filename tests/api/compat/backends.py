@@ -12,14 +12,15 @@ from tests.backends import ToneBackend
 
 @dataclass
 class PromptBackend(ToneBackend):
-    """`slow` takes half a minute, `fail` fails, everything else takes `pause_s`."""
+    """`slow` takes half a minute, `steady` long enough to be seen at work, `fail` fails; the rest takes `pause_s`."""
 
     pause_s: ClassVar[float] = 0.3
+    own_pauses_s: ClassVar[dict[str, float]] = {"slow": 30.0, "steady": 2.0}
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
-        self.delay_s = 30.0 if request.prompt == "slow" else self.pause_s
+        self.delay_s = self.own_pauses_s.get(request.prompt, self.pause_s)
         result = await super().generate(model, request)
         if request.prompt == "fail":
             raise GenerationError("the model produced something unusable")

@@ -48,7 +48,7 @@ async def test_a_submission_is_answered_with_an_id_and_a_status(client: httpx.As
 async def test_a_generation_goes_from_queued_over_generating_to_completed(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
-    backend.delay_s = 0.3
+    backend.delay_s = 1.0
     generation_id = await submit(client)
     await poll_until(client, generation_id, "generating")
     body = await poll_until(client, generation_id, "completed")

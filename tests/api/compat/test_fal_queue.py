@@ -118,7 +118,7 @@ async def test_low_priority_waits_behind_normal() -> None:
 async def test_a_status_has_the_keys_that_clients_read(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, logs: str | None, has_logs: bool
 ) -> None:
-    backend.delay_s = 0.3
+    backend.delay_s = 1.0
     ticket = await submit(client)
     params = {} if logs is None else {"logs": logs}
     await wait_for(client, ticket, "IN_PROGRESS")

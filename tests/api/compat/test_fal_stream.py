@@ -40,7 +40,7 @@ async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: 
 
 
 async def test_every_change_is_told_until_the_end() -> None:
-    async with make_client(ToneBackend(delay_s=0.5), jobs={"max_running": 1}) as (client, _):
+    async with make_client(ToneBackend(delay_s=1.0), jobs={"max_running": 1}) as (client, _):
         first, second = await submit(client), await submit(client)
         events = await read_stream(client, second)
         assert [event["status"] for event in events][:1] == ["IN_QUEUE"]

@@ -15,7 +15,7 @@ async function subscribe(mode) {
   const updates = [];
   const ids = [];
   const { data, requestId } = await fal.subscribe(APP, {
-    input: clip,
+    input: { ...clip, prompt: "steady" },
     mode,
     logs: true,
     pollInterval: 50,
@@ -27,7 +27,10 @@ async function subscribe(mode) {
 }
 
 async function queue() {
-  const { request_id: requestId, queue_position } = await fal.queue.submit(APP, { input: clip, priority: "low" });
+  const { request_id: requestId, queue_position } = await fal.queue.submit(APP, {
+    input: { ...clip, prompt: "steady" },
+    priority: "low",
+  });
   const first = await fal.queue.status(APP, { requestId, logs: true });
   const stream = await fal.queue.streamStatus(APP, { requestId, logs: true });
   const events = [];

@@ -26,7 +26,7 @@ def run() -> Any:
 
 
 def submit() -> Any:
-    handle = fal_client.submit(APP, CLIP, priority="low", hint="any")
+    handle = fal_client.submit(APP, {**CLIP, "prompt": "steady"}, priority="low", hint="any")
     first = handle.status()
     events = [type(event).__name__ for event in handle.iter_events(with_logs=True)]
     last = fal_client.status(APP, handle.request_id, with_logs=True)
