@@ -405,6 +405,9 @@ class StoreMachine(RuleBasedStateMachine):
         for key in old:
             del self.jobs[key]
             self.ends.pop(key, None)
+        for file_id, owner in self.files.items():
+            if owner in old:
+                self.files[file_id] = None  # whoever gets the job's id next has another file
 
     @rule()
     def deliver(self) -> None:
