@@ -81,7 +81,8 @@ def serve(
         _raise_on_signals()  # ray.init installs a SIGTERM handler of its own
         stack.callback(report, "stopping ...")
         stack.enter_context(suppress(KeyboardInterrupt))
-        stack.enter_context(_said_at_once(complain))
+        # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
+        stack.enter_context(_said_at_once(lambda sentence: complain(f"\n{sentence}")))
         watch.lap("ray")
         _deploy(schema, watch)
         url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
