@@ -17,7 +17,7 @@ from stable_audio_serve.core.errors import ConflictError, OverloadedError, Quota
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.store import JobStore, Report
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import (
     ERROR,
@@ -102,6 +102,19 @@ def test_processes_never_lease_the_same_job(database: Database, store_url: str, 
     ids = list(itertools.chain(*shares))
     assert len(ids) == 150
     assert set(ids) == expected
+
+
+def test_changes_to_many_jobs_never_wait_for_each_other_in_a_circle(database: Database) -> None:
+    store = JobStore(database, _MANY)
+    jobs = [lease(store) for job in [add(store) for _ in range(20)]]
+    reports = [Report(job, "denoising", 0.5) for job in jobs]
+    renew = partial(store.renew, "me", lease_s=60, job_ids=[job.spec.id for job in jobs])
+    for _ in range(30):
+        forwards, backwards, held = at_once(
+            [partial(store.report, reports), partial(store.report, reports[::-1]), renew]
+        )
+        assert forwards == backwards == []
+        assert len(held) == len(jobs)
 
 
 @pytest.mark.parametrize("by", ["key", "id"])
