@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,15 +18,19 @@ from typing import Any
 
 import httpx
 
+from stable_audio_serve.serving.environment import is_port_free
 from stable_audio_serve.serving.guard import users_of
 
 APPLICATION = "audio"
 _START_TIMEOUT_S = 120.0
+_FIRST_PORT, _LAST_PORT = 32_000, 32_768  # a server chooses lower ones for its own parts
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """One that no connection of this machine takes before a server listens on it: those have ports from 32768."""
+    while not is_port_free("127.0.0.1", port := random.randrange(_FIRST_PORT, _LAST_PORT)):
+        pass
+    return port
 
 
 def write_config(folder: Path, args: Mapping[str, Any], **top_level: Any) -> Path:
