@@ -418,7 +418,7 @@ def _seconds(name: str) -> sa.BindParameter[float]:
 def _lock(connection: sa.Connection, job_ids: Collection[str]) -> None:
     """Running jobs that are about to be changed, always in the same order: two who change several never deadlock."""
     in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
-    if connection.dialect.name != "sqlite":
+    if connection.dialect.name != "sqlite":  # which has one writer at a time
         connection.execute(in_order)
 
 
