@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
@@ -19,7 +19,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def listening(app: FastAPI, **options: Any) -> AsyncIterator[int]:
+async def listening(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
     """A uvicorn server, with `options` of its own, on a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **options)

@@ -7,6 +7,7 @@ gone: here both hold under any of them.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from starlette.exceptions import HTTPException
@@ -32,7 +33,7 @@ class LimitsMiddleware:
     def __init__(self, app: ASGIApp, *, limits: ApiSettings) -> None:
         self._app = app
         self._limits = limits
-        self._held = _HeldBytes()
+        self._held = _Held()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application on a guarded connection. Raises ClientGoneError when the client has gone."""
@@ -61,10 +62,37 @@ def accept_file_body(scope: Scope) -> None:
 
 
 @dataclass(slots=True)
-class _HeldBytes:
-    """Bodies of all requests in progress, in memory or in temporary files."""
+class _Held:
+    """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many still arrive."""
 
     num_bytes: int = 0
+    num_receiving: int = 0
+
+
+class _Pace:
+    """How fast a body arrives: bytes, and the time spent waiting for its client, of all of it and of a last stretch.
+
+    The time that a handler takes between two parts does not count, because then it is us who is slow.
+    """
+
+    def __init__(self, limits: ApiSettings) -> None:
+        self._limits = limits
+        self.waited_s = 0.0
+        self._stretch_bytes = 0
+        self._stretch_s = 0.0
+
+    @property
+    def patience_s(self) -> float:
+        """How long to wait for more before the average of the last stretch is too low."""
+        return self._limits.receive_window_s - self._stretch_s
+
+    def add(self, num_bytes: int, *, waited_s: float) -> None:
+        """Some more came. A stretch is over once a window's worth has arrived, and the next begins."""
+        self.waited_s += waited_s
+        self._stretch_bytes += num_bytes
+        self._stretch_s += waited_s
+        if self._stretch_bytes >= self._limits.receive_rate_bytes_s * self._limits.receive_window_s:
+            self._stretch_bytes, self._stretch_s = 0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +122,15 @@ class _Connection:
         handler: asyncio.Task[object],
         *,
         body: _BodyLimit,
-        held: _HeldBytes,
+        held: _Held,
         limits: ApiSettings,
     ) -> None:
         self._receive, self._send, self._handler = receive, send, handler
         self._body, self._held, self._limits = body, held, limits
         self._deadline_at = asyncio.get_running_loop().time() + limits.receive_total_timeout_s
+        self._pace = _Pace(limits)
         self._received_bytes = 0
+        self._is_counted = False
         self._answered = False
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -132,6 +162,7 @@ class _Connection:
             await self._drain(message)
             raise HTTPException(503, "body: too much is being received from others", headers=_BUSY)
         if not message.get("more_body", False):
+            self._count(False)
             self._watcher = asyncio.create_task(self._watch())
         return message
 
@@ -148,17 +179,54 @@ class _Connection:
     async def close(self) -> None:
         """Stop watching, and count the body no more."""
         self._held.num_bytes -= self._received_bytes
+        self._count(False)
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
 
     async def _receive_in_time(self) -> Message:
+        """The next part of the body. Raises HTTPException 408, and 503 where one place more is needed than there is."""
         left_s = self._deadline_at - asyncio.get_running_loop().time()
+        patience_s = self._pace.patience_s
+        grace_s = self._limits.receive_grace_s - self._pace.waited_s
+        if not self._is_counted and grace_s < min(left_s, patience_s):
+            with suppress(TimeoutError):
+                return await self._wait(grace_s)
+            await self._take_place()
+            return await self._receive_in_time()
         try:
-            async with asyncio.timeout(min(self._limits.receive_idle_timeout_s, left_s)):
-                return await self._receive()
+            return await self._wait(min(left_s, patience_s))
         except TimeoutError as error:
-            raise HTTPException(408, "body: did not arrive in time", headers=_CLOSE) from error
+            limits = self._limits
+            reason = (
+                f"did not arrive within {limits.receive_total_timeout_s:g} s"
+                if left_s < patience_s
+                else f"must arrive at {limits.receive_rate_bytes_s:g} bytes a second or more"
+            )
+            raise HTTPException(408, f"body: {reason}", headers=_CLOSE) from error
+
+    async def _take_place(self) -> None:
+        if self._held.num_receiving >= self._limits.max_receiving:
+            await self._drain({"more_body": True})
+            raise HTTPException(503, "body: too many others are being received", headers=_BUSY)
+        self._count(True)
+
+    async def _wait(self, timeout_s: float) -> Message:
+        """The next part. Raises TimeoutError."""
+        clock = asyncio.get_running_loop().time
+        began_at, num_bytes = clock(), 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await self._receive()
+            num_bytes = len(message.get("body", b""))
+            return message
+        finally:
+            self._pace.add(num_bytes, waited_s=clock() - began_at)
+
+    def _count(self, is_receiving: bool) -> None:
+        """Whether this body is one of those being received."""
+        self._held.num_receiving += is_receiving - self._is_counted
+        self._is_counted = is_receiving
 
     async def _drain(self, message: Message) -> None:
         """Read on and drop it as long as more keeps coming: a client still sending would never see the refusal."""

@@ -86,8 +86,18 @@ class ApiSettings(Section):
     max_source_bytes: int = Field(
         1_073_741_824, ge=1, description="Decoded source audio of requests in progress, bytes, per ingress replica."
     )
-    receive_idle_timeout_s: Seconds = Field(30.0, description="Longest pause while a body arrives, seconds.")
+    receive_rate_bytes_s: float = Field(
+        4096.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Least rate at which a body must arrive, averaged over `receive_window_s`, bytes a second.",
+    )
+    receive_window_s: Seconds = Field(10.0, description="What that rate is averaged over, seconds.")
     receive_total_timeout_s: Seconds = Field(300.0, description="Longest time for a whole body to arrive, seconds.")
+    max_receiving: int = Field(
+        256, ge=1, description="Bodies received at a time, per ingress replica, besides those that arrive at once."
+    )
+    receive_grace_s: Seconds = Field(3.0, description="What at once means: a body within this time, seconds.")
     send_idle_timeout_s: Seconds = Field(60.0, description="Longest a client may stop reading its answer, seconds.")
     default_deadline_s: Seconds = Field(900.0, description="Time budget of a request that names none, seconds.")
     max_deadline_s: Seconds = Field(3600.0, description="Largest time budget a request may ask for, seconds.")

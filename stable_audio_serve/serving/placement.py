@@ -16,6 +16,9 @@ from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 
 _GPU_PRECISION = 10_000  # Ray's own
 _REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it really takes is predicted work
+# More requests than a process can have connections. Serve queues what is over its limit, /health and Serve's own probes
+# included, and answers overflow in plain text: the application itself bounds what costs something.
+_NO_LIMIT = 100_000
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
 # A replica that is being replaced gets this long to finish its requests and looks this often whether it has.
 _DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
@@ -79,15 +82,11 @@ def model_entry(model: ModelSettings) -> ModelEntry:
 
 
 def ingress_options(settings: Settings) -> dict[str, Any]:
-    """Deployment options of the HTTP ingress. The application refuses what is too much, in each dialect's own words;
-    Serve's limits, whose answers are plain text and which would hold /health back too, are a fence at twice that."""
+    """Deployment options of the HTTP ingress."""
     ingress = settings.ingress
-    fence = 2 * (ingress.max_ongoing_requests + ingress.max_event_streams)
     return {
         "num_replicas": ingress.replicas,
-        "max_ongoing_requests": fence,
-        "max_queued_requests": fence,
-        "backpressure_config": {"status_code": 503, "retry_after_s": 5},
+        "max_ongoing_requests": _NO_LIMIT,
         **_DRAIN,
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
     }

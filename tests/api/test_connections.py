@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.api.limits import LimitsMiddleware
+from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.sockets import listening, wait_until
@@ -88,31 +92,118 @@ async def test_one_connection_serves_many_requests() -> None:
         assert (await client.get("/health")).status_code == 200
 
 
-@pytest.mark.parametrize("limits", [{"receive_idle_timeout_s": 0.2}, {"receive_total_timeout_s": 0.2}])
-async def test_a_body_that_does_not_arrive_is_408(limits: dict[str, float]) -> None:
+FAST = {"receive_window_s": 0.4, "receive_rate_bytes_s": 5000}  # 2,000 bytes in each 0.4 s
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (FAST, "body: must arrive at 5000 bytes a second or more"),
+        ({"receive_total_timeout_s": 0.2}, "body: did not arrive within 0.2 s"),
+    ],
+)
+async def test_a_body_that_does_not_arrive_is_408(limits: dict[str, float], reason: str) -> None:
     async with serve(ToneBackend(), **limits) as port:
         reader, writer = await open_connection(port, b'{"prom', length=1000)
         async with asyncio.timeout(5):
             reply = await reader.read()  # until the server closes the connection
         writer.close()
     assert reply.startswith(b"HTTP/1.1 408 ")
-    assert b'{"detail":"body: did not arrive in time"}' in reply
+    assert json.dumps({"detail": reason}, separators=(",", ":")).encode() in reply
 
 
-async def test_a_body_that_trickles_is_ended_by_the_total_time() -> None:
-    async with serve(ToneBackend(), receive_idle_timeout_s=0.3, receive_total_timeout_s=0.5) as port:
-        reader, writer = await open_connection(port, b"{", length=1000)
-        async with asyncio.timeout(5):
-            while not reader.at_eof():
-                writer.write(b" ")
-                try:
-                    async with asyncio.timeout(0.05):
-                        reply = await reader.readuntil(b"\r\n")
-                        break
-                except TimeoutError:
-                    continue
+async def trickle(port: int, part: bytes, *, every_s: float, length: int, headers: str = _JSON) -> tuple[bytes, int]:
+    """The answer to a body that arrives like this, and how many bytes of it were sent."""
+    reader, writer = await open_connection(port, b"", headers=headers, length=length)
+    answer = asyncio.create_task(reader.readuntil(b"\r\n"))
+    num_sent = 0
+    async with asyncio.timeout(20):
+        while num_sent < length and not answer.done():
+            writer.write(part)
+            num_sent += len(part)
+            await asyncio.wait({answer}, timeout=every_s)
+        status = await answer
+    writer.close()
+    return status, num_sent
+
+
+async def test_a_body_that_trickles_is_ended_though_it_never_pauses() -> None:
+    async with serve(ToneBackend(), **FAST) as port:
+        status, num_sent = await trickle(port, b" ", every_s=0.02, length=100_000)
+    assert status.startswith(b"HTTP/1.1 408 ")
+    assert num_sent < 2000
+
+
+async def test_a_trickle_is_not_paid_for_by_what_came_before() -> None:
+    async with serve(ToneBackend(), **FAST) as port:
+        reader, writer = await open_connection(port, bytes(500_000), length=1_000_000)
+        async with asyncio.timeout(10):  # at the least rate half a megabyte would be good for 100 s
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408 ")
         writer.close()
-    assert reply.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_slow_body_is_taken_when_it_keeps_the_rate() -> None:
+    backend = ToneBackend()
+    body = b'{"prompt": "x", "duration": 0.1, "seed": 7}'
+    async with serve(backend, receive_window_s=5.0, receive_rate_bytes_s=1000, receive_grace_s=0.01) as port:
+        reader, writer = await open_connection(port, b"", length=len(body) + 12_000)
+        for part in (body, *[b" " * 3000] * 4):
+            writer.write(part)
+            await asyncio.sleep(0.1)
+        async with asyncio.timeout(10):
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+    assert [request.seed for _, request in backend.requests] == [7]
+
+
+async def test_a_handler_that_is_slow_to_read_is_not_taken_for_a_slow_client() -> None:
+    limits = ApiSettings.model_validate(FAST | {"receive_grace_s": 0.1})
+    parts = asyncio.Queue[bytes]()
+
+    async def read_slowly(scope: Scope, receive: Receive, send: Send) -> None:
+        num_bytes, more = 0, True
+        while more:
+            message = await receive()
+            num_bytes, more = num_bytes + len(message["body"]), message["more_body"]
+            await asyncio.sleep(1)
+        await parts.put(num_bytes)
+        await Response("done")(scope, receive, send)
+
+    async with listening(LimitsMiddleware(read_slowly, limits=limits)) as port:
+        reader, writer = await open_connection(port, b"1", length=3)
+        for _ in range(2):
+            await asyncio.sleep(0.5)
+            writer.write(b"1")
+        async with asyncio.timeout(10):
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+    assert await parts.get() == 3
+
+
+async def test_more_slow_bodies_than_are_taken_are_refused_and_whatever_arrives_at_once_is_not() -> None:
+    async with connect(ToneBackend(), max_receiving=4, receive_grace_s=0.3) as client:
+        port = client.base_url.port
+        assert port is not None
+        slow = [await open_connection(port, b"{", length=1000) for _ in range(12)]
+        first_lines = [asyncio.create_task(reader.readuntil(b"\r\n\r\n")) for reader, _ in slow]
+        async with asyncio.timeout(10):
+            while sum(line.done() for line in first_lines) < 8:
+                assert (await client.get("/health")).status_code == 200
+                assert (await client.post(URL, json={"prompt": "x", "duration": 0.1})).status_code == 200
+                await asyncio.sleep(0.05)
+        refused = [line.result() for line in first_lines if line.done()]
+        assert all(answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: 5" in answer.lower() for answer in refused)
+        assert len(refused) == 8
+        for line, (_, writer) in zip(first_lines, slow, strict=True):
+            if not line.done():
+                writer.transport.abort()
+        await asyncio.gather(*first_lines, return_exceptions=True)
+        reader, writer = await open_connection(port, b'{"prompt": "x", ', length=37)
+        await asyncio.sleep(1)  # those that gave up have left their places
+        writer.write(b'"duration": 0.1     }')
+        async with asyncio.timeout(10):
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
 
 
 async def test_a_client_that_stops_reading_does_not_pin_its_answer() -> None:

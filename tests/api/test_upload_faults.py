@@ -128,7 +128,7 @@ async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None
         for _ in range(100):
             yield bytes(65536)
 
-    async with serve(ToneBackend(), max_upload_bytes=5_000_000, receive_idle_timeout_s=0.5) as port:
+    async with serve(ToneBackend(), max_upload_bytes=5_000_000, receive_window_s=0.5) as port:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             assert (await upload(client)).status_code == 200
             assert (await upload(client, b"RIFF----WAVE" + bytes(3_000_000))).status_code == 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,12 @@ def test_unknown_names_are_refused_by_variable() -> None:
         plan_deployments(Settings.model_validate({"models": [SFX], "preload_models": ["medium"]}))
 
 
-def test_ingress_overflow_says_when_to_retry() -> None:
-    options = ingress_options(
-        Settings.model_validate({"ingress": {"replicas": 3, "max_ongoing_requests": 9, "max_event_streams": 4}})
-    )
+def test_serve_itself_never_holds_requests_back_before_the_application_sees_them() -> None:
+    options = ingress_options(Settings.model_validate({"ingress": {"replicas": 3, "max_ongoing_requests": 9}}))
     assert options["num_replicas"] == 3
-    assert options["max_ongoing_requests"] == 2 * (9 + 4)
-    assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 5}
+    most_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert options["max_ongoing_requests"] > min(most_connections, 65_536)
+    assert options.get("max_queued_requests", -1) == -1
 
 
 def test_the_folder_of_jobs_is_the_one_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

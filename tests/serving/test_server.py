@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import time
@@ -12,6 +13,7 @@ import wave
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -153,6 +155,23 @@ def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, wat
     assert after["expired"] - before["expired"] <= 5
     assert after["finished"] == before["finished"]
     assert after["backlog_ms"] == 0
+
+
+def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> None:
+    head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
+    with ExitStack() as stack:
+        uploads = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(1000)]
+        for upload in uploads:
+            upload.sendall(head + b"Content-Length: 1000000\r\n\r\n-")
+        assert server.client.get("/health", timeout=30).status_code == 200
+        read_wav(server.client.post("/generate", json=make_body(duration=1), timeout=30))
+        for upload in uploads[-500:]:  # more than are received at a time came before these
+            upload.settimeout(60)
+            answer = upload.recv(4096).lower()
+            assert answer.startswith(b"http/1.1 503 ")
+            assert b"\r\nretry-after: 5\r\n" in answer
 
 
 def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None:
