@@ -82,6 +82,7 @@ def create_app(
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
     app.state.keys = ApiKeys(settings.api.key_hashes)
+    app.state.readiness = service.readiness  # for whoever stops this process
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))
     sa3.include_router(native_jobs.build_router(service))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, Field
 
+from stable_audio_serve.api.readiness import Verdict
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.settings_sources import preloaded_names
@@ -16,7 +17,7 @@ _UNKNOWN = ModelStatus("loading")
 class ModelHealth(BaseModel):
     """One model's replicas."""
 
-    stage: str = Field(description="loading, ready, idle (scaled to zero) or failed.")
+    stage: str = Field(description="loading, ready, failed, idle (scaled to zero) or waking (from zero).")
     demo: bool = Field(description="Made to try the server out, not for its sound.")
     device: str | None
     num_replicas: int
@@ -34,11 +35,14 @@ class ModelInfo(BaseModel):
 class Health(BaseModel):
     """The server's state and limits."""
 
-    status: str = Field(description="ok once any model is loaded, else loading; failed when none can load.")
-    healthy: bool
+    status: str = Field(
+        description="ok when the default model can answer, else loading or failed; draining while the server stops."
+    )
+    healthy: bool = Field(description="Whether requests may come; /ready says it with its HTTP status.")
+    reasons: list[str] = Field(description="Why not.")
     model: str = Field(description="The default model.")
     model_info: ModelInfo
-    device: str | None = Field(description="The configured device; null = chosen by the server.")
+    device: str | None = Field(description="What the default model runs on; before, the configured one.")
     loaded: bool
     model_loaded: bool
     cuda_available: bool
@@ -51,6 +55,14 @@ class Health(BaseModel):
     max_steps: int
     max_batch_size: int
     models: dict[str, ModelHealth]
+
+
+class Ready(BaseModel):
+    """Whether requests may come."""
+
+    ready: bool
+    status: str = Field(description="As in /health.")
+    reasons: list[str] = Field(description="Why not.")
 
 
 class Model(BaseModel):
@@ -84,18 +96,19 @@ class ModelList(BaseModel):
 
 
 def describe_health(service: Service, status: Mapping[str, ModelStatus]) -> Health:
-    """The health page; unhealthy only when every model has failed."""
+    """The health page."""
     settings, catalog = service.settings, service.backend.catalog
     api = settings.api
+    verdict = _judge(service, status)
     models = {card.name: _describe_status(card, status.get(card.name, _UNKNOWN)) for card in catalog}
     loaded = sorted(name for name, model in models.items() if model.stage == "ready")
-    is_healthy = any(model.stage != "failed" for model in models.values())
     return Health(
-        status="ok" if loaded else "loading" if is_healthy else "failed",
-        healthy=is_healthy,
+        status=verdict.status,
+        healthy=verdict.is_ready,
+        reasons=list(verdict.reasons),
         model=catalog.default.name,
         model_info=_describe_window(service),
-        device=settings.device,
+        device=models[catalog.default.name].device or settings.device,
         loaded=bool(loaded),
         model_loaded=bool(loaded),
         cuda_available=any((model.device or "").startswith("cuda") for model in models.values()),
@@ -109,6 +122,12 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus]) -> Heal
         max_batch_size=api.max_batch_size,
         models=models,
     )
+
+
+def describe_ready(service: Service, status: Mapping[str, ModelStatus]) -> Ready:
+    """The answer to whoever wants to send requests."""
+    verdict = _judge(service, status)
+    return Ready(ready=verdict.is_ready, status=verdict.status, reasons=list(verdict.reasons))
 
 
 def describe_models(service: Service, *, created_at: int) -> ModelList:
@@ -134,6 +153,11 @@ def describe_models(service: Service, *, created_at: int) -> ModelList:
             for card in catalog
         ]
     )
+
+
+def _judge(service: Service, status: Mapping[str, ModelStatus]) -> Verdict:
+    default = service.backend.catalog.default.name
+    return service.readiness.judge(default, status.get(default, _UNKNOWN))
 
 
 def _describe_window(service: Service) -> ModelInfo:

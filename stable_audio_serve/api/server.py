@@ -1,6 +1,6 @@
 """The routes about the server itself, which several dialects share: health, the served models, the API's description.
 
-Health never needs a key; the others do where keys are configured.
+Health and readiness never need a key; the others do where keys are configured.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from stable_audio_serve.api.service import Service
 
 TAG = "Server"
 
+_RETRY_AFTER_S = "5"
+
 
 def build_router(service: Service) -> APIRouter:
     """Health and models, which are also found under each dialect's prefix."""
@@ -28,11 +30,19 @@ def build_router(service: Service) -> APIRouter:
     created_at = int(time.time())
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", responses={503: {"model": info.Health, "description": "No model can be loaded."}})
-    async def health(response: Response) -> info.Health:
-        """Whether the server can work, its models and its limits. Never loads a model."""
-        body = info.describe_health(service, await service.status())
-        response.status_code = 200 if body.healthy else 503
+    @router.get("/health")
+    async def health() -> info.Health:
+        """What the server, its models and its limits are like; 200 as long as it is alive. Never loads a model."""
+        return info.describe_health(service, await service.status())
+
+    @router.head("/ready", include_in_schema=False)
+    @router.get("/ready", responses={503: {"model": info.Ready, "description": "Not now; `reasons` say why."}})
+    async def ready(response: Response) -> info.Ready:
+        """Whether to send requests here: 503 until the default model can answer, and while the server stops."""
+        body = info.describe_ready(service, await service.status())
+        if not body.ready:
+            response.status_code = 503
+            response.headers["Retry-After"] = _RETRY_AFTER_S
         return body
 
     async def list_models() -> info.ModelList:

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import structlog
 from starlette.datastructures import UploadFile
 
+from stable_audio_serve.api.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams
 from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_variations
@@ -78,6 +79,7 @@ class Service:
         self.jobs = jobs or open_queue(settings)
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
+        self.readiness = Readiness()
         self.streams = EventStreams(settings.ingress.max_event_streams)
         api = settings.api
         self._decoder = AudioDecoder(

@@ -76,7 +76,10 @@ class ModelCatalog:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """What one model's replicas are doing; `stage` is loading, ready, idle (scaled to zero) or failed."""
+    """What one model's replicas are doing.
+
+    `stage` is loading, ready, failed, idle (scaled to zero) or waking (from zero, while its first requests are held).
+    """
 
     stage: str
     num_replicas: int = 0

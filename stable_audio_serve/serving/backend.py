@@ -204,12 +204,14 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
         return "loading"
     if _count(deployment, ReplicaState.RUNNING):
         return "ready"
-    if _count(deployment, ReplicaState.STARTING):
-        return "loading"
-    if deployment.status == "DEPLOY_FAILED" or deployment.status_trigger == "REPLICA_STARTUP_FAILED":
+    is_starting = _count(deployment, ReplicaState.STARTING) > 0
+    has_failed = deployment.status == "DEPLOY_FAILED" or deployment.status_trigger == "REPLICA_STARTUP_FAILED"
+    if has_failed and not is_starting:
         return "failed"
+    if deployment.status == "UPSCALING":
+        return "waking"
     # An unhealthy one has lost its replicas and is about to start others.
-    return "loading" if deployment.status in ("UPDATING", "UPSCALING", "UNHEALTHY") else "idle"
+    return "loading" if is_starting or deployment.status in ("UPDATING", "UNHEALTHY") else "idle"
 
 
 def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:

@@ -18,7 +18,7 @@ from tests.backends import ToneBackend
 KEYS = ("first-key", "id-part:secret-part", "schlüssel")
 
 PUBLIC = {
-    ("GET", "/health"),
+    *(("GET", path) for path in ("/health", "/ready")),
     *(("GET", path) for path in ("/files/{file_id}/{file_name}", "/jobs/{job_id}/audio")),
     *(("PUT", path) for path in ("/storage/upload/{ticket}", "/storage/upload/{ticket}/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),

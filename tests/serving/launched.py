@@ -59,6 +59,7 @@ class LaunchedServer:
         self._started_at = time.monotonic()
         self._ready = threading.Event()
         self.start_s: float | None = None
+        self.probes: list[tuple[httpx.Response, int]] = []
         self.process = subprocess.Popen(
             command(config, "--port", str(self.port), *options),
             stdout=subprocess.PIPE,

@@ -9,9 +9,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.serving.conftest import TINY
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.ray
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
 _LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_s": 30}
 _STOP_BOUND_S = 8.0
+_START_BOUND_S = 110.0
 
 
 def make_args(**settings: Any) -> dict[str, Any]:
@@ -42,11 +45,41 @@ def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> 
         "python": LaunchedServer(config, environment=foreign | {"STABLE_AUDIO_PROXY": "python"}),
     }
     try:
-        yield {name: launched.wait_until_ready() for name, launched in servers.items()}
+        with ThreadPoolExecutor() as pool:
+            probes = {name: pool.submit(probe_start, launched.url) for name, launched in servers.items()}
+            for name, launched in servers.items():
+                launched.wait_until_ready().probes = probes[name].result()
+        yield servers
     finally:
         for launched in servers.values():
             if launched.process.poll() is None:
                 launched.stop(number=signal.SIGKILL)
+
+
+def probe_start(url: str) -> list[tuple[httpx.Response, int]]:
+    """What a server that starts says of its health, and right after it whether it is ready, until it is."""
+    answers: list[tuple[httpx.Response, int]] = []
+    deadline = time.monotonic() + _START_BOUND_S
+    with httpx.Client(base_url=url, timeout=5) as client:
+        while time.monotonic() < deadline and not (answers and answers[-1][1] == 200):
+            time.sleep(0.05)
+            with suppress(httpx.TransportError):  # nobody listens yet, or nobody whom a proxy could ask
+                health, ready = client.get("/health"), client.get("/ready").status_code
+                if health.headers["content-type"] == "application/json":  # else it is a proxy that knows no route yet
+                    answers.append((health, ready))
+    return answers
+
+
+@pytest.mark.parametrize("name", ["haproxy", "python"])
+def test_a_server_that_starts_is_alive_long_before_it_is_ready(others: dict[str, LaunchedServer], name: str) -> None:
+    *loading, last = others[name].probes
+    assert len(loading) > 1  # the ingress takes less time than the model
+    assert {ready for _, ready in loading} == {503}
+    assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
+        (200, "loading", False)
+    }
+    assert last[1] == 200
+    assert others[name].client.get("/health").json()["device"] in ("cpu", "cuda:0")
 
 
 @pytest.mark.parametrize("name", ["haproxy", "python"])

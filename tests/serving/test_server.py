@@ -177,7 +177,15 @@ def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> N
 def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None:
     assert server.client.get("/health").json()["models"]["lazy"]["stage"] == "idle"
     assert server.pids("ServeReplica:audio:lazy") == []  # asking did not wake it
-    assert read_wav(server.client.post("/generate", json=make_body(model="lazy"))).getnframes() > 0
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(server.client.post, "/generate", json=make_body(model="lazy"))
+        stages = set()
+        while not held.done():
+            stages.add(server.client.get("/health").json()["models"]["lazy"]["stage"])
+            time.sleep(0.1)
+    assert "waking" in stages
+    assert stages <= {"idle", "waking", "ready"}  # never "loading": this server can take requests all the time
+    assert read_wav(held.result()).getnframes() > 0
     assert "lazy" in server.client.get("/health").json()["loaded_models"]
 
 

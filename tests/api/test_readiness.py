@@ -1,0 +1,110 @@
+"""`/ready` for whoever sends requests here, `/health` for whoever restarts what is dead: what each says, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from stable_audio_serve.api.readiness import Readiness
+from stable_audio_serve.core.catalog import ModelStatus
+from tests.backends import ToneBackend
+
+PREFIXES = ("", "/sa3", "/saos", "/vllm", "/aiml", "/fal")
+
+# The default model's stage; what /ready answers; and the word and verdict of /health, whose answer is always 200.
+STAGES = [
+    (None, 503, "loading", False),
+    ("loading", 503, "loading", False),
+    ("failed", 503, "failed", False),
+    ("ready", 200, "ok", True),
+    ("idle", 200, "ok", True),  # scaled to zero: the first request is held and brings it back
+    ("waking", 200, "ok", True),  # and meanwhile others are held too
+]
+
+
+@pytest.fixture
+def readiness(shared: tuple[FastAPI, ToneBackend]) -> Readiness:
+    return shared[0].state.readiness
+
+
+@pytest.mark.parametrize(("stage", "status", "word", "healthy"), STAGES)
+@pytest.mark.parametrize("other", ["ready", "failed"])
+async def test_the_default_model_decides(
+    client: httpx.AsyncClient,
+    backend: ToneBackend,
+    stage: str | None,
+    status: int,
+    word: str,
+    healthy: bool,
+    other: str,
+) -> None:
+    backend.statuses = {"medium": ModelStatus(other)} | ({"small-sfx": ModelStatus(stage)} if stage else {})
+    ready, health = await client.get("/ready"), await client.get("/health")
+    assert (ready.status_code, health.status_code) == (status, 200)
+    assert (health.json()["status"], health.json()["healthy"]) == (word, healthy)
+    assert (ready.json()["ready"], ready.json()["status"]) == (healthy, word)
+    assert ready.json()["reasons"] == health.json()["reasons"]
+    if healthy:
+        assert ready.json()["reasons"] == []
+    else:
+        assert "small-sfx" in ready.json()["reasons"][0]
+        assert int(ready.headers["retry-after"]) >= 1
+
+
+async def test_a_server_that_takes_no_more_work_is_not_ready_and_says_why(
+    client: httpx.AsyncClient, readiness: Readiness
+) -> None:
+    readiness.block("draining", "the server is stopping")
+    try:
+        ready, health = await client.get("/ready"), await client.get("/health")
+    finally:
+        readiness.clear("draining")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["the server is stopping"])
+    assert (health.status_code, health.json()["status"], health.json()["healthy"]) == (200, "draining", False)
+    assert (await client.get("/ready")).status_code == 200
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("status", [200, 503])
+async def test_probes_may_ask_anywhere_and_with_head(
+    client: httpx.AsyncClient, backend: ToneBackend, prefix: str, status: int
+) -> None:
+    if status == 503:
+        backend.statuses = {}
+    reply, told = await client.get(f"{prefix}/ready"), await client.head(f"{prefix}/ready")
+    assert (reply.status_code, told.status_code) == (status, status)
+    assert told.headers["content-length"] == reply.headers["content-length"]
+    assert told.content == b""
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_probes_wait_for_nobody(client: httpx.AsyncClient, backend: ToneBackend, path: str) -> None:
+    """Not for a backend that hangs, and not behind the requests in progress, however many."""
+    body = {"prompt": "x", "duration": 1}
+    expected = (await client.get(path)).json()
+    backend.delay_s = backend.status_delay_s = 30
+    busy = [asyncio.create_task(client.post("/v1/audio/generations", json=body)) for _ in range(300)]
+    try:
+        while backend.num_running < 256:  # `ingress.max_ongoing_requests`; the rest is refused
+            await asyncio.wait(busy, timeout=0.05)
+        started_at = time.monotonic()
+        reply = await client.get(path)
+        assert time.monotonic() - started_at < 5
+    finally:
+        for task in busy:
+            task.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+    assert (reply.status_code, reply.json()) == (200, expected)  # what was known last
+
+
+async def test_health_names_the_device_that_the_default_model_runs_on(
+    client: httpx.AsyncClient, backend: ToneBackend
+) -> None:
+    backend.statuses = {"small-sfx": ModelStatus("ready", 1, "cuda:1"), "medium": ModelStatus("ready", 1, "cpu")}
+    assert (await client.get("/health")).json()["device"] == "cuda:1"
+    backend.statuses = {}
+    assert (await client.get("/health")).json()["device"] is None  # the setting, until it is known
