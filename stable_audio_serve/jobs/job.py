@@ -37,6 +37,7 @@ class JobSpec:
     request: GenerationRequest
     file_format: str = "wav"  # of `audio.encode.AudioFormat`
     file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
+    file_prefix: str = ""  # what the name offered for download has before the stem
     upload: JobUpload | None = None
     priority: Priority = "interactive"
     start_within_s: float | None = None  # not started by then = failed with code `start_timeout`

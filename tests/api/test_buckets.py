@@ -57,7 +57,7 @@ async def test_a_job_ends_with_a_presigned_link_to_its_object(
         async with httpx.AsyncClient() as plain:
             fetched = await plain.get(status["download_url"])
         assert (fetched.status_code, fetched.headers["content-type"]) == (200, media_type)
-        assert fetched.headers["content-disposition"] == f'attachment; filename="{name}"'
+        assert fetched.headers["content-disposition"] == f'attachment; filename="{job_id}-{name}"'
         direct = await client.post("/v1/audio/generations", json=BODY | {"batch_size": batch_size})
         assert fetched.content == direct.content
         assert (await client.get(f"/jobs/{job_id}/audio")).status_code == 404

@@ -146,6 +146,7 @@ class _Submission:
             request=generation,
             file_format=fields.response_format,
             file_stem=file_stem(card.name),
+            file_prefix=f"{job_id}-",
             upload=upload,
             priority=fields.priority,
             webhook_url=fields.webhook_url,
