@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -148,20 +149,39 @@ class S3Artifacts:
 
     def _put(self, key: str, chunks: Chunks, media_type: str, file_name: str, stop: threading.Event) -> StoredFile:
         """Raises StorageError, StoppedError."""
+        num_bytes, sha256 = _measure(until_stopped(chunks(), stop))
+        file = StoredFile(key, media_type, file_name, num_bytes, sha256)
+        options = {
+            "ContentType": media_type,
+            "ContentDisposition": content_disposition(file_name),
+            "Metadata": {"sha256": sha256},
+        }
         with our_errors("put"):
-            whole, num_bytes, sha256 = _measure(until_stopped(chunks(), stop))
-            options = {
-                **self._at(key),
-                "ContentType": media_type,
-                "ContentDisposition": content_disposition(file_name),
-                "Metadata": {"sha256": sha256},
-            }
-            if whole is not None:
-                failpoint("mid_upload")
-                self._client.put_object(**options, Body=whole)
-            else:
-                self._put_in_parts(key, options, until_stopped(chunks(), stop), num_bytes=num_bytes, sha256=sha256)
-        return StoredFile(key, media_type, file_name, num_bytes, sha256)
+            try:
+                self._client.upload_fileobj(
+                    io.BufferedReader(_Reader(until_stopped(chunks(), stop), sha256=sha256)),
+                    *self._at(key).values(),
+                    ExtraArgs=options,
+                    Callback=lambda _: failpoint("mid_upload"),
+                    Config=self._transfer_config(),
+                )
+            except s3_errors():
+                # When the answer to a first attempt at completing it was lost, the next one finds no upload, but its
+                # object is there.
+                if not self._is_there(file):
+                    raise
+        return file
+
+    def _transfer_config(self) -> Any:
+        """Large files in parts, one after another on the thread of the caller, of whom there are many."""
+        from boto3.s3.transfer import TransferConfig
+
+        return TransferConfig(
+            multipart_threshold=_MULTIPART_ABOVE_BYTES + 1,
+            multipart_chunksize=_PART_BYTES,
+            use_threads=False,
+            preferred_transfer_client="classic",
+        )
 
     def _put_if_missing(self, at: dict[str, Any], body: bytes) -> None:
         try:
@@ -172,48 +192,12 @@ class S3Artifacts:
             elif status_of(error) not in _WAS_FASTER:
                 raise
 
-    def _put_in_parts(
-        self, key: str, options: dict[str, Any], chunks: Iterable[bytes], *, num_bytes: int, sha256: str
-    ) -> None:
-        upload_id = self._client.create_multipart_upload(**options)["UploadId"]
+    def _is_there(self, file: StoredFile) -> bool:
         try:
-            digest = hashlib.sha256()
-            parts = []
-            for number, part in enumerate(_join(chunks, _PART_BYTES), start=1):
-                digest.update(part)
-                answer = self._client.upload_part(**self._at(key), UploadId=upload_id, PartNumber=number, Body=part)
-                failpoint("mid_upload")
-                parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-            if digest.hexdigest() != sha256:
-                raise StorageError("a file changed while it was stored")
-            self._complete(key, upload_id, parts, num_bytes=num_bytes, sha256=sha256)
-        except BaseException:
-            self._give_up(key, upload_id)
-            raise
-
-    def _complete(self, key: str, upload_id: str, parts: list[dict[str, Any]], *, num_bytes: int, sha256: str) -> None:
-        try:
-            self._client.complete_multipart_upload(
-                **self._at(key), UploadId=upload_id, MultipartUpload={"Parts": parts}
-            )
-        except s3_errors():
-            # When the answer to the first attempt was lost, the next one finds no upload, but its object is there.
-            if not self._is_there(key, num_bytes=num_bytes, sha256=sha256):
-                raise
-
-    def _is_there(self, key: str, *, num_bytes: int, sha256: str) -> bool:
-        try:
-            found = self._client.head_object(**self._at(key))
+            found = self._client.head_object(**self._at(file.key))
         except s3_errors():
             return False
-        return (found["ContentLength"], found["Metadata"].get("sha256")) == (num_bytes, sha256)
-
-    def _give_up(self, key: str, upload_id: str) -> None:
-        """Drop the parts of an upload; what cannot be dropped now is swept later."""
-        try:
-            self._abort(key, upload_id)
-        except s3_errors() as error:
-            log.warning("an unfinished upload stays until it is swept", key=key, error=str(error))
+        return (found["ContentLength"], found["Metadata"].get("sha256")) == (file.num_bytes, file.sha256)
 
     def _abort(self, key: str, upload_id: str) -> None:
         try:
@@ -256,28 +240,38 @@ class S3Artifacts:
             raise
 
 
-def _measure(chunks: Iterable[bytes]) -> tuple[bytes | None, int, str]:
-    """Size and SHA-256 of a file, and all of it if it is small enough to be sent in one piece."""
+class _Reader(io.RawIOBase):
+    """Chunks as a raw file to be read once. Its end is an error unless they are what was measured before."""
+
+    def __init__(self, chunks: Iterable[bytes], *, sha256: str) -> None:
+        self._chunks = iter(chunks)
+        self._digest = hashlib.sha256()
+        self._sha256 = sha256
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises StorageError, StoppedError."""
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                if self._digest.hexdigest() != self._sha256:
+                    raise StorageError("a file changed while it was stored")
+                return 0
+            self._digest.update(chunk)
+            self._rest = memoryview(chunk)
+        num_bytes = min(len(buffer), len(self._rest))
+        buffer[:num_bytes], self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
+        return num_bytes
+
+
+def _measure(chunks: Iterable[bytes]) -> tuple[int, str]:
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     num_bytes = 0
-    whole = bytearray()
     for chunk in chunks:
         digest.update(chunk)
         num_bytes += len(chunk)
-        if num_bytes <= _MULTIPART_ABOVE_BYTES:
-            whole += chunk
-        else:
-            whole.clear()
-    return (bytes(whole) if num_bytes <= _MULTIPART_ABOVE_BYTES else None), num_bytes, digest.hexdigest()
-
-
-def _join(chunks: Iterable[bytes], num_bytes: int) -> Iterator[bytes]:
-    """`chunks` in pieces of `num_bytes`; the last one may be shorter."""
-    piece = bytearray()
-    for chunk in chunks:
-        piece += chunk
-        while len(piece) >= num_bytes:
-            yield bytes(piece[:num_bytes])
-            del piece[:num_bytes]
-    if piece:
-        yield bytes(piece)
+    return num_bytes, digest.hexdigest()

@@ -98,7 +98,9 @@ class JobExecutor:
         )
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
         key = artifact_key(spec.id, name, fence=job.lease.fence if job.lease else 1)
-        return await self._artifacts.put(key, file.chunks, media_type=file.media_type, file_name=spec.file_prefix + name)
+        return await self._artifacts.put(
+            key, file.chunks, media_type=file.media_type, file_name=spec.file_prefix + name
+        )
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
         """The request with its time limits; the engine may have a queue too, in which a first start can be late."""

@@ -8,6 +8,7 @@ import hmac
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -182,6 +183,41 @@ async def test_a_completion_whose_answer_is_lost_is_a_completion(
     file = await put(store, data)
     assert await read(store, file) == data
     assert object_storage.unfinished(bucket) == []
+
+
+@pytest.mark.parametrize("num_pieces", [1, 20])
+async def test_a_file_that_changes_while_it_is_stored_is_refused(
+    object_storage: ObjectStorage, store: S3Artifacts, bucket: str, num_pieces: int
+) -> None:
+    with pytest.raises(StorageError, match="changed"):
+        await store.put(KEY, lambda: [os.urandom(MIB)] * num_pieces, media_type="audio/wav", file_name="a.wav")
+    assert (object_storage.keys(bucket), object_storage.unfinished(bucket)) == ([], [])
+
+
+async def test_a_put_cancelled_between_its_parts_leaves_nothing(
+    object_storage: ObjectStorage, store: S3Artifacts, bucket: str
+) -> None:
+    """Two parts have arrived by then, and are dropped."""
+    num_taken, goes_on = 0, threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal num_taken
+        for num_taken in range(1, 61):
+            yield bytes(MIB)
+            if num_taken == 26 and object_storage.unfinished(bucket):
+                goes_on.wait(5)
+
+    task = asyncio.create_task(store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav"))
+    async with asyncio.timeout(10):
+        while sum("partNumber=" in request for request in object_storage.proxy.requests) < 2 or num_taken != 26:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.sleep(0.05)
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert num_taken <= 27
+    assert (object_storage.keys(bucket), object_storage.unfinished(bucket)) == ([], [])
 
 
 async def test_what_cannot_be_aborted_is_swept_when_it_is_old(
