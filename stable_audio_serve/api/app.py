@@ -19,6 +19,7 @@ from stable_audio_serve.api.compat import aimlapi, fal
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.description import DescribedAPI
+from stable_audio_serve.api.draining import DrainingMiddleware
 from stable_audio_serve.api.keys import ApiKeys
 from stable_audio_serve.api.limits import LimitsMiddleware
 from stable_audio_serve.api.native import jobs as native_jobs
@@ -76,13 +77,15 @@ def create_app(
                 allow_headers=["*"],
                 expose_headers=(*EXPOSED_HEADERS, *fal.EXPOSED_HEADERS),
             ),
+            Middleware(DrainingMiddleware, draining=service.draining),
             Middleware(ObserveMiddleware, metrics=metrics),
             Middleware(LimitsMiddleware, limits=settings.api),
         ],
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
     app.state.keys = ApiKeys(settings.api.key_hashes)
-    app.state.readiness = service.readiness  # for whoever stops this process
+    app.state.readiness = service.readiness
+    app.state.draining = service.draining  # for whoever stops this process
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))
     sa3.include_router(native_jobs.build_router(service))

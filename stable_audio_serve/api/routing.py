@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.keys import ApiKeys
 from stable_audio_serve.core.errors import StableAudioError, UnauthorizedError
 
@@ -74,8 +75,13 @@ def route_class(render: ErrorRenderer) -> type[APIRoute]:
 
 
 def public_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """The same without keys: for health, and for links that are handed out."""
+    """The same without keys: for links that are handed out."""
     return _dialect_route(render, _admit_everybody)
+
+
+def probe_route_class(render: ErrorRenderer) -> type[APIRoute]:
+    """The same for probes, who need no key and are answered as long as there is anybody to answer."""
+    return _dialect_route(render, _admit_always)
 
 
 def allowed_methods(request: Request) -> list[str]:
@@ -112,9 +118,15 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
 
 
 def _admit_by_key(request: Request) -> None:
+    _admit_everybody(request)
     keys: ApiKeys = request.app.state.keys
     request.state.client = keys.admit(request)
 
 
-def _admit_everybody(_: Request) -> None:
+def _admit_everybody(request: Request) -> None:
+    draining: Draining = request.app.state.draining
+    draining.refuse_new()
+
+
+def _admit_always(_: Request) -> None:
     pass

@@ -16,7 +16,7 @@ from stable_audio_serve.api.compat.vllm_omni.errors import render_error as rende
 from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.errors import render_error
-from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 
 TAG = "Server"
@@ -26,7 +26,7 @@ _RETRY_AFTER_S = "5"
 
 def build_router(service: Service) -> APIRouter:
     """Health and models, which are also found under each dialect's prefix."""
-    router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
+    router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(time.time())
 
     @router.head("/health", include_in_schema=False)

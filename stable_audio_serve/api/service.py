@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import structlog
 from starlette.datastructures import UploadFile
 
+from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams
 from stable_audio_serve.audio.decode import AudioDecoder
@@ -80,7 +81,8 @@ class Service:
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
         self.readiness = Readiness()
-        self.streams = EventStreams(settings.ingress.max_event_streams)
+        self.draining = Draining(self.readiness)
+        self.streams = EventStreams(settings.ingress.max_event_streams, self.draining)
         api = settings.api
         self._decoder = AudioDecoder(
             num_workers=api.decode_workers,

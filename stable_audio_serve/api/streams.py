@@ -17,6 +17,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.core.errors import OverloadedError, StorageError
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
@@ -29,6 +30,7 @@ _FIRST_POLL_S = 0.5  # grows while nothing happens
 _LAST_POLL_S = 2.0
 _COMMENT_S = 10  # proxies and clients give a silent connection up after 15 s and more
 _BUSY_RETRY_S = 10.0
+_RECONNECT_MS = 2000  # a server that only replaces this process answers then
 _PATIENCE = 30  # questions to a store that is away, each after the longest pause
 
 
@@ -41,10 +43,11 @@ class Change:
     position: int | None
 
 
-async def follow(jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
+async def follow(jobs: JobQueue, job: Job, *, draining: Draining, after: int = 0) -> AsyncIterator[Change]:
     """What the job is now, then every change until it is over or gone; no events up to the one with the id `after`.
 
-    A store that is away for less than a minute is waited for. Raises StorageError after that.
+    Ends early when this process has to leave. A store that is away for less than a minute is waited for.
+    Raises StorageError after that.
     """
     contract, job_id = job.spec.contract, job.spec.id
     current: Job | None = job
@@ -59,9 +62,9 @@ async def follow(jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[C
             events = await _ask(partial(jobs.events, contract, job_id, after=after))
             after = max((event.id for event in events), default=after)
             yield Change(current, events, position)
-        if current.is_over:
+        if current.is_over or draining.is_leaving:
             return
-        await asyncio.sleep(wait_s)
+        await draining.pause(wait_s)
         wait_s = min(wait_s * 1.5, _LAST_POLL_S)
         current = await _ask(partial(jobs.get, contract, job_id))
 
@@ -74,27 +77,30 @@ async def _ask(question: Callable[[], Awaitable[T]]) -> T:
     return await question()
 
 
-async def _end_quietly(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
     """`events` until there are no more or none can be read: the client comes again, and is told why then."""
     try:
         async for event in events:
             yield event
     except StorageError as error:
         log.warning("an event stream breaks off", reason=error.message)
+    if draining.is_leaving:
+        yield ServerSentEvent(retry=_RECONNECT_MS, sep="\n")
 
 
 class EventStreams:
     """The streams that one process has open."""
 
-    def __init__(self, max_streams: int) -> None:
+    def __init__(self, max_streams: int, draining: Draining) -> None:
         self._max_streams = max_streams
+        self._draining = draining
         self._num_open = 0
 
     def open(self, events: AsyncIterator[ServerSentEvent], *, headers: Mapping[str, str] | None = None) -> Response:
         """An answer that sends `events`. Raises OverloadedError when too many are open."""
         if self._num_open >= self._max_streams:
             raise OverloadedError("too many event streams are open", retry_after_s=_BUSY_RETRY_S)
-        return _Stream(_end_quietly(events), counted=self._counted, headers=headers)
+        return _Stream(_end_quietly(events, self._draining), counted=self._counted, headers=headers)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

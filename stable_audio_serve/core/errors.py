@@ -13,6 +13,7 @@ StableAudioError
 │   └── StartTimeoutError      start_timeout      it had a time to start in, and had to wait longer
 ├── CancelledRequestError      cancelled          the caller gave the request up
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
+├── StoppingError              unavailable        the server is stopping and takes nothing new; retry
 ├── GenerationError            generation_failed  the model produced something unusable
 ├── StorageError               storage            a file or job could not be kept or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
@@ -129,6 +130,12 @@ class CancelledRequestError(StableAudioError):
 
 class ModelUnavailableError(StableAudioError):
     """The model cannot answer now: still loading, or its replica died."""
+
+    kind = "unavailable"
+
+
+class StoppingError(StableAudioError):
+    """The server is stopping and takes nothing new; after its restart the same request will do."""
 
     kind = "unavailable"
 

@@ -10,6 +10,7 @@ from fastapi import Header
 from pydantic import BaseModel, Field
 from sse_starlette import ServerSentEvent
 
+from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.native.status import JobProgress, describe, iso, progress_of
 from stable_audio_serve.api.streams import Change, follow
 from stable_audio_serve.jobs.job import Job, JobEvent
@@ -38,9 +39,11 @@ class JobProgressEvent(JobProgress):
     at: str | None = Field(description="When it happened; null = it is so now.")
 
 
-async def stream_events(jobs: JobQueue, job: Job, *, url: str, after: int) -> AsyncIterator[ServerSentEvent]:
+async def stream_events(
+    jobs: JobQueue, job: Job, *, url: str, after: int, draining: Draining
+) -> AsyncIterator[ServerSentEvent]:
     """`progress` events behind the one with the id `after`, and one `end` event with the job's status."""
-    async for change in follow(jobs, job, after=after):
+    async for change in follow(jobs, job, draining=draining, after=after):
         for event in change.events:
             yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
         if change.job.is_over:

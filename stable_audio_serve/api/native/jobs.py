@@ -110,7 +110,8 @@ def build_router(service: Service) -> APIRouter:
         if last_event_id == END:
             return Response(status_code=204)  # what a browser takes as: do not come again
         url = job_url(request, job.spec.id, limits=limits)
-        return service.streams.open(stream_events(jobs, job, url=url, after=int(last_event_id or 0)))
+        after = int(last_event_id or 0)
+        return service.streams.open(stream_events(jobs, job, url=url, after=after, draining=service.draining))
 
     links = APIRouter(route_class=public_route_class(render_error))
 

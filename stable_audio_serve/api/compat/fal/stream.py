@@ -9,16 +9,19 @@ from sse_starlette import ServerSentEvent
 
 from stable_audio_serve.api.compat.fal.queue import describe_status
 from stable_audio_serve.api.compat.fal.wire import Links
+from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.streams import Change, follow
 from stable_audio_serve.jobs.job import Job, JobEvent, State
 from stable_audio_serve.jobs.queue import JobQueue
 
 
-async def stream_status(jobs: JobQueue, job: Job, links: Links, *, with_logs: bool) -> AsyncIterator[ServerSentEvent]:
+async def stream_status(
+    jobs: JobQueue, job: Job, links: Links, *, with_logs: bool, draining: Draining
+) -> AsyncIterator[ServerSentEvent]:
     """The request's statuses to its end, each with the log lines that the ones before did not have."""
     told: tuple[State, int | None] | None = None
     untold: list[JobEvent] = []
-    async for change in follow(jobs, job):
+    async for change in follow(jobs, job, draining=draining):
         untold += [event for event in change.events if event.message]
         for current in _steps(change, since=told[0] if told else None):
             position = change.position if current.state == "queued" else None

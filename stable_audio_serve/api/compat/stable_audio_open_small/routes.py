@@ -26,7 +26,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
     parse,
 )
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelStatus
 
@@ -131,8 +131,8 @@ def build_router(service: Service) -> APIRouter:
         code, body = describe_health(engine, await status())
         return JSONResponse(body, code)
 
-    public = public_route_class(render_error)
+    probe = probe_route_class(render_error)
     router.add_api_route(
-        "/health", health, methods=["GET", "HEAD"], include_in_schema=False, route_class_override=public
+        "/health", health, methods=["GET", "HEAD"], include_in_schema=False, route_class_override=probe
     )
     return router

@@ -1,0 +1,131 @@
+"""A server that is about to stop: what is new is refused in each dialect's form, what is in flight is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from stable_audio_serve.api.draining import Draining
+from tests.api.compat.serving import make_app
+from tests.api.test_jobs import submit
+from tests.backends import ToneBackend
+from tests.sockets import wait_until
+
+GENERATE = "/v1/audio/generations"
+BODY = {"prompt": "a bell", "duration": 1}
+
+# A request of every dialect, and where its error body says what is wrong.
+NEW = [
+    ("POST", GENERATE, BODY, ["detail"]),
+    ("POST", "/jobs", BODY, ["detail"]),
+    ("GET", "/jobs", None, ["detail"]),
+    ("GET", f"/files/{'0' * 32}/clip.wav", None, ["detail"]),
+    ("POST", "/saos/generate", {"prompt": "a bell"}, ["error"]),
+    ("POST", "/vllm/v1/audio/generate", {"input": "a bell"}, ["error", "message"]),
+    ("GET", "/vllm/v1/models", None, ["error", "message"]),
+    ("POST", "/v2/generate/audio", {"model": "stable-audio", "prompt": "a bell"}, ["message"]),
+    ("POST", "/queue/fal-ai/stable-audio", {"prompt": "a bell"}, ["detail"]),
+]
+
+
+def draining_of(app: FastAPI) -> Draining:
+    return app.state.draining
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+async def test_new_requests_are_refused_in_their_own_form_and_what_is_in_flight_is_answered() -> None:
+    async with make_app(ToneBackend(delay_s=1.0), run_jobs=False) as (app, backend), client_of(app) as client:
+        draining = draining_of(app)
+        busy = asyncio.create_task(client.post(GENERATE, json=BODY))
+        await wait_until(lambda: backend.num_running == 1)
+        assert draining.num_in_flight == 1
+        draining.stop()
+        for method, path, body, place in NEW:
+            refused = await client.request(method, path, json=body)
+            assert refused.status_code == 503, (path, refused.text)
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.headers["connection"] == "close"
+            said: Any = refused.json()
+            for key in place:
+                said = said[key]
+            assert "stopping" in json.dumps(said)
+        assert (await client.get("/ready")).status_code == 503
+        for path in ("/health", "/saos/health"):
+            assert (await client.get(path)).status_code == 200
+        assert draining.num_in_flight == 1  # none of those counts
+        answer = await busy
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert answer.content.startswith(b"RIFF")
+        assert draining.num_in_flight == 0
+
+
+@pytest.mark.parametrize("dialect", ["native", "fal"])
+async def test_event_streams_are_told_to_reconnect_where_a_process_is_only_replaced(dialect: str) -> None:
+    async with make_app(run_jobs=False) as (app, _), client_of(app) as client:
+        ticket = await submit(client)
+        path = f"/jobs/{ticket['id']}/events"
+        if dialect == "fal":
+            queued = await client.post("/queue/fal-ai/stable-audio", json={"prompt": "a bell"})
+            path = f"{queued.json()['status_url']}/stream"
+        following = asyncio.create_task(client.get(path))
+        await wait_until(lambda: draining_of(app).num_in_flight == 1)
+        await asyncio.sleep(0.1)
+        assert not following.done()  # its job waits, and would for ever
+        draining_of(app).leave()
+        stream = await asyncio.wait_for(following, timeout=5)
+        *told, farewell = stream.text.removesuffix("\n\n").split("\n\n")
+        assert told
+        assert farewell.startswith("retry: ")
+        assert farewell.removeprefix("retry: ").isdigit()
+        assert "event: end" not in stream.text
+        assert (await client.post(GENERATE, json=BODY)).status_code == 200
+        assert (await client.get(path)).text.endswith(f"{farewell}\n\n")  # a new one goes elsewhere at once
+
+
+async def test_a_request_counts_until_its_last_byte_has_gone() -> None:
+    """A client that reads slowly has its answer in flight, though the handler has long returned."""
+    async with make_app(run_jobs=False) as (app, _):
+        gate = asyncio.Event()
+        sent: list[dict[str, Any]] = []
+        body = json.dumps(BODY).encode()
+
+        async def receive() -> dict[str, Any]:
+            if sent_body:
+                await asyncio.Event().wait()
+            sent_body.append(body)
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body":
+                await gate.wait()
+
+        sent_body: list[bytes] = []
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": GENERATE,
+            "raw_path": GENERATE.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": b"",
+            "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+            "http_version": "1.1",
+            "asgi": {"version": "3.0"},
+        }
+        answering = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+        await wait_until(lambda: len(sent) == 2)
+        assert draining_of(app).num_in_flight == 1
+        gate.set()
+        await answering
+        assert draining_of(app).num_in_flight == 0
