@@ -23,12 +23,25 @@ from pydantic import (
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Device = Annotated[str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Device = Annotated[
+    str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$", json_schema_extra={"form": "cuda, cuda:N, mps or cpu"})
+]
+Sha256 = Annotated[
+    str, Field(pattern=r"^[0-9a-f]{64}$", json_schema_extra={"form": "a SHA-256 digest, 64 hexadecimal digits"})
+]
 Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
-_PLAIN_URL = r"^https?://[^\s?#@]+$"
+Url = Annotated[
+    str, Field(pattern=r"^https?://[^\s?#]+$", json_schema_extra={"form": "an http:// or https:// URL without query"})
+]
+PlainUrl = Annotated[
+    str,
+    Field(
+        pattern=r"^https?://[^\s?#@]+$",
+        json_schema_extra={"form": "an http:// or https:// URL without user, password and query"},
+    ),
+]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
-Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a folder's path"})]
 
 
 def _without_secrets(url: str | None) -> str | None:
@@ -109,10 +122,8 @@ class ApiSettings(Section):
         description="SHA-256 digests of the keys that may use the API, a list or comma list; none = everybody may.",
         repr=False,
     )
-    public_url: str | None = Field(
-        None,
-        pattern=r"^https?://[^\s?#]+$",
-        description="How clients reach this server, for links in replies; unset = by what each request used.",
+    public_url: Url | None = Field(
+        None, description="How clients reach this server, for links in replies; unset = by what each request used."
     )
     cors_origins: tuple[str, ...] = Field(("*",), description="Origins whose pages may call the API; empty = none.")
 
@@ -142,6 +153,7 @@ class ModelSettings(Section):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        json_schema_extra={"form": "1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"},
         description="Canonical name, as it stands in headers and file names.",
     )
     path: Folder | None = Field(None, description="Folder with model_config.json and model.safetensors.")
@@ -235,15 +247,13 @@ class StorageSettings(Section):
     prefix: Annotated[str, AfterValidator(_trim_prefix)] = Field(
         "stable-audio/jobs", max_length=500, description="What keys begin with; slashes at its ends do not count."
     )
-    endpoint_url: str | None = Field(
-        None, pattern=_PLAIN_URL, description="Endpoint of an S3-compatible service; unset = AWS."
-    )
+    endpoint_url: PlainUrl | None = Field(None, description="Endpoint of an S3-compatible service; unset = AWS.")
     region: str = Field("us-east-1", min_length=1, description="Region; auto for R2.")
     addressing: Literal["auto", "path", "virtual"] = Field(
         "auto", description="Where the bucket stands in URLs; auto = in the path of endpoints, in the host of AWS."
     )
-    public_base_url: str | None = Field(
-        None, pattern=_PLAIN_URL, description="Public base of download links; unset = presigned links."
+    public_base_url: PlainUrl | None = Field(
+        None, description="Public base of download links; unset = presigned links."
     )
     presigned_url_expires_s: int = Field(3600, ge=1, le=604_800, description="Life of a presigned link, seconds.")
     access_key_id: SecretStr | None = Field(

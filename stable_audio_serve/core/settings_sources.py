@@ -6,6 +6,7 @@ The only place that reads the environment. Every failure is a ConfigError naming
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from dotenv import dotenv_values
 from pydantic import ValidationError
 
+from stable_audio_serve.core import failpoints, settings_words
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 from stable_audio_serve.core.keys import hash_key
@@ -50,9 +52,14 @@ _SESSION_TOKEN = "AWS_SESSION_TOKEN"
 _PLAIN_KEY = "VLLM_API_KEY"
 
 _SECRET = (
-    *(("hf_token",), ("api", "key_hashes"), ("jobs", "webhook_secret")),
-    *(("storage", name) for name in ("access_key_id", "secret_access_key", "session_token")),
+    *(("hf_token",), ("api", "key_hashes"), ("jobs", "webhook_secret"), ("jobs", "database_url")),
+    *(("storage", name) for name in ("access_key_id", "secret_access_key", "session_token", "endpoint_url")),
 )
+
+# Variables with our prefix that are read elsewhere, and what Docker and Kubernetes set for a service named like us.
+_PREFIX = "STABLE_AUDIO_"
+_OTHER_VARIABLES = ("STABLE_AUDIO_PROXY", failpoints.VARIABLE)
+_SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
 # For these an empty variable is a value of its own; for the others it counts as not set.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
@@ -71,6 +78,7 @@ def load_settings(
     there too. Raises ConfigError.
     """
     load_environment(environ, directory=directory)
+    _refuse_unknown_variables(environ)
     tree = args.model_dump(exclude_unset=True) if isinstance(args, Settings) else _copy(args or {})
     origins: dict[tuple[str, ...], str] = {}
     for path, names in VARIABLES.items():
@@ -99,6 +107,18 @@ def load_environment(environ: MutableMapping[str, str], *, directory: Path | Non
                 environ.setdefault(name, value)
     if not environ.get("HF_TOKEN") and environ.get("HUGGING_FACE_HUB_TOKEN"):
         environ["HF_TOKEN"] = environ["HUGGING_FACE_HUB_TOKEN"]
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = {name for names in VARIABLES.values() for name in names if name.startswith(_PREFIX)} | {*_OTHER_VARIABLES}
+    found = []
+    for name in sorted(name for name in environ if name.startswith(_PREFIX) and name not in known):
+        if _SERVICE_LINK.search(name) or environ[name].startswith(("tcp://", "udp://", "sctp://")):
+            continue
+        near = settings_words.nearest(name.removeprefix(_PREFIX), [each.removeprefix(_PREFIX) for each in known])
+        found.append(f"{name}: unknown" + (f"; did you mean {_PREFIX}{near}?" if near else " variable"))
+    if found:
+        raise ConfigError("; ".join(found), field=found[0].partition(":")[0])
 
 
 def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
@@ -162,16 +182,11 @@ def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
 
 
 def _config_error(error: ValidationError, origins: Mapping[tuple[str, ...], str]) -> ConfigError:
-    lines = []
-    for item in error.errors(include_url=False, include_context=False):
-        path = tuple(str(part) for part in item["loc"] if not str(part).startswith("function-"))
-        name = next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), ".".join(path))
-        is_secret = any(path[: len(secret)] == secret for secret in _SECRET)
-        shown = "" if is_secret or item["type"] in {"missing", "value_error"} else f" (got {_short(item)})"
-        lines.append(f"{name}: {item['msg']}{shown}")
-    return ConfigError("; ".join(lines), field=lines[0].partition(":")[0])
+    def name(path: tuple[str, ...]) -> str:
+        return next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), ".".join(path))
 
+    def is_secret(path: tuple[str, ...]) -> bool:
+        return any(path[: len(secret)] == secret[: len(path)] for secret in _SECRET)
 
-def _short(item: Mapping[str, Any]) -> str:
-    text = repr(item["input"])
-    return text if len(text) <= 80 else text[:77] + "..."
+    found = settings_words.faults(error, Settings, name=name, is_secret=is_secret)
+    return ConfigError("; ".join(f"{named}: {complaint}" for named, complaint in found), field=found[0][0])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from stable_audio_serve.core import settings_words
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import Settings
 
 if typing.TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
@@ -63,10 +64,7 @@ class ServeFile:
 
 def read_serve_file(path: Path) -> ServeFile:
     """Parse the file. Raises ConfigError naming the file and what is wrong with it."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}", field=str(path)) from error
+    tree = _read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with an `applications` list", field="applications")
     applications = tree.get("applications")
@@ -78,43 +76,50 @@ def read_serve_file(path: Path) -> ServeFile:
     return ServeFile(path, tree, args)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's own loader ignores the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a safe loader
+    except FileNotFoundError as error:
+        message = f"{path} does not exist; `stable-audio-serve init` writes a configuration to start from"
+        raise ConfigError(message, field=str(path)) from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", field=str(path)) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: {error.problem or error.context}", field=str(path)) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}", field=str(path)) from error
+
+
 def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
     """What Ray Serve deploys, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
     from ray.serve.schema import ServeDeploySchema
 
-    unknown = list(_unknown_keys(file.tree, ServeDeploySchema))
+    schema = settings_words.schema_of(ServeDeploySchema)
+    unknown = list(settings_words.unknown_keys(file.tree, schema))
     if unknown:
-        raise ConfigError(f"{file.path}: unknown key {', '.join(unknown)}", field=unknown[0])
+        args = [f"applications.0.args.{place}" for place in settings_words.places(settings_words.schema_of(Settings))]
+        said = (f"{'.'.join(key)}: {settings_words.unknown(key, schema, elsewhere=args)}" for key in unknown)
+        raise ConfigError(f"{file.path}: {'; '.join(said)}", field=".".join(unknown[0]))
     http_options = (file.tree.get("http_options") or {}) | {"host": host, "port": port}
     tree = {"logging_config": _QUIET} | file.tree | {"http_options": http_options}
     try:
         return ServeDeploySchema.model_validate(tree)
     except ValidationError as error:
-        faults = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
+        found = settings_words.faults(error, ServeDeploySchema)
         raise ConfigError(
-            f"{file.path}: " + "; ".join(f"{key}: {message}" for key, message in faults), field=faults[0][0]
+            f"{file.path}: " + "; ".join(f"{key}: {complaint}" for key, complaint in found), field=found[0][0]
         ) from error
-
-
-def _unknown_keys(value: object, annotation: object, where: str = "") -> Iterator[str]:
-    """Dotted names of the mapping keys in `value` that the Pydantic model(s) in `annotation` do not declare."""
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _unknown_keys(item, annotation, f"{where}{index}.")
-        return
-    models = list(_models(annotation))
-    if not isinstance(value, dict) or not models:
-        return
-    known = {name: field.annotation for model in models for name, field in model.model_fields.items()}
-    for key, item in value.items():
-        if key not in known:
-            yield f"{where}{key}"
-        else:
-            yield from _unknown_keys(item, known[key], f"{where}{key}.")
-
-
-def _models(annotation: object) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in typing.get_args(annotation):
-        yield from _models(part)

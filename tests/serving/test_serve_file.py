@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def test_address_and_prefix_of_the_file_are_used(tmp_path: Path) -> None:
         (_APPLICATION + "http_options: {port: eight}\n", "port"),
         (_APPLICATION + "http_options: {port: 70000}\n", "port"),
         (_APPLICATION + "http_options: [1]\n", "http_options"),
+        ("applications: [\n", r"line 2, column 1: expected the node content"),
+        (
+            _APPLICATION + "  args:\n    api: {}\n    api: {max_steps: 3}\n",
+            r"line 6, column 5: the key api stands twice",
+        ),
     ],
 )
 def test_unusable_file_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
@@ -58,32 +64,50 @@ def test_unusable_file_is_refused_by_name(tmp_path: Path, text: str, named: str)
 
 
 def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist; `stable-audio-serve init`"):
         read_serve_file(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ("modles: []\n", "modles"),
-        ("http_options: {prot: 8000}\n", "http_options.prot"),
-        ("  deployment: []\n", "applications.0.deployment"),
-        ("  deployments: [{name: small, num_replica: 2}]\n", "applications.0.deployments.0.num_replica"),
+        ("modles: []\n", "modles: unknown; did you mean applications.0.args.models?"),
+        ("http_options: {prot: 8000}\n", "http_options.prot: unknown; did you mean port?"),
+        ("  deployment: []\n", "applications.0.deployment: unknown; did you mean deployments?"),
+        ("  num_gpus: 1\n", "applications.0.num_gpus: unknown; did you mean applications.0.args.models.0.num_gpus?"),
+        (
+            "  deployments: [{name: small, num_replica: 2}]\n",
+            "applications.0.deployments.0.num_replica: unknown; did you mean num_replicas?",
+        ),
         (
             "  deployments: [{name: small, autoscaling_config: {min_replica: 2}}]\n",
-            "applications.0.deployments.0.autoscaling_config.min_replica",
+            "applications.0.deployments.0.autoscaling_config.min_replica: unknown; did you mean min_replicas?",
+        ),
+        (
+            "  deployments: [{name: small, ray_actor_options: {num_gpu: 1}}]\n",
+            "applications.0.deployments.0.ray_actor_options.num_gpu: unknown; did you mean num_gpus?",
         ),
     ],
 )
 def test_key_unknown_to_ray_serve_is_refused_by_name(tmp_path: Path, extra: str, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=re.escape(f"serve.yaml: {named}")):
         deploy_schema(read(tmp_path, _APPLICATION + extra), host="127.0.0.1", port=8000)
 
 
-def test_value_ray_serve_refuses_is_named(tmp_path: Path) -> None:
-    file = read(tmp_path, _APPLICATION + "proxy_location: Sideways\n")
-    with pytest.raises(ConfigError, match="proxy_location"):
-        deploy_schema(file, host="127.0.0.1", port=8000)
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("proxy_location: Sideways\n", "proxy_location: must be one of Disabled, HeadOnly, EveryNode (got 'Sideways')"),
+        ("http_options: {request_timeout_s: soon}\n", "http_options.request_timeout_s: must be a number (got 'soon')"),
+        (
+            "  deployments: [{name: small, max_ongoing_requests: -1}]\n",
+            "applications.0.deployments.0.max_ongoing_requests: must be a whole number above 0 (got -1)",
+        ),
+    ],
+)
+def test_value_ray_serve_refuses_is_named_with_what_it_must_be(tmp_path: Path, extra: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"serve.yaml: {said}")):
+        deploy_schema(read(tmp_path, _APPLICATION + extra), host="127.0.0.1", port=8000)
 
 
 def test_schema_carries_overrides_and_the_chosen_address(tmp_path: Path) -> None:
