@@ -196,6 +196,25 @@ class IngressSettings(Section):
     max_event_streams: int = Field(128, ge=1, description="Streams of job events one process has open at a time.")
 
 
+class ProxySettings(Section):
+    """HAProxy in front of the ingress, where `stable-audio-serve serve` starts it; on a cluster its variables count."""
+
+    header_timeout_s: Seconds = Field(15.0, description="Longest time for a request's headers to arrive, seconds.")
+    idle_timeout_s: Seconds = Field(
+        120.0, description="Longest a client may neither send what is missing nor take what is there, seconds."
+    )
+
+
+class MetricsSettings(Section):
+    """Pages for operators."""
+
+    host: str = Field(
+        "127.0.0.1",
+        pattern=r"^[0-9A-Za-z.:%_-]+$",
+        description="Where statistics and metrics listen; another than loopback opens Ray's other ports there too.",
+    )
+
+
 class DialectSettings(Section):
     """What each foreign dialect speaks for. An unset model is the server's default model."""
 
@@ -289,6 +308,8 @@ class Settings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")
     ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")
+    proxy: ProxySettings = Field(default_factory=lambda: ProxySettings(), description="HAProxy's time limits.")
+    metrics: MetricsSettings = Field(default_factory=lambda: MetricsSettings(), description="Pages for operators.")
     dialects: DialectSettings = Field(default_factory=lambda: DialectSettings(), description="Foreign dialects.")
     jobs: JobSettings = Field(default_factory=lambda: JobSettings(), description="Durable jobs.")
     storage: StorageSettings = Field(default_factory=lambda: StorageSettings(), description="Job artifacts.")

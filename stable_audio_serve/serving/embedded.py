@@ -31,7 +31,7 @@ _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_P
 
 @contextmanager
 def private_directory() -> Iterator[Path]:
-    """A short-named folder for Ray's files and sockets (a socket path has 107 bytes).
+    """A folder nobody else may enter, short-named because Ray's sockets are in it (a socket path has 107 bytes).
 
     However this process ends, the folder and every process with a file open in it go too.
     """
@@ -65,7 +65,7 @@ def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=_object_store_bytes(),
             logging_level=logging.WARNING,
-            _temp_dir=str(directory),
+            _temp_dir=str(directory / "ray"),  # which Ray opens to everybody
         )
         yield
         late_exit_code = 0

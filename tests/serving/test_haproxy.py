@@ -1,0 +1,212 @@
+"""HAProxy as Ray itself starts and reloads it, with our program in its place: time limits, addresses, file modes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from stable_audio_serve.core.settings import MetricsSettings, ProxySettings, Settings
+from stable_audio_serve.serving.environment import PortBlock, claim_ports, haproxy_environment
+from stable_audio_serve.serving.haproxy import ConfigurationChangedError, ProxyOptions, finish
+from tests.serving.launched import free_port
+from tests.sockets import listening
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux")
+
+_PUBLIC = "127.0.0.2"  # another address than the one that Ray is told
+_HEADER_TIMEOUT_S = 1.0
+_IDLE_TIMEOUT_S = 1.5
+_LONG_S = 2.5 * _IDLE_TIMEOUT_S
+_PATIENCE_S = 30.0  # what must end ends sooner, on any machine
+_EDITED = (
+    *("stats socket", "maxconn", "timeout client"),
+    *("frontend prometheus", "frontend http_frontend", "listen stats"),
+)
+
+app = FastAPI()
+
+
+@app.post("/upload")
+async def upload(request: Request) -> int:
+    return len(await request.body())
+
+
+@app.get("/slow")
+async def slow() -> str:
+    await asyncio.sleep(_LONG_S)
+    return "made"
+
+
+@app.get("/events")
+async def events() -> StreamingResponse:
+    async def stream() -> AsyncIterator[str]:
+        yield "first\n"
+        await asyncio.sleep(_LONG_S)
+        yield "last\n"
+
+    return StreamingResponse(stream())
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A running HAProxy and what Ray uses to talk to it."""
+
+    api: Any
+    port: int
+    ports: PortBlock
+    config: Path
+    socket: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{_PUBLIC}:{self.port}"
+
+
+@asynccontextmanager
+async def proxying(backend_port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
+    from ray.serve._private import haproxy as ray_haproxy
+    from ray.serve.config import HTTPOptions
+
+    settings = Settings(proxy=ProxySettings(header_timeout_s=_HEADER_TIMEOUT_S, idle_timeout_s=_IDLE_TIMEOUT_S))
+    port = free_port()
+    with claim_ports("127.0.0.1") as ports:
+        for name, value in haproxy_environment(ports, folder, host=_PUBLIC, settings=settings).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(ray_haproxy, "RAY_SERVE_HAPROXY_BINARY_PATH", os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"])
+        config = ray_haproxy.HAProxyConfig(
+            http_options=HTTPOptions(host="127.0.0.1", port=port),
+            socket_path=str(folder / "admin.sock"),
+            server_state_base=str(folder),
+            server_state_file=str(folder / "server-state"),
+            stats_port=ports.haproxy_stats,
+            metrics_port=ports.haproxy_metrics,
+            metrics_enabled=False,
+            has_received_routes=True,
+        )
+        server = ray_haproxy.ServerConfig(name="replica", host="127.0.0.1", port=backend_port)
+        backend = ray_haproxy.BackendConfig(
+            name="http-app", path_prefix="/", app_name="app", servers=[server], http_health_check_path="/docs"
+        )
+        api = ray_haproxy.HAProxyApi(config, {"app": backend}, config_file_path=str(folder / "haproxy.cfg"))
+        await api.start()
+        try:
+            yield Proxy(api, port, ports, folder / "haproxy.cfg", folder / "admin.sock")
+        finally:
+            await api.stop()
+
+
+async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"") -> float:
+    """Seconds until HAProxy ends a connection that sends `first` and then `drip` again and again."""
+    reader, writer = await asyncio.open_connection(host, port)
+    began_at = time.monotonic()
+    writer.write(first)
+
+    async def keep_dripping() -> None:
+        while drip:
+            await asyncio.sleep(0.1)
+            writer.write(drip)
+
+    dripping = asyncio.create_task(keep_dripping())
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            await reader.read()
+    except ConnectionError:
+        pass  # it was closed while we were sending: closed is closed
+    finally:
+        dripping.cancel()
+        writer.close()
+    return time.monotonic() - began_at
+
+
+async def test_half_open_connections_end_and_long_answers_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_open = [
+        (b"POST /upload HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\na", b""),
+        (b"", b""),
+        (b"G", b""),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: ", b"a"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b""),
+    ]
+    async with (
+        listening(app) as backend_port,
+        proxying(backend_port, tmp_path, monkeypatch) as proxy,
+        httpx.AsyncClient(base_url=proxy.url, timeout=_PATIENCE_S) as client,
+    ):
+        slow, events, *_ = await asyncio.gather(
+            client.get("/slow"),
+            client.get("/events"),
+            *(until_closed(_PUBLIC, proxy.port, first=first, drip=drip) for first, drip in half_open),
+        )
+    assert slow.json() == "made"
+    assert events.text == "first\nlast\n"
+
+
+async def test_only_clients_have_the_public_address_and_only_the_owner_the_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
+        await proxy.api.reload()
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{proxy.url}/docs")).status_code == 200
+            for port, path in ((proxy.ports.haproxy_stats, "/stats"), (proxy.ports.haproxy_metrics, "/metrics")):
+                assert (await client.get(f"http://127.0.0.1:{port}{path}")).status_code == 200
+                assert not is_open(_PUBLIC, port)
+        assert not is_open("127.0.0.1", proxy.port)
+        assert stat.S_IMODE(proxy.socket.stat().st_mode) == 0o600
+
+
+def is_open(host: str, port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex((host, port)) == 0
+
+
+async def test_every_edit_is_made_once_or_stops_the_start_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
+        finished = proxy.config.read_text()
+        proxy.api._generate_config_file_internal()
+        rendered = proxy.config.read_text()
+    options = ProxyOptions(public_host=_PUBLIC)
+    assert finish(finished, options) == finished
+    lines = rendered.splitlines(keepends=True)
+    for gone in _EDITED:
+        changed = "".join(line for line in lines if gone not in line)
+        with pytest.raises(ConfigurationChangedError, match=gone):
+            finish(changed, options)
+    proxy.config.write_text(changed)
+    with pytest.raises(RuntimeError, match="crashed during startup: error: this version of Ray writes") as caught:
+        await proxy.api._start_and_wait_for_haproxy()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_metrics_on_another_address_are_the_operators_choice(tmp_path: Path) -> None:
+    settings = Settings(metrics=MetricsSettings(host="0.0.0.0"))
+    with claim_ports("0.0.0.0") as ports:
+        environ = haproxy_environment(ports, tmp_path, host=_PUBLIC, settings=settings)
+    assert ProxyOptions.read(environ) == ProxyOptions(metrics_host="0.0.0.0", public_host=_PUBLIC)
+
+
+def test_without_variables_the_defaults_are_those_of_the_settings() -> None:
+    proxy, metrics = Settings().proxy, Settings().metrics
+    assert ProxyOptions.read({}) == ProxyOptions(proxy.header_timeout_s, proxy.idle_timeout_s, metrics.host)
+
+
+def test_a_bad_variable_is_named() -> None:
+    with pytest.raises(ValueError, match="STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S"):
+        ProxyOptions.read({"STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S": "soon"})
