@@ -61,7 +61,7 @@ _SECRET = (
 
 # Variables with our prefix that are read elsewhere, and what Docker and Kubernetes set for a service named like us.
 _PREFIX = "STABLE_AUDIO_"
-_OTHER_VARIABLES = ("STABLE_AUDIO_PROXY", failpoints.VARIABLE)
+_OTHER_VARIABLES = ("STABLE_AUDIO_PROXY", "STABLE_AUDIO_PROXY_HOST", "STABLE_AUDIO_PROXY_BINARY", failpoints.VARIABLE)
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
 # For these an empty variable is a value of its own; for the others it counts as not set.
