@@ -22,6 +22,7 @@ from stable_audio_serve.artifacts.verified import verified
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.private_files import make_private_folder, open_private
 
 _NUM_THREADS = 8
 _CHUNK_BYTES = 1_048_576
@@ -155,8 +156,8 @@ def _write(path: Path, chunks: Chunks, stop: threading.Event) -> tuple[int, str]
     num_bytes = 0
     partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_path.open("xb") as file:
+        make_private_folder(path.parent)
+        with open(partial_path, "xb", opener=open_private) as file:
             for chunk in until_stopped(chunks(), stop):
                 file.write(chunk)
                 failpoint("mid_upload")

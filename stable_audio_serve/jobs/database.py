@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from stable_audio_serve.core.private_files import make_private_folder, open_private
 from stable_audio_serve.jobs.faults import at_start, at_work, config_error
 from stable_audio_serve.jobs.migrations.upgrade import upgrade
 from stable_audio_serve.jobs.tables import JOBS
@@ -184,8 +186,10 @@ def _create_sqlite(url: sa.URL) -> sa.Engine:
     path = Path(url.database or "")
 
     @sa.event.listens_for(engine, "do_connect")
-    def _make_folder(*_: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _make_private(*_: Any) -> None:
+        make_private_folder(path.parent)
+        if not path.exists():
+            os.close(open_private(path, os.O_WRONLY | os.O_CREAT))  # SQLite gives the files beside it the same mode
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _: Any) -> None:

@@ -1,0 +1,60 @@
+"""Which ports the processes of a server listen on, as the kernel knows it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_LISTEN = "0A"
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One listening TCP socket; `title` is the command line of a process that has it."""
+
+    host: str
+    port: int
+    title: str
+
+    @property
+    def is_local(self) -> bool:
+        return ipaddress.ip_address(self.host).is_loopback
+
+    @property
+    def reachable_at(self) -> tuple[str, int]:
+        """Where this machine reaches it."""
+        return ("127.0.0.1" if ipaddress.ip_address(self.host).is_unspecified else self.host), self.port
+
+
+def listeners_of(pids: Iterable[int]) -> list[Listener]:
+    """Every TCP socket that one of these processes listens on."""
+    titles = {}
+    for pid in pids:
+        with suppress(OSError):  # it has gone meanwhile
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    titles[os.readlink(link)] = title
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            title = titles.get(f"socket:[{fields[9]}]")
+            if fields[3] == _LISTEN and title is not None:
+                address, port = fields[1].split(":")
+                found.append(Listener(_readable(address), int(port, 16), title))
+    return found
+
+
+def _readable(address: str) -> str:
+    """An address as /proc writes it: 32-bit words, each in the machine's own order."""
+    words = [int(address[i : i + 8], 16) for i in range(0, len(address), 8)]
+    packed = struct.pack(f"={len(words)}I", *words)
+    text = socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, packed)
+    return text.removeprefix("::ffff:")

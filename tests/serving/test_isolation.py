@@ -1,0 +1,90 @@
+"""What other users of the machine find of a server: nothing they may enter, open or send to."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving.launched import LaunchedServer
+from tests.serving.listeners import listeners_of
+
+pytestmark = pytest.mark.ray
+
+_BODY = {"prompt": "a door closes", "duration": 1, "seed": 5, "steps": 1}
+_TRY = """
+import os, socket, sys
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)  # nobody, in a process that had to be started as root to get at its own program
+for path in sys.argv[1:]:
+    try:
+        if os.path.isdir(path):
+            os.listdir(path)
+        else:
+            socket.socket(socket.AF_UNIX).connect(path)
+    except OSError as error:
+        print(type(error).__name__)
+    else:
+        print("open")
+"""
+
+
+@pytest.fixture(scope="module")
+def used(server: LaunchedServer) -> LaunchedServer:
+    """A server that has kept a job, an upload and a file."""
+    job = server.client.post("/jobs", json=_BODY).json()
+    with server.client.stream("GET", f"/jobs/{job['id']}/events") as events:
+        events.read()
+    assert server.client.get(f"/jobs/{job['id']}").json()["status"] == "succeeded"
+    return server
+
+
+def below(folder: Path) -> Iterator[tuple[Path, int]]:
+    for path in folder.rglob("*"):
+        yield path, path.lstat().st_mode
+
+
+def test_folder_and_admin_socket_are_the_owners_alone(used: LaunchedServer) -> None:
+    assert stat.S_IMODE(used.directory.stat().st_mode) == 0o700
+    (admin,) = used.directory.glob("*/admin.sock")
+    assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+
+
+def test_jobs_and_their_files_are_the_owners_alone(used: LaunchedServer) -> None:
+    outputs = Path(f"/proc/{used.process.pid}/cwd").resolve() / "outputs"
+    names = {path.name for path, _ in below(outputs)}
+    assert {"jobs.db", "jobs.db-wal", "jobs.db-shm"} <= names
+    assert any(path.suffix == ".wav" for path, _ in below(outputs)), names
+    for path, mode in [(outputs, outputs.stat().st_mode), *below(outputs)]:
+        assert not stat.S_IMODE(mode) & 0o077, path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may try things as another user")
+def test_another_user_gets_nowhere(used: LaunchedServer) -> None:
+    sockets = [path for path, mode in below(used.directory) if stat.S_ISSOCK(mode)]
+    assert {"admin.sock", "plasma_store", "raylet"} <= {path.name for path in sockets}
+    tried = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _TRY, used.directory, *sockets],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert set(tried.stdout.split()) == {"PermissionError"}
+
+
+def test_only_calls_between_replicas_are_open_to_other_machines(used: LaunchedServer) -> None:
+    found = listeners_of([used.process.pid, *used.pids("")])
+    assert {"haproxy", "raylet", "gcs_server", "ProxyActor"} <= {
+        word for word in ("haproxy", "raylet", "gcs_server", "ProxyActor") for one in found if word in one.title
+    }
+    for one in found:
+        assert one.is_local or one.title.startswith("ray::ServeReplica"), one
+    num_replicas = len(used.pids("ray::ServeReplica"))
+    assert sum(not one.is_local for one in found) <= num_replicas
