@@ -143,6 +143,25 @@ def run_jobs_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     return [{"figure": name, "value": value, "file": path} for name, value in figures.items()]
 
 
+def run_batch(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What somebody who waits feels of another client's batch jobs, and what those lose by it."""
+    from benchmarks.batch_case import run_batch_case
+
+    results = run_batch_case(settings)
+    path = _write(out, "batch", settings, results)
+    return [
+        {
+            "alone_s": run["alone_s"],
+            "behind_s": run["behind_s"],
+            "ratio": run["behind_s"] / run["alone_s"],
+            "jobs_alone_s": run["jobs_alone_s"],
+            "jobs_beside_s": run["jobs_beside_s"],
+            "file": path,
+        }
+        for run in results["rounds"]
+    ]
+
+
 def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """From the command to the first audio."""
     from benchmarks.cold_start_case import run_cold_start_case
@@ -167,6 +186,7 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "uploads": run_uploads,
     "jobs": run_jobs,
     "jobs-http": run_jobs_http,
+    "batch": run_batch,
     "cold-start": run_cold_start,
 }
 

@@ -71,7 +71,7 @@ def as_dict(job: Job) -> dict[str, Any]:
         "duration_s": spec.request.duration_s,
         "batch_size": spec.request.batch_size,
         "seed": spec.request.seed,
-        "priority": spec.priority,
+        "priority": spec.request.priority,
         "client": spec.client,
         "idempotency_key": spec.idempotency_key,
         "webhook_url": spec.webhook_url,

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+Priority = Literal["interactive", "batch"]  # batch work yields to interactive work, down to a share of its own
+
+
 @dataclass(frozen=True, slots=True)
 class SourceAudio:
     """Audio that enters a model: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`."""
@@ -56,6 +59,7 @@ class GenerationRequest:
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
     chunked_decode: bool | None = None
     deadline_s: float | None = None  # time budget from submission, seconds
+    priority: Priority = "interactive"
     start_within_s: float | None = None  # of which at most this much may be spent waiting for the first step
     request_id: str = ""
 

@@ -176,8 +176,13 @@ class ModelSettings(Section):
     num_gpus: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="GPUs Ray reserves per replica; unset = 1 on CUDA, else 0."
     )
-    max_queue_s: Seconds = Field(300.0, description="Predicted work a replica accepts before it refuses, seconds.")
-    max_rows: int = Field(64, ge=1, description="Most variations in progress on one replica.")
+    max_queue_s: Seconds = Field(
+        300.0,
+        description="Predicted work a replica accepts before it refuses, seconds; batch work leaves room for other.",
+    )
+    max_rows: int = Field(
+        64, ge=2, description="Most variations in progress on one replica; a quarter is kept free of batch ones."
+    )
     replicas: ReplicaSettings = Field(default_factory=lambda: ReplicaSettings(), description="Replica counts.")
 
     @model_validator(mode="after")

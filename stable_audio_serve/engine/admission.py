@@ -1,5 +1,6 @@
 """The bound on accepted work, in predicted seconds: what is above it is refused at once with an honest time to retry.
-Thread-safe bookkeeping; knows no rows and no tensors.
+Interactive work is measured against other interactive work only, so that batch work never makes it refused; batch work
+against all. Thread-safe bookkeeping; knows no rows and no tensors.
 """
 
 from __future__ import annotations
@@ -7,52 +8,63 @@ from __future__ import annotations
 import threading
 
 from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
 
 
 class Admission:
-    """Predicted work by request id. A request is admitted while what is already there fits the bound."""
+    """Predicted work by request id. A request is admitted while what goes before it fits the bound."""
 
-    def __init__(self, max_queue_s: float) -> None:
+    def __init__(self, max_queue_s: float, *, batch_share: float = 0.0) -> None:
+        """`batch_share` is what batch work gets of the time that interactive work takes, beside it."""
         self._max_ms = max_queue_s * 1000.0
-        self._work_ms: dict[int, float] = {}
-        self._lock = threading.Lock()
+        self._batch_share = batch_share
+        self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
+        self._lock = threading.RLock()
 
     @property
     def backlog_ms(self) -> float:
         """Predicted device time of everything accepted and unfinished, in milliseconds."""
         with self._lock:
-            return sum(self._work_ms.values())
+            return sum(map(self._sum_ms, self._work_ms))
 
-    def check(self) -> None:
+    def check(self, priority: Priority = "interactive") -> None:
         """Raises OverloadedError, with the time until there is room, when nothing would be admitted now."""
-        backlog_ms = self.backlog_ms
-        if backlog_ms > self._max_ms:
-            raise self._refusal(backlog_ms)
+        with self._lock:
+            ahead_ms = self._sum_ms("interactive")
+            is_shared = priority == "interactive" and bool(self._work_ms["batch"])
+            if priority == "batch":
+                ahead_ms += self._sum_ms("batch")
+        if ahead_ms > self._max_ms:
+            raise self._refusal(ahead_ms, pace=1.0 + self._batch_share if is_shared else 1.0)
 
-    def admit(self, request_id: int, work_ms: float) -> None:
+    def admit(self, request_id: int, work_ms: float, priority: Priority = "interactive") -> None:
         """Count a request in. Raises OverloadedError as `check` does."""
         with self._lock:
-            backlog_ms = sum(self._work_ms.values())
-            if backlog_ms > self._max_ms:
-                raise self._refusal(backlog_ms)
-            self._work_ms[request_id] = work_ms
+            self.check(priority)
+            self._work_ms[priority][request_id] = work_ms
 
     def update(self, request_id: int, work_ms: float) -> None:
         """What is left of an admitted request."""
         with self._lock:
-            if request_id in self._work_ms:
-                self._work_ms[request_id] = work_ms
+            for works in self._work_ms.values():
+                if request_id in works:
+                    works[request_id] = work_ms
 
     def release(self, request_id: int) -> None:
         """The request ended; a second call does nothing."""
         with self._lock:
-            self._work_ms.pop(request_id, None)
+            for works in self._work_ms.values():
+                works.pop(request_id, None)
 
-    def _refusal(self, backlog_ms: float) -> OverloadedError:
-        retry_s = max((backlog_ms - self._max_ms) / 1000.0, _LEAST_RETRY_S)
+    def _sum_ms(self, priority: Priority) -> float:
+        return sum(self._work_ms[priority].values())
+
+    def _refusal(self, ahead_ms: float, *, pace: float) -> OverloadedError:
+        """`pace` is how long a second of this work takes."""
+        retry_s = max(pace * (ahead_ms - self._max_ms) / 1000.0, _LEAST_RETRY_S)
         return OverloadedError(
-            f"the queue is full: about {backlog_ms / 1000:.1f} s of work is waiting; retry in {retry_s:.1f} s",
+            f"the queue is full: about {ahead_ms / 1000:.1f} s of work is waiting; retry in {retry_s:.1f} s",
             retry_after_s=retry_s,
         )

@@ -13,12 +13,19 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import TracebackType
+from typing import get_args
 
 import torch
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError
-from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.generation import (
+    DeviceUse,
+    GenerationRequest,
+    GenerationResult,
+    Priority,
+    ProgressCallback,
+)
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.batching import BatchPolicy, FixedSlots, MergedGrid, OneRowPerCall
@@ -65,14 +72,19 @@ class Engine:
         self._metrics = metrics
         self._noise_factory = noise_factory
         self.mode = resolve_mode(options, model.device)
-        self._admission = Admission(options.max_queue_s)
+        self._admission = Admission(options.max_queue_s, batch_share=options.batch_share)
         self._inbox = Inbox()
-        self._planner = Planner(
-            model, num_threads=options.planning_threads, max_pending=options.max_planning, clock=clock
-        )
+        self._planners: dict[Priority, Planner] = {
+            priority: Planner(
+                model, num_threads=options.planning_threads, max_pending=options.max_planning, clock=clock
+            )
+            for priority in get_args(Priority)
+        }
         cost = CostModel()
         policy = resolve_policy(options, model.device, cost=cost)
-        self._predictor = Predictor(cost, policy)
+        # Strict windows run one per call, so there is nothing to gain from several between two steps.
+        self._window_frames = 1 if self.mode == "strict" else options.window_frames
+        self._predictor = Predictor(cost, policy, window_frames=self._window_frames)
         self._thread = self._build_thread(options, policy=policy, cost=cost)
         self._start_lock = threading.Lock()
         self._is_started = False
@@ -101,7 +113,8 @@ class Engine:
             await asyncio.sleep(0.01)
         if self._is_started:
             await asyncio.to_thread(self._thread.stop, timeout_s=_STOP_TIMEOUT_S)
-        self._planner.close()
+        for planner in self._planners.values():
+            planner.close()
 
     async def __aenter__(self) -> Engine:
         await self.start()
@@ -173,10 +186,11 @@ class Engine:
     ) -> RequestState:
         """Plan, count in and hand over to the engine thread."""
         submitted_at = self._clock.monotonic()
-        self._admission.check()
+        priority = request.priority
+        self._admission.check(priority)
         try:
             async with asyncio.timeout(request.deadline_s):
-                plans = await self._planner.plan(request, frames=frames)
+                plans = await self._planners[priority].plan(request, frames=frames)
         except TimeoutError:
             self._metrics.increment("engine_requests_total", outcome="expired")
             raise late(request) from None
@@ -191,7 +205,7 @@ class Engine:
         )
         if any(work.encode_left for work in works):
             state.clock.mark("source", self._clock.monotonic())  # planning it was mostly resampling
-        self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)))
+        self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)), priority)
         try:
             self._inbox.put(state)
         except ModelUnavailableError:
@@ -218,21 +232,25 @@ class Engine:
             max_tokens=0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens,
             slack=options.slack,
             max_slack_s=options.max_slack_s,
+            batch_share=options.batch_share,
         )
         stages = Stages(
             self._model,
             executor,
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
-            drawer=ThreadPoolExecutor(1, thread_name_prefix="noise"),
-            # Strict windows run one per call, so there is nothing to gain from several between two steps.
-            window_frames=1 if self.mode == "strict" else options.window_frames,
+            drawers={priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)},
+            window_frames=self._window_frames,
             clock=self._clock,
             metrics=self._metrics,
         )
         loop = EngineLoop(
             self._model.spec,
-            scheduler=Scheduler(limits, knee_tokens=lambda frames: frames * policy.crowd(1, frames)),
+            scheduler=Scheduler(
+                limits,
+                knee_tokens=lambda frames: frames * policy.crowd(1, frames),
+                step_ms=self._predictor.step_ms,
+            ),
             stages=stages,
             predictor=self._predictor,
             admission=self._admission,

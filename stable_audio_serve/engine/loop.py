@@ -94,7 +94,13 @@ class EngineLoop:
             row = Row(RowId(next(self._row_ids)), request, index=index, plan=plan, work=work)
             request.rows.append(row)
             self._rows[row.id] = row
-            self._scheduler.add(row.id, work, arrived_at=request.submitted_at, alone_s=alone_s)
+            self._scheduler.add(
+                row.id,
+                work,
+                arrived_at=request.submitted_at,
+                alone_s=alone_s,
+                priority=request.request.priority,
+            )
         self._queue_changed = True
 
     def _end_unwanted(self) -> None:

@@ -20,8 +20,9 @@ class EngineOptions:
     """
 
     mode: Mode | None = None
-    max_rows: int = 64  # rows holding device state at once; the others wait as plans
-    max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused
+    max_rows: int = 64  # rows holding device state at once, three quarters of them batch rows; others wait as plans
+    max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused, batch ones first
+    batch_share: float = 0.125  # of the time that interactive steps take, what batch rows get beside them
     slack: float = 5.0  # a row's deadline is its arrival + slack x its predicted time alone ...
     max_slack_s: float = 120.0  # ... but never further away than this
     fixed_share: float = 0.15  # a step is large enough when its fixed cost is this share of it
@@ -30,22 +31,22 @@ class EngineOptions:
     frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, 1 on a CPU
     window_frames: int = 512  # source or decode latents handled between two steps (fast; strict takes one window)
     prompt_cache_bytes: int = 256 * 2**20
-    planning_threads: int = 1
-    max_planning: int = 1024  # requests being planned at once
+    planning_threads: int = 1  # for requests of each priority
+    max_planning: int = 1024  # requests of each priority being planned at once
     torch_threads: int | None = None  # intra-op threads of the engine thread; None leaves torch's default
     warmup_budget_s: float = 2.0  # no further measurement that would end after this; 0 skips the warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
-        least = {"slots": 2}  # a guided row takes two
+        least = {"slots": 2, "max_rows": 2}  # a guided row takes two slots; a row of either priority has room
         whole = ("max_rows", "max_step_tokens", "slots", "window_frames", "planning_threads", "max_planning")
         for name in (*whole, "frame_grid", "torch_threads"):
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):
                 allowed = f">= {least.get(name, 1)}"
                 raise ConfigError(f"engine {name} must be {allowed}, got {value}", field=name, allowed=allowed)
-        for name in ("max_queue_s", "max_slack_s", "prompt_cache_bytes", "warmup_budget_s"):
+        for name in ("max_queue_s", "batch_share", "max_slack_s", "prompt_cache_bytes", "warmup_budget_s"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ConfigError(f"engine {name} must not be negative, got {value}", field=name, allowed=">= 0")

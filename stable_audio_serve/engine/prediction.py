@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stable_audio_serve.engine.batching import BatchPolicy, Lane
-from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.engine.cost import CostModel, Work
+from stable_audio_serve.engine.windows import count_fitting
+from stable_audio_serve.engine.work import Phase, RowWork
 
 
 class Predictor:
     """Answers for scheduling (alone) and for admission and routing (share). Any thread may ask."""
 
-    def __init__(self, cost: CostModel, policy: BatchPolicy) -> None:
+    def __init__(self, cost: CostModel, policy: BatchPolicy, *, window_frames: int = 1) -> None:
+        """`window_frames` latents are coded per turn and row, one window at least."""
         self._cost = cost
         self._policy = policy
+        self._window_frames = window_frames
 
     def alone_ms(self, work: RowWork) -> float:
         """Time the row needs from here on an otherwise idle engine, text included."""
@@ -21,6 +26,21 @@ class Predictor:
     def share_ms(self, work: RowWork) -> float:
         """Device time the row takes from here when its steps are shared with others."""
         return work.predict_ms(self._cost, self._shared_evaluation_ms)
+
+    def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
+        """One turn over rows of which `num_new` are picked for the first time and need their text encoded."""
+        lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
+        total = num_new * self._cost.call_ms("text", 1, 0)
+        total += sum(self._cost.call_ms("denoise", call.rows, call.frames) for call in self._policy.split(lanes))
+        total += sum(self._coding_ms("encode", work.encode_left) for work in works if work.phase is Phase.ENCODE)
+        total += sum(self._coding_ms("decode", work.decode_left) for work in works if work.phase is Phase.DECODE)
+        return total
+
+    def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
+        """The next windows of one row."""
+        return sum(
+            self._cost.call_ms(kind, 1, frames) for frames in lengths[: count_fitting(lengths, self._window_frames)]
+        )
 
     def _alone_evaluation_ms(self, branches: int, frames: int) -> float:
         call = self._policy.split([Lane(branches, frames)])[0]

@@ -46,7 +46,7 @@ class Row:
     @property
     def lane(self) -> Lane:
         """What the next evaluation needs of a device call."""
-        return Lane(self.work.branches[self.work.num_done], self.plan.frames)
+        return self.work.lane
 
     @property
     def is_conditioned(self) -> bool:

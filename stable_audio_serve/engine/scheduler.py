@@ -4,15 +4,22 @@ Every row has a deadline, arrival + slack x its predicted time alone, so short w
 forever: the slack is bounded and a deadline never moves, so in time any row is the earliest. The earliest deadlines
 fill a token budget per step. Equal work has deadlines in order of arrival and therefore runs first-come to
 completion. Rotation over all rows would finish everything late and is what this module exists to avoid.
+
+Interactive rows pass batch rows at the next step. While there are any, batch rows are lent a share of the time that
+the interactive ones take: they ride along where that makes a step hardly longer, else they save up for a step of their
+own. So an interactive row is held up by at most that share and the step at hand, and a batch row ends at the latest
+when the engine has worked 1 + 1 / share times as long as it takes to finish it and the batch rows before it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NewType
 
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.engine.work import RowWork
 
 RowId = NewType("RowId", int)
@@ -22,10 +29,11 @@ RowId = NewType("RowId", int)
 class SchedulerLimits:
     """Bounds of one pick; `max_tokens` 0 means one row at a time."""
 
-    max_started: int = 64
+    max_started: int = 64  # at least 2: a quarter, one at least, is for interactive rows only, and one for batch rows
     max_tokens: int = 16_384
     slack: float = 5.0
     max_slack_s: float = 120.0
+    batch_share: float = 0.125
 
 
 @dataclass(slots=True, order=True)
@@ -33,64 +41,137 @@ class _Entry:
     deadline_at: float
     row_id: RowId  # ids rise with arrival, so that ties are first-come
     work: RowWork = field(compare=False)
+    priority: Priority = field(compare=False)
     started: bool = field(default=False, compare=False)
 
 
+@dataclass(slots=True)
+class _Step:
+    entries: list[_Entry] = field(default_factory=list)
+    num_new: int = 0
+    tokens: float = 0.0
+
+    @property
+    def works(self) -> list[RowWork]:
+        return [entry.work for entry in self.entries]
+
+
 class Scheduler:
-    """Rows between admission and their end. Used by one thread; unknown ids raise KeyError.
+    """Rows between admission and their end. Used by one thread; unknown ids raise KeyError."""
 
-    `knee_tokens(frames)` says how many latent frames make a step of such rows worth its fixed cost.
-    """
-
-    def __init__(self, limits: SchedulerLimits, *, knee_tokens: Callable[[int], float]) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        knee_tokens: Callable[[int], float],
+        step_ms: Callable[[Sequence[RowWork], int], float],
+    ) -> None:
+        """`knee_tokens(frames)` says how many latent frames make a step of such rows worth its fixed cost;
+        `step_ms(works, num_new)` predicts a step of these rows, of which so many were never picked before."""
         self._limits = limits
         self._knee_tokens = knee_tokens
-        self._order: list[_Entry] = []
+        self._step_ms = step_ms
+        self._orders: dict[Priority, list[_Entry]] = {"interactive": [], "batch": []}
         self._entries: dict[RowId, _Entry] = {}
-        self._num_started = 0
+        self._num_started: dict[Priority, int] = dict.fromkeys(self._orders, 0)
+        self._lent_ms = 0.0  # what interactive steps have lent to batch rows and those have not used yet
 
-    def add(self, row_id: RowId, work: RowWork, *, arrived_at: float, alone_s: float) -> None:
+    def add(
+        self,
+        row_id: RowId,
+        work: RowWork,
+        *,
+        arrived_at: float,
+        alone_s: float,
+        priority: Priority = "interactive",
+    ) -> None:
         """Admit a row: `arrived_at` on the engine's clock, `alone_s` its predicted time on an idle engine."""
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
         slack_s = min(self._limits.slack * alone_s, self._limits.max_slack_s)
-        entry = _Entry(arrived_at + slack_s, row_id, work)
+        entry = _Entry(arrived_at + slack_s, row_id, work, priority)
         self._entries[row_id] = entry
-        insort(self._order, entry)
+        insort(self._orders[priority], entry)
 
     def remove(self, row_id: RowId) -> None:
         """Forget a row that ended in any way."""
         entry = self._entries.pop(row_id)
-        del self._order[bisect_left(self._order, entry)]
-        self._num_started -= entry.started
+        order = self._orders[entry.priority]
+        del order[bisect_left(order, entry)]
+        self._num_started[entry.priority] -= entry.started
 
     def pick(self) -> list[RowId]:
         """The rows to work on now, earliest deadline first; empty only when no row is left.
 
         Picked rows count as started until they are removed. While `max_started` rows are, no other row starts.
         """
-        picked: list[RowId] = []
-        budget = tokens = 0.0
-        for entry in self._order:
-            if not entry.started and self._num_started >= self._limits.max_started:
-                continue
-            if not picked:
-                budget = self._budget(entry.work.frames)
-            elif tokens >= budget or tokens + entry.work.tokens > self._limits.max_tokens:
-                break
-            self._num_started += not entry.started
+        step = self._fill("interactive")
+        if step.entries:
+            step = self._lend(step)
+        else:
+            self._lent_ms = 0.0
+            step = self._fill("batch")
+        for entry in step.entries:
+            self._num_started[entry.priority] += not entry.started
             entry.started = True
-            picked.append(entry.row_id)
-            tokens += entry.work.tokens
-        return picked
+        return [entry.row_id for entry in step.entries]
 
-    def _budget(self, frames: int) -> float:
+    def _fill(self, priority: Priority) -> _Step:
+        """As many rows of one priority as fit the budget."""
+        step, budget = _Step(), 0.0
+        for entry in self._orders[priority]:
+            if not self._may_run(entry, beside=step):
+                continue
+            if not step.entries:
+                budget = self._budget(priority, entry.work.frames)
+            elif step.tokens >= budget or step.tokens + entry.work.tokens > self._limits.max_tokens:
+                break
+            _take(step, entry)
+        return step
+
+    def _lend(self, step: _Step) -> _Step:
+        """The interactive step with the batch rows that may ride along, or a batch row that has saved up for a step."""
+        ms = self._step_ms(step.works, step.num_new)
+        share_ms = self._limits.batch_share * ms
+        num_interactive = len(step.entries)
+        for entry in self._orders["batch"]:
+            if not self._may_run(entry, beside=step):
+                continue
+            new = int(not entry.started)
+            rides = step.tokens + entry.work.tokens <= self._limits.max_tokens
+            if not rides and len(step.entries) > num_interactive:
+                break  # it comes when those before it are done
+            works = [*step.works, entry.work] if rides else [entry.work]
+            costs_ms = self._step_ms(works, step.num_new + new) - ms if rides else self._step_ms(works, new)
+            if costs_ms > self._lent_ms + (share_ms if rides else 0.0):
+                self._lent_ms += share_ms
+                return step
+            self._lent_ms -= max(0.0, costs_ms)
+            if not rides:
+                return _take(_Step(), entry)
+            ms += costs_ms
+            _take(step, entry)
+        self._lent_ms = 0.0  # nobody saves up
+        return step
+
+    def _may_run(self, entry: _Entry, *, beside: _Step) -> bool:
+        """Whether the row has its place among those that hold device state, or there is one for it."""
+        if entry.started:
+            return True
+        most, num_started = self._limits.max_started, self.num_started + beside.num_new
+        num_batch = self._num_started["batch"] + sum(e.priority == "batch" and not e.started for e in beside.entries)
+        if entry.priority == "batch":
+            return num_batch < most - max(most // 4, 1) and num_started < most
+        is_batch_shut_out = not num_batch and bool(self._orders["batch"])
+        return num_started < most - is_batch_shut_out
+
+    def _budget(self, priority: Priority, frames: int) -> float:
         """max(knee, a quarter of what waits), capped."""
         cap = self._limits.max_tokens
         if cap == 0:
             return 0.0
         waiting = 0
-        for entry in self._order:
+        for entry in self._orders[priority]:
             waiting += entry.work.tokens
             if waiting >= 4 * cap:
                 break
@@ -98,7 +179,9 @@ class Scheduler:
 
     def position(self, row_id: RowId) -> int:
         """How many rows are ahead of this one."""
-        return bisect_left(self._order, self._entries[row_id])
+        entry = self._entries[row_id]
+        ahead = len(self._orders["interactive"]) if entry.priority == "batch" else 0
+        return ahead + bisect_left(self._orders[entry.priority], entry)
 
     def is_started(self, row_id: RowId) -> bool:
         """Whether the row was ever picked."""
@@ -107,13 +190,20 @@ class Scheduler:
     @property
     def num_started(self) -> int:
         """Rows that hold device state."""
-        return self._num_started
+        return sum(self._num_started.values())
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[RowId]:
-        return (entry.row_id for entry in self._order)
+        return (entry.row_id for entry in chain.from_iterable(self._orders.values()))
 
     def __contains__(self, row_id: RowId) -> bool:
         return row_id in self._entries
+
+
+def _take(step: _Step, entry: _Entry) -> _Step:
+    step.entries.append(entry)
+    step.num_new += not entry.started
+    step.tokens += entry.work.tokens
+    return step

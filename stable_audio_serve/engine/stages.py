@@ -4,7 +4,7 @@ model and the requests' clocks. Knows no scheduler; rows that fail are answered 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor as Drawer
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.cost import CostModel, Work
 from stable_audio_serve.engine.executor import DEVICE_LOST, Executor
@@ -37,17 +38,17 @@ class Stages:
         *,
         cost: CostModel,
         cache: PromptCache,
-        drawer: Drawer,
+        drawers: Mapping[Priority, Drawer],
         window_frames: int,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`drawer` runs one noise draw at a time, in order; `window_frames` latents are coded per turn and row."""
+        """`drawers` run one noise draw each at a time, in order; `window_frames` latents are coded per turn and row."""
         self._model = model
         self._executor = executor
         self._cost = cost
         self._cache = cache
-        self._drawer = drawer
+        self._drawers = drawers
         self._window_frames = window_frames
         self._clock = clock
         self._metrics = metrics
@@ -167,7 +168,8 @@ class Stages:
     def _open_noise(self, row: Row) -> None:
         shape = (self._model.spec.latent_channels, row.plan.frames)
         source = row.request.noise_factory(row.plan.seed)
-        row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=self._drawer)
+        drawer = self._drawers[row.request.request.priority]
+        row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
 
     def _open_sources(self, row: Row) -> None:
         """Encodings the row waits for, shared with its request's other rows unless the encoder itself draws noise."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +15,14 @@ from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, Sourc
 from stable_audio_serve.sampling.noise import NoiseSource
 
 
+def count_fitting(lengths: Sequence[int], max_frames: int) -> int:
+    """How many leading windows fit `max_frames` latents together: one at least, if there is any."""
+    return max(bisect_right(list(accumulate(lengths)), max_frames), min(1, len(lengths)))
+
+
 def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
     """The leading spans that fit `max_frames` latents together, at least one."""
-    total = 0
-    for count, span in enumerate(spans):
-        total += span.stop - span.start
-        if count and total > max_frames:
-            return spans[:count]
-    return spans
+    return spans[: count_fitting(window_lengths(spans), max_frames)]
 
 
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+from stable_audio_serve.engine.batching import Lane
 from stable_audio_serve.engine.cost import CostModel
 
 
@@ -46,6 +47,11 @@ class RowWork:
         if self.num_done < len(self.branches):
             return Phase.DENOISE
         return Phase.DECODE if self.decode_left else Phase.DONE
+
+    @property
+    def lane(self) -> Lane:
+        """What the next evaluation needs of a device call."""
+        return Lane(self.branches[self.num_done], self.frames)
 
     @property
     def tokens(self) -> int:

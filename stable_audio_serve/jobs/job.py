@@ -13,7 +13,6 @@ from stable_audio_serve.core.generation import GenerationRequest
 Contract = Literal["sa3", "aiml", "fal"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
-Priority = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,6 @@ class JobSpec:
     file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
     file_prefix: str = ""  # what the name offered for download has before the stem
     upload: JobUpload | None = None
-    priority: Priority = "interactive"
     start_within_s: float | None = None  # not started by then = failed with code `start_timeout`
     webhook_url: str | None = None
     client: str = ""  # whose it is: a digest of the API key it came with; empty where no keys are configured

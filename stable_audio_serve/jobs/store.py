@@ -369,7 +369,7 @@ class JobStore:
         values = {
             **{"contract": spec.contract, "id": spec.id, "client": spec.client, "model": spec.model},
             **{"spec": codec.dump(spec), "fingerprint": spec.fingerprint, "idempotency_key": spec.idempotency_key},
-            "patience_s": self._limits.batch_patience_s if spec.priority == "batch" else 0.0,
+            "patience_s": self._limits.batch_patience_s if spec.request.priority == "batch" else 0.0,
             "start_within_s": spec.start_within_s,
             "upload_key": spec.upload.file.key if spec.upload else None,
             "webhook_url": spec.webhook_url,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,21 @@ async def test_neighbours_cancelled_mid_way_change_nothing(mode: str, subject: s
         result = await own
         await asyncio.gather(*tasks, return_exceptions=True)
     assert_same(mode, result, alone)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+async def test_whoever_has_priority_makes_the_same_audio(mode: str, subject: str) -> None:
+    """Rows ride along with others, pause for them and take slots of their own."""
+    options = make_options(mode, max_rows=4, batch_share=0.5)
+    alone = await run_alone(SUBJECTS[subject], options=options)
+    own = replace(SUBJECTS[subject], priority="batch")
+    batch = [replace(request, priority="batch") for request in make_unlike_requests()]
+    async with Engine(make_model(), options) as engine:
+        tasks = await run_after_some_steps(engine, batch)
+        results = await asyncio.gather(*map(engine.generate, [own, SUBJECTS[subject], *make_unlike_requests()]))
+        await asyncio.gather(*tasks)
+    assert_same(mode, results[0], alone)
+    assert_same(mode, results[1], alone)
 
 
 async def test_fast_mode_really_shares_calls() -> None:

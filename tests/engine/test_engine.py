@@ -186,7 +186,7 @@ async def test_deadline_ends_running_and_waiting_requests(waiting: bool) -> None
 @pytest.mark.parametrize("waiting", [False, True])
 async def test_a_time_to_start_in_ends_only_what_waits(waiting: bool) -> None:
     gate = Gate()
-    async with make_engine(gate, max_rows=1) as engine:
+    async with make_engine(gate, max_rows=2) as engine:
         ahead = [asyncio.create_task(engine.generate(make_request(steps=2)))] if waiting else []
         if waiting:
             await gate.reached()

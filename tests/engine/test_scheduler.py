@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
+from collections.abc import Sequence
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
 from stable_audio_serve.engine.work import Phase, RowWork
 from tests.factories import FakeClock
@@ -15,13 +18,30 @@ def make_work(*, frames: int = 100, steps: int = 8, guided: int = 0) -> RowWork:
     return RowWork(frames, branches=[2] * guided + [1] * (steps - guided))
 
 
+def step_ms(works: Sequence[RowWork], num_new: int = 0) -> float:
+    """A step costs a tenth of a millisecond per latent frame."""
+    return sum(work.tokens for work in works) / 10
+
+
 def make_scheduler(*, knee: float = 250, **limits: float) -> Scheduler:
-    return Scheduler(SchedulerLimits(**limits), knee_tokens=lambda frames: knee)  # type: ignore[arg-type]
+    return Scheduler(
+        SchedulerLimits(**limits),  # type: ignore[arg-type]
+        knee_tokens=lambda frames: knee,
+        step_ms=step_ms,
+    )
 
 
-def add(scheduler: Scheduler, row_id: int, *, at: float = 0.0, alone_s: float = 1.0, **work: int) -> RowWork:
+def add(
+    scheduler: Scheduler,
+    row_id: int,
+    *,
+    at: float = 0.0,
+    alone_s: float = 1.0,
+    priority: Priority = "interactive",
+    **work: int,
+) -> RowWork:
     row_work = make_work(**work)
-    scheduler.add(RowId(row_id), row_work, arrived_at=at, alone_s=alone_s)
+    scheduler.add(RowId(row_id), row_work, arrived_at=at, alone_s=alone_s, priority=priority)
     return row_work
 
 
@@ -113,6 +133,87 @@ def test_position_counts_rows_ahead() -> None:
     assert [scheduler.position(RowId(row_id)) for row_id in range(3)] == [0, 1, 2]
 
 
+def test_interactive_row_passes_batch_rows_at_the_next_step() -> None:
+    scheduler = make_scheduler(max_tokens=0)
+    for row_id in range(3):
+        add(scheduler, row_id, priority="batch", at=-100.0)
+    assert scheduler.pick() == [0]
+    add(scheduler, 3)
+    assert scheduler.position(RowId(3)) == 0
+    assert [scheduler.position(RowId(row_id)) for row_id in range(3)] == [1, 2, 3]
+    assert [scheduler.pick() for _ in range(7)] == [[3]] * 7
+
+
+def test_batch_rows_hold_no_slot_that_an_interactive_row_needs() -> None:
+    scheduler = make_scheduler(max_started=4, max_tokens=100_000, knee=100_000)
+    for row_id in range(10):
+        add(scheduler, row_id, priority="batch")
+    assert scheduler.pick() == [0, 1, 2]
+    add(scheduler, 10)
+    assert scheduler.pick() == [10]
+
+
+def test_interactive_rows_leave_a_batch_row_its_slot() -> None:
+    scheduler = make_scheduler(max_started=3, max_tokens=100_000, knee=100_000)
+    for row_id in range(10):
+        add(scheduler, row_id)
+    add(scheduler, 10, priority="batch")
+    assert scheduler.pick() == [0, 1]
+
+
+def test_batch_rows_ride_along_where_they_cost_nothing() -> None:
+    free = Scheduler(SchedulerLimits(), knee_tokens=lambda frames: 0, step_ms=lambda works, num_new: 5.0)
+    add(free, 0)
+    for row_id in range(1, 4):
+        add(free, row_id, priority="batch")
+    assert free.pick() == [0, 1, 2, 3]
+
+
+def test_a_step_with_batch_rows_stays_within_its_tokens() -> None:
+    scheduler = Scheduler(
+        SchedulerLimits(max_tokens=250), knee_tokens=lambda frames: 0, step_ms=lambda works, num_new: 5.0
+    )
+    for row_id in range(4):
+        add(scheduler, row_id, priority="batch" if row_id else "interactive")
+    assert scheduler.pick() == [0, 1]
+
+
+@given(
+    batch=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 12)), min_size=1, max_size=6),
+    interactive=st.lists(st.integers(50, 400), min_size=1, max_size=5),
+    max_tokens=st.sampled_from([0, 300, 1000]),
+    share=st.sampled_from([0.05, 0.125, 0.5]),
+)
+def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
+    batch: list[tuple[int, int]], interactive: list[int], max_tokens: int, share: float
+) -> None:
+    """However long interactive rows keep the engine busy, batch rows take at most their share; the first one gets it."""
+    scheduler = make_scheduler(max_tokens=max_tokens, batch_share=share, knee=300)
+    works = {}
+    for row_id, (frames, steps) in enumerate(batch):
+        works[row_id] = add(scheduler, row_id, priority="batch", frames=frames, steps=steps)
+    for row_id, frames in enumerate(interactive, 100):
+        works[row_id] = add(scheduler, row_id, frames=frames, steps=5000)
+    left = set(range(len(batch)))
+    longest_ms = max(frames for frames, _ in batch) / 10
+    longest_step_ms = max(max_tokens, *interactive) / 10
+    interactive_ms = batch_ms = waited_ms = 0.0
+    while left:
+        picked = scheduler.pick()
+        mine = [row_id for row_id in picked if row_id < 100]
+        interactive_step_ms = step_ms([works[row_id] for row_id in picked if row_id >= 100])
+        interactive_ms += interactive_step_ms
+        batch_ms += step_ms([works[row_id] for row_id in mine])
+        assert batch_ms <= share * interactive_ms + 1e-6
+        waited_ms = 0.0 if min(left) in mine else waited_ms + interactive_step_ms
+        assert share * (waited_ms - longest_step_ms) <= longest_ms + 1e-6
+        for row_id in mine:
+            works[row_id].finish_evaluation()
+            if works[row_id].phase is Phase.DONE:
+                scheduler.remove(RowId(row_id))
+                left.discard(row_id)
+
+
 class EngineSimulation(RuleBasedStateMachine):
     """Rows arrive, step and are cancelled in any order on a fake clock."""
 
@@ -121,8 +222,9 @@ class EngineSimulation(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
-        self.scheduler = Scheduler(self.limits, knee_tokens=lambda frames: 300)
+        self.scheduler = Scheduler(self.limits, knee_tokens=lambda frames: 300, step_ms=step_ms)
         self.works: dict[int, RowWork] = {}
+        self.priorities: dict[int, Priority] = {}
         self.deadlines: dict[int, float] = {}
         self.ended: list[int] = []
         self.num_added = 0
@@ -133,8 +235,9 @@ class EngineSimulation(RuleBasedStateMachine):
         guided=st.booleans(),
         alone_s=st.floats(0.001, 100, allow_nan=False),
         wait_s=st.floats(0, 5),
+        priority=st.sampled_from(["interactive", "batch"]),
     )
-    def arrive(self, frames: int, steps: int, guided: bool, alone_s: float, wait_s: float) -> None:
+    def arrive(self, frames: int, steps: int, guided: bool, alone_s: float, wait_s: float, priority: Priority) -> None:
         self.clock.now += wait_s
         row_id = self.num_added
         self.num_added += 1
@@ -143,10 +246,12 @@ class EngineSimulation(RuleBasedStateMachine):
             row_id,
             at=self.clock.now,
             alone_s=alone_s,
+            priority=priority,
             frames=frames,
             steps=steps,
             guided=guided * steps,
         )
+        self.priorities[row_id] = priority
         self.deadlines[row_id] = self.clock.now + min(5.0 * alone_s, 30.0)
 
     @precondition(lambda self: self.works)
@@ -162,11 +267,16 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(picked)) == len(picked)
         tokens = [self.works[row_id].tokens for row_id in picked]
         assert len(picked) <= 1 or sum(tokens) <= self.limits.max_tokens
-        # Nobody starves: the earliest deadline among the rows that may run always runs.
-        room = len(started) < self.limits.max_started
-        eligible = [row_id for row_id in self.works if room or row_id in started]
-        if eligible:
-            assert picked[0] == min(eligible, key=lambda row_id: (self.deadlines[row_id], row_id))
+        # Nobody starves: of the rows of a priority that may run, the one with the earliest deadline runs first.
+        batch = {row_id for row_id in self.works if self.priorities[row_id] == "batch"}
+        room = self.limits.max_started - len(started)
+        for line, places in (
+            (set(self.works) - batch, room - (bool(batch) and not started & batch)),
+            (batch, min(room - len(set(picked) - batch - started), 3 - len(started & batch))),
+        ):
+            eligible = line if places > 0 else line & started
+            if line.intersection(picked):
+                assert min(eligible, key=lambda row_id: (self.deadlines[row_id], row_id)) in picked
         self.clock.now += 0.01 * sum(tokens) / 100
         for row_id in picked:
             self.works[row_id].finish_evaluation()

@@ -22,7 +22,8 @@ _NUMBERS = itertools.count()
 
 def make_spec(**overrides: Any) -> JobSpec:
     """A job of its own id for one second of audio."""
-    request = GenerationRequest(prompt="rain", duration_s=overrides.pop("duration_s", 1.0), seed=7)
+    asked = {name: overrides.pop(name) for name in ("duration_s", "priority") if name in overrides}
+    request = GenerationRequest(**{"prompt": "rain", "duration_s": 1.0, "seed": 7, **asked})
     fields: dict[str, Any] = {
         **{"id": f"{next(_NUMBERS):032x}", "contract": "sa3", "model": "small-sfx", "mode": "text-to-audio"},
         "request": request,

@@ -34,6 +34,7 @@ REQUEST = GenerationRequest(
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
     chunked_decode=False,
     deadline_s=12.5,
+    priority="batch",
     start_within_s=3.5,
     request_id="r",
 )
@@ -46,7 +47,6 @@ SPEC = JobSpec(
     file_format="flac",
     file_stem="stem",
     upload=JobUpload(FILE, "inpaint", 123.5),
-    priority="batch",
     start_within_s=0.5,
     webhook_url="https://example.com/?a=b",
     wire={"base_url": "http://x", "nested": {"list": [1, 2.5, None, True]}},

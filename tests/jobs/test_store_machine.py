@@ -67,7 +67,7 @@ class Expected:
 
     @property
     def turn(self) -> tuple[float, int]:
-        return (self.created_at + (30 if self.spec.priority == "batch" else 0), self.number)
+        return (self.created_at + (30 if self.spec.request.priority == "batch" else 0), self.number)
 
     def end(self, state: str, now: float, error: str | None = None) -> None:
         self.state, self.completed_at, self.error = state, now, error

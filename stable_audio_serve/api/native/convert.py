@@ -74,6 +74,7 @@ def to_request(
         duration_padding_s=fields.duration_padding_sec if "duration_padding_sec" in given else None,
         chunked_decode=fields.chunked_decode,
         deadline_s=fields.deadline_s,
+        priority=fields.priority,
         request_id=request_id,
     )
     return card, request

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_audio_serve.api.fields import Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.jobs.job import Priority
+from stable_audio_serve.core.generation import Priority
 
 RESERVED_SAMPLER_KWARGS = frozenset(
     (
@@ -68,6 +68,9 @@ class Controls(BaseModel):
     )
     response_format: AudioFormat = Field(AudioFormat.WAV, description="Extension: the kind of audio file.")
     deadline_s: Finite | None = Field(None, gt=0, description="Extension: time budget, seconds; then 504.")
+    priority: Priority = Field(
+        "interactive", description="Extension: batch work lets interactive work go first, but not for ever."
+    )
 
 
 class GenerationBody(Controls):
@@ -115,9 +118,6 @@ class InpaintForm(UploadForm):
 class JobControls(BaseModel):
     """Fields of every job; the synchronous routes ignore them as they do unknown ones."""
 
-    priority: Priority = Field(
-        "interactive", description="Extension: batch jobs wait while there are interactive ones, but not for ever."
-    )
     webhook_url: str | None = Field(
         None,
         min_length=1,

@@ -10,8 +10,9 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
-from stable_audio_serve.jobs.job import Job, Mode, Priority, State
+from stable_audio_serve.jobs.job import Job, Mode, State
 
 _TICKET: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
@@ -127,7 +128,7 @@ def describe(job: Job, files: ArtifactStore, *, url: str, position: int | None =
         sample_rate=result.sample_rate_hz if result else None,
         progress=progress_of(job, position=position),
         attempts=job.attempts,
-        priority=job.spec.priority,
+        priority=job.spec.request.priority,
     )
 
 

@@ -148,7 +148,6 @@ class _Submission:
             file_stem=file_stem(card.name),
             file_prefix=f"{job_id}-",
             upload=upload,
-            priority=fields.priority,
             webhook_url=fields.webhook_url,
             client=request.state.client,
             idempotency_key=key,

@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.compat.fal.wire import APP, Links
 from stable_audio_serve.api.links import base_url
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
-from stable_audio_serve.jobs.job import Priority
 
 
 class EndpointConvertor(PathConvertor):

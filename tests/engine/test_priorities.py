@@ -1,0 +1,154 @@
+"""Interactive requests in an engine full of batch work: next at every step, never refused for it, never starving it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
+from stable_audio_serve.engine import Engine, EngineOptions
+from tests.factories import FakeClock, ToyModel, make_request
+
+_STEPS = 16
+_CALL_S = 0.01
+
+
+class Device:
+    """What the engine runs on: every call takes a hundredth of a second, and twice that for a step of several rows.
+
+    Holds the engine before a denoiser call from `hold` to `release`.
+    """
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self._reached, self._open = threading.Event(), threading.Event()
+        self._open.set()
+
+    def __call__(self, name: str, items: Sequence[object]) -> None:
+        if name == "denoise" and not self._open.is_set():
+            self._reached.set()
+            assert self._open.wait(30)
+        self.clock.now += _CALL_S * (2 if len(items) > 1 else 1)
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self._reached.wait, 30)
+
+    def release(self) -> None:
+        self._open.set()
+
+
+@asynccontextmanager
+async def make_engine(device: Device, **fields: object) -> AsyncIterator[Engine]:
+    options = EngineOptions(**{"torch_threads": 1, **fields})  # type: ignore[arg-type]
+    async with Engine(ToyModel(on_call=device), options, clock=device.clock) as engine:
+        yield engine
+
+
+def make_batch(seed: int, **fields: object) -> GenerationRequest:
+    return make_request(seed=seed, priority="batch", duration_s=1.0, **{"steps": _STEPS, **fields})
+
+
+async def hand_over(engine: Engine, requests: Sequence[GenerationRequest]) -> list[asyncio.Task[GenerationResult]]:
+    """Submit these one after the other; none is left out when this returns."""
+    tasks = []
+    for request in requests:
+        backlog_ms = engine.backlog_ms
+        tasks.append(asyncio.create_task(engine.generate(request)))
+        async with asyncio.timeout(30):
+            while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110 - the planner's threads change it
+                await asyncio.sleep(0.002)
+    return tasks
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+async def test_an_interactive_request_takes_little_longer_than_alone_behind_thirty_batch_jobs(mode: str) -> None:
+    device = Device()
+    async with make_engine(device, mode=mode, max_rows=8) as engine:
+        request = make_request(duration_s=1.0, steps=_STEPS)
+        alone = (await engine.generate(request)).timings
+        device.hold()
+        jobs = await hand_over(engine, [make_batch(seed) for seed in range(30)])
+        await device.reached()  # the engine is in the middle of a step of theirs
+        (behind,) = await hand_over(engine, [request])
+        device.release()
+        timings = (await behind).timings
+        await asyncio.gather(*jobs)
+    assert timings.total_ms <= 1.5 * alone.total_ms + 2 * 1000 * _CALL_S
+
+
+async def test_batch_rows_go_on_beside_an_endless_stream_of_interactive_requests() -> None:
+    device = Device()
+    async with make_engine(device, mode="strict") as engine:
+        num_requests = 0
+        is_over = asyncio.Event()
+
+        async def keep_asking() -> None:
+            nonlocal num_requests
+            while not is_over.is_set():
+                await engine.generate(make_request(duration_s=1.0, steps=_STEPS))
+                num_requests += 1
+
+        crowd = [asyncio.create_task(keep_asking()) for _ in range(4)]
+        await engine.generate(make_batch(1))
+        is_over.set()
+        await asyncio.gather(*crowd)
+    assert num_requests >= 4
+
+
+async def test_batch_work_takes_no_room_from_interactive_requests() -> None:
+    device = Device()
+    async with make_engine(device, max_queue_s=0.001) as engine:
+        device.hold()
+        jobs = await hand_over(engine, [make_batch(1, steps=200)])
+        await device.reached()
+        with pytest.raises(OverloadedError) as refusal:
+            await engine.generate(make_batch(2))
+        assert refusal.value.retry_after_s is not None
+        assert refusal.value.retry_after_s == pytest.approx(max(0.1, engine.backlog_ms / 1000 - 0.001), rel=0.2)
+        jobs += await hand_over(engine, [make_request(steps=200)])
+        for request in (make_batch(3), make_request()):
+            with pytest.raises(OverloadedError):
+                await engine.generate(request)
+        device.release()
+        await asyncio.gather(*jobs)
+
+
+async def test_planning_batch_requests_holds_up_no_interactive_one() -> None:
+    released = threading.Event()
+
+    class SlowPlanner(ToyModel):
+        def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
+            assert request.priority == "interactive" or released.wait(30)
+            return super().plan(request, frames=frames)
+
+    options = EngineOptions(max_planning=2, torch_threads=1, warmup_budget_s=0.0)
+    async with Engine(SlowPlanner(), options) as engine:
+        jobs = [asyncio.create_task(engine.generate(make_batch(seed))) for seed in range(2)]
+        assert (await engine.generate(make_request(seed=9))).seeds == (9,)
+        released.set()
+        await asyncio.gather(*jobs)
+
+
+async def test_positions_count_who_really_comes_first() -> None:
+    device, told = Device(), dict[str, list[Progress]]()
+    async with make_engine(device, mode="strict") as engine:
+        device.hold()
+        tasks = await hand_over(engine, [make_batch(1)])
+        await device.reached()
+        for name, request in (("batch", make_batch(2)), ("interactive", make_request(steps=_STEPS))):
+            backlog_ms, told[name] = engine.backlog_ms, []
+            tasks.append(asyncio.create_task(engine.generate(request, told[name].append)))
+            async with asyncio.timeout(30):
+                while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+        device.release()
+        await asyncio.gather(*tasks)
+    assert [told[name][0].queue_position for name in ("interactive", "batch")] == [0, 2]
