@@ -47,6 +47,19 @@ async def test_defaults_leave_the_choice_to_the_model(client: httpx.AsyncClient,
     assert request.negative_prompt is None
 
 
+@pytest.mark.parametrize("priority", ["interactive", "batch"])
+async def test_a_request_may_let_others_go_first(
+    client: httpx.AsyncClient, backend: ToneBackend, priority: str
+) -> None:
+    assert (await client.post(URL, json={"prompt": "x", "priority": priority})).status_code == 200
+    assert backend.last.priority == priority
+    await client.post(URL, json={"prompt": "x"})
+    assert backend.last.priority == "interactive"
+    refused = await client.post(URL, json={"prompt": "x", "priority": "first"})
+    assert refused.status_code == 422
+    assert [item["loc"] for item in refused.json()["detail"]] == [["body", "priority"]]
+
+
 async def test_defaults_shrink_to_what_is_allowed(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     reply = await client.post(URL, json={"prompt": "x", "model": "demo"})
     assert reply.status_code == 200

@@ -264,7 +264,7 @@ async def test_a_bad_priority_is_named(client: httpx.AsyncClient, path: str) -> 
 
 
 async def test_the_synchronous_routes_know_none_of_the_jobs_fields(client: httpx.AsyncClient) -> None:
-    fields = {"prompt": "x", "duration": 0.1, "priority": "first", "webhook_url": "http://10.0.0.1/"}
+    fields = {"prompt": "x", "duration": 0.1, "webhook_url": "http://10.0.0.1/"}
     assert (await client.post("/v1/audio/generations", json=fields)).status_code == 200
     form = {name: str(value) for name, value in fields.items()}
     assert (await client.post("/v1/audio/variations", data=form, files={"audio": WAV})).status_code == 200

@@ -187,7 +187,7 @@ def test_a_step_with_batch_rows_stays_within_its_tokens() -> None:
 def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
     batch: list[tuple[int, int]], interactive: list[int], max_tokens: int, share: float
 ) -> None:
-    """However long interactive rows keep the engine busy, batch rows take at most their share; the first one gets it."""
+    """However long interactive rows keep the engine busy, batch rows take their share at most; the first gets it."""
     scheduler = make_scheduler(max_tokens=max_tokens, batch_share=share, knee=300)
     works = {}
     for row_id, (frames, steps) in enumerate(batch):

@@ -116,7 +116,7 @@ class InpaintForm(UploadForm):
 
 
 class JobControls(BaseModel):
-    """Fields of every job; the synchronous routes ignore them as they do unknown ones."""
+    """A field of every job; the synchronous routes ignore it as they do unknown ones."""
 
     webhook_url: str | None = Field(
         None,
