@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve import __version__
-from stable_audio_serve.api import files, merged, server
+from stable_audio_serve.api import files, merged, pages, server
 from stable_audio_serve.api.answers import EXPOSED_HEADERS
 from stable_audio_serve.api.compat import aimlapi, fal
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
@@ -38,6 +38,7 @@ TAGS = [
     {"name": server.TAG, "description": "Health and models, shared by all dialects."},
     {"name": native.TAG, "description": "Our own API: the Stable Audio 3 server's."},
     {"name": native_jobs.TAG, "description": "The same requests, accepted now and done later."},
+    {"name": pages.TAG, "description": "For browsers: what is served, and this description."},
     {"name": files.TAG, "description": "Downloads, for whoever has the link."},
     {"name": merged.TAG, "description": "The path that the dialects of Stable Audio 3 and Open Small share."},
     {"name": open_small.TAG, "description": "The Flask API for Stable Audio Open Small."},
@@ -63,12 +64,13 @@ def create_app(
         await service.close()
 
     app = DescribedAPI(
-        title="stable-audio-serve",
+        title=server.NAME,
         version=__version__,
-        description="Text to audio, variations and inpainting with Stable Audio models.",
+        description="Text to audio, variations and inpainting with Stable Audio models. Each API is also found below a "
+        "prefix of its own, where nothing is merged with the others: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`.",
         openapi_tags=TAGS,
         lifespan=lifespan,
-        openapi_url=None,  # with its pages behind the keys, in `server`
+        openapi_url=None,  # with its pages behind the keys, in `pages`
         middleware=[
             Middleware(
                 CORSMiddleware,
@@ -96,12 +98,14 @@ def create_app(
         "aiml": aimlapi.build_router(service),
         "fal": fal.build_router(service),
     }
-    shared = server.build_router(service)
-    app.include_router(server.build_docs_router())
-    app.include_router(shared)
+    app.include_router(pages.build_router(service))
+    app.include_router(pages.build_api_router())
+    app.include_router(server.build_router(service))
     app.include_router(merged.build_router(service))
+    app.include_router(open_small.build_health_router(service), prefix="/saos")
     for name, router in routers.items():  # where two dialects share a path, the first one's route is found
         app.include_router(router)
+        shared = server.build_router(service, owner="vllm" if name == "vllm" else server.NAME)
         for part in (router, shared):
             app.include_router(part, prefix=f"/{name}", include_in_schema=False)
     app.include_router(files.build_router(service))

@@ -71,7 +71,7 @@ class Model(BaseModel):
     id: str
     object: str = "model"
     created: int
-    owned_by: str = "vllm"
+    owned_by: str
     root: str
     parent: str | None = None
     max_model_len: int | None = None
@@ -130,7 +130,7 @@ def describe_ready(service: Service, status: Mapping[str, ModelStatus]) -> Ready
     return Ready(ready=verdict.is_ready, status=verdict.status, reasons=list(verdict.reasons))
 
 
-def describe_models(service: Service, *, created_at: int) -> ModelList:
+def describe_models(service: Service, *, owned_by: str, created_at: int) -> ModelList:
     """The catalogue; `created_at` is a Unix time, the server's start."""
     catalog, longest_s = service.backend.catalog, service.settings.api.max_duration_s
     return ModelList(
@@ -138,6 +138,7 @@ def describe_models(service: Service, *, created_at: int) -> ModelList:
             Model(
                 id=card.name,
                 created=created_at,
+                owned_by=owned_by,
                 root=card.name,
                 family=card.family,
                 description=card.description,

@@ -107,9 +107,10 @@ def _body_limit(scope: Scope, limits: ApiSettings) -> _BodyLimit:
     declared = headers.get(b"content-length", b"")
     declared_bytes = int(declared) if declared.isdigit() else 0
     if headers.get(b"content-type", b"").lower().startswith(b"multipart/"):
-        refusal = f"audio: the upload is larger than {limits.max_upload_bytes} bytes"
+        refusal = f"audio: the upload is larger than {limits.max_upload_bytes} bytes (api.max_upload_bytes)"
         return _BodyLimit(limits.max_upload_bytes + limits.max_fields_bytes, declared_bytes, refusal)
-    return _BodyLimit(limits.max_fields_bytes, declared_bytes, f"body: larger than {limits.max_fields_bytes} bytes")
+    refusal = f"body: larger than {limits.max_fields_bytes} bytes (api.max_fields_bytes)"
+    return _BodyLimit(limits.max_fields_bytes, declared_bytes, refusal)
 
 
 class _Connection:
@@ -141,7 +142,8 @@ class _Connection:
 
     def accept_file_body(self) -> None:
         limit = self._limits.max_upload_bytes
-        self._body = replace(self._body, max_bytes=limit, refusal=f"body: the upload is larger than {limit} bytes")
+        refusal = f"body: the upload is larger than {limit} bytes (api.max_upload_bytes)"
+        self._body = replace(self._body, max_bytes=limit, refusal=refusal)
 
     async def receive(self) -> Message:
         """The next part of the body; after its end, waits for the client to go. Raises HTTPException 408, 413, 503."""
@@ -160,7 +162,8 @@ class _Connection:
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
         if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:  # alone, a body is taken
             await self._drain(message)
-            raise HTTPException(503, "body: too much is being received from others", headers=_BUSY)
+            reason = "body: too much is being received from others (api.max_bodies_bytes)"
+            raise HTTPException(503, reason, headers=_BUSY)
         if not message.get("more_body", False):
             self._count(False)
             self._watcher = asyncio.create_task(self._watch())
@@ -199,16 +202,16 @@ class _Connection:
         except TimeoutError as error:
             limits = self._limits
             reason = (
-                f"did not arrive within {limits.receive_total_timeout_s:g} s"
+                f"did not arrive within {limits.receive_total_timeout_s:g} s (api.receive_total_timeout_s)"
                 if left_s < patience_s
-                else f"must arrive at {limits.receive_rate_bytes_s:g} bytes a second or more"
+                else f"must arrive at {limits.receive_rate_bytes_s:g} bytes a second or more (api.receive_rate_bytes_s)"
             )
             raise HTTPException(408, f"body: {reason}", headers=_CLOSE) from error
 
     async def _take_place(self) -> None:
         if self._held.num_receiving >= self._limits.max_receiving:
             await self._drain({"more_body": True})
-            raise HTTPException(503, "body: too many others are being received", headers=_BUSY)
+            raise HTTPException(503, "body: too many others are being received (api.max_receiving)", headers=_BUSY)
         self._count(True)
 
     async def _wait(self, timeout_s: float) -> Message:

@@ -66,7 +66,13 @@ def build_router(service: Service) -> APIRouter:
     schemas = [{"$ref": "#/components/schemas/GenerationBody"}, GenerateBody.model_json_schema()]
     body = {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}
 
-    @router.post("/generate", response_class=Response, responses=_RESPONSES, openapi_extra={"requestBody": body})
+    @router.post(
+        "/generate",
+        summary="Generate (Stable Audio 3 or Open Small)",
+        response_class=Response,
+        responses=_RESPONSES,
+        openapi_extra={"requestBody": body},
+    )
     async def generate(request: Request) -> Response:
         """Make audio from a text prompt, as Stable Audio 3 when a field only it knows is there."""
         values = await read_json(request)

@@ -1,4 +1,4 @@
-"""The routes about the server itself, which several dialects share: health, the served models, the API's description.
+"""The routes about the server itself, which several dialects share: health, readiness and the served models.
 
 Health and readiness never need a key; the others do where keys are configured.
 """
@@ -6,10 +6,10 @@ Health and readiness never need a key; the others do where keys are configured.
 from __future__ import annotations
 
 import time
+from typing import Final
 
-from fastapi import APIRouter, Request
-from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from fastapi import APIRouter
+from starlette.responses import Response
 
 from stable_audio_serve.api import info
 from stable_audio_serve.api.compat.vllm_omni.errors import render_error as render_openai_error
@@ -20,23 +20,28 @@ from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 
 TAG = "Server"
+NAME: Final = "stable-audio-serve"
 
 _RETRY_AFTER_S = "5"
 
 
-def build_router(service: Service) -> APIRouter:
-    """Health and models, which are also found under each dialect's prefix."""
+def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
+    """Health and models, which are also found under each dialect's prefix; `owner` is whose the models are called."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(time.time())
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health")
+    @router.get("/health", summary="Show health")
     async def health() -> info.Health:
         """What the server, its models and its limits are like; 200 as long as it is alive. Never loads a model."""
         return info.describe_health(service, await service.status())
 
     @router.head("/ready", include_in_schema=False)
-    @router.get("/ready", responses={503: {"model": info.Ready, "description": "Not now; `reasons` say why."}})
+    @router.get(
+        "/ready",
+        summary="Show readiness",
+        responses={503: {"model": info.Ready, "description": "Not now; `reasons` say why."}},
+    )
     async def ready(response: Response) -> info.Ready:
         """Whether to send requests here: 503 until the default model can answer, and while the server stops."""
         body = info.describe_ready(service, await service.status())
@@ -47,7 +52,7 @@ def build_router(service: Service) -> APIRouter:
 
     async def list_models() -> info.ModelList:
         """The served models."""
-        return info.describe_models(service, created_at=created_at)
+        return info.describe_models(service, owned_by=owner, created_at=created_at)
 
     router.add_api_route(
         "/v1/models",
@@ -57,26 +62,3 @@ def build_router(service: Service) -> APIRouter:
         route_class_override=route_class(render_openai_error),
     )
     return router
-
-
-def build_docs_router() -> APIRouter:
-    """The API's description and two pages that show it."""
-    router = APIRouter(route_class=route_class(render_error), include_in_schema=False)
-
-    @router.get("/openapi.json")
-    async def openapi(request: Request) -> JSONResponse:
-        return JSONResponse(request.app.openapi())
-
-    @router.get("/docs")
-    async def swagger(request: Request) -> HTMLResponse:
-        return get_swagger_ui_html(openapi_url=_openapi_url(request), title=request.app.title)
-
-    @router.get("/redoc")
-    async def redoc(request: Request) -> HTMLResponse:
-        return get_redoc_html(openapi_url=_openapi_url(request), title=request.app.title)
-
-    return router
-
-
-def _openapi_url(request: Request) -> str:
-    return f"{request.scope.get('root_path', '').rstrip('/')}/openapi.json"

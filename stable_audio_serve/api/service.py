@@ -110,7 +110,8 @@ class Service:
         if not upload.size:
             raise InvalidUploadError(f"{field}: the uploaded file is empty", field=field)
         if upload.size > limit:
-            raise UploadTooLargeError(f"{field}: the upload is larger than {limit} bytes", field=field)
+            message = f"{field}: the upload is larger than {limit} bytes (api.max_upload_bytes)"
+            raise UploadTooLargeError(message, field=field)
         max_s = _usable_s(card, padding_s)
         return await asyncio.get_running_loop().run_in_executor(
             self._decode_threads, lambda: self._decoder.decode(upload.file, max_s=max_s, field=field)
@@ -165,9 +166,11 @@ class Service:
         sources = (source.samples.nbytes for source in (request.init_audio, request.inpaint_audio) if source)
         num_bytes = sum(sources)
         if self._num_generating >= self.settings.ingress.max_ongoing_requests:
-            raise OverloadedError("too many requests are in progress", retry_after_s=_BUSY_RETRY_S)
+            message = "too many requests are in progress (ingress.max_ongoing_requests)"
+            raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         if self._source_bytes and self._source_bytes + num_bytes > self.settings.api.max_source_bytes:
-            raise OverloadedError("audio: too much source audio is in progress", retry_after_s=_BUSY_RETRY_S)
+            message = "audio: too much source audio is in progress (api.max_source_bytes)"
+            raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         self._num_generating += 1
         self._source_bytes += num_bytes
         try:

@@ -99,7 +99,8 @@ class EventStreams:
     def open(self, events: AsyncIterator[ServerSentEvent], *, headers: Mapping[str, str] | None = None) -> Response:
         """An answer that sends `events`. Raises OverloadedError when too many are open."""
         if self._num_open >= self._max_streams:
-            raise OverloadedError("too many event streams are open", retry_after_s=_BUSY_RETRY_S)
+            message = "too many event streams are open (ingress.max_event_streams)"
+            raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         return _Stream(_end_quietly(events, self._draining), counted=self._counted, headers=headers)
 
     @contextmanager

@@ -65,6 +65,7 @@ class Admission:
         """`pace` is how long a second of this work takes."""
         retry_s = max(pace * (ahead_ms - self._max_ms) / 1000.0, _LEAST_RETRY_S)
         return OverloadedError(
-            f"the queue is full: about {ahead_ms / 1000:.1f} s of work is waiting; retry in {retry_s:.1f} s",
+            f"the model's queue is full (max_queue_s): about {ahead_ms / 1000:.1f} s of work is waiting; "
+            f"retry in {retry_s:.1f} s",
             retry_after_s=retry_s,
         )

@@ -35,9 +35,10 @@ def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSetting
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()
     if waiting.all >= limits.max_queued:
-        return OverloadedError("the job queue is full", retry_after_s=_FULL_RETRY_S)
+        return OverloadedError("the job queue is full (jobs.max_queued)", retry_after_s=_FULL_RETRY_S)
     if waiting.own >= limits.max_queued_per_key:
-        return QuotaError("too many jobs of this key are waiting", retry_after_s=_FULL_RETRY_S)
+        message = "too many jobs of this key are waiting (jobs.max_queued_per_key)"
+        return QuotaError(message, retry_after_s=_FULL_RETRY_S)
     return None
 
 

@@ -98,8 +98,8 @@ FAST = {"receive_window_s": 0.4, "receive_rate_bytes_s": 5000}  # 2,000 bytes in
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (FAST, "body: must arrive at 5000 bytes a second or more"),
-        ({"receive_total_timeout_s": 0.2}, "body: did not arrive within 0.2 s"),
+        (FAST, "body: must arrive at 5000 bytes a second or more (api.receive_rate_bytes_s)"),
+        ({"receive_total_timeout_s": 0.2}, "body: did not arrive within 0.2 s (api.receive_total_timeout_s)"),
     ],
 )
 async def test_a_body_that_does_not_arrive_is_408(limits: dict[str, float], reason: str) -> None:

@@ -64,14 +64,17 @@ async def test_health_follows_the_settings(jobs: JobQueue) -> None:
     assert body["max_steps"] == 9
 
 
-async def test_models_are_listed_in_openais_form(client: httpx.AsyncClient) -> None:
-    body = (await client.get("/v1/models")).json()
+@pytest.mark.parametrize(
+    ("prefix", "owner"), [("", "stable-audio-serve"), ("/sa3", "stable-audio-serve"), ("/vllm", "vllm")]
+)
+async def test_models_are_listed_in_openais_form(client: httpx.AsyncClient, prefix: str, owner: str) -> None:
+    body = (await client.get(f"{prefix}/v1/models")).json()
     assert body["object"] == "list"
     assert [model["id"] for model in body["data"]] == ["small-sfx", "small-music", "medium", "demo"]
     for model in body["data"]:
         assert model["object"] == "model"
         assert isinstance(model["created"], int)
-        assert model["owned_by"] == "vllm"
+        assert model["owned_by"] == owner
         assert model["root"] == model["id"]
         assert {"parent", "max_model_len", "permission"} <= set(model)
     assert [model["is_demo"] for model in body["data"]] == [False, False, False, True]
@@ -88,7 +91,12 @@ async def test_the_openapi_page_describes_every_public_route(client: httpx.Async
     }
     described = {tag["name"] for tag in document["tags"]}
     ticket = "/storage/upload/{ticket}"
-    public = {"/health", "/ready", "/files/{file_id}/{file_name}", ticket, f"{ticket}/{{number}}", f"{ticket}/complete"}
+    public = {
+        *("/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"),
+        ticket,
+        f"{ticket}/{{number}}",
+        f"{ticket}/complete",
+    }
     for path, operations in document["paths"].items():
         for operation in operations.values():
             assert len(operation["tags"]) == 1

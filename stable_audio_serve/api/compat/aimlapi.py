@@ -152,7 +152,7 @@ def build_router(service: Service) -> APIRouter:
             fault = {"type": "value_error", "loc": ("body", "model"), "msg": f"{error.message}, {MODEL}"}
             raise RequestValidationError([fault]) from error
 
-    @router.post("/v2/generate/audio", responses=_SUBMIT_RESPONSES)
+    @router.post("/v2/generate/audio", summary="Submit (AIML API)", responses=_SUBMIT_RESPONSES)
     async def submit(request: Request, body: AimlInput) -> AimlGeneration:
         """Accept a generation; ask for it by its id."""
         model = resolve(body.model)
@@ -171,7 +171,7 @@ def build_router(service: Service) -> APIRouter:
         )
         return AimlGeneration(id=job.spec.id, status="queued")
 
-    @router.get("/v2/generate/audio", responses=_POLL_RESPONSES)
+    @router.get("/v2/generate/audio", summary="Poll (AIML API)", responses=_POLL_RESPONSES)
     async def poll(
         request: Request, generation_id: Annotated[str, Query(description="As the submission gave it.")]
     ) -> AimlGeneration:

@@ -46,13 +46,14 @@ def to_request(
     longest_s = min(limits.max_duration_s, card.max_duration_s)
     duration_s = fields.duration if "duration" in given else min(fields.duration, longest_s)
     steps = fields.steps if "steps" in given else min(card.default_steps, limits.max_steps)
+    is_model_shorter = card.max_duration_s < limits.max_duration_s
     faults = [
-        _fault(name, f"{name} must be at most {limit:g} for the model {card.name}", value)
-        for name, value, limit in (
-            ("duration", duration_s, longest_s),
-            ("steps", steps, limits.max_steps),
-            ("batch_size", fields.batch_size, limits.max_batch_size),
-            ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s),
+        _fault(name, f"{name} must be at most {limit:g} ({setter})", value)
+        for name, value, limit, setter in (
+            ("duration", duration_s, longest_s, f"the model {card.name}" if is_model_shorter else "api.max_duration_s"),
+            ("steps", steps, limits.max_steps, "api.max_steps"),
+            ("batch_size", fields.batch_size, limits.max_batch_size, "api.max_batch_size"),
+            ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s, "api.max_deadline_s"),
         )
         if value > limit
     ]

@@ -16,6 +16,7 @@ from stable_audio_serve.api.files import file_answer
 from stable_audio_serve.api.native import submission
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stream_events
+from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
 from stable_audio_serve.api.native.status import JobPage, JobStatus, describe, job_url
 from stable_audio_serve.api.native.submission import CONTRACT
@@ -38,6 +39,12 @@ _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
     202: {"model": JobStatus, "description": "It runs, and ends within one denoising step."},
     409: {"model": ConflictBody, "description": "It is over."},
     **_READ_RESPONSES,
+}
+_AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Its audio, or a ZIP of several variations.", "content": {kind: {} for kind in MEDIA_TYPES}},
+    404: {"model": ErrorBody, "description": "No such job, its file is gone, or it lies in a bucket."},
+    409: {"model": ErrorBody, "description": "It has no audio, or none yet."},
+    **error_responses(ErrorBody, 500, 503),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -103,7 +110,12 @@ def build_router(service: Service) -> APIRouter:
         response.status_code = 200 if outcome == "removed" else 202
         return await status_of(request, job)
 
-    @router.get("/jobs/{job_id:hex_id}/events", response_class=EventSourceResponse, responses=_EVENTS_RESPONSES)
+    @router.get(
+        "/jobs/{job_id:hex_id}/events",
+        summary="Stream Job Events",
+        response_class=EventSourceResponse,
+        responses=_EVENTS_RESPONSES,
+    )
     async def stream(request: Request, job_id: str, last_event_id: LastEventId = None) -> Response:
         """What happens to a job, as server-sent events until it is over. A lost stream goes on where it broke off."""
         job = _require(await jobs.get(CONTRACT, job_id))
@@ -116,7 +128,9 @@ def build_router(service: Service) -> APIRouter:
     links = APIRouter(route_class=public_route_class(render_error))
 
     @links.head("/jobs/{job_id:hex_id}/audio", include_in_schema=False)
-    @links.get("/jobs/{job_id:hex_id}/audio", response_class=Response, include_in_schema=False)
+    @links.get(
+        "/jobs/{job_id:hex_id}/audio", summary="Download Job Audio", response_class=Response, responses=_AUDIO_RESPONSES
+    )
     async def download(request: Request, job_id: str) -> Response:
         """A finished job's file. Like every link that is handed out it needs no key."""
         if jobs.artifacts.backend_name != "local":

@@ -74,19 +74,19 @@ def build_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/jobs", route_class=route_class(render_error), strict_content_type=False)
     submit = _Submission(service).submit
 
-    @router.post("", status_code=202, responses=_RESPONSES)
+    @router.post("", summary="Submit Generation", status_code=202, responses=_RESPONSES)
     async def generate(request: Request, response: Response, body: JobBody, idempotency_key: _Key = None) -> JobTicket:
         """Make audio from a text prompt, later."""
         card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
         return await submit(request, response, body, card, generation, mode="text-to-audio", key=idempotency_key)
 
-    @router.put("/{job_id:job_id}", status_code=202, responses=_RESPONSES)
+    @router.put("/{job_id:job_id}", summary="Submit Generation As", status_code=202, responses=_RESPONSES)
     async def generate_as(request: Request, response: Response, job_id: _ChosenId, body: JobBody) -> JobTicket:
         """Make audio from a text prompt, later, as the job with an id that the client chose."""
         card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
         return await submit(request, response, body, card, generation, mode="text-to-audio", job_id=job_id)
 
-    @router.post("/variations", status_code=202, responses=_UPLOAD_RESPONSES)
+    @router.post("/variations", summary="Submit Variation", status_code=202, responses=_UPLOAD_RESPONSES)
     async def vary(
         request: Request,
         response: Response,
@@ -98,7 +98,7 @@ def build_router(service: Service) -> APIRouter:
         generation = replace(generation, init_noise_level=form.init_noise_level)
         return await submit(request, response, form, card, generation, mode="audio-to-audio", key=idempotency_key)
 
-    @router.post("/inpaint", status_code=202, responses=_UPLOAD_RESPONSES)
+    @router.post("/inpaint", summary="Submit Inpainting", status_code=202, responses=_UPLOAD_RESPONSES)
     async def inpaint(
         request: Request,
         response: Response,

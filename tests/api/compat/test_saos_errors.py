@@ -194,7 +194,7 @@ async def test_an_upload_above_the_limit(url: str, extra_bytes: int) -> None:
         wav = WAV + bytes(limit + 200_000 + extra_bytes)
         reply = await client.post(url, data={"prompt": "x 120bpm"}, files={"audio_file": wav})
     assert reply.status_code == 413
-    assert reply.json() == {"error": "audio_file: the upload is larger than 1000000 bytes"}
+    assert reply.json() == {"error": "audio_file: the upload is larger than 1000000 bytes (api.max_upload_bytes)"}
 
 
 async def test_a_json_body_above_the_limit(client: httpx.AsyncClient) -> None:

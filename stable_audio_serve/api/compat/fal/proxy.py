@@ -5,6 +5,7 @@ Nothing is ever forwarded: the three hosts the client knows are this server's ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
@@ -18,6 +19,15 @@ TARGET_HEADER = "x-fal-target-url"
 
 # Where each host's paths are found here.
 _PREFIXES: Mapping[str, str] = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": ""}
+
+# How the API's description shows the header.
+TARGET_PARAMETER = {
+    "name": TARGET_HEADER,
+    "in": "header",
+    "required": True,
+    "description": "The fal URL that is meant, for example https://fal.run/fal-ai/stable-audio; nothing is forwarded.",
+    "schema": {"type": "string", "pattern": f"^https?://({'|'.join(map(re.escape, _PREFIXES))})/[!-~]*$"},
+}
 
 
 class Dispatched(Response):

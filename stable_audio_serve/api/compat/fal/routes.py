@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.fal import targets
 from stable_audio_serve.api.compat.fal.errors import failure_of, render_error
-from stable_audio_serve.api.compat.fal.proxy import dispatch
+from stable_audio_serve.api.compat.fal.proxy import TARGET_PARAMETER, dispatch
 from stable_audio_serve.api.compat.fal.queue import CANCEL_REPLIES, describe_status, make_ticket
 from stable_audio_serve.api.compat.fal.run import FILE_STEM, describe_output, run
 from stable_audio_serve.api.compat.fal.storage_routes import build_announcing_router, build_receiving_router
@@ -42,6 +42,7 @@ from stable_audio_serve.jobs.webhooks import check_webhook_url
 
 TAG = "fal"
 
+_HOSTS = {"": "Submit Or Run (fal)", "/queue": "Submit (fal)", "/run": "Run (fal)"}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 _INVALID: dict[int | str, dict[str, Any]] = {
     422: {"model": FalError, "description": "A field is missing, of the wrong type or out of range."}
@@ -69,6 +70,12 @@ _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": CancelReply, "description": "It is over."},
     404: {"model": CancelReply, "description": "No such request."},
 }
+_PROXY_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **error_responses(FalError, 401),
+    400: {"model": FalError, "description": "The header is missing, or the target's own answer."},
+    412: {"model": FalError, "description": "The header names no host of fal's."},
+    "default": {"description": "The target's own answer."},
+}
 _Logs = Annotated[bool, Query(description="Whether to send the log too.")]
 
 
@@ -76,10 +83,10 @@ def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
     new_router = partial(APIRouter, route_class=route_class(render_error), strict_content_type=False)
     hosts = new_router()
-    submission, requests = new_router(), new_router()
-    _add_submission(submission, service)
+    requests = new_router()
     _add_requests(requests, service)
-    for prefix in ("", "/queue", "/run"):
+    for prefix, summary in _HOSTS.items():
+        _add_submission(submission := new_router(), service, summary=summary)
         hosts.include_router(submission, prefix=prefix)
         hosts.include_router(requests, prefix=prefix, include_in_schema=prefix == "/queue")
     hosts.include_router(build_announcing_router(service))
@@ -87,20 +94,29 @@ def build_router(service: Service) -> APIRouter:
     router.include_router(build_receiving_router(service))
     router.include_router(hosts)
 
-    @router.api_route("/api/fal/proxy", methods=_METHODS, response_class=Response, include_in_schema=False)
     async def proxy(request: Request) -> Response:
-        """What fal's JavaScript client sends to a proxy; its header `x-fal-target-url` names what it means."""
+        """What fal's JavaScript client sends to a proxy, whatever the method; the header names what it means."""
         return dispatch(request, hosts)
 
+    for method in _METHODS:
+        router.add_api_route(
+            "/api/fal/proxy",
+            proxy,
+            methods=[method],
+            summary=f"Proxy {method}",
+            response_class=Response,
+            responses=_PROXY_RESPONSES,
+            openapi_extra={"parameters": [TARGET_PARAMETER]},
+        )
     return router
 
 
-def _add_submission(router: APIRouter, service: Service) -> None:
+def _add_submission(router: APIRouter, service: Service, *, summary: str) -> None:
     catalog = service.backend.catalog
     card = catalog.resolve(service.settings.dialects.fal_model or catalog.default.name)
 
     @router.post(f"/{APP}/{{endpoint:fal_endpoint}}", include_in_schema=False)
-    @router.post(f"/{APP}", responses=_SUBMIT_RESPONSES)
+    @router.post(f"/{APP}", summary=summary, responses=_SUBMIT_RESPONSES)
     async def submit(
         request: Request,
         request_id: Annotated[str, Depends(_new_request_id)],
@@ -155,7 +171,9 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         events = await jobs.events("fal", job.spec.id) if logs else None
         return describe_status(job, links, position=position, logs=events)
 
-    @router.get(f"{path}/status/stream", response_class=EventSourceResponse, responses=_WATCH_RESPONSES)
+    @router.get(
+        f"{path}/status/stream", summary="Stream Status", response_class=EventSourceResponse, responses=_WATCH_RESPONSES
+    )
     async def stream(request: Request, job: Job = Depends(find), logs: _Logs = False) -> Response:
         """The same as server-sent events, one per change, until the request is over."""
         links = targets.links_of(request, job.spec.id, limits=limits)

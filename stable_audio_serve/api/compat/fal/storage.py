@@ -110,7 +110,8 @@ class Storage:
             return existing
         parts = [_find_part(ticket, number, etags[number]) for number in sorted(etags)]
         if sum(part.num_bytes for part in parts) > self._max_bytes:
-            raise UploadTooLargeError(f"parts: the upload is larger than {self._max_bytes} bytes")
+            limit = f"{self._max_bytes} bytes (api.max_upload_bytes)"
+            raise UploadTooLargeError(f"parts: the upload is larger than {limit}")
         with tempfile.TemporaryFile() as joined:
             for part in parts:
                 await self._append(joined, part)

@@ -120,7 +120,7 @@ def build_announcing_router(service: Service) -> APIRouter:
         )
 
     @router.post("/storage/upload/initiate", responses=_KEY_RESPONSES)
-    @router.post("/storage/upload/initiate-multipart", responses=_KEY_RESPONSES)
+    @router.post("/storage/upload/initiate-multipart", summary="Announce In Parts", responses=_KEY_RESPONSES)
     async def announce(request: Request, body: NewUpload) -> UploadPlace:
         """Announce a file: its bytes are PUT to `upload_url`, or, in parts, to `<upload_url>/<number>`."""
         ticket = tickets.announce(body.file_name, body.content_type)
@@ -134,7 +134,7 @@ def build_announcing_router(service: Service) -> APIRouter:
         await storage.receive(request, ticket)
         return Uploaded(access_url=ticket.url(base_url(request, limits)))
 
-    @router.post("/files/upload/multipart", responses=_KEY_RESPONSES)
+    @router.post("/files/upload/multipart", summary="Announce Upload In Parts", responses=_KEY_RESPONSES)
     async def announce_parts(request: Request, name: _Name = None, media_type: _Type = None) -> MultipartUpload:
         """Announce a file that will come in parts."""
         ticket = tickets.announce(name, media_type)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.compat.stable_audio_open_small.engine import default_engine
+from stable_audio_serve.api.compat.stable_audio_open_small.engine import Engine, default_engine
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import render_error
 from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_form, read_json, read_json_or_form
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_style_clip, make_text_clip
@@ -50,6 +50,17 @@ class Problem(BaseModel):
     success: bool | None = None
 
 
+class OwnHealth(BaseModel):
+    """How the model behind these routes is; the rest is there unless it cannot be loaded."""
+
+    status: str
+    model_loaded: bool
+    device: str | None = None
+    cuda_available: bool | None = None
+    model_info: dict[str, Any] | None = None
+    error: str | None = None
+
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A WAV file, or JSON with return_format base64.",
@@ -79,9 +90,6 @@ def build_router(service: Service) -> APIRouter:
     router = APIRouter(route_class=route_class(render_error), tags=[TAG])
     library = RiffLibrary(Path(service.settings.dialects.riff_dir))
     engine = default_engine(service)
-
-    async def status() -> ModelStatus:
-        return (await service.status()).get(engine.card.name, ModelStatus("loading"))
 
     @router.post("/generate", include_in_schema=False)
     async def generate(request: Request) -> Response:
@@ -125,14 +133,30 @@ def build_router(service: Service) -> APIRouter:
     @router.get("/model/info", responses=error_responses(Problem, 401, 500))
     async def model_info() -> dict[str, Any]:
         """The model in use and what requests may say."""
-        return describe_model(engine, await status())
+        return describe_model(engine, await _status_of(service, engine))
 
+    return router
+
+
+def build_health_router(service: Service) -> APIRouter:
+    """Health in the dialect's own words, which differ from those of all the others."""
+    router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
+    engine = default_engine(service)
+
+    @router.head("/health", include_in_schema=False)
+    @router.get(
+        "/health",
+        summary="Show health (Open Small)",
+        response_class=JSONResponse,
+        responses={200: {"model": OwnHealth}, 500: {"model": OwnHealth, "description": "It cannot be loaded."}},
+    )
     async def health() -> Response:
-        code, body = describe_health(engine, await status())
+        """Whether the model behind these routes can work."""
+        code, body = describe_health(engine, await _status_of(service, engine))
         return JSONResponse(body, code)
 
-    probe = probe_route_class(render_error)
-    router.add_api_route(
-        "/health", health, methods=["GET", "HEAD"], include_in_schema=False, route_class_override=probe
-    )
     return router
+
+
+async def _status_of(service: Service, engine: Engine) -> ModelStatus:
+    return (await service.status()).get(engine.card.name, ModelStatus("loading"))

@@ -35,7 +35,7 @@ def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
         return Span(0.0, min(_WINDOW_S, cap_s))
     start_s, length_s = body.audio_start or 0.0, body.audio_length
     if length_s > cap_s:
-        message = f"audio_length {length_s:g} exceeds maximum {cap_s:g} seconds"
+        message = f"audio_length {length_s:g} exceeds maximum {cap_s:g} seconds, the longest clip of the model"
         raise InvalidRequestError(message, field="audio_length", allowed=f"0 to {cap_s:g}")
     if not 0 <= start_s <= _MAX_END_S:
         message = f"audio_start {start_s:g} must be from 0 to {_MAX_END_S:g} seconds"

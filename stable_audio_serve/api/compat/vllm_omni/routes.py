@@ -37,6 +37,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/audio/generate",
+        summary="Generate (vLLM-Omni)",
         response_class=Response,
         responses=_RESPONSES,
         dependencies=[Depends(_require_json)],

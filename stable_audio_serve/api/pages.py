@@ -1,0 +1,261 @@
+"""What a browser is shown: the page at the root, and the API's description on two interactive pages.
+
+Nothing here is loaded from another host: scripts and styles come from the package `fastapi-offline`, and each page's
+Content-Security-Policy allows no more than that page needs.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+
+from stable_audio_serve import __version__
+from stable_audio_serve.api import info
+from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.links import base_url
+from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.schemas import ErrorBody
+from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.server import NAME
+from stable_audio_serve.api.service import Service
+
+TAG = "Pages"
+
+_ASSETS = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "redoc.standalone.js": "text/javascript",
+    "favicon.png": "image/png",
+}
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
+    "table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .8rem .3rem 0;vertical-align:top;"
+    "border-bottom:1px solid #ddd}pre{background:#f4f4f4;padding:.8rem;white-space:pre-wrap;overflow-wrap:anywhere}"
+    "nav a{margin-right:1rem}"
+)
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_HOME_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+# Both pages set styles by script; Swagger plays what it received, ReDoc searches in a worker of its own making.
+_API_POLICY = (
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "font-src 'self' data:; connect-src 'self'; media-src 'self' blob:; worker-src blob:; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+_HTML: dict[int | str, dict[str, Any]] = {200: {"description": "A page.", "content": {"text/html": {}}}}
+_API_RESPONSES: dict[int | str, dict[str, Any]] = {**_HTML, **error_responses(ErrorBody, 401, 500)}
+
+_CARD_PATHS = {
+    "docs": "/docs",
+    "redoc": "/redoc",
+    "openapi": "/openapi.json",
+    "models": "/v1/models",
+    "health": "/health",
+    "ready": "/ready",
+}
+_DIALECTS = {
+    "sa3": ("Stable Audio 3 server", "", "/sa3"),
+    "saos": ("Stable Audio Open Small API", "", "/saos"),
+    "vllm": ("vLLM-Omni", "/v1", "/vllm/v1"),
+    "aiml": ("AIML API", "/v2", "/aiml/v2"),
+    "fal": ("fal", "", "/fal"),
+}
+
+
+class ServedModel(BaseModel):
+    """A model in a few words."""
+
+    name: str
+    description: str
+    is_default: bool
+    max_duration_s: float
+
+
+class Dialect(BaseModel):
+    """One of the APIs that are spoken."""
+
+    name: str
+    base_url: str = Field(description="What its clients are given; paths that dialects share are merged there.")
+    own_base_url: str = Field(description="Where nothing is merged with the others.")
+
+
+class Card(BaseModel):
+    """What is served, and where."""
+
+    name: Literal["stable-audio-serve"] = NAME
+    version: str = __version__
+    status: str = Field(description="As in /health.")
+    ready: bool
+    needs_key: bool = Field(description="Whether requests need `Authorization: Bearer <key>`.")
+    models: list[ServedModel]
+    dialects: dict[str, Dialect]
+    links: dict[str, str]
+
+
+def build_router(service: Service) -> APIRouter:
+    """The page at the root, open to everybody: it says less than health does."""
+    router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {
+            "model": Card,
+            "description": "For `Accept: application/json`; else a page.",
+            "content": {"text/html": {}},
+        }
+    }
+
+    @router.head("/", include_in_schema=False)
+    @router.get("/", summary="Show what is served", response_class=Response, responses=responses)
+    async def home(request: Request) -> Response:
+        """What is served and where the rest is: a page, or JSON for a client that accepts nothing but that."""
+        card = await _describe(service, request)
+        accepted = request.headers.get("accept", "")
+        if "application/json" in accepted and "text/html" not in accepted:
+            return JSONResponse(card.model_dump(), headers={"Vary": "Accept"})
+        headers = {**_HEADERS, "Vary": "Accept", "Content-Security-Policy": _HOME_POLICY}
+        return HTMLResponse(_draw(card, base_url(request, service.settings.api)), headers=headers)
+
+    return router
+
+
+def build_api_router() -> APIRouter:
+    """The API's description and the two pages that show it; where keys are configured, for those who have one."""
+    router = APIRouter(route_class=route_class(render_error), tags=[TAG])
+
+    @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 401, 500))
+    async def openapi(request: Request) -> dict[str, Any]:
+        """This document."""
+        document: dict[str, Any] = request.app.openapi()
+        return document
+
+    @router.get("/docs", summary="Try the API out", response_class=HTMLResponse, responses=_API_RESPONSES)
+    async def swagger(request: Request) -> Response:
+        """The API's interactive page."""
+        root = _root(request)
+        page = get_swagger_ui_html(
+            openapi_url=f"{root}/openapi.json",
+            title=request.app.title,
+            swagger_js_url=f"{root}/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}/docs/assets/swagger-ui.css",
+            swagger_favicon_url=f"{root}/docs/assets/favicon.png",
+        )
+        return _with_policy(page)
+
+    @router.get("/redoc", summary="Read the API's description", response_class=HTMLResponse, responses=_API_RESPONSES)
+    async def redoc(request: Request) -> Response:
+        """The API's description as one page to read."""
+        root = _root(request)
+        page = get_redoc_html(
+            openapi_url=f"{root}/openapi.json",
+            title=request.app.title,
+            redoc_js_url=f"{root}/docs/assets/redoc.standalone.js",
+            redoc_favicon_url=f"{root}/docs/assets/favicon.png",
+            with_google_fonts=False,
+        )
+        return _with_policy(page)
+
+    @router.get(
+        "/docs/assets/{file_name}",
+        summary="Load a part of these pages",
+        response_class=Response,
+        responses={
+            200: {"description": "A script, a style or an image.", "content": {"application/octet-stream": {}}},
+            404: {"model": ErrorBody, "description": "No such file."},
+            **error_responses(ErrorBody, 401, 500),
+        },
+    )
+    async def asset(file_name: str) -> Response:
+        """What the two pages load."""
+        if file_name not in _ASSETS:
+            raise HTTPException(404, "file not found")
+        path = Path(str(files("fastapi_offline") / "static" / file_name))
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
+        return FileResponse(path, media_type=_ASSETS[file_name], headers=headers)
+
+    return router
+
+
+def _root(request: Request) -> str:
+    return str(request.scope.get("root_path", "")).rstrip("/")
+
+
+def _with_policy(page: HTMLResponse) -> HTMLResponse:
+    """The page with a policy that lets only its own scripts run."""
+    nonce = secrets.token_urlsafe(16)
+    text = bytes(page.body).decode().replace("<script", f'<script nonce="{nonce}"')
+    return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": _API_POLICY.format(nonce=nonce)})
+
+
+async def _describe(service: Service, request: Request) -> Card:
+    catalog, base = service.backend.catalog, base_url(request, service.settings.api)
+    ready = info.describe_ready(service, await service.status())
+    return Card(
+        status=ready.status,
+        ready=ready.ready,
+        needs_key=bool(service.settings.api.key_hashes),
+        models=[
+            ServedModel(
+                name=card.name,
+                description=card.description,
+                is_default=card.name == catalog.default.name,
+                max_duration_s=card.max_duration_s,
+            )
+            for card in catalog
+        ],
+        dialects={
+            key: Dialect(name=name, base_url=base + merged, own_base_url=base + own)
+            for key, (name, merged, own) in _DIALECTS.items()
+        },
+        links={name: base + path for name, path in _CARD_PATHS.items()},
+    )
+
+
+def _draw(card: Card, base: str) -> str:
+    models = _table(
+        ("Model", "", "Longest clip"),
+        [
+            (
+                model.name,
+                f"{model.description} (default)" if model.is_default else model.description,
+                f"{model.max_duration_s:g} s",
+            )
+            for model in card.models
+        ],
+    )
+    dialects = _table(
+        ("API", "Base URL", "Its own"),
+        [(dialect.name, dialect.base_url, dialect.own_base_url) for dialect in card.dialects.values()],
+    )
+    links = "".join(f'<a href="{escape(url)}">{escape(name)}</a>' for name, url in card.links.items())
+    key = " -H 'Authorization: Bearer KEY'" if card.needs_key else ""
+    command = (
+        f"curl -fsS {base}/v1/audio/generations{key} -H 'Content-Type: application/json' "
+        """-d '{"prompt": "a 440 Hz sine tone", "duration": 3}' -o tone.wav"""
+    )
+    note = "<p>Requests need a key: <code>Authorization: Bearer KEY</code>, the API page included.</p>" if key else ""
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<link rel="icon" href="data:,"><title>{NAME}</title><style>{_STYLE}</style></head><body>'
+        f"<h1>{NAME}</h1><p>Version {escape(card.version)}, {escape(card.status)}.</p><nav>{links}</nav>{note}"
+        f"<h2>Models</h2>{models}<h2>Try it</h2><pre>{escape(command, quote=False)}</pre>"
+        f"<h2>APIs</h2>{dialects}</body></html>"
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"

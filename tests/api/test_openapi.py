@@ -1,0 +1,79 @@
+"""The API's description: complete, without two operations of one name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from fastapi.routing import iter_route_contexts
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.offline import OfflineBackend
+from stable_audio_serve.core.settings import Settings
+
+PREFIXES = ("/sa3", "/saos", "/vllm", "/aiml", "/fal")
+FAL = "/fal-ai/stable-audio"
+
+# Other addresses of operations that are described at the first one.
+ALIASES = {
+    f"{FAL}/{{endpoint}}": FAL,
+    **{f"{host}{FAL}/{{endpoint}}": f"{host}{FAL}" for host in ("/queue", "/run")},
+    f"/queue{FAL}/requests/{{request_id}}/response": f"/queue{FAL}/requests/{{request_id}}",
+    **{
+        f"{host}{FAL}/requests/{{request_id}}{what}": f"/queue{FAL}/requests/{{request_id}}{described}"
+        for host in ("", "/run")
+        for what, described in (
+            ("", ""),
+            ("/response", ""),
+            *((f"/{x}",) * 2 for x in ("status", "status/stream", "cancel")),
+        )
+    },
+    "/files/{file_id}/{file_name}/multipart/{ticket}/{number}": "/storage/upload/{ticket}/{number}",
+    "/files/{file_id}/{file_name}/multipart/{ticket}/complete": "/storage/upload/{ticket}/complete",
+}
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    return create_app(OfflineBackend(), Settings())
+
+
+@pytest.fixture(scope="module")
+def paths(app: Any) -> dict[str, dict[str, Any]]:
+    return app.openapi()["paths"]
+
+
+def routes(app: Any) -> set[tuple[str, str]]:
+    return {
+        (method, context.path_format) for context in iter_route_contexts(app.routes) for method in context.methods or ()
+    }
+
+
+def test_every_route_is_described(app: Any, paths: dict[str, dict[str, Any]]) -> None:
+    described = {(method.upper(), path) for path, operations in paths.items() for method in operations}
+    missing = set()
+    for method, path in routes(app):
+        prefix = next((prefix for prefix in PREFIXES if path.startswith(f"{prefix}/")), "")
+        if path in paths and prefix:
+            continue
+        at_root = path.removeprefix(prefix)
+        twins = {method, "GET"} if method == "HEAD" else {method}
+        if not {(twin, ALIASES.get(at_root, at_root)) for twin in twins} & described:
+            missing.add((method, path))
+    assert missing == set()
+
+
+def test_every_alias_is_one(app: Any) -> None:
+    assert set(ALIASES) <= {path for _, path in routes(app)}
+
+
+@pytest.mark.parametrize("key", ["summary", "operationId"])
+def test_no_two_operations_are_called_the_same(paths: dict[str, dict[str, Any]], key: str) -> None:
+    counts = Counter(operation[key] for operations in paths.values() for operation in operations.values())
+    assert [name for name, number in counts.items() if number > 1] == []
+
+
+def test_job_audio_and_each_dialects_own_health_are_described(paths: dict[str, dict[str, Any]]) -> None:
+    assert {"200", "404", "409"} <= set(paths["/jobs/{job_id}/audio"]["get"]["responses"])
+    assert {"200", "500"} <= set(paths["/saos/health"]["get"]["responses"])
