@@ -167,7 +167,7 @@ def reads_per_s(store: JobStore, job: Job, *, for_s: float, threads: int = 2) ->
     def read() -> None:
         count = 0
         while time.perf_counter() < ends_at:
-            store.get(job.spec.contract, job.spec.id)
+            store.get(job.spec.ref)
             count += 1
         counts.append(count)
 

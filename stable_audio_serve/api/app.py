@@ -91,6 +91,7 @@ def create_app(
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))
     sa3.include_router(native_jobs.build_router(service))
+    sa3.include_router(files.build_router(service))
     routers = {
         "sa3": sa3,
         "saos": open_small.build_router(service),
@@ -108,7 +109,6 @@ def create_app(
         shared = server.build_router(service, owner="vllm" if name == "vllm" else server.NAME)
         for part in (router, shared):
             app.include_router(part, prefix=f"/{name}", include_in_schema=False)
-    app.include_router(files.build_router(service))
     return app
 
 

@@ -75,7 +75,7 @@ def route_class(render: ErrorRenderer) -> type[APIRoute]:
 
 
 def public_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """The same without keys: for links that are handed out."""
+    """The same without keys: for links that are handed out. Whoever brings no valid key is the client None."""
     return _dialect_route(render, _admit_everybody)
 
 
@@ -118,15 +118,21 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
 
 
 def _admit_by_key(request: Request) -> None:
-    _admit_everybody(request)
+    _refuse_while_draining(request)
     keys: ApiKeys = request.app.state.keys
     request.state.client = keys.admit(request)
 
 
 def _admit_everybody(request: Request) -> None:
-    draining: Draining = request.app.state.draining
-    draining.refuse_new()
+    _refuse_while_draining(request)
+    keys: ApiKeys = request.app.state.keys
+    request.state.client = keys.find(request)
 
 
 def _admit_always(_: Request) -> None:
     pass
+
+
+def _refuse_while_draining(request: Request) -> None:
+    draining: Draining = request.app.state.draining
+    draining.refuse_new()

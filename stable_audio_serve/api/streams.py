@@ -49,7 +49,6 @@ async def follow(jobs: JobQueue, job: Job, *, draining: Draining, after: int = 0
     Ends early when this process has to leave. A store that is away for less than a minute is waited for.
     Raises StorageError after that.
     """
-    contract, job_id = job.spec.contract, job.spec.id
     current: Job | None = job
     told: object = None
     wait_s = _FIRST_POLL_S
@@ -59,14 +58,14 @@ async def follow(jobs: JobQueue, job: Job, *, draining: Draining, after: int = 0
         now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
         if now != told:
             told, wait_s = now, _FIRST_POLL_S
-            events = await _ask(partial(jobs.events, contract, job_id, after=after))
+            events = await _ask(partial(jobs.events, job.spec.ref, after=after))
             after = max((event.id for event in events), default=after)
             yield Change(current, events, position)
         if current.is_over or draining.is_leaving:
             return
         await draining.pause(wait_s)
         wait_s = min(wait_s * 1.5, _LAST_POLL_S)
-        current = await _ask(partial(jobs.get, contract, job_id))
+        current = await _ask(partial(jobs.get, job.spec.ref))
 
 
 async def _ask(question: Callable[[], Awaitable[T]]) -> T:

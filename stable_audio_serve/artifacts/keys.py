@@ -19,9 +19,12 @@ _OURS = re.compile(
 )
 
 
-def artifact_key(job_id: str, file_name: str, *, fence: int) -> str:
-    """Of a finished job's file. Every attempt has its own: an earlier one may still be writing."""
-    attempt = f"{fence}-" if fence > 1 else ""
+def artifact_key(job_id: str, file_name: str, *, fence: int, id_is_chosen: bool = False) -> str:
+    """Of a finished job's file. Every attempt has its own: an earlier one may still be writing.
+
+    Other clients may choose the same id, so that more than it must tell the files of chosen ones apart.
+    """
+    attempt = f"{secrets.token_hex(16)}-" if id_is_chosen else f"{fence}-" if fence > 1 else ""
     return f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}"
 
 

@@ -27,7 +27,7 @@ _STYLES: Mapping[State, str] = {
 
 def print_jobs(jobs: Sequence[Job], counts: Mapping[State, int]) -> None:
     """A table of jobs, and how many there are in all."""
-    table = _table("Job", "State", "Model", "Created", "Attempts", "Progress", "Prompt")
+    table = _table("Job", "Client", "State", "Model", "Created", "Attempts", "Progress", "Prompt")
     for job in jobs:
         progress = f"{job.stage} {job.fraction:.0%}"
         table.add_row(*_first_cells(job), _when(job.created_at), str(job.attempts), progress, _prompt(job))
@@ -37,7 +37,7 @@ def print_jobs(jobs: Sequence[Job], counts: Mapping[State, int]) -> None:
 
 def print_dead_letters(jobs: Sequence[Job]) -> None:
     """A table of dead letters, with what they failed of."""
-    table = _table("Job", "State", "Model", "Failed", "Attempts", "Error", "Prompt")
+    table = _table("Job", "Client", "State", "Model", "Failed", "Attempts", "Error", "Prompt")
     for job in jobs:
         error = plain(job.error.message) if job.error else ""
         table.add_row(*_first_cells(job), _when(job.completed_at), str(job.attempts), error, _prompt(job))
@@ -115,9 +115,10 @@ def _facts(job: Job) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in (None, "")}
 
 
-def _first_cells(job: Job) -> tuple[Text, Text, Text]:
+def _first_cells(job: Job) -> tuple[Text, Text, Text, Text]:
     return (
         Text(plain(f"{job.spec.contract}/{job.spec.id}", limit=None)),
+        Text(plain(job.spec.client)),
         Text(job.state, style=_STYLES[job.state]),
         Text(plain(job.spec.model)),
     )

@@ -33,6 +33,7 @@ _State = Annotated[
 _Name = Annotated[
     str, typer.Argument(metavar="ID", help="A job's id; sa3/ID, aiml/ID or fal/ID where it is not unique.")
 ]
+_Client = Annotated[str | None, typer.Option("--client", help="Whose job, where several clients chose its id.")]
 _Names = Annotated[list[str], typer.Argument(metavar="ID...", help="Jobs' ids, as of `show`.")]
 
 
@@ -63,13 +64,13 @@ def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, file: _File = 
 
 
 @app.command()
-def show(name: _Name, as_json: _Json = False, file: _File = None) -> None:
+def show(name: _Name, client: _Client = None, as_json: _Json = False, file: _File = None) -> None:
     """One job and its events."""
     from stable_audio_serve.cli import job_report
 
     with _opened(file) as (store, _):
-        job = _find(store, name)
-        events = store.events(job.spec.contract, job.spec.id)
+        job = _find(store, name, client)
+        events = store.events(job.spec.ref)
     if as_json:
         _print_json(job_report.as_dict(job) | {"events": [job_report.event_as_dict(event) for event in events]})
     else:
@@ -77,7 +78,7 @@ def show(name: _Name, as_json: _Json = False, file: _File = None) -> None:
 
 
 @app.command()
-def cancel(names: _Names, file: _File = None) -> None:
+def cancel(names: _Names, client: _Client = None, file: _File = None) -> None:
     """End jobs that wait, and ask those that run to stop."""
     import asyncio
 
@@ -87,39 +88,39 @@ def cancel(names: _Names, file: _File = None) -> None:
         queue = JobQueue(store, open_artifacts(settings))  # it also deletes the upload of a job that never began
 
         def cancel_one(job: Job) -> str:
-            outcome, now = asyncio.run(queue.cancel(job.spec.contract, job.spec.id))
+            outcome, now = asyncio.run(queue.cancel(job.spec.ref))
             if outcome == "already_over" and now is not None:
                 raise _RefusalError(f"it is over: {now.state}")
             return "cancelled" if outcome == "removed" else "asked to stop; it ends within one denoising step"
 
-        _do_each(store, names, cancel_one)
+        _do_each(store, names, client, cancel_one)
 
 
 @app.command()
-def retry(names: _Names, file: _File = None) -> None:
+def retry(names: _Names, client: _Client = None, file: _File = None) -> None:
     """Let dead letters wait again, with new attempts."""
     with _opened(file) as (store, _):
 
         def retry_one(job: Job) -> str:
-            if store.retry(job.spec.contract, job.spec.id) is None:
+            if store.retry(job.spec.ref) is None:
                 raise _RefusalError(f"it is no dead letter: it is {job.state}")
             return "queued again"
 
-        _do_each(store, names, retry_one)
+        _do_each(store, names, client, retry_one)
 
 
 class _RefusalError(Exception):
     """What was asked cannot be done; the text says why."""
 
 
-def _do_each(store: JobStore, names: Sequence[str], act: Callable[[Job], str]) -> None:
+def _do_each(store: JobStore, names: Sequence[str], client: str | None, act: Callable[[Job], str]) -> None:
     """Do the same with several jobs; exit 1 after the last one when it could not be done with all of them."""
     from stable_audio_serve.cli.job_report import plain
 
     num_refused = 0
     for name in names:
         try:
-            typer.echo(f"{plain(name)}: {act(_find(store, name))}")
+            typer.echo(f"{plain(name)}: {act(_find(store, name, client))}")
         except _RefusalError as error:
             typer.echo(f"error: {plain(name)}: {error}", err=True)
             num_refused += 1
@@ -127,20 +128,24 @@ def _do_each(store: JobStore, names: Sequence[str], act: Callable[[Job], str]) -
         raise typer.Exit(1)
 
 
-def _find(store: JobStore, name: str) -> Job:
-    """The job that an operator names, with or without its contract. Raises _RefusalError."""
+def _find(store: JobStore, name: str, client: str | None) -> Job:
+    """The job that an operator names, with or without its contract and client. Raises _RefusalError."""
     from typing import get_args
 
     from stable_audio_serve.jobs.job import Contract
 
-    contracts: tuple[Contract, ...] = get_args(Contract)
-    asked, _, rest = name.partition("/")
-    places = [(contract, rest) for contract in contracts if contract == asked] or [(each, name) for each in contracts]
-    jobs = [job for contract, job_id in places if (job := store.get(contract, job_id)) is not None]
+    contract, _, rest = name.partition("/")
+    is_one_contract = contract in get_args(Contract)
+    jobs = [
+        job
+        for job in store.find_all(rest if is_one_contract else name)
+        if (job.spec.contract == contract or not is_one_contract) and client in (None, job.spec.client)
+    ]
     if not jobs:
         raise _RefusalError("no such job")
     if len(jobs) > 1:
-        raise _RefusalError(f"which one? {', '.join(f'{job.spec.contract}/{job.spec.id}' for job in jobs)}")
+        places = (f"{job.spec.contract}/{job.spec.id} --client {job.spec.client!r}" for job in jobs)
+        raise _RefusalError(f"which one? {', '.join(places)}")
     return jobs[0]
 
 

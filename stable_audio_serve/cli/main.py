@@ -46,12 +46,22 @@ def openapi(
 
 
 @app.command()
-def key() -> None:
+def key(
+    name: Annotated[
+        str | None, typer.Option(help="The client it belongs to: a client's next key finds the jobs of its last one.")
+    ] = None,
+) -> None:
     """Make an API key. The server needs only its hash: STABLE_AUDIO_API_KEY_HASHES, or `api: {key_hashes: [...]}`."""
-    from stable_audio_serve.core.keys import hash_key, make_key
+    from stable_audio_serve.core.keys import hash_key, make_key, parse_key_hash
 
     made = make_key()
-    typer.echo(f"key:  {made}\nhash: {hash_key(made)}")
+    entry = f"{name}:{hash_key(made)}" if name is not None else hash_key(made)
+    try:
+        parse_key_hash(entry)
+    except ValueError as error:
+        typer.echo(f"error: --name: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"key:  {made}\nhash: {entry}")
 
 
 @app.command()

@@ -1,11 +1,43 @@
-"""API keys: making one, and the digest that is all a server keeps of it."""
+"""API keys: making one, the digest that is all a server keeps of it, and the client it belongs to."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
+from typing import NamedTuple
 
 _PREFIX = "sas-"  # so that scanners and people recognise one
+
+
+_NUM_DIGITS = 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNNAMED = re.compile(rf"[0-9a-f]{{{_NUM_DIGITS}}}")
+
+
+class KeyHash(NamedTuple):
+    """A key that may use the API: whose it is, and its SHA-256 in hexadecimal."""
+
+    client: str
+    digest: str
+
+
+def parse_key_hash(text: str) -> KeyHash:
+    """A configured `digest` or `name:digest`. A key without a name belongs to a client called as its first digits.
+
+    Raises ValueError for what is neither, and for a name that such a client may have.
+    """
+    name, separator, digest = text.rpartition(":")
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError("must be the SHA-256 of a key, 64 lower-case hexadecimal digits, or name:SHA-256")
+    if not separator:
+        return KeyHash(digest[:_NUM_DIGITS], digest)
+    if not _NAME.fullmatch(name):
+        raise ValueError("a name must be 1 to 64 letters, digits, dots, dashes or underscores, the first no sign")
+    if _UNNAMED.fullmatch(name):
+        raise ValueError(f"a name must not be {_NUM_DIGITS} hexadecimal digits: keys without a name are called so")
+    return KeyHash(name, digest)
 
 
 def make_key() -> str:

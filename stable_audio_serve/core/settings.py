@@ -21,13 +21,12 @@ from pydantic import (
     model_validator,
 )
 
+from stable_audio_serve.core.keys import parse_key_hash
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Device = Annotated[
     str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$", json_schema_extra={"form": "cuda, cuda:N, mps or cpu"})
-]
-Sha256 = Annotated[
-    str, Field(pattern=r"^[0-9a-f]{64}$", json_schema_extra={"form": "a SHA-256 digest, 64 hexadecimal digits"})
 ]
 Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
 Url = Annotated[
@@ -65,6 +64,14 @@ def _trim_prefix(prefix: str) -> str:
     if {".", ".."} & set(trimmed.split("/")):
         raise ValueError("must not have . or .. between slashes: clients leave them out of links")
     return trimmed
+
+
+def _check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
+    digests = [parse_key_hash(text).digest for text in texts]
+    for number, digest in enumerate(digests, start=1):
+        if (first := digests.index(digest) + 1) < number:
+            raise ValueError(f"entries {first} and {number} are the same key")
+    return texts
 
 
 def _check_signing_secret(secret: SecretStr) -> SecretStr:
@@ -117,9 +124,12 @@ class ApiSettings(Section):
     max_decode_s: Seconds = Field(20.0, description="Longest time to decode one uploaded file, seconds.")
     decode_workers: int = Field(1, ge=1, le=16, description="Processes that decode uploads, per ingress replica.")
     encode_workers: int = Field(2, ge=1, le=64, description="Threads that encode audio files, per ingress replica.")
-    key_hashes: Annotated[tuple[Sha256, ...], BeforeValidator(_split_commas), Hidden] = Field(
+    key_hashes: Annotated[
+        tuple[str, ...], BeforeValidator(_split_commas), AfterValidator(_check_key_hashes), Hidden
+    ] = Field(
         (),
-        description="SHA-256 digests of the keys that may use the API, a list or comma list; none = everybody may.",
+        description="Keys that may use the API, as `<SHA-256>` or `<client>:<SHA-256>`, a list or comma list; "
+        "none = everybody may.",
         repr=False,
     )
     public_url: Url | None = Field(

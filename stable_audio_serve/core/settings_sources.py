@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from stable_audio_serve.core import failpoints, settings_words
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
-from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.keys import hash_key, parse_key_hash
 from stable_audio_serve.core.settings import Settings
 
 # Where each variable lands in the tree; of several names for one value the first that is set wins.
@@ -148,7 +148,7 @@ def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...
 
 def _with_plain_key(settings: Settings, key: str) -> Settings:
     hashes = settings.api.key_hashes
-    if not key or hash_key(key) in hashes:
+    if not key or hash_key(key) in {parse_key_hash(text).digest for text in hashes}:
         return settings
     return settings.model_copy(update={"api": settings.api.model_copy(update={"key_hashes": (*hashes, hash_key(key))})})
 

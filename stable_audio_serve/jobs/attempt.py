@@ -125,8 +125,7 @@ class Attempt:
 
     async def _look_again(self, result: JobResult) -> Job | None:
         """The job, if its success is ours after all and only the store's answer got lost; else our file is waste."""
-        spec = self.job.spec
-        now = await self._settle(partial(self._at.store.get, spec.contract, spec.id))
+        now = await self._settle(partial(self._at.store.get, self.job.spec.ref))
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
         self._count_lost(now)

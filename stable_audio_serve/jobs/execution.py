@@ -97,7 +97,8 @@ class JobExecutor:
             lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=spec.file_stem),
         )
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
-        key = artifact_key(spec.id, name, fence=job.lease.fence if job.lease else 1)
+        fence = job.lease.fence if job.lease else 1
+        key = artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
         return await self._artifacts.put(
             key, file.chunks, media_type=file.media_type, file_name=spec.file_prefix + name
         )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import structlog
 
 from stable_audio_serve.core.errors import StorageError
-from stable_audio_serve.jobs.job import Contract, Job
+from stable_audio_serve.jobs.job import Job, JobRef
 from stable_audio_serve.jobs.store import JobStore
 
 log = structlog.get_logger("stable_audio_serve.jobs")
@@ -23,8 +23,7 @@ _CLOSE_TIMEOUT_S = 2.0
 class LeaseId(NamedTuple):
     """One lease of one job."""
 
-    contract: Contract
-    job_id: str
+    ref: JobRef
     fence: int
 
 
@@ -32,7 +31,7 @@ def lease_id(job: Job) -> LeaseId:
     """Of a running job. Raises ValueError when it has no lease."""
     if job.lease is None:
         raise ValueError(f"job {job.spec.id} is not leased")
-    return LeaseId(job.spec.contract, job.spec.id, job.lease.fence)
+    return LeaseId(job.spec.ref, job.lease.fence)
 
 
 class Heartbeat:
@@ -83,9 +82,8 @@ class Heartbeat:
             held = frozenset(self._held)
         if not held:
             return
-        job_ids = {lease.job_id for lease in held}
-        renewed = self._store.renew(self._owner, lease_s=self._lease_s, job_ids=job_ids)
-        alive = {LeaseId(job.contract, job.id, job.fence): job.cancel_requested for job in renewed}
+        renewed = self._store.renew(self._owner, lease_s=self._lease_s, refs={lease.ref for lease in held})
+        alive = {LeaseId(job.ref, job.fence): job.cancel_requested for job in renewed}
         lost = [lease for lease in held if lease not in alive]
         to_stop = [lease for lease in held if alive.get(lease)]
         if (lost or to_stop) and self._loop is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
@@ -13,6 +13,14 @@ from stable_audio_serve.core.generation import GenerationRequest
 Contract = Literal["sa3", "aiml", "fal"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
+
+
+class JobRef(NamedTuple):
+    """Which job: clients may choose the same id, and each knows its own jobs only."""
+
+    contract: Contract
+    client: str
+    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,10 @@ class JobUpload:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What was accepted. `request` carries no audio; `upload` names it. Ids are unguessable and unique per contract."""
+    """What was accepted. `request` carries no audio; `upload` names it.
+
+    Ids are unique per client and contract; unguessable, unless the client chose them.
+    """
 
     id: str
     contract: Contract
@@ -40,10 +51,16 @@ class JobSpec:
     upload: JobUpload | None = None
     start_within_s: float | None = None  # not started by then = failed with code `start_timeout`
     webhook_url: str | None = None
-    client: str = ""  # whose it is: a digest of the API key it came with; empty where no keys are configured
+    client: str = ""  # whose it is: the client that the API key belongs to; empty where no keys are configured
+    id_is_chosen: bool = False  # by the client
     idempotency_key: str | None = None  # unique per client and contract
     fingerprint: str = ""  # SHA-256 of what was asked: another one for the same id or key is a conflict
     wire: Mapping[str, Any] = field(default_factory=dict)  # what the dialect wants to remember; plain JSON
+
+    @property
+    def ref(self) -> JobRef:
+        """Which job this is."""
+        return JobRef(self.contract, self.client, self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +86,7 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """Something that happened to a job; ids grow. Events with a `message` are its log, for its client."""
+    """Something that happened to a job; `id` counts its events. Those with a `message` are its log, for its client."""
 
     id: int
     at: datetime

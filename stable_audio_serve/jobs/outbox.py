@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.tables import JOBS
-from stable_audio_serve.jobs.transitions import to_job
+from stable_audio_serve.jobs.transitions import is_job, to_job
 
 _jobs = JOBS.c
 
@@ -64,8 +64,7 @@ class Outbox:
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
         """Unless somebody else has claimed it since, or the job was tried again."""
-        spec = notice.job.spec
         is_same = (_jobs.retries == notice.retries, _jobs.webhook_attempts == notice.attempt)
-        change = sa.update(JOBS).where(_jobs.contract == spec.contract, _jobs.id == spec.id, *is_same)
+        change = sa.update(JOBS).where(is_job(notice.job.spec.ref), *is_same)
         with self._database.writing() as connection:
             connection.execute(change.values(webhook_at=webhook_at))

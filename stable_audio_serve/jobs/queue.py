@@ -16,7 +16,7 @@ from stable_audio_serve.core.errors import StableAudioError, StorageError
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.database import Database, database_url
-from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobSpec, State
+from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
 from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore, Page
 
 _MOST_TOGETHER = 32  # one transaction then takes about 20 ms
@@ -84,25 +84,29 @@ class JobQueue:
     async def list_own(
         self, contract: Contract, client: str, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
-        """One client's jobs, newest first. Raises ValueError for a cursor that is none of ours."""
+        """One client's jobs, newest first. Raises InvalidRequestError for a cursor that this client was not given."""
         find = partial(self.store.list_own, contract, client, state=state, cursor=cursor, limit=limit)
         return await asyncio.to_thread(find)
 
-    async def events(self, contract: Contract, job_id: str, *, after: int = 0) -> tuple[JobEvent, ...]:
+    async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
         """What happened to the job since the event with the id `after`."""
-        return await asyncio.to_thread(partial(self.store.events, contract, job_id, after=after))
+        return await asyncio.to_thread(partial(self.store.events, ref, after=after))
 
-    async def get(self, contract: Contract, job_id: str) -> Job | None:
-        """The job as it is now; None when this contract has no such job."""
-        return await asyncio.to_thread(self.store.get, contract, job_id)
+    async def get(self, ref: JobRef) -> Job | None:
+        """The job as it is now; None when this client has no such job in this contract."""
+        return await asyncio.to_thread(self.store.get, ref)
+
+    async def find_unguessable(self, contract: Contract, job_id: str) -> Job | None:
+        """Anybody's job with this id, unless its client chose it: for links that need no key."""
+        return await asyncio.to_thread(self.store.find_unguessable, contract, job_id)
 
     async def position(self, job: Job) -> int:
         """How many jobs of its model will start before this queued one, 0 = next."""
         return await asyncio.to_thread(self.store.position, job)
 
-    async def cancel(self, contract: Contract, job_id: str) -> tuple[CancelOutcome, Job | None]:
+    async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
         """`removed` = was queued and is cancelled now; `requested` = runs, and will be told to stop. And the job."""
-        outcome, job = await asyncio.to_thread(self.store.cancel, contract, job_id)
+        outcome, job = await asyncio.to_thread(self.store.cancel, ref)
         if outcome == "removed" and job is not None:
             await self._drop_upload(job.spec)
         if outcome in ("removed", "requested"):

@@ -194,7 +194,7 @@ class JobRunner:
         self._capacity.end(lease)
         self._heartbeat.release(lease)
         if not task.cancelled() and task.exception() is not None:
-            log.error("a job could not be ended", job_id=lease.job_id, exc_info=task.exception())
+            log.error("a job could not be ended", job_id=lease.ref.id, exc_info=task.exception())
         self.wake()
 
     def _told(self, lost: Collection[LeaseId], to_stop: Collection[LeaseId]) -> None:

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import ConflictError, StableAudioError, StorageError
+from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, StorageError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import codec
 from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobResult, JobSpec, State
+from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobRef, JobResult, JobSpec, State
 from stable_audio_serve.jobs.retention import forget_some, unreferenced
 from stable_audio_serve.jobs.submission import count, find_no_room, find_same
 from stable_audio_serve.jobs.tables import EVENTS, FILES, IDENTITY, IS_DEAD, JOBS, in_state
@@ -57,8 +57,7 @@ class Added:
 class Held:
     """A running job whose lease was renewed."""
 
-    contract: Contract
-    id: str
+    ref: JobRef
     fence: int
     cancel_requested: bool
 
@@ -95,7 +94,7 @@ class Outlook:
 
 
 class JobStore:
-    """Jobs by (contract, id). An `owner` is one life of one runner; only the holder of a job's lease may change it.
+    """Jobs by (contract, client, id). An `owner` is one life of one runner; only a lease's holder may change its job.
 
     Every method raises StorageError when the database cannot be used now.
     """
@@ -125,49 +124,53 @@ class JobStore:
         with self.database.writing_alone(_ADDING) as connection:  # so that the limits hold, however many add at once
             return [self._add(connection, spec) for spec in specs]
 
-    def get(self, contract: Contract, job_id: str) -> Job | None:
+    def get(self, ref: JobRef) -> Job | None:
         """The job as it is now."""
-        with self.database.reading() as connection:
-            row = connection.execute(sa.select(JOBS).where(is_job(contract, job_id))).first()
-        return None if row is None else to_job(row)
+        return self._find(is_job(ref))
+
+    def find_unguessable(self, contract: Contract, job_id: str) -> Job | None:
+        """Anybody's job with this id, unless its client chose it: for links that need no key."""
+        is_ours = _jobs.id_is_chosen == sa.false()
+        return self._find(sa.and_(_jobs.contract == contract, _jobs.id == job_id, is_ours))
 
     def list_own(
         self, contract: Contract, client: str, *, state: State | None = None, cursor: str | None = None, limit: int = 20
     ) -> Page:
-        """One client's jobs, newest first. Raises ValueError for a cursor that is none of ours."""
+        """One client's jobs, newest first. Raises InvalidRequestError for a cursor that this client was not given."""
         conditions = [_jobs.contract == contract, _jobs.client == client]
         if state is not None:
             conditions.append(_jobs.state == state)
-        if cursor is not None:
-            conditions.append(_jobs.seq < _parse_cursor(cursor))
-        query = sa.select(JOBS).where(*conditions).order_by(_jobs.seq.desc()).limit(limit + 1)
         with self.database.reading() as connection:
+            if cursor is not None:  # the last job of the page before
+                seq = connection.execute(sa.select(_jobs.seq).where(is_job(JobRef(contract, client, cursor)))).scalar()
+                if seq is None:
+                    message = "cursor: none that was given to you, or its job is no longer kept"
+                    raise InvalidRequestError(message, field="cursor")
+                conditions.append(_jobs.seq < seq)
+            query = sa.select(JOBS).where(*conditions).order_by(_jobs.seq.desc()).limit(limit + 1)
             rows = connection.execute(query).all()
         jobs = tuple(to_job(row) for row in rows[:limit])
-        return Page(jobs, str(rows[limit - 1].seq) if len(rows) > limit else None)
+        return Page(jobs, jobs[-1].spec.id if len(rows) > limit else None)
 
-    def events(self, contract: Contract, job_id: str, *, after: int = 0) -> tuple[JobEvent, ...]:
+    def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
         """What happened to the job, in order; only what came after the event with the id `after`."""
-        query = (
-            sa.select(EVENTS)
-            .join(JOBS, _jobs.seq == EVENTS.c.job)
-            .where(is_job(contract, job_id), EVENTS.c.id > min(max(after, 0), _MAX_ID))
-            .order_by(EVENTS.c.id)
-        )
+        query = sa.select(EVENTS).join(JOBS, _jobs.seq == EVENTS.c.job).where(is_job(ref)).order_by(EVENTS.c.id)
+        num_known = min(max(after, 0), _MAX_ID)
         with self.database.reading() as connection:
-            return tuple(to_event(row) for row in connection.execute(query))
+            rows = connection.execute(query.offset(num_known)).all()
+        return tuple(to_event(row, number) for number, row in enumerate(rows, start=num_known + 1))
 
     def position(self, job: Job) -> int:
         """How many waiting jobs of its model come before this one."""
-        own = sa.select(_jobs.turn, _jobs.seq).where(is_job(job.spec.contract, job.spec.id)).subquery()
+        own = sa.select(_jobs.turn, _jobs.seq).where(is_job(job.spec.ref)).subquery()
         is_before = sa.tuple_(_jobs.turn, _jobs.seq) < sa.tuple_(own.c.turn, own.c.seq)
         query = sa.select(sa.func.count()).select_from(own).join(JOBS, is_before)
         with self.database.reading() as connection:
             return connection.execute(query.where(_QUEUED, _jobs.model == job.spec.model)).scalar_one()
 
-    def cancel(self, contract: Contract, job_id: str) -> tuple[CancelOutcome, Job | None]:
+    def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
         """End a waiting job, or ask the owner of a running one to stop; and the job afterwards."""
-        is_it = is_job(contract, job_id)
+        is_it = is_job(ref)
         with self.database.writing() as connection:
             row = connection.execute(sa.select(JOBS).where(is_it).with_for_update()).first()
             if row is None:
@@ -206,17 +209,18 @@ class JobStore:
         with self.database.writing() as connection:
             return self._do.change_first(connection, *conditions, order=order, message="started", **values)
 
-    def renew(self, owner: str, *, lease_s: float, job_ids: Collection[str]) -> list[Held]:
+    def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[Held]:
         """Hold on to these running jobs of this owner for `lease_s` from now; those that are not returned are lost.
 
         A lease whose owner never heard that it got it is thus not kept: nobody runs that job.
         """
-        change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, _jobs.id.in_(job_ids))
+        is_one = sa.tuple_(_jobs.contract, _jobs.client, _jobs.id).in_(refs)
+        change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, is_one)
         values = change.values(lease_until=self.database.now + lease_s)
-        returning = values.returning(_jobs.contract, _jobs.id, _jobs.fence, _jobs.cancel_requested)
+        returning = values.returning(_jobs.contract, _jobs.client, _jobs.id, _jobs.fence, _jobs.cancel_requested)
         with self.database.writing() as connection:
-            _lock(connection, job_ids)
-            return [Held(*row) for row in connection.execute(returning)]
+            _lock(connection, {ref.id for ref in refs})
+            return [Held(JobRef(*row[:3]), *row[3:]) for row in connection.execute(returning)]
 
     def reclaim(self, *, max_attempts: int) -> list[Job]:
         """Take every running job whose lease ran out from its owner; the jobs afterwards.
@@ -298,6 +302,12 @@ class JobStore:
 
     # What operators do
 
+    def find_all(self, job_id: str) -> Sequence[Job]:
+        """Everybody's jobs with this id, of all contracts."""
+        with self.database.reading() as connection:
+            rows = connection.execute(sa.select(JOBS).where(_jobs.id == job_id)).all()
+        return [to_job(row) for row in sorted(rows, key=lambda row: row.seq)]
+
     def list_all(self, *, state: State | None = None, dead_letters: bool = False, limit: int = 100) -> Sequence[Job]:
         """Everybody's jobs, newest first."""
         query = sa.select(JOBS).order_by(_jobs.seq.desc()).limit(limit)
@@ -308,11 +318,11 @@ class JobStore:
         with self.database.reading() as connection:
             return [to_job(row) for row in connection.execute(query)]
 
-    def retry(self, contract: Contract, job_id: str) -> Job | None:
+    def retry(self, ref: JobRef) -> Job | None:
         """Let a dead letter wait again, its attempts forgotten; None when the job is none."""
         values = waiting_again() | {"attempts": 0, "is_dead_letter": False, "error": None, "completed_at": None}
         values |= {"cancel_requested": False, "webhook_at": None, "webhook_attempts": 0, "retries": _jobs.retries + 1}
-        is_dead = sa.and_(is_job(contract, job_id), _jobs.is_dead_letter)
+        is_dead = sa.and_(is_job(ref), _jobs.is_dead_letter)
         with self.database.writing() as connection:
             values["not_before"] = self.database.now
             return self._do.change(connection, is_dead, message="tried again by an operator", **values)
@@ -351,6 +361,11 @@ class JobStore:
 
     # Inside
 
+    def _find(self, condition: sa.ColumnElement[bool]) -> Job | None:
+        with self.database.reading() as connection:
+            row = connection.execute(sa.select(JOBS).where(condition)).first()
+        return None if row is None else to_job(row)
+
     def _add(self, connection: sa.Connection, spec: JobSpec) -> Added | StableAudioError:
         refusal = find_no_room(connection, spec, limits=self._limits)
         if refusal is None and (row := self._insert(connection, spec)):
@@ -367,7 +382,8 @@ class JobStore:
     def _insert(self, connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
         """None when a job with its id or idempotency key is there already."""
         values = {
-            **{"contract": spec.contract, "id": spec.id, "client": spec.client, "model": spec.model},
+            **{"contract": spec.contract, "id": spec.id, "client": spec.client, "id_is_chosen": spec.id_is_chosen},
+            "model": spec.model,
             **{"spec": codec.dump(spec), "fingerprint": spec.fingerprint, "idempotency_key": spec.idempotency_key},
             "patience_s": self._limits.batch_patience_s if spec.request.priority == "batch" else 0.0,
             "start_within_s": spec.start_within_s,
@@ -420,12 +436,6 @@ def _lock(connection: sa.Connection, job_ids: Collection[str]) -> None:
     in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
     if connection.dialect.name != "sqlite":  # which has one writer at a time
         connection.execute(in_order)
-
-
-def _parse_cursor(cursor: str) -> int:
-    if not (cursor.isascii() and cursor.isdigit()) or int(cursor) > _MAX_ID:
-        raise ValueError("cursor: not one that was given out")
-    return int(cursor)
 
 
 def _least(column: sa.ColumnElement[Any], *conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:

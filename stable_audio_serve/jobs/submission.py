@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import JobSpec
-from stable_audio_serve.jobs.tables import JOBS, in_state, storable
+from stable_audio_serve.jobs.tables import JOBS, in_state
 from stable_audio_serve.jobs.transitions import is_job
 
 _FULL_RETRY_S = 10.0
@@ -52,12 +52,12 @@ def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
     rows: list[sa.Row[Any]] = []
     for condition, field, used, code in (
         (by_key if spec.idempotency_key is not None else None, "Idempotency-Key", "key", "idempotency_key_reused"),
-        (is_job(spec.contract, spec.id), "id", "id", "id_in_use"),
+        (is_job(spec.ref), "id", "id", "id_in_use"),
     ):
         row = None if condition is None else connection.execute(sa.select(JOBS).where(condition)).first()
         if row is None:
             continue
-        is_same = spec.fingerprint and row.fingerprint == spec.fingerprint and row.client == storable(spec.client)
+        is_same = spec.fingerprint and row.fingerprint == spec.fingerprint
         if not is_same or any(row.seq != other.seq for other in rows):
             raise ConflictError(f"{field}: this {used} was used for another request", field=field, code=code)
         rows.append(row)

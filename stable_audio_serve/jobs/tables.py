@@ -39,6 +39,7 @@ JOBS = sa.Table(
     sa.Column("contract", _Text, nullable=False),
     sa.Column("id", _Text, nullable=False),
     sa.Column("client", _Text, nullable=False),
+    sa.Column("id_is_chosen", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("model", _Text, nullable=False),
     sa.Column("state", _Text, nullable=False),
     sa.Column("turn", sa.Double, nullable=False),  # when it would have had to come, to be served in order of arrival
@@ -69,7 +70,7 @@ JOBS = sa.Table(
     sa.Column("webhook_at", sa.Double),  # when to try next; none = nothing to deliver
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # by operators, of a dead letter
-    sa.UniqueConstraint("contract", "id"),
+    sa.UniqueConstraint("id", "contract", "client"),  # in this order: operators know ids
     sqlite_autoincrement=True,
 )
 _jobs = JOBS.c

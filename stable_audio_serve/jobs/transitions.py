@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs import codec
 from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobSpec, Lease, State
+from stable_audio_serve.jobs.job import Job, JobError, JobEvent, JobRef, JobSpec, Lease, State
 from stable_audio_serve.jobs.tables import EVENTS, JOBS, in_state
 
 T = TypeVar("T")
@@ -107,16 +107,15 @@ def waiting_again() -> dict[str, Any]:
     }
 
 
-def is_job(contract: Contract, job_id: str) -> sa.ColumnElement[bool]:
+def is_job(ref: JobRef) -> sa.ColumnElement[bool]:
     """That it is this job."""
-    return sa.and_(_jobs.contract == contract, _jobs.id == job_id)
+    return sa.and_(_jobs.contract == ref.contract, _jobs.client == ref.client, _jobs.id == ref.id)
 
 
 def is_held(job: Job) -> sa.ColumnElement[bool]:
     """That it is this job, and still under the lease it had."""
     lease = job.lease or Lease("", -1)
-    is_it = is_job(job.spec.contract, job.spec.id)
-    return sa.and_(is_it, in_state("running"), _jobs.owner == lease.owner, _jobs.fence == lease.fence)
+    return sa.and_(is_job(job.spec.ref), in_state("running"), _jobs.owner == lease.owner, _jobs.fence == lease.fence)
 
 
 def to_job(row: sa.Row[Any]) -> Job:
@@ -160,15 +159,16 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
         request=GenerationRequest(prompt="", duration_s=0.0, seed=0),
         webhook_url=row.webhook_url,
         client=row.client,
+        id_is_chosen=row.id_is_chosen,
         idempotency_key=row.idempotency_key,
         fingerprint=row.fingerprint,
     )
 
 
-def to_event(row: sa.Row[Any]) -> JobEvent:
-    """The event in a row of the table."""
+def to_event(row: sa.Row[Any], number: int) -> JobEvent:
+    """The event in a row of the table, the job's `number`th: what numbers the events of all jobs have is nobody's."""
     at = datetime.fromtimestamp(row.at, UTC)
-    return JobEvent(row.id, at, row.stage, row.fraction, row.eta_s, row.message)
+    return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)
 
 
 def _to_time(seconds: float | None) -> datetime | None:

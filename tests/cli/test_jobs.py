@@ -76,7 +76,7 @@ def add_one_of_each(store: JobStore) -> dict[str, Job]:
     store.fail(leased["failed"], JobError("invalid", "steps: too many", "steps"))
     store.fail(leased["dead"], DEAD, is_dead_letter=True)
     jobs |= {"cancelled": add(store), "queued": add(store)}
-    store.cancel("sa3", jobs["cancelled"].spec.id)
+    store.cancel(jobs["cancelled"].spec.ref)
     return {name: find(store, job) for name, job in jobs.items()}
 
 
@@ -153,9 +153,22 @@ def test_a_name_without_contract_is_enough_where_it_is_unique(store: JobStore, r
 def test_a_name_of_two_jobs_is_refused(store: JobStore, run: Run) -> None:
     for contract in ("sa3", "fal"):
         add(store, contract=contract, id="a" * 32)
-    expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32}, fal/{'a' * 32}", code=1)
+    expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32} --client '', fal/{'a' * 32} --client ''", code=1)
     expect(run("cancel", f"fal/{'a' * 32}"), "cancelled")
     assert [job.state for job in store.list_all()] == ["cancelled", "queued"]
+
+
+def test_the_jobs_of_every_client_are_there_and_told_apart(store: JobStore, run: Run) -> None:
+    for client in ("alice", "bob"):
+        add(store, client=client, id="a" * 32, id_is_chosen=True)
+    output = expect(run("list"), "alice", "bob")
+    assert output.count(f"sa3/{'a' * 32}") == 2
+    for name in ("a" * 32, f"sa3/{'a' * 32}"):
+        expect(run("show", name), "--client 'alice'", "--client 'bob'", code=1)
+        assert load(run("show", name, "--client", "bob", "--json"))["client"] == "bob"
+    expect(run("cancel", "a" * 32, "--client", "alice"), "cancelled")
+    expect(run("retry", "a" * 32, "--client", "carol"), "no such job", code=1)
+    assert {job.spec.client: job.state for job in store.list_all()} == {"alice": "cancelled", "bob": "queued"}
 
 
 @pytest.mark.parametrize("name", ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"])

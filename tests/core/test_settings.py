@@ -240,6 +240,43 @@ def test_a_plain_key_where_a_hash_belongs_is_refused_but_not_shown(tmp_path: Pat
     assert "my-plain-key" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("entries", "complaint"),
+    [
+        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # what a key without a name is called
+        *(
+            ([f"{name}:{hash_key('x')}"], "64 letters")
+            for name in ("", "a b", "a/b", "-a", "a" * 65, "ä", "a:b", "a\n")
+        ),
+        *(([text], "SHA-256") for text in ("", "alice:", "alice", "alice:" + "0" * 63, hash_key("x").upper())),
+        ([hash_key("x"), hash_key("y"), f"alice:{hash_key('x')}"], "entries 1 and 3 are the same key"),
+    ],
+)
+def test_a_key_hash_that_cannot_be_used_is_refused_but_not_shown(
+    tmp_path: Path, entries: list[str], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        load(tmp_path, {"api": {"key_hashes": entries}})
+    assert caught.value.message.startswith("api.key_hashes")
+    assert not any(digest in caught.value.message for digest in (hash_key("x"), hash_key("x").upper()))
+
+
+def test_two_keys_may_have_one_name_and_a_plain_key_that_is_listed_keeps_its_name(tmp_path: Path) -> None:
+    entries = [f"alice:{hash_key('old')}", f"alice:{hash_key('new')}", hash_key("x"), f"a.b_C-9:{hash_key('y')}"]
+    assert load(tmp_path, {"api": {"key_hashes": entries}}, VLLM_API_KEY="new").api.key_hashes == tuple(entries)
+    assert load(tmp_path, STABLE_AUDIO_API_KEY_HASHES=", ".join(entries)).api.key_hashes == tuple(entries)
+
+
+def test_the_key_command_gives_a_key_a_name() -> None:
+    (_, key), (_, entry) = (
+        line.split() for line in CliRunner().invoke(app, ["key", "--name", "alice"]).output.splitlines()
+    )
+    assert entry == f"alice:{hash_key(key)}"
+    refused = CliRunner().invoke(app, ["key", "--name", "a b"])
+    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
+    assert "--name" in refused.output
+
+
 def test_the_key_command_prints_a_key_and_its_hash() -> None:
     printed = [line.split() for line in CliRunner().invoke(app, ["key"]).output.splitlines()]
     (_, key), (_, digest) = printed

@@ -75,7 +75,7 @@ class Workshop:
         async with asyncio.timeout(10):
             while not condition(job):
                 await asyncio.sleep(0.01)
-                found = await self.queue.get(job.spec.contract, job.spec.id)
+                found = await self.queue.get(job.spec.ref)
                 assert found is not None
                 job = found
         return job

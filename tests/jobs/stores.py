@@ -15,7 +15,7 @@ import pytest
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.database import Database, database_url
-from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobSpec
+from stable_audio_serve.jobs.job import Contract, Job, JobError, JobRef, JobResult, JobSpec
 from stable_audio_serve.jobs.store import JobStore, Report
 from stable_audio_serve.jobs.tables import METADATA
 from tests.databases import PostgresServer
@@ -105,8 +105,12 @@ def add_spec(store: JobStore, spec: JobSpec) -> Job:
     return added.job
 
 
+def ref(job_id: str, *, contract: Contract = "sa3", client: str = "") -> JobRef:
+    return JobRef(contract, client, job_id)
+
+
 def find(store: JobStore, job: Job) -> Job:
-    found = store.get(job.spec.contract, job.spec.id)
+    found = store.get(job.spec.ref)
     assert found is not None
     return found
 
@@ -129,7 +133,7 @@ def leased_ids(store: JobStore, number: int) -> list[str]:
 def result_of(job: Job) -> JobResult:
     """A result with a file of its own, as each attempt has."""
     assert job.lease is not None
-    key = f"{job.spec.contract}-{job.spec.id}-{job.lease.fence}.wav"
+    key = f"{'-'.join(job.spec.ref)}-{job.lease.fence}.wav"
     return JobResult(StoredFile(key, "audio/wav", "a.wav", 3, "0" * 64), f"file-{key}", 44100, 1, (7,), 1.5)
 
 

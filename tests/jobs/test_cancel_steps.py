@@ -98,7 +98,7 @@ async def finish(queue: JobQueue, job: Job) -> Job:
     async with asyncio.timeout(30):
         while not job.is_over:
             await asyncio.sleep(0.005)
-            job = await queue.get("sa3", job.spec.id) or job
+            job = await queue.get(job.spec.ref) or job
     return job
 
 
@@ -119,7 +119,7 @@ async def test_it_ends_within_a_step_and_its_neighbours_do_not_notice(tmp_path: 
             victim = await queue.submit(make_spec(model=_NAME, request=make_victim()))
             others = [await queue.submit(make_spec(model=_NAME, request=request)) for request in NEIGHBOURS]
             assert await asyncio.to_thread(model.reached.wait, 30), call
-            outcome, _ = await queue.cancel("sa3", victim.spec.id)
+            outcome, _ = await queue.cancel(victim.spec.ref)
             assert outcome == "requested", call
             victim = await finish(queue, victim)  # the engine is told by then, and still in its step
             num_before = model.num_steps

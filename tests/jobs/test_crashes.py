@@ -73,7 +73,7 @@ class Site:
 
     async def visible(self, job: Job) -> tuple[Job, bytes]:
         """A job that has succeeded, and its audio, having made sure that there is one of each thing."""
-        ended = await self.queue.get("sa3", job.spec.id)
+        ended = await self.queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None, (ended.state, ended.error)
         with self.queue.store.database.reading() as connection:
@@ -106,7 +106,7 @@ def expected(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactor
         job = await queue.submit(make_spec(model=MODEL, request=_REQUEST))
         worker = start_worker(context, settings)
         await asyncio.to_thread(worker.join, _TIMEOUT_S)
-        ended = await queue.get("sa3", job.spec.id)
+        ended = await queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None
         audio = b"".join([chunk async for chunk in queue.read(ended.result.file)])
@@ -147,7 +147,7 @@ async def test_a_job_that_kills_everybody_ends_as_a_dead_letter(site: Site) -> N
     for _ in range(site.settings.jobs.max_attempts):
         assert await site.exit_code(site.work("between_steps=kill")) == -signal.SIGKILL
     assert await site.exit_code(site.work("between_steps=kill")) == 0
-    ended = await site.queue.get("sa3", job.spec.id)
+    ended = await site.queue.get(job.spec.ref)
     assert ended is not None
     assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", site.settings.jobs.max_attempts, True)
     assert len(site.receiver.requests) == 1

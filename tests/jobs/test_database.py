@@ -217,7 +217,7 @@ class TestFaults:
         try:
             for _ in range(2):
                 with pytest.raises(StorageError) as caught:
-                    store.get("sa3", job.spec.id)
+                    store.get(job.spec.ref)
                 assert caught.value.retry_after_s
                 with pytest.raises(StorageError):
                     add(store)

@@ -94,20 +94,20 @@ class TestLeasing:
             add(store)
         mine, ended, asked, other = lease(store), lease(store), lease(store), lease(store, "other")
         store.succeed(ended, result_of(ended))
-        store.cancel("sa3", asked.spec.id)
-        ids = [job.spec.id for job in (mine, ended, asked, other)]
-        renewed = store.renew("me", lease_s=LEASE_S, job_ids=ids)
-        held = {(one.contract, one.id): (one.fence, one.cancel_requested) for one in renewed}
-        assert held == {("sa3", mine.spec.id): (1, False), ("sa3", asked.spec.id): (1, True)}
-        assert [one.id for one in store.renew("other", lease_s=LEASE_S, job_ids=ids)] == [other.spec.id]
-        assert store.renew("nobody", lease_s=LEASE_S, job_ids=ids) == []
+        store.cancel(asked.spec.ref)
+        refs = [job.spec.ref for job in (mine, ended, asked, other)]
+        renewed = store.renew("me", lease_s=LEASE_S, refs=refs)
+        held = {one.ref: (one.fence, one.cancel_requested) for one in renewed}
+        assert held == {mine.spec.ref: (1, False), asked.spec.ref: (1, True)}
+        assert [one.ref for one in store.renew("other", lease_s=LEASE_S, refs=refs)] == [other.spec.ref]
+        assert store.renew("nobody", lease_s=LEASE_S, refs=refs) == []
 
     def test_what_its_owner_does_not_know_of_is_not_renewed(self, store: JobStore, wall: Wall) -> None:
         for _ in range(2):
             add(store)
         known, unknown = lease(store), lease(store)
         wall.now += LEASE_S
-        assert [one.id for one in store.renew("me", lease_s=LEASE_S, job_ids=[known.spec.id])] == [known.spec.id]
+        assert [one.ref for one in store.renew("me", lease_s=LEASE_S, refs=[known.spec.ref])] == [known.spec.ref]
         assert [job.spec.id for job in store.reclaim(max_attempts=3)] == [unknown.spec.id]
 
     def test_a_renewed_lease_lasts_from_then_on(self, store: JobStore, wall: Wall) -> None:
@@ -116,16 +116,16 @@ class TestLeasing:
         for _ in range(5):
             wall.now += LEASE_S - 1
             assert store.reclaim(max_attempts=3) == []
-            store.renew("me", lease_s=LEASE_S, job_ids=[job.spec.id])
+            store.renew("me", lease_s=LEASE_S, refs=[job.spec.ref])
         wall.now += LEASE_S + 1
         assert [job.spec.id for job in store.reclaim(max_attempts=3)] == [job.spec.id]
-        assert store.renew("me", lease_s=LEASE_S, job_ids=[job.spec.id]) == []
+        assert store.renew("me", lease_s=LEASE_S, refs=[job.spec.ref]) == []
 
     def test_an_overdue_lease_that_nobody_took_is_still_held(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
         wall.now += 10 * LEASE_S
-        assert len(store.renew("me", lease_s=LEASE_S, job_ids=[job.spec.id])) == 1
+        assert len(store.renew("me", lease_s=LEASE_S, refs=[job.spec.ref])) == 1
         assert store.reclaim(max_attempts=3) == []
         assert store.succeed(job, RESULT) is not None
 
@@ -175,7 +175,7 @@ class TestReclaiming:
     def test_a_lost_job_that_was_cancelled_ends_so(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
-        store.cancel("sa3", job.spec.id)
+        store.cancel(job.spec.ref)
         wall.now += LEASE_S + 1
         (ended,) = store.reclaim(max_attempts=1)
         assert (ended.state, ended.is_dead_letter) == ("cancelled", False)
@@ -185,7 +185,7 @@ class TestReclaiming:
             add(store)
         jobs = [lease(store) for _ in range(9)]
         for job in jobs[:3]:
-            store.cancel("sa3", job.spec.id)
+            store.cancel(job.spec.ref)
         for job in jobs[3:6]:
             store.requeue(job, delay_s=0, attempts=2, message="x")
             lease(store)
@@ -203,7 +203,7 @@ class TestProgress:
         assert report(store, job, stage="generating", fraction=0.5, eta_s=3.5)
         now = find(store, job)
         assert (now.stage, now.fraction, now.eta_s) == ("generating", 0.5, 3.5)
-        assert store.events("sa3", job.spec.id)[-1].fraction == 0.5
+        assert store.events(job.spec.ref)[-1].fraction == 0.5
 
     def test_of_others_is_not(self, store: JobStore) -> None:
         add(store)
@@ -235,7 +235,7 @@ class TestEnding:
         ended = store.fail(lease(store), ERROR)
         assert ended is not None
         assert (ended.state, ended.error, ended.result, ended.is_dead_letter) == ("failed", ERROR, None, False)
-        assert store.events("sa3", ended.spec.id)[-1].message == ERROR.message
+        assert store.events(ended.spec.ref)[-1].message == ERROR.message
 
     def test_failure_of_the_machines_is_a_dead_letter(self, store: JobStore) -> None:
         add(store)
@@ -254,10 +254,10 @@ class TestEnding:
         }[end]()
         wall.now += 10 * LEASE_S
         assert end_in_every_way(store, job) == [None] * 4
-        assert store.cancel("sa3", job.spec.id) == ("already_over", ended)
+        assert store.cancel(job.spec.ref) == ("already_over", ended)
         assert store.lease("me", lease_s=15) is None
         assert (store.reclaim(max_attempts=1), store.expire()) == ([], [])
-        assert store.renew("me", lease_s=15, job_ids=[job.spec.id]) == []
+        assert store.renew("me", lease_s=15, refs=[job.spec.ref]) == []
         assert not report(store, job, stage="x", fraction=0.1)
         assert find(store, job) == ended
 
@@ -276,7 +276,7 @@ class TestRequeueing:
         put_back = store.requeue(job, delay_s=10, attempts=1, message="put back: busy")
         assert put_back is not None
         assert (put_back.state, put_back.attempts, put_back.started_at, put_back.lease) == ("queued", 1, None, None)
-        assert store.events("sa3", first.spec.id)[-1].message == "put back: busy"
+        assert store.events(first.spec.ref)[-1].message == "put back: busy"
         assert leased_ids(store, 1) == [second.spec.id]
         assert store.lease("me", lease_s=15) is None
         assert store.look("me").lease_in_s == pytest.approx(10)
@@ -287,7 +287,7 @@ class TestRequeueing:
     def test_a_job_to_be_cancelled_is_cancelled_instead(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
-        store.cancel("sa3", job.spec.id)
+        store.cancel(job.spec.ref)
         ended = store.requeue(job, delay_s=10, attempts=1, message="x")
         assert ended is not None
         assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")
@@ -347,7 +347,7 @@ class TestOutlook:
         add(store, start_within_s=60)
         job, ended = lease(store), lease(store)
         lease(store, "other")
-        store.cancel("sa3", job.spec.id)
+        store.cancel(job.spec.ref)
         store.succeed(ended, RESULT)
         wall.now += 5
         mine, others = store.look("me"), store.look("other")

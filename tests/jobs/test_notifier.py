@@ -83,7 +83,7 @@ async def test_without_a_secret_a_notice_is_named_and_dated_but_not_signed(
 
 async def test_a_cancelled_job_is_told_too(workshop: Workshop, receiver: Receiver) -> None:
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await workshop.queue.cancel("sa3", job.spec.id)
+    await workshop.queue.cancel(job.spec.ref)
     await workshop.start_runner(notifier=make_notifier(workshop))
     await wait_for(lambda: bool(receiver.requests))
     assert states(receiver) == ["cancelled"]
@@ -152,7 +152,7 @@ async def test_a_receiver_that_hangs_delays_no_job_and_no_other_receiver(
         await workshop.start_runner(notifier=make_notifier(workshop))
         for _ in range(100):
             job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
-            await workshop.queue.cancel("sa3", job.spec.id)
+            await workshop.queue.cancel(job.spec.ref)
         await wait_for(lambda: bool(hanging.requests))
         elsewhere = receiver.url.replace("127.0.0.1", "localhost")
         async with asyncio.timeout(4):
@@ -164,7 +164,7 @@ async def test_a_receiver_that_hangs_delays_no_job_and_no_other_receiver(
 
 async def test_a_notice_of_a_process_that_died_over_it_is_tried_again(workshop: Workshop, receiver: Receiver) -> None:
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await workshop.queue.cancel("sa3", job.spec.id)
+    await workshop.queue.cancel(job.spec.ref)
     outbox = Outbox(workshop.queue.store.database)
     dead = outbox.claim(for_s=0.5)
     assert dead is not None

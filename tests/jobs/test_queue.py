@@ -26,7 +26,7 @@ async def test_what_is_submitted_together_is_kept_in_few_transactions(workshop: 
     assert [one.job.spec for one in added] == specs
     assert len(commits) <= 4
     for spec in specs:
-        assert await workshop.queue.get("sa3", spec.id) is not None
+        assert await workshop.queue.get(spec.ref) is not None
 
 
 async def test_each_of_many_hears_of_its_own_fate(workshop: Workshop) -> None:
@@ -38,7 +38,7 @@ async def test_each_of_many_hears_of_its_own_fate(workshop: Workshop) -> None:
     assert isinstance(outcomes[2], ConflictError)
     assert outcomes[2].code == "idempotency_key_reused"
     assert [type(outcome) for outcome in outcomes[3:]] == [Added] * 59 + [OverloadedError]
-    assert await queue.get("sa3", many[-1].id) is None
+    assert await queue.get(many[-1].ref) is None
 
 
 async def test_a_submission_nobody_waits_for_any_more_harms_no_other(workshop: Workshop) -> None:

@@ -44,7 +44,7 @@ async def test_all_jobs_are_written_together_each_as_far_as_it_is(
     assert {find(store, job).fraction for job in jobs} == {1.0}
     assert len(commits) == 1
     for job in jobs:
-        assert [event.fraction for event in store.events("sa3", job.spec.id)] == [0.0, 0.0, 1.0]
+        assert [event.fraction for event in store.events(job.spec.ref)] == [0.0, 0.0, 1.0]
 
 
 async def test_a_lost_lease_is_told_and_the_others_are_written(

@@ -97,7 +97,7 @@ async def test_a_job_becomes_a_file(workshop: Workshop) -> None:
     assert soundfile.info(io.BytesIO(data)).frames == 44100
     assert workshop.files() == [f"{job.spec.id}-rain.wav"]
     assert await workshop.queue.find_file(result.file_id) == result.file
-    events = await workshop.queue.events("sa3", job.spec.id)
+    events = await workshop.queue.events(job.spec.ref)
     messages = [event.message for event in events if event.message is not None]
     assert messages[:2] == ["queued", "started"]
     assert messages[2].startswith("finished: the generation took")
@@ -251,7 +251,7 @@ async def test_an_unexpected_failure_says_nothing_about_itself(workshop: Worksho
     assert job.error is not None
     assert job.error.code == "generation_failed"
     assert "secret" not in job.error.message
-    events = await workshop.queue.events("sa3", job.spec.id)
+    events = await workshop.queue.events(job.spec.ref)
     assert not [event for event in events if "secret" in (event.message or "")]
 
 
@@ -273,7 +273,7 @@ async def test_what_stays_away_makes_a_dead_letter_that_can_be_tried_again(
     assert job.error is not None
     assert (job.state, job.attempts, job.error.code, job.is_dead_letter) == ("failed", 3, error.kind, True)
     assert len(workshop.backend.requests) == 3
-    assert workshop.queue.store.retry("sa3", job.spec.id) is not None
+    assert workshop.queue.store.retry(job.spec.ref) is not None
     job = await workshop.until(job, lambda job: job.state == "succeeded")
     assert workshop.backend.last.init_audio is not None
     await wait_for(lambda: len(workshop.files()) == 1)
@@ -289,9 +289,9 @@ async def test_a_full_engine_costs_patience_but_no_attempt(workshop: Workshop) -
 
 async def test_a_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
-    assert (await workshop.queue.cancel("fal", job.spec.id))[0] == "unknown"
-    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "removed"
-    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "already_over"
+    assert (await workshop.queue.cancel(job.spec.ref._replace(client="other")))[0] == "unknown"
+    assert (await workshop.queue.cancel(job.spec.ref))[0] == "removed"
+    assert (await workshop.queue.cancel(job.spec.ref))[0] == "already_over"
     await wait_for(lambda: workshop.files() == [])
     await workshop.start_runner()
     await asyncio.sleep(0.1)
@@ -304,7 +304,7 @@ async def test_a_running_job_is_stopped_at_the_model(workshop: Workshop) -> None
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
     await workshop.until(job, lambda job: workshop.backend.num_running > 0)
     started_at = time.monotonic()
-    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "requested"
+    assert (await workshop.queue.cancel(job.spec.ref))[0] == "requested"
     job = await workshop.finished(job)
     assert time.monotonic() - started_at < 1
     assert job.error is not None
@@ -318,7 +318,7 @@ async def test_cancelling_one_job_leaves_the_others_alone(workshop: Workshop) ->
     await workshop.start_runner()
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
     await workshop.until(jobs[0], lambda _: workshop.backend.num_running == 3)
-    await workshop.queue.cancel("sa3", jobs[1].spec.id)
+    await workshop.queue.cancel(jobs[1].spec.ref)
     assert [(await workshop.finished(job)).state for job in jobs] == ["succeeded", "cancelled", "succeeded"]
 
 
@@ -363,7 +363,7 @@ async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> N
 async def test_a_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec())
     workshop.queue.store.lease("a dead one", lease_s=0.2)
-    assert (await workshop.queue.cancel("sa3", job.spec.id))[0] == "requested"
+    assert (await workshop.queue.cancel(job.spec.ref))[0] == "requested"
     await workshop.start_runner()
     assert (await workshop.finished(job)).state == "cancelled"
     assert workshop.backend.requests == []

@@ -83,7 +83,7 @@ async def test_a_runner_that_lost_its_lease_stops_its_work_and_writes_nothing(wo
     assert other is not None
     await wait_for(lambda: workshop.backend.num_cancelled == 1)
     await wait_for(lambda: metrics.counters["job_leases_lost",] == 1)
-    now = await workshop.queue.get("sa3", job.spec.id)
+    now = await workshop.queue.get(job.spec.ref)
     assert now is not None
     assert (now.state, now.attempts, now.lease) == ("running", 2, other.lease)
     assert (taken.state, workshop.files()) == ("queued", [])
@@ -116,7 +116,7 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
     assert workshop.files() == [f"{job.spec.id}-2-audio.wav", f"{job.spec.id}-audio.wav"]
     woken.set()
     await wait_for(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
-    assert await workshop.queue.get("sa3", job.spec.id) == ended
+    assert await workshop.queue.get(job.spec.ref) == ended
     assert ended.result is not None
     assert [chunk async for chunk in workshop.queue.read(ended.result.file)]
     await wait_for(lambda: metrics.counters["job_leases_lost",] == 1)
@@ -160,7 +160,7 @@ async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop)
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
     await running(workshop, 3)
     for job in jobs:
-        await workshop.queue.cancel("sa3", job.spec.id)
+        await workshop.queue.cancel(job.spec.ref)
     assert [(await workshop.finished(job)).state for job in jobs] == ["cancelled"] * 3
 
 
@@ -196,7 +196,7 @@ async def test_a_full_model_holds_up_no_other_model_and_is_left_alone(workshop: 
     assert [job.state for job in done] == ["succeeded"] * 3
     refused = [model for model, _ in workshop.backend.requests if model == "medium"]
     assert len(refused) <= 4
-    states = [await workshop.queue.get("sa3", job.spec.id) for job in waiting]
+    states = [await workshop.queue.get(job.spec.ref) for job in waiting]
     assert {(job.state, job.attempts) for job in states if job} == {("queued", 0)}
 
 
@@ -278,7 +278,7 @@ async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
     monkeypatch.setattr(store, "lease", cut)
     lost = await workshop.queue.submit(make_spec())
     await workshop.until(lost, lambda job: job.attempts == 2)
-    now = await workshop.queue.get("sa3", long.spec.id)
+    now = await workshop.queue.get(long.spec.ref)
     assert now is not None
     assert (now.state, now.attempts) == ("running", 1)
 
@@ -311,6 +311,6 @@ async def test_a_job_whose_file_is_being_kept_slowly_is_given_back_when_its_runn
     await wait_for(begun.is_set)
     await runner.close()
     answered.set()
-    now = await workshop.queue.get("sa3", job.spec.id)
+    now = await workshop.queue.get(job.spec.ref)
     assert now is not None
     assert (now.state, now.attempts) == ("queued", 0)

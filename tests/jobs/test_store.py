@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError, StorageError
+from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, OverloadedError, QuotaError, StorageError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import JobSpec, JobUpload
@@ -26,6 +26,7 @@ from tests.jobs.stores import (
     leased_ids,
     open_database,
     postgres_with_tables,
+    ref,
     report,
     store,
     store_url,
@@ -46,15 +47,17 @@ ODD_TEXTS = {
 odd_texts = pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 
 
-def test_a_new_job_waits_and_can_be_found_under_its_contract_only(store: JobStore, wall: Wall) -> None:
-    job = add(store, contract="fal")
+def test_a_new_job_waits_and_can_be_found_under_its_contract_and_client_only(store: JobStore, wall: Wall) -> None:
+    job = add(store, contract="fal", client="one")
     assert find(store, job) == job
     assert (job.state, job.stage, job.fraction, job.attempts, job.cancel_requested) == ("queued", "queued", 0, 0, False)
     assert (job.started_at, job.completed_at, job.result, job.error) == (None, None, None, None)
     assert (job.lease, job.eta_s, job.is_dead_letter) == (None, None, False)
     assert job.created_at.timestamp() == wall.now
-    assert store.get("sa3", job.spec.id) is None
-    assert store.get("fal", "other") is None
+    assert store.get(ref(job.spec.id, contract="sa3", client="one")) is None
+    assert store.get(ref(job.spec.id, contract="fal", client="two")) is None
+    assert store.get(ref(job.spec.id, contract="fal")) is None
+    assert store.get(ref("other", contract="fal", client="one")) is None
 
 
 def test_everything_asked_for_is_kept(store: JobStore) -> None:
@@ -75,13 +78,13 @@ def test_any_text_survives_but_lone_surrogates_which_no_encoding_has(store: JobS
 
 @odd_texts
 def test_any_text_may_be_looked_up(store: JobStore, text: str) -> None:
-    assert store.get("sa3", text) is None
+    assert store.get(ref(text)) is None
     assert store.find_file(text) is None
-    assert store.cancel("sa3", text) == ("unknown", None)
-    assert store.events("sa3", text) == ()
+    assert store.cancel(ref(text)) == ("unknown", None)
+    assert store.events(ref(text)) == ()
     assert store.list_own("sa3", text).jobs == ()
     assert store.lease(text, lease_s=15, models=[text]) is None
-    assert store.renew(text, lease_s=15, job_ids=[text]) == []
+    assert store.renew(text, lease_s=15, refs=[ref(text)]) == []
     assert store.unreferenced([text]) == [text]
 
 
@@ -90,17 +93,33 @@ def test_any_text_may_name_things(store: JobStore, text: str) -> None:
     spec = make_spec(id=text, client=text, model=text, idempotency_key=text, fingerprint="f", webhook_url=text)
     job = add_spec(store, spec)
     assert not store.add(spec).is_new
-    assert store.get("sa3", text) == job
+    assert store.get(job.spec.ref) == job
+    assert store.get(ref(text, client=text)) == job
+    assert store.find_all(text) == [job]
     leased = lease(store, text)
     assert report(store, leased, stage=text, fraction=0.5)
     assert store.succeed(leased, RESULT) is not None
 
 
-def test_the_same_id_under_two_contracts_is_two_jobs(store: JobStore) -> None:
-    for contract in ("sa3", "aiml"):
-        add(store, id="same", contract=contract)
-    store.cancel("aiml", "same")
-    assert [store.get(contract, "same").state for contract in ("sa3", "aiml")] == ["queued", "cancelled"]  # type: ignore[union-attr]
+def test_the_same_id_under_other_contracts_and_clients_is_another_job(store: JobStore) -> None:
+    own = {"id": "same", "contract": "sa3", "client": "one", "id_is_chosen": True}
+    jobs = [add(store, **own | other) for other in ({}, {"contract": "aiml"}, {"client": "two"}, {"client": ""})]
+    store.cancel(jobs[1].spec.ref)
+    assert store.renew("me", lease_s=15, refs=[job.spec.ref for job in jobs]) == []
+    first = lease(store)
+    assert [held.ref for held in store.renew("me", lease_s=15, refs=[job.spec.ref for job in jobs])] == [first.spec.ref]
+    store.succeed(first, RESULT)
+    assert [find(store, job).state for job in jobs] == ["succeeded", "cancelled", "queued", "queued"]
+    assert [job.spec.ref for job in store.find_all("same")] == [job.spec.ref for job in jobs]
+
+
+def test_only_an_id_that_nobody_chose_is_enough_to_find_a_job(store: JobStore) -> None:
+    add(store, id="1" * 32, client="one", id_is_chosen=True)
+    made = add(store, client="one")
+    assert store.find_unguessable("sa3", "1" * 32) is None
+    assert store.find_unguessable("aiml", made.spec.id) is None
+    add(store, id=made.spec.id, client="two", id_is_chosen=True)
+    assert store.find_unguessable("sa3", made.spec.id) == made
 
 
 class TestRepeatedRequests:
@@ -112,7 +131,7 @@ class TestRepeatedRequests:
         again = make_spec(fingerprint="same", **{"id": {"id": first.spec.id}, "key": {"idempotency_key": "k"}}[by])
         repeated = store.add(again)
         assert (repeated.job, repeated.is_new) == (first, False)
-        store.cancel("sa3", first.spec.id)
+        store.cancel(first.spec.ref)
         repeated = store.add(again)
         assert (repeated.job.state, repeated.is_new) == ("cancelled", False)
         assert store.counts() == {"cancelled": 1}
@@ -136,11 +155,6 @@ class TestRepeatedRequests:
         for contract, client in (("sa3", "one"), ("sa3", "two"), ("fal", "one"), ("sa3", "")):
             add(store, contract=contract, client=client, idempotency_key="k", fingerprint="same")
         assert store.counts() == {"queued": 4}
-
-    def test_an_id_of_another_client_stays_that_clients(self, store: JobStore) -> None:
-        add(store, id="1" * 32, client="one", fingerprint="same")
-        with pytest.raises(ConflictError):
-            store.add(make_spec(id="1" * 32, client="two", fingerprint="same"))
 
     def test_are_answered_when_the_queue_is_full(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=1))
@@ -192,7 +206,7 @@ class TestRoom:
         spec = make_spec(idempotency_key="k", fingerprint="f")
         with pytest.raises(OverloadedError):
             store.add(spec)
-        assert store.get("sa3", spec.id) is None
+        assert store.get(spec.ref) is None
         lease(store)
         assert store.add(spec).is_new
 
@@ -222,15 +236,32 @@ class TestListing:
 
     def test_one_state_only(self, store: JobStore) -> None:
         ended, waiting = add(store), add(store)
-        store.cancel("sa3", ended.spec.id)
+        store.cancel(ended.spec.ref)
         assert [job.spec.id for job in store.list_own("sa3", "", state="queued").jobs] == [waiting.spec.id]
         assert [job.spec.id for job in store.list_own("sa3", "", state="cancelled").jobs] == [ended.spec.id]
         assert store.list_own("sa3", "", state="failed").jobs == ()
 
-    @pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "9" * 30, "1'", "\x00", "０"])
+    @pytest.mark.parametrize("cursor", ["", "x", "-1", "1", "9" * 30, "1'", "\x00", "０"])
     def test_a_cursor_that_was_never_given_is_refused(self, store: JobStore, cursor: str) -> None:
-        with pytest.raises(ValueError, match="cursor"):
+        add(store)
+        with pytest.raises(InvalidRequestError, match="cursor") as caught:
             store.list_own("sa3", "", cursor=cursor)
+        assert caught.value.field == "cursor"
+
+    def test_a_cursor_of_another_client_is_like_one_that_was_never_given(self, store: JobStore) -> None:
+        jobs = [add(store, client=client, contract=contract) for client, contract in (("one", "sa3"), ("two", "fal"))]
+        messages = []
+        for cursor in (*(job.spec.id for job in jobs), "nothing"):
+            with pytest.raises(InvalidRequestError) as caught:
+                store.list_own("sa3", "two", cursor=cursor)
+            messages.append(caught.value.message)
+        assert len(set(messages)) == 1
+
+    def test_a_cursor_says_nothing_of_other_clients(self, store: JobStore) -> None:
+        for _ in range(30):
+            add(store, client="two")
+        own = [add(store, client="one", id=f"{number:032x}") for number in (7, 8)]
+        assert store.list_own("sa3", "one", limit=1).next_cursor == own[1].spec.id
 
 
 class TestEvents:
@@ -240,13 +271,13 @@ class TestEvents:
         add(store)
         job = add(store)
         wall.now += 5
-        store.cancel("sa3", leased_ids(store, 1)[0])
+        store.cancel(ref(leased_ids(store, 1)[0]))
         leased = lease(store)
         wall.now += 1
         report(store, leased, stage="generating", fraction=0.5, eta_s=2.5)
         wall.now += 1
         store.succeed(leased, RESULT)
-        events = store.events("sa3", job.spec.id)
+        events = store.events(job.spec.ref)
         assert [(event.stage, event.fraction, event.eta_s) for event in events] == [
             ("queued", 0, None),
             ("started", 0, None),
@@ -266,22 +297,24 @@ class TestEvents:
         leased = lease(store)
         for step in range(4):
             report(store, leased, stage="generating", fraction=step / 4)
-        events = store.events("sa3", job.spec.id)
-        assert [event.id for event in events] == sorted({event.id for event in events})
+            add(store)  # whose events are not counted
+        events = store.events(job.spec.ref)
+        assert [event.id for event in events] == [1, 2, 3, 4, 5, 6]
         for index, event in enumerate(events):
-            assert store.events("sa3", job.spec.id, after=event.id) == events[index + 1 :]
+            assert store.events(job.spec.ref, after=event.id) == events[index + 1 :]
 
     @pytest.mark.parametrize("after", [-1, -(2**70), 2**31, 2**63 - 1, 2**63, 10**40])
     def test_after_any_number(self, store: JobStore, after: int) -> None:
         job = add(store)
-        assert len(store.events("sa3", job.spec.id, after=after)) == (1 if after < 0 else 0)
+        assert len(store.events(job.spec.ref, after=after)) == (1 if after < 0 else 0)
 
     def test_are_of_one_job_only(self, store: JobStore) -> None:
         one, other = add(store, contract="fal"), add(store)
-        store.cancel("fal", one.spec.id)
-        assert [event.message for event in store.events("sa3", other.spec.id)] == ["queued"]
-        assert [event.message for event in store.events("fal", one.spec.id)] == ["queued", "cancelled"]
-        assert store.events("sa3", one.spec.id) == ()
+        store.cancel(one.spec.ref)
+        assert [event.message for event in store.events(other.spec.ref)] == ["queued"]
+        assert [event.message for event in store.events(one.spec.ref)] == ["queued", "cancelled"]
+        assert store.events(ref(one.spec.id)) == ()
+        assert store.events(ref(one.spec.id, contract="fal", client="x")) == ()
 
 
 class TestCancelling:
@@ -289,25 +322,25 @@ class TestCancelling:
 
     def test_a_waiting_job_ends_at_once(self, store: JobStore) -> None:
         job = add(store)
-        outcome, ended = store.cancel("sa3", job.spec.id)
+        outcome, ended = store.cancel(job.spec.ref)
         assert outcome == "removed"
         assert ended is not None
         assert (ended.state, ended.started_at) == ("cancelled", None)
         assert ended.error is not None
         assert ended.error.code == "cancelled"
         assert store.lease("me", lease_s=15) is None
-        assert store.cancel("sa3", job.spec.id) == ("already_over", ended)
+        assert store.cancel(job.spec.ref) == ("already_over", ended)
 
     def test_a_running_job_is_asked_to_stop(self, store: JobStore) -> None:
         job = add(store)
         leased = lease(store)
-        assert [held.cancel_requested for held in store.renew("me", lease_s=15, job_ids=[job.spec.id])] == [False]
-        outcome, asked = store.cancel("sa3", job.spec.id)
+        assert [held.cancel_requested for held in store.renew("me", lease_s=15, refs=[job.spec.ref])] == [False]
+        outcome, asked = store.cancel(job.spec.ref)
         assert outcome == "requested"
         assert asked is not None
         assert (asked.state, asked.cancel_requested) == ("running", True)
-        assert [held.cancel_requested for held in store.renew("me", lease_s=15, job_ids=[job.spec.id])] == [True]
-        assert store.cancel("sa3", job.spec.id) == ("requested", asked)
+        assert [held.cancel_requested for held in store.renew("me", lease_s=15, refs=[job.spec.ref])] == [True]
+        assert store.cancel(job.spec.ref) == ("requested", asked)
         ended = store.stop(leased)
         assert ended is not None
         assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")
@@ -316,13 +349,13 @@ class TestCancelling:
         job = add(store)
         lease(store)
         for _ in range(3):
-            store.cancel("sa3", job.spec.id)
-        messages = [event.message for event in store.events("sa3", job.spec.id)]
+            store.cancel(job.spec.ref)
+        messages = [event.message for event in store.events(job.spec.ref)]
         assert messages == ["queued", "started", "cancellation requested"]
 
     def test_an_unknown_job_cannot_be_cancelled(self, store: JobStore) -> None:
         add(store, id="one", contract="fal")
-        assert store.cancel("sa3", "one") == ("unknown", None)
+        assert store.cancel(ref("one")) == ("unknown", None)
 
 
 class TestPublishedFiles:

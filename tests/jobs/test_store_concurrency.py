@@ -108,7 +108,7 @@ def test_changes_to_many_jobs_never_wait_for_each_other_in_a_circle(database: Da
     store = JobStore(database, _MANY)
     jobs = [lease(store) for job in [add(store) for _ in range(20)]]
     reports = [Report(job, "denoising", 0.5) for job in jobs]
-    renew = partial(store.renew, "me", lease_s=60, job_ids=[job.spec.id for job in jobs])
+    renew = partial(store.renew, "me", lease_s=60, refs=[job.spec.ref for job in jobs])
     for _ in range(30):
         forwards, backwards, held = at_once(
             [partial(store.report, reports), partial(store.report, reports[::-1]), renew]
@@ -180,15 +180,13 @@ def test_a_cancelled_job_never_starts_and_a_started_one_hears_of_it(database: Da
     store = JobStore(database, _MANY)
     for _ in range(8):
         job = add(store)
-        leased, (outcome, _) = at_once(
-            [partial(store.lease, "me", lease_s=60), partial(store.cancel, "sa3", job.spec.id)]
-        )
+        leased, (outcome, _) = at_once([partial(store.lease, "me", lease_s=60), partial(store.cancel, job.spec.ref)])
         if outcome == "removed":
             assert leased is None
             assert find(store, job).state == "cancelled"
         else:
             assert outcome == "requested"
-            renewed = store.renew("me", lease_s=60, job_ids=[job.spec.id])
+            renewed = store.renew("me", lease_s=60, refs=[job.spec.ref])
             assert [held.cancel_requested for held in renewed] == [True]
             store.stop(leased)
 
@@ -199,10 +197,10 @@ def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database
         add(store)
         job = lease(store)
         store.fail(job, ERROR, is_dead_letter=True)
-        retried, _ = at_once([partial(store.retry, "sa3", job.spec.id), partial(store.purge, age_s=0)])
-        found = store.get("sa3", job.spec.id)
+        retried, _ = at_once([partial(store.retry, job.spec.ref), partial(store.purge, age_s=0)])
+        found = store.get(job.spec.ref)
         assert (None if found is None else found.state) == ("queued" if retried else None)
-        store.cancel("sa3", job.spec.id)
+        store.cancel(job.spec.ref)
 
 
 def test_whatever_runners_do_every_job_ends_once(database: Database) -> None:

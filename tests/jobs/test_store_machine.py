@@ -26,7 +26,7 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.job import Job, JobSpec, JobUpload
+from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, JobUpload
 from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.store import JobStore
 from stable_audio_serve.jobs.tables import METADATA
@@ -42,7 +42,6 @@ _MAX_ATTEMPTS = 3
 _AGE_S = 50.0
 
 _OVER = ("succeeded", "failed", "cancelled")
-_Key = tuple[str, str]
 
 
 @dataclass
@@ -107,9 +106,9 @@ class StoreMachine(RuleBasedStateMachine):
             for table in reversed(METADATA.sorted_tables):
                 connection.execute(sa.delete(table))
         self.turn_of_store = 0
-        self.jobs: dict[_Key, Expected] = {}
-        self.ends: dict[_Key, Job] = {}  # as they were first seen
-        self.files: dict[str, _Key | None] = {}  # by id, of every result anybody tried to commit
+        self.jobs: dict[JobRef, Expected] = {}
+        self.ends: dict[JobRef, Job] = {}  # as they were first seen
+        self.files: dict[str, JobRef | None] = {}  # by id, of every result anybody tried to commit
         self.num_jobs = 0
         self.leases: list[Job] = []  # every one there ever was
 
@@ -132,7 +131,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def held(self, job: Job) -> Expected | None:
         """The model of a leased job, if that lease is its current one."""
-        expected = self.jobs.get((job.spec.contract, job.spec.id))
+        expected = self.jobs.get(job.spec.ref)
         lease = job.lease
         if expected is None or expected.state != "running" or lease is None:
             return None
@@ -158,7 +157,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(
         contract=st.sampled_from(["sa3", "sa3", "sa3", "fal"]),
-        client=st.sampled_from(["k", "k", "k", ""]),
+        client=st.sampled_from(["k", "k", "k", "l", ""]),
         own_id=st.sampled_from([None, "1", "2"]),
         key=st.sampled_from([None, "x", "y"]),
         fingerprint=st.sampled_from(["f", "f", "f", "g", ""]),
@@ -194,13 +193,11 @@ class StoreMachine(RuleBasedStateMachine):
             if key is not None
             and (job.spec.contract, job.spec.client, job.spec.idempotency_key) == (contract, client, key)
         ]
-        same_id = [self.jobs[contract, spec.id]] if (contract, spec.id) in self.jobs else []
+        same_id = [self.jobs[spec.ref]] if spec.ref in self.jobs else []
         earlier = same_key + same_id
         queued = [job.spec.client for job in self.jobs.values() if job.state == "queued"]
         if earlier:
-            is_repeat = fingerprint and all(
-                (job.spec.fingerprint, job.spec.client) == (fingerprint, client) for job in earlier
-            )
+            is_repeat = fingerprint and all(job.spec.fingerprint == fingerprint for job in earlier)
             if is_repeat and all(job is earlier[0] for job in earlier):
                 added = self.store.add(spec)
                 assert not added.is_new
@@ -219,7 +216,7 @@ class StoreMachine(RuleBasedStateMachine):
             added = self.store.add(spec)
             assert added.is_new
             start_before = None if start_within_s is None else self.now + start_within_s
-            self.jobs[contract, spec.id] = Expected(spec, self.num_jobs, self.now, self.now, start_before)
+            self.jobs[spec.ref] = Expected(spec, self.num_jobs, self.now, self.now, start_before)
 
     @precondition(lambda self: self.jobs)
     @rule(back=_recent, is_running=st.booleans())
@@ -228,7 +225,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.cancel_job(held or self.pick(back))
 
     def cancel_job(self, job: Expected) -> None:
-        outcome, found = self.store.cancel(job.spec.contract, job.spec.id)
+        outcome, found = self.store.cancel(job.spec.ref)
         assert found is not None
         if job.state == "queued":
             assert outcome == "removed"
@@ -290,9 +287,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(owner=_owners)
     def renew(self, owner: str) -> None:
         mine = [job for job in self.jobs.values() if job.owner == owner]
-        renewed = self.store.renew(owner, lease_s=_LEASE_S, job_ids={job.spec.id for job in self.jobs.values()})
-        held = {(one.contract, one.id, one.fence, one.cancel_requested) for one in renewed}
-        assert held == {(job.spec.contract, job.spec.id, job.fence, job.cancel_requested) for job in mine}
+        renewed = self.store.renew(owner, lease_s=_LEASE_S, refs={job.spec.ref for job in self.jobs.values()})
+        held = {(one.ref, one.fence, one.cancel_requested) for one in renewed}
+        assert held == {(job.spec.ref, job.fence, job.cancel_requested) for job in mine}
         for job in mine:
             job.lease_until = self.now + _LEASE_S
 
@@ -346,7 +343,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.files.setdefault(result.file_id, None)
         if job is not None:
             job.end("succeeded", self.now)
-            self.files[result.file_id] = (leased.spec.contract, leased.spec.id)
+            self.files[result.file_id] = leased.spec.ref
 
     def put_back(self, leased: Job, job: Expected | None, *, attempts: int, delay_s: float) -> None:
         put_back = self.store.requeue(leased, delay_s=delay_s, attempts=attempts, message="x")
@@ -379,13 +376,13 @@ class StoreMachine(RuleBasedStateMachine):
     def retry(self, back: int) -> None:
         dead = [job for job in self.jobs.values() if job.is_dead_letter]
         job = dead[0] if dead else self.pick(back)
-        retried = self.store.retry(job.spec.contract, job.spec.id)
+        retried = self.store.retry(job.spec.ref)
         assert (retried is not None) == job.is_dead_letter
         if job.is_dead_letter:
             job.wait()
             job.attempts, job.not_before, job.completed_at, job.error = 0, self.now, None, None
             job.is_dead_letter = job.cancel_requested = job.is_told = False
-            self.ends.pop((job.spec.contract, job.spec.id), None)
+            self.ends.pop(job.spec.ref, None)
 
     @rule(limit=st.sampled_from([1, 100]), seconds=st.sampled_from([0.0, _AGE_S]))
     def purge(self, limit: int, seconds: float) -> None:
@@ -426,7 +423,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_as_expected(self) -> None:
-        stored = {(job.spec.contract, job.spec.id): job for job in self.store.list_all(limit=1000)}
+        stored = {job.spec.ref: job for job in self.store.list_all(limit=1000)}
         assert {key: view(job) for key, job in stored.items()} == {key: job.view() for key, job in self.jobs.items()}
         for key, job in stored.items():
             if job.is_over:
@@ -435,7 +432,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for job in self.jobs.values():
-            events = self.store.events(job.spec.contract, job.spec.id)
+            events = self.store.events(job.spec.ref)
             assert [event.id for event in events] == sorted({event.id for event in events})
             assert [event.message for event in events].count("started") == job.fence
         for file_id, owner in self.files.items():
@@ -450,7 +447,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(self.store.unreferenced(sorted(uploads))) == uploads - needed
         due = [job for job in self.jobs.values() if job.state == "queued"]
         for position, job in enumerate(sorted(due, key=lambda job: job.turn)):
-            found = self.store.get(job.spec.contract, job.spec.id)
+            found = self.store.get(job.spec.ref)
             assert found is not None
             before = [other for other in due if other.turn < job.turn and other.spec.model == job.spec.model]
             assert self.store.position(found) == len(before) <= position

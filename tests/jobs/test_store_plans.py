@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.store import JobStore
 from stable_audio_serve.jobs.tables import JOBS
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, report, result_of
+from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, ref, report, result_of
 
 pytestmark = pytest.mark.slow
 
@@ -84,17 +84,19 @@ def faults(plan: str, *, is_sqlite: bool) -> list[str]:
 CALLS: dict[str, Callable[[JobStore], Any]] = {
     "add": lambda store: store.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
     "add again": lambda store: store.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
-    "get": lambda store: store.get("sa3", "x"),
-    "list": lambda store: store.list_own("sa3", "", cursor="15000"),
+    "get": lambda store: store.get(ref("x")),
+    "get by a link": lambda store: store.find_unguessable("sa3", "x"),
+    "get as an operator": lambda store: store.find_all("x"),
+    "list": lambda store: store.list_own("sa3", "", cursor=add(store).spec.id),
     "list of a state": lambda store: store.list_own("sa3", "k", state="failed"),
-    "events": lambda store: store.events("sa3", "x", after=5),
+    "events": lambda store: store.events(ref("x"), after=5),
     "position": lambda store: store.position(add(store)),
-    "cancel": lambda store: store.cancel("sa3", add(store).spec.id),
+    "cancel": lambda store: store.cancel(add(store).spec.ref),
     "find file": lambda store: store.find_file("x"),
     "lease": lambda store: lease(store),
     "lease of models": lambda store: lease(store, models=["demo", "other"]),
     "lease of another model": lambda store: store.lease("me", lease_s=1, models=["other"]),
-    "renew": lambda store: store.renew("busy", lease_s=15, job_ids=[f"{n:032x}" for n in range(64)]),
+    "renew": lambda store: store.renew("busy", lease_s=15, refs=[ref(f"{n:032x}") for n in range(64)]),
     "reclaim": lambda store: store.reclaim(max_attempts=3),
     "report": lambda store: report(store, lease(store), stage="x", fraction=0.5),
     "succeed": lambda store: (lambda job: store.succeed(job, result_of(job)))(lease(store)),
@@ -103,7 +105,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "expire": lambda store: store.expire(),
     "look": lambda store: store.look("busy"),
     "dead letters": lambda store: store.list_all(dead_letters=True),
-    "retry": lambda store: store.retry("sa3", "x"),
+    "retry": lambda store: store.retry(ref("x")),
     "unreferenced": lambda store: store.unreferenced([f"uploads/{number}" for number in range(50)]),
     "purge": lambda store: store.purge(age_s=1_000_000),
     "claim a webhook": lambda store: Outbox(store.database).claim(for_s=10),

@@ -27,6 +27,7 @@ from tests.jobs.stores import (
     lease,
     leased_ids,
     postgres_with_tables,
+    ref,
     result_of,
     store,
     store_url,
@@ -54,7 +55,7 @@ class TestOperators:
         jobs = [add(store, contract=contract, client=contract) for contract in ("sa3", "fal", "aiml")]
         assert store.list_all() == jobs[::-1]
         assert store.list_all(limit=2) == jobs[:0:-1]
-        store.cancel("fal", jobs[1].spec.id)
+        store.cancel(jobs[1].spec.ref)
         assert [job.spec.id for job in store.list_all(state="cancelled")] == [jobs[1].spec.id]
         assert store.counts() == {"queued": 2, "cancelled": 1}
 
@@ -67,7 +68,7 @@ class TestOperators:
     def test_let_a_dead_letter_start_over(self, store: JobStore, wall: Wall) -> None:
         dead = dead_letter(store, start_within_s=5.0, webhook_url="https://a.example/")
         wall.now += 100
-        retried = store.retry("sa3", dead.spec.id)
+        retried = store.retry(dead.spec.ref)
         assert retried == find(store, dead)
         assert (retried.state, retried.attempts, retried.error, retried.completed_at) == ("queued", 0, None, None)
         assert not retried.is_dead_letter
@@ -81,18 +82,18 @@ class TestOperators:
 
     def test_cannot_retry_anything_else(self, store: JobStore) -> None:
         waiting, failed = add(store), add(store)
-        store.cancel("sa3", waiting.spec.id)
+        store.cancel(waiting.spec.ref)
         store.fail(lease(store), ERROR)
         before = (find(store, waiting), find(store, failed))
-        assert [store.retry("sa3", job_id) for job_id in (waiting.spec.id, failed.spec.id, "other")] == [None] * 3
+        assert [store.retry(one) for one in (waiting.spec.ref, failed.spec.ref, ref("other"))] == [None] * 3
         assert (find(store, waiting), find(store, failed)) == before
 
     def test_a_retry_forgets_that_it_was_to_be_cancelled(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
-        store.cancel("sa3", job.spec.id)
+        store.cancel(job.spec.ref)
         store.fail(job, ERROR, is_dead_letter=True)
-        store.retry("sa3", job.spec.id)
+        store.retry(job.spec.ref)
         assert lease(store).cancel_requested is False
 
 
@@ -114,8 +115,8 @@ class TestRetention:
         later = add(store)
         wall.now += 50
         assert sorted(store.purge(age_s=120)) == sorted(["uploads/old", result_of(ended).file.key])
-        assert store.get("sa3", old.spec.id) is None
-        assert store.events("sa3", old.spec.id) == ()
+        assert store.get(old.spec.ref) is None
+        assert store.events(old.spec.ref) == ()
         assert store.find_file(result_of(ended).file_id) is None
         assert find(store, waiting).state == "succeeded"
         assert store.find_file(result_of(young).file_id) is not None
@@ -124,7 +125,7 @@ class TestRetention:
 
     def test_a_purged_id_may_be_used_again(self, store: JobStore, wall: Wall) -> None:
         job = add(store, id="1" * 32, idempotency_key="k", fingerprint="f")
-        store.cancel("sa3", job.spec.id)
+        store.cancel(job.spec.ref)
         wall.now += 10
         store.purge(age_s=5)
         add(store, id="1" * 32, idempotency_key="k", fingerprint="other")
@@ -133,7 +134,7 @@ class TestRetention:
         jobs = []
         for number in range(5):
             jobs.append(add(store, upload=upload(f"uploads/{number}")))
-            store.cancel("sa3", jobs[-1].spec.id)
+            store.cancel(jobs[-1].spec.ref)
             wall.now += 1
         wall.now += 100
         batches = [store.purge(age_s=60, limit=2) for _ in range(4)]
@@ -143,8 +144,8 @@ class TestRetention:
 
     def test_jobs_without_files_do_not_hide_that_there_is_more(self, store: JobStore, wall: Wall) -> None:
         for _ in range(3):
-            store.cancel("sa3", add(store).spec.id)
-        store.cancel("sa3", add(store, upload=upload("uploads/last")).spec.id)
+            store.cancel(add(store).spec.ref)
+        store.cancel(add(store, upload=upload("uploads/last")).spec.ref)
         wall.now += 100
         assert store.purge(age_s=60, limit=1) == ["uploads/last"]
         assert (store.counts(), store.purge(age_s=60, limit=1)) == ({}, [])
@@ -167,7 +168,7 @@ class TestRetention:
     def test_a_retried_dead_letter_stays(self, store: JobStore, wall: Wall) -> None:
         dead = dead_letter(store)
         wall.now += 100
-        store.retry("sa3", dead.spec.id)
+        store.retry(dead.spec.ref)
         assert store.purge(age_s=60) == []
         assert find(store, dead).state == "queued"
 
@@ -242,7 +243,7 @@ class TestOutbox:
             case "stop":
                 store.stop(lease(store))
             case "cancel":
-                store.cancel("sa3", job.spec.id)
+                store.cancel(job.spec.ref)
             case "expire":
                 wall.now += 2
                 store.expire()
@@ -264,7 +265,7 @@ class TestOutbox:
         dead = dead_letter(store, webhook_url="https://a.example/")
         notices = [claim(outbox)]
         for end in (lambda job: store.fail(job, ERROR, is_dead_letter=True), lambda job: store.succeed(job, RESULT)):
-            assert store.retry("sa3", dead.spec.id) is not None
+            assert store.retry(dead.spec.ref) is not None
             end(lease(store))
             notices.append(claim(outbox))
             outbox.settle(notices[-2])  # the older one arrived only now
@@ -321,8 +322,8 @@ class TestUnreadableJobs:
         wall.now += LEASE_S
         assert [job.state for job in store.reclaim(max_attempts=1)] == ["failed", "failed"]
         assert [claim(Outbox(store.database)).job.is_readable for _ in range(2)] == [False, True]
-        assert store.retry("sa3", bad.spec.id) is not None
-        assert store.cancel("sa3", bad.spec.id)[0] == "removed"
+        assert store.retry(bad.spec.ref) is not None
+        assert store.cancel(bad.spec.ref)[0] == "removed"
 
     def test_a_result_that_cannot_be_read_is_none(self, store: JobStore) -> None:
         add(store)

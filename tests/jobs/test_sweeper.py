@@ -171,7 +171,7 @@ async def test_old_jobs_and_published_files_go_with_their_files(premises: Premis
     premises.late_s = 7 * 24 * HOUR + 1
     swept = await premises.sweep(orphan_after_s=30 * 24 * HOUR)
     assert swept.num_old == 3  # an upload that is gone already counts as removed
-    assert await premises.queue.get("sa3", job.spec.id) is None
+    assert await premises.queue.get(job.spec.ref) is None
     assert await premises.queue.find_file(file_id) is None
     assert later.key in premises.names()
     assert not any(job.spec.id in name or name.startswith("files/") for name in premises.names())

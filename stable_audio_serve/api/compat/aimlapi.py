@@ -31,7 +31,7 @@ from stable_audio_serve.api.routing import ExpectedError, route_class
 from stable_audio_serve.api.service import Service, retry_after_header
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
-from stable_audio_serve.jobs.job import Job, JobSpec, State
+from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
 TAG = "AIML API"
 MODEL = "stable-audio"  # the one model there; here an alias of a configured one
@@ -176,7 +176,8 @@ def build_router(service: Service) -> APIRouter:
         request: Request, generation_id: Annotated[str, Query(description="As the submission gave it.")]
     ) -> AimlGeneration:
         """A generation as it is now, with its file once it is completed."""
-        job = await jobs.get("aiml", unquote(generation_id))  # some clients encode its colon twice
+        ref = JobRef("aiml", request.state.client, unquote(generation_id))  # some clients encode its colon twice
+        job = await jobs.get(ref)
         if job is None:
             raise HTTPException(404, "generation_id: no such generation")
         return _describe(job, base_url(request, service.settings.api))

@@ -40,14 +40,14 @@ class JobProgressEvent(JobProgress):
 
 
 async def stream_events(
-    jobs: JobQueue, job: Job, *, url: str, after: int, draining: Draining
+    jobs: JobQueue, job: Job, *, base: str, after: int, draining: Draining
 ) -> AsyncIterator[ServerSentEvent]:
     """`progress` events behind the one with the id `after`, and one `end` event with the job's status."""
     async for change in follow(jobs, job, draining=draining, after=after):
         for event in change.events:
             yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
         if change.job.is_over:
-            status = await asyncio.to_thread(describe, change.job, jobs.artifacts, url=url)
+            status = await asyncio.to_thread(describe, change.job, jobs.artifacts, base=base)
             yield _sse(status, kind=END, event_id=END)
         elif change.position is not None or not change.events:
             yield _sse(_of_now(change), kind="progress")

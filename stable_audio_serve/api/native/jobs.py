@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -18,13 +19,13 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stream_events
 from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
-from stable_audio_serve.api.native.status import JobPage, JobStatus, describe, job_url
+from stable_audio_serve.api.native.status import JobPage, JobStatus, describe, jobs_base
 from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.errors import ConflictError
-from stable_audio_serve.jobs.job import Job, State
+from stable_audio_serve.core.errors import ConflictError, InvalidRequestError
+from stable_audio_serve.jobs.job import Job, JobRef, State
 
 TAG = "Stable Audio 3 jobs"
 
@@ -65,11 +66,10 @@ def build_router(service: Service) -> APIRouter:
     path = "/jobs/{job_id:job_id}"
 
     async def statuses_of(request: Request, found: Sequence[Job], *, position: int | None = None) -> list[JobStatus]:
+        base = jobs_base(request, limits=limits)
+
         def describe_all() -> list[JobStatus]:
-            return [
-                describe(job, jobs.artifacts, url=job_url(request, job.spec.id, limits=limits), position=position)
-                for job in found
-            ]
+            return [describe(job, jobs.artifacts, base=base, position=position) for job in found]
 
         if any(job.result is not None for job in found):  # signing a link may wait for credentials
             return await asyncio.to_thread(describe_all)
@@ -84,25 +84,29 @@ def build_router(service: Service) -> APIRouter:
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of one page.")] = 20,
         cursor: Annotated[
-            str | None, Query(pattern="^[0-9]{1,18}$", description="`next_cursor` of the page before.")
+            str | None, Query(pattern="^[0-9a-f]{32}$", description="`next_cursor` of the page before.")
         ] = None,
         status: Annotated[State | None, Query(description="Only jobs with this status.")] = None,
     ) -> JobPage:
         """The jobs of the caller's key, newest first. Places in the queue are told of one job at a time only."""
-        page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
+        try:
+            page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
+        except InvalidRequestError as error:
+            fault = {"type": "value_error", "loc": ("query", error.field), "msg": error.message, "input": cursor}
+            raise RequestValidationError([fault]) from error
         return JobPage(jobs=await statuses_of(request, page.jobs), next_cursor=page.next_cursor)
 
     @router.get(path, responses=_READ_RESPONSES)
     async def show_job(request: Request, job_id: str) -> JobStatus:
         """How far a job is and, once it has succeeded, where its audio is."""
-        job = _require(await jobs.get(CONTRACT, job_id))
+        job = _require(await jobs.get(_ref(request, job_id)))
         position = await jobs.position(job) if job.state == "queued" else None
         return await status_of(request, job, position=position)
 
     @router.delete(path, responses=_CANCEL_RESPONSES)
     async def cancel_job(request: Request, response: Response, job_id: str) -> JobStatus:
         """Cancel a job: at once while it waits, within one denoising step while it runs."""
-        outcome, found = await jobs.cancel(CONTRACT, job_id)
+        outcome, found = await jobs.cancel(_ref(request, job_id))
         job = _require(found)
         note(request.scope, job_id=job.spec.id, outcome=outcome)
         if outcome == "already_over":
@@ -118,12 +122,12 @@ def build_router(service: Service) -> APIRouter:
     )
     async def stream(request: Request, job_id: str, last_event_id: LastEventId = None) -> Response:
         """What happens to a job, as server-sent events until it is over. A lost stream goes on where it broke off."""
-        job = _require(await jobs.get(CONTRACT, job_id))
+        job = _require(await jobs.get(_ref(request, job_id)))
         if last_event_id == END:
             return Response(status_code=204)  # what a browser takes as: do not come again
-        url = job_url(request, job.spec.id, limits=limits)
+        base = jobs_base(request, limits=limits)
         after = int(last_event_id or 0)
-        return service.streams.open(stream_events(jobs, job, url=url, after=after, draining=service.draining))
+        return service.streams.open(stream_events(jobs, job, base=base, after=after, draining=service.draining))
 
     links = APIRouter(route_class=public_route_class(render_error))
 
@@ -132,16 +136,21 @@ def build_router(service: Service) -> APIRouter:
         "/jobs/{job_id:hex_id}/audio", summary="Download Job Audio", response_class=Response, responses=_AUDIO_RESPONSES
     )
     async def download(request: Request, job_id: str) -> Response:
-        """A finished job's file. Like every link that is handed out it needs no key."""
+        """A finished job's file, for whoever has its id; where the client chose that, with its key only."""
         if jobs.artifacts.backend_name != "local":
             raise HTTPException(404, "the audio lies in a bucket: see download_url of the job")
-        job = _require(await jobs.get(CONTRACT, job_id))
+        job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
+        job = _require(job or await jobs.find_unguessable(CONTRACT, job_id))
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
         return await file_answer(request, jobs, job.result.file)
 
     router.include_router(links)
     return router
+
+
+def _ref(request: Request, job_id: str) -> JobRef:
+    return JobRef(CONTRACT, request.state.client, job_id)
 
 
 def _require(job: Job | None) -> Job:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
-from stable_audio_serve.api.links import base_url
+from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
-from stable_audio_serve.jobs.job import Job, Mode, State
+from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, Mode, State
 
 _TICKET: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
@@ -96,15 +96,20 @@ class JobPage(BaseModel):
     next_cursor: str | None = Field(description="Leads to the next page; null = there are no older ones.")
 
 
-def job_url(request: Request, job_id: str, *, limits: ApiSettings) -> str:
-    """Where to ask about a job: on the host and below the prefix that this caller used."""
+def jobs_base(request: Request, *, limits: ApiSettings) -> str:
+    """Where jobs and their files are found: on the host and below the prefix that this caller used."""
     path: str = request.scope["path"]
     prefix = path.removeprefix(request.scope.get("root_path", "")).rpartition("/jobs")[0]
-    return f"{base_url(request, limits)}{prefix}/jobs/{job_id}"
+    return f"{base_url(request, limits)}{prefix}"
 
 
-def describe(job: Job, files: ArtifactStore, *, url: str, position: int | None = None) -> JobStatus:
-    """The job as it is; `url` is its own, `position` a queued one's place in the queue where that was asked for.
+def job_url(base: str, job_id: str) -> str:
+    """Where to ask about a job; `base` is of `jobs_base`."""
+    return f"{base}/jobs/{job_id}"
+
+
+def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None = None) -> JobStatus:
+    """The job as it is; `base` is of `jobs_base`, `position` a queued one's place in the queue where it was asked for.
 
     Links to local files lead to us, those to a bucket lead there. Blocking: for worker threads. Raises StorageError.
     """
@@ -120,7 +125,7 @@ def describe(job: Job, files: ArtifactStore, *, url: str, position: int | None =
         created_at=iso(job.created_at),
         started_at=iso(job.started_at) if job.started_at else None,
         completed_at=iso(job.completed_at) if job.completed_at else None,
-        download_url=files.url(result.file) or f"{url}/audio" if result else None,
+        download_url=files.url(result.file) or _audio_url(base, job.spec, result) if result else None,
         download_content_type=result.file.media_type if result else None,
         error=job.error.message if job.error else None,
         storage_backend=files.backend_name,
@@ -130,6 +135,11 @@ def describe(job: Job, files: ArtifactStore, *, url: str, position: int | None =
         attempts=job.attempts,
         priority=job.spec.request.priority,
     )
+
+
+def _audio_url(base: str, spec: JobSpec, result: JobResult) -> str:
+    """A link that needs no key: of a job whose id may be guessed, because its client chose it, it does not have it."""
+    return file_url(base, result) if spec.id_is_chosen else f"{job_url(base, spec.id)}/audio"
 
 
 def progress_of(job: Job, *, position: int | None) -> JobProgress:

@@ -29,7 +29,7 @@ from stable_audio_serve.api.native.schemas import (
     JobVariationForm,
     ValidationErrors,
 )
-from stable_audio_serve.api.native.status import JobTicket, job_url
+from stable_audio_serve.api.native.status import JobTicket, job_url, jobs_base
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
@@ -136,8 +136,8 @@ class _Submission:
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
         upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
-        job_id = job_id or uuid.uuid4().hex
-        url = job_url(request, job_id, limits=settings.api)
+        base = jobs_base(request, limits=settings.api)
+        is_chosen, job_id = job_id is not None, job_id or uuid.uuid4().hex
         spec = JobSpec(
             id=job_id,
             contract=CONTRACT,
@@ -150,16 +150,16 @@ class _Submission:
             upload=upload,
             webhook_url=fields.webhook_url,
             client=request.state.client,
+            id_is_chosen=is_chosen,
             idempotency_key=key,
             fingerprint=_fingerprint(request.method, mode, fields, upload),
-            wire={"url": url},
+            wire={"base_url": base},
         )
         added = await self._service.jobs.add(spec)
         note(request.scope, job_id=added.job.spec.id)
         if not added.is_new:
             response.headers[REPLAYED] = "true"
-            url = job_url(request, added.job.spec.id, limits=settings.api)
-        return JobTicket(id=added.job.spec.id, status_url=url)
+        return JobTicket(id=added.job.spec.id, status_url=job_url(base, added.job.spec.id))
 
     async def _keep_upload(
         self, fields: _Fields, card: ModelCard, *, padding_s: float | None, mode: Mode

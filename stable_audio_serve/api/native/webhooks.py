@@ -15,5 +15,5 @@ def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
     return {
         "type": f"job.{job.state}",
         "timestamp": iso(job.completed_at or job.created_at),
-        "data": describe(job, files, url=job.spec.wire["url"]).model_dump(),
+        "data": describe(job, files, base=job.spec.wire["base_url"]).model_dump(),
     }

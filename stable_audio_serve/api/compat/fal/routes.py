@@ -37,7 +37,7 @@ from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.jobs.job import Job, JobSpec
+from stable_audio_serve.jobs.job import Job, JobRef, JobSpec
 from stable_audio_serve.jobs.webhooks import check_webhook_url
 
 TAG = "fal"
@@ -154,7 +154,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     path = f"/{APP}/requests/{{request_id}}"
 
     async def find(request: Request, response: Response, request_id: str) -> Job:
-        job = await jobs.get("fal", request_id)
+        job = await jobs.get(_ref(request, request_id))
         if job is None:
             raise HTTPException(404, f"no request {request_id[:100]!r}")
         request.state.fal_request_id = response.headers[REQUEST_ID] = request_id
@@ -168,7 +168,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         response.status_code = 200 if job.is_over else 202
         position = await jobs.position(job) if job.state == "queued" else 0
         links = targets.links_of(request, job.spec.id, limits=limits)
-        events = await jobs.events("fal", job.spec.id) if logs else None
+        events = await jobs.events(job.spec.ref) if logs else None
         return describe_status(job, links, position=position, logs=events)
 
     @router.get(
@@ -194,11 +194,15 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         return JSONResponse(output.model_dump(), headers=headers)
 
     @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)
-    async def cancel(request_id: str, response: Response) -> CancelReply:
+    async def cancel(request: Request, request_id: str, response: Response) -> CancelReply:
         """Cancel a request that is not over."""
-        outcome, _ = await jobs.cancel("fal", request_id)
+        outcome, _ = await jobs.cancel(_ref(request, request_id))
         response.status_code, reply = CANCEL_REPLIES[outcome]
         return reply
+
+
+def _ref(request: Request, request_id: str) -> JobRef:
+    return JobRef("fal", request.state.client, request_id)
 
 
 def _new_request_id(request: Request, response: Response) -> str:

@@ -27,6 +27,7 @@ from stable_audio_serve.api.links import published_url
 from stable_audio_serve.artifacts.keys import part_key
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import DamagedFileError, UploadTooLargeError
+from stable_audio_serve.core.keys import parse_key_hash
 from stable_audio_serve.jobs.queue import JobQueue
 
 MAX_PARTS = 10_000
@@ -56,7 +57,8 @@ class Tickets:
     """Writes tickets into addresses and reads them back. The secret is what all replicas know: the keys' digests."""
 
     def __init__(self, key_hashes: Sequence[str]) -> None:
-        self._serializer = URLSafeTimedSerializer("".join(sorted(key_hashes)), salt="fal-upload")
+        digests = sorted(parse_key_hash(text).digest for text in key_hashes)
+        self._serializer = URLSafeTimedSerializer("".join(digests), salt="fal-upload")
 
     def announce(self, file_name: str | None, media_type: str | None) -> Ticket:
         """A ticket for a new file."""

@@ -1,0 +1,266 @@
+"""Whose jobs are whose: every route of the application, asked with no key, a bad one, another's and the right one.
+
+The routes are the application's own, so that a new one has to say what it is before these tests pass again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.offline import OfflineBackend
+from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from tests.api.compat.serving import make_client
+from tests.api.test_jobs import wait
+from tests.backends import ToneBackend
+
+pytestmark = pytest.mark.slow
+
+# Need no key: probes, and what a link that was handed out leads to.
+OPEN = {
+    *(("GET", path) for path in ("/health", "/ready", "/files/{file_id}/{file_name}")),
+    *(("HEAD", path) for path in ("/health", "/ready", "/files/{file_id}/{file_name}")),
+    *(("PUT", f"/storage/upload/{{ticket}}{rest}") for rest in ("", "/{number}")),
+    ("POST", "/storage/upload/{ticket}/complete"),
+    ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),
+    ("POST", "/files/{file_id}/{file_name}/multipart/{ticket}/complete"),
+}
+# Needs a key where the client chose the id, and none where nobody can guess it.
+AUDIO = "/jobs/{job_id}/audio"
+
+# What names a job, by the contract it belongs to, and what names anything else.
+JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml"}
+OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
+
+ALICE, BOB = "alice-1", "bob-1"
+HASHES = [f"alice:{hash_key(ALICE)}", f"alice:{hash_key('alice-2')}", f"bob:{hash_key(BOB)}", hash_key("unnamed")]
+BODY = {"prompt": "x", "duration": 1, "steps": 2}
+MISSING = {"sa3": "e" * 32, **dict.fromkeys(("fal", "aiml"), "00000000-0000-4000-8000-000000000000")}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route as it is called: `contract` says whose job it is about, if it is about one."""
+
+    method: str
+    path: str
+    contract: str | None
+    is_query: bool
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+    @property
+    def is_open(self) -> bool:
+        return (self.method, _without_prefix(self.path)) in OPEN
+
+    @property
+    def is_audio(self) -> bool:
+        return self.path.endswith(AUDIO)
+
+    def request(self, job_id: str) -> dict[str, Any]:
+        names = {**OTHER_NAMES, **dict.fromkeys(JOB_NAMES, job_id)}
+        url = re.sub(r"{(\w+)}", lambda match: names[match[1]], self.path)
+        query = {"params": {"generation_id": job_id}} if self.is_query else {}
+        body = {"json": BODY} if self.method in ("POST", "PUT") else {}
+        return {"method": self.method, "url": url, **query, **body}
+
+
+def _without_prefix(path: str) -> str:
+    return re.sub(r"^/(sa3|saos|vllm|aiml|fal)(?=/)", "", path)
+
+
+def routes_of(app: FastAPI) -> Iterator[Route]:
+    """Every route under every method; fails for one whose names say nothing of whose it is."""
+    for found in iter_route_contexts(app.routes):
+        path = re.sub(r"{(\w+):\w+}", r"{\1}", found.path or "")
+        in_path = re.findall(r"{(\w+)}", path)
+        in_query = [name for name in JOB_NAMES if name in {one.name for one in found.dependant.query_params}]
+        unknown = set(in_path) - JOB_NAMES.keys() - OTHER_NAMES.keys()
+        assert not unknown, f"{path}: say in this test what {unknown} name"
+        (contract,) = [JOB_NAMES[name] for name in (*in_path, *in_query) if name in JOB_NAMES] or [None]
+        yield from (Route(method, path, contract, bool(in_query)) for method in sorted(found.methods or ()))
+
+
+ROUTES = sorted(set(routes_of(create_app(OfflineBackend(), Settings()))), key=str)
+OWNED = [route for route in ROUTES if route.contract]
+
+
+@dataclass
+class Site:
+    """An application with keys whose jobs all wait."""
+
+    client: httpx.AsyncClient
+    jobs: JobQueue
+    statements: list[str] = field(default_factory=list)
+    num_jobs: int = 0
+
+    async def ask(self, route: Route, key: str | None, job_id: str) -> httpx.Response:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return await self.client.request(**route.request(job_id), headers=headers)
+
+    async def submit(self, contract: str | None, key: str = ALICE) -> str:
+        """A new job of this key; a Stable Audio 3 one under an id that its client chose."""
+        self.num_jobs += 1
+        headers = {"Authorization": f"Bearer {key}"}
+        if contract == "fal":
+            reply = await self.client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"}, headers=headers)
+            return str(reply.json()["request_id"])
+        if contract == "aiml":
+            body = {"model": "stable-audio", "prompt": "x"}
+            reply = await self.client.post("/v2/generate/audio", json=body, headers=headers)
+            return str(reply.json()["id"])
+        reply = await self.client.put(f"/jobs/{self.num_jobs:032x}", json=BODY, headers=headers)
+        return str(reply.json()["id"])
+
+
+@pytest.fixture(scope="module")
+def app_and_jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[FastAPI, JobQueue]:
+    folder = str(tmp_path_factory.mktemp("owners"))
+    settings = Settings.model_validate({"api": {"key_hashes": HASHES}, "output_dir": folder})
+    jobs = open_queue(settings)
+    return create_app(ToneBackend(), settings, jobs=jobs), jobs
+
+
+@pytest.fixture
+async def site(app_and_jobs: tuple[FastAPI, JobQueue]) -> AsyncIterator[Site]:
+    app, jobs = app_and_jobs
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        site = Site(client, jobs)
+        engine = jobs.store.database.engine
+
+        def record(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            site.statements.append(statement)
+
+        sa.event.listen(engine, "before_cursor_execute", record)
+        yield site
+        sa.event.remove(engine, "before_cursor_execute", record)
+        with jobs.store.database.writing() as connection:
+            connection.execute(sa.text("DELETE FROM jobs"))
+
+
+def seen(reply: httpx.Response, job_id: str) -> tuple[object, ...]:
+    """All that a client can tell, but for what differs between any two requests."""
+    headers = {name: value for name, value in reply.headers.items() if name not in ("x-request-id", "date")}
+    return reply.status_code, str(headers).replace(job_id, "ID"), reply.text.replace(job_id, "ID")
+
+
+def test_there_are_routes_of_each_kind() -> None:
+    assert len(OWNED) >= 30
+    assert sum(route.is_open for route in ROUTES) >= 20
+    assert {route.contract for route in OWNED} == {"sa3", "fal", "aiml"}
+    assert {_without_prefix(route.path) for route in OWNED if route.is_audio} == {AUDIO}
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if not route.is_open], ids=str)
+async def test_without_a_good_key_a_job_that_is_there_is_like_one_that_is_not(site: Site, route: Route) -> None:
+    job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
+    for key in (None, "bad"):
+        reply = await site.ask(route, key, job_id)
+        assert reply.status_code == (404 if route.is_audio else 401)
+        assert seen(reply, job_id) == seen(await site.ask(route, key, missing), missing)
+
+
+@pytest.mark.parametrize("route", OWNED, ids=str)
+async def test_anothers_job_is_like_one_that_is_not_there(site: Site, route: Route) -> None:
+    job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
+    before = await asyncio.to_thread(lambda: site.jobs.store.find_all(job_id))
+    del site.statements[:]
+    reply = await site.ask(route, BOB, job_id)
+    statements, site.statements[:] = tuple(site.statements), ()
+    unknown = await site.ask(route, BOB, missing)
+    assert seen(reply, job_id) == seen(unknown, missing)
+    assert statements == tuple(site.statements)  # so that its time tells nothing either
+    after = await asyncio.to_thread(lambda: site.jobs.store.find_all(job_id))
+    assert [job for job in after if job.spec.client == "alice"] == before
+
+
+@pytest.mark.parametrize("key", [ALICE, "alice-2"])
+@pytest.mark.parametrize("route", OWNED, ids=str)
+async def test_ones_own_job_is_found_by_each_of_ones_keys(site: Site, route: Route, key: str) -> None:
+    job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
+    if route.path.endswith(("/events", "/stream")):  # which ends with its job
+        (job,) = site.jobs.store.find_all(job_id)
+        await site.jobs.cancel(job.spec.ref)
+    reply = await site.ask(route, key, job_id)
+    assert reply.status_code not in (401, 403, 404, 500)
+    assert seen(reply, job_id) != seen(await site.ask(route, key, missing), missing)
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if not route.contract], ids=str)
+async def test_what_is_nobodys_is_the_same_for_every_good_key(site: Site, route: Route) -> None:
+    without, bad, *good = [(await site.ask(route, key, "")).status_code for key in (None, "bad", ALICE, BOB, "unnamed")]
+    assert len(set(good)) == 1
+    assert good[0] not in (401, 500)
+    assert {without, bad} == ({good[0]} if route.is_open else {401})
+
+
+async def test_an_id_that_one_client_chose_is_free_for_another(site: Site) -> None:
+    url = f"/jobs/{'a' * 32}"
+    headers = [{"Authorization": f"Bearer {key}"} for key in (ALICE, BOB, "unnamed")]
+    for number, each in enumerate(headers):
+        reply = await site.client.put(url, json=BODY | {"seed": number}, headers=each)
+        assert (reply.status_code, "idempotent-replayed" in reply.headers) == (202, False)
+    assert (await site.client.delete(url, headers=headers[0])).json()["status"] == "cancelled"
+    assert [(await site.client.get(url, headers=each)).json()["status"] for each in headers[1:]] == ["queued"] * 2
+    lists = [(await site.client.get("/jobs", headers=each)).json()["jobs"] for each in headers]
+    assert [[job["status"] for job in jobs] for jobs in lists] == [["cancelled"], ["queued"], ["queued"]]
+    assert sorted(job.spec.client for job in site.jobs.store.find_all("a" * 32)) == sorted(
+        ["alice", "bob", hash_key("unnamed")[:16]]
+    )
+
+
+async def test_the_files_of_one_chosen_id_are_each_clients_own() -> None:
+    async with make_client(api={"key_hashes": HASHES}) as (client, _):
+        url, found = f"/jobs/{'b' * 32}", {}
+        for key in (ALICE, BOB):
+            client.headers["Authorization"] = f"Bearer {key}"
+            assert (await client.put(url, json=BODY | {"duration": 1 + len(found)})).status_code == 202
+            found[key] = await wait(client, {"status_url": url})
+        sizes = {}
+        for key, status in found.items():
+            client.headers["Authorization"] = f"Bearer {key}"
+            audio = await client.get(f"{url}/audio")
+            del client.headers["Authorization"]
+            assert (await client.get(f"{url}/audio")).status_code == 404
+            assert re.search(r"/files/[0-9a-f]{32}/[^/]+\.wav$", status["download_url"])
+            link = await client.get(status["download_url"])
+            assert (link.status_code, link.content) == (200, audio.content)
+            sizes[key] = len(audio.content)
+        assert sizes[BOB] > 1.9 * sizes[ALICE]
+
+
+@pytest.mark.parametrize("prefix", ["", "/sa3"])
+async def test_the_audio_of_an_id_that_nobody_can_guess_needs_no_key(prefix: str) -> None:
+    async with make_client(api={"key_hashes": HASHES}) as (client, _):
+        client.headers["Authorization"] = f"Bearer {ALICE}"
+        ticket = (await client.post(f"{prefix}/jobs", json=BODY)).json()
+        status = await wait(client, ticket)
+        assert status["download_url"] == f"{ticket['status_url']}/audio"
+        del client.headers["Authorization"]
+        audio = await client.get(status["download_url"])
+        assert audio.status_code == 200
+        client.headers["Authorization"] = f"Bearer {BOB}"
+        await client.put(f"/jobs/{ticket['id']}", json=BODY)  # a namesake hides nothing from its link
+        del client.headers["Authorization"]
+        assert (await client.get(status["download_url"])).content == audio.content
+
+
+async def test_without_keys_everybody_is_one_client() -> None:
+    async with make_client() as (client, _):
+        url = f"/jobs/{'c' * 32}"
+        assert (await client.put(url, json=BODY)).status_code == 202
+        await wait(client, {"status_url": url})
+        assert (await client.get(f"{url}/audio")).status_code == 200
