@@ -6,9 +6,18 @@ HF_HUB_OFFLINE). Knows nothing of what is in the files.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
@@ -18,65 +27,168 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.config_reader import CONFIG_FILE
-from stable_audio_serve.models.registry import WEIGHTS_FILE, ModelEntry
+from stable_audio_serve.models.checkpoint_files import WEIGHTS_FILE, check_folder, check_layout
+from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.registry import ModelEntry
+
+# ValueError: a token that no header can carry, or an answer that is no hub's.
+_FAULTS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
+_ANSWER_S = 5.0  # for one answer of the hub while nothing is downloaded
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The folder with the entry's files, complete; cached files are not fetched again.
+    """The folder with the entry's files, complete; where they are in the cache the hub is not asked.
 
     Without `token` the library's own is used. Raises CheckpointError when the files cannot be had.
     """
-    repo_id = entry.repo_id
-    if repo_id is None:
-        raise CheckpointError(f"model {entry.name!r} names neither a folder nor a repository")
+    repo_id = _repository(entry)
+    cached = find_cached(entry, cache_dir=cache_dir)
+    if cached is not None:
+        return cached
     try:
-        snapshot = snapshot_download(
+        folder = snapshot_download(
             repo_id,
             revision=entry.revision,
             token=token,
             cache_dir=cache_dir,
             allow_patterns=list(entry.files),
         )
-    except (HTTPError, OSError, HFValidationError) as error:
-        message = _explain(error, repo_id, entry.revision, cache_dir or Path(constants.HF_HUB_CACHE))
-        raise CheckpointError(message) from error
-    folder = Path(str(snapshot))
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{repo_id} holds no {name}; it is not a repository of a model served here")
+    except _FAULTS as error:
+        raise CheckpointError(_explain(error, entry, cache_dir)) from error
+    _require_main_files(repo_id, {name for name in (CONFIG_FILE, WEIGHTS_FILE) if (Path(folder) / name).is_file()})
+    check_folder(Path(folder))
+    return Path(folder)
+
+
+def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | None:
+    """The folder with the entry's files when the cache holds them all, else None. Never asks the hub.
+
+    Raises CheckpointError for files that are damaged, and for a name that is none.
+    """
+    try:
+        folder = Path(
+            snapshot_download(
+                _repository(entry),
+                revision=entry.revision,
+                cache_dir=cache_dir,
+                allow_patterns=list(entry.files),
+                local_files_only=True,
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+    except _FAULTS as error:
+        raise CheckpointError(_explain(error, entry, cache_dir)) from error
+    try:
+        check_layout(read_config(folder), lambda name: (folder / name).is_file(), place=folder)
+    except CheckpointError:
+        return None  # the rest of a download that was cut short
+    check_folder(folder)
     return folder
 
 
-def _explain(error: Exception, repo_id: str, revision: str | None, cache_dir: Path) -> str:
+def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
+    """Raise CheckpointError unless `download_entry` can be expected to succeed; fetches the config at most.
+
+    Asks the hub a few short questions, none of them twice: a server finds out in seconds what it has no access to.
+    """
+    repo_id = _repository(entry)
+    if find_cached(entry, cache_dir=cache_dir) is not None:
+        return
+    if constants.is_offline_mode():
+        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+    try:
+        revision = entry.revision or constants.DEFAULT_REVISION
+        info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=_ANSWER_S, files_metadata=True)
+        listed = {file.rfilename for file in info.siblings or ()}
+        _require_main_files(repo_id, listed)
+        _require_readable(repo_id, WEIGHTS_FILE, info, token)
+        config_file = hf_hub_download(
+            repo_id, CONFIG_FILE, revision=info.sha, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
+        )
+        encoder = check_layout(read_config(Path(config_file).parent), listed.__contains__, place=repo_id)
+        _require_readable(repo_id, f"{encoder}/config.json", info, token)
+    except _FAULTS as error:
+        raise CheckpointError(_explain(error, entry, cache_dir)) from error
+    _require_space(entry, info, cache_dir)
+
+
+def _repository(entry: ModelEntry) -> str:
+    if entry.repo_id is None:
+        raise CheckpointError(f"model {entry.name!r} names neither a folder nor a repository")
+    return entry.repo_id
+
+
+def _require_main_files(repo_id: str, names: set[str]) -> None:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if name not in names:
+            raise CheckpointError(f"{repo_id} holds no {name}; it is not a repository of a model served here")
+
+
+def _require_readable(repo_id: str, name: str, info: ModelInfo, token: str | None) -> None:
+    """Gated repositories are listed to everybody: whether this token may read shows at a file."""
+    get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_ANSWER_S)
+
+
+def _require_space(entry: ModelEntry, info: ModelInfo, cache_dir: Path | None) -> None:
+    root = cache_dir or Path(constants.HF_HUB_CACHE)
+    blobs = root / f"models--{info.id.replace('/', '--')}" / "blobs"
+    needed = 0
+    for file in filter_repo_objects(info.siblings or (), allow_patterns=list(entry.files), key=lambda f: f.rfilename):
+        blob = file.lfs.sha256 if file.lfs else file.blob_id
+        if not (blob and (blobs / blob).exists()):
+            needed += file.size or 0
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise CheckpointError(
+            f"{entry.repo_id} takes {needed / 1e9:.2f} GB of {root}, where {free / 1e9:.2f} GB are free: "
+            "make room, or set HF_HOME to a folder with more"
+        )
+
+
+def _explain(error: Exception, entry: ModelEntry, cache_dir: Path | None) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # the hub answered; that nothing is cached either is not the reason
+    repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repo_id}"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     match error:
         case HFValidationError():
             return f"{repo_id!r} is no valid repository name: {_first_line(error)}"
         case GatedRepoError():
             return f"{repo_id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account"
         case RevisionNotFoundError():
-            return f"{repo_id} has no revision {revision!r}; see {page} for the branches, tags and commits there are"
+            return f"{repo_id} has no revision {entry.revision!r}; {page} shows its branches, tags and commits"
         case RepositoryNotFoundError():
             return f"{repo_id} does not exist or is private: check the name, or set HF_TOKEN to a token that reads it"
-        case LocalEntryNotFoundError() if constants.is_offline_mode():
-            return f"{repo_id} is not complete in {cache_dir} and offline mode is on: unset HF_HUB_OFFLINE to fetch it"
         case HfHubHTTPError() if status in (401, 403):
             return f"access to {repo_id} was refused ({status}): set HF_TOKEN to a token that may read {page}"
-        case HfHubHTTPError():
+        case HfHubHTTPError() if status >= 500 or status == 429:
             return f"{constants.ENDPOINT} answered {status} for {repo_id}; try again later"
+        case HfHubHTTPError():
+            return f"{constants.ENDPOINT} answered {status} to {error.response.url.path}; see {page}"
         case LocalEntryNotFoundError() | HTTPError():
-            return (
-                f"{repo_id} is not complete in {cache_dir} and {constants.ENDPOINT} cannot be reached: "
-                "check the network, or put the files in a folder and configure its path"
-            )
+            return not_here(entry, cache_dir=cache_dir)
+        case OSError():
+            return f"{repo_id} could not be stored in {place}: {_first_line(error)}"
+        case UnicodeEncodeError():
+            return "hf_token (HF_TOKEN): a token has only ASCII letters, digits and underscores"
         case _:
-            return f"{repo_id} could not be stored in {cache_dir}: {_first_line(error)}"
+            return f"{constants.ENDPOINT} gave no answer of a model hub for {repo_id}: {_first_line(error)}"
+
+
+def not_here(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
+    """What is said when the cache does not have everything and the hub may not be asked or does not answer."""
+    lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
+    if constants.is_offline_mode():
+        return f"{lacking} offline mode is on: unset HF_HUB_OFFLINE to fetch it"
+    remedy = "check the network, or put the files in a folder and configure its path"
+    return f"{lacking} {constants.ENDPOINT} cannot be reached: {remedy}"
 
 
 def _first_line(error: Exception) -> str:

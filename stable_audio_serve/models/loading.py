@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.models.blocks import RMSNorm
+from stable_audio_serve.models.checkpoint_files import damaged
 
-WEIGHT_FILES = ("model.safetensors", "model.ckpt")
 TRAINING_PREFIXES = ("diffusion.", "diffusion_ema.")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,14 +50,6 @@ def require_exact_float32() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def find_weights(folder: Path) -> Path:
-    """The weight file of a checkpoint folder; safetensors before pickles. Raises CheckpointError when there is none."""
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"{folder} holds no weights; expected {WEIGHT_FILES[0]}")
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a file by key, on the CPU. A pickle is only read by the unpickler that builds nothing but tensors.
 
@@ -75,7 +67,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is corrupt or incomplete ({error}); fetch it again") from error
+        raise damaged(path, error) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -86,7 +78,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is corrupt or holds more than tensors, which is not loaded for safety; convert it to safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is corrupt or incomplete ({error}); fetch it again") from error
+        raise damaged(path, error) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold a state_dict of tensors")

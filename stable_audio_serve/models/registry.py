@@ -12,11 +12,10 @@ from pathlib import Path
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE
 from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, read_config
 
 SA3_FAMILY = "stable-audio-3"
-WEIGHTS_FILE = "model.safetensors"
-TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
 OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
 

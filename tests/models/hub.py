@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,21 +17,33 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repo:
-    """Files by path. `gated` repositories list their files to everybody and give them to bearers of `token` only."""
+    """Files by path. `gated` repositories list their files to everybody and give them to bearers of `token` only;
+    without `gated`, a `token` hides the repository from everybody else. `refused` files are listed and get 403.
+    """
 
     files: Mapping[str, bytes]
     gated: bool = False
     token: str | None = None
     revisions: tuple[str, ...] = ("main",)
     status: int | None = None  # answer everything with this
+    refused: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)  # what the listing says of files, where it is not the truth
 
 
 @dataclass
 class Hub:
-    """A running server; `fetched` are the files handed out so far."""
+    """A running server; `fetched` are the files handed out so far, `requests` counts what was asked."""
 
     url: str = ""
     fetched: list[str] = field(default_factory=list)
+    requests: int = 0
+
+
+@contextmanager
+def silent_hub() -> Iterator[str]:
+    """The URL of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @contextmanager
@@ -51,7 +64,10 @@ def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
             pass
 
         def _route(self, *, with_body: bool) -> None:
+            hub.requests += 1
             parts = urlsplit(self.path).path.strip("/").split("/")
+            if parts[0] == "elsewhere":
+                return self._file(b"<html>welcome</html>", with_body=with_body)
             is_api = parts[:2] == ["api", "models"]
             owner_and_name, rest = ("/".join(parts[2:4]), parts[4:]) if is_api else ("/".join(parts[:2]), parts[2:])
             repo = repos.get(owner_and_name)
@@ -62,13 +78,16 @@ def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
             if rest[0] == "revision":
                 if rest[1] not in (*repo.revisions, COMMIT):
                     return self._error(404, "RevisionNotFound")
-                return self._json({"id": owner_and_name, "sha": COMMIT, "siblings": []})
+                siblings = [_sibling(path, content, repo) for path, content in repo.files.items()]
+                return self._json({"id": owner_and_name, "sha": COMMIT, "siblings": siblings})
             if rest[0] == "tree":
                 return self._json([_tree_entry(path, content) for path, content in repo.files.items()])
             may_read = repo.token is None or self.headers.get("authorization") == f"Bearer {repo.token}"
             if not may_read:
                 return self._error(403 if repo.gated else 401, "GatedRepo" if repo.gated else None)
             path = "/".join(rest[2:])
+            if path in repo.refused:
+                return self._error(403, None)
             if with_body:
                 hub.fetched.append(path)
             return self._file(repo.files[path], with_body=with_body)
@@ -112,6 +131,10 @@ def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
 
 def _etag(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
+
+
+def _sibling(path: str, content: bytes, repo: Repo) -> dict[str, object]:
+    return {"rfilename": path, "size": repo.sizes.get(path, len(content)), "blobId": _etag(content)}
 
 
 def _tree_entry(path: str, content: bytes) -> dict[str, object]:

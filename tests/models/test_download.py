@@ -6,65 +6,97 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.models.hub import COMMIT, Repo, running_hub
+from tests.goldens import SA3_GOLDENS
+from tests.models.hub import COMMIT, Repo, running_hub, silent_hub
 
 pytestmark = pytest.mark.slow
 
-FILES = {
-    "model_config.json": b"{}",
-    "model.safetensors": b"weights",
-    "t5gemma-b-b-ul2/config.json": b"{ }",
-    "t5gemma-b-b-ul2/model.safetensors": b"text weights",
-    "README.md": b"not needed",
-    "other/huge.safetensors": b"not needed",
+TINY = SA3_GOLDENS / "tiny-s"
+NEEDED = {
+    str(path.relative_to(TINY)): path.read_bytes()
+    for path in TINY.rglob("*")
+    if path.is_file() and not path.name.startswith("golden")
 }
+FILES = NEEDED | {"README.md": b"not needed", "notes.safetensors": b"not needed"}
+ENCODER_WEIGHTS = "t5gemma/model.safetensors"
 DOWNLOAD = """
 import json, sys
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.download import download_entry
-from stable_audio_serve.models.registry import ModelEntry
-entry = ModelEntry(name="model", **json.loads(sys.argv[1]))
-try:
-    print(json.dumps({"folder": str(download_entry(entry))}))
-except CheckpointError as error:
-    print(json.dumps({"message": error.message}))
+from stable_audio_serve.models.download import check_access, download_entry
+from stable_audio_serve.models.registry import OPERATOR_FILES, ModelEntry
+entry = ModelEntry(name="model", files=OPERATOR_FILES, **json.loads(sys.argv[2]))
+for name in sys.argv[1].split():
+    try:
+        print(json.dumps({"folder": str({"download": download_entry, "check": check_access}[name](entry))}))
+    except CheckpointError as error:
+        print(json.dumps({"message": error.message}))
 """
 
 
-def download(tmp_path: Path, *, endpoint: str, repo_id: str = "lab/model", **settings: str) -> dict[str, str]:
-    """What downloading gives: the `folder` or an error's `message`. Upper-case settings are environment variables."""
+def run(
+    actions: str, tmp_path: Path, *, endpoint: str, repo_id: str = "lab/model", **settings: str
+) -> list[dict[str, str]]:
+    """What each action gives: a `folder` or an error's `message`. Upper-case settings are environment variables."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub")}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
     environment |= {key: value for key, value in settings.items() if key.isupper()}
     entry = {"repo_id": repo_id, **{key: value for key, value in settings.items() if not key.isupper()}}
     done = subprocess.run(
-        [sys.executable, "-c", DOWNLOAD, json.dumps(entry)],
+        [sys.executable, "-c", DOWNLOAD, actions, json.dumps(entry)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    assert "\n" not in result.get("message", "")
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(actions.split())
+    assert not any("\n" in result.get("message", "") for result in results)
+    return results
+
+
+def download(tmp_path: Path, **settings: str) -> dict[str, str]:
+    (result,) = run("download", tmp_path, **settings)
     return result
+
+
+def check(tmp_path: Path, **settings: str) -> str | None:
+    """What is wrong with the access to the files, None when nothing is."""
+    (result,) = run("check", tmp_path, **settings)
+    return result.get("message")
+
+
+def refusal(tmp_path: Path, said: str, **settings: str) -> str:
+    """What is told before anything starts, and by the download itself in the same words."""
+    early, late = (result["message"] for result in run("check download", tmp_path, **settings))
+    assert said in early
+    assert said in late
+    return early
+
+
+def without(name: str) -> dict[str, bytes]:
+    return {path: content for path, content in FILES.items() if path != name}
 
 
 def test_only_what_is_needed_is_fetched_and_only_once(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES, revisions=("main", "v1"))}) as hub:
+        assert check(tmp_path, endpoint=hub.url, revision="v1") is None
+        assert hub.fetched == ["model_config.json"]
         first = download(tmp_path, endpoint=hub.url, revision="v1")
-        fetched = sorted(hub.fetched)
+        fetched, num_requests = sorted(hub.fetched), hub.requests
         again = download(tmp_path, endpoint=hub.url, revision="v1")
-        assert sorted(hub.fetched) == fetched
+        assert check(tmp_path, endpoint=hub.url, revision="v1") is None
+        assert (sorted(hub.fetched), hub.requests) == (fetched, num_requests)
     folder = Path(first["folder"])
     assert folder.name == COMMIT
-    assert fetched == sorted(name for name in FILES if name.startswith(("model", "t5gemma")))
-    assert (folder / "t5gemma-b-b-ul2" / "model.safetensors").read_bytes() == b"text weights"
+    assert fetched == sorted(NEEDED)
+    assert (folder / ENCODER_WEIGHTS).read_bytes() == FILES[ENCODER_WEIGHTS]
     assert again == first
 
 
@@ -73,57 +105,129 @@ def test_cached_files_serve_without_a_network(tmp_path: Path) -> None:
         online = download(tmp_path, endpoint=hub.url)
     assert download(tmp_path, endpoint=hub.url) == online  # nobody listens any more
     assert download(tmp_path, endpoint=hub.url, HF_HUB_OFFLINE="1") == online
+    assert check(tmp_path, endpoint=hub.url, HF_HUB_OFFLINE="1") is None
+    with silent_hub() as url:
+        started_at = time.monotonic()
+        assert check(tmp_path, endpoint=url) is None
+        assert download(tmp_path, endpoint=url) == online
+        assert time.monotonic() - started_at < 40  # the library alone waits for a hub that is silent, again and again
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "t5gemma/tokenizer.json"])
+def test_a_cache_that_is_not_complete_is_not_used(tmp_path: Path, lost: str) -> None:
+    with running_hub({"lab/model": Repo(FILES)}) as hub:
+        folder = Path(download(tmp_path, endpoint=hub.url)["folder"])
+        (folder / lost).unlink()
+        offline = check(tmp_path, endpoint=hub.url, HF_HUB_OFFLINE="1")
+        assert check(tmp_path, endpoint=hub.url) is None
+        assert download(tmp_path, endpoint=hub.url) == {"folder": str(folder)}
+        assert (folder / lost).is_file()
+        (folder / lost).unlink()
+    unreachable = check(tmp_path, endpoint=hub.url)
+    assert offline is not None
+    assert unreachable is not None
+    assert f"lab/model is not complete in {tmp_path / 'hub' / 'hub'} and offline mode is on" in offline
+    assert f"and {hub.url} cannot be reached" in unreachable
+
+
+def test_a_cached_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(FILES)}) as hub:
+        weights = Path(download(tmp_path, endpoint=hub.url)["folder"]) / "model.safetensors"
+        os.truncate(weights, 1000)  # the file itself: the snapshot links to it
+        message = check(tmp_path, endpoint=hub.url)
+    assert message is not None
+    assert message.startswith(f"{weights} is corrupt or incomplete")
 
 
 def test_a_gated_repository_needs_a_token_of_somebody_who_accepted(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES, gated=True, token="good")}) as hub:
-        refused = download(tmp_path, endpoint=hub.url)
-        wrong = download(tmp_path, endpoint=hub.url, HF_TOKEN="bad")
-        taken = download(tmp_path, endpoint=hub.url, HF_TOKEN="good")
-        page = f"{hub.url}/lab/model"
-    for result in (refused, wrong):
-        assert "lab/model is gated" in result["message"]
-        assert page in result["message"]
-        assert "HF_TOKEN" in result["message"]
-    assert "folder" in taken
+        message = refusal(tmp_path, "lab/model is gated", endpoint=hub.url)
+        assert f"{hub.url}/lab/model" in message
+        assert "HF_TOKEN" in message
+        refusal(tmp_path, "lab/model is gated", endpoint=hub.url, HF_TOKEN="bad")
+        assert check(tmp_path, endpoint=hub.url, HF_TOKEN="good") is None
+        assert "folder" in download(tmp_path, endpoint=hub.url, HF_TOKEN="good")
 
 
 def test_missing_repository(tmp_path: Path) -> None:
     with running_hub({}) as hub:
-        message = download(tmp_path, endpoint=hub.url)["message"]
-    assert "lab/model does not exist or is private" in message
+        refusal(tmp_path, "lab/model does not exist or is private", endpoint=hub.url)
 
 
 def test_missing_revision(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
-        message = download(tmp_path, endpoint=hub.url, revision="v9")["message"]
-    assert "no revision 'v9'" in message
+        refusal(tmp_path, "no revision 'v9'", endpoint=hub.url, revision="v9")
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    files = {name: content for name, content in FILES.items() if name != "model.safetensors"}
-    with running_hub({"lab/model": Repo(files)}) as hub:
-        message = download(tmp_path, endpoint=hub.url)["message"]
-    assert "lab/model holds no model.safetensors" in message
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.safetensors", "lab/model holds no model.safetensors"),
+        ("model_config.json", "lab/model holds no model_config.json"),
+        (ENCODER_WEIGHTS, "t5gemma holds no model.safetensors"),
+        ("t5gemma/config.json", "text encoder was not found"),
+    ],
+)
+def test_missing_file(tmp_path: Path, name: str, said: str) -> None:
+    with running_hub({"lab/model": Repo(without(name))}) as hub:
+        refusal(tmp_path, said, endpoint=hub.url)
 
 
-@pytest.mark.parametrize(("status", "said"), [(403, "was refused (403)"), (500, "answered 500"), (503, "answered 503")])
+@pytest.mark.parametrize("name", ["model.safetensors", "t5gemma/config.json"])
+def test_a_file_that_the_hub_does_not_give(tmp_path: Path, name: str) -> None:
+    with running_hub({"lab/model": Repo(FILES, refused=(name,))}) as hub:
+        refusal(tmp_path, "access to lab/model was refused (403)", endpoint=hub.url)
+
+
+@pytest.mark.parametrize(("status", "said"), [(403, "was refused (403)"), (500, "answered 500"), (429, "answered 429")])
 def test_a_hub_that_refuses(tmp_path: Path, status: int, said: str) -> None:
     with running_hub({"lab/model": Repo(FILES, status=status)}) as hub:
-        assert said in download(tmp_path, endpoint=hub.url)["message"]
+        assert said in (check(tmp_path, endpoint=hub.url) or "")
+
+
+def test_a_hub_that_fails(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(FILES, status=503)}) as hub:
+        refusal(tmp_path, "answered 503", endpoint=hub.url)
 
 
 def test_no_network(tmp_path: Path) -> None:
-    message = download(tmp_path, endpoint="http://127.0.0.1:9")["message"]
-    assert "cannot be reached" in message
-    assert "path" in message
+    assert "path" in refusal(tmp_path, "cannot be reached", endpoint="http://127.0.0.1:9")
 
 
 def test_offline_mode_without_a_cache(tmp_path: Path) -> None:
-    message = download(tmp_path, endpoint="http://127.0.0.1:9", HF_HUB_OFFLINE="1")["message"]
-    assert "HF_HUB_OFFLINE" in message
+    refusal(tmp_path, "unset HF_HUB_OFFLINE", endpoint="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
 
 
 def test_a_name_that_is_none(tmp_path: Path) -> None:
-    message = download(tmp_path, endpoint="http://127.0.0.1:9", repo_id="a/b/c")["message"]
-    assert "no valid repository name" in message
+    refusal(tmp_path, "no valid repository name", endpoint="http://127.0.0.1:9", repo_id="a/b/c")
+
+
+def test_a_token_that_is_none(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(FILES)}) as hub:
+        assert "HF_TOKEN" in (check(tmp_path, endpoint=hub.url, HF_TOKEN="hf_t\xf3ken") or "")
+
+
+def test_something_else_than_a_hub(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(FILES)}) as hub:
+        assert "no answer of a model hub" in (check(tmp_path, endpoint=f"{hub.url}/elsewhere") or "")
+
+
+def test_a_hub_that_never_answers_is_given_up_soon(tmp_path: Path) -> None:
+    with silent_hub() as url:
+        message = check(tmp_path, endpoint=url)
+    assert message is not None
+    assert f"{url} cannot be reached" in message
+
+
+def test_a_disk_without_room_is_named_before_anything_is_fetched(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(FILES, sizes={"model.safetensors": 10**15})}) as hub:
+        message = check(tmp_path, endpoint=hub.url)
+    assert message is not None
+    assert message.startswith(f"lab/model takes 1000000.00 GB of {tmp_path / 'hub' / 'hub'}, where ")
+
+
+def test_a_disk_that_fills_while_files_arrive_is_named(tmp_path: Path, tiny_disk: Path) -> None:
+    with running_hub({"lab/model": Repo(FILES)}) as hub:
+        message = download(tmp_path, endpoint=hub.url, HF_HOME=str(tiny_disk))["message"]
+    assert message.startswith(f"lab/model could not be stored in {tiny_disk / 'hub'}: ")
+    assert "No space left" in message

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.checkpoint_files import find_text_encoder, find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.loading import (
     assign_weights,
     cast_network,
-    find_weights,
     read_weights,
     require_exact_float32,
     skipping_random_weights,
@@ -26,7 +26,6 @@ from stable_audio_serve.models.sa3.conditioners import (
     NumberConditioner,
     PromptConditioner,
     TextEncoder,
-    find_text_encoder,
     load_text_encoder,
 )
 from stable_audio_serve.models.sa3.config import Sa3Config, parse_config
@@ -42,7 +41,7 @@ def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: to
     require_exact_float32()
     config = parse_config(read_config(folder))
     weights_file = find_weights(folder)
-    encoder_folder = find_text_encoder(folder, config.prompt)
+    encoder_folder = find_text_encoder(folder, config.prompt.folders)
     text = load_text_encoder(encoder_folder, max_length=config.prompt.max_length, device=device)
     try:
         with skipping_random_weights():

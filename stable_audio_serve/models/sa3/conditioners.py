@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.blocks import ExpoFourier
-from stable_audio_serve.models.registry import TEXT_ENCODER_FOLDER
 from stable_audio_serve.models.sa3.config import NumberConfig, PromptConfig
 
 
@@ -81,20 +80,6 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) ->
     if absent:
         raise CheckpointError(f"the text encoder in {folder} lacks {len(absent)} weights, the first is {absent[0]}")
     return TextEncoder(tokenizer, encoder.eval().requires_grad_(False).to(device), max_length=max_length)
-
-
-def find_text_encoder(checkpoint: Path, config: PromptConfig) -> Path:
-    """The encoder's folder: where the config points (relative to the checkpoint), else beside the weights.
-
-    Raises CheckpointError naming the places looked at.
-    """
-    names = [*config.folders, TEXT_ENCODER_FOLDER]
-    tried = dict.fromkeys(checkpoint / part for name in names for part in (name, Path(name).name))
-    for folder in tried:
-        if (folder / "config.json").is_file():
-            return folder
-    places = ", ".join(str(folder) for folder in tried)
-    raise CheckpointError(f"the text encoder was not found; looked for its config.json in {places}")
 
 
 class PromptConditioner(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
+from stable_audio_serve.models.checkpoint_files import encoder_names
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.sa3.lengths import LengthRule
 from stable_audio_serve.models.sa3.timeline import NUM_TIMELINE_FEATURES, TempoRule
@@ -235,12 +236,11 @@ def _parse_tempo(item: ConfigReader) -> TempoRule:
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     config = item.section("config", optional=True)
     config.choice("padding_mode", ("learned",), default="learned")
-    named = [config.text(key) for key in ("model_path", "subfolder", "model_name") if key in config]
     return PromptConfig(
         id=item.text("id"),
         width=width,
         max_length=config.integer("max_length", default=256),
-        folders=tuple(named),
+        folders=encoder_names(item),
         project_out=config.flag("project_out", default=False),
     )
 
