@@ -10,7 +10,7 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.models.download import download_entry
 from stable_audio_serve.models.loading import resolve_dtype
 from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.registry import SA3_FAMILY, ModelEntry
+from stable_audio_serve.models.registry import SA3_FAMILY, ModelEntry, describe_entry
 from stable_audio_serve.models.sa3.build import load_sa3
 
 _LOADERS = {SA3_FAMILY: load_sa3}
@@ -33,7 +33,7 @@ def load_model(
     if loader is None:
         raise ConfigError(f"models: the family {entry.family!r} is not supported", field="models")
     folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
-    return loader(entry, folder, device=target, dtype=resolve_dtype(target, dtype))
+    return loader(describe_entry(entry), folder, device=target, dtype=resolve_dtype(target, dtype))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

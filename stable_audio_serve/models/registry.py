@@ -118,9 +118,8 @@ def resolve_entry(
 ) -> ModelEntry:
     """The entry an operator asks for: a built-in name, a local folder (`path`) or a repository (`repo_id`).
 
-    A built-in name with a folder or repository keeps its facts and takes the files from there. What a local folder
-    says of itself (rate, channels, length, objective) is read from its config. Raises ConfigError for an unknown
-    name without a place to load from, CheckpointError for a folder without a usable config.
+    A built-in name with a folder or repository keeps its facts and takes the files from there. Reads no file: what a
+    folder says of itself is `describe_entry`. Raises ConfigError for an unknown name without a place to load from.
     """
     base = BUILT_IN.get(name)
     if base is None and path is None and repo_id is None:
@@ -132,8 +131,6 @@ def resolve_entry(
         entry = replace(entry, folder=str(Path(path).expanduser()), repo_id=None)
     elif repo_id is not None:
         entry = replace(entry, folder=None, repo_id=repo_id, files=OPERATOR_FILES)
-    if entry.folder is not None:
-        entry = _describe_folder(entry, is_built_in=base is not None)
     return replace(
         entry,
         revision=revision or entry.revision,
@@ -145,15 +142,21 @@ def resolve_entry(
     )
 
 
-def _describe_folder(entry: ModelEntry, *, is_built_in: bool) -> ModelEntry:
-    """Fill in what the folder's config says; a built-in entry keeps its own steps, guidance and, if lower, its cap."""
-    config = read_config(Path(entry.folder or ""))
+def describe_entry(entry: ModelEntry) -> ModelEntry:
+    """The entry with what its folder's config says of rate, channels, length and objective, if it has a folder.
+
+    A built-in entry keeps its own steps and guidance, every entry its cap if that is lower. Raises CheckpointError for
+    a folder without a usable config.
+    """
+    if entry.folder is None:
+        return entry
+    config = read_config(Path(entry.folder))
     rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
     longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) / rate
     model = config.section("model")
     objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS))
     steps, cfg_scale = OBJECTIVE_DEFAULTS[objective]
-    if is_built_in:
+    if entry.name in BUILT_IN:
         steps, cfg_scale = entry.default_steps, entry.default_cfg_scale
     return replace(
         entry,

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.queue import open_queue, prepare_stores
@@ -28,6 +30,7 @@ from stable_audio_serve.serving.placement import (
 )
 from stable_audio_serve.serving.priority import yield_to_engines
 from stable_audio_serve.serving.replica import ModelReplica
+from stable_audio_serve.serving.weights import require_weights
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -69,15 +72,24 @@ class _LeaveRequestIdToServe:
         await self._app(scope, receive, send_without_id)
 
 
-def build(args: Settings) -> serve.Application:
-    """The application for these settings, overridden by `.env` and the environment. Raises ConfigError."""
-    return assemble(args, replica=ModelReplica)
+def build(args: Settings | Mapping[str, Any]) -> serve.Application:
+    """The application for these settings, overridden by `.env` and the environment.
+
+    Raises RayServeException with one sentence: of that Serve shows the text alone, of any other error the traceback.
+    """
+    try:
+        return assemble(args, replica=ModelReplica)
+    except StableAudioError as error:
+        raise RayServeException(error.message) from error
 
 
-def assemble(args: Settings, *, replica: type) -> serve.Application:
-    """`build` with another class in the place of ModelReplica. Raises ConfigError."""
+def assemble(args: Settings | Mapping[str, Any], *, replica: type) -> serve.Application:
+    """`build` with another class in the place of ModelReplica. Raises ConfigError, CheckpointError."""
     plan = plan_deployments(load_settings(args))
-    require_shared_database(plan.settings, num_nodes=sum(node["Alive"] for node in ray.nodes()))
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    require_shared_database(plan.settings, num_nodes=num_nodes)
+    if num_nodes == 1:  # another node may have files, or a way to them, that this one has not
+        require_weights(plan, complain=logger.warning)
     logger.info(prepare_stores(plan.settings))
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     models = {

@@ -27,6 +27,7 @@ from stable_audio_serve.serving import environment
 from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, private_directory
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema, read_serve_file
+from stable_audio_serve.serving.weights import require_weights
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
@@ -71,6 +72,7 @@ def serve(
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
+            require_weights(plan, complain=complain)
             report(prepare_stores(plan.settings))
             _raise_on_signals()
             directory = stack.enter_context(private_directory())

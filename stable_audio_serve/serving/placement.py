@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_audio_serve.core.catalog import ModelCatalog
-from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
 from stable_audio_serve.jobs.queue import open_queue, open_store
-from stable_audio_serve.models.registry import ModelEntry, resolve_entry
+from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 
 _GPU_PRECISION = 10_000  # Ray's own
 _REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it really takes is predicted work
@@ -38,6 +38,12 @@ class Plan:
         return tuple(card.name for card in self.catalog)
 
     @property
+    def started(self) -> frozenset[str]:
+        """Names of the models that have a replica from the start."""
+        kept = {model.name for model in self.settings.models if model.replicas.min_replicas}
+        return frozenset(kept.union(self.preloaded))
+
+    @property
     def num_cpus(self) -> int:
         """CPU slots an embedded Ray must count so that every replica can be placed on this machine."""
         wanted = sum(_num_cpus(model, num_gpus=0) * model.replicas.max_replicas for model in self.settings.models)
@@ -46,11 +52,11 @@ class Plan:
 
 
 def plan_deployments(settings: Settings) -> Plan:
-    """Resolve names, paths and stores and check them; touches no file but checkpoints.
+    """Resolve names, paths and stores and check them; touches no file but checkpoints' configs. Raises ConfigError.
 
-    Raises ConfigError naming the key, CheckpointError for an unusable folder.
+    A model whose folder cannot be read has the facts of one that is not downloaded yet: `weights` says what it lacks.
     """
-    cards = [model_entry(model).card() for model in settings.models]
+    cards = [_describe(model_entry(model)).card() for model in settings.models]
     catalog = ModelCatalog(cards, default=settings.default_model)
     check_model_names(settings, catalog)
     settings = settings.model_copy(update={"output_dir": os.path.abspath(settings.output_dir)})
@@ -68,8 +74,15 @@ def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
         )
 
 
+def _describe(entry: ModelEntry) -> ModelEntry:
+    try:
+        return describe_entry(entry)
+    except CheckpointError:
+        return entry
+
+
 def model_entry(model: ModelSettings) -> ModelEntry:
-    """What the registry knows about a configured model. Raises ConfigError, CheckpointError."""
+    """What the registry knows about a configured model. Raises ConfigError."""
     return resolve_entry(
         model.name,
         path=model.path,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import ray
 
-from stable_audio_serve.core.errors import DeadlineExceededError, StableAudioError
+from stable_audio_serve.core.errors import DeadlineExceededError, ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
@@ -119,5 +119,9 @@ class ModelReplica:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started_at = time.monotonic()
-        yield
+        try:
+            yield
+        except StableAudioError as error:
+            # Serve shows the whole chain of a failed start, the cause first: a bare one puts the sentence on top.
+            raise ModelUnavailableError(error.message) from type(error)(error.message)
         self._start_s[name] = time.monotonic() - started_at

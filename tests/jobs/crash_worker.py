@@ -28,7 +28,7 @@ from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.queue import open_queue
 from stable_audio_serve.jobs.runner import JobRunner
 from stable_audio_serve.jobs.store import JobStore
-from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.registry import describe_entry, resolve_entry
 from stable_audio_serve.serving.local import LocalBackend
 from tests.goldens import load_goldens
 from tests.models.loaded import loaded
@@ -56,7 +56,7 @@ def _main(settings: Settings, active: str) -> None:
 
 
 async def _work(settings: Settings) -> None:
-    card = resolve_entry(MODEL, path=str(load_goldens(MODEL).folder)).card()
+    card = describe_entry(resolve_entry(MODEL, path=str(load_goldens(MODEL).folder))).card()
     engine = Engine(loaded(MODEL), EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
     queue = open_queue(settings)
     if queue.store.database.is_sqlite:

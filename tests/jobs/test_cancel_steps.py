@@ -19,7 +19,7 @@ from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.queue import JobQueue, open_queue
 from stable_audio_serve.jobs.runner import JobRunner
 from stable_audio_serve.models.protocol import DecodeWindow, StepBatch
-from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.registry import describe_entry, resolve_entry
 from stable_audio_serve.serving.local import LocalBackend
 from tests.goldens import load_goldens
 from tests.jobs.conftest import make_spec
@@ -82,7 +82,7 @@ def make_victim() -> GenerationRequest:
 async def running(folder: Path, model: Any) -> AsyncIterator[JobQueue]:
     """A queue whose jobs a runner does on an engine in this process."""
     settings = Settings(output_dir=str(folder))
-    card = resolve_entry(_NAME, path=str(load_goldens(_NAME).folder)).card()
+    card = describe_entry(resolve_entry(_NAME, path=str(load_goldens(_NAME).folder))).card()
     engine = Engine(model, EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
     async with LocalBackend(ModelCatalog([card]), {_NAME: engine}) as backend:
         queue = open_queue(settings)

@@ -11,7 +11,7 @@ import pytest
 
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
-from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
+from stable_audio_serve.models.registry import BUILT_IN, describe_entry, resolve_entry
 from tests.goldens import load_goldens
 
 OFFICIAL = ("small-sfx", "small-music", "medium", "small-sfx-base", "small-music-base", "medium-base")
@@ -31,18 +31,20 @@ def test_official_models_answer_to_all_their_names(name: str) -> None:
 
 
 def test_a_folder_describes_itself() -> None:
-    distilled = resolve_entry("mine", path=str(load_goldens("sharp-s").folder), aliases=("my-model",)).card()
+    distilled = describe_entry(
+        resolve_entry("mine", path=str(load_goldens("sharp-s").folder), aliases=("my-model",))
+    ).card()
     assert (distilled.sample_rate_hz, distilled.channels, distilled.max_duration_s) == (1000, 2, 16.384)
     assert (distilled.default_steps, distilled.default_cfg_scale) == (8, 1.0)
     assert distilled.aliases == ("my-model",)
-    base = resolve_entry("other", path=str(load_goldens("sharp-l").folder)).card()
+    base = describe_entry(resolve_entry("other", path=str(load_goldens("sharp-l").folder))).card()
     assert (base.default_steps, base.default_cfg_scale) == (50, 7.0)
     assert (base.objective, distilled.objective) == ("rectified_flow", "rf_denoiser")
-    assert resolve_entry("demo").card().latent_channels == 64
+    assert describe_entry(resolve_entry("demo")).card().latent_channels == 64
 
 
 def test_a_local_copy_of_a_built_in_model_keeps_its_facts() -> None:
-    entry = resolve_entry("medium", path=str(load_goldens("sharp-s").folder))
+    entry = describe_entry(resolve_entry("medium", path=str(load_goldens("sharp-s").folder)))
     assert entry.repo_id is None
     assert "stable-audio-3-medium" in entry.aliases
     assert entry.max_duration_s == 16.384  # what the folder can do is less than the name's cap
@@ -62,7 +64,7 @@ def test_unknown_names_without_a_place_are_refused() -> None:
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_config\.json"):
-        resolve_entry("mine", path=str(tmp_path))
+        describe_entry(resolve_entry("mine", path=str(tmp_path)))
 
 
 def test_the_demo_is_marked_and_packaged() -> None:

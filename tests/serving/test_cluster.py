@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,40 +14,70 @@ from tests.serving.conftest import TINY
 pytestmark = pytest.mark.ray
 
 _BUILD = """
-import os, sys
+import json, os, sys, time
 from ray.cluster_utils import Cluster
 import ray
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-cluster.add_node(num_cpus=1)
+other = cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 ray.init(address=cluster.address)
-from stable_audio_serve.core.errors import ConfigError
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeDeploySchema
 from stable_audio_serve.core.settings import JobSettings, ModelSettings, Settings
 from stable_audio_serve.serving.app import build
+def wait_for_failure():
+    for _ in range(300):
+        time.sleep(0.2)
+        status = serve.status().applications["audio"]
+        if status.status == "DEPLOY_FAILED":
+            return status.message
 models = (ModelSettings(name="tiny", path=sys.argv[1]),)
 for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
     try:
         build(Settings(models=models, jobs=JobSettings(database_url=url)))
         print("answer: none")
-    except ConfigError as error:
-        print("answer:", error.message)
+    except RayServeException as error:
+        print("answer:", error)
+cluster.remove_node(other)
+serve.start(proxy_location="Disabled")
+application = {"name": "audio", "import_path": "stable_audio_serve.serving.app:build"}
+for args in ({"models": [{"name": "lab", "repo_id": "lab/model"}]}, {"modles": []}):
+    schema = ServeDeploySchema.model_validate({"applications": [application | {"args": args}]})
+    _get_global_client().deploy_apps(schema)
+    print("deployed:", json.dumps(wait_for_failure()))
+serve.shutdown()
 ray.shutdown()
 cluster.shutdown()
 """
 
 
-def test_sqlite_is_refused_on_two_nodes_and_postgresql_is_not_for_that(tmp_path: os.PathLike[str]) -> None:
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     result = subprocess.run(
         [sys.executable, "-c", _BUILD, TINY],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        cwd=tmp_path_factory.mktemp("cluster"),
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "HF_ENDPOINT": "http://127.0.0.1:9"},
         timeout=120,
         check=False,
     )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("answer:")]
-    assert len(lines) == 2, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_sqlite_is_refused_on_two_nodes_and_postgresql_is_not_for_that(output: str) -> None:
+    lines = [line for line in output.splitlines() if line.startswith("answer:")]
+    assert len(lines) == 2, output
     assert "2 nodes" in lines[0]
     assert "jobs.database_url" in lines[0]
     assert "nodes" not in lines[1]  # whether that server can be reached is another question
+
+
+def test_what_keeps_a_deployment_from_starting_is_the_first_line_after_the_one_of_ray(output: str) -> None:
+    told = [json.loads(line.removeprefix("deployed:")) for line in output.splitlines() if line.startswith("deployed:")]
+    (_, missing), (_, unknown) = (message.splitlines() for message in told)
+    assert missing.startswith("model lab: lab/model is not complete in")
+    assert unknown == "modles: unknown; did you mean models?"

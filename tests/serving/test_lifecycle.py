@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, command, free_port, write_config
@@ -36,9 +37,11 @@ def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> 
     """Two more servers on the machine, told where to find the first one's Ray: they must not care."""
     address, token = server.ray()
     foreign = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    foreign |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
     folder = tmp_path_factory.mktemp("others")
     relative = os.path.relpath(TINY, folder)  # to where the server is started
-    config = write_config(folder, {"models": [{"name": "tiny", "path": relative, "max_queue_s": 1e6}]})
+    models = [{"name": "tiny", "path": relative, "max_queue_s": 1e6}, {"name": "absent", "path": "/absent"}]
+    config = write_config(folder, {"models": [*models, {"name": "away", "repo_id": "lab/model"}]})
     (config.parent / ".env").write_text("STABLE_AUDIO_MAX_STEPS=1000\nSTABLE_AUDIO_MAX_BATCH_SIZE=9\n")
     servers = {
         "haproxy": LaunchedServer(config, environment=foreign),
@@ -97,6 +100,13 @@ def test_proxies_are_what_was_asked_for(others: dict[str, LaunchedServer]) -> No
     assert "Python proxy" not in others["haproxy"].output
     assert not others["python"].pids("bin/haproxy ")
     assert "using Ray Serve's Python proxy" in others["python"].output
+
+
+@pytest.mark.parametrize("name", ["haproxy", "python"])
+def test_models_without_files_are_told_and_stop_no_start(others: dict[str, LaunchedServer], name: str) -> None:
+    assert "warning: model absent cannot be loaded: /absent/model_config.json" in others[name].output
+    assert "warning: model away cannot be loaded: lab/model is not complete in" in others[name].output
+    assert set(others[name].client.get("/health").json()["available_models"]) == {"tiny", "absent", "away"}
 
 
 @pytest.mark.parametrize("name", ["haproxy", "python"])
@@ -175,14 +185,15 @@ def test_config_fault_stops_the_start_by_name(
     assert named in run_to_failure(config, "--port", str(free_port()), **variables)
 
 
-def test_corrupt_weights_stop_the_start_with_one_sentence(tmp_path: Path) -> None:
+def test_weights_of_another_network_stop_the_start_with_one_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(TINY, folder)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    weights = load_file(folder / "model.safetensors")
+    del weights[min(weights)]
+    save_file(weights, folder / "model.safetensors")
     config = write_config(tmp_path, {"models": [{"name": "tiny", "path": str(folder)}]})
     once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's own retries take long and change nothing
     said = failed_start(config, "--port", str(free_port()), "--proxy", "python", **once)
     # Ray prints its processes' lines at the same time: ours begins a new one, wherever Ray is in its own.
     _, error = said.split("\nerror: ")
-    assert "model.safetensors is corrupt" in error.splitlines()[0]
+    assert f"model.safetensors: {min(load_file(Path(TINY) / 'model.safetensors'))} is missing" in error.splitlines()[0]

@@ -1,0 +1,69 @@
+"""Whether the models' files are here or can be had, found out in seconds and before anything is started."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.models.checkpoint_files import check_folder
+from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.serving.placement import Plan, model_entry
+
+_LONGEST_S = 10.0  # for all models together; looking up a host may alone take longer than any limit of HTTP
+
+
+def require_weights(plan: Plan, *, complain: Callable[[str], None]) -> None:
+    """Raise CheckpointError unless every model that is loaded at the start has its files, or can get them.
+
+    Of the other models what is missing is only told to `complain`. Takes no longer than about ten seconds.
+    """
+    deadline = time.monotonic() + _LONGEST_S
+    checks = {model.name: _begin(plan.settings, model) for model in plan.settings.models}
+    for name in sorted(checks, key=lambda name: name not in plan.started):
+        try:
+            _wait(checks[name], until=deadline)
+        except CheckpointError as error:
+            if name in plan.started:
+                raise CheckpointError(f"model {name}: {error.message}") from error
+            complain(f"warning: model {name} cannot be loaded: {error.message}")
+
+
+def _begin(settings: Settings, model: ModelSettings) -> tuple[ModelEntry, Future[None]]:
+    """The check, in a thread that nobody has to wait for."""
+    entry, done = model_entry(model), Future[None]()
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+
+    def check() -> None:
+        try:
+            _check(entry, token)
+        except Exception as error:  # noqa: BLE001  # whoever waits raises it
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=check, daemon=True, name=f"weights-{model.name}").start()
+    return entry, done
+
+
+def _check(entry: ModelEntry, token: str | None) -> None:
+    if entry.folder is not None:
+        check_folder(Path(entry.folder))
+        return
+    from stable_audio_serve.models.download import check_access  # the hub's library is slow to import
+
+    check_access(entry, token=token)
+
+
+def _wait(check: tuple[ModelEntry, Future[None]], *, until: float) -> None:
+    entry, done = check
+    try:
+        done.result(timeout=max(0.0, until - time.monotonic()))
+    except TimeoutError as error:
+        from stable_audio_serve.models.download import not_here
+
+        raise CheckpointError(not_here(entry)) from error

@@ -1,0 +1,108 @@
+"""Models whose files are missing: one sentence, in seconds, before Ray is begun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving.placement import plan_deployments
+from stable_audio_serve.serving.weights import require_weights
+from tests.models.hub import Repo, running_hub, silent_hub
+from tests.serving.conftest import TINY
+from tests.serving.launched import command, free_port, write_config
+
+HUB_MODEL = {"name": "lab", "repo_id": "lab/model"}
+
+
+def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> str:
+    """All that a start which must fail says."""
+    result = subprocess.run(
+        command(write_config(folder, {"models": models}), "--port", str(free_port())),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "HF_HOME": str(folder / "hub")} | variables,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    assert not (folder / "outputs").exists()
+    return line
+
+
+@pytest.mark.slow
+def test_a_gated_repository_stops_the_start(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo({"model_config.json": b"{}", "model.safetensors": b""}, True, "good")}) as hub:
+        line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT=hub.url, HF_TOKEN="bad")
+    assert line.startswith(f"error: model lab: lab/model is gated: accept its terms at {hub.url}/lab/model")
+
+
+@pytest.mark.slow
+def test_a_silent_hub_stops_the_start_soon(tmp_path: Path) -> None:
+    with silent_hub() as url:
+        line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT=url)
+    assert line.startswith("error: model lab: lab/model is not complete in ")
+    assert f"{url} cannot be reached" in line
+
+
+@pytest.mark.slow
+def test_no_network_stops_the_start(tmp_path: Path) -> None:
+    line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in line
+
+
+def make_plan(*models: Mapping[str, Any], **settings: Any) -> Any:
+    return plan_deployments(Settings.model_validate({"models": models, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("model.safetensors", "holds no weights; expected model.safetensors"),
+        ("model_config.json", "model_config.json does not exist"),
+        ("t5gemma/config.json", "the text encoder was not found"),
+        ("t5gemma/model.safetensors", "t5gemma holds no model.safetensors"),
+        ("t5gemma/tokenizer.json", "t5gemma holds no tokenizer.json"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_stops_the_start(tmp_path: Path, lost: str, said: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    (folder / lost).unlink()
+    plan = make_plan({"name": "mine", "path": str(folder)})
+    with pytest.raises(CheckpointError) as caught:
+        require_weights(plan, complain=pytest.fail)
+    assert caught.value.message.startswith("model mine: ")
+    assert str(folder) in caught.value.message
+    assert said in caught.value.message
+
+
+def test_a_folder_whose_weights_are_cut_short_stops_the_start(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    os.truncate(folder / "model.safetensors", 100_000)
+    with pytest.raises(CheckpointError, match=r"model mine: .*is corrupt or incomplete"):
+        require_weights(make_plan({"name": "mine", "path": str(folder)}), complain=pytest.fail)
+
+
+def test_a_model_that_is_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
+    tiny, absent = {"name": "tiny", "path": TINY}, {"name": "absent", "path": str(tmp_path / "absent")}
+    said: list[str] = []
+    require_weights(make_plan(tiny, absent), complain=said.append)
+    (warning,) = said
+    assert warning.startswith("warning: model absent cannot be loaded: ")
+    assert str(tmp_path / "absent") in warning
+    for kept in ({"preload_models": ["absent"]}, {"default_model": "absent"}):
+        with pytest.raises(CheckpointError, match="model absent: "):
+            require_weights(make_plan(tiny, absent, **kept), complain=pytest.fail)
+    with pytest.raises(CheckpointError, match="model absent: "):
+        require_weights(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), complain=pytest.fail)
