@@ -37,7 +37,7 @@ from stable_audio_serve.models.registry import ModelEntry
 
 # ValueError: a token that no header can carry, or an answer that is no hub's.
 _FAULTS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
-_ANSWER_S = 5.0  # for one answer of the hub while nothing is downloaded
+_ANSWER_S = 4.0  # for one answer of the hub while nothing is downloaded
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
