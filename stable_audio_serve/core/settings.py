@@ -320,6 +320,9 @@ class Settings(Section):
     model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
     output_dir: Folder = Field("outputs", description="Folder of jobs and, without a bucket, their files.")
     hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")
+    drain_s: float = Field(
+        20.0, ge=0, le=3600, description="How long a stop waits for answers in flight, seconds; 0 = not at all."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")
     ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")

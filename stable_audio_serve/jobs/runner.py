@@ -99,16 +99,23 @@ class JobRunner:
         """Raises GenerationError when the loop or the heartbeat has ended, which they never should."""
         if self._loop_task is None:
             return
-        if self._loop_task.done() or not self._heartbeat.is_alive:
+        has_ended = self._loop_task.done() and not self._is_closing
+        if has_ended or not self._heartbeat.is_alive:
             raise GenerationError("the job runner's loop has ended")
+
+    def drain(self) -> int:
+        """Take no more jobs and put those in progress back, now and at no cost of theirs; how many are still held."""
+        self._is_closing = True
+        self.wake()
+        for attempt in self._attempts.values():
+            attempt.stop("closing")
+        return len(self._attempts)
 
     async def close(self) -> None:
         """Stop; jobs in progress go back to waiting and lose no attempt."""
-        self._is_closing = True
-        self.wake()
+        self.drain()
         await _finish({self._loop_task} if self._loop_task else set())
-        for attempt in self._attempts.values():
-            attempt.stop("closing")
+        self.drain()  # also what was begun in the last turn of the loop
         await _finish({attempt.task for attempt in self._attempts.values()})
         for periodic in (self._counting, self._asking):
             await periodic.close()

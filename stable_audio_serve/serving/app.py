@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.queue import open_queue, prepare_stores
 from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 0.5  # how soon a replica that is being replaced sends the readers of event streams elsewhere
+
 
 @serve.ingress()
 class Ingress:
@@ -54,7 +59,22 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
         app = create_app(self._backend, self._settings, jobs=self._jobs, metrics=self._metrics)
         app.add_middleware(_LeaveRequestIdToServe)
+        self._draining: Draining = app.state.draining
+        self._leaving = asyncio.get_running_loop().create_task(self._leave_when_replaced())
         return app
+
+    async def drain(self) -> int:
+        """The server stops: refuse what is new. How many requests are in flight."""
+        self._draining.stop()
+        return self._draining.num_in_flight
+
+    async def _leave_when_replaced(self) -> None:
+        await replaced(look_every_s=_LOOK_S)
+        self._draining.leave()
+
+    async def __del__(self) -> None:  # Serve's hook for the end of a replica
+        if hasattr(self, "_leaving"):  # not after a failed start
+            self._leaving.cancel()
 
 
 class _LeaveRequestIdToServe:

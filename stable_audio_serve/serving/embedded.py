@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stable_audio_serve.serving.guard import guarded
+from stable_audio_serve.serving.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _MIB = 1024 * 1024
 # One result of the longest clip is 134 MiB of float32; a handful of them, but never most of the shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
-_SERVE_TIMEOUT_S = 3.0  # for Serve to end its processes in order; requests in flight are cut off
+_SERVE_TIMEOUT_S = 3.0  # for Serve to end its processes in order
 _STOP_TIMEOUT_S = 6.5  # for everything; what still runs then is killed
 # Another Ray's address or credentials, meant for programs that want to join it.
 _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_NAMESPACE", "RAY_TMPDIR")
@@ -49,7 +49,7 @@ def apply_environment(variables: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
+def embedded_ray(directory: Path, signals: StopSignals, *, num_cpus: int) -> Iterator[None]:
     """Run a Ray of our own in `directory` for the life of the context; its internal ports want its token.
 
     `num_cpus` is bookkeeping for placement. Leaving the context stops Ray Serve and Ray within `_STOP_TIMEOUT_S`
@@ -67,19 +67,19 @@ def embedded_ray(directory: Path, *, num_cpus: int) -> Iterator[None]:
             logging_level=logging.WARNING,
             _temp_dir=str(directory / "ray"),  # which Ray opens to everybody
         )
+        signals.listen()  # ray.init installs a SIGTERM handler of its own
         yield
         late_exit_code = 0
     finally:
+        signals.begin_stop(exit_code=late_exit_code)
         _stop(late_exit_code)
 
 
 def _stop(late_exit_code: int) -> None:
-    """Stop Ray Serve, then Ray. Asked again by a signal or late, give up: the guard kills what is left."""
+    """Stop Ray Serve, then Ray. When that takes too long, give up: the guard kills what is left."""
     watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(late_exit_code,))
     watchdog.daemon = True
     watchdog.start()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: os._exit(late_exit_code))
     import ray
 
     if ray.is_initialized():

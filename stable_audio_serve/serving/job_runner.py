@@ -51,6 +51,10 @@ class JobRunnerReplica:
         """There may be something to do."""
         self._runner.wake()
 
+    async def drain(self) -> int:
+        """The server stops: put jobs back for the next one. How many are still held."""
+        return self._runner.drain()
+
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises GenerationError."""
         self._runner.check_health()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from stable_audio_serve.serving import environment
 from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, private_directory
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema, read_serve_file
+from stable_audio_serve.serving.signals import StopSignals
 from stable_audio_serve.serving.weights import require_weights
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def serve(
             environment.require_free_port(host, port)
             require_weights(plan, complain=complain)
             report(prepare_stores(plan.settings))
-            _raise_on_signals()
+            signals = StopSignals()
+            signals.listen()
             directory = stack.enter_context(private_directory())
             environment.raise_file_limit()
             variables = environment.base_environment(plan.settings)
@@ -84,10 +85,9 @@ def serve(
             apply_environment(variables | proxied)
             # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
-        stack.enter_context(embedded_ray(directory, num_cpus=plan.num_cpus))
-        _raise_on_signals()  # ray.init installs a SIGTERM handler of its own
-        stack.callback(report, "stopping ...")
+        stack.enter_context(embedded_ray(directory, signals, num_cpus=plan.num_cpus))
         stack.enter_context(suppress(KeyboardInterrupt))
+        stack.callback(report, "stopping ...")
         # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
         stack.enter_context(_said_at_once(lambda sentence: complain(f"\n{sentence}")))
         watch.lap("ray")
@@ -97,7 +97,9 @@ def serve(
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(_ready_text(url, plan))
-        threading.Event().wait()
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        _drain(file.application, plan.settings, report=report)
 
 
 @contextmanager
@@ -177,6 +179,15 @@ def _health(url: str, plan: Plan) -> Mapping[str, Any]:
     return health if set(plan.preloaded) <= set(health["loaded_models"]) else {}
 
 
+def _drain(application: str, settings: Settings, *, report: Report) -> None:
+    """Let what is in flight be answered, where the operator wants that."""
+    from stable_audio_serve.serving.draining import drain
+
+    if settings.drain_s:
+        host = _reachable(settings.metrics.host)
+        drain(application, within_s=settings.drain_s, statistics_host=host, report=report)
+
+
 def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
     """What the start of each preloaded model was spent on."""
     details = {name: health["models"][name]["detail"] for name in plan.preloaded}
@@ -199,11 +210,3 @@ def _reachable(host: str) -> str:
     if host in ("0.0.0.0", "::", ""):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
-
-
-def _raise_on_signals() -> None:
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)

@@ -14,6 +14,9 @@ from stable_audio_serve.core.settings_sources import check_model_names, preloade
 from stable_audio_serve.jobs.queue import open_queue, open_store
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 
+INGRESS_NAME = "Ingress"
+RUNNER_NAME = "job-runner"
+
 _GPU_PRECISION = 10_000  # Ray's own
 _REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it really takes is predicted work
 # More requests than a process can have connections. Serve queues what is over its limit, /health and Serve's own probes
@@ -98,6 +101,7 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
     """Deployment options of the HTTP ingress."""
     ingress = settings.ingress
     return {
+        "name": INGRESS_NAME,
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": _NO_LIMIT,
         **_DRAIN,
@@ -108,7 +112,7 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
 def runner_options(settings: Settings) -> dict[str, Any]:
     """Deployment options of the job runners, which wait for models rather than compute."""
     return {
-        "name": "job-runner",
+        "name": RUNNER_NAME,
         "num_replicas": settings.jobs.runners,
         "max_ongoing_requests": 1000,  # wake-up calls, over at once
         "health_check_period_s": 2.0,  # how soon a dead one is missed, and its jobs go on

@@ -461,6 +461,22 @@ async def test_source_audio_is_decoded_only_as_far_as_memory_allows(workshop: Wo
     assert backend.most_running == 2
 
 
+async def test_a_runner_of_a_server_that_stops_gives_its_jobs_back_and_stays_healthy(workshop: Workshop) -> None:
+    workshop.backend = backend = ToneBackend(delay_s=30)
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(2)]
+    runner = await workshop.start_runner()
+    await wait_for(lambda: backend.num_running == 2)
+    await wait_for(lambda: not runner.drain())
+    for job in jobs:
+        now = workshop.queue.store.get(job.spec.ref)
+        assert now is not None
+        assert (now.state, now.attempts) == ("queued", 0)
+    runner.wake()
+    await asyncio.sleep(0.3)
+    assert backend.num_running == 0  # nothing is taken again
+    runner.check_health()
+
+
 async def test_a_health_check_tells_of_a_loop_that_ended(workshop: Workshop) -> None:
     runner = await workshop.start_runner()
     runner.check_health()

@@ -85,15 +85,22 @@ class LaunchedServer:
         return self
 
     def stop(self, *, number: int = signal.SIGINT) -> float:
-        """Ctrl-C, which the whole process group gets, or another signal; returns the seconds until it had ended."""
+        """Send a signal; returns the seconds until the server had ended."""
         started_at = time.monotonic()
+        self.signal(number)
+        self.wait_until_stopped()
+        return time.monotonic() - started_at
+
+    def signal(self, number: int) -> None:
+        """Ctrl-C, which the whole process group gets, or another signal."""
         if number == signal.SIGINT:
             os.killpg(self.process.pid, number)
         else:
             self.process.send_signal(number)
-        self.process.wait(timeout=30)
+
+    def wait_until_stopped(self) -> None:
+        self.process.wait(timeout=120)
         self._reader.join(timeout=5)
-        return time.monotonic() - started_at
 
     def wait_for_output(self, text: str, *, timeout_s: float = 10.0) -> None:
         """Until a line with `text` was printed; Ray brings the lines of its processes a little later."""
@@ -119,6 +126,16 @@ class LaunchedServer:
         assert token is not None
         return address[1], token[1]
 
+    def look_inside(self, program: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a program that is given the address of this server's Ray, the application's name and `arguments`."""
+        address, token = self.ray()
+        return subprocess.Popen(
+            [sys.executable, "-m", program, address, APPLICATION, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} | ON_LOOPBACK,
+        )
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -138,13 +155,7 @@ class Watcher:
     """`watch.py` on one model: Serve's `settings` of every deployment, and the replica's own word on itself."""
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
-        address, token = server.ray()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.watch", address, APPLICATION, model],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} | ON_LOOPBACK,
-        )
+        self._process = server.look_inside("tests.serving.watch", model)
         assert self._process.stdout is not None
         self.settings: dict[str, Any] = json.loads(self._process.stdout.readline())
         self._latest: Future[dict[str, Any]] = Future()

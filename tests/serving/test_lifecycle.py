@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ pytestmark = pytest.mark.ray
 
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
 _LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_s": 30}
+_SECONDS_OF_WORK = _LONG_BODY | {"steps": 300, "deadline_s": 100}
+_DRAIN_S = 100  # never reached
 _STOP_BOUND_S = 8.0
 _START_BOUND_S = 110.0
 
@@ -41,11 +47,16 @@ def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("others")
     relative = os.path.relpath(TINY, folder)  # to where the server is started
     models = [{"name": "tiny", "path": relative, "max_queue_s": 1e6}, {"name": "absent", "path": "/absent"}]
-    config = write_config(folder, {"models": [*models, {"name": "away", "repo_id": "lab/model"}]})
+    models = [*models, {"name": "away", "repo_id": "lab/model"}]
+    config = write_config(folder, {"models": models, "drain_s": _DRAIN_S})
     (config.parent / ".env").write_text("STABLE_AUDIO_MAX_STEPS=1000\nSTABLE_AUDIO_MAX_BATCH_SIZE=9\n")
     servers = {
-        "haproxy": LaunchedServer(config, environment=foreign),
-        "python": LaunchedServer(config, environment=foreign | {"STABLE_AUDIO_PROXY": "python"}),
+        name: LaunchedServer(
+            config,
+            environment=foreign
+            | {"STABLE_AUDIO_PROXY": name, "STABLE_AUDIO_OUTPUT_DIR": str(folder / name)},  # a queue for each
+        )
+        for name in ("haproxy", "python")
     }
     try:
         with ThreadPoolExecutor() as pool:
@@ -57,6 +68,19 @@ def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> 
         for launched in servers.values():
             if launched.process.poll() is None:
                 launched.stop(number=signal.SIGKILL)
+
+
+def database_of(launched: LaunchedServer) -> str:
+    kept = re.search(r"jobs are kept in SQLite (\S+),", launched.output)
+    assert kept is not None
+    return kept[1]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def probe_start(url: str) -> list[tuple[httpx.Response, int]]:
@@ -129,11 +153,26 @@ def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
 ) -> None:
     replicas = server.pids("ray::Serve")
     stopped = others[name]
-    with ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(stopped.client.post, "/generate", json=_LONG_BODY)
-        time.sleep(0.3)
-        assert stopped.stop(number=number) < _STOP_BOUND_S
-        assert busy.exception(timeout=5) or busy.result().status_code >= 500
+    job = stopped.client.post("/jobs", json=_LONG_BODY).json()
+    with ThreadPoolExecutor(2) as pool:
+        events = pool.submit(stopped.client.get, f"/jobs/{job['id']}/events")
+        wait_until(lambda: stopped.client.get(job["status_url"]).json()["status"] == "running")
+        busy = pool.submit(stopped.client.post, "/generate", json=_SECONDS_OF_WORK)
+        time.sleep(0.5)
+        stopped.signal(number)
+        wait_until(lambda: stopped.client.get("/ready").status_code == 503)
+        refused = stopped.client.post("/generate", json=_BODY)
+        assert (refused.status_code, refused.headers["content-type"]) == (503, "application/json")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert stopped.client.get("/health").status_code == 200
+        assert not busy.done()
+        assert events.result().text.split("\n")[-3].startswith("retry: ")
+        assert len(zipfile.ZipFile(io.BytesIO(busy.result().content)).namelist()) == 4
+        answered_at = time.monotonic()
+        stopped.wait_until_stopped()
+    assert time.monotonic() - answered_at < _STOP_BOUND_S
+    with closing(sqlite3.connect(database_of(stopped))) as database:  # without costing the job an attempt
+        assert database.execute("SELECT state, attempts FROM jobs").fetchall() == [("queued", 0)]
     assert stopped.process.returncode == 0, stopped.output
     assert stopped.leftovers() == []
     assert not stopped.directory.exists()
