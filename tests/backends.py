@@ -38,7 +38,7 @@ def make_catalog() -> ModelCatalog:
 
 @dataclass
 class ToneBackend:
-    """A sine whose pitch follows the seed; keeps what it was asked and how many callers gave up."""
+    """A sine of `level` whose pitch follows the seed; keeps what it was asked and how many callers gave up."""
 
     catalog: ModelCatalog = field(default_factory=make_catalog)
     statuses: dict[str, ModelStatus] = field(default_factory=lambda: {"small-sfx": ModelStatus("ready", 1, "cpu")})
@@ -47,6 +47,7 @@ class ToneBackend:
     error: Exception | None = None
     status_delay_s: float = 0.0
     device: DeviceUse = field(default_factory=DeviceUse)
+    level: float = 0.5
     requests: list[tuple[str, GenerationRequest]] = field(default_factory=list)
     num_running: int = 0
     num_cancelled: int = 0
@@ -74,9 +75,8 @@ class ToneBackend:
             raise self.error
         seeds = tuple(request.seed + i for i in range(request.batch_size))
         t = np.arange(max(int(request.duration_s * RATE_HZ), 1)) / RATE_HZ
-        audio = tuple(
-            np.tile(np.sin(2 * np.pi * (100 + seed % 1000) * t) * 0.5, (2, 1)).astype(np.float32) for seed in seeds
-        )
+        tones = (self.level * np.sin(2 * np.pi * (100 + seed % 1000) * t) for seed in seeds)
+        audio = tuple(np.tile(tone, (2, 1)).astype(np.float32) for tone in tones)
         return GenerationResult(
             audio, RATE_HZ, model, seeds, StageTimings(queue_ms=1, denoise_ms=2, total_ms=3), self.device
         )

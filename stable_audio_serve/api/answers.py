@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from starlette.responses import Response, StreamingResponse
 
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.encode import EncodedFile
+from stable_audio_serve.audio.finish import clip_dict
 from stable_audio_serve.core.file_names import content_disposition
+from stable_audio_serve.core.sound import ClipFacts
 
+# The headers that `clip_headers` gives, for descriptions: their schemas and what they say.
+CLIP_HEADERS: Mapping[str, tuple[Mapping[str, str], str]] = {
+    "X-Seed": ({"type": "integer"}, "Seed of the first variation."),
+    "X-Seeds": ({"type": "string"}, "Of several variations, the seed of each, as all lists with commas."),
+    "X-Audio-Peak": ({"type": "string"}, "Largest absolute sample of each variation, 1 = full scale."),
+    "X-Audio-Loudness": ({"type": "string"}, "Integrated loudness of each, LUFS; null under 0.4 s."),
+    "X-Audio-Silent": ({"type": "string"}, "Whether each stays below -70 dBFS: true or false."),
+}
 # What a page on another origin may read.
 EXPOSED_HEADERS = (
     *("Content-Disposition", "Idempotent-Replayed", "Retry-After", "Server-Timing"),
-    *("X-Model", "X-Output-Count", "X-Request-Id", "X-Sample-Rate", "X-Seed"),
+    *("X-Model", "X-Output-Count", "X-Request-Id", "X-Sample-Rate"),
+    *CLIP_HEADERS,
 )
 _STREAM_ABOVE_BYTES = 1_048_576
 
@@ -33,9 +45,31 @@ def result_headers(output: Output) -> dict[str, str]:
         "X-Model": result.model,
         "X-Sample-Rate": str(result.sample_rate_hz),
         "X-Output-Count": str(len(result.audio)),
-        "X-Seed": str(result.seeds[0]),
+        **clip_headers(output.clips),
         "Server-Timing": _server_timing(output),
     }
+
+
+def clip_headers(clips: Sequence[ClipFacts]) -> dict[str, str]:
+    """What is in a file of audio, as JSON values, of several variations in a list; nothing where nobody knows.
+
+    `X-Seed` is the first variation's seed, `X-Seeds` are those of several.
+    """
+    if not clips:
+        return {}
+    facts = [clip_dict(clip) for clip in clips]
+    told = {
+        name: ", ".join(json.dumps(fact[key]) for fact in facts)
+        for name, key in (
+            ("X-Seeds", "seed"),
+            ("X-Audio-Peak", "peak"),
+            ("X-Audio-Loudness", "loudness"),
+            ("X-Audio-Silent", "silent"),
+        )
+    }
+    if len(clips) == 1:
+        del told["X-Seeds"]
+    return {"X-Seed": str(clips[0].seed), **told}
 
 
 def attachment(file_name: str) -> dict[str, str]:

@@ -8,6 +8,10 @@ from pydantic import Field, StringConstraints
 
 NOT_BLANK = r"\S"
 
+PEAKS_DESCRIPTION = (
+    "Extension: limit = a limiter holds peaks at 0.977, quieter clips stay bit for bit; "
+    "scale = divided by its own peak; clip = cut off at full scale. Null = the server's choice."
+)
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Prompt = Annotated[
     str,

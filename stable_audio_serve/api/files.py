@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
-from stable_audio_serve.api.answers import attachment
+from stable_audio_serve.api.answers import attachment, clip_headers
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
@@ -55,6 +55,7 @@ async def file_answer(request: Request, jobs: JobQueue, file: StoredFile) -> Res
         raise HTTPException(404, "the file is gone") from error
     headers = {
         **attachment(file.file_name),
+        **clip_headers(file.clips),
         "Content-Length": str(file.num_bytes),
         "X-Content-Type-Options": "nosniff",
     }

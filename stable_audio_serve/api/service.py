@@ -22,7 +22,9 @@ from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams
 from stable_audio_serve.audio.decode import AudioDecoder
-from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_variations
+from stable_audio_serve.audio.encode import EncodedFile
+from stable_audio_serve.audio.finish import FileOrder, finish
+from stable_audio_serve.audio.loudness import load_meter
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -38,6 +40,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import JobUpload
 from stable_audio_serve.jobs.queue import JobQueue, open_queue
 
@@ -55,9 +58,10 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished answer: the file to send, what was done, and how long writing the file took."""
+    """A finished answer: the file to send, what is in it, what was done, and how long finishing the file took."""
 
     file: EncodedFile
+    clips: tuple[ClipFacts, ...]
     result: GenerationResult
     encode_ms: float
 
@@ -91,6 +95,8 @@ class Service:
         )
         self._decode_threads = ThreadPoolExecutor(api.decode_workers, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(api.encode_workers, thread_name_prefix="audio-encode")
+        for rate_hz in {card.sample_rate_hz for card in backend.catalog}:
+            self._encode_threads.submit(load_meter, rate_hz)  # now, so that no request waits for it
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
         self._source_bytes = 0
@@ -179,13 +185,11 @@ class Service:
             self._num_generating -= 1
             self._source_bytes -= num_bytes
 
-    async def encode(self, result: GenerationResult, file_format: AudioFormat, *, stem: str) -> Output:
-        """One file, or a ZIP named `<stem>-01`, `<stem>-02`, ... inside when there are several variations."""
+    async def finish(self, result: GenerationResult, order: FileOrder) -> Output:
+        """The file that a client gets of a result, see `audio.finish.finish`."""
         started_at = self.clock.monotonic()
-        file = await self.compute(
-            lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=stem)
-        )
-        return Output(file, result, (self.clock.monotonic() - started_at) * 1000)
+        finished = await self.compute(lambda: finish(result, order))
+        return Output(finished.file, finished.clips, result, (self.clock.monotonic() - started_at) * 1000)
 
     async def compute(self, function: Callable[[], T]) -> T:
         """What `function` returns; its CPU work happens on an encoding thread."""

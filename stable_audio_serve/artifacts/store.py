@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from stable_audio_serve.core.sound import ClipFacts
+
 BackendName = Literal["local", "s3"]
 
 # The pieces of a file from its start; it may be called more than once, and always gives the same bytes.
@@ -14,13 +16,15 @@ Chunks = Callable[[], Iterable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file at rest, as it was when it was put; `sha256` is hexadecimal."""
+    """One file at rest, as it was when it was put; `sha256` is hexadecimal. `clips` is what can be heard in it, once
+    whoever made it has said so."""
 
     key: str
     media_type: str
     file_name: str
     num_bytes: int
     sha256: str
+    clips: tuple[ClipFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import io
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -129,16 +129,6 @@ def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
                 for buffer in file.buffers:
                     member.write(buffer)
     return EncodedFile("application/zip", (stream.getbuffer(),))
-
-
-def encode_variations(
-    variations: Sequence[npt.NDArray[np.float32]], sample_rate_hz: int, file_format: AudioFormat, *, stem: str
-) -> EncodedFile:
-    """One file of one variation (C, S), or of several a ZIP with `<stem>-01.<format>`, `<stem>-02.<format>`, ..."""
-    files = [encode_audio(audio, sample_rate_hz, file_format) for audio in variations]
-    if len(files) == 1:
-        return files[0]
-    return make_zip((f"{stem}-{index:02d}.{file_format}", file) for index, file in enumerate(files, start=1))
 
 
 def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int) -> EncodedFile:

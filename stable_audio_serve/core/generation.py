@@ -63,6 +63,11 @@ class GenerationRequest:
     start_within_s: float | None = None  # of which at most this much may be spent waiting for the first step
     request_id: str = ""
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each variation: asking for one of them alone gives that variation."""
+        return tuple(range(self.seed, self.seed + self.batch_size))
+
 
 Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]
 
@@ -109,7 +114,10 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """Audio as it left the model: one (C, S) float32 array in -1..1 per variation, with what was done."""
+    """Audio as it left the model: one (C, S) float32 array per variation, with what was done.
+
+    Full scale is -1..1, and loud clips reach beyond it: whoever makes a file of one decides what becomes of its peaks.
+    """
 
     audio: tuple[npt.NDArray[np.float32], ...]
     sample_rate_hz: int

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from stable_audio_serve.core.keys import parse_key_hash
+from stable_audio_serve.core.sound import Peaks
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -136,6 +137,16 @@ class ApiSettings(Section):
         None, description="How clients reach this server, for links in replies; unset = by what each request used."
     )
     cors_origins: tuple[str, ...] = Field(("*",), description="Origins whose pages may call the API; empty = none.")
+
+
+class AudioSettings(Section):
+    """What becomes of clips that are too loud."""
+
+    peaks: Peaks = Field(
+        "limit",
+        description="limit = a limiter holds peaks at 0.977, quieter clips stay bit for bit; scale = every clip is "
+        "divided by its own peak; clip = cut off at full scale. Requests may choose.",
+    )
 
 
 class ReplicaSettings(Section):
@@ -325,6 +336,7 @@ class Settings(Section):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")
+    audio: AudioSettings = Field(default_factory=lambda: AudioSettings(), description="How clips are finished.")
     ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")
     proxy: ProxySettings = Field(default_factory=lambda: ProxySettings(), description="HAProxy's time limits.")
     metrics: MetricsSettings = Field(default_factory=lambda: MetricsSettings(), description="Pages for operators.")

@@ -44,8 +44,8 @@ class EnginePlayer:
         await self._engine.close()
 
     async def play(self, request: GenerationRequest) -> Audio:
-        """The audio of one request."""
-        return (await self._engine.generate(request)).audio[0]
+        """The audio of one request, cut off at full scale."""
+        return (await self._engine.generate(request)).audio[0].clip(-1.0, 1.0)
 
 
 class HttpPlayer:

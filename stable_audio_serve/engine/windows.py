@@ -84,7 +84,7 @@ class SourceEncoding:
 
 
 class AudioAssembly:
-    """One row's audio while its windows are decoded: exact length, clamped, silent behind the valid frames."""
+    """One row's audio while its windows are decoded: exact length, silent behind the valid frames."""
 
     def __init__(
         self, spans: Sequence[WindowSpan], *, channels: int, hop: int, valid_frames: int, output_samples: int
@@ -114,7 +114,7 @@ class AudioAssembly:
         offset = span.start * self._hop
         kept = audio[:, start - offset : stop - offset].to("cpu", torch.float32)
         self._finite = self._finite and bool(torch.isfinite(kept).all())
-        self._audio[:, start:stop] = kept.clamp(-1.0, 1.0)
+        self._audio[:, start:stop] = kept
         self._num_done += 1
 
     @property

@@ -14,7 +14,8 @@ from typing import IO
 from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.audio.decode import AudioDecoder
-from stable_audio_serve.audio.encode import AudioFormat, encode_variations
+from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.audio.finish import FileOrder, finish
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
@@ -92,16 +93,17 @@ class JobExecutor:
     async def _store(self, job: Job, result: GenerationResult) -> StoredFile:
         spec = job.spec
         file_format = AudioFormat(spec.file_format)
-        file = await asyncio.get_running_loop().run_in_executor(
-            self._encode_threads,
-            lambda: encode_variations(result.audio, result.sample_rate_hz, file_format, stem=spec.file_stem),
-        )
+        manifest_of = spec.request if spec.with_manifest else None
+        order = FileOrder(spec.peaks, file_format=file_format, stem=spec.file_stem, manifest_of=manifest_of)
+        finished = await asyncio.get_running_loop().run_in_executor(self._encode_threads, finish, result, order)
+        file = finished.file
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
         fence = job.lease.fence if job.lease else 1
         key = artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
-        return await self._artifacts.put(
+        stored = await self._artifacts.put(
             key, file.chunks, media_type=file.media_type, file_name=spec.file_prefix + name
         )
+        return replace(stored, clips=finished.clips)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
         """The request with its time limits; the engine may have a queue too, in which a first start can be late."""

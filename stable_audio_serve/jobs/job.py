@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.sound import Peaks
 
 Contract = Literal["sa3", "aiml", "fal"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -47,6 +48,8 @@ class JobSpec:
     request: GenerationRequest
     file_format: str = "wav"  # of `audio.encode.AudioFormat`
     file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
+    peaks: Peaks = "limit"
+    with_manifest: bool = False  # in the ZIP
     file_prefix: str = ""  # what the name offered for download has before the stem
     upload: JobUpload | None = None
     start_within_s: float | None = None  # not started by then = failed with code `start_timeout`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.core.errors import StableAudioError, StorageError
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
 from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore, Page
@@ -123,10 +125,17 @@ class JobQueue:
         return await self.artifacts.put(upload_key(), chunks, media_type=media_type, file_name=file_name)
 
     async def publish(
-        self, chunks: Chunks, *, media_type: str, file_name: str, file_id: str | None = None
+        self,
+        chunks: Chunks,
+        *,
+        media_type: str,
+        file_name: str,
+        file_id: str | None = None,
+        clips: tuple[ClipFacts, ...] = (),
     ) -> tuple[str, StoredFile]:
         """Keep a file for whoever has its link: its id, unguessable unless given, for `links`. Raises StorageError."""
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
+        file = replace(file, clips=clips)
         # When that fails the file stays, to be swept: it may be published, only the database's answer did not arrive.
         return await asyncio.to_thread(lambda: self.store.publish(file, file_id=file_id)), file
 

@@ -349,4 +349,5 @@ async def test_pages_of_other_origins_may_read_the_headers_also_of_errors(
     ):
         assert reply.headers["access-control-allow-origin"] == "*"
         exposed = {name.strip().lower() for name in reply.headers["access-control-expose-headers"].split(",")}
-        assert {"x-model", "x-sample-rate", "x-output-count", "x-seed", "server-timing", "x-request-id"} <= exposed
+        assert {"x-model", "x-sample-rate", "x-output-count", "x-seed", "x-seeds", "server-timing"} <= exposed
+        assert {"x-request-id", "x-audio-peak", "x-audio-loudness", "x-audio-silent"} <= exposed

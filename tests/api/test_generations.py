@@ -23,6 +23,7 @@ async def test_one_clip_is_a_wav_with_its_headers(client: httpx.AsyncClient, url
     assert reply.headers["x-sample-rate"] == "44100"
     assert reply.headers["x-output-count"] == "1"
     assert reply.headers["x-seed"] == "7"
+    assert "x-seeds" not in reply.headers
     assert int(reply.headers["content-length"]) == len(reply.content)
     audio, rate = soundfile.read(io.BytesIO(reply.content), always_2d=True)
     assert rate == 44100
@@ -101,6 +102,7 @@ async def test_several_variations_are_a_zip(client: httpx.AsyncClient) -> None:
     assert reply.headers["content-type"] == "application/zip"
     assert reply.headers["content-disposition"] == 'attachment; filename="stable-audio-3-medium-batch.zip"'
     assert reply.headers["x-output-count"] == "3"
+    assert (reply.headers["x-seed"], reply.headers["x-seeds"]) == ("10", "10, 11, 12")
     with zipfile.ZipFile(io.BytesIO(reply.content)) as archive:
         assert archive.namelist() == [f"stable-audio-3-medium-0{i}.wav" for i in (1, 2, 3)]
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_DEFLATED}

@@ -28,7 +28,7 @@ REGION = {"inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}
 KEYS = {
     *("id", "status", "mode", "model", "duration", "steps", "output_count", "created_at", "started_at"),
     *("completed_at", "download_url", "download_content_type", "error", "storage_backend", "storage_key"),
-    *("sample_rate", "progress", "attempts", "priority"),
+    *("sample_rate", "progress", "attempts", "priority", "seeds", "clips"),
 }
 
 ENDS = ("succeeded", "failed", "cancelled")
@@ -110,6 +110,7 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
         **dict.fromkeys(("started_at", "completed_at", "download_url", "download_content_type"), None),
         **dict.fromkeys(("error", "storage_key", "sample_rate"), None),
         **{"attempts": 0, "priority": "interactive", "progress": status["progress"]},
+        **{"seeds": [11, 12], "clips": None},
     }
 
 
@@ -158,6 +159,21 @@ async def test_several_variations_become_a_zip(
     names = zipfile.ZipFile(io.BytesIO(download.content)).namelist()
     assert names == [f"stable-audio-3-medium-0{number}.wav" for number in (1, 2, 3)]
     assert (Path(settings.output_dir) / name).is_file()
+
+
+async def test_a_job_with_a_random_seed_says_from_the_start_how_to_repeat_it(
+    client: httpx.AsyncClient, runner: JobRunner
+) -> None:
+    first, second = [await submit(client, seed=-1, batch_size=2) for _ in range(2)]
+    seeds = (await show(client, first))["seeds"]
+    assert seeds == [seeds[0], seeds[0] + 1]
+    assert seeds != (await show(client, second))["seeds"]
+    done = await wait(client, first)
+    assert done["seeds"] == seeds
+    audio = await client.get(done["download_url"])
+    assert (audio.headers["x-seed"], audio.headers["x-seeds"]) == (str(seeds[0]), f"{seeds[0]}, {seeds[1]}")
+    again = await wait(client, await submit(client, seed=seeds[0], batch_size=2))
+    assert (await client.get(again["download_url"])).content == audio.content
 
 
 async def test_the_extension_fields_hold_for_jobs_too(client: httpx.AsyncClient, runner: JobRunner) -> None:

@@ -129,10 +129,10 @@ def test_windows_behind_the_result_are_not_decoded() -> None:
     assert audio.lengths_left == (32,)
 
 
-def test_audio_is_clamped_and_non_numbers_are_noticed() -> None:
+def test_audio_keeps_its_level_and_non_numbers_are_noticed() -> None:
     audio = AudioAssembly(make_windows(2), channels=1, hop=2, valid_frames=2, output_samples=4)
     audio.put(torch.tensor([[-3.0, 0.5, 3.0, float("nan")]]))
-    np.testing.assert_array_equal(audio.audio()[:, :3], [[-1.0, 0.5, 1.0]])
+    np.testing.assert_array_equal(audio.audio()[:, :3], [[-3.0, 0.5, 3.0]])
     assert not audio.is_finite
 
 

@@ -166,6 +166,7 @@ def build_router(service: Service) -> APIRouter:
                 mode="text-to-audio",
                 request=generation,
                 file_stem="generated",
+                peaks=body.peaks or service.settings.audio.peaks,
                 client=request.state.client,
             )
         )

@@ -8,10 +8,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from stable_audio_serve.api.fields import Prompt
+from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Prompt
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.sound import Peaks
 
 MAX_S = 47
 DEFAULT_S = 30
@@ -39,6 +40,7 @@ class ClipInput(BaseModel):
         DEFAULT_S, ge=1, le=MAX_S, description="Length, seconds; unset = at most what the model can do."
     )
     steps: WholeNumber
+    peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
 
 
 def to_request(fields: ClipInput, card: ModelCard, *, request_id: str) -> GenerationRequest:

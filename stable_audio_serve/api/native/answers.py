@@ -5,13 +5,30 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
+from stable_audio_serve.api.native.schemas import Controls
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.audio.finish import FileOrder
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import AudioSettings
 
 
 def file_stem(model: str) -> str:
     """How files of a model are named, without extension."""
     return f"stable-audio-3-{model}"
+
+
+def file_order(
+    fields: Controls, card: ModelCard, generation: GenerationRequest, *, settings: AudioSettings
+) -> FileOrder:
+    """What file `fields` ask for."""
+    return FileOrder(
+        fields.peaks or settings.peaks,
+        file_format=fields.response_format,
+        stem=file_stem(card.name),
+        manifest_of=generation if fields.manifest else None,
+    )
 
 
 def audio_answer(output: Output, file_format: AudioFormat) -> Response:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Request
 from starlette.responses import Response
 
+from stable_audio_serve.api.answers import CLIP_HEADERS
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.api.native.answers import audio_answer, file_stem
+from stable_audio_serve.api.native.answers import audio_answer, file_order
 from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_request
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.regions import parse_regions
@@ -41,7 +42,7 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
             "X-Model": {"schema": {"type": "string"}, "description": "Canonical name of the model."},
             "X-Sample-Rate": {"schema": {"type": "integer"}, "description": "Hertz."},
             "X-Output-Count": {"schema": {"type": "integer"}, "description": "Variations."},
-            "X-Seed": {"schema": {"type": "integer"}, "description": "Seed of the first variation."},
+            **{name: {"schema": schema, "description": text} for name, (schema, text) in CLIP_HEADERS.items()},
             "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds per stage."},
         },
     },
@@ -118,6 +119,6 @@ async def run(
 ) -> Output:
     """The finished file of a request that arrived at `started_at`. Raises errors of `core.errors`."""
     result = await service.generate(card, generation, started_at=started_at)
-    output = await service.encode(result, fields.response_format, stem=file_stem(card.name))
+    output = await service.finish(result, file_order(fields, card, generation, settings=service.settings.audio))
     note(request.scope, num_bytes=output.file.num_bytes)
     return output

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from stable_audio_serve.api.fields import Finite, Prompt
+from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.sound import Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
     (
@@ -71,6 +72,8 @@ class Controls(BaseModel):
     priority: Priority = Field(
         "interactive", description="Extension: batch work lets interactive work go first, but not for ever."
     )
+    peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
+    manifest: bool = Field(False, description="Extension: adds manifest.json to the ZIP of several variations.")
 
 
 class GenerationBody(Controls):

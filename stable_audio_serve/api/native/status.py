@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
+from stable_audio_serve.audio.finish import clip_dict
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, Mode, State
@@ -39,6 +40,8 @@ _STATUS: dict[str, Any] = {
     "progress": {"stage": "denoising", "fraction": 0.45, "eta_seconds": 2.1, "queue_position": None},
     "attempts": 1,
     "priority": "interactive",
+    "seeds": [3141592653],
+    "clips": None,
 }
 
 
@@ -61,6 +64,17 @@ class JobProgress(BaseModel):
     queue_position: int | None = Field(
         description="What starts before it, 0 = next: jobs of its model or, once a runner has it, rows in the engine."
     )
+
+
+class JobClip(BaseModel):
+    """One variation as it is delivered."""
+
+    seed: int
+    peak: float = Field(description="The largest absolute sample, 1 = full scale.")
+    loudness: float | None = Field(
+        description="Integrated over the clip (ITU-R BS.1770), LUFS; null under 0.4 s, and without sound."
+    )
+    silent: bool = Field(description="No sample reaches -70 dBFS.")
 
 
 class JobStatus(BaseModel):
@@ -87,6 +101,8 @@ class JobStatus(BaseModel):
     progress: JobProgress
     attempts: int = Field(description="How often it was started.")
     priority: Priority
+    seeds: list[int] = Field(description="The seed of each variation, also of those that asked for a random one.")
+    clips: list[JobClip] | None = Field(description="Each variation of a job that has succeeded.")
 
 
 class JobPage(BaseModel):
@@ -134,6 +150,8 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         progress=progress_of(job, position=position),
         attempts=job.attempts,
         priority=job.spec.request.priority,
+        seeds=list(request.seeds),
+        clips=[JobClip(**clip_dict(clip)) for clip in result.file.clips] if result else None,
     )
 
 

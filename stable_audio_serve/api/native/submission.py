@@ -146,6 +146,8 @@ class _Submission:
             request=generation,
             file_format=fields.response_format,
             file_stem=file_stem(card.name),
+            peaks=fields.peaks or settings.audio.peaks,
+            with_manifest=fields.manifest,
             file_prefix=f"{job_id}-",
             upload=upload,
             webhook_url=fields.webhook_url,

@@ -37,6 +37,7 @@ from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.audio.finish import FileOrder
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec
 from stable_audio_serve.jobs.webhooks import check_webhook_url
 
@@ -127,8 +128,10 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
         generation = to_request(body, card, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s, fal_request_id=request_id)
         start_within_s = targets.start_within_s(request)
+        peaks = body.peaks or service.settings.audio.peaks
         if not targets.means_queue(request):
-            return await run(request, service, card, replace(generation, start_within_s=start_within_s))
+            generation = replace(generation, start_within_s=start_within_s)
+            return await run(request, service, card, generation, order=FileOrder(peaks, stem=FILE_STEM))
         if fal_webhook is not None:
             allow_hosts = service.settings.jobs.webhook_allow_hosts
             await check_webhook_url(fal_webhook, field="fal_webhook", allow_hosts=allow_hosts)
@@ -139,6 +142,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
             mode="text-to-audio",
             request=replace(generation, priority=targets.priority(request)),
             file_stem=FILE_STEM,
+            peaks=peaks,
             start_within_s=start_within_s,
             webhook_url=fal_webhook,
             client=request.state.client,

@@ -9,21 +9,23 @@ from stable_audio_serve.api.links import base_url, published_url
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.audio.finish import FileOrder
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 
 FILE_STEM = "stable-audio"
 
 
-async def run(request: Request, service: Service, card: ModelCard, generation: GenerationRequest) -> AudioOutput:
+async def run(
+    request: Request, service: Service, card: ModelCard, generation: GenerationRequest, *, order: FileOrder
+) -> AudioOutput:
     """Generate, store the file, and tell where it is. Raises errors of `core.errors`."""
     started_at = service.clock.monotonic()
     result = await service.generate(card, generation, started_at=started_at)
-    output = await service.encode(result, AudioFormat.WAV, stem=FILE_STEM)
+    output = await service.finish(result, order)
     note(request.scope, num_bytes=output.file.num_bytes)
     file_id, file = await service.jobs.publish(
-        output.file.chunks, media_type=output.file.media_type, file_name=f"{FILE_STEM}.wav"
+        output.file.chunks, media_type=output.file.media_type, file_name=f"{FILE_STEM}.wav", clips=output.clips
     )
     base = base_url(request, service.settings.api)
     return describe_output(file, published_url(base, file_id, file_name=file.file_name))

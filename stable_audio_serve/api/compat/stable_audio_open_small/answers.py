@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,6 +15,8 @@ from stable_audio_serve.api.answers import attachment, encoded_answer, result_he
 from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.service import Output, Service
 from stable_audio_serve.audio.encode import encode_wav, to_full_scale_pcm16
+from stable_audio_serve.audio.finish import FinishedFile
+from stable_audio_serve.audio.loudness import describe_clip
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 
@@ -47,10 +50,19 @@ async def make_clip(
     asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, started_at=started_at)
     made_at = service.clock.monotonic()
-    pcm = await service.compute(lambda: to_full_scale_pcm16(result.audio[0])[:num_samples])
-    output = Output(encode_wav(pcm, result.sample_rate_hz), result, (service.clock.monotonic() - made_at) * 1000)
+    finished = await service.compute(lambda: _finish(result, num_samples))
+    output = Output(finished.file, finished.clips, result, (service.clock.monotonic() - made_at) * 1000)
     note(request.scope, num_bytes=output.file.num_bytes)
-    return Clip(output, len(pcm), result.audio[0].shape[1], made_at - asked_at)
+    num_available = result.audio[0].shape[1]
+    return Clip(output, min(num_samples or num_available, num_available), num_available, made_at - asked_at)
+
+
+def _finish(result: GenerationResult, num_samples: int | None) -> FinishedFile:
+    """This dialect's own loudness: at full scale as a whole, then cut."""
+    pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
+    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32)
+    facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
+    return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))
 
 
 async def answer(

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ResponseFormat
 from stable_audio_serve.api.service import resolve_seed
-from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_audio, encode_pcm
+from stable_audio_serve.audio.encode import AudioFormat, encode_audio, encode_pcm
+from stable_audio_serve.audio.finish import FinishedFile, finish_clip
 from stable_audio_serve.audio.stretch import time_stretch
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.settings import AudioSettings
 
 _WINDOW_S = 1024 * 2048 / 44_100  # of Stable Audio Open 1.0, the model this dialect was made for
 _MAX_END_S = 512.0  # what its start and total conditioners cover
@@ -64,7 +66,9 @@ def to_request(body: AudioBody, card: ModelCard, span: Span, *, request_id: str)
     )
 
 
-def make_file(body: AudioBody, card: ModelCard, span: Span, result: GenerationResult) -> EncodedFile:
+def make_file(
+    body: AudioBody, card: ModelCard, span: Span, result: GenerationResult, *, settings: AudioSettings
+) -> FinishedFile:
     """The file of the span, at the speed and in the format asked for. CPU work."""
     rate_hz = result.sample_rate_hz
     audio = result.audio[0]
@@ -72,6 +76,7 @@ def make_file(body: AudioBody, card: ModelCard, span: Span, result: GenerationRe
         start = int(span.start_s * rate_hz)
         audio = audio[:, min(start, audio.shape[1] - 1) :]  # at least one sample, as everywhere
     audio = time_stretch(audio, rate_hz, speed=1.0 if body.speed is None else body.speed)
+    audio, facts = finish_clip(audio, rate_hz, seed=result.seeds[0], peaks=body.peaks or settings.peaks)
     if body.response_format is ResponseFormat.PCM:
-        return encode_pcm(audio)
-    return encode_audio(audio, rate_hz, AudioFormat(body.response_format))
+        return FinishedFile(encode_pcm(audio), (facts,))
+    return FinishedFile(encode_audio(audio, rate_hz, AudioFormat(body.response_format)), (facts,))

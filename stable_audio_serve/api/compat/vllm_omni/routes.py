@@ -53,10 +53,10 @@ def build_router(service: Service) -> APIRouter:
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         result = await service.generate(card, generation, started_at=started_at)
         encoding_at = service.clock.monotonic()
-        file = await service.compute(lambda: make_file(body, card, span, result))
-        note(request.scope, num_bytes=file.num_bytes)
+        finished = await service.compute(lambda: make_file(body, card, span, result, settings=service.settings.audio))
+        note(request.scope, num_bytes=finished.file.num_bytes)
         encode_ms = (service.clock.monotonic() - encoding_at) * 1000
-        return encoded_answer(file, result_headers(Output(file, result, encode_ms)))
+        return encoded_answer(finished.file, result_headers(Output(finished.file, finished.clips, result, encode_ms)))
 
     return router
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
-from stable_audio_serve.api.fields import Finite, Prompt
+from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
+from stable_audio_serve.core.sound import Peaks
 
 
 class ResponseFormat(StrEnum):
@@ -66,6 +67,7 @@ class AudioBody(BaseModel):
     guidance_scale: Finite | None = Field(None, ge=0, le=1000, description="Above 1 = guidance is on; null = 7.")
     num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; null = 50.")
     seed: Seed | None = Field(None, description="The same seed and request give the same bytes; null = random.")
+    peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
 
 
 class ErrorBody(BaseModel):

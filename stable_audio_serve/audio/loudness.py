@@ -1,0 +1,45 @@
+"""How loud a finished clip is: its peak, its integrated loudness, and whether it is silent. CPU work."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stable_audio_serve.audio.peaks import find_peak
+from stable_audio_serve.core.sound import ClipFacts
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_SILENCE = 10 ** (-70 / 20)  # -70 dBFS
+_BLOCK_S = 0.4  # what loudness is measured in: of a shorter clip it is not defined
+_MOST_CHANNELS = 5  # of the standard
+
+
+def describe_clip(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: int) -> ClipFacts:
+    """What is told of a finished clip, `audio` (C, S) float32 in -1..1."""
+    peak = find_peak(audio)
+    is_silent = peak < _SILENCE
+    loudness = None if is_silent else measure_loudness(audio, sample_rate_hz)
+    return ClipFacts(seed=seed, peak=peak, loudness_lufs=loudness, is_silent=is_silent)
+
+
+def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> float | None:
+    """Integrated loudness of `audio` (C, S) after ITU-R BS.1770-4, LUFS; None where that is not defined."""
+    channels, num_samples = audio.shape
+    if num_samples < _BLOCK_S * sample_rate_hz or channels > _MOST_CHANNELS:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loudness = float(load_meter(sample_rate_hz).integrated_loudness(audio.T))
+    return loudness if math.isfinite(loudness) else None
+
+
+@cache
+def load_meter(sample_rate_hz: int) -> Any:
+    """The meter for one rate, with the filters of the standard itself; loading it is slow."""
+    import pyloudnorm
+
+    return pyloudnorm.Meter(sample_rate_hz, filter_class="DeMan")

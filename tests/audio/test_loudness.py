@@ -1,0 +1,51 @@
+"""Loudness against the test signals of EBU Tech 3341, whose results the document states."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from stable_audio_serve.audio.loudness import describe_clip, measure_loudness
+
+
+def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.float32]:
+    """A stereo sine of 1 kHz; each part is (peak level in dBFS, seconds)."""
+    levels = np.concatenate([np.full(round(seconds * rate_hz), 10 ** (level / 20)) for level, seconds in parts])
+    tone = np.sin(2 * np.pi * 1000 * np.arange(len(levels)) / rate_hz)
+    return np.tile(levels * tone, (2, 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate_hz", [44_100, 48_000])
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([(-23, 20)], -23.0),
+        ([(-33, 20)], -33.0),
+        ([(-36, 10), (-23, 60), (-36, 10)], -23.0),
+        ([(-72, 10), (-36, 10), (-23, 60), (-36, 10), (-72, 10)], -23.0),
+    ],
+)
+def test_the_compliance_signals(rate_hz: int, parts: list[tuple[float, float]], expected: float) -> None:
+    assert measure_loudness(make_tones(rate_hz, *parts), rate_hz) == pytest.approx(expected, abs=0.1)
+
+
+def test_loudness_needs_four_tenths_of_a_second() -> None:
+    assert measure_loudness(make_tones(44_100, (-20, 1))[:, :17_639], 44_100) is None
+    assert measure_loudness(make_tones(44_100, (-20, 1))[:, :17_640], 44_100) == pytest.approx(-20, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("level", "is_silent", "has_loudness"), [(-10, False, True), (-69, False, True), (-71, True, False)]
+)
+def test_silence_is_below_70_dbfs(level: float, is_silent: bool, has_loudness: bool) -> None:
+    facts = describe_clip(make_tones(44_100, (level, 1)), 44_100, seed=5)
+    assert facts.seed == 5
+    assert facts.peak == pytest.approx(10 ** (level / 20), rel=1e-3)
+    assert (facts.is_silent, facts.loudness_lufs is not None) == (is_silent, has_loudness)
+
+
+def test_nothing_and_nothing_but_zeros() -> None:
+    for num_samples in (0, 100, 44_100):
+        facts = describe_clip(np.zeros((2, num_samples), np.float32), 44_100, seed=0)
+        assert (facts.peak, facts.loudness_lufs, facts.is_silent) == (0.0, None, True)

@@ -1,0 +1,100 @@
+"""What becomes of loud clips, against sines whose distortion can be measured and the references' formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from stable_audio_serve.audio.peaks import limit, treat_peaks
+
+CEILING = 0.977
+RATE_HZ = 44_100
+
+Audio = npt.NDArray[np.float32]
+
+
+def make_sine(hertz: float, *, level: float, duration_s: float = 2.0) -> Audio:
+    t = np.arange(int(duration_s * RATE_HZ)) / RATE_HZ
+    return np.tile(level * np.sin(2 * np.pi * hertz * t), (2, 1)).astype(np.float32)
+
+
+def distortion_db(audio: Audio) -> float:
+    """Power of everything but the strongest tone over that tone's, decibels."""
+    windowed = audio.astype(np.float64) * np.hanning(len(audio))
+    power = np.abs(np.fft.rfft(windowed)) ** 2
+    strongest = int(power.argmax())
+    tone = power[max(0, strongest - 4) : strongest + 5].sum()
+    return float(10 * np.log10((power.sum() - tone) / tone))
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(0, 400)), elements=st.floats(-50, 50, width=32)),
+    st.sampled_from([800, 16_000, 44_100, 48_000]),
+)
+def test_nothing_is_above_the_ceiling_and_nothing_is_added(audio: Audio, rate_hz: int) -> None:
+    before = audio.copy()
+    limited = limit(audio, rate_hz)
+    np.testing.assert_array_equal(audio, before)
+    assert limited.shape == audio.shape
+    assert limited.dtype == np.float32
+    assert float(np.abs(limited).max(initial=0.0)) <= CEILING
+    assert (np.abs(limited) <= np.abs(audio)).all()
+    assert (limited * audio >= 0).all()
+
+
+@pytest.mark.parametrize("level", [0.1, 0.976, CEILING])
+def test_a_clip_that_is_not_too_loud_stays_bit_for_bit(level: float) -> None:
+    audio = make_sine(440, level=1.0)
+    audio *= np.float32(level) / np.abs(audio).max()
+    np.testing.assert_array_equal(limit(audio, RATE_HZ), audio)
+
+
+@pytest.mark.parametrize("hertz", [40, 100, 440, 1000, 5000])
+def test_a_steady_tone_stays_a_pure_tone(hertz: float) -> None:
+    """3 dB over: cutting it off instead gives -20 dB of distortion."""
+    audio = make_sine(hertz, level=10 ** (3 / 20))
+    middle = limit(audio, RATE_HZ)[0, RATE_HZ // 2 : -RATE_HZ // 2]
+    assert distortion_db(np.clip(audio[0], -1, 1)) > -30
+    assert distortion_db(middle) < -80
+    assert middle.max() > CEILING - 0.001
+
+
+def test_the_gain_moves_without_steps_and_comes_back() -> None:
+    """A single peak in a quiet tone: the gain is down where the peak is, and nowhere else in a hurry."""
+    audio = make_sine(997, level=0.4)
+    audio[0, RATE_HZ // 2] = 3.0
+    with np.errstate(invalid="ignore"):
+        gain = limit(audio, RATE_HZ)[1].astype(np.float64) / audio[1]
+    gain = gain[np.abs(audio[1]) > 0.2]  # of the other channel, where it can be told
+    assert gain.min() == pytest.approx(CEILING / 3, abs=0.01)
+    assert np.abs(np.diff(gain)).max() < 0.1  # it takes 5 ms, five of these half-waves
+    np.testing.assert_array_equal(limit(audio, RATE_HZ)[:, : RATE_HZ // 2 - 300], audio[:, : RATE_HZ // 2 - 300])
+    np.testing.assert_array_equal(limit(audio, RATE_HZ)[:, -RATE_HZ // 4 :], audio[:, -RATE_HZ // 4 :])
+
+
+def test_both_channels_share_one_gain() -> None:
+    audio = make_sine(300, level=2.0)
+    audio[1] *= 0.25
+    limited = limit(audio, RATE_HZ)
+    np.testing.assert_allclose(limited[1], limited[0] * 0.25, atol=1e-6)
+
+
+def test_a_clip_does_not_depend_on_what_is_far_from_it() -> None:
+    loud = np.random.default_rng(3).normal(0, 0.5, (2, RATE_HZ)).astype(np.float32)
+    far = np.concatenate([loud, np.zeros((2, 4 * RATE_HZ), np.float32), loud], axis=1)
+    np.testing.assert_array_equal(limit(far, RATE_HZ)[:, :RATE_HZ], limit(loud, RATE_HZ))
+
+
+def test_the_references_ways() -> None:
+    audio = make_sine(440, level=1.5)
+    np.testing.assert_array_equal(treat_peaks(audio, RATE_HZ, "clip"), np.clip(audio, -1, 1))
+    for level in (0.1, 1.5):
+        scaled = treat_peaks(make_sine(440, level=level), RATE_HZ, "scale")
+        assert np.abs(scaled).max() == 1.0
+        np.testing.assert_allclose(scaled, make_sine(440, level=1.0), atol=1e-3)
+    silence = np.zeros((2, 100), np.float32)
+    np.testing.assert_array_equal(treat_peaks(silence, RATE_HZ, "scale"), silence)
