@@ -36,7 +36,7 @@ test-fast: install ## the fast set: no Ray cluster, under a minute
 test-gpu: install ## what needs a CUDA device
 	$(PY) -m pytest -m gpu
 
-chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), then 2,000 sequences on each job store
+chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800
 
 fuzz: install ## ten thousand generated requests to every operation of the API, with another seed each time

@@ -38,6 +38,7 @@ ProxyKind = Literal["auto", "haproxy", "python"]  # who accepts connections; aut
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 5.0
 _STILL_LOADING_EVERY_S = 15.0
+_PROXY_FAULT = re.compile(r"HAProxy crashed during startup: error: (.+)")
 _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
 
@@ -132,14 +133,20 @@ def _proxy_environment(
 
 def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        proxy_location=schema.proxy_location,
-        http_options=schema.http_options.model_dump(),
-        logging_config=schema.logging_config,
-    )
+    try:
+        serve.start(
+            proxy_location=schema.proxy_location,
+            http_options=schema.http_options.model_dump(),
+            logging_config=schema.logging_config,
+        )
+    except RayError as error:
+        if fault := _PROXY_FAULT.search(str(error)):
+            raise ConfigError(fault[1], field="proxy") from error
+        raise
     watch.lap("serve")
     _get_global_client().deploy_apps(schema)
 

@@ -53,16 +53,22 @@ def command(config: Path, *options: str) -> list[str]:
 class LaunchedServer:
     """Starts at once; `wait_until_ready` before use, `stop` or `kill` after."""
 
-    def __init__(self, config: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: Path,
+        *options: str,
+        host: str = "127.0.0.1",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self.lines: list[str] = []
         self._started_at = time.monotonic()
         self._ready = threading.Event()
         self.start_s: float | None = None
         self.probes: list[tuple[httpx.Response, int]] = []
         self.process = subprocess.Popen(
-            command(config, "--port", str(self.port), *options),
+            command(config, "--host", host, "--port", str(self.port), *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

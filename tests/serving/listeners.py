@@ -37,7 +37,7 @@ def listeners_of(pids: Iterable[int]) -> list[Listener]:
     titles = {}
     for pid in pids:
         with suppress(OSError):  # it has gone meanwhile
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
                     titles[os.readlink(link)] = title

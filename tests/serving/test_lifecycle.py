@@ -236,3 +236,13 @@ def test_weights_of_another_network_stop_the_start_with_one_sentence(tmp_path: P
     # Ray prints its processes' lines at the same time: ours begins a new one, wherever Ray is in its own.
     _, error = said.split("\nerror: ")
     assert f"model.safetensors: {min(load_file(Path(TINY) / 'model.safetensors'))} is missing" in error.splitlines()[0]
+
+
+@pytest.mark.chaos
+def test_an_haproxy_that_cannot_be_made_safe_stops_the_start_with_one_sentence(tmp_path: Path) -> None:
+    program = tmp_path / "haproxy"
+    program.write_text('#!/bin/sh\n[ "$1" = -v ] || { echo "error: not this one" >&2; exit 1; }\n')
+    program.chmod(0o700)
+    config = write_config(tmp_path, make_args())
+    said = failed_start(config, "--port", str(free_port()), STABLE_AUDIO_PROXY_BINARY=str(program))
+    assert said.split("\nerror: ")[1].splitlines()[0] == "not this one"
