@@ -75,7 +75,7 @@ async def _hold_half_open(plan: FloodPlan, held: _Held, gate: asyncio.Semaphore)
             reader, writer = await _connect(plan, gate)
             held.half_open += 1
             try:
-                writer.write(b"G")
+                writer.write(b"P")  # of POST, or of the PRI that gRPC begins with
                 await reader.read()
             finally:
                 held.half_open -= 1
