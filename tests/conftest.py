@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,12 +51,24 @@ def object_storage(_object_storage: ObjectStorage) -> Iterator[ObjectStorage]:
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
+    with _mounted(tmp_path / "disk", num_mib=1) as folder:
+        yield folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB, in which there is room for a job database."""
+    with _mounted(tmp_path / "small-disk", num_mib=8) as folder:
+        yield folder
+
+
+@contextmanager
+def _mounted(folder: Path, *, num_mib: int) -> Iterator[Path]:
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={num_mib}m", "none", folder], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip(f"a file system of 1 MiB cannot be mounted here: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"a file system of {num_mib} MiB cannot be mounted here: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)

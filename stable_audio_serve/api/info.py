@@ -10,6 +10,7 @@ from stable_audio_serve.api.readiness import Verdict
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.settings_sources import preloaded_names
+from stable_audio_serve.jobs.refusals import StoreHealth, StoreState
 
 _UNKNOWN = ModelStatus("loading")
 
@@ -30,6 +31,13 @@ class ModelInfo(BaseModel):
     sample_rate: int = Field(description="Hertz.")
     sample_size: int = Field(description="Samples of its longest clip.")
     diffusion_objective: str
+
+
+class JobStoreHealth(BaseModel):
+    """Whether jobs are taken and done."""
+
+    state: StoreState = Field(description="ok; full or unavailable: passes by itself; moved: until it is brought back.")
+    reason: str | None = Field(description="Why not.")
 
 
 class Health(BaseModel):
@@ -55,6 +63,7 @@ class Health(BaseModel):
     max_steps: int
     max_batch_size: int
     models: dict[str, ModelHealth]
+    job_store: JobStoreHealth
 
 
 class Ready(BaseModel):
@@ -63,6 +72,7 @@ class Ready(BaseModel):
     ready: bool
     status: str = Field(description="As in /health.")
     reasons: list[str] = Field(description="Why not.")
+    job_store: JobStoreHealth = Field(description="As in /health. It has no part in `ready`: only jobs need it.")
 
 
 class Model(BaseModel):
@@ -95,7 +105,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-def describe_health(service: Service, status: Mapping[str, ModelStatus]) -> Health:
+def describe_health(service: Service, status: Mapping[str, ModelStatus], job_store: StoreHealth) -> Health:
     """The health page."""
     settings, catalog = service.settings, service.backend.catalog
     api = settings.api
@@ -121,13 +131,19 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus]) -> Heal
         max_steps=api.max_steps,
         max_batch_size=api.max_batch_size,
         models=models,
+        job_store=_describe_store(job_store),
     )
 
 
-def describe_ready(service: Service, status: Mapping[str, ModelStatus]) -> Ready:
+def describe_ready(service: Service, status: Mapping[str, ModelStatus], job_store: StoreHealth) -> Ready:
     """The answer to whoever wants to send requests."""
     verdict = _judge(service, status)
-    return Ready(ready=verdict.is_ready, status=verdict.status, reasons=list(verdict.reasons))
+    return Ready(
+        ready=verdict.is_ready,
+        status=verdict.status,
+        reasons=list(verdict.reasons),
+        job_store=_describe_store(job_store),
+    )
 
 
 def describe_models(service: Service, *, owned_by: str, created_at: int) -> ModelList:
@@ -159,6 +175,10 @@ def describe_models(service: Service, *, owned_by: str, created_at: int) -> Mode
 def _judge(service: Service, status: Mapping[str, ModelStatus]) -> Verdict:
     default = service.backend.catalog.default.name
     return service.readiness.judge(default, status.get(default, _UNKNOWN))
+
+
+def _describe_store(health: StoreHealth) -> JobStoreHealth:
+    return JobStoreHealth(state=health.state, reason=health.reason)
 
 
 def _describe_window(service: Service) -> ModelInfo:

@@ -8,6 +8,7 @@ import heapq
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Iterator
@@ -15,14 +16,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from stable_audio_serve.artifacts.folder import Folder
 from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, is_ours, upload_key
-from stable_audio_serve.artifacts.store import BackendName, Chunks, ObjectPage, StoredFile, StoredObject
+from stable_audio_serve.artifacts.store import PROBE_BYTES, BackendName, Chunks, ObjectPage, StoredFile, StoredObject
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
 from stable_audio_serve.artifacts.verified import verified
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.core.private_files import make_private_folder, open_private
+from stable_audio_serve.core.private_files import open_private
 
 _NUM_THREADS = 8
 _CHUNK_BYTES = 1_048_576
@@ -34,16 +36,16 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class LocalArtifacts:
-    """An `ArtifactStore` below one folder, which is made when the first file is kept."""
+    """An `ArtifactStore` below one folder, which must stay where it is."""
 
-    def __init__(self, folder: Path, *, metrics: Metrics | None = None) -> None:
-        """Touches nothing yet."""
-        self._folder = folder
+    def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
+        """Touches nothing yet. `may_make`: the folder is made when the first file is kept, if it is not there."""
+        self._folder = Folder(folder, may_make=may_make)
         self._metrics = metrics or NullMetrics()
         self._threads = StoreThreads(_NUM_THREADS, name="local-files")
 
     def __str__(self) -> str:
-        return f"folder {self._folder}"
+        return f"folder {self._folder.path}"
 
     @property
     def backend_name(self) -> BackendName:
@@ -53,17 +55,27 @@ class LocalArtifacts:
     async def put(self, key: str, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind."""
         path = self._path(key)
-        num_bytes, sha256 = await self._threads.run(partial(_write, path, chunks), undo=partial(_remove, path))
+        num_bytes, sha256 = await self._threads.run(partial(self._write, path, chunks), undo=partial(_remove, path))
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """The file in chunks of 1 MiB, see `ArtifactStore.read`."""
-        chunks = verified(file, _read(self._path(file.key)), metrics=self._metrics)
+        chunks = verified(file, self._read(self._path(file.key)), metrics=self._metrics)
         return self._threads.stream(chunks)
 
     async def delete(self, key: str) -> None:
         """Remove a file; it is no error when it is gone already. Raises StorageError."""
-        await self._threads.call(partial(_remove, self._path(key)))
+        path = self._path(key)
+
+        def remove() -> None:
+            self._folder.require()
+            _remove(path)
+
+        await self._threads.call(remove)
+
+    async def probe(self, num_bytes: int) -> None:
+        """Look at the free space and write some bytes, see `ArtifactStore.probe`."""
+        await self._threads.call(partial(self._probe, num_bytes))
 
     async def close(self) -> None:
         """Begin nothing new."""
@@ -73,13 +85,17 @@ class LocalArtifacts:
         """Write a file and read it back. Raises ConfigError."""
         path = self._path(upload_key())
         try:
-            _write(path, lambda: [b"check"], threading.Event())
-            is_same = b"".join(_read(path)) == b"check"
+            self._write(path, lambda: [b"check"], threading.Event())
+            is_same = b"".join(self._read(path)) == b"check"
             _remove(path)
         except StorageError as error:
             raise self._config_error(error.message) from error
         if not is_same:
             raise self._config_error("a file does not come back as it was written")
+
+    def require_place(self) -> None:
+        """Raise StoreMovedError when the folder is another one, or gone."""
+        self._folder.require()
 
     def url(self, file: StoredFile) -> None:
         """None: local files are fetched through us."""
@@ -89,11 +105,12 @@ class LocalArtifacts:
 
     def claim(self, owner: str) -> float | None:
         """Since when this folder is the owner's, see `ArtifactStore.claim`."""
-        path = self._folder / OWNER_KEY
-        draft = self._folder / f".{OWNER_KEY}.{secrets.token_hex(8)}.partial"
+        path = self._folder.path / OWNER_KEY
+        draft = path.with_name(f".{OWNER_KEY}.{secrets.token_hex(8)}.partial")
+        self._folder.require()
         try:
             if not path.exists():
-                _write(draft, lambda: [owner.encode()], threading.Event())
+                self._write(draft, lambda: [owner.encode()], threading.Event())
                 with suppress(FileExistsError):  # somebody was faster
                     os.link(draft, path)
                 draft.unlink()
@@ -103,6 +120,7 @@ class LocalArtifacts:
 
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
         """What lies directly in a folder under keys of ours. Raises StorageError."""
+        self._folder.require()
         try:
             keys = (f"{folder}/{name}" if folder else name for name in self._names(folder))
             found = heapq.nsmallest(_PAGE, (key for key in keys if is_ours(key) and (cursor is None or key > cursor)))
@@ -113,12 +131,13 @@ class LocalArtifacts:
 
     def sweep_unfinished(self, *, older_than_s: float) -> int:
         """Remove partial files last written that long ago; how many. Raises StorageError."""
+        self._folder.require()
         before = time.time() - older_than_s
         num_removed = 0
         try:
             for folder in FOLDERS:
                 for name in filter(_PARTIAL.fullmatch, self._names(folder)):
-                    path = self._folder / folder / name
+                    path = self._folder.path / folder / name
                     with suppress(FileNotFoundError):  # finished, or swept by somebody else
                         if path.stat().st_mtime <= before:
                             path.unlink()
@@ -127,15 +146,39 @@ class LocalArtifacts:
             raise _storage_error(error) from error
         return num_removed
 
+    def _probe(self, num_bytes: int) -> None:
+        path = self._path(upload_key())
+        self._folder.require()
+        try:
+            space = shutil.disk_usage(self._folder.path)
+        except OSError as error:
+            raise _storage_error(error) from error
+        num_bytes = min(num_bytes, space.total // 2)
+        if space.free < num_bytes:
+            raise StorageFullError("the disk is full")
+        self._write(path, lambda: [bytes(min(num_bytes, PROBE_BYTES))], threading.Event())
+        _remove(path)
+
+    def _write(self, path: Path, chunks: Chunks, stop: threading.Event) -> tuple[int, str]:
+        try:
+            self._folder.make()
+        except OSError as error:
+            raise _storage_error(error) from error
+        return _write(path, chunks, stop)
+
+    def _read(self, path: Path) -> Generator[bytes]:
+        self._folder.require()
+        yield from _read(path)
+
     def _path(self, key: str) -> Path:
         parts = key.split("/")
         if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
             raise ValueError(f"not an artifact key: {key!r}")  # keys are ours: this is a bug, not a bad request
-        return self._folder.joinpath(*parts)
+        return self._folder.path.joinpath(*parts)
 
     def _names(self, folder: str) -> Iterator[str]:
         """Of the files in a folder, which need not be there."""
-        with suppress(FileNotFoundError), os.scandir(self._folder / folder) as entries:
+        with suppress(FileNotFoundError), os.scandir(self._folder.path / folder) as entries:
             yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
     def _describe(self, key: str) -> StoredObject | None:
@@ -146,7 +189,7 @@ class LocalArtifacts:
         return StoredObject(key, found.st_size, found.st_mtime)
 
     def _config_error(self, problem: str) -> ConfigError:
-        message = f"output_dir (STABLE_AUDIO_OUTPUT_DIR): files cannot be kept in {self._folder}: {problem}"
+        message = f"output_dir (STABLE_AUDIO_OUTPUT_DIR): files cannot be kept in {self._folder.path}: {problem}"
         return ConfigError(message, field="output_dir")
 
 
@@ -156,7 +199,7 @@ def _write(path: Path, chunks: Chunks, stop: threading.Event) -> tuple[int, str]
     num_bytes = 0
     partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
     try:
-        make_private_folder(path.parent)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with open(partial_path, "xb", opener=open_private) as file:
             for chunk in until_stopped(chunks(), stop):
                 file.write(chunk)

@@ -14,10 +14,10 @@ from urllib.parse import quote
 
 import structlog
 
-from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours
+from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours, upload_key
 from stable_audio_serve.artifacts.s3_check import check_bucket
 from stable_audio_serve.artifacts.s3_client import is_missing, make_client, our_errors, s3_errors, status_of
-from stable_audio_serve.artifacts.store import BackendName, Chunks, ObjectPage, StoredFile, StoredObject
+from stable_audio_serve.artifacts.store import PROBE_BYTES, BackendName, Chunks, ObjectPage, StoredFile, StoredObject
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
 from stable_audio_serve.artifacts.verified import verified
 from stable_audio_serve.core.errors import StorageError
@@ -71,6 +71,10 @@ class S3Artifacts:
         """Remove a file; it is no error when it is gone already. Raises StorageError."""
         await self._threads.call(partial(self._delete, key))
 
+    async def probe(self, num_bytes: int) -> None:
+        """Write an object of that size, up to a bound, and delete it, see `ArtifactStore.probe`."""
+        await self._threads.call(partial(self._probe, num_bytes))
+
     async def close(self) -> None:
         """Begin nothing new."""
         self._threads.close()
@@ -78,6 +82,9 @@ class S3Artifacts:
     def check(self) -> None:
         """Write, read, list and delete within ten seconds. Raises ConfigError."""
         check_bucket(self._settings, prefix=self._prefix)
+
+    def require_place(self) -> None:
+        """Nothing: a bucket does not move."""
 
     def url(self, file: StoredFile) -> str:
         """On the public base, or presigned. Raises StorageError when there is nothing to sign it with."""
@@ -146,6 +153,12 @@ class S3Artifacts:
 
     def _at(self, key: str) -> dict[str, Any]:
         return {"Bucket": self._settings.bucket, "Key": self._prefix + key}
+
+    def _probe(self, num_bytes: int) -> None:
+        at = self._at(upload_key())
+        with our_errors("probe"):
+            self._client.put_object(**at, Body=bytes(min(num_bytes, PROBE_BYTES)))
+            self._client.delete_object(**at)
 
     def _put(self, key: str, chunks: Chunks, media_type: str, file_name: str, stop: threading.Event) -> StoredFile:
         """Raises StorageError, StoppedError."""

@@ -10,6 +10,9 @@ from stable_audio_serve.core.sound import ClipFacts
 
 BackendName = Literal["local", "s3"]
 
+# What a probe writes at most: enough to meet a limit, and not so much that others do.
+PROBE_BYTES = 4_194_304
+
 # The pieces of a file from its start; it may be called more than once, and always gives the same bytes.
 Chunks = Callable[[], Iterable[bytes]]
 
@@ -70,6 +73,13 @@ class ArtifactStore(Protocol):
         """Remove a file; it is no error when it is gone already. Raises StorageError."""
         ...
 
+    async def probe(self, num_bytes: int) -> None:
+        """Find out, at little cost, whether a file of that size could be kept now. Raises StorageError otherwise.
+
+        A place that could never hold it is taken to have enough room if it has some.
+        """
+        ...
+
     async def close(self) -> None:
         """Begin nothing new."""
         ...
@@ -86,6 +96,10 @@ class ArtifactStore(Protocol):
 
     def bucket_key(self, file: StoredFile) -> str | None:
         """The whole key of the file in its bucket; None where there are no buckets."""
+        ...
+
+    def require_place(self) -> None:
+        """Raise StoreMovedError when files are not where they were, as far as that can be seen from here."""
         ...
 
     def claim(self, owner: str) -> float | None:

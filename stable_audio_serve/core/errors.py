@@ -17,6 +17,7 @@ StableAudioError
 ├── GenerationError            generation_failed  the model produced something unusable
 ├── StorageError               storage            a file or job could not be kept or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
+│   ├── StoreMovedError        storage            files or jobs are not where they were at the start
 │   └── DamagedFileError       storage            a stored file is not what it was when it was stored
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
 └── ConfigError                config             settings that cannot be used; stops the start
@@ -156,6 +157,10 @@ class StorageFullError(StorageError):
     """There is no room left for files or jobs."""
 
     kind = "storage_full"
+
+
+class StoreMovedError(StorageError):
+    """The files or the job database are no longer where they were, or others lie there."""
 
 
 class DamagedFileError(StorageError):

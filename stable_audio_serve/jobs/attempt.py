@@ -22,7 +22,6 @@ from stable_audio_serve.core.errors import (
     OverloadedError,
     StableAudioError,
     StorageError,
-    StorageFullError,
     UnknownModelError,
 )
 from stable_audio_serve.core.failpoints import failpoint
@@ -100,8 +99,6 @@ class Attempt:
             await self._succeed(self._work.result())
         elif isinstance(error, OverloadedError):
             await self._put_back(error)
-        elif isinstance(error, StorageFullError):
-            await self._fail(JobError(error.kind, "the job's file cannot be kept: there is no room left for files"))
         elif isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
             await self._retry_or_give_up(error)  # a model may be one that a newer server knows, about to replace us
         elif isinstance(error, StableAudioError):

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import sqlite as sqlite_dialect
 
-from stable_audio_serve.core.private_files import make_private_folder, open_private
+from stable_audio_serve.core.errors import StoreMovedError
+from stable_audio_serve.jobs import sqlite
 from stable_audio_serve.jobs.faults import at_start, at_work, config_error
 from stable_audio_serve.jobs.migrations.upgrade import upgrade
-from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.tables import IDENTITY, JOBS
 
 _POOL_SIZE = 8
 _POOL_OVERFLOW = 8
 _POOL_TIMEOUT_S = 10.0
-
-_OLDEST_SQLITE = (3, 35)  # the first that says RETURNING
-_BUSY_TIMEOUT_S = 15.0
-_BUSY_PAUSE_S = 0.001
-_WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
+_RETRY_S = 5.0
 
 # What psycopg is told unless the URL says otherwise: seconds, the last in milliseconds. It notices when the server
 # vanishes without a word.
@@ -69,14 +65,22 @@ class Database:
     `now` is the time, Unix seconds, as SQL: the server's where there is one, because machines' clocks differ.
     """
 
-    def __init__(self, url: sa.URL, *, now: Callable[[], float] | None = None) -> None:
+    def __init__(self, url: sa.URL, *, identity: str | None = None, now: Callable[[], float] | None = None) -> None:
         """Touches nothing yet. `now` gives Unix time in seconds; unset = the clock that all who share the tables do.
 
+        With an `identity` (`JobStore.identity`) only the database that has it is used, and none is made or upgraded.
         Raises ConfigError when what the database needs is not installed.
         """
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
-        self.engine = _create_sqlite(url) if self.is_sqlite else _create_postgresql(url)
+        self._identity = identity
+        self._adopt: Callable[[], None] = lambda: None
+        self._require_in_place: Callable[[], None] = lambda: None
+        if self.is_sqlite:
+            self.engine, file = sqlite.create_engine(url, may_create=identity is None)
+            self._adopt, self._require_in_place = file.adopt, file.require
+        else:
+            self.engine = _create_postgresql(url)
         self._reader = self.engine.execution_options(reading=True)
         if not self.is_sqlite:  # one statement needs neither a BEGIN before nor a ROLLBACK after it
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
@@ -89,9 +93,9 @@ class Database:
             return f"SQLite {self.url.database}"
         return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
 
-    def insert(self, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    def insert(self, table: sa.Table) -> sqlite_dialect.Insert | postgresql.Insert:
         """An INSERT that can say ON CONFLICT."""
-        return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+        return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -100,6 +104,7 @@ class Database:
             self._make_ready()
             with self.engine.begin() as connection:
                 yield connection
+            self._require_in_place()  # or what was written may be lost with the file
 
     @contextmanager
     def writing_alone(self, lock: int) -> Iterator[sa.Connection]:
@@ -139,9 +144,29 @@ class Database:
             return
         with self._lock:
             if not self._is_ready:
-                with self.engine.begin() as connection:  # looking and changing in one: other processes start too
-                    upgrade(connection)
+                try:
+                    with self.engine.begin() as connection:  # looking and changing in one: other processes start too
+                        self._prepare(connection)
+                except BaseException:
+                    self.engine.dispose()  # it may be the wrong one
+                    raise
+                self._adopt()
                 self._is_ready = True
+
+    def _prepare(self, connection: sa.Connection) -> None:
+        if self._identity is None:
+            upgrade(connection)
+        elif self._identity != find_identity(connection):
+            problem = "the job database is another one than at the start"
+            raise StoreMovedError(problem, retry_after_s=_RETRY_S)
+
+
+def find_identity(connection: sa.Connection) -> str | None:
+    """The random name of this database, once it has one; None also where there are no tables."""
+    if not sa.inspect(connection).has_table(IDENTITY.name):
+        return None
+    found: str | None = connection.execute(sa.select(IDENTITY.c.id)).scalar()
+    return found
 
 
 def _server_time() -> sa.ColumnElement[float]:
@@ -175,61 +200,3 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
         connection.autocommit = False
 
     return engine
-
-
-def _create_sqlite(url: sa.URL) -> sa.Engine:
-    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-        raise config_error(
-            f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, _OLDEST_SQLITE))} is needed"
-        )
-    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S}, pool_size=_POOL_SIZE)
-    path = Path(url.database or "")
-
-    @sa.event.listens_for(engine, "do_connect")
-    def _make_private(*_: Any) -> None:
-        make_private_folder(path.parent)
-        if not path.exists():
-            os.close(open_private(path, os.O_WRONLY | os.O_CREAT))  # SQLite gives the files beside it the same mode
-
-    @sa.event.listens_for(engine, "connect")
-    def _configure(connection: sqlite3.Connection, _: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not where the driver guesses
-        _write_ahead(connection)
-        connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
-
-    @sa.event.listens_for(engine, "begin")
-    def _begin(connection: sa.Connection) -> None:
-        if not connection.get_execution_options().get("reading"):
-            _begin_writing(cast(sqlite3.Connection, connection.connection.driver_connection))
-
-    return engine
-
-
-def _begin_writing(connection: sqlite3.Connection) -> None:
-    """Wait for other writers at a steady pace: SQLite's own sleeps get longer, and others overtake."""
-    connection.execute("PRAGMA busy_timeout = 0")
-    try:
-        _insist(connection, "BEGIN IMMEDIATE")
-    finally:
-        connection.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Keep a write-ahead log. The first connection ever needs the whole file for that, and its wait is not SQLite's."""
-    _insist(connection, "PRAGMA journal_mode = WAL")
-
-
-def _insist(connection: sqlite3.Connection, statement: str) -> None:
-    """Execute it once the database is free. Raises sqlite3.OperationalError."""
-    give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
-    while True:
-        try:
-            connection.execute(statement)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                raise
-            time.sleep(_BUSY_PAUSE_S)
-        else:
-            return

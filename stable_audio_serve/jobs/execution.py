@@ -18,11 +18,12 @@ from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import FileOrder, finish
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.errors import DamagedFileError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.budget import ByteBudget
+from stable_audio_serve.jobs.gate import StorageGate
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 
 GENERATED = 0.95  # the fraction of a job whose audio is made and has yet to become a file
@@ -43,10 +44,18 @@ class JobExecutor:
     """Owns the worker threads and decoding processes that jobs need besides the model, and bounds their memory."""
 
     def __init__(
-        self, backend: Backend, artifacts: ArtifactStore, limits: ApiSettings, *, clock: Clock | None = None
+        self,
+        backend: Backend,
+        artifacts: ArtifactStore,
+        limits: ApiSettings,
+        *,
+        gate: StorageGate,
+        clock: Clock | None = None,
     ) -> None:
+        """`gate` is told of files that could not be kept or read."""
         self._backend = backend
         self._artifacts = artifacts
+        self._gate = gate
         self._limits = limits
         self._clock = clock or SystemClock()
         self._source_bytes = ByteBudget(limits.max_source_bytes)
@@ -100,9 +109,13 @@ class JobExecutor:
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
         fence = job.lease.fence if job.lease else 1
         key = artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
-        stored = await self._artifacts.put(
-            key, file.chunks, media_type=file.media_type, file_name=spec.file_prefix + name
-        )
+        file_name = spec.file_prefix + name
+        try:
+            stored = await self._artifacts.put(key, file.chunks, media_type=file.media_type, file_name=file_name)
+        except StorageError as error:
+            self._gate.refused(error, num_bytes=file.num_bytes)
+            raise
+        self._gate.kept()
         return replace(stored, clips=finished.clips)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
@@ -125,12 +138,25 @@ class JobExecutor:
     async def _decode(self, upload: JobUpload) -> SourceAudio:
         loop = asyncio.get_running_loop()
         with tempfile.TemporaryFile() as copy:
-            async for chunk in self._artifacts.read(upload.file):
-                await loop.run_in_executor(self._decode_threads, copy.write, chunk)
+            try:
+                async for chunk in self._artifacts.read(upload.file):
+                    await loop.run_in_executor(self._decode_threads, _write, copy, chunk)
+            except DamagedFileError:
+                raise
+            except StorageError as error:
+                self._gate.refused(error, num_bytes=0)
+                raise
             return await loop.run_in_executor(self._decode_threads, self._read_samples, copy, upload.max_s)
 
     def _read_samples(self, file: IO[bytes], max_s: float) -> SourceAudio:
         return self._decoder.decode(file, max_s=max_s)
+
+
+def _write(file: IO[bytes], chunk: bytes) -> None:
+    try:
+        file.write(chunk)
+    except OSError as error:
+        raise StorageFullError("there is no room for temporary files") from error
 
 
 def _pass_on(progress: Progress, report: Callable[[JobProgress], None]) -> None:

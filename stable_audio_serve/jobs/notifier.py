@@ -84,6 +84,8 @@ class Notifier:
             try:
                 while len(self._deliveries) < _MAX_AT_ONCE and (notice := await self._claim()) is not None:
                     self._begin(notice)
+            except StorageError:
+                log.warning("webhooks wait: the store cannot be used")
             except Exception:  # like the runner's loop: it is told again at the runner's next turn
                 log.exception("webhooks cannot be delivered")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
 from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore, Page
+from stable_audio_serve.jobs.watch import StoreWatch
 
 _MOST_TOGETHER = 32  # one transaction then takes about 20 ms
 
@@ -33,6 +34,7 @@ class JobQueue:
         self.store = store
         self.artifacts = artifacts
         self.wake = wake
+        self.watch = StoreWatch(store.database, artifacts)
         self._submitting: asyncio.Task[None] | None = None
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
@@ -149,42 +151,57 @@ class JobQueue:
 
     async def close(self) -> None:
         """Close the database, and begin nothing new with files."""
+        await self.watch.close()
         await self.artifacts.close()
         await asyncio.to_thread(self.store.database.close)
 
 
-def open_store(settings: Settings) -> JobStore:
-    """The job store of these settings; touches nothing yet. Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class PreparedStores:
+    """Stores that work: the job database's own name (`JobStore.identity`), and where both are, in one line."""
+
+    identity: str
+    description: str
+
+
+def open_store(settings: Settings, *, identity: str | None = None) -> JobStore:
+    """The job store of these settings; touches nothing yet. Raises ConfigError.
+
+    With the `identity` of stores that were prepared, no other database is used and none is made.
+    """
     url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
-    return JobStore(Database(url), settings.jobs)
+    return JobStore(Database(url, identity=identity), settings.jobs)
 
 
-def open_artifacts(settings: Settings, *, metrics: Metrics | None = None) -> ArtifactStore:
-    """The artifact store of these settings; touches nothing yet."""
+def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Metrics | None = None) -> ArtifactStore:
+    """The artifact store of these settings; touches nothing yet. One that was prepared is not made again."""
     if settings.storage.bucket is not None:
         return S3Artifacts(settings.storage, metrics=metrics)
-    return LocalArtifacts(Path(settings.output_dir).absolute(), metrics=metrics)
+    return LocalArtifacts(Path(settings.output_dir).absolute(), may_make=not is_prepared, metrics=metrics)
 
 
-def prepare_stores(settings: Settings) -> str:
-    """Try out where files are kept, make or upgrade the job database, and say in one line where both are.
-
-    Raises ConfigError, StorageError.
-    """
+def prepare_stores(settings: Settings) -> PreparedStores:
+    """Try out where files are kept, make or upgrade the job database. Raises ConfigError, StorageError."""
     artifacts = open_artifacts(settings)
     artifacts.check()
     store = open_store(settings)
     try:
         store.database.prepare()
         store.database.check_writable()
-        artifacts.claim(store.identity())  # now: what is put before belongs to nobody, and is never swept
+        identity = store.identity()
+        artifacts.claim(identity)  # now: what is put before belongs to nobody, and is never swept
     finally:
         store.database.close()
-    return f"jobs are kept in {store.database}, their files in {artifacts}"
+    return PreparedStores(identity, f"jobs are kept in {store.database}, their files in {artifacts}")
 
 
 def open_queue(
-    settings: Settings, *, wake: Callable[[], None] = lambda: None, metrics: Metrics | None = None
+    settings: Settings,
+    *,
+    identity: str | None = None,
+    wake: Callable[[], None] = lambda: None,
+    metrics: Metrics | None = None,
 ) -> JobQueue:
-    """The job queue of these settings; touches nothing yet. Raises ConfigError."""
-    return JobQueue(open_store(settings), open_artifacts(settings, metrics=metrics), wake=wake)
+    """The job queue of these settings, see `open_store`; touches nothing yet. Raises ConfigError."""
+    artifacts = open_artifacts(settings, is_prepared=identity is not None, metrics=metrics)
+    return JobQueue(open_store(settings, identity=identity), artifacts, wake=wake)

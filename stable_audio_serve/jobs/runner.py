@@ -23,10 +23,12 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.attempt import Attempt, StopReason, Workplace, account_for
 from stable_audio_serve.jobs.capacity import Capacity, work_of
 from stable_audio_serve.jobs.execution import JobExecutor
+from stable_audio_serve.jobs.gate import StorageGate
 from stable_audio_serve.jobs.heartbeat import Heartbeat, LeaseId, lease_id
 from stable_audio_serve.jobs.job import Job, State
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.periodic import Periodic
+from stable_audio_serve.jobs.refusals import Refusals
 from stable_audio_serve.jobs.reporter import Reporter
 from stable_audio_serve.jobs.store import JobStore, Outlook
 from stable_audio_serve.jobs.sweeper import Sweeper
@@ -60,7 +62,11 @@ class JobRunner:
         self._settings = settings.jobs
         self._metrics = metrics or NullMetrics()
         self._notifier = notifier
-        self._executor = JobExecutor(backend, artifacts, settings.api, clock=clock)
+        self.owner = secrets.token_hex(8)
+        self._gate = StorageGate(
+            artifacts, Refusals(store.database), self.owner, metrics=self._metrics, on_open=self.wake
+        )
+        self._executor = JobExecutor(backend, artifacts, settings.api, gate=self._gate, clock=clock)
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
             ahead_s=self._settings.work_ahead_s,
@@ -71,7 +77,6 @@ class JobRunner:
         self._workplace = Workplace(
             store, artifacts, self._executor, self._capacity, self._reporter, self._settings, self._metrics, clock
         )
-        self.owner = secrets.token_hex(8)
         self._heartbeat = Heartbeat(store, self.owner, lease_s=self._settings.lease_s, tell=self._told)
         self._attempts: dict[LeaseId, Attempt] = {}
         self._woken = asyncio.Event()
@@ -120,6 +125,7 @@ class JobRunner:
         for periodic in (self._counting, self._asking):
             await periodic.close()
         await self._reporter.close()
+        await self._gate.close()
         await self._sweeper.close()
         if self._notifier is not None:
             await self._notifier.close()
@@ -172,7 +178,7 @@ class JobRunner:
         """Take waiting jobs, of which there were so many, while there is room for them; how many."""
         num_leased = 0
         self._asking.start_if_due()
-        while num_leased < num_queued and not self._is_closing:
+        while num_leased < num_queued and not self._is_closing and self._gate.admits(self._capacity.num_taken):
             models = self._capacity.open_models()
             if models is not None and not models:
                 break

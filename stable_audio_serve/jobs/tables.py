@@ -111,6 +111,16 @@ IDENTITY = sa.Table(
     sa.Column("id", _Text, nullable=False),
 )
 
+# Runners that start no jobs because the place for files refuses them.
+REFUSALS = sa.Table(
+    "refusals",
+    METADATA,
+    sa.Column("owner", _Text, primary_key=True),
+    sa.Column("state", _Text, nullable=False),
+    sa.Column("reason", _Text),
+    sa.Column("until", sa.Double, nullable=False),  # of runners that say nothing more
+)
+
 
 def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
     """That a job waits, or runs; written out, because databases match no parameter with a partial index."""

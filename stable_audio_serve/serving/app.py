@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -54,7 +55,9 @@ class Ingress:
         self._settings = plan.settings
         self._backend = RayBackend(plan.catalog, handles, application=application)
         self._metrics = RayMetrics()
-        self._jobs = open_queue(plan.settings, wake=RunnerBell(runner).ring, metrics=self._metrics)
+        self._jobs = open_queue(
+            plan.settings, identity=plan.store_identity, wake=RunnerBell(runner).ring, metrics=self._metrics
+        )
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
         app = create_app(self._backend, self._settings, jobs=self._jobs, metrics=self._metrics)
@@ -110,7 +113,9 @@ def assemble(args: Settings | Mapping[str, Any], *, replica: type) -> serve.Appl
     require_shared_database(plan.settings, num_nodes=num_nodes)
     if num_nodes == 1:  # another node may have files, or a way to them, that this one has not
         require_weights(plan, complain=logger.warning)
-    logger.info(prepare_stores(plan.settings))
+    stores = prepare_stores(plan.settings)
+    logger.info(stores.description)
+    plan = replace(plan, store_identity=stores.identity)
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     models = {
         model.name: _bind(replica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)

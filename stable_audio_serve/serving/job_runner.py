@@ -41,7 +41,8 @@ class JobRunnerReplica:
         application = serve.get_replica_context().app_name
         backend = RayBackend(plan.catalog, handles, application=application)
         metrics = RayMetrics()
-        store, artifacts = open_store(settings), open_artifacts(settings, metrics=metrics)
+        store = open_store(settings, identity=plan.store_identity)
+        artifacts = open_artifacts(settings, is_prepared=plan.store_identity is not None, metrics=metrics)
         self._store, self._artifacts = store, artifacts
         notifier = Notifier(Outbox(store.database), webhook_bodies(artifacts), settings.jobs, metrics=metrics)
         self._runner = JobRunner(store, artifacts, backend, settings, notifier=notifier, metrics=metrics)

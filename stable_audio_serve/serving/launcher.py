@@ -74,7 +74,7 @@ def serve(
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
             require_weights(plan, complain=complain)
-            report(prepare_stores(plan.settings))
+            report(prepare_stores(plan.settings).description)
             signals = StopSignals()
             signals.listen()
             directory = stack.enter_context(private_directory())

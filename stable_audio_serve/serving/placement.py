@@ -29,11 +29,15 @@ _DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s":
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will run: the settings, the models' cards and the canonical names of those kept loaded."""
+    """What will run: the settings, the models' cards and the canonical names of those kept loaded.
+
+    With a `store_identity` (`jobs.queue.PreparedStores`) no other job database is used.
+    """
 
     settings: Settings
     catalog: ModelCatalog
     preloaded: tuple[str, ...]
+    store_identity: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

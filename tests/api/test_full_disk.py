@@ -1,44 +1,169 @@
-"""Jobs and uploads where the disk is full: a real file system of 1 MiB."""
+"""Jobs and uploads where there is no room left: real file systems of a few MiB, and a bucket that refuses."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
+from stable_audio_serve.jobs import attempt as attempt_module
+from stable_audio_serve.jobs import gate as gate_module
+from stable_audio_serve.jobs import watch as watch_module
 from tests.api.compat.serving import make_client
+from tests.api.test_buckets import storage_args
+from tests.api.test_jobs import submit, wait
 from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+from tests.object_storage import Faults, ObjectStorage
+
+pytestmark = pytest.mark.slow
+
+NUM_JOBS = 12
+_AT_ONCE = 4  # jobs of a model that a runner begins before it has seen any end
 
 
-async def ended(client: httpx.AsyncClient, seconds: float) -> dict[str, Any]:
-    """The status of a job for a clip of this length, whose file has 176 kB per second."""
-    ticket = await client.post("/jobs", json={"prompt": "rain", "duration": seconds})
-    assert ticket.status_code == 202, ticket.text
-    async with asyncio.timeout(20):
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "_FRESH_S", 0.0)
+    monkeypatch.setattr(watch_module, "_FRESH_IF_BAD_S", 0.0)
+    monkeypatch.setattr(gate_module, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(gate_module, "_LAST_PAUSE_S", 0.2)
+    monkeypatch.setattr(attempt_module, "_RETRY_S", 0.02)
+    monkeypatch.setattr(attempt_module, "_SETTLE_RETRY_S", 0.05)
+
+
+def fill(disk: Path) -> Callable[[], None]:
+    """Take all the room of a disk; what is returned gives it back."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
-            status: dict[str, Any] = (await client.get(ticket.json()["status_url"])).json()
-            if status["completed_at"]:
-                return status
-            await asyncio.sleep(0.02)
+            file.write(bytes(4096))
+    return filler.unlink
 
 
 def names(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.is_file()]
 
 
-async def test_a_full_disk_is_said_and_nothing_is_left_of_what_did_not_fit(tiny_disk: Path, tmp_path: Path) -> None:
+async def job_store(client: httpx.AsyncClient) -> str:
+    state: str = (await client.get("/health")).json()["job_store"]["state"]
+    return state
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def show_all(client: httpx.AsyncClient, tickets: Collection[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [(await client.get(f"/jobs/{ticket['id']}")).json() for ticket in tickets]
+
+
+async def expect_the_queue_survives(
+    client: httpx.AsyncClient, backend: ToneBackend, *, make_full: Callable[[], object], make_room: Callable[[], object]
+) -> None:
+    """However many jobs wait, and however long it takes: hardly any is computed, none fails, and all are done later."""
+    make_full()
+    tickets = [await submit(client, duration=0.2) for _ in range(NUM_JOBS)]
+    async with asyncio.timeout(20):
+        while await job_store(client) != "full":  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    await until(lambda: backend.num_running == 0)
+    num_computed = len(backend.requests)
+    assert num_computed <= _AT_ONCE
+    await asyncio.sleep(1.0)  # a dozen tries to write
+    assert len(backend.requests) == num_computed
+    waiting = await show_all(client, tickets)
+    assert {status["status"] for status in waiting} == {"queued"}
+    assert sum(status["attempts"] for status in waiting) == num_computed
+    make_room()
+    for ticket in tickets:
+        status = await wait(client, ticket)
+        assert status["status"] == "succeeded"
+        assert len((await client.get(status["download_url"])).content) > 0
+    assert len(backend.requests) == NUM_JOBS + num_computed
+    assert await job_store(client) == "ok"
+
+
+async def test_the_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -> None:
     jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}"}
+    async with make_client(output_dir=str(tiny_disk), jobs=jobs) as (client, backend):
+        give_back: list[Callable[[], None]] = []
+        await expect_the_queue_survives(
+            client,
+            backend,
+            make_full=lambda: give_back.append(fill(tiny_disk)),
+            make_room=lambda: give_back.pop()(),
+        )
+        assert len(names(tiny_disk)) == NUM_JOBS
+
+
+async def test_the_queue_survives_a_full_bucket(object_storage: ObjectStorage) -> None:
+    full = Faults(answer=(507, "InsufficientStorage"), only="PUT")
+    bucket, proxy = object_storage.make_bucket(), object_storage.proxy
+    async with make_client(
+        storage=storage_args(object_storage, bucket, public_base_url=f"{object_storage.server_url}/{bucket}")
+    ) as (client, backend):
+        await expect_the_queue_survives(
+            client,
+            backend,
+            make_full=lambda: setattr(proxy, "faults", full),
+            make_room=lambda: setattr(proxy, "faults", Faults()),
+        )
+    assert len(object_storage.keys(bucket)) == NUM_JOBS
+
+
+async def test_what_never_fits_becomes_a_dead_letter_and_leaves_nothing(tiny_disk: Path, tmp_path: Path) -> None:
+    jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}", "max_attempts": 2}
     async with make_client(output_dir=str(tiny_disk), jobs=jobs) as (client, _):
-        failed = await ended(client, 10.0)
-        assert (failed["status"], failed["attempts"]) == ("failed", 1)
-        assert "no room left" in failed["error"]
+        failed = await wait(client, await submit(client, duration=10.0))  # of 1.76 MB
+        assert (failed["status"], failed["attempts"], failed["error"]) == ("failed", 2, "the disk is full")
         source = make_audio_file(duration_s=10.0)
         form = {"prompt": "rain", "duration": "1"}
         refused = await client.post("/jobs/variations", data=form, files={"audio": source})
         assert (refused.status_code, refused.json()["detail"]) == (507, "the disk is full")
         assert names(tiny_disk) == []
-        fine = await ended(client, 1.0)
+        fine = await wait(client, await submit(client, duration=1.0))
         assert fine["status"] == "succeeded"
         assert len((await client.get(fine["download_url"])).content) > 176_000
+
+
+async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -> None:
+    async with make_client(output_dir=str(small_disk), jobs={"lease_s": 1.0}) as (client, backend):
+        done = await wait(client, await submit(client))
+        backend.delay_s = 1.0
+        running, to_cancel = [await submit(client, seed=seed) for seed in (5, 6)]
+        await wait(client, running, "running")
+        await wait(client, to_cancel, "running")
+        waiting = [await submit(client, seed=seed) for seed in range(8, 14)]
+        give_back = fill(small_disk)
+        for _ in range(3):
+            reply = await client.post("/jobs", json={"prompt": "x" * 100_000})  # more than the log has room for
+            assert (reply.status_code, reply.json()["detail"]) == (507, "the disk of the job database is full")
+        assert (await client.get(f"/jobs/{done['id']}")).json() == done
+        cancelled = (await client.delete(f"/jobs/{to_cancel['id']}")).status_code
+        assert cancelled in (202, 507)
+        await until(lambda: backend.num_running == 0)  # the jobs have been computed
+        await asyncio.sleep(1.5)  # and their leases would be over
+        give_back()
+        if cancelled == 507:
+            assert (await client.delete(f"/jobs/{to_cancel['id']}")).status_code in (200, 202, 409)
+        assert (await wait(client, to_cancel))["status"] in ("cancelled", "succeeded")
+        for ticket in (running, *waiting):
+            assert (await wait(client, ticket))["status"] == "succeeded"
+        assert await job_store(client) == "ok"
+
+
+def test_the_disk_of_these_tests_is_full_when_it_is_filled(tiny_disk: Path) -> None:
+    fill(tiny_disk)
+    with pytest.raises(OSError, match="No space") as caught:
+        os.posix_fallocate(os.open(tiny_disk / "more", os.O_CREAT | os.O_WRONLY), 0, 1)
+    assert caught.value.errno == errno.ENOSPC

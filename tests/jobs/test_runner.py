@@ -23,7 +23,6 @@ from stable_audio_serve.core.errors import (
     StableAudioError,
     StartTimeoutError,
     StorageError,
-    StorageFullError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
@@ -231,7 +230,6 @@ async def test_an_idle_runner_hardly_asks_its_store(workshop: Workshop, monkeypa
         InvalidRequestError("steps: at most 9", field="steps"),
         GenerationError("not finite"),
         DeadlineExceededError("too late"),
-        StorageFullError("the job's file cannot be kept: there is no room left for files"),
     ],
 )
 async def test_a_failure_of_its_own_is_not_retried(workshop: Workshop, error: StableAudioError) -> None:

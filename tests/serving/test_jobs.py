@@ -184,6 +184,34 @@ def test_killed_runners_are_replaced_and_their_job_is_done_again(server: Launche
     assert not set(killed) & set(server.pids("job-runner"))
 
 
+def test_stores_that_were_moved_are_refused_also_by_processes_that_start_then(
+    server: LaunchedServer, config: Path
+) -> None:
+    """Nobody makes an empty database in their place, which half of the requests would then see."""
+    outputs, away = config.parent / "outputs", config.parent / "away"
+    done = wait(server, submit(server))
+    outputs.rename(away)
+    try:
+        killed = {server.pids("ServeReplica:audio:Ingress")[0], *server.pids("job-runner")}
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(server.pids("job-runner")) == 2 and not killed & {*server.pids("ServeReplica")})
+        deadline = time.monotonic() + 5.0
+        while time.monotonic() < deadline:  # answers of the new ones among them
+            for reply in (server.client.get(f"/jobs/{done['id']}"), server.client.post("/jobs", json=make_body())):
+                assert reply.status_code == 503, reply.text
+                assert int(reply.headers["retry-after"]) >= 1
+        assert server.client.get("/health").json()["job_store"]["state"] == "moved"
+        assert server.client.get("/ready").status_code == 200
+        assert server.client.post("/generate", json=make_body()).status_code == 200
+        assert not outputs.exists()
+    finally:
+        away.rename(outputs)
+    assert wait(server, done["id"]) == done
+    assert wait(server, submit(server))["status"] == "succeeded"
+    wait_until(lambda: server.client.get("/health").json()["job_store"]["state"] == "ok", timeout_s=15)
+
+
 def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, config: Path) -> None:
     """Some run, some wait, one has an upload: a server started later in the same folder does them all."""
     finished = wait(server, submit(server))

@@ -1,0 +1,187 @@
+"""The job database, or the folder of files, moved, deleted or replaced under a server that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.settings import JobSettings, Settings
+from stable_audio_serve.jobs import watch as watch_module
+from stable_audio_serve.jobs.queue import open_queue, prepare_stores
+from tests.api.compat.serving import make_client
+from tests.api.test_job_stores import expect_body, submissions
+from tests.api.test_jobs import BODY, submit, wait
+from tests.audio_files import make_audio_file
+from tests.jobs.conftest import make_spec
+
+pytestmark = pytest.mark.slow
+
+FILES = ("jobs.db", "jobs.db-wal", "jobs.db-shm")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "_FRESH_S", 0.0)
+    monkeypatch.setattr(watch_module, "_FRESH_IF_BAD_S", 0.0)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where the job database is."""
+    folder = tmp_path / "database"
+    folder.mkdir()
+    return folder
+
+
+def settings_of(place: Path) -> dict[str, Any]:
+    return {"jobs": {"database_url": f"sqlite:///{place / 'jobs.db'}"}}
+
+
+def move(place: Path, target: Path, names: tuple[str, ...] = FILES) -> None:
+    target.mkdir(exist_ok=True)
+    for name in names:
+        (place / name).rename(target / name)
+
+
+def snapshot(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(place.iterdir())}
+
+
+async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
+    """The job store's, as health and readiness tell it."""
+    health, ready = [(await client.get(path)).json() for path in ("/health", "/ready")]
+    assert health["job_store"] == ready["job_store"]
+    assert ready["ready"] is True  # what needs no job store works
+    return health["job_store"]["state"], health["job_store"]["reason"]
+
+
+async def expect_refusals(client: httpx.AsyncClient) -> None:
+    """From every dialect, of each of many requests at a time."""
+    for name, ask in submissions(client).items():
+        for reply in await asyncio.gather(*(ask() for _ in range(4))):
+            assert reply.status_code == 503, (name, reply.text)
+            assert int(reply.headers["retry-after"]) >= 1, name
+            expect_body(name.split()[0], reply)
+    assert (await client.post("/v1/audio/generations", json=BODY)).status_code == 200
+
+
+@pytest.mark.parametrize("names", [FILES, FILES[:1]], ids=["with its log", "alone"])
+async def test_a_database_that_was_moved_is_refused_until_it_is_back(
+    place: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    async with make_client(**settings_of(place)) as (client, backend):
+        assert await state_of(client) == ("ok", None)
+        done = await submit(client)
+        await wait(client, done)
+        backend.delay_s = 0.5
+        running = await submit(client, seed=5)
+        await wait(client, running, "running")
+        move(place, tmp_path / "away", names)
+        before = snapshot(place)
+        await expect_refusals(client)
+        assert (await state_of(client))[0] == "moved"
+        await asyncio.sleep(0.5)  # the job that runs is computed meanwhile
+        assert snapshot(place) == before
+        move(tmp_path / "away", place, names)
+        assert (await wait(client, running))["attempts"] == 1
+        assert (await wait(client, done))["status"] == "succeeded"
+        assert (await wait(client, await submit(client)))["status"] == "succeeded"
+        assert await state_of(client) == ("ok", None)
+
+
+async def test_another_database_in_its_place_is_neither_read_nor_written(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    prepare_stores(Settings(output_dir=str(other)))
+    async with make_client(**settings_of(place)) as (client, _):
+        done = await submit(client)
+        await wait(client, done)
+        move(place, tmp_path / "away")
+        shutil.copy(other / "jobs.db", place / "jobs.db")
+        before = snapshot(place)
+        await expect_refusals(client)
+        assert snapshot(place) == before
+        assert (await state_of(client))[0] == "moved"
+        (place / "jobs.db").unlink()
+        move(tmp_path / "away", place)
+        assert (await wait(client, done))["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("name", FILES)
+async def test_what_was_deleted_is_missed_and_a_restart_begins_anew(place: Path, name: str) -> None:
+    async with make_client(**settings_of(place)) as (client, _):
+        ticket = await submit(client)
+        await wait(client, ticket)
+        (place / name).unlink()
+        await expect_refusals(client)
+        assert not (place / name).exists()
+        assert (await state_of(client))[0] == "moved"
+    async with make_client(**settings_of(place)) as (client, _):
+        found = (await client.get(f"/jobs/{ticket['id']}")).status_code
+        assert found == (404 if name == "jobs.db" else 200)  # closing brings the log's content into the file
+        await wait(client, await submit(client))
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_a_process_that_comes_later_finds_no_other_database_either(
+    place: Path, tmp_path: Path, is_replaced: bool
+) -> None:
+    """As when a replica is started anew while the file is away."""
+    settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=JobSettings(**settings_of(place)["jobs"]))
+    identity = prepare_stores(settings).identity
+    first = open_queue(settings)
+    job = await first.submit(make_spec())
+    await first.close()
+    move(place, tmp_path / "away", FILES[:1])
+    if is_replaced:
+        prepare_stores(settings)
+    later = open_queue(settings, identity=identity)
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            await later.submit(make_spec())
+        with pytest.raises(StorageError):
+            await later.get(job.spec.ref)
+    assert list(snapshot(place)) == (["jobs.db"] if is_replaced else [])
+    (place / "jobs.db").unlink(missing_ok=True)
+    move(tmp_path / "away", place, FILES[:1])
+    assert await later.get(job.spec.ref) == job
+    await later.close()
+
+
+def files_moved(folder: Path, away: Path) -> Callable[[], None]:
+    def back() -> None:
+        away.rename(folder)
+
+    folder.rename(away)
+    return back
+
+
+async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs"
+    async with make_client(output_dir=str(folder), **settings_of(place)) as (client, backend):
+        done = await wait(client, await submit(client))
+        backend.delay_s = 1.0
+        running = await submit(client, seed=5)
+        await wait(client, running, "running")
+        back = files_moved(folder, tmp_path / "away")
+        assert (await client.get(done["download_url"])).status_code == 503
+        source = {"audio": make_audio_file(duration_s=1.0)}
+        reply = await client.post("/jobs/variations", data={"prompt": "x", "duration": "1"}, files=source)
+        assert (reply.status_code, "moved" in reply.json()["detail"]) == (503, True)
+        waiting = await wait(client, running, "queued")
+        assert "moved" in (await state_of(client))[1]
+        more = await submit(client)
+        await asyncio.sleep(0.5)
+        assert not folder.exists()
+        assert (await wait(client, more, "queued"))["attempts"] == 0
+        back()
+        assert (await client.get(done["download_url"])).status_code == 200
+        assert (await wait(client, running))["attempts"] == waiting["attempts"] + 1
+        assert (await wait(client, more))["status"] == "succeeded"
+        assert await state_of(client) == ("ok", None)
