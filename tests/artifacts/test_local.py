@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError, StoreMovedError
 
 
 @pytest.fixture
@@ -30,6 +31,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def artifacts(folder: Path) -> LocalArtifacts:
     return LocalArtifacts(folder)
+
+
+KEY = artifact_key("0" * 32, "a.wav", fence=1)
+
+
+async def read(artifacts: LocalArtifacts, file: StoredFile) -> bytes:
+    return b"".join([chunk async for chunk in artifacts.read(file)])
 
 
 async def put(artifacts: LocalArtifacts, key: str, *chunks: bytes) -> StoredFile:
@@ -185,3 +193,52 @@ def test_a_folder_that_cannot_be_written_is_one_sentence_that_names_the_setting(
     with pytest.raises(ConfigError, match=r"^output_dir \(STABLE_AUDIO_OUTPUT_DIR\): .*cannot be kept") as caught:
         LocalArtifacts(tmp_path / place).check()
     assert place in caught.value.message
+
+
+@pytest.fixture
+async def claimed(tmp_path: Path) -> LocalArtifacts:
+    """A store with an owner, in `tmp_path / "files"`."""
+    LocalArtifacts(tmp_path / "files").claim("owner")
+    return LocalArtifacts(tmp_path / "files", may_make=False)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_a_folder_that_was_moved_is_missed_and_not_made_again(
+    claimed: LocalArtifacts, tmp_path: Path, is_replaced: bool
+) -> None:
+    file = await put(claimed, KEY, b"audio")
+    folder, away = tmp_path / "files", tmp_path / "away"
+    folder.rename(away)
+    if is_replaced:
+        LocalArtifacts(folder).claim("another")
+    for doing in (put(claimed, KEY, b"more"), read(claimed, file), claimed.delete(file.key), claimed.probe(1)):
+        with pytest.raises(StoreMovedError):
+            await doing
+    for blocking in (claimed.require_place, lambda: claimed.list_folder(""), lambda: claimed.claim("owner")):
+        with pytest.raises(StoreMovedError):
+            blocking()
+    assert folder.exists() == is_replaced
+    if is_replaced:
+        shutil.rmtree(folder)
+    shutil.copytree(away, folder)  # by way of another disk: another folder, of the same owner
+    assert await read(claimed, file) == b"audio"
+
+
+async def test_a_folder_that_should_be_there_is_not_made(tmp_path: Path) -> None:
+    artifacts = LocalArtifacts(tmp_path / "mount" / "files", may_make=False)
+    with pytest.raises(StoreMovedError):
+        await put(artifacts, KEY, b"audio")
+    assert names(tmp_path) == []
+    assert not (tmp_path / "mount").exists()
+
+
+async def test_a_probe_leaves_nothing_and_knows_what_fits(tiny_disk: Path) -> None:
+    artifacts = LocalArtifacts(tiny_disk)
+    await put(artifacts, KEY, bytes(600_000))
+    for num_bytes in (0, 100_000, 400_000):
+        await artifacts.probe(num_bytes)
+    with pytest.raises(StorageFullError):
+        await artifacts.probe(500_000)
+    await artifacts.delete(KEY)
+    await artifacts.probe(1 << 40)  # what never fits there
+    assert names(tiny_disk) == []

@@ -1,0 +1,127 @@
+"""A runner whose files are refused: what it says, what it starts, and how it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.core.errors import StorageError, StorageFullError, StoreMovedError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.settings import JobSettings, Settings
+from stable_audio_serve.jobs import attempt as attempt_module
+from stable_audio_serve.jobs import gate as gate_module
+from stable_audio_serve.jobs.database import Database
+from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.refusals import Refusals, StoreHealth, StoreState, health_of
+from tests.backends import ToneBackend
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
+from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall
+
+__all__ = ["database", "postgres_with_tables", "store_url", "wall"]
+
+pytestmark = pytest.mark.slow
+
+REFUSED = ("job_files_refused",)
+
+
+@dataclass
+class WatchedBackend(ToneBackend):
+    """Remembers how many requests it had in progress as each began."""
+
+    at_work: list[int] = field(default_factory=list)
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        self.at_work.append(self.num_running + 1)
+        return await super().generate(model, request)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(gate_module, "_LAST_PAUSE_S", 0.1)
+    monkeypatch.setattr(attempt_module, "_RETRY_S", 0.02)
+
+
+@pytest.fixture
+async def apart(tmp_path: Path) -> AsyncIterator[Workshop]:
+    """A workshop whose files are not where its database is."""
+    jobs = JobSettings(database_url=f"sqlite:///{tmp_path / 'jobs.db'}")
+    settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=jobs)
+    workshop = Workshop(settings, open_queue(settings), WatchedBackend())
+    yield workshop
+    for runner in workshop.runners:
+        await runner.close()
+    await workshop.queue.close()
+
+
+@contextmanager
+def folder_away(workshop: Workshop) -> Iterator[None]:
+    folder = Path(workshop.settings.output_dir)
+    away = folder.rename(folder.with_name("away"))
+    yield
+    away.rename(folder)
+
+
+async def test_after_a_refusal_one_job_goes_first_and_two_follow(apart: Workshop) -> None:
+    backend, metrics = apart.backend, RecordedMetrics()
+    assert isinstance(backend, WatchedBackend)
+    await apart.start_runner(metrics=metrics)
+    await apart.finished(await apart.queue.submit(make_spec()))
+    refusals = Refusals(apart.queue.store.database)
+    with folder_away(apart):
+        jobs = [await apart.queue.submit(make_spec(duration_s=0.1)) for _ in range(12)]
+        await wait_for(lambda: metrics.gauges.get(REFUSED) == 1.0 and backend.num_running == 0)
+        await wait_for(lambda: [health.state for health in refusals.current()] == ["moved"])
+        assert len([job for job in jobs if apart.queue.store.get(job.spec.ref)]) == 12
+        backend.at_work.clear()
+        backend.delay_s = 0.05
+    assert {(await apart.finished(job)).state for job in jobs} == {"succeeded"}
+    assert backend.at_work[0] == 1
+    assert max(backend.at_work[1:3]) <= 2
+    assert metrics.gauges[REFUSED] == 0.0
+    assert refusals.current() == []
+
+
+async def test_a_runner_that_stops_takes_its_refusal_back(apart: Workshop) -> None:
+    metrics = RecordedMetrics()
+    runner = await apart.start_runner(metrics=metrics)
+    await apart.finished(await apart.queue.submit(make_spec()))
+    refusals = Refusals(apart.queue.store.database)
+    with folder_away(apart):
+        await apart.queue.submit(make_spec())
+        await wait_for(lambda: len(refusals.current()) == 1)
+        await runner.close()
+        assert refusals.current() == []
+
+
+def test_what_runners_meet_is_known_until_they_say_nothing_more(database: Database, wall: Wall) -> None:
+    refusals = Refusals(database)
+    assert refusals.current() == []
+    full, moved = StoreHealth("full", "the disk is full"), StoreHealth("moved", "elsewhere")
+    refusals.note("a", moved, for_s=5)
+    refusals.note("a", full, for_s=10)
+    refusals.note("b", moved, for_s=20)
+    assert refusals.current() == [moved, full]
+    wall.now += 10
+    assert refusals.current() == [moved]
+    refusals.withdraw("b")
+    refusals.withdraw("nobody")
+    assert refusals.current() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (StorageError("no answer"), "unavailable"),
+        (StorageFullError("the disk is full"), "full"),
+        (StoreMovedError("elsewhere"), "moved"),
+    ],
+)
+def test_an_error_of_a_store_is_its_state(error: StorageError, state: StoreState) -> None:
+    assert health_of(error) == StoreHealth(state, error.message)
