@@ -58,8 +58,9 @@ type: install ## types only
 bench: install ## the benchmarks of this machine, JSON in bench-results/
 	$(PY) -m benchmarks all --out bench-results
 
-docs: install ## write docs/openapi.json from the application
+docs: install ## write docs/openapi.json and docs/metrics.md from the application
 	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json
+	$(PY) -m stable_audio_serve.cli metrics --out docs/metrics.md
 
 demo-model: install ## train the demo model from nothing (OUT=demo-run DEVICE=cpu); resumes where it stopped
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \

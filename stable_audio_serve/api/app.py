@@ -81,7 +81,7 @@ def create_app(
             ),
             Middleware(DrainingMiddleware, draining=service.draining),
             Middleware(ObserveMiddleware, metrics=metrics),
-            Middleware(LimitsMiddleware, limits=settings.api),
+            Middleware(LimitsMiddleware, limits=settings.api, metrics=metrics),
         ],
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]

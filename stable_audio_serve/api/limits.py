@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stable_audio_serve.core.metrics import Level, Metrics
 from stable_audio_serve.core.settings import ApiSettings
 
 # With these Ray Serve lets a client change its own deadline or switch its own cancellation off.
@@ -30,10 +31,10 @@ class ClientGoneError(OSError):
 class LimitsMiddleware:
     """Applies `ApiSettings` to every HTTP request. A handler whose client goes away is cancelled."""
 
-    def __init__(self, app: ASGIApp, *, limits: ApiSettings) -> None:
+    def __init__(self, app: ASGIApp, *, limits: ApiSettings, metrics: Metrics) -> None:
         self._app = app
         self._limits = limits
-        self._held = _Held()
+        self._held = _Held(Level(metrics, "bodies_receiving"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application on a guarded connection. Raises ClientGoneError when the client has gone."""
@@ -65,8 +66,8 @@ def accept_file_body(scope: Scope) -> None:
 class _Held:
     """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many still arrive."""
 
+    receiving: Level
     num_bytes: int = 0
-    num_receiving: int = 0
 
 
 class _Pace:
@@ -209,7 +210,7 @@ class _Connection:
             raise HTTPException(408, f"body: {reason}", headers=_CLOSE) from error
 
     async def _take_place(self) -> None:
-        if self._held.num_receiving >= self._limits.max_receiving:
+        if self._held.receiving.value >= self._limits.max_receiving:
             await self._drain({"more_body": True})
             raise HTTPException(503, "body: too many others are being received (api.max_receiving)", headers=_BUSY)
         self._count(True)
@@ -228,7 +229,8 @@ class _Connection:
 
     def _count(self, is_receiving: bool) -> None:
         """Whether this body is one of those being received."""
-        self._held.num_receiving += is_receiving - self._is_counted
+        if is_receiving is not self._is_counted:
+            self._held.receiving.change(1 if is_receiving else -1)
         self._is_counted = is_receiving
 
     async def _drain(self, message: Message) -> None:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.limits import ClientGoneError
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StorageError
-from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.core.metrics import Level, Metrics
 
 log = structlog.get_logger("stable_audio_serve.api")
 
@@ -34,6 +34,7 @@ class ObserveMiddleware:
     def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Clock | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._in_progress = Level(metrics, "http_requests_in_progress")
         self._clock = clock or SystemClock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,6 +47,7 @@ class ObserveMiddleware:
         state["log"] = {}
         started_at = self._clock.monotonic()
         status = 0
+        self._in_progress.change(1)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -73,6 +75,7 @@ class ObserveMiddleware:
                 self._account(scope, status, (self._clock.monotonic() - started_at) * 1000)
 
     def _account(self, scope: Scope, status: int, duration_ms: float) -> None:
+        self._in_progress.change(-1)
         route = getattr(scope.get("route"), "path", "unmatched")
         facts = scope["state"]["log"]
         self._metrics.increment("http_requests", route=route, method=scope["method"], status=str(status))

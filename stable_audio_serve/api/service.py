@@ -86,7 +86,7 @@ class Service:
         self.clock = clock or SystemClock()
         self.readiness = Readiness()
         self.draining = Draining(self.readiness)
-        self.streams = EventStreams(settings.ingress.max_event_streams, self.draining)
+        self.streams = EventStreams(settings.ingress.max_event_streams, self.draining, metrics=self.metrics)
         api = settings.api
         self._decoder = AudioDecoder(
             num_workers=api.decode_workers,
@@ -119,9 +119,10 @@ class Service:
             message = f"{field}: the upload is larger than {limit} bytes (api.max_upload_bytes)"
             raise UploadTooLargeError(message, field=field)
         max_s = _usable_s(card, padding_s)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._decode_threads, lambda: self._decoder.decode(upload.file, max_s=max_s, field=field)
-        )
+        with self._measured("upload_decode_ms"):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._decode_threads, lambda: self._decoder.decode(upload.file, max_s=max_s, field=field)
+            )
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
         """The first `max_s` seconds of a file of the operator's own. Raises GenerationError."""
@@ -158,10 +159,7 @@ class Service:
         if left_s <= 0:
             raise DeadlineExceededError("deadline_s: the time budget ran out before the model was asked")
         with self._admitted(request):
-            result = await self.backend.generate(card.name, replace(request, deadline_s=left_s))
-        audio_s = sum(audio.shape[1] for audio in result.audio) / result.sample_rate_hz
-        self.metrics.increment("audio_seconds", audio_s, model=card.name)
-        return result
+            return await self.backend.generate(card.name, replace(request, deadline_s=left_s))
 
     @contextmanager
     def _admitted(self, request: GenerationRequest) -> Iterator[None]:
@@ -192,8 +190,15 @@ class Service:
         return Output(finished.file, finished.clips, result, (self.clock.monotonic() - started_at) * 1000)
 
     async def compute(self, function: Callable[[], T]) -> T:
-        """What `function` returns; its CPU work happens on an encoding thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
+        """What `function`, which makes a file, returns; its CPU work happens on an encoding thread."""
+        with self._measured("file_encode_ms"):
+            return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
+
+    @contextmanager
+    def _measured(self, metric: str) -> Iterator[None]:
+        started_at = self.clock.monotonic()
+        yield
+        self.metrics.observe(metric, (self.clock.monotonic() - started_at) * 1000)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         """What each model is doing, or what it last was, within a second."""

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.core.errors import OverloadedError, StorageError
+from stable_audio_serve.core.metrics import Level, Metrics
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
 
@@ -90,25 +91,25 @@ async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Drainin
 class EventStreams:
     """The streams that one process has open."""
 
-    def __init__(self, max_streams: int, draining: Draining) -> None:
+    def __init__(self, max_streams: int, draining: Draining, *, metrics: Metrics) -> None:
         self._max_streams = max_streams
         self._draining = draining
-        self._num_open = 0
+        self._open = Level(metrics, "event_streams_open")
 
     def open(self, events: AsyncIterator[ServerSentEvent], *, headers: Mapping[str, str] | None = None) -> Response:
         """An answer that sends `events`. Raises OverloadedError when too many are open."""
-        if self._num_open >= self._max_streams:
+        if self._open.value >= self._max_streams:
             message = "too many event streams are open (ingress.max_event_streams)"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         return _Stream(_end_quietly(events, self._draining), counted=self._counted, headers=headers)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        self._num_open += 1
+        self._open.change(1)
         try:
             yield
         finally:
-            self._num_open -= 1
+            self._open.change(-1)
 
 
 class _Stream(EventSourceResponse):

@@ -37,12 +37,17 @@ def openapi(
     from stable_audio_serve.api.offline import OfflineBackend
     from stable_audio_serve.core.settings import Settings
 
-    document = json.dumps(create_app(OfflineBackend(), Settings()).openapi(), indent=2) + "\n"
-    if out is None:
-        typer.echo(document, nl=False)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(document)
+    _write(json.dumps(create_app(OfflineBackend(), Settings()).openapi(), indent=2) + "\n", out)
+
+
+@app.command()
+def metrics(
+    out: Annotated[Path | None, typer.Option(help="File to write; without it standard output.")] = None,
+) -> None:
+    """Write the page of all metrics in Markdown."""
+    from stable_audio_serve.cli.metrics_page import draw_page
+
+    _write(draw_page(), out)
 
 
 @app.command()
@@ -88,6 +93,9 @@ def serve(
     file: Annotated[Path, typer.Option("--config", help="Serve config file.")] = Path("serve_config.yaml"),
     host: Annotated[str | None, typer.Option(help="Address to listen on; default: the file's, else 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: the file's, else 8000.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the metrics; default: the file's, else a free one.")
+    ] = None,
     proxy: Annotated[
         Literal["auto", "haproxy", "python"],
         typer.Option(envvar="STABLE_AUDIO_PROXY", help="Who accepts connections; auto = HAProxy where it runs."),
@@ -99,7 +107,13 @@ def serve(
 
     try:
         launcher.serve(
-            file, host=host, port=port, proxy=proxy, report=typer.echo, complain=partial(typer.echo, err=True)
+            file,
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            proxy=proxy,
+            report=typer.echo,
+            complain=partial(typer.echo, err=True),
         )
     except StableAudioError as error:
         raise typer.Exit(2) from error
@@ -122,3 +136,11 @@ def verify(
         json_file.write(json.dumps(report.as_dict(), indent=1) + "\n")
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _write(text: str, out: Path | None) -> None:
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)

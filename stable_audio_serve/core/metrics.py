@@ -1,34 +1,145 @@
-"""What the code measures about itself, independent of who collects it (`serving` exports to Ray's metrics)."""
+"""What the code measures about itself: every metric by name, and the sink that whoever collects implements (`serving`
+exports to Ray's metrics).
+
+A metric exists because it stands here: docs/metrics.md is made from this list, and an undeclared name is an error.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. `labels` are what its samples are told apart by; `is_rare`: absent until it happens, if it ever does.
+
+    `model` among the labels of an engine's metrics is added by whoever collects for that engine.
+    """
+
+    name: str
+    kind: Kind
+    description: str
+    labels: tuple[str, ...] = ()
+    is_rare: bool = False
+
+
+_HTTP = (
+    Metric(
+        "http_requests", "counter", "Answered requests; status 499 = the client left.", ("route", "method", "status")
+    ),
+    Metric("http_request_ms", "histogram", "Time of a whole request, milliseconds.", ("route",)),
+    Metric("http_requests_in_progress", "gauge", "Requests that are being answered now, streams included."),
+    Metric("refusals", "counter", "Requests that were refused: the kind of error, or the HTTP status.", ("reason",)),
+    Metric("bodies_receiving", "gauge", "Request bodies that are being received, unless they come at once."),
+    Metric("event_streams_open", "gauge", "Streams of job events that are open."),
+    Metric("upload_decode_ms", "histogram", "Time to decode an uploaded file, waiting for its turn included."),
+    Metric(
+        "file_encode_ms", "histogram", "Time to make the file of a synchronous answer, waiting for its turn included."
+    ),
+)
+_ENGINE = (
+    Metric(
+        "engine_requests",
+        "counter",
+        "Requests that have left an engine: finished, refused, failed, cancelled or expired.",
+        ("outcome", "model"),
+    ),
+    Metric("engine_audio_seconds", "counter", "Audio made, seconds.", ("model",)),
+    Metric("engine_queue_ms", "histogram", "From a request's arrival to its first work.", ("model",)),
+    Metric("engine_request_ms", "histogram", "From a request's arrival to its audio.", ("model",)),
+    Metric("engine_backlog_ms", "gauge", "Predicted work that is accepted and not yet done.", ("model",)),
+    Metric("engine_text_ms", "histogram", "One call of the text encoder, for several prompts.", ("model",)),
+    Metric("engine_encode_ms", "histogram", "One call of the audio encoder, for uploaded audio.", ("model",)),
+    Metric("engine_denoise_ms", "histogram", "One denoising step of all rows in it.", ("model",)),
+    Metric("engine_decode_ms", "histogram", "One call of the audio decoder, for several windows.", ("model",)),
+    Metric("engine_rows_per_step", "histogram", "Variations that share a denoising step.", ("model",)),
+    Metric("engine_tokens_per_step", "histogram", "Latent frames of a denoising step, both branches.", ("model",)),
+    Metric("engine_pad_share", "gauge", "Part of the last step that was padding, 0 to 1.", ("model",)),
+    Metric("engine_prompt_cache_hits", "counter", "Prompts whose embedding was there already.", ("model",)),
+    Metric("engine_prompt_cache_misses", "counter", "Prompts that had to be embedded.", ("model",)),
+    Metric("engine_device_memory_bytes", "gauge", "GPU memory in use by the engine; 0 on a CPU.", ("model",)),
+)
+_JOBS = (
+    Metric("jobs", "counter", "Jobs that have ended.", ("state", "contract")),
+    Metric("job_wait_ms", "histogram", "From a job's submission to its start.", ("model",)),
+    Metric("job_run_ms", "histogram", "From a job's start to its end.", ("model",)),
+    Metric("jobs_by_state", "gauge", "Jobs that are kept; every runner says the same.", ("state",)),
+    Metric("jobs_queued", "gauge", "Jobs that wait; every runner says the same."),
+    Metric("jobs_running", "gauge", "Jobs at work in this runner."),
+    Metric("job_queue_age_s", "gauge", "How long the next job has been due, seconds; every runner says the same."),
+    Metric("job_files_refused", "gauge", "1 while a runner starts no jobs: their files cannot be kept.", is_rare=True),
+    Metric("job_retries", "counter", "Starts that failed and are tried again.", ("reason",), is_rare=True),
+    Metric("job_dead_letters", "counter", "Jobs given up after their last attempt.", ("reason",), is_rare=True),
+    Metric("job_leases_lost", "counter", "Jobs that this runner had to leave to another.", is_rare=True),
+    Metric("jobs_reclaimed", "counter", "Jobs taken from a runner that fell silent.", ("state",), is_rare=True),
+    Metric("webhooks", "counter", "Tries to deliver a webhook: delivered, failed or given_up.", ("outcome",)),
+    Metric("sweep_ms", "histogram", "One removal of what is too old.", is_rare=True),
+    Metric("swept_files", "counter", "Files that were removed: old, orphans or unfinished.", ("kind",), is_rare=True),
+    Metric("damaged_files", "counter", "Stored files that are not what was stored.", is_rare=True),
+)
+
+GROUPS = {"HTTP": _HTTP, "Engines": _ENGINE, "Jobs and files": _JOBS}
+METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
+
+
+def declared(name: str, kind: Kind, labels: Iterable[str]) -> Metric:
+    """The declaration of a sample's metric. Raises ValueError where it has another kind or not all of these labels."""
+    metric = METRICS.get(name)
+    if metric is None:
+        raise ValueError(f"the metric {name} is not declared")
+    if metric.kind != kind:
+        raise ValueError(f"the metric {name} is a {metric.kind}, not a {kind}")
+    if unknown := set(labels) - set(metric.labels):
+        raise ValueError(f"the metric {name} has no label {', '.join(sorted(unknown))}")
+    return metric
 
 
 class Metrics(Protocol):
-    """A sink for counters, gauges and distributions; names are snake_case and carry their unit."""
+    """A sink for counters, gauges and distributions, all of them declared above."""
 
-    def increment(self, name: str, value: float = 1.0, **tags: str) -> None:
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add `value` (>= 0) to the counter `name`."""
         ...
 
-    def gauge(self, name: str, value: float, **tags: str) -> None:
+    def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set the gauge `name`."""
         ...
 
-    def observe(self, name: str, value: float, **tags: str) -> None:
+    def observe(self, name: str, value: float, **labels: str) -> None:
         """Add one sample to the distribution `name`."""
         ...
 
 
 class NullMetrics:
-    """Drops everything; the default where nobody collects."""
+    """Drops everything that is declared; the default where nobody collects. Raises ValueError for the rest."""
 
-    def increment(self, name: str, value: float = 1.0, **tags: str) -> None:
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Do nothing."""
+        declared(name, "counter", labels)
 
-    def gauge(self, name: str, value: float, **tags: str) -> None:
+    def gauge(self, name: str, value: float, **labels: str) -> None:
         """Do nothing."""
+        declared(name, "gauge", labels)
 
-    def observe(self, name: str, value: float, **tags: str) -> None:
+    def observe(self, name: str, value: float, **labels: str) -> None:
         """Do nothing."""
+        declared(name, "histogram", labels)
+
+
+class Level:
+    """A gauge of how many of something there are now, from zero on. For one thread."""
+
+    def __init__(self, metrics: Metrics, name: str) -> None:
+        self._metrics = metrics
+        self._name = name
+        self.value = 0
+        self.change(0)
+
+    def change(self, by: int) -> None:
+        """So many more, or fewer."""
+        self.value += by
+        self._metrics.gauge(self._name, self.value)

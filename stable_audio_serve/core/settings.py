@@ -239,6 +239,9 @@ class MetricsSettings(Section):
         pattern=r"^[0-9A-Za-z.:%_-]+$",
         description="Where statistics and metrics listen; another than loopback opens Ray's other ports there too.",
     )
+    port: int | None = Field(
+        None, ge=1, le=65535, description="Port of the metrics of a Ray of the server's own; unset = a free one."
+    )
 
 
 class DialectSettings(Section):

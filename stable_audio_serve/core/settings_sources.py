@@ -39,6 +39,7 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("proxy", "header_timeout_s"): ("STABLE_AUDIO_PROXY_HEADER_TIMEOUT_S",),
     ("proxy", "idle_timeout_s"): ("STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S",),
     ("metrics", "host"): ("STABLE_AUDIO_METRICS_HOST",),
+    ("metrics", "port"): ("STABLE_AUDIO_METRICS_PORT",),
     ("storage", "bucket"): ("STABLE_AUDIO_STORAGE_BUCKET", "AWS_S3_BUCKET", "R2_BUCKET", "R2_BUCKET_NAME"),
     ("storage", "prefix"): ("STABLE_AUDIO_STORAGE_PREFIX",),
     ("storage", "endpoint_url"): ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "R2_ENDPOINT_URL"),

@@ -151,7 +151,7 @@ class Engine:
                 self._inbox.wake()
                 raise
         except OverloadedError:
-            self._metrics.increment("engine_requests_total", outcome="refused")
+            self._metrics.increment("engine_requests", outcome="refused")
             raise
         finally:
             self._num_in_flight -= 1
@@ -192,7 +192,7 @@ class Engine:
             async with asyncio.timeout(request.deadline_s):
                 plans = await self._planners[priority].plan(request, frames=frames)
         except TimeoutError:
-            self._metrics.increment("engine_requests_total", outcome="expired")
+            self._metrics.increment("engine_requests", outcome="expired")
             raise late(request) from None
         works = [row_work(plan, hop=self.spec.hop) for plan in plans]
         state = RequestState(

@@ -162,7 +162,7 @@ class EngineLoop:
         self._metrics.observe("engine_queue_ms", timings.queue_ms)
         self._metrics.observe("engine_request_ms", timings.total_ms)
         samples = sum(audio.shape[-1] for audio in result.audio)
-        self._metrics.increment("engine_audio_seconds_total", samples / self._spec.sample_rate_hz)
+        self._metrics.increment("engine_audio_seconds", samples / self._spec.sample_rate_hz)
 
     def _fail(self, failures: Failures) -> None:
         """End the requests of failed rows; nobody else notices."""
@@ -187,7 +187,7 @@ class EngineLoop:
             if row.id in self._rows:
                 self._drop(row)
         self._admission.release(request.id)
-        self._metrics.increment("engine_requests_total", outcome=outcome)
+        self._metrics.increment("engine_requests", outcome=outcome)
         self._queue_changed = True
 
     def _drop(self, row: Row) -> None:

@@ -142,8 +142,8 @@ class Stages:
             prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
         }
         missing = [prompt for prompt in prompts if prompt not in known]
-        self._metrics.increment("engine_prompt_cache_hits_total", len(known))
-        self._metrics.increment("engine_prompt_cache_misses_total", len(missing))
+        self._metrics.increment("engine_prompt_cache_hits", len(known))
+        self._metrics.increment("engine_prompt_cache_misses", len(missing))
         if missing:
             outcomes = self._timed("text", [(len(missing), 0)], lambda: self._executor.embed(missing))
             known.update(zip(missing, outcomes, strict=True))

@@ -218,6 +218,8 @@ async def account_for(ended: Job, workplace: Workplace) -> None:
     log.info("job ended", job_id=spec.id, contract=spec.contract, state=ended.state, error=error, run_s=run_s)
     metrics = workplace.metrics
     metrics.increment("jobs", state=ended.state, contract=spec.contract)
+    if ended.started_at is not None:
+        metrics.observe("job_wait_ms", (ended.started_at - ended.created_at).total_seconds() * 1000, model=spec.model)
     metrics.observe("job_run_ms", run_s * 1000, model=spec.model)
     if ended.is_dead_letter:
         metrics.increment("job_dead_letters", reason=error or "")

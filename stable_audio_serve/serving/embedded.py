@@ -49,11 +49,13 @@ def apply_environment(variables: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def embedded_ray(directory: Path, signals: StopSignals, *, num_cpus: int) -> Iterator[None]:
+def embedded_ray(
+    directory: Path, signals: StopSignals, *, num_cpus: int, metrics_port: int | None = None
+) -> Iterator[int]:
     """Run a Ray of our own in `directory` for the life of the context; its internal ports want its token.
 
-    `num_cpus` is bookkeeping for placement. Leaving the context stops Ray Serve and Ray within `_STOP_TIMEOUT_S`
-    seconds.
+    `num_cpus` is bookkeeping for placement. Gives the port of Ray's metrics, `metrics_port` or a free one. Leaving the
+    context stops Ray Serve and Ray within `_STOP_TIMEOUT_S` seconds.
     """
     late_exit_code = 2
     try:
@@ -66,9 +68,11 @@ def embedded_ray(directory: Path, signals: StopSignals, *, num_cpus: int) -> Ite
             object_store_memory=_object_store_bytes(),
             logging_level=logging.WARNING,
             _temp_dir=str(directory / "ray"),  # which Ray opens to everybody
+            _metrics_export_port=metrics_port,
         )
         signals.listen()  # ray.init installs a SIGTERM handler of its own
-        yield
+        (node,) = ray.nodes()
+        yield int(node["MetricsExportPort"])
         late_exit_code = 0
     finally:
         signals.begin_stop(exit_code=late_exit_code)

@@ -95,15 +95,15 @@ def is_port_free(host: str, port: int) -> bool:
     return True
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Raise ConfigError when the server's own address is taken or cannot be listened on."""
+def require_free_port(host: str, port: int, *, option: str = "--port (PORT=) or --host", field: str = "port") -> None:
+    """Raise ConfigError, naming what chooses another, when an address is taken or cannot be listened on."""
     try:
         _try_to_bind(host, port)
     except OSError as error:
         reason = "it is already in use" if error.errno == errno.EADDRINUSE else error.strerror
         raise ConfigError(
-            f"cannot listen on port {port} of {host}: {reason}; choose another with --port (PORT=) or --host",
-            field="port",
+            f"cannot listen on port {port} of {host}: {reason}; choose another with {option}",
+            field=field,
         ) from error
 
 

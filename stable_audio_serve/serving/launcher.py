@@ -60,7 +60,14 @@ class Stopwatch:
 
 
 def serve(
-    config: Path, *, host: str | None, port: int | None, proxy: ProxyKind, report: Report, complain: Report
+    config: Path,
+    *,
+    host: str | None,
+    port: int | None,
+    metrics_port: int | None,
+    proxy: ProxyKind,
+    report: Report,
+    complain: Report,
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP.
 
@@ -73,6 +80,7 @@ def serve(
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
+            metrics_port = _choose_metrics_port(metrics_port, plan.settings)
             require_weights(plan, complain=complain)
             report(prepare_stores(plan.settings).description)
             signals = StopSignals()
@@ -86,7 +94,9 @@ def serve(
             apply_environment(variables | proxied)
             # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
-        stack.enter_context(embedded_ray(directory, signals, num_cpus=plan.num_cpus))
+        metrics_port = stack.enter_context(
+            embedded_ray(directory, signals, num_cpus=plan.num_cpus, metrics_port=metrics_port)
+        )
         stack.enter_context(suppress(KeyboardInterrupt))
         stack.callback(report, "stopping ...")
         # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
@@ -97,6 +107,7 @@ def serve(
         health = _wait_until_ready(file, url, plan=plan, report=report)
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
+        report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
         report(_ready_text(url, plan))
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
@@ -111,6 +122,15 @@ def _said_at_once(complain: Report) -> Iterator[None]:
     except StableAudioError as error:
         complain(f"error: {error.message}")
         raise
+
+
+def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
+    """The port that the command line or the settings name, None when any will do. Raises ConfigError if it is taken."""
+    port = port or settings.metrics.port
+    if port is not None:
+        option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
+        environment.require_free_port(settings.metrics.host, port, option=option, field="metrics.port")
+    return port
 
 
 def _proxy_environment(

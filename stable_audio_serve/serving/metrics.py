@@ -3,50 +3,74 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Mapping
 
 from ray.util import metrics
 
-_PREFIX = "stable_audio_"
+from stable_audio_serve.core.metrics import Kind, declared
+
+PREFIX = "stable_audio_"
+_REFRESH_S = 2.0  # Ray keeps a gauge for two of its report intervals, 20 s
 _MS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 300_000]
-_COUNT_BOUNDARIES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+_COUNT_BOUNDARIES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
 class RayMetrics:
-    """Makes each metric at its first use; `tags` are added to every sample. Safe from any thread.
+    """Makes each metric at its first use; `labels` are added to the samples that have them. Safe from any thread.
 
-    A metric's tag names are those of its first sample.
+    Ray forgets a gauge that is not set for a while: a thread of this process sets all of them again and again. All
+    methods raise ValueError for what is not declared, and for a sample without all of its labels.
     """
 
-    def __init__(self, **tags: str) -> None:
-        self._tags = tags
+    def __init__(self, **labels: str) -> None:
+        self._labels = labels
         self._lock = threading.Lock()
-        self._counters: dict[str, metrics.Counter] = {}
-        self._gauges: dict[str, metrics.Gauge] = {}
-        self._histograms: dict[str, metrics.Histogram] = {}
+        self._made: dict[str, metrics.Metric] = {}
+        self._levels: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._refresher: threading.Thread | None = None
 
-    def increment(self, name: str, value: float = 1.0, **tags: str) -> None:
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add `value` (>= 0) to the counter `name`."""
-        if value <= 0:
-            return  # Ray refuses to add nothing
-        tags |= self._tags
-        with self._lock:
-            if name not in self._counters:
-                self._counters[name] = metrics.Counter(_PREFIX + name, tag_keys=tuple(tags))
-        self._counters[name].inc(value, tags=tags)
+        metric, labels = self._find(name, "counter", labels)
+        if value > 0:  # Ray refuses to add nothing
+            metric.inc(value, tags=labels)
 
-    def gauge(self, name: str, value: float, **tags: str) -> None:
+    def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set the gauge `name`."""
-        tags |= self._tags
-        with self._lock:
-            if name not in self._gauges:
-                self._gauges[name] = metrics.Gauge(_PREFIX + name, tag_keys=tuple(tags))
-        self._gauges[name].set(value, tags=tags)
+        metric, labels = self._find(name, "gauge", labels)
+        self._levels[name, tuple(labels.items())] = value
+        metric.set(value, tags=labels)
+        if self._refresher is None:
+            self._refresher = threading.Thread(target=self._refresh, daemon=True, name="metrics")
+            self._refresher.start()
 
-    def observe(self, name: str, value: float, **tags: str) -> None:
+    def observe(self, name: str, value: float, **labels: str) -> None:
         """Add one sample to the distribution `name`; names ending in `_ms` get time buckets, others counts."""
-        tags |= self._tags
+        metric, labels = self._find(name, "histogram", labels)
+        metric.observe(value, tags=labels)
+
+    def _refresh(self) -> None:
+        while True:
+            time.sleep(_REFRESH_S)
+            for (name, labels), value in list(self._levels.items()):
+                self._made[name].set(value, tags=dict(labels))
+
+    def _find(self, name: str, kind: Kind, labels: Mapping[str, str]) -> tuple[metrics.Metric, dict[str, str]]:
+        declaration = declared(name, kind, labels)
+        complete = {**{key: value for key, value in self._labels.items() if key in declaration.labels}, **labels}
+        if missing := set(declaration.labels) - set(complete):
+            raise ValueError(f"the metric {name} needs the label {', '.join(sorted(missing))}")
         with self._lock:
-            if name not in self._histograms:
-                boundaries = _MS_BOUNDARIES if name.endswith("_ms") else _COUNT_BOUNDARIES
-                self._histograms[name] = metrics.Histogram(_PREFIX + name, boundaries=boundaries, tag_keys=tuple(tags))
-        self._histograms[name].observe(value, tags=tags)
+            if name not in self._made:
+                self._made[name] = _make(name, kind, declaration.description, declaration.labels)
+        return self._made[name], complete
+
+
+def _make(name: str, kind: Kind, description: str, labels: tuple[str, ...]) -> metrics.Metric:
+    if kind == "counter":
+        return metrics.Counter(PREFIX + name, description, tag_keys=labels)
+    if kind == "gauge":
+        return metrics.Gauge(PREFIX + name, description, tag_keys=labels)
+    boundaries = _MS_BOUNDARIES if name.endswith("_ms") else _COUNT_BOUNDARIES
+    return metrics.Histogram(PREFIX + name, description, boundaries=boundaries, tag_keys=labels)

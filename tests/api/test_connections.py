@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.limits import LimitsMiddleware
+from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
@@ -169,7 +170,7 @@ async def test_a_handler_that_is_slow_to_read_is_not_taken_for_a_slow_client() -
         await parts.put(num_bytes)
         await Response("done")(scope, receive, send)
 
-    async with listening(LimitsMiddleware(read_slowly, limits=limits)) as port:
+    async with listening(LimitsMiddleware(read_slowly, limits=limits, metrics=NullMetrics())) as port:
         reader, writer = await open_connection(port, b"1", length=3)
         for _ in range(2):
             await asyncio.sleep(0.5)

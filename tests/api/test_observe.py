@@ -82,7 +82,6 @@ async def test_requests_refusals_and_audio_are_counted() -> None:
         ("http_requests", URL, "POST", "422"): 1,
         ("http_requests", URL, "POST", "503"): 1,
         ("http_requests", "unmatched", "GET", "404"): 1,
-        ("audio_seconds", "small-sfx"): 3.0,
         ("refusals", "validation"): 1,
         ("refusals", "overloaded"): 1,
         ("refusals", "404"): 1,

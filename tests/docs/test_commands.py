@@ -35,6 +35,7 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 # Whose operations each page shows, every one of them with a command.
 TAGS: dict[str, set[str]] = {
     "jobs.md": {native_jobs.TAG},
+    "metrics.md": set(),
     "storage.md": set(),
     "dialects/aimlapi.md": {aimlapi.TAG},
     "dialects/fal.md": {fal.TAG, files.TAG},

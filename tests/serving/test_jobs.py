@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from stable_audio_serve.cli.metrics_page import exported_name
+from stable_audio_serve.core.metrics import METRICS
 from tests.audio_files import make_audio_file
 from tests.serving.conftest import TINY
-from tests.serving.launched import LaunchedServer, Watcher, write_config
+from tests.serving.launched import LaunchedServer, Watcher, free_port, write_config
 
 pytestmark = pytest.mark.ray
 
 _TIMEOUT_S = 60.0
+_RAY_LABELS = {
+    *("Component", "NodeAddress", "SessionName", "Version", "WorkerId"),
+    *("otel_scope_name", "otel_scope_schema_url", "otel_scope_version"),
+}
+_FAST_METRICS = {"RAY_metrics_report_interval_ms": "1000"}
 _OVER = ("succeeded", "failed")
 
 
@@ -46,14 +56,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder, args)
 
 
-def launch(config: Path) -> LaunchedServer:
+def launch(config: Path, *options: str) -> LaunchedServer:
     environment = {"STABLE_AUDIO_MAX_STEPS": "1000", "STABLE_AUDIO_MAX_DURATION": "20"}
-    return LaunchedServer(config, environment=environment).wait_until_ready()
+    return LaunchedServer(config, *options, environment=environment | _FAST_METRICS).wait_until_ready()
 
 
 @pytest.fixture(scope="module")
-def server(config: Path) -> Iterator[LaunchedServer]:
-    launched = launch(config)
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(config: Path, metrics_port: int) -> Iterator[LaunchedServer]:
+    launched = launch(config, "--metrics-port", str(metrics_port))
     yield launched
     if launched.process.poll() is None:
         launched.stop()
@@ -210,6 +225,42 @@ def test_stores_that_were_moved_are_refused_also_by_processes_that_start_then(
     assert wait(server, done["id"]) == done
     assert wait(server, submit(server))["status"] == "succeeded"
     wait_until(lambda: server.client.get("/health").json()["job_store"]["state"] == "ok", timeout_s=15)
+
+
+def scrape(port: int) -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of each of our metrics on Ray's page, the labels that Ray adds to all of them left out."""
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    types = dict(re.findall(r"^# TYPE (ray_stable_audio_\w+) (\w+)$", page, flags=re.MULTILINE))
+    found = {}
+    for name, kind in types.items():
+        sample = re.search(rf"^{name}(?:_count)?{{(.*?)}} ", page, flags=re.MULTILINE)
+        assert sample is not None, name
+        found[name] = (kind, set(re.findall(r'(\w+)="', sample[1])) - _RAY_LABELS)
+    return found
+
+
+def test_a_real_run_exports_what_is_declared(server: LaunchedServer, config: Path, metrics_port: int) -> None:
+    assert f"metrics: http://127.0.0.1:{metrics_port}/metrics" in server.output
+    with Receiver() as receiver:
+        job = wait(server, submit(server, webhook_url=receiver.url))
+        server.client.get(f"/jobs/{job['id']}/events")
+        for _ in range(2):  # the second finds its prompt in the cache
+            server.client.post("/generate", json=make_body(model="tiny"))
+        server.client.post("/generate", json=make_body(model="nope"))
+        form, upload = {"prompt": "x", "duration": "2", "steps": "2"}, make_audio_file(duration_s=1.0)
+        assert server.client.post("/v1/audio/variations", data=form, files={"audio": upload}).status_code == 200
+        (config.parent / "outputs" / f"{job['id']}-stable-audio-3-tiny.wav").write_bytes(b"damaged")
+        with suppress(httpx.HTTPError):
+            server.client.get(job["download_url"])
+        wanted = {name for name, metric in METRICS.items() if not metric.is_rare} | {"damaged_files"}
+        found: dict[str, tuple[str, set[str]]] = {}
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not {exported_name(METRICS[name]) for name in wanted} <= found.keys() and time.monotonic() < deadline:
+            time.sleep(0.5)
+            found |= scrape(metrics_port)
+    declared = {exported_name(metric): (metric.kind, set(metric.labels)) for metric in METRICS.values()}
+    assert {name: declared.get(name) for name in found} == found
+    assert {exported_name(METRICS[name]) for name in wanted} <= found.keys()
 
 
 def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, config: Path) -> None:

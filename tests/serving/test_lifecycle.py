@@ -204,6 +204,9 @@ def failed_start(config: Path, *options: str, **variables: str) -> str:
 def test_taken_port_stops_the_start(server: LaunchedServer, tmp_path: Path) -> None:
     config = write_config(tmp_path, make_args())
     assert f"port {server.port}" in run_to_failure(config, "--port", str(server.port))
+    error = run_to_failure(config, "--port", str(free_port()), "--metrics-port", str(server.port))
+    assert f"port {server.port}" in error
+    assert "STABLE_AUDIO_METRICS_PORT" in error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ray's metrics take what the code measures; whether they are exported is Ray's business."""
+"""Ray's metrics take what is declared; what a real server exports is in `test_jobs.py`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from stable_audio_serve.serving.metrics import RayMetrics
 def test_every_kind_of_sample_is_taken_again_and_again() -> None:
     metrics = RayMetrics(model="demo")
     for value in (0.0, 1.0, 2.5):
-        metrics.increment("requests", value, outcome="done")
-        metrics.gauge("backlog_ms", value)
-        metrics.observe("queue_ms", value, route="/generate")
-        metrics.observe("rows_per_step", value)
+        metrics.increment("engine_requests", value, outcome="done")
+        metrics.gauge("engine_backlog_ms", value)
+        metrics.observe("http_request_ms", value, route="/generate")
+        metrics.observe("engine_rows_per_step", value)
 
 
-def test_tags_must_stay_the_same() -> None:
+def test_labels_are_those_that_are_declared() -> None:
     metrics = RayMetrics()
-    metrics.increment("refusals", reason="busy")
-    with pytest.raises(ValueError, match="reason"):
+    with pytest.raises(ValueError, match="route"):
         metrics.increment("refusals", route="/generate")
+    with pytest.raises(ValueError, match="model"):
+        metrics.gauge("engine_backlog_ms", 1.0)

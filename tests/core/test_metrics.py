@@ -1,0 +1,72 @@
+"""The declared metrics are what the code measures and what the page lists; what a real run exports is in
+`tests/serving/test_jobs.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import stable_audio_serve
+from stable_audio_serve.cli.metrics_page import draw_page, exported_name
+from stable_audio_serve.core.metrics import METRICS, NullMetrics
+
+PACKAGE = Path(stable_audio_serve.__file__).parent
+PAGE = PACKAGE.parent / "docs" / "metrics.md"
+KINDS = {"increment": "counter", "gauge": "gauge", "observe": "histogram"}
+
+
+def trees() -> Iterator[ast.Module]:
+    for path in PACKAGE.rglob("*.py"):
+        if path != PACKAGE / "core" / "metrics.py":
+            yield ast.parse(path.read_text())
+
+
+def test_every_sample_is_declared_with_its_kind_and_labels() -> None:
+    found = 0
+    for tree in trees():
+        for node in ast.walk(tree):
+            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in KINDS
+            if is_call and len(node.args) in (1, 2) and isinstance(name := node.args[0], ast.Constant):
+                metric = METRICS[name.value]
+                labels = {keyword.arg for keyword in node.keywords} - {"value"}
+                assert metric.kind == KINDS[node.func.attr], metric.name
+                assert set(metric.labels) - {"model"} <= labels <= set(metric.labels), metric.name
+                found += 1
+    assert found > 20
+
+
+def test_every_declared_metric_is_measured_somewhere() -> None:
+    texts = {node.value for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    stages = {f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")}  # put together in the code
+    assert set(METRICS) - texts - stages == set()
+    assert stages <= set(METRICS)
+
+
+def test_the_page_lists_them_all() -> None:
+    page = PAGE.read_text()
+    assert page == draw_page(), "make docs writes it"
+    for metric in METRICS.values():
+        assert f"| `{exported_name(metric)}`" in page
+
+
+def test_names_are_unique_and_carry_their_unit() -> None:
+    for name, metric in METRICS.items():
+        assert metric.description.endswith(".")
+        assert metric.kind != "histogram" or name.endswith(("_ms", "_per_step"))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda metrics: metrics.increment("nope"),
+        lambda metrics: metrics.gauge("http_requests", 1.0),
+        lambda metrics: metrics.observe("http_request_ms", 1.0, colour="red"),
+    ],
+)
+def test_what_is_not_declared_is_an_error_even_where_nobody_collects(sample: object) -> None:
+    with pytest.raises(ValueError, match="metric"):
+        sample(NullMetrics())  # type: ignore[operator]
