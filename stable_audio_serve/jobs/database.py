@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 
-from stable_audio_serve.core.errors import StoreMovedError
+from stable_audio_serve.core.errors import StorageFullError, StoreMovedError
 from stable_audio_serve.jobs import sqlite
 from stable_audio_serve.jobs.faults import at_start, at_work, config_error
 from stable_audio_serve.jobs.migrations.upgrade import upgrade
@@ -23,6 +24,7 @@ _POOL_SIZE = 8
 _POOL_OVERFLOW = 8
 _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
+_LEAST_ROOM_BYTES = 1_048_576
 
 # What psycopg is told unless the URL says otherwise: seconds, the last in milliseconds. It notices when the server
 # vanishes without a word.
@@ -121,6 +123,18 @@ class Database:
             self._make_ready()
             with self._reader.connect() as connection:
                 yield connection
+
+    def require_room(self) -> None:
+        """Raise StorageFullError when SQLite's disk is nearly full: its log may take small changes even then.
+
+        What room a database server has, it says itself when it is written to.
+        """
+        if not self.is_sqlite:
+            return
+        with at_work():
+            space = shutil.disk_usage(Path(self.url.database or "").absolute().parent)
+        if space.free < _LEAST_ROOM_BYTES:
+            raise StorageFullError("the disk of the job database is full")
 
     def prepare(self) -> None:
         """Make or upgrade the tables.

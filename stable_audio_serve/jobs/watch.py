@@ -22,6 +22,7 @@ class StoreWatch:
 
     def __init__(self, database: Database, artifacts: ArtifactStore, *, clock: Clock | None = None) -> None:
         """Touches nothing yet."""
+        self._database = database
         self._refusals = Refusals(database)
         self._artifacts = artifacts
         self._clock = clock or SystemClock()
@@ -52,6 +53,7 @@ class StoreWatch:
     def _find(self) -> StoreHealth:
         try:
             refusals = self._refusals.current()
+            self._database.require_room()
             self._artifacts.require_place()
         except StorageError as error:
             return health_of(error)

@@ -88,6 +88,22 @@ async def test_after_a_refusal_one_job_goes_first_and_two_follow(apart: Workshop
     assert refusals.current() == []
 
 
+async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
+    tiny_disk: Path, tmp_path: Path
+) -> None:
+    jobs = JobSettings(database_url=f"sqlite:///{tmp_path / 'jobs.db'}", max_attempts=2)
+    for place, state in ((tiny_disk, "failed"), (tmp_path / "roomy", "succeeded")):
+        settings = Settings(output_dir=str(place), jobs=jobs)
+        workshop = Workshop(settings, open_queue(settings))
+        dead = workshop.queue.store.list_all(dead_letters=True)
+        job = workshop.queue.store.retry(dead[0].spec.ref) if dead else None
+        runner = await workshop.start_runner()
+        ended = await workshop.finished(job or await workshop.queue.submit(make_spec(duration_s=10.0)))
+        assert (ended.state, ended.is_dead_letter) == (state, state == "failed")
+        await runner.close()
+        await workshop.queue.close()
+
+
 async def test_a_runner_that_stops_takes_its_refusal_back(apart: Workshop) -> None:
     metrics = RecordedMetrics()
     runner = await apart.start_runner(metrics=metrics)
