@@ -162,6 +162,18 @@ def run_batch(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     ]
 
 
+def run_threads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What a second CPU thread is worth at the official size."""
+    from benchmarks.threads_case import run_threads_case
+
+    results = run_threads_case(settings)
+    path = _write(out, "threads", settings, results)
+    return [
+        {"threads": count, "work_s_per_audio_s": value, "speedup": results["speedup"][count], "file": path}
+        for count, value in results["work_s_per_audio_s"].items()
+    ]
+
+
 def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """From the command to the first audio."""
     from benchmarks.cold_start_case import run_cold_start_case
@@ -188,6 +200,7 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "jobs-http": run_jobs_http,
     "batch": run_batch,
     "cold-start": run_cold_start,
+    "threads": run_threads,
 }
 
 

@@ -192,7 +192,9 @@ class ModelSettings(Section):
     mode: Literal["strict", "fast"] | None = Field(
         None, description="strict = same bytes in any company; unset = strict on a CPU, fast on CUDA."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of one replica; unset = 1.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of one replica; unset = its share of the machine's cores, 1 for the demo."
+    )
     num_cpus: float | None = Field(None, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per replica.")
     num_gpus: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="GPUs Ray reserves per replica; unset = 1 on CUDA, else 0."

@@ -42,6 +42,7 @@ from stable_audio_serve.engine.rows import row_work
 from stable_audio_serve.engine.scheduler import Scheduler, SchedulerLimits
 from stable_audio_serve.engine.stages import Stages
 from stable_audio_serve.engine.thread import EngineThread, Heartbeat
+from stable_audio_serve.engine.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.warmup import WarmUp
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
@@ -267,8 +268,10 @@ class Engine:
             clock=self._clock,
             budget_s=options.warmup_budget_s,
         )
-        prepare = partial(_prepare, warm_up if options.warmup_budget_s > 0 else None, options.torch_threads)
-        return EngineThread(loop, self._inbox, prepare=prepare, clock=self._clock)
+        is_steady = self.mode == "strict" and self._model.device.type == "cpu"
+        sharing = (steady_threads if is_steady else plain_threads)(options.torch_threads)
+        prepare = warm_up.run if options.warmup_budget_s > 0 else lambda: None
+        return EngineThread(loop, self._inbox, sharing=sharing, prepare=prepare, clock=self._clock)
 
 
 def resolve_mode(options: EngineOptions, device: torch.device) -> Mode:
@@ -287,11 +290,3 @@ def resolve_policy(options: EngineOptions, device: torch.device, *, cost: CostMo
             grid=grid,
         )
     return OneRowPerCall(grid) if on_cpu else FixedSlots(options.slots, grid)
-
-
-def _prepare(warm_up: WarmUp | None, torch_threads: int | None) -> None:
-    """Before the first turn, on the engine thread."""
-    if torch_threads is not None:
-        torch.set_num_threads(torch_threads)
-    if warm_up is not None:
-        warm_up.run()

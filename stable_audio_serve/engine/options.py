@@ -33,7 +33,7 @@ class EngineOptions:
     prompt_cache_bytes: int = 256 * 2**20
     planning_threads: int = 1  # for requests of each priority
     max_planning: int = 1024  # requests of each priority being planned at once
-    torch_threads: int | None = None  # intra-op threads of the engine thread; None leaves torch's default
+    torch_threads: int | None = None  # of one call on a CPU; None = torch's default; strict bytes do not depend on it
     warmup_budget_s: float = 2.0  # no further measurement that would end after this; 0 skips the warm-up
 
     def __post_init__(self) -> None:

@@ -8,6 +8,9 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError, OverloadedError, StableAudioError
@@ -26,7 +29,9 @@ class Planner:
         self._clock = clock
         self._num_threads = num_threads
         self._max_pending = max_pending
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning")
+        # On one thread each: what they compute (resampling) must not depend on the number of cores.
+        one_thread = partial(torch.set_num_threads, 1)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning", initializer=one_thread)
         self._lock = threading.Lock()
         self._num_pending = 0
         self._closed = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +30,19 @@ class Heartbeat:
 class EngineThread:
     """Runs `prepare`, then the loop's turns. Never restarts: a thread that ended stays ended."""
 
-    def __init__(self, loop: EngineLoop, inbox: Inbox, *, prepare: Callable[[], None], clock: Clock) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        inbox: Inbox,
+        *,
+        sharing: AbstractContextManager[object],
+        prepare: Callable[[], None],
+        clock: Clock,
+    ) -> None:
+        """All work happens within `sharing`, which decides on how many threads operations run."""
         self._loop = loop
         self._inbox = inbox
+        self._sharing = sharing
         self._prepare = prepare
         self._clock = clock
         self._beat_at = clock.monotonic()
@@ -61,7 +72,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._sharing:
                 self._prepare()
                 self._ready.set()
                 while not self._stopping:

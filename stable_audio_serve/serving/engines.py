@@ -8,11 +8,17 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.load import load_model
+from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
 
 
 def load_engine(
-    settings: Settings, model: ModelSettings, *, gpu_share: float = 1.0, metrics: Metrics = NullMetrics()
+    settings: Settings,
+    model: ModelSettings,
+    *,
+    gpu_share: float = 1.0,
+    cluster_gpus: float = 0.0,
+    metrics: Metrics = NullMetrics(),
 ) -> Engine:
     """Load one configured model; the engine is not started. Raises CheckpointError or ConfigError.
 
@@ -30,7 +36,7 @@ def load_engine(
         mode=model.mode,
         max_rows=model.max_rows,
         max_queue_s=model.max_queue_s,
-        torch_threads=model.threads or 1,
+        torch_threads=choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus),
     )
     return Engine(loaded, options, metrics=metrics)
 

@@ -152,7 +152,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
 
 
 def _num_cpus(model: ModelSettings, *, num_gpus: float) -> float:
-    """What the operator says, else the threads the model computes with."""
+    """What the operator says, else the threads if they are set: unset ones follow the machine, known only there."""
     if model.num_cpus is not None:
         return model.num_cpus
     return 1.0 if num_gpus else float(model.threads or 1)
@@ -162,7 +162,7 @@ def _num_gpus(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> float
     """What the operator says; else a whole GPU, or an equal share where there are fewer GPUs than models to place."""
     if model.num_gpus is not None:
         return model.num_gpus
-    if not _may_use_gpu(plan.settings, model):
+    if not may_use_gpu(plan.settings, model):
         return 0.0
     if not cluster_gpus:
         device = model.device or plan.settings.device
@@ -173,13 +173,14 @@ def _num_gpus(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> float
             "set num_gpus if one will be added by autoscaling",
             field="device",
         )
-    rivals = [other for other in plan.settings.models if other.num_gpus is None and _may_use_gpu(plan.settings, other)]
+    rivals = [other for other in plan.settings.models if other.num_gpus is None and may_use_gpu(plan.settings, other)]
     taken = sum((other.num_gpus or 0) * (other.replicas.min_replicas or 1) for other in plan.settings.models)
     places = sum(other.replicas.min_replicas or 1 for other in rivals)
     share = math.floor((cluster_gpus - taken) / places * _GPU_PRECISION) / _GPU_PRECISION
     return min(1.0, share) if share > 0 else 1.0
 
 
-def _may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
+def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
+    """Whether a model would run on a GPU where there is one."""
     device = model.device or settings.device
     return device is None or device.startswith("cuda")

@@ -51,7 +51,13 @@ class ModelReplica:
             from stable_audio_serve.serving.metrics import RayMetrics
         with self._stage("load"):
             gpu_share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
-            self._engine = load_engine(settings, model, gpu_share=gpu_share, metrics=RayMetrics(model=model.name))
+            self._engine = load_engine(
+                settings,
+                model,
+                gpu_share=gpu_share,
+                cluster_gpus=ray.cluster_resources().get("GPU", 0.0),
+                metrics=RayMetrics(model=model.name),
+            )
         with self._stage("warm_up"):
             await self._engine.start()
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())

@@ -1,0 +1,71 @@
+"""How many threads a model computes with on a CPU: a rule about the cores of the machine it runs on, never a timing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.serving.placement import may_use_gpu, model_entry
+
+_SPARE_FROM = 4  # with so many cores, one is left to everything else
+
+
+def choose_threads(settings: Settings, model: ModelSettings, *, device: str, cluster_gpus: float) -> int:
+    """What the operator says; else an equal share of the cores this process may use for every replica on a CPU, all
+    of which could be on this machine; 1 for the demo and for models on a GPU, whose thread only feeds it."""
+    if model.threads is not None:
+        return model.threads
+    if device != "cpu" or _is_demo(model):
+        return 1
+    on_cpu = [other for other in settings.models if not (cluster_gpus and may_use_gpu(settings, other))]
+    return share_cores(usable_cores(), num_replicas=sum(other.replicas.max_replicas for other in on_cpu))
+
+
+def share_cores(num_cores: int, *, num_replicas: int) -> int:
+    """Threads of each replica, one at least; of four cores or more one is left over."""
+    spare = 1 if num_cores >= _SPARE_FROM else 0
+    return max(1, (num_cores - spare) // max(1, num_replicas))
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """The whole cores this process may use, one at least: by its affinity and by the quotas of its control groups."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([allowed, *_quotas(root)])))
+
+
+def _is_demo(model: ModelSettings) -> bool:
+    return model_entry(model).is_demo
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Cores by every quota at or above this process's groups, of both versions of control groups."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return  # not Linux
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controllers and "cpu")
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            quota = _read_quota(folder)
+            if quota is not None:
+                yield quota
+            if folder == mount:
+                break
+
+
+def _read_quota(folder: Path) -> float | None:
+    """Cores by the quota of one group; None where there is none."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no such file, or the word max
+        return None

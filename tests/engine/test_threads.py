@@ -1,0 +1,135 @@
+"""A strict engine's bytes do not depend on the number of threads: reference checkpoints, and official widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.threads import steady_threads
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.models.sa3.build import build_components, build_spec
+from stable_audio_serve.models.sa3.config import parse_config
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sa3.random_weights import official_config
+from tests.factories import make_audio, make_request
+from tests.models.loaded import FAMILY, loaded
+
+THREADS = (1, 2, 4)
+
+
+def make_requests(sample_rate_hz: int) -> dict[str, GenerationRequest]:
+    """Plain, guided in every way, from a source, and with a region made anew."""
+    source = make_audio(1.0, sample_rate_hz=sample_rate_hz)
+    region = {"inpaint_audio": source, "inpaint_regions_s": ((0.2, 0.6),)}
+    fields: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "guided": {"cfg_scale": 4.0, "negative_prompt": "noise", "batch_size": 2},
+        "plainly guided": {"cfg_scale": 3.0, "apg_scale": 0.0, "cfg_rescale": 0.5, "sampler": "euler"},
+        "guided within a bound": {"cfg_scale": 6.0, "cfg_norm_threshold": 2.0, "sampler": "dpmpp", "duration_s": 2.3},
+        "variation": {"init_audio": source, "init_noise_level": 0.6},
+        "inpainting": {"cfg_scale": 2.0, **region},
+    }
+    return {name: make_request(**{"duration_s": 1.0, "steps": 2, **changed}) for name, changed in fields.items()}
+
+
+async def generate(
+    model: Sa3Model, requests: Mapping[str, GenerationRequest], *, num_threads: int
+) -> dict[str, GenerationResult]:
+    options = EngineOptions(mode="strict", torch_threads=num_threads, warmup_budget_s=0.0)
+    async with Engine(model, options) as engine:
+        return {name: await engine.generate(request) for name, request in requests.items()}
+
+
+@cache
+def make_wide_model() -> Sa3Model:
+    """The layers of small-music at their real widths with random weights, one of each kind, on a tiny text encoder."""
+    raw = official_config("small-music")
+    networks = raw["model"]
+    networks["diffusion"]["config"]["depth"] = 1
+    for part in ("encoder", "decoder"):
+        networks["pretransform"]["config"][part]["config"]["transformer_depths"] = [1]
+    config = parse_config(ConfigReader(raw))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        components = build_components(config, loaded("tiny-s").text)
+    for module in components.modules:
+        module.eval().requires_grad_(False)
+    spec = build_spec(BUILT_IN["small-music"], config, components)
+    return Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", [*FAMILY, "wide"])
+async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
+    model = make_wide_model() if name == "wide" else loaded(name)
+    requests = make_requests(model.spec.sample_rate_hz)
+    if name == "wide":  # whose requests take their time
+        names = ("plain", "guided", "inpainting")
+        requests = {kind: replace(requests[kind], duration_padding_s=1.0, batch_size=1) for kind in names}
+    alone = await generate(model, requests, num_threads=THREADS[0])
+    for num_threads in THREADS[1:]:
+        shared = await generate(model, requests, num_threads=num_threads)
+        for kind, expected in alone.items():
+            for audio, one in zip(shared[kind].audio, expected.audio, strict=True):
+                assert np.abs(one).max() > 1e-4
+                np.testing.assert_array_equal(audio, one, err_msg=f"{kind} on {num_threads} threads")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 63, 64, 65, 139, 257, 431])
+@pytest.mark.parametrize(("width", "out"), [(1024, 1024), (1024, 8192), (4096, 1024), (768, 6144), (72, 72), (16, 24)])
+def test_products_are_the_same_on_any_number_of_threads(rows: int, width: int, out: int) -> None:
+    x, weight = torch.randn(1, rows, width), torch.randn(out, width)
+    with torch.inference_mode():
+        results = [_within(num_threads, lambda: F.linear(x, weight)) for num_threads in (1, 2, 3, 4, 8)]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [87, 173])
+@pytest.mark.parametrize("function", [F.silu, torch.sigmoid, torch.sum, torch.mean, F.gelu, torch.tanh])
+def test_what_would_differ_runs_on_one_thread(rows: int, function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(rows, 4097)
+    with torch.inference_mode():
+        one, three = (_within(num_threads, lambda: function(x)) for num_threads in (1, 3))
+    torch.testing.assert_close(three, one, rtol=0, atol=0)
+
+
+async def test_the_large_products_do_run_on_several_threads() -> None:
+    """All of the denoiser's layers, by the count that torch has when it comes to compute."""
+    counts: dict[str, set[int]] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            counts.setdefault(func.overloadpacket.__name__, set()).add(torch.get_num_threads())
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(128, 1024), torch.randn(1024, 1024)
+    with torch.inference_mode(), steady_threads(3), Watch():
+        F.scaled_dot_product_attention(*(torch.randn(1, 4, 64, 32) for _ in range(3)))
+        F.silu(F.linear(x, weight))
+    products = {name for name in counts if name in ("linear", "addmm", "mm")}
+    assert products
+    assert all(3 in counts[name] for name in products)
+    assert counts["silu"] == {1}
+
+
+def _within(num_threads: int, compute: Callable[[], Tensor]) -> Tensor:
+    before = torch.get_num_threads()
+    try:
+        with steady_threads(num_threads):
+            return compute()
+    finally:
+        torch.set_num_threads(before)
