@@ -20,6 +20,7 @@ StableAudioError
 │   ├── StoreMovedError        storage            files or jobs are not where they were at the start
 │   └── DamagedFileError       storage            a stored file is not what it was when it was stored
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
+├── StartError                 start              what the server runs on did not start; stops the start
 └── ConfigError                config             settings that cannot be used; stops the start
 """
 
@@ -171,6 +172,12 @@ class CheckpointError(StableAudioError):
     """Model files are missing, gated, corrupt or do not fit the network; the message says what to do."""
 
     kind = "checkpoint"
+
+
+class StartError(StableAudioError):
+    """What the server runs on did not start; the message says what to do."""
+
+    kind = "start"
 
 
 class ConfigError(StableAudioError):

@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from stable_audio_serve.core.errors import StableAudioError, StartError
 from stable_audio_serve.serving.guard import guarded
+from stable_audio_serve.serving.patience import advice, crowding
 from stable_audio_serve.serving.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
+_REASON_CHARS = 300
 # One result of the longest clip is 134 MiB of float32; a handful of them, but never most of the shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
@@ -41,11 +44,14 @@ def private_directory() -> Iterator[Path]:
         yield directory
 
 
-def apply_environment(variables: Mapping[str, str]) -> None:
-    """Set what Ray reads when it is imported, so before that; forget how to reach any other Ray."""
+def apply_environment(variables: Mapping[str, str], *, defaults: Mapping[str, str]) -> None:
+    """Set what Ray reads when it is imported, so before that; forget how to reach any other Ray.
+
+    `defaults` count where the operator has not set these variables.
+    """
     for name in _FOREIGN_VARIABLES:
         os.environ.pop(name, None)
-    os.environ.update(variables)
+    os.environ.update({**defaults, **os.environ, **variables})
 
 
 @contextmanager
@@ -61,15 +67,16 @@ def embedded_ray(
     try:
         import ray
 
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_object_store_bytes(),
-            logging_level=logging.WARNING,
-            _temp_dir=str(directory / "ray"),  # which Ray opens to everybody
-            _metrics_export_port=metrics_port,
-        )
+        with explained("Ray"):
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_object_store_bytes(),
+                logging_level=logging.WARNING,
+                _temp_dir=str(directory / "ray"),  # which Ray opens to everybody
+                _metrics_export_port=metrics_port,
+            )
         signals.listen()  # ray.init installs a SIGTERM handler of its own
         (node,) = ray.nodes()
         yield int(node["MetricsExportPort"])
@@ -77,6 +84,19 @@ def embedded_ray(
     finally:
         signals.begin_stop(exit_code=late_exit_code)
         _stop(late_exit_code)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Say in one sentence that `what` did not start, and what to do. Raises StartError for whatever Ray raises."""
+    try:
+        yield
+    except StableAudioError:
+        raise
+    except Exception as error:  # of any type, bare ones included; its text may be a hundred lines long
+        logger.debug("%s did not start", what, exc_info=True)
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__).rstrip(".")
+        raise StartError(f"{what} did not start: {reason[:_REASON_CHARS]}; {advice(crowding())}") from error
 
 
 def _stop(late_exit_code: int) -> None:

@@ -24,6 +24,11 @@ METRICS_HOST = "STABLE_AUDIO_METRICS_HOST"
 _MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"  # Ray's own
 
 _MARK = "# Finished by stable-audio-serve.\n"
+# What clients are told when nobody can answer them: for example, the only ingress was killed and its successor starts.
+_UNAVAILABLE = '{"detail":"the server cannot answer now; try again in a few seconds"}'
+_RETRY_AFTER_S = 2
+_UNAVAILABLE_PAGE = "503.http"  # beside the configuration
+_REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILABLE}' hdr Retry-After {_RETRY_AFTER_S}"
 # HAProxy computes its connections from the file limit, which may be a thousand million: each file costs it memory.
 _MOST_FILES = 65_536
 
@@ -82,6 +87,28 @@ def _bound_waiting(text: str, options: ProxyOptions) -> str:
     return _replace(text, r"^( *)timeout client \w+$", bounds)
 
 
+def _ask_to_retry(text: str, options: ProxyOptions) -> str:
+    """Say 503 where Ray lets HAProxy say 500: the request was not answered, but may be."""
+    for status in (502, 503, 504):
+        text = _replace(text, rf"^( *errorfile {status} \S*/)500\.http$", rf"\g<1>{_UNAVAILABLE_PAGE}")
+    return text
+
+
+def _own_failures_of_serve(text: str, options: ProxyOptions) -> str:
+    """The same for the plain texts of Ray Serve's own proxies and queues: the application's answers are never such."""
+    answer = f"http-response {_REFUSAL} if {{ status 404 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}"
+    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", rf"\1\n\2{answer}")
+
+
+def _wait_for_routes(text: str, options: ProxyOptions) -> str:
+    """Before HAProxy is told of any application, it cannot know that a path does not exist."""
+    if re.search(r"^ *use_backend ", text, flags=re.MULTILINE):
+        return text
+    return _replace(
+        text, r"^(backend default_backend\n +)http-request return status 404 .*$", rf"\1http-request {_REFUSAL}"
+    )
+
+
 def _hide_pages(text: str, options: ProxyOptions) -> str:
     for section in ("frontend prometheus", "listen stats"):
         text = _bind(text, section, options.metrics_host)
@@ -96,6 +123,9 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _close_admin_socket,
     _take_many_connections,
     _bound_waiting,
+    _ask_to_retry,
+    _own_failures_of_serve,
+    _wait_for_routes,
     _hide_pages,
     _face_clients,
 )
@@ -118,6 +148,14 @@ def _replace(text: str, pattern: str, replacement: str) -> str:
             "STABLE_AUDIO_PROXY=python"
         )
     return text
+
+
+def unavailable_page() -> bytes:
+    """The answer to what nobody answered, as HAProxy sends it."""
+    return (
+        f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n"
+        f"Retry-After: {_RETRY_AFTER_S}\r\nContent-Length: {len(_UNAVAILABLE)}\r\n\r\n{_UNAVAILABLE}"
+    ).encode()
 
 
 def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
@@ -153,6 +191,7 @@ def main() -> None:
         if "-f" in arguments:
             path = Path(arguments[arguments.index("-f") + 1])
             path.write_text(finish(path.read_text(), ProxyOptions.read(os.environ)))
+            path.with_name(_UNAVAILABLE_PAGE).write_bytes(unavailable_page())
         binary = find_binary()
         os.execv(binary, [binary, *arguments])
     except (ConfigurationChangedError, ValueError, OSError) as error:

@@ -23,7 +23,8 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.queue import prepare_stores
 from stable_audio_serve.serving import environment
-from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, private_directory
+from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, explained, private_directory
+from stable_audio_serve.serving.patience import crowding, start_limits
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema, read_serve_file
 from stable_audio_serve.serving.signals import StopSignals
@@ -91,20 +92,26 @@ def serve(
             proxied = _proxy_environment(
                 stack, directory, host=host, settings=plan.settings, proxy=proxy, report=report
             )
-            apply_environment(variables | proxied)
+            apply_environment(variables | proxied, defaults=start_limits(crowding()))
             # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
-        metrics_port = stack.enter_context(
-            embedded_ray(directory, signals, num_cpus=plan.num_cpus, metrics_port=metrics_port)
-        )
+
+        # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
+        def complain_amid(sentence: str) -> None:
+            complain(f"\n{sentence}")
+
+        with _said_at_once(complain_amid):
+            metrics_port = stack.enter_context(
+                embedded_ray(directory, signals, num_cpus=plan.num_cpus, metrics_port=metrics_port)
+            )
         stack.enter_context(suppress(KeyboardInterrupt))
         stack.callback(report, "stopping ...")
-        # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
-        stack.enter_context(_said_at_once(lambda sentence: complain(f"\n{sentence}")))
+        stack.enter_context(_said_at_once(complain_amid))
         watch.lap("ray")
-        _deploy(schema, watch)
         url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
-        health = _wait_until_ready(file, url, plan=plan, report=report)
+        with explained("Ray Serve"):
+            _deploy(schema, watch)
+            health = _wait_until_ready(file, url, plan=plan, report=report)
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")

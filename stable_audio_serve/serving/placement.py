@@ -108,6 +108,7 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
         "name": INGRESS_NAME,
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": _NO_LIMIT,
+        "health_check_period_s": 1.0,  # how soon a dead one is missed: until then HAProxy tries it again and again
         **_DRAIN,
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
     }

@@ -34,6 +34,7 @@ _LONG_S = 2.5 * _IDLE_TIMEOUT_S
 _PATIENCE_S = 30.0  # what must end ends sooner, on any machine
 _EDITED = (
     *("stats socket", "maxconn", "timeout client"),
+    *("errorfile 502", "errorfile 503", "errorfile 504"),
     *("frontend prometheus", "frontend http_frontend", "listen stats"),
 )
 
@@ -154,6 +155,55 @@ async def test_half_open_connections_end_and_long_answers_do_not(
         )
     assert slow.json() == "made"
     assert events.text == "first\nlast\n"
+
+
+# What a replica, or Ray Serve on its behalf, answers at these paths: status, content type. "/cut" has no answer.
+_ANSWERS = {
+    "/docs": (200, "text/html"),  # the health check
+    "/text-404": (404, "text/plain; charset=utf-8"),
+    "/text-500": (500, "text/plain"),
+    "/text-503": (503, "text/plain"),
+    "/json-404": (404, "application/json"),
+    "/json-500": (500, "application/json"),
+    "/json-504": (504, "application/json"),
+}
+
+
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+    if path in _ANSWERS:
+        status, media_type = _ANSWERS[path]
+        writer.write(f"HTTP/1.1 {status} Said\r\nContent-Type: {media_type}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+    writer.close()
+
+
+async def test_clients_are_asked_to_retry_what_nobody_answered_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_told_to_retry(reply: httpx.Response) -> bool:
+        return (
+            reply.status_code == 503
+            and int(reply.headers["retry-after"]) >= 1
+            and reply.headers["content-type"] == "application/json"
+            and "try again" in reply.json()["detail"]
+        )
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as backend:
+        backend_port = backend.sockets[0].getsockname()[1]
+        async with (
+            proxying(backend_port, tmp_path, monkeypatch) as proxy,
+            httpx.AsyncClient(base_url=proxy.url, timeout=_PATIENCE_S) as client,
+        ):
+            for path in ("/cut", "/text-404", "/text-500", "/text-503"):
+                assert is_told_to_retry(await client.get(path)), path
+            for path in ("/json-404", "/json-500", "/json-504", "/docs"):
+                reply = await client.get(path)
+                assert (reply.status_code, reply.headers["content-type"], reply.text) == (*_ANSWERS[path], "{}")
+            backend.close()
+            assert is_told_to_retry(await client.get("/json-404"))  # the replica was killed
+            proxy.api.set_backend_configs({})
+            await proxy.api.reload()
+            assert is_told_to_retry(await client.get("/docs"))  # no route is known, as after HAProxy's own death
 
 
 async def test_only_clients_have_the_public_address_and_only_the_owner_the_socket(

@@ -201,6 +201,38 @@ def failed_start(config: Path, *options: str, **variables: str) -> str:
     return result.stderr
 
 
+def test_a_ray_that_does_not_come_up_is_told_in_one_sentence(tmp_path: Path) -> None:
+    config = write_config(tmp_path, make_args())
+    limits = ("RAY_gcs_server_port_wait_time_s", "RAY_NUM_REDIS_GET_RETRIES", "RAY_gcs_rpc_server_connect_timeout_s")
+    with subprocess.Popen(
+        command(config, "--port", str(free_port())),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.getcwd()} | dict.fromkeys(limits, "2"),
+    ) as launcher:
+        freeze_child(launcher, "gcs_server")  # as a starved one looks to the others
+        said, _ = launcher.communicate(timeout=100)
+    assert launcher.returncode == 2
+    assert "Traceback" not in said
+    (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert sentence.startswith("error: Ray did not start: ")
+    assert "try again" in sentence
+
+
+def freeze_child(parent: subprocess.Popen[str], name: str) -> None:
+    """Stop a child of a process as soon as it appears."""
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while parent.poll() is None:
+        for pid in children.read_text().split():
+            with suppress(OSError):
+                if name in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]:
+                    os.kill(int(pid), signal.SIGSTOP)
+                    return
+        time.sleep(0.01)
+
+
 def test_taken_port_stops_the_start(server: LaunchedServer, tmp_path: Path) -> None:
     config = write_config(tmp_path, make_args())
     assert f"port {server.port}" in run_to_failure(config, "--port", str(server.port))

@@ -1,0 +1,46 @@
+"""The more programs want a machine's cores, the longer Ray's start may take."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stable_audio_serve.serving.patience import advice, crowding, start_limits
+
+_BUSY_FOR_S = 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no /proc")
+def test_programs_that_want_to_run_are_noticed_at_once() -> None:
+    cores = os.cpu_count() or 1
+    loop = f"import time; end = time.monotonic() + {_BUSY_FOR_S}\nwhile time.monotonic() < end: pass"
+    programs = [subprocess.Popen([sys.executable, "-S", "-c", loop]) for _ in range(6 * cores)]
+    try:
+        deadline = time.monotonic() + _BUSY_FOR_S
+        while crowding() < 5 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert crowding() >= 5
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def test_limits_grow_with_the_crowd_from_no_less_than_rays_own() -> None:
+    raylet = "RAY_raylet_start_wait_time_s"
+    idle, crowded, hopeless = (start_limits(value) for value in (0.0, 20.0, 1e9))
+    assert int(idle[raylet]) >= 30
+    assert int(crowded[raylet]) == 20 * 30
+    assert int(hopeless[raylet]) <= 3600  # a start that fails comes to an end
+    assert set(idle) == set(crowded)
+    assert all(int(crowded[name]) > int(idle[name]) for name in idle)
+
+
+def test_the_advice_names_the_crowd_only_where_there_is_one() -> None:
+    cores = os.cpu_count() or 1
+    assert f"{20 * cores} programs want the {cores} cores" in advice(20.0)
+    assert "programs" not in advice(1.0)
