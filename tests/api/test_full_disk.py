@@ -15,6 +15,7 @@ import pytest
 
 from stable_audio_serve.jobs import attempt as attempt_module
 from stable_audio_serve.jobs import gate as gate_module
+from stable_audio_serve.jobs import runner as runner_module
 from stable_audio_serve.jobs import watch as watch_module
 from tests.api.compat.serving import make_client
 from tests.api.test_buckets import storage_args
@@ -36,6 +37,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_module, "_FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(gate_module, "_LAST_PAUSE_S", 0.2)
     monkeypatch.setattr(attempt_module, "_RETRY_S", 0.02)
+    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.2)
     monkeypatch.setattr(attempt_module, "_SETTLE_RETRY_S", 0.05)
 
 
@@ -157,6 +159,7 @@ async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -
         assert cancelled in (202, 507)
         await until(lambda: backend.num_running == 0)  # the jobs have been computed
         await asyncio.sleep(1.5)  # and their leases would be over
+        backend.delay_s = 0.0
         give_back()
         if cancelled == 507:
             assert (await client.delete(f"/jobs/{to_cancel['id']}")).status_code in (200, 202, 409)
