@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from stable_audio_serve.jobs.refusals import Refusals, StoreHealth, StoreState, 
 from tests.backends import ToneBackend
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall
+from tests.jobs.test_runner import upload
+from tests.object_storage import Faults, ObjectStorage
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
 
@@ -102,6 +105,27 @@ async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
         assert (ended.state, ended.is_dead_letter) == (state, state == "failed")
         await runner.close()
         await workshop.queue.close()
+
+
+async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
+    object_storage: ObjectStorage, tmp_path: Path
+) -> None:
+    storage = object_storage.settings(object_storage.make_bucket())
+    settings = Settings(output_dir=str(tmp_path), storage=storage)
+    workshop = Workshop(settings, open_queue(settings))
+    jobs = [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(12)]
+    object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
+    metrics = RecordedMetrics()
+    runner = await workshop.start_runner(metrics=metrics)
+    await wait_for(lambda: metrics.gauges.get(REFUSED) == 1.0 and metrics.gauges.get(("jobs_running",)) == 0)
+    await asyncio.sleep(0.5)
+    waiting = workshop.queue.store.list_all(state="queued")
+    assert len(waiting) == len(jobs)
+    assert sum(job.attempts for job in waiting) <= 4  # what a runner begins before it has seen any end
+    object_storage.proxy.faults = Faults()
+    assert {(await workshop.finished(job)).state for job in jobs} == {"succeeded"}
+    await runner.close()
+    await workshop.queue.close()
 
 
 async def test_a_runner_that_stops_takes_its_refusal_back(apart: Workshop) -> None:
