@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import resource
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -220,6 +223,17 @@ async def test_only_clients_have_the_public_address_and_only_the_owner_the_socke
         assert stat.S_IMODE(proxy.socket.stat().st_mode) == 0o600
 
 
+async def test_it_takes_as_many_connections_as_the_file_limit_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
+        info = await proxy.api._send_socket_command("show info")
+    (most,) = re.findall(r"^Maxconn: (\d+)$", info, flags=re.MULTILINE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_files = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    assert 0.35 * num_files < int(most) <= 0.5 * num_files  # each has two, and a share of pipes
+
+
 def is_open(host: str, port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex((host, port)) == 0
@@ -255,6 +269,12 @@ def test_metrics_on_another_address_are_the_operators_choice(tmp_path: Path) -> 
 def test_without_variables_the_defaults_are_those_of_the_settings() -> None:
     proxy, metrics = Settings().proxy, Settings().metrics
     assert ProxyOptions.read({}) == ProxyOptions(proxy.header_timeout_s, proxy.idle_timeout_s, metrics.host)
+
+
+def test_it_is_a_program_for_clusters_too() -> None:
+    command = [sys.executable, "-m", "stable_audio_serve.serving.haproxy", "-v"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S)
+    assert shown.stdout.startswith("HAProxy version")
 
 
 def test_a_bad_variable_is_named() -> None:
