@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
@@ -13,13 +14,16 @@ from stable_audio_serve.audio.finish import clip_dict
 from stable_audio_serve.core.file_names import content_disposition
 from stable_audio_serve.core.sound import ClipFacts
 
-# The headers that `clip_headers` gives, for descriptions: their schemas and what they say.
-CLIP_HEADERS: Mapping[str, tuple[Mapping[str, str], str]] = {
-    "X-Seed": ({"type": "integer"}, "Seed of the first variation."),
-    "X-Seeds": ({"type": "string"}, "Of several variations, the seed of each, as all lists with commas."),
-    "X-Audio-Peak": ({"type": "string"}, "Largest absolute sample of each variation, 1 = full scale."),
-    "X-Audio-Loudness": ({"type": "string"}, "Integrated loudness of each, LUFS; null under 0.4 s."),
-    "X-Audio-Silent": ({"type": "string"}, "Whether each stays below -70 dBFS: true or false."),
+# The headers that `clip_headers` gives, as descriptions of operations have them.
+CLIP_HEADERS: dict[str, Any] = {
+    name: {"schema": {"type": kind}, "description": text}
+    for name, kind, text in (
+        ("X-Seed", "integer", "Seed of the first variation."),
+        ("X-Seeds", "string", "Of several variations, the seed of each; as all lists, with commas."),
+        ("X-Audio-Peak", "string", "Largest absolute sample of each variation, 1 = full scale."),
+        ("X-Audio-Loudness", "string", "Integrated loudness of each, LUFS; null under 0.4 s."),
+        ("X-Audio-Silent", "string", "Whether each stays below -70 dBFS: true or false."),
+    )
 }
 # What a page on another origin may read.
 EXPOSED_HEADERS = (

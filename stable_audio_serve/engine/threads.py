@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 # Matrix products of few rows, or of a width that vectors do not fill, are cut by how many threads there are.
 _LEAST_ROWS = 64
 _WIDTH = 32
+# Attention gives each thread a piece of one buffer; with fewer queries than a block has, pieces are aligned unlike.
+_LEAST_QUERIES = 32
 
 
 @contextmanager
@@ -64,7 +66,9 @@ class _SharedOut(TorchFunctionMode):
 
 def _is_steady(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether the bits of this call's result do not depend on the number of threads."""
+    if func is F.scaled_dot_product_attention:
+        return args[0].dtype == torch.float32 and args[0].shape[-2] >= _LEAST_QUERIES
     if func is not F.linear:
-        return func is F.scaled_dot_product_attention
+        return False
     x, weight = args[0], args[1]
     return weight.dtype == torch.float32 and len(weight) % _WIDTH == 0 and x.shape[:-1].numel() >= _LEAST_ROWS

@@ -96,6 +96,20 @@ def test_products_are_the_same_on_any_number_of_threads(rows: int, width: int, o
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 17, 31, 32, 33, 64, 139, 257])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_attention_is_the_same_on_any_number_of_threads(queries: int, is_masked: bool) -> None:
+    query, key = torch.randn(2, 12, queries, 64), torch.randn(2, 12, 271, 64)
+    mask = torch.rand(2, 1, 1, 271) > 0.2 if is_masked else None
+    with torch.inference_mode():
+        results = [
+            _within(num_threads, lambda: F.scaled_dot_product_attention(query, key, key, attn_mask=mask))
+            for num_threads in (1, 2, 3, 4, 8)
+        ]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rows", [87, 173])
 @pytest.mark.parametrize("function", [F.silu, torch.sigmoid, torch.sum, torch.mean, F.gelu, torch.tanh])
 def test_what_would_differ_runs_on_one_thread(rows: int, function: Callable[[Tensor], Tensor]) -> None:

@@ -42,7 +42,7 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
             "X-Model": {"schema": {"type": "string"}, "description": "Canonical name of the model."},
             "X-Sample-Rate": {"schema": {"type": "integer"}, "description": "Hertz."},
             "X-Output-Count": {"schema": {"type": "integer"}, "description": "Variations."},
-            **{name: {"schema": schema, "description": text} for name, (schema, text) in CLIP_HEADERS.items()},
+            **CLIP_HEADERS,
             "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds per stage."},
         },
     },
