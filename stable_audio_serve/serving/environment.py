@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import random
 import resource
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,12 +172,12 @@ def base_environment(settings: Settings) -> dict[str, str]:
 def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
     """HAProxy mode for one laptop-sized server: every listener and file is this server's own.
 
-    `host` is where clients are answered. Ray itself is told loopback, so that nobody gets past HAProxy.
+    `host` is where clients are answered. Ray itself is told loopback, so that nobody gets past HAProxy. Raises OSError.
     """
     first_replica, last_replica = ports.replicas
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_program(directory / "haproxy")),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": _program(directory),
         haproxy.BINARY: haproxy.find_binary(),
         haproxy.PUBLIC_HOST: host,
         haproxy.HEADER_TIMEOUT_S: str(settings.proxy.header_timeout_s),
@@ -195,9 +198,17 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
     }
 
 
-def _write_program(path: Path) -> Path:
-    """Our program that Ray runs as HAProxy, without the packages of this Python: it starts at every reload."""
+def _program(directory: Path) -> str:
+    """Our program that Ray runs as HAProxy, without the packages of this Python: it starts at every reload.
+
+    Where temporary folders may hold no programs, the one installed with this package. Raises OSError.
+    """
+    path = directory / "haproxy"
     words = (sys.executable, "-I", "-S", haproxy.__file__)
     path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     path.chmod(0o700)
-    return path
+    if os.access(path, os.X_OK):
+        return str(path)
+    if installed := shutil.which("stable-audio-haproxy", path=sysconfig.get_path("scripts")):
+        return installed
+    raise OSError(f"no program may run in {directory.parent}, and stable-audio-haproxy is not installed")

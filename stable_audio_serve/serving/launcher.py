@@ -148,10 +148,9 @@ def _proxy_environment(
     if reason is None:
         try:
             ports = stack.enter_context(environment.claim_ports(settings.metrics.host))
+            return environment.haproxy_environment(ports, directory, host=host, settings=settings)
         except OSError as error:
             reason = str(error)
-        else:
-            return environment.haproxy_environment(ports, directory, host=host, settings=settings)
     if proxy == "haproxy":
         raise ConfigError(f"--proxy haproxy: {reason}", field="proxy")
     report(f"using Ray Serve's Python proxy instead of HAProxy: {reason}")

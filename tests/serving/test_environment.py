@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from stable_audio_serve.serving import environment, haproxy
 from stable_audio_serve.serving.environment import claim_ports, haproxy_environment, is_port_free, require_free_port
 
 _HOST = "127.0.0.1"
+_PROGRAM = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
 def test_two_claims_never_share_a_port() -> None:
@@ -50,6 +53,22 @@ def test_every_haproxy_listener_and_file_is_the_servers_own(tmp_path: Path) -> N
     files = [value for name, value in variables.items() if "/" in value and name != haproxy.BINARY]
     assert len(files) == 6
     assert all(value.startswith(str(tmp_path)) for value in files)
+
+
+def test_a_temporary_folder_without_programs_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", tmp_path], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with claim_ports(_HOST) as ports:
+            program = haproxy_environment(ports, tmp_path, host=_HOST, settings=Settings())[_PROGRAM]
+            monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+            with pytest.raises(OSError, match="no program may run"):
+                haproxy_environment(ports, tmp_path, host=_HOST, settings=Settings())
+        shown = subprocess.run([program, "-v"], capture_output=True, text=True, check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+    assert shown.stdout.startswith("HAProxy version")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux")
