@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,6 +25,7 @@ from stable_audio_serve.api.native import jobs as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.observe import ObserveMiddleware
+from stable_audio_serve.api.origins import Origins, OriginsMiddleware
 from stable_audio_serve.api.routing import allowed_methods
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.backend import Backend
@@ -63,6 +63,7 @@ def create_app(
         yield
         await service.close()
 
+    origins = Origins(settings.api)
     app = DescribedAPI(
         title=server.NAME,
         version=__version__,
@@ -73,11 +74,9 @@ def create_app(
         openapi_url=None,  # with its pages behind the keys, in `pages`
         middleware=[
             Middleware(
-                CORSMiddleware,
-                allow_origins=settings.api.cors_origins,
-                allow_methods=["*"],
-                allow_headers=["*"],
-                expose_headers=(*EXPOSED_HEADERS, *fal.EXPOSED_HEADERS),
+                OriginsMiddleware,
+                origins=origins,
+                exposed_headers=(*EXPOSED_HEADERS, *fal.EXPOSED_HEADERS),
             ),
             Middleware(DrainingMiddleware, draining=service.draining),
             Middleware(ObserveMiddleware, metrics=metrics),
@@ -86,6 +85,7 @@ def create_app(
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
     app.state.keys = ApiKeys(settings.api.key_hashes)
+    app.state.origins = origins
     app.state.readiness = service.readiness
     app.state.draining = service.draining  # for whoever stops this process
     sa3 = APIRouter()

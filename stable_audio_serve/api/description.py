@@ -14,6 +14,7 @@ from pydantic import BaseModel
 _AUTOMATIC = "HTTPValidationError"
 _ERRORS = {
     401: "Keys are configured and none of them was sent.",
+    403: "A web page of another origin asks, or the host it is called by is none of this server's.",
     408: "The body did not arrive in time.",
     413: "The upload or the body is too large.",
     429: "Too much of this caller's waits already; Retry-After says when to come again.",
@@ -29,8 +30,8 @@ _SECURITY_SCHEMES = {
 
 
 def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What operations of a dialect whose errors look like `model` may answer, for FastAPI's `responses`."""
-    return {status: {"model": model, "description": _ERRORS[status]} for status in statuses}
+    """What operations of a dialect whose errors look like `model` may answer, for FastAPI's `responses`; 403 always."""
+    return {status: {"model": model, "description": _ERRORS[status]} for status in sorted({403, *statuses})}
 
 
 class DescribedAPI(FastAPI):

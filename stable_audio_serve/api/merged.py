@@ -43,6 +43,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         for status, description in (
             (400, "A field of a Stable Audio Open Small request is wrong, or the model refuses it."),
             (401, "Keys are configured and none of them was sent."),
+            (403, "A web page of another origin asks, or the host it is called by is none of this server's."),
             (408, "The body did not arrive in time."),
             (413, "Body too large."),
             (422, "A field of a Stable Audio 3 request is wrong."),

@@ -19,6 +19,7 @@ from starlette.routing import Match
 
 from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.keys import ApiKeys
+from stable_audio_serve.api.origins import Origins
 from stable_audio_serve.core.errors import StableAudioError, UnauthorizedError
 
 ExpectedError = StableAudioError | RequestValidationError | HTTPException
@@ -118,13 +119,13 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
 
 
 def _admit_by_key(request: Request) -> None:
-    _refuse_while_draining(request)
+    _admit_visitor(request)
     keys: ApiKeys = request.app.state.keys
     request.state.client = keys.admit(request)
 
 
 def _admit_everybody(request: Request) -> None:
-    _refuse_while_draining(request)
+    _admit_visitor(request)
     keys: ApiKeys = request.app.state.keys
     request.state.client = keys.find(request)
 
@@ -133,6 +134,9 @@ def _admit_always(_: Request) -> None:
     pass
 
 
-def _refuse_while_draining(request: Request) -> None:
+def _admit_visitor(request: Request) -> None:
+    """Whatever a request wants but to know whether there is anybody."""
+    origins: Origins = request.app.state.origins
+    origins.admit(request)
     draining: Draining = request.app.state.draining
     draining.refuse_new()

@@ -6,6 +6,7 @@ StableAudioError
 ├── InvalidUploadError         invalid_upload     an uploaded file is empty or cannot be decoded
 ├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
 ├── UnauthorizedError          unauthorized       keys are configured and the request brought none of them
+├── ForbiddenError             forbidden          from a web page, or to a name, that this server does not serve
 ├── ConflictError              conflict           contradicts what is stored, for example a key used for something else
 ├── OverloadedError            overloaded         no room now; retry after some seconds
 │   └── QuotaError             quota              this caller has too much waiting already
@@ -85,6 +86,12 @@ class UnauthorizedError(StableAudioError):
     """Keys are configured and the request brought none of them."""
 
     kind = "unauthorized"
+
+
+class ForbiddenError(StableAudioError):
+    """A web page wants to use the server, or calls it by a name, that the operator does not allow."""
+
+    kind = "forbidden"
 
 
 class ConflictError(StableAudioError):

@@ -40,6 +40,20 @@ PlainUrl = Annotated[
         json_schema_extra={"form": "an http:// or https:// URL without user, password and query"},
     ),
 ]
+_Origin = Annotated[
+    str,
+    Field(
+        pattern=r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?)$",
+        json_schema_extra={"form": "*, null, or a scheme and a host as in https://app.example:8443"},
+    ),
+]
+_HostName = Annotated[
+    str,
+    Field(
+        pattern=r"^(\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\])$",
+        json_schema_extra={"form": "* or the name of a host, without a port"},
+    ),
+]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a folder's path"})]
 
@@ -136,7 +150,16 @@ class ApiSettings(Section):
     public_url: Url | None = Field(
         None, description="How clients reach this server, for links in replies; unset = by what each request used."
     )
-    cors_origins: tuple[str, ...] = Field(("*",), description="Origins whose pages may call the API; empty = none.")
+    cors_origins: Annotated[tuple[_Origin, ...], BeforeValidator(_split_commas)] | None = Field(
+        None,
+        description="Origins whose pages may use the API, a list or comma list; * = all, empty = none; "
+        "unset = all where keys are configured, else those of this machine and of `public_url`.",
+    )
+    allowed_hosts: Annotated[tuple[_HostName, ...], BeforeValidator(_split_commas)] = Field(
+        (),
+        description="Names this server is called by, besides its addresses, localhost, its own name and that in "
+        "`public_url`, a list or comma list; * = any. Not asked where keys are configured.",
+    )
 
 
 class AudioSettings(Section):

@@ -32,6 +32,8 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("jobs", "webhook_secret"): ("STABLE_AUDIO_WEBHOOK_SECRET",),
     ("api", "key_hashes"): ("STABLE_AUDIO_API_KEY_HASHES",),
     ("api", "public_url"): ("STABLE_AUDIO_PUBLIC_URL",),
+    ("api", "cors_origins"): ("STABLE_AUDIO_CORS_ORIGINS",),
+    ("api", "allowed_hosts"): ("STABLE_AUDIO_ALLOWED_HOSTS",),
     ("api", "max_duration_s"): ("STABLE_AUDIO_MAX_DURATION",),
     ("api", "max_steps"): ("STABLE_AUDIO_MAX_STEPS",),
     ("api", "max_batch_size"): ("STABLE_AUDIO_MAX_BATCH_SIZE",),

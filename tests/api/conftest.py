@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.webhooks import webhook_bodies
-from stable_audio_serve.core.settings import JobSettings, Settings
+from stable_audio_serve.core.settings import ApiSettings, JobSettings, Settings
 from stable_audio_serve.jobs.notifier import Notifier
 from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.queue import JobQueue, open_queue
@@ -28,7 +28,8 @@ def _plain_logs(_logs_as_they_were: None) -> None:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Of the shared application: the defaults, with a folder of its own for jobs."""
     jobs = JobSettings(webhook_allow_hosts=("127.0.0.1", "localhost"))
-    return Settings(output_dir=str(tmp_path_factory.mktemp("outputs")), jobs=jobs)
+    api = ApiSettings(allowed_hosts=("audio.example.com", "a.example", "example.org", "fal.run"))
+    return Settings(output_dir=str(tmp_path_factory.mktemp("outputs")), jobs=jobs, api=api)
 
 
 @pytest.fixture(scope="session")
@@ -76,5 +77,5 @@ def backend(shared: tuple[FastAPI, ToneBackend]) -> ToneBackend:
 @pytest.fixture
 async def client(shared: tuple[FastAPI, ToneBackend], backend: ToneBackend) -> AsyncIterator[httpx.AsyncClient]:
     """The application without a socket."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(shared[0]), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(shared[0]), base_url="http://localhost") as client:
         yield client

@@ -54,7 +54,7 @@ async def open_connection(
     port: int, body: bytes, *, path: str = URL, headers: str = _JSON, length: int | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{headers}"
     writer.write(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
     await writer.drain()
     return reader, writer

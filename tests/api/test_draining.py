@@ -38,7 +38,7 @@ def draining_of(app: FastAPI) -> Draining:
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
 async def test_new_requests_are_refused_in_their_own_form_and_what_is_in_flight_is_answered() -> None:
@@ -117,7 +117,7 @@ async def test_a_request_counts_until_its_last_byte_has_gone() -> None:
             "root_path": "",
             "scheme": "http",
             "query_string": b"",
-            "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2),
             "http_version": "1.1",

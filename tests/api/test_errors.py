@@ -161,7 +161,7 @@ async def test_several_faults_are_reported_together(client: httpx.AsyncClient) -
 async def test_the_server_cap_and_the_models_cap_both_hold() -> None:
     settings = Settings.model_validate({"api": {"max_duration_s": 150}})
     transport = httpx.ASGITransport(create_app(ToneBackend(), settings))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         expect_fields(await client.post(URL, json={"prompt": "x", "model": "medium", "duration": 151}), "duration")
         expect_fields(await client.post(URL, json={"prompt": "x", "duration": 121}), "duration")
         reply = await client.post(URL, json={"prompt": "x", "model": "medium", "duration": 149})
@@ -339,15 +339,15 @@ async def test_request_ids_are_kept_or_made(client: httpx.AsyncClient) -> None:
         assert len((await client.get("/health", headers={"x-request-id": bad})).headers["x-request-id"]) == 32
 
 
-async def test_pages_of_other_origins_may_read_the_headers_also_of_errors(
+async def test_pages_of_allowed_origins_may_read_the_headers_also_of_errors(
     client: httpx.AsyncClient, backend: ToneBackend
 ) -> None:
     backend.error = RuntimeError("boom")
     for reply in (
-        await client.post(URL, json={"prompt": "x"}, headers={"origin": "http://page"}),
-        await client.get("/health", headers={"origin": "http://page"}),
+        await client.post(URL, json={"prompt": "x"}, headers={"origin": "http://localhost:3000"}),
+        await client.get("/health", headers={"origin": "http://localhost:3000"}),
     ):
-        assert reply.headers["access-control-allow-origin"] == "*"
+        assert reply.headers["access-control-allow-origin"] == "http://localhost:3000"
         exposed = {name.strip().lower() for name in reply.headers["access-control-expose-headers"].split(",")}
         assert {"x-model", "x-sample-rate", "x-output-count", "x-seed", "x-seeds", "server-timing"} <= exposed
         assert {"x-request-id", "x-audio-peak", "x-audio-loudness", "x-audio-silent"} <= exposed

@@ -57,7 +57,7 @@ async def test_health_follows_the_settings(jobs: JobQueue) -> None:
         }
     )
     transport = httpx.ASGITransport(create_app(ToneBackend(statuses={}), settings, jobs=jobs))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = (await client.get("/health")).json()
     assert (body["device"], body["preload_models"], body["storage_backend"]) == ("cuda", ["medium"], "s3")
     assert body["model_duration_limits_seconds"]["medium"] == 60

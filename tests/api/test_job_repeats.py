@@ -66,7 +66,7 @@ async def test_the_same_request_finds_its_job(client: httpx.AsyncClient, setting
     prefixed = await client.post("/sa3/jobs", json=BODY, headers={"Idempotency-Key": key}) if path == "/jobs" else None
     if prefixed is not None:
         assert prefixed.json()["id"] == first.json()["id"]
-        assert prefixed.json()["status_url"] == f"http://test/sa3/jobs/{first.json()['id']}"
+        assert prefixed.json()["status_url"] == f"http://localhost/sa3/jobs/{first.json()['id']}"
 
 
 async def test_a_repeat_after_the_end_finds_the_same_job(client: httpx.AsyncClient, runner: JobRunner) -> None:
@@ -199,7 +199,7 @@ async def test_a_chosen_id_is_the_jobs(client: httpx.AsyncClient, runner: JobRun
     url = f"/jobs/{ID}01"
     first = await client.put(url, json=BODY)
     assert first.status_code == 202
-    assert first.json() == {"id": f"{ID}01", "status": "queued", "status_url": f"http://test/jobs/{ID}01"}
+    assert first.json() == {"id": f"{ID}01", "status": "queued", "status_url": f"http://localhost/jobs/{ID}01"}
     again = await client.put(url, json=dict(reversed(BODY.items())))
     assert (again.status_code, again.json()) == (202, first.json())
     assert again.headers["idempotent-replayed"] == "true"

@@ -69,15 +69,15 @@ async def test_a_ticket_has_an_id_and_an_absolute_address(client: httpx.AsyncCli
     assert set(ticket) == {"id", "status", "status_url"}
     assert re.fullmatch(r"[0-9a-f]{32}", ticket["id"])
     assert ticket["status"] == "queued"
-    assert ticket["status_url"] == f"http://test{prefix}/jobs/{ticket['id']}"
+    assert ticket["status_url"] == f"http://localhost{prefix}/jobs/{ticket['id']}"
 
 
 @pytest.mark.parametrize(
     ("headers", "base"),
     [
-        ({}, "http://test"),
+        ({}, "http://localhost"),
         ({"Host": "audio.example.com:8443"}, "http://audio.example.com:8443"),
-        ({"X-Forwarded-Proto": "https"}, "https://test"),
+        ({"X-Forwarded-Proto": "https"}, "https://localhost"),
         ({"X-Forwarded-Proto": "https", "X-Forwarded-Host": "a.example"}, "https://a.example"),
     ],
 )
@@ -133,7 +133,7 @@ async def test_a_finished_job_has_what_the_synchronous_request_answers(
     status = await wait(client, ticket)
     assert status["status"] == "succeeded"
     assert datetime.fromisoformat(status["completed_at"]) >= datetime.fromisoformat(status["started_at"])
-    assert status["download_url"] == f"http://test/jobs/{ticket['id']}/audio"
+    assert status["download_url"] == f"http://localhost/jobs/{ticket['id']}/audio"
     assert (status["download_content_type"], status["sample_rate"], status["output_count"]) == ("audio/wav", 44100, 1)
     assert (status["storage_backend"], status["storage_key"], status["error"]) == ("local", ticket["id"], None)
     download = await client.get(status["download_url"])

@@ -34,7 +34,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
 
 
 def connect(app: FastAPI, **headers: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", headers=headers)
 
 
 def _fill(path: str) -> str:

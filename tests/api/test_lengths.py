@@ -31,7 +31,7 @@ async def toy_client() -> AsyncIterator[httpx.AsyncClient]:
     engine = Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0))
     async with LocalBackend(ModelCatalog([card]), {"toy": engine}) as backend:
         transport = httpx.ASGITransport(create_app(backend, Settings()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
 
 

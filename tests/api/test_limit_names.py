@@ -35,7 +35,7 @@ async def test_the_setting_is_named(
     tree: dict[str, Any] = {"output_dir": str(tmp_path)}
     settings = Settings.model_validate(tree | ({"jobs": limits} if "max_queued" in limits else {"api": limits}))
     app = create_app(ToneBackend(), settings, jobs=open_queue(settings))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         if "max_queued" in limits:
             assert (await client.post(path, json={"prompt": "x"})).status_code == 202
         reply = await client.post(path, json={"prompt": "x", **fields})
@@ -46,7 +46,7 @@ async def test_the_setting_is_named(
 async def test_the_setting_of_upload_sizes_is_named(tmp_path: Any) -> None:
     settings = Settings.model_validate({"output_dir": str(tmp_path), "api": {"max_upload_bytes": 2000}})
     app = create_app(ToneBackend(), settings, jobs=open_queue(settings))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         for path in ("/v1/audio/variations", "/generate/style-transfer"):
             files = {"audio": b"x" * 3000, "audio_file": b"x" * 3000}
             reply = await client.post(path, data={"prompt": "x"}, files=files)

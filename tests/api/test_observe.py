@@ -71,7 +71,7 @@ async def test_a_bug_is_logged_as_an_error_with_its_trace(
 async def test_requests_refusals_and_audio_are_counted() -> None:
     metrics, backend = CountingMetrics(), ToneBackend()
     transport = httpx.ASGITransport(create_app(backend, Settings(), metrics=metrics))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post(URL, json={"prompt": "x", "duration": 1.5, "batch_size": 2})
         await client.post(URL, json={"prompt": "x", "steps": 0})
         backend.error = OverloadedError("full", retry_after_s=1)

@@ -28,10 +28,10 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.slow
 
-# Need no key: probes, and what a link that was handed out leads to.
+# Need no key: the start page, probes, and what a link that was handed out leads to.
 OPEN = {
-    *(("GET", path) for path in ("/health", "/ready", "/files/{file_id}/{file_name}")),
-    *(("HEAD", path) for path in ("/health", "/ready", "/files/{file_id}/{file_name}")),
+    *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
+    *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("PUT", f"/storage/upload/{{ticket}}{rest}") for rest in ("", "/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),

@@ -261,6 +261,30 @@ def test_a_key_hash_that_cannot_be_used_is_refused_but_not_shown(
     assert not any(digest in caught.value.message for digest in (hash_key("x"), hash_key("x").upper()))
 
 
+@pytest.mark.parametrize(
+    ("key", "entries"),
+    [
+        *(
+            ("cors_origins", [origin])
+            for origin in ("localhost", "https://a.example/", "https://*.example", "", "https://")
+        ),
+        *(("allowed_hosts", [host]) for host in ("a.example:8000", "http://a.example", "*.example", "", "a b", "::1")),
+    ],
+)
+def test_origins_and_hosts_that_cannot_be_met_are_refused(tmp_path: Path, key: str, entries: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"api.{key}"):
+        load(tmp_path, {"api": {key: entries}})
+
+
+def test_origins_and_hosts_may_be_comma_lists(tmp_path: Path) -> None:
+    variables = {
+        "STABLE_AUDIO_CORS_ORIGINS": "https://a.example, null",
+        "STABLE_AUDIO_ALLOWED_HOSTS": "a.example,[::1]",
+    }
+    api = load(tmp_path, **variables).api
+    assert (api.cors_origins, api.allowed_hosts) == (("https://a.example", "null"), ("a.example", "[::1]"))
+
+
 def test_two_keys_may_have_one_name_and_a_plain_key_that_is_listed_keeps_its_name(tmp_path: Path) -> None:
     entries = [f"alice:{hash_key('old')}", f"alice:{hash_key('new')}", hash_key("x"), f"a.b_C-9:{hash_key('y')}"]
     assert load(tmp_path, {"api": {"key_hashes": entries}}, VLLM_API_KEY="new").api.key_hashes == tuple(entries)

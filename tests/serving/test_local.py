@@ -18,7 +18,7 @@ async def test_the_api_runs_on_engines_without_ray() -> None:
     engines = {model.name: load_engine(settings, model) for model in settings.models}
     async with LocalBackend(plan.catalog, engines) as backend:
         transport = httpx.ASGITransport(create_app(backend, settings))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             response = await client.post("/generate", json={"prompt": "wind", "duration": 2, "steps": 2})
             health = (await client.get("/health")).json()
     assert response.status_code == 200

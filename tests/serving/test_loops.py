@@ -42,7 +42,7 @@ async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[http
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120) as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as client,
         ):
             yield client
 

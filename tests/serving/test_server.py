@@ -62,6 +62,19 @@ def test_text_becomes_audio(server: LaunchedServer, path: str) -> None:
     assert (wav.getnchannels(), wav.getframerate(), wav.getnframes()) == (2, 1000, 2000)
 
 
+def test_names_and_pages_are_judged_behind_the_proxy_as_they_were_sent(server: LaunchedServer) -> None:
+    def ask(method: str, path: str, **headers: str) -> int:
+        return server.client.request(method, path, json=make_body(), headers=headers).status_code
+
+    assert ask("GET", "/v1/models", Host="evil.example:8000") == 403
+    assert ask("GET", "/v1/models", Host="queue.localhost") == 200
+    assert [ask("GET", path, Host="evil.example") for path in ("/health", "/ready", "/sa3/health")] == [200] * 3
+    assert [ask("POST", "/generate", Origin=origin) for origin in ("https://evil.example", "null")] == [403] * 2
+    assert ask("POST", "/generate", Origin="http://localhost:3000") == 200
+    own = f"http://10.0.0.7:{server.client.base_url.port}"
+    assert ask("POST", "/generate", Origin=own, Host=own.removeprefix("http://")) == 200
+
+
 def test_same_request_same_bytes_and_one_request_id(server: LaunchedServer) -> None:
     headers = {"x-request-id": "mine"}
     first = server.client.post("/generate", json=make_body(), headers=headers)
@@ -141,7 +154,7 @@ def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, wat
     deadline_s = 5.0
     before = watcher.status()
     body = json.dumps(make_long_body(deadline_s=deadline_s)).encode()
-    request = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+    request = b"POST /generate HTTP/1.1\r\nHost: [::]\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
     for index in range(100):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(request % (len(body), body))
@@ -158,7 +171,7 @@ def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, wat
 
 
 def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> None:
-    head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+    head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     with ExitStack() as stack:

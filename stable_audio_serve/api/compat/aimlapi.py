@@ -38,6 +38,7 @@ MODEL = "stable-audio"  # the one model there; here an alias of a configured one
 
 _STATUS = {
     "unauthorized": 401,
+    "forbidden": 403,
     "upload_too_large": 413,
     "overloaded": 429,
     "quota": 429,

@@ -22,6 +22,7 @@ _STATUS = {
     "invalid": 400,
     "invalid_upload": 400,
     "unauthorized": 401,
+    "forbidden": 403,
     "conflict": 409,
     "upload_too_large": 413,
     "quota": 429,

@@ -50,7 +50,7 @@ async def make_client(
     """A client of such an application, without a socket."""
     async with (
         make_app(backend, run_jobs=run_jobs, **settings) as (app, backend),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
     ):
         yield client, backend
 

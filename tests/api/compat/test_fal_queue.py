@@ -54,7 +54,7 @@ async def test_a_ticket_has_absolute_links_below_the_prefix_that_was_used(client
     ticket = await submit(client)
     request_id = ticket["request_id"]
     assert str(uuid.UUID(request_id)) == request_id
-    url = f"http://test{QUEUE}/requests/{request_id}"
+    url = f"http://localhost{QUEUE}/requests/{request_id}"
     assert ticket == {
         "status": "IN_QUEUE",
         "request_id": request_id,
@@ -71,8 +71,8 @@ async def test_a_ticket_has_absolute_links_below_the_prefix_that_was_used(client
     ("path", "headers", "start"),
     [
         (APP, {"host": "queue.example.org"}, f"http://queue.example.org{APP}/"),
-        (f"{QUEUE}/x/y", {}, f"http://test{QUEUE}/"),
-        (f"/fal{QUEUE}", {}, f"http://test/fal{QUEUE}/"),
+        (f"{QUEUE}/x/y", {}, f"http://localhost{QUEUE}/"),
+        (f"/fal{QUEUE}", {}, f"http://localhost/fal{QUEUE}/"),
         (QUEUE, {"x-forwarded-proto": "https", "x-forwarded-host": "a.example"}, f"https://a.example{QUEUE}/"),
         (QUEUE, {"host": "a.example:8443", "x-forwarded-proto": "https"}, f"https://a.example:8443{QUEUE}/"),
     ],

@@ -124,7 +124,7 @@ async def test_a_model_by_any_served_name(client: httpx.AsyncClient, backend: To
 async def test_the_default_model_is_the_operators(backend: ToneBackend) -> None:
     settings = Settings.model_validate({"dialects": {"vllm_model": "stable-audio-3-medium"}})
     transport = httpx.ASGITransport(create_app(backend, settings))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as own:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as own:
         await generate(own, audio_length=0.1)
     assert backend.requests[-1][0] == "medium"
 
@@ -173,7 +173,7 @@ async def test_a_model_that_knows_starts_makes_the_span_only() -> None:
     card = ModelCard("open", "stable-audio-open", max_duration_s=WINDOW_S, conditions_on_start=True)
     backend = ToneBackend(catalog=ModelCatalog([card]))
     transport = httpx.ASGITransport(create_app(backend, Settings()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         audio = read_wav((await generate(client, audio_length=5, audio_start=10)).content)
         assert len(audio) == 5 * RATE_HZ
         assert (backend.last.start_s, backend.last.duration_s) == (10.0, 5.0)
@@ -187,7 +187,7 @@ async def test_lengths_are_bounded_by_the_model_and_not_by_our_own_apis_limits(b
     settings = Settings.model_validate({"api": {"max_duration_s": 3, "max_steps": 10}})
     transport = httpx.ASGITransport(create_app(backend, settings))
     assert make_catalog().resolve("demo").max_duration_s == 5
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as own:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as own:
         assert len(read_wav((await generate(own, model="demo")).content)) == 5 * RATE_HZ
         assert len(read_wav((await generate(own, audio_length=60, num_inference_steps=150)).content)) == 60 * RATE_HZ
         refused = await own.post(URL, json={"input": "x", "model": "demo", "audio_length": 5.1})

@@ -40,6 +40,7 @@ _INTERNAL_MESSAGE = "Internal error: the request could not be completed"
 _KINDS = {
     "upload_too_large": _Kind(413, "bad_request"),
     "unauthorized": _Kind(401, "unauthorized"),
+    "forbidden": _Kind(403, "forbidden"),
     "cancelled": _Kind(499, "client_cancelled"),
     "start_timeout": _Kind(504, "request_timeout", headers={TIMEOUT_TYPE: "user"}),
     "deadline_exceeded": _Kind(500, "generation_timeout"),

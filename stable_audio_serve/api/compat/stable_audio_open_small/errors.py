@@ -23,6 +23,7 @@ _STATUS = {
     "invalid_upload": 400,
     "upload_too_large": 413,
     "unauthorized": 401,
+    "forbidden": 403,
     "overloaded": 503,
     "quota": 429,
     "unavailable": 503,

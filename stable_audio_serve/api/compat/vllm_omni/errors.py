@@ -19,6 +19,7 @@ _VALIDATION = "Bad Request"  # found while reading the body; `BadRequestError` i
 _STATUS_AND_TYPE = {
     "invalid": (400, "BadRequestError"),
     "unauthorized": (401, "AuthenticationError"),
+    "forbidden": (403, "PermissionDeniedError"),
     "unknown_model": (404, "NotFoundError"),
     "quota": (429, "RateLimitError"),
     "overloaded": (503, "ServiceUnavailableError"),

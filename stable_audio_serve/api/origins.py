@@ -1,0 +1,178 @@
+"""Which web pages may use the server, and by which names it may be called: nobody's browser is made to act for others.
+
+Without keys anybody who can send a request may use it, and so could every page that a user of this machine or network
+has open: by sending forms here (the page's Origin tells), or by having its own name lead here (the Host tells).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from stable_audio_serve.api.faults import printable
+from stable_audio_serve.core.errors import ForbiddenError
+from stable_audio_serve.core.settings import ApiSettings
+
+ANY = "*"
+
+_HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
+_PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{0,5}))?")
+_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]+)")
+_QUEUE = "queue."  # where fal's clients expect their queue
+
+
+class _Host(NamedTuple):
+    name: str  # in lower case, without brackets and the dot at the end
+    port: int | None
+
+
+class _Origin(NamedTuple):
+    scheme: str
+    host: _Host
+
+
+class Origins:
+    """The rules of one server's settings; nothing changes while it runs."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        origins, hosts = settings.cors_origins, settings.allowed_hosts
+        if origins is None and settings.key_hashes:
+            origins = (ANY,)  # a page needs a key as everybody does: there are no cookies that a browser would add
+        public_url = settings.public_url
+        self.allows_all = origins is not None and ANY in origins
+        self._allows_loopback = origins is None
+        listed = origins if origins is not None else [public_url] if public_url else []
+        self._allowed = {_parse_origin(_without_path(origin)) for origin in listed} - {None}
+        self._allows_null = "null" in listed
+        self._checks_hosts = not settings.key_hashes and ANY not in hosts
+        own_name = socket.gethostname().lower()
+        public_name = urlsplit(public_url).hostname if public_url else None
+        self._names = {*map(_plain_name, hosts), own_name, own_name.partition(".")[0], public_name} - {"", None}
+
+    def allows(self, origin: str) -> bool:
+        """Whether pages of this origin may read answers."""
+        if self.allows_all:
+            return True
+        if origin == "null":
+            return self._allows_null
+        parsed = _parse_origin(origin)
+        if parsed is None:
+            return False
+        is_loopback = self._allows_loopback and parsed.scheme in _PORTS and _is_loopback(parsed.host.name)
+        return is_loopback or parsed in self._allowed
+
+    def admit(self, request: Request) -> None:
+        """Raise ForbiddenError for a name that is not this server's, and for what a foreign page wants to change.
+
+        X-Forwarded-Host is not asked: pages can send it.
+        """
+        hosts = request.headers.getlist("host")
+        if self._checks_hosts:
+            for host in hosts:  # who sends none has no name that could have been changed
+                if host and not self._is_ours(host):
+                    raise ForbiddenError(
+                        f"Host: {_shown(host)} is no name of this server; others are listed in api.allowed_hosts"
+                    )
+        if request.method in _HARMLESS:
+            return
+        for origin in request.headers.getlist("origin"):
+            if not self.allows(origin) and not any(_is_same(origin, host) for host in hosts):
+                raise ForbiddenError(
+                    f"Origin: pages of {_shown(origin)} may not use this server; those that may are in api.cors_origins"
+                )
+
+    def _is_ours(self, text: str) -> bool:
+        host = _parse_host(text)
+        return host is not None and any(map(self._is_name_ours, {host.name, host.name.removeprefix(_QUEUE)}))
+
+    def _is_name_ours(self, name: str) -> bool:
+        return _is_local_name(name) or name in self._names or _to_address(name) is not None
+
+
+class OriginsMiddleware(CORSMiddleware):
+    """Starlette's answers to browsers, by the rules of `Origins`."""
+
+    def __init__(self, app: ASGIApp, *, origins: Origins, exposed_headers: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=(ANY,) if origins.allows_all else (),
+            allow_methods=(ANY,),
+            allow_headers=(ANY,),
+            allow_private_network=True,
+            expose_headers=exposed_headers,
+        )
+        self._origins = origins
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        """Whether pages of this origin may read answers."""
+        return self._origins.allows(origin)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Whether a page may send what it asks for; one that may not is told of nothing it may."""
+        response = super().preflight_response(request_headers)
+        if response.status_code != 200:
+            del response.headers["Access-Control-Allow-Private-Network"]
+        return response
+
+
+def _parse_host(text: str) -> _Host | None:
+    found = _HOST.fullmatch(text)
+    return None if found is None else _Host(_plain_name(found[1]), int(found[2]) if found[2] else None)
+
+
+def _plain_name(text: str) -> str:
+    name = text.lower().strip("[]").removesuffix(".")
+    address = _to_address(name)
+    return name if address is None else str(address)
+
+
+def _parse_origin(text: str) -> _Origin | None:
+    found = _ORIGIN.fullmatch(text)
+    host = _parse_host(found[2]) if found else None
+    if found is None or host is None:
+        return None
+    scheme = found[1].lower()
+    return _Origin(scheme, _Host(host.name, host.port or _PORTS.get(scheme)))
+
+
+def _without_path(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
+
+
+def _is_same(origin: str, host: str) -> bool:
+    """Whether a page was loaded from the address that it calls; only the page knows by which scheme."""
+    page, own = _parse_origin(origin), _parse_host(host)
+    if page is None or own is None or page.scheme not in _PORTS:
+        return False
+    return page.host == own._replace(port=own.port or _PORTS[page.scheme])
+
+
+def _is_loopback(name: str) -> bool:
+    address = _to_address(name)
+    return _is_local_name(name) if address is None else address.is_loopback
+
+
+def _is_local_name(name: str) -> bool:
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _to_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _shown(text: str) -> str:
+    return str(printable(text[:100]))
