@@ -54,7 +54,7 @@ class Site:
         return worker
 
     async def submit(self) -> Job:
-        wire = {"url": "http://here/jobs/x"}
+        wire = {"base_url": "http://here"}
         return await self.queue.submit(
             make_spec(model=MODEL, request=_REQUEST, webhook_url=self.receiver.url, wire=wire)
         )
