@@ -279,7 +279,10 @@ class DialectSettings(Section):
     saos_window_s: Seconds = Field(
         524_288 / 44_100, description="Longest clip of the Stable Audio Open small routes, seconds."
     )
-    riff_dir: Folder = Field("riffs", description="Folder of riffs named like gsharp_80bpm_4.wav.")
+    riff_dir: Folder | None = Field(
+        None,
+        description="Folder of riffs named like gsharp_80bpm_4.wav; unset = `riffs`, or two packaged ones without it.",
+    )
 
 
 class JobSettings(Section):

@@ -36,6 +36,7 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 TAGS: dict[str, set[str]] = {
     "jobs.md": {native_jobs.TAG},
     "metrics.md": set(),
+    "proxy.md": set(),
     "storage.md": set(),
     "dialects/aimlapi.md": {aimlapi.TAG},
     "dialects/fal.md": {fal.TAG, files.TAG},
@@ -130,8 +131,7 @@ async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
 
 
 async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set[str]]) -> None:
-    (tmp_path / "f_110bpm_3.wav").write_bytes(make_audio_file(duration_s=4.0))
-    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path, dialects={"riff_dir": str(tmp_path)})
+    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # with the riffs that come with the server
     expect_complete(run, "dialects/stable-audio-open-small.md", operations)
     assert "GET /saos/health" in run.calls
     lengths = {"clip.wav": 524_288, "drums.wav": 302_400, "break.wav": 352_800, "transfer.wav": 524_288}

@@ -107,10 +107,11 @@ async def test_what_there_is(served: tuple[httpx.AsyncClient, ToneBackend], pref
     }
 
 
-async def test_a_missing_folder_is_an_empty_library(client: httpx.AsyncClient) -> None:
-    reply = await client.get("/riffs/available")
-    assert (reply.status_code, reply.json()) == (200, {"available_keys": [], "total_keys": 0, "riff_details": {}})
-    reply = await client.post(URL, data={"prompt": "x 120bpm", "key": "f"})
+async def test_a_missing_folder_is_an_empty_library(tmp_path: Path) -> None:
+    async with make_client(dialects={"riff_dir": str(tmp_path / "absent")}) as (client, _):
+        reply = await client.get("/riffs/available")
+        assert (reply.status_code, reply.json()) == (200, {"available_keys": [], "total_keys": 0, "riff_details": {}})
+        reply = await client.post(URL, data={"prompt": "x 120bpm", "key": "f"})
     assert reply.status_code == 400
     assert reply.json() == {"error": "No riffs available for key 'f'", "available_keys": []}
 

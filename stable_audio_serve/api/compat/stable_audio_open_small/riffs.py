@@ -19,6 +19,7 @@ from stable_audio_serve.core.generation import SourceAudio
 log = structlog.get_logger("stable_audio_serve.api")
 
 _NAME = re.compile(r"([a-g](?:sharp)?)_([0-9]{1,6})_?bpm(?:_[0-9]+)?\.wav", re.IGNORECASE)
+_STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # made by `demo.riffs`
 _USED_S = 12.0
 _MAX_STRETCH = 16.0  # beyond it, either way, nothing of a riff can be recognised
 _MARGIN_S = 1.0
@@ -39,6 +40,12 @@ class Riff:
             "original_bpm": self.tempo_bpm,
             "description": f"{self.key} riff at {self.tempo_bpm} BPM",
         }
+
+
+def find_folder(chosen: str | None) -> Path:
+    """The operator's folder; without one `riffs` in the working directory, else the riffs that come with us."""
+    own = Path(chosen or "riffs")
+    return own if chosen or own.is_dir() else _STARTER_FOLDER
 
 
 class RiffLibrary:

@@ -3,7 +3,6 @@ that two dialects share, see `api.merged`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +15,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_for
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_style_clip, make_text_clip
 from stable_audio_serve.api.compat.stable_audio_open_small.info import describe_health, describe_model
 from stable_audio_serve.api.compat.stable_audio_open_small.loops import make_loop, make_riff_loop
-from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary
+from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, find_folder
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
     GenerateBody,
     LoopForm,
@@ -88,7 +87,7 @@ def _schema(form: type[Wire], content_type: str) -> dict[str, Any]:
 def build_router(service: Service) -> APIRouter:
     """The routes over one service; scans the folder of riffs."""
     router = APIRouter(route_class=route_class(render_error), tags=[TAG])
-    library = RiffLibrary(Path(service.settings.dialects.riff_dir))
+    library = RiffLibrary(find_folder(service.settings.dialects.riff_dir))
     engine = default_engine(service)
 
     @router.post("/generate", include_in_schema=False)

@@ -1,0 +1,74 @@
+"""The two riffs that come with the server, made by the demo's own synthesiser and so nobody's: CC0.
+
+`python -m stable_audio_serve.demo.riffs FOLDER` writes them; a test compares them with the packaged files.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stable_audio_serve.demo.scenes import Scene
+from stable_audio_serve.demo.synthesis import FRAME_S, render_scene
+from stable_audio_serve.models.blocks.oscillator_bank import FRAME_SAMPLES, SAMPLE_RATE_HZ, OscillatorBank
+
+RATE_HZ = 22_050  # what they hold is below 5 kHz, and the package stays small
+_BEATS_PER_BAR = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RiffPlan:
+    """A bar per chord: (root as an oscillator index, quality) each, played by one voice."""
+
+    tempo_bpm: int
+    voice: str
+    chords: tuple[tuple[int, str], ...]
+
+
+# i VI III VII in G sharp minor, and I vi ii V in F; the numbers are quarter tones, 82 is the A of 440 Hz.
+RIFFS = {
+    "gsharp_80bpm_4.wav": RiffPlan(80, "pluck", ((56, "minor"), (48, "major"), (62, "major"), (52, "major"))),
+    "f_110bpm_3.wav": RiffPlan(110, "piano", ((50, "major"), (44, "minor"), (54, "minor"), (64, "major"))),
+}
+
+
+def render_riff(plan: RiffPlan) -> npt.NDArray[np.float32]:
+    """The riff (S,) float32 at `RATE_HZ`."""
+    import soxr
+
+    rng = np.random.default_rng(0)  # asked for by every scene, used by none of these
+    bar_s = _BEATS_PER_BAR * 60 / plan.tempo_bpm
+    edges = [round(bar * bar_s / FRAME_S) for bar in range(len(plan.chords) + 1)]
+    frames = np.concatenate(
+        [
+            render_scene(
+                Scene("arpeggio", voice=plan.voice, pitch=root, quality=quality, tempo_bpm=plan.tempo_bpm),
+                rng,
+                duration_s=(stop - start) * FRAME_S,
+                num_frames=stop - start,
+            )
+            for (root, quality), start, stop in zip(plan.chords, edges, edges[1:], strict=False)
+        ]
+    )
+    silence = torch.zeros(2, len(frames) * FRAME_SAMPLES)
+    audio = OscillatorBank().render(torch.from_numpy(frames.T.copy()), silence, start_frame=0).numpy()
+    mono = audio.mean(axis=0)[: round(len(plan.chords) * bar_s * SAMPLE_RATE_HZ)]
+    return np.asarray(soxr.resample(mono, SAMPLE_RATE_HZ, RATE_HZ), np.float32)
+
+
+def write_riffs(folder: Path) -> None:
+    """Write all of them, 16-bit WAV."""
+    import soundfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, plan in RIFFS.items():
+        soundfile.write(folder / name, render_riff(plan), RATE_HZ, subtype="PCM_16")
+
+
+if __name__ == "__main__":
+    write_riffs(Path(sys.argv[1]))
