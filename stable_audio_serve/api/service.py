@@ -24,7 +24,7 @@ from stable_audio_serve.api.streams import EventStreams
 from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, finish
-from stable_audio_serve.audio.loudness import load_meter
+from stable_audio_serve.audio.loudness import preload
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -95,8 +95,7 @@ class Service:
         )
         self._decode_threads = ThreadPoolExecutor(api.decode_workers, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(api.encode_workers, thread_name_prefix="audio-encode")
-        for rate_hz in {card.sample_rate_hz for card in backend.catalog}:
-            self._encode_threads.submit(load_meter, rate_hz)  # now, so that no request waits for it
+        self._encode_threads.submit(preload)  # now, so that no request waits for it
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
         self._source_bytes = 0
