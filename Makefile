@@ -10,7 +10,7 @@ DEVICE ?= cpu
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-gpu chaos fuzz lint fmt type bench docs clean demo-model demo-eval
+.PHONY: help install serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench docs clean demo-model demo-eval
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve_config.yaml change it)
 	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) $(if $(PORT),--port $(PORT))
+
+wheel: install ## the package as one file, in dist/
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 test: install ## everything CI runs: first what needs no Ray, on two processes, then real clusters and what runs alone
 	$(PY) -m pytest $(PARALLEL) -m "not ray and not serial and not gpu and not chaos"

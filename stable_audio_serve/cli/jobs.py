@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from stable_audio_serve.cli.configuration import ConfigOption, load_configured
+
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
     from stable_audio_serve.jobs.job import Job
     from stable_audio_serve.jobs.store import JobStore
 
-_DEFAULT_FILE = Path("serve_config.yaml")
-
 app = typer.Typer(no_args_is_help=True, help="List, show, cancel and retry jobs in the configured store.")
 
-_File = Annotated[
-    Path | None, typer.Option("--config", help="Serve config file; default: serve_config.yaml where there is one.")
-]
 _Limit = Annotated[int, typer.Option(min=1, max=10_000, help="Most jobs to list.")]
 _Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
 _State = Annotated[
@@ -38,7 +35,7 @@ _Names = Annotated[list[str], typer.Argument(metavar="ID...", help="Jobs' ids, a
 
 
 @app.command("list")
-def list_jobs(state: _State = None, limit: _Limit = 50, as_json: _Json = False, file: _File = None) -> None:
+def list_jobs(state: _State = None, limit: _Limit = 50, as_json: _Json = False, file: ConfigOption = None) -> None:
     """Everybody's jobs, newest first."""
     from stable_audio_serve.cli import job_report
 
@@ -51,7 +48,7 @@ def list_jobs(state: _State = None, limit: _Limit = 50, as_json: _Json = False, 
 
 
 @app.command("dead-letters")
-def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, file: _File = None) -> None:
+def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, file: ConfigOption = None) -> None:
     """Jobs that failed by no fault of their own and are not tried again by themselves."""
     from stable_audio_serve.cli import job_report
 
@@ -64,7 +61,7 @@ def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, file: _File = 
 
 
 @app.command()
-def show(name: _Name, client: _Client = None, as_json: _Json = False, file: _File = None) -> None:
+def show(name: _Name, client: _Client = None, as_json: _Json = False, file: ConfigOption = None) -> None:
     """One job and its events."""
     from stable_audio_serve.cli import job_report
 
@@ -78,7 +75,7 @@ def show(name: _Name, client: _Client = None, as_json: _Json = False, file: _Fil
 
 
 @app.command()
-def cancel(names: _Names, client: _Client = None, file: _File = None) -> None:
+def cancel(names: _Names, client: _Client = None, file: ConfigOption = None) -> None:
     """End jobs that wait, and ask those that run to stop."""
     import asyncio
 
@@ -97,7 +94,7 @@ def cancel(names: _Names, client: _Client = None, file: _File = None) -> None:
 
 
 @app.command()
-def retry(names: _Names, client: _Client = None, file: _File = None) -> None:
+def retry(names: _Names, client: _Client = None, file: ConfigOption = None) -> None:
     """Let dead letters wait again, with new attempts."""
     with _opened(file) as (store, _):
 
@@ -153,14 +150,11 @@ def _find(store: JobStore, name: str, client: str | None) -> Job:
 def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
     """The configured store. What goes wrong with it is one sentence: exit 2 for settings, 1 for the rest."""
     from stable_audio_serve.core.errors import ConfigError, StableAudioError
-    from stable_audio_serve.core.settings_sources import load_settings
     from stable_audio_serve.jobs.queue import open_store
-    from stable_audio_serve.serving.serve_file import read_serve_file
 
     _silence_logs()
-    file = file or (_DEFAULT_FILE if _DEFAULT_FILE.is_file() else None)
     try:
-        settings = load_settings(read_serve_file(file).args if file else None)
+        settings = load_configured(file)
         store = open_store(settings)
         database = store.database
         if database.is_sqlite and not Path(database.url.database or "").is_file():

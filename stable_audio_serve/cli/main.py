@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,20 +9,26 @@ import typer
 
 from stable_audio_serve import __version__
 from stable_audio_serve.cli import jobs
+from stable_audio_serve.cli.configuration import ConfigOption, load_configured, read_configuration, refusing
+from stable_audio_serve.cli.serving import run_server
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True)
 app.add_typer(jobs.app, name="jobs")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Self-hosted serving of Stable Audio models over HTTP."""
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
 
 
 @app.command()
@@ -70,53 +75,53 @@ def key(
 
 
 @app.command()
-def config(
-    file: Annotated[Path | None, typer.Option("--config", help="Serve config file; without it defaults.")] = None,
+def init(
+    file: Annotated[Path, typer.Argument(help="File to write.")] = Path("serve_config.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
 ) -> None:
+    """Write a configuration to start from: it serves the demo model and shows in comments how to serve others."""
+    from stable_audio_serve.serving.serve_file import PACKAGED_FILE
+
+    try:
+        with file.open("w" if force else "x", encoding="utf-8") as written:
+            written.write(PACKAGED_FILE.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        typer.echo(f"error: {file} exists already; --force replaces it", err=True)
+        raise typer.Exit(2) from error
+    except OSError as error:
+        typer.echo(f"error: {file} cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(2) from error
+    option = "" if file == Path("serve_config.yaml") else f" --config {file}"
+    typer.echo(f"wrote {file}; start the server with: stable-audio-serve serve{option}")
+
+
+@app.command()
+def config(file: ConfigOption = None) -> None:
     """Print the effective settings, secrets hidden: defaults, file, .env and environment merged."""
     import yaml
 
-    from stable_audio_serve.core.errors import ConfigError
-    from stable_audio_serve.core.settings_sources import load_settings
-    from stable_audio_serve.serving.serve_file import read_serve_file
-
-    try:
-        settings = load_settings(read_serve_file(file).args if file else None)
-    except ConfigError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(2) from error
+    with refusing():
+        settings = load_configured(file)
     typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
 @app.command()
 def serve(
-    file: Annotated[Path, typer.Option("--config", help="Serve config file.")] = Path("serve_config.yaml"),
+    file: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default: the file's, else 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: the file's, else 8000.")] = None,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of the metrics; default: the file's, else a free one.")
     ] = None,
     proxy: Annotated[
-        Literal["auto", "haproxy", "python"],
-        typer.Option(envvar="STABLE_AUDIO_PROXY", help="Who accepts connections; auto = HAProxy where it runs."),
-    ] = "auto",
+        Literal["auto", "haproxy", "python"] | None,
+        typer.Option(help="Who accepts connections; auto = HAProxy where it runs; default: the setting proxy.kind."),
+    ] = None,
 ) -> None:
     """Serve the models of a config file on this machine until Ctrl-C, with a Ray of its own."""
-    from stable_audio_serve.core.errors import StableAudioError
-    from stable_audio_serve.serving import launcher
-
-    try:
-        launcher.serve(
-            file,
-            host=host,
-            port=port,
-            metrics_port=metrics_port,
-            proxy=proxy,
-            report=typer.echo,
-            complain=partial(typer.echo, err=True),
-        )
-    except StableAudioError as error:
-        raise typer.Exit(2) from error
+    with refusing():
+        found = read_configuration(file)
+    run_server(found, host=host, port=port, metrics_port=metrics_port, proxy=proxy)
 
 
 @app.command()

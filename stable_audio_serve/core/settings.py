@@ -54,6 +54,7 @@ _HostName = Annotated[
         json_schema_extra={"form": "* or the name of a host, without a port"},
     ),
 ]
+ProxyKind = Literal["auto", "haproxy", "python"]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a folder's path"})]
 
@@ -250,6 +251,7 @@ class IngressSettings(Section):
 class ProxySettings(Section):
     """HAProxy in front of the ingress, where `stable-audio-serve serve` starts it; on a cluster its variables count."""
 
+    kind: ProxyKind = Field("auto", description="Who accepts connections; auto = HAProxy where it runs.")
     header_timeout_s: Seconds = Field(15.0, description="Longest time for a request's headers to arrive, seconds.")
     idle_timeout_s: Seconds = Field(
         120.0, description="Longest a client may neither send what is missing nor take what is there, seconds."
@@ -262,6 +264,7 @@ class MetricsSettings(Section):
     host: str = Field(
         "127.0.0.1",
         pattern=r"^[0-9A-Za-z.:%_-]+$",
+        json_schema_extra={"form": "an address or a host name"},
         description="Where statistics and metrics listen; another than loopback opens Ray's other ports there too.",
     )
     port: int | None = Field(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("model_half",): ("STABLE_AUDIO_MODEL_HALF",),
     ("output_dir",): ("STABLE_AUDIO_OUTPUT_DIR",),
     ("hf_token",): ("HF_TOKEN",),
+    ("proxy", "kind"): ("STABLE_AUDIO_PROXY",),
     ("jobs", "database_url"): ("STABLE_AUDIO_DATABASE_URL",),
     ("jobs", "webhook_secret"): ("STABLE_AUDIO_WEBHOOK_SECRET",),
     ("api", "key_hashes"): ("STABLE_AUDIO_API_KEY_HASHES",),
@@ -64,7 +65,7 @@ _SECRET = (
 
 # Variables with our prefix that are read elsewhere, and what Docker and Kubernetes set for a service named like us.
 _PREFIX = "STABLE_AUDIO_"
-_OTHER_VARIABLES = ("STABLE_AUDIO_PROXY", "STABLE_AUDIO_PROXY_HOST", "STABLE_AUDIO_PROXY_BINARY", failpoints.VARIABLE)
+_OTHER_VARIABLES = ("STABLE_AUDIO_PROXY_HOST", "STABLE_AUDIO_PROXY_BINARY", failpoints.VARIABLE)
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
 # For these an empty variable is a value of its own; for the others it counts as not set.
@@ -88,7 +89,7 @@ def load_settings(
     tree = args.model_dump(exclude_unset=True) if isinstance(args, Settings) else _copy(args or {})
     origins: dict[tuple[str, ...], str] = {}
     for path, names in VARIABLES.items():
-        name = next((name for name in names if _is_set(environ, name)), None)
+        name = _first_set(environ, names)
         if name is not None:
             _set(tree, path, environ[name])
             origins[path] = name
@@ -142,6 +143,18 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
             raise ConfigError(f"{key}{variables}: {error.message}", field=key) from error
 
 
+def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
+    """Why the catalog's default model is the one: what named it, or its place among the configured models."""
+    variable = _first_set(environ, VARIABLES[("default_model",)])
+    if variable is not None:
+        return f"named by {variable}"
+    if settings.default_model is not None:
+        return "named by default_model"
+    if len(catalog) == 1:
+        return "the only model"
+    return "the first of models" if next(iter(catalog)) is catalog.default else "the first of models that is no demo"
+
+
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
     """Canonical names of the models to keep loaded, in the operator's order; the default model when nothing is said."""
     if settings.preload_models is None:
@@ -154,6 +167,10 @@ def _with_plain_key(settings: Settings, key: str) -> Settings:
     if not key or hash_key(key) in {parse_key_hash(text).digest for text in hashes}:
         return settings
     return settings.model_copy(update={"api": settings.api.model_copy(update={"key_hashes": (*hashes, hash_key(key))})})
+
+
+def _first_set(environ: Mapping[str, str], names: Iterable[str]) -> str | None:
+    return next((name for name in names if _is_set(environ, name)), None)
 
 
 def _is_set(environ: Mapping[str, str], name: str) -> bool:

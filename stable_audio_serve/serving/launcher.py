@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
-from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.core.settings_sources import load_settings
+from stable_audio_serve.core.settings import ProxyKind, Settings
+from stable_audio_serve.core.settings_sources import explain_default, load_settings
 from stable_audio_serve.jobs.queue import prepare_stores
 from stable_audio_serve.serving import environment
 from stable_audio_serve.serving.embedded import apply_environment, embedded_ray, explained, private_directory
 from stable_audio_serve.serving.patience import crowding, start_limits
 from stable_audio_serve.serving.placement import Plan, plan_deployments
-from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema, read_serve_file
+from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
 from stable_audio_serve.serving.signals import StopSignals
 from stable_audio_serve.serving.weights import require_weights
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
 Report = Callable[[str], None]
-ProxyKind = Literal["auto", "haproxy", "python"]  # who accepts connections; auto = HAProxy where it runs
 
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 5.0
@@ -61,12 +60,12 @@ class Stopwatch:
 
 
 def serve(
-    config: Path,
+    file: ServeFile,
     *,
     host: str | None,
     port: int | None,
     metrics_port: int | None,
-    proxy: ProxyKind,
+    proxy: ProxyKind | None,
     report: Report,
     complain: Report,
 ) -> None:
@@ -77,11 +76,11 @@ def serve(
     watch = Stopwatch()
     with ExitStack() as stack:
         with _said_at_once(complain):
-            file = read_serve_file(config)
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
             metrics_port = _choose_metrics_port(metrics_port, plan.settings)
+            report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
             require_weights(plan, complain=complain)
             report(prepare_stores(plan.settings).description)
             signals = StopSignals()
@@ -89,9 +88,8 @@ def serve(
             directory = stack.enter_context(private_directory())
             environment.raise_file_limit()
             variables = environment.base_environment(plan.settings)
-            proxied = _proxy_environment(
-                stack, directory, host=host, settings=plan.settings, proxy=proxy, report=report
-            )
+            kind = proxy or plan.settings.proxy.kind
+            proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
             apply_environment(variables | proxied, defaults=start_limits(crowding()))
             # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
@@ -152,7 +150,7 @@ def _proxy_environment(
         except OSError as error:
             reason = str(error)
     if proxy == "haproxy":
-        raise ConfigError(f"--proxy haproxy: {reason}", field="proxy")
+        raise ConfigError(f"proxy.kind (STABLE_AUDIO_PROXY, --proxy) is haproxy: {reason}", field="proxy.kind")
     report(f"using Ray Serve's Python proxy instead of HAProxy: {reason}")
     return {}
 

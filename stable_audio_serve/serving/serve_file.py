@@ -21,6 +21,17 @@ if typing.TYPE_CHECKING:
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 _DEFAULT_PORT = 8000
 _DEFAULT_HOST = "127.0.0.1"
+_FILE_NAME = "serve_config.yaml"
+
+
+def _packaged_file() -> Path:
+    package = Path(__file__).parents[1]
+    installed = package / _FILE_NAME
+    # A checkout has it beside the package.
+    return installed if installed.is_file() else package.parent / _FILE_NAME
+
+
+PACKAGED_FILE = _packaged_file()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +71,19 @@ class ServeFile:
         if not isinstance(options, dict):
             raise ConfigError(f"{self.path}: http_options: must be a mapping", field="http_options")
         return options
+
+
+def find_serve_file(asked: Path | None) -> Path:
+    """The configuration that counts: the one asked for, else serve_config.yaml here, else the packaged one."""
+    here = Path(_FILE_NAME)
+    return asked or (here if here.is_file() else PACKAGED_FILE)
+
+
+def official_models() -> ServeFile:
+    """The packaged configuration with the default settings instead of the demo model."""
+    packaged = read_serve_file(PACKAGED_FILE)
+    application = {key: value for key, value in packaged.tree["applications"][0].items() if key != "args"}
+    return ServeFile(packaged.path, packaged.tree | {"applications": [application]}, {})
 
 
 def read_serve_file(path: Path) -> ServeFile:

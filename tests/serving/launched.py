@@ -59,7 +59,9 @@ class LaunchedServer:
         *options: str,
         host: str = "127.0.0.1",
         environment: Mapping[str, str] | None = None,
+        program: Sequence[str] | None = None,
     ) -> None:
+        """`program` is another command than the one that serves `config`, to be run in the same folder."""
         self.port = free_port()
         self.url = f"http://{host}:{self.port}"
         self.lines: list[str] = []
@@ -68,7 +70,7 @@ class LaunchedServer:
         self.start_s: float | None = None
         self.probes: list[tuple[httpx.Response, int]] = []
         self.process = subprocess.Popen(
-            command(config, "--host", host, "--port", str(self.port), *options),
+            [*(program or command(config)), "--host", host, "--port", str(self.port), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

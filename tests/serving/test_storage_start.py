@@ -31,7 +31,7 @@ def refusal(folder: Path, **variables: str) -> str:
         check=False,
     )
     assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = (result.stdout + result.stderr).splitlines()
+    (line,) = (line for line in result.stderr.splitlines() if not line.startswith("configuration: "))
     assert time.monotonic() - started_at < 40
     return line
 

@@ -34,7 +34,7 @@ def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> 
         check=False,
     )
     assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = result.stderr.splitlines()
+    (line,) = (line for line in result.stderr.splitlines() if not line.startswith("configuration: "))
     assert not (folder / "outputs").exists()
     return line
 

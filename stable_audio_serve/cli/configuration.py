@@ -1,0 +1,55 @@
+"""How every command finds its configuration and says which one it is: `--config`, the file here, the packaged one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from stable_audio_serve.core.settings import Settings
+    from stable_audio_serve.serving.serve_file import ServeFile
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Serve config file; default: serve_config.yaml here, else the packaged one (demo)."),
+]
+
+
+def read_configuration(asked: Path | None) -> ServeFile:
+    """The configuration that counts here; its name goes to standard error. Raises ConfigError."""
+    from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, read_serve_file
+
+    path = find_serve_file(asked)
+    if path == PACKAGED_FILE:
+        say("the packaged one, which serves the demo model; `stable-audio-serve init` writes it here, to be changed")
+    else:
+        say(str(path))
+    return read_serve_file(path)
+
+
+def load_configured(asked: Path | None) -> Settings:
+    """The effective settings of that configuration. Raises ConfigError."""
+    from stable_audio_serve.core.settings_sources import load_settings
+
+    return load_settings(read_configuration(asked).args)
+
+
+def say(which: str) -> None:
+    """Tell the operator which configuration counts, beside whatever a command prints for programs."""
+    typer.echo(f"configuration: {which}", err=True)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Settings that cannot be used end the command with one sentence and exit code 2."""
+    from stable_audio_serve.core.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(2) from error

@@ -1,0 +1,138 @@
+"""Every command finds its configuration in the same way and says which one it is; `init` writes one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from stable_audio_serve import __version__
+from stable_audio_serve.cli import app, stable_audio_api
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., Result]
+COMMANDS = [["config"], ["jobs", "list"], ["serve"]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A command in an empty directory."""
+    for name in [name for name in os.environ if name.startswith("STABLE_AUDIO_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
+def write_faulty(path: Path) -> None:
+    """A configuration that every command refuses, so that none goes on to serve."""
+    path.write_text("applications: [{import_path: 'a:b', args: {modles: []}}]\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_file_here_is_used_unless_another_is_asked_for(run: Run, tmp_path: Path, command: list[str]) -> None:
+    write_faulty(tmp_path / "serve_config.yaml")
+    here = run(*command)
+    assert (here.exit_code, here.stderr) == (
+        2,
+        "configuration: serve_config.yaml\nerror: modles: unknown; did you mean models?\n",
+    )
+    write_faulty(tmp_path / "other.yaml")
+    assert run(*command, "--config", "other.yaml").stderr.startswith("configuration: other.yaml\nerror: modles")
+    assert "absent.yaml does not exist" in run(*command, "--config", "absent.yaml").stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS[:2])
+def test_without_a_file_the_packaged_one_is_used(run: Run, command: list[str]) -> None:
+    result = run(*command)
+    assert result.stderr.startswith("configuration: the packaged one, which serves the demo model; `stable-audio-serve")
+    if command == ["config"]:
+        assert [model["name"] for model in yaml.safe_load(result.stdout)["models"]] == ["demo"]
+    if command == ["jobs", "list"]:
+        assert "there are no jobs yet" in result.stderr
+
+
+def test_init_writes_the_commented_default_once(run: Run, tmp_path: Path) -> None:
+    written = tmp_path / "serve_config.yaml"
+    assert run("init").stdout == "wrote serve_config.yaml; start the server with: stable-audio-serve serve\n"
+    assert written.read_text() == (ROOT / "serve_config.yaml").read_text()
+    assert "configuration: serve_config.yaml" in run("config").stderr
+    written.write_text("mine")
+    refused = run("init")
+    assert (refused.exit_code, refused.stderr) == (2, "error: serve_config.yaml exists already; --force replaces it\n")
+    assert written.read_text() == "mine"
+    assert run("init", "--force").exit_code == 0
+    assert written.read_text() == (ROOT / "serve_config.yaml").read_text()
+    assert run("init", "my.yaml").stdout.endswith("stable-audio-serve serve --config my.yaml\n")
+    nowhere = run("init", "absent/my.yaml")
+    assert (nowhere.exit_code, nowhere.stderr) == (
+        2,
+        "error: absent/my.yaml cannot be written: No such file or directory\n",
+    )
+
+
+def test_the_version_is_an_option(run: Run) -> None:
+    assert run("--version").stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("se", "serve"), ("jobs dead", "dead-letters"), ("serve --pro", "--proxy")]
+)
+def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
+    words = {"COMP_WORDS": f"stable-audio-serve {typed}", "COMP_CWORD": str(typed.count(" ") + 1)}
+    result = subprocess.run(
+        [str(Path(sys.executable).parent / "stable-audio-serve")],
+        env=os.environ | {"_STABLE_AUDIO_SERVE_COMPLETE": "complete_bash"} | words,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed in result.stdout.split(), result.stderr
+
+
+def test_the_proxy_may_be_chosen_in_every_place_of_settings(run: Run, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("STABLE_AUDIO_PROXY=python\n")
+    assert yaml.safe_load(run("config").stdout)["proxy"]["kind"] == "python"
+
+
+def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run, tmp_path: Path) -> None:
+    """Without weights and a hub it ends where it would begin to serve them, for all that `.env` says."""
+    (tmp_path / ".env").write_text(
+        "HF_HUB_OFFLINE=1\nSTABLE_AUDIO_DEFAULT_MODEL=small-music\nSTABLE_AUDIO_PRELOAD_MODELS=small-sfx\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from stable_audio_serve.cli import stable_audio_api as it; it.app()",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "32768",
+        ],
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == "default model: small-music (named by STABLE_AUDIO_DEFAULT_MODEL)\n"
+    first, *_, last = done.stderr.splitlines()
+    assert first.startswith("configuration: no serve_config.yaml here: small-sfx, small-music and medium")
+    assert last.startswith("error: model small-sfx: stabilityai/stable-audio-3-small-sfx is not complete in ")
+
+
+def test_the_stable_audio_3_servers_command_takes_the_file_here_and_refuses_to_reload(run: Run, tmp_path: Path) -> None:
+    write_faulty(tmp_path / "serve_config.yaml")
+    result = CliRunner().invoke(stable_audio_api.app, ["--host", "0.0.0.0", "--port", "8000"])
+    assert result.stderr == "configuration: serve_config.yaml\nerror: modles: unknown; did you mean models?\n"
+    refused = CliRunner().invoke(stable_audio_api.app, ["--reload"])
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "error: --reload: not supported; restart the server after a change\n",
+    )
