@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -37,6 +41,26 @@ class Hub:
     url: str = ""
     fetched: list[str] = field(default_factory=list)
     requests: int = 0
+
+
+def checkpoint_files(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint folder, as a repository has them."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("golden")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
+    """This process's environment with another hub and cache, without any other setting of the hub's library."""
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    told = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
+    return mine | told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
+
+
+def fill_cache(home: Path, repo_id: str, folder: Path) -> None:
+    """Download the checkpoint in `folder`, called `repo_id`, to the cache below `home`; then its hub is gone."""
+    code = "import huggingface_hub, sys; huggingface_hub.snapshot_download(sys.argv[1])"
+    with running_hub({repo_id: Repo(checkpoint_files(folder))}) as hub:
+        subprocess.run([sys.executable, "-c", code, repo_id], env=hub_environment(hub.url, home), check=True)
 
 
 @contextmanager

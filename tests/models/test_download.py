@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.goldens import SA3_GOLDENS
-from tests.models.hub import COMMIT, Repo, running_hub, silent_hub
+from tests.models.hub import COMMIT, Repo, checkpoint_files, hub_environment, running_hub, silent_hub
 
 pytestmark = pytest.mark.slow
 
 TINY = SA3_GOLDENS / "tiny-s"
-NEEDED = {
-    str(path.relative_to(TINY)): path.read_bytes()
-    for path in TINY.rglob("*")
-    if path.is_file() and not path.name.startswith("golden")
-}
+NEEDED = checkpoint_files(TINY)
 FILES = NEEDED | {"README.md": b"not needed", "notes.safetensors": b"not needed"}
 ENCODER_WEIGHTS = "t5gemma/model.safetensors"
 DOWNLOAD = """
@@ -42,9 +38,7 @@ def run(
     actions: str, tmp_path: Path, *, endpoint: str, repo_id: str = "lab/model", **settings: str
 ) -> list[dict[str, str]]:
     """What each action gives: a `folder` or an error's `message`. Upper-case settings are environment variables."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub")}
-    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
+    environment = hub_environment(endpoint, tmp_path / "hub")
     environment |= {key: value for key, value in settings.items() if key.isupper()}
     entry = {"repo_id": repo_id, **{key: value for key, value in settings.items() if not key.isupper()}}
     done = subprocess.run(

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.models.hub import fill_cache
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, command, free_port, write_config
 
@@ -40,24 +41,25 @@ def make_args(**settings: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LaunchedServer]]:
-    """Two more servers on the machine, told where to find the first one's Ray: they must not care."""
+    """Two more servers on the machine, told where to find the first one's Ray: they must not care.
+
+    The first has the model from a folder, the second from a cache whose hub is gone.
+    """
     address, token = server.ray()
     foreign = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    foreign |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
     folder = tmp_path_factory.mktemp("others")
-    relative = os.path.relpath(TINY, folder)  # to where the server is started
-    models = [{"name": "tiny", "path": relative, "max_queue_s": 1e6}, {"name": "absent", "path": "/absent"}]
-    models = [*models, {"name": "away", "repo_id": "lab/model"}]
-    config = write_config(folder, {"models": models, "drain_s": _DRAIN_S})
-    (config.parent / ".env").write_text("STABLE_AUDIO_MAX_STEPS=1000\nSTABLE_AUDIO_MAX_BATCH_SIZE=9\n")
-    servers = {
-        name: LaunchedServer(
-            config,
-            environment=foreign
-            | {"STABLE_AUDIO_PROXY": name, "STABLE_AUDIO_OUTPUT_DIR": str(folder / name)},  # a queue for each
-        )
-        for name in ("haproxy", "python")
-    }
+    (folder / ".env").write_text("STABLE_AUDIO_MAX_STEPS=1000\nSTABLE_AUDIO_MAX_BATCH_SIZE=9\n")
+    fill_cache(folder / "hub", "lab/tiny", Path(TINY))
+    foreign |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub")}
+    # A relative path is relative to where the server is started.
+    places = {"haproxy": {"path": os.path.relpath(TINY, folder / "haproxy")}, "python": {"repo_id": "lab/tiny"}}
+    lacking = [{"name": "absent", "path": "/absent"}, {"name": "away", "repo_id": "lab/model"}]
+    servers = {}
+    for name, place in places.items():
+        (folder / name).mkdir()
+        models = [{"name": "tiny", "max_queue_s": 1e6, **place}, *lacking]
+        config = write_config(folder / name, {"models": models, "drain_s": _DRAIN_S})
+        servers[name] = LaunchedServer(config, environment=foreign | {"STABLE_AUDIO_PROXY": name})
     try:
         with ThreadPoolExecutor() as pool:
             probes = {name: pool.submit(probe_start, launched.url) for name, launched in servers.items()}
