@@ -92,6 +92,7 @@ class Known:
                 "request_id": fal["request_id"],
                 "generation_id": aiml["id"],
                 "job_id": job["id"],
+                "cursor": job["id"],
                 "ticket": upload["upload_url"].split("/")[-1],
                 "file_id": file_id,
                 "file_name": file_name,
