@@ -55,7 +55,7 @@ class Origins:
         listed = origins if origins is not None else [public_url] if public_url else []
         self._allowed = {_parse_origin(_without_path(origin)) for origin in listed} - {None}
         self._allows_null = "null" in listed
-        self._checks_hosts = not settings.key_hashes and ANY not in hosts
+        self._checks_hosts = ANY not in hosts and (bool(hosts) or not settings.key_hashes)
         own_name = socket.gethostname().lower()
         public_name = urlsplit(public_url).hostname if public_url else None
         self._names = {*map(_plain_name, hosts), own_name, own_name.partition(".")[0], public_name} - {"", None}

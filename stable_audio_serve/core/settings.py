@@ -159,7 +159,7 @@ class ApiSettings(Section):
     allowed_hosts: Annotated[tuple[_HostName, ...], BeforeValidator(_split_commas)] = Field(
         (),
         description="Names this server is called by, besides its addresses, localhost, its own name and that in "
-        "`public_url`, a list or comma list; * = any. Not asked where keys are configured.",
+        "`public_url`, a list or comma list; * = any. Where keys are configured, none = any.",
     )
 
 

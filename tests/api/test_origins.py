@@ -271,6 +271,10 @@ async def test_with_keys_any_page_that_has_one_may_use_it_by_any_name() -> None:
     async with visit(key_hashes=[hash_key("key")], cors_origins=["https://a.example"]) as (client, _):
         assert not await is_allowed(client, Origin=EVIL, Authorization="Bearer key")
         assert await is_allowed(client, Origin="https://a.example", Authorization="Bearer key")
+        assert await is_allowed(client, Host="b.example", Authorization="Bearer key")
+    async with visit(key_hashes=[hash_key("key")], allowed_hosts=["a.example"]) as (client, _):
+        assert not await is_allowed(client, Host="b.example", Authorization="Bearer key")
+        assert await is_allowed(client, Host="a.example", Authorization="Bearer key")
 
 
 _SIGNS = ["http://", "https://", "null", *".:@/\\?#% \t\0[]-_x0ⓛ", "80"]
