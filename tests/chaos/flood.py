@@ -20,7 +20,7 @@ _RENEW_AFTER_S = 0.1
 _CONNECT_TIMEOUT_S = 10.0
 _AT_ONCE = 200  # connections being made
 _UPLOAD = (
-    b"POST /v1/audio/variations HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+    b"POST /v1/audio/variations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     b"Content-Length: 1000000\r\n\r\n-"
 )
 
