@@ -100,13 +100,27 @@ def _own_failures_of_serve(text: str, options: ProxyOptions) -> str:
     return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", rf"\1\n\2{answer}")
 
 
+def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
+    """Where a replica dies, HAProxy has an answer for its clients only if the connection to it was a new one.
+
+    On one used before it takes the end for an idle one's and cuts the client off, to make it try again.
+    """
+    if not _has_applications(text):
+        return text
+    return _replace(text, r"^( *)http-reuse always$", r"\1http-reuse never\n\1option http-server-close")
+
+
 def _wait_for_routes(text: str, options: ProxyOptions) -> str:
     """Before HAProxy is told of any application, it cannot know that a path does not exist."""
-    if re.search(r"^ *use_backend ", text, flags=re.MULTILINE):
+    if _has_applications(text):
         return text
     return _replace(
         text, r"^(backend default_backend\n +)http-request return status 404 .*$", rf"\1http-request {_REFUSAL}"
     )
+
+
+def _has_applications(text: str) -> bool:
+    return re.search(r"^ *use_backend ", text, flags=re.MULTILINE) is not None
 
 
 def _hide_pages(text: str, options: ProxyOptions) -> str:
@@ -125,6 +139,7 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _bound_waiting,
     _ask_to_retry,
     _own_failures_of_serve,
+    _connect_for_each_request,
     _wait_for_routes,
     _hide_pages,
     _face_clients,
