@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -261,6 +262,28 @@ def test_a_real_run_exports_what_is_declared(server: LaunchedServer, config: Pat
     declared = {exported_name(metric): (metric.kind, set(metric.labels)) for metric in METRICS.values()}
     assert {name: declared.get(name) for name in found} == found
     assert {exported_name(METRICS[name]) for name in wanted} <= found.keys()
+
+
+def test_a_replaced_ingress_sends_the_readers_of_events_elsewhere(server: LaunchedServer) -> None:
+    """Serve waits for requests of a replica that it stops, two minutes here, and a stream is one."""
+    minutes = make_long_body(steps=1000, duration=16, batch_size=4, cfg_scale=3, sampler_kwargs={"sampler_type": "rk4"})
+    job_id = submit(server, **minutes)
+    assert len(server.pids("ServeReplica:audio:Ingress")) == 2
+    with ThreadPoolExecutor(4) as pool:
+        streams = [
+            pool.submit(server.client.get, f"/jobs/{job_id}/events") for _ in range(4)
+        ]  # HAProxy shares them out
+        time.sleep(1)
+        assert not any(stream.done() for stream in streams)
+        with server.look_inside("tests.serving.rescale", "Ingress", "1") as rescaling:
+            assert rescaling.wait(60) == 0
+        wait_until(lambda: len(server.pids("ServeReplica:audio:Ingress")) == 1)
+        ended = [stream for stream in streams if stream.done()]
+        assert len(ended) == 2
+        for stream in ended:
+            assert stream.result().text.rstrip().splitlines()[-1].startswith("retry: ")
+        assert server.client.delete(f"/jobs/{job_id}").status_code == 202
+        assert all("event: end" in stream.result().text for stream in streams if stream not in ended)
 
 
 def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, config: Path) -> None:
