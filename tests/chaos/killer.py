@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
+import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
+import httpx
+
 from tests.serving.launched import LaunchedServer
 
-Target = Literal["engine", "runner", "ingress", "controller", "database"]
+Target = Literal["engine", "runner", "ingress", "controller", "proxy", "database"]
 
-# What the command lines of a server's processes contain; the database is no process of the server.
-_TITLES: Mapping[Target, str] = {
-    "engine": "ray::ServeReplica:audio:tiny",
-    "runner": "ray::ServeReplica:audio:job-runner",
-    "ingress": "ray::ServeReplica:audio:Ingress",
-    "controller": "ray::ServeController",
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the command lines of such processes contain, how many there should be, and what Serve calls them."""
+
+    title: str
+    number: int
+    deployment: str | None = None
+
+
+# Of the server in `scene`; the database is no process of the server.
+_KINDS: Mapping[Target, Kind] = {
+    "engine": Kind("ray::ServeReplica:audio:tiny", 2, "tiny"),
+    "runner": Kind("ray::ServeReplica:audio:job-runner", 2, "job-runner"),
+    "ingress": Kind("ray::ServeReplica:audio:Ingress", 2, "Ingress"),
+    "controller": Kind("ray::ServeController", 1),
+    "proxy": Kind("/haproxy -db ", 1),
 }
 _LOOK_S = 0.2
+_ANSWER_S = 5.0
+_BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +65,14 @@ def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
     rng = random.Random(f"strikes/{seed}")
     targets: list[Target] = []
     for _ in range(rounds):
-        targets += rng.sample(list(_TITLES), len(_TITLES))
+        targets += rng.sample(list(_KINDS), len(_KINDS))
     targets.insert(rng.randrange(1, len(targets)), "database")
     times = [every_s * (index + 1 + rng.uniform(-0.4, 0.4)) for index in range(len(targets))]
     return [Strike(at_s, target) for at_s, target in zip(times, targets, strict=True)]
+
+
+class NotBackError(Exception):
+    """A victim was not replaced in time; the text says which."""
 
 
 async def strike_all(
@@ -61,28 +83,91 @@ async def strike_all(
     seed: int,
     report: Callable[[Blow], None],
 ) -> list[Blow]:
-    """Carry out a plan. A kind of which none lives is waited for, and the strikes behind it come later."""
+    """Carry out a plan, but never strike before the last victim is back: a server that is given no time to recover
+    shows only that it needs some. Raises NotBackError when that takes too long.
+    """
     rng = random.Random(f"victims/{seed}")
     started_at = time.monotonic()
     blows = []
-    for strike in strikes:
-        await asyncio.sleep(max(0.0, started_at + strike.at_s - time.monotonic()))
-        at = time.time()
-        if strike.target == "database":
-            await asyncio.to_thread(crash_database)
-        else:
-            at = await _kill(server, _TITLES[strike.target], rng)
-        blows.append(Blow(at, strike.target))
-        report(blows[-1])
+    with running_census(server) as census:
+        for strike in strikes:
+            await asyncio.sleep(max(0.0, started_at + strike.at_s - time.monotonic()))
+            at = time.time()
+            if strike.target == "database":
+                await asyncio.to_thread(crash_database)
+                report(blow := Blow(at, strike.target))
+            else:
+                at, pid = await _kill(server, _KINDS[strike.target], rng)
+                report(blow := Blow(at, strike.target))
+                await _wait_until_back(server, strike.target, pid, census)
+            blows.append(blow)
     return blows
 
 
-async def _kill(server: LaunchedServer, title: str, rng: random.Random) -> float:
-    """Kill one process with that title; the Unix time."""
+async def _kill(server: LaunchedServer, kind: Kind, rng: random.Random) -> tuple[float, int]:
+    """Kill one process of a kind; the Unix time, and which."""
     while True:
-        pids = await asyncio.to_thread(server.pids, title)
+        pids = await asyncio.to_thread(server.pids, kind.title)
         if pids:
             with suppress(ProcessLookupError):
-                os.kill(rng.choice(pids), signal.SIGKILL)
-                return time.time()
+                os.kill(pid := rng.choice(pids), signal.SIGKILL)
+                return time.time(), pid
         await asyncio.sleep(_LOOK_S)
+
+
+async def _wait_until_back(server: LaunchedServer, target: Target, killed: int, census: Census) -> None:
+    """Until there are as many as there should be, and they do their work. Raises NotBackError."""
+    deadline = time.monotonic() + _BACK_S
+    while not await asyncio.to_thread(_is_back, server, _KINDS[target], killed, census):
+        if time.monotonic() > deadline:
+            raise NotBackError(f"{target}: process {killed} was not replaced within {_BACK_S:g} s of its end")
+        await asyncio.sleep(_LOOK_S)
+
+
+def _is_back(server: LaunchedServer, kind: Kind, killed: int, census: Census) -> bool:
+    if len(set(server.pids(kind.title)) - {killed}) < kind.number:
+        return False
+    running = census.take()
+    if running is None or (kind.deployment and running.get(kind.deployment, 0) < kind.number):
+        return False
+    try:
+        return httpx.get(f"{server.url}/ready", timeout=_ANSWER_S).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Census:
+    """What `census.py` says of a server."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._num_taken = 0
+        self._latest: Mapping[str, int] = {}
+        self._told = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def take(self) -> Mapping[str, int] | None:
+        """Running replicas of each deployment as the controller counts them from now on; None if it does not."""
+        with self._told:
+            newer = self._num_taken + 2  # the next one may be older than the question
+            is_told = self._told.wait_for(lambda: self._num_taken >= newer, timeout=_ANSWER_S)
+            return self._latest if is_told else None
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._told:
+                self._latest = json.loads(line)
+                self._num_taken += 1
+                self._told.notify_all()
+
+
+@contextmanager
+def running_census(server: LaunchedServer) -> Iterator[Census]:
+    """Start it, stop it afterwards."""
+    process = server.look_inside("tests.chaos.census")
+    try:
+        yield Census(process)
+    finally:
+        process.kill()
+        process.wait()

@@ -133,7 +133,7 @@ def test_a_seed_repeats_orders_and_strikes() -> None:
     assert strikes == plan_strikes(rounds=3, every_s=2.0, seed=1) != plan_strikes(rounds=3, every_s=2.0, seed=2)
     targets = [strike.target for strike in strikes]
     assert {target: targets.count(target) for target in targets} == {
-        **dict.fromkeys(("engine", "runner", "ingress", "controller"), 3),
+        **dict.fromkeys(("engine", "runner", "ingress", "controller", "proxy"), 3),
         "database": 1,
     }
     assert [strike.at_s for strike in strikes] == sorted(strike.at_s for strike in strikes)
