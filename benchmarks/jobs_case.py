@@ -40,6 +40,7 @@ class Load:
     submit_hz: float = 100.0
     submit_s: float = 30.0
     queued: int = 10_000
+    clients: int = 10  # whose jobs wait
     leases: int = 300
     reads_s: float = 5.0
 
@@ -77,7 +78,8 @@ def _measure(url: str, load: Load) -> dict[str, Any]:
     short_ms = time_calls(lambda: _lease(store), load.leases)
     forget(store)
     fill(store, load.queued, state="succeeded")
-    fill(store, load.queued + load.leases, state="queued")
+    for number in range(load.clients):
+        fill(store, (load.queued + load.leases) // load.clients, state="queued", client=f"client {number}")
     long_ms = time_calls(lambda: _lease(store), load.leases)
     job = store.list_all(state="queued", limit=1)[0]
     short, long = summarize(short_ms), summarize(long_ms)
@@ -100,24 +102,25 @@ def open_store(url: str) -> JobStore:
     return JobStore(Database(database_url(url, Path("/nowhere"))), _ROOM)
 
 
-def make_spec() -> JobSpec:
+def make_spec(*, client: str = "") -> JobSpec:
     """A job like any other."""
     request = GenerationRequest(prompt="a low drone under slow rain, far away", duration_s=10.0, seed=7, steps=8)
-    return JobSpec(id=uuid.uuid4().hex, contract="sa3", model="demo", mode="text-to-audio", request=request)
+    return JobSpec(
+        id=uuid.uuid4().hex, contract="sa3", model="demo", mode="text-to-audio", request=request, client=client
+    )
 
 
-def fill(store: JobStore, count: int, *, state: str) -> None:
+def fill(store: JobStore, count: int, *, state: str, client: str = "") -> None:
     """Add `count` jobs in one statement."""
     if not count:
         return
-    template = store.add(make_spec()).job.spec.id
-    copied = [column for column in JOBS.c if column.name not in ("seq", "id", "state", "turn", "completed_at")]
+    template = store.add(make_spec(client=client)).job.spec.id
+    copied = [column for column in JOBS.c if column.name not in ("seq", "id", "state", "completed_at")]
     number = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
     number = number.union_all(sa.select(number.c.n + 1).where(number.c.n < count))
     own = {
         "id": sa.literal(f"{uuid.uuid4().hex}-") + sa.cast(number.c.n, sa.Text),
         "state": sa.literal(state),
-        "turn": JOBS.c.turn + number.c.n * 1e-6,
         "completed_at": sa.null() if state == "queued" else JOBS.c.created_at + number.c.n * 1e-6,
     }
     rows = sa.select(*copied, *own.values()).select_from(JOBS.join(number, sa.true())).where(JOBS.c.id == template)

@@ -294,16 +294,20 @@ class JobSettings(Section):
     database_url: Annotated[str | None, HiddenPassword] = Field(
         None, min_length=1, description="Where jobs are kept; unset = SQLite, jobs.db in `output_dir`."
     )
-    max_queued: int = Field(10_000, ge=1, description="Jobs waiting to run; above it new ones are refused.")
+    max_queued: int = Field(
+        10_000,
+        ge=1,
+        description="Jobs waiting to run; above it only keys with less than their share add some, up to twice as many.",
+    )
     max_queued_per_key: int = Field(1000, ge=1, description="Of these, jobs of one API key.")
-    batch_patience_s: Seconds = Field(
-        300.0, description="How much older than an interactive job a batch job must be to go first, seconds."
-    )
     runners: int = Field(1, ge=1, description="Job runner processes.")
-    max_running: int = Field(64, ge=1, description="Jobs running at a time, of one runner.")
+    max_running: int = Field(64, ge=1, description="Jobs of each priority running at a time, of one runner.")
     work_ahead_s: Seconds = Field(
-        30.0, description="Predicted work a runner hands to each model replica at a time, seconds; one job at least."
+        30.0,
+        description="Predicted interactive work a runner hands to each model replica at a time, seconds; one job at "
+        "least.",
     )
+    batch_ahead_s: Seconds = Field(5.0, description="The same for batch work, which interactive work passes anyway.")
     lease_s: float = Field(
         15.0, ge=1, le=3600, description="How long a silent runner keeps its jobs, seconds; renewed at a third of it."
     )

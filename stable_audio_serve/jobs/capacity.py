@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Priority
 
 _MEMORY = 0.9  # weight of what was known before, for each job that ends
 _APART = 0.1  # jobs that end by this share of their time after one another do not end together
@@ -27,6 +27,7 @@ def work_of(request: GenerationRequest, card: ModelCard) -> float:
 @dataclass(slots=True)
 class _Taken:
     model: str
+    priority: Priority
     work: float
     done: float = 0.0  # the share of the work, 0..1
     is_working: bool = False  # an engine has begun with it and not ended
@@ -59,12 +60,20 @@ class _Speed:
 
 
 class Capacity:
-    """What one runner has taken and whether it should take more; `key` is any name of a job."""
+    """What one runner has taken and whether it should take more; `key` is any name of a job.
+
+    Each priority has room of its own, so that neither keeps the other from the engines, which know what goes first.
+    """
 
     def __init__(
-        self, models: Collection[str], *, ahead_s: float, max_running: int, clock: Clock = SystemClock()
+        self,
+        models: Collection[str],
+        *,
+        ahead_s: Mapping[Priority, float],
+        max_running: int,
+        clock: Clock = SystemClock(),
     ) -> None:
-        """`ahead_s` of predicted work may be with each replica of a model; `max_running` bounds all models' jobs."""
+        """Of each priority `ahead_s` of predicted work may be with each replica of a model, and `max_running` jobs."""
         self._ahead_s = ahead_s
         self._max_running = max_running
         self._clock = clock
@@ -75,7 +84,7 @@ class Capacity:
 
     @property
     def num_taken(self) -> int:
-        """Jobs in progress, of all models."""
+        """Jobs in progress, of all models and priorities."""
         return len(self._taken)
 
     def set_replicas(self, replicas: Mapping[str, int]) -> None:
@@ -84,11 +93,11 @@ class Capacity:
             self._account(model)
             self._replicas[model] = max(1, replicas.get(model, 1))
 
-    def open_models(self) -> Collection[str] | None:
-        """The models of which another job may be taken; None for all, also those that are not known here."""
-        if len(self._taken) >= self._max_running:
+    def open_models(self, priority: Priority) -> Collection[str] | None:
+        """The models of which another such job may be taken; None for all, also those that are not known here."""
+        if sum(taken.priority == priority for taken in self._taken.values()) >= self._max_running:
             return ()
-        models = [model for model in self._speeds if self._has_room(model)]
+        models = [model for model in self._speeds if self._has_room(model, priority)]
         return None if len(models) == len(self._speeds) else models
 
     def close(self, model: str, *, for_s: float) -> None:
@@ -101,9 +110,9 @@ class Capacity:
         now = self._clock.monotonic()
         return min((until - now for until in self._closed_until.values() if until > now), default=None)
 
-    def begin(self, key: Hashable, *, model: str, work: float) -> None:
+    def begin(self, key: Hashable, *, model: str, priority: Priority, work: float) -> None:
         """A job was taken."""
-        self._taken[key] = _Taken(model, work)
+        self._taken[key] = _Taken(model, priority, work)
 
     def advance(self, key: Hashable, *, done: float) -> None:
         """An engine works on the job and has done this share of it, 0..1."""
@@ -125,26 +134,27 @@ class Capacity:
         speed = self._speeds.get(model)
         return None if speed is None else speed.predict_s(work)
 
-    def backlog_s(self, model: str) -> float | None:
-        """Predicted time until all that was taken of a model is done, seconds; None while too little is known."""
-        left_s = self.predict_s(model, sum(taken.work_left for taken in self._of(model)))
-        return None if left_s is None else left_s / self._replicas[model]
-
     def predict_end_s(self, key: Hashable) -> float | None:
-        """Time until a job that was taken is done, seconds: after all of its model if no engine works on it yet."""
+        """Time until a job that was taken is done, seconds: if it waits, after all of its model that it cannot pass."""
         taken = self._taken[key]
         if taken.is_working or taken.done >= 1.0:
             return self.predict_s(taken.model, taken.work_left)
-        return self.backlog_s(taken.model)
+        ahead = [other for other in self._of(taken.model) if taken.priority in (other.priority, "batch")]
+        return self._predict_all_s(taken.model, ahead)
 
-    def _has_room(self, model: str) -> bool:
+    def _has_room(self, model: str, priority: Priority) -> bool:
         if self._closed_until[model] > self._clock.monotonic():
             return False
-        taken = self._of(model)
-        backlog_s = self.backlog_s(model)
+        taken = [taken for taken in self._of(model) if taken.priority == priority]
+        backlog_s = self._predict_all_s(model, taken)
         if backlog_s is None:
             return len(taken) < _JOBS_BEFORE_LEARNT * self._replicas[model]
-        return not taken or backlog_s < self._ahead_s
+        return not taken or backlog_s < self._ahead_s[priority]
+
+    def _predict_all_s(self, model: str, taken: Collection[_Taken]) -> float | None:
+        """Predicted time until these jobs are done, seconds; None while too little is known."""
+        left_s = self.predict_s(model, sum(one.work_left for one in taken))
+        return None if left_s is None else left_s / self._replicas[model]
 
     def _of(self, model: str) -> list[_Taken]:
         return [taken for taken in self._taken.values() if taken.model == model]

@@ -18,6 +18,7 @@ from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StorageError, UnknownModelError
 from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.attempt import Attempt, StopReason, Workplace, account_for
@@ -69,7 +70,7 @@ class JobRunner:
         self._executor = JobExecutor(backend, artifacts, settings.api, gate=self._gate, clock=clock)
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
-            ahead_s=self._settings.work_ahead_s,
+            ahead_s={"interactive": self._settings.work_ahead_s, "batch": self._settings.batch_ahead_s},
             max_running=self._settings.max_running,
             clock=clock,
         )
@@ -165,7 +166,9 @@ class JobRunner:
         if _is_due(outlook.webhook_in_s) and self._notifier is not None:
             self._notifier.deliver_due()
         if _is_due(outlook.lease_in_s):
-            num_done += await self._lease(outlook.num_queued)
+            self._asking.start_if_due()
+            for priority, num_queued in outlook.queued.items():
+                num_done += await self._lease(priority, num_queued)
         return num_done
 
     def _wait_s(self, outlook: Outlook, poll_s: float) -> float:
@@ -174,15 +177,15 @@ class JobRunner:
         times.append(self._capacity.opens_in_s())
         return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])
 
-    async def _lease(self, num_queued: int) -> int:
+    async def _lease(self, priority: Priority, num_queued: int) -> int:
         """Take waiting jobs, of which there were so many, while there is room for them; how many."""
         num_leased = 0
-        self._asking.start_if_due()
+        lease_s = self._settings.lease_s
         while num_leased < num_queued and not self._is_closing and self._gate.admits(self._capacity.num_taken):
-            models = self._capacity.open_models()
+            models = self._capacity.open_models(priority)
             if models is not None and not models:
                 break
-            lease = partial(self._store.lease, self.owner, lease_s=self._settings.lease_s, models=models)
+            lease = partial(self._store.lease, self.owner, lease_s=lease_s, models=models, priority=priority)
             job = await asyncio.to_thread(lease)
             if job is None:
                 break
@@ -198,7 +201,7 @@ class JobRunner:
         except UnknownModelError:  # the attempt will say so
             work = 0.0
         self._heartbeat.hold(lease)
-        self._capacity.begin(lease, model=job.spec.model, work=work)
+        self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, work=work)
         self._attempts[lease] = attempt = Attempt(job, self._workplace)
         attempt.task.add_done_callback(partial(self._finished, lease))
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, StorageError
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs import codec
 from stable_audio_serve.jobs.database import Database
@@ -30,6 +31,7 @@ from stable_audio_serve.jobs.transitions import (
     to_job,
     waiting_again,
 )
+from stable_audio_serve.jobs.turns import Turns
 from stable_audio_serve.jobs.webhooks import host_of
 
 CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
@@ -85,12 +87,17 @@ class Page:
 class Outlook:
     """What a runner may have to do: counts, and seconds until something is due (0 or less: now; None: never)."""
 
-    num_queued: int
+    queued: Mapping[Priority, int]
     num_stops: int
     lease_in_s: float | None
     reclaim_in_s: float | None
     late_in_s: float | None
     webhook_in_s: float | None
+
+    @property
+    def num_queued(self) -> int:
+        """Of every priority."""
+        return sum(self.queued.values())
 
 
 class JobStore:
@@ -104,6 +111,7 @@ class JobStore:
         self.database = database
         self._limits = limits or JobSettings()
         self._do = Transitions(database)
+        self._turns = Turns(database)
         self._insert_job = _insert_job(database)
 
     # What clients do
@@ -161,12 +169,10 @@ class JobStore:
         return tuple(to_event(row, number) for number, row in enumerate(rows, start=num_known + 1))
 
     def position(self, job: Job) -> int:
-        """How many waiting jobs of its model come before this one."""
-        own = sa.select(_jobs.turn, _jobs.seq).where(is_job(job.spec.ref)).subquery()
-        is_before = sa.tuple_(_jobs.turn, _jobs.seq) < sa.tuple_(own.c.turn, own.c.seq)
-        query = sa.select(sa.func.count()).select_from(own).join(JOBS, is_before)
+        """How many waiting jobs of its model and priority start before this one."""
+        is_it = is_job(job.spec.ref)
         with self.database.reading() as connection:
-            return connection.execute(query.where(_QUEUED, _jobs.model == job.spec.model)).scalar_one()
+            return self._turns.position(connection, job.spec, is_job=is_it)
 
     def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
         """End a waiting job, or ask the owner of a running one to stop; and the job afterwards."""
@@ -198,16 +204,22 @@ class JobStore:
 
     # What runners do
 
-    def lease(self, owner: str, *, lease_s: float, models: Collection[str] | None = None) -> Job | None:
+    def lease(
+        self,
+        owner: str,
+        *,
+        lease_s: float,
+        models: Collection[str] | None = None,
+        priority: Priority = "interactive",
+    ) -> Job | None:
         """Start the waiting job whose turn it is, of these models; it is the owner's for `lease_s` from now."""
-        now = self.database.now
-        conditions = [_QUEUED, _jobs.not_before <= now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > now)]
-        if models is not None:
-            conditions.append(_jobs.model.in_(models))
+        is_next = _jobs.seq == self._turns.next_job(priority, models)
         values = self._do.started(owner, lease_s=lease_s)
-        order = (_jobs.turn, _jobs.seq)
         with self.database.writing() as connection:
-            return self._do.change_first(connection, *conditions, order=order, message="started", **values)
+            job = self._do.change(connection, is_next, message="started", **values)
+            if job is not None:
+                self._turns.served(connection, job.spec)
+        return job
 
     def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[Held]:
         """Hold on to these running jobs of this owner for `lease_s` from now; those that are not returned are lost.
@@ -289,7 +301,7 @@ class JobStore:
         """What there is to do, in one query: all that an idle runner asks."""
         now = self.database.now
         query = sa.select(
-            count(_QUEUED).label("queued"),
+            *(count(_QUEUED, _jobs.priority == priority).label(priority) for priority in get_args(Priority)),
             count(_jobs.owner == owner, _RUNNING, _jobs.cancel_requested).label("stops"),
             (_least(_jobs.not_before, _QUEUED) - now).label("lease"),
             (_least(_jobs.lease_until, _RUNNING) - now).label("reclaim"),
@@ -298,7 +310,8 @@ class JobStore:
         )
         with self.database.reading() as connection:
             row = connection.execute(query).one()
-        return Outlook(row.queued, row.stops, row.lease, row.reclaim, row.late, row.webhook)
+        queued = {priority: row._mapping[priority] for priority in get_args(Priority)}
+        return Outlook(queued, row.stops, row.lease, row.reclaim, row.late, row.webhook)
 
     # What operators do
 
@@ -369,6 +382,7 @@ class JobStore:
     def _add(self, connection: sa.Connection, spec: JobSpec) -> Added | StableAudioError:
         refusal = find_no_room(connection, spec, limits=self._limits)
         if refusal is None and (row := self._insert(connection, spec)):
+            self._turns.join(connection, spec)
             self._do.note(connection, [row], message="queued")
             return Added(to_job(row), is_new=True)
         try:
@@ -383,9 +397,8 @@ class JobStore:
         """None when a job with its id or idempotency key is there already."""
         values = {
             **{"contract": spec.contract, "id": spec.id, "client": spec.client, "id_is_chosen": spec.id_is_chosen},
-            "model": spec.model,
+            **{"model": spec.model, "priority": spec.request.priority},
             **{"spec": codec.dump(spec), "fingerprint": spec.fingerprint, "idempotency_key": spec.idempotency_key},
-            "patience_s": self._limits.batch_patience_s if spec.request.priority == "batch" else 0.0,
             "start_within_s": spec.start_within_s,
             "upload_key": spec.upload.file.key if spec.upload else None,
             "webhook_url": spec.webhook_url,
@@ -420,15 +433,11 @@ class JobStore:
 
 def _insert_job(database: Database) -> sa.Executable:
     """Made once: to put a statement together costs more than to run it."""
-    now, patience_s, start_within_s = (database.now, *map(_seconds, ("patience_s", "start_within_s")))
+    now, start_within_s = database.now, sa.bindparam("start_within_s", type_=sa.Double)
     insert = database.insert(JOBS).values(
-        state="queued", created_at=now, not_before=now, turn=now + patience_s, start_before=now + start_within_s
+        state="queued", created_at=now, not_before=now, start_before=now + start_within_s
     )
     return insert.on_conflict_do_nothing().returning(JOBS)
-
-
-def _seconds(name: str) -> sa.BindParameter[float]:
-    return sa.bindparam(name, type_=sa.Double)
 
 
 def _lock(connection: sa.Connection, job_ids: Collection[str]) -> None:

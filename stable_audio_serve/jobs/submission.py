@@ -13,6 +13,7 @@ from stable_audio_serve.jobs.tables import JOBS, in_state
 from stable_audio_serve.jobs.transitions import is_job
 
 _FULL_RETRY_S = 10.0
+_MOST_OVER = 2  # times `max_queued`: what clients who come to a full queue can make of it
 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")
@@ -28,14 +29,23 @@ _WAITING = sa.select(count(_QUEUED).label("all"), sa.literal(0).label("own"))
 _WAITING_AND_OWN = sa.select(
     count(_QUEUED).label("all"), count(_QUEUED, _jobs.client == sa.bindparam("client")).label("own")
 )
+_CLIENTS = sa.select(sa.func.count()).select_from(
+    sa.select(_jobs.client).where(_QUEUED).group_by(_jobs.client).subquery()
+)
 
 
 def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
-    """Why another job cannot wait. Who has no key is bounded by the limit for all only."""
+    """Why another job cannot wait. Who has no key is bounded by the limit for all only.
+
+    A full queue has room for whoever has less than a fair share in it, until it is twice as long as it may be.
+    """
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()
     if waiting.all >= limits.max_queued:
-        return OverloadedError("the job queue is full (jobs.max_queued)", retry_after_s=_FULL_RETRY_S)
+        num_clients = connection.execute(_CLIENTS).scalar_one() + (not waiting.own)
+        is_fair = bool(spec.client) and waiting.own < limits.max_queued / num_clients
+        if not is_fair or waiting.all >= _MOST_OVER * limits.max_queued:
+            return OverloadedError("the job queue is full (jobs.max_queued)", retry_after_s=_FULL_RETRY_S)
     if waiting.own >= limits.max_queued_per_key:
         message = "too many jobs of this key are waiting (jobs.max_queued_per_key)"
         return QuotaError(message, retry_after_s=_FULL_RETRY_S)

@@ -41,8 +41,8 @@ JOBS = sa.Table(
     sa.Column("client", _Text, nullable=False),
     sa.Column("id_is_chosen", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("model", _Text, nullable=False),
+    sa.Column("priority", _Text, nullable=False),
     sa.Column("state", _Text, nullable=False),
-    sa.Column("turn", sa.Double, nullable=False),  # when it would have had to come, to be served in order of arrival
     sa.Column("spec", _Text, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("started_at", sa.Double),
@@ -91,6 +91,19 @@ EVENTS = sa.Table(
     sqlite_autoincrement=True,
 )
 
+# When each client had its last turn: the number of that start among those of its priority, 0 = it had none yet.
+TURNS = sa.Table(
+    "turns",
+    METADATA,
+    sa.Column("seq", _Number, primary_key=True),  # order of arrival
+    sa.Column("priority", _Text, nullable=False),
+    sa.Column("model", _Text, nullable=False),
+    sa.Column("client", _Text, nullable=False),
+    sa.Column("served", sa.BigInteger, nullable=False, server_default="0"),
+    sa.UniqueConstraint("priority", "model", "client"),
+    sa.Index("turns_in_order", "priority", "served", "seq"),
+)
+
 # Files that links without a key lead to: finished audio, and whatever a dialect lets its clients store.
 FILES = sa.Table(
     "files",
@@ -132,7 +145,7 @@ def _index(name: str, *columns: sa.Column[Any], of: sa.ColumnElement[bool], uniq
 
 
 _QUEUED, _RUNNING = in_state("queued"), in_state("running")
-_index("jobs_by_turn", _jobs.turn, _jobs.seq, _jobs.model, of=_QUEUED)
+_index("jobs_in_line", _jobs.priority, _jobs.model, _jobs.client, _jobs.seq, of=_QUEUED)
 _index("jobs_waiting_of_client", _jobs.client, of=_QUEUED)
 _index("jobs_by_delay", _jobs.not_before, of=_QUEUED)
 _index("jobs_by_lateness", _jobs.start_before, of=_jobs.start_before.is_not(None))

@@ -5,7 +5,7 @@ A change names the states and leases it starts from, so of two at once only one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -41,18 +41,6 @@ class Transitions:
             return None
         self.note(connection, [row], message=message)
         return to_job(row)
-
-    def change_first(
-        self,
-        connection: sa.Connection,
-        *conditions: sa.ColumnElement[bool],
-        order: Sequence[sa.ColumnElement[Any]],
-        message: str | None,
-        **values: Any,
-    ) -> Job | None:
-        """`change` for the first of several jobs that nobody else is changing at this moment."""
-        first = sa.select(_jobs.seq).where(*conditions).order_by(*order).limit(1).with_for_update(skip_locked=True)
-        return self.change(connection, _jobs.seq == first.scalar_subquery(), message=message, **values)
 
     def change_some(
         self,
@@ -156,7 +144,7 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
         contract=row.contract,
         model=row.model,
         mode="text-to-audio",
-        request=GenerationRequest(prompt="", duration_s=0.0, seed=0),
+        request=GenerationRequest(prompt="", duration_s=0.0, seed=0, priority=row.priority),
         webhook_url=row.webhook_url,
         client=row.client,
         id_is_chosen=row.id_is_chosen,

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job, Lease
 from stable_audio_serve.jobs.store import JobStore
 from tests.jobs.stores import (
@@ -34,7 +32,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOrder:
-    """Jobs start in order of arrival; batch jobs let interactive ones go first, for a while."""
+    """Jobs of a client start in order of arrival, clients take turns, and each priority has a line of its own."""
 
     def test_first_come_first_served(self, store: JobStore) -> None:
         jobs = [add(store) for _ in range(3)]  # at one moment of the clock
@@ -44,17 +42,51 @@ class TestOrder:
 
     def test_interactive_before_batch(self, store: JobStore) -> None:
         jobs = [add(store, priority=priority) for priority in ("batch", "interactive", "batch", "interactive")]
-        assert [store.position(job) for job in jobs] == [2, 0, 3, 1]
-        assert leased_ids(store, 4) == [jobs[index].spec.id for index in (1, 3, 0, 2)]
+        assert [store.position(job) for job in jobs] == [0, 0, 1, 1]
+        assert leased_ids(store, 2) == [jobs[1].spec.id, jobs[3].spec.id]
+        assert store.lease("me", lease_s=15) is None
+        assert [lease(store, priority="batch").spec.id for _ in range(2)] == [jobs[0].spec.id, jobs[2].spec.id]
 
-    def test_a_batch_job_does_not_wait_for_ever(self, database: Database, wall: Wall) -> None:
-        store = JobStore(database, JobSettings(batch_patience_s=60))
-        batch = add(store, priority="batch")
-        wall.now += 59
-        early = add(store)
-        wall.now += 2
-        late = add(store)
-        assert leased_ids(store, 3) == [early.spec.id, batch.spec.id, late.spec.id]
+    def test_clients_take_turns(self, store: JobStore) -> None:
+        jobs = {name: add(store, client=name[0]) for name in ("a1", "a2", "a3", "b1", "b2", "c1")}
+        order = ["a1", "b1", "c1", "a2", "b2", "a3"]
+        assert {name: store.position(job) for name, job in jobs.items()} == {name: n for n, name in enumerate(order)}
+        assert leased_ids(store, 6) == [jobs[name].spec.id for name in order]
+
+    def test_who_had_nothing_waiting_is_next_but_not_twice(self, store: JobStore) -> None:
+        many = [add(store, client="many") for _ in range(3)]
+        lease(store)
+        few = add(store, client="few")
+        assert store.position(few) == 0
+        assert lease(store).spec.id == few.spec.id
+        again = add(store, client="few")  # whoever asks for one at a time gets no more than the others
+        assert store.position(again) == 1
+        assert leased_ids(store, 3) == [many[1].spec.id, again.spec.id, many[2].spec.id]
+
+    def test_what_is_cancelled_or_put_back_takes_no_turn_of_its_client(self, store: JobStore) -> None:
+        first, second, third = (add(store, client="a") for _ in range(3))
+        others = [add(store, client="b") for _ in range(3)]
+        started = lease(store)
+        store.requeue(started, delay_s=0, attempts=1, message="x")
+        store.cancel(second.spec.ref)
+        assert [store.position(job) for job in (first, third, *others)] == [1, 3, 0, 2, 4]
+        assert leased_ids(store, 5) == [job.spec.id for job in (others[0], first, others[1], third, others[2])]
+
+    def test_a_delayed_job_holds_up_nobody(self, store: JobStore, wall: Wall) -> None:
+        delayed, own = add(store, client="a"), add(store, client="a")
+        other = add(store, client="b")
+        store.requeue(lease(store), delay_s=10, attempts=1, message="x")
+        assert leased_ids(store, 2) == [other.spec.id, own.spec.id]
+        assert store.lease("me", lease_s=15) is None
+        wall.now += 10.5
+        assert lease(store).spec.id == delayed.spec.id
+
+    def test_turns_are_apart_for_every_model(self, store: JobStore) -> None:
+        for _ in range(3):
+            add(store, client="a", model="m")
+        leased_ids(store, 2)
+        on_other = add(store, client="a", model="n"), add(store, client="b", model="n")
+        assert [store.position(job) for job in on_other] == [0, 1]
 
     def test_only_of_the_models_asked_for(self, store: JobStore) -> None:
         a, b, c = add(store, model="a"), add(store, model="b"), add(store, model="c")

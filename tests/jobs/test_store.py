@@ -192,6 +192,28 @@ class TestRoom:
         assert caught.value.retry_after_s
         add(store, client="two")
 
+    def test_a_full_queue_has_room_for_the_share_of_who_has_less(self, database: Database) -> None:
+        store = JobStore(database, JobSettings(max_queued=12))
+        for _ in range(12):
+            add(store, client="one")
+        for _ in range(6):
+            add(store, client="two")
+        for _ in range(4):
+            add(store, client="three")
+        for client in ("one", "two", "three"):
+            with pytest.raises(OverloadedError) as caught:
+                add(store, client=client)
+            assert not isinstance(caught.value, QuotaError)
+        for _ in range(2):
+            add(store, client="four")
+        with pytest.raises(OverloadedError):  # twice as many as may wait
+            add(store, client="five")
+        for _ in range(13):
+            lease(store)
+        add(store, client="five")
+        with pytest.raises(OverloadedError):
+            add(store, client="one")
+
     def test_who_has_no_key_shares_the_limit_of_all_only(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=3, max_queued_per_key=1))
         for _ in range(3):

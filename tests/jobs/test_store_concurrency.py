@@ -95,6 +95,21 @@ def test_threads_never_lease_the_same_job(database: Database) -> None:
     assert set(ids) == expected
 
 
+def test_many_runners_give_every_client_its_turns(database: Database) -> None:
+    store = JobStore(database, _MANY)
+    for _ in range(30):
+        for client in "klmno":
+            add(store, client=client)
+
+    def lease_some(owner: str) -> list[str]:
+        return [lease(store, owner).spec.client for _ in range(15)]
+
+    clients = list(itertools.chain(*at_once([partial(lease_some, owner) for owner in "abcd"])))
+    assert len(clients) == 60
+    for client in "klmno":  # two who lease at one moment may give the same client a turn each
+        assert abs(clients.count(client) - 12) <= 4
+
+
 def test_processes_never_lease_the_same_job(database: Database, store_url: str, processes: ProcessPoolExecutor) -> None:
     store = JobStore(database, _MANY)
     expected = {add(store).spec.id for _ in range(150)}

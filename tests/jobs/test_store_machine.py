@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, JobUpload
@@ -36,12 +37,13 @@ from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, 
 __all__ = ["postgres_with_tables", "store_url"]
 
 _CHAOS_SEQUENCES = int(os.environ.get("CHAOS_STORE_SEQUENCES", "2000"))
-_LIMITS = JobSettings(max_queued=5, max_queued_per_key=3, batch_patience_s=30)
+_LIMITS = JobSettings(max_queued=5, max_queued_per_key=3)
 _LEASE_S = 10.0
 _MAX_ATTEMPTS = 3
 _AGE_S = 50.0
 
 _OVER = ("succeeded", "failed", "cancelled")
+_Line = tuple[str, str, str]  # priority, model, client
 
 
 @dataclass
@@ -65,8 +67,8 @@ class Expected:
     is_told: bool = False
 
     @property
-    def turn(self) -> tuple[float, int]:
-        return (self.created_at + (30 if self.spec.request.priority == "batch" else 0), self.number)
+    def line(self) -> _Line:
+        return (self.spec.request.priority, self.spec.model, self.spec.client)
 
     def end(self, state: str, now: float, error: str | None = None) -> None:
         self.state, self.completed_at, self.error = state, now, error
@@ -90,6 +92,7 @@ def view(job: Job) -> tuple[object, ...]:
 
 
 _owners = st.sampled_from("ab")
+_priorities = st.sampled_from(["interactive", "interactive", "batch"])
 _recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # how far back
 
 _ends = st.sampled_from(["succeed", "fail", "give up", "stop", "put back", "put back uncounted"])
@@ -110,6 +113,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.ends: dict[JobRef, Job] = {}  # as they were first seen
         self.files: dict[str, JobRef | None] = {}  # by id, of every result anybody tried to commit
         self.num_jobs = 0
+        self.turns: dict[_Line, int] = {}  # the number of the last start, in order of arrival
         self.leases: list[Job] = []  # every one there ever was
 
     @property
@@ -148,12 +152,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(
         model=st.sampled_from("mn"),
+        client=st.sampled_from(["", "k", "l"]),
         priority=st.sampled_from(["interactive", "batch"]),
         start_within_s=st.sampled_from([None, None, 0.5, 5.0]),
         is_told=st.booleans(),
     )
-    def submit_new(self, model: str, priority: str, start_within_s: float | None, is_told: bool) -> None:
-        self.submit(model=model, priority=priority, start_within_s=start_within_s, is_told=is_told)
+    def submit_new(self, model: str, client: str, priority: str, start_within_s: float | None, is_told: bool) -> None:
+        self.submit(model=model, client=client, priority=priority, start_within_s=start_within_s, is_told=is_told)
 
     @rule(
         contract=st.sampled_from(["sa3", "sa3", "sa3", "fal"]),
@@ -205,7 +210,7 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 with pytest.raises(ConflictError):
                     self.store.add(spec)
-        elif len(queued) >= _LIMITS.max_queued:
+        elif self.is_full_for(client, queued):
             with pytest.raises(OverloadedError) as caught:
                 self.store.add(spec)
             assert not isinstance(caught.value, QuotaError)
@@ -216,7 +221,14 @@ class StoreMachine(RuleBasedStateMachine):
             added = self.store.add(spec)
             assert added.is_new
             start_before = None if start_within_s is None else self.now + start_within_s
-            self.jobs[spec.ref] = Expected(spec, self.num_jobs, self.now, self.now, start_before)
+            self.jobs[spec.ref] = job = Expected(spec, self.num_jobs, self.now, self.now, start_before)
+            self.turns.setdefault(job.line, 0)
+
+    def is_full_for(self, client: str, queued: list[str]) -> bool:
+        if len(queued) < _LIMITS.max_queued:
+            return False
+        share = _LIMITS.max_queued / len({*queued, client})
+        return not client or queued.count(client) >= share or len(queued) >= 2 * _LIMITS.max_queued
 
     @precondition(lambda self: self.jobs)
     @rule(back=_recent, is_running=st.booleans())
@@ -242,13 +254,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Runners
 
-    @rule(owner=_owners, models=st.sampled_from([None, ["m"], ["n"], ["m", "n"]]))
-    def lease_of(self, owner: str, models: list[str] | None) -> None:
-        self.lease(owner, models)
+    @rule(owner=_owners, models=st.sampled_from([None, ["m"], ["n"], ["m", "n"]]), priority=_priorities)
+    def lease_of(self, owner: str, models: list[str] | None, priority: Priority) -> None:
+        self.lease(owner, models, priority)
 
-    @rule(owner=_owners, how=_ends)
-    def run(self, owner: str, how: str) -> None:
-        self.lease(owner, None)
+    @rule(owner=_owners, how=_ends, priority=_priorities)
+    def run(self, owner: str, how: str, priority: Priority) -> None:
+        self.lease(owner, None, priority)
         if self.leases:
             self.finish(0, how)
 
@@ -262,7 +274,7 @@ class StoreMachine(RuleBasedStateMachine):
         if num_leases:
             self.finish(len(self.leases) - num_leases, how)
 
-    def lease(self, owner: str, models: list[str] | None) -> None:
+    def lease(self, owner: str, models: list[str] | None, priority: Priority = "interactive") -> None:
         due = [
             job
             for job in self.jobs.values()
@@ -270,12 +282,13 @@ class StoreMachine(RuleBasedStateMachine):
             and job.not_before <= self.now
             and (job.start_before is None or job.start_before > self.now)
             and (models is None or job.spec.model in models)
+            and job.spec.request.priority == priority
         ]
-        leased = self.store.lease(owner, lease_s=_LEASE_S, models=models)
+        leased = self.store.lease(owner, lease_s=_LEASE_S, models=models, priority=priority)
         if not due:
             assert leased is None
             return
-        job = min(due, key=lambda job: job.turn)
+        job = take_turn(due, self.turns)
         assert leased is not None
         assert leased.spec == job.spec
         job.state, job.owner, job.fence, job.attempts = "running", owner, job.fence + 1, job.attempts + 1
@@ -445,12 +458,23 @@ class StoreMachine(RuleBasedStateMachine):
             if job.spec.upload is not None and (job.completed_at is None or job.is_dead_letter)
         }
         assert set(self.store.unreferenced(sorted(uploads))) == uploads - needed
-        due = [job for job in self.jobs.values() if job.state == "queued"]
-        for position, job in enumerate(sorted(due, key=lambda job: job.turn)):
-            found = self.store.get(job.spec.ref)
-            assert found is not None
-            before = [other for other in due if other.turn < job.turn and other.spec.model == job.spec.model]
-            assert self.store.position(found) == len(before) <= position
+        queued = [job for job in self.jobs.values() if job.state == "queued"]
+        for line in {job.line[:2] for job in queued}:
+            waiting, turns = [job for job in queued if job.line[:2] == line], dict(self.turns)
+            for position in range(len(waiting)):
+                job = take_turn(waiting, turns)
+                waiting.remove(job)
+                found = self.store.get(job.spec.ref)
+                assert found is not None
+                assert self.store.position(found) == position
+
+
+def take_turn(due: list[Expected], turns: dict[_Line, int]) -> Expected:
+    """The first job of the client whose last start is the longest ago; it has its start now."""
+    lines = [line for line in turns if any(job.line == line for job in due)]
+    line = min(lines, key=lambda line: turns[line])
+    turns[line] = 1 + max(number for other, number in turns.items() if other[0] == line[0])
+    return min((job for job in due if job.line == line), key=lambda job: job.number)
 
 
 @pytest.fixture

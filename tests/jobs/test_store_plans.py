@@ -22,7 +22,7 @@ from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, ref, repo
 
 pytestmark = pytest.mark.slow
 
-_NUM_JOBS = 10_000
+_NUM_JOBS, _NUM_CLIENTS = 10_000, 10
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -33,8 +33,9 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         server: PostgresServer = request.getfixturevalue("postgres")
         url = server.create_database()
     store = JobStore(open_database(url), JobSettings(max_queued=10 * _NUM_JOBS, max_queued_per_key=10 * _NUM_JOBS))
-    for state in ("succeeded", "queued"):
-        fill(store, _NUM_JOBS, state=state)
+    fill(store, _NUM_JOBS, state="succeeded")
+    for number in range(_NUM_CLIENTS):
+        fill(store, _NUM_JOBS // _NUM_CLIENTS, state="queued", client=f"client {number}")
     for _ in range(10):
         lease(store, "busy")
     if request.param == "postgresql":

@@ -102,12 +102,14 @@ async def test_positions_count_from_zero() -> None:
         assert (await wait_for(client, tickets[2], "IN_QUEUE"))["queue_position"] == 1
 
 
-async def test_low_priority_waits_behind_normal() -> None:
+async def test_low_priority_is_batch_work_in_a_line_of_its_own() -> None:
+    async with make_client() as (client, backend):
+        for priority, meaning in (("low", "batch"), ("normal", "interactive")):
+            await wait_for(client, await submit(client, x_fal_queue_priority=priority), "COMPLETED")
+            assert backend.last.priority == meaning
     async with make_client(run_jobs=False) as (client, _):
-        low = await submit(client, x_fal_queue_priority="low")
-        normal = await submit(client, x_fal_queue_priority="normal")
-        assert normal["queue_position"] == 0
-        assert (await wait_for(client, low, "IN_QUEUE"))["queue_position"] == 1
+        tickets = [await submit(client, x_fal_queue_priority=priority) for priority in ("low", "normal", "low")]
+        assert [ticket["queue_position"] for ticket in tickets] == [0, 0, 1]
         reply = await client.post(QUEUE, json=BODY, headers={"x-fal-queue-priority": "first"})
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["header", "x-fal-queue-priority"])
 

@@ -1,0 +1,73 @@
+"""One client floods a real server with batch jobs, ten do: what another client feels of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.batch_case import run_batch_case
+from benchmarks.engine_case import resolve_model
+from benchmarks.server import running_server, write_config
+from benchmarks.settings import CaseSettings
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+
+_FLOODERS = [f"flooder {number}" for number in range(10)]
+_JOBS_EACH = 200
+_TOGETHER = 8
+_BODY = {"prompt": "rain", "duration": 4.0, "steps": 16, "priority": "batch"}
+
+
+def test_an_answer_takes_little_longer_behind_thirty_batch_jobs() -> None:
+    results = run_batch_case(CaseSettings(rounds=2))
+    print(results)
+    # One step is a hundredth of a second or two; the rest is what a machine that does other things adds.
+    assert results["worst_behind_over_alone_ratio"] <= 1.5
+
+
+@asynccontextmanager
+async def clients_of(url: str, keys: list[str]) -> AsyncIterator[list[httpx.AsyncClient]]:
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60.0)
+            )
+            for key in keys
+        ]
+
+
+async def test_a_job_behind_two_thousand_of_ten_clients_starts_within_the_next_ten(tmp_path: Path) -> None:
+    keys = [*_FLOODERS, "another"]
+    api = {"key_hashes": [hashlib.sha256(key.encode()).hexdigest() for key in keys]}
+    jobs = {"max_queued": len(_FLOODERS) * _JOBS_EACH - 100}
+    config = write_config(tmp_path, resolve_model(None), threads=1, api=api, jobs=jobs)
+    with running_server(config) as server:
+        async with clients_of(server.url, keys) as (*flooders, another):
+            gate = asyncio.Semaphore(_TOGETHER)
+
+            async def submit(client: httpx.AsyncClient, number: int) -> int:
+                async with gate:
+                    return (await client.post("/jobs", json=_BODY | {"seed": number})).status_code
+
+            flood = [submit(client, number) for number in range(_JOBS_EACH) for client in flooders]
+            statuses = await asyncio.gather(*flood)
+            assert set(statuses) <= {202, 503}
+            reply = await another.post("/jobs", json=_BODY)
+            assert reply.status_code == 202, "a full queue has room for who has nothing waiting"
+            accepted_at = time.time()
+            status_url = reply.json()["status_url"]
+            status = (await another.get(status_url)).json()
+            assert (status["progress"]["queue_position"] or 0) < 10
+            while status["status"] != "succeeded":
+                await asyncio.sleep(0.05)
+                status = (await another.get(status_url)).json()
+            print(f"accepted {statuses.count(202)}; the other client's job took {time.time() - accepted_at:.1f} s")
+            waiting = await asyncio.gather(*(client.get("/jobs?status=queued&limit=1") for client in flooders))
+            assert all(reply.json()["jobs"] for reply in waiting), "everybody else's jobs wait still"

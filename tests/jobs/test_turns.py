@@ -1,0 +1,42 @@
+"""However much others have waiting, a client's job starts after at most one of each. On every database."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.jobs_case import fill, make_spec
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.database import Database
+from stable_audio_serve.jobs.store import JobStore
+from tests.jobs.stores import add_spec, database, lease, postgres_with_tables, store_url, wall
+
+__all__ = ["database", "postgres_with_tables", "store_url", "wall"]
+
+_CLIENTS = [f"client {number}" for number in range(10)]
+
+
+@pytest.mark.parametrize("num_started", [1, 7, 25])
+def test_a_job_behind_ten_thousand_of_ten_clients_starts_within_the_next_ten(
+    database: Database, num_started: int
+) -> None:
+    store = JobStore(database, JobSettings(max_queued=10_000))
+    for client in _CLIENTS:
+        fill(store, 1000, state="queued", client=client)
+    for _ in range(num_started):
+        lease(store)
+    fill(store, num_started, state="queued", client=_CLIENTS[0])
+    assert sum(store.look("").queued.values()) == 10_000
+    job = add_spec(store, make_spec(client="another"))  # although the queue is full
+    position = store.position(job)
+    started = [lease(store).spec for _ in range(10)]
+    assert started.index(job.spec) == position < 10
+    before = [spec.client for spec in started[:position]]
+    assert len(before) == len(set(before))
+
+
+def test_leases_are_shared_evenly_however_unlike_the_queues(database: Database) -> None:
+    store = JobStore(database, JobSettings(max_queued=10_000))
+    for number, client in enumerate(_CLIENTS):
+        fill(store, 10 + 50 * number, state="queued", client=client)
+    started = [lease(store).spec.client for _ in range(100)]
+    assert {client: started.count(client) for client in _CLIENTS} == dict.fromkeys(_CLIENTS, 10)
