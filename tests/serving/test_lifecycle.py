@@ -94,7 +94,7 @@ def probe_start(url: str) -> list[tuple[httpx.Response, int]]:
             time.sleep(0.05)
             with suppress(httpx.TransportError):  # nobody listens yet, or nobody whom a proxy could ask
                 health, ready = client.get("/health"), client.get("/ready").status_code
-                if health.headers["content-type"] == "application/json":  # else it is a proxy that knows no route yet
+                if "loaded_models" in health.text:  # else it is a proxy that has nobody to ask yet
                     answers.append((health, ready))
     return answers
 
