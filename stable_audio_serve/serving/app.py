@@ -111,8 +111,9 @@ def assemble(args: Settings | Mapping[str, Any], *, replica: type) -> serve.Appl
     plan = plan_deployments(load_settings(args))
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     require_shared_database(plan.settings, num_nodes=num_nodes)
-    if num_nodes == 1:  # another node may have files, or a way to them, that this one has not
-        require_weights(plan, complain=logger.warning)
+    # Folders are the same on every node, but another one may have a cache, or a way to the hub, that this one has not.
+    checked = [model for model in plan.settings.models if model.path is not None or num_nodes == 1]
+    require_weights(plan, checked, complain=logger.warning)
     stores = prepare_stores(plan.settings)
     logger.info(stores.description)
     plan = replace(plan, store_identity=stores.identity)

@@ -81,7 +81,7 @@ def serve(
             environment.require_free_port(host, port)
             metrics_port = _choose_metrics_port(metrics_port, plan.settings)
             report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
-            require_weights(plan, complain=complain)
+            require_weights(plan, plan.settings.models, complain=complain)
             report(prepare_stores(plan.settings).description)
             signals = StopSignals()
             signals.listen()

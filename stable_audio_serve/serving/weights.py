@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from stable_audio_serve.serving.placement import Plan, model_entry
 _LONGEST_S = 10.0  # for all models together; looking up a host may alone take longer than any limit of HTTP
 
 
-def require_weights(plan: Plan, *, complain: Callable[[str], None]) -> None:
-    """Raise CheckpointError unless every model that is loaded at the start has its files, or can get them.
+def require_weights(plan: Plan, models: Iterable[ModelSettings], *, complain: Callable[[str], None]) -> None:
+    """Raise CheckpointError unless each of `models` that is loaded at the start has its files, or can get them.
 
-    Of the other models what is missing is only told to `complain`. Takes no longer than about ten seconds.
+    Of the others what is missing is only told to `complain`. Takes no longer than about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
-    checks = {model.name: _begin(plan.settings, model) for model in plan.settings.models}
+    checks = {model.name: _begin(plan.settings, model) for model in models}
     for name in sorted(checks, key=lambda name: name not in plan.started):
         try:
             _wait(checks[name], until=deadline)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import VARIABLES, load_settings
 
 
@@ -123,3 +125,15 @@ def test_every_variable_of_ours_is_accepted_and_none_is_too_far_from_its_misspel
     for name in (name for names in VARIABLES.values() for name in names if name.startswith("STABLE_AUDIO_")):
         said = complaint(tmp_path, **{name[:-2] + name[-1]: "1"})
         assert f"did you mean {name}?" in said
+
+
+def test_every_pattern_is_told_in_words() -> None:
+    def patterns(node: Any, where: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            yield from patterns(value, f"{where}/{key}")
+        if isinstance(node, dict) and isinstance(node.get("pattern"), str):
+            yield where, node.get("form")
+
+    found = dict(patterns(Settings.model_json_schema(), ""))
+    assert len(found) > 5
+    assert [where for where, form in found.items() if not form] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.serving.placement import plan_deployments
+from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.weights import require_weights
 from tests.models.hub import Repo, running_hub, silent_hub
 from tests.serving.conftest import TINY
@@ -60,7 +60,11 @@ def test_no_network_stops_the_start(tmp_path: Path) -> None:
     assert "http://127.0.0.1:9 cannot be reached" in line
 
 
-def make_plan(*models: Mapping[str, Any], **settings: Any) -> Any:
+def check(plan: Plan, *, complain: Callable[[str], Any]) -> None:
+    require_weights(plan, plan.settings.models, complain=complain)
+
+
+def make_plan(*models: Mapping[str, Any], **settings: Any) -> Plan:
     return plan_deployments(Settings.model_validate({"models": models, **settings}))
 
 
@@ -80,7 +84,7 @@ def test_a_folder_that_lacks_a_file_stops_the_start(tmp_path: Path, lost: str, s
     (folder / lost).unlink()
     plan = make_plan({"name": "mine", "path": str(folder)})
     with pytest.raises(CheckpointError) as caught:
-        require_weights(plan, complain=pytest.fail)
+        check(plan, complain=pytest.fail)
     assert caught.value.message.startswith("model mine: ")
     assert str(folder) in caught.value.message
     assert said in caught.value.message
@@ -91,18 +95,18 @@ def test_a_folder_whose_weights_are_cut_short_stops_the_start(tmp_path: Path) ->
     shutil.copytree(TINY, folder)
     os.truncate(folder / "model.safetensors", 100_000)
     with pytest.raises(CheckpointError, match=r"model mine: .*is corrupt or incomplete"):
-        require_weights(make_plan({"name": "mine", "path": str(folder)}), complain=pytest.fail)
+        check(make_plan({"name": "mine", "path": str(folder)}), complain=pytest.fail)
 
 
 def test_a_model_that_is_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
     tiny, absent = {"name": "tiny", "path": TINY}, {"name": "absent", "path": str(tmp_path / "absent")}
     said: list[str] = []
-    require_weights(make_plan(tiny, absent), complain=said.append)
+    check(make_plan(tiny, absent), complain=said.append)
     (warning,) = said
     assert warning.startswith("warning: model absent cannot be loaded: ")
     assert str(tmp_path / "absent") in warning
     for kept in ({"preload_models": ["absent"]}, {"default_model": "absent"}):
         with pytest.raises(CheckpointError, match="model absent: "):
-            require_weights(make_plan(tiny, absent, **kept), complain=pytest.fail)
+            check(make_plan(tiny, absent, **kept), complain=pytest.fail)
     with pytest.raises(CheckpointError, match="model absent: "):
-        require_weights(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), complain=pytest.fail)
+        check(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), complain=pytest.fail)
