@@ -15,9 +15,11 @@ _LEAST = 2.0  # what is idle now may be busy in a second
 _MOST = 30.0
 _BUSY = 4.0  # runnable programs per core from which on that is worth a word
 
-# Ray's own limits of its start: seconds, but for the retries, which take about a second each.
+# The raylet gives its helpers 15 s to start, which nothing can change, and is dead after that: waiting longer for it
+# would only tell the operator later, and no signal ends that wait.
+_RAYLET_S = 60
+# Ray's other limits of its start: seconds, but for the retries, which take about a second each.
 _LIMITS: Mapping[str, float] = {
-    "RAY_raylet_start_wait_time_s": 30,
     "RAY_gcs_server_port_wait_time_s": 30,
     "RAY_gcs_server_request_timeout_seconds": 60,
     "RAY_gcs_rpc_server_connect_timeout_s": 5,
@@ -42,7 +44,8 @@ def crowding() -> float:
 def start_limits(crowding: float) -> dict[str, str]:
     """Ray's limits for a machine so crowded, as environment variables."""
     factor = min(max(crowding, _LEAST), _MOST)
-    return {name: str(math.ceil(limit * factor)) for name, limit in _LIMITS.items()}
+    limits = {name: str(math.ceil(limit * factor)) for name, limit in _LIMITS.items()}
+    return {"RAY_raylet_start_wait_time_s": str(_RAYLET_S), **limits}
 
 
 def advice(crowding: float) -> str:
