@@ -55,8 +55,8 @@ class DatabaseFile:
             make_private_folder(Path(self._path).parent)
             if not os.path.exists(self._path):  # SQLite gives the files beside it the same mode
                 os.close(open_private(self._path, os.O_WRONLY | os.O_CREAT))
-        if not is_first:
-            self._judge(_identify(self._path) == self._first)
+        found = _identify(self._path)
+        self._judge(found is not None if is_first else found == self._first)
         if self._num_open:
             self.require()
         return f"file:{quote(self._path)}?mode=rw"

@@ -150,6 +150,7 @@ async def test_a_process_that_comes_later_finds_no_other_database_either(
         prepare_stores(settings)
     later = open_queue(settings, identity=identity)
     for _ in range(2):
+        assert (await later.watch.health()).state == "moved"
         with pytest.raises(StorageError):
             await later.submit(make_spec())
         with pytest.raises(StorageError):
