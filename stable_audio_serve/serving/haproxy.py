@@ -147,9 +147,12 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
 
 
 def _bind(text: str, section: str, host: str) -> str:
-    """Let the one listener of a section listen on `host`, on the port it has; `::` is both families."""
+    """Let the one listener of a section listen on `host`, on the port it has; `::` is both families.
+
+    An IPv6 address is said to be nothing else, or HAProxy does not find its listener again at a reload.
+    """
     address = f"[{host}]" if ":" in host else host
-    families = " v4v6" if host == "::" else ""
+    families = (" v4v6" if host == "::" else " v6only") if ":" in host else ""
     return _replace(text, rf"^({section}\n +bind) \S*:(\d+)$", rf"\1 {address}:\2{families}")
 
 

@@ -82,14 +82,16 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxying(backend_port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
+async def proxying(
+    backend_port: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *, public: str = _PUBLIC
+) -> AsyncIterator[Proxy]:
     from ray.serve._private import haproxy as ray_haproxy
     from ray.serve.config import HTTPOptions
 
     settings = Settings(proxy=ProxySettings(header_timeout_s=_HEADER_TIMEOUT_S, idle_timeout_s=_IDLE_TIMEOUT_S))
     port = free_port()
     with claim_ports("127.0.0.1") as ports:
-        for name, value in haproxy_environment(ports, folder, host=_PUBLIC, settings=settings).items():
+        for name, value in haproxy_environment(ports, folder, host=public, settings=settings).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(ray_haproxy, "RAY_SERVE_HAPROXY_BINARY_PATH", os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"])
         config = ray_haproxy.HAProxyConfig(
@@ -227,6 +229,23 @@ async def test_only_clients_have_the_public_address_and_only_the_owner_the_socke
                 assert not is_open(_PUBLIC, port)
         assert not is_open("127.0.0.1", proxy.port)
         assert stat.S_IMODE(proxy.socket.stat().st_mode) == 0o600
+
+
+async def test_a_reload_keeps_every_listener_beside_one_of_ipv6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch, public="::1") as proxy:
+        await proxy.api.reload()
+        for address in (("::1", proxy.port), *(("127.0.0.1", port) for port in _pages(proxy.ports))):
+            socket.create_connection(address, timeout=_PATIENCE_S).close()
+
+
+def _pages(ports: PortBlock) -> tuple[int, int]:
+    return ports.haproxy_stats, ports.haproxy_metrics
 
 
 async def test_it_takes_as_many_connections_as_the_file_limit_allows(
