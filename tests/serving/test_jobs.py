@@ -306,8 +306,26 @@ def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, c
         kept = again.client.get(f"/jobs/{finished['id']}").json()
         assert (kept["status"], kept["completed_at"]) == ("succeeded", finished["completed_at"])
         wait_until(lambda: list((config.parent / "outputs" / "uploads").iterdir()) == [], timeout_s=5)
+        check_that_a_second_signal_stops_at_once(again)
     finally:
-        again.stop()
+        if again.process.poll() is None:
+            again.stop()
+
+
+def check_that_a_second_signal_stops_at_once(server: LaunchedServer) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        minutes = make_long_body(
+            steps=1000, duration=16, batch_size=4, cfg_scale=3, sampler_kwargs={"sampler_type": "rk4"}
+        )
+        busy = pool.submit(server.client.post, "/generate", json=minutes)
+        time.sleep(0.5)
+        server.signal(signal.SIGTERM)
+        time.sleep(1.5)  # what comes sooner is taken for the same wish
+        assert server.process.poll() is None
+        assert server.stop(number=signal.SIGTERM) < 5
+        assert isinstance(busy.exception(), httpx.TransportError)
+    wait_until(lambda: not server.leftovers(), timeout_s=10)
+    assert not server.directory.exists()
 
 
 def wait_until(condition: Any, *, timeout_s: float = _TIMEOUT_S) -> None:
