@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from stable_audio_serve.audio.loudness import describe_clip, k_weighting, measure_loudness
+from stable_audio_serve.audio.loudness import describe_clip, measure_loudness
 
 
 def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.float32]:
@@ -14,13 +14,6 @@ def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.floa
     levels = np.concatenate([np.full(round(seconds * rate_hz), 10 ** (level / 20)) for level, seconds in parts])
     tone = np.sin(2 * np.pi * 1000 * np.arange(len(levels)) / rate_hz)
     return np.tile(levels * tone, (2, 1)).astype(np.float32)
-
-
-def test_the_filters_are_the_standards_own_at_48_khz() -> None:
-    """Tables 1 and 2 of ITU-R BS.1770-4."""
-    shelf = [1.53512485958697, -2.69169618940638, 1.19839281085285, 1.0, -1.69065929318241, 0.73248077421585]
-    high_pass = [1.0, -2.0, 1.0, 1.0, -1.99004745483398, 0.99007225036621]
-    np.testing.assert_allclose(k_weighting(48_000), [shelf, high_pass], atol=1e-9)
 
 
 @pytest.mark.parametrize("rate_hz", [44_100, 48_000])
@@ -50,6 +43,11 @@ def test_silence_is_below_70_dbfs(level: float, is_silent: bool, has_loudness: b
     assert facts.seed == 5
     assert facts.peak == pytest.approx(10 ** (level / 20), rel=1e-3)
     assert (facts.is_silent, facts.loudness_lufs is not None) == (is_silent, has_loudness)
+
+
+def test_a_rate_that_the_filters_are_not_made_for_has_no_loudness() -> None:
+    noise = np.random.default_rng(0).uniform(-1, 1, (2, 10_000)).astype(np.float32)
+    assert describe_clip(noise, 1000, seed=0).loudness_lufs is None
 
 
 def test_nothing_and_nothing_but_zeros() -> None:

@@ -180,11 +180,14 @@ def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> N
             upload.sendall(head + b"Content-Length: 1000000\r\n\r\n-")
         assert server.client.get("/health", timeout=30).status_code == 200
         read_wav(server.client.post("/generate", json=make_body(duration=1), timeout=30))
+        answers = []
         for upload in uploads[-500:]:  # more than are received at a time came before these
             upload.settimeout(60)
-            answer = upload.recv(4096).lower()
-            assert answer.startswith(b"http/1.1 503 ")
-            assert b"\r\nretry-after: 5\r\n" in answer
+            answers.append(upload.recv(4096).lower())
+    assert {answer[:13] for answer in answers} <= {b"http/1.1 503 ", b"http/1.1 408 "}
+    refused = [answer for answer in answers if answer.startswith(b"http/1.1 503 ")]
+    assert refused  # on a slow machine some found places that the first ones had already lost
+    assert all(b"\r\nretry-after: 5\r\n" in answer for answer in refused)
 
 
 def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None:
