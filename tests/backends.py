@@ -73,7 +73,7 @@ class ToneBackend:
             self.num_running -= 1
         if self.error is not None:
             raise self.error
-        seeds = tuple(request.seed + i for i in range(request.batch_size))
+        seeds = request.seeds
         t = np.arange(max(int(request.duration_s * RATE_HZ), 1)) / RATE_HZ
         tones = (self.level * np.sin(2 * np.pi * (100 + seed % 1000) * t) for seed in seeds)
         audio = tuple(np.tile(tone, (2, 1)).astype(np.float32) for tone in tones)

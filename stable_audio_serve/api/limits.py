@@ -10,6 +10,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -62,6 +63,11 @@ def accept_file_body(scope: Scope) -> None:
     scope["state"]["connection"].accept_file_body()
 
 
+def accept_form(scope: Scope) -> None:
+    """Let the body of this request be a form with an upload; called before its first byte is read."""
+    scope["state"]["connection"].accept_form()
+
+
 @dataclass(slots=True)
 class _Held:
     """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many still arrive."""
@@ -99,7 +105,8 @@ class _Pace:
 @dataclass(frozen=True, slots=True)
 class _BodyLimit:
     max_bytes: int
-    declared_bytes: int
+    declared_bytes: int  # 0 where the client does not say
+    is_there: bool
     refusal: str
 
 
@@ -107,11 +114,9 @@ def _body_limit(scope: Scope, limits: ApiSettings) -> _BodyLimit:
     headers = dict(scope["headers"])
     declared = headers.get(b"content-length", b"")
     declared_bytes = int(declared) if declared.isdigit() else 0
-    if headers.get(b"content-type", b"").lower().startswith(b"multipart/"):
-        refusal = f"audio: the upload is larger than {limits.max_upload_bytes} bytes (api.max_upload_bytes)"
-        return _BodyLimit(limits.max_upload_bytes + limits.max_fields_bytes, declared_bytes, refusal)
     refusal = f"body: larger than {limits.max_fields_bytes} bytes (api.max_fields_bytes)"
-    return _BodyLimit(limits.max_fields_bytes, declared_bytes, refusal)
+    is_there = declared_bytes > 0 or b"transfer-encoding" in headers
+    return _BodyLimit(limits.max_fields_bytes, declared_bytes, is_there, refusal)
 
 
 class _Connection:
@@ -146,6 +151,11 @@ class _Connection:
         refusal = f"body: the upload is larger than {limit} bytes (api.max_upload_bytes)"
         self._body = replace(self._body, max_bytes=limit, refusal=refusal)
 
+    def accept_form(self) -> None:
+        limit = self._limits.max_upload_bytes
+        refusal = f"audio: the upload is larger than {limit} bytes (api.max_upload_bytes)"
+        self._body = replace(self._body, max_bytes=limit + self._limits.max_fields_bytes, refusal=refusal)
+
     async def receive(self) -> Message:
         """The next part of the body; after its end, waits for the client to go. Raises HTTPException 408, 413, 503."""
         if self._watcher is not None or self.is_gone:
@@ -171,7 +181,12 @@ class _Connection:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on a part of the answer. Raises ClientGoneError when the client reads too slowly."""
+        """Pass on a part of the answer. Raises ClientGoneError when the client reads too slowly.
+
+        An answer that does not wait for the whole body is the connection's last: nobody reads what would still come.
+        """
+        if message["type"] == "http.response.start" and self._body.is_there and self._watcher is None:
+            MutableHeaders(scope=message)["Connection"] = "close"
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._answered = True
         try:

@@ -19,6 +19,7 @@ from starlette.routing import Match
 
 from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.keys import ApiKeys
+from stable_audio_serve.api.limits import accept_form
 from stable_audio_serve.api.origins import Origins
 from stable_audio_serve.core.errors import StableAudioError, UnauthorizedError
 
@@ -59,6 +60,8 @@ class BoundedRequest(Request):
             raise json.JSONDecodeError(str(error), "", 0) from error
 
     async def _get_form(self, **_: Any) -> FormData:
+        if self.headers.get("content-type", "").lower().startswith("multipart/"):
+            accept_form(self.scope)
         try:
             return await super()._get_form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
         except HTTPException as error:

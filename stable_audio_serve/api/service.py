@@ -37,7 +37,7 @@ from stable_audio_serve.core.errors import (
     StorageError,
     UploadTooLargeError,
 )
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
+from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, SourceAudio
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
@@ -51,7 +51,6 @@ log = structlog.get_logger("stable_audio_serve.api")
 _STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
 _STORAGE_RETRY_S = 5.0
-_SEED_LIMIT = 2**63
 _SOURCE_MARGIN_S = 1.0
 _UPLOAD_CHUNK_BYTES = 1_048_576
 
@@ -218,7 +217,7 @@ def _usable_s(card: ModelCard, padding_s: float | None) -> float:
 
 def resolve_seed(seed: int) -> int:
     """The seed to use for a wire seed: -1 draws one, any other integer is taken modulo 2**63."""
-    return secrets.randbelow(2**32) if seed == -1 else seed % _SEED_LIMIT
+    return secrets.randbelow(2**32) if seed == -1 else seed % SEED_LIMIT
 
 
 def retry_after_header(error: StableAudioError) -> dict[str, str]:

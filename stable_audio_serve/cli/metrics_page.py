@@ -20,8 +20,8 @@ scrape_configs:
 Samples show up within Ray's report interval, 10 s. Besides the labels below each has Ray's own, of which `WorkerId`
 tells the processes apart: add counters and histograms up over it, `sum without (WorkerId) (...)`; of a gauge that every
 runner says the same of take the maximum. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`; times are in
-milliseconds where the name ends in `_ms`. A metric marked * is absent until its event has happened. Ray Serve's own
-metrics (`ray_serve_...`) are on the same page.
+milliseconds where the name ends in `_ms`. A metric appears with its first sample; one marked * may never appear on a
+healthy server. Ray Serve's own metrics (`ray_serve_...`) are on the same page.
 
 This page is made from `stable_audio_serve/core/metrics.py` by `make docs`.
 """

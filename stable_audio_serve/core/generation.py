@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+SEED_LIMIT = 2**63  # seeds are 0 to this, not included
 Priority = Literal["interactive", "batch"]  # batch work yields to interactive work, down to a share of its own
 
 
@@ -65,8 +66,8 @@ class GenerationRequest:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation: asking for one of them alone gives that variation."""
-        return tuple(range(self.seed, self.seed + self.batch_size))
+        """The seed of each variation, below 2**63: asking for one of them alone gives that variation."""
+        return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
 
 
 Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]

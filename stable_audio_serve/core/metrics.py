@@ -15,7 +15,7 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. `labels` are what its samples are told apart by; `is_rare`: absent until it happens, if it ever does.
+    """One metric. `labels` are what its samples are told apart by; `is_rare`: may never happen on a healthy server.
 
     `model` among the labels of an engine's metrics is added by whoever collects for that engine.
     """
@@ -76,7 +76,7 @@ _JOBS = (
     Metric("job_dead_letters", "counter", "Jobs given up after their last attempt.", ("reason",), is_rare=True),
     Metric("job_leases_lost", "counter", "Jobs that this runner had to leave to another.", is_rare=True),
     Metric("jobs_reclaimed", "counter", "Jobs taken from a runner that fell silent.", ("state",), is_rare=True),
-    Metric("webhooks", "counter", "Tries to deliver a webhook: delivered, failed or given_up.", ("outcome",)),
+    Metric("webhooks", "counter", "Tries of webhooks: delivered, failed or given_up.", ("outcome",), is_rare=True),
     Metric("sweep_ms", "histogram", "One removal of what is too old.", is_rare=True),
     Metric("swept_files", "counter", "Files that were removed: old, orphans or unfinished.", ("kind",), is_rare=True),
     Metric("damaged_files", "counter", "Stored files that are not what was stored.", is_rare=True),

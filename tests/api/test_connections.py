@@ -219,6 +219,30 @@ async def test_a_client_that_stops_reading_does_not_pin_its_answer() -> None:
         writer.close()
 
 
+@pytest.mark.parametrize("length", ["Content-Length: 100000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/health", b"200"), ("POST", "/nowhere", b"404")])
+async def test_an_answer_that_waits_for_no_body_ends_the_connection(
+    method: str, path: str, status: bytes, length: str
+) -> None:
+    async with serve(ToneBackend()) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
+        async with asyncio.timeout(10):
+            answer = await reader.read()  # until the server closes the connection, though the body is still awaited
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert b"\r\nconnection: close\r\n" in answer.lower()
+        writer.close()
+
+
+@pytest.mark.parametrize("path", [URL, "/jobs", "/v1/audio/generate", "/v2/generate/audio", "/fal-ai/stable-audio"])
+async def test_a_form_where_none_is_wanted_is_no_larger_than_any_body(path: str) -> None:
+    async with connect(ToneBackend(), max_fields_bytes=10_000) as client:
+        multipart = {"content-type": "multipart/form-data; boundary=B"}
+        reply = await client.post(path, content=bytes(100_000), headers=multipart)
+        assert reply.status_code == 413, reply.text
+        assert "api.max_fields_bytes" in reply.text
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_an_upload_above_the_limit_is_413(chunked: bool) -> None:
     backend = ToneBackend()

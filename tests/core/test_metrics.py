@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def test_the_page_lists_them_all() -> None:
     assert page == draw_page(), "make docs writes it"
     for metric in METRICS.values():
         assert f"| `{exported_name(metric)}`" in page
+
+
+def test_other_pages_name_metrics_as_they_are_exported() -> None:
+    pages = [PAGE.parent.parent / "README.md", *PAGE.parent.rglob("*.md"), *PACKAGE.parent.glob("cluster/*.md")]
+    named = {name for page in pages for name in re.findall(r"ray_stable_audio_\w+", page.read_text())}
+    assert len(named) >= len(METRICS)
+    assert named <= {exported_name(metric) for metric in METRICS.values()}
 
 
 def test_names_are_unique_and_carry_their_unit() -> None:

@@ -43,7 +43,7 @@ def plan_rows(
         numbers["tempo_bpm"] = config.tempo.read(request.prompt)
     return tuple(
         RowPlan(
-            seed=request.seed + index,
+            seed=seed,
             frames=length.frames,
             valid_frames=length.valid_frames if config.masks_padding else length.frames,
             output_samples=length.output_samples,
@@ -57,7 +57,7 @@ def plan_rows(
             keep_mask=keep_mask,
             decode_windows=_windows(length.frames, chunked=chunked),
         )
-        for index in range(request.batch_size)
+        for seed in request.seeds
     )
 
 

@@ -17,7 +17,6 @@ from stable_audio_serve.api.service import Output, Service
 from stable_audio_serve.audio.encode import encode_wav, to_full_scale_pcm16
 from stable_audio_serve.audio.finish import FinishedFile
 from stable_audio_serve.audio.loudness import describe_clip
-from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 
@@ -59,9 +58,8 @@ async def make_clip(
 
 
 def _finish(result: GenerationResult, num_samples: int | None) -> FinishedFile:
-    """This dialect's own loudness: what the references' decoders give, at full scale as a whole, then cut."""
-    heard = treat_peaks(result.audio[0], result.sample_rate_hz, "clip")
-    pcm = to_full_scale_pcm16(heard)[:num_samples]
+    """This dialect's own loudness: all that was made divided by its own peak, then cut."""
+    pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
     audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32)
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
     return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))

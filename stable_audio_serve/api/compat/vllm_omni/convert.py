@@ -11,7 +11,7 @@ from stable_audio_serve.audio.finish import FinishedFile, finish_clip
 from stable_audio_serve.audio.stretch import time_stretch
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import AudioSettings
 
 _WINDOW_S = 1024 * 2048 / 44_100  # of Stable Audio Open 1.0, the model this dialect was made for
@@ -58,7 +58,7 @@ def to_request(body: AudioBody, card: ModelCard, span: Span, *, request_id: str)
         prompt=body.input,
         duration_s=span.end_s - span.start_s if card.conditions_on_start else span.end_s,
         start_s=span.start_s if card.conditions_on_start else 0.0,
-        seed=resolve_seed(-1 if body.seed is None else body.seed % 2**63),
+        seed=resolve_seed(-1 if body.seed is None else body.seed % SEED_LIMIT),
         negative_prompt=body.negative_prompt or None,
         steps=_DEFAULT_STEPS if body.num_inference_steps is None else body.num_inference_steps,
         cfg_scale=max(guidance, 1.0),  # up to 1 the original has guidance off, which is what 1 means to us
