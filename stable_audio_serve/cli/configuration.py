@@ -34,8 +34,13 @@ def read_configuration(asked: Path | None) -> ServeFile:
 def load_configured(asked: Path | None) -> Settings:
     """The effective settings of that configuration. Raises ConfigError."""
     from stable_audio_serve.core.settings_sources import load_settings
+    from stable_audio_serve.serving.serve_file import PACKAGED_FILE, require_known_keys
 
-    return load_settings(read_configuration(asked).args)
+    file = read_configuration(asked)
+    settings = load_settings(file.args)
+    if file.path != PACKAGED_FILE:  # importing Ray's schema takes a second
+        require_known_keys(file)
+    return settings
 
 
 def say(which: str) -> None:

@@ -100,8 +100,11 @@ def config(file: ConfigOption = None) -> None:
     """Print the effective settings, secrets hidden: defaults, file, .env and environment merged."""
     import yaml
 
+    from stable_audio_serve.serving.placement import plan_deployments
+
     with refusing():
         settings = load_configured(file)
+        plan_deployments(settings)
     typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
 
 

@@ -80,9 +80,6 @@ def serve(
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
             metrics_port = _choose_metrics_port(metrics_port, plan.settings)
-            report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
-            require_weights(plan, plan.settings.models, complain=complain)
-            report(prepare_stores(plan.settings).description)
             signals = StopSignals()
             signals.listen()
             directory = stack.enter_context(private_directory())
@@ -92,7 +89,13 @@ def serve(
             proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
             apply_environment(variables | proxied, defaults=start_limits(crowding()))
             # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
+            # Before anything is said of models: a mistyped `args` leaves only the defaults.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
+            report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
+            # Of the others the application itself says what is missing.
+            started = [model for model in plan.settings.models if model.name in plan.started]
+            require_weights(plan, started, complain=complain)
+            report(prepare_stores(plan.settings).description)
 
         # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
         def complain_amid(sentence: str) -> None:
@@ -233,7 +236,7 @@ def _ready_text(url: str, plan: Plan) -> str:
     body = json.dumps({"prompt": "a 440 Hz sine tone, fading out", "duration": 3})
     return (
         f"ready: {url} serves {', '.join(plan.names)} (Ctrl-C stops it). Try:\n"
-        f"  curl -sS {url}/v1/audio/generations -H 'Content-Type: application/json' -d '{body}' -o clip.wav"
+        f"  curl -fsS {url}/v1/audio/generations -H 'Content-Type: application/json' -d '{body}' -o clip.wav"
     )
 
 

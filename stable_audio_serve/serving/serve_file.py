@@ -128,8 +128,8 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}", field=str(path)) from error
 
 
-def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
-    """What Ray Serve deploys, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
+def require_known_keys(file: ServeFile) -> None:
+    """Raise ConfigError naming the keys beside `args` that Ray Serve does not know. Imports Ray."""
     from ray.serve.schema import ServeDeploySchema
 
     schema = settings_words.schema_of(ServeDeploySchema)
@@ -138,6 +138,13 @@ def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema
         args = [f"applications.0.args.{place}" for place in settings_words.places(settings_words.schema_of(Settings))]
         said = (f"{'.'.join(key)}: {settings_words.unknown(key, schema, elsewhere=args)}" for key in unknown)
         raise ConfigError(f"{file.path}: {'; '.join(said)}", field=".".join(unknown[0]))
+
+
+def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
+    """What Ray Serve deploys, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
+    from ray.serve.schema import ServeDeploySchema
+
+    require_known_keys(file)
     http_options = (file.tree.get("http_options") or {}) | {"host": host, "port": port}
     tree = {"logging_config": _QUIET} | file.tree | {"http_options": http_options}
     try:

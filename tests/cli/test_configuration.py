@@ -14,9 +14,15 @@ from typer.testing import CliRunner, Result
 
 from stable_audio_serve import __version__
 from stable_audio_serve.cli import app, stable_audio_api
+from tests.serving.launched import free_port
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., Result]
+_MISTYPED = "applications: [{import_path: 'a:b', arg: {}}]\nhtp_options: {port: 3}\n"
+_COMPLAINT = (
+    "serve_config.yaml: applications.0.arg: unknown; did you mean args?; htp_options: unknown; "
+    "did you mean http_options?"
+)
 COMMANDS = [["config"], ["jobs", "list"], ["serve"]]
 
 
@@ -45,6 +51,52 @@ def test_the_file_here_is_used_unless_another_is_asked_for(run: Run, tmp_path: P
     write_faulty(tmp_path / "other.yaml")
     assert run(*command, "--config", "other.yaml").stderr.startswith("configuration: other.yaml\nerror: modles")
     assert "absent.yaml does not exist" in run(*command, "--config", "absent.yaml").stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS[:2])
+def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "serve_config.yaml").write_text(_MISTYPED)
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"configuration: serve_config.yaml\nerror: {_COMPLAINT}\n"
+
+
+@pytest.mark.slow
+def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(run: Run, tmp_path: Path) -> None:
+    """Without `args` the settings are the defaults, whose weights are not here. Ray reads the environment of a start
+    when it is imported, so this start is a process of its own."""
+    (tmp_path / "serve_config.yaml").write_text(_MISTYPED)
+    done = subprocess.run(
+        [sys.executable, "-m", "stable_audio_serve.cli", "serve", "--port", str(free_port())],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"configuration: serve_config.yaml\nerror: {_COMPLAINT}\n"
+    assert "default model" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("models: [{name: demos}]", "models: 'demos' is not built in"),
+        ("models: [{name: demo}], default_model: dmo", "default_model (STABLE_AUDIO_DEFAULT_MODEL or "),
+        ("models: [{name: demo}], preload_models: [demoo]", "preload_models (STABLE_AUDIO_PRELOAD_MODELS): unknown"),
+        ("models: [{name: demo}], dialects: {fal_model: dmo}", "dialects.fal_model"),
+    ],
+)
+def test_config_refuses_names_of_models_that_serve_would_refuse(
+    run: Run, tmp_path: Path, args: str, said: str
+) -> None:
+    (tmp_path / "serve_config.yaml").write_text(f"applications: [{{import_path: 'a:b', args: {{{args}}}}}]\n")
+    result = run("config")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"error: {said}" in result.stderr
+    assert os.listdir(tmp_path) == ["serve_config.yaml"]  # no store is touched
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
@@ -121,7 +173,7 @@ def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run,
         check=False,
     )
     assert done.returncode == 2
-    assert done.stdout == "default model: small-music (named by STABLE_AUDIO_DEFAULT_MODEL)\n"
+    assert done.stdout.splitlines()[-1] == "default model: small-music (named by STABLE_AUDIO_DEFAULT_MODEL)"
     first, *_, last = done.stderr.splitlines()
     assert first.startswith("configuration: no serve_config.yaml here: small-sfx, small-music and medium")
     assert last.startswith("error: model small-sfx: stabilityai/stable-audio-3-small-sfx is not complete in ")
