@@ -59,6 +59,7 @@ _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer
 _HTML: dict[int | str, dict[str, Any]] = {200: {"description": "A page.", "content": {"text/html": {}}}}
 _API_RESPONSES: dict[int | str, dict[str, Any]] = {**_HTML, **error_responses(ErrorBody, 401, 500)}
 
+_KEYED_LINKS = frozenset({"docs", "redoc", "openapi", "models"})
 _CARD_PATHS = {
     "docs": "/docs",
     "redoc": "/redoc",
@@ -239,7 +240,11 @@ def _draw(card: Card, base: str) -> str:
         ("API", "Base URL", "Its own"),
         [(dialect.name, dialect.base_url, dialect.own_base_url) for dialect in card.dialects.values()],
     )
-    links = "".join(f'<a href="{escape(url)}">{escape(name)}</a>' for name, url in card.links.items())
+    shut = _KEYED_LINKS if card.needs_key else frozenset()
+    links = "".join(
+        f'<a href="{escape(url)}">{escape(name)}{" (needs a key)" if name in shut else ""}</a>'
+        for name, url in card.links.items()
+    )
     key = " -H 'Authorization: Bearer KEY'" if card.needs_key else ""
     command = (
         f"curl -fsS {base}/v1/audio/generations{key} -H 'Content-Type: application/json' "

@@ -189,7 +189,7 @@ class LocalArtifacts:
         return StoredObject(key, found.st_size, found.st_mtime)
 
     def _config_error(self, problem: str) -> ConfigError:
-        message = f"output_dir (STABLE_AUDIO_OUTPUT_DIR): files cannot be kept in {self._folder.path}: {problem}"
+        message = f"output_dir (STABLE_AUDIO_OUTPUT_DIR): {self._folder.path}: {problem}"
         return ConfigError(message, field="output_dir")
 
 

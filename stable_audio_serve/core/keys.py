@@ -34,7 +34,9 @@ def parse_key_hash(text: str) -> KeyHash:
     if not separator:
         return KeyHash(digest[:_NUM_DIGITS], digest)
     if not _NAME.fullmatch(name):
-        raise ValueError("a name must be 1 to 64 letters, digits, dots, dashes or underscores, beginning with a letter or digit")
+        raise ValueError(
+            "a name must be 1 to 64 letters, digits, dots, dashes or underscores, beginning with a letter or digit"
+        )
     if _UNNAMED.fullmatch(name):
         raise ValueError(f"a name must not be {_NUM_DIGITS} hexadecimal digits: keys without a name are called so")
     return KeyHash(name, digest)

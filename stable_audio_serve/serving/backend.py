@@ -195,7 +195,8 @@ async def _receive(
 
 
 def _unloadable(model: str) -> ModelUnavailableError:
-    return ModelUnavailableError(f"model {model} failed to load", retry_after_s=_RETRY_AFTER_S)
+    """Without a time to come again: Serve does not start anew what failed, whatever is mended, until a deployment."""
+    return ModelUnavailableError(f"model {model} failed to load; the server's log says why")
 
 
 def _stage(application: ApplicationStatusOverview, name: str) -> str:

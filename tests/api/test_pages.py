@@ -156,3 +156,14 @@ async def test_pages_work_below_the_path_of_an_application(jobs: JobQueue) -> No
             assert all(url.startswith(("/audio/", "data:")) for url in page.loads)
         card = (await client.get("/audio/", headers={"Accept": "application/json"})).json()
         assert card["links"]["health"] == f"{BASE}/audio/health"
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+async def test_the_root_says_which_links_need_a_key(jobs: JobQueue, key: str | None) -> None:
+    hashes = [hash_key(key)] if key else []
+    app = create_app(ToneBackend(), Settings.model_validate({"api": {"key_hashes": hashes}}), jobs=jobs)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE) as client:
+        text = (await client.get("/")).text
+        for path, name in re.findall(rf'<a href="{BASE}([^"]+)">([^<]+)</a>', text):
+            assert ("(needs a key)" in name) == ((await client.get(path)).status_code == 401), path
+    assert text.count("(needs a key)") == (4 if key else 0)

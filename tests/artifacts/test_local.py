@@ -193,6 +193,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence_that_names_the_setting(
     with pytest.raises(ConfigError, match=r"^output_dir \(STABLE_AUDIO_OUTPUT_DIR\): .*cannot be kept") as caught:
         LocalArtifacts(tmp_path / place).check()
     assert place in caught.value.message
+    assert caught.value.message.count("kept") == 1
 
 
 @pytest.fixture

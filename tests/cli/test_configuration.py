@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,9 +90,7 @@ def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(r
         ("models: [{name: demo}], dialects: {fal_model: dmo}", "dialects.fal_model"),
     ],
 )
-def test_config_refuses_names_of_models_that_serve_would_refuse(
-    run: Run, tmp_path: Path, args: str, said: str
-) -> None:
+def test_config_refuses_names_of_models_that_serve_would_refuse(run: Run, tmp_path: Path, args: str, said: str) -> None:
     (tmp_path / "serve_config.yaml").write_text(f"applications: [{{import_path: 'a:b', args: {{{args}}}}}]\n")
     result = run("config")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -126,6 +125,25 @@ def test_init_writes_the_commented_default_once(run: Run, tmp_path: Path) -> Non
         2,
         "error: absent/my.yaml cannot be written: No such file or directory\n",
     )
+
+
+def test_every_commented_line_of_the_default_is_valid(run: Run, tmp_path: Path) -> None:
+    text, num_keys = re.subn(r"(?m)^( *)# ( *(?:- )?[a-z_]+:.*)$", r"\1\2", (ROOT / "serve_config.yaml").read_text())
+    assert num_keys > 15
+    (tmp_path / "serve_config.yaml").write_text(text)
+    result = run("config")
+    assert result.exit_code == 0, result.stderr
+    settings = yaml.safe_load(result.stdout)
+    assert [model["name"] for model in settings["models"]] == [
+        "demo",
+        "small-sfx",
+        "small-music",
+        "medium",
+        "my-fine-tune",
+    ]
+    assert (settings["metrics"]["port"], settings["api"]["public_url"]) == (9090, "https://audio.example.org")
+    assert (settings["audio"]["peaks"], settings["drain_s"]) == ("limit", 20)
+    assert yaml.safe_load(text)["http_options"] == {"host": "0.0.0.0", "port": 8000}
 
 
 def test_the_version_is_an_option(run: Run) -> None:

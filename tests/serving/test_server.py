@@ -219,8 +219,8 @@ def test_model_that_cannot_load_is_refused_long_before_the_deadline(server: Laun
     for _ in range(2):
         response = server.client.post("/generate", json=make_body(model="broken"))
         assert response.status_code == 503
-        assert "broken failed to load" in response.json()["detail"]
-        assert int(response.headers["retry-after"]) >= 1
+        assert "broken failed to load; the server's log says why" in response.json()["detail"]
+        assert "retry-after" not in response.headers  # it stays as it is, whenever the client comes again
     health = server.client.get("/health").json()
     assert health["models"]["broken"]["stage"] == "failed"
     assert health["status"] == "ok"
