@@ -71,6 +71,7 @@ def create_app(
         "prefix of its own, where nothing is merged with the others: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`.",
         openapi_tags=TAGS,
         lifespan=lifespan,
+        redirect_slashes=False,  # another path is another path; Starlette would lead to the Host that was sent
         openapi_url=None,  # with its pages behind the keys, in `pages`
         middleware=[
             Middleware(

@@ -168,10 +168,13 @@ def _is_local_name(name: str) -> bool:
 
 
 def _to_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a name is; an IPv4 one that is written as IPv6 (`::ffff:127.0.0.1`) is the IPv4 one."""
     try:
-        return ipaddress.ip_address(name)
+        address = ipaddress.ip_address(name)
     except ValueError:
         return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 def _shown(text: str) -> str:

@@ -34,6 +34,7 @@ LOOPBACK = [
     *("http://localhost", "http://localhost:3000", "https://localhost:8443", "HTTP://LOCALHOST:1", "http://localhost."),
     *("http://app.localhost", "http://a.b.localhost:5173"),
     *("http://127.0.0.1", "http://127.0.0.1:8000", "https://127.9.9.9:1", "http://[::1]", "http://[::1]:3000"),
+    *("http://[::ffff:127.0.0.1]", "http://[::ffff:7f00:1]:3000", "https://[::FFFF:127.9.9.9]"),
 ]
 FOREIGN = [
     *(
@@ -47,6 +48,7 @@ FOREIGN = [
         "http://notlocalhost",
     ),
     *("http://127.0.0.1.evil.example", "http://10.0.0.1", "http://[fe80::1]", "http://0.0.0.0", "file://localhost"),
+    *("http://[::ffff:10.0.0.1]", "http://[::127.0.0.1]", "http://[::fffe:127.0.0.1]", "http://::ffff:127.0.0.1"),
     *(
         "chrome-extension://localhost",
         "http://localhost@evil.example",
@@ -117,6 +119,22 @@ async def test_every_route_but_the_probes_asks_for_its_name_and_for_the_page(
         if is_foreign and route.method != "HEAD":
             assert next(iter(headers)) in reply.text
             assert reply.headers["content-type"].startswith("application/json")
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+async def test_a_slash_at_the_end_leads_nowhere(client: httpx.AsyncClient, route: Route) -> None:
+    request = route.request("0" * 32)
+    if request["url"] == "/":
+        return
+    reply = await client.request(**request | {"url": f"{request['url']}/"}, headers={"Host": "evil.example"})
+    takes_the_rest = route.path.endswith("/{endpoint}") or (route.method, route.path.rsplit("/", 1)[1]) == (
+        "POST",
+        "stable-audio",
+    )
+    assert reply.status_code == (403 if takes_the_rest else 404), reply.text
+    assert "location" not in reply.headers
+    if not takes_the_rest:
+        assert "evil.example" not in reply.text
 
 
 async def test_a_refusal_has_the_form_of_the_routes_dialect(client: httpx.AsyncClient) -> None:
