@@ -350,11 +350,11 @@ class JobStore:
 
     def identity(self) -> str:
         """A random name that this database has and keeps."""
-        query = sa.select(IDENTITY.c.id)
-        with self.database.writing() as connection:
-            new = {"seq": 1, "id": secrets.token_hex(16)}
-            connection.execute(self.database.insert(IDENTITY).values(new).on_conflict_do_nothing())
-            return str(connection.execute(query).scalar_one())
+        return self._find_own(IDENTITY.c.id)
+
+    def secret(self) -> str:
+        """256 random bits that this database has and keeps, for what its servers sign; for no one else to see."""
+        return self._find_own(IDENTITY.c.secret)
 
     def purge(self, *, age_s: float, limit: int = 100) -> list[str]:
         """Forget jobs that ended, and files published, `age_s` ago and more: some that nothing needs any more, by key.
@@ -373,6 +373,12 @@ class JobStore:
             return unreferenced(connection, list(keys))
 
     # Inside
+
+    def _find_own(self, column: sa.Column[Any]) -> str:
+        new = {"seq": 1, "id": secrets.token_hex(16), "secret": secrets.token_hex(32)}
+        with self.database.writing() as connection:
+            connection.execute(self.database.insert(IDENTITY).values(new).on_conflict_do_nothing())
+            return str(connection.execute(sa.select(column)).scalar_one())
 
     def _find(self, condition: sa.ColumnElement[bool]) -> Job | None:
         with self.database.reading() as connection:

@@ -116,12 +116,13 @@ FILES = sa.Table(
     sa.Index("files_by_age", "created_at"),
 )
 
-# What this database is called, among others that may exist: one row.
+# What this database is called, among others that may exist, and what only its users know: one row.
 IDENTITY = sa.Table(
     "identity",
     METADATA,
     sa.Column("seq", _Number, primary_key=True),  # always 1
-    sa.Column("id", _Text, nullable=False),
+    sa.Column("id", _Text, nullable=False),  # also beside the files, where others may read it
+    sa.Column("secret", _Text, nullable=False),
 )
 
 # Runners that start no jobs because the place for files refuses them.

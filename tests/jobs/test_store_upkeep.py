@@ -102,6 +102,12 @@ def test_a_database_keeps_its_name(store: JobStore, database: Database) -> None:
     assert [len(name) for name in names] == [32]
 
 
+def test_a_database_keeps_its_secret_which_is_not_its_name(store: JobStore, database: Database) -> None:
+    secrets = {store.secret(), store.secret(), JobStore(database).secret()}
+    assert [len(secret) for secret in secrets] == [64]
+    assert store.identity() not in secrets.pop()
+
+
 class TestRetention:
     """What ended long ago is forgotten, in batches, and its files are named for deletion."""
 

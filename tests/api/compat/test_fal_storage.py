@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import hashlib
+import json
+import zlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
+from itsdangerous import TimestampSigner, URLSafeTimedSerializer
 
-from tests.api.compat.serving import make_client, serve_app
+from stable_audio_serve.api.compat.fal.storage import make_signer
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.queue import open_queue, prepare_stores
+from tests.api.compat.serving import make_app, make_client, serve_app
 
 pytestmark = pytest.mark.slow
 
@@ -188,6 +198,110 @@ async def test_an_address_of_another_server_is_refused() -> None:
     async with make_client() as (open_client, _), make_client(**KEYS) as (client, _):
         path = httpx.URL((await announce(open_client))["upload_url"]).path
         assert (await client.put(path, content=DATA)).status_code == 403
+
+
+SHAPES: list[Any] = [
+    *(5, None, True, "abc", [], {}, [1, "a", "b"], [True, True, True], ["0" * 32, "a/b"], {"a": 1, "b": 2, "c": 3}),
+    *(
+        {"file_id": "0" * 32, "file_name": name, "media_type": kind}
+        for name, kind in ((5, "a/b"), ("a", 5), (["x"], "a/b"))
+    ),
+    *({"file_id": name, "file_name": "a", "media_type": "a/b"} for name in (1, "", "0" * 31, "0" * 32 + "\n", "../x")),
+]
+DEEP = b"[" * 10_000
+BYTES = [
+    *(b"", b"!!!!", b"{{{", b"\xff", b".AAAA", b"1e999", b"9" * 500),
+    *(DEEP[:500], DEEP, zlib.compress(DEEP), b"." + DEEP),
+]
+
+
+async def receiving(client: httpx.AsyncClient, ticket: str) -> list[httpx.Response]:
+    """The answers of every route that takes what was announced."""
+    parts = {"parts": [{"partNumber": 1, "etag": f"{'a' * 64}-1"}]}
+    replies = []
+    for prefix in ("", "/fal"):
+        for path in (f"{prefix}/storage/upload/{ticket}", f"{prefix}/files/x/y/multipart/{ticket}"):
+            if "storage" in path:
+                replies.append(await client.put(path, content=DATA))
+            replies.append(await client.put(f"{path}/1", content=DATA))
+            replies.append(await client.post(f"{path}/complete", json=parts))
+    return replies
+
+
+@pytest.fixture
+async def own_signer() -> AsyncIterator[tuple[httpx.AsyncClient, TimestampSigner]]:
+    """A server, and what signs as it does."""
+    async with make_app(run_jobs=False) as (app, _):
+        jobs = open_queue(Settings(output_dir=app.state.output_dir))
+        signer = make_signer(jobs.store.secret(), [])
+        await jobs.close()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            yield client, signer
+
+
+async def test_what_was_signed_but_is_no_ticket_is_refused(
+    own_signer: tuple[httpx.AsyncClient, TimestampSigner],
+) -> None:
+    client, signer = own_signer
+    for text in [*(json.dumps(shape).encode() for shape in SHAPES), *BYTES]:
+        ticket = signer.sign(base64.urlsafe_b64encode(text).rstrip(b"=")).decode()
+        assert {reply.status_code for reply in await receiving(client, ticket)} == {403}, text[:80]
+        ticket = quote(signer.sign(text), safe="")  # as it is
+        assert {reply.status_code for reply in await receiving(client, ticket)} <= {403, 404}, text[:80]
+
+
+async def test_an_address_too_long_is_refused_also_when_it_is_ours(
+    own_signer: tuple[httpx.AsyncClient, TimestampSigner],
+) -> None:
+    client, signer = own_signer
+    place = await announce(client, file_name="x" * 300, content_type=f"{'a' * 60}/{'b' * 60}; {'c' * 60}")
+    ticket = place["upload_url"].rpartition("/")[2]
+    assert len(ticket) < 1000
+    assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
+    text = base64.urlsafe_b64decode(ticket.partition(".")[0] + "==")
+    for spaces, status in ((0, 200), (600, 403)):  # where JSON may have them
+        signed = signer.sign(base64.urlsafe_b64encode(text + b" " * spaces).rstrip(b"=")).decode()
+        assert (await client.put(f"/storage/upload/{signed}", content=DATA)).status_code == status
+
+
+async def test_without_keys_too_nobody_else_can_sign() -> None:
+    names = ["0" * 32, "take.wav", "audio/wav"]
+    body = json.dumps(dict(zip(("file_id", "file_name", "media_type"), names, strict=True))).encode()
+    forged = [URLSafeTimedSerializer("", salt="fal-upload").dumps(names)]
+    forged += [
+        signer.sign(base64.urlsafe_b64encode(body).rstrip(b"=")).decode()
+        for signer in (make_signer("", []), TimestampSigner("", salt="fal-upload", digest_method=hashlib.sha256))
+    ]
+    async with make_client() as (client, _), make_client() as (other, _):
+        for ticket in [*forged, httpx.URL((await announce(other))["upload_url"]).path.rpartition("/")[2]]:
+            assert {reply.status_code for reply in await receiving(client, ticket)} == {403}
+
+
+@pytest.mark.parametrize("settings", [{}, KEYS], ids=["open", "with keys"])
+async def test_every_process_of_an_installation_takes_its_addresses(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = settings | {"output_dir": str(tmp_path)}
+    async with make_client(**settings) as (first, _), make_client(**settings) as (second, _):
+        place, later = await announce(first), await announce(first)
+        assert (await second.put(place["upload_url"], content=DATA)).status_code == 200
+        await check_file(first, place["file_url"])
+    async with make_client(**settings) as (again, _):
+        assert (await again.put(later["upload_url"], content=DATA)).status_code == 200
+    other_keys = {"api": {"key_hashes": [hashlib.sha256(b"other").hexdigest()]}}
+    async with make_client(**settings | other_keys) as (client, _):
+        assert (await client.put(later["upload_url"], content=DATA)).status_code == 403
+
+
+async def test_what_signs_addresses_is_not_beside_the_files(tmp_path: Path) -> None:
+    settings = Settings(output_dir=str(tmp_path))
+    identity = prepare_stores(settings).identity
+    jobs = open_queue(settings)
+    secret = jobs.store.secret()
+    await jobs.close()
+    assert (len(secret), secret == identity) == (64, False)
+    found = await asyncio.to_thread(lambda: list(tmp_path.rglob("*")))
+    kept = [path for path in found if path.is_file() and ".db" not in path.name]
+    assert any(identity.encode() in path.read_bytes() for path in kept)
+    assert not any(secret.encode() in path.read_bytes() for path in kept)
 
 
 async def test_json_bodies_stay_small() -> None:

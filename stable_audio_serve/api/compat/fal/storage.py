@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import re
 import secrets
 import tempfile
@@ -15,9 +16,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import IO
+from typing import IO, Annotated
 
-from itsdangerous import BadSignature, URLSafeTimedSerializer
+from itsdangerous import BadData, TimestampSigner
+from itsdangerous.encoding import base64_decode, base64_encode
+from pydantic import Field, TypeAdapter
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,8 +36,8 @@ from stable_audio_serve.jobs.queue import JobQueue
 MAX_PARTS = 10_000
 
 _TICKET_LIFE_S = 86_400
+_MAX_TICKET = 1000  # characters; ours have up to 550
 _CHUNK_BYTES = 1_048_576
-_FILE_ID = re.compile(r"[0-9a-f]{32}")
 _ETAG = re.compile(r'"?([0-9a-f]{64})-([0-9]{1,12})"?')
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9.+-]{1,60}/[A-Za-z0-9.+-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?")
@@ -44,7 +47,7 @@ _MEDIA_TYPE = re.compile(r"[A-Za-z0-9.+-]{1,60}/[A-Za-z0-9.+-]{1,60}(; ?[A-Za-z0
 class Ticket:
     """One announced upload: the file it will become."""
 
-    file_id: str
+    file_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     file_name: str
     media_type: str
 
@@ -53,30 +56,52 @@ class Ticket:
         return published_url(base, self.file_id, file_name=self.file_name)
 
 
-class Tickets:
-    """Writes tickets into addresses and reads them back. The secret is what all replicas know: the keys' digests."""
+_TICKET = TypeAdapter(Ticket)
 
-    def __init__(self, key_hashes: Sequence[str]) -> None:
-        digests = sorted(parse_key_hash(text).digest for text in key_hashes)
-        self._serializer = URLSafeTimedSerializer("".join(digests), salt="fal-upload")
+
+class Tickets:
+    """Writes tickets into addresses and reads them back.
+
+    They are signed with what all processes of an installation know and nobody else: the secret of their job database,
+    and the keys' digests, so that other keys end what was announced.
+    """
+
+    def __init__(self, jobs: JobQueue, key_hashes: Sequence[str]) -> None:
+        self._jobs = jobs
+        self._digests = sorted(parse_key_hash(text).digest for text in key_hashes)
+        self._known_signer: TimestampSigner | None = None
 
     def announce(self, file_name: str | None, media_type: str | None) -> Ticket:
         """A ticket for a new file."""
         return _clean_ticket(secrets.token_hex(16), file_name, media_type)
 
-    def sign(self, ticket: Ticket) -> str:
-        """The ticket as a part of an address."""
-        return str(self._serializer.dumps([ticket.file_id, ticket.file_name, ticket.media_type]))
+    async def sign(self, ticket: Ticket) -> str:
+        """The ticket as a part of an address. Raises StorageError."""
+        signer = await self._signer()
+        return signer.sign(base64_encode(_TICKET.dump_json(ticket))).decode()
 
-    def read(self, text: str) -> Ticket:
-        """The ticket in an address. Raises HTTPException 403 when it is not ours or too old."""
+    async def read(self, text: str) -> Ticket:
+        """The ticket in an address. Raises HTTPException 403 when it is not ours or too old, and StorageError."""
+        if len(text) > _MAX_TICKET:
+            raise _unknown_ticket()
+        signer = await self._signer()
         try:
-            file_id, file_name, media_type = self._serializer.loads(text, max_age=_TICKET_LIFE_S)
-        except (BadSignature, ValueError) as error:
-            raise HTTPException(403, "upload: unknown or expired; initiate it again") from error
-        if not _FILE_ID.fullmatch(file_id):  # without keys everybody knows the secret
-            raise HTTPException(403, "upload: unknown or expired; initiate it again")
-        return _clean_ticket(file_id, file_name, media_type)
+            ticket = _TICKET.validate_json(base64_decode(signer.unsign(text, max_age=_TICKET_LIFE_S)))
+        except (BadData, ValueError) as error:  # ValidationError is one
+            raise _unknown_ticket() from error
+        return _clean_ticket(ticket.file_id, ticket.file_name, ticket.media_type)
+
+    async def _signer(self) -> TimestampSigner:
+        if self._known_signer is None:
+            secret = await asyncio.to_thread(self._jobs.store.secret)
+            self._known_signer = make_signer(secret, self._digests)
+        return self._known_signer
+
+
+def make_signer(secret: str, digests: Sequence[str]) -> TimestampSigner:
+    """What tickets are signed with, from the secret of a job database and the digests of the keys."""
+    key = hmac.digest(secret.encode(), " ".join(["fal-upload", *digests]).encode(), "sha256")
+    return TimestampSigner(key, salt="fal-upload", digest_method=hashlib.sha256)
 
 
 class Storage:
@@ -145,6 +170,10 @@ def _find_part(ticket: Ticket, number: int, etag: str) -> StoredFile:
         raise _wrong_etag(number)
     key = part_key(ticket.file_id, number)
     return StoredFile(key, ticket.media_type, str(number), num_bytes=int(found[2]), sha256=found[1])
+
+
+def _unknown_ticket() -> HTTPException:
+    return HTTPException(403, "upload: unknown or expired; initiate it again")
 
 
 def _wrong_etag(number: int | str) -> HTTPException:

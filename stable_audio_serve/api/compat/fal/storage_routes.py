@@ -124,8 +124,8 @@ def build_announcing_router(service: Service) -> APIRouter:
     async def announce(request: Request, body: NewUpload) -> UploadPlace:
         """Announce a file: its bytes are PUT to `upload_url`, or, in parts, to `<upload_url>/<number>`."""
         ticket = tickets.announce(body.file_name, body.content_type)
-        base = base_url(request, limits)
-        return UploadPlace(upload_url=f"{base}/storage/upload/{tickets.sign(ticket)}", file_url=ticket.url(base))
+        base, signed = base_url(request, limits), await tickets.sign(ticket)
+        return UploadPlace(upload_url=f"{base}/storage/upload/{signed}", file_url=ticket.url(base))
 
     @router.post("/files/upload", openapi_extra=_RAW_BODY, responses={**_UPLOAD_RESPONSES, **_KEY_RESPONSES})
     async def upload(request: Request, name: _Name = None, media_type: _Type = None) -> Uploaded:
@@ -138,7 +138,7 @@ def build_announcing_router(service: Service) -> APIRouter:
     async def announce_parts(request: Request, name: _Name = None, media_type: _Type = None) -> MultipartUpload:
         """Announce a file that will come in parts."""
         ticket = tickets.announce(name, media_type)
-        return MultipartUpload(access_url=ticket.url(base_url(request, limits)), uploadId=tickets.sign(ticket))
+        return MultipartUpload(access_url=ticket.url(base_url(request, limits)), uploadId=await tickets.sign(ticket))
 
     return router
 
@@ -148,8 +148,8 @@ def build_receiving_router(service: Service) -> APIRouter:
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
 
-    def read_ticket(ticket: str) -> Ticket:
-        return tickets.read(ticket)
+    async def read_ticket(ticket: str) -> Ticket:
+        return await tickets.read(ticket)
 
     @router.put("/storage/upload/{ticket:fal_ticket}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES)
     async def receive(request: Request, announced: Ticket = Depends(read_ticket)) -> Uploaded:
@@ -182,4 +182,4 @@ def build_receiving_router(service: Service) -> APIRouter:
 
 def _parts_of(service: Service) -> tuple[Tickets, Storage]:
     limits = service.settings.api
-    return Tickets(limits.key_hashes), Storage(service.jobs, max_bytes=limits.max_upload_bytes)
+    return Tickets(service.jobs, limits.key_hashes), Storage(service.jobs, max_bytes=limits.max_upload_bytes)
