@@ -7,6 +7,7 @@ gone: here both hold under any of them.
 from __future__ import annotations
 
 import asyncio
+import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -136,6 +137,8 @@ class _Connection:
         self._body, self._held, self._limits = body, held, limits
         self._deadline_at = asyncio.get_running_loop().time() + limits.receive_total_timeout_s
         self._pace = _Pace(limits)
+        # Not the same for all: a thousand clients that came together would be refused together, and hold the loop up.
+        self._grace_s = limits.receive_grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
         self._answered = False
@@ -207,7 +210,7 @@ class _Connection:
         """The next part of the body. Raises HTTPException 408, and 503 where one place more is needed than there is."""
         left_s = self._deadline_at - asyncio.get_running_loop().time()
         patience_s = self._pace.patience_s
-        grace_s = self._limits.receive_grace_s - self._pace.waited_s
+        grace_s = self._grace_s - self._pace.waited_s
         if not self._is_counted and grace_s < min(left_s, patience_s):
             with suppress(TimeoutError):
                 return await self._wait(grace_s)

@@ -133,7 +133,9 @@ class ApiSettings(Section):
     max_receiving: int = Field(
         256, ge=1, description="Bodies received at a time, per ingress replica, besides those that arrive at once."
     )
-    receive_grace_s: Seconds = Field(3.0, description="What at once means: a body within this time, seconds.")
+    receive_grace_s: Seconds = Field(
+        4.0, description="What at once means: a body within about this time, give or take a half, seconds."
+    )
     send_idle_timeout_s: Seconds = Field(60.0, description="Longest a client may stop reading its answer, seconds.")
     default_deadline_s: Seconds = Field(900.0, description="Time budget of a request that names none, seconds.")
     max_deadline_s: Seconds = Field(3600.0, description="Largest time budget a request may ask for, seconds.")
