@@ -57,6 +57,7 @@ async def test_a_generation_goes_from_queued_over_generating_to_completed(
     file = body["audio_file"]
     assert (file["content_type"], file["file_name"], file["file_size"]) == ("audio/wav", "generated.wav", 5_292_044)
     download = await client.get(file["url"])
+    assert int(download.headers["x-seed"]) >= 0
     assert len(download.content) == file["file_size"]
     assert read_wav(download.content) == (44100, 2, 2, 30 * 44100)
 

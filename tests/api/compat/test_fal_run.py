@@ -33,6 +33,7 @@ async def test_a_run_is_answered_with_a_stored_file(client: httpx.AsyncClient) -
     assert file.keys() == {"url", "content_type", "file_name", "file_size"}
     assert (file["content_type"], file["file_name"][-4:], file["file_size"]) == ("audio/wav", ".wav", 5_292_044)
     download = await client.get(file["url"])
+    assert int(download.headers["x-seed"]) >= 0
     assert (download.headers["content-type"], len(download.content)) == ("audio/wav", file["file_size"])
     assert read_wav(download.content) == (44100, 2, 2, 30 * 44100)
 
