@@ -81,11 +81,14 @@ class Database:
         if self.is_sqlite:
             self.engine, file = sqlite.create_engine(url, may_create=identity is None)
             self._adopt, self._require_in_place = file.adopt, file.require
+            without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
         else:
-            self.engine = _create_postgresql(url)
+            self.engine, without_log = _create_postgresql(url), None
         self._reader = self.engine.execution_options(reading=True)
         if not self.is_sqlite:  # one statement needs neither a BEGIN before nor a ROLLBACK after it
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
+        self._kept = without_log or self._reader
+        self._is_identity_kept = False
         self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or time.time)
         self._lock = threading.Lock()
         self._is_ready = False
@@ -123,6 +126,21 @@ class Database:
             self._make_ready()
             with self._reader.connect() as connection:
                 yield connection
+
+    def require_same(self) -> None:
+        """Raise StoreMovedError when another database was written over the one at the start.
+
+        A SQLite file is read without its log, where the former identity remains.
+        """
+        with at_work():
+            self._make_ready()
+            with self._kept.connect() as connection:
+                found = find_identity(connection)
+            if found is None and not self._is_identity_kept:  # before the first checkpoint
+                return
+            self._is_identity_kept = True
+            self._identity = self._identity or found
+            self._require_identity(found)
 
     def require_room(self) -> None:
         """Raise StorageFullError when SQLite's disk is nearly full: its log may take small changes even then.
@@ -170,7 +188,11 @@ class Database:
     def _prepare(self, connection: sa.Connection) -> None:
         if self._identity is None:
             upgrade(connection)
-        elif self._identity != find_identity(connection):
+        else:
+            self._require_identity(find_identity(connection))
+
+    def _require_identity(self, found: str | None) -> None:
+        if found != self._identity:
             problem = "the job database is another one than at the start"
             raise StoreMovedError(problem, retry_after_s=_RETRY_S)
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from stable_audio_serve.core.errors import StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.tables import IDENTITY, REFUSALS
+from stable_audio_serve.jobs.tables import IDENTITY, JOBS, REFUSALS
 
 StoreState = Literal["ok", "full", "moved", "unavailable"]
 
@@ -52,9 +52,10 @@ class Refusals:
             connection.execute(sa.delete(REFUSALS).where(_refusals.owner == owner))
 
     def current(self) -> Sequence[StoreHealth]:
-        """What runners meet now. Writes to the database, as jobs do, so that it says when that is refused."""
+        """What runners meet now. Writes to the database and looks for jobs, so that it says when either is refused."""
         query = sa.select(_refusals.state, _refusals.reason).order_by(_refusals.until.desc())
         with self._database.writing() as connection:
+            connection.execute(sa.select(JOBS.c.seq).where(JOBS.c.seq == 0))
             connection.execute(sa.update(IDENTITY).values(id=IDENTITY.c.id))
             connection.execute(sa.delete(REFUSALS).where(_refusals.until <= self._database.now))
             return [StoreHealth(cast(StoreState, row.state), row.reason) for row in connection.execute(query)]

@@ -10,6 +10,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -41,8 +42,8 @@ class DatabaseFile:
         """`may_create`: until `adopt` a connection makes the file, if there is none."""
         self._path = os.path.abspath(path)
         self._may_create = may_create
-        self._names: tuple[str, ...] = (self._path,)
-        self._first: _Identity = None
+        self._real = self._path
+        self._first: tuple[_Identity, _Identity, str] | None = None
         self._opened: tuple[_Identity, ...] = ()
         self._num_open = 0
         self._is_missed = False
@@ -55,24 +56,30 @@ class DatabaseFile:
             make_private_folder(Path(self._path).parent)
             if not os.path.exists(self._path):  # SQLite gives the files beside it the same mode
                 os.close(open_private(self._path, os.O_WRONLY | os.O_CREAT))
-        found = _identify(self._path)
-        self._judge(found is not None if is_first else found == self._first)
+        elif is_first:
+            self._judge(_identify(self._path, may_be_empty=False) is not None)
+        else:
+            self._judge(_locate(self._path) == self._first)
         if self._num_open:
             self.require()
         return f"file:{quote(self._path)}?mode=rw"
+
+    def uri_without_log(self) -> str:
+        """To see what the file itself holds: nothing is locked, and nothing written since the last checkpoint seen."""
+        self.require()
+        return f"file:{quote(self._path)}?mode=ro&immutable=1"
 
     def opened(self) -> None:
         """Another connection has read from the file, so its log is there."""
         with self._lock:
             self._num_open += 1
             if self._num_open == 1:
-                real = os.path.realpath(self._path)  # next to which SQLite keeps the log
-                self._names = (self._path, f"{real}-wal", f"{real}-shm")
+                self._real = os.path.realpath(self._path)  # next to which SQLite keeps the log
                 self._opened = self._look()
 
     def adopt(self) -> None:
         """What is open is what was looked for: from now on no other file will do, and none is made."""
-        self._first = self._opened[0]
+        self._first = _locate(self._real)
 
     def closed(self) -> None:
         """A connection is no longer open; the last one of all processes removes the log."""
@@ -84,7 +91,11 @@ class DatabaseFile:
         self._judge(self._look() == self._opened)
 
     def _look(self) -> tuple[_Identity, ...]:
-        return tuple(map(_identify, self._names))
+        """A tenth of what it costs to resolve the path: no link at the real name, so the log is still next to it."""
+        real = self._real
+        file = _identify(real, look=os.lstat, may_be_empty=False)
+        found = (file, _identify(f"{real}-wal"), _identify(f"{real}-shm"))
+        return found if real == self._path else (*found, _identify(self._path))
 
     def _judge(self, is_in_place: bool) -> None:
         if is_in_place == self._is_missed:  # that is news
@@ -97,12 +108,25 @@ class DatabaseFile:
             raise StoreMovedError("the file of the job database was moved or replaced", retry_after_s=_RETRY_S)
 
 
-def _identify(path: str) -> _Identity:
+def _locate(path: str) -> tuple[_Identity, _Identity, str]:
+    """The file, and where SQLite keeps its log: in which folder, after which name."""
+    folder, name = os.path.split(os.path.realpath(path))
+    return _identify(path, may_be_empty=False), _identify(folder), name
+
+
+def _identify(path: str, *, look: Callable[[str], os.stat_result] = os.stat, may_be_empty: bool = True) -> _Identity:
     try:
-        found = os.stat(path)
+        found = look(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return (found.st_dev, found.st_ino) if found.st_size or may_be_empty else None
+
+
+def create_engine_without_log(file: DatabaseFile) -> sa.Engine:
+    """An engine that reads what the file itself holds, each time anew."""
+    return sa.create_engine(
+        "sqlite://", creator=lambda: sqlite3.connect(file.uri_without_log(), uri=True), poolclass=sa.NullPool
+    )
 
 
 def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, DatabaseFile]:

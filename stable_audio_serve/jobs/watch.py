@@ -52,6 +52,7 @@ class StoreWatch:
 
     def _find(self) -> StoreHealth:
         try:
+            self._database.require_same()
             refusals = self._refusals.current()
             self._database.require_room()
             self._artifacts.require_place()

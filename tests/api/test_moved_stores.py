@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,106 @@ async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, t
         assert (await wait(client, running))["attempts"] == waiting["attempts"] + 1
         assert (await wait(client, more))["status"] == "succeeded"
         assert await state_of(client) == ("ok", None)
+
+
+def linked(place: Path, away: Path) -> None:
+    """As somebody does who wants the file elsewhere: the path leads to the same file, the log stays behind."""
+    away.mkdir()
+    (place / "jobs.db").rename(away / "jobs.db")
+    (place / "jobs.db").symlink_to(away / "jobs.db")
+
+
+def unlinked(place: Path, away: Path) -> None:
+    (place / "jobs.db").unlink()
+    (away / "jobs.db").rename(place / "jobs.db")
+
+
+async def test_a_link_to_the_same_file_elsewhere_begins_no_second_log(place: Path, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    async with make_client(**settings_of(place)) as (client, _):
+        done = await submit(client)
+        await wait(client, done)
+        linked(place, away)
+        await expect_refusals(client, at_once=4)
+        assert (await state_of(client))[0] == "moved"
+        assert [path.name for path in away.iterdir()] == ["jobs.db"]
+        unlinked(place, away)
+        assert (await wait(client, done))["status"] == "succeeded"
+        assert (await wait(client, await submit(client)))["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("is_hard", [False, True])
+async def test_a_path_through_a_link_may_not_lead_to_another_name(place: Path, tmp_path: Path, is_hard: bool) -> None:
+    """A link to a folder or file is as good as the path itself, until it is turned."""
+    away, link = tmp_path / "away", tmp_path / "link"
+    away.mkdir()
+    link.symlink_to(place)
+    queue = open_queue(Settings(output_dir=str(tmp_path / "outputs"), jobs=JobSettings(**settings_of(link)["jobs"])))
+    job = await queue.submit(make_spec())
+    (place / "jobs.db").rename(away / "jobs.db")
+    if is_hard:
+        (place / "jobs.db").hardlink_to(away / "jobs.db")
+    link.unlink()
+    link.symlink_to(away)
+    held = queue.store.database.engine.connect() if is_hard else None  # so that another connection is needed
+    with pytest.raises(StorageError):
+        await queue.submit(make_spec())
+    assert [path.name for path in away.iterdir()] == ["jobs.db"]
+    if held is not None:
+        held.close()
+    link.unlink()
+    link.symlink_to(place)
+    if not is_hard:
+        (away / "jobs.db").rename(place / "jobs.db")
+    assert await queue.get(job.spec.ref) == job
+    await queue.close()
+
+
+async def test_a_database_that_was_emptied_keeps_its_log(place: Path, tmp_path: Path) -> None:
+    async with make_client(**settings_of(place)) as (client, _):
+        await wait(client, await submit(client))
+        (place / "jobs.db").write_bytes(b"")
+        before = snapshot(place)
+        await expect_refusals(client, at_once=4)
+        assert (await state_of(client))[0] == "moved"
+        assert snapshot(place) == before
+
+
+async def test_a_process_that_comes_later_keeps_the_log_of_an_emptied_database(place: Path, tmp_path: Path) -> None:
+    settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=JobSettings(**settings_of(place)["jobs"]))
+    identity = prepare_stores(settings).identity
+    first = open_queue(settings, identity=identity)
+    await first.submit(make_spec())
+    (place / "jobs.db").write_bytes(b"")
+    before = snapshot(place)
+    later = open_queue(settings, identity=identity)
+    assert (await later.watch.health()).state == "moved"
+    assert snapshot(place) == before
+    await later.close()
+    await first.close()
+
+
+async def test_another_database_written_over_it_is_told(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    prepare_stores(Settings(output_dir=str(other)))
+    prepare_stores(Settings(output_dir=str(tmp_path), jobs=JobSettings(**settings_of(place)["jobs"])))
+    async with make_client(**settings_of(place)) as (client, _):
+        assert (await state_of(client))[0] == "ok"
+        await wait(client, await submit(client))
+        assert (await state_of(client))[0] == "ok"
+        inode, content = (place / "jobs.db").stat().st_ino, (place / "jobs.db").read_bytes()
+        shutil.copyfile(other / "jobs.db", place / "jobs.db")
+        assert (place / "jobs.db").stat().st_ino == inode
+        assert (await state_of(client))[0] == "moved"
+        (place / "jobs.db").write_bytes(content)
+        assert (await state_of(client))[0] == "ok"
+
+
+async def test_a_database_without_jobs_is_unavailable(place: Path) -> None:
+    async with make_client(**settings_of(place), run_jobs=False) as (client, _):
+        await submit(client)
+        with sqlite3.connect(place / "jobs.db") as connection:
+            connection.execute("DROP TABLE jobs")
+        connection.close()
+        assert (await client.get("/jobs")).status_code == 503
+        assert (await state_of(client))[0] == "unavailable"
