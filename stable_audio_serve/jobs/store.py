@@ -39,7 +39,7 @@ CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
 _RETRY_S = 1.0
 _LATE = JobError("start_timeout", "the job could not be started in the time its client allowed")
 _EXHAUSTED = JobError("unavailable", "the server was interrupted too often during this job")
-_ADDING = 0x53415502  # any number of our own
+_ADDING, _LEASING = 0x53415502, 0x53415503  # any numbers of our own
 _BATCH = 500  # rows or parameters of one statement
 _MAX_ID = 2**63 - 1
 
@@ -215,7 +215,7 @@ class JobStore:
         """Start the waiting job whose turn it is, of these models; it is the owner's for `lease_s` from now."""
         is_next = _jobs.seq == self._turns.next_job(priority, models)
         values = self._do.started(owner, lease_s=lease_s)
-        with self.database.writing() as connection:
+        with self.database.writing_alone(_LEASING) as connection:  # who looks meanwhile would give the same turn
             job = self._do.change(connection, is_next, message="started", **values)
             if job is not None:
                 self._turns.served(connection, job.spec)
