@@ -17,7 +17,7 @@ from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.load import load_model
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_entry
 

@@ -22,10 +22,10 @@ from benchmarks.metrics import summarize
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Job, JobSpec
-from stable_audio_serve.jobs.store import JobStore
-from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.store.database import Database, database_url
+from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.tables import JOBS
 
 _THREADS = 8  # of one ingress
 _LEASE_S = 60.0

@@ -9,7 +9,7 @@ from stable_audio_serve.api.compat import fal
 from stable_audio_serve.api.native import webhooks as native
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.jobs.job import Contract
-from stable_audio_serve.jobs.notifier import WebhookBody
+from stable_audio_serve.jobs.webhooks.notifier import WebhookBody
 
 
 def webhook_bodies(files: ArtifactStore) -> WebhookBody:

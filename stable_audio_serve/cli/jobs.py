@@ -18,7 +18,7 @@ from stable_audio_serve.cli.configuration import ConfigOption, load_configured
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
     from stable_audio_serve.jobs.job import Job
-    from stable_audio_serve.jobs.store import JobStore
+    from stable_audio_serve.jobs.store.store import JobStore
 
 app = typer.Typer(no_args_is_help=True, help="List, show, cancel and retry jobs in the configured store.")
 

@@ -22,11 +22,11 @@ def run_server(
 ) -> None:
     """Serve until Ctrl-C; exit code 2 when the server cannot start, which it has said by then."""
     from stable_audio_serve.core.errors import StableAudioError
-    from stable_audio_serve.serving import launcher
+    from stable_audio_serve.launcher import launch
 
     complain = partial(typer.echo, err=True)
     try:
-        launcher.serve(
+        launch.serve(
             file,
             host=host,
             port=port,

@@ -17,8 +17,8 @@ from stable_audio_serve.demo.vocabulary import (
     WORDS,
     vocabulary,
 )
-from stable_audio_serve.models.blocks.oscillator_bank import NUM_CHANNELS, SAMPLE_RATE_HZ
-from stable_audio_serve.models.sa3.timeline import NUM_TIMELINE_FEATURES
+from stable_audio_serve.models.oscillator.bank import NUM_CHANNELS, SAMPLE_RATE_HZ
+from stable_audio_serve.models.oscillator.timeline import NUM_TIMELINE_FEATURES
 
 HOP = 4096
 PATCH_FRAMES = 8

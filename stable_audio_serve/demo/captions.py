@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stable_audio_serve.demo.scenes import DEFAULT_SWEEP, DEFAULT_TEMPO_BPM, Scene, default_pitch
-from stable_audio_serve.models.blocks.oscillator_bank import OSCILLATOR_HZ, nearest_oscillator
+from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, nearest_oscillator
 
 _NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 _FLATS = {"C#": "Db", "D#": "Eb", "F#": "Gb", "G#": "Ab", "A#": "Bb"}

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stable_audio_serve.demo.scenes import Scene
-from stable_audio_serve.models.blocks.oscillator_bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
+from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 
 Audio = npt.NDArray[np.float32]
 

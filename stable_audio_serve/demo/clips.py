@@ -20,8 +20,8 @@ from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
 from stable_audio_serve.demo.synthesis import render_scene
 from stable_audio_serve.demo.train_autoencoder import Autoencoder
 from stable_audio_serve.demo.vocabulary import MAX_TOKENS, build_tokenizer
-from stable_audio_serve.models.blocks.oscillator_bank import SAMPLE_RATE_HZ
-from stable_audio_serve.models.sa3.timeline import timeline_features
+from stable_audio_serve.models.oscillator.bank import SAMPLE_RATE_HZ
+from stable_audio_serve.models.oscillator.timeline import timeline_features
 
 HEADROOM_LATENTS = int(HEADROOM_S * SAMPLE_RATE_HZ / architecture.HOP)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from stable_audio_serve.models.blocks.oscillator_bank import (
+from stable_audio_serve.models.oscillator.bank import (
     FRAME_SAMPLES,
     NUM_BANDS,
     NUM_OSCILLATORS,

@@ -21,7 +21,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.demo.cases import KINDS, Case, draw_cases
 from stable_audio_serve.demo.checks import Audio, check_scene, has_loose_tempo, has_pitch, has_strict_tempo
 from stable_audio_serve.demo.players import EnginePlayer, HttpPlayer, Player
-from stable_audio_serve.models.blocks.oscillator_bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
+from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 from stable_audio_serve.models.registry import BUILT_IN
 
 # What must pass and what is aimed at, in percent, by check.

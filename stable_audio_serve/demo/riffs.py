@@ -15,7 +15,7 @@ import torch
 
 from stable_audio_serve.demo.scenes import Scene
 from stable_audio_serve.demo.synthesis import FRAME_S, render_scene
-from stable_audio_serve.models.blocks.oscillator_bank import FRAME_SAMPLES, SAMPLE_RATE_HZ, OscillatorBank
+from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, SAMPLE_RATE_HZ, OscillatorBank
 
 RATE_HZ = 22_050  # what they hold is below 5 kHz, and the package stays small
 _BEATS_PER_BAR = 4

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from stable_audio_serve.demo.drums import BAR_PATTERNS, HIT_SOUNDS
 from stable_audio_serve.demo.scenes import Scene
-from stable_audio_serve.models.blocks.oscillator_bank import (
+from stable_audio_serve.models.oscillator.bank import (
     BAND_EDGES_HZ,
     FLOOR,
     FRAME_SAMPLES,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from stable_audio_serve.demo.optim import MixedOptimizer
 from stable_audio_serve.demo.scenes import SHARES, draw_scene
 from stable_audio_serve.demo.synthesis import render_scene
-from stable_audio_serve.models.blocks.oscillator_bank import NUM_CHANNELS, NUM_OSCILLATORS
-from stable_audio_serve.models.sa3.oscillator import PatchMlpDecoder, PatchMlpEncoder
+from stable_audio_serve.models.oscillator.bank import NUM_CHANNELS, NUM_OSCILLATORS
+from stable_audio_serve.models.oscillator.parts import PatchMlpDecoder, PatchMlpEncoder
 
 PATCH_FRAMES = 8
 LATENT_DIM = 64

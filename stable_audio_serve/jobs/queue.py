@@ -17,9 +17,9 @@ from stable_audio_serve.core.errors import StableAudioError, StorageError
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
-from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
-from stable_audio_serve.jobs.store import Added, CancelOutcome, JobStore, Page
+from stable_audio_serve.jobs.store.database import Database, database_url
+from stable_audio_serve.jobs.store.store import Added, CancelOutcome, JobStore, Page
 from stable_audio_serve.jobs.watch import StoreWatch
 
 _MOST_TOGETHER = 32  # one transaction then takes about 20 ms

@@ -7,8 +7,8 @@ import asyncio
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
-from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.refusals import Refusals, StoreHealth, health_of
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.refusals import Refusals, StoreHealth, health_of
 
 _FRESH_S = 5.0
 _FRESH_IF_BAD_S = 1.0

@@ -24,6 +24,7 @@ from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
+from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.placement import (
     Plan,
     ingress_options,
@@ -32,7 +33,6 @@ from stable_audio_serve.serving.placement import (
     require_shared_database,
     runner_options,
 )
-from stable_audio_serve.serving.priority import yield_to_engines
 from stable_audio_serve.serving.replica import ModelReplica
 from stable_audio_serve.serving.weights import require_weights
 

@@ -7,7 +7,7 @@ import torch
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.load import load_model
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
 

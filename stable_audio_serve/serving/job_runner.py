@@ -12,15 +12,15 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from stable_audio_serve.api.webhooks import webhook_bodies
-from stable_audio_serve.jobs.notifier import Notifier
-from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.queue import open_artifacts, open_store
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
+from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.placement import Plan
-from stable_audio_serve.serving.priority import yield_to_engines
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

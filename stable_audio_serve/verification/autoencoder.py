@@ -10,10 +10,10 @@ from torch import Tensor
 
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.generation import SourceAudio
+from stable_audio_serve.models.parts import Noises, WindowNoise
 from stable_audio_serve.models.protocol import WindowSpan
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.lengths import chunked_windows, whole_window
-from stable_audio_serve.models.sa3.parts import Noises, WindowNoise
 from stable_audio_serve.models.sa3.same import SameEncoder
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import Report

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stable_audio_serve.core.errors import CheckpointError, StableAudioError
-from stable_audio_serve.models.load import load_model
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model

@@ -11,11 +11,11 @@ from fastapi import FastAPI
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.webhooks import webhook_bodies
 from stable_audio_serve.core.settings import ApiSettings, JobSettings, Settings
-from stable_audio_serve.jobs.notifier import Notifier
-from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.queue import JobQueue, open_queue
-from stable_audio_serve.jobs.runner import JobRunner
-from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.store.tables import JOBS
+from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from tests.backends import ToneBackend
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.jobs import attempt as attempt_module
-from stable_audio_serve.jobs import gate as gate_module
-from stable_audio_serve.jobs import runner as runner_module
 from stable_audio_serve.jobs import watch as watch_module
+from stable_audio_serve.jobs.runner import attempt as attempt_module
+from stable_audio_serve.jobs.runner import gate as gate_module
+from stable_audio_serve.jobs.runner import runner as runner_module
 from tests.api.compat.serving import make_client
 from tests.api.test_buckets import storage_args
 from tests.api.test_jobs import BODY, submit, wait

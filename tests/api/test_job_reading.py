@@ -12,7 +12,7 @@ import standardwebhooks
 
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.keys import hash_key
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, KEYS, submit, wait
 from tests.backends import ToneBackend

@@ -15,8 +15,8 @@ from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.queue import JobQueue
-from stable_audio_serve.jobs.runner import JobRunner
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.store import JobStore
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, REGION, wait
 from tests.audio_files import make_audio_file

@@ -17,7 +17,7 @@ from stable_audio_serve.core.errors import GenerationError, InvalidRequestError
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend

@@ -14,11 +14,11 @@ import pytest
 
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.settings import JobSettings, Settings
-from stable_audio_serve.jobs import attempt as attempt_module
-from stable_audio_serve.jobs import gate as gate_module
-from stable_audio_serve.jobs import runner as runner_module
 from stable_audio_serve.jobs import watch as watch_module
 from stable_audio_serve.jobs.queue import open_queue, prepare_stores
+from stable_audio_serve.jobs.runner import attempt as attempt_module
+from stable_audio_serve.jobs.runner import gate as gate_module
+from stable_audio_serve.jobs.runner import runner as runner_module
 from tests.api.compat.serving import make_client
 from tests.api.test_job_stores import expect_body, submissions
 from tests.api.test_jobs import BODY, submit, wait

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import soundfile
 
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.api.compat.test_aiml import poll_until
 from tests.api.compat.test_aiml import submit as submit_aiml

@@ -17,7 +17,7 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.cli import app
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs.job import Job, JobError, JobUpload
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.store.store import JobStore
 from tests.databases import postgres
 from tests.jobs.stores import RESULT, add, find, lease, open_database, postgres_with_tables, report, store_url
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from stable_audio_serve.demo.captions import caption
 from stable_audio_serve.demo.scenes import draw_scene
 from stable_audio_serve.demo.vocabulary import build_tokenizer
-from stable_audio_serve.models.blocks.oscillator_bank import nearest_oscillator
+from stable_audio_serve.models.oscillator.bank import nearest_oscillator
 
 
 @pytest.fixture(scope="module")

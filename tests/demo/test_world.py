@@ -8,7 +8,7 @@ from stable_audio_serve.demo.captions import caption
 from stable_audio_serve.demo.checks import check_scene, onset_times_s, strongest_hz
 from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
 from stable_audio_serve.demo.synthesis import render_scene
-from stable_audio_serve.models.blocks.oscillator_bank import FRAME_SAMPLES, OSCILLATOR_HZ, OscillatorBank
+from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, OSCILLATOR_HZ, OscillatorBank
 
 BANK = OscillatorBank()
 

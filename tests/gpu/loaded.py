@@ -6,10 +6,10 @@ from functools import cache
 
 import torch
 
-from stable_audio_serve.models.load import load_model
-from stable_audio_serve.models.loading import cast_network
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.weights import cast_network
 from tests.goldens import load_goldens
 
 

@@ -14,7 +14,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.job import Job, JobSpec
 from stable_audio_serve.jobs.queue import JobQueue, open_queue
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.backends import ToneBackend
 
 _NUMBERS = itertools.count()

@@ -22,12 +22,12 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.failpoints import activate
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.notifier import Notifier
-from stable_audio_serve.jobs.outbox import Outbox
 from stable_audio_serve.jobs.queue import open_queue
-from stable_audio_serve.jobs.runner import JobRunner
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.models.registry import describe_entry, resolve_entry
 from stable_audio_serve.serving.local import LocalBackend
 from tests.goldens import load_goldens

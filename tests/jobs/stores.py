@@ -14,10 +14,10 @@ import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Contract, Job, JobError, JobRef, JobResult, JobSpec
-from stable_audio_serve.jobs.store import JobStore, Report
-from stable_audio_serve.jobs.tables import METADATA
+from stable_audio_serve.jobs.store.database import Database, database_url
+from stable_audio_serve.jobs.store.store import JobStore, Report
+from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
 

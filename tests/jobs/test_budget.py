@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from stable_audio_serve.jobs.budget import ByteBudget
+from stable_audio_serve.jobs.runner.budget import ByteBudget
 
 
 async def take(budget: ByteBudget, num_bytes: int, taken: list[int], *, until: asyncio.Event) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import Priority
-from stable_audio_serve.jobs.capacity import Capacity, work_of
+from stable_audio_serve.jobs.runner.capacity import Capacity, work_of
 from tests.factories import FakeClock, make_request
 
 _AHEAD_S, _BATCH_AHEAD_S = 30.0, 5.0

@@ -8,8 +8,8 @@ import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
-from stable_audio_serve.jobs import codec
 from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec, JobUpload
+from stable_audio_serve.jobs.store import codec
 
 FILE = StoredFile("uploads/x", "audio/wav", "a b\u202e.wav", 12, "ab" * 32)
 

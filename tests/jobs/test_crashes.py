@@ -19,7 +19,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.queue import JobQueue, open_queue
-from stable_audio_serve.jobs.tables import FILES
+from stable_audio_serve.jobs.store.tables import FILES
 from tests.databases import postgres, postgres_url
 from tests.jobs.conftest import make_spec
 from tests.jobs.crash_worker import MODEL, make_context, start_worker

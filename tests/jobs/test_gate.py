@@ -13,11 +13,11 @@ import pytest
 from stable_audio_serve.core.errors import StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings, Settings
-from stable_audio_serve.jobs import attempt as attempt_module
-from stable_audio_serve.jobs import gate as gate_module
-from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.queue import open_queue
-from stable_audio_serve.jobs.refusals import Refusals, StoreHealth, StoreState, health_of
+from stable_audio_serve.jobs.runner import attempt as attempt_module
+from stable_audio_serve.jobs.runner import gate as gate_module
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.refusals import Refusals, StoreHealth, StoreState, health_of
 from tests.backends import ToneBackend
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stable_audio_serve.jobs.job import Job, Lease
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.store.store import JobStore
 from tests.jobs.stores import (
     ERROR,
     FILE,

@@ -13,8 +13,8 @@ from pydantic import SecretStr
 
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job
-from stable_audio_serve.jobs.notifier import RETRY_DELAYS_S, Notifier
-from stable_audio_serve.jobs.outbox import Outbox
+from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.webhooks.notifier import RETRY_DELAYS_S, Notifier
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 from tests.jobs.test_webhooks import Receiver, receiving
 

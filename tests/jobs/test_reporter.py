@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Collection
 import pytest
 import sqlalchemy as sa
 
-from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.heartbeat import LeaseId, lease_id
-from stable_audio_serve.jobs.reporter import Reporter
-from stable_audio_serve.jobs.store import JobStore, Report
+from stable_audio_serve.jobs.runner.heartbeat import LeaseId, lease_id
+from stable_audio_serve.jobs.runner.reporter import Reporter
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.store import JobStore, Report
 from tests.jobs.conftest import wait_for
 from tests.jobs.stores import RESULT, add, database, find, lease, postgres_with_tables, store, store_url, wall
 

@@ -26,10 +26,10 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs import attempt as attempt_module
-from stable_audio_serve.jobs import runner as runner_module
 from stable_audio_serve.jobs.job import JobUpload
-from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.runner import attempt as attempt_module
+from stable_audio_serve.jobs.runner import runner as runner_module
+from stable_audio_serve.jobs.store.tables import JOBS
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.jobs.conftest import Workshop, make_spec, wait_for

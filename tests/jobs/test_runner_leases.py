@@ -14,11 +14,11 @@ from stable_audio_serve.artifacts import local as local_module
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StorageError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs import attempt as attempt_module
 from stable_audio_serve.jobs.job import Job, JobResult
-from stable_audio_serve.jobs.runner import JobRunner
-from stable_audio_serve.jobs.store import JobStore
-from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.runner import attempt as attempt_module
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 

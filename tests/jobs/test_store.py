@@ -10,9 +10,9 @@ import pytest
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, OverloadedError, QuotaError, StorageError
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import JobSpec, JobUpload
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.store import JobStore
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import (
     FILE,

@@ -15,9 +15,9 @@ import pytest
 
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job
-from stable_audio_serve.jobs.store import JobStore, Report
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.store import JobStore, Report
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import (
     ERROR,

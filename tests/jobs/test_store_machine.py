@@ -26,11 +26,11 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, JobUpload
-from stable_audio_serve.jobs.outbox import Outbox
-from stable_audio_serve.jobs.store import JobStore
-from stable_audio_serve.jobs.tables import METADATA
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.tables import METADATA
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, report, result_of, store_url
 

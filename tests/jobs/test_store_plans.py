@@ -12,10 +12,10 @@ import sqlalchemy as sa
 
 from benchmarks.jobs_case import fill
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.outbox import Outbox
-from stable_audio_serve.jobs.store import JobStore
-from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.tables import JOBS
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, ref, report, result_of

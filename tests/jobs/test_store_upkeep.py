@@ -10,11 +10,11 @@ import pytest
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.jobs.database import Database
 from stable_audio_serve.jobs.job import Job, JobUpload
-from stable_audio_serve.jobs.outbox import Notice, Outbox
-from stable_audio_serve.jobs.store import JobStore
-from stable_audio_serve.jobs.tables import JOBS
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.outbox import Notice, Outbox
+from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.tables import JOBS
 from tests.jobs.stores import (
     ERROR,
     FILE,

@@ -16,11 +16,11 @@ from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database, database_url
 from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobUpload
 from stable_audio_serve.jobs.queue import JobQueue
-from stable_audio_serve.jobs.store import JobStore
-from stable_audio_serve.jobs.sweeper import Sweeper, Swept
+from stable_audio_serve.jobs.runner.sweeper import Sweeper, Swept
+from stable_audio_serve.jobs.store.database import Database, database_url
+from stable_audio_serve.jobs.store.store import JobStore
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 from tests.object_storage import Faults, ObjectStorage
 

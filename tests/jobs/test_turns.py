@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.jobs_case import fill, make_spec
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.database import Database
-from stable_audio_serve.jobs.store import JobStore
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.store import JobStore
 from tests.jobs.stores import add_spec, database, lease, postgres_with_tables, store_url, wall
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]

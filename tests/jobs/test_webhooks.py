@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.jobs import webhooks
-from stable_audio_serve.jobs.webhooks import DeliveryError, check_webhook_url, post_json
+from stable_audio_serve.jobs.webhooks import delivery as webhooks
+from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, check_webhook_url, post_json
 
 ALLOWED = ("127.0.0.1",)
 

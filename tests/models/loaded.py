@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from stable_audio_serve.models.load import load_model
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.goldens import SHARP, TINY, load_goldens

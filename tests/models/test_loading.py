@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
-from stable_audio_serve.models.load import load_model, resolve_device
-from stable_audio_serve.models.loading import cast_network, resolve_dtype
+from stable_audio_serve.models.families import load_model, resolve_device
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.weights import cast_network, resolve_dtype
 from tests.goldens import load_goldens
 from tests.models.loaded import assert_near, loaded
 

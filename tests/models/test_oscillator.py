@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from stable_audio_serve.models.blocks.oscillator_analysis import analyse
-from stable_audio_serve.models.blocks.oscillator_bank import (
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.oscillator.analysis import analyse
+from stable_audio_serve.models.oscillator.bank import (
     A4_INDEX,
     FRAME_SAMPLES,
     NUM_CHANNELS,
@@ -19,9 +20,8 @@ from stable_audio_serve.models.blocks.oscillator_bank import (
     expand,
     nearest_oscillator,
 )
-from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.parts import WindowNoise
 from stable_audio_serve.sampling.noise import SeededNoise
 
 

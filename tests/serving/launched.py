@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 
-from stable_audio_serve.serving.environment import is_port_free
-from stable_audio_serve.serving.guard import users_of
+from stable_audio_serve.launcher.environment import is_port_free
+from stable_audio_serve.launcher.guard import users_of
 
 APPLICATION = "audio"
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray otherwise takes 127.0.0.1 for another address

@@ -13,8 +13,9 @@ import pytest
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.serving import environment, haproxy
-from stable_audio_serve.serving.environment import claim_ports, haproxy_environment, is_port_free, require_free_port
+from stable_audio_serve.launcher import environment
+from stable_audio_serve.launcher.environment import claim_ports, haproxy_environment, is_port_free, require_free_port
+from stable_audio_serve.serving import haproxy
 
 _HOST = "127.0.0.1"
 _PROGRAM = "RAY_SERVE_HAPROXY_BINARY_PATH"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from stable_audio_serve.serving.guard import guarded, users_of
+from stable_audio_serve.launcher.guard import guarded, users_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 
 _LEAVE_A_CHILD = """
 import os, subprocess, sys
 from pathlib import Path
-from stable_audio_serve.serving.guard import guarded
+from stable_audio_serve.launcher.guard import guarded
 directory = Path(sys.argv[1])
 with guarded(directory):
     log = open(directory / "log", "w")

@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from stable_audio_serve.core.settings import MetricsSettings, ProxySettings, Settings
-from stable_audio_serve.serving.environment import PortBlock, claim_ports, haproxy_environment
+from stable_audio_serve.launcher.environment import PortBlock, claim_ports, haproxy_environment
 from stable_audio_serve.serving.haproxy import ConfigurationChangedError, ProxyOptions, finish
 from tests.serving.launched import free_port
 from tests.sockets import listening

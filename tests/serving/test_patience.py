@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from stable_audio_serve.serving.patience import advice, crowding, start_limits
+from stable_audio_serve.launcher.patience import advice, crowding, start_limits
 
 _BUSY_FOR_S = 10
 

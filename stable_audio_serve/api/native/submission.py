@@ -37,7 +37,7 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
-from stable_audio_serve.jobs.webhooks import check_webhook_url
+from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
 CONTRACT: Literal["sa3"] = "sa3"
 REPLAYED = "Idempotent-Replayed"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.sa3 import oscillator, same
-from stable_audio_serve.models.sa3.parts import (
+from stable_audio_serve.models.oscillator import parts as oscillator
+from stable_audio_serve.models.parts import (
     Bottleneck,
     Decoder,
     Encoder,
@@ -25,6 +25,7 @@ from stable_audio_serve.models.sa3.parts import (
     register_part,
     stack_draws,
 )
+from stable_audio_serve.models.sa3 import same
 
 PART_MODULES = (same, oscillator)  # imported so that their types are registered
 REGULARIZATION = 1e-3

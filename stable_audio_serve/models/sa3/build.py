@@ -12,13 +12,6 @@ from torch import nn
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_text_encoder, find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
-from stable_audio_serve.models.loading import (
-    assign_weights,
-    cast_network,
-    read_weights,
-    require_exact_float32,
-    skipping_random_weights,
-)
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
@@ -31,6 +24,13 @@ from stable_audio_serve.models.sa3.conditioners import (
 from stable_audio_serve.models.sa3.config import Sa3Config, parse_config
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
+from stable_audio_serve.models.weights import (
+    assign_weights,
+    cast_network,
+    read_weights,
+    require_exact_float32,
+    skipping_random_weights,
+)
 
 
 def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Sa3Model:

@@ -13,8 +13,8 @@ from typing import Any
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
 from stable_audio_serve.models.checkpoint_files import encoder_names
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
+from stable_audio_serve.models.oscillator.timeline import NUM_TIMELINE_FEATURES, TempoRule
 from stable_audio_serve.models.sa3.lengths import LengthRule
-from stable_audio_serve.models.sa3.timeline import NUM_TIMELINE_FEATURES, TempoRule
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
 MIN_ROTATED = 32  # channels of a denoiser head that carry its position, at least

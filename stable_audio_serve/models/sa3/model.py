@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.oscillator.timeline import timeline_features
+from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import (
     BranchConditioning,
     DecodeWindow,
@@ -27,9 +29,7 @@ from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner, TextEncoder
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
-from stable_audio_serve.models.sa3.parts import WindowNoise
 from stable_audio_serve.models.sa3.planning import plan_rows
-from stable_audio_serve.models.sa3.timeline import timeline_features
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
 
 Window = TypeVar("Window")

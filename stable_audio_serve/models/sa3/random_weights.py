@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.loading import cast_network, require_exact_float32
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.conditioners import TextEncoder
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.weights import cast_network, require_exact_float32
 
 _SMALL_SAME = {"channels": 128, "transformer_depths": [6], "chunk_size": 32, "chunk_midpoint_shift": True, "dyt": True}
 _MEDIUM_SAME = {"channels": 256, "transformer_depths": [12], "sliding_window": [1, 1]}

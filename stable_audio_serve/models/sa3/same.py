@@ -25,7 +25,7 @@ from stable_audio_serve.models.blocks import (
     sine,
 )
 from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
-from stable_audio_serve.models.sa3.parts import Noises, register_part, stack_draws
+from stable_audio_serve.models.parts import Noises, register_part, stack_draws
 
 
 @dataclass(frozen=True, slots=True)

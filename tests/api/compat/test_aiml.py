@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from stable_audio_serve.core.errors import GenerationError
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.api.compat.wav import read_wav
 from tests.backends import ToneBackend

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.backends import ToneBackend
 
 URL = "/api/fal/proxy"

@@ -17,7 +17,7 @@ from stable_audio_serve.core.errors import (
     InvalidRequestError,
     ModelUnavailableError,
 )
-from stable_audio_serve.jobs.runner import JobRunner
+from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.backends import ToneBackend
 from tests.jobs.test_webhooks import receiving

@@ -39,7 +39,7 @@ from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import FileOrder
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec
-from stable_audio_serve.jobs.webhooks import check_webhook_url
+from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
 TAG = "fal"
 

@@ -1,0 +1,1 @@
+"""One job runner's life: lease, run, report, sweep."""

@@ -1,0 +1,164 @@
+"""Doing one job: its upload back to samples, the generation, the file, its safe keeping. Knows no states or stores."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import IO
+
+from stable_audio_serve.artifacts.keys import artifact_key
+from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
+from stable_audio_serve.audio.decode import AudioDecoder
+from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.audio.finish import FileOrder, finish
+from stable_audio_serve.core.backend import Backend
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import DamagedFileError, StorageError, StorageFullError
+from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
+from stable_audio_serve.core.settings import ApiSettings
+from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
+from stable_audio_serve.jobs.runner.budget import ByteBudget
+from stable_audio_serve.jobs.runner.gate import StorageGate
+
+GENERATED = 0.95  # the fraction of a job whose audio is made and has yet to become a file
+
+_LEAST_START_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a job is: an engine's stage or one around it."""
+
+    stage: str
+    fraction: float
+    engine_position: int | None = None
+
+
+class JobExecutor:
+    """Owns the worker threads and decoding processes that jobs need besides the model, and bounds their memory."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        artifacts: ArtifactStore,
+        limits: ApiSettings,
+        *,
+        gate: StorageGate,
+        clock: Clock | None = None,
+    ) -> None:
+        """`gate` is told of files that could not be kept or read."""
+        self._backend = backend
+        self._artifacts = artifacts
+        self._gate = gate
+        self._limits = limits
+        self._clock = clock or SystemClock()
+        self._source_bytes = ByteBudget(limits.max_source_bytes)
+        self._decoder = AudioDecoder(
+            num_workers=limits.decode_workers,
+            timeout_s=limits.max_decode_s,
+            own_rates_hz={card.sample_rate_hz for card in backend.catalog},
+        )
+        self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="job-decode")
+        self._encode_threads = ThreadPoolExecutor(limits.encode_workers, thread_name_prefix="job-encode")
+
+    async def execute(self, job: Job, report: Callable[[JobProgress], None]) -> JobResult:
+        """Run the job to its stored file. Raises errors of `core.errors`; then, and when cancelled, keeps nothing."""
+        spec = job.spec
+        if not job.is_readable:
+            raise StorageError("the job was written by another version of this server, which can run it")
+        self._backend.catalog.resolve(spec.model)  # the server may be another one than when the job was accepted
+        async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
+            request = self._limited(await self._with_source(spec), job)
+            started_at = self._clock.monotonic()
+            result = await self._backend.generate(
+                spec.model, request, on_progress=lambda progress: _pass_on(progress, report)
+            )
+            inference_s = self._clock.monotonic() - started_at
+            del request  # and with it the source audio
+        report(JobProgress("storing", GENERATED))
+        stored = await self._store(job, result)
+        failpoint("after_upload")
+        return JobResult(
+            file=stored,
+            file_id=secrets.token_hex(16),
+            sample_rate_hz=result.sample_rate_hz,
+            num_outputs=len(result.audio),
+            seeds=result.seeds,
+            inference_s=inference_s,
+        )
+
+    async def close(self) -> None:
+        """Wait for running work and stop threads and processes."""
+        for threads in (self._encode_threads, self._decode_threads):
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
+        self._decoder.close()
+
+    async def _store(self, job: Job, result: GenerationResult) -> StoredFile:
+        spec = job.spec
+        file_format = AudioFormat(spec.file_format)
+        manifest_of = spec.request if spec.with_manifest else None
+        order = FileOrder(spec.peaks, file_format=file_format, stem=spec.file_stem, manifest_of=manifest_of)
+        finished = await asyncio.get_running_loop().run_in_executor(self._encode_threads, finish, result, order)
+        file = finished.file
+        name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
+        fence = job.lease.fence if job.lease else 1
+        key = artifact_key(spec.id, name, fence=fence, id_is_chosen=spec.id_is_chosen)
+        file_name = spec.file_prefix + name
+        try:
+            stored = await self._artifacts.put(key, file.chunks, media_type=file.media_type, file_name=file_name)
+        except StorageError as error:
+            self._gate.refused(error, num_bytes=file.num_bytes)
+            raise
+        self._gate.kept()
+        return replace(stored, clips=finished.clips)
+
+    def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
+        """The request with its time limits; the engine may have a queue too, in which a first start can be late."""
+        start_within_s = None
+        if job.spec.start_within_s is not None and job.attempts <= 1:
+            waited_s = (datetime.now(UTC) - job.created_at).total_seconds()
+            start_within_s = max(job.spec.start_within_s - waited_s, _LEAST_START_S)
+        deadline_s = request.deadline_s or self._limits.max_deadline_s
+        return replace(request, request_id=job.spec.id, deadline_s=deadline_s, start_within_s=start_within_s)
+
+    async def _with_source(self, spec: JobSpec) -> GenerationRequest:
+        if spec.upload is None:
+            return spec.request
+        source = await self._decode(spec.upload)
+        if spec.upload.role == "init":
+            return replace(spec.request, init_audio=source)
+        return replace(spec.request, inpaint_audio=source)
+
+    async def _decode(self, upload: JobUpload) -> SourceAudio:
+        loop = asyncio.get_running_loop()
+        with tempfile.TemporaryFile() as copy:
+            try:
+                async for chunk in self._artifacts.read(upload.file):
+                    await loop.run_in_executor(self._decode_threads, _write, copy, chunk)
+            except DamagedFileError:
+                raise
+            except StorageError as error:
+                self._gate.refused(error, num_bytes=0)
+                raise
+            return await loop.run_in_executor(self._decode_threads, self._read_samples, copy, upload.max_s)
+
+    def _read_samples(self, file: IO[bytes], max_s: float) -> SourceAudio:
+        return self._decoder.decode(file, max_s=max_s)
+
+
+def _write(file: IO[bytes], chunk: bytes) -> None:
+    try:
+        file.write(chunk)
+    except OSError as error:
+        raise StorageFullError("there is no room for temporary files") from error
+
+
+def _pass_on(progress: Progress, report: Callable[[JobProgress], None]) -> None:
+    if progress.stage != "done":  # for the job there is more to do
+        report(JobProgress(progress.stage, progress.fraction * GENERATED, progress.queue_position))

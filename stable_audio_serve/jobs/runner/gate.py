@@ -1,0 +1,103 @@
+"""Whether jobs may be started: not while the place for their files is known to refuse them.
+
+A job whose file was refused has been computed for nothing. So nobody starts another one until as much can be written as
+was refused, however long that takes; then one job at first, and twice as many whenever a file was kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import suppress
+
+import structlog
+
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.jobs.store.refusals import Refusals, health_of
+
+log = structlog.get_logger("stable_audio_serve.jobs")
+
+_FIRST_PAUSE_S = 1.0  # doubles with each refusal until a file was kept
+_LAST_PAUSE_S = 60.0
+_GRACE_S = 60.0  # what a probe may take until others forget that there was a refusal
+_LARGE = 1 << 10  # more jobs than a runner has
+
+
+class StorageGate:
+    """One runner's; belongs to its event loop."""
+
+    def __init__(
+        self,
+        artifacts: ArtifactStore,
+        refusals: Refusals,
+        owner: str,
+        *,
+        metrics: Metrics,
+        on_open: Callable[[], None],
+    ) -> None:
+        """`on_open` is called when more jobs may be started than before."""
+        self._artifacts = artifacts
+        self._refusals = refusals
+        self._owner = owner
+        self._metrics = metrics
+        self._on_open = on_open
+        self._limit = _LARGE
+        self._needed_bytes = 0
+        self._pause_s = _FIRST_PAUSE_S
+        self._trying: asyncio.Task[None] | None = None
+
+    def admits(self, num_running: int) -> bool:
+        """Whether another job may be started beside those that run."""
+        return num_running < self._limit
+
+    def refused(self, error: StorageError, *, num_bytes: int) -> None:
+        """A file of this size could not be kept, or, with 0, one that was kept could not be read."""
+        self._limit = 0
+        self._needed_bytes = max(self._needed_bytes, num_bytes)
+        if self._trying is None:
+            self._trying = asyncio.create_task(self._try(error))
+
+    def kept(self) -> None:
+        """A file was kept."""
+        if 0 < self._limit < _LARGE:
+            self._limit *= 2
+            self._pause_s = _FIRST_PAUSE_S
+            self._on_open()
+
+    async def close(self) -> None:
+        """Try no more."""
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
+            with suppress(StorageError):  # it is forgotten later
+                await asyncio.to_thread(self._refusals.withdraw, self._owner)
+
+    async def _try(self, error: StorageError) -> None:
+        """Until a file as large as those that were refused can be written."""
+        log.error("no jobs are started: files cannot be kept", reason=error.message, num_bytes=self._needed_bytes)
+        self._metrics.gauge("job_files_refused", 1.0)
+        refused: StorageError | None = error
+        while refused is not None:
+            pause_s = self._pause_s * random.uniform(0.5, 1.0)
+            self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
+            with suppress(StorageError):  # the database may be full too; that is seen without us
+                note = self._refusals.note
+                await asyncio.to_thread(note, self._owner, health_of(refused), for_s=pause_s + _GRACE_S)
+            await asyncio.sleep(pause_s)
+            refused = await self._probe()
+        log.warning("jobs are started again: files can be kept")
+        self._metrics.gauge("job_files_refused", 0.0)
+        with suppress(StorageError):
+            await asyncio.to_thread(self._refusals.withdraw, self._owner)
+        self._limit, self._needed_bytes, self._trying = 1, 0, None
+        self._on_open()
+
+    async def _probe(self) -> StorageError | None:
+        try:
+            await self._artifacts.probe(self._needed_bytes)
+        except StorageError as error:
+            return error
+        return None

@@ -1,0 +1,145 @@
+"""Removes what nobody needs any more: old jobs with their files, files that belong to nothing, unfinished ones.
+
+Any number of sweepers may work on one store at a time. None touches a file that is not known to be this store's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from stable_audio_serve.artifacts.keys import FOLDERS
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.store.store import JobStore
+
+log = structlog.get_logger("stable_audio_serve.jobs")
+
+_BATCH = 100  # jobs forgotten in one transaction
+_PAUSE_S = 0.1  # between batches, so that requests come first
+_AT_ONCE = 8  # files being deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """Files that one sweep removed."""
+
+    num_old: int = 0  # of jobs that ended and files that were published long ago
+    num_orphans: int = 0  # belonging to no job
+    num_unfinished: int = 0  # whose writer died
+
+
+class Sweeper:
+    """Sweeps now and then, from `start` to `close`."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        artifacts: ArtifactStore,
+        settings: JobSettings,
+        *,
+        metrics: Metrics | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """`now` gives the Unix time in seconds by which the age of files is judged."""
+        self._store = store
+        self._artifacts = artifacts
+        self._settings = settings
+        self._metrics = metrics or NullMetrics()
+        self._now = now
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; the first sweep comes after a pause."""
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop; what is left over is swept another time."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def sweep(self) -> Swept:
+        """Remove what is due. What cannot be done now is logged, and done by a later sweep."""
+        started_at = time.monotonic()
+        swept = Swept(
+            num_old=await self._attempt("old", self._remove_old),
+            num_orphans=await self._attempt("orphans", self._remove_orphans),
+            num_unfinished=await self._attempt("unfinished", self._remove_unfinished),
+        )
+        took_s = time.monotonic() - started_at
+        log.info(
+            "swept",
+            old=swept.num_old,
+            orphans=swept.num_orphans,
+            unfinished=swept.num_unfinished,
+            took_s=round(took_s, 3),
+        )
+        self._metrics.observe("sweep_ms", took_s * 1000)
+        return swept
+
+    async def _run(self) -> None:
+        while True:
+            # Several runners start together; they need not sweep together.
+            await asyncio.sleep(self._settings.sweep_every_s * random.uniform(0.5, 1.5))
+            await self.sweep()
+
+    async def _attempt(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
+        try:
+            num_removed = await remove()
+        except Exception as error:  # the other kinds, and later sweeps, may fare better
+            log.warning("a sweep failed", kind=kind, error=str(error), exc_info=not isinstance(error, StorageError))
+            return 0
+        self._metrics.increment("swept_files", num_removed, kind=kind)
+        return num_removed
+
+    async def _remove_old(self) -> int:
+        purge = partial(self._store.purge, age_s=self._settings.retention_s, limit=_BATCH)
+        num_removed = 0
+        while keys := await asyncio.to_thread(purge):
+            num_removed += await self._delete(keys)
+            await asyncio.sleep(_PAUSE_S)
+        return num_removed
+
+    async def _remove_orphans(self) -> int:
+        owner = await asyncio.to_thread(self._store.identity)
+        since = await asyncio.to_thread(self._artifacts.claim, owner)
+        if since is None:
+            log.warning("files are kept where another job database keeps its own: orphans stay")
+            return 0
+        before = self._now() - self._settings.orphan_after_s
+        num_removed = 0
+        for folder in FOLDERS:
+            cursor = None
+            while True:
+                page = await asyncio.to_thread(partial(self._artifacts.list_folder, folder, cursor=cursor))
+                aged = [item.key for item in page.objects if since <= item.modified_at <= before]
+                num_removed += await self._delete(await asyncio.to_thread(self._store.unreferenced, aged))
+                if (cursor := page.next_cursor) is None:
+                    break
+                await asyncio.sleep(_PAUSE_S)
+        return num_removed
+
+    async def _remove_unfinished(self) -> int:
+        sweep = partial(self._artifacts.sweep_unfinished, older_than_s=self._settings.orphan_after_s)
+        return await asyncio.to_thread(sweep)
+
+    async def _delete(self, keys: Sequence[str]) -> int:
+        """Delete files, a few at a time. One that stays is an orphan, and swept as one."""
+        num_deleted = 0
+        for start in range(0, len(keys), _AT_ONCE):
+            deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])
+            results = await asyncio.gather(*deletions, return_exceptions=True)
+            failures = [result for result in results if result is not None]
+            if failures:
+                log.warning("files could not be deleted", number=len(failures), error=str(failures[0]))
+            num_deleted += len(results) - len(failures)
+        return num_deleted

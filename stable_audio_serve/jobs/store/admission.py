@@ -1,0 +1,74 @@
+"""What is decided before a job is kept: whether there is room, and whether the same request was kept already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.job import JobSpec
+from stable_audio_serve.jobs.store.tables import JOBS, in_state
+from stable_audio_serve.jobs.store.transitions import is_job
+
+_FULL_RETRY_S = 10.0
+_MOST_OVER = 2  # times `max_queued`: what clients who come to a full queue can make of it
+
+_jobs = JOBS.c
+_QUEUED = in_state("queued")
+
+
+def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
+    """How many jobs meet all conditions."""
+    return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()
+
+
+# Made once: to put a statement together costs more than to run it.
+_WAITING = sa.select(count(_QUEUED).label("all"), sa.literal(0).label("own"))
+_WAITING_AND_OWN = sa.select(
+    count(_QUEUED).label("all"), count(_QUEUED, _jobs.client == sa.bindparam("client")).label("own")
+)
+_CLIENTS = sa.select(sa.func.count()).select_from(
+    sa.select(_jobs.client).where(_QUEUED).group_by(_jobs.client).subquery()
+)
+
+
+def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
+    """Why another job cannot wait. Who has no key is bounded by the limit for all only.
+
+    A full queue has room for whoever has less than a fair share in it, until it is twice as long as it may be.
+    """
+    query = _WAITING_AND_OWN if spec.client else _WAITING
+    waiting = connection.execute(query, {"client": spec.client}).one()
+    if waiting.all >= limits.max_queued:
+        num_clients = connection.execute(_CLIENTS).scalar_one() + (not waiting.own)
+        is_fair = bool(spec.client) and waiting.own < limits.max_queued / num_clients
+        if not is_fair or waiting.all >= _MOST_OVER * limits.max_queued:
+            return OverloadedError("the job queue is full (jobs.max_queued)", retry_after_s=_FULL_RETRY_S)
+    if waiting.own >= limits.max_queued_per_key:
+        message = "too many jobs of this key are waiting (jobs.max_queued_per_key)"
+        return QuotaError(message, retry_after_s=_FULL_RETRY_S)
+    return None
+
+
+def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
+    """The job that this request made before. Raises ConflictError when another one has its key or id."""
+    by_key = sa.and_(
+        _jobs.contract == spec.contract,
+        _jobs.client == spec.client,
+        _jobs.idempotency_key == spec.idempotency_key,
+    )
+    rows: list[sa.Row[Any]] = []
+    for condition, field, used, code in (
+        (by_key if spec.idempotency_key is not None else None, "Idempotency-Key", "key", "idempotency_key_reused"),
+        (is_job(spec.ref), "id", "id", "id_in_use"),
+    ):
+        row = None if condition is None else connection.execute(sa.select(JOBS).where(condition)).first()
+        if row is None:
+            continue
+        is_same = spec.fingerprint and row.fingerprint == spec.fingerprint
+        if not is_same or any(row.seq != other.seq for other in rows):
+            raise ConflictError(f"{field}: this {used} was used for another request", field=field, code=code)
+        rows.append(row)
+    return rows[0] if rows else None

@@ -1,0 +1,71 @@
+"""Job values <-> JSON text. Reading ignores keys it does not know and fills in defaults for those it misses, so that
+a store may hold what an older or newer version of this package wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import pydantic_core
+from pydantic import BaseModel, TypeAdapter, create_model
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.jobs.job import JobError, JobResult, JobSpec
+from stable_audio_serve.jobs.store.tables import storable
+
+
+def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: Any) -> type[BaseModel]:
+    """A Pydantic model with the fields of a dataclass, so that reading converts and checks every value."""
+    hints = get_type_hints(kind) | replaced
+    definitions: dict[str, Any] = {}
+    for item in fields(kind):
+        if item.name not in without:
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            definitions[item.name] = (hints[item.name], ... if default is MISSING else default)
+    return create_model(f"Stored{kind.__name__}", **definitions)
+
+
+# Source audio never lies in a job: its upload is a file, decoded again when the job runs.
+_Request = _model_of(GenerationRequest, without=frozenset({"init_audio", "inpaint_audio"}))
+_Spec = _model_of(JobSpec, request=_Request)
+_RESULT = TypeAdapter(JobResult)
+_ERROR = TypeAdapter(JobError)
+_FILE = TypeAdapter(StoredFile)
+
+
+def dump(value: JobSpec | JobResult | JobError | StoredFile) -> str:
+    """`value` as JSON text, with U+FFFD for lone surrogates, which no encoding has."""
+    try:
+        return pydantic_core.to_json(value).decode()
+    except pydantic_core.PydanticSerializationError:
+        return storable(json.dumps(value, default=_to_plain, ensure_ascii=False))
+
+
+def _to_plain(value: Any) -> dict[str, Any]:
+    if is_dataclass(value):
+        return {item.name: getattr(value, item.name) for item in fields(value)}
+    return dict(value)
+
+
+def load_spec(text: str) -> JobSpec:
+    """What `dump` wrote of a job's specification."""
+    spec = dict(_Spec.model_validate_json(text))
+    return JobSpec(**spec | {"request": GenerationRequest(**dict(spec["request"]))})
+
+
+def load_result(text: str) -> JobResult:
+    """What `dump` wrote of a job's result."""
+    return _RESULT.validate_json(text)
+
+
+def load_error(text: str) -> JobError:
+    """What `dump` wrote of a job's error."""
+    return _ERROR.validate_json(text)
+
+
+def load_file(text: str) -> StoredFile:
+    """What `dump` wrote of a file's record."""
+    return _FILE.validate_json(text)

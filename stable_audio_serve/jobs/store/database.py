@@ -1,0 +1,238 @@
+"""Transactions on the tables of jobs, on SQLite or PostgreSQL. Blocking: for worker threads."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import sqlite as sqlite_dialect
+
+from stable_audio_serve.core.errors import StorageFullError, StoreMovedError
+from stable_audio_serve.jobs.store import sqlite
+from stable_audio_serve.jobs.store.errors import at_start, at_work, config_error
+from stable_audio_serve.jobs.store.migrations.upgrade import upgrade
+from stable_audio_serve.jobs.store.tables import IDENTITY, JOBS
+
+_POOL_SIZE = 8
+_POOL_OVERFLOW = 8
+_POOL_TIMEOUT_S = 10.0
+_RETRY_S = 5.0
+_LEAST_ROOM_BYTES = 1_048_576
+
+# What psycopg is told unless the URL says otherwise: seconds, the last in milliseconds. It notices when the server
+# vanishes without a word.
+_CONNECT = {
+    **{"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3},
+    "tcp_user_timeout": 20_000,
+}
+_SESSION = {
+    # It gives up on what takes longer, in milliseconds; and a process frozen in a transaction loses its locks.
+    "statement_timeout": 30_000,
+    "lock_timeout": 15_000,
+    "idle_in_transaction_session_timeout": 10_000,
+    # A queue fills faster than statistics are renewed. So plans made for a short one are not kept, and what its
+    # statistics take for a few rows is not sorted: every query has an index in its own order.
+    "plan_cache_mode": "force_custom_plan",
+    "enable_sort": "off",
+    "jit": "off",
+}
+
+
+def database_url(url: str | None, folder: Path) -> sa.URL:
+    """The configured database, or SQLite in `folder`. Raises ConfigError for what cannot be used."""
+    if url is None:
+        return sa.URL.create("sqlite", database=str(folder / "jobs.db"))
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise config_error("not a database URL") from error
+    kind = parsed.drivername.partition("+")[0]
+    if kind == "sqlite" and parsed.database and parsed.database != ":memory:" and not parsed.query:
+        return parsed.set(drivername="sqlite")
+    if kind in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    raise config_error("only SQLite files (sqlite:////path/to/jobs.db) and PostgreSQL (postgresql://...) can be used")
+
+
+class Database:
+    """Transactions on the tables, which are brought up to date before the first one.
+
+    `now` is the time, Unix seconds, as SQL: the server's where there is one, because machines' clocks differ.
+    """
+
+    def __init__(self, url: sa.URL, *, identity: str | None = None, now: Callable[[], float] | None = None) -> None:
+        """Touches nothing yet. `now` gives Unix time in seconds; unset = the clock that all who share the tables do.
+
+        With an `identity` (`JobStore.identity`) only the database that has it is used, and none is made or upgraded.
+        Raises ConfigError when what the database needs is not installed.
+        """
+        self.url = url
+        self.is_sqlite = url.get_backend_name() == "sqlite"
+        self._identity = identity
+        self._adopt: Callable[[], None] = lambda: None
+        self._require_in_place: Callable[[], None] = lambda: None
+        if self.is_sqlite:
+            self.engine, file = sqlite.create_engine(url, may_create=identity is None)
+            self._adopt, self._require_in_place = file.adopt, file.require
+            without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
+        else:
+            self.engine, without_log = _create_postgresql(url), None
+        self._reader = self.engine.execution_options(reading=True)
+        if not self.is_sqlite:  # one statement needs neither a BEGIN before nor a ROLLBACK after it
+            self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
+        self._kept = without_log or self._reader
+        self._is_identity_kept = False
+        self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or time.time)
+        self._lock = threading.Lock()
+        self._is_ready = False
+
+    def __str__(self) -> str:
+        if self.is_sqlite:
+            return f"SQLite {self.url.database}"
+        return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
+
+    def insert(self, table: sa.Table) -> sqlite_dialect.Insert | postgresql.Insert:
+        """An INSERT that can say ON CONFLICT."""
+        return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction; on SQLite no other writer overlaps it. Raises StorageError."""
+        with at_work():
+            self._make_ready()
+            with self.engine.begin() as connection:
+                yield connection
+            self._require_in_place()  # or what was written may be lost with the file
+
+    @contextmanager
+    def writing_alone(self, lock: int) -> Iterator[sa.Connection]:
+        """A transaction that no other one with the same number overlaps. Raises StorageError."""
+        with self.writing() as connection:
+            if not self.is_sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection that waits for no writer; each statement sees what is committed by then. Raises StorageError."""
+        with at_work():
+            self._make_ready()
+            with self._reader.connect() as connection:
+                yield connection
+
+    def require_same(self) -> None:
+        """Raise StoreMovedError when another database was written over the one at the start.
+
+        A SQLite file is read without its log, where the former identity remains.
+        """
+        with at_work():
+            self._make_ready()
+            with self._kept.connect() as connection:
+                found = find_identity(connection)
+            if found is None and not self._is_identity_kept:  # before the first checkpoint
+                return
+            self._is_identity_kept = True
+            self._identity = self._identity or found
+            self._require_identity(found)
+
+    def require_room(self) -> None:
+        """Raise StorageFullError when SQLite's disk is nearly full: its log may take small changes even then.
+
+        What room a database server has, it says itself when it is written to.
+        """
+        if not self.is_sqlite:
+            return
+        with at_work():
+            space = shutil.disk_usage(Path(self.url.database or "").absolute().parent)
+        if space.free < _LEAST_ROOM_BYTES:
+            raise StorageFullError("the disk of the job database is full")
+
+    def prepare(self) -> None:
+        """Make or upgrade the tables.
+
+        Raises ConfigError, with the reason, when that is not possible: no server, no access, tables of a newer version.
+        """
+        with at_start(self):
+            self._make_ready()
+
+    def check_writable(self) -> None:
+        """Raise ConfigError, with the reason, when rows can only be read: a standby, or a user without rights."""
+        with at_start(self), self.engine.begin() as connection:
+            connection.execute(sa.delete(JOBS).where(sa.false()))
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+    def _make_ready(self) -> None:
+        if self._is_ready:
+            return
+        with self._lock:
+            if not self._is_ready:
+                try:
+                    with self.engine.begin() as connection:  # looking and changing in one: other processes start too
+                        self._prepare(connection)
+                except BaseException:
+                    self.engine.dispose()  # it may be the wrong one
+                    raise
+                self._adopt()
+                self._is_ready = True
+
+    def _prepare(self, connection: sa.Connection) -> None:
+        if self._identity is None:
+            upgrade(connection)
+        else:
+            self._require_identity(find_identity(connection))
+
+    def _require_identity(self, found: str | None) -> None:
+        if found != self._identity:
+            problem = "the job database is another one than at the start"
+            raise StoreMovedError(problem, retry_after_s=_RETRY_S)
+
+
+def find_identity(connection: sa.Connection) -> str | None:
+    """The random name of this database, once it has one; None also where there are no tables."""
+    if not sa.inspect(connection).has_table(IDENTITY.name):
+        return None
+    found: str | None = connection.execute(sa.select(IDENTITY.c.id)).scalar()
+    return found
+
+
+def _server_time() -> sa.ColumnElement[float]:
+    return sa.cast(sa.extract("epoch", sa.func.statement_timestamp()), sa.Double)
+
+
+def _time_of(clock: Callable[[], float]) -> sa.ColumnElement[float]:
+    """Asked whenever a statement with it is executed."""
+    return sa.bindparam("now", callable_=clock, type_=sa.Double)
+
+
+def _create_postgresql(url: sa.URL) -> sa.Engine:
+    try:
+        engine = sa.create_engine(
+            url,
+            isolation_level="READ COMMITTED",  # what the compare-and-sets of `transitions` are made for
+            connect_args={name: value for name, value in _CONNECT.items() if name not in url.query},
+            pool_pre_ping=True,  # the server may have been restarted
+            pool_size=_POOL_SIZE,
+            max_overflow=_POOL_OVERFLOW,
+            pool_timeout=_POOL_TIMEOUT_S,
+        )
+    except ImportError as error:
+        raise config_error("PostgreSQL needs psycopg: pip install 'stable-audio-serve[postgres]'") from error
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _: Any) -> None:
+        connection.autocommit = True
+        calls = (f"set_config('{name}', '{value}', false)" for name, value in _SESSION.items())
+        connection.execute(f"SELECT {', '.join(calls)}")
+        connection.autocommit = False
+
+    return engine

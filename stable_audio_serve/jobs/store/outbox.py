@@ -1,0 +1,70 @@
+"""Which ended jobs their clients still have to be told of. Part of the jobs' own table, so it survives restarts.
+
+Whoever delivers claims a notice first, for a time: no two processes try it at once, and one that dies only delays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from stable_audio_serve.jobs.job import Job
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.tables import JOBS
+from stable_audio_serve.jobs.store.transitions import is_job, to_job
+
+_jobs = JOBS.c
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A client to be told: where, of which job, and which attempt this is, from 1.
+
+    `id` is the job's; each later end, of a dead letter that was tried again, has another.
+    """
+
+    id: str
+    url: str
+    host: str
+    job: Job
+    retries: int
+    attempt: int
+
+
+class Outbox:
+    """Notices that are due; each is tried until it is settled. Blocking: for worker threads."""
+
+    def __init__(self, database: Database) -> None:
+        """Touches nothing yet."""
+        self._database = database
+
+    def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
+        """The notice that has been due for longest, of other hosts than these; nobody else gets it for `for_s`."""
+        now = self._database.now
+        is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
+        first = sa.select(_jobs.seq).where(*is_due).order_by(_jobs.webhook_at).limit(1)
+        change = sa.update(JOBS).where(_jobs.seq == first.with_for_update(skip_locked=True).scalar_subquery(), *is_due)
+        values = change.values(webhook_at=now + for_s, webhook_attempts=_jobs.webhook_attempts + 1)
+        with self._database.writing() as connection:
+            row = connection.execute(values.returning(JOBS)).first()
+        if row is None:
+            return None
+        notice_id = f"{row.id}-{row.retries}" if row.retries else row.id
+        return Notice(notice_id, row.webhook_url, row.webhook_host, to_job(row), row.retries, row.webhook_attempts)
+
+    def settle(self, notice: Notice) -> None:
+        """It was delivered, or given up: never try it again."""
+        self._update(notice, webhook_at=None)
+
+    def postpone(self, notice: Notice, *, delay_s: float) -> None:
+        """It failed: try again in `delay_s`."""
+        self._update(notice, webhook_at=self._database.now + delay_s)
+
+    def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
+        """Unless somebody else has claimed it since, or the job was tried again."""
+        is_same = (_jobs.retries == notice.retries, _jobs.webhook_attempts == notice.attempt)
+        change = sa.update(JOBS).where(is_job(notice.job.spec.ref), *is_same)
+        with self._database.writing() as connection:
+            connection.execute(change.values(webhook_at=webhook_at))

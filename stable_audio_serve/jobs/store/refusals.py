@@ -1,0 +1,61 @@
+"""What runners tell the rest of the server of stores that refuse: part of the job database, so it reaches everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import StorageError, StorageFullError, StoreMovedError
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.tables import IDENTITY, JOBS, REFUSALS
+
+StoreState = Literal["ok", "full", "moved", "unavailable"]
+
+_refusals = REFUSALS.c
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHealth:
+    """Whether jobs can be kept and done; `reason` says why not, without anything a client must not know."""
+
+    state: StoreState = "ok"
+    reason: str | None = None
+
+
+def health_of(error: StorageError) -> StoreHealth:
+    """What an error of a store says of it."""
+    kinds: tuple[tuple[type[StorageError], StoreState], ...] = ((StorageFullError, "full"), (StoreMovedError, "moved"))
+    state: StoreState = next((state for kind, state in kinds if isinstance(error, kind)), "unavailable")
+    return StoreHealth(state, error.message)
+
+
+class Refusals:
+    """Why runners start no jobs. Blocking: for worker threads. Every method raises StorageError."""
+
+    def __init__(self, database: Database) -> None:
+        """Touches nothing yet."""
+        self._database = database
+
+    def note(self, owner: str, health: StoreHealth, *, for_s: float) -> None:
+        """What one runner meets; forgotten when it says nothing more for so long."""
+        values = {"state": health.state, "reason": health.reason, "until": self._database.now + for_s}
+        insert = self._database.insert(REFUSALS).values(owner=owner, **values)
+        with self._database.writing() as connection:
+            connection.execute(insert.on_conflict_do_update(index_elements=[_refusals.owner], set_=values))
+
+    def withdraw(self, owner: str) -> None:
+        """It meets nothing of that kind any more."""
+        with self._database.writing() as connection:
+            connection.execute(sa.delete(REFUSALS).where(_refusals.owner == owner))
+
+    def current(self) -> Sequence[StoreHealth]:
+        """What runners meet now. Writes to the database and looks for jobs, so that it says when either is refused."""
+        query = sa.select(_refusals.state, _refusals.reason).order_by(_refusals.until.desc())
+        with self._database.writing() as connection:
+            connection.execute(sa.select(JOBS.c.seq).where(JOBS.c.seq == 0))
+            connection.execute(sa.update(IDENTITY).values(id=IDENTITY.c.id))
+            connection.execute(sa.delete(REFUSALS).where(_refusals.until <= self._database.now))
+            return [StoreHealth(cast(StoreState, row.state), row.reason) for row in connection.execute(query)]

@@ -1,0 +1,195 @@
+"""SQLite as the job database: one file and its write-ahead log, shared by the processes of one machine.
+
+Open files outlive their names. So a transaction is refused while the names stand for other files, or for none: what it
+wrote would be lost at the next start, and a new connection would open, or make, another database.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+import sqlalchemy as sa
+import structlog
+
+from stable_audio_serve.core.errors import StoreMovedError
+from stable_audio_serve.core.private_files import make_private_folder, open_private
+from stable_audio_serve.jobs.store.errors import config_error
+
+log = structlog.get_logger("stable_audio_serve.jobs")
+
+_POOL_SIZE = 8
+_OLDEST_SQLITE = (3, 35)  # the first that says RETURNING
+_BUSY_TIMEOUT_S = 15.0
+_BUSY_PAUSE_S = 0.001
+_WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
+_RETRY_S = 5.0
+_IS_COUNTED = "is_counted"  # in what is remembered of a connection
+
+_Identity = tuple[int, int] | None  # device and inode
+
+
+class DatabaseFile:
+    """What SQLite has open, which must stay where it is: its log while any connection is open, the file for good."""
+
+    def __init__(self, path: str, *, may_create: bool) -> None:
+        """`may_create`: until `adopt` a connection makes the file, if there is none."""
+        self._path = os.path.abspath(path)
+        self._may_create = may_create
+        self._real = self._path
+        self._first: tuple[_Identity, _Identity, str] | None = None
+        self._opened: tuple[_Identity, ...] = ()
+        self._num_open = 0
+        self._is_missed = False
+        self._lock = threading.Lock()
+
+    def uri(self) -> str:
+        """What the next connection is to open. Raises StoreMovedError."""
+        is_first = self._first is None
+        if is_first and self._may_create:
+            make_private_folder(Path(self._path).parent)
+            if not os.path.exists(self._path):  # SQLite gives the files beside it the same mode
+                os.close(open_private(self._path, os.O_WRONLY | os.O_CREAT))
+        elif is_first:
+            self._judge(_identify(self._path, may_be_empty=False) is not None)
+        else:
+            self._judge(_locate(self._path) == self._first)
+        if self._num_open:
+            self.require()
+        return f"file:{quote(self._path)}?mode=rw"
+
+    def uri_without_log(self) -> str:
+        """To see what the file itself holds: nothing is locked, and nothing written since the last checkpoint seen."""
+        self.require()
+        return f"file:{quote(self._path)}?mode=ro&immutable=1"
+
+    def opened(self) -> None:
+        """Another connection has read from the file, so its log is there."""
+        with self._lock:
+            self._num_open += 1
+            if self._num_open == 1:
+                self._real = os.path.realpath(self._path)  # next to which SQLite keeps the log
+                self._opened = self._look()
+
+    def adopt(self) -> None:
+        """What is open is what was looked for: from now on no other file will do, and none is made."""
+        self._first = _locate(self._real)
+
+    def closed(self) -> None:
+        """A connection is no longer open; the last one of all processes removes the log."""
+        with self._lock:
+            self._num_open -= 1
+
+    def require(self) -> None:
+        """Raise StoreMovedError unless the names still lead to what is open."""
+        self._judge(self._look() == self._opened)
+
+    def _look(self) -> tuple[_Identity, ...]:
+        """A tenth of what it costs to resolve the path: no link at the real name, so the log is still next to it."""
+        real = self._real
+        file = _identify(real, look=os.lstat, may_be_empty=False)
+        found = (file, _identify(f"{real}-wal"), _identify(f"{real}-shm"))
+        return found if real == self._path else (*found, _identify(self._path))
+
+    def _judge(self, is_in_place: bool) -> None:
+        if is_in_place == self._is_missed:  # that is news
+            self._is_missed = not is_in_place
+            if is_in_place:
+                log.warning("the job database is back in its place", file=self._path)
+            else:
+                log.error("the job database was moved or replaced: it is used when it is back", file=self._path)
+        if not is_in_place:
+            raise StoreMovedError("the file of the job database was moved or replaced", retry_after_s=_RETRY_S)
+
+
+def _locate(path: str) -> tuple[_Identity, _Identity, str]:
+    """The file, and where SQLite keeps its log: in which folder, after which name."""
+    folder, name = os.path.split(os.path.realpath(path))
+    return _identify(path, may_be_empty=False), _identify(folder), name
+
+
+def _identify(path: str, *, look: Callable[[str], os.stat_result] = os.stat, may_be_empty: bool = True) -> _Identity:
+    try:
+        found = look(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if found.st_size or may_be_empty else None
+
+
+def create_engine_without_log(file: DatabaseFile) -> sa.Engine:
+    """An engine that reads what the file itself holds, each time anew."""
+    return sa.create_engine(
+        "sqlite://", creator=lambda: sqlite3.connect(file.uri_without_log(), uri=True), poolclass=sa.NullPool
+    )
+
+
+def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, DatabaseFile]:
+    """An engine over the file of `url`, which is made at its first use if `may_create`. Raises ConfigError."""
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise config_error(
+            f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, _OLDEST_SQLITE))} is needed"
+        )
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S}, pool_size=_POOL_SIZE)
+    file = DatabaseFile(url.database or "", may_create=may_create)
+
+    @sa.event.listens_for(engine, "do_connect")
+    def _open(_: Any, __: Any, args: list[Any], options: dict[str, Any]) -> None:
+        args[0], options["uri"] = file.uri(), True
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, record: Any) -> None:
+        connection.isolation_level = None  # transactions begin below, not where the driver guesses
+        _write_ahead(connection)
+        connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        file.opened()
+        record.info[_IS_COUNTED] = True
+
+    @sa.event.listens_for(engine, "close")
+    def _forget(_: Any, record: Any) -> None:
+        if record.info.pop(_IS_COUNTED, False):
+            file.closed()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        file.require()
+        if not connection.get_execution_options().get("reading"):
+            _begin_writing(cast(sqlite3.Connection, connection.connection.driver_connection))
+
+    return engine, file
+
+
+def _begin_writing(connection: sqlite3.Connection) -> None:
+    """Wait for other writers at a steady pace: SQLite's own sleeps get longer, and others overtake."""
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        _insist(connection, "BEGIN IMMEDIATE")
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Keep a write-ahead log. The first connection ever needs the whole file for that, and its wait is not SQLite's."""
+    _insist(connection, "PRAGMA journal_mode = WAL")
+
+
+def _insist(connection: sqlite3.Connection, statement: str) -> None:
+    """Execute it once the database is free. Raises sqlite3.OperationalError."""
+    give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute(statement)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
+                raise
+            time.sleep(_BUSY_PAUSE_S)
+        else:
+            return

@@ -1,0 +1,83 @@
+"""Whose job starts next: clients take turns, one job each, apart for every model and priority; within a client it is
+first come, first served. Next is the client whose last start is the longest ago, so one who had nothing waiting is next
+at once, and nobody waits for more than one job of each of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.jobs.job import JobSpec
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.tables import JOBS, TURNS, in_state, storable
+
+_jobs, _turns = JOBS.c, TURNS.c
+_QUEUED = in_state("queued")
+_IS_IN_LINE = sa.and_(
+    _QUEUED, _jobs.priority == _turns.priority, _jobs.model == _turns.model, _jobs.client == _turns.client
+)
+_ORDER = (_turns.served, _turns.seq)
+
+
+class Turns:
+    """The turns on one database; every method is one statement in the caller's transaction."""
+
+    def __init__(self, database: Database) -> None:
+        """Touches nothing yet."""
+        self._now = database.now
+        self._join = database.insert(TURNS).on_conflict_do_nothing()
+
+    def join(self, connection: sa.Connection, spec: JobSpec) -> None:
+        """The client of a job that was added takes turns from now on."""
+        line = {"priority": spec.request.priority, "model": spec.model, "client": spec.client}
+        connection.execute(self._join, line)
+
+    def next_job(self, priority: Priority, models: Collection[str] | None) -> sa.ScalarSelect[int]:
+        """`seq` of the job whose turn it is, of these models, locked; null when none is due that nobody else locked."""
+        is_due = (_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now))
+        first = sa.select(_jobs.seq).where(_IS_IN_LINE, *is_due).order_by(_jobs.seq).limit(1)
+        first = first.with_for_update(skip_locked=True).correlate(TURNS)
+        # Databases look into one line after the other, and no further than to the first that has a job; the offset
+        # keeps them from doing so for the condition and for the result.
+        heads = sa.select(first.scalar_subquery().label("seq")).where(_turns.priority == priority)
+        if models is not None:
+            heads = heads.where(_turns.model.in_(models))
+        in_turn = heads.order_by(*_ORDER).offset(0).subquery()
+        return sa.select(in_turn.c.seq).where(in_turn.c.seq.is_not(None)).limit(1).scalar_subquery()
+
+    def served(self, connection: sa.Connection, spec: JobSpec) -> None:
+        """A job of this client was started: all others who wait come before its next one."""
+        priority = spec.request.priority
+        others = TURNS.alias()
+        latest = sa.select(sa.func.max(others.c.served)).where(others.c.priority == priority).scalar_subquery()
+        is_it = (_turns.priority == priority, _turns.model == spec.model, _turns.client == spec.client)
+        connection.execute(sa.update(TURNS).where(*is_it).values(served=latest + 1))
+
+    def position(self, connection: sa.Connection, spec: JobSpec, *, is_job: sa.ColumnElement[bool]) -> int:
+        """How many waiting jobs of its model and priority start before this one: the earlier ones of its client, and of
+        every other client as many as it has turns until then."""
+        of_line = (_jobs.priority == spec.request.priority, _jobs.model == spec.model)
+        own = sa.select(_jobs.seq).where(is_job).correlate(None).scalar_subquery()
+        counts = (
+            sa.select(
+                _jobs.client,
+                sa.func.count().label("waiting"),
+                sa.func.sum(sa.case((_jobs.seq < own, 1), else_=0)).label("earlier"),
+            )
+            .where(_QUEUED, *of_line)
+            .group_by(_jobs.client)
+            .subquery()
+        )
+        is_client = (_turns.priority == spec.request.priority, _turns.model == spec.model)
+        query = sa.select(counts, *_ORDER).join(TURNS, sa.and_(*is_client, _turns.client == counts.c.client))
+        lines = {row.client: row for row in connection.execute(query)}
+        mine = lines.pop(storable(spec.client), None)
+        if mine is None:
+            return 0
+        place = (mine.served, mine.seq)
+        return mine.earlier + sum(
+            min(line.waiting, mine.earlier + ((line.served, line.seq) < place)) for line in lines.values()
+        )

@@ -1,0 +1,1 @@
+"""One machine: an embedded Ray from one command to ready and back to nothing. Used by the command line alone."""

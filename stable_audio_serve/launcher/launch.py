@@ -1,0 +1,246 @@
+"""`stable-audio-serve serve`: one command from a config file to a ready HTTP address, and back to nothing on Ctrl-C.
+
+Owns the order of the start, what the operator reads meanwhile, and signals; Ray's own life is `embedded`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
+from stable_audio_serve.core.settings import ProxyKind, Settings
+from stable_audio_serve.core.settings_sources import explain_default, load_settings
+from stable_audio_serve.jobs.queue import prepare_stores
+from stable_audio_serve.launcher import environment
+from stable_audio_serve.launcher.embedded import apply_environment, embedded_ray, explained, private_directory
+from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.signals import StopSignals
+from stable_audio_serve.serving.placement import Plan, plan_deployments
+from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
+from stable_audio_serve.serving.weights import require_weights
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
+
+Report = Callable[[str], None]
+
+_POLL_S = 0.1
+_HEALTH_TIMEOUT_S = 5.0
+_STILL_LOADING_EVERY_S = 15.0
+_PROXY_FAULT = re.compile(r"HAProxy crashed during startup: error: (.+)")
+_OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
+
+
+@dataclass
+class Stopwatch:
+    """Names and lengths in seconds of the stages of a cold start."""
+
+    laps: list[tuple[str, float]] = field(default_factory=list)
+    _last: float = field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> None:
+        """End the current stage and call it `name`."""
+        now = time.monotonic()
+        self.laps.append((name, now - self._last))
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.laps)
+
+
+def serve(
+    file: ServeFile,
+    *,
+    host: str | None,
+    port: int | None,
+    metrics_port: int | None,
+    proxy: ProxyKind | None,
+    report: Report,
+    complain: Report,
+) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP.
+
+    What keeps that from beginning goes to `complain` in one sentence, then is raised as an error of `core.errors`.
+    """
+    watch = Stopwatch()
+    with ExitStack() as stack:
+        with _said_at_once(complain):
+            host, port = host or file.host, port or file.port
+            plan = plan_deployments(load_settings(file.args))
+            environment.require_free_port(host, port)
+            metrics_port = _choose_metrics_port(metrics_port, plan.settings)
+            signals = StopSignals()
+            signals.listen()
+            directory = stack.enter_context(private_directory())
+            environment.raise_file_limit()
+            variables = environment.base_environment(plan.settings)
+            kind = proxy or plan.settings.proxy.kind
+            proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
+            apply_environment(variables | proxied, defaults=start_limits(crowding()))
+            # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
+            # Before anything is said of models: a mistyped `args` leaves only the defaults.
+            schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
+            report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
+            # Of the others the application itself says what is missing.
+            started = [model for model in plan.settings.models if model.name in plan.started]
+            require_weights(plan, started, complain=complain)
+            report(prepare_stores(plan.settings).description)
+
+        # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
+        def complain_amid(sentence: str) -> None:
+            complain(f"\n{sentence}")
+
+        with _said_at_once(complain_amid):
+            metrics_port = stack.enter_context(
+                embedded_ray(directory, signals, num_cpus=plan.num_cpus, metrics_port=metrics_port)
+            )
+        stack.enter_context(suppress(KeyboardInterrupt))
+        stack.callback(report, "stopping ...")
+        stack.enter_context(_said_at_once(complain_amid))
+        watch.lap("ray")
+        url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
+        with explained("Ray Serve"):
+            _deploy(schema, watch)
+            health = _wait_until_ready(file, url, plan=plan, report=report)
+        watch.lap("models")
+        report(f"cold start: {watch}{_load_stages(health, plan)}")
+        report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
+        report(_ready_text(url, plan))
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        _drain(file.application, plan.settings, report=report)
+
+
+@contextmanager
+def _said_at_once(complain: Report) -> Iterator[None]:
+    """Tell the operator what went wrong before anything is stopped: stopping may take seconds or be cut short."""
+    try:
+        yield
+    except StableAudioError as error:
+        complain(f"error: {error.message}")
+        raise
+
+
+def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
+    """The port that the command line or the settings name, None when any will do. Raises ConfigError if it is taken."""
+    port = port or settings.metrics.port
+    if port is not None:
+        option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
+        environment.require_free_port(settings.metrics.host, port, option=option, field="metrics.port")
+    return port
+
+
+def _proxy_environment(
+    stack: ExitStack, directory: Path, *, host: str, settings: Settings, proxy: ProxyKind, report: Report
+) -> dict[str, str]:
+    """Variables of the chosen proxy, holding its ports on `stack`; empty for the Python proxy."""
+    reason = "asked for" if proxy == "python" else environment.why_no_haproxy()
+    if reason is None:
+        try:
+            ports = stack.enter_context(environment.claim_ports(settings.metrics.host))
+            return environment.haproxy_environment(ports, directory, host=host, settings=settings)
+        except OSError as error:
+            reason = str(error)
+    if proxy == "haproxy":
+        raise ConfigError(f"proxy.kind (STABLE_AUDIO_PROXY, --proxy) is haproxy: {reason}", field="proxy.kind")
+    report(f"using Ray Serve's Python proxy instead of HAProxy: {reason}")
+    return {}
+
+
+def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.context import _get_global_client
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(
+            proxy_location=schema.proxy_location,
+            http_options=schema.http_options.model_dump(),
+            logging_config=schema.logging_config,
+        )
+    except RayError as error:
+        if fault := _PROXY_FAULT.search(str(error)):
+            raise ConfigError(fault[1], field="proxy") from error
+        raise
+    watch.lap("serve")
+    _get_global_client().deploy_apps(schema)
+
+
+def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
+    """Until a request would be answered: every kept replica runs, and the HTTP path says so. Returns /health."""
+    from ray import serve
+
+    next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
+    while True:
+        application = serve.status().applications.get(file.application)
+        if application is not None:
+            _raise_if_failed(application)
+            if application.status == "RUNNING" and (health := _health(url, plan)):
+                return health
+        if time.monotonic() >= next_report_at:
+            report("still loading ...")
+            next_report_at += _STILL_LOADING_EVERY_S
+        time.sleep(_POLL_S)
+
+
+def _raise_if_failed(application: ApplicationStatusOverview) -> None:
+    if application.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return
+    messages = [application.message, *(d.message for d in application.deployments.values())]
+    ours = [match for message in messages for match in _OUR_ERROR.findall(message)]
+    raise ModelUnavailableError(ours[-1] if ours else "\n".join(filter(None, messages)))
+
+
+def _health(url: str, plan: Plan) -> Mapping[str, Any]:
+    """GET /health once it lists every preloaded model as loaded; empty before."""
+    try:
+        answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)  # no proxy to our own machine
+        health: dict[str, Any] = answer.raise_for_status().json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return health if set(plan.preloaded) <= set(health["loaded_models"]) else {}
+
+
+def _drain(application: str, settings: Settings, *, report: Report) -> None:
+    """Let what is in flight be answered, where the operator wants that."""
+    from stable_audio_serve.serving.draining import drain
+
+    if settings.drain_s:
+        host = _reachable(settings.metrics.host)
+        drain(application, within_s=settings.drain_s, statistics_host=host, report=report)
+
+
+def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
+    """What the start of each preloaded model was spent on."""
+    details = {name: health["models"][name]["detail"] for name in plan.preloaded}
+    return "".join(
+        f"; {name}: " + ", ".join(f"{stage} {seconds} s" for stage, seconds in detail.items())
+        for name, detail in details.items()
+        if detail
+    )
+
+
+def _ready_text(url: str, plan: Plan) -> str:
+    body = json.dumps({"prompt": "a 440 Hz sine tone, fading out", "duration": 3})
+    return (
+        f"ready: {url} serves {', '.join(plan.names)} (Ctrl-C stops it). Try:\n"
+        f"  curl -fsS {url}/v1/audio/generations -H 'Content-Type: application/json' -d '{body}' -o clip.wav"
+    )
+
+
+def _reachable(host: str) -> str:
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

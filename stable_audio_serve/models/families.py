@@ -1,0 +1,45 @@
+"""The one way from a registry entry to a model that can be used: find or download the files, load the family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.download import download_entry
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.registry import SA3_FAMILY, ModelEntry, describe_entry
+from stable_audio_serve.models.sa3.build import load_sa3
+from stable_audio_serve.models.weights import resolve_dtype
+
+_LOADERS = {SA3_FAMILY: load_sa3}
+
+
+def load_model(
+    entry: ModelEntry,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    token: str | None = None,
+) -> DiffusionModel:
+    """Load `entry` onto `device`; `dtype` is the denoiser's precision on CUDA (float16 by default).
+
+    Takes seconds to minutes, downloads what is missing. Raises CheckpointError with one sentence that says what to do,
+    ConfigError for a device or dtype that cannot be used.
+    """
+    target = resolve_device(device)
+    loader = _LOADERS.get(entry.family)
+    if loader is None:
+        raise ConfigError(f"models: the family {entry.family!r} is not supported", field="models")
+    folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
+    return loader(describe_entry(entry), folder, device=target, dtype=resolve_dtype(target, dtype))
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device as torch names it. Raises ConfigError when this machine has none such."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}", field="device") from error

@@ -1,0 +1,146 @@
+"""Audio into the oscillator bank's frames: peak picking for tones, what remains per band for noise.
+
+Lossy by nature: pitch, rhythm, level and colour survive, the waveform does not. Row-independent; no learned part.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stable_audio_serve.models.oscillator.bank import (
+    A4_INDEX,
+    BAND_EDGES_HZ,
+    FRAME_SAMPLES,
+    NUM_BANDS,
+    NUM_OSCILLATORS,
+    OSCILLATOR_HZ,
+    SAMPLE_RATE_HZ,
+    compress,
+)
+
+_PEAK_OVER_MEDIAN = 3.5
+_MEDIAN_BLOCK = 32  # spectral bins
+_LONG, _MIDDLE, _SHORT = 4096, 2048, 512
+_SPLIT_HZ = 1000.0  # below, peaks come from the long window (fine pitch), above from the middle one (fine time)
+_REGION_EDGES_HZ = (0.0, 700.0, 4000.0, SAMPLE_RATE_HZ / 2 + 1)
+_MAX_SHARPENING = 3.0
+_LEAKAGE = 0.02  # of a tone's level, up to 20 bins away from it
+_HANN_NOISE_BINS = 1.5  # equivalent noise bandwidth of a Hann window
+_QUIETEST_BAND = 3e-4
+
+
+def analyse(audio: Tensor) -> Tensor:
+    """Frames (222, F) float32 of audio (2, S) float32, F = ceil(S / 512)."""
+    num_frames = -(-audio.shape[1] // FRAME_SAMPLES)
+    audio = F.pad(audio, (0, num_frames * FRAME_SAMPLES - audio.shape[1]))
+    long, middle = _spectrum(audio, _LONG, num_frames), _spectrum(audio, _MIDDLE, num_frames)
+    sharpening = _sharpening(audio, num_frames)
+    low = _Peaks(long, 0.0, _SPLIT_HZ)
+    high = _Peaks(middle, _SPLIT_HZ, float(OSCILLATOR_HZ[-1]) * 1.01)
+    tones = torch.maximum(low.on_oscillators(), high.on_oscillators())  # (F, oscillators)
+    bands, noise_sides = _bands(middle)
+    tones = tones * _by_region(sharpening, torch.from_numpy(OSCILLATOR_HZ))
+    centres = torch.from_numpy((BAND_EDGES_HZ[:-1] + BAND_EDGES_HZ[1:]) / 2)
+    bands = bands * _by_region(sharpening, centres)
+    balances = [_balance(low.sides() + high.sides()), _balance(noise_sides)]
+    return torch.cat([compress(tones).T, compress(bands).T, torch.stack(balances)]).float()
+
+
+def _spectrum(audio: Tensor, size: int, num_frames: int) -> Tensor:
+    """Magnitudes (2, F, bins), a sine of amplitude 1 peaking at 1, windows centred on the frames."""
+    margin = (size - FRAME_SAMPLES) // 2
+    window = torch.hann_window(size, periodic=True, device=audio.device)
+    blocks = F.pad(audio, (margin, margin)).unfold(1, size, FRAME_SAMPLES)[:, :num_frames]
+    return torch.fft.rfft(blocks * window).abs() * (2.0 / window.sum())
+
+
+class _Peaks:
+    """Spectral peaks between two frequencies: where, how strong, and how strong on each side."""
+
+    def __init__(self, spectrum: Tensor, low_hz: float, high_hz: float) -> None:
+        both = spectrum.square().mean(dim=0).sqrt()  # (F, bins)
+        self._both, self._spectrum = both, spectrum
+        size = 2 * (spectrum.shape[2] - 1)
+        hertz = torch.arange(spectrum.shape[2], device=both.device) * (SAMPLE_RATE_HZ / size)
+        before, after = F.pad(both, (1, 0))[:, :-1], F.pad(both, (0, 1))[:, 1:]
+        self._is_peak = (both > before) & (both >= after) & (both > _PEAK_OVER_MEDIAN * _local_median(both))
+        self._is_peak &= (hertz >= low_hz) & (hertz < high_hz) & (both > 2e-4)
+        self._is_peak[:, :2] = False
+        left, middle, right = (x.clamp(min=1e-9).log() for x in (before, both, after))
+        bend = (left - 2 * middle + right).clamp(max=-1e-9)
+        offset = (0.5 * (left - right) / bend).clamp(-0.5, 0.5)
+        self._hertz = hertz + offset * (SAMPLE_RATE_HZ / size)
+        self._level = (middle - 0.25 * (left - right) * offset).exp()
+
+    def on_oscillators(self) -> Tensor:
+        """Amplitudes (F, oscillators): each peak on the oscillator nearest to it, the strongest wins."""
+        index = (A4_INDEX + 24.0 * (self._hertz.clamp(min=1.0) / 440.0).log2()).round().long()
+        inside = self._is_peak & (index >= 0) & (index < NUM_OSCILLATORS)
+        out = self._level.new_zeros(len(self._level), NUM_OSCILLATORS)
+        return out.scatter_reduce(
+            1, index.clamp(0, NUM_OSCILLATORS - 1), torch.where(inside, self._level, 0.0), reduce="amax"
+        )
+
+    def sides(self) -> Tensor:
+        """Power of the peaks on each side (2, F)."""
+        return (self._spectrum.square() * self._is_peak).sum(dim=2)
+
+
+def _local_median(spectrum: Tensor) -> Tensor:
+    """Median of blocks of neighbouring bins, spread over the bins (F, bins)."""
+    num_bins = spectrum.shape[1]
+    padded = F.pad(spectrum, (0, -num_bins % _MEDIAN_BLOCK))
+    medians = padded.unflatten(1, (-1, _MEDIAN_BLOCK)).median(dim=2).values
+    return medians.repeat_interleave(_MEDIAN_BLOCK, dim=1)[:, :num_bins]
+
+
+def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
+    """RMS (F, bands) of what is no tone, and its power on each side (2, F).
+
+    A bin beside a tone counts as much as its neighbourhood does, and not at all where the window's own leakage from
+    a tone would explain it.
+    """
+    both = spectrum.square().mean(dim=0).sqrt()
+    median = _local_median(both)
+    tonal = both > 2.2 * median
+    beside = F.max_pool1d(tonal.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0
+    level = torch.where(beside, torch.minimum(both, 1.1 * median), both)
+    peaks = both * (both > _PEAK_OVER_MEDIAN * median)
+    leakage = _LEAKAGE * F.max_pool1d(peaks[:, None], 41, stride=1, padding=20)[:, 0]
+    power = torch.where(level > leakage, level, 0.0).square()
+    size = 2 * (spectrum.shape[2] - 1)
+    hertz = torch.arange(spectrum.shape[2], dtype=torch.float64) * (SAMPLE_RATE_HZ / size)
+    member = torch.bucketize(hertz, torch.from_numpy(BAND_EDGES_HZ[1:-1]), right=True)
+    sums = power.new_zeros(len(power), NUM_BANDS).index_add(1, member.to(power.device), power)
+    rms = (sums / (2.0 * _HANN_NOISE_BINS)).sqrt()
+    sides = (spectrum.square() * ~tonal).sum(dim=2)
+    return torch.where(rms < _QUIETEST_BAND, 0.0, rms), sides
+
+
+def _sharpening(audio: Tensor, num_frames: int) -> Tensor:
+    """Gain (F, regions) from a long window's level to the frame's own, so that onsets stay where they are."""
+    power = _spectrum(audio, _SHORT, num_frames).square().mean(dim=0)
+    hertz = torch.arange(power.shape[1]) * (SAMPLE_RATE_HZ / _SHORT)
+    regions = torch.bucketize(hertz, torch.tensor(_REGION_EDGES_HZ[1:-1]), right=True)
+    level = power.new_zeros(len(power), 3).index_add(1, regions.to(power.device), power)
+    kernel = torch.hann_window(9, periodic=False, device=audio.device)[1:-1].square()
+    kernel = (kernel / kernel.sum())[None, None]
+    around = F.conv1d(F.pad(level.T[:, None], (3, 3)), kernel)[:, 0].T
+    gain = (level / around.clamp(min=1e-12)).sqrt().clamp(max=_MAX_SHARPENING)
+    return torch.where(level < 1e-9, torch.zeros_like(gain), gain)
+
+
+def _by_region(gain: Tensor, hertz: Tensor) -> Tensor:
+    regions = torch.bucketize(hertz, torch.tensor(_REGION_EDGES_HZ[1:-1], dtype=hertz.dtype), right=True)
+    return gain[:, regions.to(gain.device)]
+
+
+def _balance(sides: Tensor) -> Tensor:
+    """Balance (F,) of powers (2, F); 0 where nothing sounds."""
+    left, right = sides.sqrt()
+    balance = torch.atan2(right, left) * (4.0 / math.pi) - 1.0
+    return torch.where(left + right < 1e-4, torch.zeros_like(balance), balance)

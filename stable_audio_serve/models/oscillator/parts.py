@@ -1,0 +1,112 @@
+"""Autoencoder parts over an oscillator bank: `oscillator_bank` in place of `patched`, `patch_mlp` in place of SAME.
+
+Registers the types; the arithmetic is in `models/blocks/`. Knows no checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.oscillator.analysis import analyse
+from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, OscillatorBank
+from stable_audio_serve.models.oscillator.patch_mlp import PatchDecoder, PatchEncoder
+from stable_audio_serve.models.parts import Noises, WindowNoise, register_part, stack_draws
+
+
+class OscillatorBankPretransform(nn.Module):
+    """Stereo audio <-> parameter frames of the bank; noise bands are made of the row's own window noise.
+
+    Phases and noise hang on the absolute frame, so a window's inside is the same as in the whole clip.
+    """
+
+    samples_per_frame = FRAME_SAMPLES
+    halo_frames = OscillatorBank.halo_frames
+
+    def __init__(self, *, frames_per_latent: int) -> None:
+        super().__init__()
+        self._frames_per_latent = frames_per_latent
+        self._banks: dict[torch.device, OscillatorBank] = {}
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Audio (B, 2, S) -> frames (B, 222, ceil(S / 512)), by analysis."""
+        return torch.stack([analyse(clip.float()) for clip in audio])
+
+    def decode(self, frames: Tensor, noise: Noises) -> Tensor:
+        """Frames (B, 222, N) -> audio (B, 2, N * 512). Without `noise` the noise bands are silent."""
+        bank = self._banks.get(frames.device) or self._banks.setdefault(frames.device, OscillatorBank(frames.device))
+        batch, _, num_frames = frames.shape
+        if noise is None:
+            raw = frames.new_zeros(batch, 2, num_frames * FRAME_SAMPLES)
+            starts = [0] * batch
+        else:
+            raw = self._draw(noise, num_frames, frames.device)
+            starts = [window.start * self._frames_per_latent for window in noise]
+        rows = zip(frames.float(), raw, starts, strict=True)
+        return torch.stack([bank.render(row, drawn, start_frame=start) for row, drawn, start in rows])
+
+    def _draw(self, noise: Sequence[WindowNoise], num_frames: int, device: torch.device) -> Tensor:
+        """(B, 2, N * 512): one draw per latent, laid out in time."""
+        samples = self._frames_per_latent * FRAME_SAMPLES
+        shape = (-(-num_frames // self._frames_per_latent), 2, samples)
+        drawn = stack_draws(noise, "noise bands", shape, frame_axis=0, device=device)
+        return drawn.transpose(1, 2).flatten(2)[..., : num_frames * FRAME_SAMPLES]
+
+
+class PatchMlpEncoder(PatchEncoder):
+    """`PatchEncoder` as an autoencoder's part."""
+
+    latent_multiple = 1
+    noisy = False
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Frames that become one latent."""
+        return self.patch_frames
+
+    def forward(self, frames: Tensor, noise: Noises = None) -> Tensor:
+        """(B, P, N) -> (B, D, F)."""
+        return super().forward(frames)
+
+
+class PatchMlpDecoder(PatchDecoder):
+    """`PatchDecoder` as an autoencoder's part."""
+
+    latent_multiple = 1
+    halo_latents = 0
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Frames made of one latent."""
+        return self.patch_frames
+
+    def forward(self, latents: Tensor, noise: Noises = None) -> Tensor:
+        """(B, D, F) -> (B, P, N)."""
+        return super().forward(latents)
+
+
+@register_part("pretransform", "oscillator_bank")
+def build_oscillator_bank(config: ConfigReader) -> OscillatorBankPretransform:
+    """From the innermost `pretransform.config` section."""
+    if config.integer("channels", default=2) != 2:
+        raise config.unusable("channels", "2")
+    return OscillatorBankPretransform(frames_per_latent=config.integer("frames_per_latent"))
+
+
+@register_part("encoder", "patch_mlp")
+def build_encoder(config: ConfigReader) -> PatchMlpEncoder:
+    """From the `encoder.config` section."""
+    return PatchMlpEncoder(in_channels=config.integer("in_channels"), **_sizes(config))
+
+
+@register_part("decoder", "patch_mlp")
+def build_decoder(config: ConfigReader) -> PatchMlpDecoder:
+    """From the `decoder.config` section."""
+    return PatchMlpDecoder(out_channels=config.integer("out_channels"), **_sizes(config))
+
+
+def _sizes(config: ConfigReader) -> dict[str, int]:
+    return {key: config.integer(key) for key in ("patch_frames", "width", "depth", "latent_dim")}
