@@ -16,8 +16,8 @@ from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, KEYS, submit, wait
 from tests.backends import ToneBackend
-from tests.jobs.test_webhooks import receiving
 from tests.sockets import wait_until
+from tests.webhook_receiver import receiving
 
 pytestmark = pytest.mark.slow
 

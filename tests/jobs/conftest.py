@@ -12,9 +12,10 @@ import pytest
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings, Settings
-from stable_audio_serve.jobs.job import Job, JobSpec
+from stable_audio_serve.jobs.job import Job, JobSpec, JobUpload
 from stable_audio_serve.jobs.queue import JobQueue, open_queue
 from stable_audio_serve.jobs.runner.runner import JobRunner
+from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
 _NUMBERS = itertools.count()
@@ -88,6 +89,12 @@ class Workshop:
         folder = Path(self.settings.output_dir)
         paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("jobs.db"))
         return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
+    data = make_audio_file(duration_s=0.5)
+    file = await workshop.queue.put_upload(lambda: [data], media_type="audio/wav", file_name="a.wav")
+    return JobUpload(file, role, max_s=10.0, decoded_bytes=2 * 22050 * 4)
 
 
 @pytest.fixture

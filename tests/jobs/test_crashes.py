@@ -23,7 +23,7 @@ from stable_audio_serve.jobs.store.tables import FILES
 from tests.databases import postgres, postgres_url
 from tests.jobs.conftest import make_spec
 from tests.jobs.crash_worker import MODEL, make_context, start_worker
-from tests.jobs.test_webhooks import Receiver, receiving
+from tests.webhook_receiver import Receiver, receiving
 
 __all__ = ["postgres", "postgres_url"]
 

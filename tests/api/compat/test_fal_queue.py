@@ -20,8 +20,8 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.backends import ToneBackend
-from tests.jobs.test_webhooks import receiving
 from tests.sockets import wait_until
+from tests.webhook_receiver import receiving
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,47 +12,9 @@ import pytest
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.jobs.webhooks import delivery as webhooks
 from stable_audio_serve.jobs.webhooks.delivery import DeliveryError, check_webhook_url, post_json
+from tests.webhook_receiver import receiving
 
 ALLOWED = ("127.0.0.1",)
-
-
-@dataclass
-class Receiver:
-    """A real HTTP server that answers every request alike and keeps what it was sent."""
-
-    answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n"
-    delay_s: float = 0.0
-    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
-    num_connections: int = 0
-    port: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/hook?a=b"
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.num_connections += 1
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            first, *lines = head.strip().split("\r\n")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            self.requests.append((first, headers, await reader.readexactly(int(headers["content-length"]))))
-            await asyncio.sleep(self.delay_s)
-            writer.write(self.answer)
-            await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-
-@asynccontextmanager
-async def receiving(**options: Any) -> AsyncIterator[Receiver]:
-    receiver = Receiver(**options)
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
-    receiver.port = server.sockets[0].getsockname()[1]
-    async with server:
-        yield receiver
 
 
 async def test_a_body_arrives_as_it_was_given() -> None:

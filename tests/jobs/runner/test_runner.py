@@ -26,13 +26,11 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.job import JobUpload
 from stable_audio_serve.jobs.runner import attempt as attempt_module
 from stable_audio_serve.jobs.runner import runner as runner_module
 from stable_audio_serve.jobs.store.tables import JOBS
-from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
-from tests.jobs.conftest import Workshop, make_spec, wait_for
+from tests.jobs.conftest import Workshop, make_spec, upload, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -69,12 +67,6 @@ class CountingBackend(ToneBackend):
     ) -> GenerationResult:
         self.most_running = max(self.most_running, self.num_running + 1)
         return await super().generate(model, request)
-
-
-async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
-    data = make_audio_file(duration_s=0.5)
-    file = await workshop.queue.put_upload(lambda: [data], media_type="audio/wav", file_name="a.wav")
-    return JobUpload(file, role, max_s=10.0, decoded_bytes=2 * 22050 * 4)
 
 
 async def test_a_job_becomes_a_file(workshop: Workshop) -> None:

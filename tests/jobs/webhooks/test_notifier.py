@@ -16,7 +16,7 @@ from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.webhooks.notifier import RETRY_DELAYS_S, Notifier
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
-from tests.jobs.test_webhooks import Receiver, receiving
+from tests.webhook_receiver import Receiver, receiving
 
 _SECRET = "whsec_" + "c2VjcmV0" * 5
 _FAILURE = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"

@@ -19,9 +19,8 @@ from stable_audio_serve.jobs.runner import gate as gate_module
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.refusals import Refusals, StoreHealth, StoreState, health_of
 from tests.backends import ToneBackend
-from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, upload, wait_for
 from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall
-from tests.jobs.test_runner import upload
 from tests.object_storage import Faults, ObjectStorage
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
