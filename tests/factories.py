@@ -278,6 +278,10 @@ class FakeClock:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.started_at = 1_790_000_000.0  # Unix time
 
     def monotonic(self) -> float:
         return self.now
+
+    def time(self) -> float:
+        return self.started_at + self.now

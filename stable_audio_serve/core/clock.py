@@ -13,6 +13,10 @@ class Clock(Protocol):
         """Seconds since an arbitrary fixed point, never going back."""
         ...
 
+    def time(self) -> float:
+        """Unix time, seconds: for dates. It may be set while the process runs, so it measures no durations."""
+        ...
+
 
 class SystemClock:
     """The machine's own clock."""
@@ -20,3 +24,7 @@ class SystemClock:
     def monotonic(self) -> float:
         """Seconds since an arbitrary fixed point, never going back."""
         return time.monotonic()
+
+    def time(self) -> float:
+        """Unix time, seconds."""
+        return time.time()
