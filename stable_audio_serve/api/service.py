@@ -9,7 +9,6 @@ import asyncio
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,9 @@ from starlette.datastructures import UploadFile
 from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.api.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams
-from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, finish
-from stable_audio_serve.audio.loudness import preload
+from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -66,7 +64,7 @@ class Output:
 
 
 class Service:
-    """One per application; owns the worker threads and the decoding processes."""
+    """One per application; owns its audio workers."""
 
     def __init__(
         self,
@@ -86,24 +84,15 @@ class Service:
         self.readiness = Readiness()
         self.draining = Draining(self.readiness)
         self.streams = EventStreams(settings.ingress.max_event_streams, self.draining, metrics=self.metrics)
-        api = settings.api
-        self._decoder = AudioDecoder(
-            num_workers=api.decode_workers,
-            timeout_s=api.max_decode_s,
-            own_rates_hz={card.sample_rate_hz for card in backend.catalog},
-        )
-        self._decode_threads = ThreadPoolExecutor(api.decode_workers, thread_name_prefix="audio-decode")
-        self._encode_threads = ThreadPoolExecutor(api.encode_workers, thread_name_prefix="audio-encode")
-        self._encode_threads.submit(preload)  # now, so that no request waits for it
+        self._audio = AudioWorkers(settings.api, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
+        self._audio.preload()
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
         self._source_bytes = 0
 
     async def close(self) -> None:
         """Wait for running work and stop threads and processes."""
-        for threads in (self._encode_threads, self._decode_threads):
-            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
-        self._decoder.close()
+        await self._audio.close()
         await self.jobs.close()
 
     async def decode(
@@ -118,19 +107,12 @@ class Service:
             raise UploadTooLargeError(message, field=field)
         max_s = _usable_s(card, padding_s)
         with self._measured("upload_decode_ms"):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._decode_threads, lambda: self._decoder.decode(upload.file, max_s=max_s, field=field)
-            )
+            return await self._audio.decode(upload.file, max_s=max_s, field=field)
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
         """The first `max_s` seconds of a file of the operator's own. Raises GenerationError."""
-
-        def decode() -> SourceAudio:
-            with path.open("rb") as file:
-                return self._decoder.decode(file, max_s=max_s)
-
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decode_threads, decode)
+            return await self._audio.decode_path(path, max_s=max_s)
         except (OSError, InvalidUploadError) as error:
             raise GenerationError(f"{path.name} cannot be read: {error}") from error
 
@@ -190,7 +172,7 @@ class Service:
     async def compute(self, function: Callable[[], T]) -> T:
         """What `function`, which makes a file, returns; its CPU work happens on an encoding thread."""
         with self._measured("file_encode_ms"):
-            return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
+            return await self._audio.run_encoding(function)
 
     @contextmanager
     def _measured(self, metric: str) -> Iterator[None]:

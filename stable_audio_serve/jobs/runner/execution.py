@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import IO
 
 from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
-from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import FileOrder, finish
+from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import DamagedFileError, StorageError, StorageFullError
@@ -41,7 +40,7 @@ class JobProgress:
 
 
 class JobExecutor:
-    """Owns the worker threads and decoding processes that jobs need besides the model, and bounds their memory."""
+    """Owns the audio workers that jobs need besides the model, and bounds the memory of decoded uploads."""
 
     def __init__(
         self,
@@ -59,13 +58,7 @@ class JobExecutor:
         self._limits = limits
         self._clock = clock or SystemClock()
         self._source_bytes = ByteBudget(limits.max_source_bytes)
-        self._decoder = AudioDecoder(
-            num_workers=limits.decode_workers,
-            timeout_s=limits.max_decode_s,
-            own_rates_hz={card.sample_rate_hz for card in backend.catalog},
-        )
-        self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="job-decode")
-        self._encode_threads = ThreadPoolExecutor(limits.encode_workers, thread_name_prefix="job-encode")
+        self._audio = AudioWorkers(limits, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
     async def execute(self, job: Job, report: Callable[[JobProgress], None]) -> JobResult:
         """Run the job to its stored file. Raises errors of `core.errors`; then, and when cancelled, keeps nothing."""
@@ -95,16 +88,14 @@ class JobExecutor:
 
     async def close(self) -> None:
         """Wait for running work and stop threads and processes."""
-        for threads in (self._encode_threads, self._decode_threads):
-            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
-        self._decoder.close()
+        await self._audio.close()
 
     async def _store(self, job: Job, result: GenerationResult) -> StoredFile:
         spec = job.spec
         file_format = AudioFormat(spec.file_format)
         manifest_of = spec.request if spec.with_manifest else None
         order = FileOrder(spec.peaks, file_format=file_format, stem=spec.file_stem, manifest_of=manifest_of)
-        finished = await asyncio.get_running_loop().run_in_executor(self._encode_threads, finish, result, order)
+        finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"
         fence = job.lease.fence if job.lease else 1
@@ -136,20 +127,16 @@ class JobExecutor:
         return replace(spec.request, inpaint_audio=source)
 
     async def _decode(self, upload: JobUpload) -> SourceAudio:
-        loop = asyncio.get_running_loop()
         with tempfile.TemporaryFile() as copy:
             try:
                 async for chunk in self._artifacts.read(upload.file):
-                    await loop.run_in_executor(self._decode_threads, _write, copy, chunk)
+                    await self._audio.run_decoding(partial(_write, copy, chunk))
             except DamagedFileError:
                 raise
             except StorageError as error:
                 self._gate.refused(error, num_bytes=0)
                 raise
-            return await loop.run_in_executor(self._decode_threads, self._read_samples, copy, upload.max_s)
-
-    def _read_samples(self, file: IO[bytes], max_s: float) -> SourceAudio:
-        return self._decoder.decode(file, max_s=max_s)
+            return await self._audio.decode(copy, max_s=upload.max_s)
 
 
 def _write(file: IO[bytes], chunk: bytes) -> None:

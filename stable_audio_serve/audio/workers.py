@@ -1,0 +1,64 @@
+"""A process's threads and processes for audio: uploads are decoded and files are made on them, never on the event loop.
+
+Knows the limits of the settings, and neither requests nor where files are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, TypeVar
+
+from stable_audio_serve.audio.decode import AudioDecoder
+from stable_audio_serve.audio.loudness import preload
+from stable_audio_serve.core.generation import SourceAudio
+
+if TYPE_CHECKING:
+    from stable_audio_serve.core.settings import ApiSettings
+
+T = TypeVar("T")
+
+
+class AudioWorkers:
+    """At most `api.decode_workers` files are decoded, and `api.encode_workers` made, at a time; the others wait."""
+
+    def __init__(self, limits: ApiSettings, *, own_rates_hz: Collection[int]) -> None:
+        """`own_rates_hz` are decoded besides the usual rates, see `AudioDecoder`. Starts no process yet."""
+        self._decoder = AudioDecoder(
+            num_workers=limits.decode_workers, timeout_s=limits.max_decode_s, own_rates_hz=own_rates_hz
+        )
+        self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="audio-decode")
+        self._encode_threads = ThreadPoolExecutor(limits.encode_workers, thread_name_prefix="audio-encode")
+
+    def preload(self) -> None:
+        """Begin to load what the making of files needs, so that the first request does not wait for it."""
+        self._encode_threads.submit(preload)
+
+    async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
+        """Returns the first `max_s` seconds of an open file, see `AudioDecoder.decode`."""
+        return await self.run_decoding(lambda: self._decoder.decode(file, max_s=max_s, field=field))
+
+    async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
+        """Returns the first `max_s` seconds of the file at `path`, see `AudioDecoder.decode`. Raises OSError too."""
+
+        def decode() -> SourceAudio:
+            with path.open("rb") as file:
+                return self._decoder.decode(file, max_s=max_s)
+
+        return await self.run_decoding(decode)
+
+    async def run_decoding(self, function: Callable[[], T]) -> T:
+        """Returns what `function` returns, called on a decoding thread: for the reading and writing of uploads."""
+        return await asyncio.get_running_loop().run_in_executor(self._decode_threads, function)
+
+    async def run_encoding(self, function: Callable[[], T]) -> T:
+        """Returns what `function`, which makes a file, returns; it is called on an encoding thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
+
+    async def close(self) -> None:
+        """Wait for running work, then stop threads and processes."""
+        for threads in (self._encode_threads, self._decode_threads):
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
+        self._decoder.close()

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.audio.workers import AudioWorkers
+from stable_audio_serve.core.errors import InvalidUploadError
+from stable_audio_serve.core.settings import ApiSettings
+from tests.audio_files import make_audio_file
+
+
+@pytest.fixture
+async def workers() -> AsyncIterator[AudioWorkers]:
+    workers = AudioWorkers(ApiSettings(decode_workers=1, encode_workers=2), own_rates_hz=())
+    yield workers
+    await workers.close()
+
+
+async def test_as_many_files_are_made_at_a_time_as_may_and_no_more(workers: AudioWorkers) -> None:
+    pair = threading.Barrier(2)
+    num_running = most_running = 0
+    lock = threading.Lock()
+
+    def run() -> None:
+        nonlocal num_running, most_running
+        with lock:
+            num_running += 1
+            most_running = max(most_running, num_running)
+        pair.wait(10)
+        with lock:
+            num_running -= 1
+
+    await asyncio.gather(*(workers.run_encoding(run) for _ in range(10)))
+    assert most_running == 2
+
+
+async def test_files_to_decode_wait_for_the_one_before_and_not_for_those_being_made(workers: AudioWorkers) -> None:
+    released = threading.Event()
+    making = [asyncio.create_task(workers.run_encoding(lambda: released.wait(10))) for _ in range(4)]
+    reading = asyncio.create_task(workers.run_decoding(lambda: released.wait(10)))
+    waiting = asyncio.create_task(workers.run_decoding(released.is_set))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    released.set()
+    assert await waiting
+    assert await reading
+    assert all(await asyncio.gather(*making))
+
+
+async def test_a_file_on_disk_is_decoded(workers: AudioWorkers, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(make_audio_file(duration_s=0.5, rate_hz=22050))
+    assert (await workers.decode_path(path, max_s=0.2)).samples.shape[1] == 4410
+    with path.open("rb") as file:
+        assert (await workers.decode(file, max_s=10.0)).samples.shape[1] == 11025
+    path.write_bytes(b"no audio")
+    with path.open("rb") as file, pytest.raises(InvalidUploadError) as refusal:
+        await workers.decode(file, max_s=10.0, field="init_audio")
+    assert refusal.value.field == "init_audio"
