@@ -54,7 +54,7 @@ async def test_files_to_decode_wait_for_the_one_before_and_not_for_those_being_m
 async def test_a_file_on_disk_is_decoded(workers: AudioWorkers, tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(make_audio_file(duration_s=0.5, rate_hz=22050))
-    assert (await workers.decode_path(path, max_s=0.2)).samples.shape[1] == 4410
+    assert (await workers.decode_path(path, max_s=0.2)).samples.shape[1] == pytest.approx(4410, abs=1)
     with path.open("rb") as file:
         assert (await workers.decode(file, max_s=10.0)).samples.shape[1] == 11025
     path.write_bytes(b"no audio")
