@@ -38,8 +38,9 @@ log = structlog.get_logger("stable_audio_serve.jobs")
 
 _FIRST_POLL_S = 0.25  # doubles while there is nothing to do
 _LAST_POLL_S = 3.0  # what a lost wake-up costs at most; with it idle runners ask less than once a second
-_COUNT_EVERY_S = 15.0
-_REPLICAS_EVERY_S = 2.0
+_COUNT_PAUSE_S = 15.0
+_REPLICAS_PAUSE_S = 2.0
+_SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
 _CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be given back; what takes longer is taken over when its lease ends
 
 
@@ -83,9 +84,11 @@ class JobRunner:
         self._woken = asyncio.Event()
         self._is_closing = False
         self._loop_task: asyncio.Task[None] | None = None
-        self._counting = Periodic(self._count, every_s=_COUNT_EVERY_S, clock=clock)
-        self._sweeper = Sweeper(store, artifacts, self._settings, metrics=self._metrics)
-        self._asking = Periodic(self._ask_replicas, every_s=_REPLICAS_EVERY_S, clock=clock)
+        self._counting = Periodic(self._count, pause_s=_COUNT_PAUSE_S, clock=clock)
+        self._asking = Periodic(self._ask_replicas, pause_s=_REPLICAS_PAUSE_S, clock=clock)
+        sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
+        every_s = self._settings.sweep_every_s
+        self._sweeping = Periodic(sweeper.sweep, pause_s=every_s, spread=_SWEEP_SPREAD, first_in_s=every_s, clock=clock)
 
     async def start(self) -> None:
         """Take over from dead runners, then run jobs until `close`."""
@@ -94,7 +97,6 @@ class JobRunner:
         self._heartbeat.start()
         if self._notifier is not None:
             self._notifier.start(on_postponed=self.wake)
-        self._sweeper.start()
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def wake(self) -> None:
@@ -123,11 +125,10 @@ class JobRunner:
         await _finish({self._loop_task} if self._loop_task else set())
         self.drain()  # also what was begun in the last turn of the loop
         await _finish({attempt.task for attempt in self._attempts.values()})
-        for periodic in (self._counting, self._asking):
+        for periodic in (self._counting, self._asking, self._sweeping):
             await periodic.close()
         await self._reporter.close()
         await self._gate.close()
-        await self._sweeper.close()
         if self._notifier is not None:
             await self._notifier.close()
         await asyncio.to_thread(self._heartbeat.close)
@@ -137,6 +138,7 @@ class JobRunner:
         poll_s = _FIRST_POLL_S
         while not self._is_closing:
             self._woken.clear()
+            self._sweeping.start_if_due()
             try:
                 outlook = await asyncio.to_thread(self._store.look, self.owner)
                 num_done = await self._turn(outlook)

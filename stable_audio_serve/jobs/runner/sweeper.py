@@ -6,8 +6,6 @@ Any number of sweepers may work on one store at a time. None touches a file that
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +14,7 @@ import structlog
 
 from stable_audio_serve.artifacts.keys import FOLDERS
 from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import JobSettings
@@ -38,44 +37,33 @@ class Swept:
 
 
 class Sweeper:
-    """Sweeps now and then, from `start` to `close`."""
+    """Sweeps when asked to, once each time."""
 
     def __init__(
         self,
         store: JobStore,
         artifacts: ArtifactStore,
-        settings: JobSettings,
         *,
+        settings: JobSettings,
         metrics: Metrics | None = None,
-        now: Callable[[], float] = time.time,
+        clock: Clock | None = None,
     ) -> None:
-        """`now` gives the Unix time in seconds by which the age of files is judged."""
+        """The age of files is judged by the time of `clock`."""
         self._store = store
         self._artifacts = artifacts
         self._settings = settings
         self._metrics = metrics or NullMetrics()
-        self._now = now
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin; the first sweep comes after a pause."""
-        self._task = asyncio.create_task(self._run())
-
-    async def close(self) -> None:
-        """Stop; what is left over is swept another time."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._clock = clock or SystemClock()
 
     async def sweep(self) -> Swept:
-        """Remove what is due. What cannot be done now is logged, and done by a later sweep."""
-        started_at = time.monotonic()
+        """Remove what is due and return how much that was. What fails is logged, and left to a later sweep."""
+        started_at = self._clock.monotonic()
         swept = Swept(
             num_old=await self._attempt("old", self._remove_old),
             num_orphans=await self._attempt("orphans", self._remove_orphans),
             num_unfinished=await self._attempt("unfinished", self._remove_unfinished),
         )
-        took_s = time.monotonic() - started_at
+        took_s = self._clock.monotonic() - started_at
         log.info(
             "swept",
             old=swept.num_old,
@@ -85,12 +73,6 @@ class Sweeper:
         )
         self._metrics.observe("sweep_ms", took_s * 1000)
         return swept
-
-    async def _run(self) -> None:
-        while True:
-            # Several runners start together; they need not sweep together.
-            await asyncio.sleep(self._settings.sweep_every_s * random.uniform(0.5, 1.5))
-            await self.sweep()
 
     async def _attempt(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
         try:
@@ -115,7 +97,7 @@ class Sweeper:
         if since is None:
             log.warning("files are kept where another job database keeps its own: orphans stay")
             return 0
-        before = self._now() - self._settings.orphan_after_s
+        before = self._clock.time() - self._settings.orphan_after_s
         num_removed = 0
         for folder in FOLDERS:
             cursor = None

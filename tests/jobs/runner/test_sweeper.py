@@ -38,7 +38,10 @@ class Premises:
     late_s: float = 0.0
     metrics: RecordedMetrics = field(default_factory=RecordedMetrics)
 
-    def now(self) -> float:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def time(self) -> float:
         return time.time() + self.late_s
 
     def names(self) -> list[str]:
@@ -55,7 +58,7 @@ class Premises:
     async def sweep(self, **limits: float) -> Swept:
         settings = LIMITS.model_copy(update=limits)
         store, artifacts = self.queue.store, self.queue.artifacts
-        return await Sweeper(store, artifacts, settings, metrics=self.metrics, now=self.now).sweep()
+        return await Sweeper(store, artifacts, settings=settings, metrics=self.metrics, clock=self).sweep()
 
     async def put(self, key: str) -> StoredFile:
         return await self.queue.artifacts.put(key, lambda: [b"audio"], media_type="audio/wav", file_name="a.wav")
@@ -131,7 +134,7 @@ async def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 def make_folder(tmp_path: Path) -> Folder:
     folder = tmp_path / "files"
-    made = Folder(make_queue(tmp_path, LocalArtifacts(folder), lambda: made.now()), folder=folder)
+    made = Folder(make_queue(tmp_path, LocalArtifacts(folder), lambda: made.time()), folder=folder)
     return made
 
 
@@ -139,7 +142,7 @@ def make_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Bucket:
     storage: ObjectStorage = request.getfixturevalue("object_storage")
     bucket = storage.make_bucket()
     artifacts = S3Artifacts(storage.settings(bucket, prefix="p"))
-    made = Bucket(make_queue(tmp_path, artifacts, lambda: made.now()), storage=storage, bucket=bucket)
+    made = Bucket(make_queue(tmp_path, artifacts, lambda: made.time()), storage=storage, bucket=bucket)
     return made
 
 
@@ -228,7 +231,7 @@ async def test_a_place_that_another_database_claimed_is_not_swept_of_orphans(
     premises: Premises, tmp_path: Path
 ) -> None:
     file = await premises.finish(await premises.make_job())
-    stranger = replace(premises, queue=make_queue(tmp_path, premises.queue.artifacts, premises.now, name="other.db"))
+    stranger = replace(premises, queue=make_queue(tmp_path, premises.queue.artifacts, premises.time, name="other.db"))
     stranger.late_s = 5 * 24 * HOUR
     assert await stranger.sweep() == Swept()
     assert file.key in premises.names()
