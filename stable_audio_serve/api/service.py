@@ -40,7 +40,8 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import JobUpload
-from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
 
 T = TypeVar("T")
 

@@ -79,7 +79,8 @@ def cancel(names: _Names, client: _Client = None, file: ConfigOption = None) -> 
     """End jobs that wait, and ask those that run to stop."""
     import asyncio
 
-    from stable_audio_serve.jobs.queue import JobQueue, open_artifacts
+    from stable_audio_serve.jobs.open import open_artifacts
+    from stable_audio_serve.jobs.queue import JobQueue
 
     with _opened(file) as (store, settings):
         queue = JobQueue(store, open_artifacts(settings))  # it also deletes the upload of a job that never began
@@ -150,7 +151,7 @@ def _find(store: JobStore, name: str, client: str | None) -> Job:
 def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
     """The configured store. What goes wrong with it is one sentence: exit 2 for settings, 1 for the rest."""
     from stable_audio_serve.core.errors import ConfigError, StableAudioError
-    from stable_audio_serve.jobs.queue import open_store
+    from stable_audio_serve.jobs.open import open_store
 
     _silence_logs()
     try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
@@ -132,3 +133,11 @@ class Job:
     def is_over(self) -> bool:
         """Whether it is in a final state."""
         return self.state in ("succeeded", "failed", "cancelled")
+
+
+def host_of(url: str) -> str:
+    """Lower-case host of a webhook for the per-host limit, '' if it cannot be parsed."""
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return ""

@@ -5,26 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from stable_audio_serve.artifacts.keys import file_key, upload_key
-from stable_audio_serve.artifacts.local import LocalArtifacts
-from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.core.errors import StableAudioError, StorageError
-from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
-from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.store import Added, CancelOutcome, JobStore, Page
 from stable_audio_serve.jobs.watch import StoreWatch
 
 _MOST_TOGETHER = 32  # one transaction then takes about 20 ms
 
-__all__ = ["CancelOutcome", "JobQueue", "open_artifacts", "open_queue", "open_store"]
+__all__ = ["CancelOutcome", "JobQueue"]
 
 
 class JobQueue:
@@ -154,54 +148,3 @@ class JobQueue:
         await self.watch.close()
         await self.artifacts.close()
         await asyncio.to_thread(self.store.database.close)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedStores:
-    """Stores that work: the job database's own name (`JobStore.identity`), and where both are, in one line."""
-
-    identity: str
-    description: str
-
-
-def open_store(settings: Settings, *, identity: str | None = None) -> JobStore:
-    """The job store of these settings; touches nothing yet. Raises ConfigError.
-
-    With the `identity` of stores that were prepared, no other database is used and none is made.
-    """
-    url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
-    return JobStore(Database(url, identity=identity), settings.jobs)
-
-
-def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Metrics | None = None) -> ArtifactStore:
-    """The artifact store of these settings; touches nothing yet. One that was prepared is not made again."""
-    if settings.storage.bucket is not None:
-        return S3Artifacts(settings.storage, metrics=metrics)
-    return LocalArtifacts(Path(settings.output_dir).absolute(), may_make=not is_prepared, metrics=metrics)
-
-
-def prepare_stores(settings: Settings) -> PreparedStores:
-    """Try out where files are kept, make or upgrade the job database. Raises ConfigError, StorageError."""
-    artifacts = open_artifacts(settings)
-    artifacts.check()
-    store = open_store(settings)
-    try:
-        store.database.prepare()
-        store.database.check_writable()
-        identity = store.identity()
-        artifacts.claim(identity)  # now: what is put before belongs to nobody, and is never swept
-    finally:
-        store.database.close()
-    return PreparedStores(identity, f"jobs are kept in {store.database}, their files in {artifacts}")
-
-
-def open_queue(
-    settings: Settings,
-    *,
-    identity: str | None = None,
-    wake: Callable[[], None] = lambda: None,
-    metrics: Metrics | None = None,
-) -> JobQueue:
-    """The job queue of these settings, see `open_store`; touches nothing yet. Raises ConfigError."""
-    artifacts = open_artifacts(settings, is_prepared=identity is not None, metrics=metrics)
-    return JobQueue(open_store(settings, identity=identity), artifacts, wake=wake)

@@ -21,7 +21,7 @@ import httpx
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.settings import ProxyKind, Settings
 from stable_audio_serve.core.settings_sources import explain_default, load_settings
-from stable_audio_serve.jobs.queue import prepare_stores
+from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.launcher import environment
 from stable_audio_serve.launcher.embedded import apply_environment, embedded_ray, explained, private_directory
 from stable_audio_serve.launcher.patience import crowding, start_limits

@@ -18,7 +18,7 @@ from stable_audio_serve.api.draining import Draining
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
-from stable_audio_serve.jobs.queue import open_queue, prepare_stores
+from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell

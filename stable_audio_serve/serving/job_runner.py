@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from stable_audio_serve.api.webhooks import webhook_bodies
-from stable_audio_serve.jobs.queue import open_artifacts, open_store
+from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.webhooks.notifier import Notifier

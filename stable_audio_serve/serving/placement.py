@@ -11,7 +11,7 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
-from stable_audio_serve.jobs.queue import open_queue, open_store
+from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 
 INGRESS_NAME = "Ingress"
@@ -31,7 +31,7 @@ _DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s":
 class Plan:
     """What will run: the settings, the models' cards and the canonical names of those kept loaded.
 
-    With a `store_identity` (`jobs.queue.PreparedStores`) no other job database is used.
+    With a `store_identity` (`jobs.open.PreparedStores`) no other job database is used.
     """
 
     settings: Settings
@@ -67,13 +67,13 @@ def plan_deployments(settings: Settings) -> Plan:
     catalog = ModelCatalog(cards, default=settings.default_model)
     check_model_names(settings, catalog)
     settings = settings.model_copy(update={"output_dir": os.path.abspath(settings.output_dir)})
-    open_queue(settings)
+    check_stores(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
 
 
 def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
     """Raise ConfigError for jobs in a SQLite file on several machines: each would have its own, or lose rows of it."""
-    if num_nodes > 1 and open_store(settings).database.is_sqlite:
+    if num_nodes > 1 and uses_sqlite(settings):
         raise ConfigError(
             f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): SQLite serves one machine and this Ray cluster has "
             f"{num_nodes} nodes; set it to a PostgreSQL database, postgresql://user:password@host/database",

@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.webhooks import webhook_bodies
 from stable_audio_serve.core.settings import ApiSettings, JobSettings, Settings
-from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.tables import JOBS

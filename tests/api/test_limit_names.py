@@ -9,7 +9,7 @@ import pytest
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.open import open_queue
 from tests.backends import ToneBackend
 
 TEXT = "/v1/audio/generations"

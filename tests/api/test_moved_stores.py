@@ -15,7 +15,7 @@ import pytest
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs import watch as watch_module
-from stable_audio_serve.jobs.queue import open_queue, prepare_stores
+from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.jobs.runner import attempt as attempt_module
 from stable_audio_serve.jobs.runner import gate as gate_module
 from stable_audio_serve.jobs.runner import runner as runner_module

@@ -21,7 +21,8 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import wait
 from tests.backends import ToneBackend

@@ -411,7 +411,7 @@ def test_a_region_that_is_none(
 
 async def test_boto3_is_loaded_only_when_it_is_needed() -> None:
     code = (
-        "import sys, stable_audio_serve.jobs.queue as q; from stable_audio_serve.core.settings import Settings; "
+        "import sys, stable_audio_serve.jobs.open as q; from stable_audio_serve.core.settings import Settings; "
         "q.open_artifacts(Settings.model_validate({'storage': {'bucket': 'b'}})); "
         "sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
     )

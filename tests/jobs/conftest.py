@@ -13,7 +13,8 @@ import pytest
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.job import Job, JobSpec, JobUpload
-from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend

@@ -22,7 +22,7 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.failpoints import activate
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.outbox import Outbox

@@ -18,7 +18,8 @@ from stable_audio_serve.core.failpoints import Failpoint
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.job import Job
-from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.tables import FILES
 from tests.databases import postgres, postgres_url
 from tests.jobs.conftest import make_spec

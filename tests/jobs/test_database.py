@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.settings import JobSettings, Settings
-from stable_audio_serve.jobs.queue import prepare_stores
+from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.store import JobStore
 from stable_audio_serve.jobs.store.tables import METADATA

@@ -16,7 +16,7 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, StorageError
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobRef, JobResult, JobSpec, State
+from stable_audio_serve.jobs.job import Contract, Job, JobError, JobEvent, JobRef, JobResult, JobSpec, State, host_of
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.admission import count, find_no_room, find_same
 from stable_audio_serve.jobs.store.database import Database
@@ -32,7 +32,6 @@ from stable_audio_serve.jobs.store.transitions import (
     waiting_again,
 )
 from stable_audio_serve.jobs.store.turns import Turns
-from stable_audio_serve.jobs.webhooks.delivery import host_of
 
 CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
 

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from urllib.parse import urlsplit
 
 import httpcore
 import httpx
@@ -47,14 +46,6 @@ class DeliveryError(Exception):
 
 class _ForbiddenTargetError(DeliveryError):
     """The target lies where clients must not send us."""
-
-
-def host_of(url: str) -> str:
-    """Whom a webhook calls, for taking turns: the host's name in lower case, or nothing in what is no URL."""
-    try:
-        return (urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:
-        return ""
 
 
 async def check_webhook_url(url: str, *, field: str, allow_hosts: Collection[str] = ()) -> None:

@@ -19,7 +19,7 @@ from itsdangerous import TimestampSigner, URLSafeTimedSerializer
 
 from stable_audio_serve.api.compat.fal.storage import make_signer
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.jobs.queue import open_queue, prepare_stores
+from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from tests.api.compat.serving import make_app, make_client, serve_app
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.jobs.job import Job
-from stable_audio_serve.jobs.queue import JobQueue, open_queue
+from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.models.protocol import DecodeWindow, StepBatch
 from stable_audio_serve.models.registry import describe_entry, resolve_entry

@@ -13,7 +13,7 @@ import pytest
 from stable_audio_serve.core.errors import StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings, Settings
-from stable_audio_serve.jobs.queue import open_queue
+from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.runner import attempt as attempt_module
 from stable_audio_serve.jobs.runner import gate as gate_module
 from stable_audio_serve.jobs.store.database import Database

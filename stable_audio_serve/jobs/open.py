@@ -1,0 +1,83 @@
+"""Settings -> the stores and the queue of a server: the one place that decides which kinds are used.
+
+Knows nothing of what is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stable_audio_serve.artifacts.local import LocalArtifacts
+from stable_audio_serve.artifacts.s3 import S3Artifacts
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.queue import JobQueue
+from stable_audio_serve.jobs.store.database import Database, database_url
+from stable_audio_serve.jobs.store.store import JobStore
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStores:
+    """Stores that were found to work: the identity of the job database, and where both are, in one line."""
+
+    identity: str
+    description: str
+
+
+def check_stores(settings: Settings) -> None:
+    """Raises ConfigError where stores of these settings could not be opened. Touches nothing."""
+    open_queue(settings)
+
+
+def uses_sqlite(settings: Settings) -> bool:
+    """Whether jobs are kept in a file of one machine. Raises ConfigError."""
+    return open_store(settings).database.is_sqlite
+
+
+def open_store(settings: Settings, *, identity: str | None = None) -> JobStore:
+    """Returns the job store of these settings, which touches nothing yet. Raises ConfigError.
+
+    With the `identity` of prepared stores no other database is used, and none is created.
+    """
+    url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
+    return JobStore(Database(url, identity=identity), settings.jobs)
+
+
+def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Metrics | None = None) -> ArtifactStore:
+    """Returns the artifact store of these settings, which touches nothing yet.
+
+    With `is_prepared` its folder must exist: a missing one is not created again.
+    """
+    if settings.storage.bucket is not None:
+        return S3Artifacts(settings.storage, metrics=metrics)
+    return LocalArtifacts(Path(settings.output_dir).absolute(), may_make=not is_prepared, metrics=metrics)
+
+
+def prepare_stores(settings: Settings) -> PreparedStores:
+    """Check the place for files, create or upgrade the job database. Raises ConfigError, StorageError."""
+    artifacts = open_artifacts(settings)
+    artifacts.check()
+    store = open_store(settings)
+    try:
+        store.database.prepare()
+        store.database.check_writable()
+        identity = store.identity()
+        artifacts.claim(identity)  # now, because the sweeper leaves files alone that are older than the claim
+    finally:
+        store.database.close()
+    return PreparedStores(identity, f"jobs are kept in {store.database}, their files in {artifacts}")
+
+
+def open_queue(
+    settings: Settings,
+    *,
+    identity: str | None = None,
+    wake: Callable[[], None] = lambda: None,
+    metrics: Metrics | None = None,
+) -> JobQueue:
+    """Returns the job queue of these settings, which touches nothing yet; see `open_store`. Raises ConfigError."""
+    artifacts = open_artifacts(settings, is_prepared=identity is not None, metrics=metrics)
+    return JobQueue(open_store(settings, identity=identity), artifacts, wake=wake)
