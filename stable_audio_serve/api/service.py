@@ -86,7 +86,6 @@ class Service:
         self.draining = Draining(self.readiness)
         self.streams = EventStreams(settings.ingress.max_event_streams, self.draining, metrics=self.metrics)
         self._audio = AudioWorkers(settings.api, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
-        self._audio.preload()
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
         self._source_bytes = 0

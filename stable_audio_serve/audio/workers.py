@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from stable_audio_serve.audio.decode import AudioDecoder
-from stable_audio_serve.audio.loudness import preload
 from stable_audio_serve.core.generation import SourceAudio
 
 if TYPE_CHECKING:
@@ -31,10 +30,6 @@ class AudioWorkers:
         )
         self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(limits.encode_workers, thread_name_prefix="audio-encode")
-
-    def preload(self) -> None:
-        """Begin to load what the making of files needs, so that the first request does not wait for it."""
-        self._encode_threads.submit(preload)
 
     async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
         """Returns the first `max_s` seconds of an open file, see `AudioDecoder.decode`."""

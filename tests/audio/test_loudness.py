@@ -1,9 +1,10 @@
-"""Loudness against the test signals of EBU Tech 3341, whose results the document states."""
+"""Loudness against the test signals of EBU Tech 3341, whose results the document states, and against pyloudnorm."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pyloudnorm
 import pytest
 
 from stable_audio_serve.audio.loudness import describe_clip, measure_loudness
@@ -28,6 +29,26 @@ def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.floa
 )
 def test_the_compliance_signals(rate_hz: int, parts: list[tuple[float, float]], expected: float) -> None:
     assert measure_loudness(make_tones(rate_hz, *parts), rate_hz) == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("seconds", [0.4, 0.44, 0.46, 1.0, 3.33])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_pyloudnorm_measures_the_same(rate_hz: int, seconds: float, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    meter = pyloudnorm.Meter(rate_hz, filter_class="DeMan")
+    noise = rng.uniform(-1, 1, (channels, round(seconds * rate_hz)))
+    t = np.arange(noise.shape[1]) / rate_hz
+    for audio in (
+        noise,
+        noise * 10 ** (-60 / 20),
+        noise * np.exp(-3 * t),
+        noise * (t % 0.6 < 0.35),
+        noise * 1e-3 + 0.9,
+        noise * 1e-3 + np.sin(2 * np.pi * 25 * t),
+    ):
+        expected = meter.integrated_loudness(audio.T)
+        assert measure_loudness(audio.astype(np.float32), rate_hz) == pytest.approx(expected, abs=0.005)
 
 
 def test_loudness_needs_four_tenths_of_a_second() -> None:
