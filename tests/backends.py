@@ -36,6 +36,12 @@ def make_catalog() -> ModelCatalog:
     return ModelCatalog([*cards, demo])
 
 
+def open_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass
 class ToneBackend:
     """A sine of `level` whose pitch follows the seed; keeps what it was asked and how many callers gave up."""
@@ -43,6 +49,7 @@ class ToneBackend:
     catalog: ModelCatalog = field(default_factory=make_catalog)
     statuses: dict[str, ModelStatus] = field(default_factory=lambda: {"small-sfx": ModelStatus("ready", 1, "cpu")})
     delay_s: float = 0.0
+    released: asyncio.Event = field(default_factory=open_event)  # requests wait for it; `clear` holds them
     queue_s: float = 0.0  # how long a request waits for its start
     error: Exception | None = None
     status_delay_s: float = 0.0
@@ -64,6 +71,7 @@ class ToneBackend:
             async with asyncio.timeout(request.deadline_s):
                 await asyncio.sleep(self.queue_s)
                 await asyncio.sleep(self.delay_s)
+                await self.released.wait()
         except TimeoutError as error:
             raise DeadlineExceededError("the time budget ran out", field="deadline_s") from error
         except asyncio.CancelledError:

@@ -24,11 +24,18 @@ __all__ = ["CancelOutcome", "JobQueue"]
 class JobQueue:
     """Jobs as their clients see them; whoever runs them is told by `wake`, which may be lost."""
 
-    def __init__(self, store: JobStore, artifacts: ArtifactStore, *, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        artifacts: ArtifactStore,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        watch: StoreWatch | None = None,
+    ) -> None:
         self.store = store
         self.artifacts = artifacts
         self.wake = wake
-        self.watch = StoreWatch(store.database, artifacts)
+        self.watch = watch or StoreWatch(store.database, artifacts)
         self._submitting: asyncio.Task[None] | None = None
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 

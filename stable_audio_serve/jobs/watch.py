@@ -1,4 +1,4 @@
-"""How the stores are, for whoever asks the server: tried out now and then, told from memory in between."""
+"""The health of the stores, for health checks: tried now and then, answered from memory in between."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.refusals import Refusals, StoreHealth, health_of
 
-_FRESH_S = 5.0
-_FRESH_IF_BAD_S = 1.0
-_PATIENCE_S = 0.8  # of whoever asks; by then the last answer is better than a late one
+_PATIENCE_S = 0.8  # after this an old answer is better than a late one
 _SILENT_AFTER_S = 10.0
 _SILENCE = StoreHealth("unavailable", "the job database does not answer")
 
 
 class StoreWatch:
-    """Belongs to one event loop."""
+    """Tries the stores when it is asked and its last answer is old. Belongs to one event loop."""
 
-    def __init__(self, database: Database, artifacts: ArtifactStore, *, clock: Clock | None = None) -> None:
-        """Touches nothing yet."""
+    def __init__(
+        self,
+        database: Database,
+        artifacts: ArtifactStore,
+        *,
+        fresh_s: float = 5.0,
+        fresh_if_bad_s: float = 1.0,
+        clock: Clock | None = None,
+    ) -> None:
+        """An answer is used again for `fresh_s` seconds, or `fresh_if_bad_s` when a store cannot be used.
+
+        Touches nothing yet.
+        """
         self._database = database
         self._refusals = Refusals(database)
         self._artifacts = artifacts
+        self._fresh_s = fresh_s
+        self._fresh_if_bad_s = fresh_if_bad_s
         self._clock = clock or SystemClock()
         self._latest = StoreHealth()
         self._looked_at = float("-inf")
@@ -32,8 +43,8 @@ class StoreWatch:
         self._looking: asyncio.Task[None] | None = None
 
     async def health(self) -> StoreHealth:
-        """How the stores are, or what is known of them, within a second."""
-        fresh_s = _FRESH_S if self._latest.state == "ok" else _FRESH_IF_BAD_S
+        """Returns the health of the stores within a second, or else what was last known."""
+        fresh_s = self._fresh_s if self._latest.state == "ok" else self._fresh_if_bad_s
         if self._looking is None and self._clock.monotonic() - self._looked_at < fresh_s:
             return self._latest
         if self._looking is None:
@@ -61,6 +72,6 @@ class StoreWatch:
         return refusals[0] if refusals else StoreHealth()
 
     async def close(self) -> None:
-        """Look no more."""
+        """Wait a moment for a look in progress."""
         if self._looking is not None:
             await asyncio.wait({self._looking}, timeout=_PATIENCE_S)

@@ -45,7 +45,9 @@ class JobRunnerReplica:
         artifacts = open_artifacts(settings, is_prepared=plan.store_identity is not None, metrics=metrics)
         self._store, self._artifacts = store, artifacts
         notifier = Notifier(Outbox(store.database), webhook_bodies(artifacts), settings.jobs, metrics=metrics)
-        self._runner = JobRunner(store, artifacts, backend, settings, notifier=notifier, metrics=metrics)
+        self._runner = JobRunner(
+            store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics
+        )
         await self._runner.start()
 
     async def wake(self) -> None:

@@ -45,7 +45,7 @@ async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> As
     with jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
     notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings.jobs)
-    runner = JobRunner(jobs.store, jobs.artifacts, backend, settings, notifier=notifier)
+    runner = JobRunner(jobs.store, jobs.artifacts, backend=backend, settings=settings, notifier=notifier)
     await runner.start()
     jobs.wake = runner.wake
     yield runner

@@ -13,11 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.jobs import watch as watch_module
-from stable_audio_serve.jobs.runner import attempt as attempt_module
-from stable_audio_serve.jobs.runner import gate as gate_module
-from stable_audio_serve.jobs.runner import runner as runner_module
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import make_hasty_client
 from tests.api.test_buckets import storage_args
 from tests.api.test_jobs import BODY, submit, wait
 from tests.audio_files import make_audio_file
@@ -28,17 +24,6 @@ pytestmark = pytest.mark.slow
 
 NUM_JOBS = 12
 _AT_ONCE = 4  # jobs of a model that a runner begins before it has seen any end
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch_module, "_FRESH_S", 0.0)
-    monkeypatch.setattr(watch_module, "_FRESH_IF_BAD_S", 0.0)
-    monkeypatch.setattr(gate_module, "_FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(gate_module, "_LAST_PAUSE_S", 0.2)
-    monkeypatch.setattr(attempt_module, "_RETRY_S", 0.02)
-    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.2)
-    monkeypatch.setattr(attempt_module, "_SETTLE_RETRY_S", 0.05)
 
 
 def fill(disk: Path) -> Callable[[], None]:
@@ -97,7 +82,7 @@ async def expect_the_queue_survives(
 
 async def test_the_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -> None:
     jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}"}
-    async with make_client(output_dir=str(tiny_disk), jobs=jobs) as (client, backend):
+    async with make_hasty_client(output_dir=str(tiny_disk), jobs=jobs) as (client, backend):
         give_back: list[Callable[[], None]] = []
         await expect_the_queue_survives(
             client,
@@ -111,7 +96,7 @@ async def test_the_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -
 async def test_the_queue_survives_a_full_bucket(object_storage: ObjectStorage) -> None:
     full = Faults(answer=(507, "InsufficientStorage"), only="PUT")
     bucket, proxy = object_storage.make_bucket(), object_storage.proxy
-    async with make_client(
+    async with make_hasty_client(
         storage=storage_args(object_storage, bucket, public_base_url=f"{object_storage.server_url}/{bucket}")
     ) as (client, backend):
         await expect_the_queue_survives(
@@ -125,7 +110,7 @@ async def test_the_queue_survives_a_full_bucket(object_storage: ObjectStorage) -
 
 async def test_what_never_fits_becomes_a_dead_letter_and_leaves_nothing(tiny_disk: Path, tmp_path: Path) -> None:
     jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}", "max_attempts": 2}
-    async with make_client(output_dir=str(tiny_disk), jobs=jobs) as (client, _):
+    async with make_hasty_client(output_dir=str(tiny_disk), jobs=jobs) as (client, _):
         failed = await wait(client, await submit(client, duration=10.0))  # of 1.76 MB
         assert (failed["status"], failed["attempts"], failed["error"]) == ("failed", 2, "the disk is full")
         source = make_audio_file(duration_s=10.0)
@@ -139,7 +124,7 @@ async def test_what_never_fits_becomes_a_dead_letter_and_leaves_nothing(tiny_dis
 
 
 async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -> None:
-    async with make_client(output_dir=str(small_disk), jobs={"lease_s": 1.0}) as (client, backend):
+    async with make_hasty_client(output_dir=str(small_disk), jobs={"lease_s": 1.0}) as (client, backend):
         done = await wait(client, await submit(client))
         backend.delay_s = 1.0
         running, to_cancel = [await submit(client, seed=seed) for seed in (5, 6)]

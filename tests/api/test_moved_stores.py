@@ -14,12 +14,8 @@ import pytest
 
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.settings import JobSettings, Settings
-from stable_audio_serve.jobs import watch as watch_module
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
-from stable_audio_serve.jobs.runner import attempt as attempt_module
-from stable_audio_serve.jobs.runner import gate as gate_module
-from stable_audio_serve.jobs.runner import runner as runner_module
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import make_hasty_client
 from tests.api.test_job_stores import expect_body, submissions
 from tests.api.test_jobs import BODY, submit, wait
 from tests.audio_files import make_audio_file
@@ -28,16 +24,6 @@ from tests.jobs.conftest import make_spec
 pytestmark = pytest.mark.slow
 
 FILES = ("jobs.db", "jobs.db-wal", "jobs.db-shm")
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt_module, "_RETRY_S", 0.02)
-    monkeypatch.setattr(attempt_module, "_SETTLE_RETRY_S", 0.05)
-    monkeypatch.setattr(gate_module, "_FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.2)
-    monkeypatch.setattr(watch_module, "_FRESH_S", 0.0)
-    monkeypatch.setattr(watch_module, "_FRESH_IF_BAD_S", 0.0)
 
 
 @pytest.fixture
@@ -84,7 +70,7 @@ async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1) -> Non
 async def test_a_database_that_was_moved_is_refused_until_it_is_back(
     place: Path, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    async with make_client(**settings_of(place)) as (client, backend):
+    async with make_hasty_client(**settings_of(place)) as (client, backend):
         assert await state_of(client) == ("ok", None)
         done = await submit(client)
         await wait(client, done)
@@ -107,7 +93,7 @@ async def test_a_database_that_was_moved_is_refused_until_it_is_back(
 async def test_another_database_in_its_place_is_neither_read_nor_written(place: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     prepare_stores(Settings(output_dir=str(other)))
-    async with make_client(**settings_of(place)) as (client, _):
+    async with make_hasty_client(**settings_of(place)) as (client, _):
         done = await submit(client)
         await wait(client, done)
         move(place, tmp_path / "away")
@@ -123,14 +109,14 @@ async def test_another_database_in_its_place_is_neither_read_nor_written(place: 
 
 @pytest.mark.parametrize("name", FILES)
 async def test_what_was_deleted_is_missed_and_a_restart_begins_anew(place: Path, name: str) -> None:
-    async with make_client(**settings_of(place)) as (client, _):
+    async with make_hasty_client(**settings_of(place)) as (client, _):
         ticket = await submit(client)
         await wait(client, ticket)
         (place / name).unlink()
         await expect_refusals(client)
         assert not (place / name).exists()
         assert (await state_of(client))[0] == "moved"
-    async with make_client(**settings_of(place)) as (client, _):
+    async with make_hasty_client(**settings_of(place)) as (client, _):
         found = (await client.get(f"/jobs/{ticket['id']}")).status_code
         assert found == (404 if name == "jobs.db" else 200)  # closing brings the log's content into the file
         await wait(client, await submit(client))
@@ -173,7 +159,7 @@ def files_moved(folder: Path, away: Path) -> Callable[[], None]:
 
 async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "outputs"
-    async with make_client(output_dir=str(folder), **settings_of(place)) as (client, backend):
+    async with make_hasty_client(output_dir=str(folder), **settings_of(place)) as (client, backend):
         done = await wait(client, await submit(client))
         backend.delay_s = 1.0
         running = await submit(client, seed=5)
@@ -210,7 +196,7 @@ def unlinked(place: Path, away: Path) -> None:
 
 async def test_a_link_to_the_same_file_elsewhere_begins_no_second_log(place: Path, tmp_path: Path) -> None:
     away = tmp_path / "away"
-    async with make_client(**settings_of(place)) as (client, _):
+    async with make_hasty_client(**settings_of(place)) as (client, _):
         done = await submit(client)
         await wait(client, done)
         linked(place, away)
@@ -250,7 +236,7 @@ async def test_a_path_through_a_link_may_not_lead_to_another_name(place: Path, t
 
 
 async def test_a_database_that_was_emptied_keeps_its_log(place: Path, tmp_path: Path) -> None:
-    async with make_client(**settings_of(place)) as (client, _):
+    async with make_hasty_client(**settings_of(place)) as (client, _):
         await wait(client, await submit(client))
         (place / "jobs.db").write_bytes(b"")
         before = snapshot(place)
@@ -277,7 +263,7 @@ async def test_another_database_written_over_it_is_told(place: Path, tmp_path: P
     other = tmp_path / "other"
     prepare_stores(Settings(output_dir=str(other)))
     prepare_stores(Settings(output_dir=str(tmp_path), jobs=JobSettings(**settings_of(place)["jobs"])))
-    async with make_client(**settings_of(place)) as (client, _):
+    async with make_hasty_client(**settings_of(place)) as (client, _):
         assert (await state_of(client))[0] == "ok"
         await wait(client, await submit(client))
         assert (await state_of(client))[0] == "ok"
@@ -290,7 +276,7 @@ async def test_another_database_written_over_it_is_told(place: Path, tmp_path: P
 
 
 async def test_a_database_without_jobs_is_unavailable(place: Path) -> None:
-    async with make_client(**settings_of(place), run_jobs=False) as (client, _):
+    async with make_hasty_client(**settings_of(place), run_jobs=False) as (client, _):
         await submit(client)
         with sqlite3.connect(place / "jobs.db") as connection:
             connection.execute("DROP TABLE jobs")

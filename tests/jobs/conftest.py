@@ -13,11 +13,24 @@ import pytest
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.job import Job, JobSpec, JobUpload
-from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.jobs.queue import JobQueue
+from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.database import Database, database_url
+from stable_audio_serve.jobs.store.store import JobStore
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
+
+SHORT_PAUSES = RunnerPauses(
+    first_poll_s=0.05,
+    last_poll_s=0.2,
+    report_s=0.05,
+    settle_s=0.05,
+    retry_s=0.02,
+    probe_s=0.02,
+    last_probe_s=0.05,
+)
 
 _NUMBERS = itertools.count()
 
@@ -67,7 +80,13 @@ class Workshop:
     runners: list[JobRunner] = field(default_factory=list)
 
     async def start_runner(self, **options: Any) -> JobRunner:
-        runner = JobRunner(self.queue.store, self.queue.artifacts, self.backend, self.settings, **options)
+        runner = JobRunner(
+            self.queue.store,
+            self.queue.artifacts,
+            backend=self.backend,
+            settings=self.settings,
+            **{"pauses": SHORT_PAUSES, **options},
+        )
         self.runners.append(runner)
         await runner.start()
         self.queue.wake = runner.wake
@@ -105,9 +124,18 @@ def job_settings() -> JobSettings:
 
 
 @pytest.fixture
-async def workshop(tmp_path: Path, job_settings: JobSettings) -> AsyncIterator[Workshop]:
+def now() -> Callable[[], float] | None:
+    """Override it in a module for a job database with a clock of its own."""
+    return None
+
+
+@pytest.fixture
+async def workshop(
+    tmp_path: Path, job_settings: JobSettings, now: Callable[[], float] | None
+) -> AsyncIterator[Workshop]:
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=job_settings)
-    workshop = Workshop(settings, open_queue(settings))
+    database = Database(database_url(settings.jobs.database_url, Path(settings.output_dir)), now=now)
+    workshop = Workshop(settings, JobQueue(JobStore(database, settings.jobs), open_artifacts(settings)))
     yield workshop
     for runner in workshop.runners:
         await runner.close()

@@ -63,7 +63,7 @@ async def _work(settings: Settings) -> None:
         _freeze_between_transactions(queue.store.database)
     notifier = Notifier(Outbox(queue.store.database), webhook_bodies(queue.artifacts), settings.jobs)
     async with LocalBackend(ModelCatalog([card]), {MODEL: engine}) as backend:
-        runner = JobRunner(queue.store, queue.artifacts, backend, settings, notifier=notifier)
+        runner = JobRunner(queue.store, queue.artifacts, backend=backend, settings=settings, notifier=notifier)
         await runner.start()
         while not await asyncio.to_thread(_is_done, queue.store):  # noqa: ASYNC110
             await asyncio.sleep(0.05)

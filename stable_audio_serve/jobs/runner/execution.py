@@ -1,4 +1,4 @@
-"""Doing one job: its upload back to samples, the generation, the file, its safe keeping. Knows no states or stores."""
+"""The work of one job: decode its upload, generate its audio, make and keep its file. Knows no states and no tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import IO
 
@@ -25,14 +24,14 @@ from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.runner.budget import ByteBudget
 from stable_audio_serve.jobs.runner.gate import StorageGate
 
-GENERATED = 0.95  # the fraction of a job whose audio is made and has yet to become a file
+GENERATED = 0.95  # the fraction of a job whose audio is generated and not yet a file
 
 _LEAST_START_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """How far a job is: an engine's stage or one around it."""
+    """How far a job is; `stage` is one of the engine or one before or after it."""
 
     stage: str
     fraction: float
@@ -46,12 +45,12 @@ class JobExecutor:
         self,
         backend: Backend,
         artifacts: ArtifactStore,
-        limits: ApiSettings,
         *,
+        limits: ApiSettings,
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` is told of files that could not be kept or read."""
+        """`gate` gets the files that could be kept and those that could not be kept or read."""
         self._backend = backend
         self._artifacts = artifacts
         self._gate = gate
@@ -61,11 +60,14 @@ class JobExecutor:
         self._audio = AudioWorkers(limits, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
     async def execute(self, job: Job, report: Callable[[JobProgress], None]) -> JobResult:
-        """Run the job to its stored file. Raises errors of `core.errors`; then, and when cancelled, keeps nothing."""
+        """Returns the result of the job with its stored file. Keeps nothing when cancelled or when it raises.
+
+        Raises errors of `core.errors`.
+        """
         spec = job.spec
         if not job.is_readable:
             raise StorageError("the job was written by another version of this server, which can run it")
-        self._backend.catalog.resolve(spec.model)  # the server may be another one than when the job was accepted
+        self._backend.catalog.resolve(spec.model)  # another server may have accepted the job
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)
             started_at = self._clock.monotonic()
@@ -110,10 +112,10 @@ class JobExecutor:
         return replace(stored, clips=finished.clips)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
-        """The request with its time limits; the engine may have a queue too, in which a first start can be late."""
+        """Returns the request with its time limits. An engine has a queue too, in which a first start can be late."""
         start_within_s = None
         if job.spec.start_within_s is not None and job.attempts <= 1:
-            waited_s = (datetime.now(UTC) - job.created_at).total_seconds()
+            waited_s = self._clock.time() - job.created_at.timestamp()
             start_within_s = max(job.spec.start_within_s - waited_s, _LEAST_START_S)
         deadline_s = request.deadline_s or self._limits.max_deadline_s
         return replace(request, request_id=job.spec.id, deadline_s=deadline_s, start_within_s=start_within_s)
@@ -147,5 +149,5 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 
 
 def _pass_on(progress: Progress, report: Callable[[JobProgress], None]) -> None:
-    if progress.stage != "done":  # for the job there is more to do
+    if progress.stage != "done":  # the file is still to be made
         report(JobProgress(progress.stage, progress.fraction * GENERATED, progress.queue_position))

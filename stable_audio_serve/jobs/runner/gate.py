@@ -1,6 +1,6 @@
-"""Whether jobs may be started: not while the place for their files is known to refuse them.
+"""Decides whether jobs may be started: not while the place for their files is known to refuse them.
 
-A job whose file was refused has been computed for nothing. So nobody starts another one until as much can be written as
+A job whose file was refused has been computed for nothing. So no other job is started until as much can be written as
 was refused, however long that takes; then one job at first, and twice as many whenever a file was kept.
 """
 
@@ -16,13 +16,12 @@ import structlog
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.store.refusals import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_FIRST_PAUSE_S = 1.0  # doubles with each refusal until a file was kept
-_LAST_PAUSE_S = 60.0
-_GRACE_S = 60.0  # what a probe may take until others forget that there was a refusal
+_GRACE_S = 60.0  # how long a probe may take before other processes forget the refusal
 _LARGE = 1 << 10  # more jobs than a runner has
 
 
@@ -33,10 +32,11 @@ class StorageGate:
         self,
         artifacts: ArtifactStore,
         refusals: Refusals,
-        owner: str,
         *,
+        owner: str,
         metrics: Metrics,
         on_open: Callable[[], None],
+        pauses: RunnerPauses,
     ) -> None:
         """`on_open` is called when more jobs may be started than before."""
         self._artifacts = artifacts
@@ -46,44 +46,45 @@ class StorageGate:
         self._on_open = on_open
         self._limit = _LARGE
         self._needed_bytes = 0
-        self._pause_s = _FIRST_PAUSE_S
+        self._pauses = pauses
+        self._pause_s = pauses.probe_s
         self._trying: asyncio.Task[None] | None = None
 
     def admits(self, num_running: int) -> bool:
-        """Whether another job may be started beside those that run."""
+        """Whether another job may be started while `num_running` jobs run."""
         return num_running < self._limit
 
     def refused(self, error: StorageError, *, num_bytes: int) -> None:
-        """A file of this size could not be kept, or, with 0, one that was kept could not be read."""
+        """Note that a file of `num_bytes` could not be kept or, with 0, that a kept one could not be read."""
         self._limit = 0
         self._needed_bytes = max(self._needed_bytes, num_bytes)
         if self._trying is None:
             self._trying = asyncio.create_task(self._try(error))
 
     def kept(self) -> None:
-        """A file was kept."""
+        """Note that a file was kept."""
         if 0 < self._limit < _LARGE:
             self._limit *= 2
-            self._pause_s = _FIRST_PAUSE_S
+            self._pause_s = self._pauses.probe_s
             self._on_open()
 
     async def close(self) -> None:
-        """Try no more."""
+        """Stop trying, and withdraw the refusal that other processes see."""
         if self._trying is not None:
             self._trying.cancel()
             await asyncio.gather(self._trying, return_exceptions=True)
-            with suppress(StorageError):  # it is forgotten later
+            with suppress(StorageError):  # it expires by itself
                 await asyncio.to_thread(self._refusals.withdraw, self._owner)
 
     async def _try(self, error: StorageError) -> None:
-        """Until a file as large as those that were refused can be written."""
+        """Probe until a file as large as those that were refused can be written."""
         log.error("no jobs are started: files cannot be kept", reason=error.message, num_bytes=self._needed_bytes)
         self._metrics.gauge("job_files_refused", 1.0)
         refused: StorageError | None = error
         while refused is not None:
             pause_s = self._pause_s * random.uniform(0.5, 1.0)
-            self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
-            with suppress(StorageError):  # the database may be full too; that is seen without us
+            self._pause_s = min(2 * self._pause_s, self._pauses.last_probe_s)
+            with suppress(StorageError):  # the database may be full too, which health checks notice by themselves
                 note = self._refusals.note
                 await asyncio.to_thread(note, self._owner, health_of(refused), for_s=pause_s + _GRACE_S)
             await asyncio.sleep(pause_s)

@@ -1,4 +1,4 @@
-"""Keeps a runner's leases alive from a thread of its own, so that a busy event loop loses none."""
+"""Renews a runner's leases from a thread of its own, so that a busy event loop loses none."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class LeaseId(NamedTuple):
 
 
 def lease_id(job: Job) -> LeaseId:
-    """Of a running job. Raises ValueError when it has no lease."""
+    """Returns the id of a running job's lease. Raises ValueError when the job has none."""
     if job.lease is None:
         raise ValueError(f"job {job.spec.id} is not leased")
     return LeaseId(job.spec.ref, job.lease.fence)
 
 
-class Heartbeat:
-    """Renews everything that `owner` is told to hold, in one query, as long as there is anything."""
+class LeaseHeartbeat:
+    """Renews all leases that `owner` holds, in one query; without leases it asks the store nothing."""
 
     def __init__(
         self,
@@ -43,13 +43,13 @@ class Heartbeat:
         owner: str,
         *,
         lease_s: float,
-        tell: Callable[[Collection[LeaseId], Collection[LeaseId]], None],
+        on_change: Callable[[Collection[LeaseId], Collection[LeaseId]], None],
     ) -> None:
-        """`tell(lost, to_stop)` is called on the event loop of `start`: leases that are gone, jobs to be cancelled."""
+        """`on_change(lost, to_cancel)` is called on the event loop of `start` when either has any leases."""
         self._store = store
         self._owner = owner
         self._lease_s = lease_s
-        self._tell = tell
+        self._on_change = on_change
         self._held: set[LeaseId] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -57,27 +57,27 @@ class Heartbeat:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begin to beat; call it on the event loop that is to be told."""
+        """Start the thread. Call it on the event loop on which `on_change` should run."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def hold(self, lease: LeaseId) -> None:
-        """Keep this one alive too."""
+        """Renew this lease too, from the next beat on."""
         with self._lock:
             self._held.add(lease)
 
     def release(self, lease: LeaseId) -> None:
-        """It is over."""
+        """Renew this lease no longer."""
         with self._lock:
             self._held.discard(lease)
 
     @property
     def is_alive(self) -> bool:
-        """Whether it beats."""
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def beat(self) -> None:
-        """Renew now, and tell what became of the leases. Blocking. Raises StorageError."""
+        """Renew the leases now and report those that changed. Blocking. Raises StorageError."""
         with self._lock:
             held = frozenset(self._held)
         if not held:
@@ -85,13 +85,13 @@ class Heartbeat:
         renewed = self._store.renew(self._owner, lease_s=self._lease_s, refs={lease.ref for lease in held})
         alive = {LeaseId(job.ref, job.fence): job.cancel_requested for job in renewed}
         lost = [lease for lease in held if lease not in alive]
-        to_stop = [lease for lease in held if alive.get(lease)]
-        if (lost or to_stop) and self._loop is not None:
+        to_cancel = [lease for lease in held if alive.get(lease)]
+        if (lost or to_cancel) and self._loop is not None:
             with suppress(RuntimeError):  # the event loop was closed
-                self._loop.call_soon_threadsafe(self._tell, lost, to_stop)
+                self._loop.call_soon_threadsafe(self._on_change, lost, to_cancel)
 
     def close(self) -> None:
-        """Stop beating; a beat in progress is given a moment. Blocking."""
+        """Stop the thread; waits a moment for a beat in progress. Blocking."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_CLOSE_TIMEOUT_S)

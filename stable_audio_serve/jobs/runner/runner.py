@@ -1,5 +1,7 @@
-"""Runs waiting jobs, several at a time, beside any number of other runners of the same store: takes leases as far as
-the engines have room, keeps them alive, takes over from runners that died. One attempt at a job is `jobs.attempt`.
+"""Runs waiting jobs, several at a time, beside any number of other runners of the same store.
+
+Leases jobs while the engines have room, renews the leases and takes over the jobs of runners that died. One attempt at
+a job is `Attempt`. Knows no SQL, no models and no HTTP.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import Job, State
-from stable_audio_serve.jobs.runner.attempt import Attempt, StopReason, Workplace, account_for
+from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, StopReason, record_end
 from stable_audio_serve.jobs.runner.capacity import Capacity, work_of
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.gate import StorageGate
-from stable_audio_serve.jobs.runner.heartbeat import Heartbeat, LeaseId, lease_id
+from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
+from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.periodic import Periodic
 from stable_audio_serve.jobs.runner.reporter import Reporter
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
@@ -36,63 +39,77 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_FIRST_POLL_S = 0.25  # doubles while there is nothing to do
-_LAST_POLL_S = 3.0  # what a lost wake-up costs at most; with it idle runners ask less than once a second
-_COUNT_PAUSE_S = 15.0
-_REPLICAS_PAUSE_S = 2.0
 _SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
-_CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be given back; what takes longer is taken over when its lease ends
+_CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be put back; others are taken over when their leases end
 
 
 class JobRunner:
-    """One life of one runner, which is the owner of its leases."""
+    """One life of one runner, which is the owner of its leases. Belongs to one event loop."""
 
     def __init__(
         self,
         store: JobStore,
         artifacts: ArtifactStore,
+        *,
         backend: Backend,
         settings: Settings,
-        *,
         notifier: Notifier | None = None,
         metrics: Metrics | None = None,
-        clock: Clock = SystemClock(),
+        clock: Clock | None = None,
+        pauses: RunnerPauses = RunnerPauses(),
     ) -> None:
-        """Without a notifier nobody is told of ended jobs."""
+        """Without a notifier no webhooks are sent."""
+        clock = clock or SystemClock()
         self._store = store
         self._backend = backend
         self._settings = settings.jobs
         self._metrics = metrics or NullMetrics()
         self._notifier = notifier
         self.owner = secrets.token_hex(8)
+        self._pauses = pauses
         self._gate = StorageGate(
-            artifacts, Refusals(store.database), self.owner, metrics=self._metrics, on_open=self.wake
+            artifacts,
+            Refusals(store.database),
+            owner=self.owner,
+            metrics=self._metrics,
+            on_open=self.wake,
+            pauses=pauses,
         )
-        self._executor = JobExecutor(backend, artifacts, settings.api, gate=self._gate, clock=clock)
+        self._executor = JobExecutor(backend, artifacts, limits=settings.api, gate=self._gate, clock=clock)
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
             ahead_s={"interactive": self._settings.work_ahead_s, "batch": self._settings.batch_ahead_s},
             max_running=self._settings.max_running,
             clock=clock,
         )
-        self._reporter = Reporter(store, tell_lost=lambda lost: self._told(lost, ()))
-        self._workplace = Workplace(
-            store, artifacts, self._executor, self._capacity, self._reporter, self._settings, self._metrics, clock
+        self._reporter = Reporter(store, pause_s=pauses.report_s, on_lost=lambda lost: self._on_heartbeat(lost, ()))
+        self._context = AttemptContext(
+            store=store,
+            artifacts=artifacts,
+            executor=self._executor,
+            capacity=self._capacity,
+            reporter=self._reporter,
+            settings=self._settings,
+            pauses=pauses,
+            metrics=self._metrics,
+            clock=clock,
         )
-        self._heartbeat = Heartbeat(store, self.owner, lease_s=self._settings.lease_s, tell=self._told)
+        self._heartbeat = LeaseHeartbeat(
+            store, self.owner, lease_s=self._settings.lease_s, on_change=self._on_heartbeat
+        )
         self._attempts: dict[LeaseId, Attempt] = {}
         self._woken = asyncio.Event()
         self._is_closing = False
         self._loop_task: asyncio.Task[None] | None = None
-        self._counting = Periodic(self._count, pause_s=_COUNT_PAUSE_S, clock=clock)
-        self._asking = Periodic(self._ask_replicas, pause_s=_REPLICAS_PAUSE_S, clock=clock)
+        self._counting = Periodic(self._count, pause_s=pauses.count_s, clock=clock)
+        self._asking = Periodic(self._ask_replicas, pause_s=pauses.replicas_s, clock=clock)
         sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
         every_s = self._settings.sweep_every_s
         self._sweeping = Periodic(sweeper.sweep, pause_s=every_s, spread=_SWEEP_SPREAD, first_in_s=every_s, clock=clock)
 
     async def start(self) -> None:
         """Take over from dead runners, then run jobs until `close`."""
-        with suppress(StorageError):  # away now, it is asked again by the loop
+        with suppress(StorageError):  # the loop tries again
             await self._reclaim()
         self._heartbeat.start()
         if self._notifier is not None:
@@ -100,7 +117,7 @@ class JobRunner:
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def wake(self) -> None:
-        """There may be something to do; call it on the runner's event loop."""
+        """Look for something to do now. Call it on the runner's event loop."""
         self._woken.set()
 
     def check_health(self) -> None:
@@ -112,7 +129,7 @@ class JobRunner:
             raise GenerationError("the job runner's loop has ended")
 
     def drain(self) -> int:
-        """Take no more jobs and put those in progress back, now and at no cost of theirs; how many are still held."""
+        """Lease no more jobs and put back those in progress, which costs no attempt. Returns how many still run."""
         self._is_closing = True
         self.wake()
         for attempt in self._attempts.values():
@@ -120,10 +137,10 @@ class JobRunner:
         return len(self._attempts)
 
     async def close(self) -> None:
-        """Stop; jobs in progress go back to waiting and lose no attempt."""
+        """Stop; jobs in progress are put back and lose no attempt."""
         self.drain()
         await _finish({self._loop_task} if self._loop_task else set())
-        self.drain()  # also what was begun in the last turn of the loop
+        self.drain()  # also the attempts begun in the last turn of the loop
         await _finish({attempt.task for attempt in self._attempts.values()})
         for periodic in (self._counting, self._asking, self._sweeping):
             await periodic.close()
@@ -135,7 +152,7 @@ class JobRunner:
         await self._executor.close()
 
     async def _run_loop(self) -> None:
-        poll_s = _FIRST_POLL_S
+        poll_s = self._pauses.first_poll_s
         while not self._is_closing:
             self._woken.clear()
             self._sweeping.start_if_due()
@@ -145,16 +162,16 @@ class JobRunner:
             except Exception as error:  # the runner outlives whatever its store does
                 is_expected = isinstance(error, StorageError)
                 log.error("the job runner cannot use its store", error=str(error), exc_info=not is_expected)
-                wait_s = _LAST_POLL_S
+                wait_s = self._pauses.last_poll_s
             else:
-                poll_s = _FIRST_POLL_S if num_done else min(poll_s * 2, _LAST_POLL_S)
+                poll_s = self._pauses.first_poll_s if num_done else min(poll_s * 2, self._pauses.last_poll_s)
                 wait_s = self._wait_s(outlook, poll_s)
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._woken.wait()
 
     async def _turn(self, outlook: Outlook) -> int:
-        """Act on what is due; how many things there were to do."""
+        """Act on what is due. Returns how many things were done."""
         self._measure(outlook)
         num_done = 0
         if outlook.num_stops:
@@ -163,7 +180,7 @@ class JobRunner:
             num_done += await self._reclaim()
         if _is_due(outlook.late_in_s):
             for job in await asyncio.to_thread(self._store.expire):
-                await account_for(job, self._workplace)
+                await record_end(job, self._context)
                 num_done += 1
         if _is_due(outlook.webhook_in_s) and self._notifier is not None:
             self._notifier.deliver_due()
@@ -174,16 +191,16 @@ class JobRunner:
         return num_done
 
     def _wait_s(self, outlook: Outlook, poll_s: float) -> float:
-        """Until the next poll, or until something comes due that is not due already."""
+        """Returns the seconds until the next poll, or until something comes due that is not due already."""
         times = [outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s]
         times.append(self._capacity.opens_in_s())
         return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])
 
     async def _lease(self, priority: Priority, num_queued: int) -> int:
-        """Take waiting jobs, of which there were so many, while there is room for them; how many."""
+        """Lease up to `num_queued` waiting jobs while there is room for them. Returns how many were leased."""
         num_leased = 0
         lease_s = self._settings.lease_s
-        while num_leased < num_queued and not self._is_closing and self._gate.admits(self._capacity.num_taken):
+        while num_leased < num_queued and not self._is_closing and self._gate.admits(self._capacity.num_running):
             models = self._capacity.open_models(priority)
             if models is not None and not models:
                 break
@@ -200,14 +217,14 @@ class JobRunner:
         lease = lease_id(job)
         try:
             work = work_of(job.spec.request, self._backend.catalog.resolve(job.spec.model))
-        except UnknownModelError:  # the attempt will say so
+        except UnknownModelError:  # the attempt will fail with it
             work = 0.0
         self._heartbeat.hold(lease)
         self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, work=work)
-        self._attempts[lease] = attempt = Attempt(job, self._workplace)
-        attempt.task.add_done_callback(partial(self._finished, lease))
+        self._attempts[lease] = attempt = Attempt(job, self._context)
+        attempt.task.add_done_callback(partial(self._on_attempt_end, lease))
 
-    def _finished(self, lease: LeaseId, task: asyncio.Task[None]) -> None:
+    def _on_attempt_end(self, lease: LeaseId, task: asyncio.Task[None]) -> None:
         del self._attempts[lease]
         self._capacity.end(lease)
         self._heartbeat.release(lease)
@@ -215,35 +232,32 @@ class JobRunner:
             log.error("a job could not be ended", job_id=lease.ref.id, exc_info=task.exception())
         self.wake()
 
-    def _told(self, lost: Collection[LeaseId], to_stop: Collection[LeaseId]) -> None:
-        """By the heartbeat."""
-        reasons: dict[LeaseId, StopReason] = dict.fromkeys(to_stop, "cancelled")
+    def _on_heartbeat(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:
+        reasons: dict[LeaseId, StopReason] = dict.fromkeys(to_cancel, "cancelled")
         reasons |= dict.fromkeys(lost, "lost")
         for lease, reason in reasons.items():
             if lease in self._attempts:
                 self._attempts[lease].stop(reason)
 
     async def _reclaim(self) -> int:
-        """Take jobs from dead runners; how many. Our own are not lost if it was the store that was away."""
-        await asyncio.to_thread(self._heartbeat.beat)
+        """Put back the jobs of dead runners. Returns how many there were."""
+        await asyncio.to_thread(self._heartbeat.beat)  # first, or our own jobs are lost when the store was away
         reclaimed = await asyncio.to_thread(partial(self._store.reclaim, max_attempts=self._settings.max_attempts))
         for job in reclaimed:
             log.warning("job reclaimed", job_id=job.spec.id, attempts=job.attempts, state=job.state)
             self._metrics.increment("jobs_reclaimed", state=job.state)
             if job.is_over:
-                await account_for(job, self._workplace)
+                await record_end(job, self._context)
         return len(reclaimed)
 
-    # Figures
-
     def _measure(self, outlook: Outlook) -> None:
-        self._metrics.gauge("jobs_running", self._capacity.num_taken)
+        self._metrics.gauge("jobs_running", self._capacity.num_running)
         self._metrics.gauge("jobs_queued", outlook.num_queued)
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         self._counting.start_if_due()
 
     async def _count(self) -> None:
-        """How many jobs there are of each state; the same figures from every runner."""
+        """Measure how many jobs there are of each state; every runner measures the same."""
         counts = await asyncio.to_thread(self._store.counts)
         for state in get_args(State):
             self._metrics.gauge("jobs_by_state", counts.get(state, 0), state=state)
@@ -254,7 +268,7 @@ class JobRunner:
 
 
 async def _finish(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Give tasks some time to end by themselves."""
+    """Wait some time for tasks to end by themselves, then cancel those that have not."""
     if tasks:
         await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
     for task in tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,39 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.webhooks import webhook_bodies
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
+from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.watch import StoreWatch
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from tests.backends import ToneBackend
+from tests.jobs.conftest import SHORT_PAUSES
 from tests.sockets import listening
 
 
 @asynccontextmanager
 async def make_app(
-    backend: ToneBackend | None = None, *, run_jobs: bool = True, **settings: Any
+    backend: ToneBackend | None = None, *, run_jobs: bool = True, hasty: bool = False, **settings: Any
 ) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
-    """An application with `settings`, its jobs in a folder of their own."""
+    """An application with `settings`, its jobs in a folder of their own.
+
+    A hasty one tries again what failed after short pauses, and looks at its stores for each health check.
+    """
     backend = backend or ToneBackend()
     with tempfile.TemporaryDirectory() as folder:
         parsed = Settings.model_validate({"output_dir": folder, **settings})
         jobs = open_queue(parsed)
+        if hasty:
+            watch = StoreWatch(jobs.store.database, jobs.artifacts, fresh_s=0.0, fresh_if_bad_s=0.0)
+            jobs = JobQueue(jobs.store, jobs.artifacts, watch=watch)
         app = create_app(backend, parsed, jobs=jobs)
         app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
         notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), parsed.jobs)
-        runner = JobRunner(jobs.store, jobs.artifacts, backend, parsed, notifier=notifier)
+        pauses = SHORT_PAUSES if hasty else RunnerPauses()
+        runner = JobRunner(
+            jobs.store, jobs.artifacts, backend=backend, settings=parsed, notifier=notifier, pauses=pauses
+        )
         if run_jobs:
             await runner.start()
             jobs.wake = runner.wake
@@ -45,14 +58,19 @@ async def make_app(
 
 @asynccontextmanager
 async def make_client(
-    backend: ToneBackend | None = None, *, run_jobs: bool = True, **settings: Any
+    backend: ToneBackend | None = None, **options: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """A client of such an application, without a socket."""
+    """A client of such an application (`make_app`), without a socket."""
     async with (
-        make_app(backend, run_jobs=run_jobs, **settings) as (app, backend),
+        make_app(backend, **options) as (app, backend),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
     ):
         yield client, backend
+
+
+def make_hasty_client(**options: Any) -> AbstractAsyncContextManager[tuple[httpx.AsyncClient, ToneBackend]]:
+    """`make_client` of an application that waits for nothing long, for stores that fail and come back."""
+    return make_client(hasty=True, **options)
 
 
 @asynccontextmanager

@@ -87,7 +87,7 @@ async def running(folder: Path, model: Any) -> AsyncIterator[JobQueue]:
     engine = Engine(model, EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
     async with LocalBackend(ModelCatalog([card]), {_NAME: engine}) as backend:
         queue = open_queue(settings)
-        runner = JobRunner(queue.store, queue.artifacts, backend, settings)
+        runner = JobRunner(queue.store, queue.artifacts, backend=backend, settings=settings)
         await runner.start()
         queue.wake = runner.wake
         yield queue

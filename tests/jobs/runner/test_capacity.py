@@ -28,7 +28,7 @@ def fill(capacity: Capacity, *, work: float, model: str = "a", priority: Priorit
     """How many such jobs are taken."""
     count = 0
     while (models := capacity.open_models(priority)) is None or model in models:
-        capacity.begin((model, capacity.num_taken), model=model, priority=priority, work=work)
+        capacity.begin((model, capacity.num_running), model=model, priority=priority, work=work)
         count += 1
     return count
 

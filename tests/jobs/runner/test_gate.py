@@ -14,8 +14,6 @@ from stable_audio_serve.core.errors import StorageError, StorageFullError, Store
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import open_queue
-from stable_audio_serve.jobs.runner import attempt as attempt_module
-from stable_audio_serve.jobs.runner import gate as gate_module
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.refusals import Refusals, StoreHealth, StoreState, health_of
 from tests.backends import ToneBackend
@@ -41,13 +39,6 @@ class WatchedBackend(ToneBackend):
     ) -> GenerationResult:
         self.at_work.append(self.num_running + 1)
         return await super().generate(model, request)
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(gate_module, "_LAST_PAUSE_S", 0.1)
-    monkeypatch.setattr(attempt_module, "_RETRY_S", 0.02)
 
 
 @pytest.fixture

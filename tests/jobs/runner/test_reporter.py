@@ -26,7 +26,7 @@ async def reporter(store: JobStore, lost: list[LeaseId]) -> AsyncIterator[Report
     def tell(leases: Collection[LeaseId]) -> None:
         lost.extend(leases)
 
-    reporter = Reporter(store, tell_lost=tell)
+    reporter = Reporter(store, pause_s=0.2, on_lost=tell)
     yield reporter
     await reporter.close()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import time
 import zipfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import soundfile
 import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
@@ -26,18 +28,12 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.runner import attempt as attempt_module
-from stable_audio_serve.jobs.runner import runner as runner_module
+from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
 from tests.jobs.conftest import Workshop, make_spec, upload, wait_for
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt_module, "_RETRY_S", 0.02)
 
 
 class FailingBackend(ToneBackend):
@@ -146,13 +142,16 @@ async def test_the_model_is_told_the_job_and_a_time_limit(workshop: Workshop) ->
 
 
 async def test_the_engine_gets_what_is_left_of_the_time_to_start_in(workshop: Workshop) -> None:
-    job = await workshop.queue.submit(make_spec(start_within_s=5.0))
-    await asyncio.sleep(0.2)
-    await workshop.start_runner()
+    class Later(SystemClock):
+        def time(self) -> float:
+            return super().time() + 60.0
+
+    job = await workshop.queue.submit(make_spec(start_within_s=120.0))
+    await workshop.start_runner(clock=Later())
     await workshop.finished(job)
     left_s = workshop.backend.last.start_within_s
     assert left_s is not None
-    assert 3.0 < left_s <= 4.8
+    assert 40.0 < left_s <= 60.0
 
 
 async def test_late_in_the_engine_s_own_queue_is_late_too(workshop: Workshop) -> None:
@@ -190,12 +189,14 @@ async def test_each_priority_has_a_line_and_room_of_its_own(workshop: Workshop) 
         assert [job_id for job_id, of in started if of == priority] == [jobs[index].spec.id for index in indices]
 
 
-async def test_a_submission_starts_at_once_however_long_the_runner_was_idle(workshop: Workshop) -> None:
-    await workshop.start_runner()
-    await asyncio.sleep(1.8)  # its next look is almost two seconds away
-    started_at = time.monotonic()
-    await workshop.finished(await workshop.queue.submit(make_spec()))
-    assert time.monotonic() - started_at < 1.0
+async def test_a_submission_starts_at_once_however_long_the_runner_would_pause(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = count_looks(workshop, monkeypatch)
+    await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
+    await wait_for(lambda: len(looks) == 1)
+    await asyncio.sleep(0.05)
+    assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
 
 
 async def test_a_lost_wake_up_costs_only_a_pause(workshop: Workshop) -> None:
@@ -204,19 +205,27 @@ async def test_a_lost_wake_up_costs_only_a_pause(workshop: Workshop) -> None:
     assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
 
 
-async def test_an_idle_runner_hardly_asks_its_store(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = 0
+def count_looks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When a runner looked into its store, seconds, as they come."""
+    looks: list[float] = []
     look = workshop.queue.store.look
 
     def count(owner: str) -> Any:
-        nonlocal asked
-        asked += 1
+        looks.append(time.monotonic())
         return look(owner)
 
     monkeypatch.setattr(workshop.queue.store, "look", count)
-    await workshop.start_runner()
-    await asyncio.sleep(1.4)
-    assert asked <= 3
+    return looks
+
+
+async def test_an_idle_runner_hardly_asks_its_store(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = count_looks(workshop, monkeypatch)
+    await workshop.start_runner(pauses=RunnerPauses(first_poll_s=0.02, last_poll_s=0.1))
+    await wait_for(lambda: len(looks) > 5)
+    pauses_s = [later - earlier for earlier, later in itertools.pairwise(looks)]
+    assert all(pause_s >= least_s for pause_s, least_s in zip(pauses_s, (0.04, 0.08, 0.1, 0.1, 0.1), strict=False))
+    assert RunnerPauses().first_poll_s >= 0.1
+    assert RunnerPauses().last_poll_s >= 3.0
 
 
 @pytest.mark.parametrize(
@@ -291,15 +300,15 @@ async def test_a_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -
     assert workshop.backend.requests == []
 
 
-async def test_a_running_job_is_stopped_at_the_model(workshop: Workshop) -> None:
-    workshop.backend.delay_s = 60
-    await workshop.start_runner()
+@pytest.mark.parametrize("job_settings", [JobSettings(lease_s=600.0)])
+async def test_a_running_job_is_stopped_at_the_model_at_once(workshop: Workshop) -> None:
+    """Long before the next heartbeat or look."""
+    workshop.backend.released.clear()
+    await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
     await workshop.until(job, lambda job: workshop.backend.num_running > 0)
-    started_at = time.monotonic()
     assert (await workshop.queue.cancel(job.spec.ref))[0] == "requested"
     job = await workshop.finished(job)
-    assert time.monotonic() - started_at < 1
     assert job.error is not None
     assert (job.state, job.error.code) == ("cancelled", "cancelled")
     assert workshop.backend.num_cancelled == 1
@@ -307,21 +316,25 @@ async def test_a_running_job_is_stopped_at_the_model(workshop: Workshop) -> None
 
 
 async def test_cancelling_one_job_leaves_the_others_alone(workshop: Workshop) -> None:
-    workshop.backend.delay_s = 1.0
+    workshop.backend.released.clear()
     await workshop.start_runner()
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
-    await workshop.until(jobs[0], lambda _: workshop.backend.num_running == 3)
+    await wait_for(lambda: workshop.backend.num_running == 3)
     await workshop.queue.cancel(jobs[1].spec.ref)
+    assert (await workshop.finished(jobs[1])).state == "cancelled"
+    workshop.backend.released.set()
     assert [(await workshop.finished(job)).state for job in jobs] == ["succeeded", "cancelled", "succeeded"]
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
 async def test_a_job_that_cannot_start_in_time_fails(workshop: Workshop) -> None:
-    workshop.backend.delay_s = 0.6
+    workshop.backend.released.clear()
     await workshop.start_runner()
     first = await workshop.queue.submit(make_spec())
-    late = await workshop.queue.submit(make_spec(start_within_s=0.2, upload=await upload(workshop)))
+    await wait_for(lambda: workshop.backend.num_running == 1)
+    late = await workshop.queue.submit(make_spec(start_within_s=0.1, upload=await upload(workshop)))
     late = await workshop.finished(late)
+    workshop.backend.released.set()
     assert late.error is not None
     assert (late.state, late.error.code, late.attempts) == ("failed", "start_timeout", 0)
     assert (await workshop.finished(first)).state == "succeeded"
@@ -379,7 +392,6 @@ async def test_a_runner_that_stops_puts_its_jobs_back_at_no_cost(workshop: Works
 async def test_an_outcome_waits_for_a_store_that_fails_for_a_while(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt_module, "_SETTLE_RETRY_S", 0.05)
     failures = [StorageError("the disk is full")] * 3
 
     def flaky(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -400,35 +412,41 @@ async def test_an_outcome_waits_for_a_store_that_fails_for_a_while(
 async def test_the_loop_survives_a_store_that_fails_for_a_while(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.05)
     runner = await workshop.start_runner()
     store, look = workshop.queue.store, workshop.queue.store.look
 
+    num_failures = 0
+
     def fail(_: str) -> Any:
+        nonlocal num_failures
+        num_failures += 1
         raise StorageError("the disk is full")
 
     monkeypatch.setattr(store, "look", fail)
     job = await workshop.queue.submit(make_spec())
-    await asyncio.sleep(0.2)
+    await wait_for(lambda: num_failures >= 3)
     runner.check_health()
     monkeypatch.setattr(store, "look", look)
     assert (await workshop.finished(job)).state == "succeeded"
 
 
 async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "_LAST_POLL_S", 0.05)
     store = workshop.queue.store
     job = await workshop.queue.submit(make_spec())
     store.lease("a runner that died", lease_s=0.0)
 
+    num_failures = 0
+
     def fail(*_: Any, **__: Any) -> Any:
+        nonlocal num_failures
+        num_failures += 1
         raise StorageError("nobody answers")
 
     with monkeypatch.context() as away:
         for name in ("look", "reclaim", "renew", "lease"):
             away.setattr(store, name, fail)
         runner = await workshop.start_runner()
-        await asyncio.sleep(0.2)
+        await wait_for(lambda: num_failures >= 5)
         runner.check_health()
     assert (await workshop.finished(job)).state == "succeeded"
 

@@ -5,37 +5,75 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from stable_audio_serve.artifacts import local as local_module
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StorageError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobResult
-from stable_audio_serve.jobs.runner import attempt as attempt_module
+from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.store import JobStore
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
-from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
+from tests.jobs.conftest import SHORT_PAUSES, RecordedMetrics, Workshop, make_spec, wait_for
+from tests.jobs.stores import Wall, wall
+
+__all__ = ["wall"]
 
 pytestmark = pytest.mark.slow
 
-_LEASE_S = 1.0
+_LEASE_S = 0.3  # by a clock that stands still until a test moves it; renewed every 0.1 s of real time
+
+
+@pytest.fixture
+def now(wall: Wall) -> Wall:
+    return wall
 
 
 @pytest.fixture
 def job_settings() -> JobSettings:
-    return JobSettings(lease_s=_LEASE_S)
+    return make_job_settings()
+
+
+def make_job_settings(**limits: Any) -> JobSettings:
+    """With leases shorter than operators may choose."""
+    return JobSettings(**limits).model_copy(update={"lease_s": _LEASE_S})
 
 
 def end_leases(workshop: Workshop) -> None:
     """As if no runner had been heard of for a lease's length."""
     with workshop.queue.store.database.writing() as connection:
         connection.execute(sa.update(JOBS).where(JOBS.c.state == "running").values(lease_until=0.0))
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, store: JobStore, name: str) -> list[str]:
+    """The calls of a method of the store that have ended, as they come."""
+    calls: list[str] = []
+    method = getattr(store, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        finally:
+            calls.append(name)
+
+    monkeypatch.setattr(store, name, call)
+    return calls
+
+
+def outlive_leases(wall: Wall, renewals: list[str]) -> None:
+    """Move the clock by several leases, with a renewal in each. Blocks."""
+    for _ in range(4):
+        before, deadline = len(renewals), time.monotonic() + 10
+        while len(renewals) <= before + 1:  # the first may have begun earlier
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        wall.now += 0.8 * _LEASE_S
 
 
 async def running(workshop: Workshop, num_running: int = 1) -> None:
@@ -52,21 +90,32 @@ async def test_runners_share_the_jobs_and_do_each_once(workshop: Workshop) -> No
     assert len(workshop.backend.requests) == 30
 
 
-async def test_a_job_longer_than_its_lease_stays_with_its_runner(workshop: Workshop) -> None:
-    workshop.backend.delay_s = 2.5 * _LEASE_S
+async def test_a_job_longer_than_its_lease_stays_with_its_runner(
+    workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop.backend.released.clear()
+    renewals = count_calls(monkeypatch, workshop.queue.store, "renew")
     for _ in range(2):
         await workshop.start_runner()
-    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    job = await workshop.queue.submit(make_spec())
+    await running(workshop)
+    await asyncio.to_thread(outlive_leases, wall, renewals)
+    workshop.backend.released.set()
+    job = await workshop.finished(job)
     assert (job.state, job.attempts) == ("succeeded", 1)
     assert len(workshop.backend.requests) == 1
 
 
-async def test_a_busy_event_loop_loses_no_lease(workshop: Workshop) -> None:
-    workshop.backend.delay_s = 0.2
+async def test_a_busy_event_loop_loses_no_lease(
+    workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop.backend.released.clear()
+    renewals = count_calls(monkeypatch, workshop.queue.store, "renew")
     await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await running(workshop)
-    time.sleep(2 * _LEASE_S)  # noqa: ASYNC251 - that is the point
+    outlive_leases(wall, renewals)  # which keeps the event loop busy
+    workshop.backend.released.set()
     assert workshop.queue.store.reclaim(max_attempts=3) == []
     assert (await workshop.finished(job)).attempts == 1
 
@@ -104,7 +153,14 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
     monkeypatch.setattr(store, "succeed", late)
     monkeypatch.setattr(store, "renew", lambda *_, **__: woken.wait(20) and [])
     metrics = RecordedMetrics()
-    runner = JobRunner(store, workshop.queue.artifacts, workshop.backend, workshop.settings, metrics=metrics)
+    runner = JobRunner(
+        store,
+        workshop.queue.artifacts,
+        backend=workshop.backend,
+        settings=workshop.settings,
+        pauses=SHORT_PAUSES,
+        metrics=metrics,
+    )
     workshop.runners.append(runner)
     await runner.start()
     job = await workshop.queue.submit(make_spec())
@@ -125,7 +181,6 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
 async def test_a_success_whose_answer_got_lost_is_still_one(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt_module, "_SETTLE_RETRY_S", 0.05)
     store, succeed = workshop.queue.store, workshop.queue.store.succeed
     num_calls = 0
 
@@ -147,7 +202,7 @@ async def test_a_success_whose_answer_got_lost_is_still_one(
     assert workshop.files() == [f"{job.spec.id}-audio.wav"]
 
 
-@pytest.mark.parametrize("job_settings", [JobSettings(lease_s=_LEASE_S, max_running=1)])
+@pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])
 async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop) -> None:
     workshop.backend.delay_s = 60
     runners = [await workshop.start_runner() for _ in range(3)]
@@ -164,16 +219,19 @@ async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop)
     assert [(await workshop.finished(job)).state for job in jobs] == ["cancelled"] * 3
 
 
-async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop) -> None:
+async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = count_calls(monkeypatch, workshop.queue.store, "look")
     for _ in range(3):
         await workshop.start_runner()
-    await asyncio.sleep(2.5)  # until they have slowed down
-    statements = []
+    await wait_for(lambda: len(looks) > 6)
+    statements: list[str] = []
     engine = workshop.queue.store.database.engine
     sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
-    await asyncio.sleep(5.0)
-    asked = [statement for statement in statements if not statement.startswith(("BEGIN", "COMMIT", "PRAGMA"))]
-    assert 0 < len(asked) < 3 * 5
+    num_before = len(looks)
+    await wait_for(lambda: len(looks) >= num_before + 10)
+    num_asked = sum(not statement.startswith(("BEGIN", "COMMIT", "PRAGMA")) for statement in statements)
+    num_looks = len(looks) - num_before
+    assert 1 <= num_asked / num_looks < RunnerPauses().last_poll_s
 
 
 class OneFullModel(ToneBackend):
@@ -200,8 +258,8 @@ async def test_a_full_model_holds_up_no_other_model_and_is_left_alone(workshop: 
     assert {(job.state, job.attempts) for job in states if job} == {("queued", 0)}
 
 
-@pytest.mark.parametrize("job_settings", [JobSettings(lease_s=_LEASE_S, max_attempts=2)])
-async def test_an_operator_can_see_what_happened(workshop: Workshop) -> None:
+@pytest.mark.parametrize("job_settings", [make_job_settings(max_attempts=2)])
+async def test_an_operator_can_see_what_happened(workshop: Workshop, wall: Wall) -> None:
     metrics = RecordedMetrics()
     spec = make_spec()
     await workshop.queue.submit(spec)
@@ -215,7 +273,7 @@ async def test_an_operator_can_see_what_happened(workshop: Workshop) -> None:
         if _ == 0:
             workshop.queue.store.reclaim(max_attempts=2)
     await workshop.queue.submit(make_spec(model="medium"))
-    await asyncio.sleep(0.3)
+    wall.now += 0.3
     workshop.backend = OneFullModel()
     await workshop.start_runner(metrics=metrics)
     await workshop.finished(dead)
@@ -231,7 +289,7 @@ async def test_an_operator_can_see_what_happened(workshop: Workshop) -> None:
     assert len(metrics.samples["job_run_ms", ("model", "small-sfx")]) == 3
 
 
-async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(workshop: Workshop) -> None:
+async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(workshop: Workshop, wall: Wall) -> None:
     class OnceAway(ToneBackend):
         async def generate(
             self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -249,18 +307,21 @@ async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(wo
 
     workshop.backend, metrics = OnceAway(), Oldest()
     job = await workshop.queue.submit(make_spec())
-    await asyncio.sleep(0.5)
+    wall.now += 5.0
     await workshop.start_runner(metrics=metrics)
+    await workshop.until(job, lambda job: job.state == "queued" and metrics.counters.total() > 0)
+    wall.now += 1.0  # more than the pause before the second attempt
     assert (await workshop.finished(job)).attempts == 2
     assert metrics.counters["job_retries", ("reason", "unavailable")] == 1
-    assert 0.4 <= metrics.age_s < 10
+    assert metrics.age_s == pytest.approx(5.0)
 
 
 async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+    workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody runs that job: it must not stay `running` for as long as its owner has other work."""
-    workshop.backend.delay_s = 60
+    workshop.backend.released.clear()
+    renewals = count_calls(monkeypatch, workshop.queue.store, "renew")
     await workshop.start_runner()
     long = await workshop.queue.submit(make_spec())
     await running(workshop)
@@ -277,20 +338,29 @@ async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
 
     monkeypatch.setattr(store, "lease", cut)
     lost = await workshop.queue.submit(make_spec())
+    await wait_for(lambda: was_cut)
+    await asyncio.to_thread(outlive_leases, wall, renewals)
     await workshop.until(lost, lambda job: job.attempts == 2)
     now = await workshop.queue.get(long.spec.ref)
     assert now is not None
     assert (now.state, now.attempts) == ("running", 1)
 
 
-async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(workshop: Workshop) -> None:
+async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(
+    workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither does a clock that jumps forward: a runner that lives takes nothing from itself."""
-    workshop.backend.delay_s = 3 * _LEASE_S
+    workshop.backend.released.clear()
+    reclaims = count_calls(monkeypatch, workshop.queue.store, "reclaim")
     runner = await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await running(workshop)
-    end_leases(workshop)
-    runner.wake()
+    async with asyncio.timeout(10):
+        while len(reclaims) < 2:  # the heartbeat's own turn may come first
+            wall.now += 2 * _LEASE_S
+            runner.wake()
+            await asyncio.sleep(0.02)
+    workshop.backend.released.set()
     ended = await workshop.finished(job)
     assert (ended.state, ended.attempts, len(workshop.backend.requests)) == ("succeeded", 1, 1)
 
@@ -300,12 +370,14 @@ async def test_a_job_whose_file_is_being_kept_slowly_is_given_back_when_its_runn
 ) -> None:
     begun, answered = threading.Event(), threading.Event()
 
-    def silent(*_: object) -> tuple[int, str]:
+    def silent() -> Iterator[bytes]:
         begun.set()
         answered.wait(20)
         raise StorageError("no answer")
+        yield b""
 
-    monkeypatch.setattr(local_module, "_write", silent)
+    artifacts, put = workshop.queue.artifacts, workshop.queue.artifacts.put
+    monkeypatch.setattr(artifacts, "put", lambda key, _, **options: put(key, silent, **options))
     runner = await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await wait_for(begun.is_set)
