@@ -2,6 +2,6 @@
 
 from stable_audio_serve.engine.engine import Engine
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.thread import Heartbeat
+from stable_audio_serve.engine.thread import EngineHeartbeat
 
-__all__ = ["Engine", "EngineOptions", "Heartbeat"]
+__all__ = ["Engine", "EngineHeartbeat", "EngineOptions"]

@@ -41,7 +41,7 @@ from stable_audio_serve.engine.request_state import Reply, RequestState, late
 from stable_audio_serve.engine.rows import row_work
 from stable_audio_serve.engine.scheduler import Scheduler, SchedulerLimits
 from stable_audio_serve.engine.stages import Stages
-from stable_audio_serve.engine.thread import EngineThread, Heartbeat
+from stable_audio_serve.engine.thread import EngineHeartbeat, EngineThread
 from stable_audio_serve.engine.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.warmup import WarmUp
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
@@ -172,7 +172,7 @@ class Engine:
         """Predicted device time of everything accepted and unfinished."""
         return self._admission.backlog_ms
 
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> EngineHeartbeat:
         """Whether the engine thread lives, and since when it has not come around."""
         return self._thread.heartbeat()
 

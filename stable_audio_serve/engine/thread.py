@@ -20,7 +20,7 @@ _IDLE_BEAT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Heartbeat:
+class EngineHeartbeat:
     """A sign of life: `age_s` since the engine thread last came around (a long step makes it grow)."""
 
     is_alive: bool
@@ -66,9 +66,9 @@ class EngineThread:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> EngineHeartbeat:
         """Whether the thread lives and when it last came around."""
-        return Heartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
+        return EngineHeartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
 
     def _run(self) -> None:
         try:

@@ -44,7 +44,7 @@ class JobRunnerReplica:
         store = open_store(settings, identity=plan.store_identity)
         artifacts = open_artifacts(settings, is_prepared=plan.store_identity is not None, metrics=metrics)
         self._store, self._artifacts = store, artifacts
-        notifier = Notifier(Outbox(store.database), webhook_bodies(artifacts), settings.jobs, metrics=metrics)
+        notifier = Notifier(Outbox(store.database), webhook_bodies(artifacts), settings=settings.jobs, metrics=metrics)
         self._runner = JobRunner(
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics
         )

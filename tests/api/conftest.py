@@ -44,7 +44,7 @@ async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> As
     """Runs the shared application's jobs for the length of one test, which finds none of another test's."""
     with jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
-    notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings.jobs)
+    notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings=settings.jobs)
     runner = JobRunner(jobs.store, jobs.artifacts, backend=backend, settings=settings, notifier=notifier)
     await runner.start()
     jobs.wake = runner.wake

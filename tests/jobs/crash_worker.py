@@ -61,7 +61,7 @@ async def _work(settings: Settings) -> None:
     queue = open_queue(settings)
     if queue.store.database.is_sqlite:
         _freeze_between_transactions(queue.store.database)
-    notifier = Notifier(Outbox(queue.store.database), webhook_bodies(queue.artifacts), settings.jobs)
+    notifier = Notifier(Outbox(queue.store.database), webhook_bodies(queue.artifacts), settings=settings.jobs)
     async with LocalBackend(ModelCatalog([card]), {MODEL: engine}) as backend:
         runner = JobRunner(queue.store, queue.artifacts, backend=backend, settings=settings, notifier=notifier)
         await runner.start()

@@ -1,7 +1,7 @@
-"""POSTs to addresses that clients chose, without becoming a way into the private network.
+"""POSTs to addresses that clients chose, without opening a way into the private network. Knows no jobs.
 
-The name is resolved once, every address is checked, and the connection goes to a checked address; no redirects, no
-proxies, bounded time, and the answer's body is not read.
+The name is resolved once, every address is checked, and the connection goes to a checked address. There are no
+redirects and no proxies, the time is bounded, and the answer's body is not read.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ import httpx
 from stable_audio_serve.core.errors import InvalidRequestError
 
 DELIVERY_TIMEOUT_S = 15.0
+RESOLVE_TIMEOUT_S = 3.0
 
 _MAX_URL_CHARACTERS = 2048
-_RESOLVE_TIMEOUT_S = 3.0
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".home.arpa")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# What `is_global` of some Python versions lets through, and the public address at which Azure serves its machines.
+# Addresses that `is_global` of some Python versions lets through, and the public one of Azure's own services.
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "168.63.129.16/32")
 )
 
-# Name servers that clients choose may be slow; only other webhooks shall wait for them.
+# Clients choose the name servers, which may be slow. With threads of their own only other webhooks wait for them.
 _RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="webhook-resolver")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class DeliveryError(Exception):
-    """A notice did not arrive; the text says why, for the log."""
+    """A webhook was not delivered; the text says why, for the log."""
 
 
 class _ForbiddenTargetError(DeliveryError):
-    """The target lies where clients must not send us."""
+    """Clients must not make us call this target."""
 
 
-async def check_webhook_url(url: str, *, field: str, allow_hosts: Collection[str] = ()) -> None:
+async def check_webhook_url(
+    url: str, *, field: str, allow_hosts: Collection[str] = (), resolve_timeout_s: float = RESOLVE_TIMEOUT_S
+) -> None:
     """Raise InvalidRequestError naming `field` unless `url` may be called: http(s) to a public address.
 
     A host in `allow_hosts` may have any address. A name that cannot be resolved now is checked at delivery.
@@ -57,7 +59,7 @@ async def check_webhook_url(url: str, *, field: str, allow_hosts: Collection[str
         target = _parse(url)
         if not _is_allowed(target.host, allow_hosts):
             _require_public_name(target.host)
-            _require_public(await _resolve(target.host, target.port))
+            _require_public(await _resolve(target.host, target.port, timeout_s=resolve_timeout_s))
     except _ForbiddenTargetError as error:
         allowed = "an http or https URL on a public address"
         raise InvalidRequestError(f"{field} {error}; allowed: {allowed}", field=field, allowed=allowed) from error
@@ -66,15 +68,20 @@ async def check_webhook_url(url: str, *, field: str, allow_hosts: Collection[str
 
 
 async def post_json(
-    url: str, body: bytes, *, headers: Mapping[str, str] | None = None, allow_hosts: Collection[str] = ()
+    url: str,
+    body: bytes,
+    *,
+    headers: Mapping[str, str] | None = None,
+    allow_hosts: Collection[str] = (),
+    timeout_s: float = DELIVERY_TIMEOUT_S,
 ) -> None:
-    """POST a JSON body. Raises DeliveryError unless it is answered with a 2xx status within `DELIVERY_TIMEOUT_S`."""
+    """POST a JSON body. Raises DeliveryError unless a 2xx status arrives within `timeout_s` seconds."""
     target = _parse(url)
     all_headers = {"Content-Type": "application/json", "User-Agent": "stable-audio-serve", **(headers or {})}
     network = _CheckedNetwork(allow_hosts)
     try:
         async with (
-            asyncio.timeout(DELIVERY_TIMEOUT_S),
+            asyncio.timeout(timeout_s),
             httpcore.AsyncConnectionPool(network_backend=network) as pool,
             pool.stream("POST", target.url, headers=list(all_headers.items()), content=body) as answer,
         ):
@@ -116,11 +123,11 @@ def _is_allowed(host: str, allow_hosts: Collection[str]) -> bool:
     return host.lower().rstrip(".") in {allowed.lower().rstrip(".").strip("[]") for allowed in allow_hosts}
 
 
-async def _resolve(host: str, port: int) -> list[_Address]:
-    """Every address of a host. Raises DeliveryError when there is none."""
+async def _resolve(host: str, port: int, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[_Address]:
+    """Returns every address of a host. Raises DeliveryError when there is none."""
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
             found = await loop.run_in_executor(_RESOLVERS, resolve)
     except (OSError, TimeoutError, UnicodeError) as error:
@@ -130,14 +137,14 @@ async def _resolve(host: str, port: int) -> list[_Address]:
 
 
 def _require_public_name(host: str) -> None:
-    """What only a private network's own name server knows, whether or not it is asked now."""
+    """Raises _ForbiddenTargetError for names that only name servers of private networks know."""
     name = host.lower().rstrip(".")
     if ":" not in name and ("." not in name or name.endswith(_PRIVATE_NAMES)):
         raise _ForbiddenTargetError("leads to a name that is not public")
 
 
 def _require_public(addresses: Iterable[_Address]) -> None:
-    """One private address among public ones is enough to refuse: which one a client would get is a matter of luck."""
+    """Raises _ForbiddenTargetError if any address is private: which of several is called is a matter of luck."""
     if not all(_is_public(address) for address in addresses):
         raise _ForbiddenTargetError("leads to an address that is not public")
 
@@ -152,7 +159,7 @@ def _is_public(address: _Address) -> bool:
 
 
 def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 one is a way to."""
+    """Returns the IPv4 address to which packets for an IPv6 address are carried on; None for others."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:
@@ -162,7 +169,7 @@ def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to the addresses it has checked itself, so that a name cannot change its meaning in between."""
+    """Resolves and checks a name itself, then connects to the checked address: a name may resolve otherwise later."""
 
     def __init__(self, allow_hosts: Collection[str]) -> None:
         self._allow_hosts = allow_hosts

@@ -1,7 +1,7 @@
-"""Tells clients that their jobs are over: takes notices from the outbox, retries with growing pauses, gives up.
+"""Sends the webhooks of ended jobs: takes notices from the outbox, retries after growing pauses, then gives up.
 
 Every notice carries the headers of Standard Webhooks (standardwebhooks.com): an id that is the same at each try, the
-time of this try and, where a secret is set, a signature over both and the body.
+time of this try and, where a secret is set, a signature over both and the body. Knows neither runners nor dialects.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pydantic_core
 import standardwebhooks
 import structlog
 
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import JobSettings
@@ -26,28 +28,30 @@ from stable_audio_serve.jobs.webhooks.delivery import DELIVERY_TIMEOUT_S, Delive
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# What a dialect says of an ended job; it may be asked more than once and always says the same.
+# Returns what a dialect sends about an ended job; for retries it is called again and returns the same.
 WebhookBody = Callable[[Job], Mapping[str, Any]]
 
 RETRY_DELAYS_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18_000.0)
-_JITTER = 0.2  # of a delay, more or less: receivers that fail together are not tried again together
+_JITTER = 0.2  # each delay is up to this share longer or shorter: what failed together is not retried together
 _CLAIM_S = 2 * DELIVERY_TIMEOUT_S
 _MAX_AT_ONCE = 32
-_MAX_PER_HOST = 4  # so that eight slow hosts are needed to hold up the others
+_MAX_PER_HOST = 4  # so that only eight slow hosts together can delay the others
 
 
 class Notifier:
-    """Delivers beside the runner's own work, so that no client's slow server delays a job or other clients."""
+    """Delivers beside other work, so that a client's slow server delays neither jobs nor other clients."""
 
     def __init__(
         self,
         outbox: Outbox,
         body: WebhookBody,
-        settings: JobSettings,
         *,
+        settings: JobSettings,
         retry_delays_s: Collection[float] = RETRY_DELAYS_S,
         metrics: Metrics | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        """Retries end when `retry_delays_s` does. Begins nothing yet."""
         self._outbox = outbox
         self._body = body
         self._allow_hosts = settings.webhook_allow_hosts
@@ -55,6 +59,7 @@ class Notifier:
         self._signer = standardwebhooks.Webhook(secret.get_secret_value()) if secret else None
         self._retry_delays_s = tuple(retry_delays_s)
         self._metrics = metrics or NullMetrics()
+        self._clock = clock or SystemClock()
         self._hosts: Counter[str] = Counter()  # of the deliveries in progress
         self._deliveries: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()
@@ -62,12 +67,12 @@ class Notifier:
         self._on_postponed: Callable[[], None] = lambda: None
 
     def start(self, *, on_postponed: Callable[[], None] = lambda: None) -> None:
-        """Begin; `on_postponed` is called when the outbox knows a new time at which something is due."""
+        """Begin; `on_postponed` is called when the outbox has a new time at which a notice is due."""
         self._on_postponed = on_postponed
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def deliver_due(self) -> None:
-        """Something in the outbox is due."""
+        """Deliver what is due in the outbox."""
         self._due.set()
 
     async def close(self) -> None:
@@ -86,12 +91,12 @@ class Notifier:
                     self._begin(notice)
             except StorageError:
                 log.warning("webhooks wait: the store cannot be used")
-            except Exception:  # like the runner's loop: it is told again at the runner's next turn
+            except Exception:  # the next call of `deliver_due` tries again
                 log.exception("webhooks cannot be delivered")
 
     async def _claim(self) -> Notice | None:
         busy = [host for host, count in self._hosts.items() if count >= _MAX_PER_HOST]
-        return await asyncio.to_thread(lambda: self._outbox.claim(for_s=_CLAIM_S, except_hosts=busy))
+        return await asyncio.to_thread(partial(self._outbox.claim, for_s=_CLAIM_S, except_hosts=busy))
 
     def _begin(self, notice: Notice) -> None:
         self._hosts[notice.host] += 1
@@ -101,7 +106,7 @@ class Notifier:
         def end(_: asyncio.Task[None]) -> None:
             self._deliveries.discard(task)
             self._hosts[notice.host] -= 1
-            self._hosts += Counter()  # forgets the hosts with none
+            self._hosts += Counter()  # drops the hosts with none
             self._due.set()  # there is room for another
 
         task.add_done_callback(end)
@@ -115,32 +120,32 @@ class Notifier:
                 await post_json(notice.url, body, headers=headers, allow_hosts=self._allow_hosts)
             except DeliveryError as error:
                 reason = str(error)
-            except Exception:  # a body that cannot be made must not hold up the others
+            except Exception:  # a body that cannot be made must not delay the others
                 log.exception("webhook failed")
                 reason = "its body could not be made"
             else:
                 reason = ""
             try:
-                await self._settle(notice, reason)
+                await self._settle(notice, failure=reason)
             except StorageError:
                 log.warning("webhook may be delivered twice: its end could not be written down")
 
-    async def _settle(self, notice: Notice, reason: str) -> None:
-        """Write down how a try ended; no reason = delivered."""
+    async def _settle(self, notice: Notice, *, failure: str) -> None:
+        """Write the outcome of a try to the outbox; `failure` says why it failed, '' = it was delivered."""
         is_last = notice.attempt > len(self._retry_delays_s)
-        outcome = "delivered" if not reason else "given_up" if is_last else "failed"
+        outcome = "delivered" if not failure else "given_up" if is_last else "failed"
         self._metrics.increment("webhooks", outcome=outcome)
         if outcome == "failed":
             delay_s = self._retry_delays_s[notice.attempt - 1] * random.uniform(1 - _JITTER, 1 + _JITTER)
-            log.warning("webhook not delivered", reason=reason, retry_in_s=round(delay_s, 1))
+            log.warning("webhook not delivered", reason=failure, retry_in_s=round(delay_s, 1))
             await asyncio.to_thread(self._outbox.postpone, notice, delay_s=delay_s)
             self._on_postponed()
             return
-        log.info("webhook ended", outcome=outcome, reason=reason)
+        log.info("webhook ended", outcome=outcome, reason=failure)
         await asyncio.to_thread(self._outbox.settle, notice)
 
     def _headers(self, notice_id: str, body: bytes) -> Mapping[str, str]:
-        now = datetime.now(UTC)
+        now = datetime.fromtimestamp(self._clock.time(), UTC)
         headers = {"webhook-id": notice_id, "webhook-timestamp": str(int(now.timestamp()))}
         if self._signer is None:
             return headers

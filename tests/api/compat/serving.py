@@ -43,7 +43,7 @@ async def make_app(
             jobs = JobQueue(jobs.store, jobs.artifacts, watch=watch)
         app = create_app(backend, parsed, jobs=jobs)
         app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
-        notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), parsed.jobs)
+        notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings=parsed.jobs)
         pauses = SHORT_PAUSES if hasty else RunnerPauses()
         runner = JobRunner(
             jobs.store, jobs.artifacts, backend=backend, settings=parsed, notifier=notifier, pauses=pauses
