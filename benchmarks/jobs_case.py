@@ -24,7 +24,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobSpec
 from stable_audio_serve.jobs.store.database import Database, database_url
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.tables import JOBS
 
 _THREADS = 8  # of one ingress
@@ -81,16 +81,16 @@ def _measure(url: str, load: Load) -> dict[str, Any]:
     for number in range(load.clients):
         fill(store, (load.queued + load.leases) // load.clients, state="queued", client=f"client {number}")
     long_ms = time_calls(lambda: _lease(store), load.leases)
-    job = store.list_all(state="queued", limit=1)[0]
+    job = store.operators.list_all(state="queued", limit=1)[0]
     short, long = summarize(short_ms), summarize(long_ms)
     figures = {
         "submit": asdict(summarize(submit)),
-        "submit_to_long_queue": asdict(summarize(time_calls(lambda: store.add(make_spec()), load.leases))),
+        "submit_to_long_queue": asdict(summarize(time_calls(lambda: store.clients.add(make_spec()), load.leases))),
         "lease_short_queue": asdict(short),
         "lease_long_queue": asdict(long),
         "lease_long_over_short_ratio": long.p50_ms / short.p50_ms,
-        "look_long_queue": asdict(summarize(time_calls(lambda: store.look("idle"), load.leases))),
-        "position_long_queue": asdict(summarize(time_calls(lambda: store.position(job), load.leases))),
+        "look_long_queue": asdict(summarize(time_calls(lambda: store.runners.look("idle"), load.leases))),
+        "position_long_queue": asdict(summarize(time_calls(lambda: store.clients.position(job), load.leases))),
         "reads_per_s": reads_per_s(store, job, for_s=load.reads_s),
     }
     store.database.close()
@@ -114,7 +114,7 @@ def fill(store: JobStore, count: int, *, state: str, client: str = "") -> None:
     """Add `count` jobs in one statement."""
     if not count:
         return
-    template = store.add(make_spec(client=client)).job.spec.id
+    template = store.clients.add(make_spec(client=client)).job.spec.id
     copied = [column for column in JOBS.c if column.name not in ("seq", "id", "state", "completed_at")]
     number = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
     number = number.union_all(sa.select(number.c.n + 1).where(number.c.n < count))
@@ -142,7 +142,7 @@ def time_submissions(store: JobStore, *, rate_hz: float, for_s: float) -> list[f
         started_at = time.perf_counter() + 0.1
 
         def submit(index: int, spec: JobSpec) -> float:
-            store.add(spec)
+            store.clients.add(spec)
             return (time.perf_counter() - started_at - index / rate_hz) * 1000.0
 
         pending = []
@@ -170,7 +170,7 @@ def reads_per_s(store: JobStore, job: Job, *, for_s: float, threads: int = 2) ->
     def read() -> None:
         count = 0
         while time.perf_counter() < ends_at:
-            store.get(job.spec.ref)
+            store.clients.get(job.spec.ref)
             count += 1
         counts.append(count)
 
@@ -183,7 +183,7 @@ def reads_per_s(store: JobStore, job: Job, *, for_s: float, threads: int = 2) ->
 
 
 def _lease(store: JobStore) -> Job:
-    job = store.lease("runner", lease_s=_LEASE_S)
+    job = store.runners.lease("runner", lease_s=_LEASE_S)
     if job is None:
         raise RuntimeError("the queue ran out of jobs")
     return job

@@ -18,7 +18,7 @@ from stable_audio_serve.cli.configuration import ConfigOption, load_configured
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
     from stable_audio_serve.jobs.job import Job
-    from stable_audio_serve.jobs.store.store import JobStore
+    from stable_audio_serve.jobs.store.job_store import JobStore
 
 app = typer.Typer(no_args_is_help=True, help="List, show, cancel and retry jobs in the configured store.")
 
@@ -40,7 +40,7 @@ def list_jobs(state: _State = None, limit: _Limit = 50, as_json: _Json = False, 
     from stable_audio_serve.cli import job_report
 
     with _opened(file) as (store, _):
-        jobs, counts = store.list_all(state=state, limit=limit), store.counts()
+        jobs, counts = store.operators.list_all(state=state, limit=limit), store.operators.counts()
     if as_json:
         _print_json([job_report.as_dict(job) for job in jobs])
     else:
@@ -53,7 +53,7 @@ def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, file: ConfigOp
     from stable_audio_serve.cli import job_report
 
     with _opened(file) as (store, _):
-        jobs = store.list_all(dead_letters=True, limit=limit)
+        jobs = store.operators.list_all(dead_letters=True, limit=limit)
     if as_json:
         _print_json([job_report.as_dict(job) for job in jobs])
     else:
@@ -67,7 +67,7 @@ def show(name: _Name, client: _Client = None, as_json: _Json = False, file: Conf
 
     with _opened(file) as (store, _):
         job = _find(store, name, client)
-        events = store.events(job.spec.ref)
+        events = store.clients.events(job.spec.ref)
     if as_json:
         _print_json(job_report.as_dict(job) | {"events": [job_report.event_as_dict(event) for event in events]})
     else:
@@ -100,7 +100,7 @@ def retry(names: _Names, client: _Client = None, file: ConfigOption = None) -> N
     with _opened(file) as (store, _):
 
         def retry_one(job: Job) -> str:
-            if store.retry(job.spec.ref) is None:
+            if store.operators.retry(job.spec.ref) is None:
                 raise _RefusalError(f"it is no dead letter: it is {job.state}")
             return "queued again"
 
@@ -136,7 +136,7 @@ def _find(store: JobStore, name: str, client: str | None) -> Job:
     is_one_contract = contract in get_args(Contract)
     jobs = [
         job
-        for job in store.find_all(rest if is_one_contract else name)
+        for job in store.operators.find_all(rest if is_one_contract else name)
         if (job.spec.contract == contract or not is_one_contract) and client in (None, job.spec.client)
     ]
     if not jobs:

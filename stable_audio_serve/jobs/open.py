@@ -16,7 +16,7 @@ from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.database import Database, database_url
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 
 
 @dataclass(frozen=True, slots=True)

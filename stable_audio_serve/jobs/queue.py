@@ -13,7 +13,8 @@ from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.core.errors import StableAudioError, StorageError
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
-from stable_audio_serve.jobs.store.store import Added, CancelOutcome, JobStore, Page
+from stable_audio_serve.jobs.store.client_jobs import Added, CancelOutcome, Page
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.watch import StoreWatch
 
 _MOST_TOGETHER = 32  # one transaction then takes about 20 ms
@@ -63,7 +64,7 @@ class JobQueue:
         return added
 
     async def _add(self, spec: JobSpec) -> Added:
-        """`store.add`, in one transaction with whatever else was submitted during the one before."""
+        """`store.clients.add`, in one transaction with whatever else was submitted during the one before."""
         future = asyncio.get_running_loop().create_future()
         self._submitted.append((spec, future))
         if self._submitting is None or self._submitting.done():
@@ -75,7 +76,7 @@ class JobQueue:
             submitted, self._submitted = self._submitted[:_MOST_TOGETHER], self._submitted[_MOST_TOGETHER:]
             outcomes: Sequence[Added | Exception]
             try:
-                outcomes = await asyncio.to_thread(self.store.add_all, [spec for spec, _ in submitted])
+                outcomes = await asyncio.to_thread(self.store.clients.add_all, [spec for spec, _ in submitted])
             except Exception as error:  # noqa: BLE001 - everybody's
                 outcomes = [error] * len(submitted)
             for (_, future), outcome in zip(submitted, outcomes, strict=True):
@@ -90,28 +91,28 @@ class JobQueue:
         self, contract: Contract, client: str, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
         """One client's jobs, newest first. Raises InvalidRequestError for a cursor that this client was not given."""
-        find = partial(self.store.list_own, contract, client, state=state, cursor=cursor, limit=limit)
+        find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
         return await asyncio.to_thread(find)
 
     async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
         """What happened to the job since the event with the id `after`."""
-        return await asyncio.to_thread(partial(self.store.events, ref, after=after))
+        return await asyncio.to_thread(partial(self.store.clients.events, ref, after=after))
 
     async def get(self, ref: JobRef) -> Job | None:
         """The job as it is now; None when this client has no such job in this contract."""
-        return await asyncio.to_thread(self.store.get, ref)
+        return await asyncio.to_thread(self.store.clients.get, ref)
 
     async def find_unguessable(self, contract: Contract, job_id: str) -> Job | None:
         """Anybody's job with this id, unless its client chose it: for links that need no key."""
-        return await asyncio.to_thread(self.store.find_unguessable, contract, job_id)
+        return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
 
     async def position(self, job: Job) -> int:
         """How many jobs of its model will start before this queued one, 0 = next."""
-        return await asyncio.to_thread(self.store.position, job)
+        return await asyncio.to_thread(self.store.clients.position, job)
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
         """`removed` = was queued and is cancelled now; `requested` = runs, and will be told to stop. And the job."""
-        outcome, job = await asyncio.to_thread(self.store.cancel, ref)
+        outcome, job = await asyncio.to_thread(self.store.clients.cancel, ref)
         if outcome == "removed" and job is not None:
             await self._drop_upload(job.spec)
         if outcome in ("removed", "requested"):
@@ -140,11 +141,11 @@ class JobQueue:
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips)
         # When that fails the file stays, to be swept: it may be published, only the database's answer did not arrive.
-        return await asyncio.to_thread(lambda: self.store.publish(file, file_id=file_id)), file
+        return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
 
     async def find_file(self, file_id: str) -> StoredFile | None:
         """A published file, or the finished audio of a job (`JobResult.file_id`)."""
-        return await asyncio.to_thread(self.store.find_file, file_id)
+        return await asyncio.to_thread(self.store.files.find, file_id)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """The file in chunks, see `ArtifactStore.read`."""

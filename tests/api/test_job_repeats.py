@@ -16,7 +16,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import JobSpec
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, REGION, wait
 from tests.audio_files import make_audio_file
@@ -139,13 +139,13 @@ async def test_the_shortest_and_the_longest_key(client: httpx.AsyncClient, key: 
 async def test_fifty_at_once_are_one_job(
     client: httpx.AsyncClient, jobs: JobQueue, settings: Settings, path: str
 ) -> None:
-    before, kept = jobs.store.look("").num_queued, uploads(settings)
+    before, kept = jobs.store.runners.look("").num_queued, uploads(settings)
     replies = await asyncio.gather(*(post(client, path, key=f"fifty-{path}") for _ in range(50)))
     assert {reply.status_code for reply in replies} == {202}
     assert len({reply.json()["id"] for reply in replies}) == 1
     assert len({reply.json()["status_url"] for reply in replies}) == 1
     assert sum("idempotent-replayed" not in reply.headers for reply in replies) == 1
-    assert jobs.store.look("").num_queued == before + 1
+    assert jobs.store.runners.look("").num_queued == before + 1
     assert uploads(settings) == kept + (path != "/jobs")
     expect_conflict(
         await post(client, path, key=f"fifty-{path}", prompt="other"), "idempotency_key_reused", "Idempotency-Key"
@@ -161,15 +161,15 @@ async def test_a_repeat_is_answered_also_when_the_queue_is_full() -> None:
 
 async def test_an_accepted_job_keeps_its_upload_although_the_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The database took the job and its word of it did not arrive: the client is refused, and tries again."""
-    add_all = JobStore.add_all
+    add_all = ClientJobs.add_all
 
-    def add_and_lose_the_answer(store: JobStore, specs: Sequence[JobSpec]) -> NoReturn:
-        monkeypatch.setattr(JobStore, "add_all", add_all)
-        add_all(store, specs)
+    def add_and_lose_the_answer(jobs: ClientJobs, specs: Sequence[JobSpec]) -> NoReturn:
+        monkeypatch.setattr(ClientJobs, "add_all", add_all)
+        add_all(jobs, specs)
         raise StorageError("the connection was cut")
 
     async with make_client() as (client, _):
-        monkeypatch.setattr(JobStore, "add_all", add_and_lose_the_answer)
+        monkeypatch.setattr(ClientJobs, "add_all", add_and_lose_the_answer)
         assert (await post(client, "/jobs/variations", key="lost")).status_code == 503
         again = await post(client, "/jobs/variations", key="lost")
         assert again.headers["idempotent-replayed"] == "true"
@@ -227,14 +227,14 @@ async def test_a_bad_body_takes_no_id(client: httpx.AsyncClient) -> None:
 
 
 async def test_races_for_one_id_have_one_winner(client: httpx.AsyncClient, jobs: JobQueue) -> None:
-    before = jobs.store.look("").num_queued
+    before = jobs.store.runners.look("").num_queued
     bodies = [BODY | {"seed": number % 5} for number in range(50)]
     replies = await asyncio.gather(*(client.put(f"/jobs/{ID}03", json=body) for body in bodies))
     won = {body["seed"] for body, reply in zip(bodies, replies, strict=True) if reply.status_code == 202}
     assert len(won) == 1
     assert {reply.status_code for reply in replies} == {202, 409}
     assert sum(reply.status_code == 202 for reply in replies) == 10
-    assert jobs.store.look("").num_queued == before + 1
+    assert jobs.store.runners.look("").num_queued == before + 1
 
 
 async def test_the_id_of_a_posted_job_cannot_be_chosen(client: httpx.AsyncClient) -> None:

@@ -177,14 +177,14 @@ async def test_without_a_good_key_a_job_that_is_there_is_like_one_that_is_not(si
 @pytest.mark.parametrize("route", OWNED, ids=str)
 async def test_anothers_job_is_like_one_that_is_not_there(site: Site, route: Route) -> None:
     job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
-    before = await asyncio.to_thread(lambda: site.jobs.store.find_all(job_id))
+    before = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
     del site.statements[:]
     reply = await site.ask(route, BOB, job_id)
     statements, site.statements[:] = tuple(site.statements), ()
     unknown = await site.ask(route, BOB, missing)
     assert seen(reply, job_id) == seen(unknown, missing)
     assert statements == tuple(site.statements)  # so that its time tells nothing either
-    after = await asyncio.to_thread(lambda: site.jobs.store.find_all(job_id))
+    after = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
     assert [job for job in after if job.spec.client == "alice"] == before
 
 
@@ -193,7 +193,7 @@ async def test_anothers_job_is_like_one_that_is_not_there(site: Site, route: Rou
 async def test_ones_own_job_is_found_by_each_of_ones_keys(site: Site, route: Route, key: str) -> None:
     job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
     if route.path.endswith(("/events", "/stream")):  # which ends with its job
-        (job,) = site.jobs.store.find_all(job_id)
+        (job,) = site.jobs.store.operators.find_all(job_id)
         await site.jobs.cancel(job.spec.ref)
     reply = await site.ask(route, key, job_id)
     assert reply.status_code not in (401, 403, 404, 500)
@@ -218,7 +218,7 @@ async def test_an_id_that_one_client_chose_is_free_for_another(site: Site) -> No
     assert [(await site.client.get(url, headers=each)).json()["status"] for each in headers[1:]] == ["queued"] * 2
     lists = [(await site.client.get("/jobs", headers=each)).json()["jobs"] for each in headers]
     assert [[job["status"] for job in jobs] for jobs in lists] == [["cancelled"], ["queued"], ["queued"]]
-    assert sorted(job.spec.client for job in site.jobs.store.find_all("a" * 32)) == sorted(
+    assert sorted(job.spec.client for job in site.jobs.store.operators.find_all("a" * 32)) == sorted(
         ["alice", "bob", hash_key("unnamed")[:16]]
     )
 

@@ -17,7 +17,7 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.cli import app
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs.job import Job, JobError, JobUpload
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.databases import postgres
 from tests.jobs.stores import RESULT, add, find, lease, open_database, postgres_with_tables, report, store_url
 
@@ -79,11 +79,11 @@ def add_one_of_each(store: JobStore) -> dict[str, Job]:
     for _ in jobs:
         lease(store)
     leased = {name: find(store, job) for name, job in jobs.items()}
-    store.succeed(leased["succeeded"], RESULT)
-    store.fail(leased["failed"], JobError("invalid", "steps: too many", "steps"))
-    store.fail(leased["dead"], DEAD, is_dead_letter=True)
+    store.runners.succeed(leased["succeeded"], RESULT)
+    store.runners.fail(leased["failed"], JobError("invalid", "steps: too many", "steps"))
+    store.runners.fail(leased["dead"], DEAD, is_dead_letter=True)
     jobs |= {"cancelled": add(store), "queued": add(store)}
-    store.cancel(jobs["cancelled"].spec.ref)
+    store.clients.cancel(jobs["cancelled"].spec.ref)
     return {name: find(store, job) for name, job in jobs.items()}
 
 
@@ -133,13 +133,13 @@ def test_one_job_and_what_happened_to_it(store: JobStore, run: Run) -> None:
     assert (shown["state"], shown["owner"], shown["fence"], shown["attempts"]) == ("running", "runner-7", 1, 1)
     assert shown["prompt"] == "rain"
     assert [event["message"] for event in shown["events"]] == ["queued", "started", None]
-    store.succeed(leased, RESULT)
+    store.runners.succeed(leased, RESULT)
     assert load(run("show", job.spec.id, "--json"))["artifact_sha256"] == RESULT.file.sha256
 
 
 def test_what_clients_wrote_does_not_reach_the_terminal_raw(store: JobStore, run: Run) -> None:
     job = add(store, request=GenerationRequest(prompt=HOSTILE, duration_s=1.0, seed=7))
-    store.fail(lease(store), JobError("invalid", "\x1b[2Jno \x07"), is_dead_letter=True)
+    store.runners.fail(lease(store), JobError("invalid", "\x1b[2Jno \x07"), is_dead_letter=True)
     for arguments in (("list",), ("dead-letters",), ("show", job.spec.id)):
         output = expect(run(*arguments), "[bold]b[/bold] :smile: next")
         assert "long " * 20 not in output
@@ -162,7 +162,7 @@ def test_a_name_of_two_jobs_is_refused(store: JobStore, run: Run) -> None:
         add(store, contract=contract, id="a" * 32)
     expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32} --client '', fal/{'a' * 32} --client ''", code=1)
     expect(run("cancel", f"fal/{'a' * 32}"), "cancelled")
-    assert [job.state for job in store.list_all()] == ["cancelled", "queued"]
+    assert [job.state for job in store.operators.list_all()] == ["cancelled", "queued"]
 
 
 def test_the_jobs_of_every_client_are_there_and_told_apart(store: JobStore, run: Run) -> None:
@@ -175,7 +175,7 @@ def test_the_jobs_of_every_client_are_there_and_told_apart(store: JobStore, run:
         assert load(run("show", name, "--client", "bob", "--json"))["client"] == "bob"
     expect(run("cancel", "a" * 32, "--client", "alice"), "cancelled")
     expect(run("retry", "a" * 32, "--client", "carol"), "no such job", code=1)
-    assert {job.spec.client: job.state for job in store.list_all()} == {"alice": "cancelled", "bob": "queued"}
+    assert {job.spec.client: job.state for job in store.operators.list_all()} == {"alice": "cancelled", "bob": "queued"}
 
 
 @pytest.mark.parametrize("name", ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"])

@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.database import Database, database_url
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 

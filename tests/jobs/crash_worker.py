@@ -25,8 +25,8 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Outbox
-from stable_audio_serve.jobs.store.store import JobStore
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.models.registry import describe_entry, resolve_entry
 from stable_audio_serve.serving.local import LocalBackend
@@ -90,5 +90,5 @@ def _freeze_between_transactions(database: Database) -> None:
 
 
 def _is_done(store: JobStore) -> bool:
-    counts = store.counts()
-    return not counts.get("queued") and not counts.get("running") and store.look("").webhook_in_s is None
+    counts = store.operators.counts()
+    return not counts.get("queued") and not counts.get("running") and store.runners.look("").webhook_in_s is None

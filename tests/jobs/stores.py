@@ -16,7 +16,8 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Contract, Job, JobError, JobRef, JobResult, JobSpec
 from stable_audio_serve.jobs.store.database import Database, database_url
-from stable_audio_serve.jobs.store.store import JobStore, Report
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.runner_jobs import Report
 from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
@@ -100,7 +101,7 @@ def add(store: JobStore, **overrides: Any) -> Job:
 
 
 def add_spec(store: JobStore, spec: JobSpec) -> Job:
-    added = store.add(spec)
+    added = store.clients.add(spec)
     assert added.is_new
     return added.job
 
@@ -110,20 +111,20 @@ def ref(job_id: str, *, contract: Contract = "sa3", client: str = "") -> JobRef:
 
 
 def find(store: JobStore, job: Job) -> Job:
-    found = store.get(job.spec.ref)
+    found = store.clients.get(job.spec.ref)
     assert found is not None
     return found
 
 
 def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
-    job = store.lease(owner, lease_s=LEASE_S, **options)
+    job = store.runners.lease(owner, lease_s=LEASE_S, **options)
     assert job is not None
     return job
 
 
 def report(store: JobStore, job: Job, **progress: Any) -> bool:
     """Whether the job's lease still held."""
-    return store.report([Report(job, **progress)]) == []
+    return store.runners.report([Report(job, **progress)]) == []
 
 
 def leased_ids(store: JobStore, number: int) -> list[str]:
@@ -140,8 +141,8 @@ def result_of(job: Job) -> JobResult:
 def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:
     """What a runner may do with a job it has leased."""
     return [
-        store.succeed(job, RESULT),
-        store.fail(job, ERROR),
-        store.stop(job),
-        store.requeue(job, delay_s=0, attempts=0, message="x"),
+        store.runners.succeed(job, RESULT),
+        store.runners.fail(job, ERROR),
+        store.runners.stop(job),
+        store.runners.requeue(job, delay_s=0, attempts=0, message="x"),
     ]

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.store.store import Added
+from stable_audio_serve.jobs.store.client_jobs import Added
 from tests.jobs.conftest import Workshop, make_spec
 from tests.jobs.stores import add
 

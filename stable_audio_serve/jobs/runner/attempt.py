@@ -33,7 +33,8 @@ from stable_audio_serve.jobs.runner.execution import GENERATED, JobExecutor, Job
 from stable_audio_serve.jobs.runner.heartbeat import lease_id
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.reporter import Reporter
-from stable_audio_serve.jobs.store.store import JobStore, Report
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.runner_jobs import Report
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
@@ -110,7 +111,7 @@ class Attempt:
             await self._fail(JobError("generation_failed", f"generation failed; job id {job_id}"))
 
     async def _succeed(self, result: JobResult) -> None:
-        ended = await self._settle(partial(self._context.store.succeed, self.job, result))
+        ended = await self._settle(partial(self._context.store.runners.succeed, self.job, result))
         if ended is None:
             ended = await self._find_own_success(result)
         if ended is not None:
@@ -119,7 +120,7 @@ class Attempt:
 
     async def _find_own_success(self, result: JobResult) -> Job | None:
         """Returns the job if the store has this success and only its answer got lost; deletes the file if not."""
-        now = await self._settle(partial(self._context.store.get, self.job.spec.ref))
+        now = await self._settle(partial(self._context.store.clients.get, self.job.spec.ref))
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
         self._count_lost(now)
@@ -129,7 +130,7 @@ class Attempt:
 
     async def _fail(self, error: JobError, *, is_dead_letter: bool = False) -> None:
         store = self._context.store
-        ended = await self._settle(partial(store.fail, self.job, error, is_dead_letter=is_dead_letter))
+        ended = await self._settle(partial(store.runners.fail, self.job, error, is_dead_letter=is_dead_letter))
         await self._record_end(ended)
 
     async def _retry_or_give_up(self, error: StableAudioError) -> None:
@@ -157,7 +158,7 @@ class Attempt:
         if self._stop_reason == "lost":
             self._count_lost(None)
         elif self._stop_reason == "cancelled":
-            await self._record_end(await self._settle(partial(self._context.store.stop, self.job)))
+            await self._record_end(await self._settle(partial(self._context.store.runners.stop, self.job)))
         elif self._stop_reason == "closing":
             message = "put back: the runner stops"
             await self._requeue(delay_s=0.0, attempts=self.job.attempts - 1, message=message)
@@ -166,7 +167,9 @@ class Attempt:
 
     async def _requeue(self, *, delay_s: float, attempts: int, message: str) -> None:
         log.info("job put back", reason=message, delay_s=round(delay_s, 1))
-        requeue = partial(self._context.store.requeue, self.job, delay_s=delay_s, attempts=attempts, message=message)
+        requeue = partial(
+            self._context.store.runners.requeue, self.job, delay_s=delay_s, attempts=attempts, message=message
+        )
         now = await self._settle(requeue)
         if now is None or now.is_over:  # it was cancelled in the meantime
             await self._record_end(now)

@@ -12,7 +12,7 @@ import structlog
 
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.job import Job, JobRef
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
@@ -82,7 +82,7 @@ class LeaseHeartbeat:
             held = frozenset(self._held)
         if not held:
             return
-        renewed = self._store.renew(self._owner, lease_s=self._lease_s, refs={lease.ref for lease in held})
+        renewed = self._store.runners.renew(self._owner, lease_s=self._lease_s, refs={lease.ref for lease in held})
         alive = {LeaseId(job.ref, job.fence): job.cancel_requested for job in renewed}
         lost = [lease for lease in held if lease not in alive]
         to_cancel = [lease for lease in held if alive.get(lease)]

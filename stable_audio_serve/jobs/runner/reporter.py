@@ -8,7 +8,8 @@ from contextlib import suppress
 
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.runner.heartbeat import LeaseId, lease_id
-from stable_audio_serve.jobs.store.store import JobStore, Report
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.runner_jobs import Report
 
 
 class Reporter:
@@ -44,5 +45,5 @@ class Reporter:
             reports = list(self._latest.values())
             self._latest.clear()
             with suppress(StorageError):  # later reports may succeed
-                if lost := await asyncio.to_thread(self._store.report, reports):
+                if lost := await asyncio.to_thread(self._store.runners.report, reports):
                     self._on_lost([lease_id(job) for job in lost])

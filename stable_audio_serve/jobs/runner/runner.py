@@ -33,8 +33,9 @@ from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.periodic import Periodic
 from stable_audio_serve.jobs.runner.reporter import Reporter
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.refusals import Refusals
-from stable_audio_serve.jobs.store.store import JobStore, Outlook
+from stable_audio_serve.jobs.store.runner_jobs import Outlook
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
@@ -157,7 +158,7 @@ class JobRunner:
             self._woken.clear()
             self._sweeping.start_if_due()
             try:
-                outlook = await asyncio.to_thread(self._store.look, self.owner)
+                outlook = await asyncio.to_thread(self._store.runners.look, self.owner)
                 num_done = await self._turn(outlook)
             except Exception as error:  # the runner outlives whatever its store does
                 is_expected = isinstance(error, StorageError)
@@ -179,7 +180,7 @@ class JobRunner:
         if _is_due(outlook.reclaim_in_s):
             num_done += await self._reclaim()
         if _is_due(outlook.late_in_s):
-            for job in await asyncio.to_thread(self._store.expire):
+            for job in await asyncio.to_thread(self._store.runners.expire):
                 await record_end(job, self._context)
                 num_done += 1
         if _is_due(outlook.webhook_in_s) and self._notifier is not None:
@@ -204,7 +205,7 @@ class JobRunner:
             models = self._capacity.open_models(priority)
             if models is not None and not models:
                 break
-            lease = partial(self._store.lease, self.owner, lease_s=lease_s, models=models, priority=priority)
+            lease = partial(self._store.runners.lease, self.owner, lease_s=lease_s, models=models, priority=priority)
             job = await asyncio.to_thread(lease)
             if job is None:
                 break
@@ -242,7 +243,9 @@ class JobRunner:
     async def _reclaim(self) -> int:
         """Put back the jobs of dead runners. Returns how many there were."""
         await asyncio.to_thread(self._heartbeat.beat)  # first, or our own jobs are lost when the store was away
-        reclaimed = await asyncio.to_thread(partial(self._store.reclaim, max_attempts=self._settings.max_attempts))
+        reclaimed = await asyncio.to_thread(
+            partial(self._store.runners.reclaim, max_attempts=self._settings.max_attempts)
+        )
         for job in reclaimed:
             log.warning("job reclaimed", job_id=job.spec.id, attempts=job.attempts, state=job.state)
             self._metrics.increment("jobs_reclaimed", state=job.state)
@@ -258,7 +261,7 @@ class JobRunner:
 
     async def _count(self) -> None:
         """Measure how many jobs there are of each state; every runner measures the same."""
-        counts = await asyncio.to_thread(self._store.counts)
+        counts = await asyncio.to_thread(self._store.operators.counts)
         for state in get_args(State):
             self._metrics.gauge("jobs_by_state", counts.get(state, 0), state=state)
 

@@ -18,7 +18,7 @@ from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
@@ -84,7 +84,7 @@ class Sweeper:
         return num_removed
 
     async def _remove_old(self) -> int:
-        purge = partial(self._store.purge, age_s=self._settings.retention_s, limit=_BATCH)
+        purge = partial(self._store.retention.purge, age_s=self._settings.retention_s, limit=_BATCH)
         num_removed = 0
         while keys := await asyncio.to_thread(purge):
             num_removed += await self._delete(keys)
@@ -104,7 +104,7 @@ class Sweeper:
             while True:
                 page = await asyncio.to_thread(partial(self._artifacts.list_folder, folder, cursor=cursor))
                 aged = [item.key for item in page.objects if since <= item.modified_at <= before]
-                num_removed += await self._delete(await asyncio.to_thread(self._store.unreferenced, aged))
+                num_removed += await self._delete(await asyncio.to_thread(self._store.retention.unreferenced, aged))
                 if (cursor := page.next_cursor) is None:
                     break
                 await asyncio.sleep(_PAUSE_S)

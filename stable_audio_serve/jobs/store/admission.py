@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, QuotaError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import JobSpec
-from stable_audio_serve.jobs.store.tables import JOBS, in_state
-from stable_audio_serve.jobs.store.transitions import is_job
+from stable_audio_serve.jobs.store.rows import is_job
+from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 
 _FULL_RETRY_S = 10.0
 _MOST_OVER = 2  # times `max_queued`: what clients who come to a full queue can make of it
@@ -18,13 +18,7 @@ _MOST_OVER = 2  # times `max_queued`: what clients who come to a full queue can 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")
 
-
-def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
-    """How many jobs meet all conditions."""
-    return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()
-
-
-# Made once: to put a statement together costs more than to run it.
+# Built once: building a statement costs more than running it.
 _WAITING = sa.select(count(_QUEUED).label("all"), sa.literal(0).label("own"))
 _WAITING_AND_OWN = sa.select(
     count(_QUEUED).label("all"), count(_QUEUED, _jobs.client == sa.bindparam("client")).label("own")

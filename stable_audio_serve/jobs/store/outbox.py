@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.rows import is_job, to_job
 from stable_audio_serve.jobs.store.tables import JOBS
-from stable_audio_serve.jobs.store.transitions import is_job, to_job
 
 _jobs = JOBS.c
 

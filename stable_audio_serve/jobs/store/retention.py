@@ -1,9 +1,12 @@
-"""Forgetting jobs and published files in the caller's transaction, and which files at rest nothing needs any more."""
+"""What the sweeper does in the database: delete old jobs and published files, find files that nothing refers to."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import sqlalchemy as sa
 
+from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import FILES, JOBS
 
 _BATCH = 500  # parameters of one statement
@@ -11,24 +14,46 @@ _BATCH = 500  # parameters of one statement
 _jobs = JOBS.c
 
 
-def forget_some(connection: sa.Connection, *, before: sa.ColumnElement[float], limit: int) -> tuple[int, list[str]]:
-    """How many jobs and published files were forgotten, and the keys that nothing refers to now."""
+class Retention:
+    """Deletion of what is old in one database. The files themselves are the caller's to delete."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def purge(self, *, age_s: float, limit: int = 100) -> list[str]:
+        """Delete ended jobs and published files older than age_s. Returns keys of files now unreferenced.
+
+        Each transaction deletes up to `limit` jobs and files. No keys: nothing is left to delete.
+        """
+        while True:
+            with self._database.writing() as connection:
+                num_deleted, keys = _delete_some(connection, before=self._database.now - age_s, limit=limit)
+            if keys or not num_deleted:
+                return keys
+
+    def unreferenced(self, keys: Collection[str]) -> list[str]:
+        """Returns those of `keys` that no job and no published file needs."""
+        with self._database.reading() as connection:
+            return _unreferenced(connection, list(keys))
+
+
+def _delete_some(connection: sa.Connection, *, before: sa.ColumnElement[float], limit: int) -> tuple[int, list[str]]:
+    """Returns how many jobs and published files were deleted, and the keys that nothing refers to now."""
     old_jobs = sa.select(_jobs.seq).where(_jobs.completed_at <= before).order_by(_jobs.completed_at)
     old_files = sa.select(FILES.c.id).where(FILES.c.created_at <= before).order_by(FILES.c.created_at)
     # Locked first: an operator may be retrying one of them.
     jobs = connection.execute(old_jobs.limit(limit).with_for_update(skip_locked=True)).scalars().all()
-    forget = sa.delete(JOBS).where(_jobs.seq.in_(jobs)).returning(_jobs.upload_key, _jobs.result_key)
-    keys = [key for row in connection.execute(forget) for key in row if key is not None]
+    delete_jobs = sa.delete(JOBS).where(_jobs.seq.in_(jobs)).returning(_jobs.upload_key, _jobs.result_key)
+    keys = [key for row in connection.execute(delete_jobs) for key in row if key is not None]
     connection.execute(sa.delete(FILES).where(FILES.c.key.in_(keys)))
     files = connection.execute(old_files.limit(limit).with_for_update(skip_locked=True)).scalars().all()
-    forget_files = sa.delete(FILES).where(FILES.c.id.in_(files)).returning(FILES.c.key)
-    keys += connection.execute(forget_files).scalars().all()
-    return len(jobs) + len(files), unreferenced(connection, list(dict.fromkeys(keys)))
+    delete_files = sa.delete(FILES).where(FILES.c.id.in_(files)).returning(FILES.c.key)
+    keys += connection.execute(delete_files).scalars().all()
+    return len(jobs) + len(files), _unreferenced(connection, list(dict.fromkeys(keys)))
 
 
-def unreferenced(connection: sa.Connection, keys: list[str]) -> list[str]:
-    """Those of `keys` that no job and no published file needs."""
-    known: set[str] = set()
+def _unreferenced(connection: sa.Connection, keys: list[str]) -> list[str]:
+    referenced: set[str] = set()
     for start in range(0, len(keys), _BATCH):
         some = keys[start : start + _BATCH]
         for column, *conditions in (
@@ -36,5 +61,5 @@ def unreferenced(connection: sa.Connection, keys: list[str]) -> list[str]:
             (_jobs.result_key,),
             (FILES.c.key,),
         ):
-            known.update(connection.execute(sa.select(column).where(column.in_(some), *conditions)).scalars())
-    return [key for key in keys if key not in known]
+            referenced.update(connection.execute(sa.select(column).where(column.in_(some), *conditions)).scalars())
+    return [key for key in keys if key not in referenced]

@@ -137,8 +137,13 @@ REFUSALS = sa.Table(
 
 
 def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
-    """That a job waits, or runs; written out, because databases match no parameter with a partial index."""
+    """SQL: the job waits, or runs. The state is written out because no parameter matches a partial index."""
     return _jobs.state == sa.literal_column(f"'{state}'")
+
+
+def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
+    """SQL: the number of jobs that meet all conditions."""
+    return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()
 
 
 def _index(name: str, *columns: sa.Column[Any], of: sa.ColumnElement[bool], unique: bool = False) -> None:

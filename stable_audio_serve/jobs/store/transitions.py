@@ -5,19 +5,16 @@ A change names the states and leases it starts from, so of two at once only one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import sqlalchemy as sa
 
-from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.jobs.job import Job, JobError, JobEvent, JobRef, JobSpec, Lease, State
+from stable_audio_serve.jobs.job import Job, JobError, State
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.tables import EVENTS, JOBS, in_state
-
-T = TypeVar("T")
+from stable_audio_serve.jobs.store.rows import to_job
+from stable_audio_serve.jobs.store.tables import EVENTS, JOBS
 
 CANCELLED = JobError("cancelled", "the job was cancelled")
 
@@ -93,71 +90,3 @@ def waiting_again() -> dict[str, Any]:
         **{"state": "queued", "owner": None, "lease_until": None, "started_at": None, "eta_s": None},
         **{"stage": "queued", "fraction": 0.0, "engine_position": None},
     }
-
-
-def is_job(ref: JobRef) -> sa.ColumnElement[bool]:
-    """That it is this job."""
-    return sa.and_(_jobs.contract == ref.contract, _jobs.client == ref.client, _jobs.id == ref.id)
-
-
-def is_held(job: Job) -> sa.ColumnElement[bool]:
-    """That it is this job, and still under the lease it had."""
-    lease = job.lease or Lease("", -1)
-    return sa.and_(is_job(job.spec.ref), in_state("running"), _jobs.owner == lease.owner, _jobs.fence == lease.fence)
-
-
-def to_job(row: sa.Row[Any]) -> Job:
-    """The job in a row of the table, also when this version cannot read all of it: it must not hold up others."""
-    spec = _read(codec.load_spec, row.spec)
-    return Job(
-        spec=spec or _outline(row),
-        state=row.state,
-        created_at=datetime.fromtimestamp(row.created_at, UTC),
-        started_at=_to_time(row.started_at),
-        completed_at=_to_time(row.completed_at),
-        attempts=row.attempts,
-        cancel_requested=row.cancel_requested,
-        stage=row.stage,
-        fraction=row.fraction,
-        eta_s=row.eta_s,
-        engine_position=row.engine_position,
-        lease=None if row.owner is None else Lease(row.owner, row.fence),
-        is_dead_letter=row.is_dead_letter,
-        result=_read(codec.load_result, row.result),
-        error=_read(codec.load_error, row.error),
-        is_readable=spec is not None,
-    )
-
-
-def _read(load: Callable[[str], T], text: str | None) -> T | None:
-    """None for nothing and for what another version of this package wrote."""
-    try:
-        return None if text is None else load(text)
-    except ValueError:
-        return None
-
-
-def _outline(row: sa.Row[Any]) -> JobSpec:
-    """What is known of a job without its specification."""
-    return JobSpec(
-        id=row.id,
-        contract=row.contract,
-        model=row.model,
-        mode="text-to-audio",
-        request=GenerationRequest(prompt="", duration_s=0.0, seed=0, priority=row.priority),
-        webhook_url=row.webhook_url,
-        client=row.client,
-        id_is_chosen=row.id_is_chosen,
-        idempotency_key=row.idempotency_key,
-        fingerprint=row.fingerprint,
-    )
-
-
-def to_event(row: sa.Row[Any], number: int) -> JobEvent:
-    """The event in a row of the table, the job's `number`th: what numbers the events of all jobs have is nobody's."""
-    at = datetime.fromtimestamp(row.at, UTC)
-    return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)
-
-
-def _to_time(seconds: float | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -71,7 +71,7 @@ async def test_after_a_refusal_one_job_goes_first_and_two_follow(apart: Workshop
         jobs = [await apart.queue.submit(make_spec(duration_s=0.1)) for _ in range(12)]
         await wait_for(lambda: metrics.gauges.get(REFUSED) == 1.0 and backend.num_running == 0)
         await wait_for(lambda: [health.state for health in refusals.current()] == ["moved"])
-        assert len([job for job in jobs if apart.queue.store.get(job.spec.ref)]) == 12
+        assert len([job for job in jobs if apart.queue.store.clients.get(job.spec.ref)]) == 12
         backend.at_work.clear()
         backend.delay_s = 0.05
     assert {(await apart.finished(job)).state for job in jobs} == {"succeeded"}
@@ -88,8 +88,8 @@ async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
     for place, state in ((tiny_disk, "failed"), (tmp_path / "roomy", "succeeded")):
         settings = Settings(output_dir=str(place), jobs=jobs)
         workshop = Workshop(settings, open_queue(settings))
-        dead = workshop.queue.store.list_all(dead_letters=True)
-        job = workshop.queue.store.retry(dead[0].spec.ref) if dead else None
+        dead = workshop.queue.store.operators.list_all(dead_letters=True)
+        job = workshop.queue.store.operators.retry(dead[0].spec.ref) if dead else None
         runner = await workshop.start_runner()
         ended = await workshop.finished(job or await workshop.queue.submit(make_spec(duration_s=10.0)))
         assert (ended.state, ended.is_dead_letter) == (state, state == "failed")
@@ -109,7 +109,7 @@ async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
     runner = await workshop.start_runner(metrics=metrics)
     await wait_for(lambda: metrics.gauges.get(REFUSED) == 1.0 and metrics.gauges.get(("jobs_running",)) == 0)
     await asyncio.sleep(0.5)
-    waiting = workshop.queue.store.list_all(state="queued")
+    waiting = workshop.queue.store.operators.list_all(state="queued")
     assert len(waiting) == len(jobs)
     assert sum(job.attempts for job in waiting) <= 4  # what a runner begins before it has seen any end
     object_storage.proxy.faults = Faults()

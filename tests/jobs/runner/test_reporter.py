@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.runner.heartbeat import LeaseId, lease_id
 from stable_audio_serve.jobs.runner.reporter import Reporter
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.store import JobStore, Report
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.runner_jobs import Report
 from tests.jobs.conftest import wait_for
 from tests.jobs.stores import RESULT, add, database, find, lease, postgres_with_tables, store, store_url, wall
 
@@ -44,14 +45,14 @@ async def test_all_jobs_are_written_together_each_as_far_as_it_is(
     assert {find(store, job).fraction for job in jobs} == {1.0}
     assert len(commits) == 1
     for job in jobs:
-        assert [event.fraction for event in store.events(job.spec.ref)] == [0.0, 0.0, 1.0]
+        assert [event.fraction for event in store.clients.events(job.spec.ref)] == [0.0, 0.0, 1.0]
 
 
 async def test_a_lost_lease_is_told_and_the_others_are_written(
     store: JobStore, reporter: Reporter, lost: list[LeaseId]
 ) -> None:
     jobs = [lease(store) for job in [add(store) for _ in range(3)]]
-    store.requeue(jobs[1], delay_s=0.0, attempts=0, message="taken away")
+    store.runners.requeue(jobs[1], delay_s=0.0, attempts=0, message="taken away")
     for job in jobs:
         reporter.put(Report(job, "denoising", 0.5))
     await wait_for(lambda: bool(lost))
@@ -64,7 +65,7 @@ async def test_what_was_dropped_is_not_written(store: JobStore, reporter: Report
     reporter.put(Report(ended, "denoising", 0.5))
     reporter.put(Report(running, "denoising", 0.5))
     reporter.drop(lease_id(ended))
-    store.succeed(ended, RESULT)
+    store.runners.succeed(ended, RESULT)
     await wait_for(lambda: find(store, running).fraction == 0.5)
     assert (find(store, ended).fraction, lost) == (1.0, [])
 

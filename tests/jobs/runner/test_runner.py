@@ -208,13 +208,13 @@ async def test_a_lost_wake_up_costs_only_a_pause(workshop: Workshop) -> None:
 def count_looks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When a runner looked into its store, seconds, as they come."""
     looks: list[float] = []
-    look = workshop.queue.store.look
+    look = workshop.queue.store.runners.look
 
     def count(owner: str) -> Any:
         looks.append(time.monotonic())
         return look(owner)
 
-    monkeypatch.setattr(workshop.queue.store, "look", count)
+    monkeypatch.setattr(workshop.queue.store.runners, "look", count)
     return looks
 
 
@@ -275,7 +275,7 @@ async def test_what_stays_away_makes_a_dead_letter_that_can_be_tried_again(
     assert job.error is not None
     assert (job.state, job.attempts, job.error.code, job.is_dead_letter) == ("failed", 3, error.kind, True)
     assert len(workshop.backend.requests) == 3
-    assert workshop.queue.store.retry(job.spec.ref) is not None
+    assert workshop.queue.store.operators.retry(job.spec.ref) is not None
     job = await workshop.until(job, lambda job: job.state == "succeeded")
     assert workshop.backend.last.init_audio is not None
     await wait_for(lambda: len(workshop.files()) == 1)
@@ -343,7 +343,7 @@ async def test_a_job_that_cannot_start_in_time_fails(workshop: Workshop) -> None
 
 async def test_what_a_dead_runner_left_is_done_by_the_next_when_its_lease_ends(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
-    assert workshop.queue.store.lease("a dead one", lease_s=0.5) is not None
+    assert workshop.queue.store.runners.lease("a dead one", lease_s=0.5) is not None
     await workshop.start_runner()
     job = await workshop.finished(job)
     assert (job.state, job.attempts) == ("succeeded", 2)
@@ -354,11 +354,11 @@ async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> N
     job = await workshop.queue.submit(make_spec())
     store = workshop.queue.store
     for attempt in (1, 2, 3):
-        leased = store.lease("a dead one", lease_s=0.0)
+        leased = store.runners.lease("a dead one", lease_s=0.0)
         assert leased is not None
         assert leased.attempts == attempt
         if attempt < 3:
-            store.reclaim(max_attempts=3)
+            store.runners.reclaim(max_attempts=3)
     await workshop.start_runner()
     job = await workshop.finished(job)
     assert job.error is not None
@@ -368,7 +368,7 @@ async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> N
 
 async def test_a_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec())
-    workshop.queue.store.lease("a dead one", lease_s=0.2)
+    workshop.queue.store.runners.lease("a dead one", lease_s=0.2)
     assert (await workshop.queue.cancel(job.spec.ref))[0] == "requested"
     await workshop.start_runner()
     assert (await workshop.finished(job)).state == "cancelled"
@@ -403,7 +403,7 @@ async def test_an_outcome_waits_for_a_store_that_fails_for_a_while(
         return call
 
     store = workshop.queue.store
-    monkeypatch.setattr(store, "succeed", flaky(store.succeed))
+    monkeypatch.setattr(store.runners, "succeed", flaky(store.runners.succeed))
     await workshop.start_runner()
     assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
     assert failures == []
@@ -413,7 +413,7 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = await workshop.start_runner()
-    store, look = workshop.queue.store, workshop.queue.store.look
+    store, look = workshop.queue.store, workshop.queue.store.runners.look
 
     num_failures = 0
 
@@ -422,18 +422,18 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
         num_failures += 1
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(store, "look", fail)
+    monkeypatch.setattr(store.runners, "look", fail)
     job = await workshop.queue.submit(make_spec())
     await wait_for(lambda: num_failures >= 3)
     runner.check_health()
-    monkeypatch.setattr(store, "look", look)
+    monkeypatch.setattr(store.runners, "look", look)
     assert (await workshop.finished(job)).state == "succeeded"
 
 
 async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     store = workshop.queue.store
     job = await workshop.queue.submit(make_spec())
-    store.lease("a runner that died", lease_s=0.0)
+    store.runners.lease("a runner that died", lease_s=0.0)
 
     num_failures = 0
 
@@ -444,7 +444,7 @@ async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monke
 
     with monkeypatch.context() as away:
         for name in ("look", "reclaim", "renew", "lease"):
-            away.setattr(store, name, fail)
+            away.setattr(store.runners, name, fail)
         runner = await workshop.start_runner()
         await wait_for(lambda: num_failures >= 5)
         runner.check_health()
@@ -479,7 +479,7 @@ async def test_a_runner_of_a_server_that_stops_gives_its_jobs_back_and_stays_hea
     await wait_for(lambda: backend.num_running == 2)
     await wait_for(lambda: not runner.drain())
     for job in jobs:
-        now = workshop.queue.store.get(job.spec.ref)
+        now = workshop.queue.store.clients.get(job.spec.ref)
         assert now is not None
         assert (now.state, now.attempts) == ("queued", 0)
     runner.wake()
@@ -528,13 +528,13 @@ async def test_work_that_is_broken_off_by_itself_costs_an_attempt(workshop: Work
 async def test_a_published_file_stays_when_only_the_answer_of_the_database_got_lost(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = workshop.queue.store.publish
+    publish = workshop.queue.store.files.publish
 
     def cut(file: StoredFile, *, file_id: str | None) -> str:
         publish(file, file_id=file_id)
         raise StorageError("the connection was cut after the commit")
 
-    monkeypatch.setattr(workshop.queue.store, "publish", cut)
+    monkeypatch.setattr(workshop.queue.store.files, "publish", cut)
     with pytest.raises(StorageError):
         await workshop.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav", file_id="mine")
     found = await workshop.queue.find_file("mine")

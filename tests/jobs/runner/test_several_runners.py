@@ -17,7 +17,8 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobResult
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
 from tests.jobs.conftest import SHORT_PAUSES, RecordedMetrics, Workshop, make_spec, wait_for
@@ -51,10 +52,10 @@ def end_leases(workshop: Workshop) -> None:
         connection.execute(sa.update(JOBS).where(JOBS.c.state == "running").values(lease_until=0.0))
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, store: JobStore, name: str) -> list[str]:
+def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) -> list[str]:
     """The calls of a method of the store that have ended, as they come."""
     calls: list[str] = []
-    method = getattr(store, name)
+    method = getattr(jobs, name)
 
     def call(*args: Any, **options: Any) -> Any:
         try:
@@ -62,7 +63,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, store: JobStore, name: str) -> 
         finally:
             calls.append(name)
 
-    monkeypatch.setattr(store, name, call)
+    monkeypatch.setattr(jobs, name, call)
     return calls
 
 
@@ -94,7 +95,7 @@ async def test_a_job_longer_than_its_lease_stays_with_its_runner(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workshop.backend.released.clear()
-    renewals = count_calls(monkeypatch, workshop.queue.store, "renew")
+    renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")
     for _ in range(2):
         await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
@@ -110,13 +111,13 @@ async def test_a_busy_event_loop_loses_no_lease(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workshop.backend.released.clear()
-    renewals = count_calls(monkeypatch, workshop.queue.store, "renew")
+    renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")
     await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await running(workshop)
     outlive_leases(wall, renewals)  # which keeps the event loop busy
     workshop.backend.released.set()
-    assert workshop.queue.store.reclaim(max_attempts=3) == []
+    assert workshop.queue.store.runners.reclaim(max_attempts=3) == []
     assert (await workshop.finished(job)).attempts == 1
 
 
@@ -127,8 +128,8 @@ async def test_a_runner_that_lost_its_lease_stops_its_work_and_writes_nothing(wo
     job = await workshop.queue.submit(make_spec())
     await running(workshop)
     end_leases(workshop)
-    (taken,) = workshop.queue.store.reclaim(max_attempts=3)
-    other = workshop.queue.store.lease("another", lease_s=60.0)
+    (taken,) = workshop.queue.store.runners.reclaim(max_attempts=3)
+    other = workshop.queue.store.runners.lease("another", lease_s=60.0)
     assert other is not None
     await wait_for(lambda: workshop.backend.num_cancelled == 1)
     await wait_for(lambda: metrics.counters["job_leases_lost",] == 1)
@@ -143,15 +144,15 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
 ) -> None:
     """It fell asleep with its file kept, just before its commit."""
     store = JobStore(workshop.queue.store.database, workshop.settings.jobs)
-    succeed, asleep, woken = store.succeed, threading.Event(), threading.Event()
+    succeed, asleep, woken = store.runners.succeed, threading.Event(), threading.Event()
 
     def late(job: Job, result: JobResult) -> Job | None:
         asleep.set()
         assert woken.wait(20)
         return succeed(job, result)
 
-    monkeypatch.setattr(store, "succeed", late)
-    monkeypatch.setattr(store, "renew", lambda *_, **__: woken.wait(20) and [])
+    monkeypatch.setattr(store.runners, "succeed", late)
+    monkeypatch.setattr(store.runners, "renew", lambda *_, **__: woken.wait(20) and [])
     metrics = RecordedMetrics()
     runner = JobRunner(
         store,
@@ -181,7 +182,7 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
 async def test_a_success_whose_answer_got_lost_is_still_one(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, succeed = workshop.queue.store, workshop.queue.store.succeed
+    store, succeed = workshop.queue.store, workshop.queue.store.runners.succeed
     num_calls = 0
 
     def cut(job: Job, result: JobResult) -> Job | None:
@@ -192,7 +193,7 @@ async def test_a_success_whose_answer_got_lost_is_still_one(
             raise StorageError("the connection was cut after the commit")
         return ended
 
-    monkeypatch.setattr(store, "succeed", cut)
+    monkeypatch.setattr(store.runners, "succeed", cut)
     metrics = RecordedMetrics()
     await workshop.start_runner(metrics=metrics)
     job = await workshop.finished(await workshop.queue.submit(make_spec()))
@@ -220,7 +221,7 @@ async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop)
 
 
 async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = count_calls(monkeypatch, workshop.queue.store, "look")
+    looks = count_calls(monkeypatch, workshop.queue.store.runners, "look")
     for _ in range(3):
         await workshop.start_runner()
     await wait_for(lambda: len(looks) > 6)
@@ -263,15 +264,15 @@ async def test_an_operator_can_see_what_happened(workshop: Workshop, wall: Wall)
     metrics = RecordedMetrics()
     spec = make_spec()
     await workshop.queue.submit(spec)
-    assert workshop.queue.store.lease("a dead one", lease_s=0.0) is not None
+    assert workshop.queue.store.runners.lease("a dead one", lease_s=0.0) is not None
     first = await workshop.start_runner(metrics=metrics)
     await workshop.finished(await workshop.queue.submit(make_spec()))
     await first.close()
     dead = await workshop.queue.submit(make_spec())
     for _ in range(2):
-        workshop.queue.store.lease("a dead one", lease_s=0.0)
+        workshop.queue.store.runners.lease("a dead one", lease_s=0.0)
         if _ == 0:
-            workshop.queue.store.reclaim(max_attempts=2)
+            workshop.queue.store.runners.reclaim(max_attempts=2)
     await workshop.queue.submit(make_spec(model="medium"))
     wall.now += 0.3
     workshop.backend = OneFullModel()
@@ -321,11 +322,11 @@ async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
 ) -> None:
     """Nobody runs that job: it must not stay `running` for as long as its owner has other work."""
     workshop.backend.released.clear()
-    renewals = count_calls(monkeypatch, workshop.queue.store, "renew")
+    renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")
     await workshop.start_runner()
     long = await workshop.queue.submit(make_spec())
     await running(workshop)
-    store, lease = workshop.queue.store, workshop.queue.store.lease
+    store, lease = workshop.queue.store, workshop.queue.store.runners.lease
     was_cut = False
 
     def cut(*args: Any, **options: Any) -> Job | None:
@@ -336,7 +337,7 @@ async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
             raise StorageError("the connection was cut after the commit")
         return job
 
-    monkeypatch.setattr(store, "lease", cut)
+    monkeypatch.setattr(store.runners, "lease", cut)
     lost = await workshop.queue.submit(make_spec())
     await wait_for(lambda: was_cut)
     await asyncio.to_thread(outlive_leases, wall, renewals)
@@ -351,7 +352,7 @@ async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(
 ) -> None:
     """Neither does a clock that jumps forward: a runner that lives takes nothing from itself."""
     workshop.backend.released.clear()
-    reclaims = count_calls(monkeypatch, workshop.queue.store, "reclaim")
+    reclaims = count_calls(monkeypatch, workshop.queue.store.runners, "reclaim")
     runner = await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await running(workshop)

@@ -20,7 +20,7 @@ from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobUpload
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.sweeper import Sweeper, Swept
 from stable_audio_serve.jobs.store.database import Database, database_url
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
 from tests.object_storage import Faults, ObjectStorage
 
@@ -67,13 +67,13 @@ class Premises:
         """A running job with an upload."""
         file = await self.queue.put_upload(lambda: [b"upload"], media_type="audio/wav", file_name="a.wav")
         await self.queue.submit(make_spec(upload=JobUpload(file, "init", 10.0), **overrides))
-        job = self.queue.store.lease("me", lease_s=15)
+        job = self.queue.store.runners.lease("me", lease_s=15)
         assert job is not None
         return job
 
     async def finish(self, job: Job) -> StoredFile:
         file = await self.put(artifact_key(job.spec.id, "a.wav", fence=1))
-        assert self.queue.store.succeed(job, JobResult(file, file.key[:32], 44100, 1, (7,), 0.1)) is not None
+        assert self.queue.store.runners.succeed(job, JobResult(file, file.key[:32], 44100, 1, (7,), 0.1)) is not None
         return file
 
 
@@ -196,8 +196,8 @@ async def test_files_that_belong_to_nothing_go_after_a_day(premises: Premises) -
 async def test_what_a_job_still_needs_stays_however_old(premises: Premises) -> None:
     running, dead, waiting = await premises.make_job(), await premises.make_job(), await premises.make_job()
     error = JobError("unavailable", "no")
-    assert premises.queue.store.fail(dead, error, is_dead_letter=True) is not None
-    assert premises.queue.store.requeue(waiting, delay_s=0, attempts=0, message="again") is not None
+    assert premises.queue.store.runners.fail(dead, error, is_dead_letter=True) is not None
+    assert premises.queue.store.runners.requeue(waiting, delay_s=0, attempts=0, message="again") is not None
     premises.late_s = 30 * 24 * HOUR
     assert await premises.sweep(retention_s=60 * 24 * HOUR) == Swept()
     assert premises.names() == sorted(job.spec.upload.file.key for job in (running, dead, waiting) if job.spec.upload)
@@ -255,7 +255,7 @@ async def test_a_service_in_trouble_is_swept_later(bucket: Bucket) -> None:
     bucket.late_s = 8 * 24 * HOUR
     bucket.storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
     assert await bucket.sweep() == Swept()
-    assert bucket.queue.store.list_all() == []  # forgotten first: what is left of it is an orphan
+    assert bucket.queue.store.operators.list_all() == []  # forgotten first: what is left of it is an orphan
     assert len(bucket.names()) == 3
     bucket.storage.proxy.faults = Faults()
     assert await bucket.sweep() == Swept(num_orphans=3)

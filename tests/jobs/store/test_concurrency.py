@@ -17,7 +17,8 @@ from stable_audio_serve.core.errors import ConflictError, OverloadedError, Quota
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.store import JobStore, Report
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.runner_jobs import Report
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import (
     ERROR,
@@ -65,7 +66,7 @@ def lease_all(url: str, owner: str) -> list[str]:
     """Ids of all that one process gets of a queue."""
     store = JobStore(open_database(url))
     ids = []
-    while job := store.lease(owner, lease_s=60):
+    while job := store.runners.lease(owner, lease_s=60):
         ids.append(job.spec.id)
     store.database.close()
     return ids
@@ -75,7 +76,7 @@ def add_same(url: str, number: int) -> list[bool]:
     """What one process is told that adds the same request again and again."""
     store = JobStore(open_database(url), _MANY)
     specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
-    told = [store.add(spec).is_new for spec in specs]
+    told = [store.clients.add(spec).is_new for spec in specs]
     store.database.close()
     return told
 
@@ -86,7 +87,7 @@ def test_threads_never_lease_the_same_job(database: Database) -> None:
 
     def lease_them(owner: str) -> list[str]:
         ids = []
-        while job := store.lease(owner, lease_s=60):
+        while job := store.runners.lease(owner, lease_s=60):
             ids.append(job.spec.id)
         return ids
 
@@ -122,10 +123,10 @@ def test_changes_to_many_jobs_never_wait_for_each_other_in_a_circle(database: Da
     store = JobStore(database, _MANY)
     jobs = [lease(store) for job in [add(store) for _ in range(20)]]
     reports = [Report(job, "denoising", 0.5) for job in jobs]
-    renew = partial(store.renew, "me", lease_s=60, refs=[job.spec.ref for job in jobs])
+    renew = partial(store.runners.renew, "me", lease_s=60, refs=[job.spec.ref for job in jobs])
     for _ in range(30):
         forwards, backwards, held = at_once(
-            [partial(store.report, reports), partial(store.report, reports[::-1]), renew]
+            [partial(store.runners.report, reports), partial(store.runners.report, reports[::-1]), renew]
         )
         assert forwards == backwards == []
         assert len(held) == len(jobs)
@@ -136,10 +137,10 @@ def test_fifty_identical_requests_at_once_make_one_job(database: Database, by: s
     store = JobStore(database, _MANY)
     same = {"key": {"idempotency_key": "k"}, "id": {"id": "1" * 32}}[by]
     specs = [make_spec(fingerprint="f", **same) for _ in range(50)]
-    answers = at_once([partial(store.add, spec) for spec in specs])
+    answers = at_once([partial(store.clients.add, spec) for spec in specs])
     assert [answer.is_new for answer in answers].count(True) == 1
     assert len({answer.job.spec.id for answer in answers}) == 1
-    assert store.counts() == {"queued": 1}
+    assert store.operators.counts() == {"queued": 1}
 
 
 def test_identical_requests_of_many_processes_make_one_job(
@@ -153,9 +154,9 @@ def test_identical_requests_of_many_processes_make_one_job(
 def test_two_requests_with_one_key_at_once_make_one_job(database: Database) -> None:
     store = JobStore(database, _MANY)
     specs = [make_spec(idempotency_key="k", fingerprint=fingerprint) for fingerprint in "ab" * 10]
-    answers = at_once([partial(store.add, spec) for spec in specs])
+    answers = at_once([partial(store.clients.add, spec) for spec in specs])
     assert sum(isinstance(answer, ConflictError) for answer in answers) == 10
-    assert store.counts() == {"queued": 1}
+    assert store.operators.counts() == {"queued": 1}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_many_at_once_never_exceed_what_may_wait(
     database: Database, limits: dict[str, int], refusal: type[Exception]
 ) -> None:
     stores = [JobStore(database, JobSettings(**limits)) for _ in range(30)]
-    answers = at_once([partial(store.add, make_spec(client="k")) for store in stores])
+    answers = at_once([partial(store.clients.add, make_spec(client="k")) for store in stores])
     assert [type(answer) for answer in answers].count(refusal) == 25
     assert stores[0].counts() == {"queued": 5}
 
@@ -179,30 +180,32 @@ def test_only_one_of_many_ends_at_once_counts(database: Database) -> None:
         result = result_of(job)
         ends = at_once(
             [
-                partial(store.succeed, job, result),
-                partial(store.fail, job, ERROR),
-                partial(store.stop, job),
-                partial(store.requeue, job, delay_s=60, attempts=1, message="x"),
+                partial(store.runners.succeed, job, result),
+                partial(store.runners.fail, job, ERROR),
+                partial(store.runners.stop, job),
+                partial(store.runners.requeue, job, delay_s=60, attempts=1, message="x"),
             ]
         )
         (ended,) = [end for end in ends if end is not None]
         assert find(store, job) == ended
-        assert (store.find_file(result.file_id) is not None) == (ended.state == "succeeded")
+        assert (store.files.find(result.file_id) is not None) == (ended.state == "succeeded")
 
 
 def test_a_cancelled_job_never_starts_and_a_started_one_hears_of_it(database: Database) -> None:
     store = JobStore(database, _MANY)
     for _ in range(8):
         job = add(store)
-        leased, (outcome, _) = at_once([partial(store.lease, "me", lease_s=60), partial(store.cancel, job.spec.ref)])
+        leased, (outcome, _) = at_once(
+            [partial(store.runners.lease, "me", lease_s=60), partial(store.clients.cancel, job.spec.ref)]
+        )
         if outcome == "removed":
             assert leased is None
             assert find(store, job).state == "cancelled"
         else:
             assert outcome == "requested"
-            renewed = store.renew("me", lease_s=60, refs=[job.spec.ref])
+            renewed = store.runners.renew("me", lease_s=60, refs=[job.spec.ref])
             assert [held.cancel_requested for held in renewed] == [True]
-            store.stop(leased)
+            store.runners.stop(leased)
 
 
 def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database) -> None:
@@ -210,11 +213,11 @@ def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database
     for _ in range(8):
         add(store)
         job = lease(store)
-        store.fail(job, ERROR, is_dead_letter=True)
-        retried, _ = at_once([partial(store.retry, job.spec.ref), partial(store.purge, age_s=0)])
-        found = store.get(job.spec.ref)
+        store.runners.fail(job, ERROR, is_dead_letter=True)
+        retried, _ = at_once([partial(store.operators.retry, job.spec.ref), partial(store.retention.purge, age_s=0)])
+        found = store.clients.get(job.spec.ref)
         assert (None if found is None else found.state) == ("queued" if retried else None)
-        store.cancel(job.spec.ref)
+        store.clients.cancel(job.spec.ref)
 
 
 def test_whatever_runners_do_every_job_ends_once(database: Database) -> None:
@@ -234,23 +237,25 @@ def test_whatever_runners_do_every_job_ends_once(database: Database) -> None:
     def work(owner: str) -> None:
         chance = random.Random(owner)
         while not is_done():
-            job = store.lease(owner, lease_s=0.05)
+            job = store.runners.lease(owner, lease_s=0.05)
             if job is None:
                 time.sleep(0.01)
                 continue
             if chance.random() < 0.3:
                 time.sleep(0.15)  # past its lease
-            ended.extend(end for end in (store.succeed(job, result_of(job)) for _ in range(2)) if end is not None)
+            ended.extend(
+                end for end in (store.runners.succeed(job, result_of(job)) for _ in range(2)) if end is not None
+            )
 
     def sweep() -> None:
         while not is_done():
-            store.reclaim(max_attempts=1000)
+            store.runners.reclaim(max_attempts=1000)
             time.sleep(0.02)
 
     at_once([submit, *(partial(work, owner) for owner in "abcd"), sweep])
-    assert store.counts() == {"succeeded": num_jobs}
+    assert store.operators.counts() == {"succeeded": num_jobs}
     assert len(ended) == len({job.spec.id for job in ended}) == num_jobs
     for job in ended:
         assert job.result is not None
         assert find(store, job) == job
-        assert store.find_file(job.result.file_id) == job.result.file
+        assert store.files.find(job.result.file_id) == job.result.file

@@ -16,7 +16,7 @@ from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFul
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.jobs.store.database import Database, database_url
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.stores import KINDS, add, find, open_database, processes
@@ -217,14 +217,14 @@ class TestFaults:
         try:
             for _ in range(2):
                 with pytest.raises(StorageError) as caught:
-                    store.get(job.spec.ref)
+                    store.clients.get(job.spec.ref)
                 assert caught.value.retry_after_s
                 with pytest.raises(StorageError):
                     add(store)
         finally:
             postgres.start()
         assert find(store, job) == job
-        assert store.counts() == {"queued": 1}
+        assert store.operators.counts() == {"queued": 1}
         database.close()
 
     def test_a_connection_lost_in_the_middle_changes_nothing(self, postgres: PostgresServer, postgres_url: str) -> None:
@@ -241,7 +241,7 @@ class TestFaults:
 
         with pytest.raises(StorageError):
             lose_connection()
-        assert store.counts() == {"queued": 1}
+        assert store.operators.counts() == {"queued": 1}
         database.close()
 
     def test_a_process_frozen_in_a_transaction_loses_its_locks(self, postgres_url: str) -> None:

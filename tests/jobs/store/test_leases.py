@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stable_audio_serve.jobs.job import Job, Lease
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.stores import (
     ERROR,
     FILE,
@@ -36,48 +36,50 @@ class TestOrder:
 
     def test_first_come_first_served(self, store: JobStore) -> None:
         jobs = [add(store) for _ in range(3)]  # at one moment of the clock
-        assert [store.position(job) for job in jobs] == [0, 1, 2]
+        assert [store.clients.position(job) for job in jobs] == [0, 1, 2]
         assert leased_ids(store, 3) == [job.spec.id for job in jobs]
-        assert store.lease("me", lease_s=15) is None
+        assert store.runners.lease("me", lease_s=15) is None
 
     def test_interactive_before_batch(self, store: JobStore) -> None:
         jobs = [add(store, priority=priority) for priority in ("batch", "interactive", "batch", "interactive")]
-        assert [store.position(job) for job in jobs] == [0, 0, 1, 1]
+        assert [store.clients.position(job) for job in jobs] == [0, 0, 1, 1]
         assert leased_ids(store, 2) == [jobs[1].spec.id, jobs[3].spec.id]
-        assert store.lease("me", lease_s=15) is None
+        assert store.runners.lease("me", lease_s=15) is None
         assert [lease(store, priority="batch").spec.id for _ in range(2)] == [jobs[0].spec.id, jobs[2].spec.id]
 
     def test_clients_take_turns(self, store: JobStore) -> None:
         jobs = {name: add(store, client=name[0]) for name in ("a1", "a2", "a3", "b1", "b2", "c1")}
         order = ["a1", "b1", "c1", "a2", "b2", "a3"]
-        assert {name: store.position(job) for name, job in jobs.items()} == {name: n for n, name in enumerate(order)}
+        assert {name: store.clients.position(job) for name, job in jobs.items()} == {
+            name: n for n, name in enumerate(order)
+        }
         assert leased_ids(store, 6) == [jobs[name].spec.id for name in order]
 
     def test_who_had_nothing_waiting_is_next_but_not_twice(self, store: JobStore) -> None:
         many = [add(store, client="many") for _ in range(3)]
         lease(store)
         few = add(store, client="few")
-        assert store.position(few) == 0
+        assert store.clients.position(few) == 0
         assert lease(store).spec.id == few.spec.id
         again = add(store, client="few")  # whoever asks for one at a time gets no more than the others
-        assert store.position(again) == 1
+        assert store.clients.position(again) == 1
         assert leased_ids(store, 3) == [many[1].spec.id, again.spec.id, many[2].spec.id]
 
     def test_what_is_cancelled_or_put_back_takes_no_turn_of_its_client(self, store: JobStore) -> None:
         first, second, third = (add(store, client="a") for _ in range(3))
         others = [add(store, client="b") for _ in range(3)]
         started = lease(store)
-        store.requeue(started, delay_s=0, attempts=1, message="x")
-        store.cancel(second.spec.ref)
-        assert [store.position(job) for job in (first, third, *others)] == [1, 3, 0, 2, 4]
+        store.runners.requeue(started, delay_s=0, attempts=1, message="x")
+        store.clients.cancel(second.spec.ref)
+        assert [store.clients.position(job) for job in (first, third, *others)] == [1, 3, 0, 2, 4]
         assert leased_ids(store, 5) == [job.spec.id for job in (others[0], first, others[1], third, others[2])]
 
     def test_a_delayed_job_holds_up_nobody(self, store: JobStore, wall: Wall) -> None:
         delayed, own = add(store, client="a"), add(store, client="a")
         other = add(store, client="b")
-        store.requeue(lease(store), delay_s=10, attempts=1, message="x")
+        store.runners.requeue(lease(store), delay_s=10, attempts=1, message="x")
         assert leased_ids(store, 2) == [other.spec.id, own.spec.id]
-        assert store.lease("me", lease_s=15) is None
+        assert store.runners.lease("me", lease_s=15) is None
         wall.now += 10.5
         assert lease(store).spec.id == delayed.spec.id
 
@@ -86,13 +88,13 @@ class TestOrder:
             add(store, client="a", model="m")
         leased_ids(store, 2)
         on_other = add(store, client="a", model="n"), add(store, client="b", model="n")
-        assert [store.position(job) for job in on_other] == [0, 1]
+        assert [store.clients.position(job) for job in on_other] == [0, 1]
 
     def test_only_of_the_models_asked_for(self, store: JobStore) -> None:
         a, b, c = add(store, model="a"), add(store, model="b"), add(store, model="c")
-        assert [store.position(job) for job in (a, b, c)] == [0, 0, 0]
-        assert store.lease("me", lease_s=15, models=["other"]) is None
-        assert store.lease("me", lease_s=15, models=[]) is None
+        assert [store.clients.position(job) for job in (a, b, c)] == [0, 0, 0]
+        assert store.runners.lease("me", lease_s=15, models=["other"]) is None
+        assert store.runners.lease("me", lease_s=15, models=[]) is None
         assert lease(store, models=["c", "b"]).spec.id == b.spec.id
         assert lease(store, models=["b", "a", "c"]).spec.id == a.spec.id
         assert lease(store).spec.id == c.spec.id
@@ -118,48 +120,50 @@ class TestLeasing:
             assert job.lease is not None
             assert job.lease.owner == owner
             fences.append(job.lease.fence)
-            store.requeue(job, delay_s=0, attempts=0, message="x")
+            store.runners.requeue(job, delay_s=0, attempts=0, message="x")
         assert fences == [1, 2, 3, 4]
 
     def test_renewing_names_what_is_still_held(self, store: JobStore, wall: Wall) -> None:
         for _ in range(4):
             add(store)
         mine, ended, asked, other = lease(store), lease(store), lease(store), lease(store, "other")
-        store.succeed(ended, result_of(ended))
-        store.cancel(asked.spec.ref)
+        store.runners.succeed(ended, result_of(ended))
+        store.clients.cancel(asked.spec.ref)
         refs = [job.spec.ref for job in (mine, ended, asked, other)]
-        renewed = store.renew("me", lease_s=LEASE_S, refs=refs)
+        renewed = store.runners.renew("me", lease_s=LEASE_S, refs=refs)
         held = {one.ref: (one.fence, one.cancel_requested) for one in renewed}
         assert held == {mine.spec.ref: (1, False), asked.spec.ref: (1, True)}
-        assert [one.ref for one in store.renew("other", lease_s=LEASE_S, refs=refs)] == [other.spec.ref]
-        assert store.renew("nobody", lease_s=LEASE_S, refs=refs) == []
+        assert [one.ref for one in store.runners.renew("other", lease_s=LEASE_S, refs=refs)] == [other.spec.ref]
+        assert store.runners.renew("nobody", lease_s=LEASE_S, refs=refs) == []
 
     def test_what_its_owner_does_not_know_of_is_not_renewed(self, store: JobStore, wall: Wall) -> None:
         for _ in range(2):
             add(store)
         known, unknown = lease(store), lease(store)
         wall.now += LEASE_S
-        assert [one.ref for one in store.renew("me", lease_s=LEASE_S, refs=[known.spec.ref])] == [known.spec.ref]
-        assert [job.spec.id for job in store.reclaim(max_attempts=3)] == [unknown.spec.id]
+        assert [one.ref for one in store.runners.renew("me", lease_s=LEASE_S, refs=[known.spec.ref])] == [
+            known.spec.ref
+        ]
+        assert [job.spec.id for job in store.runners.reclaim(max_attempts=3)] == [unknown.spec.id]
 
     def test_a_renewed_lease_lasts_from_then_on(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
         for _ in range(5):
             wall.now += LEASE_S - 1
-            assert store.reclaim(max_attempts=3) == []
-            store.renew("me", lease_s=LEASE_S, refs=[job.spec.ref])
+            assert store.runners.reclaim(max_attempts=3) == []
+            store.runners.renew("me", lease_s=LEASE_S, refs=[job.spec.ref])
         wall.now += LEASE_S + 1
-        assert [job.spec.id for job in store.reclaim(max_attempts=3)] == [job.spec.id]
-        assert store.renew("me", lease_s=LEASE_S, refs=[job.spec.ref]) == []
+        assert [job.spec.id for job in store.runners.reclaim(max_attempts=3)] == [job.spec.id]
+        assert store.runners.renew("me", lease_s=LEASE_S, refs=[job.spec.ref]) == []
 
     def test_an_overdue_lease_that_nobody_took_is_still_held(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
         wall.now += 10 * LEASE_S
-        assert len(store.renew("me", lease_s=LEASE_S, refs=[job.spec.ref])) == 1
-        assert store.reclaim(max_attempts=3) == []
-        assert store.succeed(job, RESULT) is not None
+        assert len(store.runners.renew("me", lease_s=LEASE_S, refs=[job.spec.ref])) == 1
+        assert store.runners.reclaim(max_attempts=3) == []
+        assert store.runners.succeed(job, RESULT) is not None
 
 
 class TestReclaiming:
@@ -169,7 +173,7 @@ class TestReclaiming:
         first, second = add(store), add(store)
         lease(store, "dead")
         wall.now += LEASE_S + 1
-        (back,) = store.reclaim(max_attempts=3)
+        (back,) = store.runners.reclaim(max_attempts=3)
         assert (back.spec.id, back.state, back.attempts, back.lease) == (first.spec.id, "queued", 1, None)
         assert (back.started_at, back.stage, back.fraction) == (None, "queued", 0)
         again = lease(store)
@@ -180,7 +184,7 @@ class TestReclaiming:
         add(store)
         stale = lease(store, "frozen")
         wall.now += LEASE_S + 1
-        (waiting,) = store.reclaim(max_attempts=3)
+        (waiting,) = store.runners.reclaim(max_attempts=3)
         assert end_in_every_way(store, stale) == [None] * 4
         assert not report(store, stale, stage="x", fraction=0.9)
         assert find(store, stale) == waiting
@@ -189,27 +193,27 @@ class TestReclaiming:
             assert end_in_every_way(store, stale) == [None] * 4
             assert not report(store, stale, stage="x", fraction=0.9)
             assert find(store, stale) == current
-            store.requeue(current, delay_s=0, attempts=1, message="x")
-        assert store.find_file(RESULT.file_id) is None
+            store.runners.requeue(current, delay_s=0, attempts=1, message="x")
+        assert store.files.find(RESULT.file_id) is None
 
     def test_the_last_attempt_lost_is_a_dead_letter(self, store: JobStore, wall: Wall) -> None:
         add(store)
         for attempt in (1, 2):
             assert lease(store).attempts == attempt
             wall.now += LEASE_S + 1
-            (job,) = store.reclaim(max_attempts=2)
+            (job,) = store.runners.reclaim(max_attempts=2)
         assert (job.state, job.is_dead_letter, job.attempts) == ("failed", True, 2)
         assert job.error is not None
         assert job.error.code == "unavailable"
         assert job.completed_at is not None
-        assert store.lease("me", lease_s=15) is None
+        assert store.runners.lease("me", lease_s=15) is None
 
     def test_a_lost_job_that_was_cancelled_ends_so(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
-        store.cancel(job.spec.ref)
+        store.clients.cancel(job.spec.ref)
         wall.now += LEASE_S + 1
-        (ended,) = store.reclaim(max_attempts=1)
+        (ended,) = store.runners.reclaim(max_attempts=1)
         assert (ended.state, ended.is_dead_letter) == ("cancelled", False)
 
     def test_many_at_once(self, store: JobStore, wall: Wall) -> None:
@@ -217,12 +221,12 @@ class TestReclaiming:
             add(store)
         jobs = [lease(store) for _ in range(9)]
         for job in jobs[:3]:
-            store.cancel(job.spec.ref)
+            store.clients.cancel(job.spec.ref)
         for job in jobs[3:6]:
-            store.requeue(job, delay_s=0, attempts=2, message="x")
+            store.runners.requeue(job, delay_s=0, attempts=2, message="x")
             lease(store)
         wall.now += LEASE_S + 1
-        states = {job.spec.id: job.state for job in store.reclaim(max_attempts=3)}
+        states = {job.spec.id: job.state for job in store.runners.reclaim(max_attempts=3)}
         assert [states[job.spec.id] for job in jobs] == ["cancelled"] * 3 + ["failed"] * 3 + ["queued"] * 3
 
 
@@ -235,7 +239,7 @@ class TestProgress:
         assert report(store, job, stage="generating", fraction=0.5, eta_s=3.5)
         now = find(store, job)
         assert (now.stage, now.fraction, now.eta_s) == ("generating", 0.5, 3.5)
-        assert store.events(job.spec.ref)[-1].fraction == 0.5
+        assert store.clients.events(job.spec.ref)[-1].fraction == 0.5
 
     def test_of_others_is_not(self, store: JobStore) -> None:
         add(store)
@@ -253,25 +257,25 @@ class TestEnding:
         add(store)
         job = lease(store)
         wall.now += 3
-        ended = store.succeed(job, RESULT)
+        ended = store.runners.succeed(job, RESULT)
         assert ended is not None
         assert ended == find(store, job)
         assert (ended.state, ended.result, ended.error) == ("succeeded", RESULT, None)
         assert (ended.fraction, ended.stage, ended.lease, ended.eta_s) == (1, "done", None, None)
         assert ended.completed_at is not None
         assert ended.completed_at.timestamp() == wall.now
-        assert store.find_file(RESULT.file_id) == FILE
+        assert store.files.find(RESULT.file_id) == FILE
 
     def test_failure_keeps_the_error(self, store: JobStore) -> None:
         add(store)
-        ended = store.fail(lease(store), ERROR)
+        ended = store.runners.fail(lease(store), ERROR)
         assert ended is not None
         assert (ended.state, ended.error, ended.result, ended.is_dead_letter) == ("failed", ERROR, None, False)
-        assert store.events(ended.spec.ref)[-1].message == ERROR.message
+        assert store.clients.events(ended.spec.ref)[-1].message == ERROR.message
 
     def test_failure_of_the_machines_is_a_dead_letter(self, store: JobStore) -> None:
         add(store)
-        ended = store.fail(lease(store), ERROR, is_dead_letter=True)
+        ended = store.runners.fail(lease(store), ERROR, is_dead_letter=True)
         assert ended is not None
         assert ended.is_dead_letter
 
@@ -280,16 +284,16 @@ class TestEnding:
         add(store, start_within_s=5.0)
         job = lease(store)
         ended = {
-            "succeed": lambda: store.succeed(job, RESULT),
-            "fail": lambda: store.fail(job, ERROR),
-            "stop": lambda: store.stop(job),
+            "succeed": lambda: store.runners.succeed(job, RESULT),
+            "fail": lambda: store.runners.fail(job, ERROR),
+            "stop": lambda: store.runners.stop(job),
         }[end]()
         wall.now += 10 * LEASE_S
         assert end_in_every_way(store, job) == [None] * 4
-        assert store.cancel(job.spec.ref) == ("already_over", ended)
-        assert store.lease("me", lease_s=15) is None
-        assert (store.reclaim(max_attempts=1), store.expire()) == ([], [])
-        assert store.renew("me", lease_s=15, refs=[job.spec.ref]) == []
+        assert store.clients.cancel(job.spec.ref) == ("already_over", ended)
+        assert store.runners.lease("me", lease_s=15) is None
+        assert (store.runners.reclaim(max_attempts=1), store.runners.expire()) == ([], [])
+        assert store.runners.renew("me", lease_s=15, refs=[job.spec.ref]) == []
         assert not report(store, job, stage="x", fraction=0.1)
         assert find(store, job) == ended
 
@@ -305,13 +309,13 @@ class TestRequeueing:
     def test_it_waits_its_delay_and_keeps_its_turn(self, store: JobStore, wall: Wall) -> None:
         first, second = add(store), add(store)
         job = lease(store)
-        put_back = store.requeue(job, delay_s=10, attempts=1, message="put back: busy")
+        put_back = store.runners.requeue(job, delay_s=10, attempts=1, message="put back: busy")
         assert put_back is not None
         assert (put_back.state, put_back.attempts, put_back.started_at, put_back.lease) == ("queued", 1, None, None)
-        assert store.events(first.spec.ref)[-1].message == "put back: busy"
+        assert store.clients.events(first.spec.ref)[-1].message == "put back: busy"
         assert leased_ids(store, 1) == [second.spec.id]
-        assert store.lease("me", lease_s=15) is None
-        assert store.look("me").lease_in_s == pytest.approx(10)
+        assert store.runners.lease("me", lease_s=15) is None
+        assert store.runners.look("me").lease_in_s == pytest.approx(10)
         wall.now += 10.5
         again = lease(store)
         assert (again.spec.id, again.attempts) == (first.spec.id, 2)
@@ -319,8 +323,8 @@ class TestRequeueing:
     def test_a_job_to_be_cancelled_is_cancelled_instead(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
-        store.cancel(job.spec.ref)
-        ended = store.requeue(job, delay_s=10, attempts=1, message="x")
+        store.clients.cancel(job.spec.ref)
+        ended = store.runners.requeue(job, delay_s=10, attempts=1, message="x")
         assert ended is not None
         assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")
         assert find(store, job) == ended
@@ -331,10 +335,10 @@ class TestStartDeadlines:
 
     def test_a_late_job_fails_instead_of_starting(self, store: JobStore, wall: Wall) -> None:
         late, patient = add(store, start_within_s=5.0), add(store, start_within_s=60.0)
-        assert store.look("me").late_in_s == pytest.approx(5)
-        assert store.expire() == []
+        assert store.runners.look("me").late_in_s == pytest.approx(5)
+        assert store.runners.expire() == []
         wall.now += 5.5
-        (ended,) = store.expire()
+        (ended,) = store.runners.expire()
         assert (ended.spec.id, ended.state, ended.is_dead_letter) == (late.spec.id, "failed", False)
         assert ended.error is not None
         assert ended.error.code == "start_timeout"
@@ -343,33 +347,33 @@ class TestStartDeadlines:
     def test_a_late_job_is_not_leased_even_before_it_is_found_late(self, store: JobStore, wall: Wall) -> None:
         add(store, start_within_s=5.0)
         wall.now += 5.5
-        assert store.lease("me", lease_s=15) is None
+        assert store.runners.lease("me", lease_s=15) is None
 
     def test_a_job_that_began_in_time_is_never_late(self, store: JobStore, wall: Wall) -> None:
         add(store, start_within_s=5.0)
         job = lease(store)
         wall.now += 60
-        assert store.expire() == []
-        store.requeue(job, delay_s=0, attempts=1, message="x")
-        assert store.expire() == []
+        assert store.runners.expire() == []
+        store.runners.requeue(job, delay_s=0, attempts=1, message="x")
+        assert store.runners.expire() == []
         lease(store)
         wall.now += 60
-        store.reclaim(max_attempts=9)
-        assert store.expire() == []
+        store.runners.reclaim(max_attempts=9)
+        assert store.runners.expire() == []
         assert lease(store).attempts == 3
 
     def test_a_job_whose_start_did_not_count_can_still_be_late(self, store: JobStore, wall: Wall) -> None:
         add(store, start_within_s=5.0)
-        store.requeue(lease(store), delay_s=0, attempts=0, message="busy")
+        store.runners.requeue(lease(store), delay_s=0, attempts=0, message="busy")
         wall.now += 6
-        assert len(store.expire()) == 1
+        assert len(store.runners.expire()) == 1
 
 
 class TestOutlook:
     """One query says whether there is anything to do."""
 
     def test_idle(self, store: JobStore) -> None:
-        outlook = store.look("me")
+        outlook = store.runners.look("me")
         assert (outlook.num_queued, outlook.num_stops) == (0, 0)
         assert (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s) == (None,) * 4
 
@@ -379,10 +383,10 @@ class TestOutlook:
         add(store, start_within_s=60)
         job, ended = lease(store), lease(store)
         lease(store, "other")
-        store.cancel(job.spec.ref)
-        store.succeed(ended, RESULT)
+        store.clients.cancel(job.spec.ref)
+        store.runners.succeed(ended, RESULT)
         wall.now += 5
-        mine, others = store.look("me"), store.look("other")
+        mine, others = store.runners.look("me"), store.runners.look("other")
         assert (mine.num_queued, mine.num_stops, others.num_stops) == (2, 1, 0)
         assert mine.lease_in_s == pytest.approx(-5)
         assert mine.reclaim_in_s == pytest.approx(LEASE_S - 5)

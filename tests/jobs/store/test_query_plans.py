@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from benchmarks.jobs_case import fill
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Outbox
-from stable_audio_serve.jobs.store.store import JobStore
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
@@ -83,32 +83,32 @@ def faults(plan: str, *, is_sqlite: bool) -> list[str]:
 
 
 CALLS: dict[str, Callable[[JobStore], Any]] = {
-    "add": lambda store: store.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
-    "add again": lambda store: store.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
-    "get": lambda store: store.get(ref("x")),
-    "get by a link": lambda store: store.find_unguessable("sa3", "x"),
-    "get as an operator": lambda store: store.find_all("x"),
-    "list": lambda store: store.list_own("sa3", "", cursor=add(store).spec.id),
-    "list of a state": lambda store: store.list_own("sa3", "k", state="failed"),
-    "events": lambda store: store.events(ref("x"), after=5),
-    "position": lambda store: store.position(add(store)),
-    "cancel": lambda store: store.cancel(add(store).spec.ref),
-    "find file": lambda store: store.find_file("x"),
+    "add": lambda store: store.clients.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
+    "add again": lambda store: store.clients.add(make_spec(client="k", idempotency_key="plan", fingerprint="f")),
+    "get": lambda store: store.clients.get(ref("x")),
+    "get by a link": lambda store: store.clients.find_unguessable("sa3", "x"),
+    "get as an operator": lambda store: store.operators.find_all("x"),
+    "list": lambda store: store.clients.list_own("sa3", "", cursor=add(store).spec.id),
+    "list of a state": lambda store: store.clients.list_own("sa3", "k", state="failed"),
+    "events": lambda store: store.clients.events(ref("x"), after=5),
+    "position": lambda store: store.clients.position(add(store)),
+    "cancel": lambda store: store.clients.cancel(add(store).spec.ref),
+    "find file": lambda store: store.files.find("x"),
     "lease": lambda store: lease(store),
     "lease of models": lambda store: lease(store, models=["demo", "other"]),
-    "lease of another model": lambda store: store.lease("me", lease_s=1, models=["other"]),
-    "renew": lambda store: store.renew("busy", lease_s=15, refs=[ref(f"{n:032x}") for n in range(64)]),
-    "reclaim": lambda store: store.reclaim(max_attempts=3),
+    "lease of another model": lambda store: store.runners.lease("me", lease_s=1, models=["other"]),
+    "renew": lambda store: store.runners.renew("busy", lease_s=15, refs=[ref(f"{n:032x}") for n in range(64)]),
+    "reclaim": lambda store: store.runners.reclaim(max_attempts=3),
     "report": lambda store: report(store, lease(store), stage="x", fraction=0.5),
-    "succeed": lambda store: (lambda job: store.succeed(job, result_of(job)))(lease(store)),
-    "fail": lambda store: store.fail(lease(store), ERROR, is_dead_letter=True),
-    "requeue": lambda store: store.requeue(lease(store), delay_s=1, attempts=1, message="x"),
-    "expire": lambda store: store.expire(),
-    "look": lambda store: store.look("busy"),
-    "dead letters": lambda store: store.list_all(dead_letters=True),
-    "retry": lambda store: store.retry(ref("x")),
-    "unreferenced": lambda store: store.unreferenced([f"uploads/{number}" for number in range(50)]),
-    "purge": lambda store: store.purge(age_s=1_000_000),
+    "succeed": lambda store: (lambda job: store.runners.succeed(job, result_of(job)))(lease(store)),
+    "fail": lambda store: store.runners.fail(lease(store), ERROR, is_dead_letter=True),
+    "requeue": lambda store: store.runners.requeue(lease(store), delay_s=1, attempts=1, message="x"),
+    "expire": lambda store: store.runners.expire(),
+    "look": lambda store: store.runners.look("busy"),
+    "dead letters": lambda store: store.operators.list_all(dead_letters=True),
+    "retry": lambda store: store.operators.retry(ref("x")),
+    "unreferenced": lambda store: store.retention.unreferenced([f"uploads/{number}" for number in range(50)]),
+    "purge": lambda store: store.retention.purge(age_s=1_000_000),
     "claim a webhook": lambda store: Outbox(store.database).claim(for_s=10),
 }
 
@@ -138,7 +138,7 @@ def test_a_queue_that_fills_faster_than_statistics_is_not_sorted(postgres_url: s
     with store.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE")
     for _ in range(20):
-        store.lease("me", lease_s=15)
+        store.runners.lease("me", lease_s=15)
     fill(store, _NUM_JOBS, state="queued")
     num_before = num_rows_read()
     for _ in range(20):

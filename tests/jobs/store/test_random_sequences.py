@@ -28,8 +28,8 @@ from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, JobUpload
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Outbox
-from stable_audio_serve.jobs.store.store import JobStore
 from stable_audio_serve.jobs.store.tables import METADATA
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import ERROR, Wall, open_database, postgres_with_tables, report, result_of, store_url
@@ -204,21 +204,21 @@ class StoreMachine(RuleBasedStateMachine):
         if earlier:
             is_repeat = fingerprint and all(job.spec.fingerprint == fingerprint for job in earlier)
             if is_repeat and all(job is earlier[0] for job in earlier):
-                added = self.store.add(spec)
+                added = self.store.clients.add(spec)
                 assert not added.is_new
                 assert added.job.spec == earlier[0].spec
             else:
                 with pytest.raises(ConflictError):
-                    self.store.add(spec)
+                    self.store.clients.add(spec)
         elif self.is_full_for(client, queued):
             with pytest.raises(OverloadedError) as caught:
-                self.store.add(spec)
+                self.store.clients.add(spec)
             assert not isinstance(caught.value, QuotaError)
         elif client and queued.count(client) >= _LIMITS.max_queued_per_key:
             with pytest.raises(QuotaError):
-                self.store.add(spec)
+                self.store.clients.add(spec)
         else:
-            added = self.store.add(spec)
+            added = self.store.clients.add(spec)
             assert added.is_new
             start_before = None if start_within_s is None else self.now + start_within_s
             self.jobs[spec.ref] = job = Expected(spec, self.num_jobs, self.now, self.now, start_before)
@@ -237,7 +237,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.cancel_job(held or self.pick(back))
 
     def cancel_job(self, job: Expected) -> None:
-        outcome, found = self.store.cancel(job.spec.ref)
+        outcome, found = self.store.clients.cancel(job.spec.ref)
         assert found is not None
         if job.state == "queued":
             assert outcome == "removed"
@@ -284,7 +284,7 @@ class StoreMachine(RuleBasedStateMachine):
             and (models is None or job.spec.model in models)
             and job.spec.request.priority == priority
         ]
-        leased = self.store.lease(owner, lease_s=_LEASE_S, models=models, priority=priority)
+        leased = self.store.runners.lease(owner, lease_s=_LEASE_S, models=models, priority=priority)
         if not due:
             assert leased is None
             return
@@ -300,7 +300,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(owner=_owners)
     def renew(self, owner: str) -> None:
         mine = [job for job in self.jobs.values() if job.owner == owner]
-        renewed = self.store.renew(owner, lease_s=_LEASE_S, refs={job.spec.ref for job in self.jobs.values()})
+        renewed = self.store.runners.renew(owner, lease_s=_LEASE_S, refs={job.spec.ref for job in self.jobs.values()})
         held = {(one.ref, one.fence, one.cancel_requested) for one in renewed}
         assert held == {(job.spec.ref, job.fence, job.cancel_requested) for job in mine}
         for job in mine:
@@ -310,7 +310,7 @@ class StoreMachine(RuleBasedStateMachine):
     def reclaim(self, seconds: float) -> None:
         self.wall.now += seconds
         lost = [job for job in self.jobs.values() if job.state == "running" and job.lease_until <= self.now]
-        reclaimed = self.store.reclaim(max_attempts=_MAX_ATTEMPTS)
+        reclaimed = self.store.runners.reclaim(max_attempts=_MAX_ATTEMPTS)
         assert {job.spec.id for job in reclaimed} == {job.spec.id for job in lost}
         for job in lost:
             if job.cancel_requested:
@@ -336,12 +336,12 @@ class StoreMachine(RuleBasedStateMachine):
                 self.succeed(leased, job)
             case "fail" | "give up":
                 is_dead_letter = how == "give up"
-                assert (self.store.fail(leased, ERROR, is_dead_letter=is_dead_letter) is not None) == is_held
+                assert (self.store.runners.fail(leased, ERROR, is_dead_letter=is_dead_letter) is not None) == is_held
                 if job is not None:
                     job.end("failed", self.now, ERROR.code)
                     job.is_dead_letter = is_dead_letter
             case "stop":
-                assert (self.store.stop(leased) is not None) == is_held
+                assert (self.store.runners.stop(leased) is not None) == is_held
                 if job is not None:
                     job.end("cancelled", self.now, "cancelled")
             case "put back":
@@ -352,14 +352,14 @@ class StoreMachine(RuleBasedStateMachine):
     def succeed(self, leased: Job, job: Expected | None) -> None:
         result = result_of(leased)
         result = replace(result, file_id=f"{result.file_id}-{leased.created_at}")
-        assert (self.store.succeed(leased, result) is not None) == (job is not None)
+        assert (self.store.runners.succeed(leased, result) is not None) == (job is not None)
         self.files.setdefault(result.file_id, None)
         if job is not None:
             job.end("succeeded", self.now)
             self.files[result.file_id] = leased.spec.ref
 
     def put_back(self, leased: Job, job: Expected | None, *, attempts: int, delay_s: float) -> None:
-        put_back = self.store.requeue(leased, delay_s=delay_s, attempts=attempts, message="x")
+        put_back = self.store.runners.requeue(leased, delay_s=delay_s, attempts=attempts, message="x")
         assert (put_back is not None) == (job is not None)
         if job is None:
             return
@@ -378,7 +378,7 @@ class StoreMachine(RuleBasedStateMachine):
             for job in self.jobs.values()
             if job.state == "queued" and job.start_before is not None and job.start_before <= self.now
         ]
-        assert {job.spec.id for job in self.store.expire()} == {job.spec.id for job in late}
+        assert {job.spec.id for job in self.store.runners.expire()} == {job.spec.id for job in late}
         for job in late:
             job.end("failed", self.now, "start_timeout")
 
@@ -389,7 +389,7 @@ class StoreMachine(RuleBasedStateMachine):
     def retry(self, back: int) -> None:
         dead = [job for job in self.jobs.values() if job.is_dead_letter]
         job = dead[0] if dead else self.pick(back)
-        retried = self.store.retry(job.spec.ref)
+        retried = self.store.operators.retry(job.spec.ref)
         assert (retried is not None) == job.is_dead_letter
         if job.is_dead_letter:
             job.wait()
@@ -406,7 +406,7 @@ class StoreMachine(RuleBasedStateMachine):
             if job.completed_at is not None and job.completed_at <= self.now - _AGE_S
         }
         keys: list[str] = []
-        while some := self.store.purge(age_s=_AGE_S, limit=limit):
+        while some := self.store.retention.purge(age_s=_AGE_S, limit=limit):
             keys += some
         results = [self.ends[key].result for key in old if key in self.ends]
         files = {result.file.key for result in results if result is not None}
@@ -436,7 +436,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_as_expected(self) -> None:
-        stored = {job.spec.ref: job for job in self.store.list_all(limit=1000)}
+        stored = {job.spec.ref: job for job in self.store.operators.list_all(limit=1000)}
         assert {key: view(job) for key, job in stored.items()} == {key: job.view() for key, job in self.jobs.items()}
         for key, job in stored.items():
             if job.is_over:
@@ -445,28 +445,28 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for job in self.jobs.values():
-            events = self.store.events(job.spec.ref)
+            events = self.store.clients.events(job.spec.ref)
             assert [event.id for event in events] == sorted({event.id for event in events})
             assert [event.message for event in events].count("started") == job.fence
         for file_id, owner in self.files.items():
             is_kept = owner in self.jobs and self.jobs[owner].state == "succeeded"
-            assert (self.store.find_file(file_id) is not None) == is_kept
+            assert (self.store.files.find(file_id) is not None) == is_kept
         uploads = {f"uploads/{number + 1}" for number in range(self.num_jobs)}
         needed = {
             job.spec.upload.file.key
             for job in self.jobs.values()
             if job.spec.upload is not None and (job.completed_at is None or job.is_dead_letter)
         }
-        assert set(self.store.unreferenced(sorted(uploads))) == uploads - needed
+        assert set(self.store.retention.unreferenced(sorted(uploads))) == uploads - needed
         queued = [job for job in self.jobs.values() if job.state == "queued"]
         for line in {job.line[:2] for job in queued}:
             waiting, turns = [job for job in queued if job.line[:2] == line], dict(self.turns)
             for position in range(len(waiting)):
                 job = take_turn(waiting, turns)
                 waiting.remove(job)
-                found = self.store.get(job.spec.ref)
+                found = self.store.clients.get(job.spec.ref)
                 assert found is not None
-                assert self.store.position(found) == position
+                assert self.store.clients.position(found) == position
 
 
 def take_turn(due: list[Expected], turns: dict[_Line, int]) -> Expected:

@@ -12,7 +12,7 @@ from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, O
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import JobSpec, JobUpload
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import (
     FILE,
@@ -54,10 +54,10 @@ def test_a_new_job_waits_and_can_be_found_under_its_contract_and_client_only(sto
     assert (job.started_at, job.completed_at, job.result, job.error) == (None, None, None, None)
     assert (job.lease, job.eta_s, job.is_dead_letter) == (None, None, False)
     assert job.created_at.timestamp() == wall.now
-    assert store.get(ref(job.spec.id, contract="sa3", client="one")) is None
-    assert store.get(ref(job.spec.id, contract="fal", client="two")) is None
-    assert store.get(ref(job.spec.id, contract="fal")) is None
-    assert store.get(ref("other", contract="fal", client="one")) is None
+    assert store.clients.get(ref(job.spec.id, contract="sa3", client="one")) is None
+    assert store.clients.get(ref(job.spec.id, contract="fal", client="two")) is None
+    assert store.clients.get(ref(job.spec.id, contract="fal")) is None
+    assert store.clients.get(ref("other", contract="fal", client="one")) is None
 
 
 def test_everything_asked_for_is_kept(store: JobStore) -> None:
@@ -78,48 +78,50 @@ def test_any_text_survives_but_lone_surrogates_which_no_encoding_has(store: JobS
 
 @odd_texts
 def test_any_text_may_be_looked_up(store: JobStore, text: str) -> None:
-    assert store.get(ref(text)) is None
-    assert store.find_file(text) is None
-    assert store.cancel(ref(text)) == ("unknown", None)
-    assert store.events(ref(text)) == ()
-    assert store.list_own("sa3", text).jobs == ()
-    assert store.lease(text, lease_s=15, models=[text]) is None
-    assert store.renew(text, lease_s=15, refs=[ref(text)]) == []
-    assert store.unreferenced([text]) == [text]
+    assert store.clients.get(ref(text)) is None
+    assert store.files.find(text) is None
+    assert store.clients.cancel(ref(text)) == ("unknown", None)
+    assert store.clients.events(ref(text)) == ()
+    assert store.clients.list_own("sa3", text).jobs == ()
+    assert store.runners.lease(text, lease_s=15, models=[text]) is None
+    assert store.runners.renew(text, lease_s=15, refs=[ref(text)]) == []
+    assert store.retention.unreferenced([text]) == [text]
 
 
 @odd_texts
 def test_any_text_may_name_things(store: JobStore, text: str) -> None:
     spec = make_spec(id=text, client=text, model=text, idempotency_key=text, fingerprint="f", webhook_url=text)
     job = add_spec(store, spec)
-    assert not store.add(spec).is_new
-    assert store.get(job.spec.ref) == job
-    assert store.get(ref(text, client=text)) == job
-    assert store.find_all(text) == [job]
+    assert not store.clients.add(spec).is_new
+    assert store.clients.get(job.spec.ref) == job
+    assert store.clients.get(ref(text, client=text)) == job
+    assert store.operators.find_all(text) == [job]
     leased = lease(store, text)
     assert report(store, leased, stage=text, fraction=0.5)
-    assert store.succeed(leased, RESULT) is not None
+    assert store.runners.succeed(leased, RESULT) is not None
 
 
 def test_the_same_id_under_other_contracts_and_clients_is_another_job(store: JobStore) -> None:
     own = {"id": "same", "contract": "sa3", "client": "one", "id_is_chosen": True}
     jobs = [add(store, **own | other) for other in ({}, {"contract": "aiml"}, {"client": "two"}, {"client": ""})]
-    store.cancel(jobs[1].spec.ref)
-    assert store.renew("me", lease_s=15, refs=[job.spec.ref for job in jobs]) == []
+    store.clients.cancel(jobs[1].spec.ref)
+    assert store.runners.renew("me", lease_s=15, refs=[job.spec.ref for job in jobs]) == []
     first = lease(store)
-    assert [held.ref for held in store.renew("me", lease_s=15, refs=[job.spec.ref for job in jobs])] == [first.spec.ref]
-    store.succeed(first, RESULT)
+    assert [held.ref for held in store.runners.renew("me", lease_s=15, refs=[job.spec.ref for job in jobs])] == [
+        first.spec.ref
+    ]
+    store.runners.succeed(first, RESULT)
     assert [find(store, job).state for job in jobs] == ["succeeded", "cancelled", "queued", "queued"]
-    assert [job.spec.ref for job in store.find_all("same")] == [job.spec.ref for job in jobs]
+    assert [job.spec.ref for job in store.operators.find_all("same")] == [job.spec.ref for job in jobs]
 
 
 def test_only_an_id_that_nobody_chose_is_enough_to_find_a_job(store: JobStore) -> None:
     add(store, id="1" * 32, client="one", id_is_chosen=True)
     made = add(store, client="one")
-    assert store.find_unguessable("sa3", "1" * 32) is None
-    assert store.find_unguessable("aiml", made.spec.id) is None
+    assert store.clients.find_unguessable("sa3", "1" * 32) is None
+    assert store.clients.find_unguessable("aiml", made.spec.id) is None
     add(store, id=made.spec.id, client="two", id_is_chosen=True)
-    assert store.find_unguessable("sa3", made.spec.id) == made
+    assert store.clients.find_unguessable("sa3", made.spec.id) == made
 
 
 class TestRepeatedRequests:
@@ -129,44 +131,44 @@ class TestRepeatedRequests:
     def test_find_their_first_job_whatever_became_of_it(self, store: JobStore, by: str) -> None:
         first = add(store, id="1" * 32, idempotency_key="k", fingerprint="same")
         again = make_spec(fingerprint="same", **{"id": {"id": first.spec.id}, "key": {"idempotency_key": "k"}}[by])
-        repeated = store.add(again)
+        repeated = store.clients.add(again)
         assert (repeated.job, repeated.is_new) == (first, False)
-        store.cancel(first.spec.ref)
-        repeated = store.add(again)
+        store.clients.cancel(first.spec.ref)
+        repeated = store.clients.add(again)
         assert (repeated.job.state, repeated.is_new) == ("cancelled", False)
-        assert store.counts() == {"cancelled": 1}
+        assert store.operators.counts() == {"cancelled": 1}
 
     @pytest.mark.parametrize(("by", "code"), [("id", "id"), ("key", "Idempotency-Key")])
     def test_of_something_else_are_conflicts(self, store: JobStore, by: str, code: str) -> None:
         add(store, id="1" * 32, idempotency_key="k", fingerprint="one")
         other = make_spec(fingerprint="other", **{"id": {"id": "1" * 32}, "key": {"idempotency_key": "k"}}[by])
         with pytest.raises(ConflictError, match=code) as caught:
-            store.add(other)
+            store.clients.add(other)
         assert caught.value.field == code
-        assert store.counts() == {"queued": 1}
+        assert store.operators.counts() == {"queued": 1}
 
     def test_without_a_fingerprint_are_conflicts(self, store: JobStore) -> None:
         spec = make_spec()
-        store.add(spec)
+        store.clients.add(spec)
         with pytest.raises(ConflictError):
-            store.add(spec)
+            store.clients.add(spec)
 
     def test_of_another_client_or_contract_are_other_jobs(self, store: JobStore) -> None:
         for contract, client in (("sa3", "one"), ("sa3", "two"), ("fal", "one"), ("sa3", "")):
             add(store, contract=contract, client=client, idempotency_key="k", fingerprint="same")
-        assert store.counts() == {"queued": 4}
+        assert store.operators.counts() == {"queued": 4}
 
     def test_are_answered_when_the_queue_is_full(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=1))
         spec = make_spec(idempotency_key="k", fingerprint="same")
-        store.add(spec)
-        assert not store.add(spec).is_new
+        store.clients.add(spec)
+        assert not store.clients.add(spec).is_new
 
     def test_a_key_of_its_own_for_each_of_two_ids(self, store: JobStore) -> None:
         add(store, id="1" * 32, idempotency_key="a", fingerprint="same")
         add(store, id="2" * 32, idempotency_key="b", fingerprint="same")
         with pytest.raises(ConflictError):  # its key is the first job's, its id the second one's
-            store.add(make_spec(id="2" * 32, idempotency_key="a", fingerprint="same"))
+            store.clients.add(make_spec(id="2" * 32, idempotency_key="a", fingerprint="same"))
 
 
 class TestRoom:
@@ -227,10 +229,10 @@ class TestRoom:
         add(store)
         spec = make_spec(idempotency_key="k", fingerprint="f")
         with pytest.raises(OverloadedError):
-            store.add(spec)
-        assert store.get(spec.ref) is None
+            store.clients.add(spec)
+        assert store.clients.get(spec.ref) is None
         lease(store)
-        assert store.add(spec).is_new
+        assert store.clients.add(spec).is_new
 
 
 class TestListing:
@@ -243,31 +245,31 @@ class TestListing:
             add(store, client="two")
             add(store, client="one", contract="fal")
             wall.now += 1
-        first = store.list_own("sa3", "one", limit=2)
-        second = store.list_own("sa3", "one", cursor=first.next_cursor, limit=2)
+        first = store.clients.list_own("sa3", "one", limit=2)
+        second = store.clients.list_own("sa3", "one", cursor=first.next_cursor, limit=2)
         add(store, client="one")  # newer than what is being paged through
-        third = store.list_own("sa3", "one", cursor=second.next_cursor, limit=2)
+        third = store.clients.list_own("sa3", "one", cursor=second.next_cursor, limit=2)
         assert [*first.jobs, *second.jobs, *third.jobs] == jobs[::-1]
         assert third.next_cursor is None
 
     def test_an_exactly_full_page_is_the_last(self, store: JobStore) -> None:
         for _ in range(2):
             add(store)
-        page = store.list_own("sa3", "", limit=2)
+        page = store.clients.list_own("sa3", "", limit=2)
         assert (len(page.jobs), page.next_cursor) == (2, None)
 
     def test_one_state_only(self, store: JobStore) -> None:
         ended, waiting = add(store), add(store)
-        store.cancel(ended.spec.ref)
-        assert [job.spec.id for job in store.list_own("sa3", "", state="queued").jobs] == [waiting.spec.id]
-        assert [job.spec.id for job in store.list_own("sa3", "", state="cancelled").jobs] == [ended.spec.id]
-        assert store.list_own("sa3", "", state="failed").jobs == ()
+        store.clients.cancel(ended.spec.ref)
+        assert [job.spec.id for job in store.clients.list_own("sa3", "", state="queued").jobs] == [waiting.spec.id]
+        assert [job.spec.id for job in store.clients.list_own("sa3", "", state="cancelled").jobs] == [ended.spec.id]
+        assert store.clients.list_own("sa3", "", state="failed").jobs == ()
 
     @pytest.mark.parametrize("cursor", ["", "x", "-1", "1", "9" * 30, "1'", "\x00", "０"])
     def test_a_cursor_that_was_never_given_is_refused(self, store: JobStore, cursor: str) -> None:
         add(store)
         with pytest.raises(InvalidRequestError, match="cursor") as caught:
-            store.list_own("sa3", "", cursor=cursor)
+            store.clients.list_own("sa3", "", cursor=cursor)
         assert caught.value.field == "cursor"
 
     def test_a_cursor_of_another_client_is_like_one_that_was_never_given(self, store: JobStore) -> None:
@@ -275,7 +277,7 @@ class TestListing:
         messages = []
         for cursor in (*(job.spec.id for job in jobs), "nothing"):
             with pytest.raises(InvalidRequestError) as caught:
-                store.list_own("sa3", "two", cursor=cursor)
+                store.clients.list_own("sa3", "two", cursor=cursor)
             messages.append(caught.value.message)
         assert len(set(messages)) == 1
 
@@ -283,7 +285,7 @@ class TestListing:
         for _ in range(30):
             add(store, client="two")
         own = [add(store, client="one", id=f"{number:032x}") for number in (7, 8)]
-        assert store.list_own("sa3", "one", limit=1).next_cursor == own[1].spec.id
+        assert store.clients.list_own("sa3", "one", limit=1).next_cursor == own[1].spec.id
 
 
 class TestEvents:
@@ -293,13 +295,13 @@ class TestEvents:
         add(store)
         job = add(store)
         wall.now += 5
-        store.cancel(ref(leased_ids(store, 1)[0]))
+        store.clients.cancel(ref(leased_ids(store, 1)[0]))
         leased = lease(store)
         wall.now += 1
         report(store, leased, stage="generating", fraction=0.5, eta_s=2.5)
         wall.now += 1
-        store.succeed(leased, RESULT)
-        events = store.events(job.spec.ref)
+        store.runners.succeed(leased, RESULT)
+        events = store.clients.events(job.spec.ref)
         assert [(event.stage, event.fraction, event.eta_s) for event in events] == [
             ("queued", 0, None),
             ("started", 0, None),
@@ -320,23 +322,23 @@ class TestEvents:
         for step in range(4):
             report(store, leased, stage="generating", fraction=step / 4)
             add(store)  # whose events are not counted
-        events = store.events(job.spec.ref)
+        events = store.clients.events(job.spec.ref)
         assert [event.id for event in events] == [1, 2, 3, 4, 5, 6]
         for index, event in enumerate(events):
-            assert store.events(job.spec.ref, after=event.id) == events[index + 1 :]
+            assert store.clients.events(job.spec.ref, after=event.id) == events[index + 1 :]
 
     @pytest.mark.parametrize("after", [-1, -(2**70), 2**31, 2**63 - 1, 2**63, 10**40])
     def test_after_any_number(self, store: JobStore, after: int) -> None:
         job = add(store)
-        assert len(store.events(job.spec.ref, after=after)) == (1 if after < 0 else 0)
+        assert len(store.clients.events(job.spec.ref, after=after)) == (1 if after < 0 else 0)
 
     def test_are_of_one_job_only(self, store: JobStore) -> None:
         one, other = add(store, contract="fal"), add(store)
-        store.cancel(one.spec.ref)
-        assert [event.message for event in store.events(other.spec.ref)] == ["queued"]
-        assert [event.message for event in store.events(one.spec.ref)] == ["queued", "cancelled"]
-        assert store.events(ref(one.spec.id)) == ()
-        assert store.events(ref(one.spec.id, contract="fal", client="x")) == ()
+        store.clients.cancel(one.spec.ref)
+        assert [event.message for event in store.clients.events(other.spec.ref)] == ["queued"]
+        assert [event.message for event in store.clients.events(one.spec.ref)] == ["queued", "cancelled"]
+        assert store.clients.events(ref(one.spec.id)) == ()
+        assert store.clients.events(ref(one.spec.id, contract="fal", client="x")) == ()
 
 
 class TestCancelling:
@@ -344,26 +346,26 @@ class TestCancelling:
 
     def test_a_waiting_job_ends_at_once(self, store: JobStore) -> None:
         job = add(store)
-        outcome, ended = store.cancel(job.spec.ref)
+        outcome, ended = store.clients.cancel(job.spec.ref)
         assert outcome == "removed"
         assert ended is not None
         assert (ended.state, ended.started_at) == ("cancelled", None)
         assert ended.error is not None
         assert ended.error.code == "cancelled"
-        assert store.lease("me", lease_s=15) is None
-        assert store.cancel(job.spec.ref) == ("already_over", ended)
+        assert store.runners.lease("me", lease_s=15) is None
+        assert store.clients.cancel(job.spec.ref) == ("already_over", ended)
 
     def test_a_running_job_is_asked_to_stop(self, store: JobStore) -> None:
         job = add(store)
         leased = lease(store)
-        assert [held.cancel_requested for held in store.renew("me", lease_s=15, refs=[job.spec.ref])] == [False]
-        outcome, asked = store.cancel(job.spec.ref)
+        assert [held.cancel_requested for held in store.runners.renew("me", lease_s=15, refs=[job.spec.ref])] == [False]
+        outcome, asked = store.clients.cancel(job.spec.ref)
         assert outcome == "requested"
         assert asked is not None
         assert (asked.state, asked.cancel_requested) == ("running", True)
-        assert [held.cancel_requested for held in store.renew("me", lease_s=15, refs=[job.spec.ref])] == [True]
-        assert store.cancel(job.spec.ref) == ("requested", asked)
-        ended = store.stop(leased)
+        assert [held.cancel_requested for held in store.runners.renew("me", lease_s=15, refs=[job.spec.ref])] == [True]
+        assert store.clients.cancel(job.spec.ref) == ("requested", asked)
+        ended = store.runners.stop(leased)
         assert ended is not None
         assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")
 
@@ -371,30 +373,30 @@ class TestCancelling:
         job = add(store)
         lease(store)
         for _ in range(3):
-            store.cancel(job.spec.ref)
-        messages = [event.message for event in store.events(job.spec.ref)]
+            store.clients.cancel(job.spec.ref)
+        messages = [event.message for event in store.clients.events(job.spec.ref)]
         assert messages == ["queued", "started", "cancellation requested"]
 
     def test_an_unknown_job_cannot_be_cancelled(self, store: JobStore) -> None:
         add(store, id="one", contract="fal")
-        assert store.cancel(ref("one")) == ("unknown", None)
+        assert store.clients.cancel(ref("one")) == ("unknown", None)
 
 
 class TestPublishedFiles:
     """Whoever has the id may read the file."""
 
     def test_ids_cannot_be_guessed(self, store: JobStore) -> None:
-        ids = {store.publish(FILE) for _ in range(3)}
+        ids = {store.files.publish(FILE) for _ in range(3)}
         assert len(ids) == 3
         assert all(len(file_id) == 32 for file_id in ids)
-        assert [store.find_file(file_id) for file_id in ids] == [FILE] * 3
-        assert store.find_file("other") is None
+        assert [store.files.find(file_id) for file_id in ids] == [FILE] * 3
+        assert store.files.find("other") is None
 
     def test_a_used_id_keeps_its_file(self, store: JobStore) -> None:
-        store.publish(FILE, file_id="mine")
+        store.files.publish(FILE, file_id="mine")
         with pytest.raises(StorageError):
-            store.publish(replace(FILE, key="other"), file_id="mine")
-        assert store.find_file("mine") == FILE
+            store.files.publish(replace(FILE, key="other"), file_id="mine")
+        assert store.files.find("mine") == FILE
 
 
 def test_jobs_survive_the_end_of_the_process(store: JobStore, database: Database, store_url: str, wall: Wall) -> None:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.jobs_case import fill, make_spec
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.store import JobStore
+from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.stores import add_spec, database, lease, postgres_with_tables, store_url, wall
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
@@ -25,9 +25,9 @@ def test_a_job_behind_ten_thousand_of_ten_clients_starts_within_the_next_ten(
     for _ in range(num_started):
         lease(store)
     fill(store, num_started, state="queued", client=_CLIENTS[0])
-    assert sum(store.look("").queued.values()) == 10_000
+    assert sum(store.runners.look("").queued.values()) == 10_000
     job = add_spec(store, make_spec(client="another"))  # although the queue is full
-    position = store.position(job)
+    position = store.clients.position(job)
     started = [lease(store).spec for _ in range(10)]
     assert started.index(job.spec) == position < 10
     before = [spec.client for spec in started[:position]]

@@ -1,0 +1,176 @@
+"""What clients may do with jobs: submit, read, cancel. Every client sees its own jobs only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, StorageError
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State, host_of
+from stable_audio_serve.jobs.store import codec
+from stable_audio_serve.jobs.store.admission import find_no_room, find_same
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.rows import is_job, to_event, to_job
+from stable_audio_serve.jobs.store.tables import EVENTS, JOBS
+from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions
+from stable_audio_serve.jobs.store.turns import Turns
+
+CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
+
+_ADDING = 0x53415502  # the number of a lock; any that nobody else uses
+_MAX_ID = 2**63 - 1
+
+_jobs = JOBS.c
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A job in the store; not new when the same request was submitted before."""
+
+    job: Job
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some jobs, newest first; `next_cursor` leads to the older ones, if any."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: str | None
+
+
+class ClientJobs:
+    """Jobs of one database as their clients may use them."""
+
+    def __init__(self, database: Database, limits: JobSettings) -> None:
+        self._database = database
+        self._limits = limits
+        self._transitions = Transitions(database)
+        self._turns = Turns(database)
+        self._insert_job = _insert_job(database)
+
+    def add(self, spec: JobSpec) -> Added:
+        """Add a new job, or find the one that the same request added before.
+
+        Raises ConflictError (`field` is "Idempotency-Key" or "id") when that was another request, QuotaError and
+        OverloadedError when too many jobs are waiting.
+        """
+        (outcome,) = self.add_all([spec])
+        if isinstance(outcome, StableAudioError):
+            raise outcome
+        return outcome
+
+    def add_all(self, specs: Sequence[JobSpec]) -> list[Added | StableAudioError]:
+        """`add` for several in one transaction. Returns what it would return or raise for each of them."""
+        with self._database.writing_alone(_ADDING) as connection:  # so that the limits hold when many add at once
+            return [self._add(connection, spec) for spec in specs]
+
+    def get(self, ref: JobRef) -> Job | None:
+        """Returns the job as it is now."""
+        return self._find(is_job(ref))
+
+    def find_unguessable(self, contract: Contract, job_id: str) -> Job | None:
+        """Returns any client's job with this id, unless the client chose the id. For links that need no key."""
+        is_ours = _jobs.id_is_chosen == sa.false()
+        return self._find(sa.and_(_jobs.contract == contract, _jobs.id == job_id, is_ours))
+
+    def list_own(
+        self, contract: Contract, client: str, *, state: State | None = None, cursor: str | None = None, limit: int = 20
+    ) -> Page:
+        """Returns a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
+        conditions = [_jobs.contract == contract, _jobs.client == client]
+        if state is not None:
+            conditions.append(_jobs.state == state)
+        with self._database.reading() as connection:
+            if cursor is not None:  # the last job of the page before
+                seq = connection.execute(sa.select(_jobs.seq).where(is_job(JobRef(contract, client, cursor)))).scalar()
+                if seq is None:
+                    message = "cursor: none that was given to you, or its job is no longer kept"
+                    raise InvalidRequestError(message, field="cursor")
+                conditions.append(_jobs.seq < seq)
+            query = sa.select(JOBS).where(*conditions).order_by(_jobs.seq.desc()).limit(limit + 1)
+            rows = connection.execute(query).all()
+        jobs = tuple(to_job(row) for row in rows[:limit])
+        return Page(jobs, jobs[-1].spec.id if len(rows) > limit else None)
+
+    def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
+        """Returns the job's events in order, those after the event with the id `after`."""
+        query = sa.select(EVENTS).join(JOBS, _jobs.seq == EVENTS.c.job).where(is_job(ref)).order_by(EVENTS.c.id)
+        num_known = min(max(after, 0), _MAX_ID)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.offset(num_known)).all()
+        return tuple(to_event(row, number) for number, row in enumerate(rows, start=num_known + 1))
+
+    def position(self, job: Job) -> int:
+        """Returns how many waiting jobs of its model and priority start before this one."""
+        is_it = is_job(job.spec.ref)
+        with self._database.reading() as connection:
+            return self._turns.position(connection, job.spec, is_job=is_it)
+
+    def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
+        """End a waiting job, or ask the owner of a running one to stop. Returns the job afterwards too."""
+        is_it = is_job(ref)
+        with self._database.writing() as connection:
+            row = connection.execute(sa.select(JOBS).where(is_it).with_for_update()).first()
+            if row is None:
+                return "unknown", None
+            if row.state == "queued":
+                values = self._transitions.ended("cancelled", CANCELLED)
+                return "removed", self._transitions.change(connection, is_it, message="cancelled", **values)
+            if row.state != "running":
+                return "already_over", to_job(row)
+            if row.cancel_requested:
+                return "requested", to_job(row)
+            message = "cancellation requested"
+            return "requested", self._transitions.change(connection, is_it, message=message, cancel_requested=True)
+
+    def _find(self, condition: sa.ColumnElement[bool]) -> Job | None:
+        with self._database.reading() as connection:
+            row = connection.execute(sa.select(JOBS).where(condition)).first()
+        return None if row is None else to_job(row)
+
+    def _add(self, connection: sa.Connection, spec: JobSpec) -> Added | StableAudioError:
+        refusal = find_no_room(connection, spec, limits=self._limits)
+        if refusal is None and (row := self._insert(connection, spec)):
+            self._turns.join(connection, spec)
+            self._transitions.note(connection, [row], message="queued")
+            return Added(to_job(row), is_new=True)
+        try:
+            earlier = find_same(connection, spec)
+        except ConflictError as error:
+            return error
+        if earlier is not None:
+            return Added(to_job(earlier), is_new=False)
+        return refusal or StorageError("the job database changes too fast", retry_after_s=0)  # its twin was just purged
+
+    def _insert(self, connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
+        """Returns None when a job with its id or idempotency key is there already."""
+        values = {
+            "contract": spec.contract,
+            "id": spec.id,
+            "client": spec.client,
+            "id_is_chosen": spec.id_is_chosen,
+            "model": spec.model,
+            "priority": spec.request.priority,
+            "spec": codec.dump(spec),
+            "fingerprint": spec.fingerprint,
+            "idempotency_key": spec.idempotency_key,
+            "start_within_s": spec.start_within_s,
+            "upload_key": spec.upload.file.key if spec.upload else None,
+            "webhook_url": spec.webhook_url,
+            "webhook_host": host_of(spec.webhook_url) if spec.webhook_url else None,
+        }
+        return connection.execute(self._insert_job, values).first()
+
+
+def _insert_job(database: Database) -> sa.Executable:
+    """Built once: building a statement costs more than running it."""
+    now, start_within_s = database.now, sa.bindparam("start_within_s", type_=sa.Double)
+    insert = database.insert(JOBS).values(
+        state="queued", created_at=now, not_before=now, start_before=now + start_within_s
+    )
+    return insert.on_conflict_do_nothing().returning(JOBS)

@@ -1,0 +1,37 @@
+"""Published files: what links without a key lead to, by an unguessable id. Where the bytes are is `artifacts`."""
+
+from __future__ import annotations
+
+import secrets
+
+import sqlalchemy as sa
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.jobs.store import codec
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.tables import FILES
+
+
+class PublishedFiles:
+    """Published files of one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def find(self, file_id: str) -> StoredFile | None:
+        """Returns the published file with this id."""
+        with self._database.reading() as connection:
+            text = connection.execute(sa.select(FILES.c.file).where(FILES.c.id == file_id)).scalar()
+        return None if text is None else codec.load_file(text)
+
+    def publish(self, file: StoredFile, *, file_id: str | None = None) -> str:
+        """Give a file an id, a random one unless given, and return it. Raises StorageError also for a used id."""
+        file_id = file_id or secrets.token_hex(16)
+        with self._database.writing() as connection:
+            self.publish_in(connection, file, file_id=file_id)
+        return file_id
+
+    def publish_in(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> None:
+        """`publish` in the caller's transaction."""
+        row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self._database.now}
+        connection.execute(sa.insert(FILES).values(row))

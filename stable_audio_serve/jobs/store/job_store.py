@@ -1,0 +1,48 @@
+"""The job store: one part for everyone who uses it, over one database that all parts share.
+
+Every part is blocking, for worker threads, and raises StorageError when the database cannot be used now. They know
+states, leases and owners, not what jobs do. They run on SQLite and PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.store.client_jobs import ClientJobs
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.files import PublishedFiles
+from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs
+from stable_audio_serve.jobs.store.retention import Retention
+from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
+from stable_audio_serve.jobs.store.tables import IDENTITY
+
+
+class JobStore:
+    """What clients, runners, operators and the sweeper may do with jobs, and the files that links lead to."""
+
+    def __init__(self, database: Database, limits: JobSettings | None = None) -> None:
+        """Touches nothing yet."""
+        self.database = database
+        self.clients = ClientJobs(database, limits or JobSettings())
+        self.runners = RunnerJobs(database)
+        self.operators = OperatorJobs(database)
+        self.retention = Retention(database)
+        self.files = PublishedFiles(database)
+
+    def identity(self) -> str:
+        """Returns the random name that this database was given at its first use and keeps."""
+        return self._find_own(IDENTITY.c.id)
+
+    def secret(self) -> str:
+        """Returns 256 random bits that this database keeps, for what its servers sign. No one else may see them."""
+        return self._find_own(IDENTITY.c.secret)
+
+    def _find_own(self, column: sa.Column[Any]) -> str:
+        new = {"seq": 1, "id": secrets.token_hex(16), "secret": secrets.token_hex(32)}
+        with self.database.writing() as connection:
+            connection.execute(self.database.insert(IDENTITY).values(new).on_conflict_do_nothing())
+            return str(connection.execute(sa.select(column)).scalar_one())

@@ -1,0 +1,86 @@
+"""Rows of the tables as the values of `jobs.job`, and the conditions that select them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.jobs.job import Job, JobEvent, JobRef, JobSpec, Lease
+from stable_audio_serve.jobs.store import codec
+from stable_audio_serve.jobs.store.tables import JOBS, in_state
+
+T = TypeVar("T")
+
+_jobs = JOBS.c
+
+
+def is_job(ref: JobRef) -> sa.ColumnElement[bool]:
+    """SQL: the row is this job's."""
+    return sa.and_(_jobs.contract == ref.contract, _jobs.client == ref.client, _jobs.id == ref.id)
+
+
+def is_held(job: Job) -> sa.ColumnElement[bool]:
+    """SQL: the row is this job's, and the job still runs under the lease it had."""
+    lease = job.lease or Lease("", -1)
+    return sa.and_(is_job(job.spec.ref), in_state("running"), _jobs.owner == lease.owner, _jobs.fence == lease.fence)
+
+
+def to_job(row: sa.Row[Any]) -> Job:
+    """Returns the job in a row, also where this version cannot read its specification: it must not hold up others."""
+    spec = _read(codec.load_spec, row.spec)
+    return Job(
+        spec=spec or _outline(row),
+        state=row.state,
+        created_at=datetime.fromtimestamp(row.created_at, UTC),
+        started_at=_to_time(row.started_at),
+        completed_at=_to_time(row.completed_at),
+        attempts=row.attempts,
+        cancel_requested=row.cancel_requested,
+        stage=row.stage,
+        fraction=row.fraction,
+        eta_s=row.eta_s,
+        engine_position=row.engine_position,
+        lease=None if row.owner is None else Lease(row.owner, row.fence),
+        is_dead_letter=row.is_dead_letter,
+        result=_read(codec.load_result, row.result),
+        error=_read(codec.load_error, row.error),
+        is_readable=spec is not None,
+    )
+
+
+def _read(load: Callable[[str], T], text: str | None) -> T | None:
+    """Returns None where there is nothing, or what another version of this package wrote."""
+    try:
+        return None if text is None else load(text)
+    except ValueError:
+        return None
+
+
+def _outline(row: sa.Row[Any]) -> JobSpec:
+    """Returns what the columns tell of a job whose specification cannot be read."""
+    return JobSpec(
+        id=row.id,
+        contract=row.contract,
+        model=row.model,
+        mode="text-to-audio",
+        request=GenerationRequest(prompt="", duration_s=0.0, seed=0, priority=row.priority),
+        webhook_url=row.webhook_url,
+        client=row.client,
+        id_is_chosen=row.id_is_chosen,
+        idempotency_key=row.idempotency_key,
+        fingerprint=row.fingerprint,
+    )
+
+
+def to_event(row: sa.Row[Any], number: int) -> JobEvent:
+    """Returns the event in a row as the job's `number`th. The row's own id counts the events of all jobs: private."""
+    at = datetime.fromtimestamp(row.at, UTC)
+    return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)
+
+
+def _to_time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,224 @@
+"""What runners may do with jobs: lease, renew, report, end, put back, and take over from runners that died.
+
+A runner is known by its `owner`, a random name it has for one life. Only the holder of a lease may change its job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.jobs.job import Job, JobError, JobRef, JobResult
+from stable_audio_serve.jobs.store import codec
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.files import PublishedFiles
+from stable_audio_serve.jobs.store.rows import is_held
+from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
+from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions, waiting_again
+from stable_audio_serve.jobs.store.turns import Turns
+
+_LATE = JobError("start_timeout", "the job could not be started in the time its client allowed")
+_EXHAUSTED = JobError("unavailable", "the server was interrupted too often during this job")
+_LEASING = 0x53415503  # the number of a lock; any that nobody else uses
+_BATCH = 500  # rows of one statement
+
+_jobs = JOBS.c
+_QUEUED, _RUNNING = in_state("queued"), in_state("running")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A running job whose lease was renewed."""
+
+    ref: JobRef
+    fence: int
+    cancel_requested: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The progress of a running job; `eta_s` is the predicted time to its end, seconds."""
+
+    job: Job
+    stage: str
+    fraction: float
+    eta_s: float | None = None
+    engine_position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a runner may have to do: counts, and seconds until something is due (0 or less: now; None: never)."""
+
+    queued: Mapping[Priority, int]
+    num_stops: int
+    lease_in_s: float | None
+    reclaim_in_s: float | None
+    late_in_s: float | None
+    webhook_in_s: float | None
+
+    @property
+    def num_queued(self) -> int:
+        """The jobs of every priority."""
+        return sum(self.queued.values())
+
+
+class RunnerJobs:
+    """Jobs of one database as runners may use them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._transitions = Transitions(database)
+        self._turns = Turns(database)
+        self._files = PublishedFiles(database)
+
+    def look(self, owner: str) -> Outlook:
+        """Returns what there is to do. One query: all that an idle runner asks."""
+        now = self._database.now
+        query = sa.select(
+            *(count(_QUEUED, _jobs.priority == priority).label(priority) for priority in get_args(Priority)),
+            count(_jobs.owner == owner, _RUNNING, _jobs.cancel_requested).label("stops"),
+            (_least(_jobs.not_before, _QUEUED) - now).label("lease"),
+            (_least(_jobs.lease_until, _RUNNING) - now).label("reclaim"),
+            (_least(_jobs.start_before, _jobs.start_before.is_not(None)) - now).label("late"),
+            (_least(_jobs.webhook_at, _jobs.webhook_at.is_not(None)) - now).label("webhook"),
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(query).one()
+        queued = {priority: row._mapping[priority] for priority in get_args(Priority)}
+        return Outlook(queued, row.stops, row.lease, row.reclaim, row.late, row.webhook)
+
+    def lease(
+        self,
+        owner: str,
+        *,
+        lease_s: float,
+        models: Collection[str] | None = None,
+        priority: Priority = "interactive",
+    ) -> Job | None:
+        """Start the next waiting job of these models, of any if None; its lease lasts `lease_s` from now.
+
+        Returns None when no job is due.
+        """
+        is_next = _jobs.seq == self._turns.next_job(priority, models)
+        values = self._transitions.started(owner, lease_s=lease_s)
+        with self._database.writing_alone(_LEASING) as connection:  # another one at the same time would pick this turn
+            job = self._transitions.change(connection, is_next, message="started", **values)
+            if job is not None:
+                self._turns.served(connection, job.spec)
+        return job
+
+    def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[Held]:
+        """Extend this owner's leases of these jobs to `lease_s` from now. Returns those that it still held.
+
+        `refs` are needed because the owner may hold a lease that it does not know of, where the answer to `lease` was
+        lost. Nobody runs that job, so its lease must end.
+        """
+        is_one = sa.tuple_(_jobs.contract, _jobs.client, _jobs.id).in_(refs)
+        change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, is_one)
+        values = change.values(lease_until=self._database.now + lease_s)
+        returning = values.returning(_jobs.contract, _jobs.client, _jobs.id, _jobs.fence, _jobs.cancel_requested)
+        with self._database.writing() as connection:
+            _lock(connection, {ref.id for ref in refs})
+            return [Held(JobRef(*row[:3]), *row[3:]) for row in connection.execute(returning)]
+
+    def report(self, reports: Collection[Report]) -> list[Job]:
+        """Save the progress of running jobs. Returns the jobs whose lease was lost."""
+        with self._database.writing() as connection:
+            _lock(connection, {report.job.spec.id for report in reports})
+            return [report.job for report in reports if self._note_progress(connection, report) is None]
+
+    def succeed(self, job: Job, result: JobResult) -> Job | None:
+        """End a job with its result and publish the file, in one transaction. Returns None when the lease was lost."""
+        values = self._transitions.ended("succeeded") | {
+            "stage": "done",
+            "fraction": 1.0,
+            "result": codec.dump(result),
+            "result_key": result.file.key,
+        }
+        with self._database.writing() as connection:
+            message = f"finished: the generation took {result.inference_s:.2f} s"
+            ended = self._transitions.change(connection, is_held(job), message=message, **values)
+            if ended is not None:
+                self._files.publish_in(connection, result.file, file_id=result.file_id)
+        return ended
+
+    def fail(self, job: Job, error: JobError, *, is_dead_letter: bool = False) -> Job | None:
+        """End a job with an error. Returns None when the lease was lost."""
+        values = self._transitions.ended("failed", error) | {"is_dead_letter": is_dead_letter}
+        return self._change_held(job, message=error.message, **values)
+
+    def stop(self, job: Job) -> Job | None:
+        """End a job whose cancellation was requested. Returns None when the lease was lost."""
+        return self._change_held(job, message="cancelled", **self._transitions.ended("cancelled", CANCELLED))
+
+    def requeue(self, job: Job, *, delay_s: float, attempts: int, message: str) -> Job | None:
+        """Put a job back into the queue for `delay_s` at least, with `attempts` counted.
+
+        If its cancellation was requested it is cancelled instead. Returns None when the lease was lost.
+        """
+        start_within_s = None if attempts else job.spec.start_within_s
+        start_before = None if start_within_s is None else job.created_at.timestamp() + start_within_s
+        values = waiting_again() | {"attempts": attempts, "start_before": start_before}
+        with self._database.writing() as connection:
+            asked = sa.select(_jobs.cancel_requested).where(is_held(job)).with_for_update()
+            if connection.execute(asked).scalar():
+                message, values = "cancelled", self._transitions.ended("cancelled", CANCELLED)
+            values["not_before"] = self._database.now + delay_s
+            return self._transitions.change(connection, is_held(job), message=message, **values)
+
+    def reclaim(self, *, max_attempts: int) -> list[Job]:
+        """Take every running job whose lease has expired from its owner. Returns the jobs afterwards.
+
+        They wait again, are cancelled if that was requested, or, after `max_attempts`, are dead letters.
+        """
+        is_asked, is_last = _jobs.cancel_requested, _jobs.attempts >= max_attempts
+        dead = self._transitions.ended("failed", _EXHAUSTED) | {"is_dead_letter": True}
+        reclaimed: list[Job] = []
+        for condition, message, values in (
+            (is_asked, "cancelled", self._transitions.ended("cancelled", CANCELLED)),
+            (is_last, _EXHAUSTED.message, dead),
+            (sa.not_(sa.or_(is_asked, is_last)), "put back: its runner was lost", waiting_again()),
+        ):
+            is_lost = (_RUNNING, _jobs.lease_until <= self._database.now, condition)
+            reclaimed += self._change_all(*is_lost, message=message, **values)
+        return reclaimed
+
+    def expire(self) -> list[Job]:
+        """End the waiting jobs whose time to start is over. Returns them."""
+        is_late = (_QUEUED, _jobs.start_before <= self._database.now)
+        return self._change_all(*is_late, message=_LATE.message, **self._transitions.ended("failed", _LATE))
+
+    def _note_progress(self, connection: sa.Connection, report: Report) -> Job | None:
+        values = {"stage": report.stage, "fraction": report.fraction, "eta_s": report.eta_s}
+        values["engine_position"] = report.engine_position
+        return self._transitions.change(connection, is_held(report.job), message=None, **values)
+
+    def _change_held(self, job: Job, *, message: str | None, **values: Any) -> Job | None:
+        with self._database.writing() as connection:
+            return self._transitions.change(connection, is_held(job), message=message, **values)
+
+    def _change_all(self, *conditions: sa.ColumnElement[bool], message: str, **values: Any) -> list[Job]:
+        """Change every job that meets all `conditions`, in transactions of bounded size."""
+        changed: list[Job] = []
+        while True:
+            with self._database.writing() as connection:
+                some = self._transitions.change_some(connection, *conditions, limit=_BATCH, message=message, **values)
+            changed += some
+            if len(some) < _BATCH:
+                return changed
+
+
+def _lock(connection: sa.Connection, job_ids: Collection[str]) -> None:
+    """Lock running jobs before they are changed, always in the same order: two that change several never deadlock."""
+    in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
+    if connection.dialect.name != "sqlite":  # which has one writer at a time
+        connection.execute(in_order)
+
+
+def _least(column: sa.ColumnElement[Any], *conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:
+    return sa.select(sa.func.min(column)).where(*conditions).scalar_subquery()
