@@ -11,7 +11,7 @@ from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBat
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.goldens import SHARP
 from tests.models.loaded import assert_near, loaded
-from tests.models.test_sa3_planning import make_clip, make_request
+from tests.models.sa3.requests import make_clip, make_request
 
 
 def admit(model: Sa3Model, **fields: Any) -> tuple[RowPlan, RowConditioning]:

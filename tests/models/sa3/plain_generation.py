@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.generation import GenerationRequest
-from tests.models import plain_networks as nets
+from tests.models.sa3 import plain_networks as nets
 
 
 @dataclass(frozen=True)

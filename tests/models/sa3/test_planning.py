@@ -10,24 +10,16 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
+from stable_audio_serve.core.generation import ScheduleShift, SourceAudio
 from stable_audio_serve.models.protocol import RowPlan
 from stable_audio_serve.models.sa3.lengths import LengthRule, chunked_windows, plan_length
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import loaded
+from tests.models.sa3.requests import make_clip, make_request
 
 SHARP_LENGTHS = [(name, case) for name in SHARP for case in load_goldens(name).facts["components"]["lengths"]]
 COMMON_LENGTHS = [case for case in load_goldens("common").facts["lengths"] if max(case["durations"]) > 0]
 CASES = [(name, case) for name in SHARP for case in load_goldens(name).facts["cases"]]
-
-
-def make_request(**fields: Any) -> GenerationRequest:
-    return GenerationRequest(**{"prompt": "dog barking", "duration_s": 2.337, "seed": 7, **fields})
-
-
-def make_clip(*, seconds: float = 1.0, rate: int = 1000, channels: int = 2) -> SourceAudio:
-    samples = np.random.default_rng(0).uniform(-1, 1, (channels, int(seconds * rate)))
-    return SourceAudio(samples.astype(np.float32), rate)
 
 
 def one(name: str = "sharp-s", **fields: Any) -> RowPlan:

@@ -22,8 +22,8 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling import SeededNoise
 from tests.goldens import load_goldens
 from tests.models.loaded import assert_near, loaded
-from tests.models.plain_generation import PlainModel, PlainRun
-from tests.models.plain_networks import below, decode, denoise, encode
+from tests.models.sa3.plain_generation import PlainModel, PlainRun
+from tests.models.sa3.plain_networks import below, decode, denoise, encode
 
 SIZES: dict[str, dict[str, Any]] = {
     # Unshifted chunks of three latents, odd stride, mono, memoryless and differential, a wide head.

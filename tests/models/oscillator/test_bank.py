@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.models.oscillator.bank import (
+    A4_INDEX,
+    FRAME_SAMPLES,
+    NUM_CHANNELS,
+    OSCILLATOR_HZ,
+    SAMPLE_RATE_HZ,
+    OscillatorBank,
+    compress,
+    expand,
+    nearest_oscillator,
+)
+from tests.models.oscillator.frames import make_frames, render
+
+
+def test_compress_and_expand_are_inverse() -> None:
+    amplitude = torch.tensor([0.0, 0.001, 0.3, 1.0])
+    torch.testing.assert_close(expand(compress(amplitude)), amplitude)
+    assert compress(torch.tensor(1.0)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("index", [10, 33, 58, A4_INDEX, 127, 150])
+def test_an_oscillator_sounds_at_its_frequency_and_level(index: int) -> None:
+    audio = render(make_frames(96, tones={index: 0.25}))[0].numpy()[4096:]
+    spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio)))) * 4 / len(audio)
+    assert abs(spectrum.argmax() * SAMPLE_RATE_HZ / len(audio) - OSCILLATOR_HZ[index]) < 1.2
+    assert spectrum.max() == pytest.approx(0.25, rel=0.16)  # a Hann window loses up to 1.4 dB between bins
+
+
+def test_every_frequency_is_within_a_quarter_of_a_semitone_of_an_oscillator() -> None:
+    for hertz in range(80, 2001):
+        cents = 1200 * math.log2(OSCILLATOR_HZ[nearest_oscillator(hertz)] / hertz)
+        assert abs(cents) <= 25.01
+
+
+def test_an_onset_is_sharp_and_does_not_sound_before_its_frame() -> None:
+    frames = make_frames(32, tones={A4_INDEX: 0.5})
+    frames[:, :16] = 0
+    audio = render(frames)[0]
+    onset = 16 * FRAME_SAMPLES
+    assert audio[: onset - 1].abs().max() == 0
+    assert audio[onset + FRAME_SAMPLES // 4 : onset + FRAME_SAMPLES].abs().max() > 0.45
+
+
+def test_noise_bands_have_the_level_they_ask_for() -> None:
+    noise = torch.randn(2, 200 * FRAME_SAMPLES, generator=torch.Generator().manual_seed(1))
+    audio = render(make_frames(200, bands=0.05), noise=noise)[:, 2048:]
+    assert audio.square().mean().sqrt() == pytest.approx(0.05 * math.sqrt(20), rel=0.05)
+
+
+def test_balance_silences_one_side() -> None:
+    frames = make_frames(40, tones={60: 0.3})
+    frames[-2] = -1.0
+    left, right = render(frames).square().mean(dim=1)
+    assert left > 1e6 * right
+
+
+def test_a_window_renders_the_same_samples_as_the_whole_clip() -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames = (torch.rand(NUM_CHANNELS, 120, generator=generator) - 0.4).clamp(min=0)
+    noise = torch.randn(2, 120 * FRAME_SAMPLES, generator=generator)
+    whole = render(frames, noise=noise)
+    first, last = 40, 90
+    inside = slice(first * FRAME_SAMPLES, last * FRAME_SAMPLES)
+    window = render(frames[:, first:last], start=first, noise=noise[:, inside])
+    halo = OscillatorBank.halo_frames * FRAME_SAMPLES
+    torch.testing.assert_close(window[:, halo:-halo], whole[:, inside][:, halo:-halo], atol=1e-5, rtol=0)
