@@ -10,7 +10,7 @@ from stable_audio_serve.api.readiness import Verdict
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.settings_sources import preloaded_names
-from stable_audio_serve.jobs.store.refusals import StoreHealth, StoreState
+from stable_audio_serve.jobs.store.health import StoreHealth, StoreState
 
 _UNKNOWN = ModelStatus("loading")
 

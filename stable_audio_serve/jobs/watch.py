@@ -8,7 +8,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.refusals import Refusals, StoreHealth, health_of
+from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, health_of
 
 _PATIENCE_S = 0.8  # after this an old answer is better than a late one
 _SILENT_AFTER_S = 10.0

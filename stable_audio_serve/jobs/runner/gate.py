@@ -17,7 +17,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
-from stable_audio_serve.jobs.store.refusals import Refusals, health_of
+from stable_audio_serve.jobs.store.health import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 

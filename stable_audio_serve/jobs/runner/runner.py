@@ -33,8 +33,8 @@ from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.periodic import Periodic
 from stable_audio_serve.jobs.runner.reporter import Reporter
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
+from stable_audio_serve.jobs.store.health import Refusals
 from stable_audio_serve.jobs.store.job_store import JobStore
-from stable_audio_serve.jobs.store.refusals import Refusals
 from stable_audio_serve.jobs.store.runner_jobs import Outlook
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 

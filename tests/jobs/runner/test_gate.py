@@ -15,7 +15,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.store.database import Database
-from stable_audio_serve.jobs.store.refusals import Refusals, StoreHealth, StoreState, health_of
+from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, StoreState, health_of
 from tests.backends import ToneBackend
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, upload, wait_for
 from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall
