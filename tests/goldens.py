@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SA3_GOLDENS = Path(__file__).parent / "data" / "goldens" / "sa3"
+OPEN_GOLDENS = SA3_GOLDENS.with_name("sao")
 SHARP = ("sharp-s", "sharp-l")
 TINY = ("tiny-s", "tiny-l")
 
@@ -32,3 +33,11 @@ def load_goldens(name: str) -> Goldens:
     stem = "common" if name == "common" else "golden"
     facts = json.loads((folder / f"{stem}.json").read_text())
     return Goldens(folder=folder, facts=facts, tensors=load_file(folder / f"{stem}.safetensors"))
+
+
+@cache
+def load_open_goldens(name: str) -> Goldens:
+    """The folder `name` of the Stable Audio Open goldens."""
+    folder = OPEN_GOLDENS / name
+    facts = json.loads((folder / "golden.json").read_text())
+    return Goldens(folder=folder, facts=facts, tensors=load_file(folder / "golden.safetensors"))

@@ -161,9 +161,7 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
     levels may therefore rise above it, as in the references. Raises InvalidRequestError on `steps` outside 1..1000
     and `init_noise_level` outside 0.01..1 (a schedule from 0 would divide by 0).
     """
-    if not 1 <= steps <= MAX_STEPS:
-        allowed = f"1..{MAX_STEPS}"
-        raise InvalidRequestError(f"steps must be in {allowed}, got {steps}", field="steps", allowed=allowed)
+    check_steps(steps)
     if not 0.01 <= sigma_max <= 1.0:
         message = f"init_noise_level must be in 0.01..1, got {sigma_max}"
         raise InvalidRequestError(message, field="init_noise_level", allowed="0.01..1")
@@ -173,6 +171,13 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
     if not (torch.isfinite(sigmas).all() and (sigmas[:-1] > 0).all()):
         raise InvalidRequestError("schedule_shift: the levels before the last must be above 0", field="schedule_shift")
     return sigmas
+
+
+def check_steps(steps: int) -> None:
+    """Raises InvalidRequestError on `steps` outside 1..1000."""
+    if not 1 <= steps <= MAX_STEPS:
+        allowed = f"1..{MAX_STEPS}"
+        raise InvalidRequestError(f"steps must be in {allowed}, got {steps}", field="steps", allowed=allowed)
 
 
 def _build(kind: str, options: Mapping[str, object]) -> TimestepShift:

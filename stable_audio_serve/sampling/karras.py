@@ -1,0 +1,80 @@
+"""Noise levels of the models that are sampled over sigma: the grids of Karras et al. and their exponential relatives.
+
+All arithmetic is float32 in the references' order of operations, because the network's time features amplify the last
+bit of a level. Knows nothing of samplers or of how a level becomes a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.sampling.schedules import check_steps
+
+LOWEST_SIGMA, HIGHEST_SIGMA = 1e-4, 1e4
+MAX_RHO = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class SigmaRange:
+    """From which noise level to which a row goes, and how the steps between are spaced (`rho` 1: evenly in ln sigma).
+
+    Raises InvalidRequestError on `sigma_min`, `sigma_max` (which must be the larger) and `rho`.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    rho: float = 1.0
+
+    def __post_init__(self) -> None:
+        allowed = f"{LOWEST_SIGMA:g}..{HIGHEST_SIGMA:g}"
+        for field, value in (("sigma_min", self.sigma_min), ("sigma_max", self.sigma_max)):
+            if not LOWEST_SIGMA <= value <= HIGHEST_SIGMA:
+                raise InvalidRequestError(f"{field} must be in {allowed}, got {value}", field=field, allowed=allowed)
+        if not self.sigma_min < self.sigma_max:
+            message = f"sigma_max {self.sigma_max:g} must be above sigma_min {self.sigma_min:g}"
+            raise InvalidRequestError(message, field="sigma_max", allowed=f"above {self.sigma_min:g}")
+        if not 0.0 < self.rho <= MAX_RHO:
+            allowed = f"above 0, at most {MAX_RHO:g}"
+            raise InvalidRequestError(f"rho must be {allowed}, got {self.rho}", field="rho", allowed=allowed)
+
+
+def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
+    """exp(r (ln max - ln min) + ln min) with r = linspace(1, 0)**rho, then 0; (steps + 1,) float32.
+
+    The grid of Stable Audio Open. Raises InvalidRequestError on `steps`, and on `rho` where two levels coincide.
+    """
+    check_steps(steps)
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float32) ** span.rho
+    low, high = math.log(span.sigma_min), math.log(span.sigma_max)
+    return _ended(torch.exp(ramp * (high - low) + low))
+
+
+def exponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
+    """Levels evenly spaced in ln sigma, then 0; (steps + 1,) float32. `rho` has no part in it."""
+    check_steps(steps)
+    low, high = math.log(span.sigma_min), math.log(span.sigma_max)
+    return _ended(torch.linspace(high, low, steps, dtype=torch.float32).exp())
+
+
+def karras_sigmas(steps: int, span: SigmaRange) -> Tensor:
+    """Levels evenly spaced in sigma**(1 / rho), then 0; (steps + 1,) float32.
+
+    Equation 5 of "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), rho 7 there.
+    """
+    check_steps(steps)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float32)
+    low, high = span.sigma_min ** (1 / span.rho), span.sigma_max ** (1 / span.rho)
+    return _ended((high + ramp * (low - high)) ** span.rho)
+
+
+def _ended(levels: Tensor) -> Tensor:
+    """The levels with their final 0; refused where two are the same float32, since a step of no size has no slope."""
+    if not (levels[:-1] > levels[1:]).all():
+        message = f"these sigma_min, sigma_max and rho leave two equal noise levels in {len(levels)} steps"
+        raise InvalidRequestError(message, field="rho")
+    return torch.cat([levels, levels.new_zeros(1)])

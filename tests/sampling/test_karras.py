@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.sampling.karras import (
+    SigmaRange,
+    exponential_sigmas,
+    karras_sigmas,
+    polyexponential_sigmas,
+)
+from tests.goldens import load_open_goldens
+
+COMMON = load_open_goldens("common")
+POLYEXPONENTIAL = sorted(name for name in COMMON.facts["schedules"] if name.startswith("schedule/polyexp_"))
+
+
+@pytest.mark.parametrize("name", POLYEXPONENTIAL)
+def test_polyexponential_levels_are_the_reference_s_to_the_bit(name: str) -> None:
+    case = COMMON.facts["schedules"][name]
+    span = SigmaRange(case["sigma_min"], case["sigma_max"], case["rho"])
+    assert torch.equal(polyexponential_sigmas(case["steps"], span), COMMON.tensors[name])
+
+
+def test_rho_1_is_the_exponential_grid() -> None:
+    span = SigmaRange(0.3, 500.0)
+    levels = exponential_sigmas(9, span)
+    torch.testing.assert_close(levels, polyexponential_sigmas(9, span), rtol=1e-6, atol=0)
+    ratios = levels[1:-1] / levels[:-2]
+    torch.testing.assert_close(ratios, ratios[:1].expand(8), rtol=1e-5, atol=0)
+
+
+def test_karras_levels_are_even_in_their_root() -> None:
+    levels = karras_sigmas(12, SigmaRange(0.002, 80.0, 7.0))
+    assert float(levels[-1]) == 0.0
+    torch.testing.assert_close(levels[[0, -2]], torch.tensor([80.0, 0.002]), rtol=1e-5, atol=0)
+    gaps = (levels[:-1] ** (1 / 7)).diff()
+    torch.testing.assert_close(gaps, gaps[:1].expand(11), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("sigma_min", (0.0, 500.0)),
+        ("sigma_min", (math.nan, 500.0)),
+        ("sigma_max", (0.3, math.inf)),
+        ("sigma_max", (0.3, 0.3)),
+        ("sigma_max", (0.3, 0.1)),
+        ("rho", (0.3, 500.0, 0.0)),
+        ("rho", (0.3, 500.0, math.nan)),
+    ],
+)
+def test_an_unusable_range_is_refused_by_field(field: str, values: tuple[float, ...]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        SigmaRange(*values)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("build", [polyexponential_sigmas, exponential_sigmas, karras_sigmas])
+def test_step_counts_out_of_range_are_refused(build) -> None:
+    for steps in (0, 1001):
+        with pytest.raises(InvalidRequestError) as caught:
+            build(steps, SigmaRange(0.3, 500.0))
+        assert caught.value.field == "steps"
+    assert build(1, SigmaRange(0.3, 500.0))[-1] == 0
+
+
+def test_levels_that_coincide_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="two equal noise levels in 200 steps") as caught:
+        polyexponential_sigmas(200, SigmaRange(0.3, 500.0, 7.0))
+    assert caught.value.field == "rho"
