@@ -1,5 +1,6 @@
 """Schedules, samplers as plans, guidance and noise: row-independent tensor maths that can be checked against papers."""
 
+from stable_audio_serve.sampling.brownian import ReplayPath
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
 from stable_audio_serve.sampling.noise import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
 from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
@@ -24,6 +25,7 @@ __all__ = [
     "NoiseSource",
     "ReplayDraw",
     "ReplayNoise",
+    "ReplayPath",
     "SamplerPlan",
     "SeededNoise",
     "TimestepShift",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.errors import GenerationError
+from stable_audio_serve.sampling.brownian import ReplayPath
 
 WINDOW_BLOCK_FRAMES = 32
 _CPU = torch.device("cpu")
@@ -86,6 +87,10 @@ class ReplayDraw:
     index: int
     shape: tuple[int, ...]
 
+    def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
+        """The draw by its stage and index."""
+        return {(self.stage, self.index): torch.randn(self.shape, generator=generator, dtype=torch.float32)}
+
 
 class ReplayNoise:
     """The draws of a reference run over `num_rows` rows: one CPU generator, drawn in the script's order.
@@ -95,7 +100,7 @@ class ReplayNoise:
     encoded once per run).
     """
 
-    def __init__(self, seed: int, script: Sequence[ReplayDraw], *, num_rows: int) -> None:
+    def __init__(self, seed: int, script: Sequence[ReplayDraw | ReplayPath], *, num_rows: int) -> None:
         self._generator = torch.Generator(device=_CPU).manual_seed(seed % 2**64)
         self._pending = list(reversed(script))
         self._num_rows = num_rows
@@ -112,9 +117,7 @@ class ReplayNoise:
             while (stage, index) not in self._made:
                 if not self._pending:
                     raise GenerationError(f"replayed noise: the reference run has no draw {stage!r} at {index}")
-                entry = self._pending.pop()
-                drawn = torch.randn(entry.shape, generator=self._generator, dtype=torch.float32)
-                self._made[entry.stage, entry.index] = drawn
+                self._made.update(self._pending.pop().make(self._generator))
             return self._made[stage, index]
 
     def share(self, stage: str, index: int, row: int, shape: tuple[int, ...]) -> Tensor:

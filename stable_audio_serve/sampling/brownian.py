@@ -1,0 +1,92 @@
+"""One Brownian path over noise levels, as the references draw it, for replaying their runs in verification.
+
+The product has no need of it: the steps of a sampler do not overlap, so the path's increments over them are independent
+and one plain normal draw per step has the same distribution. Knows nothing of samplers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DECIMALS = 6  # levels are told apart to 1e-6
+_POOL_SIZE = 24
+_MAX_ENTROPY = 2**63 - 1
+
+
+class BrownianTree:
+    """A path W on `start`..`end` that is a pure function of `entropy`: bisected where it is asked for.
+
+    Any increment depends on its ends alone, not on what was asked before. Levy's construction of Brownian motion, with
+    the seeds of torchsde's tree ("Efficient and Accurate Gradients for Neural SDEs", arXiv 2105.13493).
+    """
+
+    def __init__(self, entropy: int, start: float, end: float, *, shape: tuple[int, ...]) -> None:
+        """`shape` is that of a value of the path."""
+        self._entropy = entropy
+        self._shape = shape
+        self._start, self._end = round(start, _DECIMALS), round(end, _DECIMALS)
+        words = np.random.SeedSequence(entropy, pool_size=_POOL_SIZE).generate_state(3)
+        self._total = math.sqrt(end - start) * self._normal(int(words[0]))
+
+    def increment(self, low: float, high: float) -> Tensor:
+        """W(high) - W(low), `shape`, float32 on the CPU; levels beyond the ends count as the ends."""
+        return (self._value(high) - self._value(low)).float()
+
+    def _value(self, level: float) -> Tensor:
+        """W(level) - W(start), float64."""
+        wanted = min(max(round(level, _DECIMALS), self._start), self._end)
+        low, high, across = self._start, self._end, self._total
+        value = torch.zeros_like(across)
+        key, depth = 0, 0
+        while wanted not in (low, high):
+            middle = round((low + high) / 2, _DECIMALS)
+            spread = math.sqrt((middle - low) * (high - middle) / (high - low))
+            left = across * ((middle - low) / (high - low)) + spread * self._node(key, depth)
+            key, depth = 2 * key, depth + 1
+            if wanted <= middle:
+                high, across = middle, left
+            else:
+                value, low, across, key = value + left, middle, across - left, key + 1
+        return value if wanted == low else value + across
+
+    def _node(self, key: int, depth: int) -> Tensor:
+        sequence = np.random.SeedSequence(self._entropy, spawn_key=(key, depth), pool_size=_POOL_SIZE)
+        return self._normal(int(sequence.generate_state(4)[0]))
+
+    def _normal(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self._shape, generator=generator, dtype=torch.float32).double()
+
+
+def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, ...]) -> list[Tensor]:
+    """The path's unit-variance noise for each pair of neighbouring positive levels of the falling `sigmas`.
+
+    `-(W(s) - W(n)) / sqrt(s - n)` for the step from s to n, `shape`, float32 on the CPU.
+    """
+    levels = [sigma for sigma in sigmas if sigma > 0.0]
+    tree = BrownianTree(entropy, min(levels), max(levels), shape=shape)
+    return [-tree.increment(n, s) / math.sqrt(s - n) for s, n in itertools.pairwise(levels)]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayPath:
+    """The Brownian path of a reference run over the whole batch's `shape`: one integer drawn, then a path in `sigmas`.
+
+    Serves the sampler's draws 0, 1, ... ("step"), one per step between two positive levels.
+    """
+
+    sigmas: tuple[float, ...]
+    shape: tuple[int, ...]
+
+    def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
+        """Every draw the entry stands for, by stage and index; advances the generator by one integer."""
+        entropy = int(torch.randint(0, _MAX_ENTROPY, [], generator=generator))
+        steps = brownian_steps(entropy, self.sigmas, shape=self.shape)
+        return {("step", index): noise for index, noise in enumerate(steps)}
