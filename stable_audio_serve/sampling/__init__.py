@@ -2,6 +2,7 @@
 
 from stable_audio_serve.sampling.brownian import ReplayPath
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
+from stable_audio_serve.sampling.karras import SigmaRange
 from stable_audio_serve.sampling.noise import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
 from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, resolve_sampler
@@ -14,11 +15,13 @@ from stable_audio_serve.sampling.schedules import (
     shift_from_override,
 )
 from stable_audio_serve.sampling.update import advance, network_input, start_state
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan
 
 __all__ = [
     "DEFAULT_SHIFT",
     "SAMPLERS",
     "SHIFT_KINDS",
+    "V_SAMPLERS",
     "Evaluation",
     "Guidance",
     "GuidanceBatch",
@@ -28,10 +31,12 @@ __all__ = [
     "ReplayPath",
     "SamplerPlan",
     "SeededNoise",
+    "SigmaRange",
     "TimestepShift",
     "advance",
     "build_plan",
     "build_sigmas",
+    "build_v_plan",
     "guide",
     "network_input",
     "resolve_sampler",

@@ -52,12 +52,17 @@ def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
     builder = _BUILDERS.get(name)
     if builder is not None:
         return builder
-    valid = ", ".join(SAMPLERS)
+    raise refused_sampler(name, SAMPLERS)
+
+
+def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
+    """The error for a name that is none of `samplers`: unknown, or known elsewhere and impossible to plan."""
+    valid = ", ".join(samplers)
     if name in DATA_DEPENDENT:
         message = f"sampler_type {name!r} chooses its steps from the data and is not offered; valid: {valid}"
     else:
         message = f"unknown sampler_type {name[:40]!r}; valid: {valid}"
-    raise InvalidRequestError(message, field="sampler_type", allowed=valid)
+    return InvalidRequestError(message, field="sampler_type", allowed=valid)
 
 
 def _euler(times: Tensor, guided: _Guided) -> _Plan:

@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 from stable_audio_serve.sampling import (
     DEFAULT_SHIFT,
     SAMPLERS,
+    V_SAMPLERS,
     Guidance,
+    SigmaRange,
     advance,
     build_plan,
     build_sigmas,
+    build_v_plan,
     network_input,
 )
 
@@ -19,12 +22,15 @@ CHANNELS, FRAMES = 3, 7
 
 
 def make_plan(sampler: str, steps: int):
-    return build_plan(sampler, build_sigmas(steps, DEFAULT_SHIFT, length=30), guidance=Guidance(), has_source=False)
+    guidance = Guidance(cfg_scale=3.0)
+    if sampler in V_SAMPLERS:
+        return build_v_plan(sampler, steps, span=SigmaRange(0.3, 500.0), guidance=guidance, has_source=False)
+    return build_plan(sampler, build_sigmas(steps, DEFAULT_SHIFT, length=30), guidance=guidance, has_source=False)
 
 
 @st.composite
 def rows_in_flight(draw: st.DrawFn):
-    plan = make_plan(draw(st.sampled_from(SAMPLERS)), draw(st.integers(1, 6)))
+    plan = make_plan(draw(st.sampled_from(SAMPLERS + V_SAMPLERS)), draw(st.integers(1, 6)))
     return plan, draw(st.integers(0, len(plan.evaluations) - 1))
 
 
@@ -36,14 +42,15 @@ def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> N
     state = torch.randn(len(rows), width, CHANNELS, FRAMES, generator=generator)
     for index, (plan, _) in enumerate(rows):
         state[index, plan.num_registers :] = 0.0
-    velocity, noise = torch.randn(2, len(rows), CHANNELS, FRAMES, generator=generator)
+    velocity, unconditional, noise = torch.randn(3, len(rows), CHANNELS, FRAMES, generator=generator)
     evaluations = [plan.evaluations[at] for plan, at in rows]
-    together = advance(state, evaluations, velocity=velocity, noise=noise)
+    together = advance(state, evaluations, velocity=velocity, unconditional=unconditional, noise=noise)
     inputs = network_input(state, evaluations)
     for index, (plan, _) in enumerate(rows):
         own = state[index : index + 1, : plan.num_registers]
         one = slice(index, index + 1)
-        alone = advance(own, evaluations[one], velocity=velocity[one], noise=noise[one])
+        outputs = {"velocity": velocity[one], "unconditional": unconditional[one], "noise": noise[one]}
+        alone = advance(own, evaluations[one], **outputs)
         assert alone.numpy().tobytes() == together[one, : plan.num_registers].contiguous().numpy().tobytes()
         assert not together[index, plan.num_registers :].any()
         assert torch.equal(network_input(own, evaluations[one]), inputs[one])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,12 +17,45 @@ def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
     return 0.7 * x + 0.3 * t * torch.tanh(x) + 0.1 * torch.cos(3 * t)
 
 
-def run_plan(plan: SamplerPlan, state: Tensor, noise: NoiseSource | None = None) -> Tensor:
-    """Run every evaluation of `plan` from the row's registers `state` (R, D, F); returns (D, F)."""
+def open_v_velocity(x: Tensor, t: float) -> Tensor:
+    """The v of the Stable Audio Open goldens' analytic model: x (B, D, F), all rows at the float32 time `t`."""
+    time = torch.tensor(t, dtype=torch.float32)
+    return _gaussian_velocity(x, torch.cos(math.pi * time / 2), torch.sin(math.pi * time / 2))
+
+
+def linear_v_velocity(x: Tensor, t: float, *, deviation: float = 0.5) -> Tensor:
+    """The exact v for data that is normal around 0, `x` (B, D, F): its flow and its noising have closed solutions."""
+    alpha, beta = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
+    variance = deviation**2
+    return alpha * beta * (1 - variance) / (alpha**2 * variance + beta**2) * x
+
+
+def run_plan(
+    plan: SamplerPlan,
+    state: Tensor,
+    noise: NoiseSource | None = None,
+    *,
+    network: Callable[[Tensor, float], Tensor] = lambda x, t: toy_velocity(x, torch.tensor([t])),
+    unguided: Callable[[Tensor, float], Tensor] | None = None,
+) -> Tensor:
+    """Run every evaluation of `plan` from the row's registers `state` (R, D, F); returns (D, F).
+
+    `network` gives the guided output of (x, t), `unguided` the other branch's.
+    """
     batch = state[None]
     for evaluation in plan.evaluations:
         rows = [evaluation]
-        v = toy_velocity(network_input(batch, rows), torch.tensor([evaluation.t]))
+        x = network_input(batch, rows)
+        v = network(x, evaluation.t)
+        v_uncond = unguided(x, evaluation.t) if unguided else None
         drawn = noise.step(tuple(state.shape[1:]))[None] if noise and evaluation.draws_noise else None
-        batch = advance(batch, rows, velocity=v, noise=drawn)
+        batch = advance(batch, rows, velocity=v, unconditional=v_uncond, noise=drawn)
     return batch[0, plan.result_register]
+
+
+def _gaussian_velocity(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """The exact v for data normal around 0.3 cos(channel) with deviation 0.5, and something nonlinear."""
+    variance = 0.25
+    mean = 0.3 * torch.cos(torch.arange(x.shape[-2], dtype=torch.float32))[:, None]
+    pull = alpha * beta * (1 - variance) * (x - alpha * mean) / (alpha**2 * variance + beta**2)
+    return pull - beta * mean + 0.2 * torch.sin(x)

@@ -1,0 +1,51 @@
+"""DDIM for networks trained for v, over their own time: v = alpha eps - beta x0 with alpha = cos(pi t/2), beta = sin.
+
+"Denoising Diffusion Implicit Models" (arXiv 2010.02502) without noise, in the v form of arXiv 2202.00512.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.schedules import check_steps
+from stable_audio_serve.sampling.terms import UNCONDITIONAL, VELOCITY, PlanWriter, Terms, register
+from stable_audio_serve.sampling.v_network import is_v_guided
+
+_X = register(0)
+
+
+def ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
+    """DDIM from time `level` (above 1 counts as 1) to 0 with every step's noise from the guided output."""
+    return _plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
+
+
+def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
+    """DDIM whose clean estimate is guided while the noise comes from the unguided branch, where guidance is on.
+
+    "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models" (arXiv 2406.08070).
+    """
+    return _plan(steps, level, guidance=guidance, has_source=has_source, renoise=UNCONDITIONAL)
+
+
+def _plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
+    """One register. The result is the last step's clean estimate; times and shares are float32 as in the references."""
+    check_steps(steps)
+    times = torch.linspace(min(level, 1.0), 0, steps + 1, dtype=torch.float32)[:-1]
+    alphas: list[float] = torch.cos(times * math.pi / 2).tolist()
+    betas: list[float] = torch.sin(times * math.pi / 2).tolist()
+    writer = PlanWriter(1)
+    for step, (t, alpha, beta) in enumerate(zip(times.tolist(), alphas, betas, strict=True)):
+        guided = is_v_guided(guidance, t)
+        target = _X * alpha - VELOCITY * beta
+        if step + 1 < steps:
+            noise = _X * beta + (renoise if guided else VELOCITY) * alpha
+            target = target * alphas[step + 1] + noise * betas[step + 1]
+        writer.evaluate(target, t=t, sigma=beta, guided=guided)
+        writer.end_step()
+    return writer.plan(
+        source_scale=alphas[0] if has_source else 0.0,
+        noise_scale=betas[0] if has_source else 1.0,
+    )

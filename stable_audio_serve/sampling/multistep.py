@@ -1,0 +1,121 @@
+"""Samplers over sigma that call the network once per step and remember earlier results in a row's registers.
+
+In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), h = ln s - ln n, and an index
+counts steps back. Each function writes all steps of `sigmas`, float32 values that fall to 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from stable_audio_serve.sampling.terms import NOISE, Terms, combine, register
+from stable_audio_serve.sampling.v_network import VNetwork
+
+LMS_ORDER = 4
+
+_X = register(0)
+
+
+def dpmpp_2m(network: VNetwork, sigmas: Sequence[float]) -> None:
+    """DPM-Solver++(2M), arXiv 2211.01095: x = (n/s) x + (1 - e^-h) d', d' extrapolated from the step before.
+
+    Registers: x, d of the step before.
+    """
+    earlier: float | None = None
+    for s, n in itertools.pairwise(sigmas):
+        d = network.denoised(s)
+        if n == 0.0:
+            network.evaluate(s, d)
+        else:
+            h = math.log(s / n)
+            extrapolated = d if earlier is None else d + (d - register(1)) * (h / (2.0 * earlier))
+            network.evaluate(s, _X * (n / s) - extrapolated * math.expm1(-h), d)
+            earlier = h
+        network.end_step()
+
+
+def dpmpp_2m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
+    """The stochastic form of DPM-Solver++(2M) (arXiv 2211.01095, midpoint variant): half of each step is fresh noise.
+
+    Registers: x, d of the step before. Draws at every step but the last.
+    """
+    earlier: float | None = None
+    for s, n in itertools.pairwise(sigmas):
+        d = network.denoised(s)
+        if n == 0.0:
+            network.evaluate(s, d)
+        else:
+            h = math.log(s / n)
+            fresh = -math.expm1(-2.0 * h)
+            moved = _X * math.exp(-2.0 * h) + d * fresh + NOISE * (n * math.sqrt(fresh))
+            if earlier is not None:
+                moved = moved + (d - register(1)) * (0.5 * fresh * h / earlier)
+            network.evaluate(s, moved, d)
+            earlier = h
+        network.end_step()
+
+
+def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
+    """DPM-Solver++(3M) in stochastic form, as in k-diffusion: third order from the two results before.
+
+    Registers: x, d of one step before, d of two steps before. Draws at every step but the last.
+    """
+    earlier: list[float] = []  # h of the steps before, latest first
+    for s, n in itertools.pairwise(sigmas):
+        d = network.denoised(s)
+        if n == 0.0:
+            network.evaluate(s, d)
+        else:
+            h = math.log(s / n)
+            fresh = -math.expm1(-2.0 * h)
+            moved = _X * math.exp(-2.0 * h) + d * fresh + NOISE * (n * math.sqrt(fresh))
+            network.evaluate(s, moved + _third_order(d, h, earlier), d, register(1))
+            earlier = [h, *earlier[:1]]
+        network.end_step()
+
+
+def _third_order(d: Terms, h: float, earlier: Sequence[float]) -> Terms:
+    """What the earlier results add to a step of `dpmpp_3m_sde`."""
+    if not earlier:
+        return Terms({})
+    phi_2 = math.expm1(-2.0 * h) / (2.0 * h) + 1.0
+    r_0 = earlier[0] / h
+    first = (d - register(1)) / r_0
+    if len(earlier) == 1:
+        return first * phi_2
+    r_1 = earlier[1] / h
+    second = (register(1) - register(2)) / r_1
+    phi_3 = phi_2 / (2.0 * h) - 0.5
+    bend = (first - second) / (r_0 + r_1)
+    return (first + bend * r_0) * phi_2 - bend * phi_3
+
+
+def lms(network: VNetwork, sigmas: Sequence[float]) -> None:
+    """Adams-Bashforth of order up to 4 on dx/dsigma over the uneven grid (Katherine Crowson's k-lms).
+
+    Registers: x, the slopes of one, two and three steps before.
+    """
+    earlier = [register(index) for index in range(1, LMS_ORDER)]
+    for step, (s, n) in enumerate(itertools.pairwise(sigmas)):
+        order = min(step + 1, LMS_ORDER)
+        slopes = [network.slope(s), *earlier[: order - 1]]
+        nodes = [sigmas[step - back] for back in range(order)]
+        network.evaluate(s, _X + combine(_adams_weights(nodes, n), slopes), slopes[0], *earlier[:-1])
+        network.end_step()
+
+
+def _adams_weights(nodes: Sequence[float], end: float) -> list[float]:
+    """Integrals from `nodes[0]` to `end` of the Lagrange polynomials through `nodes`.
+
+    Two Gauss points are exact, because four nodes make cubics at most.
+    """
+    middle, half = (nodes[0] + end) / 2.0, (end - nodes[0]) / 2.0
+    points = [middle - half / math.sqrt(3.0), middle + half / math.sqrt(3.0)]
+    return [half * sum(_lagrange(nodes, index, at=point) for point in points) for index in range(len(nodes))]
+
+
+def _lagrange(nodes: Sequence[float], index: int, *, at: float) -> float:
+    others = (node for position, node in enumerate(nodes) if position != index)
+    return math.prod((at - other) / (nodes[index] - other) for other in others)

@@ -1,0 +1,145 @@
+"""Samplers over sigma that look ahead within a step: several calls of the network, nothing kept between steps.
+
+In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), k = (x - d) / s the slope
+dx/dsigma. Each function writes all its steps; levels are float32 values, those in between computed in float32 in the
+references' order of operations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.sampling.karras import SigmaRange
+from stable_audio_serve.sampling.schedules import check_steps
+from stable_audio_serve.sampling.terms import NOISE, register
+from stable_audio_serve.sampling.v_network import VNetwork
+
+_X, _AHEAD, _FIRST_SLOPE = register(0), register(1), register(2)
+
+
+def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
+    """Heun's rule, algorithm 1 of arXiv 2206.00364 without churn: the mean of the slopes at s and at n.
+
+    Registers: x with half a step taken, the point at n. The last step, to 0, is Euler's.
+    """
+    for s, n in itertools.pairwise(sigmas):
+        k = network.slope(s)
+        if n == 0.0:
+            network.evaluate(s, network.denoised(s))
+        else:
+            network.evaluate(s, _X + k * (0.5 * (n - s)), _X + k * (n - s))
+            network.evaluate(n, _X + network.slope(n, see=1) * (0.5 * (n - s)), see=1)
+        network.end_step()
+
+
+def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
+    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927): the slope at the geometric mean of s and n.
+
+    Registers: x, the point at the mean. The last step, to 0, is Euler's.
+    """
+    for s, n in itertools.pairwise(sigmas):
+        if n == 0.0:
+            network.evaluate(s, network.denoised(s))
+        else:
+            levels = torch.tensor([s, n], dtype=torch.float32).log()
+            middle = float(levels[0].lerp(levels[1], 0.5).exp())
+            network.evaluate(s, _X, _X + network.slope(s) * (middle - s))
+            network.evaluate(middle, _X + network.slope(middle, see=1) * (n - s), see=1)
+        network.end_step()
+
+
+def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
+    """DPM-Solver++(2S) (arXiv 2211.01095) down to less noise than n has, then fresh noise up to n.
+
+    Registers: x, the point at the geometric mean. Draws at every step but the last, which is Euler's.
+    """
+    for s, n in itertools.pairwise(sigmas):
+        down, up = _ancestral_levels(s, n)
+        d = network.denoised(s)
+        if down == 0.0:
+            network.evaluate(s, d + NOISE * up if n > 0.0 else d)
+        else:
+            start, end = torch.tensor([s, down], dtype=torch.float32).log().neg()
+            h = float(end - start)
+            middle = float(_levels(start + 0.5 * (end - start)))
+            network.evaluate(s, _X, _X * math.exp(-0.5 * h) - d * math.expm1(-0.5 * h))
+            ahead = network.denoised(middle, see=1)
+            network.evaluate(middle, _X * (down / s) - ahead * math.expm1(-h) + NOISE * up, see=1)
+        network.end_step()
+
+
+def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
+    """The level a step from s goes down to, and the noise that brings it up to n.
+
+    In float32, where a long step ends at 0: down is n**2 / s, small beside n.
+    """
+    start, end = torch.tensor([s, n], dtype=torch.float32)
+    up = torch.minimum(end, (end**2 * (start**2 - end**2) / start**2) ** 0.5)
+    return float((end**2 - up**2) ** 0.5), float(up)
+
+
+def dpm_fast(network: VNetwork, steps: int, span: SigmaRange) -> None:
+    """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` counts calls of the network.
+
+    The last pieces are of lower order, so that the calls come out even. Ends at `span.sigma_min`, not at 0.
+    Registers: x, the point ahead, the slope at the piece's start.
+    """
+    check_steps(steps)
+    ends = torch.tensor([span.sigma_max, span.sigma_min], dtype=torch.float32).log().neg()
+    num_pieces = steps // 3 + 1
+    edges = torch.linspace(float(ends[0]), float(ends[1]), num_pieces + 1, dtype=torch.float32)
+    rest = [2, 1] if steps % 3 == 0 else [steps % 3]
+    orders = [3] * (num_pieces - len(rest)) + rest
+    for order, (start, end) in zip(orders, itertools.pairwise(edges), strict=True):
+        _DPM_PIECES[order](network, start, end)
+
+
+def _first_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
+    """From -ln sigma `start` to `end` (0-dim float32)."""
+    s, n = float(_levels(start)), float(_levels(end))
+    network.evaluate(s, _X - network.slope(s) * (n * math.expm1(float(end - start))))
+    network.end_step()
+
+
+def _second_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
+    """Looks at the middle; the slopes' difference over half the piece extrapolates to its end."""
+    h = float(end - start)
+    s, middle, n = (float(_levels(time)) for time in (start, start + 0.5 * (end - start), end))
+    first = network.slope(s)
+    network.evaluate(s, _X, _X - first * (middle * math.expm1(0.5 * h)), first)
+    network.end_step()
+    second = network.slope(middle, see=1)
+    growth = n * math.expm1(h)
+    network.evaluate(middle, _X - _FIRST_SLOPE * growth - (second - _FIRST_SLOPE) * growth, see=1)
+    network.end_step()
+
+
+def _third_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
+    """Looks at one third and, with the bend found there, at two thirds of the piece."""
+    h = float(end - start)
+    times = (start, start + (end - start) * (1 / 3), start + (end - start) * (2 / 3), end)
+    s, third, two_thirds, n = (float(_levels(time)) for time in times)
+    first = network.slope(s)
+    network.evaluate(s, _X, _X - first * (third * math.expm1(h / 3)), first)
+    network.end_step()
+    growth = math.expm1(2 * h / 3)
+    bend = (network.slope(third, see=1) - _FIRST_SLOPE) * (2.0 * (growth / (2 * h / 3) - 1.0))
+    network.evaluate(third, _X, _X - (_FIRST_SLOPE * growth + bend) * two_thirds, _FIRST_SLOPE, see=1)
+    network.end_step()
+    growth = math.expm1(h)
+    bend = (network.slope(two_thirds, see=1) - _FIRST_SLOPE) * (1.5 * (growth / h - 1.0))
+    network.evaluate(two_thirds, _X - (_FIRST_SLOPE * growth + bend) * n, see=1)
+    network.end_step()
+
+
+_DPM_PIECES = {1: _first_order, 2: _second_order, 3: _third_order}
+
+
+def _levels(times: Tensor) -> Tensor:
+    """The noise levels of -ln sigma."""
+    return times.neg().exp()

@@ -1,0 +1,114 @@
+"""Sampler formulas as written in papers, turned into the coefficients of a plan.
+
+A `Terms` is a sum over a row's registers, the network's outputs and fresh noise; a `PlanWriter` collects one new sum
+per register and evaluation. Coefficients are float64. Knows nothing of schedules or of any sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
+
+_VELOCITY, _UNCONDITIONAL, _NOISE = -1, -2, -3
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """A linear combination: weights by register number, or by a negative number for what is no register."""
+
+    weights: dict[int, float]
+
+    def __add__(self, other: Terms) -> Terms:
+        keys = self.weights.keys() | other.weights.keys()
+        return Terms({key: self.of(key) + other.of(key) for key in keys})
+
+    def __sub__(self, other: Terms) -> Terms:
+        return self + other * -1.0
+
+    def __mul__(self, factor: float) -> Terms:
+        return Terms({key: factor * weight for key, weight in self.weights.items()})
+
+    def __rmul__(self, factor: float) -> Terms:
+        return self * factor
+
+    def __truediv__(self, divisor: float) -> Terms:
+        return Terms({key: weight / divisor for key, weight in self.weights.items()})
+
+    def of(self, key: int) -> float:
+        """The weight of one term, 0 where it has none."""
+        return self.weights.get(key, 0.0)
+
+
+def register(index: int) -> Terms:
+    """A row's register `index`."""
+    return Terms({index: 1.0})
+
+
+VELOCITY = Terms({_VELOCITY: 1.0})  # the network's guided output
+UNCONDITIONAL = Terms({_UNCONDITIONAL: 1.0})  # the other branch's output, where guidance is on
+NOISE = Terms({_NOISE: 1.0})  # fresh unit normal noise
+
+
+class PlanWriter:
+    """Collects a plan's evaluations in order."""
+
+    def __init__(self, num_registers: int) -> None:
+        self._num_registers = num_registers
+        self._evaluations: list[Evaluation] = []
+        self._step_ends: list[int] = []
+
+    def evaluate(
+        self,
+        *targets: Terms,
+        t: float,
+        sigma: float,
+        guided: bool,
+        input_register: int = 0,
+        input_scale: float = 1.0,
+    ) -> None:
+        """One call of the network, then register i becomes `targets[i]`; registers beyond those become 0.
+
+        A noise tensor is drawn where a target has a NOISE term, whatever its weight.
+        """
+        indices = range(self._num_registers)
+        rows = [*targets, *[Terms({})] * (self._num_registers - len(targets))]
+        self._evaluations.append(
+            Evaluation(
+                t=t,
+                sigma=sigma,
+                input_register=input_register,
+                input_scale=input_scale,
+                guided=guided,
+                a=tuple(tuple(row.of(index) for index in indices) for row in rows),
+                b=tuple(row.of(_VELOCITY) for row in rows),
+                b_uncond=tuple(row.of(_UNCONDITIONAL) for row in rows),
+                c=tuple(row.of(_NOISE) for row in rows),
+                draws_noise=any(_NOISE in row.weights for row in rows),
+            )
+        )
+
+    def end_step(self) -> None:
+        """What was written so far completes one of the requested steps."""
+        self._step_ends.append(len(self._evaluations))
+
+    def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:
+        """The plan; the initial latent goes to register 0, where the result stands in the end."""
+        return SamplerPlan(
+            num_registers=self._num_registers,
+            start_register=0,
+            result_register=0,
+            source_scale=source_scale,
+            noise_scale=noise_scale,
+            evaluations=tuple(self._evaluations),
+            step_ends=tuple(self._step_ends),
+        )
+
+
+def combine(weights: Sequence[float], parts: Sequence[Terms]) -> Terms:
+    """The weighted sum of `parts`."""
+    total = Terms({})
+    for weight, part in zip(weights, parts, strict=True):
+        total = total + weight * part
+    return total

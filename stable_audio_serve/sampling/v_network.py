@@ -1,0 +1,66 @@
+"""A network trained for v, seen over noise levels sigma: how a level becomes its time, its input and a clean estimate.
+
+With F the network, `D(x, sigma) = x / (sigma**2 + 1) - F(x / sqrt(sigma**2 + 1), 2/pi atan sigma) sigma / sqrt(sigma**2
++ 1)`: "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512) in the terms of "Elucidating
+the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364). Knows nothing of samplers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.sampling.plan import Guidance
+from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, Terms, register
+
+
+def sigma_to_time(sigmas: Tensor) -> Tensor:
+    """2/pi atan sigma, in the references' order of operations; float32 in and out, any shape."""
+    return sigmas.atan() / math.pi * 2
+
+
+class VNetwork:
+    """Writes evaluations at noise levels; `denoised` and `slope` are what the next evaluation makes of a register."""
+
+    def __init__(self, writer: PlanWriter, guidance: Guidance) -> None:
+        self._writer = writer
+        self._guidance = guidance
+
+    def denoised(self, sigma: float, *, see: int = 0) -> Terms:
+        """D(register `see`, sigma)."""
+        variance = sigma * sigma + 1.0
+        return register(see) / variance - VELOCITY * (sigma / math.sqrt(variance))
+
+    def slope(self, sigma: float, *, see: int = 0) -> Terms:
+        """(x - D(x, sigma)) / sigma with x the register `see`: dx/dsigma, and the noise the network sees in x."""
+        return (register(see) - self.denoised(sigma, see=see)) / sigma
+
+    def evaluate(self, sigma: float, *targets: Terms, see: int = 0) -> None:
+        """One call of the network on register `see`, then the registers become `targets`.
+
+        `sigma` is a float32 value; the network's time is the float32 one of the references.
+        """
+        level = torch.tensor(sigma, dtype=torch.float32)
+        time = float(sigma_to_time(level))
+        scale = float(1 / (level**2 + 1.0) ** 0.5)
+        self._writer.evaluate(
+            *targets,
+            t=time,
+            sigma=sigma,
+            guided=is_v_guided(self._guidance, time),
+            input_register=see,
+            input_scale=scale,
+        )
+
+    def end_step(self) -> None:
+        """What was written so far completes one of the requested steps."""
+        self._writer.end_step()
+
+
+def is_v_guided(guidance: Guidance, time: float) -> bool:
+    """Whether guidance is on: the interval is one of sin(pi t / 2), compared in float32 as the references do."""
+    low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
+    noise_share = float(torch.sin(torch.tensor(time, dtype=torch.float32) * math.pi / 2))
+    return guidance.cfg_scale != 1.0 and low <= noise_share <= high

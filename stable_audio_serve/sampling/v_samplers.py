@@ -1,0 +1,53 @@
+"""The samplers of models trained for v, by name: a row's noise levels and steps become its plan.
+
+The names are those of stable-audio-tools; formulas stand in `multistep`, `singlestep` and `ddim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from stable_audio_serve.sampling import ddim, multistep, singlestep
+from stable_audio_serve.sampling.karras import SigmaRange, polyexponential_sigmas
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import refused_sampler
+from stable_audio_serve.sampling.terms import PlanWriter
+from stable_audio_serve.sampling.v_network import VNetwork
+
+# Name: the row's registers and the function that writes its steps.
+_OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] = {
+    "dpmpp-3m-sde": (3, multistep.dpmpp_3m_sde),
+    "dpmpp-2m-sde": (2, multistep.dpmpp_2m_sde),
+    "dpmpp-2m": (2, multistep.dpmpp_2m),
+    "k-heun": (2, singlestep.heun),
+    "k-lms": (multistep.LMS_ORDER, multistep.lms),
+    "k-dpmpp-2s-ancestral": (2, singlestep.dpmpp_2s_ancestral),
+    "k-dpm-2": (2, singlestep.dpm_2),
+}
+_OVER_TIME = {"v-ddim": ddim.ddim, "v-ddim-cfgpp": ddim.ddim_cfgpp}
+_FAST = "k-dpm-fast"
+V_SAMPLERS = (*_OVER_SIGMA, _FAST, *_OVER_TIME)
+
+
+def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:
+    """Bind `sampler` to `steps` over `span`.
+
+    Over sigma the initial latent is the source, if any, plus `sigma_max` times noise, so that `sigma_max` is the level
+    of an edit; `v-ddim` and `v-ddim-cfgpp` read `sigma_max` as a time (above 1 counts as 1) and ignore the rest.
+    Raises InvalidRequestError on `sampler_type`, `steps` and `rho`.
+    """
+    if sampler in _OVER_TIME:
+        return _OVER_TIME[sampler](steps, span.sigma_max, guidance=guidance, has_source=has_source)
+    if sampler == _FAST:
+        writer = PlanWriter(3)
+        singlestep.dpm_fast(VNetwork(writer, guidance), steps, span)
+        level = float(polyexponential_sigmas(1, span)[0])
+    elif sampler in _OVER_SIGMA:
+        num_registers, write = _OVER_SIGMA[sampler]
+        sigmas: list[float] = polyexponential_sigmas(steps, span).tolist()
+        writer = PlanWriter(num_registers)
+        write(VNetwork(writer, guidance), sigmas)
+        level = sigmas[0]
+    else:
+        raise refused_sampler(sampler, V_SAMPLERS)
+    return writer.plan(source_scale=1.0 if has_source else 0.0, noise_scale=level)
