@@ -46,28 +46,28 @@ class CallOrderNoise:
         return self.initial(shape).to(device)
 
 
-def compare_autoencoder(report: Report, goldens: Goldens, net: AudioAutoencoder, *, sample_rate_hz: int) -> None:
-    """Every tensor below ae/ that is an output."""
+def compare_autoencoder(report: Report, goldens: Goldens, *, net: AudioAutoencoder, sample_rate_hz: int) -> None:
+    """Compare every tensor below ae/ that is an output."""
     for name in goldens.names(PREFIX):
         key = PREFIX + name
         with report.guard("autoencoder", key):
             if _INPUT.fullmatch(name):
                 goldens.mark(key)
             elif name in _STAGES:
-                report.compare("autoencoder", key, _STAGES[name](net, goldens), goldens[key])
+                report.compare("autoencoder", key, actual=_STAGES[name](net, goldens), expected=goldens[key])
             elif match := _DRAW.fullmatch(name):
-                _compare_draw(report, goldens, net, match)
+                _compare_draw(report, goldens, net=net, match=match)
             elif match := _RUN.fullmatch(name):
-                output, _ = _run(net, goldens, match)
-                report.compare("autoencoder", key, output, goldens[key])
+                output, _ = _run(net, goldens, match=match)
+                report.compare("autoencoder", key, actual=output, expected=goldens[key])
             elif match := _CLIP.fullmatch(name):
-                clip = _prepare(net, goldens[f"{PREFIX}{match['input']}_audio"], sample_rate_hz)
+                clip = _prepare(net, goldens[f"{PREFIX}{match['input']}_audio"], sample_rate_hz=sample_rate_hz)
                 output = clip if name.endswith("preprocessed") else net.encode(clip)
-                report.compare("autoencoder", key, output, goldens[key])
+                report.compare("autoencoder", key, actual=output, expected=goldens[key])
 
 
 def _encoder_block(net: AudioAutoencoder, goldens: Goldens) -> Tensor:
-    """What the encoder's resampling block hands to its last projection: (B, E, F)."""
+    """Returns the input of the encoder's last projection, (B, E, F)."""
     encoder = net.encoder
     if not isinstance(encoder, SameEncoder):
         raise TypeError("this encoder has no resampling block")
@@ -90,8 +90,8 @@ _STAGES: dict[str, Callable[[AudioAutoencoder, Goldens], Tensor]] = {
 }
 
 
-def _run(net: AudioAutoencoder, goldens: Goldens, match: re.Match[str]) -> tuple[Tensor, CallOrderNoise | None]:
-    """Encode or decode a stored input as its result's name says; also the noise that was used."""
+def _run(net: AudioAutoencoder, goldens: Goldens, *, match: re.Match[str]) -> tuple[Tensor, CallOrderNoise | None]:
+    """Encode or decode a stored input as the result's name says. Returns the noise that was used, too."""
     decoding = match["way"] == "decode"
     base = PREFIX + ("latents" if decoding else "audio")
     value = goldens[f"{base}_{match['input']}" if match["input"] else base]
@@ -102,18 +102,18 @@ def _run(net: AudioAutoencoder, goldens: Goldens, match: re.Match[str]) -> tuple
     num_frames = value.shape[-1] if decoding else -(-value.shape[-1] // hop)
     spans = _windows(match["window"], num_frames)
     if len(spans) == 1:
-        return _window(net, value, source, start=0, decoding=decoding), source
+        return _window(net, value, source=source, start=0, decoding=decoding), source
     parts = []
     for span in spans:
         cut = value[..., span.start : span.stop] if decoding else value[..., span.start * hop : span.stop * hop]
-        output = _window(net, cut, source, start=span.start, decoding=decoding)
+        output = _window(net, cut, source=source, start=span.start, decoding=decoding)
         scale = hop if decoding else 1
         parts.append(output[..., (span.keep_start - span.start) * scale : (span.keep_stop - span.start) * scale])
     return torch.cat(parts, dim=-1), source
 
 
 def _window(
-    net: AudioAutoencoder, value: Tensor, source: CallOrderNoise | None, *, start: int, decoding: bool
+    net: AudioAutoencoder, value: Tensor, *, source: CallOrderNoise | None, start: int, decoding: bool
 ) -> Tensor:
     stage = "decode" if decoding else "init"
     noise: Noises = None if source is None else [WindowNoise(source, stage, start)]
@@ -121,26 +121,26 @@ def _window(
 
 
 def _windows(name: str | None, num_frames: int) -> Sequence[WindowSpan]:
-    """Windows named like c128_o32 (latents, overlap), or one."""
+    """Returns the windows of a name like c128_o32 (latents, overlap), or one over everything."""
     if name is None or name == "full":
         return whole_window(num_frames)
     size, overlap = (int(part[1:]) for part in name.split("_"))
     return chunked_windows(num_frames, size=size, overlap=overlap)
 
 
-def _compare_draw(report: Report, goldens: Goldens, net: AudioAutoencoder, match: re.Match[str]) -> None:
-    """A stored draw of a seeded run against what that run drew here."""
+def _compare_draw(report: Report, goldens: Goldens, *, net: AudioAutoencoder, match: re.Match[str]) -> None:
+    """Compare a stored draw of a seeded run with what that run drew here."""
     key = PREFIX + match[0]
     run = _RUN.fullmatch(match["run"])
     if run is None:
         raise ValueError("belongs to no known run")
-    _, source = _run(net, goldens, run)
+    _, source = _run(net, goldens, match=run)
     drawn = source.drawn if source is not None else []
-    report.compare("draws", key, drawn[int(match["index"])].reshape(goldens[key].shape), goldens[key])
+    report.compare("draws", key, actual=drawn[int(match["index"])].reshape(goldens[key].shape), expected=goldens[key])
 
 
-def _prepare(net: AudioAutoencoder, clip: Tensor, sample_rate_hz: int) -> Tensor:
-    """A clip as (1, C, S): channels fixed, right-padded to whole latents."""
+def _prepare(net: AudioAutoencoder, clip: Tensor, *, sample_rate_hz: int) -> Tensor:
+    """Returns the clip as (1, C, S): with the model's channels, right-padded to whole latents."""
     samples = torch.atleast_2d(clip)
     source = SourceAudio(samples.numpy(), sample_rate_hz)
     num_samples = -(-samples.shape[-1] // net.hop) * net.hop

@@ -38,11 +38,11 @@ BOUNDS: dict[Component, float] = {
     "end-to-end audio": 5e-4,
 }
 
-# Folders that state how much float32 rounding of the weights moves each number are better conditioned, and their
-# autoencoders answer with more than 1e-5 to it; the bound is theirs.
+# For folders that state how far float32 rounding of the weights moves each number: in those, rounding alone moves an
+# autoencoder's output by more than 1e-5.
 AUTOENCODER_BOUND_WITH_ROUNDING = 1e-4
 
-# A verification that compared nothing of one of these has verified nothing.
+# Verification fails when nothing was compared for one of these parts.
 REQUIRED: dict[str, tuple[Component, ...]] = {
     "text": ("text",),
     "number": ("number",),

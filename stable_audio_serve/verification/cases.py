@@ -1,6 +1,7 @@
 """An end-to-end case of the goldens as requests: one per row of the reference's batch, in our vocabulary.
 
-Arguments are the reference's own; one that is not known is not ignored, because the numbers would be another run's.
+Arguments are the reference's own. A case with an unknown argument is skipped, because ignoring the argument would
+compare two different runs.
 """
 
 from __future__ import annotations
@@ -70,15 +71,15 @@ class Case:
 
 
 def skip_reason(args: Mapping[str, Any]) -> str | None:
-    """Why a case cannot be repeated here, or None."""
+    """Returns why a case cannot be repeated here, or None."""
     unknown = sorted(name for name, value in args.items() if name not in _KNOWN and value is not None)
     if unknown:
         return f"arguments nothing is known about: {', '.join(unknown)}"
     return "its seed is random" if int(args.get("seed", -1)) < 0 else None
 
 
-def parse_case(name: str, facts: Mapping[str, Any], goldens: Goldens) -> Case:
-    """The case `name` with the goldens' defaults filled in. Raises CheckpointError naming what is malformed."""
+def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens) -> Case:
+    """Returns the case `name` with the goldens' defaults filled in. Raises CheckpointError naming what is malformed."""
     stated = goldens.facts.get("generate_defaults") or {}
     given = {key: value for key, value in facts["args"].items() if value is not None}
     args = {**DEFAULTS, **{key: value for key, value in stated.items() if value is not None}, **given}
@@ -87,20 +88,20 @@ def parse_case(name: str, facts: Mapping[str, Any], goldens: Goldens) -> Case:
         raise CheckpointError(f"golden.json: {name}: batch_size must be at least 1")
     return Case(
         name=name,
-        requests=tuple(_request(args, row, num_rows, goldens) for row in range(num_rows)),
+        requests=tuple(_request(args, row, num_rows=num_rows, goldens=goldens) for row in range(num_rows)),
         seed=int(args["seed"]),
         sample_size=int(args["sample_size"]),
         draws=tuple(tuple(int(size) for size in draw["shape"]) for draw in facts.get("draws", ())),
     )
 
 
-def _request(args: Mapping[str, Any], row: int, num_rows: int, goldens: Goldens) -> GenerationRequest:
+def _request(args: Mapping[str, Any], row: int, *, num_rows: int, goldens: Goldens) -> GenerationRequest:
     low, high = args.get("cfg_interval", (0.0, 1.0))
     return GenerationRequest(
-        prompt=str(_of_row(args.get("prompt", ""), row, num_rows)),
-        duration_s=float(_of_row(args["duration"], row, num_rows)),
+        prompt=str(_of_row(args.get("prompt", ""), row, num_rows=num_rows)),
+        duration_s=float(_of_row(args["duration"], row, num_rows=num_rows)),
         seed=row,
-        negative_prompt=_of_row(args.get("negative_prompt"), row, num_rows),
+        negative_prompt=_of_row(args.get("negative_prompt"), row, num_rows=num_rows),
         steps=int(args["steps"]),
         cfg_scale=float(args["cfg_scale"]),
         sampler=args.get("sampler_type"),
@@ -118,8 +119,8 @@ def _request(args: Mapping[str, Any], row: int, num_rows: int, goldens: Goldens)
     )
 
 
-def _of_row(value: Any, row: int, num_rows: int) -> Any:
-    """The row's own of a list as long as the batch; anything else is everybody's."""
+def _of_row(value: Any, row: int, *, num_rows: int) -> Any:
+    """Returns the row's element of a list as long as the batch; any other value applies to every row."""
     if not isinstance(value, list):
         return value
     if len(value) != num_rows:
@@ -144,7 +145,7 @@ def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | 
 
 
 def _regions(args: Mapping[str, Any]) -> tuple[tuple[float, float], ...]:
-    """Scalars or equally long lists of seconds."""
+    """Returns (start, end) pairs in seconds, from scalars or from lists of one length."""
     edges: list[Sequence[float]] = []
     for name in ("inpaint_mask_start_seconds", "inpaint_mask_end_seconds"):
         value = args.get(name, [])

@@ -25,8 +25,11 @@ _GUIDED = re.compile(
     r"(?P<padding>_pad_(?:vzero|keymask))?"
 )
 _INTERVAL = re.compile(r"cfg(?P<cfg>\d+)_interval_\w+")
-_LAYER_VALUE = re.compile(r"(?:layer(?P<at>\d+)_(?P<part>self_attn|cross_attn|ff)_out|layer(?P<local>\d+)_local_embed"
-                          r"|hidden_after_layer_(?P<after>\d+))")  # fmt: skip
+_LAYER_VALUE = re.compile(
+    r"layer(?P<at>\d+)_(?P<part>self_attn|cross_attn|ff)_out"
+    r"|layer(?P<local>\d+)_local_embed"
+    r"|hidden_after_layer_(?P<after>\d+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +59,28 @@ class _Inputs:
         return net.condition(self.context, self.global_cond, self.local)
 
 
-def compare_denoiser(report: Report, goldens: Goldens, net: Denoiser) -> None:
-    """Every tensor below dit/ that is an output."""
+def compare_denoiser(report: Report, goldens: Goldens, *, net: Denoiser) -> None:
+    """Compare every tensor below dit/ that is an output."""
     inputs = _Inputs.read(goldens)
-    goldens.mark(*(PREFIX + name for name in (*_INPUTS, *_NOT_NEEDED)))
+    for name in _INPUTS + _NOT_NEEDED:
+        goldens.mark(PREFIX + name)
     value_zeroed = 0
     for name in goldens.names(PREFIX):
         with report.guard("denoiser", PREFIX + name):
             if name in _PLAIN:
                 output = net(inputs.x, inputs.t, _PLAIN[name](net, inputs))
-                report.compare("denoiser", PREFIX + name, output, goldens[PREFIX + name])
+                report.compare("denoiser", PREFIX + name, actual=output, expected=goldens[PREFIX + name])
             elif name == "out_pad_keymask":
                 output = net(inputs.x, inputs.t, inputs.condition(net), inputs.valid)
-                _compare_padded(report, goldens, name, output, inputs.valid)
+                _compare_padded(report, goldens, name=name, output=output, valid=inputs.valid)
             elif _INTERVAL.fullmatch(name):
-                _compare_interval(report, goldens, net, inputs, name=name)
+                _compare_interval(report, goldens, net=net, inputs=inputs, name=name)
             elif name.endswith("_pad_vzero"):
                 goldens.mark(PREFIX + name)
                 value_zeroed += 1
             elif match := _GUIDED.fullmatch(name):
-                _compare_guided(report, goldens, net, inputs, match=match)
-    _compare_values_between(report, goldens, net, inputs)
+                _compare_guided(report, goldens, net=net, inputs=inputs, match=match)
+    _compare_values_between(report, goldens, net=net, inputs=inputs)
     if value_zeroed:
         report.skip("denoiser padding", f"{value_zeroed} value-zeroed outputs: padding is key-masked here")
 
@@ -97,13 +101,13 @@ _PLAIN = {
 }
 
 
-def _compare_padded(report: Report, goldens: Goldens, name: str, output: Tensor, valid: Tensor | None) -> None:
+def _compare_padded(report: Report, goldens: Goldens, *, name: str, output: Tensor, valid: Tensor | None) -> None:
     only = None if valid is None else valid[:, None]
-    report.compare("denoiser padding", PREFIX + name, output, goldens[PREFIX + name], only=only)
+    report.compare("denoiser padding", PREFIX + name, actual=output, expected=goldens[PREFIX + name], only=only)
 
 
-def _compare_guided(report: Report, goldens: Goldens, net: Denoiser, inputs: _Inputs, *, match: re.Match[str]) -> None:
-    """A guided output; its name says scale, branch, projection, norm threshold, rescale and padding."""
+def _compare_guided(report: Report, goldens: Goldens, *, net: Denoiser, inputs: _Inputs, match: re.Match[str]) -> None:
+    """Compare a guided output, whose name says scale, branch, projection, norm threshold, rescale and padding."""
     name = match[0]
     valid = inputs.valid if match["padding"] else None
     guidance = Guidance(
@@ -113,7 +117,9 @@ def _compare_guided(report: Report, goldens: Goldens, net: Denoiser, inputs: _In
         rescale=_number(match["phi"] or "0"),
     )
     conditional = inputs.condition(net)
-    unconditional = _negative(goldens, net, inputs) if match["branch"] == "neg" else conditional.without_context()
+    unconditional = (
+        _negative(goldens, net, inputs=inputs) if match["branch"] == "neg" else conditional.without_context()
+    )
     output = guide(
         inputs.x,
         inputs.t,
@@ -123,31 +129,33 @@ def _compare_guided(report: Report, goldens: Goldens, net: Denoiser, inputs: _In
         rows=GuidanceBatch.of([guidance] * len(inputs.x)),
     )
     only = None if valid is None else valid[:, None]
-    report.compare("denoiser guidance", PREFIX + name, output, goldens[PREFIX + name], only=only)
+    report.compare("denoiser guidance", PREFIX + name, actual=output, expected=goldens[PREFIX + name], only=only)
 
 
-def _negative(goldens: Goldens, net: Denoiser, inputs: _Inputs) -> DenoiserConditioning:
-    """The negative branch: padded tokens are zeros, unlike the positive side's learned padding."""
+def _negative(goldens: Goldens, net: Denoiser, *, inputs: _Inputs) -> DenoiserConditioning:
+    """Returns the negative branch, whose padded tokens are zeros, unlike the positive side's learned padding."""
     tokens, mask = goldens[PREFIX + "negative_cross_attn_cond"], goldens.find(PREFIX + "negative_cross_attn_mask")
     if mask is not None:
         tokens = torch.where(as_bool(mask)[..., None], tokens, 0.0)
     return net.condition(tokens, inputs.global_cond, inputs.local)
 
 
-def _compare_interval(report: Report, goldens: Goldens, net: Denoiser, inputs: _Inputs, *, name: str) -> None:
-    """Guidance switched off by its interval. The reference asks row 0 for all rows, so rows that would decide
-    otherwise for themselves are left out."""
+def _compare_interval(report: Report, goldens: Goldens, *, net: Denoiser, inputs: _Inputs, name: str) -> None:
+    """Compare an output whose guidance is switched off by its interval.
+
+    The reference decides by row 0 for all rows, so rows whose own time says otherwise are left out.
+    """
     inside = torch.arange(len(inputs.t)) > 0  # where the facts do not say, only row 0 is known to lie outside
     if interval := goldens.component("dit").get(name):
         low, high = (float(edge) for edge in interval)
         inside = (inputs.t >= low) & (inputs.t <= high)
     output = net(inputs.x, inputs.t, inputs.condition(net))
     same = ~inside[:, None, None]
-    report.compare("denoiser guidance", PREFIX + name, output, goldens[PREFIX + name], only=same)
+    report.compare("denoiser guidance", PREFIX + name, actual=output, expected=goldens[PREFIX + name], only=same)
 
 
-def _compare_values_between(report: Report, goldens: Goldens, net: Denoiser, inputs: _Inputs) -> None:
-    """Outputs of modules during the plain forward."""
+def _compare_values_between(report: Report, goldens: Goldens, *, net: Denoiser, inputs: _Inputs) -> None:
+    """Compare the outputs of modules inside the plain forward pass."""
     prefix = PREFIX + "mid/"
     modules = {name: module for name in goldens.names(prefix) if (module := _module(net, name)) is not None}
     with report.guard("denoiser", prefix), _recorded(modules) as seen:
@@ -155,11 +163,11 @@ def _compare_values_between(report: Report, goldens: Goldens, net: Denoiser, inp
     for name, value in seen.items():
         component: Component = "denoiser time features" if name == "timestep_features" else "denoiser"
         with report.guard(component, prefix + name):
-            report.compare(component, prefix + name, value, goldens[prefix + name])
+            report.compare(component, prefix + name, actual=value, expected=goldens[prefix + name])
 
 
 def _module(net: Denoiser, name: str) -> nn.Module | None:
-    """The module whose output a stored value is."""
+    """Returns the module that made a stored value, or None when the name is unknown."""
     known: dict[str, nn.Module] = {
         "timestep_features": net.timestep_features,
         "timestep_embed": net.to_timestep_embed,
@@ -182,7 +190,7 @@ def _module(net: Denoiser, name: str) -> nn.Module | None:
 
 @contextmanager
 def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What the modules return while the block runs, by name."""
+    """Record what the modules return while the block runs, by name."""
     seen: dict[str, Tensor] = {}
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
@@ -197,5 +205,5 @@ def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def _number(digits: str) -> float:
-    """Digits of a name: a leading 0 is a decimal point away from the rest, 05 = 0.5."""
+    """Returns the number that the digits of a name mean: with a leading 0 they are decimals, 05 = 0.5."""
     return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)

@@ -22,7 +22,7 @@ TENSORS_FILE = "golden.safetensors"
 
 
 class Goldens:
-    """The numbers of one folder; remembers which were asked for, so that none is forgotten silently."""
+    """The numbers of one folder; records which were read, so that the others can be reported."""
 
     def __init__(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.facts = facts
@@ -50,7 +50,7 @@ class Goldens:
         return key in self._tensors
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor `key`; integers keep their type, everything else is float32."""
+        """Returns the tensor `key`; integers keep their type, everything else is float32."""
         if key not in self._tensors:
             raise CheckpointError(f"{TENSORS_FILE} has no {key}")
         self._used.add(key)
@@ -58,43 +58,43 @@ class Goldens:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def find(self, key: str) -> Tensor | None:
-        """The tensor `key`, or None."""
+        """Returns the tensor `key`, or None."""
         return self[key] if key in self._tensors else None
 
     def names(self, prefix: str) -> list[str]:
-        """Names below `prefix`, without it."""
+        """Returns the names below `prefix`, without it."""
         return sorted(key.removeprefix(prefix) for key in self._tensors if key.startswith(prefix))
 
     def component(self, name: str) -> dict[str, Any]:
-        """What the facts say about a component, nothing if they do not."""
+        """Returns what the facts say about a component, empty if absent."""
         found = self._section("components").get(name, {})
         if not isinstance(found, dict):
             raise CheckpointError(f"{FACTS_FILE}: components.{name} must be an object")
         return found
 
     def listed(self, name: str) -> list[dict[str, Any]]:
-        """A list of objects among the components, empty if absent."""
+        """Returns a list of objects among the components, empty if absent."""
         found = self._section("components").get(name, [])
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             raise CheckpointError(f"{FACTS_FILE}: components.{name} must be a list of objects")
         return found
 
     def cases(self) -> dict[str, dict[str, Any]]:
-        """The end-to-end cases by name."""
+        """Returns the end-to-end cases by name."""
         cases = self._section("cases")
         for name, case in cases.items():
             if not isinstance(case, dict) or not isinstance(case.get("args"), dict):
                 raise CheckpointError(f"{FACTS_FILE}: {name} has no arguments")
         return cases
 
-    def mark(self, *keys: str) -> None:
-        """Count tensors as dealt with."""
-        self._used.update(keys)
+    def mark(self, key: str) -> None:
+        """Count a tensor as read."""
+        self._used.add(key)
 
     def lacking(self) -> list[str]:
-        """Tensors of components that the facts list and the file does not hold, or holds in another shape.
+        """Returns tensors that the facts list and the file does not hold, or holds in another shape.
 
-        What cases and padding variants a folder holds is up to it.
+        Cases and padding variants are left out: a folder need not hold all of them.
         """
         return [
             key
@@ -104,7 +104,7 @@ class Goldens:
         ]
 
     def unused(self) -> Iterator[tuple[str, list[str]]]:
-        """Groups with tensors nobody asked for, and those tensors."""
+        """Yields each group that has tensors which were never read, with their names."""
         groups: dict[str, list[str]] = {}
         for key in sorted(self._tensors.keys() - self._used):
             groups.setdefault(key.split("/")[0], []).append(key)
@@ -118,5 +118,5 @@ class Goldens:
 
 
 def as_bool(mask: Tensor) -> Tensor:
-    """A stored mask (uint8, int64 or float) as bool."""
+    """Returns a stored mask (uint8, int64 or float) as bool."""
     return mask.to(torch.bool)

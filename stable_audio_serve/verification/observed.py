@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,25 +49,25 @@ class ObservedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's."""
+        """Facts about the model."""
         return self._model.spec
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """Where the model is."""
         return self._model.device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """The model's plans, with the result as long as the latents."""
+        """Returns the model's plans, with the result as long as the latents."""
         plans = self._model.plan(request, frames=frames)
         return tuple(replace(plan, output_samples=plan.frames * self.spec.hop) for plan in plans)
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """The model's."""
+        """Embed prompts by the model."""
         return self._model.encode_text(prompts)
 
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """The model's."""
+        """Encode by the model."""
         return self._model.encode_audio(windows)
 
     def condition(
@@ -77,15 +78,15 @@ class ObservedModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """The model's."""
+        """Condition a row by the model."""
         return self._model.condition(plan, prompt=prompt, negative=negative, inpaint_latents=inpaint_latents)
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """The model's."""
+        """Denoise by the model."""
         return self._model.denoise(batch)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """The model's; keeps the latents that come by."""
+        """Decode by the model and keep the latents."""
         for window in windows:
             row = next((row for row, noise in self.noise.items() if noise is window.noise), None)
             if row is not None:
@@ -93,11 +94,18 @@ class ObservedModel:
         return self._model.decode(windows)
 
 
-class Runner:
-    """Repeats cases through one engine. `num_frames` gives a run's latent length from its longest duration and its
-    headroom, in seconds, and its cap in audio samples."""
+class NumFrames(Protocol):
+    """A family's length rule for one run of the reference."""
 
-    def __init__(self, model: DiffusionModel, *, num_frames: Callable[[float, float, int], int]) -> None:
+    def __call__(self, duration_s: float, *, padding_s: float, sample_size: int) -> int:
+        """Returns latent frames of the longest duration and its headroom; `sample_size` (audio samples) caps them."""
+        ...
+
+
+class Runner:
+    """Repeats cases through one engine."""
+
+    def __init__(self, model: DiffusionModel, *, num_frames: NumFrames) -> None:
         self._model = model
         self._observed = ObservedModel(model)
         self._probe = DrawProbe(model)
@@ -106,28 +114,28 @@ class Runner:
         self._engine = Engine(self._observed, options, noise_factory=lambda seed: self._observed.noise[seed])
 
     def plan(self, case: Case) -> list[RowPlan]:
-        """One plan per row, all with the latent length of the longest."""
+        """Returns one plan per row, all with the latent length of the longest."""
         frames = self._frames(case)
         return [self._model.plan(request, frames=frames)[0] for request in case.requests]
 
     def script(self, case: Case) -> list[ReplayDraw]:
-        """The random draws of the case in order."""
+        """Returns the random draws of the case in order."""
         channels = self._model.spec.latent_channels
         return replay_script(self.plan(case)[0], self._probe, latent_channels=channels, num_rows=len(case.requests))
 
     async def run(self, case: Case) -> list[RowResult]:
-        """All rows of a case together, with the reference's noise."""
+        """Run all rows of a case together, with the reference's noise."""
         replay = ReplayNoise(case.seed, self.script(case), num_rows=len(case.requests))
         return await self._run(case, [replay.row(row) for row in range(len(case.requests))])
 
     async def run_silent(self, case: Case) -> list[RowResult]:
-        """The same without noise inside the autoencoder, whose draws are then also not made."""
+        """Run a case without noise inside the autoencoder; its draws are not made either."""
         script = [draw for draw in self.script(case) if draw.stage in ("initial", "step")]
         replay = ReplayNoise(case.seed, script, num_rows=len(case.requests))
         return await self._run(case, [SilentWindows(replay.row(row)) for row in range(len(case.requests))])
 
     def silent_inpaint_conditioning(self, case: Case) -> Tensor:
-        """What the first row tells each frame: the mask, then the kept latents, encoded without noise (1, 1 + D, F)."""
+        """Returns the first row's local conditioning: mask, then kept latents, encoded without noise (1, 1 + D, F)."""
         plan = self.plan(case)[0]
         if plan.inpaint_source is None or plan.keep_mask is None:
             return torch.zeros(1, 1 + self._model.spec.latent_channels, plan.frames)
@@ -147,7 +155,8 @@ class Runner:
 
     def _frames(self, case: Case) -> int:
         longest_s = max(request.duration_s for request in case.requests)
-        return self._num_frames(longest_s, case.requests[0].duration_padding_s or 0.0, case.sample_size)
+        padding_s = case.requests[0].duration_padding_s or 0.0
+        return self._num_frames(longest_s, padding_s=padding_s, sample_size=case.sample_size)
 
     async def _run(self, case: Case, noise: Sequence[NoiseSource]) -> list[RowResult]:
         plans, channels = self.plan(case), self._model.spec.latent_channels

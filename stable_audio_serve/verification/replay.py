@@ -1,6 +1,6 @@
 """The reference's random draws of a run in its order: start noise, source windows, sampler steps, decode windows.
 
-What a window draws is found out by asking the model, so that nothing here depends on a family or on stored lists.
+A window's draws are recorded by running the model, so that nothing here depends on a family or on stored lists.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ class WindowDraw:
     frame_axis: int
 
     def over_batch(self, num_rows: int) -> tuple[int, ...]:
-        """The shape over a batch: rows are stacked along a leading frame axis, else along a new one in front."""
+        """Returns the shape over a batch: rows stacked along a leading frame axis, else along a new one in front."""
         if self.frame_axis == 0:
             return (num_rows * self.shape[0], *self.shape[1:])
         return (num_rows, *self.shape)
 
 
 class DrawProbe:
-    """Finds out which draws a model makes in a window by running a silent one of each length once."""
+    """Records which draws a model makes in a window, by running a silent one of each length once."""
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model
         self._known: dict[tuple[str, int], list[WindowDraw]] = {}
 
     def draws(self, stage: str, num_frames: int) -> list[WindowDraw]:
-        """The draws of a window of `num_frames` latents; `stage` is init, inpaint or decode."""
+        """Returns the draws of a window of `num_frames` latents; `stage` is init, inpaint or decode."""
         if (stage, num_frames) not in self._known:
             recorder = _Recorder()
             spec, device = self._model.spec, self._model.device
@@ -52,7 +52,7 @@ class DrawProbe:
 
 
 def replay_script(plan: RowPlan, probe: DrawProbe, *, latent_channels: int, num_rows: int) -> list[ReplayDraw]:
-    """The draws of a run over `num_rows` rows planned like `plan`. A source is encoded once for the whole batch."""
+    """Returns the draws of a run over `num_rows` rows planned like `plan`; a source is encoded once for all of them."""
     latent = (num_rows, latent_channels, plan.frames)
     script = [ReplayDraw("initial", 0, latent)]
     for stage, source in (("init", plan.init_source), ("inpaint", plan.inpaint_source)):
@@ -74,20 +74,20 @@ class SilentWindows:
         self._source = source
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """The initial noise of `source`."""
+        """Returns the initial noise of `source`."""
         return self._source.initial(shape)
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
-        """The next step's noise of `source`."""
+        """Returns the next step's noise of `source`."""
         return self._source.step(shape)
 
     def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
-        """Zeros."""
+        """Returns zeros."""
         return torch.zeros(shape, device=device)
 
 
 class _Recorder:
-    """Silence that remembers what was asked for."""
+    """Zeros instead of noise; records what was drawn."""
 
     def __init__(self) -> None:
         self.asked: list[WindowDraw] = []

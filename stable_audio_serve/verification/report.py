@@ -13,7 +13,7 @@ from torch import Tensor
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.verification.bounds import BOUNDS, REQUIRED, Component
 
-# What wrong shapes, types or values in files of somebody else's making provoke inside torch and the networks.
+# What torch and the networks raise for wrong shapes, types or values in the files.
 DATA_ERRORS = (
     StableAudioError,
     RuntimeError,
@@ -38,11 +38,11 @@ class Comparison:
 
     @property
     def missed(self) -> bool:
-        """Whether the bound does not hold."""
+        """Whether the difference is above the bound, or not a number."""
         return not self.difference <= self.bound
 
     def as_dict(self) -> dict[str, Any]:
-        """For a machine; an infinite difference is None."""
+        """Returns it as JSON values; an infinite difference is None."""
         difference = self.difference if math.isfinite(self.difference) else None
         return {**asdict(self), "difference": difference, "missed": self.missed}
 
@@ -64,41 +64,41 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """Whether every comparison was within its bound."""
         return not self.failed
 
     def compare(
-        self, component: Component, key: str, actual: Tensor, expected: Tensor, *, only: Tensor | None = None
+        self, component: Component, key: str, *, actual: Tensor, expected: Tensor, only: Tensor | None = None
     ) -> None:
-        """Count max|actual - expected|, over the elements where `only` (broadcastable bool) is true.
+        """Record max|actual - expected| over the elements where `only` (broadcastable bool) is true.
 
-        Values that are not numbers, and shapes that differ, miss every bound; no element at all counts for nothing.
+        Values that are not numbers, and shapes that differ, miss every bound. Nothing is recorded for no elements.
         """
         if actual.shape != expected.shape:
-            self.note(component, f"{key} (shape {_shape(actual)}, expected {_shape(expected)})", math.inf)
+            self.note(component, f"{key} (shape {_shape(actual)}, expected {_shape(expected)})", difference=math.inf)
             return
         difference = (actual.detach().double() - expected.double()).abs()
         if only is not None:
             difference = difference[only.expand_as(difference)]
         if difference.numel():
             largest = float(difference.max())
-            self.note(component, key, math.inf if math.isnan(largest) else largest)
+            self.note(component, key, difference=math.inf if math.isnan(largest) else largest)
 
-    def note(self, component: Component, key: str, difference: float) -> None:
-        """Count one comparison by its largest difference."""
+    def note(self, component: Component, key: str, *, difference: float) -> None:
+        """Record one comparison by its largest difference."""
         self.comparisons.append(Comparison(component, key, difference, self.bounds[component]))
 
     def skip(self, component: str, reason: str) -> None:
-        """Say that something is not compared, and why."""
-        self.say(_line(component, "skipped", reason))
+        """Print that something is not compared, and why."""
+        self.say(_line(component, "skipped", text=reason))
 
     def fail(self, component: str, message: str) -> None:
-        """Count a component as missed because it could not be compared."""
+        """Record a component as missed because it could not be compared."""
         self.failures.setdefault(component, []).append(" ".join(message.split())[:400])
 
     @contextmanager
     def guard(self, component: str, key: str = "") -> Iterator[None]:
-        """Turn whatever unusable data provokes inside into a miss of `component`."""
+        """Record an error that unusable data causes inside the block as a miss of `component`."""
         try:
             yield
         except DATA_ERRORS as error:
@@ -106,14 +106,14 @@ class Report:
             self.fail(component, f"{key}: {text}" if key else text)
 
     def require_groups(self) -> None:
-        """Fail the parts of a model of which nothing was compared."""
+        """Record as missed the parts of a model for which nothing was compared."""
         compared = {comparison.component for comparison in self.comparisons}
         for name, components in REQUIRED.items():
             if not compared.intersection(components) and not {name, *components}.intersection(self.failures):
                 self.fail(name, "nothing was compared")
 
     def finish(self) -> None:
-        """Say the result of every component and of the whole."""
+        """Print the result of every component and of the whole."""
         found: dict[str, list[Comparison]] = {component: [] for component in (*BOUNDS, *self.failures)}
         for comparison in self.comparisons:
             found[comparison.component].append(comparison)
@@ -122,11 +122,11 @@ class Report:
                 self.say(_summary(component, comparisons))
             if reasons := self.failures.get(component):
                 others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-                self.say(_line(component, "MISSED", reasons[0] + others))
+                self.say(_line(component, "MISSED", text=reasons[0] + others))
         self.say(f"verification failed: {', '.join(self.failed)}" if self.failed else "verification passed")
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything that was compared, for a machine; an infinite difference is None."""
+        """Returns everything that was compared as JSON values; an infinite difference is None."""
         return {
             "passed": self.passed,
             "failed": self.failed,
@@ -140,10 +140,10 @@ def _summary(component: str, found: list[Comparison]) -> str:
     num_missed = sum(comparison.missed for comparison in found)
     counts = f"{len(found)} compared" + (f", {num_missed} missed" if num_missed else "")
     figures = f"largest difference {worst.difference:.2e}  bound {worst.bound:.0e}  ({counts}; worst {worst.key})"
-    return _line(component, "MISSED" if num_missed else "ok", figures)
+    return _line(component, "MISSED" if num_missed else "ok", text=figures)
 
 
-def _line(component: str, verdict: str, text: str) -> str:
+def _line(component: str, verdict: str, *, text: str) -> str:
     return f"{component:<23} {verdict:<8} {text}"
 
 

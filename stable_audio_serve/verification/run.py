@@ -30,28 +30,28 @@ _OWNERS: tuple[tuple[str, Component], ...] = (
 
 
 def verify(folder: Path, say: Callable[[str], None]) -> Report:
-    """Whether the model in `folder` reproduces the numbers stored beside it; one line per component through `say`.
+    """Compare the model in `folder` with the numbers stored beside it; passes one line per component to `say`.
 
-    Runs in float32 on the CPU, where the bounds hold. Unusable files are misses, never exceptions.
+    Runs in float32 on the CPU, where the bounds hold. Unusable files are reported as misses, never raised.
     """
     report = Report(say)
     goldens, model = _load_goldens(report, folder), _load_model(report, folder)
     if goldens is not None and model is not None:
         with report.guard("goldens"), _engine_log_silenced():
-            _compare(report, goldens, model)
+            _compare(report, goldens, model=model)
         report.require_groups()
     report.finish()
     return report
 
 
-def _compare(report: Report, goldens: Goldens, model: DiffusionModel) -> None:
+def _compare(report: Report, goldens: Goldens, *, model: DiffusionModel) -> None:
     if lacking := goldens.lacking():
         others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
         report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file, or has another shape")
     if goldens.component("rounding"):
         report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
     if isinstance(model, Sa3Model):
-        compare_sa3(report, goldens, model)
+        compare_sa3(report, goldens, model=model)
     else:
         report.fail("checkpoint", f"nothing is known to compare for the family {model.spec.family}")
     for group, keys in goldens.unused():
@@ -61,7 +61,7 @@ def _compare(report: Report, goldens: Goldens, model: DiffusionModel) -> None:
 
 @contextmanager
 def _engine_log_silenced() -> Iterator[None]:
-    """What fails in the engine is reported here, once, and not also logged with its stack."""
+    """Keep the engine from logging failures with their stack: they are reported here."""
     log, silence = logging.getLogger("stable_audio_serve.engine"), logging.NullHandler()
     propagates, log.propagate = log.propagate, False
     log.addHandler(silence)

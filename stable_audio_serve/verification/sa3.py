@@ -19,20 +19,20 @@ from stable_audio_serve.verification.report import Report
 from stable_audio_serve.verification.tables import compare_draws, compare_lengths, compare_schedules
 
 
-def compare_sa3(report: Report, goldens: Goldens, model: Sa3Model) -> None:
-    """Everything the goldens hold about this model; a part that breaks does not stop the others."""
+def compare_sa3(report: Report, goldens: Goldens, *, model: Sa3Model) -> None:
+    """Compare everything the goldens hold about this model; an error in one part does not stop the others."""
     rule = model.config.lengths
     parts: dict[str, Callable[[], None]] = {
-        "lengths": lambda: compare_lengths(report, goldens, rule),
+        "lengths": lambda: compare_lengths(report, goldens, rule=rule),
         "schedules": lambda: compare_schedules(report, goldens),
         "draws": lambda: compare_draws(report, goldens),
-        "text": lambda: compare_text(report, goldens, model),
-        "number": lambda: compare_number(report, goldens, model),
-        "denoiser": lambda: compare_denoiser(report, goldens, model.denoiser),
+        "text": lambda: compare_text(report, goldens, model=model),
+        "number": lambda: compare_number(report, goldens, model=model),
+        "denoiser": lambda: compare_denoiser(report, goldens, net=model.denoiser),
         "autoencoder": lambda: compare_autoencoder(
-            report, goldens, model.autoencoder, sample_rate_hz=rule.sample_rate_hz
+            report, goldens, net=model.autoencoder, sample_rate_hz=rule.sample_rate_hz
         ),
-        "end-to-end": lambda: compare_end_to_end(report, goldens, make_runner(model)),
+        "end-to-end": lambda: compare_end_to_end(report, goldens, runner=make_runner(model)),
     }
     for component, compare in parts.items():
         with report.guard(component), torch.no_grad():
@@ -40,10 +40,10 @@ def compare_sa3(report: Report, goldens: Goldens, model: Sa3Model) -> None:
 
 
 def make_runner(model: Sa3Model) -> Runner:
-    """A runner that knows this family's lengths."""
+    """Returns a runner that uses this family's length rule."""
     rule = model.config.lengths
 
-    def num_frames(duration_s: float, padding_s: float, sample_size: int) -> int:
+    def num_frames(duration_s: float, *, padding_s: float, sample_size: int) -> int:
         return plan_length(duration_s, replace(rule, max_samples=sample_size), padding_s=padding_s).frames
 
     return Runner(model, num_frames=num_frames)

@@ -14,7 +14,7 @@ from stable_audio_serve.verification.report import Report
 
 
 def compare_draws(report: Report, goldens: Goldens) -> None:
-    """Every case's draws, replayed in order from its seed, against the stored ones and the first values of each."""
+    """Compare every case's draws, replayed in order from its seed, with the stored tensors and first values."""
     for name, case in goldens.cases().items():
         with report.guard("draws", name):
             seed, draws = case["args"].get("seed"), case.get("draws") or []
@@ -26,13 +26,13 @@ def compare_draws(report: Report, goldens: Goldens) -> None:
                 first = drawn.flatten()[:4]
                 key = f"{name}/draw_{index:02d}"
                 if "first4" in draw:
-                    report.compare("draws", f"{key} first values", first, torch.tensor(draw["first4"]))
+                    report.compare("draws", f"{key} first values", actual=first, expected=torch.tensor(draw["first4"]))
                 if (stored := goldens.find(key)) is not None:
-                    report.compare("draws", key, drawn, stored)
+                    report.compare("draws", key, actual=drawn, expected=stored)
 
 
 def compare_schedules(report: Report, goldens: Goldens) -> None:
-    """Schedules listed in the facts; one length or one per row."""
+    """Compare the schedules listed in the facts, for one length or one per row."""
     for case in goldens.listed("schedules"):
         with report.guard("schedules", str(case.get("name"))):
             shift = shift_from_config(case["shift"] or {"type": "none"}, key="shift")
@@ -40,11 +40,11 @@ def compare_schedules(report: Report, goldens: Goldens) -> None:
             expected = torch.tensor(case["values"], dtype=torch.float32)
             for length, values in zip(lengths, expected.expand(len(lengths), -1), strict=True):
                 sigmas = build_sigmas(case["steps"], shift, length=length, sigma_max=case["sigma_max"])
-                report.compare("schedules", f"schedules/{case.get('name')}", sigmas, values)
+                report.compare("schedules", f"schedules/{case.get('name')}", actual=sigmas, expected=values)
 
 
-def compare_lengths(report: Report, goldens: Goldens, rule: LengthRule) -> None:
-    """Length arithmetic listed in the facts, for one duration or a batch of them."""
+def compare_lengths(report: Report, goldens: Goldens, *, rule: LengthRule) -> None:
+    """Compare the lengths listed in the facts, for one duration or a batch of them."""
     for case in goldens.listed("lengths"):
         durations, padding_s = case.get("durations") or [], case.get("duration_padding_sec", 6.0)
         key = f"lengths/{durations}"
@@ -63,4 +63,4 @@ def compare_lengths(report: Report, goldens: Goldens, rule: LengthRule) -> None:
             }
             for name, value in found.items():
                 if name in case:
-                    report.note("lengths", f"{key} {name}", 0.0 if value == case[name] else math.inf)
+                    report.note("lengths", f"{key} {name}", difference=0.0 if value == case[name] else math.inf)

@@ -15,7 +15,7 @@ CLIP = torch.randn(2, 50)
 
 def parse(args: dict[str, Any], **facts: Any):
     goldens = Goldens({"generate_defaults": {"steps": 5, "sample_size": 4096}}, {"gen/a/clip": CLIP})
-    return parse_case("gen/a", {"args": {"prompt": "rain", "seed": 3, **args}, **facts}, goldens)
+    return parse_case("gen/a", {"args": {"prompt": "rain", "seed": 3, **args}, **facts}, goldens=goldens)
 
 
 def test_defaults_come_from_the_goldens_then_from_the_reference() -> None:
