@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import sqlite3
+import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,11 @@ async def job_store(client: httpx.AsyncClient) -> str:
     return state
 
 
+def last_lease_until(database: sqlite3.Connection) -> float:
+    (at,) = database.execute("SELECT max(lease_until) FROM jobs WHERE state = 'running'").fetchone()
+    return at or 0.0
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110
@@ -66,7 +73,7 @@ async def expect_the_queue_survives(
     await until(lambda: backend.num_running == 0)
     num_computed = len(backend.requests)
     assert num_computed <= _AT_ONCE
-    await asyncio.sleep(1.0)  # a dozen tries to write
+    await asyncio.sleep(0.3)  # several tries to write
     assert len(backend.requests) == num_computed
     waiting = await show_all(client, tickets)
     assert {status["status"] for status in waiting} == {"queued"}
@@ -126,7 +133,7 @@ async def test_what_never_fits_becomes_a_dead_letter_and_leaves_nothing(tiny_dis
 async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -> None:
     async with make_hasty_client(output_dir=str(small_disk), jobs={"lease_s": 1.0}) as (client, backend):
         done = await wait(client, await submit(client))
-        backend.delay_s = 1.0
+        backend.released.clear()
         running, to_cancel = [await submit(client, seed=seed) for seed in (5, 6)]
         await wait(client, running, "running")
         await wait(client, to_cancel, "running")
@@ -142,9 +149,10 @@ async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -
         assert await job_store(client) == "full"
         cancelled = (await client.delete(f"/jobs/{to_cancel['id']}")).status_code
         assert cancelled in (202, 507)
+        backend.released.set()
         await until(lambda: backend.num_running == 0)  # the jobs have been computed
-        await asyncio.sleep(1.5)  # and their leases would be over
-        backend.delay_s = 0.0
+        with closing(sqlite3.connect(f"file:{small_disk / 'jobs.db'}?mode=ro", uri=True)) as database:
+            await until(lambda: last_lease_until(database) < time.time())
         give_back()
         if cancelled == 507:
             assert (await client.delete(f"/jobs/{to_cancel['id']}")).status_code in (200, 202, 409)

@@ -19,7 +19,8 @@ from tests.api.compat.serving import make_hasty_client
 from tests.api.test_job_stores import expect_body, submissions
 from tests.api.test_jobs import BODY, submit, wait
 from tests.audio_files import make_audio_file
-from tests.jobs.conftest import make_spec
+from tests.backends import open_event
+from tests.jobs.conftest import make_spec, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -74,14 +75,17 @@ async def test_a_database_that_was_moved_is_refused_until_it_is_back(
         assert await state_of(client) == ("ok", None)
         done = await submit(client)
         await wait(client, done)
-        backend.delay_s = 0.5
+        backend.released.clear()
         running = await submit(client, seed=5)
         await wait(client, running, "running")
+        held, backend.released = backend.released, open_event()
         move(place, tmp_path / "away", names)
         before = snapshot(place)
         await expect_refusals(client, at_once=4)
         assert (await state_of(client))[0] == "moved"
-        await asyncio.sleep(0.5)  # the job that runs is computed meanwhile
+        held.set()
+        await wait_for(lambda: backend.num_running == 0)
+        await asyncio.sleep(0.2)  # its runner tries to write its end
         assert snapshot(place) == before
         move(tmp_path / "away", place, names)
         assert (await wait(client, running))["attempts"] == 1
@@ -161,10 +165,11 @@ async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, t
     folder = tmp_path / "outputs"
     async with make_hasty_client(output_dir=str(folder), **settings_of(place)) as (client, backend):
         done = await wait(client, await submit(client))
-        backend.delay_s = 1.0
+        backend.released.clear()
         running = await submit(client, seed=5)
         await wait(client, running, "running")
         back = files_moved(folder, tmp_path / "away")
+        backend.released.set()
         assert (await client.get(done["download_url"])).status_code == 503
         source = {"audio": make_audio_file(duration_s=1.0)}
         reply = await client.post("/jobs/variations", data={"prompt": "x", "duration": "1"}, files=source)
@@ -172,7 +177,7 @@ async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, t
         waiting = await wait(client, running, "queued")
         assert "moved" in (await state_of(client))[1]
         more = await submit(client)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.2)  # the runner tries again whether files can be kept
         assert not folder.exists()
         assert (await wait(client, more, "queued"))["attempts"] == 0
         back()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +97,7 @@ async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
 
 
 async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
-    object_storage: ObjectStorage, tmp_path: Path
+    object_storage: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = object_storage.settings(object_storage.make_bucket())
     settings = Settings(output_dir=str(tmp_path), storage=storage)
@@ -106,9 +105,17 @@ async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
     jobs = [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(12)]
     object_storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
     metrics = RecordedMetrics()
+    probes: list[int] = []
+    probe = workshop.queue.artifacts.probe
+
+    async def count(num_bytes: int) -> None:
+        probes.append(num_bytes)
+        await probe(num_bytes)
+
+    monkeypatch.setattr(workshop.queue.artifacts, "probe", count)
     runner = await workshop.start_runner(metrics=metrics)
     await wait_for(lambda: metrics.gauges.get(REFUSED) == 1.0 and metrics.gauges.get(("jobs_running",)) == 0)
-    await asyncio.sleep(0.5)
+    await wait_for(lambda: len(probes) >= 3)
     waiting = workshop.queue.store.operators.list_all(state="queued")
     assert len(waiting) == len(jobs)
     assert sum(job.attempts for job in waiting) <= 4  # what a runner begins before it has seen any end

@@ -483,7 +483,7 @@ async def test_a_runner_of_a_server_that_stops_gives_its_jobs_back_and_stays_hea
         assert now is not None
         assert (now.state, now.attempts) == ("queued", 0)
     runner.wake()
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     assert backend.num_running == 0  # nothing is taken again
     runner.check_health()
 
