@@ -60,7 +60,7 @@ async def make_clip(
 def _finish(result: GenerationResult, num_samples: int | None) -> FinishedFile:
     """This dialect's own loudness: all that was made divided by its own peak, then cut."""
     pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
-    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32)
+    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # as all audio: channel after channel
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
     return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))
 
