@@ -26,7 +26,7 @@ def check_scene(audio: Audio, scene: Scene) -> dict[str, bool]:
     if scene.kind in _CHECKS:
         results[_check_name(scene)] = _CHECKS[scene.kind](audio, scene)
     if scene.kind == "tone" and scene.voice in ("sine", "square", "saw", "triangle"):
-        results["timbre"] = has_timbre(audio, scene.voice, float(OSCILLATOR_HZ[scene.pitch]))
+        results["timbre"] = has_timbre(audio, scene.voice, fundamental_hz=float(OSCILLATOR_HZ[scene.pitch]))
     if scene.kind == "chord":
         results["chord mode"] = chord_mode(audio, scene.pitch) == scene.quality
     if scene.pan in ("left", "right"):
@@ -67,7 +67,7 @@ def has_pitch(audio: Audio, wanted_hz: float, *, cents: float = 50.0) -> bool:
     return found > 0 and abs(1200 * math.log2(found / wanted_hz)) <= cents
 
 
-def harmonic_levels_db(audio: Audio, fundamental_hz: float, numbers: tuple[int, ...] = (2, 3)) -> list[float]:
+def harmonic_levels_db(audio: Audio, fundamental_hz: float, *, numbers: tuple[int, ...] = (2, 3)) -> list[float]:
     """Levels of harmonics relative to the fundamental, decibels, within a quarter tone and a bit."""
     mono = _both(audio)
     magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono))))
@@ -81,7 +81,7 @@ def harmonic_levels_db(audio: Audio, fundamental_hz: float, numbers: tuple[int, 
     return [20 * math.log10(around(number * fundamental_hz) / base) for number in numbers]
 
 
-def has_timbre(audio: Audio, voice: str, fundamental_hz: float) -> bool:
+def has_timbre(audio: Audio, voice: str, *, fundamental_hz: float) -> bool:
     """Second and third harmonic as the wave has them: none, 1/3 odd, 1/2 and 1/3, or 1/9 odd."""
     second, third = harmonic_levels_db(audio, fundamental_hz)
     match voice:
@@ -108,7 +108,7 @@ def chroma(audio: Audio) -> npt.NDArray[np.float64]:
     return np.asarray(np.bincount(classes, weights=magnitude[peak], minlength=12), np.float64)
 
 
-def has_chord(audio: Audio, root: int, quality: str) -> bool:
+def has_chord(audio: Audio, root: int, *, quality: str) -> bool:
     """Whether the three strongest pitch classes are exactly the triad's."""
     first = (69 + (root - 82) // 2) % 12
     wanted = {(first + step) % 12 for step in _TRIADS[quality]}
@@ -245,7 +245,7 @@ def has_swept(audio: Audio, scene: Scene) -> bool:
 
 _CHECKS: dict[str, Callable[[Audio, Scene], bool]] = {
     "tone": lambda audio, scene: has_pitch(audio, float(OSCILLATOR_HZ[scene.pitch])),
-    "chord": lambda audio, scene: has_chord(audio, scene.pitch, scene.quality),
+    "chord": lambda audio, scene: has_chord(audio, scene.pitch, quality=scene.quality),
     "arpeggio": lambda audio, scene: has_loose_tempo(audio, scene.tempo_bpm),
     "sweep": has_swept,
     "beat": lambda audio, scene: (

@@ -74,7 +74,7 @@ class Batch:
 class ClipSource:
     """Fresh random clips of similar length, encoded by the frozen autoencoder."""
 
-    def __init__(self, autoencoder: Autoencoder, config: ClipConfig, rng: np.random.Generator) -> None:
+    def __init__(self, autoencoder: Autoencoder, config: ClipConfig, *, rng: np.random.Generator) -> None:
         self._autoencoder = autoencoder.eval()
         self._config = config
         self._rng = rng
@@ -112,12 +112,12 @@ class ClipSource:
             torch.tensor([entry.ids for entry in encoded]),
             torch.tensor([entry.attention_mask for entry in encoded]).bool(),
             torch.tensor(seconds, dtype=torch.float32),
-            self._local(latents, scenes, seconds, edits),
+            self._local(latents, scenes, seconds=seconds, edits=edits),
             torch.from_numpy(unnamed),
             frames_of,
         )
 
-    def _local(self, latents: Tensor, scenes: list[Scene], seconds: np.ndarray[Any, Any], edits: Any) -> Tensor:
+    def _local(self, latents: Tensor, scenes: list[Scene], *, seconds: np.ndarray[Any, Any], edits: Any) -> Tensor:
         count, _, frames = latents.shape
         keep = torch.zeros(count, 1, frames)
         for row in np.flatnonzero(edits):

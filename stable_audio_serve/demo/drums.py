@@ -54,7 +54,7 @@ def _hit(
     return tonal, noise
 
 
-def _falling(length_s: float, start: float, end: float, amplitude: float, tau_s: float) -> tuple[Array, Array]:
+def _falling(length_s: float, start: float, *, end: float, amplitude: float, tau_s: float) -> tuple[Array, Array]:
     """A tone that falls from oscillator `start` to `end` while it decays."""
     tonal, noise = _hit(length_s)
     progress = np.linspace(0, 1, len(tonal))
@@ -78,9 +78,9 @@ HIT_SOUNDS: dict[str, tuple[Array, Array]] = {
     "snare": _hit(0.2, tones=[(190.0, 0.25, 0.05)], bands=(6, 17, 0.07, 0.05)),
     "hat": _hit(0.08, bands=(15, 19, 0.05, 0.02)),
     "clap": _hit(0.16, bands=(8, 14, 0.09, 0.04)),
-    "tom": _falling(0.4, 44, 34, 0.6, 0.13),
+    "tom": _falling(0.4, 44, end=34, amplitude=0.6, tau_s=0.13),
     "cowbell": _hit(0.3, tones=[(540.0, 0.3, 0.09), (800.0, 0.25, 0.09)]),
     "click": _hit(0.05, tones=[(1500.0, 0.5, 0.014)], bands=(10, 18, 0.03, 0.008)),
     "cymbal": _hit(1.6, bands=(13, 19, 0.06, 0.4)),
-    "laser": _falling(0.4, 150, 60, 0.4, 0.25),
+    "laser": _falling(0.4, 150, end=60, amplitude=0.4, tau_s=0.25),
 }

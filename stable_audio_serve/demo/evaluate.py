@@ -68,7 +68,7 @@ async def judge(
         )
         audio = await player.play(request)
         verdicts = {"length": audio.shape == (2, int(case.duration_s * SAMPLE_RATE_HZ))}
-        verdicts |= await _judge_sound(player, case, request, audio)
+        verdicts |= await _judge_sound(player, case, request=request, audio=audio)
         for name, passed in verdicts.items():
             counts[name].append(passed)
             if not passed:
@@ -82,7 +82,7 @@ async def judge(
     }
 
 
-async def _judge_sound(player: Player, case: Case, request: GenerationRequest, audio: Audio) -> dict[str, bool]:
+async def _judge_sound(player: Player, case: Case, *, request: GenerationRequest, audio: Audio) -> dict[str, bool]:
     if case.task == "loop":
         return {"loop repeats": _repeats(audio, case)}
     verdicts = check_scene(audio, case.scene)
@@ -90,7 +90,7 @@ async def _judge_sound(player: Player, case: Case, request: GenerationRequest, a
         name = "long pitch" if case.scene.kind == "tone" else "long tempo"
         return {name: check_scene(audio[:, -10 * SAMPLE_RATE_HZ :], case.scene)[next(iter(verdicts))]}
     if case.task == "edit":
-        verdicts |= await _judge_edits(player, case, request, audio)
+        verdicts |= await _judge_edits(player, case, request=request, audio=audio)
     return verdicts
 
 
@@ -101,7 +101,7 @@ def _repeats(audio: Audio, case: Case) -> bool:
     return judged(twice, case.scene.tempo_bpm)
 
 
-async def _judge_edits(player: Player, case: Case, request: GenerationRequest, audio: Audio) -> dict[str, bool]:
+async def _judge_edits(player: Player, case: Case, *, request: GenerationRequest, audio: Audio) -> dict[str, bool]:
     """Whether a continuation of the first half, two holes filled in and a variation keep the pitch of a held note."""
     hertz = float(OSCILLATOR_HZ[case.scene.pitch])
     half = audio.shape[1] // 2

@@ -28,7 +28,7 @@ _TOKENIZER_CONFIG = {
 }
 
 
-def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, folder: Path) -> None:
+def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path) -> None:
     """Write `folder` from the averaged weights; files already there are replaced, others stay."""
     network = Network()
     network.load_state_dict(trainer.average)

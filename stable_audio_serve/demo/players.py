@@ -74,18 +74,18 @@ class HttpPlayer:
             raise ValueError("over HTTP the server's own sampler is judged")
         if request.init_audio is not None:
             fields["init_noise_level"] = request.init_noise_level
-            answer = await self._post_file("/v1/audio/variations", fields, request.init_audio)
+            answer = await self._post_file("/v1/audio/variations", fields, source=request.init_audio)
         elif request.inpaint_audio is not None:
             starts, ends = zip(*request.inpaint_regions_s, strict=True)
             fields |= {"inpaint_start_seconds": str(list(starts)), "inpaint_end_seconds": str(list(ends))}
-            answer = await self._post_file("/v1/audio/inpaint", fields, request.inpaint_audio)
+            answer = await self._post_file("/v1/audio/inpaint", fields, source=request.inpaint_audio)
         else:
             answer = await self._client.post("/v1/audio/generations", json=fields)
         answer.raise_for_status()
         samples, _ = soundfile.read(io.BytesIO(answer.content), dtype="float32", always_2d=True)
         return np.ascontiguousarray(samples.T)
 
-    async def _post_file(self, path: str, fields: dict[str, Any], source: SourceAudio) -> httpx.Response:
+    async def _post_file(self, path: str, fields: dict[str, Any], *, source: SourceAudio) -> httpx.Response:
         import soundfile
 
         file = io.BytesIO()

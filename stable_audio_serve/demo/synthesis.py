@@ -56,7 +56,7 @@ class _Canvas:
         self.tones = np.zeros((num_frames, NUM_OSCILLATORS), np.float32)
         self.bands = np.zeros((num_frames, NUM_BANDS), np.float32)
 
-    def stamp(self, onset: int, tones: Array, bands: Array) -> None:
+    def stamp(self, onset: int, *, tones: Array, bands: Array) -> None:
         stop = min(len(self.tones), onset + len(tones))
         if onset >= stop:
             return
@@ -82,7 +82,7 @@ def render_scene(scene: Scene, rng: np.random.Generator, *, duration_s: float, n
     amplitude = np.concatenate([tones, bands], axis=1)
     amplitude *= (_LEVELS[scene.level] * _fade(scene.fade, sounding))[:, None]
     frames[:sounding, :-2] = np.log1p(np.minimum(amplitude, 1.0) / FLOOR) / math.log1p(1 / FLOOR)
-    frames[:, -2:] = _balance(scene.pan, num_frames, sounding)[:, None]
+    frames[:, -2:] = _balance(scene.pan, num_frames, sounding=sounding)[:, None]
     return frames
 
 
@@ -97,7 +97,7 @@ def _fade(fade: str, num_frames: int) -> Array:
             return np.ones(num_frames, np.float32)
 
 
-def _balance(pan: str, num_frames: int, sounding: int) -> Array:
+def _balance(pan: str, num_frames: int, *, sounding: int) -> Array:
     across = (np.clip(np.arange(num_frames) / max(sounding, 1), 0, 1) * 2 - 1).astype(np.float32)
     match pan:
         case "left":
@@ -116,25 +116,26 @@ def _render_part(scene: Scene, rng: np.random.Generator, *, duration_s: float, n
     canvas = _Canvas(num_frames)
     match scene.kind:
         case "tone":
-            _draw_note(canvas, scene.voice, scene.pitch, gain=1.0)
+            _draw_note(canvas, scene.voice, pitch=scene.pitch, gain=1.0)
         case "chord":
             for step in _TRIADS[scene.quality]:
-                _draw_note(canvas, scene.voice, scene.pitch + step, gain=0.58)
+                _draw_note(canvas, scene.voice, pitch=scene.pitch + step, gain=0.58)
         case "arpeggio":
             _draw_arpeggio(canvas, scene)
         case "sweep":
             progress = (np.arange(num_frames) + 0.5) / max(num_frames, 1)
-            _draw_glide(canvas, scene.voice, scene.pitch + (scene.target - scene.pitch) * progress)
+            _draw_glide(canvas, scene.voice, pitches=scene.pitch + (scene.target - scene.pitch) * progress)
         case "siren":
             _draw_siren(canvas, scene)
         case "beat":
             _draw_beat(canvas, scene)
         case "hit":
-            canvas.stamp(0, *HIT_SOUNDS[scene.voice])
+            tones, bands = HIT_SOUNDS[scene.voice]
+            canvas.stamp(0, tones=tones, bands=bands)
         case "noise":
-            canvas.bands[:] = _noise_bands(scene.voice, rng, num_frames)
+            canvas.bands[:] = _noise_bands(scene.voice, rng, num_frames=num_frames)
         case "hush":
-            canvas.bands[:] = 0.05 * _noise_bands("pink", rng, num_frames)
+            canvas.bands[:] = 0.05 * _noise_bands("pink", rng, num_frames=num_frames)
         case "silence":
             pass
         case other:
@@ -162,7 +163,7 @@ def _envelope(voice: str, num_frames: int) -> Array:
     return envelope.astype(np.float32)
 
 
-def _draw_note(canvas: _Canvas, voice: str, pitch: int, *, gain: float) -> None:
+def _draw_note(canvas: _Canvas, voice: str, *, pitch: int, gain: float) -> None:
     index, amplitude = _partials(voice, pitch)
     envelope = _envelope(voice, len(canvas.tones))
     canvas.tones[:, index] = np.hypot(canvas.tones[:, index], gain * envelope[:, None] * amplitude)
@@ -170,7 +171,7 @@ def _draw_note(canvas: _Canvas, voice: str, pitch: int, *, gain: float) -> None:
         canvas.bands[:, 8:13] = np.maximum(canvas.bands[:, 8:13], 0.006 * gain * envelope[:, None])
 
 
-def _draw_glide(canvas: _Canvas, voice: str, pitches: Floats) -> None:
+def _draw_glide(canvas: _Canvas, voice: str, *, pitches: Floats) -> None:
     nearest = np.rint(pitches).astype(int)
     for pitch in np.unique(nearest):
         rows = np.flatnonzero(nearest == pitch)
@@ -182,9 +183,9 @@ def _draw_siren(canvas: _Canvas, scene: Scene) -> None:
     beats = np.arange(len(canvas.tones)) * FRAME_S * scene.tempo_bpm / 60
     if scene.voice == "alarm":
         pitches = np.where(beats % 1.0 < 0.5, 106.0, 118.0)
-        _draw_glide(canvas, "square", pitches)
+        _draw_glide(canvas, "square", pitches=pitches)
     else:
-        _draw_glide(canvas, "sine", 96 + 14 * np.sin(np.pi * beats / 2))
+        _draw_glide(canvas, "sine", pitches=96 + 14 * np.sin(np.pi * beats / 2))
 
 
 def onset_frames(tempo_bpm: float, num_frames: int, *, per_beat: int = 1) -> list[int]:
@@ -206,17 +207,18 @@ def _draw_arpeggio(canvas: _Canvas, scene: Scene) -> None:
         index, amplitude = _partials(scene.voice, scene.pitch + steps[number % 4])
         tones = np.zeros((length, NUM_OSCILLATORS), np.float32)
         tones[:, index] = decay * amplitude
-        canvas.stamp(onset, tones, silent)
+        canvas.stamp(onset, tones=tones, bands=silent)
 
 
 def _draw_beat(canvas: _Canvas, scene: Scene) -> None:
     for hit, per_beat, places in BAR_PATTERNS[scene.voice]:
+        tones, bands = HIT_SOUNDS[hit]
         for number, onset in enumerate(onset_frames(scene.tempo_bpm, len(canvas.tones), per_beat=per_beat)):
             if number % (4 * per_beat) in places:
-                canvas.stamp(onset, *HIT_SOUNDS[hit])
+                canvas.stamp(onset, tones=tones, bands=bands)
 
 
-def _noise_bands(colour: str, rng: np.random.Generator, num_frames: int) -> Array:
+def _noise_bands(colour: str, rng: np.random.Generator, *, num_frames: int) -> Array:
     """Band RMS (F, bands): white has equal power per hertz, pink per octave, brown falls twice as fast."""
     width = np.diff(BAND_EDGES_HZ)
     centre = np.sqrt(np.maximum(BAND_EDGES_HZ[:-1], 40.0) * BAND_EDGES_HZ[1:])

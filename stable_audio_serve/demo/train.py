@@ -30,10 +30,10 @@ def main() -> None:
     first = AutoencoderConfig(steps=options.autoencoder_steps, seed=options.seed)
     autoencoder = train_autoencoder(first, options.out, device=options.device)
     second = DenoiserTrainingConfig(steps=options.denoiser_steps, decay_share=options.decay_share, seed=options.seed)
-    trainer = train_denoiser(second, autoencoder, options.out, device=options.device)
+    trainer = train_denoiser(second, autoencoder, folder=options.out, device=options.device)
     third = DecoderTrainingConfig(steps=options.decoder_steps, seed=options.seed)
-    train_decoder(third, trainer, autoencoder, device=options.device)
-    write_checkpoint(trainer, autoencoder.cpu(), options.out / "checkpoint")
+    train_decoder(third, trainer, autoencoder=autoencoder, device=options.device)
+    write_checkpoint(trainer, autoencoder.cpu(), folder=options.out / "checkpoint")
 
 
 if __name__ == "__main__":

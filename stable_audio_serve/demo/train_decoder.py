@@ -32,12 +32,12 @@ class DecoderTrainingConfig:
 
 
 def train_decoder(
-    config: DecoderTrainingConfig, trainer: Trainer, autoencoder: Autoencoder, *, device: str = "cpu"
+    config: DecoderTrainingConfig, trainer: Trainer, *, autoencoder: Autoencoder, device: str = "cpu"
 ) -> None:
     """Train `autoencoder.decoder` in place on what the averaged denoiser makes of noised latents."""
     network = Network().to(device).eval().requires_grad_(False)
     network.load_state_dict(trainer.average)
-    source = ClipSource(autoencoder, config.clips, np.random.default_rng((config.seed, 5)))
+    source = ClipSource(autoencoder, config.clips, rng=np.random.default_rng((config.seed, 5)))
     decoder = autoencoder.decoder.to(device).train()
     parameters = list(decoder.named_parameters())
     optimizer = MixedOptimizer(
@@ -76,8 +76,8 @@ def _denoised(network: Network, batch: Batch) -> Tensor:
     noise = torch.randn_like(batch.latents)
     noised = (1 - mix) * batch.latents + mix * noise
     with torch.autocast(noise.device.type, dtype=torch.bfloat16):
-        context, duration = network.context(batch.tokens, batch.mask, batch.seconds)
-        conditioning = network.denoiser.condition(context, duration, batch.local)
+        context, duration = network.context(batch.tokens, batch.mask, seconds=batch.seconds)
+        conditioning = network.denoiser.condition(context, duration, local=batch.local)
         velocity = network.denoiser(noised, t, conditioning, batch.valid).float()
     return noised - mix * velocity
 

@@ -64,7 +64,7 @@ class Network(nn.Module):
             self.denoiser.transformer.project_out.weight.mul_(0.3)
 
     def context(
-        self, tokens: Tensor, mask: Tensor, seconds: Tensor, bare: Tensor | None = None
+        self, tokens: Tensor, mask: Tensor, *, seconds: Tensor, bare: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Cross tokens (B, T + 1, C) and global vector (B, C) of token ids (B, T), mask (B, T) and seconds (B,).
 
@@ -90,10 +90,10 @@ def draw_times(count: int) -> Tensor:
 def flow_loss(network: Network, batch: Batch) -> Tensor:
     """Rectified flow on one batch: mean squared error of v = noise - data over the valid latents."""
     bare = torch.rand(len(batch.tokens), device=batch.tokens.device) < 0.06
-    context, duration = network.context(batch.tokens, batch.mask, batch.seconds, bare)
+    context, duration = network.context(batch.tokens, batch.mask, seconds=batch.seconds, bare=bare)
     dropped = torch.rand(len(context), 1, 1, device=context.device) < 0.1
     context = context.masked_fill(dropped, 0.0)
-    conditioning = network.denoiser.condition(context, duration, batch.local)
+    conditioning = network.denoiser.condition(context, duration, local=batch.local)
     noise = torch.randn_like(batch.latents)
     t = draw_times(len(noise)).to(noise.device)
     t = torch.where(batch.unnamed, HIGHEST_UNNAMED_T * t, t)
@@ -160,14 +160,14 @@ class Trainer:
 
 
 def train_denoiser(
-    config: DenoiserTrainingConfig, autoencoder: Autoencoder, folder: Path, *, device: str = "cpu"
+    config: DenoiserTrainingConfig, autoencoder: Autoencoder, *, folder: Path, device: str = "cpu"
 ) -> Trainer:
     """Train, resuming from `folder/denoiser.pt` when it is there."""
     trainer = Trainer(config, device=device)
     path = folder / "denoiser.pt"
     if path.exists():
         trainer.load(path)
-    source = ClipSource(autoencoder, config.clips, np.random.default_rng((config.seed, 2, trainer.step)))
+    source = ClipSource(autoencoder, config.clips, rng=np.random.default_rng((config.seed, 2, trainer.step)))
     torch.manual_seed(config.seed + 17 * trainer.step)
     stop = threading.Event()
     batches = prefetched(source, stop)

@@ -58,7 +58,7 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
             allow_patterns=list(entry.files),
         )
     except _FAULTS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir)) from error
+        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     _require_main_files(repo_id, {name for name in (CONFIG_FILE, WEIGHTS_FILE) if (Path(folder) / name).is_file()})
     check_folder(Path(folder))
     return Path(folder)
@@ -82,7 +82,7 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
     except LocalEntryNotFoundError:
         return None
     except _FAULTS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir)) from error
+        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     try:
         check_layout(read_config(folder), lambda name: (folder / name).is_file(), place=folder)
     except CheckpointError:
@@ -106,15 +106,15 @@ def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path
         info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=_ANSWER_S, files_metadata=True)
         listed = {file.rfilename for file in info.siblings or ()}
         _require_main_files(repo_id, listed)
-        _require_readable(repo_id, WEIGHTS_FILE, info, token)
+        _require_readable(repo_id, WEIGHTS_FILE, info=info, token=token)
         config_file = hf_hub_download(
             repo_id, CONFIG_FILE, revision=info.sha, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
         )
         encoder = check_layout(read_config(Path(config_file).parent), listed.__contains__, place=repo_id)
-        _require_readable(repo_id, f"{encoder}/config.json", info, token)
+        _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
     except _FAULTS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir)) from error
-    _require_space(entry, info, cache_dir)
+        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+    _require_space(entry, info, cache_dir=cache_dir)
 
 
 def _repository(entry: ModelEntry) -> str:
@@ -129,12 +129,12 @@ def _require_main_files(repo_id: str, names: set[str]) -> None:
             raise CheckpointError(f"{repo_id} holds no {name}; it is not a repository of a model served here")
 
 
-def _require_readable(repo_id: str, name: str, info: ModelInfo, token: str | None) -> None:
+def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:
     """Gated repositories are listed to everybody: whether this token may read shows at a file."""
     get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_ANSWER_S)
 
 
-def _require_space(entry: ModelEntry, info: ModelInfo, cache_dir: Path | None) -> None:
+def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None) -> None:
     root = cache_dir or Path(constants.HF_HUB_CACHE)
     blobs = root / f"models--{info.id.replace('/', '--')}" / "blobs"
     needed = 0
@@ -151,7 +151,7 @@ def _require_space(entry: ModelEntry, info: ModelInfo, cache_dir: Path | None) -
         )
 
 
-def _explain(error: Exception, entry: ModelEntry, cache_dir: Path | None) -> str:
+def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # the hub answered; that nothing is cached either is not the reason
     repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)

@@ -111,7 +111,7 @@ def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
 
 
 def stack_draws(
-    noise: Sequence[WindowNoise], name: str, shape: tuple[int, ...], *, frame_axis: int, device: torch.device
+    noise: Sequence[WindowNoise], name: str, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
 ) -> Tensor:
     """One draw of `shape` per window, stacked in front: (B, *shape) float32."""
     return torch.stack([window.draw(name, shape, frame_axis=frame_axis, device=device) for window in noise])

@@ -106,8 +106,8 @@ def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tenso
     """
     states = {prefix: module.state_dict() for prefix, module in modules.items()}
     expected = {prefix + key: value.shape for prefix, state in states.items() for key, value in state.items()}
-    _complain(source, "does not belong to this network", sorted(weights.keys() - expected.keys()))
-    _complain(source, "is missing", sorted(expected.keys() - weights.keys()))
+    _refuse(source, "does not belong to this network", keys=sorted(weights.keys() - expected.keys()))
+    _refuse(source, "is missing", keys=sorted(expected.keys() - weights.keys()))
     for key, shape in expected.items():
         tensor = weights[key]
         if tensor.shape != shape:
@@ -120,7 +120,7 @@ def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tenso
         module.eval().requires_grad_(False)
 
 
-def _complain(source: Path, what: str, keys: list[str]) -> None:
+def _refuse(source: Path, what: str, *, keys: list[str]) -> None:
     if keys:
         others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         raise CheckpointError(f"{source}: {keys[0]}{others} {what}")

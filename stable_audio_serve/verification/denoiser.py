@@ -56,7 +56,7 @@ class _Inputs:
         )
 
     def condition(self, net: Denoiser) -> DenoiserConditioning:
-        return net.condition(self.context, self.global_cond, self.local)
+        return net.condition(self.context, self.global_cond, local=self.local)
 
 
 def compare_denoiser(report: Report, goldens: Goldens, *, net: Denoiser) -> None:
@@ -87,11 +87,11 @@ def compare_denoiser(report: Report, goldens: Goldens, *, net: Denoiser) -> None
 
 def _zero_local(net: Denoiser, inputs: _Inputs) -> DenoiserConditioning:
     local = None if inputs.local is None else torch.zeros_like(inputs.local)
-    return net.condition(inputs.context, inputs.global_cond, local)
+    return net.condition(inputs.context, inputs.global_cond, local=local)
 
 
 def _no_local(net: Denoiser, inputs: _Inputs) -> DenoiserConditioning:
-    return net.condition(inputs.context, inputs.global_cond, None)
+    return net.condition(inputs.context, inputs.global_cond, local=None)
 
 
 _PLAIN = {
@@ -137,7 +137,7 @@ def _negative(goldens: Goldens, net: Denoiser, *, inputs: _Inputs) -> DenoiserCo
     tokens, mask = goldens[PREFIX + "negative_cross_attn_cond"], goldens.find(PREFIX + "negative_cross_attn_mask")
     if mask is not None:
         tokens = torch.where(as_bool(mask)[..., None], tokens, 0.0)
-    return net.condition(tokens, inputs.global_cond, inputs.local)
+    return net.condition(tokens, inputs.global_cond, local=inputs.local)
 
 
 def _compare_interval(report: Report, goldens: Goldens, *, net: Denoiser, inputs: _Inputs, name: str) -> None:

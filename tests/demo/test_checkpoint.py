@@ -81,8 +81,8 @@ async def test_sweeps_go_where_they_are_told(engine: Engine) -> None:
 
 
 async def test_a_chord_has_its_three_notes_and_a_loop_its_tempo(engine: Engine) -> None:
-    assert has_chord(await make_audio(engine, "C major chord"), 64, "major")
-    assert has_chord(await make_audio(engine, "f sharp minor chord"), 76, "minor")
+    assert has_chord(await make_audio(engine, "C major chord"), 64, quality="major")
+    assert has_chord(await make_audio(engine, "f sharp minor chord"), 76, quality="minor")
     assert has_loose_tempo(await make_audio(engine, "drum loop at 111 bpm", duration_s=6.0), 111)
 
 

@@ -104,8 +104,8 @@ SPOKEN: dict[str, list[tuple[str, Check, float]]] = {
         ("white noise only on the right", lambda audio: is_panned(audio, "right"), 1.5),
         ("a 300 Hz sine wave that fades in slowly", lambda audio: is_faded(audio, "in"), 5.0),
         ("C5 square wave fading out", lambda audio: is_faded(audio, "out"), 4.0),
-        ("C major chord", lambda audio: has_chord(audio, C4, "major"), 3.0),
-        ("a minor chord of A", lambda audio: has_chord(audio, C4 + 18, "minor"), 3.0),
+        ("C major chord", lambda audio: has_chord(audio, C4, quality="major"), 3.0),
+        ("a minor chord of A", lambda audio: has_chord(audio, C4 + 18, quality="minor"), 3.0),
     ],
 }
 

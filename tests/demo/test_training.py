@@ -47,7 +47,7 @@ def test_twenty_steps_of_stage_one_lower_the_loss(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> None:
     trainer = Trainer(DenoiserTrainingConfig(steps=40, warmup_steps=5))
-    batch = ClipSource(untrained, ClipConfig(batch_latents=120, longest_s=2.0), np.random.default_rng(0)).draw()
+    batch = ClipSource(untrained, ClipConfig(batch_latents=120, longest_s=2.0), rng=np.random.default_rng(0)).draw()
     losses = [trainer.train_step(batch) for _ in range(20)]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
 
@@ -55,7 +55,7 @@ def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> Non
 def test_stage_three_changes_the_decoder_and_nothing_else(untrained: Autoencoder) -> None:
     before = {name: value.clone() for name, value in untrained.state_dict().items()}
     config = DecoderTrainingConfig(steps=2, clips=ClipConfig(batch_latents=60, longest_s=1.0))
-    train_decoder(config, Trainer(DenoiserTrainingConfig(steps=1)), untrained)
+    train_decoder(config, Trainer(DenoiserTrainingConfig(steps=1)), autoencoder=untrained)
     changed = {
         name.split(".")[0] for name, value in untrained.state_dict().items() if not torch.equal(value, before[name])
     }
@@ -87,7 +87,7 @@ def test_times_cover_the_whole_range_and_hit_the_start() -> None:
 
 def test_a_packaged_checkpoint_loads_through_the_ordinary_loader(tmp_path: Path, untrained: Autoencoder) -> None:
     trainer = Trainer(DenoiserTrainingConfig(steps=1))
-    write_checkpoint(trainer, untrained, tmp_path)
+    write_checkpoint(trainer, untrained, folder=tmp_path)
     model = load_sa3(BUILT_IN["demo"], tmp_path, device=torch.device("cpu"), dtype=torch.float32)
     assert model.spec.hop == 4096
     assert model.spec.decode_halo_frames == 1

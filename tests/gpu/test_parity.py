@@ -41,11 +41,11 @@ def denoise(device: torch.device, name: str, dtype: torch.dtype, *, guided: bool
     keys = ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond", "padding_mask", "negative_cross_attn_cond")
     x, t, context, glob, local, valid, negative = stored(name, [f"dit/{key}" for key in keys], device)
     with torch.inference_mode():
-        conditional = net.condition(context, glob, local)
+        conditional = net.condition(context, glob, local=local)
         if not guided:
             return net(x, t, conditional, valid.bool()).float().cpu()
         mask = stored(name, ["dit/negative_cross_attn_mask"], device)[0].bool()
-        away = net.condition(torch.where(mask[..., None], negative, 0.0), glob, local)
+        away = net.condition(torch.where(mask[..., None], negative, 0.0), glob, local=local)
         rows = GuidanceBatch.of([Guidance(cfg_scale=3.0)] * len(x), device=device)
         velocity = guide(x, t, conditional=net(x, t, conditional), unconditional=net(x, t, away), valid=None, rows=rows)
     return velocity.cpu()

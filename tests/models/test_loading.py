@@ -282,7 +282,7 @@ def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> Non
     g, net = load_goldens("sharp-s").tensors, load(folder).denoiser
     cast_network(net, torch.bfloat16)
     assert net.transformer.rotary_pos_emb.inv_freq.dtype == torch.float32
-    conditioning = net.condition(g["dit/cross_attn_cond"], g["dit/global_cond"], g["dit/local_add_cond"])
+    conditioning = net.condition(g["dit/cross_attn_cond"], g["dit/global_cond"], local=g["dit/local_add_cond"])
     out = net(g["dit/x"], g["dit/t"], conditioning)
     assert out.dtype == torch.bfloat16
     relative = (out.float() - g["dit/out"]).norm() / g["dit/out"].norm()

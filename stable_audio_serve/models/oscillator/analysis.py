@@ -37,10 +37,10 @@ def analyse(audio: Tensor) -> Tensor:
     """Frames (222, F) float32 of audio (2, S) float32, F = ceil(S / 512)."""
     num_frames = -(-audio.shape[1] // FRAME_SAMPLES)
     audio = F.pad(audio, (0, num_frames * FRAME_SAMPLES - audio.shape[1]))
-    long, middle = _spectrum(audio, _LONG, num_frames), _spectrum(audio, _MIDDLE, num_frames)
+    long, middle = _spectrum(audio, _LONG, num_frames=num_frames), _spectrum(audio, _MIDDLE, num_frames=num_frames)
     sharpening = _sharpening(audio, num_frames)
-    low = _Peaks(long, 0.0, _SPLIT_HZ)
-    high = _Peaks(middle, _SPLIT_HZ, float(OSCILLATOR_HZ[-1]) * 1.01)
+    low = _Peaks(long, low_hz=0.0, high_hz=_SPLIT_HZ)
+    high = _Peaks(middle, low_hz=_SPLIT_HZ, high_hz=float(OSCILLATOR_HZ[-1]) * 1.01)
     tones = torch.maximum(low.on_oscillators(), high.on_oscillators())  # (F, oscillators)
     bands, noise_sides = _bands(middle)
     tones = tones * _by_region(sharpening, torch.from_numpy(OSCILLATOR_HZ))
@@ -50,7 +50,7 @@ def analyse(audio: Tensor) -> Tensor:
     return torch.cat([compress(tones).T, compress(bands).T, torch.stack(balances)]).float()
 
 
-def _spectrum(audio: Tensor, size: int, num_frames: int) -> Tensor:
+def _spectrum(audio: Tensor, size: int, *, num_frames: int) -> Tensor:
     """Magnitudes (2, F, bins), a sine of amplitude 1 peaking at 1, windows centred on the frames."""
     margin = (size - FRAME_SAMPLES) // 2
     window = torch.hann_window(size, periodic=True, device=audio.device)
@@ -61,7 +61,7 @@ def _spectrum(audio: Tensor, size: int, num_frames: int) -> Tensor:
 class _Peaks:
     """Spectral peaks between two frequencies: where, how strong, and how strong on each side."""
 
-    def __init__(self, spectrum: Tensor, low_hz: float, high_hz: float) -> None:
+    def __init__(self, spectrum: Tensor, *, low_hz: float, high_hz: float) -> None:
         both = spectrum.square().mean(dim=0).sqrt()  # (F, bins)
         self._both, self._spectrum = both, spectrum
         size = 2 * (spectrum.shape[2] - 1)
@@ -123,7 +123,7 @@ def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sharpening(audio: Tensor, num_frames: int) -> Tensor:
     """Gain (F, regions) from a long window's level to the frame's own, so that onsets stay where they are."""
-    power = _spectrum(audio, _SHORT, num_frames).square().mean(dim=0)
+    power = _spectrum(audio, _SHORT, num_frames=num_frames).square().mean(dim=0)
     hertz = torch.arange(power.shape[1]) * (SAMPLE_RATE_HZ / _SHORT)
     regions = torch.bucketize(hertz, torch.tensor(_REGION_EDGES_HZ[1:-1]), right=True)
     level = power.new_zeros(len(power), 3).index_add(1, regions.to(power.device), power)

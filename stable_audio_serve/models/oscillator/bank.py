@@ -74,9 +74,9 @@ class OscillatorBank:
         tonal = expand(frames[:NUM_OSCILLATORS])
         bands = expand(frames[NUM_OSCILLATORS : NUM_OSCILLATORS + NUM_BANDS])
         tonal_pan, noise_pan = (_pan_gains(balance) for balance in frames[-2:])
-        return self._tones(tonal, tonal_pan, start_frame) + self._noise(bands, noise_pan, noise)
+        return self._tones(tonal, tonal_pan, start_frame=start_frame) + self._noise(bands, noise_pan, noise=noise)
 
-    def _tones(self, amplitude: Tensor, pan: Tensor, start_frame: int) -> Tensor:
+    def _tones(self, amplitude: Tensor, pan: Tensor, *, start_frame: int) -> Tensor:
         num_frames = amplitude.shape[1]
         at = torch.arange(start_frame, start_frame + num_frames, dtype=torch.float64)
         phase = torch.remainder(torch.outer(at * FRAME_SAMPLES, self._omega) + self._phase, 2.0 * math.pi)
@@ -92,7 +92,7 @@ class OscillatorBank:
     def _sum_waves(self, amplitude: Tensor, carrier: Tensor) -> Tensor:
         return (torch.cat([amplitude, amplitude], dim=2) * carrier) @ self._waves
 
-    def _noise(self, bands: Tensor, pan: Tensor, noise: Tensor) -> Tensor:
+    def _noise(self, bands: Tensor, pan: Tensor, *, noise: Tensor) -> Tensor:
         num_frames = bands.shape[1]
         stereo = pan[:, :, None] * bands.T[None]  # (2, F, bands)
         before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]

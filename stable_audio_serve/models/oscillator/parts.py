@@ -43,16 +43,16 @@ class OscillatorBankPretransform(nn.Module):
             raw = frames.new_zeros(batch, 2, num_frames * FRAME_SAMPLES)
             starts = [0] * batch
         else:
-            raw = self._draw(noise, num_frames, frames.device)
+            raw = self._draw(noise, num_frames, device=frames.device)
             starts = [window.start * self._frames_per_latent for window in noise]
         rows = zip(frames.float(), raw, starts, strict=True)
         return torch.stack([bank.render(row, drawn, start_frame=start) for row, drawn, start in rows])
 
-    def _draw(self, noise: Sequence[WindowNoise], num_frames: int, device: torch.device) -> Tensor:
+    def _draw(self, noise: Sequence[WindowNoise], num_frames: int, *, device: torch.device) -> Tensor:
         """(B, 2, N * 512): one draw per latent, laid out in time."""
         samples = self._frames_per_latent * FRAME_SAMPLES
         shape = (-(-num_frames // self._frames_per_latent), 2, samples)
-        drawn = stack_draws(noise, "noise bands", shape, frame_axis=0, device=device)
+        drawn = stack_draws(noise, "noise bands", shape=shape, frame_axis=0, device=device)
         return drawn.transpose(1, 2).flatten(2)[..., : num_frames * FRAME_SAMPLES]
 
 

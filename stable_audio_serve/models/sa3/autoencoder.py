@@ -76,7 +76,7 @@ class SoftNorm(nn.Module):
         if noise is None or not self.regularized:
             return scaled
         shape = (latents.shape[1], latents.shape[2])
-        drawn = stack_draws(noise, "bottleneck", shape, frame_axis=1, device=latents.device)
+        drawn = stack_draws(noise, "bottleneck", shape=shape, frame_axis=1, device=latents.device)
         return scaled + REGULARIZATION * self.running_std * drawn.to(latents.dtype)
 
 

@@ -184,7 +184,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
         effective_length_schedule=diffusion.flag("use_effective_length_for_schedule", default=False),
         shift=diffusion.plain("sampling_distribution_shift_options"),
     )
-    _check_widths(parsed, model, diffusion)
+    _check_widths(parsed, model, diffusion=diffusion)
     return parsed
 
 
@@ -259,7 +259,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
     )
 
 
-def _check_widths(config: Sa3Config, model: ConfigReader, diffusion: ConfigReader) -> None:
+def _check_widths(config: Sa3Config, model: ConfigReader, *, diffusion: ConfigReader) -> None:
     """What the parts promise each other must fit, or the error would surface as a shape somewhere inside."""
     network = diffusion.section("config")
     number_ids = tuple(number.id for number in config.numbers)

@@ -99,13 +99,13 @@ class TransformerLayer(nn.Module):
         """
         parts = (self.to_scale_shift_gate + modulation)[:, None].chunk(6, dim=-1)
         scale_attn, shift_attn, gate_attn, scale_ff, shift_ff, gate_ff = parts
-        attended = self.self_attn(_modulate(self.pre_norm(h), scale_attn, shift_attn), rotary, attend_fn)
+        attended = self.self_attn(_modulate(self.pre_norm(h), scale=scale_attn, shift=shift_attn), rotary, attend_fn)
         h = h + torch.sigmoid(1 - gate_attn) * attended
         if context is not None:
             h = h + self.cross_attn(self.cross_attend_norm(h), context.key, context.value)
         if local is not None:
             h[:, self.num_memory_tokens :] += local  # in place: h is this layer's own sum
-        fed = self.ff(_modulate(self.ff_norm(h), scale_ff, shift_ff))
+        fed = self.ff(_modulate(self.ff_norm(h), scale=scale_ff, shift=shift_ff))
         return h + torch.sigmoid(1 - gate_ff) * fed
 
 
@@ -173,7 +173,7 @@ class Denoiser(nn.Module):
         """The dtype the network computes in."""
         return self.preprocess_conv.weight.dtype
 
-    def condition(self, context: Tensor | None, global_cond: Tensor, local: Tensor | None) -> DenoiserConditioning:
+    def condition(self, context: Tensor | None, global_cond: Tensor, *, local: Tensor | None) -> DenoiserConditioning:
         """Project a request's conditioning: context (B, T, context width), global_cond (B, global width), local
         (B, local width, F or 1). Differentiable; reusable at every step."""
         keys = None if context is None else self.project_context(context)
@@ -250,7 +250,7 @@ def _stack_local(rows: Sequence[Tensor], *, num_frames: int) -> Tensor:
     return out
 
 
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _modulate(x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 

@@ -105,7 +105,7 @@ class Sa3Model:
             frames = -(-audio.shape[-1] // self._spec.hop)
             return self.autoencoder.encode(audio, noise)[..., :frames]
 
-        return _run_by_length(windows, lambda window: window.samples.shape[-1], encode)
+        return _run_by_length(windows, lambda window: window.samples.shape[-1], run=encode)
 
     @torch.inference_mode()
     def condition(
@@ -124,7 +124,7 @@ class Sa3Model:
         numbers = {id_: self._embed_number(id_, plan.numbers[id_]) for id_ in self.numbers}
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
         local = self._local_conditioning(plan, inpaint_latents)
-        row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond, local)
+        row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond, local=local)
         conditional = Branch(row, row.shared_bytes + row.context_bytes)
         if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
             return RowConditioning(conditional, None)
@@ -150,7 +150,7 @@ class Sa3Model:
             noise = [WindowNoise(window.noise, "decode", window.start) for window in group]
             return self.autoencoder.decode(latents, noise)[..., : latents.shape[-1] * self._spec.hop]
 
-        return _run_by_length(windows, lambda window: window.latents.shape[-1], decode)
+        return _run_by_length(windows, lambda window: window.latents.shape[-1], run=decode)
 
     def _embed_number(self, id_: str, value: float) -> Tensor:
         """(1, width) float32."""
@@ -197,7 +197,7 @@ def branch_conditioning(branch: BranchConditioning) -> DenoiserConditioning:
 
 
 def _run_by_length(
-    windows: Sequence[Window], length: Callable[[Window], int], run: Callable[[Sequence[Window]], Tensor]
+    windows: Sequence[Window], length: Callable[[Window], int], *, run: Callable[[Sequence[Window]], Tensor]
 ) -> list[Tensor]:
     """Run windows of equal length in one call each; results (float32) in the order of `windows`."""
     groups: dict[int, list[int]] = {}

@@ -35,9 +35,9 @@ def plan_rows(
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
     chunked = config.chunked if request.chunked_decode is None else request.chunked_decode
-    init = _plan_source(request.init_audio, config, length) if request.init_audio else None
-    inpaint = _plan_source(request.inpaint_audio, config, length) if request.inpaint_audio else None
-    keep_mask = _keep_mask(request, config, length)
+    init = _plan_source(request.init_audio, config, length=length) if request.init_audio else None
+    inpaint = _plan_source(request.inpaint_audio, config, length=length) if request.inpaint_audio else None
+    keep_mask = _keep_mask(request, config, length=length)
     numbers = {"seconds_start": 0.0, "seconds_total": request.duration_s}
     if config.tempo is not None:
         numbers["tempo_bpm"] = config.tempo.read(request.prompt)
@@ -121,7 +121,7 @@ def _plan_sampler(
     return build_plan(sampler, sigmas, guidance=guidance, has_source=has_source), guidance
 
 
-def _plan_source(audio: SourceAudio, config: Sa3Config, length: RowLength) -> SourcePlan:
+def _plan_source(audio: SourceAudio, config: Sa3Config, *, length: RowLength) -> SourcePlan:
     """Source audio as the encoder takes it: the model's rate and channels, exactly the row's frames long."""
     rule = config.lengths
     samples = prepare_source(
@@ -137,7 +137,7 @@ def _windows(frames: int, *, chunked: bool) -> tuple[WindowSpan, ...]:
     return chunked_windows(frames) if chunked else whole_window(frames)
 
 
-def _keep_mask(request: GenerationRequest, config: Sa3Config, length: RowLength) -> Tensor | None:
+def _keep_mask(request: GenerationRequest, config: Sa3Config, *, length: RowLength) -> Tensor | None:
     """(frames,) float32, 1 where the source's latent is kept: where the first sample of the frame lies in no region.
 
     Everything from the clip's end on is generated. Nothing is pasted back: the model makes kept parts again.

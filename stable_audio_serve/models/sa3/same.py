@@ -120,7 +120,7 @@ def _sine_layers(config: ConfigReader, depth: int) -> int:
 class WeightNormConv(nn.Module):
     """1-D convolution with zero "same" padding whose weight is `g v / |v|`, the norm taken per output channel."""
 
-    def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, *, kernel: int) -> None:
         super().__init__()
         self.weight_v = nn.Parameter(torch.randn(channels_out, channels_in, kernel) / (channels_in * kernel) ** 0.5)
         self.weight_g = nn.Parameter(torch.ones(channels_out, 1, 1))
@@ -167,13 +167,13 @@ class ResamplingBlock(nn.Module):
         )
         self.mapping = mapping
 
-    def learned_tokens(self, num_windows: int, num_latents: int, noise: Noises) -> Tensor:
+    def learned_tokens(self, num_windows: int, num_latents: int, *, noise: Noises) -> Tensor:
         """Tokens to insert, (B * F, num_tokens, width); with `noise` every token gets its own, also at inference."""
         tokens = self.new_tokens.expand(num_windows * num_latents, self.num_tokens, -1)
         if noise is None or not self.config.mask_noise:
             return tokens
         shape = (num_latents, self.num_tokens, self.config.width)
-        drawn = stack_draws(noise, "tokens", shape, frame_axis=0, device=tokens.device).flatten(0, 1)
+        drawn = stack_draws(noise, "tokens", shape=shape, frame_axis=0, device=tokens.device).flatten(0, 1)
         return tokens + self.config.mask_noise * drawn.to(tokens.dtype)
 
     def transform(self, groups: Tensor, num_windows: int) -> Tensor:
@@ -181,26 +181,26 @@ class ResamplingBlock(nn.Module):
         group_size = groups.shape[1]
         x = groups.reshape(num_windows, -1, groups.shape[2])
         if self.config.window_latents is None:
-            x = self._transform_chunks(x, self.config.latent_multiple * group_size)
+            x = self._transform_chunks(x, chunk=self.config.latent_multiple * group_size)
         else:
             for layer in self.transformers:
                 x = layer(x, partial(attend_band, radius=self.config.window_latents * group_size))
         return x.reshape(groups.shape)
 
-    def _transform_chunks(self, x: Tensor, chunk: int) -> Tensor:
+    def _transform_chunks(self, x: Tensor, *, chunk: int) -> Tensor:
         """Attention inside chunks of tokens; the later half of the layers sees chunks shifted by half of one.
 
         For the shift the sequence is lengthened at both ends by copies of its own half chunks, dropped afterwards.
         """
         half = chunk // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
-        x = self._run_chunked(x, chunk, 0, middle)
+        x = self._run_chunked(x, chunk=chunk, first=0, last=middle)
         if middle == len(self.transformers):
             return x
         x = torch.cat([x[:, :half], x, x[:, -half:]], dim=1)
-        return self._run_chunked(x, chunk, middle, len(self.transformers))[:, half:-half]
+        return self._run_chunked(x, chunk=chunk, first=middle, last=len(self.transformers))[:, half:-half]
 
-    def _run_chunked(self, x: Tensor, chunk: int, first: int, last: int) -> Tensor:
+    def _run_chunked(self, x: Tensor, *, chunk: int, first: int, last: int) -> Tensor:
         shape = x.shape
         x = x.reshape(-1, chunk, shape[2])
         for layer in self.transformers[first:last]:
@@ -216,7 +216,7 @@ class SameEncoder(nn.Module):
         self.frames_per_latent = config.stride
         self.latent_multiple = config.latent_multiple
         self.noisy = config.mask_noise > 0
-        mapping = WeightNormConv(config.frame_channels, config.width, config.mapping_kernel)
+        mapping = WeightNormConv(config.frame_channels, config.width, kernel=config.mapping_kernel)
         block = ResamplingBlock(config, mapping=mapping, num_tokens=1)
         self.layers = nn.ModuleDict({"0": block, "2": nn.Linear(config.width, config.latent_channels)})
 
@@ -228,7 +228,7 @@ class SameEncoder(nn.Module):
         frames = F.pad(frames, (0, -frames.shape[-1] % (stride * self.latent_multiple)))
         num_windows, num_latents = len(frames), frames.shape[-1] // stride
         mapped = block.mapping(frames).transpose(1, 2).reshape(num_windows * num_latents, stride, -1)
-        groups = torch.cat([mapped, block.learned_tokens(num_windows, num_latents, noise)], dim=1)
+        groups = torch.cat([mapped, block.learned_tokens(num_windows, num_latents, noise=noise)], dim=1)
         kept = block.transform(groups, num_windows)[:, -1]
         return out(kept.reshape(num_windows, num_latents, -1)).transpose(1, 2)
 
@@ -241,7 +241,7 @@ class SameDecoder(nn.Module):
         self.frames_per_latent = config.stride
         self.latent_multiple = config.latent_multiple
         self.halo_latents = config.halo_latents
-        mapping = WeightNormConv(config.width, config.frame_channels, config.mapping_kernel)
+        mapping = WeightNormConv(config.width, config.frame_channels, kernel=config.mapping_kernel)
         block = ResamplingBlock(config, mapping=mapping, num_tokens=config.stride)
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 
@@ -253,7 +253,7 @@ class SameDecoder(nn.Module):
         embedded = F.pad(first(latents.transpose(1, 2)), (0, 0, 0, -latents.shape[-1] % self.latent_multiple))
         num_windows, num_latents, width = embedded.shape
         leading = embedded.reshape(num_windows * num_latents, 1, width)
-        groups = torch.cat([leading, block.learned_tokens(num_windows, num_latents, noise)], dim=1)
+        groups = torch.cat([leading, block.learned_tokens(num_windows, num_latents, noise=noise)], dim=1)
         kept = block.transform(groups, num_windows)[:, 1:]
         return block.mapping(kept.reshape(num_windows, -1, width).transpose(1, 2))
 

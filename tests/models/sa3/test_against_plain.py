@@ -175,7 +175,7 @@ def test_networks(name: str, num_frames: int) -> None:
         decoded, encoded = model.autoencoder.decode(latents[None])[0], model.autoencoder.encode(audio[None])[0]
         assert_near(decoded, decode(weights, plain.autoencoder, latents), within=2e-5)
         assert_near(encoded, encode(weights, plain.autoencoder, audio), within=2e-5)
-        conditioning = model.denoiser.condition(context[None], glob[None], local[None])
+        conditioning = model.denoiser.condition(context[None], glob[None], local=local[None])
         mask = (torch.arange(num_frames) < valid)[None]
         ours = model.denoiser(latents[None], torch.tensor([0.31]), conditioning, mask)[0]
         expected = denoise(

@@ -27,7 +27,7 @@ def golden(name: str) -> Callable[[str], Tensor]:
 
 def conditioning(name: str) -> DenoiserConditioning:
     g = golden(name)
-    return denoiser(name).condition(g("cross_attn_cond"), g("global_cond"), g("local_add_cond"))
+    return denoiser(name).condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,8 @@ def test_padding_is_key_masked(name: str) -> None:
 def test_zero_local_conditioning_is_not_absent_local_conditioning(name: str) -> None:
     g, net = golden(name), denoiser(name)
     one_zero_frame = torch.zeros_like(g("local_add_cond")[..., :1])
-    zero = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), one_zero_frame))
-    absent = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), None))
+    zero = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), local=one_zero_frame))
+    absent = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), local=None))
     assert_near(zero, g("out_zero_local"), within=SINGLE_FORWARD)
     assert_near(absent, g("out_no_local"), within=SINGLE_FORWARD)
 
@@ -95,7 +95,7 @@ def test_intermediate_values(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILY)
 def test_zero_context_equals_no_cross_attention(name: str) -> None:
     g, net = golden(name), denoiser(name)
-    zeros = net.condition(torch.zeros_like(g("cross_attn_cond")), g("global_cond"), g("local_add_cond"))
+    zeros = net.condition(torch.zeros_like(g("cross_attn_cond")), g("global_cond"), local=g("local_add_cond"))
     skipped = conditioning(name).without_context()
     assert torch.equal(net(g("x"), g("t"), zeros), net(g("x"), g("t"), skipped))
 
@@ -111,7 +111,7 @@ def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
     def condition(row: int) -> DenoiserConditioning:
         local = g("local_add_cond")[:1, :, : lengths[row]] * (row != 3)  # the last row edits nothing
         local = local[..., :1] if row == 3 else local
-        made = net.condition(g("cross_attn_cond")[row % 2 :][:1], g("global_cond")[row % 2 :][:1], local)
+        made = net.condition(g("cross_attn_cond")[row % 2 :][:1], g("global_cond")[row % 2 :][:1], local=local)
         return made.without_context() if row == 2 else made
 
     conditions = [condition(row) for row in range(len(rows))]
@@ -133,7 +133,7 @@ def test_gradients_reach_every_weight_and_the_context(name: str) -> None:
         inputs = {key: g(key).clone() for key in ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond")}
         context = inputs["cross_attn_cond"].requires_grad_()
         valid = g("padding_mask").bool()
-        conditions = net.condition(context, inputs["global_cond"], inputs["local_add_cond"])
+        conditions = net.condition(context, inputs["global_cond"], local=inputs["local_add_cond"])
         out = net(inputs["x"], inputs["t"], conditions, valid)
         assert_near(
             out[valid[:, None].expand_as(out)],

@@ -47,12 +47,12 @@ def test_guided_velocity(name: str, key: str) -> None:
 
     valid = g("padding_mask").bool() if "keymask" in variant else torch.ones_like(g("padding_mask")).bool()
     with torch.inference_mode():
-        row = net.condition(g("cross_attn_cond"), g("global_cond"), g("local_add_cond"))
+        row = net.condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
         away = row.without_context()
         if case["branch"] == "neg":
             # Padded positions of a negative prompt are zero, unlike those of the prompt.
             context = g("negative_cross_attn_cond") * g("negative_cross_attn_mask")[..., None]
-            away = net.condition(context, g("global_cond"), g("local_add_cond"))
+            away = net.condition(context, g("global_cond"), local=g("local_add_cond"))
         out = guide(
             g("x"),
             g("t"),
