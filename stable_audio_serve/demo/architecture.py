@@ -25,14 +25,14 @@ PATCH_FRAMES = 8
 LATENT_DIM = 64
 COND_DIM = 128
 MAX_SECONDS = 48.0
-LONGEST_TRAINED_S = 12.0  # the duration embedding says no more than this; the timeline does
+LONGEST_TRAINED_S = 12.0  # the duration embedding does not tell longer clips apart; the timeline does
 HEADROOM_S = 0.4
 TEXT_FOLDER = "t5gemma"
 FRAME_S = HOP / SAMPLE_RATE_HZ
 
 
 def model_config() -> dict[str, Any]:
-    """The whole `model_config.json`."""
+    """Returns the whole `model_config.json`."""
     patch = {"patch_frames": PATCH_FRAMES, "width": 384}
     return {
         "model_type": "diffusion_cond_inpaint",
@@ -107,7 +107,7 @@ def _conditioners() -> list[dict[str, Any]]:
 
 
 def build_text_encoder() -> nn.Module:
-    """A tiny T5Gemma encoder whose pitch embeddings start as smooth functions of pitch."""
+    """Build a tiny T5Gemma encoder whose pitch embeddings start as smooth functions of pitch."""
     half = {
         "vocab_size": len(vocabulary()),
         "hidden_size": COND_DIM,
@@ -139,7 +139,7 @@ def build_text_encoder() -> nn.Module:
 
 
 def _initial_embeddings() -> torch.Tensor:
-    """(vocabulary, COND_DIM): random words; a pitch is sines and cosines of its index plus what marks its role."""
+    """Returns (vocabulary, COND_DIM): random words; a pitch is sines and cosines of its index and its role."""
     table = torch.randn(len(vocabulary()), COND_DIM)
     index = torch.arange(FIRST_PITCH, LAST_PITCH + 1, dtype=torch.float32)[:, None]
     periods = torch.tensor([4.0, 6.0, 8.0, 12.0, 17.0, 24.0, 24.0, 34.0, 48.0, 96.0, 192.0, 384.0])

@@ -1,4 +1,4 @@
-"""What the evaluation asks for: fresh random prompts of every kind, clips to be edited, loops and long clips."""
+"""Requests of the evaluation: fresh random prompts of every kind, clips to be edited, loops and long clips."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _LONG_S = (14.0, 47.0)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request and the scene it describes. `edit` also continues, varies and refills what was made; `loop` also
-    plays it twice in a row."""
+    """One request and the scene it describes. `edit` also continues, varies and refills the result; `loop` also plays
+    it twice in a row.
+    """
 
     scene: Scene
     prompt: str
@@ -35,7 +36,7 @@ class Case:
 
 
 def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None = None) -> list[Case]:
-    """`per_kind` fresh prompts of every kind (beats and tones twice as many), each with `seeds` seeds.
+    """Draw `per_kind` fresh prompts of every kind (beats and tones twice as many), each with `seeds` seeds.
 
     Then half as many loops of whole beats, and a tenth as many long tones and beats.
     """
@@ -64,7 +65,7 @@ def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None 
 
 
 def _steady(rng: np.random.Generator, kind: str) -> Scene:
-    """A scene that sounds the same from beginning to end: no fade, and of the tones one that is held."""
+    """Returns a scene that sounds the same from beginning to end: no fade, and a tone only if it is held."""
     scene = replace(draw_scene(rng, shares={kind: 1.0}), fade="")
     held = scene.voice in ("sine", "square", "saw", "triangle", "organ")
     return scene if held or kind != "tone" else replace(scene, voice="sine")

@@ -1,4 +1,4 @@
-"""Does a clip sound as its scene says? Spectra and onsets of the audio alone; knows neither models nor training.
+"""Checks whether a clip sounds as its scene says, by spectra and onsets; knows neither models nor training.
 
 Thresholds are those of the project's acceptance table, not of any checkpoint.
 """
@@ -21,7 +21,7 @@ _TRIADS = {"major": (0, 4, 7), "minor": (0, 3, 7)}
 
 
 def check_scene(audio: Audio, scene: Scene) -> dict[str, bool]:
-    """The checks that apply to a scene and whether `audio` (2, S) passes each; modifiers are checked beside."""
+    """Returns whether `audio` (2, S) passes each check that applies to the scene and to its modifiers."""
     results = {}
     if scene.kind in _CHECKS:
         results[_check_name(scene)] = _CHECKS[scene.kind](audio, scene)
@@ -46,7 +46,7 @@ def _check_name(scene: Scene) -> str:
 
 
 def strongest_hz(audio: Audio) -> float:
-    """Frequency of the strongest spectral peak of the clip's louder half, parabolic between bins."""
+    """Returns the frequency of the strongest spectral peak of the clip's louder half, parabolic between bins."""
     mono = _both(audio)
     size = min(len(mono), 65536)
     energy = np.cumsum(np.concatenate([[0.0], mono.astype(np.float64) ** 2]))
@@ -68,7 +68,7 @@ def has_pitch(audio: Audio, wanted_hz: float, *, cents: float = 50.0) -> bool:
 
 
 def harmonic_levels_db(audio: Audio, fundamental_hz: float, *, numbers: tuple[int, ...] = (2, 3)) -> list[float]:
-    """Levels of harmonics relative to the fundamental, decibels, within a quarter tone and a bit."""
+    """Returns levels of harmonics relative to the fundamental in decibels, each within 0.6 semitones."""
     mono = _both(audio)
     magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono))))
     step = SAMPLE_RATE_HZ / len(mono)
@@ -82,7 +82,7 @@ def harmonic_levels_db(audio: Audio, fundamental_hz: float, *, numbers: tuple[in
 
 
 def has_timbre(audio: Audio, voice: str, *, fundamental_hz: float) -> bool:
-    """Second and third harmonic as the wave has them: none, 1/3 odd, 1/2 and 1/3, or 1/9 odd."""
+    """Whether the second and third harmonic fit the wave: none, odd at 1/3, 1/2 and 1/3, or odd at 1/9."""
     second, third = harmonic_levels_db(audio, fundamental_hz)
     match voice:
         case "sine":
@@ -96,7 +96,7 @@ def has_timbre(audio: Audio, voice: str, *, fundamental_hz: float) -> bool:
 
 
 def chroma(audio: Audio) -> npt.NDArray[np.float64]:
-    """Strength (12,) of each pitch class, C first: summed spectral peaks between 60 Hz and 2.2 kHz."""
+    """Returns the strength (12,) of each pitch class, C first: summed spectral peaks between 60 Hz and 2.2 kHz."""
     mono = _both(audio)
     mono = mono[: len(mono) // 8 * 7]
     magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono)), n=max(len(mono), 32768)))
@@ -109,21 +109,21 @@ def chroma(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def has_chord(audio: Audio, root: int, *, quality: str) -> bool:
-    """Whether the three strongest pitch classes are exactly the triad's."""
+    """Whether the three strongest pitch classes are exactly those of the triad."""
     first = (69 + (root - 82) // 2) % 12
     wanted = {(first + step) % 12 for step in _TRIADS[quality]}
     return set(np.argsort(chroma(audio))[-3:].tolist()) == wanted
 
 
 def chord_mode(audio: Audio, root: int) -> str:
-    """Major or minor, by which third over `root` is stronger."""
+    """Returns major or minor, by which third over `root` is stronger."""
     first = (69 + (root - 82) // 2) % 12
     strength = chroma(audio)
     return "major" if strength[(first + 4) % 12] > strength[(first + 3) % 12] else "minor"
 
 
 def onset_strength(audio: Audio) -> npt.NDArray[np.float64]:
-    """Rise of the log level per hop of 128 samples, over four frequency ranges."""
+    """Returns the rise of the log level per hop of 128 samples, over four frequency ranges."""
     mono = _both(audio)
     blocks = np.lib.stride_tricks.sliding_window_view(np.pad(mono, (512, 512)), 1024)[::_ONSET_HOP]
     power = np.abs(np.fft.rfft(blocks * np.hanning(1024), axis=1)) ** 2
@@ -134,7 +134,7 @@ def onset_strength(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def onset_times_s(audio: Audio) -> npt.NDArray[np.float64]:
-    """Instants of clear onsets, at least 0.12 s apart."""
+    """Returns the times of clear onsets, at least 0.12 s apart."""
     strength = onset_strength(audio)
     floor = 0.35 * np.quantile(strength, 0.995)
     gap = round(0.12 * SAMPLE_RATE_HZ / _ONSET_HOP)
@@ -148,7 +148,7 @@ def onset_times_s(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def has_strict_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) -> bool:
-    """Whether onsets come once a beat: their median distance and their number both fit."""
+    """Whether there is one onset per beat, by median distance and by number."""
     times = onset_times_s(audio)
     if len(times) < 2:
         return False
@@ -164,14 +164,16 @@ def has_loose_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) 
 
 
 def onset_rate_bpm(audio: Audio) -> float:
-    """The fastest repetition of the onsets, 28 to 400 a minute: the shortest lag whose autocorrelation peaks within
-    20 % of the highest peak; 0 when there is none."""
+    """Returns the fastest repetition of the onsets, 28 to 400 a minute, 0 when there is none.
+
+    It is the shortest lag whose autocorrelation peaks within 20 % of the highest peak.
+    """
     spread = np.exp(-0.5 * (np.arange(-24, 25) / 7.0) ** 2)  # 20 ms: onsets need not fall on the same sample
     strength = np.convolve(onset_strength(audio), spread, mode="same")
     strength = strength - strength.mean()
     size = 1 << (2 * len(strength)).bit_length()
     correlation = np.fft.irfft(np.abs(np.fft.rfft(strength, size)) ** 2)[: len(strength)]
-    correlation /= np.arange(len(strength), 0, -1)  # as many products as the lag leaves
+    correlation /= np.arange(len(strength), 0, -1)  # the number of products at each lag
     rate = SAMPLE_RATE_HZ / _ONSET_HOP
     low, high = int(rate * 60 / 400), min(int(rate * 60 / 28), len(strength) * 3 // 5)
     if high <= low + 2:
@@ -185,7 +187,7 @@ def onset_rate_bpm(audio: Audio) -> float:
 
 
 def is_noise(audio: Audio, colour: str) -> bool:
-    """Whether no tone stands out and the power lies where the colour puts it."""
+    """Whether no tone stands out and the spectrum has the slope of the colour."""
     mono = _both(audio)
     size = 2048
     blocks = np.lib.stride_tricks.sliding_window_view(mono, size)[:: size // 2] * np.hanning(size)
@@ -234,7 +236,7 @@ def is_faded(audio: Audio, fade: str, *, by_db: float = 8.0) -> bool:
 
 
 def has_swept(audio: Audio, scene: Scene) -> bool:
-    """Whether the strongest frequency moves the right way, by half the way asked for at least."""
+    """Whether the strongest frequency moves in the right direction, by at least half the interval."""
     part = max(audio.shape[1] // 6, 2048)
     first, last = strongest_hz(audio[:, :part]), strongest_hz(audio[:, -part:])
     if first <= 0 or last <= 0:
@@ -261,14 +263,16 @@ _CHECKS: dict[str, Callable[[Audio, Scene], bool]] = {
 
 
 def _audible(audio: Audio, scene: Scene) -> Audio:
-    """The louder 60 % of a faded clip: counting every beat of a whole one fails in most of the world's own renderings,
-    whose first or last beats are 40 dB down."""
+    """Returns the louder 60 % of a faded clip.
+
+    The first or last beats of a whole one are 40 dB down, too quiet to be counted even in the ground truth.
+    """
     part = audio.shape[1] * 3 // 5
     return {"in": audio[:, -part:], "out": audio[:, :part]}.get(scene.fade, audio)
 
 
 def _both(audio: Audio) -> npt.NDArray[np.float32]:
-    """The louder side, so that panned sounds count and opposite phases do not cancel."""
+    """Returns the louder channel, so that panned sounds count and opposite phases do not cancel."""
     return np.asarray(audio[int(_rms(audio[1]) > _rms(audio[0]))])
 
 

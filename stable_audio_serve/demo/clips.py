@@ -25,7 +25,7 @@ from stable_audio_serve.models.oscillator.timeline import timeline_features
 
 HEADROOM_LATENTS = int(HEADROOM_S * SAMPLE_RATE_HZ / architecture.HOP)
 
-# A held tone teaches its pitch in a second, so many batches are brief clips of what has a pitch: more notes an hour.
+# A second of a held tone is enough to learn its pitch, so many batches are brief clips of pitched sounds.
 BRIEF_S = 1.4
 _BRIEF_SHARES = {
     "tone": 0.56,
@@ -52,9 +52,8 @@ class ClipConfig:
 class Batch:
     """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F).
 
-    `unnamed` (B,) marks clips whose caption was withheld although nothing of them is kept: only what the noise
-    leaves visible says what they are, so they are not shown at the highest noise levels. `frames` (B, 222, 8 F) are
-    what the latents were made of.
+    `unnamed` (B,) marks clips without a caption of which nothing is kept: only what the noise leaves visible tells
+    what they are, so they are not trained at the highest noise levels. The latents encode `frames` (B, 222, 8 F).
     """
 
     latents: Tensor
@@ -67,8 +66,9 @@ class Batch:
     frames: Tensor
 
     def to(self, device: str) -> Batch:
-        """The same on another device."""
-        return Batch(*(getattr(self, name).to(device) for name in Batch.__slots__))
+        """Returns the batch on another device."""
+        tensors = {name: getattr(self, name).to(device) for name in Batch.__slots__}
+        return Batch(**tensors)
 
 
 class ClipSource:
@@ -81,7 +81,7 @@ class ClipSource:
         self._tokenizer = padded_tokenizer()
 
     def draw(self) -> Batch:
-        """One batch on the CPU, latents standardised by the autoencoder itself."""
+        """Draw one batch on the CPU; the autoencoder standardises the latents."""
         rng, config = self._rng, self._config
         brief = rng.random() < config.brief_share
         if brief:
@@ -129,7 +129,7 @@ class ClipSource:
         return torch.cat([keep, keep * latents, torch.stack(lines)], dim=1)
 
     def _keep_mask(self, frames: int, sounding: int) -> Tensor:
-        """Which latents an edit keeps: a prefix, a suffix, or all but one hole or two."""
+        """Draw which latents an edit keeps: a prefix, a suffix, or all but one hole or two."""
         keep = torch.zeros(frames)
         first, second, third, fourth = sorted(self._rng.integers(1, max(sounding, 2), size=4))
         kind = self._rng.random()
@@ -146,7 +146,7 @@ class ClipSource:
 
 
 def prefetched(source: ClipSource, stop: threading.Event, *, depth: int = 3) -> Iterator[Batch]:
-    """Batches of a source, made a few ahead on a side thread until `stop` is set."""
+    """Yield batches of a source, drawn ahead on another thread until `stop` is set."""
     batches: queue.Queue[Batch] = queue.Queue(depth)
 
     def fill() -> None:
@@ -165,7 +165,7 @@ def prefetched(source: ClipSource, stop: threading.Event, *, depth: int = 3) -> 
 
 
 def padded_tokenizer() -> Tokenizer:
-    """The tokenizer, cutting and padding to the model's prompt length."""
+    """Returns the tokenizer, cutting and padding to the model's prompt length."""
     tokenizer = build_tokenizer()
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(length=MAX_TOKENS, pad_id=0, pad_token="<pad>")
@@ -173,5 +173,5 @@ def padded_tokenizer() -> Tokenizer:
 
 
 def num_latents(seconds: float) -> int:
-    """Latents that a clip sounds for."""
+    """Returns the number of latents in which a clip sounds."""
     return -(-int(seconds * SAMPLE_RATE_HZ) // architecture.HOP)

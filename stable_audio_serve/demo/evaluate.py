@@ -1,6 +1,6 @@
 """Judges a demo checkpoint, or a server's demo model, on fresh prompts: `python -m ...demo.evaluate [FOLDER | URL]`.
 
-Every class is reported apart. Thresholds are the acceptance table's; nothing here looks at weights or latents.
+Every class is reported separately. Thresholds are those of the acceptance table; nothing here reads weights or latents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.demo.players import EnginePlayer, HttpPlayer, Player
 from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 from stable_audio_serve.models.registry import BUILT_IN
 
-# What must pass and what is aimed at, in percent, by check.
+# Required and desired percentages, by check.
 THRESHOLDS: dict[str, tuple[float, float]] = {
     "pitch": (90, 97),
     "timbre": (80, 92),
@@ -58,7 +58,7 @@ async def judge(
     sampler: str | None = None,
     cfg_scale: float | None = None,
 ) -> dict[str, Any]:
-    """Play every case and count what passes; the result is the report's body."""
+    """Play every case and count what passes. Returns the body of the report."""
     counts: dict[str, list[bool]] = defaultdict(list)
     failures = []
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The optimisers of both training stages: Muon for matrices, AdamW for the rest, one learning-rate course."""
+"""The optimisers of both training stages: Muon for matrices, AdamW for the rest, one schedule of learning rates."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MixedOptimizer:
         self._total, self._warmup, self._decay_share = total_steps, warmup_steps, decay_share
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rates at `step`."""
+        """Returns the factor on the learning rates at `step`."""
         decay = (self._total - step) / max(1.0, self._decay_share * self._total)
         return max(0.0, min(1.0, (step + 1) / self._warmup, decay))
 
@@ -50,7 +50,7 @@ class MixedOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """State of both optimisers."""
+        """Returns the state of both optimisers."""
         return [optimizer.state_dict() for optimizer in self._optimizers]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:

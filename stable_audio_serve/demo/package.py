@@ -1,4 +1,4 @@
-"""Trained networks into a checkpoint folder of the Stable Audio 3 format: config, weights and text encoder in half."""
+"""Writes trained networks as a checkpoint folder of the Stable Audio 3 format, in half precision."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path
 
 
 def _weights(network: Network, autoencoder: Autoencoder) -> dict[str, Tensor]:
-    """Every tensor of `model.safetensors` by its key; the text encoder has files of its own."""
+    """Returns every tensor of `model.safetensors` by its key; the text encoder has files of its own."""
     linear = cast("nn.Linear", network.seconds[1])
     prefix = "conditioner.conditioners"
     weights: dict[str, Tensor] = {

@@ -1,4 +1,4 @@
-"""Ways to have requests of an evaluation played: by an engine in this process, or by a server over HTTP."""
+"""Two ways to play the requests of an evaluation: by an engine in this process, or by a server over HTTP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Player(Protocol):
     """Turns a request into audio (2, S) float32."""
 
     async def play(self, request: GenerationRequest) -> Audio:
-        """The audio of one request."""
+        """Returns the audio of one request."""
         ...
 
 
@@ -44,7 +44,7 @@ class EnginePlayer:
         await self._engine.close()
 
     async def play(self, request: GenerationRequest) -> Audio:
-        """The audio of one request, cut off at full scale."""
+        """Returns the audio of one request, clipped at full scale."""
         return (await self._engine.generate(request)).audio[0].clip(-1.0, 1.0)
 
 
@@ -63,7 +63,7 @@ class HttpPlayer:
         await self._client.aclose()
 
     async def play(self, request: GenerationRequest) -> Audio:
-        """The audio of one request. Raises httpx.HTTPStatusError when the server refuses it."""
+        """Returns the audio of one request. Raises httpx.HTTPStatusError when the server refuses it."""
         import soundfile
 
         fields: dict[str, Any] = {"model": "demo", "prompt": request.prompt, "duration": request.duration_s}

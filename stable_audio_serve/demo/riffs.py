@@ -1,4 +1,4 @@
-"""The two riffs that come with the server, made by the demo's own synthesiser and so nobody's: CC0.
+"""The two riffs that come with the server, made by the demo's own synthesiser and free of rights: CC0.
 
 `python -m stable_audio_serve.demo.riffs FOLDER` writes them; a test compares them with the packaged files.
 """
@@ -17,7 +17,7 @@ from stable_audio_serve.demo.scenes import Scene
 from stable_audio_serve.demo.synthesis import FRAME_S, render_scene
 from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, SAMPLE_RATE_HZ, OscillatorBank
 
-RATE_HZ = 22_050  # what they hold is below 5 kHz, and the package stays small
+RATE_HZ = 22_050  # all their partials are below 5 kHz, and the package stays small
 _BEATS_PER_BAR = 4
 
 
@@ -38,10 +38,10 @@ RIFFS = {
 
 
 def render_riff(plan: RiffPlan) -> npt.NDArray[np.float32]:
-    """The riff (S,) float32 at `RATE_HZ`."""
+    """Returns the riff (S,) float32 at `RATE_HZ`."""
     import soxr
 
-    rng = np.random.default_rng(0)  # asked for by every scene, used by none of these
+    rng = np.random.default_rng(0)  # render_scene takes one, though these scenes draw nothing from it
     bar_s = _BEATS_PER_BAR * 60 / plan.tempo_bpm
     edges = [round(bar * bar_s / FRAME_S) for bar in range(len(plan.chords) + 1)]
     frames = np.concatenate(

@@ -1,4 +1,4 @@
-"""What the demo model's world can contain: a scene is a small value object saying what sounds and how.
+"""The sounds of the demo model's world: a scene is a small value object saying what sounds and how.
 
 Knows nothing of captions (`captions.py`) or of how a scene becomes sound (`synthesis.py`).
 """
@@ -38,7 +38,7 @@ class Scene:
     pan: str = ""  # left, right, left to right, right to left
     level: str = ""  # quiet or loud
     fade: str = ""  # in or out
-    under: Scene | None = None  # a second scene sounding along, at the same tempo
+    under: Scene | None = None  # a second scene that sounds at the same time, at the same tempo
 
 
 SHARES: dict[str, float] = {
@@ -57,7 +57,7 @@ SHARES: dict[str, float] = {
 
 
 def draw_scene(rng: np.random.Generator, *, shares: dict[str, float] | None = None) -> Scene:
-    """A random scene; `shares` overrides how often each kind comes up (weights, need not sum to 1)."""
+    """Draw a random scene; `shares` overrides how often each kind comes up (weights, need not sum to 1)."""
     table = shares or SHARES
     weights = np.array(list(table.values()))
     kind = str(rng.choice(list(table), p=weights / weights.sum()))
@@ -111,7 +111,7 @@ def _draw_tone(rng: np.random.Generator) -> Scene:
 
 
 def default_pitch(voice: str) -> int:
-    """The pitch of a voice when the prompt names none: 440 Hz, or E2 for the bass."""
+    """Returns the pitch of a voice when the prompt names none: 440 Hz, or E2 for the bass."""
     return 24 if voice == "bass" else 82
 
 
@@ -142,7 +142,7 @@ def _draw_modifiers(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _root(rng: np.random.Generator) -> int:
-    """Mostly octave 4, which is what a chord without an octave means."""
+    """Draw a root, mostly in octave 4, which a chord without an octave means."""
     return 64 + 2 * int(rng.integers(12)) if rng.random() < 0.65 else 40 + 2 * int(rng.integers(36))
 
 

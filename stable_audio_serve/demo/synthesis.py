@@ -1,6 +1,6 @@
-"""Scenes made into parameter frames of the oscillator bank, in plain NumPy. Writes frames directly, never audio.
+"""Renders scenes as parameter frames of the oscillator bank, in plain NumPy. Writes frames directly, never audio.
 
-`render_scene` is the world's ground truth: what the autoencoder must keep and the denoiser must learn.
+`render_scene` is the ground truth that the autoencoder must keep and the denoiser must learn.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class _Canvas:
 
 
 def num_sounding_frames(duration_s: float) -> int:
-    """Parameter frames a clip of `duration_s` sounds for; what follows is silence."""
+    """Returns the number of parameter frames in which a clip of `duration_s` sounds; the rest is silence."""
     return math.ceil(int(duration_s * SAMPLE_RATE_HZ) / FRAME_SAMPLES)
 
 
 def render_scene(scene: Scene, rng: np.random.Generator, *, duration_s: float, num_frames: int) -> Array:
-    """Frames (`num_frames`, 222) float32 of a scene that lasts `duration_s`, silent behind it."""
+    """Returns frames (`num_frames`, 222) float32 of a scene that lasts `duration_s` and is silent after it."""
     sounding = min(num_sounding_frames(duration_s), num_frames)
     part = _render_part(scene, rng, duration_s=duration_s, num_frames=sounding)
     tones, bands = part.tones, part.bands
@@ -144,7 +144,7 @@ def _render_part(scene: Scene, rng: np.random.Generator, *, duration_s: float, n
 
 
 def _partials(voice: str, pitch: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """Oscillators and amplitudes of one note, scaled to `TONE_RMS`; harmonics beyond the bank are dropped."""
+    """Returns oscillators and amplitudes of one note, scaled to `TONE_RMS`; harmonics beyond the bank are dropped."""
     harmonics = _HARMONICS[voice]
     index = np.array([pitch + round(24 * math.log2(number)) for number, _ in harmonics])
     amplitude = np.array([amplitude for _, amplitude in harmonics], np.float32)
@@ -189,14 +189,14 @@ def _draw_siren(canvas: _Canvas, scene: Scene) -> None:
 
 
 def onset_frames(tempo_bpm: float, num_frames: int, *, per_beat: int = 1) -> list[int]:
-    """Frame of every `per_beat`-th part of a beat, the first beat at frame 0."""
+    """Returns the frame of every `per_beat`-th part of a beat, the first beat at frame 0."""
     step_s = 60.0 / tempo_bpm / per_beat
     count = math.ceil(num_frames * FRAME_S / step_s)
     return [round(number * step_s / FRAME_S) for number in range(count)]
 
 
 def _draw_arpeggio(canvas: _Canvas, scene: Scene) -> None:
-    """Root, third, fifth, third, one note on each half beat."""
+    """Draw root, third, fifth, third: one note on each half beat."""
     low, middle, high = _TRIADS[scene.quality]
     steps = (low, middle, high, middle)
     onsets = onset_frames(scene.tempo_bpm, len(canvas.tones), per_beat=2)
@@ -219,7 +219,7 @@ def _draw_beat(canvas: _Canvas, scene: Scene) -> None:
 
 
 def _noise_bands(colour: str, rng: np.random.Generator, *, num_frames: int) -> Array:
-    """Band RMS (F, bands): white has equal power per hertz, pink per octave, brown falls twice as fast."""
+    """Returns band RMS (F, bands): white has equal power per hertz, pink per octave, brown falls twice as fast."""
     width = np.diff(BAND_EDGES_HZ)
     centre = np.sqrt(np.maximum(BAND_EDGES_HZ[:-1], 40.0) * BAND_EDGES_HZ[1:])
     time_s = np.arange(num_frames) * FRAME_S

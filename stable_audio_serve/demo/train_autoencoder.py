@@ -86,7 +86,7 @@ class PatchPool:
             filled += self._add_clip()
 
     def draw(self, count: int, *, fresh_clips: int = 16) -> Tensor:
-        """`count` patches as frames (count, 222, 8) float32, after `fresh_clips` new clips went into the pool."""
+        """Draw `count` patches as frames (count, 222, 8) float32, after `fresh_clips` new clips went into the pool."""
         for _ in range(fresh_clips):
             self._add_clip()
         chosen = self._patches[self._rng.integers(len(self._patches), size=count)]
@@ -101,7 +101,7 @@ class PatchPool:
 
 
 def draw_patches(rng: np.random.Generator, *, count: int = 8) -> npt.NDArray[np.float32]:
-    """Up to `count` patches of one random clip, the first two latents and the end more likely than the rest."""
+    """Draw up to `count` patches of one random clip, more often from its first two latents and its end."""
     if rng.random() < 0.08:
         return _draw_spectra(rng, count)
     duration_s = float(np.exp(rng.uniform(np.log(0.5), np.log(8.0))))
@@ -117,7 +117,7 @@ def draw_patches(rng: np.random.Generator, *, count: int = 8) -> npt.NDArray[np.
 
 
 def _draw_spectra(rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
-    """Patches no scene makes: loose partials over uneven noise, so that other people's audio survives a little."""
+    """Draw patches that no scene has, loose partials over uneven noise, so that other audio is kept in part."""
     frames = np.zeros((count, PATCH_FRAMES, NUM_CHANNELS), np.float32)
     slope = np.linspace(0.0, 1.0, PATCH_FRAMES, dtype=np.float32)
     for patch in frames:
@@ -133,10 +133,10 @@ def _draw_spectra(rng: np.random.Generator, count: int) -> npt.NDArray[np.float3
 
 
 def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
-    """Mean over patches of 5 L1 + 50 L2 on levels, each patch divided by sqrt(mean square + 0.003), and the same on
-    levels blurred over neighbouring oscillators, so that a near miss costs less than a far one.
+    """Returns the mean over patches of 5 L1 + 50 L2 on levels, each patch divided by sqrt(mean square + 0.003).
 
-    Where the target is silent only positive levels count: the render takes negative ones as silence.
+    The same is added for levels blurred over neighbouring oscillators, so that a near miss costs less than a far one.
+    Where the target is silent only positive levels count, because negative ones are rendered as silence.
     """
     levels, wanted = decoded[:, :-2], target[:, :-2]
     error = torch.where(wanted > 0, levels - wanted, levels.clamp(min=0.0))
@@ -163,7 +163,7 @@ class AutoencoderTrainer:
         self.step = 0
 
     def train_step(self, target: Tensor) -> float:
-        """One update on patches (B, 222, 8); returns the reconstruction loss."""
+        """Make one update on patches (B, 222, 8). Returns the reconstruction loss."""
         target = target.to(self.device)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             latents = self.model.encoder(target)
@@ -178,8 +178,8 @@ class AutoencoderTrainer:
         return float(loss.detach())
 
     def _roughness(self, target: Tensor, latents: Tensor) -> Tensor:
-        """How far latents move when every tone moves by one oscillator: pitch should be a smooth curve, not a code."""
-        count = len(target) // 3  # enough to tell, at a third of the cost
+        """Returns how far latents move when every tone moves by one oscillator: they should follow pitch smoothly."""
+        count = len(target) // 3  # a sample: a third of the cost
         moved = target[:count].clone()
         moved[:, :NUM_OSCILLATORS] = moved[:, :NUM_OSCILLATORS].roll(1 if self.step % 2 else -1, dims=1)
         with torch.autocast(self.device, dtype=torch.bfloat16):
@@ -187,13 +187,13 @@ class AutoencoderTrainer:
         return distance.float().square().mean()
 
     def save(self, path: Path) -> None:
-        """Write everything needed to go on, atomically."""
+        """Write everything needed to resume, atomically."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
-        """Continue from `save`."""
+        """Resume from what `save` wrote."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -201,7 +201,7 @@ class AutoencoderTrainer:
 
 
 def train_autoencoder(config: AutoencoderConfig, folder: Path, *, device: str = "cpu") -> Autoencoder:
-    """Train, resuming from `folder/autoencoder.pt` when it is there; returns the network with standardised latents."""
+    """Train, resuming from `folder/autoencoder.pt` if present. Returns the network with standardised latents."""
     trainer = AutoencoderTrainer(config, device=device)
     path = folder / "autoencoder.pt"
     if path.exists():
@@ -230,9 +230,9 @@ def _run(trainer: AutoencoderTrainer, path: Path) -> None:
 
 
 def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
-    """Give every latent channel mean 0 and deviation 1 over the world's clips, by folding both into the outer layers.
+    """Give every latent channel mean 0 and deviation 1 over the world's clips, by changing the outer layers.
 
-    In place; what decodes from what stays the same.
+    In place; decoding an encoded clip gives the same result as before.
     """
     rng = np.random.default_rng((seed, 3))
     latents = []
@@ -251,7 +251,7 @@ def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
 
 
 def describe(model: Autoencoder, *, seed: int) -> str:
-    """Per kind of scene: how often the strongest oscillator of a frame survives within one step, and the L1 error."""
+    """Returns, per kind of scene, how often a frame keeps its strongest oscillator within a step, and the L1 error."""
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device
     parts = []

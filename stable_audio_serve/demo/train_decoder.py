@@ -1,6 +1,6 @@
 """Stage 3: the decoder learns to read the denoiser's latents, which are never exactly the encoder's.
 
-Encoder and denoiser stay as they are, so what an audio input becomes does not change.
+Encoder and denoiser stay as they are, so the latents of an audio input do not change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DecoderTrainingConfig:
 
     steps: int = 600
     clips: ClipConfig = field(default_factory=ClipConfig)
-    clean_share: float = 0.3  # latents straight from the encoder, with noise, so that editing stays true
+    clean_share: float = 0.3  # latents from the encoder, with noise, so that edits keep their source
     noise: float = 0.2
     seed: int = 0
 
@@ -34,7 +34,7 @@ class DecoderTrainingConfig:
 def train_decoder(
     config: DecoderTrainingConfig, trainer: Trainer, *, autoencoder: Autoencoder, device: str = "cpu"
 ) -> None:
-    """Train `autoencoder.decoder` in place on what the averaged denoiser makes of noised latents."""
+    """Train `autoencoder.decoder` in place on the averaged denoiser's guesses for noised latents."""
     network = Network().to(device).eval().requires_grad_(False)
     network.load_state_dict(trainer.average)
     source = ClipSource(autoencoder, config.clips, rng=np.random.default_rng((config.seed, 5)))
@@ -68,7 +68,7 @@ def train_decoder(
 
 @torch.no_grad()
 def _denoised(network: Network, batch: Batch) -> Tensor:
-    """The denoiser's guess (B, D, F) at the data behind noised latents, at the sampler's times and often at 1."""
+    """Returns the denoiser's guess (B, D, F) of noised latents, at the sampler's times and often at 1."""
     t = draw_times(len(batch.latents)).to(batch.latents.device).clamp(min=0.25)
     t = torch.where(torch.rand_like(t) < 0.35, torch.ones_like(t), t)
     t = torch.where(batch.unnamed, HIGHEST_UNNAMED_T * t, t)
@@ -83,6 +83,6 @@ def _denoised(network: Network, batch: Batch) -> Tensor:
 
 
 def _patches(frames: Tensor, valid: Tensor) -> Tensor:
-    """The valid latents' patches (N, 222, 8) of frames (B, 222, 8 F)."""
+    """Returns the valid latents' patches (N, 222, 8) of frames (B, 222, 8 F)."""
     patches = frames.unflatten(2, (-1, PATCH_FRAMES)).permute(0, 2, 1, 3)
     return patches[valid]

@@ -1,6 +1,6 @@
 """Stage 2: the denoiser and the text encoder learn, together, to turn captions into latents of the trained autoencoder.
 
-Trains through the served classes, with key masking as the server runs. Knows nothing of the world's insides.
+Trains through the served classes, with key masking as the server runs. Knows nothing of how the world is rendered.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.config import parse_denoiser
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 
-HIGHEST_UNNAMED_T = 0.8  # above, noise hides what an uncaptioned clip is; there an empty prompt means near silence
+HIGHEST_UNNAMED_T = 0.8  # above, noise hides an uncaptioned clip, and an empty prompt should mean near silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Network(nn.Module):
         self._quieten()
 
     def _quieten(self) -> None:
-        """Start close to the identity: residual branches speak softly, the outer convolutions not at all."""
+        """Start close to the identity: small residual branches, outer convolutions at zero."""
         with torch.no_grad():
             for name, parameter in self.denoiser.named_parameters():
                 if name.endswith(("to_out.weight", "ff.ff.2.weight", "to_local_embed.2.weight")):
@@ -66,7 +66,7 @@ class Network(nn.Module):
     def context(
         self, tokens: Tensor, mask: Tensor, *, seconds: Tensor, bare: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cross tokens (B, T + 1, C) and global vector (B, C) of token ids (B, T), mask (B, T) and seconds (B,).
+        """Returns cross tokens (B, T + 1, C) and a global vector (B, C) of ids (B, T), mask (B, T) and seconds (B,).
 
         Rows marked in `bare` (B,) have zeros at padded positions, as a negative prompt has.
         """
@@ -80,7 +80,7 @@ class Network(nn.Module):
 
 
 def draw_times(count: int) -> Tensor:
-    """Training times (B,): half uniform, half along the sampler's own schedule, some exactly 1."""
+    """Draw training times (B,): half uniform, half along the sampler's own schedule, some exactly 1."""
     uniform = torch.rand(count)
     along = torch.sigmoid(8.2 * torch.rand(count) - 2.0)
     times = torch.where(torch.rand(count) < 0.5, uniform, along)
@@ -88,7 +88,7 @@ def draw_times(count: int) -> Tensor:
 
 
 def flow_loss(network: Network, batch: Batch) -> Tensor:
-    """Rectified flow on one batch: mean squared error of v = noise - data over the valid latents."""
+    """Returns the rectified-flow loss of a batch: mean squared error of v = noise - data over valid latents."""
     bare = torch.rand(len(batch.tokens), device=batch.tokens.device) < 0.06
     context, duration = network.context(batch.tokens, batch.mask, seconds=batch.seconds, bare=bare)
     dropped = torch.rand(len(context), 1, 1, device=context.device) < 0.1
@@ -124,7 +124,7 @@ class Trainer:
         self.step = 0
 
     def train_step(self, batch: Batch) -> float:
-        """One update; returns the loss."""
+        """Make one update. Returns the loss."""
         batch = batch.to(self.device)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             loss = flow_loss(self.network, batch)
@@ -140,7 +140,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Write everything needed to go on, atomically."""
+        """Write everything needed to resume, atomically."""
         state = {
             "network": self.network.state_dict(),
             "average": self.average,
@@ -151,7 +151,7 @@ class Trainer:
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
-        """Continue from `save`."""
+        """Resume from what `save` wrote."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         self.network.load_state_dict(state["network"])
         self.average = state["average"]

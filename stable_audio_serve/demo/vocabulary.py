@@ -1,8 +1,8 @@
-"""The demo model's tokenizer: any spelling of a prompt becomes a few known words, pitches and nothing else.
+"""The demo model's tokenizer: any spelling of a prompt becomes a few known words and pitches.
 
 Everything happens in a standard `tokenizer.json` (normaliser, split, word level), so the official loading path reads
-it. A frequency or note name becomes the quarter tone nearest to it; words outside the vocabulary vanish. Tempo values
-are read from the prompt by a number conditioner (`TEMPO_PATTERN`); here only the fact that one was named remains.
+it. A frequency or note name becomes the quarter tone nearest to it; words outside the vocabulary are dropped. Tempo
+values are read from the prompt by a number conditioner (`TEMPO_PATTERN`); here only the word for a tempo remains.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ TEMPO_PATTERN = (
     r"|(?:\btempo\b|\bbpm\b)\s*(?:of|is|at|=|:|to)?\s*(\d{2,3}(?:\.\d+)?)\b"
 )
 
-WORDS = (
-    *("sine", "square", "saw", "triangle", "organ", "pad", "pluck", "flute", "piano", "bell", "bass"),
-    *("chord", "arpeggio", "major", "minor", "sweep", "up", "down", "laser", "siren", "alarm"),
-    *("kick", "snare", "hat", "clap", "tom", "cowbell", "click", "cymbal", "metronome", "drums", "house"),
-    *("loop", "bpm", "noise", "white", "pink", "brown", "wind", "rain", "ocean", "silence"),
-    *("left", "right", "lefttoright", "righttoleft", "quiet", "loud", "fadein", "fadeout"),
-)
+_VOICES = ("sine", "square", "saw", "triangle", "organ", "pad", "pluck", "flute", "piano", "bell", "bass")
+_PITCHED = ("chord", "arpeggio", "major", "minor", "sweep", "up", "down", "laser", "siren", "alarm")
+_DRUMS = ("kick", "snare", "hat", "clap", "tom", "cowbell", "click", "cymbal", "metronome", "drums", "house")
+_TEXTURES = ("loop", "bpm", "noise", "white", "pink", "brown", "wind", "rain", "ocean", "silence")
+_MODIFIERS = ("left", "right", "lefttoright", "righttoleft", "quiet", "loud", "fadein", "fadeout")
+WORDS = _VOICES + _PITCHED + _DRUMS + _TEXTURES + _MODIFIERS
 
 _SPACED = r"(?<![^\s]){}(?![^\s])"  # whole words between spaces
 
@@ -104,7 +103,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
 )
 
 
-# What goes without saying: a word put in front when the rest implies it.
+# Words that a prompt implies are put in front of it.
 _DRUMMED = "kick|snare|hat|clap|tom|cowbell|click|metronome|drums|house|arpeggio|pitch|chord|noise|alarm|siren|sweep"
 _IMPLIED: tuple[tuple[str, str], ...] = (
     (r"^(?!.*(?:chord|arpeggio))(?=.*(?:major|minor))", "chord "),
@@ -114,7 +113,7 @@ _IMPLIED: tuple[tuple[str, str], ...] = (
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, then words and pitches; adds no special tokens."""
+    """Build the tokenizer: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, words and pitches; adds no special tokens."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary())}, unk_token="<unk>"))
     steps = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFD(), normalizers.StripAccents()]
     steps += [normalizers.Replace(Regex(pattern), content) for pattern, content in rewrites()]
@@ -126,18 +125,18 @@ def build_tokenizer() -> Tokenizer:
 
 
 def vocabulary() -> list[str]:
-    """All tokens in order of their ids."""
+    """Returns all tokens in order of their ids."""
     pitches = range(FIRST_PITCH, LAST_PITCH + 1)
     return ["<pad>", "<eos>", "<bos>", "<unk>", *WORDS, *map(pitch_token, pitches), *map(target_token, pitches)]
 
 
 def pitch_token(index: int) -> str:
-    """The word for a pitch, an oscillator index."""
+    """Returns the word for a pitch, an oscillator index."""
     return f"pitch{index}"
 
 
 def target_token(index: int) -> str:
-    """The word for the pitch a sweep ends at."""
+    """Returns the word for the pitch at which a sweep ends."""
     return f"target{index}"
 
 
@@ -147,7 +146,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def rewrites() -> list[tuple[str, str]]:
-    """Regular expressions and what replaces their matches, in order, for text already in lower case."""
+    """Returns regular expressions and their replacements, in order, for text already in lower case."""
     number = r"\d+(?:\.\d+)?"
     steps = [
         ("♯", "#"),
@@ -171,8 +170,8 @@ def rewrites() -> list[tuple[str, str]]:
         (r"(?<![a-z])(?:until|till|towards?|up to|down to)(?![a-z])(?= \d| [a-g])", "to"),
         (r"\s+", " "),
         (rf"(?<=\d|z) and (?={number} k?hz)", " to "),
-        *((_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS[:3]),
     ]
+    steps += [(_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS[:3]]
     steps += [step for index in range(FIRST_PITCH, LAST_PITCH + 1) for step in _pitch_rewrites(index)]
     steps += [(r"\s+", " ")]
     steps += [(_SPACED.format(f"(?:{pattern})"), word) for pattern, word in _SYNONYMS]
@@ -182,7 +181,7 @@ def rewrites() -> list[tuple[str, str]]:
 
 
 def _pitch_rewrites(index: int) -> list[tuple[str, str]]:
-    """A pitch after "to" is a target; any other is where a sound is or starts."""
+    """Returns rewrites of pitches: one after "to" is a sweep's target, any other is a sound's own or its start."""
     named = _pitch_pattern(index)
     return [(rf"(?<= to ){named}", f" {target_token(index)} "), (named, f" {pitch_token(index)} ")]
 
@@ -211,7 +210,7 @@ def _nearest_pitch(frequency_hz: float) -> int:
 
 
 def _decimals(hundredths: int) -> list[str]:
-    """The ways to write a number of hundredths: 1.5, 1.50; 2, 2.0, 2.00; 0.5, .5."""
+    """Returns the ways to write a number of hundredths: 1.5, 1.50; 2, 2.0, 2.00; 0.5, .5."""
     text = f"{hundredths / 100:.2f}"
     forms = {text, text.rstrip("0").rstrip(".")}
     if text.endswith("0"):
@@ -225,8 +224,10 @@ _SIGNS = {"": 0, r"(?:#| sharp|sharp)": 1, r"(?:b| flat|flat)": -1}
 
 
 def _note_forms(index: int) -> list[str]:
-    """Spellings of the note at an oscillator index: with its octave, and without for octave 4 where the context says
-    that a letter is a note."""
+    """Returns spellings of the note at an oscillator index.
+
+    The octave may be left out for octave 4 where the context says that a letter is a note.
+    """
     midi = 69 + (index - 82) // 2
     with_octave, without = [], []
     for letter, semitone in _LETTERS.items():

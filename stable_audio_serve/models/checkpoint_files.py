@@ -1,4 +1,4 @@
-"""Which files a checkpoint consists of: config, weights, text encoder, tokenizer; whether they are all there.
+"""Which files a checkpoint consists of: config, weights, text encoder, tokenizer; and whether they are complete.
 
 Looks at names and headers only and imports no torch, so that a server can check them before it starts anything.
 """
@@ -20,12 +20,12 @@ _ENCODER_FILES = ((WEIGHTS_FILE, _SHARD_INDEX), ("tokenizer.json", "tokenizer.mo
 
 
 def find_weights(folder: Path) -> Path:
-    """The weight file of a checkpoint folder; safetensors before pickles. Raises CheckpointError when there is none."""
+    """Returns a folder's weight file, safetensors before pickles. Raises CheckpointError when there is none."""
     return folder / _weights(_in_folder(folder), place=folder)
 
 
 def find_text_encoder(folder: Path, names: Sequence[str]) -> Path:
-    """The encoder's folder: where the config points (`names`), else beside the weights.
+    """Returns the encoder's folder: where the config points (`names`), else beside the weights.
 
     Raises CheckpointError naming the places looked at.
     """
@@ -33,13 +33,13 @@ def find_text_encoder(folder: Path, names: Sequence[str]) -> Path:
 
 
 def encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
-    """Where a text conditioner of the config says that its encoder may lie, relative to the checkpoint, best first."""
+    """Returns where the config's text conditioner may keep its encoder, relative to the checkpoint, best first."""
     config = conditioner.section("config", optional=True)
     return tuple(config.text(key) for key in ("model_path", "subfolder", "model_name") if key in config)
 
 
 def check_layout(config: ConfigReader, has: Callable[[str], bool], *, place: Path | str) -> str:
-    """The text encoder's folder, relative to the checkpoint, once every file is there that loading looks for.
+    """Returns the text encoder's folder, relative to the checkpoint, when every file that loading needs is there.
 
     `has` tells whether `place`, which errors name, holds a file. Raises CheckpointError naming the first one missing.
     """
@@ -65,7 +65,7 @@ def check_folder(folder: Path) -> None:
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
-    """What is said of a weight file that is not whole."""
+    """Returns the error for a weight file that is not whole."""
     return CheckpointError(f"{path} is corrupt or incomplete ({error}); fetch it again")
 
 
@@ -86,7 +86,7 @@ def _encoder_folder(names: Sequence[str], has: Callable[[str], bool], *, place: 
 
 
 def _encoder_weights(folder: Path) -> Iterator[Path]:
-    """The encoder's one weight file, or all that its index names. Raises CheckpointError when one is missing."""
+    """Yields the encoder's weight file, or all that its index names. Raises CheckpointError when one is missing."""
     if (folder / WEIGHTS_FILE).is_file():
         yield folder / WEIGHTS_FILE
         return

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's `model_config.json` key by key; whatever cannot be used is named with its full path."""
+"""Reads a checkpoint's `model_config.json` key by key; an unusable value is named with its full path."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from stable_audio_serve.core.errors import CheckpointError
 
 CONFIG_FILE = "model_config.json"
-# A damaged file must not ask for a network that exhausts the memory before its weights are compared.
+# Keeps a damaged file from building a network that exhausts the memory before its weights are compared.
 MAX_SIZE = 2**16
 MAX_DEPTH = 2**10
 MAX_SAMPLES = 2**40
 
 
 class ConfigReader:
-    """A JSON object and where it sits in the file. Every getter raises CheckpointError naming the key.
+    """A JSON object and its place in the file. Every getter raises CheckpointError naming the key.
 
     A getter without `default` requires the key; an explicit null counts as absent.
     """
@@ -31,21 +31,21 @@ class ConfigReader:
         return self._values.get(key) is not None
 
     def section(self, key: str, *, optional: bool = False) -> ConfigReader:
-        """The object under `key`; an empty one when it is absent and `optional`."""
+        """Returns the object under `key`; an empty one when it is absent and `optional`."""
         value = self._get(key, {} if optional else None)
         if not isinstance(value, Mapping):
             raise self.unusable(key, "an object")
         return ConfigReader(value, path=self.name(key))
 
     def sections(self, key: str) -> list[ConfigReader]:
-        """The objects in the list under `key`."""
+        """Returns the objects in the list under `key`."""
         value = self._get(key, None)
         if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
             raise self.unusable(key, "a list of objects")
         return [ConfigReader(item, path=f"{self.name(key)}[{i}]") for i, item in enumerate(value)]
 
     def integer(self, key: str, *, default: int | None = None, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
-        """A whole number from `at_least` to `at_most`."""
+        """Returns a whole number from `at_least` to `at_most`."""
         value = self.number(key, default=default, at_least=at_least)
         if value != int(value):
             raise self.unusable(key, "a whole number")
@@ -54,7 +54,7 @@ class ConfigReader:
         return int(value)
 
     def number(self, key: str, *, default: float | None = None, at_least: float = -math.inf) -> float:
-        """A finite number of at least `at_least`."""
+        """Returns a finite number of at least `at_least`."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.unusable(key, "a number")
@@ -63,35 +63,35 @@ class ConfigReader:
         return value
 
     def flag(self, key: str, *, default: bool) -> bool:
-        """True or false."""
+        """Returns a boolean."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise self.unusable(key, "true or false")
         return value
 
     def text(self, key: str, *, default: str | None = None) -> str:
-        """A string."""
+        """Returns a string."""
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self.unusable(key, "a string")
         return value
 
     def choice(self, key: str, allowed: Sequence[str], *, default: str | None = None) -> str:
-        """One of the strings in `allowed`."""
+        """Returns one of the strings in `allowed`."""
         value = self.text(key, default=default)
         if value not in allowed:
             raise self.unusable(key, "one of " + ", ".join(allowed))
         return value
 
     def texts(self, key: str, *, default: Sequence[str]) -> tuple[str, ...]:
-        """A list of strings."""
+        """Returns a list of strings."""
         value = self._get(key, list(default))
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.unusable(key, "a list of strings")
         return tuple(value)
 
     def integers(self, key: str, *, at_least: int = 1, at_most: int = MAX_SIZE) -> tuple[int, ...]:
-        """A list of whole numbers from `at_least` to `at_most`."""
+        """Returns a list of whole numbers from `at_least` to `at_most`."""
         value = self._get(key, None)
         whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         if not whole or not all(at_least <= v <= at_most for v in value):
@@ -99,23 +99,23 @@ class ConfigReader:
         return tuple(value)
 
     def plain(self, key: str) -> Mapping[str, Any] | None:
-        """The object under `key` as it stands in the file, or None."""
+        """Returns the object under `key` unchanged, or None."""
         return self.section(key)._values if key in self else None
 
     def require(self, **supported: Any) -> None:
-        """Refuse a key whose value differs from the only supported one; an absent key is fine."""
+        """Raise CheckpointError for a key whose value differs from the only supported one; an absent key passes."""
         for key, value in supported.items():
             if key in self and self._values[key] != value:
                 found, only = json.dumps(self._values[key], default=str)[:80], json.dumps(value)
                 raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
 
     def unusable(self, key: str, expected: str) -> CheckpointError:
-        """The error for `key`, saying what was expected and what was found."""
+        """Returns the error for `key`, saying what was expected and what was found."""
         found = json.dumps(self._values[key], default=str)[:80] if key in self else "nothing"
         return CheckpointError(f"{CONFIG_FILE}: {self.name(key)} must be {expected}, found {found}")
 
     def name(self, key: str) -> str:
-        """The full path of `key` in the file."""
+        """Returns the full path of `key` in the file."""
         return f"{self._path}.{key}" if self._path else key
 
     def _get(self, key: str, default: Any) -> Any:
@@ -128,7 +128,7 @@ class ConfigReader:
 
 
 def read_config(folder: Path) -> ConfigReader:
-    """The config of a checkpoint folder. Raises CheckpointError when it is missing or no JSON object."""
+    """Returns the config of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

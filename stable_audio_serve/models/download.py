@@ -35,15 +35,15 @@ from stable_audio_serve.models.checkpoint_files import WEIGHTS_FILE, check_folde
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.registry import ModelEntry
 
-# ValueError: a token that no header can carry, or an answer that is no hub's.
+# ValueError: a token that is no valid header, or an answer that does not come from a hub.
 _FAULTS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
-_ANSWER_S = 4.0  # for one answer of the hub while nothing is downloaded
+_ANSWER_S = 4.0  # for one answer of the hub, downloads excepted
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The folder with the entry's files, complete; where they are in the cache the hub is not asked.
+    """Returns the folder with all of the entry's files; does not ask the hub when they are in the cache.
 
-    Without `token` the library's own is used. Raises CheckpointError when the files cannot be had.
+    Without `token` the library's own is used. Raises CheckpointError when the files cannot be downloaded.
     """
     repo_id = _repository(entry)
     cached = find_cached(entry, cache_dir=cache_dir)
@@ -65,9 +65,9 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
 
 
 def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | None:
-    """The folder with the entry's files when the cache holds them all, else None. Never asks the hub.
+    """Returns the folder with the entry's files when the cache holds them all, else None. Never asks the hub.
 
-    Raises CheckpointError for files that are damaged, and for a name that is none.
+    Raises CheckpointError for damaged files and for an invalid name.
     """
     try:
         folder = Path(
@@ -94,7 +94,7 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
 def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
     """Raise CheckpointError unless `download_entry` can be expected to succeed; fetches the config at most.
 
-    Asks the hub a few short questions, none of them twice: a server finds out in seconds what it has no access to.
+    Sends the hub a few short requests, each once, so that a server learns within seconds what it cannot access.
     """
     repo_id = _repository(entry)
     if find_cached(entry, cache_dir=cache_dir) is not None:
@@ -130,7 +130,7 @@ def _require_main_files(repo_id: str, names: set[str]) -> None:
 
 
 def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:
-    """Gated repositories are listed to everybody: whether this token may read shows at a file."""
+    """Raise for a file that this token may not read; the list of files of a gated repository is public."""
     get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_ANSWER_S)
 
 
@@ -153,7 +153,7 @@ def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None
 
 def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__  # the hub answered; that nothing is cached either is not the reason
+        error = error.__cause__  # the hub answered, so an empty cache is not the reason
     repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
@@ -183,7 +183,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
 
 
 def not_here(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
-    """What is said when the cache does not have everything and the hub may not be asked or does not answer."""
+    """Returns the message for an incomplete cache when the hub may not be asked or does not answer."""
     lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():
         return f"{lacking} offline mode is on: unset HF_HUB_OFFLINE to fetch it"

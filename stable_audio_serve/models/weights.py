@@ -1,6 +1,6 @@
-"""Weight files into modules, strictly: what does not fit the network is an error naming the key.
+"""Loads weight files into modules, strictly: whatever does not fit the network is an error naming the key.
 
-Knows files and modules, not families: which module a key belongs to is told by its prefix.
+Knows files and modules, not families: a key's prefix tells which module it belongs to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The denoiser's precision: float32 off CUDA whatever is asked, on CUDA what is asked, float16 by default.
+    """Returns the denoiser's precision: on CUDA `dtype`, float16 by default; elsewhere always float32.
 
     Autoencoder and conditioners stay in float32, the text encoder in the dtype of its files. Raises ConfigError.
     """
@@ -51,7 +51,7 @@ def require_exact_float32() -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by key, on the CPU. A pickle is only read by the unpickler that builds nothing but tensors.
+    """Returns all tensors of a file by key, on the CPU. Pickles are read by the unpickler that builds only tensors.
 
     Raises CheckpointError when the file is missing, corrupt, cut short, or a raw training checkpoint.
     """
@@ -100,7 +100,7 @@ class _SkipDraws(TorchFunctionMode):
 
 
 def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:
-    """Give every parameter and stored buffer of `modules` (by key prefix) its tensor, float32 and without gradient.
+    """Set every parameter and stored buffer of `modules` (by key prefix) to its tensor, float32 and without gradient.
 
     Raises CheckpointError naming the first key that is unknown, missing or of another shape, and how many there are.
     """
@@ -127,7 +127,7 @@ def _refuse(source: Path, what: str, *, keys: list[str]) -> None:
 
 
 def cast_network(module: nn.Module, dtype: torch.dtype) -> None:
-    """Put a network's weights in `dtype`, in place.
+    """Cast a network's weights to `dtype`, in place.
 
     Buffers (rotary frequencies) and the gains of RMS norms stay in float32: both are used in float32 arithmetic.
     """

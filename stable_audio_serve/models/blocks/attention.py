@@ -1,4 +1,4 @@
-"""Multi-head attention, plain and differential, self and cross; where the keys may come from is the caller's choice.
+"""Multi-head attention, plain and differential, self and cross; the caller chooses which keys a query may see.
 
 Differential attention is `softmax(q k) v - softmax(q' k') v`: both halves share v and run as one call with twice the
 heads. Shapes: N tokens, T context tokens, H heads (2 H when differential), E head width.
@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Softmax attention with scale 1 / sqrt(E); `mask` is bool, broadcastable to (B, H, N, T), true = may be seen.
 
-    Inference takes the fused kernel. Training on a CPU takes the explicit softmax, because the backward pass of the
+    Inference uses the fused kernel. Training on a CPU uses the explicit softmax, because the backward pass of the
     fused CPU kernel is twice as slow.
     """
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled():
@@ -55,7 +55,7 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, *, radius: int, block: int = 64
 
 
 def _band_mask(length: int, *, num_blocks: int, block: int, radius: int, device: torch.device) -> Tensor:
-    """(blocks, 1, block, block + 2 radius) bool: key inside the band and inside the sequence."""
+    """Returns a mask (blocks, 1, block, block + 2 radius) bool: key inside the band and inside the sequence."""
     query = torch.arange(num_blocks * block, device=device).view(num_blocks, 1, block, 1)
     first_key = torch.arange(num_blocks, device=device).view(num_blocks, 1, 1, 1) * block - radius
     key = first_key + torch.arange(block + 2 * radius, device=device)
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, width // num_heads)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed keys (B, H or 2 H, T, E) and values (B, H, T, E) of a context (B, T, context width)."""
+        """Returns normed keys (B, H or 2 H, T, E) and values (B, H, T, E) of a context (B, T, context width)."""
         *keys, values = self.to_kv(context).chunk(3 if self.differential else 2, dim=-1)
         key = torch.cat([split_heads(part, self.num_heads) for part in keys], dim=1)
         return self.k_norm(key), split_heads(values, self.num_heads)

@@ -30,7 +30,7 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated linear unit and a linear layer, both with bias. The nesting is that of the checkpoints' keys."""
+    """Gated linear unit and a linear layer, both with bias. Modules nest as the checkpoints' keys do."""
 
     def __init__(self, width: int, *, mult: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class ExpoFourier(nn.Module):
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (..., width) float32 of x (...), evaluated in float32."""
+        """Returns features (..., width) float32 of x (...), computed in float32."""
         angles = x.float()[..., None] * _frequencies(self.width // 2, x.device)
         angles = angles * 2 * math.pi
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -33,7 +33,7 @@ class ExpoFourier(nn.Module):
 
 @functools.lru_cache(maxsize=32)
 def _frequencies(count: int, device: torch.device) -> Tensor:
-    """(count,) float32; always computed on the CPU, so that every device uses the same values."""
+    """Returns (count,) float32; always computed on the CPU, so that every device uses the same values."""
     with torch.inference_mode(False), torch.device("cpu"):
         ramp = torch.linspace(0, 1, count, dtype=torch.float32)
         low, high = math.log(LOWEST_HZ), math.log(HIGHEST_HZ)

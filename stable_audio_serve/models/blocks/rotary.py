@@ -26,7 +26,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", 1.0 / base**exponents)
 
     def forward(self, num_positions: int) -> RotaryTable:
-        """The table for positions 0 ... num_positions - 1."""
+        """Returns the table for positions 0 ... num_positions - 1."""
         positions = torch.arange(num_positions, device=self.inv_freq.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inv_freq.float())
         return RotaryTable(angles.cos(), angles.sin())

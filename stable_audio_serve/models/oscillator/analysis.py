@@ -1,6 +1,6 @@
-"""Audio into the oscillator bank's frames: peak picking for tones, what remains per band for noise.
+"""Turns audio into the oscillator bank's frames: peak picking for tones, the remaining level per band for noise.
 
-Lossy by nature: pitch, rhythm, level and colour survive, the waveform does not. Row-independent; no learned part.
+Lossy: keeps pitch, rhythm, level and spectrum, not the waveform. Row-independent; nothing here is learned.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _QUIETEST_BAND = 3e-4
 
 
 def analyse(audio: Tensor) -> Tensor:
-    """Frames (222, F) float32 of audio (2, S) float32, F = ceil(S / 512)."""
+    """Returns frames (222, F) float32 of audio (2, S) float32, F = ceil(S / 512)."""
     num_frames = -(-audio.shape[1] // FRAME_SAMPLES)
     audio = F.pad(audio, (0, num_frames * FRAME_SAMPLES - audio.shape[1]))
     long, middle = _spectrum(audio, _LONG, num_frames=num_frames), _spectrum(audio, _MIDDLE, num_frames=num_frames)
@@ -51,7 +51,7 @@ def analyse(audio: Tensor) -> Tensor:
 
 
 def _spectrum(audio: Tensor, size: int, *, num_frames: int) -> Tensor:
-    """Magnitudes (2, F, bins), a sine of amplitude 1 peaking at 1, windows centred on the frames."""
+    """Returns magnitudes (2, F, bins) of windows centred on the frames; a sine of amplitude 1 peaks at 1."""
     margin = (size - FRAME_SAMPLES) // 2
     window = torch.hann_window(size, periodic=True, device=audio.device)
     blocks = F.pad(audio, (margin, margin)).unfold(1, size, FRAME_SAMPLES)[:, :num_frames]
@@ -59,7 +59,7 @@ def _spectrum(audio: Tensor, size: int, *, num_frames: int) -> Tensor:
 
 
 class _Peaks:
-    """Spectral peaks between two frequencies: where, how strong, and how strong on each side."""
+    """Spectral peaks between two frequencies: frequency, level, and level in each channel."""
 
     def __init__(self, spectrum: Tensor, *, low_hz: float, high_hz: float) -> None:
         both = spectrum.square().mean(dim=0).sqrt()  # (F, bins)
@@ -77,7 +77,7 @@ class _Peaks:
         self._level = (middle - 0.25 * (left - right) * offset).exp()
 
     def on_oscillators(self) -> Tensor:
-        """Amplitudes (F, oscillators): each peak on the oscillator nearest to it, the strongest wins."""
+        """Returns amplitudes (F, oscillators): each oscillator has the strongest of the peaks nearest to it."""
         index = (A4_INDEX + 24.0 * (self._hertz.clamp(min=1.0) / 440.0).log2()).round().long()
         inside = self._is_peak & (index >= 0) & (index < NUM_OSCILLATORS)
         out = self._level.new_zeros(len(self._level), NUM_OSCILLATORS)
@@ -86,12 +86,12 @@ class _Peaks:
         )
 
     def sides(self) -> Tensor:
-        """Power of the peaks on each side (2, F)."""
+        """Returns the power of the peaks in each channel (2, F)."""
         return (self._spectrum.square() * self._is_peak).sum(dim=2)
 
 
 def _local_median(spectrum: Tensor) -> Tensor:
-    """Median of blocks of neighbouring bins, spread over the bins (F, bins)."""
+    """Returns for every bin the median of its block of neighbours (F, bins)."""
     num_bins = spectrum.shape[1]
     padded = F.pad(spectrum, (0, -num_bins % _MEDIAN_BLOCK))
     medians = padded.unflatten(1, (-1, _MEDIAN_BLOCK)).median(dim=2).values
@@ -99,10 +99,10 @@ def _local_median(spectrum: Tensor) -> Tensor:
 
 
 def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS (F, bands) of what is no tone, and its power on each side (2, F).
+    """Returns the RMS (F, bands) of everything that is not a tone, and its power in each channel (2, F).
 
-    A bin beside a tone counts as much as its neighbourhood does, and not at all where the window's own leakage from
-    a tone would explain it.
+    A bin beside a tone counts at most like its neighbourhood, and not at all where the window's leakage from a tone
+    would explain it.
     """
     both = spectrum.square().mean(dim=0).sqrt()
     median = _local_median(both)
@@ -122,7 +122,7 @@ def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sharpening(audio: Tensor, num_frames: int) -> Tensor:
-    """Gain (F, regions) from a long window's level to the frame's own, so that onsets stay where they are."""
+    """Returns the gain (F, regions) from a long window's level to the frame's own, which keeps onsets in place."""
     power = _spectrum(audio, _SHORT, num_frames=num_frames).square().mean(dim=0)
     hertz = torch.arange(power.shape[1]) * (SAMPLE_RATE_HZ / _SHORT)
     regions = torch.bucketize(hertz, torch.tensor(_REGION_EDGES_HZ[1:-1]), right=True)
@@ -140,7 +140,7 @@ def _by_region(gain: Tensor, hertz: Tensor) -> Tensor:
 
 
 def _balance(sides: Tensor) -> Tensor:
-    """Balance (F,) of powers (2, F); 0 where nothing sounds."""
+    """Returns the balance (F,) of powers (2, F); 0 in silence."""
     left, right = sides.sqrt()
     balance = torch.atan2(right, left) * (4.0 / math.pi) - 1.0
     return torch.where(left + right < 1e-4, torch.zeros_like(balance), balance)

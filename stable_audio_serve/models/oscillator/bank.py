@@ -1,7 +1,7 @@
 """A pretransform without weights: stereo audio <-> frames of oscillator levels, noise-band levels and two balances.
 
-Stands where `patched` stands in other checkpoints. Decoding is a sum of fixed-phase sines plus shaped noise; encoding
-(`oscillator_analysis.py`) is peak picking, so audio that passes through comes back vocoded. Knows no network.
+Takes the place of `patched` in other checkpoints. Decoding is a sum of fixed-phase sines plus shaped noise; encoding
+(`analysis.py`) is peak picking, so audio that is encoded and decoded sounds vocoded. Knows no network.
 
 A frame is 512 samples: `NUM_OSCILLATORS` quarter-tone oscillators from 41.2 Hz (440 Hz is index 82), `NUM_BANDS` noise
 bands, then the balance of the tonal and of the noise part in -1 (left) ... 1 (right). Levels are compressed as
@@ -32,17 +32,17 @@ _NOISE_HOP = 256
 
 
 def compress(amplitude: Tensor) -> Tensor:
-    """Linear amplitude -> level, 0 for silence and 1 for an amplitude of 1."""
+    """Returns the level of a linear amplitude, 0 for silence and 1 for an amplitude of 1."""
     return torch.log1p(amplitude / FLOOR) / math.log1p(1.0 / FLOOR)
 
 
 def expand(level: Tensor) -> Tensor:
-    """Level -> linear amplitude; the inverse of `compress`, negative levels are silence."""
+    """Returns the linear amplitude of a level; the inverse of `compress`, negative levels are silence."""
     return FLOOR * torch.expm1(level.clamp(0.0, 1.2) * math.log1p(1.0 / FLOOR))
 
 
 def nearest_oscillator(frequency_hz: float) -> int:
-    """The index of the oscillator closest to a frequency, within the bank."""
+    """Returns the index of the oscillator closest to a frequency."""
     index = round(A4_INDEX + 24.0 * math.log2(frequency_hz / 440.0))
     return min(max(index, 0), NUM_OSCILLATORS - 1)
 
@@ -67,9 +67,9 @@ class OscillatorBank:
         self._band_gain = _band_gains().to(device)  # (bands, bins)
 
     def render(self, frames: Tensor, noise: Tensor, *, start_frame: int) -> Tensor:
-        """Audio (2, 512 F) float32 of `frames` (222, F) float32, first frame number `start_frame` of the clip.
+        """Returns audio (2, 512 F) float32 of `frames` (222, F) float32; the first is the clip's frame `start_frame`.
 
-        `noise` (2, 512 F) unit normal float32 is the raw material of the noise bands.
+        `noise` (2, 512 F), unit normal float32, is shaped into the noise bands.
         """
         tonal = expand(frames[:NUM_OSCILLATORS])
         bands = expand(frames[NUM_OSCILLATORS : NUM_OSCILLATORS + NUM_BANDS])
@@ -110,13 +110,13 @@ class OscillatorBank:
 
 
 def _pan_gains(balance: Tensor) -> Tensor:
-    """Left and right gain (2, F) of a balance (F,): equal power, 1 in the middle, one side silent at the ends."""
+    """Returns gains (2, F) of a balance (F,): equal power, 1 in the middle, one side silent at +-1."""
     angle = (balance.clamp(-1.0, 1.0) + 1.0) * (math.pi / 4.0)
     return torch.stack([angle.cos(), angle.sin()]) * math.sqrt(2.0)
 
 
 def _band_gains() -> Tensor:
-    """(bands, bins) spectral gain that turns unit white noise into a band of unit RMS, edges shared by neighbours."""
+    """Returns gains (bands, bins) that turn unit white noise into bands of unit RMS; neighbours share an edge bin."""
     bins = np.arange(_NOISE_BLOCK // 2 + 1) * SAMPLE_RATE_HZ / _NOISE_BLOCK
     half = SAMPLE_RATE_HZ / _NOISE_BLOCK / 2.0
     low, high = BAND_EDGES_HZ[:-1, None], BAND_EDGES_HZ[1:, None]

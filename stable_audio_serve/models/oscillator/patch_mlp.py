@@ -19,7 +19,7 @@ class ResidualBlock(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape (..., width)."""
+        """Returns the shape of x, (..., width)."""
         return x + self.down(F.silu(self.up(self.norm(x))))
 
 
@@ -35,7 +35,7 @@ class PatchEncoder(nn.Module):
         self.project_out = nn.Linear(width, latent_dim)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Latents (B, D, F) of frames (B, C, N), zeros added to whole patches; row- and patch-independent."""
+        """Returns latents (B, D, F) of frames (B, C, N), zero-padded to whole patches; row- and patch-independent."""
         frames = F.pad(frames, (0, -frames.shape[2] % self.patch_frames))
         batch, channels, length = frames.shape
         patches = frames.reshape(batch, channels, length // self.patch_frames, self.patch_frames)
@@ -60,7 +60,7 @@ class PatchDecoder(nn.Module):
         nn.init.normal_(self.project_out.weight, std=0.1 * width**-0.5)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Frames (B, C, P F) of latents (B, D, F); row- and patch-independent."""
+        """Returns frames (B, C, P F) of latents (B, D, F); row- and patch-independent."""
         hidden = self.project_in(latents.transpose(1, 2))
         for block in self.blocks:
             hidden = block(hidden)

@@ -1,4 +1,4 @@
-"""What a request says, as vectors: prompt embeddings with learned padding, and numbers as Fourier features.
+"""Prompts and numbers as vectors: prompt embeddings with learned padding, and numbers as Fourier features.
 
 Both run in float32 (the text encoder in the dtype of its own files) and are row-independent.
 """
@@ -31,7 +31,7 @@ class TextEncoder:
         return int(self.encoder.config.encoder.hidden_size)  # type: ignore[union-attr, arg-type]
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, both (B, T) int64 with T = `max_length`: cut or padded on the right, mask 1 for real tokens.
+        """Returns ids and mask, (B, T) int64 with T = `max_length`: cut or padded on the right, mask 1 for real tokens.
 
         An empty prompt is all padding.
         """
@@ -45,13 +45,13 @@ class TextEncoder:
         return encoded["input_ids"], encoded["attention_mask"]
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (B, T, width) float32; padded positions are never keys and their own value is meaningless."""
+        """Returns hidden states (B, T, width) float32; padded positions are never keys, their values arbitrary."""
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden.float()
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
-    """From a folder with config, weights and tokenizer, in the dtype of its files. Network access is never tried.
+    """Load from a folder with config, weights and tokenizer, in the dtype of its files; never uses the network.
 
     Attention runs in the library's explicit form, because the fused kernels cannot soft-cap the logits. Raises
     CheckpointError when anything is missing; a weight absent from the files would be random.
@@ -83,7 +83,7 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) ->
 
 
 class PromptConditioner(nn.Module):
-    """Hidden states to conditioning tokens: projection where the widths differ, learned vector for padding."""
+    """Turns hidden states into conditioning tokens: projected where widths differ, a learned vector for padding."""
 
     def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class PromptConditioner(nn.Module):
         )
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden (B, T, encoder width), mask (B, T) bool -> (B, T, width) float32."""
+        """Returns tokens (B, T, width) float32 of hidden (B, T, encoder width) and mask (B, T) bool."""
         # Selected, not multiplied: a padded position may hold anything.
         return torch.where(mask[..., None], self.proj_out(hidden), self.padding_embedding)
 
@@ -107,7 +107,7 @@ class _NumberEmbedder(nn.Module):
 
 
 class NumberConditioner(nn.Module):
-    """A number, clamped to its range, as one vector. Module names are the checkpoint's keys."""
+    """Turns a number, clamped to its range, into one vector. Module names are the checkpoint's keys."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()
@@ -115,6 +115,6 @@ class NumberConditioner(nn.Module):
         self.embedder = _NumberEmbedder(config)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Values (B,) float32 in their own unit -> (B, width) float32."""
+        """Returns (B, width) float32 of values (B,) float32 in their own unit."""
         low, high = self.config.minimum, self.config.maximum
         return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))

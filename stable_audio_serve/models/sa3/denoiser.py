@@ -62,7 +62,7 @@ class DenoiserConditioning:
         return self.global_embed.nbytes + sum(local.nbytes for local in self.local or ())
 
     def without_context(self) -> DenoiserConditioning:
-        """The unconditional branch: the same row with all context tokens zero."""
+        """Returns the unconditional branch: the same row with all context tokens zero."""
         return DenoiserConditioning(self.global_embed, None, self.local)
 
 
@@ -149,11 +149,11 @@ class Transformer(nn.Module):
 class Denoiser(nn.Module):
     """The whole network: residual 1x1 convolutions around the transformer, embedders for context, global and time.
 
-    Row-independent: frames that are not valid are never keys, and what comes out there is unspecified. Inputs are
+    Row-independent: frames that are not valid are never keys, and the output there is unspecified. Inputs are
     cast to the dtype of the weights and the result returned in it, except time: its Fourier features are taken from
     the float32 value in every precision. (The reference rounds time to the model's dtype first; near t = 1 one step
-    of float16 turns the highest features by tens of radians, so a half-precision model would see other times than
-    the sampler uses.)
+    of float16 turns the highest features by tens of radians, so a half-precision model would see different
+    times from those of the sampler.)
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -184,7 +184,7 @@ class Denoiser(nn.Module):
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
 
     def project_context(self, context: Tensor) -> tuple[ContextKeys, ...]:
-        """Every layer's keys and values of a context (B, T, context width)."""
+        """Returns every layer's keys and values of a context (B, T, context width)."""
         tokens = self.to_cond_embed(context.to(self.dtype))
         return tuple(ContextKeys(*layer.cross_attn.project_context(tokens)) for layer in self._layers)
 
@@ -195,7 +195,7 @@ class Denoiser(nn.Module):
         return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None = None) -> Tensor:
-        """Velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all."""
+        """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all."""
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
@@ -208,7 +208,7 @@ class Denoiser(nn.Module):
 
 
 def collate(rows: Sequence[DenoiserConditioning], *, num_frames: int) -> DenoiserConditioning:
-    """One conditioning for single rows that step together; local embeddings are padded with zeros to `num_frames`.
+    """Returns one conditioning for rows that step together; local embeddings are zero-padded to `num_frames`.
 
     Rows without context beside rows with it get zero keys and values, which add exactly zero, so that the shapes of
     a step depend on nothing but its rows' count and length. Only a batch of such rows alone skips cross-attention.
@@ -241,7 +241,7 @@ def _zeros_like(context: tuple[ContextKeys, ...]) -> tuple[ContextKeys, ...]:
 
 
 def _stack_local(rows: Sequence[Tensor], *, num_frames: int) -> Tensor:
-    """(1, F or 1, W) each -> (B, num_frames, W), or (B, 1, W) when no row differs from frame to frame."""
+    """Stack rows (1, F or 1, W) into (B, num_frames, W), or (B, 1, W) when no row differs from frame to frame."""
     if all(row.shape[1] == 1 for row in rows):
         return torch.cat(list(rows))
     out = rows[0].new_zeros(len(rows), num_frames, rows[0].shape[2])

@@ -1,4 +1,4 @@
-"""From a duration in seconds to latent frames and windows over them. Pure arithmetic, no tensors."""
+"""Turns a duration in seconds into latent frames and windows over them. Pure arithmetic, no tensors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from stable_audio_serve.models.protocol import WindowSpan
 
-WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # the references' chunked encoding and decoding
+WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the reference's chunked encoding and decoding
 
 
 @dataclass(frozen=True, slots=True)
 class LengthRule:
-    """What a checkpoint says about lengths: `max_samples` is the longest window, `frame_multiple` a divisor of T."""
+    """A checkpoint's limits of length: `max_samples` is the longest window, F is a multiple of `frame_multiple`."""
 
     sample_rate_hz: int
     hop: int
@@ -36,7 +36,7 @@ class RowLength:
 
 
 def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames: int | None = None) -> RowLength:
-    """Lengths of a row of `duration_s` > 0 with `padding_s` of headroom.
+    """Returns the lengths of a row of `duration_s` > 0 with `padding_s` of headroom.
 
     The clip, at least one sample, and its headroom are rounded up to whole frames, then to the multiple, then capped;
     the headroom itself counts in whole frames. `frames` forces the latent length, as for a row that shares a longer
@@ -58,12 +58,12 @@ def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
-    """One window over everything."""
+    """Returns one window over everything."""
     return (WindowSpan(0, frames, 0, frames),)
 
 
 def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OVERLAP_FRAMES) -> tuple[WindowSpan, ...]:
-    """Windows of `size` frames every `size - overlap`, the last one anchored to the end.
+    """Returns windows of `size` frames every `size - overlap`, the last one anchored to the end.
 
     Joints are hard cuts half an overlap inside a window; where windows overlap further, the later one is kept. The
     kept parts tile the frames exactly. Fewer than `size` frames are one window.

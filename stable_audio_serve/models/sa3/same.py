@@ -1,7 +1,7 @@
 """The SAME encoder and decoder: one transformer that changes the time resolution by inserting learned tokens.
 
-A group is one latent and the `stride` frames it stands for. The encoder puts one learned token behind the frames of a
-group and keeps what it becomes; the decoder puts learned tokens behind a latent and keeps what they become.
+A group is one latent and the `stride` frames it stands for. The encoder appends one learned token to the frames of a
+group and keeps that token's output; the decoder appends learned tokens to a latent and keeps their outputs.
 Module names are the checkpoint's keys below `encoder.` and `decoder.`.
 """
 
@@ -69,7 +69,7 @@ class SameConfig:
 
 
 def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
-    """An encoder's or decoder's config section. Raises CheckpointError naming the key that cannot be used."""
+    """Parse an encoder's or decoder's config section. Raises CheckpointError naming the key that cannot be used."""
     config.require(dyt=True, conformer=False, layer_scale=False)
     strides, mults = config.integers("strides"), config.integers("c_mults")
     depths = config.integers("transformer_depths", at_most=MAX_DEPTH)
@@ -168,7 +168,7 @@ class ResamplingBlock(nn.Module):
         self.mapping = mapping
 
     def learned_tokens(self, num_windows: int, num_latents: int, *, noise: Noises) -> Tensor:
-        """Tokens to insert, (B * F, num_tokens, width); with `noise` every token gets its own, also at inference."""
+        """Returns tokens to insert, (B * F, num_tokens, width); `noise` is added to each, also at inference."""
         tokens = self.new_tokens.expand(num_windows * num_latents, self.num_tokens, -1)
         if noise is None or not self.config.mask_noise:
             return tokens
@@ -177,7 +177,7 @@ class ResamplingBlock(nn.Module):
         return tokens + self.config.mask_noise * drawn.to(tokens.dtype)
 
     def transform(self, groups: Tensor, num_windows: int) -> Tensor:
-        """Run the layers over groups (B * F, stride + 1, width); the same shape comes back."""
+        """Run the layers over groups (B * F, stride + 1, width). Returns the same shape."""
         group_size = groups.shape[1]
         x = groups.reshape(num_windows, -1, groups.shape[2])
         if self.config.window_latents is None:
@@ -246,8 +246,8 @@ class SameDecoder(nn.Module):
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 
     def forward(self, latents: Tensor, noise: Noises) -> Tensor:
-        """F is zero-padded, after the first projection, to a multiple of `latent_multiple`, so an odd F may come
-        back longer."""
+        """F is zero-padded, after the first projection, to a multiple of `latent_multiple`, so the result may be
+        longer than F."""
         first, block = self.layers["1"], self.layers["3"]
         assert isinstance(block, ResamplingBlock)
         embedded = F.pad(first(latents.transpose(1, 2)), (0, 0, 0, -latents.shape[-1] % self.latent_multiple))
