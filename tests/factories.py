@@ -166,7 +166,9 @@ class ToyModel:
             encoded = torch.tanh(patches @ self._encoder.T).T
             if spec.noisy_source_encoder:
                 stage = f"{window.stage}/tokens"
-                noise = window.noise.window(stage, window.start, tuple(encoded.shape), 1, self.device)
+                noise = window.noise.window(
+                    stage, window.start, shape=tuple(encoded.shape), frame_axis=1, device=self.device
+                )
                 encoded = encoded + 0.1 * noise
             latents.append(encoded)
         return latents
@@ -206,7 +208,9 @@ class ToyModel:
         audio = 0.2 * F.conv1d(latents, self._decoder, padding=_HALO)
         pieces = []
         for window, patches in zip(windows, audio, strict=True):
-            noise = window.noise.window("decode/tokens", window.start, tuple(patches.shape), 1, self.device)
+            noise = window.noise.window(
+                "decode/tokens", window.start, shape=tuple(patches.shape), frame_axis=1, device=self.device
+            )
             noisy = (patches + 0.01 * noise).T.reshape(-1, self.spec.channels, self.spec.hop)
             pieces.append(noisy.permute(1, 0, 2).reshape(self.spec.channels, -1))
         return pieces

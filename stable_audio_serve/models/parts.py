@@ -32,7 +32,7 @@ class WindowNoise:
 
     def draw(self, name: str, shape: tuple[int, ...], *, frame_axis: int, device: torch.device) -> Tensor:
         """Unit normal float32 on `device`; `shape[frame_axis]` counts latent frames from the window's start."""
-        return self.source.window(f"{self.stage}/{name}", self.start, shape, frame_axis, device)
+        return self.source.window(f"{self.stage}/{name}", self.start, shape=shape, frame_axis=frame_axis, device=device)
 
 
 Noises = Sequence[WindowNoise] | None  # one per window of a batch, or None for no noise at all

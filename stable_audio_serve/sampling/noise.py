@@ -32,7 +32,9 @@ class NoiseSource(Protocol):
         """The next sampler draw, `shape` (D, F), float32 on the CPU; called once per evaluation that draws."""
         ...
 
-    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
         """Noise for the latent frames `start ... start + shape[frame_axis] - 1` of a source-encode or decode window.
 
         `stage` names the draw ("decode/bottleneck", "decode/tokens", "init/tokens", "inpaint/tokens", ...);
@@ -61,7 +63,9 @@ class SeededNoise:
         """The next sampler draw (D, F) float32 on the CPU."""
         return torch.randn(shape, generator=self._generator, dtype=torch.float32)
 
-    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
         """Noise of a window's latent frames, float32 on `device`."""
         length = shape[frame_axis]
         generator = torch.Generator(device=device)
@@ -148,5 +152,7 @@ class _ReplayRow:
         self._num_steps += 1
         return self._replay.share("step", self._num_steps - 1, self._row, shape)
 
-    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
         return self._replay.share(stage, start, self._row, shape).to(device)

@@ -41,7 +41,9 @@ class CallOrderNoise:
 
     step = initial
 
-    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
         """Unit normal float32 on `device`."""
         return self.initial(shape).to(device)
 

@@ -81,7 +81,9 @@ class SilentWindows:
         """Returns the next step's noise of `source`."""
         return self._source.step(shape)
 
-    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
         """Returns zeros."""
         return torch.zeros(shape, device=device)
 
@@ -97,6 +99,8 @@ class _Recorder:
 
     step = initial
 
-    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
         self.asked.append(WindowDraw(stage, shape, frame_axis))
         return torch.zeros(shape, device=device)

@@ -28,7 +28,9 @@ ACROSS_DEVICES = 5e-3
 class Quiet(SeededNoise):
     """The latents' noise only: the autoencoder's differs between kinds of device by design."""
 
-    def window(self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device) -> Tensor:
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
         return torch.zeros(shape, device=device)
 
 
@@ -84,8 +86,8 @@ async def test_same_seed_means_the_same_sound_on_every_device(device: torch.devi
 
 
 def test_window_noise_belongs_to_its_frame(device: torch.device) -> None:
-    whole = SeededNoise(3).window("decode/tokens", 0, (100, 16, 4), 0, device)
-    part = SeededNoise(3).window("decode/tokens", 40, (50, 16, 4), 0, device)
+    whole = SeededNoise(3).window("decode/tokens", 0, shape=(100, 16, 4), frame_axis=0, device=device)
+    part = SeededNoise(3).window("decode/tokens", 40, shape=(50, 16, 4), frame_axis=0, device=device)
     assert whole.device.type == device.type
     assert torch.equal(part, whole[40:90])
     assert not torch.equal(whole[:32], whole[32:64])

@@ -32,7 +32,7 @@ def test_any_integer_is_a_seed() -> None:
 def test_window_noise_depends_on_the_frame_only(start: int, length: int, axis: int, seed: int) -> None:
     def window(begin: int, frames: int) -> torch.Tensor:
         shape = (frames, 3) if axis == 0 else (3, frames)
-        return SeededNoise(seed).window("decode/tokens", begin, shape, axis, CPU)
+        return SeededNoise(seed).window("decode/tokens", begin, shape=shape, frame_axis=axis, device=CPU)
 
     drawn = window(start, length)
     assert drawn.shape[axis] == length
@@ -41,11 +41,13 @@ def test_window_noise_depends_on_the_frame_only(start: int, length: int, axis: i
 
 def test_window_noise_differs_by_stage_seed_and_block_and_ignores_the_sampler_s_draws() -> None:
     source = SeededNoise(1)
-    first = source.window("decode/bottleneck", 0, (3, 64), 1, CPU)
+    first = source.window("decode/bottleneck", 0, shape=(3, 64), frame_axis=1, device=CPU)
     source.step((3, 64))
-    assert torch.equal(first, source.window("decode/bottleneck", 0, (3, 64), 1, CPU))
-    assert not torch.equal(first, source.window("decode/tokens", 0, (3, 64), 1, CPU))
-    assert not torch.equal(first, SeededNoise(2).window("decode/bottleneck", 0, (3, 64), 1, CPU))
+    assert torch.equal(first, source.window("decode/bottleneck", 0, shape=(3, 64), frame_axis=1, device=CPU))
+    assert not torch.equal(first, source.window("decode/tokens", 0, shape=(3, 64), frame_axis=1, device=CPU))
+    assert not torch.equal(
+        first, SeededNoise(2).window("decode/bottleneck", 0, shape=(3, 64), frame_axis=1, device=CPU)
+    )
     assert not torch.equal(first[:, :32], first[:, 32:])
     assert 0.8 < float(first.std()) < 1.2
 
@@ -65,16 +67,16 @@ def test_replay_gives_the_reference_s_draws_whatever_the_order_of_calls() -> Non
     expected = [torch.randn(draw.shape) for draw in SCRIPT]
     replay = ReplayNoise(9, SCRIPT, num_rows=2)
     first, second = replay.row(0), replay.row(1)
-    tokens = second.window("decode/tokens", 0, (8, 2, 5), 0, CPU)
+    tokens = second.window("decode/tokens", 0, shape=(8, 2, 5), frame_axis=0, device=CPU)
     assert torch.equal(tokens, expected[5][8:])
-    assert torch.equal(first.window("decode/tokens", 0, (8, 2, 5), 0, CPU), expected[5][:8])
-    assert torch.equal(first.window("decode/bottleneck", 0, (3, 8), 1, CPU), expected[4][0])
+    assert torch.equal(first.window("decode/tokens", 0, shape=(8, 2, 5), frame_axis=0, device=CPU), expected[5][:8])
+    assert torch.equal(first.window("decode/bottleneck", 0, shape=(3, 8), frame_axis=1, device=CPU), expected[4][0])
     assert torch.equal(second.step((3, 8)), expected[2][1])
     assert torch.equal(second.step((3, 8)), expected[3][1])
     assert torch.equal(first.step((3, 8)), expected[2][0])
     assert torch.equal(second.initial((3, 8)), expected[0][1])
     for row in (first, second):
-        assert torch.equal(row.window("init/tokens", 0, (8, 1, 5), 0, CPU), expected[1])
+        assert torch.equal(row.window("init/tokens", 0, shape=(8, 1, 5), frame_axis=0, device=CPU), expected[1])
 
 
 def test_replay_may_be_asked_from_several_threads() -> None:
@@ -90,6 +92,6 @@ def test_replay_may_be_asked_from_several_threads() -> None:
 def test_replay_names_a_draw_the_reference_did_not_make() -> None:
     row = ReplayNoise(9, SCRIPT, num_rows=2).row(0)
     with pytest.raises(GenerationError, match="inpaint/tokens"):
-        row.window("inpaint/tokens", 0, (8, 1, 5), 0, CPU)
+        row.window("inpaint/tokens", 0, shape=(8, 1, 5), frame_axis=0, device=CPU)
     with pytest.raises(GenerationError, match="2x3x8"):
         row.initial((3, 9))

@@ -124,7 +124,7 @@ class Quiet(SeededNoise):
     """No noise inside the autoencoder."""
 
     def window(
-        self, stage: str, start: int, shape: tuple[int, ...], frame_axis: int, device: torch.device
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> torch.Tensor:
         return torch.zeros(shape)
 
