@@ -4,6 +4,7 @@ from stable_audio_serve.sampling.brownian import ReplayPath
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
 from stable_audio_serve.sampling.karras import SigmaRange
 from stable_audio_serve.sampling.noise import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
+from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
 from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, resolve_sampler
 from stable_audio_serve.sampling.schedules import (
@@ -34,11 +35,13 @@ __all__ = [
     "SigmaRange",
     "TimestepShift",
     "advance",
+    "build_open_flow_plan",
     "build_plan",
     "build_sigmas",
     "build_v_plan",
     "guide",
     "network_input",
+    "open_flow_times",
     "resolve_sampler",
     "shift_from_config",
     "shift_from_override",

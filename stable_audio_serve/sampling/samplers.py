@@ -34,7 +34,7 @@ def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: 
     Raises InvalidRequestError on `sampler_type`.
     """
     times = sigmas.to(torch.float32)
-    num_registers, evaluations, step_ends = resolve_sampler(sampler)(times, _guided_times(guidance))
+    num_registers, evaluations, step_ends = resolve_sampler(sampler)(times, guided_times(guidance))
     level = float(times[0])
     return SamplerPlan(
         num_registers=num_registers,
@@ -162,7 +162,8 @@ def _pairs(times: Tensor) -> list[tuple[float, float]]:
     return list(itertools.pairwise(values))
 
 
-def _guided_times(guidance: Guidance) -> _Guided:
+def guided_times(guidance: Guidance) -> _Guided:
+    """Whether guidance is on at a time of a flow model, compared in float32 as the references do."""
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     return lambda time: guidance.cfg_scale != 1.0 and low <= time <= high
 

@@ -1,0 +1,118 @@
+"""The flow samplers of the Stable Audio Open family, where they differ from Stable Audio 3's of the same names.
+
+Euler and ping-pong are the same on other times; DPM-Solver++ has no floor under the log-SNR, so that its second step
+from pure noise does not extrapolate; RK4 runs on even times down to 0. Knows nothing of networks or requests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, guided_times, refused_sampler
+from stable_audio_serve.sampling.schedules import TimestepShift, check_steps
+from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, register
+
+LOWEST_LEVEL = 0.01  # below, the first step would divide by a time near 0
+_FIRST_LOG_SNR, _LAST_LOG_SNR = -6.0, 2.0
+
+_X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
+
+
+def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepShift, length: float) -> Tensor:
+    """The times of `sampler` from `level` to 0, (steps + 1,) float32, for a row of `length` latent frames.
+
+    RK4's are even and go through `shift`; the others' are even in log-SNR, and below a level of about 0.12 those in
+    between rise above it, as in the references. Raises InvalidRequestError on `steps` and `init_noise_level`.
+    """
+    check_steps(steps)
+    if not LOWEST_LEVEL <= level <= 1.0:
+        allowed = f"{LOWEST_LEVEL}..1"
+        message = f"init_noise_level must be in {allowed}, got {level}"
+        raise InvalidRequestError(message, field="init_noise_level", allowed=allowed)
+    if sampler == "rk4":
+        times = torch.linspace(level, 0, steps + 1, dtype=torch.float32)
+        return shift.warp(times, torch.tensor(max(length, 1.0), dtype=torch.float32))
+    first = math.log((1 - level) / level + 1e-6) if level < 1.0 else _FIRST_LOG_SNR
+    times = torch.sigmoid(-torch.linspace(first, _LAST_LOG_SNR, steps + 1, dtype=torch.float32))
+    times[0], times[-1] = level, 0.0
+    return times
+
+
+def build_open_flow_plan(sampler: str, times: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
+    """Bind `sampler` to one row's `times` (steps + 1,) float32, ending at 0.
+
+    With a source, the initial latent is (1 - t_0) source + t_0 noise, without one the noise alone. Raises
+    InvalidRequestError on `sampler_type`.
+    """
+    if sampler in ("euler", "pingpong"):
+        return build_plan(sampler, times, guidance=guidance, has_source=has_source)
+    if sampler not in _WRITERS:
+        raise refused_sampler(sampler, SAMPLERS)
+    level = float(times[0])
+    writer = _WRITERS[sampler](times.to(torch.float32), guidance)
+    return writer.plan(source_scale=1.0 - level if has_source else 0.0, noise_scale=level if has_source else 1.0)
+
+
+def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
+    """DPM-Solver++(2M) (arXiv 2211.01095) with lambda = ln((1 - t) / t): x = (t'/t) x + (1 - t')(1 - e^-h) d'.
+
+    Registers: x, the clean estimate d = x - t v of the step before. d' extrapolates from it but for the last step; from
+    t = 1, where lambda is -inf, the difference weighs nothing.
+    """
+    writer, guided = PlanWriter(2), guided_times(guidance)
+    values: list[float] = times.tolist()
+    earlier: float | None = None
+    for t, following in itertools.pairwise(values):
+        d = _X - VELOCITY * t
+        h = _log_snr(following) - _log_snr(t)
+        extrapolated = d
+        if earlier and following != 0.0:
+            extrapolated = d + (d - _PREVIOUS) * (h / (2.0 * earlier))
+        moved = _X * (following / t) - extrapolated * ((1.0 - following) * math.expm1(-h))
+        writer.evaluate(moved, d, t=t, sigma=t, guided=guided(t))
+        writer.end_step()
+        earlier = h
+    return writer
+
+
+def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
+    """The classical Runge-Kutta rule of order 4; its last call is at t' itself, which may be 0.
+
+    Registers: x, the point the network sees next, x plus the weighted slopes so far.
+    """
+    writer, guided = PlanWriter(3), guided_times(guidance)
+    for current, following in itertools.pairwise(times):
+        step = following - current
+        start, middle, end, dt = (float(value) for value in (current, current + step / 2, following, step))
+        writer.evaluate(
+            _X, _X + VELOCITY * (dt / 2), _X + VELOCITY * (dt / 6), t=start, sigma=start, guided=guided(start)
+        )
+        for reach in (dt / 2, dt):
+            writer.evaluate(
+                _X,
+                _X + VELOCITY * reach,
+                _TOTAL + VELOCITY * (dt / 3),
+                t=middle,
+                sigma=middle,
+                guided=guided(middle),
+                input_register=1,
+            )
+        writer.evaluate(_TOTAL + VELOCITY * (dt / 6), t=end, sigma=end, guided=guided(end), input_register=1)
+        writer.end_step()
+    return writer
+
+
+_WRITERS = {"dpmpp": _dpmpp, "rk4": _rk4}
+
+
+def _log_snr(time: float) -> float:
+    """ln((1 - t) / t), infinite at both ends."""
+    if time <= 0.0:
+        return math.inf
+    return math.log((1.0 - time) / time) if time < 1.0 else -math.inf
