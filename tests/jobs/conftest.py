@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.job import Job, JobSpec, JobUpload
 from stable_audio_serve.jobs.open import open_artifacts
@@ -109,6 +109,19 @@ class Workshop:
         folder = Path(self.settings.output_dir)
         paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("jobs.db"))
         return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+@dataclass
+class CountingBackend(ToneBackend):
+    """Remembers how many requests it had at most at a time."""
+
+    most_running: int = 0
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        self.most_running = max(self.most_running, self.num_running + 1)
+        return await super().generate(model, request)
 
 
 async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:

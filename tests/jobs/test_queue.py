@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import sqlalchemy as sa
 
+from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConflictError, OverloadedError, StorageError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.client_jobs import Added
@@ -62,3 +63,20 @@ async def test_a_database_that_fails_fails_everybody_and_then_nobody(workshop: W
     assert [type(outcome) for outcome in outcomes] == [StorageError] * 5
     sa.event.remove(engine, "begin", fail)
     assert (await workshop.queue.add(make_spec())).is_new
+
+
+async def test_a_published_file_stays_when_only_the_answer_of_the_database_got_lost(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = workshop.queue.store.files.publish
+
+    def cut(file: StoredFile, *, file_id: str | None) -> str:
+        publish(file, file_id=file_id)
+        raise StorageError("the connection was cut after the commit")
+
+    monkeypatch.setattr(workshop.queue.store.files, "publish", cut)
+    with pytest.raises(StorageError):
+        await workshop.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav", file_id="mine")
+    found = await workshop.queue.find_file("mine")
+    assert found is not None
+    assert [chunk async for chunk in workshop.queue.read(found)] == [b"x"]

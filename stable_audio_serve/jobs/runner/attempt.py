@@ -198,7 +198,15 @@ class Attempt:
                 self._working_since = self._context.clock.monotonic()
             self._context.capacity.advance(self.lease, done=progress.fraction / GENERATED)
         eta_s = self._eta_s(progress)
-        self._context.reporter.put(Report(self.job, progress.stage, progress.fraction, eta_s, progress.engine_position))
+        self._context.reporter.put(
+            Report(
+                self.job,
+                progress.stage,
+                fraction=progress.fraction,
+                eta_s=eta_s,
+                engine_position=progress.engine_position,
+            )
+        )
 
     def _eta_s(self, progress: JobProgress) -> float | None:
         """Returns the predicted seconds to the end of the generation: by its own pace, else by earlier jobs."""

@@ -1,6 +1,7 @@
-"""Removes what nobody needs any more: old jobs with their files, files that belong to nothing, unfinished ones.
+"""Removes what is no longer needed: old jobs with their files, files that belong to nothing, unfinished files.
 
 Any number of sweepers may work on one store at a time. None touches a file that is not known to be this store's.
+Knows no SQL and not when to sweep.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_BATCH = 100  # jobs forgotten in one transaction
+_BATCH = 100  # jobs deleted in one transaction
 _PAUSE_S = 0.1  # between batches, so that requests come first
-_AT_ONCE = 8  # files being deleted
+_AT_ONCE = 8  # files deleted at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Swept:
 
     num_old: int = 0  # of jobs that ended and files that were published long ago
     num_orphans: int = 0  # belonging to no job
-    num_unfinished: int = 0  # whose writer died
+    num_unfinished: int = 0  # whose writer ended too early
 
 
 class Sweeper:
@@ -59,9 +60,9 @@ class Sweeper:
         """Remove what is due and return how much that was. What fails is logged, and left to a later sweep."""
         started_at = self._clock.monotonic()
         swept = Swept(
-            num_old=await self._attempt("old", self._remove_old),
-            num_orphans=await self._attempt("orphans", self._remove_orphans),
-            num_unfinished=await self._attempt("unfinished", self._remove_unfinished),
+            num_old=await self._count_removed("old", self._remove_old),
+            num_orphans=await self._count_removed("orphans", self._remove_orphans),
+            num_unfinished=await self._count_removed("unfinished", self._remove_unfinished),
         )
         took_s = self._clock.monotonic() - started_at
         log.info(
@@ -74,10 +75,10 @@ class Sweeper:
         self._metrics.observe("sweep_ms", took_s * 1000)
         return swept
 
-    async def _attempt(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
+    async def _count_removed(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
         try:
             num_removed = await remove()
-        except Exception as error:  # the other kinds, and later sweeps, may fare better
+        except Exception as error:  # the other kinds, and later sweeps, may succeed
             log.warning("a sweep failed", kind=kind, error=str(error), exc_info=not isinstance(error, StorageError))
             return 0
         self._metrics.increment("swept_files", num_removed, kind=kind)
@@ -115,7 +116,7 @@ class Sweeper:
         return await asyncio.to_thread(sweep)
 
     async def _delete(self, keys: Sequence[str]) -> int:
-        """Delete files, a few at a time. One that stays is an orphan, and swept as one."""
+        """Delete files, a few at a time. Returns how many; those that stay are orphans, which a later sweep removes."""
         num_deleted = 0
         for start in range(0, len(keys), _AT_ONCE):
             deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])

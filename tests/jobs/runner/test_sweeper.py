@@ -218,7 +218,8 @@ async def test_what_was_there_before_us_stays(unclaimed: Premises) -> None:
     """The Stable Audio 3 server names its files as we do, and by default in the same place."""
     unclaimed.write(artifact_key("1" * 32, "stable-audio-3-medium.wav", fence=1))
     before = unclaimed.names()
-    await asyncio.sleep(1.1)  # buckets count whole seconds
+    written_at = int(time.time())
+    await wait_for(lambda: int(time.time()) > written_at)  # buckets count whole seconds
     assert unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity()) is not None
     orphan = await unclaimed.put(file_key())
     unclaimed.late_s = 400 * 24 * HOUR

@@ -1,0 +1,180 @@
+"""How an attempt at a job ends, and what is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    GenerationError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    OverloadedError,
+    StableAudioError,
+    StartTimeoutError,
+    StorageError,
+)
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
+from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.jobs.store.tables import JOBS
+from tests.backends import ToneBackend
+from tests.jobs.conftest import Workshop, make_spec, upload, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+class FailingBackend(ToneBackend):
+    """Raises these errors one after another, then works."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__()
+        self.errors = list(errors)
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        if self.errors:
+            self.requests.append((model, request))
+            raise self.errors.pop(0)
+        return await super().generate(model, request)
+
+
+async def test_an_upload_that_is_gone_fails_its_job(workshop: Workshop) -> None:
+    kept = await upload(workshop)
+    await workshop.queue.artifacts.delete(kept.file.key)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=kept)))
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("failed", "storage")
+
+
+async def test_late_in_the_engine_s_own_queue_is_late_too(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(StartTimeoutError("it did not start within its 5 s"))
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(start_within_s=5.0)))
+    assert job.error is not None
+    assert (job.state, job.error.code) == ("failed", "start_timeout")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequestError("steps: at most 9", field="steps"),
+        GenerationError("not finite"),
+        DeadlineExceededError("too late"),
+    ],
+)
+async def test_a_failure_of_its_own_is_not_retried(workshop: Workshop, error: StableAudioError) -> None:
+    workshop.backend = FailingBackend(error)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
+    assert job.error is not None
+    assert (job.state, job.attempts) == ("failed", 1)
+    assert (job.error.code, job.error.message, job.error.field) == (error.kind, error.message, error.field)
+    await wait_for(lambda: workshop.files() == [])
+
+
+async def test_an_unexpected_failure_says_nothing_about_itself(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(RuntimeError("/secret/path"))
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert job.error is not None
+    assert job.error.code == "generation_failed"
+    assert "secret" not in job.error.message
+    events = await workshop.queue.events(job.spec.ref)
+    assert not [event for event in events if "secret" in (event.message or "")]
+
+
+async def test_a_model_that_is_gone_is_tried_again(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(ModelUnavailableError("lost its replica"), ModelUnavailableError("and again"))
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
+    assert (job.state, job.attempts) == ("succeeded", 3)
+    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-3-audio.wav"])
+
+
+@pytest.mark.parametrize("error", [ModelUnavailableError("lost its replica"), StorageError("the bucket is away")])
+async def test_what_stays_away_makes_a_dead_letter_that_can_be_tried_again(
+    workshop: Workshop, error: StableAudioError
+) -> None:
+    workshop.backend = FailingBackend(*[error] * 3)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
+    assert job.error is not None
+    assert (job.state, job.attempts, job.error.code, job.is_dead_letter) == ("failed", 3, error.kind, True)
+    assert len(workshop.backend.requests) == 3
+    assert workshop.queue.store.operators.retry(job.spec.ref) is not None
+    job = await workshop.until(job, lambda job: job.state == "succeeded")
+    assert workshop.backend.last.init_audio is not None
+    await wait_for(lambda: len(workshop.files()) == 1)
+
+
+async def test_a_full_engine_costs_patience_but_no_attempt(workshop: Workshop) -> None:
+    workshop.backend = FailingBackend(*[OverloadedError("busy", retry_after_s=0.05)] * 5)
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert (job.state, job.attempts) == ("succeeded", 1)
+    assert len(workshop.backend.requests) == 6
+
+
+async def test_an_outcome_waits_for_a_store_that_fails_for_a_while(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [StorageError("the disk is full")] * 3
+
+    def flaky(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return change(*args, **kwargs)
+
+        return call
+
+    store = workshop.queue.store
+    monkeypatch.setattr(store.runners, "succeed", flaky(store.runners.succeed))
+    await workshop.start_runner()
+    assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
+    assert failures == []
+
+
+async def test_a_model_that_is_not_served_makes_a_dead_letter_in_the_end(workshop: Workshop) -> None:
+    """Not at once: while servers are replaced, a runner may be older than the ingress that took the job."""
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(model="retired")))
+    assert job.error is not None
+    assert (job.error.code, "retired" in job.error.message) == ("unknown_model", True)
+    assert (job.attempts, job.is_dead_letter) == (3, True)
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
+async def test_a_job_of_another_version_is_tried_again_then_set_aside_and_holds_up_no_other(
+    workshop: Workshop,
+) -> None:
+    bad, good = [await workshop.queue.submit(make_spec()) for _ in range(2)]
+    with workshop.queue.store.database.writing() as connection:
+        connection.execute(sa.update(JOBS).where(JOBS.c.id == bad.spec.id).values(spec='{"prompt": "rain"}'))
+    await workshop.start_runner()
+    assert (await workshop.finished(good)).state == "succeeded"
+    ended = await workshop.finished(bad)
+    assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", 2, True)
+    assert len(workshop.backend.requests) == 1
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
+async def test_work_that_is_broken_off_by_itself_costs_an_attempt(workshop: Workshop) -> None:
+    class BrokenOff(ToneBackend):
+        async def generate(
+            self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+        ) -> GenerationResult:
+            self.requests.append((model, request))
+            raise asyncio.CancelledError
+
+    workshop.backend = BrokenOff()
+    await workshop.start_runner()
+    ended = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert (ended.state, ended.attempts, ended.is_dead_letter) == ("failed", 2, True)

@@ -1,0 +1,109 @@
+"""What the work of a job makes of its spec: the request to the model, and the file."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.generation import GenerationRequest
+from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+async def test_a_job_becomes_a_file(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    accepted = await workshop.queue.submit(make_spec(file_stem="rain"))
+    assert (accepted.state, accepted.stage, accepted.started_at) == ("queued", "queued", None)
+    job = await workshop.finished(accepted)
+    assert job.state == "succeeded"
+    assert (job.stage, job.fraction, job.attempts, job.error) == ("done", 1.0, 1, None)
+    assert job.started_at is not None
+    assert job.completed_at is not None
+    assert job.created_at <= job.started_at <= job.completed_at
+    result = job.result
+    assert result is not None
+    assert (result.sample_rate_hz, result.num_outputs, result.seeds) == (44100, 1, (7,))
+    assert (result.file.file_name, result.file.media_type) == ("rain.wav", "audio/wav")
+    data = b"".join([chunk async for chunk in workshop.queue.read(result.file)])
+    assert len(data) == result.file.num_bytes
+    assert soundfile.info(io.BytesIO(data)).frames == 44100
+    assert workshop.files() == [f"{job.spec.id}-rain.wav"]
+    assert await workshop.queue.find_file(result.file_id) == result.file
+    events = await workshop.queue.events(job.spec.ref)
+    messages = [event.message for event in events if event.message is not None]
+    assert messages[:2] == ["queued", "started"]
+    assert messages[2].startswith("finished: the generation took")
+    assert [event.at for event in events] == sorted(event.at for event in events)
+
+
+async def test_several_variations_become_a_zip(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    request = GenerationRequest(prompt="x", duration_s=0.2, seed=1, batch_size=2)
+    spec = make_spec(request=request, file_format="flac", file_stem="s")
+    job = await workshop.finished(await workshop.queue.submit(spec))
+    assert job.result is not None
+    assert (job.result.file.file_name, job.result.file.media_type) == ("s-batch.zip", "application/zip")
+    assert (job.result.num_outputs, job.result.seeds) == (2, (1, 2))
+    archive = Path(workshop.settings.output_dir) / f"{spec.id}-s-batch.zip"
+    assert zipfile.ZipFile(archive).namelist() == ["s-01.flac", "s-02.flac"]
+
+
+async def test_odd_characters_of_an_id_do_not_reach_the_file_name(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    spec = make_spec(id="0f-1a:stable/../audio")
+    job = await workshop.finished(await workshop.queue.submit(spec))
+    assert job.state == "succeeded"
+    assert workshop.files() == ["0f-1a-stable-..-audio-audio.wav"]
+
+
+@pytest.mark.parametrize("role", ["init", "inpaint"])
+async def test_an_upload_reaches_the_model_and_is_deleted(workshop: Workshop, role: Any) -> None:
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop, role=role))))
+    assert job.state == "succeeded"
+    request = workshop.backend.last
+    sources = {"init": request.init_audio, "inpaint": request.inpaint_audio}
+    source = sources.pop(role)
+    assert source is not None
+    assert source.samples.shape[1] == 22050
+    assert list(sources.values()) == [None]
+    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-audio.wav"])
+
+
+async def test_the_model_is_told_the_job_and_a_time_limit(workshop: Workshop) -> None:
+    await workshop.start_runner()
+    job = await workshop.finished(await workshop.queue.submit(make_spec()))
+    assert workshop.backend.last.request_id == job.spec.id
+    assert workshop.backend.last.deadline_s == workshop.settings.api.max_deadline_s
+
+
+async def test_the_engine_gets_what_is_left_of_the_time_to_start_in(workshop: Workshop) -> None:
+    class Later(SystemClock):
+        def time(self) -> float:
+            return super().time() + 60.0
+
+    job = await workshop.queue.submit(make_spec(start_within_s=120.0))
+    await workshop.start_runner(clock=Later())
+    await workshop.finished(job)
+    left_s = workshop.backend.last.start_within_s
+    assert left_s is not None
+    assert 40.0 < left_s <= 60.0
+
+
+async def test_source_audio_is_decoded_only_as_far_as_memory_allows(workshop: Workshop) -> None:
+    workshop.backend = backend = CountingBackend(delay_s=0.1)
+    one = await upload(workshop)
+    api = workshop.settings.api.model_copy(update={"max_source_bytes": int(2.5 * one.decoded_bytes)})
+    workshop.settings = workshop.settings.model_copy(update={"api": api})
+    jobs = [await workshop.queue.submit(make_spec(upload=one))]
+    jobs += [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(3)]
+    await workshop.start_runner()
+    assert [(await workshop.finished(job)).state for job in jobs] == ["succeeded"] * 4
+    assert backend.most_running == 2
