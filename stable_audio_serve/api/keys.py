@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 
 from stable_audio_serve.core.errors import UnauthorizedError
+from stable_audio_serve.core.ids import NO_CLIENT, ClientId
 from stable_audio_serve.core.keys import hash_key, parse_key_hash
 
 _SCHEMES = frozenset({"bearer", "key"})
@@ -19,7 +20,7 @@ class ApiKeys:
     def __init__(self, hashes: Sequence[str]) -> None:
         self._hashes = [parse_key_hash(text) for text in hashes]
 
-    def admit(self, request: Request) -> str:
+    def admit(self, request: Request) -> ClientId:
         """Whose the request is: the client of its key, nothing where no keys are configured.
 
         Raises UnauthorizedError unless it may pass.
@@ -29,10 +30,10 @@ class ApiKeys:
             raise UnauthorizedError("Authorization: a valid API key is required, as `Bearer <key>` or `Key <key>`")
         return client
 
-    def find(self, request: Request) -> str | None:
+    def find(self, request: Request) -> ClientId | None:
         """The same, and None for a request that has no valid key."""
         if not self._hashes:
-            return ""
+            return NO_CLIENT
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         digest = hash_key(key.strip().encode("latin-1"))  # how header bytes became text
         # All of them: equal time for each.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import secrets
 
+from stable_audio_serve.core.ids import ArtifactKey, JobId
+
 # Where keys lie: finished jobs at the top, files of jobs to come, files that clients have links to.
 FOLDERS = ("", "uploads", "files")
 
 # Says whose a folder or bucket is.
-OWNER_KEY = ".owner"
+OWNER_KEY = ArtifactKey(".owner")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _HEX = "[0-9a-f]{32}"
@@ -19,28 +21,28 @@ _OURS = re.compile(
 )
 
 
-def artifact_key(job_id: str, file_name: str, *, fence: int, id_is_chosen: bool = False) -> str:
+def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: bool = False) -> ArtifactKey:
     """Of a finished job's file. Every attempt has its own: an earlier one may still be writing.
 
     Other clients may choose the same id, so that more than it must tell the files of chosen ones apart.
     """
     attempt = f"{secrets.token_hex(16)}-" if id_is_chosen else f"{fence}-" if fence > 1 else ""
-    return f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}"
+    return ArtifactKey(f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}")
 
 
-def upload_key() -> str:
+def upload_key() -> ArtifactKey:
     """Of a file that a job starts from."""
-    return f"uploads/{secrets.token_hex(16)}"
+    return ArtifactKey(f"uploads/{secrets.token_hex(16)}")
 
 
-def part_key(upload_id: str, number: int) -> str:
+def part_key(upload_id: str, number: int) -> ArtifactKey:
     """Of one part of a file that arrives in several; `upload_id` has 32 hexadecimal digits."""
-    return f"uploads/{upload_id}-{number}"
+    return ArtifactKey(f"uploads/{upload_id}-{number}")
 
 
-def file_key() -> str:
+def file_key() -> ArtifactKey:
     """Of a file that clients have a link to."""
-    return f"files/{secrets.token_hex(16)}"
+    return ArtifactKey(f"files/{secrets.token_hex(16)}")
 
 
 def is_ours(key: str) -> bool:

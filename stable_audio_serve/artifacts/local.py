@@ -23,6 +23,7 @@ from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
 from stable_audio_serve.artifacts.verified import verified
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.private_files import open_private
 
@@ -52,7 +53,7 @@ class LocalArtifacts:
         """That files are local."""
         return "local"
 
-    async def put(self, key: str, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+    async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind."""
         path = self._path(key)
         num_bytes, sha256 = await self._threads.run(partial(self._write, path, chunks), undo=partial(_remove, path))
@@ -63,7 +64,7 @@ class LocalArtifacts:
         chunks = verified(file, self._read(self._path(file.key)), metrics=self._metrics)
         return self._threads.stream(chunks)
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: ArtifactKey) -> None:
         """Remove a file; it is no error when it is gone already. Raises StorageError."""
         path = self._path(key)
 
@@ -122,7 +123,7 @@ class LocalArtifacts:
         """What lies directly in a folder under keys of ours. Raises StorageError."""
         self._folder.require()
         try:
-            keys = (f"{folder}/{name}" if folder else name for name in self._names(folder))
+            keys = (ArtifactKey(f"{folder}/{name}" if folder else name) for name in self._names(folder))
             found = heapq.nsmallest(_PAGE, (key for key in keys if is_ours(key) and (cursor is None or key > cursor)))
             objects = tuple(item for item in map(self._describe, found) if item is not None)
         except OSError as error:
@@ -170,7 +171,7 @@ class LocalArtifacts:
         self._folder.require()
         yield from _read(path)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")
         if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
             raise ValueError(f"not an artifact key: {key!r}")  # keys are ours: this is a bug, not a bad request
@@ -181,7 +182,7 @@ class LocalArtifacts:
         with suppress(FileNotFoundError), os.scandir(self._folder.path / folder) as entries:
             yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
-    def _describe(self, key: str) -> StoredObject | None:
+    def _describe(self, key: ArtifactKey) -> StoredObject | None:
         try:
             found = self._path(key).stat()
         except FileNotFoundError:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from stable_audio_serve.artifacts.verified import verified
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.file_names import content_disposition
+from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import StorageSettings
 
@@ -58,16 +59,16 @@ class S3Artifacts:
         """That files are in a bucket."""
         return "s3"
 
-    async def put(self, key: str, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+    async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind."""
-        put = partial(self._put, key, chunks, media_type, file_name)
+        put = partial(self._put, key, chunks, media_type=media_type, file_name=file_name)
         return await self._threads.run(put, undo=partial(self._delete, key))
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """The file in chunks of 1 MiB, see `ArtifactStore.read`; a connection that breaks is taken up again."""
         return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: ArtifactKey) -> None:
         """Remove a file; it is no error when it is gone already. Raises StorageError."""
         await self._threads.call(partial(self._delete, key))
 
@@ -122,7 +123,7 @@ class S3Artifacts:
                 Bucket=self._settings.bucket, Prefix=prefix, Delimiter="/", MaxKeys=_PAGE, **options
             )
         objects = (
-            StoredObject(item["Key"].removeprefix(self._prefix), item["Size"], item["LastModified"].timestamp())
+            StoredObject(self._key_of(item), item["Size"], item["LastModified"].timestamp())
             for item in page.get("Contents", ())
         )
         return ObjectPage(tuple(item for item in objects if is_ours(item.key)), page.get("NextContinuationToken"))
@@ -136,7 +137,7 @@ class S3Artifacts:
                 Bucket=self._settings.bucket, Prefix=self._prefix
             )
             for upload in (upload for page in pages for upload in page.get("Uploads", ())):
-                key = upload["Key"].removeprefix(self._prefix)
+                key = self._key_of(upload)
                 if is_ours(key) and upload["Initiated"].timestamp() <= before:
                     self._abort(key, upload["UploadId"])
                     num_aborted += 1
@@ -151,8 +152,11 @@ class S3Artifacts:
                 self._made_client = make_client(self._settings)
         return self._made_client
 
-    def _at(self, key: str) -> dict[str, Any]:
+    def _at(self, key: ArtifactKey) -> dict[str, Any]:
         return {"Bucket": self._settings.bucket, "Key": self._prefix + key}
+
+    def _key_of(self, listed: Mapping[str, Any]) -> ArtifactKey:
+        return ArtifactKey(listed["Key"].removeprefix(self._prefix))
 
     def _probe(self, num_bytes: int) -> None:
         at = self._at(upload_key())
@@ -160,7 +164,9 @@ class S3Artifacts:
             self._client.put_object(**at, Body=bytes(min(num_bytes, PROBE_BYTES)))
             self._client.delete_object(**at)
 
-    def _put(self, key: str, chunks: Chunks, media_type: str, file_name: str, stop: threading.Event) -> StoredFile:
+    def _put(
+        self, key: ArtifactKey, chunks: Chunks, stop: threading.Event, *, media_type: str, file_name: str
+    ) -> StoredFile:
         """Raises StorageError, StoppedError."""
         num_bytes, sha256 = _measure(until_stopped(chunks(), stop))
         file = StoredFile(key, media_type, file_name, num_bytes, sha256)
@@ -212,13 +218,13 @@ class S3Artifacts:
             return False
         return (found["ContentLength"], found["Metadata"].get("sha256")) == (file.num_bytes, file.sha256)
 
-    def _abort(self, key: str, upload_id: str) -> None:
+    def _abort(self, key: ArtifactKey, upload_id: str) -> None:
         try:
             self._client.abort_multipart_upload(**self._at(key), UploadId=upload_id)
         except self._client.exceptions.NoSuchUpload:
             return
 
-    def _delete(self, key: str) -> None:
+    def _delete(self, key: ArtifactKey) -> None:
         with our_errors("delete"):
             self._client.delete_object(**self._at(key))
 

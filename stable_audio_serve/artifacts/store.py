@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.sound import ClipFacts
 
 BackendName = Literal["local", "s3"]
@@ -22,7 +23,7 @@ class StoredFile:
     """One file at rest, as it was when it was put; `sha256` is hexadecimal. `clips` is what can be heard in it, once
     whoever made it has said so."""
 
-    key: str
+    key: ArtifactKey
     media_type: str
     file_name: str
     num_bytes: int
@@ -34,7 +35,7 @@ class StoredFile:
 class StoredObject:
     """What lies under a key; `modified_at` is Unix time in seconds."""
 
-    key: str
+    key: ArtifactKey
     num_bytes: int
     modified_at: float
 
@@ -55,7 +56,7 @@ class ArtifactStore(Protocol):
         """What kind of store this is, as clients are told."""
         ...
 
-    async def put(self, key: str, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
+    async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind.
 
         What cannot be removed at that moment is left to the sweeper.
@@ -69,7 +70,7 @@ class ArtifactStore(Protocol):
         """
         ...
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: ArtifactKey) -> None:
         """Remove a file; it is no error when it is gone already. Raises StorageError."""
         ...
 

@@ -130,13 +130,14 @@ def _find(store: JobStore, name: str, client: str | None) -> Job:
     """The job that an operator names, with or without its contract and client. Raises _RefusalError."""
     from typing import get_args
 
+    from stable_audio_serve.core.ids import JobId
     from stable_audio_serve.jobs.job import Contract
 
     contract, _, rest = name.partition("/")
     is_one_contract = contract in get_args(Contract)
     jobs = [
         job
-        for job in store.operators.find_all(rest if is_one_contract else name)
+        for job in store.operators.find_all(JobId(rest if is_one_contract else name))
         if (job.spec.contract == contract or not is_one_contract) and client in (None, job.spec.client)
     ]
     if not jobs:

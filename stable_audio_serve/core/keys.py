@@ -7,6 +7,8 @@ import re
 import secrets
 from typing import NamedTuple
 
+from stable_audio_serve.core.ids import ClientId
+
 _PREFIX = "sas-"  # so that scanners and people recognise one
 
 
@@ -19,7 +21,7 @@ _UNNAMED = re.compile(rf"[0-9a-f]{{{_NUM_DIGITS}}}")
 class KeyHash(NamedTuple):
     """A key that may use the API: whose it is, and its SHA-256 in hexadecimal."""
 
-    client: str
+    client: ClientId
     digest: str
 
 
@@ -32,14 +34,14 @@ def parse_key_hash(text: str) -> KeyHash:
     if not _DIGEST.fullmatch(digest):
         raise ValueError("must be the SHA-256 of a key, 64 lower-case hexadecimal digits, or name:SHA-256")
     if not separator:
-        return KeyHash(digest[:_NUM_DIGITS], digest)
+        return KeyHash(ClientId(digest[:_NUM_DIGITS]), digest)
     if not _NAME.fullmatch(name):
         raise ValueError(
             "a name must be 1 to 64 letters, digits, dots, dashes or underscores, beginning with a letter or digit"
         )
     if _UNNAMED.fullmatch(name):
         raise ValueError(f"a name must not be {_NUM_DIGITS} hexadecimal digits: keys without a name are called so")
-    return KeyHash(name, digest)
+    return KeyHash(ClientId(name), digest)
 
 
 def make_key() -> str:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
 from stable_audio_serve.core.sound import Peaks
 
 Contract = Literal["sa3", "aiml", "fal"]
@@ -18,11 +19,11 @@ Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
 
 
 class JobRef(NamedTuple):
-    """Which job: clients may choose the same id, and each knows its own jobs only."""
+    """Which job. Its id alone does not say that: several clients may choose the same one, and so may two contracts."""
 
     contract: Contract
-    client: str
-    id: str
+    client: ClientId
+    id: JobId
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class JobSpec:
     Ids are unique per client and contract; unguessable, unless the client chose them.
     """
 
-    id: str
+    id: JobId
     contract: Contract
     model: str  # canonical name
     mode: Mode
@@ -55,7 +56,7 @@ class JobSpec:
     upload: JobUpload | None = None
     start_within_s: float | None = None  # not started by then = failed with code `start_timeout`
     webhook_url: str | None = None
-    client: str = ""  # whose it is: the client that the API key belongs to; empty where no keys are configured
+    client: ClientId = NO_CLIENT  # whose it is
     id_is_chosen: bool = False  # by the client
     idempotency_key: str | None = None  # unique per client and contract
     fingerprint: str = ""  # SHA-256 of what was asked: another one for the same id or key is a conflict

@@ -11,6 +11,7 @@ from functools import partial
 from stable_audio_serve.artifacts.keys import file_key, upload_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.core.errors import StableAudioError, StorageError
+from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
 from stable_audio_serve.jobs.store.client_jobs import Added, CancelOutcome, Page
@@ -88,7 +89,7 @@ class JobQueue:
                     future.set_result(outcome)
 
     async def list_own(
-        self, contract: Contract, client: str, *, state: State | None, cursor: str | None, limit: int
+        self, contract: Contract, client: ClientId, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
         """One client's jobs, newest first. Raises InvalidRequestError for a cursor that this client was not given."""
         find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
@@ -102,7 +103,7 @@ class JobQueue:
         """The job as it is now; None when this client has no such job in this contract."""
         return await asyncio.to_thread(self.store.clients.get, ref)
 
-    async def find_unguessable(self, contract: Contract, job_id: str) -> Job | None:
+    async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
         """Anybody's job with this id, unless its client chose it: for links that need no key."""
         return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
 

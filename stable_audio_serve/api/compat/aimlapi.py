@@ -31,6 +31,7 @@ from stable_audio_serve.api.routing import ExpectedError, route_class
 from stable_audio_serve.api.service import Service, retry_after_header
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
+from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
 TAG = "AIML API"
@@ -161,7 +162,7 @@ def build_router(service: Service) -> APIRouter:
         note(request.scope, model=model.name, duration_s=generation.duration_s)
         job = await jobs.submit(
             JobSpec(
-                id=f"{uuid.uuid4()}:{MODEL}",
+                id=JobId(f"{uuid.uuid4()}:{MODEL}"),
                 contract="aiml",
                 model=model.name,
                 mode="text-to-audio",
@@ -178,7 +179,7 @@ def build_router(service: Service) -> APIRouter:
         request: Request, generation_id: Annotated[str, Query(description="As the submission gave it.")]
     ) -> AimlGeneration:
         """A generation as it is now, with its file once it is completed."""
-        ref = JobRef("aiml", request.state.client, unquote(generation_id))  # some clients encode its colon twice
+        ref = JobRef("aiml", request.state.client, JobId(unquote(generation_id)))  # some clients encode its colon twice
         job = await jobs.get(ref)
         if job is None:
             raise HTTPException(404, "generation_id: no such generation")

@@ -25,6 +25,7 @@ from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError
+from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, State
 
 TAG = "Stable Audio 3 jobs"
@@ -140,7 +141,7 @@ def build_router(service: Service) -> APIRouter:
         if jobs.artifacts.backend_name != "local":
             raise HTTPException(404, "the audio lies in a bucket: see download_url of the job")
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
-        job = _require(job or await jobs.find_unguessable(CONTRACT, job_id))
+        job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
         return await file_answer(request, jobs, job.result.file)
@@ -150,7 +151,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _ref(request: Request, job_id: str) -> JobRef:
-    return JobRef(CONTRACT, request.state.client, job_id)
+    return JobRef(CONTRACT, request.state.client, JobId(job_id))
 
 
 def _require(job: Job | None) -> Job:

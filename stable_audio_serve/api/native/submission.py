@@ -36,6 +36,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import JobSpec, JobUpload, Mode
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
@@ -84,7 +85,7 @@ def build_router(service: Service) -> APIRouter:
     async def generate_as(request: Request, response: Response, job_id: _ChosenId, body: JobBody) -> JobTicket:
         """Make audio from a text prompt, later, as the job with an id that the client chose."""
         card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
-        return await submit(request, response, body, card, generation, mode="text-to-audio", job_id=job_id)
+        return await submit(request, response, body, card, generation, mode="text-to-audio", job_id=JobId(job_id))
 
     @router.post("/variations", summary="Submit Variation", status_code=202, responses=_UPLOAD_RESPONSES)
     async def vary(
@@ -130,14 +131,14 @@ class _Submission:
         *,
         mode: Mode,
         key: str | None = None,
-        job_id: str | None = None,
+        job_id: JobId | None = None,
     ) -> JobTicket:
         """Keep the job, or find the one of the same request. Raises RequestValidationError and errors of the store."""
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
         upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
         base = jobs_base(request, limits=settings.api)
-        is_chosen, job_id = job_id is not None, job_id or uuid.uuid4().hex
+        is_chosen, job_id = job_id is not None, job_id or JobId(uuid.uuid4().hex)
         spec = JobSpec(
             id=job_id,
             contract=CONTRACT,

@@ -17,6 +17,7 @@ from stable_audio_serve.artifacts.keys import FOLDERS
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.job_store import JobStore
@@ -115,7 +116,7 @@ class Sweeper:
         sweep = partial(self._artifacts.sweep_unfinished, older_than_s=self._settings.orphan_after_s)
         return await asyncio.to_thread(sweep)
 
-    async def _delete(self, keys: Sequence[str]) -> int:
+    async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
         """Delete files, a few at a time. Returns how many; those that stay are orphans, which a later sweep removes."""
         num_deleted = 0
         for start in range(0, len(keys), _AT_ONCE):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, StorageError
+from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State, host_of
 from stable_audio_serve.jobs.store import codec
@@ -73,13 +74,19 @@ class ClientJobs:
         """Returns the job as it is now."""
         return self._find(is_job(ref))
 
-    def find_unguessable(self, contract: Contract, job_id: str) -> Job | None:
+    def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
         """Returns any client's job with this id, unless the client chose the id. For links that need no key."""
         is_ours = _jobs.id_is_chosen == sa.false()
         return self._find(sa.and_(_jobs.contract == contract, _jobs.id == job_id, is_ours))
 
     def list_own(
-        self, contract: Contract, client: str, *, state: State | None = None, cursor: str | None = None, limit: int = 20
+        self,
+        contract: Contract,
+        client: ClientId,
+        *,
+        state: State | None = None,
+        cursor: str | None = None,
+        limit: int = 20,
     ) -> Page:
         """Returns a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
         conditions = [_jobs.contract == contract, _jobs.client == client]
@@ -87,7 +94,8 @@ class ClientJobs:
             conditions.append(_jobs.state == state)
         with self._database.reading() as connection:
             if cursor is not None:  # the last job of the page before
-                seq = connection.execute(sa.select(_jobs.seq).where(is_job(JobRef(contract, client, cursor)))).scalar()
+                last = is_job(JobRef(contract, client, JobId(cursor)))
+                seq = connection.execute(sa.select(_jobs.seq).where(last)).scalar()
                 if seq is None:
                     message = "cursor: none that was given to you, or its job is no longer kept"
                     raise InvalidRequestError(message, field="cursor")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
+from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, State
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.rows import is_job, to_job
@@ -22,7 +23,7 @@ class OperatorJobs:
         self._database = database
         self._transitions = Transitions(database)
 
-    def find_all(self, job_id: str) -> Sequence[Job]:
+    def find_all(self, job_id: JobId) -> Sequence[Job]:
         """Returns everybody's jobs with this id, of all contracts, in order of arrival."""
         with self._database.reading() as connection:
             rows = connection.execute(sa.select(JOBS).where(_jobs.id == job_id)).all()

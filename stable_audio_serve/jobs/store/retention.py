@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import sqlalchemy as sa
 
+from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import FILES, JOBS
 
@@ -20,7 +21,7 @@ class Retention:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def purge(self, *, age_s: float, limit: int = 100) -> list[str]:
+    def purge(self, *, age_s: float, limit: int = 100) -> list[ArtifactKey]:
         """Delete ended jobs and published files older than age_s. Returns keys of files now unreferenced.
 
         Each transaction deletes up to `limit` jobs and files. No keys: nothing is left to delete.
@@ -31,13 +32,15 @@ class Retention:
             if keys or not num_deleted:
                 return keys
 
-    def unreferenced(self, keys: Collection[str]) -> list[str]:
+    def unreferenced(self, keys: Collection[ArtifactKey]) -> list[ArtifactKey]:
         """Returns those of `keys` that no job and no published file needs."""
         with self._database.reading() as connection:
             return _unreferenced(connection, list(keys))
 
 
-def _delete_some(connection: sa.Connection, *, before: sa.ColumnElement[float], limit: int) -> tuple[int, list[str]]:
+def _delete_some(
+    connection: sa.Connection, *, before: sa.ColumnElement[float], limit: int
+) -> tuple[int, list[ArtifactKey]]:
     """Returns how many jobs and published files were deleted, and the keys that nothing refers to now."""
     old_jobs = sa.select(_jobs.seq).where(_jobs.completed_at <= before).order_by(_jobs.completed_at)
     old_files = sa.select(FILES.c.id).where(FILES.c.created_at <= before).order_by(FILES.c.created_at)
@@ -52,8 +55,8 @@ def _delete_some(connection: sa.Connection, *, before: sa.ColumnElement[float], 
     return len(jobs) + len(files), _unreferenced(connection, list(dict.fromkeys(keys)))
 
 
-def _unreferenced(connection: sa.Connection, keys: list[str]) -> list[str]:
-    referenced: set[str] = set()
+def _unreferenced(connection: sa.Connection, keys: list[ArtifactKey]) -> list[ArtifactKey]:
+    referenced: set[ArtifactKey] = set()
     for start in range(0, len(keys), _BATCH):
         some = keys[start : start + _BATCH]
         for column, *conditions in (

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import sqlalchemy as sa
 
 from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobError, JobRef, JobResult
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.database import Database
@@ -213,7 +214,7 @@ class RunnerJobs:
                 return changed
 
 
-def _lock(connection: sa.Connection, job_ids: Collection[str]) -> None:
+def _lock(connection: sa.Connection, job_ids: Collection[JobId]) -> None:
     """Lock running jobs before they are changed, always in the same order: two that change several never deadlock."""
     in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
     if connection.dialect.name != "sqlite":  # which has one writer at a time

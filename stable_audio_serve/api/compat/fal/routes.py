@@ -38,6 +38,7 @@ from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import FileOrder
+from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
@@ -136,7 +137,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
             allow_hosts = service.settings.jobs.webhook_allow_hosts
             await check_webhook_url(fal_webhook, field="fal_webhook", allow_hosts=allow_hosts)
         spec = JobSpec(
-            id=request_id,
+            id=JobId(request_id),
             contract="fal",
             model=card.name,
             mode="text-to-audio",
@@ -206,7 +207,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
 
 
 def _ref(request: Request, request_id: str) -> JobRef:
-    return JobRef("fal", request.state.client, request_id)
+    return JobRef("fal", request.state.client, JobId(request_id))
 
 
 def _new_request_id(request: Request, response: Response) -> str:
