@@ -95,10 +95,8 @@ def test_each_speaker_of_a_surround_file_is_heard_where_it_stands(loud: int, lef
     ],
 )
 def test_a_header_is_enough_to_refuse(decoder: AudioDecoder, upload: bytes, words: str) -> None:
-    started_at = time.monotonic()
-    with pytest.raises(InvalidUploadError, match=words):
+    with pytest.raises(InvalidUploadError, match=words):  # what takes too long is refused in other words
         decoder.decode(as_file(upload), max_s=60)
-    assert time.monotonic() - started_at < 5
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 192_000])
@@ -140,11 +138,10 @@ def test_only_the_seconds_asked_for_are_read(decoder: AudioDecoder) -> None:
 
 def test_an_hour_of_mp3_is_bounded(decoder: AudioDecoder) -> None:
     minute = make_audio_file(duration_s=60, rate_hz=8000, channels=1, container="MP3", subtype="MPEG_LAYER_III")
-    data = minute * 60
-    started_at = time.monotonic()
-    source = decoder.decode(as_file(data), max_s=10)
+    file = as_file(minute * 60)
+    source = decoder.decode(file, max_s=10)
     assert source.samples.shape == (1, 80_001)
-    assert time.monotonic() - started_at < 5
+    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) < len(minute)  # the rest was not even read
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"not audio at all", b"RIFF", make_audio_file()[:44]])
@@ -160,7 +157,7 @@ def test_a_crash_costs_one_file_only() -> None:
     decoder.decode(as_file(make_audio_file()), max_s=10)
     first = decoder.worker_pids()
     os.kill(first[0], signal.SIGKILL)
-    time.sleep(0.05)
+    os.waitid(os.P_PID, first[0], os.WEXITED | os.WNOWAIT)
     assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
     assert decoder.worker_pids() != first
     decoder.close()

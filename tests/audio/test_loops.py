@@ -49,9 +49,9 @@ def test_tempo_of_a_prompt(prompt: str, tempo: int | None) -> None:
 
 @pytest.mark.parametrize("prompt", ["1" * 100_000, "1 " * 50_000, "1" + " " * 100_000, ("1" * 17 + " ") * 5_000 + "b"])
 def test_hostile_prompts_take_no_time(prompt: str) -> None:
-    started_at = time.perf_counter()
+    started_at = time.thread_time()
     assert read_tempo(prompt) is None
-    assert time.perf_counter() - started_at < 0.2
+    assert time.thread_time() - started_at < 2  # of this thread; a quadratic search takes far longer
 
 
 def scan_tempo(prompt: str) -> int | None:

@@ -39,15 +39,21 @@ async def test_as_many_files_are_made_at_a_time_as_may_and_no_more(workers: Audi
 
 
 async def test_files_to_decode_wait_for_the_one_before_and_not_for_those_being_made(workers: AudioWorkers) -> None:
-    released = threading.Event()
+    started, released = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def read() -> None:
+        started.set()
+        released.wait(10)
+        order.append("first")
+
     making = [asyncio.create_task(workers.run_encoding(lambda: released.wait(10))) for _ in range(4)]
-    reading = asyncio.create_task(workers.run_decoding(lambda: released.wait(10)))
-    waiting = asyncio.create_task(workers.run_decoding(released.is_set))
-    await asyncio.sleep(0.05)
-    assert not waiting.done()
+    reading = asyncio.create_task(workers.run_decoding(read))
+    waiting = asyncio.create_task(workers.run_decoding(lambda: order.append("second")))
+    assert await asyncio.to_thread(started.wait, 10)
     released.set()
-    assert await waiting
-    assert await reading
+    await asyncio.gather(reading, waiting)
+    assert order == ["first", "second"]
     assert all(await asyncio.gather(*making))
 
 
