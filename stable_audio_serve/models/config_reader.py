@@ -63,28 +63,24 @@ class ConfigReader:
         return value
 
     def flag(self, key: str, *, default: bool) -> bool:
-        """Returns a boolean."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise self.unusable(key, "true or false")
         return value
 
     def text(self, key: str, *, default: str | None = None) -> str:
-        """Returns a string."""
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self.unusable(key, "a string")
         return value
 
     def choice(self, key: str, allowed: Sequence[str], *, default: str | None = None) -> str:
-        """Returns one of the strings in `allowed`."""
         value = self.text(key, default=default)
         if value not in allowed:
             raise self.unusable(key, "one of " + ", ".join(allowed))
         return value
 
     def texts(self, key: str, *, default: Sequence[str]) -> tuple[str, ...]:
-        """Returns a list of strings."""
         value = self._get(key, list(default))
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.unusable(key, "a list of strings")

@@ -35,7 +35,6 @@ class CallOrderNoise:
         self.drawn: list[Tensor] = []
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """Unit normal float32."""
         self.drawn.append(torch.randn(shape, generator=self._generator))
         return self.drawn[-1]
 
@@ -44,7 +43,6 @@ class CallOrderNoise:
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        """Unit normal float32 on `device`."""
         return self.initial(shape).to(device)
 
 

@@ -58,7 +58,6 @@ class Goldens:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def find(self, key: str) -> Tensor | None:
-        """Returns the tensor `key`, or None."""
         return self[key] if key in self._tensors else None
 
     def names(self, prefix: str) -> list[str]:

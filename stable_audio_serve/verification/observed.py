@@ -49,12 +49,10 @@ class ObservedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """Facts about the model."""
         return self._model.spec
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return self._model.device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
@@ -63,11 +61,9 @@ class ObservedModel:
         return tuple(replace(plan, output_samples=plan.frames * self.spec.hop) for plan in plans)
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Embed prompts by the model."""
         return self._model.encode_text(prompts)
 
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Encode by the model."""
         return self._model.encode_audio(windows)
 
     def condition(
@@ -78,11 +74,9 @@ class ObservedModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Condition a row by the model."""
         return self._model.condition(plan, prompt=prompt, negative=negative, inpaint_latents=inpaint_latents)
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Denoise by the model."""
         return self._model.denoise(batch)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
@@ -150,7 +144,6 @@ class Runner:
         return torch.cat([plan.keep_mask[None], latents * plan.keep_mask])[None]
 
     async def close(self) -> None:
-        """Stop the engine."""
         await self._engine.close()
 
     def _frames(self, case: Case) -> int:

@@ -74,17 +74,14 @@ class SilentWindows:
         self._source = source
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """Returns the initial noise of `source`."""
         return self._source.initial(shape)
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
-        """Returns the next step's noise of `source`."""
         return self._source.step(shape)
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        """Returns zeros."""
         return torch.zeros(shape, device=device)
 
 

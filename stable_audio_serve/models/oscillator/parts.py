@@ -64,7 +64,6 @@ class PatchMlpEncoder(PatchEncoder):
 
     @property
     def frames_per_latent(self) -> int:
-        """Frames that become one latent."""
         return self.patch_frames
 
     def forward(self, frames: Tensor, noise: Noises = None) -> Tensor:
@@ -80,7 +79,6 @@ class PatchMlpDecoder(PatchDecoder):
 
     @property
     def frames_per_latent(self) -> int:
-        """Frames made of one latent."""
         return self.patch_frames
 
     def forward(self, latents: Tensor, noise: Noises = None) -> Tensor:
