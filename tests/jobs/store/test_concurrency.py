@@ -148,7 +148,7 @@ def test_identical_requests_of_many_processes_make_one_job(
 ) -> None:
     told = processes.map(add_same, [store_url] * 3, range(3))
     assert list(itertools.chain(*told)).count(True) == 1
-    assert JobStore(database).counts() == {"queued": 1}
+    assert JobStore(database).operators.counts() == {"queued": 1}
 
 
 def test_two_requests_with_one_key_at_once_make_one_job(database: Database) -> None:
@@ -169,7 +169,7 @@ def test_many_at_once_never_exceed_what_may_wait(
     stores = [JobStore(database, JobSettings(**limits)) for _ in range(30)]
     answers = at_once([partial(store.clients.add, make_spec(client="k")) for store in stores])
     assert [type(answer) for answer in answers].count(refusal) == 25
-    assert stores[0].counts() == {"queued": 5}
+    assert stores[0].operators.counts() == {"queued": 5}
 
 
 def test_only_one_of_many_ends_at_once_counts(database: Database) -> None:

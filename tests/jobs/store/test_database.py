@@ -131,7 +131,7 @@ class TestStart:
     def test_many_processes_may_start_at_once(self, empty_url: str, processes: ProcessPoolExecutor, _: int) -> None:
         list(processes.map(prepare, [empty_url] * 6, "abcdef"))
         database = open_database(empty_url)
-        assert JobStore(database).counts() == {"queued": 6}
+        assert JobStore(database).operators.counts() == {"queued": 6}
         database.close()
 
     def test_tables_of_a_newer_version_are_refused(self, empty_url: str) -> None:
@@ -142,7 +142,7 @@ class TestStart:
         assert "newer version" in refusal_of(empty_url)
         assert "9999" in refusal_of(empty_url)
         with pytest.raises(StorageError):  # one that runs already, when another one upgrades
-            JobStore(open_database(empty_url)).counts()
+            JobStore(open_database(empty_url)).operators.counts()
 
     def test_tables_of_something_else_are_refused(self, tmp_path: Path, empty_url: str) -> None:
         (tmp_path / "new").mkdir()
