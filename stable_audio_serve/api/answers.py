@@ -1,18 +1,25 @@
-"""Successful answers of every dialect: a file with its length known from the start, and what is said about it."""
+"""Successful answers of every dialect: a file, made or stored, with its length and the headers that describe it.
+
+Knows no dialect. Files are streamed from their store, never held in memory.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from stable_audio_serve.api.service import Output
+from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import clip_dict
 from stable_audio_serve.core.file_names import content_disposition
 from stable_audio_serve.core.sound import ClipFacts
+from stable_audio_serve.jobs.queue import JobQueue
 
 # The headers that `clip_headers` gives, as descriptions of operations have them.
 CLIP_HEADERS: dict[str, Any] = {
@@ -42,6 +49,28 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
     return StreamingResponse(_chunks(file), headers=headers, media_type=file.media_type)
 
 
+async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool) -> Response:
+    """Returns the stored file as a download with its length; for HEAD only its headers.
+
+    Raises HTTPException 404 when the file is gone.
+    """
+    chunks = jobs.read(file)
+    try:
+        first = await anext(chunks, b"")
+    except FileNotFoundError as error:
+        raise HTTPException(404, "the file is gone") from error
+    headers = {
+        **attachment(file.file_name),
+        **clip_headers(file.clips),
+        "Content-Length": str(file.num_bytes),
+        "X-Content-Type-Options": "nosniff",
+    }
+    if is_head:
+        await chunks.aclose()
+        return Response(headers=headers, media_type=file.media_type)
+    return StreamingResponse(_chain(first, chunks), headers=headers, media_type=file.media_type)
+
+
 def result_headers(output: Output) -> dict[str, str]:
     """What was made, and where the time went."""
     result = output.result
@@ -62,7 +91,7 @@ def clip_headers(clips: Sequence[ClipFacts]) -> dict[str, str]:
     if not clips:
         return {}
     facts = [clip_dict(clip) for clip in clips]
-    told = {
+    headers = {
         name: ", ".join(json.dumps(fact[key]) for fact in facts)
         for name, key in (
             ("X-Seeds", "seed"),
@@ -72,8 +101,8 @@ def clip_headers(clips: Sequence[ClipFacts]) -> dict[str, str]:
         )
     }
     if len(clips) == 1:
-        del told["X-Seeds"]
-    return {"X-Seed": str(clips[0].seed), **told}
+        del headers["X-Seeds"]
+    return {"X-Seed": str(clips[0].seed), **headers}
 
 
 def attachment(file_name: str) -> dict[str, str]:
@@ -84,6 +113,13 @@ def attachment(file_name: str) -> dict[str, str]:
 async def _chunks(file: EncodedFile) -> AsyncIterator[bytes]:
     for chunk in file.chunks():
         yield chunk
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
 
 
 def _server_timing(output: Output) -> str:

@@ -12,22 +12,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve import __version__
-from stable_audio_serve.api import files, merged, pages, server
 from stable_audio_serve.api.answers import EXPOSED_HEADERS
 from stable_audio_serve.api.compat import aimlapi, fal
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.description import DescribedAPI
-from stable_audio_serve.api.draining import DrainingMiddleware
-from stable_audio_serve.api.keys import ApiKeys
-from stable_audio_serve.api.limits import LimitsMiddleware
-from stable_audio_serve.api.native import jobs as native_jobs
+from stable_audio_serve.api.middleware.api_keys import ApiKeys
+from stable_audio_serve.api.middleware.draining import DrainingMiddleware
+from stable_audio_serve.api.middleware.limits import LimitsMiddleware
+from stable_audio_serve.api.middleware.observe import ObserveMiddleware
+from stable_audio_serve.api.middleware.origins import Origins, OriginsMiddleware
+from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.native.errors import render_error
-from stable_audio_serve.api.observe import ObserveMiddleware
-from stable_audio_serve.api.origins import Origins, OriginsMiddleware
 from stable_audio_serve.api.routing import allowed_methods
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.api.shared_routes import files, merged, pages, server
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings

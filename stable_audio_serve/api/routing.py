@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from stable_audio_serve.api.draining import Draining
-from stable_audio_serve.api.keys import ApiKeys
-from stable_audio_serve.api.limits import accept_form
-from stable_audio_serve.api.origins import Origins
+from stable_audio_serve.api.middleware.api_keys import ApiKeys
+from stable_audio_serve.api.middleware.draining import Draining
+from stable_audio_serve.api.middleware.limits import accept_form
+from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.core.errors import StableAudioError, UnauthorizedError
 
 ExpectedError = StableAudioError | RequestValidationError | HTTPException

@@ -17,8 +17,8 @@ from typing import Literal, TypeVar
 import structlog
 from starlette.datastructures import UploadFile
 
-from stable_audio_serve.api.draining import Draining
-from stable_audio_serve.api.readiness import Readiness
+from stable_audio_serve.api.middleware.draining import Draining
+from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, finish

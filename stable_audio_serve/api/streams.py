@@ -17,7 +17,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from stable_audio_serve.api.draining import Draining
+from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.core.errors import OverloadedError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
 from stable_audio_serve.jobs.job import Job, JobEvent

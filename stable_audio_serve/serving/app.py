@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.draining import Draining
+from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings

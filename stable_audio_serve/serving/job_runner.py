@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from stable_audio_serve.api.webhooks import webhook_bodies
+from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.outbox import Outbox

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.limits import LimitsMiddleware
+from stable_audio_serve.api.middleware.limits import LimitsMiddleware
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.audio_files import make_audio_file

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from stable_audio_serve.api.draining import Draining
+from stable_audio_serve.api.middleware.draining import Draining
 from tests.api.compat.serving import make_app
 from tests.api.test_jobs import submit
 from tests.backends import ToneBackend

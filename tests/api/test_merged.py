@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.api.merged import ONLY_SA3
+from stable_audio_serve.api.shared_routes.merged import ONLY_SA3
 from stable_audio_serve.core.errors import InvalidRequestError, OverloadedError
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.saos import CLIP_KEYS, WINDOW_SAMPLES, expect_base64, expect_wav

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.origins import Origins
+from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.api.compat.serving import make_app

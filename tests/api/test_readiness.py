@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from stable_audio_serve.api.readiness import Readiness
+from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.core.catalog import ModelStatus
 from tests.backends import ToneBackend
 

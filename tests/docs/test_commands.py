@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import soundfile
 
-from stable_audio_serve.api import files, merged, server
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.compat import aimlapi, fal
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
-from stable_audio_serve.api.native import jobs as native_jobs
+from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.offline import OfflineBackend
+from stable_audio_serve.api.shared_routes import files, merged, server
 from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 
 import sqlalchemy as sa
 
-from stable_audio_serve.api.webhooks import webhook_bodies
+from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.failpoints import activate
 from stable_audio_serve.core.settings import Settings

@@ -24,9 +24,9 @@ from stable_audio_serve.api.compat.hosted import (
     to_request,
 )
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.api.faults import printable
 from stable_audio_serve.api.links import base_url, file_url
-from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.routing import ExpectedError, route_class
 from stable_audio_serve.api.service import Service, retry_after_header
 from stable_audio_serve.core.catalog import ModelCard

@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.faults import printable
-from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.routing import ExpectedError
 from stable_audio_serve.api.service import retry_after_header
 from stable_audio_serve.core.errors import ConflictError, StableAudioError, UnknownModelError

@@ -10,7 +10,7 @@ from fastapi import Header
 from pydantic import BaseModel, Field
 from sse_starlette import ServerSentEvent
 
-from stable_audio_serve.api.draining import Draining
+from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.native.status import JobProgress, describe, iso, progress_of
 from stable_audio_serve.api.streams import Change, follow
 from stable_audio_serve.jobs.job import Job, JobEvent

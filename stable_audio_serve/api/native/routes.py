@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from stable_audio_serve.api.answers import CLIP_HEADERS
 from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_order
 from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_request
 from stable_audio_serve.api.native.errors import render_error
@@ -22,7 +23,6 @@ from stable_audio_serve.api.native.schemas import (
     ValidationErrors,
     VariationForm,
 )
-from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Output, Service
 from stable_audio_serve.core.catalog import ModelCard

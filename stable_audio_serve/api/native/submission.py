@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from stable_audio_serve.api.description import error_responses
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
 from stable_audio_serve.api.native.convert import parse_sampler_kwargs
 from stable_audio_serve.api.native.errors import render_error
@@ -30,7 +31,6 @@ from stable_audio_serve.api.native.schemas import (
     ValidationErrors,
 )
 from stable_audio_serve.api.native.status import JobTicket, job_url, jobs_base
-from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard

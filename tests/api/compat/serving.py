@@ -12,7 +12,7 @@ import httpx
 from fastapi import FastAPI
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.webhooks import webhook_bodies
+from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue

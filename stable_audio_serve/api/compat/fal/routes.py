@@ -34,7 +34,7 @@ from stable_audio_serve.api.compat.fal.wire import (
 from stable_audio_serve.api.compat.hosted import to_request
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.links import base_url, file_url
-from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import FileOrder

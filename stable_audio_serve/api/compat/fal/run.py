@@ -6,7 +6,7 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.compat.fal.wire import AudioOutput, File
 from stable_audio_serve.api.links import base_url, published_url
-from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.finish import FileOrder

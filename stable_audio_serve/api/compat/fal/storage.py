@@ -25,8 +25,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from stable_audio_serve.api.limits import accept_file_body
 from stable_audio_serve.api.links import published_url
+from stable_audio_serve.api.middleware.limits import accept_file_body
 from stable_audio_serve.artifacts.keys import part_key
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import DamagedFileError, UploadTooLargeError

@@ -9,7 +9,7 @@ from sse_starlette import ServerSentEvent
 
 from stable_audio_serve.api.compat.fal.queue import describe_status
 from stable_audio_serve.api.compat.fal.wire import Links
-from stable_audio_serve.api.draining import Draining
+from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.streams import Change, follow
 from stable_audio_serve.jobs.job import Job, JobEvent, State
 from stable_audio_serve.jobs.queue import JobQueue

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
-from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.service import Output, Service
 from stable_audio_serve.audio.encode import encode_wav, to_full_scale_pcm16
 from stable_audio_serve.audio.finish import FinishedFile

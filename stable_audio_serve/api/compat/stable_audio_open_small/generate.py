@@ -9,8 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.compat.stable_audio_open_small.answers import answer, clip_metadata, make_clip
-from stable_audio_serve.api.compat.stable_audio_open_small.engine import Engine, default_engine, find_engine
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import GenerateBody, StyleForm
+from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import (
+    WindowedModel,
+    default_model,
+    find_model,
+)
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.loops import read_tempo
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
@@ -19,19 +23,19 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 async def make_text_clip(service: Service, request: Request, body: GenerateBody) -> Response:
     """`POST /generate`."""
     started_at = service.clock.monotonic()
-    engine = find_engine(service, body)
+    model = find_model(service, body)
     generation = GenerationRequest(
         prompt=body.prompt,
-        duration_s=engine.window_s if body.seconds_total is None else min(body.seconds_total, engine.window_s),
+        duration_s=model.window_s if body.seconds_total is None else min(body.seconds_total, model.window_s),
         seed=resolve_seed(body.seed),
-        start_s=(body.seconds_start or 0.0) if engine.card.conditions_on_start else 0.0,
+        start_s=(body.seconds_start or 0.0) if model.card.conditions_on_start else 0.0,
         negative_prompt=body.negative_prompt,
-        steps=engine.steps(body.steps, at_most=250),
+        steps=model.steps(body.steps, at_most=250),
         cfg_scale=body.cfg_scale,
-        sampler=engine.sampler(body.sampler_type),
+        sampler=model.sampler(body.sampler_type),
         request_id=request.state.request_id,
     )
-    clip = await make_clip(service, request, engine.card, generation, started_at=started_at)
+    clip = await make_clip(service, request, model.card, generation, started_at=started_at)
     duration_s = round(clip.num_samples / clip.result.sample_rate_hz, 2)
     metadata = clip_metadata(generation, clip.result, duration_s=duration_s, generation_s=clip.generation_s)
     return await answer(
@@ -46,23 +50,23 @@ async def make_text_clip(service: Service, request: Request, body: GenerateBody)
 async def make_style_clip(service: Service, request: Request, form: StyleForm) -> Response:
     """`POST /generate/style-transfer`."""
     started_at = service.clock.monotonic()
-    engine = default_engine(service)
-    source = await read_upload(service, form.audio_file, engine)
+    model = default_model(service)
+    source = await read_upload(service, form.audio_file, model)
     generation = GenerationRequest(
         prompt=form.prompt,
-        duration_s=engine.window_s,
+        duration_s=model.window_s,
         seed=resolve_seed(form.seed),
         negative_prompt=form.negative_prompt,
-        steps=engine.steps(form.steps, at_most=100),
+        steps=model.steps(form.steps, at_most=100),
         cfg_scale=form.cfg_scale,
         init_audio=source,
         init_noise_level=form.style_strength,
         request_id=request.state.request_id,
     )
-    clip = await make_clip(service, request, engine.card, generation, started_at=started_at)
-    window_s = round(engine.window_s)  # the contract's 12, for a window of 11.9 s
+    clip = await make_clip(service, request, model.card, generation, started_at=started_at)
+    window_s = round(model.window_s)  # the contract's 12, for a window of 11.9 s
     metadata = clip_metadata(generation, clip.result, duration_s=window_s, generation_s=clip.generation_s)
-    num_samples = -(-source.samples.shape[1] * engine.card.sample_rate_hz // source.sample_rate_hz)
+    num_samples = -(-source.samples.shape[1] * model.card.sample_rate_hz // source.sample_rate_hz)
     return await answer(
         service,
         clip.output,
@@ -72,17 +76,17 @@ async def make_style_clip(service: Service, request: Request, form: StyleForm) -
         | {
             "detected_bpm": read_tempo(form.prompt),
             "style_strength": form.style_strength,
-            "input_audio_shape": [engine.card.channels, num_samples],
+            "input_audio_shape": [model.card.channels, num_samples],
         },
     )
 
 
-async def read_upload(service: Service, upload: UploadFile, engine: Engine) -> SourceAudio:
+async def read_upload(service: Service, upload: UploadFile, model: WindowedModel) -> SourceAudio:
     """The part of an upload that can matter, mixed to one channel; the model repeats it for each of its own.
 
     Raises InvalidUploadError, UploadTooLargeError.
     """
-    audio = await service.decode(upload, engine.card, padding_s=None, field="audio_file")
+    audio = await service.decode(upload, model.card, padding_s=None, field="audio_file")
     return await service.compute(lambda: to_mono(audio))
 
 

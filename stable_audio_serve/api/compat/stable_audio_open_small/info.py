@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_audio_serve.api.compat.stable_audio_open_small.engine import Engine
+from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import WindowedModel
 from stable_audio_serve.core.catalog import ModelStatus
 
 _ENDPOINTS = {
@@ -14,16 +14,16 @@ _ENDPOINTS = {
 }
 
 
-def describe_model(engine: Engine, status: ModelStatus) -> dict[str, Any]:
-    """`GET /model/info`: the engine in use and what requests may say."""
-    card = engine.card
+def describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]:
+    """`GET /model/info`: the model in use and what requests may say."""
+    card = model.card
     return {
         "model_name": card.name,
         "device": status.device,
         "config": {
-            **describe_window(engine),
+            **describe_window(model),
             "io_channels": card.latent_channels,
-            "max_duration_seconds": round(engine.window_s),
+            "max_duration_seconds": round(model.window_s),
         },
         "supported_endpoints": _ENDPOINTS,
         "supported_parameters": {
@@ -34,14 +34,14 @@ def describe_model(engine: Engine, status: ModelStatus) -> dict[str, Any]:
             "prompt": {"required": True, "type": "string"},
             "return_format": {"default": "file", "options": ["file", "base64"], "type": "string"},
             "seed": {"default": -1, "note": "-1 for random", "type": "int"},
-            "steps": {"default": engine.steps(None, at_most=100), "range": "1-100", "type": "int"},
+            "steps": {"default": model.steps(None, at_most=100), "range": "1-100", "type": "int"},
             "style_strength": {"default": 0.8, "note": "For style transfer", "range": "0.1-1.0", "type": "float"},
         },
     }
 
 
-def describe_health(engine: Engine, status: ModelStatus) -> tuple[int, dict[str, Any]]:
-    """Status code and body of the dialect's own `GET /health`: healthy unless the engine cannot load."""
+def describe_health(model: WindowedModel, status: ModelStatus) -> tuple[int, dict[str, Any]]:
+    """Status code and body of the dialect's own `GET /health`: healthy unless the model cannot load."""
     if status.stage == "failed":
         return 500, {"status": "error", "model_loaded": False, "error": "the model cannot be loaded"}
     return 200, {
@@ -49,14 +49,14 @@ def describe_health(engine: Engine, status: ModelStatus) -> tuple[int, dict[str,
         "model_loaded": status.stage == "ready",
         "device": status.device,
         "cuda_available": (status.device or "").startswith("cuda"),
-        "model_info": describe_window(engine),
+        "model_info": describe_window(model),
     }
 
 
-def describe_window(engine: Engine) -> dict[str, Any]:
+def describe_window(model: WindowedModel) -> dict[str, Any]:
     """Rate, longest clip in samples, and what the model was trained for."""
     return {
-        "diffusion_objective": engine.card.objective,
-        "sample_rate": engine.card.sample_rate_hz,
-        "sample_size": engine.num_window_samples,
+        "diffusion_objective": model.card.objective,
+        "sample_rate": model.card.sample_rate_hz,
+        "sample_size": model.num_window_samples,
     }

@@ -10,10 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.compat.stable_audio_open_small.answers import Clip, answer, make_clip
-from stable_audio_serve.api.compat.stable_audio_open_small.engine import Engine, default_engine, find_engine
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import read_upload
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, read_riff
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import LoopForm, RiffForm
+from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import (
+    WindowedModel,
+    default_model,
+    find_model,
+)
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.loops import Loop, plan_loop, read_tempo
 from stable_audio_serve.core.errors import InvalidRequestError
@@ -41,11 +45,11 @@ class MadeLoop:
 async def make_loop(service: Service, request: Request, form: LoopForm) -> Response:
     """`POST /generate/loop`."""
     started_at = service.clock.monotonic()
-    engine = find_engine(service, form)
-    loop = _plan(engine, form)
-    source = await read_upload(service, form.audio_file, engine) if form.audio_file else None
-    generation = _to_generation(request, engine, form, source=source, seed=resolve_seed(form.seed))
-    made = await _cut(service, request, engine, loop, generation, started_at=started_at)
+    model = find_model(service, form)
+    loop = _plan(model, form)
+    source = await read_upload(service, form.audio_file, model) if form.audio_file else None
+    generation = _to_generation(request, model, form, source=source, seed=resolve_seed(form.seed))
+    made = await _cut(service, request, model, loop, generation, started_at=started_at)
     extras = {
         "calculated_duration_seconds": round(loop.duration_s, 2),
         "available_audio_seconds": round(made.available_s, 2),
@@ -64,12 +68,12 @@ async def make_loop(service: Service, request: Request, form: LoopForm) -> Respo
 async def make_riff_loop(service: Service, request: Request, form: RiffForm, library: RiffLibrary) -> Response:
     """`POST /generate/loop-with-riff`."""
     started_at = service.clock.monotonic()
-    engine = default_engine(service)
-    loop = _plan(engine, form)
+    model = default_model(service)
+    loop = _plan(model, form)
     seed = resolve_seed(form.seed)
     source = await read_riff(service, library.choose(form.key, seed=seed), tempo_bpm=loop.tempo_bpm)
-    generation = _to_generation(request, engine, form, source=source, seed=seed)
-    made = await _cut(service, request, engine, loop, generation, started_at=started_at)
+    generation = _to_generation(request, model, form, source=source, seed=seed)
+    made = await _cut(service, request, model, loop, generation, started_at=started_at)
     return await answer(
         service,
         made.clip.output,
@@ -89,26 +93,26 @@ def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
     return prompt, ""
 
 
-def _plan(engine: Engine, form: LoopForm | RiffForm) -> Loop:
+def _plan(model: WindowedModel, form: LoopForm | RiffForm) -> Loop:
     tempo_bpm = read_tempo(form.prompt)
     assert tempo_bpm is not None  # the form has seen to it
-    loop = plan_loop(tempo_bpm, bars=form.bars, window_s=engine.window_s)
-    if not loop.num_samples(engine.card.sample_rate_hz):
+    loop = plan_loop(tempo_bpm, bars=form.bars, window_s=model.window_s)
+    if not loop.num_samples(model.card.sample_rate_hz):
         message = f"prompt: {loop.bars} bars at {tempo_bpm}bpm are shorter than one sample"
         raise InvalidRequestError(message, field="prompt")
     return loop
 
 
 def _to_generation(
-    request: Request, engine: Engine, form: LoopForm | RiffForm, *, source: SourceAudio | None, seed: int
+    request: Request, model: WindowedModel, form: LoopForm | RiffForm, *, source: SourceAudio | None, seed: int
 ) -> GenerationRequest:
     prompt, negative_prompt = rewrite_prompt(form.prompt, form.loop_type)
     return GenerationRequest(
         prompt=prompt,
-        duration_s=engine.window_s,
+        duration_s=model.window_s,
         seed=seed,
         negative_prompt=negative_prompt,
-        steps=engine.steps(form.steps, at_most=250),
+        steps=model.steps(form.steps, at_most=250),
         cfg_scale=form.cfg_scale,
         init_audio=source,
         init_noise_level=form.style_strength if source else 1.0,
@@ -119,14 +123,14 @@ def _to_generation(
 async def _cut(
     service: Service,
     request: Request,
-    engine: Engine,
+    model: WindowedModel,
     loop: Loop,
     generation: GenerationRequest,
     *,
     started_at: float,
 ) -> MadeLoop:
-    num_samples = loop.num_samples(engine.card.sample_rate_hz)
-    clip = await make_clip(service, request, engine.card, generation, started_at=started_at, num_samples=num_samples)
+    num_samples = loop.num_samples(model.card.sample_rate_hz)
+    clip = await make_clip(service, request, model.card, generation, started_at=started_at, num_samples=num_samples)
     return MadeLoop(loop, generation, clip)
 
 

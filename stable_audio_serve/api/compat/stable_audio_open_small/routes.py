@@ -1,5 +1,5 @@
 """The dialect's routes. Thin: read the body, fill in the form, hand over. `/generate` is also reached through the path
-that two dialects share, see `api.merged`."""
+that two dialects share, see `shared_routes.merged`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.compat.stable_audio_open_small.engine import Engine, default_engine
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import render_error
 from stable_audio_serve.api.compat.stable_audio_open_small.forms import read_form, read_json, read_json_or_form
 from stable_audio_serve.api.compat.stable_audio_open_small.generate import make_style_clip, make_text_clip
@@ -24,6 +23,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.schemas import (
     Wire,
     parse,
 )
+from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import WindowedModel, default_model
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
@@ -88,7 +88,7 @@ def build_router(service: Service) -> APIRouter:
     """The routes over one service; scans the folder of riffs."""
     router = APIRouter(route_class=route_class(render_error), tags=[TAG])
     library = RiffLibrary(find_folder(service.settings.dialects.riff_dir))
-    engine = default_engine(service)
+    model = default_model(service)
 
     @router.post("/generate", include_in_schema=False)
     async def generate(request: Request) -> Response:
@@ -132,7 +132,7 @@ def build_router(service: Service) -> APIRouter:
     @router.get("/model/info", responses=error_responses(Problem, 401, 500))
     async def model_info() -> dict[str, Any]:
         """The model in use and what requests may say."""
-        return describe_model(engine, await _status_of(service, engine))
+        return describe_model(model, await _status_of(service, model))
 
     return router
 
@@ -140,7 +140,7 @@ def build_router(service: Service) -> APIRouter:
 def build_health_router(service: Service) -> APIRouter:
     """Health in the dialect's own words, which differ from those of all the others."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
-    engine = default_engine(service)
+    model = default_model(service)
 
     @router.head("/health", include_in_schema=False)
     @router.get(
@@ -151,11 +151,11 @@ def build_health_router(service: Service) -> APIRouter:
     )
     async def health() -> Response:
         """Whether the model behind these routes can work."""
-        code, body = describe_health(engine, await _status_of(service, engine))
+        code, body = describe_health(model, await _status_of(service, model))
         return JSONResponse(body, code)
 
     return router
 
 
-async def _status_of(service: Service, engine: Engine) -> ModelStatus:
-    return (await service.status()).get(engine.card.name, ModelStatus("loading"))
+async def _status_of(service: Service, model: WindowedModel) -> ModelStatus:
+    return (await service.status()).get(model.card.name, ModelStatus("loading"))

@@ -13,7 +13,7 @@ from stable_audio_serve.api.compat.vllm_omni.convert import make_file, resolve_s
 from stable_audio_serve.api.compat.vllm_omni.errors import render_error, unknown_model
 from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ErrorBody
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.api.observe import note
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Output, Service
 from stable_audio_serve.core.catalog import ModelCard

@@ -11,7 +11,7 @@ from contextlib import suppress
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_serve.api.readiness import Readiness
+from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.core.errors import StoppingError
 
 _REASON = "the server is stopping"

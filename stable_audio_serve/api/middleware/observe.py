@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_serve.api.limits import ClientGoneError
+from stable_audio_serve.api.middleware.limits import ClientGoneError
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics

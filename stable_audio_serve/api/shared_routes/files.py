@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from stable_audio_serve.api.answers import attachment, clip_headers
+from stable_audio_serve.api.answers import file_answer
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
 from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.jobs.queue import JobQueue
 
 TAG = "Files"
 
@@ -41,32 +36,6 @@ def build_router(service: Service) -> APIRouter:
         file = await service.jobs.find_file(file_id)
         if file is None or file.file_name != file_name:
             raise HTTPException(404, "file not found")
-        return await file_answer(request, service.jobs, file)
+        return await file_answer(file, service.jobs, is_head=request.method == "HEAD")
 
     return router
-
-
-async def file_answer(request: Request, jobs: JobQueue, file: StoredFile) -> Response:
-    """The file as a download with its length; to HEAD only what is said of it. Raises HTTPException 404 when gone."""
-    chunks = jobs.read(file)
-    try:
-        first = await anext(chunks, b"")
-    except FileNotFoundError as error:
-        raise HTTPException(404, "the file is gone") from error
-    headers = {
-        **attachment(file.file_name),
-        **clip_headers(file.clips),
-        "Content-Length": str(file.num_bytes),
-        "X-Content-Type-Options": "nosniff",
-    }
-    if request.method == "HEAD":
-        await chunks.aclose()
-        return Response(headers=headers, media_type=file.media_type)
-    return StreamingResponse(_chain(first, chunks), headers=headers, media_type=file.media_type)
-
-
-async def _chain(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
-    async with aclosing(rest):
-        yield first
-        async for chunk in rest:
-            yield chunk

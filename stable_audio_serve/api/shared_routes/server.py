@@ -12,13 +12,13 @@ from typing import Final
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from stable_audio_serve.api import info
 from stable_audio_serve.api.compat.vllm_omni.errors import render_error as render_openai_error
 from stable_audio_serve.api.compat.vllm_omni.schemas import ErrorBody
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.api.shared_routes import info
 
 TAG = "Server"
 NAME: Final = "stable-audio-serve"

@@ -21,14 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from stable_audio_serve import __version__
-from stable_audio_serve.api import info
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
 from stable_audio_serve.api.routing import public_route_class, route_class
-from stable_audio_serve.api.server import NAME
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.api.shared_routes import info
+from stable_audio_serve.api.shared_routes.server import NAME
 
 TAG = "Pages"
 

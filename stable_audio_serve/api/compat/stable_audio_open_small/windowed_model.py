@@ -1,4 +1,4 @@
-"""Which model stands behind a request, seen with this dialect's eyes: its window, its default steps."""
+"""The model behind a request, as this dialect sees it: its window, its default steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class WindowedModel:
     """A served model whose longest clip is this dialect's window."""
 
     card: ModelCard
 
     @property
     def window_s(self) -> float:
-        """Longest clip, seconds; also the length of a clip when nothing is said."""
+        """Longest clip, seconds; also the default length of a clip."""
         return self.card.max_duration_s
 
     @property
@@ -27,11 +27,11 @@ class Engine:
         return int(self.window_s * self.card.sample_rate_hz)
 
     def steps(self, wanted: int | None, *, at_most: int) -> int:
-        """The steps to take: what is wanted, else the model's default."""
+        """Returns the steps to take: what is wanted, else the model's default."""
         return min(self.card.default_steps, at_most) if wanted is None else wanted
 
     def sampler(self, wanted: str | None) -> str | None:
-        """The sampler to use, None for the model's own. Raises InvalidRequestError."""
+        """Returns the sampler to use, None for the model's own. Raises InvalidRequestError."""
         name = (wanted or "").strip() or None
         if name is not None and name not in self.card.samplers:
             valid = ", ".join(self.card.samplers)
@@ -39,16 +39,16 @@ class Engine:
         return name
 
 
-def default_engine(service: Service) -> Engine:
+def default_model(service: Service) -> WindowedModel:
     """The model the operator chose for this dialect, else the server's default."""
     return _view(service, service.settings.dialects.saos_model)
 
 
-def find_engine(service: Service, fields: GenerateBody | LoopForm) -> Engine:
-    """The default engine, or the fine-tune a request names: `<repo>`, or `<repo>/<checkpoint>`, must be the name or
+def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedModel:
+    """The default model, or the fine-tune a request names: `<repo>`, or `<repo>/<checkpoint>`, must be the name or
     an alias of a served model. Raises InvalidRequestError."""
     if fields.model_type == "standard":
-        return default_engine(service)
+        return default_model(service)
     if not fields.finetune_repo:
         raise InvalidRequestError("finetune_repo is required for finetune models", field="finetune_repo")
     parts = (fields.finetune_repo, fields.finetune_checkpoint)
@@ -58,7 +58,8 @@ def find_engine(service: Service, fields: GenerateBody | LoopForm) -> Engine:
         raise InvalidRequestError(f"finetune_repo: {error.message}", field="finetune_repo") from error
 
 
-def _view(service: Service, name: str | None) -> Engine:
+def _view(service: Service, name: str | None) -> WindowedModel:
     catalog = service.backend.catalog
     card = catalog.resolve(name) if name else catalog.default
-    return Engine(replace(card, max_duration_s=min(card.max_duration_s, service.settings.dialects.saos_window_s)))
+    window_s = min(card.max_duration_s, service.settings.dialects.saos_window_s)
+    return WindowedModel(replace(card, max_duration_s=window_s))

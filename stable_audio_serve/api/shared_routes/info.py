@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, Field
 
-from stable_audio_serve.api.readiness import Verdict
+from stable_audio_serve.api.middleware.readiness import Verdict
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.settings_sources import preloaded_names

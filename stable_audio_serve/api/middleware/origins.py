@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from stable_audio_serve.api.faults import printable
+from stable_audio_serve.api.printable import printable
 from stable_audio_serve.core.errors import ForbiddenError
 from stable_audio_serve.core.settings import ApiSettings
 

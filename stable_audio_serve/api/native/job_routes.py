@@ -12,8 +12,9 @@ from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from stable_audio_serve.api.answers import file_answer
 from stable_audio_serve.api.description import error_responses
-from stable_audio_serve.api.files import file_answer
+from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native import submission
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stream_events
@@ -21,7 +22,6 @@ from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
 from stable_audio_serve.api.native.status import JobPage, JobStatus, describe, jobs_base
 from stable_audio_serve.api.native.submission import CONTRACT
-from stable_audio_serve.api.observe import note
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError
@@ -144,7 +144,7 @@ def build_router(service: Service) -> APIRouter:
         job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
-        return await file_answer(request, jobs, job.result.file)
+        return await file_answer(job.result.file, jobs, is_head=request.method == "HEAD")
 
     router.include_router(links)
     return router
