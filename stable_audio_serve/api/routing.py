@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pydantic_core
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import FormData
@@ -21,9 +20,9 @@ from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.limits import accept_form
 from stable_audio_serve.api.middleware.origins import Origins
-from stable_audio_serve.core.errors import StableAudioError, UnauthorizedError
+from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
+from stable_audio_serve.core.errors import UnauthorizedError
 
-ExpectedError = StableAudioError | RequestValidationError | HTTPException
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
@@ -108,7 +107,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
                 try:
                     admit(request)
                     return await handle(bounded)
-                except (StableAudioError, RequestValidationError, HTTPException) as error:
+                except EXPECTED_ERRORS as error:
                     response = render(request, error)
                     if isinstance(error, UnauthorizedError):
                         response.headers["WWW-Authenticate"] = "Bearer"

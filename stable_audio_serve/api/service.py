@@ -6,7 +6,6 @@ Knows requests and results, not wire forms. CPU work happens on bounded worker t
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,8 +30,6 @@ from stable_audio_serve.core.errors import (
     GenerationError,
     InvalidUploadError,
     OverloadedError,
-    StableAudioError,
-    StorageError,
     UploadTooLargeError,
 )
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, SourceAudio
@@ -49,7 +46,6 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 _STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
-_STORAGE_RETRY_S = 5.0
 _SOURCE_MARGIN_S = 1.0
 _UPLOAD_CHUNK_BYTES = 1_048_576
 
@@ -200,11 +196,3 @@ def _usable_s(card: ModelCard, padding_s: float | None) -> float:
 def resolve_seed(seed: int) -> int:
     """The seed to use for a wire seed: -1 draws one, any other integer is taken modulo 2**63."""
     return secrets.randbelow(2**32) if seed == -1 else seed % SEED_LIMIT
-
-
-def retry_after_header(error: StableAudioError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least one; nothing when retrying has no known time."""
-    seconds = error.retry_after_s
-    if seconds is None and error.kind == StorageError.kind:  # whoever noticed could not know how long it will last
-        seconds = _STORAGE_RETRY_S
-    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}

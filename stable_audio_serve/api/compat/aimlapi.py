@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
@@ -27,10 +27,11 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.routing import ExpectedError, route_class
-from stable_audio_serve.api.service import Service, retry_after_header
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
+from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
+from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
@@ -207,24 +208,10 @@ def _describe(job: Job, base: str) -> AimlGeneration:
 
 def render_error(request: Request, error: ExpectedError) -> Response:
     """The answer to an error we expect."""
-    if isinstance(error, RequestValidationError):
-        return _render_faults(request, [fault for each in error.errors()[:50] for fault in _to_faults(each)])
-    if isinstance(error, InvalidRequestError):
-        field = error.field or "body"
-        return _render_faults(request, [AimlFault(path=[field], message=error.message, code="value_error")])
-    if isinstance(error, HTTPException):
-        note(request.scope, refusal=str(error.status_code))
-        return _render(request, error.status_code, str(error.detail), headers=error.headers)
-    note(request.scope, refusal=error.kind)
-    status = _STATUS.get(error.kind, 500)
-    message = error.message
-    if status == 500:  # what happened inside is for the log, not for the client
-        note(request.scope, error=message)
-        message = f"The generation could not be accepted; request id {request.state.request_id}"
-    return _render(request, status, message, headers=retry_after_header(error))
+    return _REFUSALS.answer(request, error)
 
 
-def _to_faults(fault: Mapping[str, Any]) -> list[AimlFault]:
+def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[AimlFault]:
     part, *path = fault["loc"]
     if not path and fault["type"] == "missing":  # no body at all: name what it should have held
         return [AimlFault(path=[name], message=fault["msg"], code="missing") for name in ("model", "prompt")]
@@ -234,19 +221,32 @@ def _to_faults(fault: Mapping[str, Any]) -> list[AimlFault]:
     return [AimlFault(path=known_path, message=printable(fault["msg"]), code=fault["type"])]
 
 
-def _render_faults(request: Request, faults: list[AimlFault]) -> Response:
-    note(request.scope, refusal="validation", fields=sorted({str(fault.path[-1])[:50] for fault in faults})[:20])
+def _find_fault(_: Request, error: StableAudioError) -> AimlFault | None:
+    if not isinstance(error, InvalidRequestError):
+        return None
+    return AimlFault(path=[error.field or "body"], message=error.message, code="value_error")
+
+
+def _answer_fields(request: Request, faults: Sequence[AimlFault]) -> Response:
     what = "; ".join(f"{'.'.join(map(str, fault.path))}: {fault.message}" for fault in faults)
     part = "Query" if request.method == "GET" else "Body"
-    return _render(request, 400, f"{part} validation error! {what}", faults=faults)
+    return _answer(request, 400, message=f"{part} validation error! {what}", faults=faults)
 
 
-def _render(
+def _answer_http(request: Request, error: HTTPException) -> Response:
+    return _answer(request, error.status_code, message=str(error.detail), headers=error.headers)
+
+
+def _answer_error(request: Request, refusal: Refusal[int]) -> Response:
+    return _answer(request, refusal.row, message=refusal.message, headers=refusal.headers)
+
+
+def _answer(
     request: Request,
     status: int,
-    message: str,
     *,
-    faults: list[AimlFault] | None = None,
+    message: str,
+    faults: Sequence[AimlFault] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     body = AimlError(
@@ -254,6 +254,19 @@ def _render(
         message=message,
         error=HTTPStatus(status).phrase,
         path=request.url.path,
-        meta=faults or [],
+        meta=list(faults),
     )
     return JSONResponse(body.model_dump(), status, headers=dict(headers or {}))
+
+
+_REFUSALS: Refusals[int, AimlFault, Response] = Refusals(
+    table=_STATUS,
+    internal=500,
+    internal_message="The generation could not be accepted; request id {request_id}",
+    parse_fault=_parse_fault,
+    find_fault=_find_fault,
+    name_field=lambda fault: fault.path[-1],
+    answer_fields=_answer_fields,
+    answer_http=_answer_http,
+    answer_error=_answer_error,
+)

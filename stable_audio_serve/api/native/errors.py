@@ -1,19 +1,16 @@
-"""Our dialect's answers to what goes wrong: 422 with FastAPI's list for fields, else `detail` as one sentence."""
+"""Our dialect's answers to errors: 422 with FastAPI's list for fields, else `detail` as one sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.routing import ExpectedError
-from stable_audio_serve.api.service import retry_after_header
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import ConflictError, StableAudioError, UnknownModelError
 
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
@@ -42,44 +39,59 @@ def render_error(request: Request, error: ExpectedError) -> Response:
 
 
 def describe_error(request: Request, error: ExpectedError) -> Description:
-    """What to say of an error we expect, which is also noted in the request's log line."""
-    if isinstance(error, RequestValidationError):
-        return _describe_fields(request, error.errors())
-    if isinstance(error, HTTPException):
-        note(request.scope, refusal=str(error.status_code))
-        return error.status_code, {"detail": error.detail}, error.headers
-    return _describe_typed(request, error)
+    """Returns status, body and headers of the answer, and notes the refusal in the request's log line."""
+    return _REFUSALS.answer(request, error)
 
 
-def _describe_typed(request: Request, error: StableAudioError) -> Description:
-    field = error.field
-    message = error.message if not field or field in error.message else f"{field}: {error.message}"
-    if isinstance(error, UnknownModelError):
-        fault = {"type": "value_error", "loc": ("body", field), "msg": message, "input": None}
-        return _describe_fields(request, [fault])
-    note(request.scope, refusal=error.kind)
-    status = _STATUS.get(error.kind, 500)
-    if status == 500:  # what happened inside is for the log, not for the client
-        note(request.scope, error=error.message)
-        message = f"generation failed; request id {request.state.request_id}"
-    code = {"code": error.code} if isinstance(error, ConflictError) else {}
-    return status, {"detail": message, **code}, retry_after_header(error)
-
-
-def _describe_fields(request: Request, faults: Sequence[Mapping[str, Any]]) -> Description:
-    note(request.scope, refusal="validation", fields=sorted({str(fault["loc"][-1])[:50] for fault in faults})[:20])
-    detail = [
-        {
-            "type": fault["type"],
-            "loc": [printable(part) for part in fault["loc"]],
-            "msg": printable(_sentence(fault)),
-            "input": printable(fault.get("input")),
-        }
-        for fault in faults[:50]
-    ]
-    return 422, {"detail": detail}, None
+def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
+    entry = {
+        "type": fault["type"],
+        "loc": [printable(part) for part in fault["loc"]],
+        "msg": printable(_sentence(fault)),
+        "input": printable(fault.get("input")),
+    }
+    return [entry]
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:
-    """FastAPI says where JSON is broken, and of what is wrong with it nothing."""
+    """FastAPI's message says where JSON is broken; how it is broken stands in the context."""
     return f"{fault['msg']}: {fault['ctx']['error']}" if fault["type"] == "json_invalid" else fault["msg"]
+
+
+def _find_fault(request: Request, error: StableAudioError) -> dict[str, Any] | None:
+    if not isinstance(error, UnknownModelError):
+        return None
+    fault = {"type": "value_error", "loc": ("body", error.field), "msg": _with_field(error), "input": None}
+    return _parse_fault(request, fault)[0]
+
+
+def _with_field(error: StableAudioError) -> str:
+    field = error.field
+    return error.message if not field or field in error.message else f"{field}: {error.message}"
+
+
+def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Description:
+    return 422, {"detail": faults}, None
+
+
+def _answer_http(_: Request, error: HTTPException) -> Description:
+    return error.status_code, {"detail": error.detail}, error.headers
+
+
+def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
+    message = refusal.message if refusal.is_internal else _with_field(refusal.error)
+    code = {"code": refusal.error.code} if isinstance(refusal.error, ConflictError) else {}
+    return refusal.row, {"detail": message, **code}, refusal.headers
+
+
+_REFUSALS: Refusals[int, dict[str, Any], Description] = Refusals(
+    table=_STATUS,
+    internal=500,
+    internal_message="generation failed; request id {request_id}",
+    parse_fault=_parse_fault,
+    find_fault=_find_fault,
+    name_field=lambda fault: fault["loc"][-1],
+    answer_fields=_answer_fields,
+    answer_http=_answer_http,
+    answer_error=_answer_error,
+)

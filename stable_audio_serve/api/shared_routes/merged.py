@@ -22,7 +22,8 @@ from stable_audio_serve.api.native.answers import audio_answer
 from stable_audio_serve.api.native.errors import describe_error as describe_sa3_error
 from stable_audio_serve.api.native.routes import MEDIA_TYPES, convert, run
 from stable_audio_serve.api.native.schemas import GenerationBody
-from stable_audio_serve.api.routing import ExpectedError, route_class
+from stable_audio_serve.api.refusals import ExpectedError
+from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.loops import read_tempo
 
@@ -92,9 +93,9 @@ def render_error(request: Request, error: ExpectedError) -> Response:
         faults = body["detail"]
         sentence = faults if isinstance(faults, str) else name_field(str(faults[0]["loc"][-1]), faults[0]["msg"])
         return JSONResponse({**body, "error": sentence}, status, headers=headers)
-    refusal = describe_error(request, error)
-    body = {**refusal.body(), "detail": refusal.faults or refusal.sentence}
-    return JSONResponse(body, refusal.status, headers=refusal.headers)
+    description = describe_error(request, error)
+    body = {**description.body(), "detail": description.faults or description.sentence}
+    return JSONResponse(body, description.status, headers=description.headers)
 
 
 async def _generate_sa3(service: Service, request: Request, values: dict[str, Any]) -> Response:

@@ -1,4 +1,4 @@
-"""What goes wrong, as fal says it: 422 with one entry per field, else a sentence with an error type.
+"""Errors as fal words them: 422 with one entry per field, else a sentence with an error type.
 
 fal's clients repeat 408, 409, 429 and 502-504 on their own. A refusal that may end soon is one of those; the stored
 end of a queued request never is, but for a start time-out, which both clients know not to repeat.
@@ -6,21 +6,18 @@ end of a queued request never is, but for a start time-out, which both clients k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.compat.fal.wire import APP, ERROR_TYPE, REQUEST_ID, RETRYABLE, TIMEOUT_TYPE
-from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.routing import ExpectedError
-from stable_audio_serve.api.service import retry_after_header
-from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
+from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError
 from stable_audio_serve.jobs.job import Job
 
 
@@ -76,25 +73,7 @@ def failure_of(job: Job) -> Failure:
 
 def render_error(request: Request, error: ExpectedError) -> Response:
     """The answer to an error we expect."""
-    request_id = getattr(request.state, "fal_request_id", None)
-    headers = {REQUEST_ID: request_id} if request_id else {}
-    if isinstance(error, HTTPException):
-        note(request.scope, refusal=str(error.status_code))
-        return JSONResponse({"detail": error.detail}, error.status_code, headers=headers | dict(error.headers or {}))
-    if isinstance(error, RequestValidationError):
-        failure = _invalid([_entry(request, fault) for fault in error.errors()[:50]])
-    elif isinstance(error, InvalidRequestError):
-        failure = _invalid([_fault(error.message, error.field)])
-    else:
-        failure = _failure(_KINDS.get(error.kind, _INTERNAL), error.message, is_stored=False)
-        headers |= retry_after_header(error)
-        note(request.scope, refusal=error.kind)
-        if failure.error_type == _INTERNAL.error_type:
-            note(request.scope, error=error.message)  # what happened inside is for the log, not for the client
-    if failure.status == 422:
-        fields = sorted({str(entry["loc"][-1])[:50] for entry in failure.body["detail"]})
-        note(request.scope, refusal="validation", fields=fields[:20])
-    return JSONResponse(failure.body, failure.status, headers={**headers, **failure.headers})
+    return _REFUSALS.answer(request, error)
 
 
 def _failure(kind: _Kind, message: str, *, is_stored: bool) -> Failure:
@@ -105,12 +84,12 @@ def _failure(kind: _Kind, message: str, *, is_stored: bool) -> Failure:
     return Failure(status, body, headers, message, kind.error_type)
 
 
-def _invalid(entries: list[dict[str, Any]]) -> Failure:
+def _invalid(entries: Sequence[dict[str, Any]]) -> Failure:
     message = "; ".join(f"{entry['loc'][-1]}: {entry['msg']}" for entry in entries)
-    return Failure(422, {"detail": entries}, {RETRYABLE: "false"}, message, "bad_request")
+    return Failure(422, {"detail": list(entries)}, {RETRYABLE: "false"}, message, "bad_request")
 
 
-def _entry(request: Request, fault: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
     loc = tuple(fault["loc"])
     is_empty = loc == ("body",) and fault["type"] == "missing"
     if is_empty and APP in request.url.path:  # clients without an input send no body: name the field
@@ -123,9 +102,47 @@ def _entry(request: Request, fault: Mapping[str, Any]) -> dict[str, Any]:
     }
     if context := fault.get("ctx"):
         entry["ctx"] = printable(context)
-    return entry
+    return [entry]
 
 
 def _fault(message: str, field_name: str | None) -> dict[str, Any]:
     part = "query" if field_name == "fal_webhook" else "body"
     return {"loc": [part, field_name or "prompt"], "msg": message, "type": "value_error", "input": None}
+
+
+def _find_fault(_: Request, error: StableAudioError) -> dict[str, Any] | None:
+    return _fault(error.message, error.field) if isinstance(error, InvalidRequestError) else None
+
+
+def _answer_fields(request: Request, faults: Sequence[dict[str, Any]]) -> Response:
+    failure = _invalid(faults)
+    return JSONResponse(failure.body, failure.status, headers=_request_header(request) | dict(failure.headers))
+
+
+def _answer_http(request: Request, error: HTTPException) -> Response:
+    headers = _request_header(request) | dict(error.headers or {})
+    return JSONResponse({"detail": error.detail}, error.status_code, headers=headers)
+
+
+def _answer_error(request: Request, refusal: Refusal[_Kind]) -> Response:
+    failure = _failure(refusal.row, refusal.message, is_stored=False)
+    headers = {**_request_header(request), **refusal.headers, **failure.headers}
+    return JSONResponse(failure.body, failure.status, headers=headers)
+
+
+def _request_header(request: Request) -> dict[str, str]:
+    request_id = getattr(request.state, "fal_request_id", None)
+    return {REQUEST_ID: request_id} if request_id else {}
+
+
+_REFUSALS: Refusals[_Kind, dict[str, Any], Response] = Refusals(
+    table=_KINDS,
+    internal=_INTERNAL,
+    internal_message=_INTERNAL_MESSAGE,
+    parse_fault=_parse_fault,
+    find_fault=_find_fault,
+    name_field=lambda fault: fault["loc"][-1],
+    answer_fields=_answer_fields,
+    answer_http=_answer_http,
+    answer_error=_answer_error,
+)

@@ -1,20 +1,17 @@
-"""The dialect's answers to what goes wrong: `{"error": sentence}`, with `success` false where it is our fault."""
+"""The dialect's answers to errors: `{"error": sentence}`, with `success` false where the fault is ours."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
-from stable_audio_serve.api.routing import ExpectedError
-from stable_audio_serve.api.service import retry_after_header
+from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import StableAudioError
 
 _STATUS = {
@@ -45,8 +42,8 @@ class NoRiffsError(StableAudioError):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """One error as this dialect says it; `faults` are the fields it is about, in the form of FastAPI's list."""
+class Description:
+    """One error as this dialect words it; `faults` are the fields it is about, in the form of FastAPI's list."""
 
     status: int
     sentence: str
@@ -62,47 +59,57 @@ class Refusal:
 
 def render_error(request: Request, error: ExpectedError) -> Response:
     """The answer to an error we expect."""
-    refusal = describe_error(request, error)
-    return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
+    description = describe_error(request, error)
+    return JSONResponse(description.body(), description.status, headers=description.headers)
 
 
-def describe_error(request: Request, error: ExpectedError) -> Refusal:
-    """What to say of an error we expect, which is also noted in the request's log line."""
-    if isinstance(error, RequestValidationError):
-        faults = tuple(_fault(fault) for fault in error.errors()[:50])
-        note(request.scope, refusal="validation", fields=sorted({str(fault["loc"][-1])[:50] for fault in faults})[:20])
-        return Refusal(400, name_field(str(faults[0]["loc"][-1]), faults[0]["msg"]), faults=faults)
-    if isinstance(error, HTTPException):
-        note(request.scope, refusal=str(error.status_code))
-        sentence = str(error.detail)
-        if sentence.startswith("audio:"):  # the upload's name in our own dialect
-            sentence = f"audio_file:{sentence.removeprefix('audio:')}"
-        return Refusal(error.status_code, sentence, headers=error.headers)
-    return _describe_typed(request, error)
-
-
-def _describe_typed(request: Request, error: StableAudioError) -> Refusal:
-    note(request.scope, refusal=error.kind)
-    status = _STATUS.get(error.kind, 500)
-    sentence = name_field(error.field or "", error.message)
-    if status == 500:  # what happened inside is for the log, not for the client
-        note(request.scope, error=error.message)
-        sentence = f"generation failed; request id {request.state.request_id}"
-    extra = {"available_keys": error.available_keys} if isinstance(error, NoRiffsError) else {}
-    place = ["body", error.field] if error.field else ["body"]
-    faults = ({"type": "value_error", "loc": place, "msg": sentence, "input": None},) if status == 400 else ()
-    return Refusal(status, sentence, retry_after_header(error), extra, faults)
+def describe_error(request: Request, error: ExpectedError) -> Description:
+    """Returns what the answer says, and notes the refusal in the request's log line."""
+    return _REFUSALS.answer(request, error)
 
 
 def name_field(field: str, sentence: str) -> str:
-    """`sentence`, with the field it is about in front unless it says so."""
+    """Returns `sentence`, with the field in front where it does not name it."""
     return sentence if field in sentence else f"{field}: {sentence}"
 
 
-def _fault(fault: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
+    entry = {
         "type": fault["type"],
         "loc": [printable(part) for part in fault["loc"]],
         "msg": printable(fault["msg"]),
         "input": printable(fault.get("input")),
     }
+    return [entry]
+
+
+def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Description:
+    return Description(400, name_field(str(faults[0]["loc"][-1]), faults[0]["msg"]), faults=tuple(faults))
+
+
+def _answer_http(_: Request, error: HTTPException) -> Description:
+    sentence = str(error.detail)
+    if sentence.startswith("audio:"):  # the upload's name in our own dialect
+        sentence = f"audio_file:{sentence.removeprefix('audio:')}"
+    return Description(error.status_code, sentence, headers=error.headers)
+
+
+def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
+    error, status = refusal.error, refusal.row
+    sentence = refusal.message if refusal.is_internal else name_field(error.field or "", refusal.message)
+    extra = {"available_keys": error.available_keys} if isinstance(error, NoRiffsError) else {}
+    place = ["body", error.field] if error.field else ["body"]
+    faults = ({"type": "value_error", "loc": place, "msg": sentence, "input": None},) if status == 400 else ()
+    return Description(status, sentence, headers=refusal.headers, extra=extra, faults=faults)
+
+
+_REFUSALS: Refusals[int, Mapping[str, Any], Description] = Refusals(
+    table=_STATUS,
+    internal=500,
+    internal_message="generation failed; request id {request_id}",
+    parse_fault=_parse_fault,
+    name_field=lambda fault: fault["loc"][-1],
+    answer_fields=_answer_fields,
+    answer_http=_answer_http,
+    answer_error=_answer_error,
+)

@@ -1,0 +1,101 @@
+"""How any dialect says no: sorts an expected error, notes it in the request's log line, and hides what is internal.
+
+A dialect gives its table from kinds of errors to rows of its own, and the functions that word an answer. Knows neither
+statuses nor bodies. An error that nobody expected arrives as a GenerationError from `middleware.observe`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.core.errors import StableAudioError, StorageError
+
+ExpectedError = StableAudioError | RequestValidationError | HTTPException
+EXPECTED_ERRORS = (StableAudioError, RequestValidationError, HTTPException)
+
+Row = TypeVar("Row")
+Fault = TypeVar("Fault")
+Answer = TypeVar("Answer")
+
+MAX_FAULTS = 50
+_MAX_NOTED_FIELDS = 20
+_STORAGE_RETRY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Generic[Row]):
+    """An error of `core.errors` with its row of the dialect's table; `message` is safe to show."""
+
+    error: StableAudioError
+    row: Row
+    message: str
+    headers: Mapping[str, str]
+    is_internal: bool
+
+
+def _no_fault(_: Request, __: StableAudioError) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusals(Generic[Row, Fault, Answer]):
+    """One dialect's refusals."""
+
+    table: Mapping[str, Row]
+    """Kinds of errors that clients may learn of."""
+    internal: Row
+    """For all other kinds: their message goes to the log, clients get `internal_message`."""
+    internal_message: str
+    """May contain `{request_id}`."""
+    parse_fault: Callable[[Request, Mapping[str, Any]], Sequence[Fault]]
+    """Entry of FastAPI's list of invalid fields -> the dialect's own."""
+    find_fault: Callable[[Request, StableAudioError], Fault | None] = _no_fault
+    """Returns the fault of a field where the dialect answers such an error like an invalid field."""
+    name_field: Callable[[Fault], Any]
+    answer_fields: Callable[[Request, Sequence[Fault]], Answer]
+    answer_http: Callable[[Request, HTTPException], Answer]
+    answer_error: Callable[[Request, Refusal[Row]], Answer]
+
+    def answer(self, request: Request, error: ExpectedError) -> Answer:
+        """Returns the dialect's answer to an error we expect, and notes the refusal in the request's log line."""
+        if isinstance(error, RequestValidationError):
+            faults = [fault for entry in error.errors()[:MAX_FAULTS] for fault in self.parse_fault(request, entry)]
+            return self._refuse_fields(request, faults)
+        if isinstance(error, HTTPException):
+            note(request.scope, refusal=str(error.status_code))
+            return self.answer_http(request, error)
+        fault = self.find_fault(request, error)
+        if fault is not None:
+            return self._refuse_fields(request, [fault])
+        return self.answer_error(request, self._look_up(request, error))
+
+    def _refuse_fields(self, request: Request, faults: Sequence[Fault]) -> Answer:
+        fields = sorted({str(self.name_field(fault))[:50] for fault in faults})
+        note(request.scope, refusal="validation", fields=fields[:_MAX_NOTED_FIELDS])
+        return self.answer_fields(request, faults)
+
+    def _look_up(self, request: Request, error: StableAudioError) -> Refusal[Row]:
+        note(request.scope, refusal=error.kind)
+        is_internal = error.kind not in self.table
+        message = error.message
+        if is_internal:
+            note(request.scope, error=error.message)
+            message = self.internal_message.format(request_id=request.state.request_id)
+        row = self.table.get(error.kind, self.internal)
+        return Refusal(error, row, message, _retry_after(error), is_internal)
+
+
+def _retry_after(error: StableAudioError) -> dict[str, str]:
+    """Returns `Retry-After` in whole seconds, at least one; nothing where no time is known."""
+    seconds = error.retry_after_s
+    if seconds is None and error.kind == StorageError.kind:  # the store cannot know how long it will be away
+        seconds = _STORAGE_RETRY_S
+    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
