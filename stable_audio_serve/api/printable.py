@@ -1,4 +1,4 @@
-"""What a client sent, made fit to be shown in an error answer."""
+"""Cuts what a client sent down to what an error answer can show."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def printable_fault(fault: Mapping[str, Any], *, message: str) -> dict[str, Any]:
+    """Returns one entry of FastAPI's list of invalid fields, for a JSON answer."""
+    return {
+        "type": fault["type"],
+        "loc": [printable(part) for part in fault["loc"]],
+        "msg": printable(message),
+        "input": printable(fault.get("input")),
+    }
+
+
 def printable(value: Any, depth: int = 3) -> Any:
-    """`value` cut down to what JSON can hold and a reader can use."""
+    """Returns `value` cut down to what JSON can hold and a reader can use."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):

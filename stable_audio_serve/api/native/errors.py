@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.printable import printable
+from stable_audio_serve.api.printable import printable_fault
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import ConflictError, StableAudioError, UnknownModelError
 
@@ -44,13 +44,7 @@ def describe_error(request: Request, error: ExpectedError) -> Description:
 
 
 def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
-    entry = {
-        "type": fault["type"],
-        "loc": [printable(part) for part in fault["loc"]],
-        "msg": printable(_sentence(fault)),
-        "input": printable(fault.get("input")),
-    }
-    return [entry]
+    return [printable_fault(fault, message=_sentence(fault))]
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:

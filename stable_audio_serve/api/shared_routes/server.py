@@ -6,7 +6,6 @@ Health and readiness never need a key; the others do where keys are configured.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Final
 
 from fastapi import APIRouter
@@ -29,7 +28,7 @@ _RETRY_AFTER_S = "5"
 def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     """Health and models, which are also found under each dialect's prefix; `owner` is whose the models are called."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
-    created_at = int(time.time())
+    created_at = int(service.clock.time())
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Show health")

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stable_audio_serve.api.printable import printable
+from stable_audio_serve.api.printable import printable_fault
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import StableAudioError
 
@@ -74,13 +74,7 @@ def name_field(field: str, sentence: str) -> str:
 
 
 def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
-    entry = {
-        "type": fault["type"],
-        "loc": [printable(part) for part in fault["loc"]],
-        "msg": printable(fault["msg"]),
-        "input": printable(fault.get("input")),
-    }
-    return [entry]
+    return [printable_fault(fault, message=fault["msg"])]
 
 
 def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Description:

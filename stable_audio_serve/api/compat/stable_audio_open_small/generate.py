@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
@@ -42,7 +40,7 @@ async def make_text_clip(service: Service, request: Request, body: GenerateBody)
         service,
         clip.output,
         return_format=body.return_format,
-        name=f"stable_audio_{generation.seed}_{int(time.time())}.wav",
+        name=f"stable_audio_{generation.seed}_{int(service.clock.time())}.wav",
         metadata=metadata | {"detected_bpm": read_tempo(body.prompt)},
     )
 
@@ -71,7 +69,7 @@ async def make_style_clip(service: Service, request: Request, form: StyleForm) -
         service,
         clip.output,
         return_format=form.return_format,
-        name=f"style_transfer_{generation.seed}_{int(time.time())}.wav",
+        name=f"style_transfer_{generation.seed}_{int(service.clock.time())}.wav",
         metadata=metadata
         | {
             "detected_bpm": read_tempo(form.prompt),
