@@ -1,0 +1,130 @@
+"""The transformer's part of a checkpoint's `model_config.json` as frozen values.
+
+A missing key means the reference constructor's default. A value that would need another network, and a key that is
+not known, are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_DEPTH, ConfigReader
+
+MIN_ROTATED = 32  # channels of a head that carry its position, at least
+HEAD_NORMS = ("none", "ln")
+
+# What the published files may say and what must be so, absent or not.
+_FIXED = {
+    "patch_size": 1,
+    "transformer_type": "continuous_transformer",
+    "project_global_cond": True,
+    "global_cond_type": "prepend",
+    "timestep_cond_type": "global",
+    "timestep_features_type": "learned",
+    "num_memory_tokens": 0,
+    "input_concat_dim": 0,
+    "prepend_cond_dim": 0,
+    "norm_type": "layer_norm",
+    "sliding_window": None,
+    "causal": False,
+    "conformer": False,
+    "layer_scale": False,
+    "remove_norms": False,
+    "rotary_pos_emb": True,
+    "use_sinusoidal_emb": False,
+    "use_abs_pos_emb": False,
+}
+_READ = (
+    "io_channels",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "cond_token_dim",
+    "global_cond_dim",
+    "project_cond_tokens",
+    "timestep_features_dim",
+    "attn_kwargs",
+    "ff_kwargs",
+    "norm_kwargs",
+)
+# How weights are initialised, and the length of a table that is not used: inference is the same whatever they say.
+_INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
+_FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiserConfig:
+    """Shape of the diffusion transformer.
+
+    `key_width` is that of cross-attention's keys and values; its heads, fewer than `num_heads` where it is narrower
+    than the network, are shared by as many query heads each. `projects_context` says whether the context is brought
+    to the network's width first.
+    """
+
+    latent_channels: int
+    width: int
+    depth: int
+    num_heads: int
+    context_width: int
+    projects_context: bool
+    global_width: int
+    ff_mult: float
+    head_norm: str
+    time_features: int
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.width // self.num_heads
+
+    @property
+    def key_width(self) -> int:
+        """Width of the context inside the network, and of keys and values."""
+        return self.width if self.projects_context else self.context_width
+
+
+def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
+    """`config` of the section `model.diffusion`. Raises CheckpointError naming the key that cannot be used."""
+    config = diffusion.section("config")
+    config.require(**_FIXED)
+    _refuse_unknown(diffusion, "config", known=(*_FIXED, *_READ, *_INERT))
+    _refuse_unknown(config, "attn_kwargs", known=("qk_norm",))
+    _refuse_unknown(config, "ff_kwargs", known=("mult", "zero_init_output", *_FIXED_FEEDFORWARD))
+    _refuse_unknown(config, "norm_kwargs", known=("eps",))
+    feedforward = config.section("ff_kwargs", optional=True)
+    feedforward.require(**_FIXED_FEEDFORWARD)
+    config.section("norm_kwargs", optional=True).require(eps=1e-5)
+    width, num_heads = config.integer("embed_dim", default=768), config.integer("num_heads", default=8)
+    if width % num_heads:
+        raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
+    if width // num_heads < MIN_ROTATED:
+        raise config.unusable("num_heads", f"at most embed_dim / {MIN_ROTATED}")
+    time_features = config.integer("timestep_features_dim", default=256, at_least=2)
+    if time_features % 2:
+        raise config.unusable("timestep_features_dim", "even")
+    parsed = DenoiserConfig(
+        latent_channels=config.integer("io_channels", default=32),
+        width=width,
+        depth=config.integer("depth", default=12, at_most=MAX_DEPTH),
+        num_heads=num_heads,
+        context_width=config.integer("cond_token_dim"),
+        projects_context=config.flag("project_cond_tokens", default=True),
+        global_width=config.integer("global_cond_dim"),
+        ff_mult=feedforward.number("mult", default=4.0, at_least=0.01),
+        head_norm=config.section("attn_kwargs", optional=True).choice("qk_norm", HEAD_NORMS, default="none"),
+        time_features=time_features,
+    )
+    if parsed.key_width % parsed.head_width or num_heads % (parsed.key_width // parsed.head_width):
+        expected = f"a number of whole heads of {parsed.head_width} channels that divides {num_heads} heads"
+        raise config.unusable("cond_token_dim", expected)
+    return parsed
+
+
+def _refuse_unknown(parent: ConfigReader, key: str, *, known: Iterable[str]) -> None:
+    """Raises CheckpointError naming the first key of the object under `key` that is not in `known`."""
+    values = parent.plain(key) or {}
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise CheckpointError(f"{CONFIG_FILE}: {parent.name(key)}.{unknown[0]} is not known to this model family")

@@ -1,0 +1,222 @@
+"""The diffusion transformer of the Stable Audio Open family: latents, a time and conditioning in, v or a velocity out.
+
+Module names are the checkpoint's keys below `model.model.`. Knows nothing of samplers, guidance or requests. What
+does not depend on the latents or on time is computed once per request (`condition`) and passed to every step.
+
+Shapes: B rows, D latent channels, F latent frames, T context tokens, W width, H heads, G heads of keys and values,
+E head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stable_audio_serve.models.blocks import (
+    Attend,
+    FeedForward,
+    RotaryEmbedding,
+    RotaryTable,
+    SelfAttention,
+    attend,
+    build_head_norm,
+)
+from stable_audio_serve.models.blocks.attention import merge_heads, split_heads
+from stable_audio_serve.models.sao.config import MIN_ROTATED, DenoiserConfig
+
+_NORM_EPS = 1e-5
+
+
+class ContextKeys(NamedTuple):
+    """One layer's cross-attention keys, normed, and values, both (B, G, T, E)."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiserConditioning:
+    """What a forward pass needs besides latents and time, for B rows.
+
+    `global_embed` (B, W). `context` per layer, or None for rows without cross-attention: the unconditional branch,
+    whose values would all be zero. It keeps the global vector.
+    """
+
+    global_embed: Tensor
+    context: tuple[ContextKeys, ...] | None
+
+    def without_context(self) -> DenoiserConditioning:
+        """The unconditional branch: the same row with all context tokens zero."""
+        return DenoiserConditioning(self.global_embed, None)
+
+
+class LearnedFourier(nn.Module):
+    """`[cos a, sin a]` with `a = (2 pi t) w`: the diffusion time's features, cosines first.
+
+    Evaluated in float32; the frequencies are a buffer, so that a half-precision network keeps them.
+    """
+
+    weight: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(width // 2, 1))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Features (B, width) float32 of t (B,)."""
+        angles = (2 * math.pi * t.float()[:, None]) @ self.weight.float().T
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ScaledLayerNorm(nn.Module):
+    """Layer norm with a learned scale; its shift is a stored buffer, zero in the published files."""
+
+    beta: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.register_buffer("beta", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., width); dtype kept."""
+        return F.layer_norm(x, x.shape[-1:], self.gamma.to(x.dtype), self.beta.to(x.dtype), _NORM_EPS)
+
+
+class GroupedCrossAttention(nn.Module):
+    """Attention to a context without positions, in which consecutive query heads may share keys and values.
+
+    Every context token is seen, padding too: the references do not mask it, and its zero values dilute the softmax.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        width, key_width = config.width, config.key_width
+        self.num_heads, self.num_key_heads = config.num_heads, key_width // config.head_width
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(key_width, 2 * key_width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.q_norm = build_head_norm(config.head_norm, config.head_width)
+        self.k_norm = build_head_norm(config.head_norm, config.head_width)
+
+    def project_context(self, context: Tensor) -> ContextKeys:
+        """Keys and values of a context (B, T, key width)."""
+        key, value = (split_heads(part, self.num_key_heads) for part in self.to_kv(context).chunk(2, dim=-1))
+        return ContextKeys(self.k_norm(key), value)
+
+    def forward(self, x: Tensor, context: ContextKeys) -> Tensor:
+        """(B, N, W) -> (B, N, W). Zero values give exactly zero."""
+        q = self.q_norm(split_heads(self.to_q(x), self.num_heads))
+        shared_by = self.num_heads // self.num_key_heads
+        key, value = (part.repeat_interleave(shared_by, dim=1) for part in context)
+        return self.to_out(merge_heads(attend(q, key, value)))
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each behind its norm."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.pre_norm = ScaledLayerNorm(width)
+        self.self_attn = SelfAttention(
+            width, num_heads=config.num_heads, differential=False, head_norm=config.head_norm
+        )
+        self.cross_attend_norm = ScaledLayerNorm(width)
+        self.cross_attn = GroupedCrossAttention(config)
+        self.ff_norm = ScaledLayerNorm(width)
+        self.ff = FeedForward(width, mult=config.ff_mult)
+
+    def forward(self, h: Tensor, *, rotary: RotaryTable, attend_fn: Attend, context: ContextKeys | None) -> Tensor:
+        """(B, 1 + F, W) -> (B, 1 + F, W)."""
+        h = h + self.self_attn(self.pre_norm(h), rotary, attend_fn)
+        if context is not None:
+            h = h + self.cross_attn(self.cross_attend_norm(h), context)
+        return h + self.ff(self.ff_norm(h))
+
+
+class Transformer(nn.Module):
+    """The global vector as a token in front, rotary positions over all tokens, the layers, projections in and out."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.project_in = nn.Linear(config.latent_channels, config.width, bias=False)
+        self.project_out = nn.Linear(config.width, config.latent_channels, bias=False)
+        self.rotary_pos_emb = RotaryEmbedding(max(config.head_width // 2, MIN_ROTATED))
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
+
+    def forward(
+        self, x: Tensor, global_embed: Tensor, context: tuple[ContextKeys, ...] | None, valid: Tensor | None
+    ) -> Tensor:
+        """X (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
+        h = torch.cat([global_embed[:, None], self.project_in(x)], dim=1)
+        mask = None if valid is None else F.pad(valid, (1, 0), value=True)[:, None, None]
+        rotary = self.rotary_pos_emb(h.shape[1])
+        for index, layer in enumerate(self.layers):
+            keys = context[index] if context is not None else None
+            h = layer(h, rotary=rotary, attend_fn=partial(attend, mask=mask), context=keys)
+        return self.project_out(h[:, 1:])
+
+
+class Denoiser(nn.Module):
+    """The whole network: residual 1x1 convolutions around the transformer, embedders for context, global and time.
+
+    Row-independent: frames that are not valid are never keys, and what comes out there is unspecified. Inputs are cast
+    to the dtype of the weights and the result returned in it; time's features are taken in float32 in every precision.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, channels = config.width, config.latent_channels
+        self.timestep_features = LearnedFourier(config.time_features)
+        self.to_timestep_embed = _mlp(config.time_features, width, bias=True)
+        self.to_cond_embed = _mlp(config.context_width, config.key_width, bias=False)
+        self.to_global_embed = _mlp(config.global_width, width, bias=False)
+        self.preprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
+        self.postprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
+        self.transformer = Transformer(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network computes in."""
+        return self.preprocess_conv.weight.dtype
+
+    def condition(self, context: Tensor | None, global_cond: Tensor) -> DenoiserConditioning:
+        """Project a request's context (B, T, context width) and global vector (B, global width); reusable at every
+        step."""
+        keys = None if context is None else self.project_context(context)
+        return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys)
+
+    def project_context(self, context: Tensor) -> tuple[ContextKeys, ...]:
+        """Every layer's keys and values of a context (B, T, context width)."""
+        tokens = self.to_cond_embed(context.to(self.dtype))
+        return tuple(layer.cross_attn.project_context(tokens) for layer in self._layers)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Time t (B,) in 0..1 -> (B, W)."""
+        return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None = None) -> Tensor:
+        """The model's output (B, D, F) for latents x (B, D, F) at t (B,) float32; valid (B, F) bool, None = all."""
+        x = x.to(self.dtype)
+        x = x + self.preprocess_conv(x)
+        global_embed = conditioning.global_embed + self.embed_time(t)
+        out = self.transformer(x.transpose(1, 2), global_embed, conditioning.context, valid).transpose(1, 2)
+        return out + self.postprocess_conv(out)
+
+    @property
+    def _layers(self) -> Sequence[TransformerLayer]:
+        return [layer for layer in self.transformer.layers if isinstance(layer, TransformerLayer)]
+
+
+def _mlp(width_in: int, width_out: int, *, bias: bool) -> nn.Sequential:
+    first, last = nn.Linear(width_in, width_out, bias=bias), nn.Linear(width_out, width_out, bias=bias)
+    return nn.Sequential(first, nn.SiLU(), last)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.sao.config import DenoiserConfig, parse_denoiser
+from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.weights import assign_weights, read_weights
+from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
+from tests.goldens import load_open_goldens
+
+PREFIX = "model.model."
+TINY = ("tiny-1.0", "tiny-small")
+TOLERANCE = 2e-5
+GUIDED_TOLERANCE = 5e-5
+
+# The published shapes; the whole networks differ from the tiny ones in these numbers only.
+OPEN_1_0 = {
+    "io_channels": 64,
+    "embed_dim": 1536,
+    "depth": 24,
+    "num_heads": 24,
+    "cond_token_dim": 768,
+    "global_cond_dim": 1536,
+    "project_cond_tokens": False,
+    "transformer_type": "continuous_transformer",
+}
+OPEN_SMALL = {
+    "io_channels": 64,
+    "embed_dim": 1024,
+    "depth": 16,
+    "num_heads": 8,
+    "cond_token_dim": 768,
+    "global_cond_dim": 768,
+    "transformer_type": "continuous_transformer",
+    "attn_kwargs": {"qk_norm": "ln"},
+}
+
+
+def parse(values: dict[str, Any]) -> DenoiserConfig:
+    return parse_denoiser(ConfigReader({"config": values}, path="model.diffusion"))
+
+
+def tiny_values(name: str) -> dict[str, Any]:
+    file = load_open_goldens(name).folder / "model_config.json"
+    return json.loads(file.read_text())["model"]["diffusion"]["config"]
+
+
+@cache
+def load(name: str) -> Denoiser:
+    path = load_open_goldens(name).folder / "model.safetensors"
+    weights = {key: value for key, value in read_weights(path).items() if key.startswith(PREFIX)}
+    net = Denoiser(parse(tiny_values(name)))
+    assign_weights({PREFIX: net}, weights, source=path)
+    return net
+
+
+def condition(name: str, context: str = "cond/inputs_cross_attn_cond") -> DenoiserConditioning:
+    tensors = load_open_goldens(name).tensors
+    return load(name).condition(tensors[context], tensors["cond/inputs_global_cond"])
+
+
+def run(name: str, conditioning: DenoiserConditioning) -> torch.Tensor:
+    tensors = load_open_goldens(name).tensors
+    return load(name)(tensors["dit/x"], tensors["dit/t"], conditioning)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_output_and_every_layer_match_the_reference(name: str) -> None:
+    tensors, net = load_open_goldens(name).tensors, load(name)
+    hidden: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[2])) for layer in net.transformer.layers]
+    out = run(name, condition(name))
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(torch.stack(hidden), tensors["dit/hidden"], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(out, tensors["dit/out"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_embeddings_match_the_reference(name: str) -> None:
+    tensors, net = load_open_goldens(name).tensors, load(name)
+    time, context = tensors["dit/t"], tensors["cond/inputs_cross_attn_cond"]
+    for found, key in (
+        (net.timestep_features(time), "dit/timestep_features"),
+        (net.embed_time(time), "dit/timestep_embed"),
+        (condition(name).global_embed, "dit/global_embed"),
+        (net.to_cond_embed(context), "dit/cond_embed"),
+    ):
+        torch.testing.assert_close(found, tensors[key], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("key", "guidance"),
+    [
+        ("dit/out_cfg6", Guidance(cfg_scale=6.0, apg_scale=0.0)),
+        ("dit/out_cfg0", Guidance(cfg_scale=0.0, apg_scale=0.0)),
+        ("dit/out_cfg6_phi", Guidance(cfg_scale=6.0, apg_scale=0.0, rescale=0.7)),
+        ("dit/out_cfg6_negative", Guidance(cfg_scale=6.0, apg_scale=0.0)),
+    ],
+)
+def test_guided_output_matches_the_reference(name: str, key: str, guidance: Guidance) -> None:
+    tensors, wanted = load_open_goldens(name).tensors, condition(name)
+    other = condition(name, "dit/negative_cross_attn_cond") if "negative" in key else wanted.without_context()
+    guided = guide(
+        tensors["dit/x"],
+        tensors["dit/t"],
+        conditional=run(name, wanted),
+        unconditional=run(name, other),
+        valid=None,
+        rows=GuidanceBatch.of([guidance, guidance]),
+    )
+    torch.testing.assert_close(guided, tensors[key], rtol=0, atol=GUIDED_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_context_of_zeros_is_no_context(name: str) -> None:
+    zeros = torch.zeros_like(load_open_goldens(name).tensors["cond/inputs_cross_attn_cond"])
+    conditioning = load(name).condition(zeros, load_open_goldens(name).tensors["cond/inputs_global_cond"])
+    torch.testing.assert_close(run(name, conditioning), run(name, conditioning.without_context()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_padding_and_neighbours_do_not_reach_a_row(name: str) -> None:
+    tensors, net = load_open_goldens(name).tensors, load(name)
+    x = torch.cat([tensors["dit/x"], torch.full((2, 8, 24), 5.0)], dim=-1)
+    valid = (torch.arange(64) < 40).expand(2, -1)
+    together = net(x, tensors["dit/t"], condition(name), valid)[..., :40]
+    torch.testing.assert_close(together, tensors["dit/out"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("values", "parameters"), [(OPEN_1_0, 1056.9), (OPEN_SMALL, 340.9)], ids=["1.0", "small"])
+def test_published_shapes_have_the_published_number_of_parameters(values: dict[str, Any], parameters: float) -> None:
+    with torch.device("meta"):
+        state = Denoiser(parse(values)).state_dict()
+    millions = sum(tensor.numel() for tensor in state.values()) / 1e6
+    assert millions == pytest.approx(parameters, abs=0.1)
+    key_width = values["embed_dim"] if values.get("project_cond_tokens", True) else 768
+    assert state["transformer.layers.0.cross_attn.to_kv.weight"].shape == (2 * key_width, key_width)
+    assert ("transformer.layers.0.self_attn.q_norm.weight" in state) == ("attn_kwargs" in values)
+
+
+def test_a_wrong_key_is_named() -> None:
+    path = load_open_goldens("tiny-1.0").folder / "model.safetensors"
+    weights = {key: value for key, value in read_weights(path).items() if key.startswith(PREFIX)}
+    weights[PREFIX + "transformer.layers.9.extra"] = weights.pop(PREFIX + "preprocess_conv.weight")
+    with pytest.raises(CheckpointError, match=r"layers\.9\.extra"):
+        assign_weights({PREFIX: Denoiser(parse(tiny_values("tiny-1.0")))}, weights, source=path)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("model.diffusion.config.attn_kwargs.qk_norm_eps", {"attn_kwargs": {"qk_norm_eps": 1e-3}}),
+        ("model.diffusion.config.attn_kwargs.qk_norm", {"attn_kwargs": {"qk_norm": "l2"}}),
+        ("model.diffusion.config.ff_kwargs.sinusoidal", {"ff_kwargs": {"sinusoidal": True}}),
+        ("model.diffusion.config.norm_kwargs.eps", {"norm_kwargs": {"eps": 1e-6}}),
+        ("model.diffusion.config.invented", {"invented": 1}),
+        ("model.diffusion.config.global_cond_type", {"global_cond_type": "adaLN"}),
+        ("model.diffusion.config.num_heads", {"num_heads": 3}),
+        ("model.diffusion.config.num_heads", {"num_heads": 8}),
+        ("model.diffusion.config.cond_token_dim", {"cond_token_dim": 48}),
+        ("model.diffusion.config.cond_token_dim", {"cond_token_dim": 96}),
+        ("model.diffusion.config.cond_token_dim", {"cond_token_dim": None}),
+        ("model.diffusion.config.timestep_features_dim", {"timestep_features_dim": 7}),
+    ],
+)
+def test_a_config_for_another_network_is_refused_by_key(key: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse(tiny_values("tiny-1.0") | changes)
+    assert f"{key} " in str(caught.value)
+
+
+def test_keys_that_cannot_change_inference_are_accepted() -> None:
+    inert = {"zero_init_branch_outputs": True, "ff_kwargs": {"zero_init_output": False}, "causal": None}
+    assert parse(tiny_values("tiny-small") | inert) == parse(tiny_values("tiny-small"))
