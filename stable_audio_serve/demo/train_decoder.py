@@ -78,7 +78,7 @@ def _denoised(network: Network, batch: Batch) -> Tensor:
     with torch.autocast(noise.device.type, dtype=torch.bfloat16):
         context, duration = network.context(batch.tokens, batch.mask, seconds=batch.seconds)
         conditioning = network.denoiser.condition(context, duration, local=batch.local)
-        velocity = network.denoiser(noised, t, conditioning, batch.valid).float()
+        velocity = network.denoiser(noised, t, conditioning=conditioning, valid=batch.valid).float()
     return noised - mix * velocity
 
 

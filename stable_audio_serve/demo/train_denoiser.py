@@ -98,7 +98,9 @@ def flow_loss(network: Network, batch: Batch) -> Tensor:
     t = draw_times(len(noise)).to(noise.device)
     t = torch.where(batch.unnamed, HIGHEST_UNNAMED_T * t, t)
     mix = t[:, None, None]
-    velocity = network.denoiser((1 - mix) * batch.latents + mix * noise, t, conditioning, batch.valid)
+    velocity = network.denoiser(
+        (1 - mix) * batch.latents + mix * noise, t, conditioning=conditioning, valid=batch.valid
+    )
     error = (velocity.float() - (noise - batch.latents)).square().mean(dim=1)
     return (error * batch.valid).sum() / batch.valid.sum()
 

@@ -68,10 +68,10 @@ def compare_denoiser(report: Report, goldens: Goldens, *, net: Denoiser) -> None
     for name in goldens.names(PREFIX):
         with report.guard("denoiser", PREFIX + name):
             if name in _PLAIN:
-                output = net(inputs.x, inputs.t, _PLAIN[name](net, inputs))
+                output = net(inputs.x, inputs.t, conditioning=_PLAIN[name](net, inputs))
                 report.compare("denoiser", PREFIX + name, actual=output, expected=goldens[PREFIX + name])
             elif name == "out_pad_keymask":
-                output = net(inputs.x, inputs.t, inputs.condition(net), inputs.valid)
+                output = net(inputs.x, inputs.t, conditioning=inputs.condition(net), valid=inputs.valid)
                 _compare_padded(report, goldens, name=name, output=output, valid=inputs.valid)
             elif _INTERVAL.fullmatch(name):
                 _compare_interval(report, goldens, net=net, inputs=inputs, name=name)
@@ -123,8 +123,8 @@ def _compare_guided(report: Report, goldens: Goldens, *, net: Denoiser, inputs: 
     output = guide(
         inputs.x,
         inputs.t,
-        conditional=net(inputs.x, inputs.t, conditional, valid),
-        unconditional=net(inputs.x, inputs.t, unconditional, valid),
+        conditional=net(inputs.x, inputs.t, conditioning=conditional, valid=valid),
+        unconditional=net(inputs.x, inputs.t, conditioning=unconditional, valid=valid),
         valid=valid,
         rows=GuidanceBatch.of([guidance] * len(inputs.x)),
     )
@@ -149,7 +149,7 @@ def _compare_interval(report: Report, goldens: Goldens, *, net: Denoiser, inputs
     if interval := goldens.component("dit").get(name):
         low, high = (float(edge) for edge in interval)
         inside = (inputs.t >= low) & (inputs.t <= high)
-    output = net(inputs.x, inputs.t, inputs.condition(net))
+    output = net(inputs.x, inputs.t, conditioning=inputs.condition(net))
     same = ~inside[:, None, None]
     report.compare("denoiser guidance", PREFIX + name, actual=output, expected=goldens[PREFIX + name], only=same)
 
@@ -159,7 +159,7 @@ def _compare_values_between(report: Report, goldens: Goldens, *, net: Denoiser, 
     prefix = PREFIX + "mid/"
     modules = {name: module for name in goldens.names(prefix) if (module := _module(net, name)) is not None}
     with report.guard("denoiser", prefix), _recorded(modules) as seen:
-        net(inputs.x, inputs.t, inputs.condition(net))
+        net(inputs.x, inputs.t, conditioning=inputs.condition(net))
     for name, value in seen.items():
         component: Component = "denoiser time features" if name == "timestep_features" else "denoiser"
         with report.guard(component, prefix + name):

@@ -43,11 +43,18 @@ def denoise(device: torch.device, name: str, dtype: torch.dtype, *, guided: bool
     with torch.inference_mode():
         conditional = net.condition(context, glob, local=local)
         if not guided:
-            return net(x, t, conditional, valid.bool()).float().cpu()
+            return net(x, t, conditioning=conditional, valid=valid.bool()).float().cpu()
         mask = stored(name, ["dit/negative_cross_attn_mask"], device)[0].bool()
         away = net.condition(torch.where(mask[..., None], negative, 0.0), glob, local=local)
         rows = GuidanceBatch.of([Guidance(cfg_scale=3.0)] * len(x), device=device)
-        velocity = guide(x, t, conditional=net(x, t, conditional), unconditional=net(x, t, away), valid=None, rows=rows)
+        velocity = guide(
+            x,
+            t,
+            conditional=net(x, t, conditioning=conditional),
+            unconditional=net(x, t, conditioning=away),
+            valid=None,
+            rows=rows,
+        )
     return velocity.cpu()
 
 

@@ -283,7 +283,7 @@ def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> Non
     cast_network(net, torch.bfloat16)
     assert net.transformer.rotary_pos_emb.inv_freq.dtype == torch.float32
     conditioning = net.condition(g["dit/cross_attn_cond"], g["dit/global_cond"], local=g["dit/local_add_cond"])
-    out = net(g["dit/x"], g["dit/t"], conditioning)
+    out = net(g["dit/x"], g["dit/t"], conditioning=conditioning)
     assert out.dtype == torch.bfloat16
     relative = (out.float() - g["dit/out"]).norm() / g["dit/out"].norm()
     assert relative < 0.03

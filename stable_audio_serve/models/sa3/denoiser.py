@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
     def forward(
-        self, x: Tensor, global_embed: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None
+        self, x: Tensor, global_embed: Tensor, *, conditioning: DenoiserConditioning, valid: Tensor | None
     ) -> Tensor:
         """X (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
         h = self.project_in(x)
@@ -194,12 +194,14 @@ class Denoiser(nn.Module):
             t = (5 - torch.log((1 - t) / t).clamp(-12, 5)) / 17
         return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, *, conditioning: DenoiserConditioning, valid: Tensor | None = None
+    ) -> Tensor:
         """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all."""
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
-        out = self.transformer(x.transpose(1, 2), global_embed, conditioning, valid).transpose(1, 2)
+        out = self.transformer(x.transpose(1, 2), global_embed, conditioning=conditioning, valid=valid).transpose(1, 2)
         return out + self.postprocess_conv(out)
 
     @property

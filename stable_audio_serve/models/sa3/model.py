@@ -139,7 +139,7 @@ class Sa3Model:
         """Velocity (B, D, F) float32; row-independent for valid frames."""
         branches = cast("Sequence[Branch]", batch.branches)
         conditioning = collate([branch.conditioning for branch in branches], num_frames=batch.x.shape[-1])
-        return self.denoiser(batch.x, batch.t, conditioning, batch.valid).float()
+        return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

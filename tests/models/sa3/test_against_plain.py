@@ -177,7 +177,7 @@ def test_networks(name: str, num_frames: int) -> None:
         assert_near(encoded, encode(weights, plain.autoencoder, audio), within=2e-5)
         conditioning = model.denoiser.condition(context[None], glob[None], local=local[None])
         mask = (torch.arange(num_frames) < valid)[None]
-        ours = model.denoiser(latents[None], torch.tensor([0.31]), conditioning, mask)[0]
+        ours = model.denoiser(latents[None], torch.tensor([0.31]), conditioning=conditioning, valid=mask)[0]
         expected = denoise(
             below(plain.weights, "model.model."), plain.diffusion["config"], latents, 0.31,
             context=context, glob=glob, local=local, num_valid=valid,

@@ -39,14 +39,14 @@ def _no_gradients() -> Iterator[None]:
 @pytest.mark.parametrize("name", FAMILY)
 def test_plain_forward(name: str) -> None:
     g = golden(name)
-    assert_near(denoiser(name)(g("x"), g("t"), conditioning(name)), g("out"), within=SINGLE_FORWARD)
+    assert_near(denoiser(name)(g("x"), g("t"), conditioning=conditioning(name)), g("out"), within=SINGLE_FORWARD)
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_padding_is_key_masked(name: str) -> None:
     g = golden(name)
     valid = g("padding_mask").bool()
-    out = denoiser(name)(g("x"), g("t"), conditioning(name), valid)
+    out = denoiser(name)(g("x"), g("t"), conditioning=conditioning(name), valid=valid)
     visible = valid[:, None].expand_as(out)
     assert_near(out[visible], g("out_pad_keymask")[visible], within=SINGLE_FORWARD)
 
@@ -55,8 +55,8 @@ def test_padding_is_key_masked(name: str) -> None:
 def test_zero_local_conditioning_is_not_absent_local_conditioning(name: str) -> None:
     g, net = golden(name), denoiser(name)
     one_zero_frame = torch.zeros_like(g("local_add_cond")[..., :1])
-    zero = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), local=one_zero_frame))
-    absent = net(g("x"), g("t"), net.condition(g("cross_attn_cond"), g("global_cond"), local=None))
+    zero = net(g("x"), g("t"), conditioning=net.condition(g("cross_attn_cond"), g("global_cond"), local=one_zero_frame))
+    absent = net(g("x"), g("t"), conditioning=net.condition(g("cross_attn_cond"), g("global_cond"), local=None))
     assert_near(zero, g("out_zero_local"), within=SINGLE_FORWARD)
     assert_near(absent, g("out_no_local"), within=SINGLE_FORWARD)
 
@@ -83,7 +83,7 @@ def test_intermediate_values(name: str) -> None:
         module.register_forward_hook(lambda _module, _args, out, key=key: seen.update({key: out.clone()}))
         for key, module in modules.items()
     ]
-    net(g("x"), g("t"), conditioning(name))
+    net(g("x"), g("t"), conditioning=conditioning(name))
     for handle in handles:
         handle.remove()
     for key, value in seen.items():
@@ -97,7 +97,7 @@ def test_zero_context_equals_no_cross_attention(name: str) -> None:
     g, net = golden(name), denoiser(name)
     zeros = net.condition(torch.zeros_like(g("cross_attn_cond")), g("global_cond"), local=g("local_add_cond"))
     skipped = conditioning(name).without_context()
-    assert torch.equal(net(g("x"), g("t"), zeros), net(g("x"), g("t"), skipped))
+    assert torch.equal(net(g("x"), g("t"), conditioning=zeros), net(g("x"), g("t"), conditioning=skipped))
 
 
 @pytest.mark.parametrize("name", SHARP)
@@ -115,13 +115,13 @@ def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
         return made.without_context() if row == 2 else made
 
     conditions = [condition(row) for row in range(len(rows))]
-    alone = [net(x, times[i : i + 1], conditions[i]) for i, x in enumerate(rows)]
+    alone = [net(x, times[i : i + 1], conditioning=conditions[i]) for i, x in enumerate(rows)]
     x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # padding must not matter
     valid = torch.zeros(len(rows), padded, dtype=torch.bool)
     for i, row in enumerate(rows):
         x[i, :, : lengths[i]] = row[0]
         valid[i, : lengths[i]] = True
-    together = net(x, times, collate(conditions, num_frames=padded), valid)
+    together = net(x, times, conditioning=collate(conditions, num_frames=padded), valid=valid)
     for i, row in enumerate(alone):
         assert_near(together[i : i + 1, :, : lengths[i]], row, within=1e-5)
 
@@ -134,7 +134,7 @@ def test_gradients_reach_every_weight_and_the_context(name: str) -> None:
         context = inputs["cross_attn_cond"].requires_grad_()
         valid = g("padding_mask").bool()
         conditions = net.condition(context, inputs["global_cond"], local=inputs["local_add_cond"])
-        out = net(inputs["x"], inputs["t"], conditions, valid)
+        out = net(inputs["x"], inputs["t"], conditioning=conditions, valid=valid)
         assert_near(
             out[valid[:, None].expand_as(out)],
             g("out_pad_keymask")[valid[:, None].expand_as(out)],

@@ -56,8 +56,8 @@ def test_guided_velocity(name: str, key: str) -> None:
         out = guide(
             g("x"),
             g("t"),
-            conditional=net(g("x"), g("t"), row, valid),
-            unconditional=net(g("x"), g("t"), away, valid),
+            conditional=net(g("x"), g("t"), conditioning=row, valid=valid),
+            unconditional=net(g("x"), g("t"), conditioning=away, valid=valid),
             valid=valid if "keymask" in variant else None,
             rows=GuidanceBatch.of([guidance, guidance]),
         )
