@@ -12,65 +12,16 @@ import torch
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import ScheduleShift, SourceAudio
 from stable_audio_serve.models.protocol import RowPlan
-from stable_audio_serve.models.sa3.lengths import LengthRule, chunked_windows, plan_length
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import loaded
 from tests.models.sa3.requests import make_clip, make_request
 
-SHARP_LENGTHS = [(name, case) for name in SHARP for case in load_goldens(name).facts["components"]["lengths"]]
-COMMON_LENGTHS = [case for case in load_goldens("common").facts["lengths"] if max(case["durations"]) > 0]
 CASES = [(name, case) for name in SHARP for case in load_goldens(name).facts["cases"]]
 
 
 def one(name: str = "sharp-s", **fields: Any) -> RowPlan:
     (plan,) = loaded(name).plan(make_request(**fields))
     return plan
-
-
-@pytest.mark.parametrize("case", COMMON_LENGTHS)
-def test_lengths_of_the_official_models(case: dict[str, Any]) -> None:
-    rule = LengthRule(
-        sample_rate_hz=case["sample_rate"],
-        hop=case["downsampling_ratio"],
-        frame_multiple=(case["encoder_chunk_size"] or 32) // case["stride"],
-        max_samples=case["sample_size"],
-    )
-    padding_s = case["duration_padding_sec"]
-    frames = plan_length(max(case["durations"]), rule, padding_s=padding_s).frames
-    rows = [plan_length(seconds, rule, padding_s=padding_s, frames=frames) for seconds in case["durations"]]
-    assert frames == case["latent_length"]
-    assert [row.effective_frames for row in rows] == case["effective_latents"]
-    assert [row.valid_frames for row in rows] == case["valid_latents"]
-    if len(set(case["durations"])) == 1:
-        assert rows[0].output_samples == case["output_samples_after_truncation"][0]
-
-
-@pytest.mark.parametrize(("name", "case"), SHARP_LENGTHS)
-def test_lengths_of_a_checkpoint_with_its_own_dimensions(name: str, case: dict[str, Any]) -> None:
-    rule = loaded(name).config.lengths
-    assert (rule.sample_rate_hz, rule.hop, rule.max_samples) == (
-        case["sample_rate"],
-        case["hop"],
-        case["sample_size"],
-    )
-    padding_s = case["duration_padding_sec"]
-    frames = plan_length(max(case["durations"]), rule, padding_s=padding_s).frames
-    rows = [plan_length(seconds, rule, padding_s=padding_s, frames=frames) for seconds in case["durations"]]
-    assert frames == case["latent_length"] == case["audio_sample_size"] // case["hop"]
-    assert [row.effective_frames for row in rows] == case["effective_latents"]
-    assert [row.valid_frames for row in rows] == case["valid_latents"]
-
-
-@pytest.mark.parametrize("frames", [1, 31, 127, 128, 129, 224, 225, 1292, 1300, 4096])
-def test_windows_tile_the_frames_and_keep_their_margins(frames: int) -> None:
-    spans = chunked_windows(frames)
-    assert [span.keep_start for span in spans] == [0, *(span.keep_stop for span in spans[:-1])]
-    assert spans[-1].keep_stop == spans[-1].stop == frames
-    for span in spans:
-        assert span.start <= span.keep_start < span.keep_stop <= span.stop
-        assert span.stop - span.start == min(frames, 128)
-        assert span.keep_start == 0 or span.keep_start - span.start >= 16
-        assert span.keep_stop == frames or span.stop - span.keep_stop >= 16
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
