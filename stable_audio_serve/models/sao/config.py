@@ -1,4 +1,4 @@
-"""The transformer's part of a checkpoint's `model_config.json` as frozen values.
+"""A checkpoint's `model_config.json` as frozen values: the transformer's and the autoencoder's dimensions.
 
 A missing key means the reference constructor's default. A value that would need another network, and a key that is
 not known, are refused by name.
@@ -6,11 +6,12 @@ not known, are refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_DEPTH, ConfigReader
+from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_DEPTH, MAX_SIZE, ConfigReader
 
 MIN_ROTATED = 32  # channels of a head that carry its position, at least
 HEAD_NORMS = ("none", "ln")
@@ -52,6 +53,13 @@ _READ = (
 # How weights are initialised, and the length of a table that is not used: inference is the same whatever they say.
 _INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
 _FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
+
+_SHAPE = ("channels", "c_mults", "strides", "latent_dim", "use_snake")
+_FIXED_CODER = {"antialias_activation": False}
+_FIXED_DECODER = {"use_nearest_upsample": False}
+_FIXED_PRETRANSFORM = {"model_half": False}
+# Rows or windows one by one or all at once, and what is trained: inference is the same whatever they say.
+_INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,96 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
         expected = f"a number of whole heads of {parsed.head_width} channels that divides {num_heads} heads"
         raise config.unusable("cond_token_dim", expected)
     return parsed
+
+
+@dataclass(frozen=True, slots=True)
+class OobleckConfig:
+    """Shape of the autoencoder.
+
+    `widths` runs from the audio's side to the latents', one more than there are `strides`; `scale` divides latents.
+    """
+
+    channels: int
+    latent_channels: int
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    final_tanh: bool
+    scale: float
+
+    @property
+    def hop(self) -> int:
+        """Audio samples per latent frame."""
+        return math.prod(self.strides)
+
+
+def parse_oobleck(model: ConfigReader) -> OobleckConfig:
+    """`pretransform` of the section `model`. Raises CheckpointError naming the key that cannot be used.
+
+    Encoder and decoder mirror each other, the bottleneck is the variational one, and the promised ratio and widths
+    must be those of the parts.
+    """
+    pretransform = model.section("pretransform")
+    _refuse_unknown(
+        model, "pretransform", known=("type", "config", "scale", *_FIXED_PRETRANSFORM, *_INERT_PRETRANSFORM)
+    )
+    pretransform.choice("type", ("autoencoder",))
+    pretransform.require(**_FIXED_PRETRANSFORM)
+    config = pretransform.section("config")
+    known = ("encoder", "decoder", "bottleneck", "latent_dim", "downsampling_ratio", "io_channels")
+    _refuse_unknown(pretransform, "config", known=known)
+    _refuse_unknown(config, "bottleneck", known=("type",))
+    config.section("bottleneck").choice("type", ("vae",))
+    for name in ("encoder", "decoder"):
+        _refuse_unknown(config, name, known=("type", "requires_grad", "config"))
+        config.section(name).choice("type", ("oobleck",))
+    _refuse_unknown(config.section("encoder"), "config", known=("in_channels", *_SHAPE, *_FIXED_CODER))
+    decoder_only = ("out_channels", "final_tanh", *_FIXED_DECODER)
+    _refuse_unknown(config.section("decoder"), "config", known=(*decoder_only, *_SHAPE, *_FIXED_CODER))
+    encoder, decoder = (config.section(part).section("config") for part in ("encoder", "decoder"))
+    for part in (encoder, decoder):
+        part.require(**_FIXED_CODER)
+        if not part.flag("use_snake", default=False):
+            raise part.unusable("use_snake", "true")
+    decoder.require(**_FIXED_DECODER)
+    parsed = OobleckConfig(
+        channels=config.integer("io_channels", default=2),
+        latent_channels=config.integer("latent_dim"),
+        widths=_widths(encoder),
+        strides=encoder.integers("strides"),
+        final_tanh=decoder.flag("final_tanh", default=True),
+        scale=pretransform.number("scale", default=1.0, at_least=1e-6),
+    )
+    _check_parts(parsed, config, encoder, decoder)
+    return parsed
+
+
+def _widths(part: ConfigReader) -> tuple[int, ...]:
+    width, multiples = part.integer("channels", default=128), part.integers("c_mults")
+    widths = tuple(width * multiple for multiple in (1, *multiples))
+    if max(widths) > MAX_SIZE:
+        raise part.unusable("c_mults", f"small enough that none of the widths is above {MAX_SIZE}")
+    return widths
+
+
+def _check_parts(parsed: OobleckConfig, config: ConfigReader, encoder: ConfigReader, decoder: ConfigReader) -> None:
+    if len(parsed.strides) + 1 != len(parsed.widths):
+        raise encoder.unusable("strides", "as many numbers as c_mults")
+    if any(stride % 2 for stride in parsed.strides):
+        raise encoder.unusable("strides", "even numbers")
+    for part, key, default, wanted in (
+        (encoder, "in_channels", 2, parsed.channels),
+        (encoder, "latent_dim", None, 2 * parsed.latent_channels),
+        (decoder, "out_channels", 2, parsed.channels),
+        (decoder, "latent_dim", None, parsed.latent_channels),
+        (config, "downsampling_ratio", None, parsed.hop),
+    ):
+        if part.integer(key, default=default) != wanted:
+            raise part.unusable(key, f"{wanted}, as the other parts say")
+    if decoder.integers("strides") != parsed.strides:
+        raise decoder.unusable("strides", f"{list(parsed.strides)}, as the encoder's")
+    if _widths(decoder) != parsed.widths:
+        key = "c_mults" if _widths(decoder)[0] == parsed.widths[0] else "channels"
+        raise decoder.unusable(key, "the encoder's")
 
 
 def _refuse_unknown(parent: ConfigReader, key: str, *, known: Iterable[str]) -> None:

@@ -1,0 +1,184 @@
+"""The Oobleck autoencoder of the Stable Audio Open family: stereo audio to latents and back, convolutions only.
+
+Module names are the checkpoint's keys below `pretransform.model.`. Weights are stored as direction and length and are
+resolved on every load into plain kernels (`resolve_weight_norms`). Knows nothing of windows or requests.
+
+Shapes: B rows, C channels, S audio samples, D latent width, F latent frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stable_audio_serve.models.sao.config import OobleckConfig
+
+_DILATIONS = (1, 3, 9)
+_MIN_DEVIATION = 1e-4
+_BETA_FLOOR = 1e-9
+
+
+class SnakeBeta(nn.Module):
+    """`x + sin(e^alpha x)^2 / e^beta` per channel, a periodic activation (arXiv 2006.08195 with a free amplitude)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, S) -> the same."""
+        rate, amplitude = self.alpha.exp()[:, None], 1.0 / (self.beta.exp()[:, None] + _BETA_FLOOR)
+        return x + amplitude * torch.sin(x * rate).square()
+
+
+class NormedConv(nn.Module):
+    """A convolution whose kernel is `weight_g * weight_v / |weight_v|`, the norm over all axes but the first.
+
+    The first axis is that of output channels, of input channels for a transposed convolution.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        transposed: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        first, second = (channels_in, channels_out) if transposed else (channels_out, channels_in)
+        self.stride, self.padding, self.dilation, self.transposed = stride, padding, dilation, transposed
+        self.weight_g = nn.Parameter(torch.ones(first, 1, 1))
+        self.weight_v = nn.Parameter(torch.randn(first, second, kernel) / math.sqrt(second * kernel))
+        self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
+        self._kernel: Tensor | None = None
+
+    def resolve(self) -> None:
+        """Keep the kernel as it follows from the weights now; until then every call computes it."""
+        self._kernel = self.kernel()
+
+    def kernel(self) -> Tensor:
+        """The plain kernel, float32."""
+        return self.weight_g * self.weight_v / self.weight_v.norm(dim=(1, 2), keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels in, S) -> (B, channels out, S')."""
+        kernel = self.kernel() if self._kernel is None else self._kernel
+        if self.transposed:
+            return F.conv_transpose1d(x, kernel, self.bias, stride=self.stride, padding=self.padding)
+        return F.conv1d(x, kernel, self.bias, self.stride, self.padding, self.dilation)
+
+
+class _Sequence(nn.Module):
+    """Modules one after another under the key `layers`."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class ResidualUnit(_Sequence):
+    """`x + conv1(act(conv7(act(x))))`, the wider convolution dilated."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__(
+            SnakeBeta(channels),
+            NormedConv(channels, channels, 7, padding=3 * dilation, dilation=dilation),
+            SnakeBeta(channels),
+            NormedConv(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, S) -> the same."""
+        return x + self.layers(x)
+
+
+class OobleckEncoder(_Sequence):
+    """Audio (B, C, S) to (B, 2 D, F): mean and scale of each latent channel."""
+
+    def __init__(self, config: OobleckConfig) -> None:
+        widths = config.widths
+        blocks = [
+            _Sequence(
+                *_residual_units(width),
+                SnakeBeta(width),
+                NormedConv(width, wider, 2 * stride, stride=stride, padding=math.ceil(stride / 2)),
+            )
+            for width, wider, stride in zip(widths, widths[1:], config.strides, strict=False)
+        ]
+        super().__init__(
+            NormedConv(config.channels, widths[0], 7, padding=3),
+            *blocks,
+            SnakeBeta(widths[-1]),
+            NormedConv(widths[-1], 2 * config.latent_channels, 3, padding=1),
+        )
+
+
+class OobleckDecoder(_Sequence):
+    """Latents (B, D, F) to audio (B, C, S)."""
+
+    def __init__(self, config: OobleckConfig) -> None:
+        widths = config.widths[::-1]
+        blocks = [
+            _Sequence(
+                SnakeBeta(width),
+                NormedConv(width, narrower, 2 * stride, stride=stride, padding=math.ceil(stride / 2), transposed=True),
+                *_residual_units(narrower),
+            )
+            for width, narrower, stride in zip(widths, widths[1:], config.strides[::-1], strict=False)
+        ]
+        super().__init__(
+            NormedConv(config.latent_channels, widths[0], 7, padding=3),
+            *blocks,
+            SnakeBeta(widths[-1]),
+            NormedConv(widths[-1], config.channels, 7, padding=3, bias=False),
+        )
+        self.final_tanh = config.final_tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, F) -> (B, C, S)."""
+        audio = self.layers(x)
+        return torch.tanh(audio) if self.final_tanh else audio
+
+
+class OobleckAutoencoder(nn.Module):
+    """Encoder and decoder around a variational bottleneck, float32. Row-independent."""
+
+    def __init__(self, config: OobleckConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = OobleckEncoder(config)
+        self.decoder = OobleckDecoder(config)
+
+    def resolve_weight_norms(self) -> None:
+        """Compute every kernel once; call it after the weights are loaded and moved to their device."""
+        for module in self.modules():
+            if isinstance(module, NormedConv):
+                module.resolve()
+
+    def encode(self, audio: Tensor, noise: Tensor) -> Tensor:
+        """Latents (B, D, F) of audio (B, C, S), S a multiple of the hop; `noise` (B, D, F) unit normal.
+
+        The bottleneck draws at inference too: the latent is its mean plus deviation times noise.
+        """
+        mean, scale = self.encoder(audio).chunk(2, dim=1)
+        return (mean + (F.softplus(scale) + _MIN_DEVIATION) * noise) / self.config.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Audio (B, C, F times the hop) of latents (B, D, F)."""
+        return self.decoder(latents * self.config.scale)
+
+
+def _residual_units(channels: int) -> list[ResidualUnit]:
+    return [ResidualUnit(channels, dilation) for dilation in _DILATIONS]
