@@ -19,7 +19,7 @@ from tests.databases import PostgresServer
 _LOG_LINES = 100
 _ROUTINE = re.compile(r"event=request .* status=[234]\d\d ")
 
-_SMALL = ChaosPlan(num_orders=30, rounds=1, every_s=3.0, late_after_s=60, give_up_s=120, num_compared=6)
+_SMALL = ChaosPlan(num_orders=30, rounds=1, every_s=1.0, late_after_s=60, give_up_s=120, num_compared=6)
 _LARGE = ChaosPlan(
     num_orders=300, rounds=12, every_s=4.0, late_after_s=180, give_up_s=420, num_compared=40, is_swept=True
 )

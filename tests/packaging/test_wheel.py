@@ -1,42 +1,30 @@
-"""The wheel alone, without the checkout it was built from: its commands, run in an empty directory."""
+"""The wheel alone, without the checkout it was built from: its commands, run in an empty directory.
+
+`tests/serving/test_lifecycle.py` starts one of its servers from it.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.serving.launched import LaunchedServer
+from tests.packaging.wheel import ROOT, build_wheel, install_wheel
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", ".", "--no-build-isolation", "--wheel-dir", str(folder))
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel installs; everything else comes from the environment of the tests."""
-    folder = tmp_path_factory.mktemp("installed")
-    pip("install", str(wheel), "--target", str(folder))
-    return folder
-
-
-def pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-index", "--no-deps"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return install_wheel(wheel, tmp_path_factory.mktemp("installed"))
 
 
 def run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -65,20 +53,3 @@ def test_its_commands_find_the_configuration_in_it(installed: Path, tmp_path: Pa
     assert run(installed, tmp_path, "stable-audio-serve", "init").returncode == 0
     assert (tmp_path / "serve_config.yaml").read_bytes() == (ROOT / "serve_config.yaml").read_bytes()
     assert run(installed, tmp_path, "stable-audio-serve", "config").stderr == "configuration: serve_config.yaml\n"
-
-
-@pytest.mark.ray
-def test_it_serves_the_demo_in_an_empty_directory(installed: Path, tmp_path: Path) -> None:
-    server = LaunchedServer(
-        tmp_path / "serve_config.yaml",  # which is not there
-        program=[str(installed / "bin" / "stable-audio-serve"), "serve"],
-        environment={"PYTHONPATH": str(installed)},
-    ).wait_until_ready()
-    try:
-        assert "configuration: the packaged one" in server.output
-        assert "default model: demo (the only model)" in server.output
-        answer = server.client.post("/v1/audio/generations", json={"prompt": "a 440 Hz sine tone", "duration": 1})
-        assert answer.headers["X-Model"] == "demo"
-        assert len(answer.content) == 44 + 2 * 2 * 44_100
-    finally:
-        server.stop()

@@ -42,8 +42,8 @@ def make_body(**overrides: Any) -> dict[str, Any]:
 
 
 def make_long_body(**overrides: Any) -> dict[str, Any]:
-    """Seconds of work for the tiny model."""
-    return make_body(steps=400, duration=4) | overrides
+    """A second or two of work for the tiny model."""
+    return make_body(steps=150, duration=4) | overrides
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer) -> No
 
 
 def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
-    job_id = submit(server, **make_long_body(steps=1000))
+    job_id = submit(server, **make_long_body(steps=500))
     seen = []
     while not seen or seen[-1]["status"] not in _OVER:
         seen.append(wait(server, job_id, "queued", "running", *_OVER))

@@ -1,0 +1,27 @@
+"""Builds the wheel of this checkout and installs it where nothing else is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def build_wheel(folder: Path) -> Path:
+    _pip("wheel", ".", "--no-build-isolation", "--wheel-dir", str(folder))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def install_wheel(wheel: Path, folder: Path) -> Path:
+    """Install the wheel alone into `folder`; everything it needs comes from the environment of the tests."""
+    _pip("install", str(wheel), "--target", str(folder))
+    return folder
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-index", "--no-deps"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
