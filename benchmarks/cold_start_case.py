@@ -39,7 +39,7 @@ def run_cold_start_case(settings: CaseSettings) -> dict[str, Any]:
         bare_s = time.perf_counter() - started_at
         with tempfile.TemporaryDirectory() as folder:
             config = write_config(Path(folder), entry, threads=settings.threads)
-            starts = [_start_once(config, model=entry.name) for _ in range(2)]
+            starts = [_start_once(config, model=entry.card.name) for _ in range(2)]
         rounds.append({"bare_s": bare_s, "starts": starts})
     worst = max(rounds, key=lambda r: max(start["first_audio_s"] for start in r["starts"]))
     slowest = max(worst["starts"], key=lambda start: start["first_audio_s"])

@@ -49,14 +49,16 @@ async def run_http_case(settings: CaseSettings) -> dict[str, Any]:
     """Alternating calls; the worse round counts."""
     entry = resolve_model(settings.model)
     model = load(settings)
-    duration_s = min(_CLIP_S, model.spec.max_duration_s)
+    duration_s = min(_CLIP_S, model.spec.card.max_duration_s)
     request = GenerationRequest(prompt="a low drone", duration_s=duration_s, seed=1, steps=8)
     async with Engine(model, EngineOptions(torch_threads=settings.threads)) as engine:
         with tempfile.TemporaryDirectory() as folder:
             config = write_config(Path(folder), entry, threads=settings.threads)
             with running_server(config) as server:
                 async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
-                    rounds = [await _round(engine, client, request, model=entry.name) for _ in range(settings.rounds)]
+                    rounds = [
+                        await _round(engine, client, request, model=entry.card.name) for _ in range(settings.rounds)
+                    ]
     alone = [(median(c.wall_ms for c in calls), median(own_ms)) for own_ms, calls in rounds]
     calls = [call for _, some in rounds for call in some]
     return {

@@ -88,7 +88,7 @@ def run_jobs_http_case(settings: CaseSettings, load: Load | None = None) -> dict
                     measure_submissions(server.url, sender, watcher, load) for _ in range(settings.rounds)
                 ]
     with tempfile.TemporaryDirectory() as folder, running_server(write(Path(folder))) as server, _sender() as sender:
-        polls = [measure_polls(server.url, sender, load, model=entry.name) for _ in range(settings.rounds)]
+        polls = [measure_polls(server.url, sender, load, model=entry.card.name) for _ in range(settings.rounds)]
     idle = measure_idle_runners(write, load)
     return {
         "load": asdict(load),

@@ -56,8 +56,8 @@ def write_config(
     **args: object,
 ) -> Path:
     """A serve config with one model in one replica, and what else `args` say."""
-    model = {"name": entry.name, "threads": threads, "replicas": {"max_replicas": 1}}
-    if not entry.is_demo and entry.folder:
+    model = {"name": entry.card.name, "threads": threads, "replicas": {"max_replicas": 1}}
+    if not entry.card.is_demo and entry.folder:
         model["path"] = str(Path(entry.folder).resolve())
     application = {
         "name": "benchmark",

@@ -44,7 +44,7 @@ def run_threads_case(settings: CaseSettings) -> dict[str, Any]:
     return {
         "model": {"device": "cpu", "weights": "random", **asdict(model.spec)},
         "clip_s": _REQUEST.duration_s,
-        "steps": model.spec.default_steps,
+        "steps": model.spec.card.default_steps,
         "seconds": {str(count): taken for count, taken in seconds.items()},
         "work_s_per_audio_s": {str(count): value for count, value in work_s.items()},
         "speedup": {str(count): work_s[1] / value for count, value in work_s.items()},

@@ -66,7 +66,7 @@ def draw_requests(mix: Mix, spec: ModelSpec, *, count: int, seed: int) -> list[G
         requests.append(
             GenerationRequest(
                 prompt=rng.choices(PROMPTS, weights)[0],
-                duration_s=min(duration_s, spec.max_duration_s),
+                duration_s=min(duration_s, spec.card.max_duration_s),
                 seed=seed * 100_000 + index,
                 steps=steps,
                 cfg_scale=4.0 if steps >= mix.guided_from else 1.0,
@@ -83,7 +83,7 @@ def poisson_arrivals(*, rate_hz: float, count: int, seed: int) -> list[float]:
 
 def eight_mixed_requests(spec: ModelSpec) -> list[GenerationRequest]:
     """Eight requests that differ in length, steps, sampler, guidance, source and mask, scaled to the model."""
-    longest_s = min(spec.max_duration_s, 30.0)
+    longest_s = min(spec.card.max_duration_s, 30.0)
     clip = _noise_clip(spec, duration_s=longest_s / 4)
     fields: Sequence[dict[str, object]] = (
         {"duration_s": longest_s / 16},
@@ -106,9 +106,9 @@ def eight_mixed_requests(spec: ModelSpec) -> list[GenerationRequest]:
 
 
 def _noise_clip(spec: ModelSpec, *, duration_s: float) -> SourceAudio:
-    shape = (spec.channels, int(duration_s * spec.sample_rate_hz))
+    shape = (spec.card.channels, int(duration_s * spec.card.sample_rate_hz))
     samples = np.random.default_rng(0).uniform(-0.3, 0.3, shape)
-    return SourceAudio(samples.astype(np.float32), spec.sample_rate_hz)
+    return SourceAudio(samples.astype(np.float32), spec.card.sample_rate_hz)
 
 
 def _choose(rng: random.Random, weighted: Sequence[tuple[Value, float]]) -> Value:

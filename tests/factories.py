@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.protocol import (
@@ -63,28 +64,27 @@ class ToyModel:
         self.device = torch.device(device)
         self.on_call = on_call
         self.spec = ModelSpec(
-            name="toy",
-            family="toy",
-            sample_rate_hz=800,
-            channels=2,
+            card=ModelCard(
+                "toy",
+                "toy",
+                sample_rate_hz=800,
+                channels=2,
+                latent_channels=latent_channels,
+                max_duration_s=256 * hop / 800,
+                default_steps=4,
+                default_duration_padding_s=0.1,
+            ),
             hop=hop,
-            latent_channels=latent_channels,
             max_frames=256,
-            max_duration_s=256 * hop / 800,
             default_sampler="pingpong",
-            default_steps=4,
-            default_cfg_scale=1.0,
-            default_padding_s=0.1,
-            decode_halo_frames=_HALO,
             noisy_source_encoder=noisy_source_encoder,
-            parameter_bytes=0,
         )
         generator = torch.Generator().manual_seed(7)
 
         def weight(*shape: int) -> Tensor:
             return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(self.device)
 
-        channels = self.spec.channels
+        channels = self.spec.card.channels
         self._text = weight(256, width)
         self._into = weight(width, latent_channels)
         self._qkv = weight(3 * width, width)
@@ -96,21 +96,23 @@ class ToyModel:
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         spec = self.spec
-        if request.duration_s > spec.max_duration_s:
-            raise InvalidRequestError("too long", field="duration", allowed=f"0..{spec.max_duration_s}")
-        padding_s = spec.default_padding_s if request.duration_padding_s is None else request.duration_padding_s
-        own = max(1, math.ceil((request.duration_s + padding_s) * spec.sample_rate_hz / spec.hop))
+        if request.duration_s > spec.card.max_duration_s:
+            raise InvalidRequestError("too long", field="duration", allowed=f"0..{spec.card.max_duration_s}")
+        padding_s = (
+            spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
+        )
+        own = max(1, math.ceil((request.duration_s + padding_s) * spec.card.sample_rate_hz / spec.hop))
         valid = min(own, spec.max_frames)
         length = frames or min(valid + valid % 2, spec.max_frames)
         guidance = Guidance(
-            cfg_scale=spec.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
+            cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
             apg_scale=request.apg_scale,
             norm_threshold=request.cfg_norm_threshold,
             rescale=request.cfg_rescale,
             interval=request.cfg_interval,
         )
         level = request.init_noise_level if request.init_audio else 1.0
-        sigmas = build_sigmas(request.steps or spec.default_steps, DEFAULT_SHIFT, length=valid, sigma_max=level)
+        sigmas = build_sigmas(request.steps or spec.card.default_steps, DEFAULT_SHIFT, length=valid, sigma_max=level)
         sampler = build_plan(
             request.sampler or spec.default_sampler,
             sigmas,
@@ -122,13 +124,17 @@ class ToyModel:
         if request.inpaint_audio is not None:
             mask = torch.ones(length)
             for start_s, end_s in request.inpaint_regions_s:
-                mask[int(start_s * spec.sample_rate_hz / spec.hop) : int(end_s * spec.sample_rate_hz / spec.hop)] = 0
+                mask[
+                    int(start_s * spec.card.sample_rate_hz / spec.hop) : int(
+                        end_s * spec.card.sample_rate_hz / spec.hop
+                    )
+                ] = 0
         return tuple(
             RowPlan(
                 seed=request.seed + index,
                 frames=length,
                 valid_frames=valid,
-                output_samples=int(request.duration_s * spec.sample_rate_hz),
+                output_samples=int(request.duration_s * spec.card.sample_rate_hz),
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt if guided else None,
                 numbers={"seconds_total": request.duration_s},
@@ -162,7 +168,9 @@ class ToyModel:
         spec = self.spec
         latents = []
         for window in windows:
-            patches = window.samples.reshape(spec.channels, -1, spec.hop).permute(1, 0, 2).flatten(1).to(self.device)
+            patches = (
+                window.samples.reshape(spec.card.channels, -1, spec.hop).permute(1, 0, 2).flatten(1).to(self.device)
+            )
             encoded = torch.tanh(patches @ self._encoder.T).T
             if spec.noisy_source_encoder:
                 stage = f"{window.stage}/tokens"
@@ -177,7 +185,7 @@ class ToyModel:
         self, plan: RowPlan, *, prompt: TextEmbedding, negative: TextEmbedding | None, inpaint_latents: Tensor | None
     ) -> RowConditioning:
         self.on_call("condition", [plan])
-        local_in = torch.zeros(plan.frames, self.spec.latent_channels + 1, device=self.device)
+        local_in = torch.zeros(plan.frames, self.spec.card.latent_channels + 1, device=self.device)
         if inpaint_latents is not None and plan.keep_mask is not None:
             keep = plan.keep_mask.to(self.device)
             local_in = torch.cat((keep[:, None], (inpaint_latents * keep).T), dim=1)
@@ -211,8 +219,8 @@ class ToyModel:
             noise = window.noise.window(
                 "decode/tokens", window.start, shape=tuple(patches.shape), frame_axis=1, device=self.device
             )
-            noisy = (patches + 0.01 * noise).T.reshape(-1, self.spec.channels, self.spec.hop)
-            pieces.append(noisy.permute(1, 0, 2).reshape(self.spec.channels, -1))
+            noisy = (patches + 0.01 * noise).T.reshape(-1, self.spec.card.channels, self.spec.hop)
+            pieces.append(noisy.permute(1, 0, 2).reshape(self.spec.card.channels, -1))
         return pieces
 
     def _attend(self, hidden: Tensor, valid: Tensor) -> Tensor:
@@ -224,7 +232,7 @@ class ToyModel:
     def _source(self, audio: SourceAudio | None, frames: int) -> SourcePlan | None:
         if audio is None:
             return None
-        samples = torch.zeros(self.spec.channels, frames * self.spec.hop)
+        samples = torch.zeros(self.spec.card.channels, frames * self.spec.hop)
         given = torch.from_numpy(audio.samples)[:, : samples.shape[1]]
         samples[:, : given.shape[1]] = given
         return SourcePlan(samples, make_windows(frames))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -10,12 +11,11 @@ from typing import Any, Protocol
 import httpx
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3.build import load_sa3
 
 Audio = npt.NDArray[np.float32]
 
@@ -32,7 +32,7 @@ class EnginePlayer:
     """A checkpoint folder on the CPU, through the real loader and engine. Use with `async with`."""
 
     def __init__(self, folder: Path) -> None:
-        self._engine = Engine(load_sa3(BUILT_IN["demo"], folder, device=torch.device("cpu"), dtype=torch.float32))
+        self._engine = Engine(load_model(replace(BUILT_IN["demo"], folder=str(folder))))
 
     async def __aenter__(self) -> EnginePlayer:
         await self._engine.start()

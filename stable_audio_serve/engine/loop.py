@@ -151,8 +151,8 @@ class EngineLoop:
         timings = request.clock.timings()
         result = GenerationResult(
             audio=tuple(request.audio[index] for index in range(len(request.rows))),
-            sample_rate_hz=self._spec.sample_rate_hz,
-            model=self._spec.name,
+            sample_rate_hz=self._spec.card.sample_rate_hz,
+            model=self._spec.card.name,
             seeds=tuple(row.plan.seed for row in request.rows),
             timings=timings,
         )
@@ -162,7 +162,7 @@ class EngineLoop:
         self._metrics.observe("engine_queue_ms", timings.queue_ms)
         self._metrics.observe("engine_request_ms", timings.total_ms)
         samples = sum(audio.shape[-1] for audio in result.audio)
-        self._metrics.increment("engine_audio_seconds", samples / self._spec.sample_rate_hz)
+        self._metrics.increment("engine_audio_seconds", samples / self._spec.card.sample_rate_hz)
 
     def _fail(self, failures: Failures) -> None:
         """End the requests of failed rows; nobody else notices."""

@@ -166,7 +166,7 @@ class Stages:
         return failures
 
     def _open_noise(self, row: Row) -> None:
-        shape = (self._model.spec.latent_channels, row.plan.frames)
+        shape = (self._model.spec.card.latent_channels, row.plan.frames)
         source = row.request.noise_factory(row.plan.seed)
         drawer = self._drawers[row.request.request.priority]
         row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
@@ -222,7 +222,7 @@ class Stages:
         if not bool(torch.isfinite(latents[:, : row.plan.valid_frames]).all()):
             return [(row, GenerationError("the model made latents that are not numbers"))]
         row.latents = latents
-        row.audio = make_assembly(row.plan, hop=self._model.spec.hop, channels=self._model.spec.channels)
+        row.audio = make_assembly(row.plan, hop=self._model.spec.hop, channels=self._model.spec.card.channels)
         return []
 
     def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], run: Callable[[], Result]) -> Result:

@@ -71,7 +71,7 @@ class WarmUp:
         prompt = self._model.encode_text([_PROMPT])[0]
         seen: set[int] = set()
         for share in _DURATION_SHARES:
-            duration_s = self._model.spec.max_duration_s * share
+            duration_s = self._model.spec.card.max_duration_s * share
             request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
             plan = self._model.plan(request)[0]
             if plan.frames in seen:
@@ -87,8 +87,8 @@ class WarmUp:
         noise = self._noise_factory(0)
         spec = self._model.spec
         window = min(plan.frames, _LONGEST_WINDOW)
-        latents = torch.zeros(spec.latent_channels, window, device=self._model.device)
-        samples = torch.zeros(spec.channels, window * spec.hop)
+        latents = torch.zeros(spec.card.latent_channels, window, device=self._model.device)
+        samples = torch.zeros(spec.card.channels, window * spec.hop)
         decode = DecodeWindow(latents, 0, noise)
         encode = EncodeWindow(samples, 0, "init", noise)
         crowds = ([Lane(1, plan.frames)], [Lane(2, plan.frames)], [Lane(2, plan.frames)] * 2)
@@ -108,7 +108,7 @@ class WarmUp:
         device = self._model.device
         valid = (torch.arange(frames) < plan.valid_frames).expand(rows, frames).to(device)
         return StepBatch(
-            x=torch.zeros(rows, self._model.spec.latent_channels, frames, device=device),
+            x=torch.zeros(rows, self._model.spec.card.latent_channels, frames, device=device),
             t=torch.full((rows,), 0.5, device=device),
             valid=valid,
             branches=[conditioning.conditional] * rows,

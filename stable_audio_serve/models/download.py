@@ -119,7 +119,7 @@ def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path
 
 def _repository(entry: ModelEntry) -> str:
     if entry.repo_id is None:
-        raise CheckpointError(f"model {entry.name!r} names neither a folder nor a repository")
+        raise CheckpointError(f"model {entry.card.name!r} names neither a folder nor a repository")
     return entry.repo_id
 
 

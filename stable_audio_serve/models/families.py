@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,11 +30,12 @@ def load_model(
     ConfigError for a device or dtype that cannot be used.
     """
     target = resolve_device(device)
-    loader = _LOADERS.get(entry.family)
+    loader = _LOADERS.get(entry.card.family)
     if loader is None:
-        raise ConfigError(f"models: the family {entry.family!r} is not supported", field="models")
+        raise ConfigError(f"models: the family {entry.card.family!r} is not supported", field="models")
     folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
-    return loader(describe_entry(entry), folder, device=target, dtype=resolve_dtype(target, dtype))
+    card = describe_entry(replace(entry, folder=str(folder))).card
+    return loader(card, folder, device=target, dtype=resolve_dtype(target, dtype))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

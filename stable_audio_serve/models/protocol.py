@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
@@ -19,23 +20,15 @@ from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Facts about a loaded model, read from its checkpoint's own config and its registry entry."""
+    """Facts about a loaded model: its card, which the checkpoint's own config has filled in, and what only the engine
+    needs to know.
+    """
 
-    name: str
-    family: str
-    sample_rate_hz: int
-    channels: int
+    card: ModelCard
     hop: int  # audio samples per latent frame
-    latent_channels: int
     max_frames: int  # latent frames of the longest window, headroom included
-    max_duration_s: float
     default_sampler: str
-    default_steps: int
-    default_cfg_scale: float
-    default_padding_s: float
-    decode_halo_frames: int  # latent frames on each side of a decode window that influence its inside
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
-    parameter_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,82 +25,58 @@ OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {"rf_denoiser": (8, 1.0), 
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One model that can be loaded: from `folder` when set, else from `repo_id` at `revision`.
+    """One model that can be loaded, and its card: from `folder` when set, else from `repo_id` at `revision`.
 
-    `files` are the patterns to download. `max_duration_s` None means as long as the checkpoint allows.
+    `files` are the patterns to download. `cap_s` is the longest duration that is allowed whatever the
+    checkpoint can do; None leaves it to the checkpoint.
     """
 
-    name: str
+    card: ModelCard
     repo_id: str | None = None
     revision: str | None = None
     folder: str | None = None
     files: tuple[str, ...] = OFFICIAL_FILES
-    family: str = SA3_FAMILY
-    aliases: tuple[str, ...] = ()
-    max_duration_s: float | None = None
-    sample_rate_hz: int = 44100
-    channels: int = 2
-    latent_channels: int = 256
-    objective: str = "rf_denoiser"
-    default_steps: int = 8
-    default_cfg_scale: float = 1.0
-    default_duration_padding_s: float = 6.0
-    is_demo: bool = False
-    description: str = ""
-
-    def card(self) -> ModelCard:
-        """What clients may know of it."""
-        return ModelCard(
-            name=self.name,
-            family=self.family,
-            aliases=self.aliases,
-            max_duration_s=self.max_duration_s or ModelCard(name="", family="").max_duration_s,
-            sample_rate_hz=self.sample_rate_hz,
-            channels=self.channels,
-            latent_channels=self.latent_channels,
-            objective=self.objective,
-            default_steps=self.default_steps,
-            default_cfg_scale=self.default_cfg_scale,
-            default_duration_padding_s=self.default_duration_padding_s,
-            is_demo=self.is_demo,
-            description=self.description,
-        )
+    cap_s: float | None = None
 
 
-def _official(name: str, *, max_duration_s: float, description: str) -> ModelEntry:
+def _official(name: str, *, cap_s: float, description: str) -> ModelEntry:
     repo_id = f"stabilityai/stable-audio-3-{name}"
     objective = "rectified_flow" if name.endswith("-base") else "rf_denoiser"
     steps, cfg_scale = OBJECTIVE_DEFAULTS[objective]
-    return ModelEntry(
+    card = ModelCard(
         name=name,
-        repo_id=repo_id,
+        family=SA3_FAMILY,
         aliases=(f"stable-audio-3-{name}", repo_id),
-        max_duration_s=max_duration_s,
+        max_duration_s=cap_s,
         objective=objective,
         default_steps=steps,
         default_cfg_scale=cfg_scale,
         description=description,
     )
+    return ModelEntry(card, repo_id=repo_id, cap_s=cap_s)
 
 
 _DEMO = ModelEntry(
-    name="demo",
+    ModelCard(
+        name="demo",
+        family=SA3_FAMILY,
+        aliases=("stable-audio-serve-demo",),
+        default_duration_padding_s=0.4,
+        is_demo=True,
+        description="A small demo model trained on generated sounds only; shows that everything works.",
+    ),
     folder=str(resources.files("stable_audio_serve") / "demo" / "checkpoint"),
-    aliases=("stable-audio-serve-demo",),
-    default_duration_padding_s=0.4,
-    is_demo=True,
-    description="A small demo model trained on generated sounds only; shows that everything works.",
 )
 
 BUILT_IN: Mapping[str, ModelEntry] = {
-    entry.name: entry
+    entry.card.name: entry
     for entry in (
-        _official("small-sfx", max_duration_s=120.0, description="Sound effects, up to 2 minutes."),
-        _official("small-music", max_duration_s=120.0, description="Music, up to 2 minutes."),
-        _official("medium", max_duration_s=380.0, description="Music and sound effects, up to 6 minutes 20 seconds."),
-        _official("small-sfx-base", max_duration_s=120.0, description="Base model behind small-sfx."),
-        _official("small-music-base", max_duration_s=120.0, description="Base model behind small-music."),
-        _official("medium-base", max_duration_s=380.0, description="Base model behind medium."),
+        _official("small-sfx", cap_s=120.0, description="Sound effects, up to 2 minutes."),
+        _official("small-music", cap_s=120.0, description="Music, up to 2 minutes."),
+        _official("medium", cap_s=380.0, description="Music and sound effects, up to 6 minutes 20 seconds."),
+        _official("small-sfx-base", cap_s=120.0, description="Base model behind small-sfx."),
+        _official("small-music-base", cap_s=120.0, description="Base model behind small-music."),
+        _official("medium-base", cap_s=380.0, description="Base model behind medium."),
         _DEMO,
     )
 }
@@ -126,20 +102,20 @@ def resolve_entry(
         known = ", ".join(BUILT_IN)
         message = f"models: {name!r} is not built in ({known}); give it a path or a repo_id"
         raise ConfigError(message, field="models")
-    entry = base or ModelEntry(name=name, files=OPERATOR_FILES)
+    entry = base or ModelEntry(ModelCard(name, SA3_FAMILY), files=OPERATOR_FILES)
     if path is not None:
         entry = replace(entry, folder=str(Path(path).expanduser()), repo_id=None)
     elif repo_id is not None:
         entry = replace(entry, folder=None, repo_id=repo_id, files=OPERATOR_FILES)
-    return replace(
-        entry,
-        revision=revision or entry.revision,
-        aliases=tuple(dict.fromkeys((*entry.aliases, *aliases))),
-        max_duration_s=max_duration_s or entry.max_duration_s,
+    card = replace(
+        entry.card,
+        aliases=tuple(dict.fromkeys((*entry.card.aliases, *aliases))),
+        max_duration_s=max_duration_s or entry.card.max_duration_s,
         default_duration_padding_s=(
-            entry.default_duration_padding_s if duration_padding_s is None else duration_padding_s
+            entry.card.default_duration_padding_s if duration_padding_s is None else duration_padding_s
         ),
     )
+    return replace(entry, card=card, revision=revision or entry.revision, cap_s=max_duration_s or entry.cap_s)
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:
@@ -156,15 +132,16 @@ def describe_entry(entry: ModelEntry) -> ModelEntry:
     model = config.section("model")
     objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS))
     steps, cfg_scale = OBJECTIVE_DEFAULTS[objective]
-    if entry.name in BUILT_IN:
-        steps, cfg_scale = entry.default_steps, entry.default_cfg_scale
-    return replace(
-        entry,
+    if entry.card.name in BUILT_IN:
+        steps, cfg_scale = entry.card.default_steps, entry.card.default_cfg_scale
+    card = replace(
+        entry.card,
         sample_rate_hz=rate,
-        channels=config.integer("audio_channels", default=entry.channels),
+        channels=config.integer("audio_channels", default=entry.card.channels),
         latent_channels=model.integer("io_channels"),
         objective=objective,
-        max_duration_s=min(entry.max_duration_s or longest_s, longest_s),
+        max_duration_s=min(entry.cap_s or longest_s, longest_s),
         default_steps=steps,
         default_cfg_scale=cfg_scale,
     )
+    return replace(entry, card=card)

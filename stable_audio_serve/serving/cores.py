@@ -36,7 +36,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def _is_demo(model: ModelSettings) -> bool:
-    return model_entry(model).is_demo
+    return model_entry(model).card.is_demo
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -63,7 +63,7 @@ def plan_deployments(settings: Settings) -> Plan:
 
     A model whose folder cannot be read has the facts of one that is not downloaded yet: `weights` says what it lacks.
     """
-    cards = [_describe(model_entry(model)).card() for model in settings.models]
+    cards = [_describe(model_entry(model)).card for model in settings.models]
     catalog = ModelCatalog(cards, default=settings.default_model)
     check_model_names(settings, catalog)
     settings = settings.model_copy(update={"output_dir": os.path.abspath(settings.output_dir)})

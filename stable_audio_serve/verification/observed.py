@@ -114,7 +114,7 @@ class Runner:
 
     def script(self, case: Case) -> list[ReplayDraw]:
         """Returns the random draws of the case in order."""
-        channels = self._model.spec.latent_channels
+        channels = self._model.spec.card.latent_channels
         return replay_script(self.plan(case)[0], self._probe, latent_channels=channels, num_rows=len(case.requests))
 
     async def run(self, case: Case) -> list[RowResult]:
@@ -132,9 +132,9 @@ class Runner:
         """Returns the first row's local conditioning: mask, then kept latents, encoded without noise (1, 1 + D, F)."""
         plan = self.plan(case)[0]
         if plan.inpaint_source is None or plan.keep_mask is None:
-            return torch.zeros(1, 1 + self._model.spec.latent_channels, plan.frames)
+            return torch.zeros(1, 1 + self._model.spec.card.latent_channels, plan.frames)
         hop, noise = self._model.spec.hop, SilentWindows(ReplayNoise(0, (), num_rows=1).row(0))
-        latents = torch.zeros(self._model.spec.latent_channels, plan.frames)
+        latents = torch.zeros(self._model.spec.card.latent_channels, plan.frames)
         for span in plan.inpaint_source.windows:
             samples = plan.inpaint_source.samples[:, span.start * hop : span.stop * hop]
             window = EncodeWindow(samples=samples, start=span.start, stage="inpaint", noise=noise)
@@ -152,7 +152,7 @@ class Runner:
         return self._num_frames(longest_s, padding_s=padding_s, sample_size=case.sample_size)
 
     async def _run(self, case: Case, noise: Sequence[NoiseSource]) -> list[RowResult]:
-        plans, channels = self.plan(case), self._model.spec.latent_channels
+        plans, channels = self.plan(case), self._model.spec.card.latent_channels
         self._observed.noise = dict(enumerate(noise))
         self._observed.latents = {row: torch.zeros(channels, plan.frames) for row, plan in enumerate(plans)}
         generations = (self._engine.generate(request, frames=plans[0].frames) for request in case.requests)

@@ -42,10 +42,10 @@ class DrawProbe:
             recorder = _Recorder()
             spec, device = self._model.spec, self._model.device
             if stage == "decode":
-                latents = torch.zeros(spec.latent_channels, num_frames, device=device)
+                latents = torch.zeros(spec.card.latent_channels, num_frames, device=device)
                 self._model.decode([DecodeWindow(latents=latents, start=0, noise=recorder)])
             else:
-                samples = torch.zeros(spec.channels, spec.hop * num_frames)
+                samples = torch.zeros(spec.card.channels, spec.hop * num_frames)
                 self._model.encode_audio([EncodeWindow(samples=samples, start=0, stage=stage, noise=recorder)])
             self._known[stage, num_frames] = recorder.asked
         return self._known[stage, num_frames]

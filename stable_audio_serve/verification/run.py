@@ -53,7 +53,7 @@ def _compare(report: Report, goldens: Goldens, *, model: DiffusionModel) -> None
     if isinstance(model, Sa3Model):
         compare_sa3(report, goldens, model=model)
     else:
-        report.fail("checkpoint", f"nothing is known to compare for the family {model.spec.family}")
+        report.fail("checkpoint", f"nothing is known to compare for the family {model.spec.card.family}")
     for group, keys in goldens.unused():
         names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")

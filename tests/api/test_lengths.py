@@ -20,8 +20,8 @@ from tests.factories import ToyModel
 
 pytestmark = pytest.mark.slow
 
-RATE_HZ = ToyModel().spec.sample_rate_hz
-LONGEST_S = ToyModel().spec.max_duration_s
+RATE_HZ = ToyModel().spec.card.sample_rate_hz
+LONGEST_S = ToyModel().spec.card.max_duration_s
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_mixes_are_reproducible_and_within_the_model(name: str) -> None:
     spec = ToyModel().spec
     requests = draw_requests(MIXES[name], spec, count=60, seed=3)
     assert requests == draw_requests(MIXES[name], spec, count=60, seed=3)
-    assert all(0 < request.duration_s <= spec.max_duration_s for request in requests)
+    assert all(0 < request.duration_s <= spec.card.max_duration_s for request in requests)
     assert len({request.seed for request in requests}) == 60
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.demo.checks import (
@@ -22,15 +21,15 @@ from stable_audio_serve.demo.checks import (
     strongest_hz,
 )
 from stable_audio_serve.engine import Engine
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3.build import load_sa3
 
 FOLDER = Path(BUILT_IN["demo"].folder or "")
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(load_sa3(BUILT_IN["demo"], FOLDER, device=torch.device("cpu"), dtype=torch.float32))
+    return Engine(load_model(BUILT_IN["demo"]))
 
 
 async def make_audio(engine: Engine, prompt: str, *, duration_s: float = 3.0, **options: object) -> np.ndarray:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from stable_audio_serve.demo.train_autoencoder import (
 )
 from stable_audio_serve.demo.train_decoder import DecoderTrainingConfig, train_decoder
 from stable_audio_serve.demo.train_denoiser import DenoiserTrainingConfig, Trainer, draw_times
+from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3.build import load_sa3
 
 SMALL = AutoencoderConfig(width=384, batch_patches=96, pool_patches=400, steps=40)
 
@@ -88,8 +89,8 @@ def test_times_cover_the_whole_range_and_hit_the_start() -> None:
 def test_a_packaged_checkpoint_loads_through_the_ordinary_loader(tmp_path: Path, untrained: Autoencoder) -> None:
     trainer = Trainer(DenoiserTrainingConfig(steps=1))
     write_checkpoint(trainer, untrained, folder=tmp_path)
-    model = load_sa3(BUILT_IN["demo"], tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(replace(BUILT_IN["demo"], folder=str(tmp_path)))
     assert model.spec.hop == 4096
-    assert model.spec.decode_halo_frames == 1
+    assert model.autoencoder.decoder_halo_latents == 1
     (embedding,) = model.encode_text(["a 440 Hz sine"])
     assert embedding.mask.sum() == 2

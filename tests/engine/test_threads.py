@@ -66,14 +66,14 @@ def make_wide_model() -> Sa3Model:
         components = build_components(config, loaded("tiny-s").text)
     for module in components.modules:
         module.eval().requires_grad_(False)
-    spec = build_spec(BUILT_IN["small-music"], config, components)
+    spec = build_spec(BUILT_IN["small-music"].card, config, components)
     return Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", [*FAMILY, "wide"])
 async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
     model = make_wide_model() if name == "wide" else loaded(name)
-    requests = make_requests(model.spec.sample_rate_hz)
+    requests = make_requests(model.spec.card.sample_rate_hz)
     if name == "wide":  # whose requests take their time
         names = ("plain", "guided", "inpainting")
         requests = {kind: replace(requests[kind], duration_padding_s=1.0, batch_size=1) for kind in names}

@@ -56,7 +56,7 @@ def _main(settings: Settings, active: str) -> None:
 
 
 async def _work(settings: Settings) -> None:
-    card = describe_entry(resolve_entry(MODEL, path=str(load_goldens(MODEL).folder))).card()
+    card = describe_entry(resolve_entry(MODEL, path=str(load_goldens(MODEL).folder))).card
     engine = Engine(loaded(MODEL), EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
     queue = open_queue(settings)
     if queue.store.database.is_sqlite:

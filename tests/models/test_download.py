@@ -23,9 +23,10 @@ ENCODER_WEIGHTS = "t5gemma/model.safetensors"
 DOWNLOAD = """
 import json, sys
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.models.download import check_access, download_entry
 from stable_audio_serve.models.registry import OPERATOR_FILES, ModelEntry
-entry = ModelEntry(name="model", files=OPERATOR_FILES, **json.loads(sys.argv[2]))
+entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, **json.loads(sys.argv[2]))
 for name in sys.argv[1].split():
     try:
         print(json.dumps({"folder": str({"download": download_entry, "check": check_access}[name](entry))}))

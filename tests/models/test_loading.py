@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.models.families import load_model, resolve_device
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> Sa3Model:
-    model = load_model(ModelEntry(name="spoilt", folder=str(folder)))
+    model = load_model(ModelEntry(ModelCard("spoilt", "stable-audio-3"), folder=str(folder)))
     assert isinstance(model, Sa3Model)
     return model
 
@@ -292,4 +293,4 @@ def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> Non
 def test_entry_facts_reach_the_spec(folder: Path) -> None:
     entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0, duration_padding_s=0.5)
     spec = load_model(entry).spec
-    assert (spec.name, spec.max_duration_s, spec.default_padding_s) == ("mine", 5.0, 0.5)
+    assert (spec.card.name, spec.card.max_duration_s, spec.card.default_duration_padding_s) == ("mine", 5.0, 0.5)

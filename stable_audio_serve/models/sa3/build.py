@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_text_encoder, find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.protocol import ModelSpec
-from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import (
     NumberConditioner,
@@ -33,7 +32,7 @@ from stable_audio_serve.models.weights import (
 )
 
 
-def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Sa3Model:
+def load_sa3(card: ModelCard, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Sa3Model:
     """Load the folder's files strictly: the denoiser in `dtype`, the text encoder in its own, the rest in float32.
 
     Raises CheckpointError naming the file or key that does not fit.
@@ -53,7 +52,7 @@ def load_sa3(entry: ModelEntry, folder: Path, *, device: torch.device, dtype: to
     for module in components.modules:
         module.to(device)
     _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
-    spec = build_spec(entry, config, components)
+    spec = build_spec(card, config, components)
     return Sa3Model(components, config=config, spec=spec, device=device)
 
 
@@ -85,33 +84,28 @@ def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: P
 
 def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:
     """Which module the keys with each prefix belong to; also what an exporter writes."""
-    return {
-        f"conditioner.conditioners.{config.prompt.id}.": components.prompt,
-        **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
-        "model.model.": components.denoiser,
-        "pretransform.model.": components.autoencoder,
-    }
+    modules: dict[str, nn.Module] = {f"conditioner.conditioners.{config.prompt.id}.": components.prompt}
+    for id_, number in components.numbers.items():
+        modules[f"conditioner.conditioners.{id_}."] = number
+    modules["model.model."] = components.denoiser
+    modules["pretransform.model."] = components.autoencoder
+    return modules
 
 
-def build_spec(entry: ModelEntry, config: Sa3Config, components: Sa3Components) -> ModelSpec:
-    """Facts from the checkpoint, with the entry's cap and defaults."""
-    lengths, autoencoder = config.lengths, components.autoencoder
+def build_spec(card: ModelCard, config: Sa3Config, components: Sa3Components) -> ModelSpec:
+    """Facts from the checkpoint; of the card, which is the operator's too, name, defaults and a lower cap are kept."""
+    lengths = config.lengths
     longest_s = lengths.max_samples / lengths.sample_rate_hz
-    parameters = (cast("Iterable[nn.Parameter]", module.parameters()) for module in components.modules)
     return ModelSpec(
-        name=entry.name,
-        family=entry.family,
-        sample_rate_hz=lengths.sample_rate_hz,
-        channels=config.channels,
+        card=replace(
+            card,
+            sample_rate_hz=lengths.sample_rate_hz,
+            channels=config.channels,
+            latent_channels=config.latent_channels,
+            max_duration_s=min(card.max_duration_s, longest_s),
+        ),
         hop=lengths.hop,
-        latent_channels=config.latent_channels,
         max_frames=lengths.max_frames,
-        max_duration_s=min(entry.max_duration_s or longest_s, longest_s),
         default_sampler=config.default_sampler,
-        default_steps=entry.default_steps,
-        default_cfg_scale=entry.default_cfg_scale,
-        default_padding_s=entry.default_duration_padding_s,
-        decode_halo_frames=autoencoder.decoder_halo_latents,
-        noisy_source_encoder=autoencoder.encoder_draws_noise,
-        parameter_bytes=sum(parameter.nbytes for module in parameters for parameter in module),
+        noisy_source_encoder=components.autoencoder.encoder_draws_noise,
     )

@@ -176,7 +176,9 @@ class Sa3Model:
             parts["inpaint_masked_input"] = torch.where(mask > 0, latents, torch.zeros_like(latents))
         else:
             parts["inpaint_mask"] = torch.zeros(1, plan.frames, device=self._device)
-            parts["inpaint_masked_input"] = torch.zeros(self._spec.latent_channels, plan.frames, device=self._device)
+            parts["inpaint_masked_input"] = torch.zeros(
+                self._spec.card.latent_channels, plan.frames, device=self._device
+            )
         if self.config.tempo is not None:
             parts["timeline"] = self._timeline(plan)
         return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]
@@ -185,7 +187,7 @@ class Sa3Model:
         """(features, F) on the device."""
         return timeline_features(
             plan.frames,
-            frame_s=self._spec.hop / self._spec.sample_rate_hz,
+            frame_s=self._spec.hop / self._spec.card.sample_rate_hz,
             seconds_total=plan.numbers["seconds_total"],
             tempo_bpm=plan.numbers["tempo_bpm"],
         ).to(self._device)

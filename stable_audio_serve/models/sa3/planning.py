@@ -90,13 +90,15 @@ def _check_numbers(request: GenerationRequest) -> None:
 
 
 def _plan_length(request: GenerationRequest, config: Sa3Config, spec: ModelSpec, frames: int | None) -> RowLength:
-    duration_s, cap_s = request.duration_s, spec.max_duration_s
+    duration_s, cap_s = request.duration_s, spec.card.max_duration_s
     if not math.isfinite(duration_s) or duration_s <= 0:
         raise InvalidRequestError("duration must be above 0", field="duration", allowed=f"0..{cap_s:g}")
     if frames is None and duration_s > cap_s:
-        message = f"duration must be at most {cap_s:g} s for {spec.name}, got {duration_s:g}"
+        message = f"duration must be at most {cap_s:g} s for {spec.card.name}, got {duration_s:g}"
         raise InvalidRequestError(message, field="duration", allowed=f"0..{cap_s:g}")
-    padding_s = spec.default_padding_s if request.duration_padding_s is None else request.duration_padding_s
+    padding_s = (
+        spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
+    )
     return plan_length(duration_s, config.lengths, padding_s=padding_s, frames=frames)
 
 
@@ -104,7 +106,7 @@ def _plan_sampler(
     request: GenerationRequest, config: Sa3Config, spec: ModelSpec, shift: TimestepShift, length: RowLength
 ) -> tuple[SamplerPlan, Guidance]:
     guidance = Guidance(
-        cfg_scale=spec.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
+        cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
         apg_scale=request.apg_scale,
         norm_threshold=request.cfg_norm_threshold,
         rescale=request.cfg_rescale,
@@ -112,7 +114,7 @@ def _plan_sampler(
     )
     has_source = request.init_audio is not None
     sigmas = build_sigmas(
-        spec.default_steps if request.steps is None else request.steps,
+        spec.card.default_steps if request.steps is None else request.steps,
         shift_from_override(request.schedule_shift) if request.schedule_shift else shift,
         length=length.effective_frames if config.effective_length_schedule else length.frames,
         sigma_max=max(request.init_noise_level, MIN_NOISE_LEVEL) if has_source else 1.0,

@@ -121,7 +121,7 @@ def build_random_model(name: str, *, device: str | torch.device, dtype: torch.dt
     for module in components.modules:
         module.eval().requires_grad_(False)
     cast_network(components.denoiser, dtype)
-    spec = build_spec(BUILT_IN[name], config, components)
+    spec = build_spec(BUILT_IN[name].card, config, components)
     return Sa3Model(components, config=config, spec=spec, device=target)
 
 

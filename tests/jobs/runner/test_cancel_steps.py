@@ -83,7 +83,7 @@ def make_victim() -> GenerationRequest:
 async def running(folder: Path, model: Any) -> AsyncIterator[JobQueue]:
     """A queue whose jobs a runner does on an engine in this process."""
     settings = Settings(output_dir=str(folder))
-    card = describe_entry(resolve_entry(_NAME, path=str(load_goldens(_NAME).folder))).card()
+    card = describe_entry(resolve_entry(_NAME, path=str(load_goldens(_NAME).folder))).card
     engine = Engine(model, EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
     async with LocalBackend(ModelCatalog([card]), {_NAME: engine}) as backend:
         queue = open_queue(settings)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.sa3.build import build_components, build_spec, checkpoint_modules
 from stable_audio_serve.models.sa3.conditioners import TextEncoder
 from stable_audio_serve.models.sa3.config import parse_config
@@ -105,7 +105,9 @@ def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
         for parameter in module.requires_grad_(False).parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     weights = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
-    spec = build_spec(ModelEntry(name=name, default_duration_padding_s=0.2), config, components)
+    spec = build_spec(
+        ModelCard(name, "stable-audio-3", max_duration_s=1e6, default_duration_padding_s=0.2), config, components
+    )
     model = Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
     texts = {embedding.prompt: (embedding.tokens, embedding.mask) for embedding in model.encode_text(PROMPTS)}
     return model, PlainModel(stated, weights, texts)
@@ -130,14 +132,14 @@ class Quiet(SeededNoise):
 
 
 def make_clip(model: Sa3Model, frames: float, *, seed: int) -> SourceAudio:
-    shape = (model.spec.channels, int(frames * model.spec.hop))
+    shape = (model.spec.card.channels, int(frames * model.spec.hop))
     samples = np.random.default_rng(seed).uniform(-0.5, 0.5, shape).astype(np.float32)
-    return SourceAudio(samples, model.spec.sample_rate_hz)
+    return SourceAudio(samples, model.spec.card.sample_rate_hz)
 
 
 def make_requests(model: Sa3Model) -> list[GenerationRequest]:
     """Every sampler, schedule and input, from one and a half frames to two windows."""
-    frame_s = model.spec.hop / model.spec.sample_rate_hz
+    frame_s = model.spec.hop / model.spec.card.sample_rate_hz
     init = {"init_audio": make_clip(model, 20.3, seed=1), "init_noise_level": 0.5}
     regions = ((3.2 * frame_s, 8 * frame_s), (15 * frame_s, 99 * frame_s))
     edit = {"inpaint_audio": make_clip(model, 30, seed=2), "inpaint_regions_s": regions}
@@ -167,8 +169,8 @@ def test_networks(name: str, num_frames: int) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    channels, width = model.spec.latent_channels, model.config.prompt.width
-    latents, audio = draw(channels, num_frames), draw(model.spec.channels, num_frames * model.spec.hop - 1)
+    channels, width = model.spec.card.latent_channels, model.config.prompt.width
+    latents, audio = draw(channels, num_frames), draw(model.spec.card.channels, num_frames * model.spec.hop - 1)
     context, glob, local = draw(9, width), draw(width), draw(channels + 1, num_frames)
     weights, valid = below(plain.weights, "pretransform.model."), max(1, num_frames - 2)
     with torch.inference_mode():
@@ -198,7 +200,7 @@ def test_whole_runs(name: str) -> None:
 
     for request, audio in zip(requests, asyncio.run(generate()), strict=True):
         with torch.inference_mode():
-            expected = PlainRun(plain, request, padding_s=model.spec.default_padding_s).audio()
+            expected = PlainRun(plain, request, padding_s=model.spec.card.default_duration_padding_s).audio()
         assert audio.shape == expected.shape
         assert np.abs(expected).max() > 0.02
         np.testing.assert_allclose(audio, expected, atol=2e-4, rtol=0, err_msg=str(request)[:300])

@@ -76,9 +76,9 @@ def test_clips_of_any_shape(name: str, clip: str) -> None:
     samples = np.atleast_2d(g(name, f"{clip}_audio").numpy())
     whole = -(-samples.shape[-1] // spec.hop) * spec.hop
     prepared = prepare_source(
-        SourceAudio(samples, spec.sample_rate_hz),
-        sample_rate_hz=spec.sample_rate_hz,
-        channels=spec.channels,
+        SourceAudio(samples, spec.card.sample_rate_hz),
+        sample_rate_hz=spec.card.sample_rate_hz,
+        channels=spec.card.channels,
         num_samples=whole,
     )
     if clip == "odd":
@@ -125,7 +125,7 @@ def test_noise_of_a_seeded_reference_run(name: str) -> None:
         ReplayDraw(f"decode/{draw}", span.start, shape)
         for span in spans
         for draw, shape in (
-            ("bottleneck", (1, model.spec.latent_channels, 128)),
+            ("bottleneck", (1, model.spec.card.latent_channels, 128)),
             ("tokens", (128, stride, width)),
         )
     ]
@@ -170,13 +170,13 @@ def test_windows_of_unlike_rows_do_not_influence_each_other(name: str) -> None:
     for seed, (window, (a, _)) in enumerate(zip(windows, cuts, strict=True)):
         (alone,) = model.decode([DecodeWindow(window.latents, a, SeededNoise(seed))])
         assert_near(together[seed], alone, within=1e-5)
-        assert alone.shape == (model.spec.channels, window.latents.shape[-1] * model.spec.hop)
+        assert alone.shape == (model.spec.card.channels, window.latents.shape[-1] * model.spec.hop)
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_halo_covers_everything_that_influences_a_window(name: str) -> None:
     model, latents = loaded(name), g(name, "latents_long")
-    halo, multiple = model.spec.decode_halo_frames, model.autoencoder.latent_multiple
+    halo, multiple = model.autoencoder.decoder_halo_latents, model.autoencoder.latent_multiple
     start, stop = 40 // multiple * multiple, 80 // multiple * multiple
     changed = latents.clone()
     changed[..., : start - halo] += 1.0

@@ -21,7 +21,7 @@ def admit(model: Sa3Model, **fields: Any) -> tuple[RowPlan, RowConditioning]:
     latents = None
     if plan.inpaint_source is not None:
         generator = torch.Generator().manual_seed(1)
-        latents = torch.randn(model.spec.latent_channels, plan.frames, generator=generator)
+        latents = torch.randn(model.spec.card.latent_channels, plan.frames, generator=generator)
     conditioning = model.condition(
         plan, prompt=prompt, negative=negative[0] if negative else None, inpaint_latents=latents
     )
@@ -29,7 +29,7 @@ def admit(model: Sa3Model, **fields: Any) -> tuple[RowPlan, RowConditioning]:
 
 
 def step(model: Sa3Model, rows: list[tuple[RowPlan, Any, torch.Tensor, float]], *, frames: int) -> torch.Tensor:
-    x = torch.full((len(rows), model.spec.latent_channels, frames), 9.0)
+    x = torch.full((len(rows), model.spec.card.latent_channels, frames), 9.0)
     valid = torch.zeros(len(rows), frames, dtype=torch.bool)
     for index, (plan, _, latents, _) in enumerate(rows):
         x[index, :, : plan.frames] = latents
@@ -51,7 +51,7 @@ def test_unlike_rows_in_one_step_equal_each_row_alone(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     rows = []
     for index, (plan, conditioning) in enumerate(admitted):
-        latents = torch.randn(model.spec.latent_channels, plan.frames, generator=generator)
+        latents = torch.randn(model.spec.card.latent_channels, plan.frames, generator=generator)
         branches = [conditioning.conditional, conditioning.unconditional]
         rows += [(plan, branch, latents, 0.2 + 0.2 * index) for branch in branches if branch is not None]
     assert len(rows) == 7
@@ -75,7 +75,7 @@ def test_branches_weigh_what_they_alone_hold() -> None:
 
 def test_spec_says_what_the_checkpoint_says() -> None:
     spec = loaded("sharp-l").spec
-    assert (spec.sample_rate_hz, spec.hop, spec.latent_channels, spec.channels) == (1000, 64, 16, 2)
+    assert (spec.card.sample_rate_hz, spec.hop, spec.card.latent_channels, spec.card.channels) == (1000, 64, 16, 2)
     assert spec.max_frames == 384
     assert spec.noisy_source_encoder
     assert not loaded("sharp-s").spec.noisy_source_encoder

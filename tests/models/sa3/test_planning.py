@@ -49,7 +49,11 @@ def test_a_plan_draws_what_the_reference_draws(name: str, case: str) -> None:
     )
     frames = facts["latent_shape"][-1]
     (plan,) = model.plan(request, frames=frames if "clamped" in case else None)
-    latents, encoder, decoder = (rows, model.spec.latent_channels), model.autoencoder.encoder, model.autoencoder.decoder
+    latents, encoder, decoder = (
+        (rows, model.spec.card.latent_channels),
+        model.autoencoder.encoder,
+        model.autoencoder.decoder,
+    )
     expected = [(*latents, plan.frames)]
     for source in (plan.init_source, plan.inpaint_source):
         if source and model.spec.noisy_source_encoder:

@@ -30,7 +30,7 @@ def test_official_shapes(name: str) -> None:
     assert denoiser[0] + autoencoder[0] + conditioners[0] == total
     assert size(model.text.encoder) == (134, 281_580_288)
     assert model.spec.max_frames == frames
-    assert model.spec.max_duration_s == (120.0 if name.startswith("small") else 380.0)
+    assert model.spec.card.max_duration_s == (120.0 if name.startswith("small") else 380.0)
     assert model.denoiser.dtype == torch.float16
 
 
