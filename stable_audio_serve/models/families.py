@@ -9,12 +9,15 @@ import torch
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.models.download import download_entry
+from stable_audio_serve.models.oscillator import parts as oscillator_parts
+from stable_audio_serve.models.oscillator import timeline
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import SA3_FAMILY, ModelEntry, describe_entry
 from stable_audio_serve.models.sa3.build import load_sa3
 from stable_audio_serve.models.weights import resolve_dtype
 
 _LOADERS = {SA3_FAMILY: load_sa3}
+_REGISTERED = (oscillator_parts, timeline)  # imported so that checkpoints may name the types they register
 
 
 def load_model(

@@ -1,7 +1,7 @@
 """What an audio autoencoder is put together from: four kinds of parts, each built from its config by its `type`.
 
 Another module adds a type with `register_part(kind, type)` on a function from its config to a module, and is named in
-`stable_audio_serve/models/sa3/autoencoder.py` so that it is imported before any checkpoint is built.
+`stable_audio_serve/models/families.py` so that it is imported before any checkpoint is built.
 Shapes: B windows, C channels, S samples, P frame channels (the pretransform's), N frames, D latent channels, F latent
 frames.
 """

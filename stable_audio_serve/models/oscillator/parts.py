@@ -1,6 +1,6 @@
 """Autoencoder parts over an oscillator bank: `oscillator_bank` in place of `patched`, `patch_mlp` in place of SAME.
 
-Registers the types; the arithmetic is in `models/blocks/`. Knows no checkpoint.
+Registers the types; the arithmetic is in `bank`, `analysis` and `patch_mlp`. Knows no checkpoint.
 """
 
 from __future__ import annotations

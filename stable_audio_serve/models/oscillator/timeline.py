@@ -1,7 +1,7 @@
 """Where each latent lies in its clip and in the beat, as features for the denoiser's local conditioning.
 
-A parameter-free conditioner (`"type": "timeline"` in a config's `local_add_cond_ids`): rotary attention knows only
-distances between latents, and a tempo or a sweep needs places. Numbers in, features out; knows no prompt.
+Rotary attention knows only distances between latents, and a tempo or a sweep needs places. Registers the type
+`timeline`, whose `config` says how a tempo is read from a prompt; knows no network.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.frame_conditioners import register_frame_conditioner
 
 _PROGRESS_HARMONICS = (1, 2, 3, 4, 5, 6)
 _START_S = (0.1, 0.3, 1.0, 3.0)
@@ -62,3 +66,34 @@ def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, 
         rows += [torch.cos(angle), torch.sin(angle)]
     rows.append(constant * math.log2(tempo_bpm / 110.0))
     return torch.stack(rows).float()
+
+
+class Timeline:
+    """The frame conditioner of type `timeline`: progress through the clip and the beat at the prompt's tempo."""
+
+    num_features = NUM_TIMELINE_FEATURES
+
+    def __init__(self, tempo: TempoRule) -> None:
+        self._tempo = tempo
+
+    def read_numbers(self, prompt: str) -> Mapping[str, float]:
+        """The tempo, as `tempo_bpm`."""
+        return {"tempo_bpm": self._tempo.read(prompt)}
+
+    def features(self, num_frames: int, *, frame_s: float, numbers: Mapping[str, float]) -> Tensor:
+        """See `timeline_features`; needs `seconds_total` and `tempo_bpm`."""
+        return timeline_features(
+            num_frames, frame_s=frame_s, seconds_total=numbers["seconds_total"], tempo_bpm=numbers["tempo_bpm"]
+        )
+
+
+@register_frame_conditioner("timeline")
+def build_timeline(config: ConfigReader) -> Timeline:
+    """From `{tempo: {pattern, default, min_val, max_val}}`. Raises CheckpointError naming a key that cannot be used."""
+    tempo = config.section("tempo")
+    try:
+        pattern = re.compile(tempo.text("pattern"))
+    except re.error as error:
+        raise tempo.unusable("pattern", f"a regular expression ({error})") from error
+    minimum, maximum = tempo.number("min_val", at_least=1), tempo.number("max_val", at_least=1)
+    return Timeline(TempoRule(pattern, tempo.number("default", at_least=1), minimum, maximum))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.oscillator import parts as oscillator
 from stable_audio_serve.models.parts import (
     Bottleneck,
     Decoder,
@@ -27,7 +26,7 @@ from stable_audio_serve.models.parts import (
 )
 from stable_audio_serve.models.sa3 import same
 
-PART_MODULES = (same, oscillator)  # imported so that their types are registered
+PART_MODULES = (same,)  # imported so that its types are registered
 REGULARIZATION = 1e-3
 
 

@@ -5,7 +5,6 @@ A missing key means the reference constructor's default. A value that would need
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,11 @@ from typing import Any
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
 from stable_audio_serve.models.checkpoint_files import encoder_names
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
-from stable_audio_serve.models.oscillator.timeline import NUM_TIMELINE_FEATURES, TempoRule
+from stable_audio_serve.models.frame_conditioners import (
+    FrameConditioner,
+    build_frame_conditioner,
+    frame_conditioner_types,
+)
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
@@ -25,7 +28,7 @@ OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
 
 # Numbers a request can say; conditioners with other ids cannot be filled.
 NUMBER_IDS = ("seconds_start", "seconds_total")
-LOCAL_IDS = ("inpaint_mask", "inpaint_masked_input", "timeline")
+EDIT_IDS = ("inpaint_mask", "inpaint_masked_input")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class Sa3Config:
     """Everything the family reads from a checkpoint's config.
 
     `context_ids` and `global_ids` name conditioners in the order of concatenation, `local_ids` what each frame is
-    told; `tempo` is there when that includes its place in the beat. `chunked` asks for windows in the autoencoder.
+    told, by EDIT_IDS or by an id of `frame_conditioners`. `chunked` asks for windows in the autoencoder.
     `shift` is the schedule's warp as written, None = default.
     """
 
@@ -141,7 +144,7 @@ class Sa3Config:
     chunked: bool
     prompt: PromptConfig
     numbers: tuple[NumberConfig, ...]
-    tempo: TempoRule | None
+    frame_conditioners: Mapping[str, FrameConditioner]
     context_ids: tuple[str, ...]
     global_ids: tuple[str, ...]
     local_ids: tuple[str, ...]
@@ -152,7 +155,7 @@ class Sa3Config:
     @property
     def edits(self) -> bool:
         """Whether the denoiser can be told which latents to keep."""
-        return any(id_ in self.local_ids for id_ in LOCAL_IDS[:2])
+        return any(id_ in self.local_ids for id_ in EDIT_IDS)
 
 
 def parse_config(config: ConfigReader) -> Sa3Config:
@@ -165,7 +168,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
     pretransform = model.section("pretransform")
     pretransform.choice("type", ("autoencoder",))
     autoencoder = pretransform.section("config")
-    prompt, numbers, tempo = _parse_conditioners(model.section("conditioning"))
+    prompt, numbers, frame_conditioners = _parse_conditioners(model.section("conditioning"))
     parsed = Sa3Config(
         default_sampler=OBJECTIVE_SAMPLERS[objective],
         channels=config.integer("audio_channels", default=2),
@@ -176,7 +179,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
         chunked=pretransform.flag("chunked", default=False),
         prompt=prompt,
         numbers=numbers,
-        tempo=tempo,
+        frame_conditioners=frame_conditioners,
         context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
         global_ids=diffusion.texts("global_cond_ids", default=()),
         local_ids=diffusion.texts("local_add_cond_ids", default=()),
@@ -206,31 +209,21 @@ def _parse_lengths(config: ConfigReader, autoencoder: ConfigReader) -> LengthRul
 
 def _parse_conditioners(
     conditioning: ConfigReader,
-) -> tuple[PromptConfig, tuple[NumberConfig, ...], TempoRule | None]:
+) -> tuple[PromptConfig, tuple[NumberConfig, ...], dict[str, FrameConditioner]]:
     width = conditioning.integer("cond_dim")
-    prompts, numbers, tempo = [], [], None
+    prompts, numbers = [], []
+    frame_conditioners: dict[str, FrameConditioner] = {}
     for item in conditioning.sections("configs"):
-        match item.choice("type", ("t5gemma", "number", "timeline")):
+        match item.choice("type", ("t5gemma", "number", *frame_conditioner_types())):
             case "t5gemma":
                 prompts.append(_parse_prompt(item, width))
             case "number":
                 numbers.append(_parse_number(item, width))
             case _:
-                tempo = _parse_tempo(item)
+                frame_conditioners[item.text("id")] = build_frame_conditioner(item)
     if len(prompts) != 1:
         raise conditioning.unusable("configs", "a list with exactly one conditioner of type t5gemma")
-    return prompts[0], tuple(numbers), tempo
-
-
-def _parse_tempo(item: ConfigReader) -> TempoRule:
-    item.choice("id", ("timeline",))
-    config = item.section("config").section("tempo")
-    try:
-        pattern = re.compile(config.text("pattern"))
-    except re.error as error:
-        raise config.unusable("pattern", f"a regular expression ({error})") from error
-    minimum, maximum = config.number("min_val", at_least=1), config.number("max_val", at_least=1)
-    return TempoRule(pattern, config.number("default", at_least=1), minimum, maximum)
+    return prompts[0], tuple(numbers), frame_conditioners
 
 
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
@@ -266,7 +259,7 @@ def _check_widths(config: Sa3Config, model: ConfigReader, *, diffusion: ConfigRe
     for key, ids, known in (
         ("cross_attention_cond_ids", config.context_ids, (config.prompt.id, *number_ids)),
         ("global_cond_ids", config.global_ids, number_ids),
-        ("local_add_cond_ids", config.local_ids, LOCAL_IDS if config.tempo else LOCAL_IDS[:2]),
+        ("local_add_cond_ids", config.local_ids, (*EDIT_IDS, *config.frame_conditioners)),
     ):
         if any(id_ not in known for id_ in ids):
             raise diffusion.unusable(key, "a list drawn from " + ", ".join(known))
@@ -274,11 +267,9 @@ def _check_widths(config: Sa3Config, model: ConfigReader, *, diffusion: ConfigRe
         raise diffusion.unusable("cross_attention_cond_ids", f"a list with at least {config.prompt.id!r}")
     if not config.global_ids:
         raise diffusion.unusable("global_cond_ids", "a list with at least one number conditioner")
-    local_widths = {
-        "inpaint_mask": 1,
-        "inpaint_masked_input": config.latent_channels,
-        "timeline": NUM_TIMELINE_FEATURES,
-    }
+    local_widths = {"inpaint_mask": 1, "inpaint_masked_input": config.latent_channels}
+    for id_, conditioner in config.frame_conditioners.items():
+        local_widths[id_] = conditioner.num_features
     for key, found, wanted in (
         ("io_channels", config.denoiser.latent_channels, config.latent_channels),
         ("cond_token_dim", config.denoiser.context_width, config.prompt.width),

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.models.oscillator.timeline import timeline_features
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import (
-    BranchConditioning,
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
@@ -163,11 +161,11 @@ class Sa3Model:
         return torch.cat(parts)[None]
 
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
-        """(1, local width, F): what is kept and where each frame lies; one frame of zeros when neither is told."""
+        """(1, local width, F): what is kept and what frame conditioners say; one frame of zeros without either."""
         if not self.config.local_ids:
             return None
         keeps = plan.keep_mask is not None and latents is not None
-        if not keeps and self.config.tempo is None:
+        if not keeps and not self.config.frame_conditioners:
             return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
         parts: dict[str, Tensor] = {}
         if plan.keep_mask is not None and latents is not None:
@@ -179,23 +177,10 @@ class Sa3Model:
             parts["inpaint_masked_input"] = torch.zeros(
                 self._spec.card.latent_channels, plan.frames, device=self._device
             )
-        if self.config.tempo is not None:
-            parts["timeline"] = self._timeline(plan)
+        frame_s = self._spec.hop / self._spec.card.sample_rate_hz
+        for id_, conditioner in self.config.frame_conditioners.items():
+            parts[id_] = conditioner.features(plan.frames, frame_s=frame_s, numbers=plan.numbers).to(self._device)
         return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]
-
-    def _timeline(self, plan: RowPlan) -> Tensor:
-        """(features, F) on the device."""
-        return timeline_features(
-            plan.frames,
-            frame_s=self._spec.hop / self._spec.card.sample_rate_hz,
-            seconds_total=plan.numbers["seconds_total"],
-            tempo_bpm=plan.numbers["tempo_bpm"],
-        ).to(self._device)
-
-
-def branch_conditioning(branch: BranchConditioning) -> DenoiserConditioning:
-    """What a branch of this family holds, for tools that run the denoiser themselves."""
-    return cast("Branch", branch).conditioning
 
 
 def _run_by_length(

@@ -39,8 +39,8 @@ def plan_rows(
     inpaint = _plan_source(request.inpaint_audio, config, length=length) if request.inpaint_audio else None
     keep_mask = _keep_mask(request, config, length=length)
     numbers = {"seconds_start": 0.0, "seconds_total": request.duration_s}
-    if config.tempo is not None:
-        numbers["tempo_bpm"] = config.tempo.read(request.prompt)
+    for conditioner in config.frame_conditioners.values():
+        numbers |= conditioner.read_numbers(request.prompt)
     return tuple(
         RowPlan(
             seed=seed,
