@@ -39,7 +39,7 @@ def run_engine(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
         rows.append(
             {
                 "mode": mode,
-                "model": results["model"]["name"],
+                "model": results["model"]["card"]["name"],
                 "throughput_ratio": results["throughput_ratio"],
                 "cpu_time_ratio": results["cpu_time_ratio"],
                 "mean_latency_ratio": results["mean_latency_ratio"],
