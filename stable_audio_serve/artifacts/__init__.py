@@ -1,1 +1,1 @@
-"""Bytes at rest: finished audio and stored uploads, under names nobody can guess."""
+"""Files at rest: finished audio and stored uploads, under unguessable names."""

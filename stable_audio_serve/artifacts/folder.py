@@ -1,7 +1,7 @@
-"""The folder that files are kept in, which must stay the one it was at its first use.
+"""The folder for files, which must stay the one it was at its first use.
 
-Where a path leads to another folder, or to none, because somebody moved it or a disk is not mounted, new files would
-be lost with that, and those that are elsewhere would look as if they were gone.
+When it was moved, or its disk is not mounted, the path leads to another folder or to none. New files would be lost
+there, and existing ones would seem to be gone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Folder:
     """One folder by its path."""
 
     def __init__(self, path: Path, *, may_make: bool) -> None:
-        """Touches nothing yet. `may_make`: the first file makes it."""
+        """Touches nothing yet. With `may_make` the first file creates a missing folder."""
         self.path = path
         self._may_make = may_make
         self._known: tuple[int, int] | None = None  # device and inode
@@ -34,12 +34,12 @@ class Folder:
         self._lock = threading.Lock()
 
     def require(self) -> None:
-        """Raise StoreMovedError for another folder than before; one that is not there may be made yet."""
+        """Raises StoreMovedError for another folder than before, or a missing one that may not be created."""
         with self._lock:
             self._require()
 
     def make(self) -> None:
-        """`require`, and make the folder unless it was ever there. Raises StoreMovedError, OSError."""
+        """`require`, and create the folder if it has never existed. Raises StoreMovedError, OSError."""
         with self._lock:
             if self._known is None and self._may_make:
                 make_private_folder(self.path)
@@ -51,8 +51,8 @@ class Folder:
             self._known, self._owner = found, self._read_owner()
         is_in_place = found == self._known if self._known else self._may_make
         if not is_in_place and found and self._owner and self._read_owner() == self._owner:
-            self._known, is_in_place = found, True  # mounted again, or brought back by way of another disk
-        if is_in_place == self._is_missed:  # that is news
+            self._known, is_in_place = found, True  # mounted again, or copied back from another disk
+        if is_in_place == self._is_missed:  # changed since the last look: log it once
             self._is_missed = not is_in_place
             if is_in_place:
                 log.warning("the folder of files is back in its place", folder=str(self.path))

@@ -1,4 +1,4 @@
-"""The keys that files are kept under: one place that makes them, and that knows them again among foreign ones."""
+"""Makes the keys that files are stored under, and recognises them among foreign ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import secrets
 
 from stable_audio_serve.core.ids import ArtifactKey, JobId
 
-# Where keys lie: finished jobs at the top, files of jobs to come, files that clients have links to.
+# The folders of keys: finished jobs at the top, uploads of jobs to come, files that clients have links to.
 FOLDERS = ("", "uploads", "files")
 
-# Says whose a folder or bucket is.
+# The file that names the owner of a folder or bucket.
 OWNER_KEY = ArtifactKey(".owner")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -22,29 +22,29 @@ _OURS = re.compile(
 
 
 def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: bool = False) -> ArtifactKey:
-    """Of a finished job's file. Every attempt has its own: an earlier one may still be writing.
+    """Returns the key of a finished job's file. Every attempt has its own, because an earlier one may still be writing.
 
-    Other clients may choose the same id, so that more than it must tell the files of chosen ones apart.
+    Where the client chose the id, another client may choose it too: random digits keep their files apart.
     """
     attempt = f"{secrets.token_hex(16)}-" if id_is_chosen else f"{fence}-" if fence > 1 else ""
     return ArtifactKey(f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}")
 
 
 def upload_key() -> ArtifactKey:
-    """Of a file that a job starts from."""
+    """Returns a key for a file that a job starts from."""
     return ArtifactKey(f"uploads/{secrets.token_hex(16)}")
 
 
 def part_key(upload_id: str, number: int) -> ArtifactKey:
-    """Of one part of a file that arrives in several; `upload_id` has 32 hexadecimal digits."""
+    """Returns the key of one part of a file that arrives in several; `upload_id` has 32 hexadecimal digits."""
     return ArtifactKey(f"uploads/{upload_id}-{number}")
 
 
 def file_key() -> ArtifactKey:
-    """Of a file that clients have a link to."""
+    """Returns a key for a file that clients have a link to."""
     return ArtifactKey(f"files/{secrets.token_hex(16)}")
 
 
 def is_ours(key: str) -> bool:
-    """Whether a key has a shape that we make; whatever has another one belongs to somebody else."""
+    """Whether a key has a shape that this module makes. Files under other keys belong to someone else."""
     return _OURS.fullmatch(key) is not None

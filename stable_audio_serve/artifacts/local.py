@@ -1,4 +1,4 @@
-"""Files in one local folder: written beside their place, flushed to the disk, then renamed into it."""
+"""Files in one local folder: written under another name next to it, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import secrets
 import shutil
 import threading
-import time
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import suppress
 from functools import partial
@@ -40,7 +39,7 @@ class LocalArtifacts:
     """An `ArtifactStore` below one folder, which must stay where it is."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
-        """Touches nothing yet. `may_make`: the folder is made when the first file is kept, if it is not there."""
+        """Touches nothing yet. With `may_make` the first file creates a missing folder."""
         self._folder = Folder(folder, may_make=may_make)
         self._metrics = metrics or NullMetrics()
         self._threads = StoreThreads(_NUM_THREADS, name="local-files")
@@ -50,7 +49,7 @@ class LocalArtifacts:
 
     @property
     def backend_name(self) -> BackendName:
-        """That files are local."""
+        """Always "local"."""
         return "local"
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
@@ -60,7 +59,7 @@ class LocalArtifacts:
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """The file in chunks of 1 MiB, see `ArtifactStore.read`."""
+        """Returns the file in chunks of 1 MiB, see `ArtifactStore.read`."""
         chunks = verified(file, self._read(self._path(file.key)), metrics=self._metrics)
         return self._threads.stream(chunks)
 
@@ -75,15 +74,15 @@ class LocalArtifacts:
         await self._threads.call(remove)
 
     async def probe(self, num_bytes: int) -> None:
-        """Look at the free space and write some bytes, see `ArtifactStore.probe`."""
+        """Check the free space and write some bytes, see `ArtifactStore.probe`."""
         await self._threads.call(partial(self._probe, num_bytes))
 
     async def close(self) -> None:
-        """Begin nothing new."""
+        """Start no new work."""
         self._threads.close()
 
     def check(self) -> None:
-        """Write a file and read it back. Raises ConfigError."""
+        """Check that a file can be written and read back. Raises ConfigError."""
         path = self._path(upload_key())
         try:
             self._write(path, lambda: [b"check"], threading.Event())
@@ -95,24 +94,24 @@ class LocalArtifacts:
             raise self._config_error("a file does not come back as it was written")
 
     def require_place(self) -> None:
-        """Raise StoreMovedError when the folder is another one, or gone."""
+        """Raises StoreMovedError when the folder is gone, or another one is in its place."""
         self._folder.require()
 
     def url(self, file: StoredFile) -> None:
-        """None: local files are fetched through us."""
+        """Returns None: clients fetch local files through this server."""
 
     def bucket_key(self, file: StoredFile) -> None:
-        """None: there are no buckets."""
+        """Returns None: there is no bucket."""
 
     def claim(self, owner: str) -> float | None:
-        """Since when this folder is the owner's, see `ArtifactStore.claim`."""
+        """Claim the folder for `owner`, see `ArtifactStore.claim`."""
         path = self._folder.path / OWNER_KEY
         draft = path.with_name(f".{OWNER_KEY}.{secrets.token_hex(8)}.partial")
         self._folder.require()
         try:
             if not path.exists():
                 self._write(draft, lambda: [owner.encode()], threading.Event())
-                with suppress(FileExistsError):  # somebody was faster
+                with suppress(FileExistsError):  # another process claimed it first
                     os.link(draft, path)
                 draft.unlink()
             return path.stat().st_mtime if path.read_text() == owner else None
@@ -120,7 +119,7 @@ class LocalArtifacts:
             raise _storage_error(error) from error
 
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
-        """What lies directly in a folder under keys of ours. Raises StorageError."""
+        """Returns the files directly in a folder whose keys are ours. Raises StorageError."""
         self._folder.require()
         try:
             keys = (ArtifactKey(f"{folder}/{name}" if folder else name) for name in self._names(folder))
@@ -130,16 +129,15 @@ class LocalArtifacts:
             raise _storage_error(error) from error
         return ObjectPage(objects, found[-1] if len(found) == _PAGE else None)
 
-    def sweep_unfinished(self, *, older_than_s: float) -> int:
-        """Remove partial files last written that long ago; how many. Raises StorageError."""
+    def sweep_unfinished(self, *, before: float) -> int:
+        """Remove partial files last written before. Returns how many. Raises StorageError."""
         self._folder.require()
-        before = time.time() - older_than_s
         num_removed = 0
         try:
             for folder in FOLDERS:
                 for name in filter(_PARTIAL.fullmatch, self._names(folder)):
                     path = self._folder.path / folder / name
-                    with suppress(FileNotFoundError):  # finished, or swept by somebody else
+                    with suppress(FileNotFoundError):  # finished, or swept by another process
                         if path.stat().st_mtime <= before:
                             path.unlink()
                             num_removed += 1
@@ -178,7 +176,7 @@ class LocalArtifacts:
         return self._folder.path.joinpath(*parts)
 
     def _names(self, folder: str) -> Iterator[str]:
-        """Of the files in a folder, which need not be there."""
+        """Yields the names of the files in a folder, none if there is no such folder."""
         with suppress(FileNotFoundError), os.scandir(self._folder.path / folder) as entries:
             yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
@@ -195,7 +193,7 @@ class LocalArtifacts:
 
 
 def _write(path: Path, chunks: Chunks, stop: threading.Event) -> tuple[int, str]:
-    """Size and SHA-256 of what was written. Raises StorageError, StoppedError."""
+    """Returns size and SHA-256 of what was written. Raises StorageError, StoppedError."""
     digest = hashlib.sha256()
     num_bytes = 0
     partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from contextlib import closing
 from functools import partial
@@ -35,8 +34,8 @@ _MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
 _PART_BYTES = 8 * _CHUNK_BYTES
 _PAGE = 1000
 _NOT_IMPLEMENTED = 501
-_WAS_FASTER = (409, 412)  # conflict, precondition failed: somebody else was
-_MAX_BREAKS = 5  # of a download's connections without a byte in between
+_WAS_FASTER = (409, 412)  # conflict, precondition failed: another process was faster
+_MAX_BREAKS = 5  # connections of a download that break one after another without a byte
 
 
 class S3Artifacts:
@@ -56,7 +55,7 @@ class S3Artifacts:
 
     @property
     def backend_name(self) -> BackendName:
-        """That files are in a bucket."""
+        """Always "s3"."""
         return "s3"
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
@@ -65,7 +64,7 @@ class S3Artifacts:
         return await self._threads.run(put, undo=partial(self._delete, key))
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """The file in chunks of 1 MiB, see `ArtifactStore.read`; a connection that breaks is taken up again."""
+        """Returns the file in chunks of 1 MiB, see `ArtifactStore.read`. Connections that break are resumed."""
         return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
 
     async def delete(self, key: ArtifactKey) -> None:
@@ -77,18 +76,18 @@ class S3Artifacts:
         await self._threads.call(partial(self._probe, num_bytes))
 
     async def close(self) -> None:
-        """Begin nothing new."""
+        """Start no new work."""
         self._threads.close()
 
     def check(self) -> None:
-        """Write, read, list and delete within ten seconds. Raises ConfigError."""
+        """Check writing, reading, listing and deleting, within ten seconds. Raises ConfigError."""
         check_bucket(self._settings, prefix=self._prefix)
 
     def require_place(self) -> None:
-        """Nothing: a bucket does not move."""
+        """Does nothing: a bucket does not move."""
 
     def url(self, file: StoredFile) -> str:
-        """On the public base, or presigned. Raises StorageError when there is nothing to sign it with."""
+        """Returns a link on the public base, or a presigned one. Raises StorageError without credentials to sign it."""
         if base := self._settings.public_base_url:
             return f"{base.rstrip('/')}/{quote(self.bucket_key(file))}"
         with our_errors("sign"):
@@ -98,11 +97,11 @@ class S3Artifacts:
         return url
 
     def bucket_key(self, file: StoredFile) -> str:
-        """The whole key of the file in its bucket."""
+        """Returns the whole key of the file in the bucket, prefix included."""
         return self._prefix + file.key
 
     def claim(self, owner: str) -> float | None:
-        """Since when this part of the bucket is the owner's, see `ArtifactStore.claim`."""
+        """Claim this part of the bucket for `owner`, see `ArtifactStore.claim`."""
         at = self._at(OWNER_KEY)
         with our_errors("claim"):
             try:
@@ -115,7 +114,7 @@ class S3Artifacts:
         return since if is_owned else None
 
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
-        """What lies directly in a folder under keys of ours; any page may be empty. Raises StorageError."""
+        """Returns the files directly in a folder whose keys are ours; a page may be empty. Raises StorageError."""
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix
         options: dict[str, Any] = {"ContinuationToken": cursor} if cursor else {}
         with our_errors("list"):
@@ -128,9 +127,8 @@ class S3Artifacts:
         )
         return ObjectPage(tuple(item for item in objects if is_ours(item.key)), page.get("NextContinuationToken"))
 
-    def sweep_unfinished(self, *, older_than_s: float) -> int:
-        """Abort uploads in parts that were begun that long ago; how many. Raises StorageError."""
-        before = time.time() - older_than_s
+    def sweep_unfinished(self, *, before: float) -> int:
+        """Abort uploads in parts that were begun before. Returns how many. Raises StorageError."""
         num_aborted = 0
         with our_errors("sweep"):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
@@ -142,8 +140,6 @@ class S3Artifacts:
                     self._abort(key, upload["UploadId"])
                     num_aborted += 1
         return num_aborted
-
-    # On worker threads
 
     @property
     def _client(self) -> Any:
@@ -192,7 +188,7 @@ class S3Artifacts:
         return file
 
     def _transfer_config(self) -> Any:
-        """Large files in parts, one after another on the thread of the caller, of whom there are many."""
+        """Large files go in parts, one after another on the caller's thread: there are many callers."""
         from boto3.s3.transfer import TransferConfig
 
         return TransferConfig(
@@ -206,7 +202,7 @@ class S3Artifacts:
         try:
             self._client.put_object(**at, Body=body, IfNoneMatch="*")
         except s3_errors() as error:
-            if status_of(error) == _NOT_IMPLEMENTED:  # of services that know no conditions
+            if status_of(error) == _NOT_IMPLEMENTED:  # by services without conditional writes
                 self._client.put_object(**at, Body=body)
             elif status_of(error) not in _WAS_FASTER:
                 raise
@@ -249,7 +245,7 @@ class S3Artifacts:
         raise FileNotFoundError(file.key)
 
     def _open(self, file: StoredFile, start: int) -> Any:
-        """The body of an object from the byte `start` on; None when it is gone."""
+        """Returns the body of an object from the byte `start` on, None when the object is gone."""
         options = {"Range": f"bytes={start}-"} if start else {}
         try:
             return self._client.get_object(**self._at(file.key), **options)["Body"]
@@ -260,7 +256,7 @@ class S3Artifacts:
 
 
 class _Reader(io.RawIOBase):
-    """Chunks as a raw file to be read once. Its end is an error unless they are what was measured before."""
+    """Chunks as a raw file that can be read once. Reading its end fails unless they match the SHA-256."""
 
     def __init__(self, chunks: Iterable[bytes], *, sha256: str) -> None:
         self._chunks = iter(chunks)
@@ -287,7 +283,7 @@ class _Reader(io.RawIOBase):
 
 
 def _measure(chunks: Iterable[bytes]) -> tuple[int, str]:
-    """Size and SHA-256 of a file."""
+    """Returns size and SHA-256 of a file."""
     digest = hashlib.sha256()
     num_bytes = 0
     for chunk in chunks:

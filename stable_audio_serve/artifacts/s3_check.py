@@ -1,13 +1,15 @@
-"""The bucket tried out at the start: each thing that can be wrong with its settings is one sentence that names them."""
+"""Checks a bucket at the start. Each thing that can be wrong is one sentence that names the settings at fault."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from stable_audio_serve.artifacts.keys import upload_key
 from stable_audio_serve.artifacts.s3_client import code_of, make_client, s3_errors, status_of
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import StorageSettings
 
@@ -25,26 +27,36 @@ _KEYS = (
 
 _NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 _BAD_KEYS = {
-    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"),
-    *("InvalidClientTokenId", "Unauthorized", "InvalidArgument", "401"),
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "InvalidClientTokenId",
+    "Unauthorized",
+    "InvalidArgument",
+    "401",
 }
 _BAD_REGION = {
-    *("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "InvalidRegionError"),
-    *("PermanentRedirect", "301"),
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "InvalidRegionError",
+    "PermanentRedirect",
+    "301",
 }
 _BAD_BUCKET = {"InvalidBucketName", "ParamValidationError", "400"}
 _CHECK = b"check"
 
 
-def check_bucket(settings: StorageSettings, *, prefix: str) -> None:
-    """Write, read, list and delete a small object. Raises ConfigError."""
+def check_bucket(settings: StorageSettings, *, prefix: str, clock: Clock = SystemClock()) -> None:
+    """Write, read, list and delete a small object within ten seconds. Raises ConfigError."""
     try:
         client = make_client(settings, connect_timeout_s=_TIMEOUT_S, read_timeout_s=_TIMEOUT_S, max_attempts=1)
     except s3_errors() as error:
         raise _explain(error, settings, "using") from error
     except ValueError as error:  # not a URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
-    deadline = time.monotonic() + _BUDGET_S
+    attempt = partial(_attempt, deadline=clock.monotonic() + _BUDGET_S, clock=clock)
     at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}
 
     def read() -> None:
@@ -58,20 +70,20 @@ def check_bucket(settings: StorageSettings, *, prefix: str) -> None:
         ("deleting", lambda: client.delete_object(**at)),
     ):
         try:
-            _attempt(call, deadline)
+            attempt(call)
         except s3_errors() as error:
             raise _explain(error, settings, doing) from error
 
 
-def _attempt(call: Callable[[], Any], deadline: float) -> None:
-    """Call until the service is neither unreachable nor in trouble, or there is no time left."""
+def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
+    """Repeat the call while the service is unreachable or in trouble, until the deadline."""
     while True:
         try:
             call()
         except s3_errors() as error:
             status = status_of(error)
             may_pass = code_of(error) not in _NO_KEYS | _BAD_BUCKET and (status is None or status >= 500)
-            if not may_pass or time.monotonic() + _PAUSE_S > deadline:
+            if not may_pass or clock.monotonic() + _PAUSE_S > deadline:
                 raise
             time.sleep(_PAUSE_S)
         else:

@@ -1,4 +1,4 @@
-"""boto3's client for S3 and services that speak its protocol, and what its errors mean to us.
+"""boto3's client for S3 and services that speak its protocol, and what its errors mean.
 
 boto3 is imported at the first use: a server that keeps its files in a folder never loads it.
 """
@@ -31,7 +31,7 @@ def make_client(
     read_timeout_s: float = _READ_TIMEOUT_S,
     max_attempts: int = _MAX_ATTEMPTS,
 ) -> Any:
-    """A client for the service of these settings; safe to share among threads. Touches nothing yet."""
+    """Returns a client for the service of these settings, safe to share among threads. Touches nothing yet."""
     import boto3
     from botocore.config import Config
 
@@ -41,8 +41,8 @@ def make_client(
         read_timeout=read_timeout_s,
         retries={"mode": "standard", "total_max_attempts": max_attempts},
         max_pool_connections=_MAX_CONNECTIONS,
-        # Bodies are part of the signature, so that the service refuses what arrives changed; newer checksums are
-        # not understood by every service.
+        # Bodies are part of the signature, so that the service refuses bodies changed on the way. Not every service
+        # understands newer checksums.
         s3={"addressing_style": _addressing(settings), "payload_signing_enabled": True},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -96,13 +96,13 @@ def our_errors(operation: str) -> Iterator[None]:
 
 
 def _answer(error: BaseException) -> Mapping[str, Any]:
-    """What the service answered, as the client read it; empty when it did not."""
+    """Returns what the service answered, as the client read it; empty when it did not answer."""
     answer = getattr(error, "response", None)
     return answer if isinstance(answer, Mapping) else {}
 
 
 def _addressing(settings: StorageSettings) -> str:
-    """Services of other kinds are often without a name for each bucket; AWS prefers it."""
+    """Returns the style of bucket addresses: AWS prefers a host name per bucket, other services often have none."""
     if settings.addressing == "auto":
         return "path" if settings.endpoint_url else "virtual"
     return settings.addressing

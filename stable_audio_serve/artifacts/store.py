@@ -1,4 +1,4 @@
-"""The seam to wherever files are kept. Keys are made by us (`artifacts.keys`), never by clients."""
+"""The seam to the places for files. Keys are made by `artifacts.keys`, never by clients."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from stable_audio_serve.core.sound import ClipFacts
 
 BackendName = Literal["local", "s3"]
 
-# What a probe writes at most: enough to meet a limit, and not so much that others do.
+# What a probe writes at most: enough to run into a limit, too little to push others into it.
 PROBE_BYTES = 4_194_304
 
-# The pieces of a file from its start; it may be called more than once, and always gives the same bytes.
+# Returns the pieces of a file from its start. It may be called more than once, and the bytes are always the same.
 Chunks = Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file at rest, as it was when it was put; `sha256` is hexadecimal. `clips` is what can be heard in it, once
-    whoever made it has said so."""
+    """One file at rest, as it was when it was put. `sha256` is hexadecimal; `clips` says what can be heard in it, if
+    known.
+    """
 
     key: ArtifactKey
     media_type: str
@@ -33,7 +34,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What lies under a key; `modified_at` is Unix time in seconds."""
+    """A file found under a key; `modified_at` is Unix time in seconds."""
 
     key: ArtifactKey
     num_bytes: int
@@ -42,29 +43,29 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPage:
-    """Some of the objects of a folder; `next_cursor` leads to the others, if any."""
+    """Some of the objects of a folder; `next_cursor` leads to the others, if there are any."""
 
     objects: tuple[StoredObject, ...]
     next_cursor: str | None
 
 
 class ArtifactStore(Protocol):
-    """Keeps files. A file is either there in full or not there at all."""
+    """Stores files. A file is either there in full or not there at all."""
 
     @property
     def backend_name(self) -> BackendName:
-        """What kind of store this is, as clients are told."""
+        """The kind of store, as clients see it."""
         ...
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind.
 
-        What cannot be removed at that moment is left to the sweeper.
+        The sweeper removes what cannot be removed at that moment.
         """
         ...
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """The file in chunks; the last one comes only when the whole is what was put.
+        """Returns the file in chunks. The last one comes only when the whole matches what was put.
 
         Raises FileNotFoundError before the first chunk when it is gone, StorageError, DamagedFileError.
         """
@@ -75,45 +76,46 @@ class ArtifactStore(Protocol):
         ...
 
     async def probe(self, num_bytes: int) -> None:
-        """Find out, at little cost, whether a file of that size could be kept now. Raises StorageError otherwise.
+        """Check, at little cost, whether a file of that size could be written now. Raises StorageError if not.
 
-        A place that could never hold it is taken to have enough room if it has some.
+        Where it could never fit, some free room is enough.
         """
         ...
 
     async def close(self) -> None:
-        """Begin nothing new."""
+        """Start no new work."""
         ...
 
-    # Blocking: for worker threads, and for the start
-
     def check(self) -> None:
-        """Write a file and read it back, within ten seconds. Raises ConfigError naming the settings at fault."""
+        """Write a file and read it back, within ten seconds. Blocking. Raises ConfigError naming the wrong settings."""
         ...
 
     def url(self, file: StoredFile) -> str | None:
-        """Where clients can fetch the file without us; None when they cannot. Raises StorageError."""
+        """Returns a link that needs no server of ours, None if there is none. Blocking. Raises StorageError."""
         ...
 
     def bucket_key(self, file: StoredFile) -> str | None:
-        """The whole key of the file in its bucket; None where there are no buckets."""
+        """Returns the whole key of the file in its bucket, None where there is no bucket."""
         ...
 
     def require_place(self) -> None:
-        """Raise StoreMovedError when files are not where they were, as far as that can be seen from here."""
+        """Raises StoreMovedError when files are not where they were, as far as this process can see. Blocking."""
         ...
 
     def claim(self, owner: str) -> float | None:
-        """Since when this place is the owner's, Unix seconds; None when it is another's. What is nobody's is taken.
+        """Claim it for owner if unclaimed. Returns when, in Unix seconds, or None if another's. Blocking.
 
-        Files that were here before are not the owner's either. Raises StorageError.
+        Files from before the claim are not the owner's. Raises StorageError.
         """
         ...
 
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
-        """What lies directly in one of `artifacts.keys.FOLDERS` under keys of ours. Raises StorageError."""
+        """Returns the files directly in one of `keys.FOLDERS` whose keys are ours. Blocking. Raises StorageError."""
         ...
 
-    def sweep_unfinished(self, *, older_than_s: float) -> int:
-        """Remove what writers that died left unfinished, begun that long ago; how many. Raises StorageError."""
+    def sweep_unfinished(self, *, before: float) -> int:
+        """Remove files that dead writers left unfinished before this Unix time. Returns how many. Blocking.
+
+        Raises StorageError.
+        """
         ...

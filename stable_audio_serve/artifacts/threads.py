@@ -1,4 +1,4 @@
-"""A store's own worker threads: a slow disk or service holds up nobody who does not need it."""
+"""Worker threads of one store, so that a slow disk or service delays only those who use it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _WIND_DOWN_S = 1.0  # how long a cancelled caller waits for its work to be undon
 
 
 class StoppedError(Exception):
-    """Work was told to stop, and has left nothing behind."""
+    """Work was stopped, and has left nothing behind."""
 
 
 def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[bytes]:
-    """`chunks` until `stop` is set. Raises StoppedError."""
+    """Yields `chunks` until `stop` is set. Raises StoppedError then."""
     for chunk in chunks:
         if stop.is_set():
             raise StoppedError
@@ -39,7 +39,10 @@ class StoreThreads:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[[threading.Event], T], *, undo: Callable[[], None]) -> T:
-        """What `work` returns. When its caller is cancelled, the event is set, and work that ends anyhow is undone."""
+        """Returns what `work` returns.
+
+        When the caller is cancelled the event is set, and work that ends nevertheless is undone.
+        """
         stop = threading.Event()
         future = self._pool.submit(work, stop)
         try:
@@ -52,11 +55,11 @@ class StoreThreads:
             raise
 
     async def call(self, work: Callable[[], T]) -> T:
-        """What `work` returns; it goes on when the caller is cancelled."""
+        """Returns what `work` returns. Work goes on when the caller is cancelled."""
         return await asyncio.wrap_future(self._pool.submit(work))
 
     async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
-        """`chunks`, each made on a thread; the generator is closed at the end, whoever ends it."""
+        """Yields `chunks`, each made on a thread. The generator is closed at the end in any case."""
         future: Future[bytes | None] | None = None
         try:
             while True:
@@ -66,11 +69,11 @@ class StoreThreads:
                     return
                 yield chunk
         finally:
-            if future is not None:  # it may be in the generator at this moment
+            if future is not None:  # a thread may be inside the generator at this moment
                 future.add_done_callback(lambda _: chunks.close())
 
     def close(self) -> None:
-        """Begin nothing new."""
+        """Start no new work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -1,4 +1,4 @@
-"""Reading with proof: a stored file is handed out only as far as it can still be the one that was put."""
+"""Checks stored files while they are read: a damaged one never comes out complete."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 
 
 def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) -> Generator[bytes]:
-    """`chunks`, the last one only if all together are the file.
+    """Yields `chunks`, the last one only if all together match the size and SHA-256 of `file`.
 
-    Raises DamagedFileError otherwise, before all of the promised length has been handed out: whoever reads will notice.
+    Raises DamagedFileError if they do not, before the promised length is reached, so that every reader notices.
     """
     digest = hashlib.sha256()
     num_bytes = 0

@@ -179,11 +179,11 @@ async def test_what_a_killed_writer_leaves_is_not_listed_and_goes_when_it_is_old
     assert left.endswith(".partial")
     assert [artifacts.list_folder(name).objects for name in FOLDERS] == [()] * len(FOLDERS)
     await put(artifacts, key, b"whole")
-    assert artifacts.sweep_unfinished(older_than_s=60) == 0
+    assert artifacts.sweep_unfinished(before=time.time() - 60) == 0
     os.utime(folder / left, (time.time() - 61,) * 2)
     (folder / ".foreign.partial").touch()
     os.utime(folder / ".foreign.partial", (0, 0))
-    assert artifacts.sweep_unfinished(older_than_s=60) == 1
+    assert artifacts.sweep_unfinished(before=time.time() - 60) == 1
     assert names(folder) == sorted([key, ".foreign.partial"])
 
 

@@ -59,7 +59,7 @@ async def test_without_a_prefix_keys_stand_at_the_top(object_storage: ObjectStor
     object_storage.client.create_multipart_upload(Bucket=bucket, Key="uploads/holiday.jpg")
     assert store.bucket_key(file) == file.key
     assert [[item.key for item in store.list_folder(name).objects] for name in FOLDERS] == [[KEY], [upload.key], []]
-    assert store.sweep_unfinished(older_than_s=-60) == 0
+    assert store.sweep_unfinished(before=time.time() + 60) == 0
     assert store.claim("me") is not None
     assert await read(store, file) == b"x"
 
@@ -231,8 +231,8 @@ async def test_what_cannot_be_aborted_is_swept_when_it_is_old(
         await put(store, bytes(20 * MIB))
     object_storage.proxy.faults = Faults()
     assert len(object_storage.unfinished(bucket)) == 3
-    assert await asyncio.to_thread(lambda: store.sweep_unfinished(older_than_s=60)) == 0
-    assert await asyncio.to_thread(lambda: store.sweep_unfinished(older_than_s=-60)) == 1
+    assert await asyncio.to_thread(lambda: store.sweep_unfinished(before=time.time() - 60)) == 0
+    assert await asyncio.to_thread(lambda: store.sweep_unfinished(before=time.time() + 60)) == 1
     assert sorted(object_storage.unfinished(bucket)) == sorted([f"elsewhere/{KEY}", "p/holiday.mp4"])
 
 
@@ -302,7 +302,7 @@ def check(storage: ObjectStorage, bucket: str, **overrides: Any) -> str:
     started_at = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         S3Artifacts(storage.settings(bucket, **overrides)).check()
-    assert time.monotonic() - started_at < 12
+    assert time.monotonic() - started_at < 60  # the client of everyday use would try for two minutes
     message = caught.value.message
     assert "\n" not in message
     assert "secret" not in message.replace("secret_access_key", "")

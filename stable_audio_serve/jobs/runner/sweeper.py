@@ -113,8 +113,8 @@ class Sweeper:
         return num_removed
 
     async def _remove_unfinished(self) -> int:
-        sweep = partial(self._artifacts.sweep_unfinished, older_than_s=self._settings.orphan_after_s)
-        return await asyncio.to_thread(sweep)
+        before = self._clock.time() - self._settings.orphan_after_s
+        return await asyncio.to_thread(partial(self._artifacts.sweep_unfinished, before=before))
 
     async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
         """Delete files, a few at a time. Returns how many; those that stay are orphans, which a later sweep removes."""
