@@ -31,6 +31,7 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.models.registry import describe_entry, resolve_entry
 from stable_audio_serve.serving.local import LocalBackend
 from tests.goldens import load_goldens
+from tests.jobs.conftest import SHORT_PAUSES
 from tests.models.loaded import loaded
 
 MODEL = "tiny-s"
@@ -63,7 +64,9 @@ async def _work(settings: Settings) -> None:
         _freeze_between_transactions(queue.store.database)
     notifier = Notifier(Outbox(queue.store.database), webhook_bodies(queue.artifacts), settings=settings.jobs)
     async with LocalBackend(ModelCatalog([card]), {MODEL: engine}) as backend:
-        runner = JobRunner(queue.store, queue.artifacts, backend=backend, settings=settings, notifier=notifier)
+        runner = JobRunner(
+            queue.store, queue.artifacts, backend=backend, settings=settings, notifier=notifier, pauses=SHORT_PAUSES
+        )
         await runner.start()
         while not await asyncio.to_thread(_is_done, queue.store):  # noqa: ASYNC110
             await asyncio.sleep(0.05)

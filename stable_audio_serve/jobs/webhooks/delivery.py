@@ -183,7 +183,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """The first address that answers. Raises DeliveryError, and httpcore's errors."""
+        """Returns a connection to the first address that answers. Raises DeliveryError and httpcore's errors."""
         is_allowed = _is_allowed(host, self._allow_hosts)
         if not is_allowed:
             _require_public_name(host)
@@ -201,9 +201,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         timeout: float | None = None,  # noqa: ASYNC109  # httpcore's own signature
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Refuse. Raises DeliveryError."""
         raise _ForbiddenTargetError("is a socket file")
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
         await self._network.sleep(seconds)
