@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-from functools import cache
 from typing import Any
 
 import pytest
@@ -11,12 +9,11 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import DenoiserConfig, parse_denoiser
 from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning
-from stable_audio_serve.models.weights import assign_weights, read_weights
+from stable_audio_serve.models.weights import assign_weights
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from tests.goldens import load_open_goldens
+from tests.models.sao.tiny import DENOISER, TINY, load_denoiser, model_values, weights_of
 
-PREFIX = "model.model."
-TINY = ("tiny-1.0", "tiny-small")
 TOLERANCE = 2e-5
 GUIDED_TOLERANCE = 5e-5
 
@@ -48,32 +45,23 @@ def parse(values: dict[str, Any]) -> DenoiserConfig:
 
 
 def tiny_values(name: str) -> dict[str, Any]:
-    file = load_open_goldens(name).folder / "model_config.json"
-    return json.loads(file.read_text())["model"]["diffusion"]["config"]
-
-
-@cache
-def load(name: str) -> Denoiser:
-    path = load_open_goldens(name).folder / "model.safetensors"
-    weights = {key: value for key, value in read_weights(path).items() if key.startswith(PREFIX)}
-    net = Denoiser(parse(tiny_values(name)))
-    assign_weights({PREFIX: net}, weights, source=path)
-    return net
+    values: dict[str, Any] = model_values(name)["diffusion"]["config"]
+    return values
 
 
 def condition(name: str, context: str = "cond/inputs_cross_attn_cond") -> DenoiserConditioning:
     tensors = load_open_goldens(name).tensors
-    return load(name).condition(tensors[context], tensors["cond/inputs_global_cond"])
+    return load_denoiser(name).condition(tensors[context], tensors["cond/inputs_global_cond"])
 
 
 def run(name: str, conditioning: DenoiserConditioning) -> torch.Tensor:
     tensors = load_open_goldens(name).tensors
-    return load(name)(tensors["dit/x"], tensors["dit/t"], conditioning)
+    return load_denoiser(name)(tensors["dit/x"], tensors["dit/t"], conditioning)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_output_and_every_layer_match_the_reference(name: str) -> None:
-    tensors, net = load_open_goldens(name).tensors, load(name)
+    tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
     hidden: list[torch.Tensor] = []
     hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[2])) for layer in net.transformer.layers]
     out = run(name, condition(name))
@@ -85,7 +73,7 @@ def test_output_and_every_layer_match_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_embeddings_match_the_reference(name: str) -> None:
-    tensors, net = load_open_goldens(name).tensors, load(name)
+    tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
     time, context = tensors["dit/t"], tensors["cond/inputs_cross_attn_cond"]
     for found, key in (
         (net.timestep_features(time), "dit/timestep_features"),
@@ -123,13 +111,13 @@ def test_guided_output_matches_the_reference(name: str, key: str, guidance: Guid
 @pytest.mark.parametrize("name", TINY)
 def test_a_context_of_zeros_is_no_context(name: str) -> None:
     zeros = torch.zeros_like(load_open_goldens(name).tensors["cond/inputs_cross_attn_cond"])
-    conditioning = load(name).condition(zeros, load_open_goldens(name).tensors["cond/inputs_global_cond"])
+    conditioning = load_denoiser(name).condition(zeros, load_open_goldens(name).tensors["cond/inputs_global_cond"])
     torch.testing.assert_close(run(name, conditioning), run(name, conditioning.without_context()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_padding_and_neighbours_do_not_reach_a_row(name: str) -> None:
-    tensors, net = load_open_goldens(name).tensors, load(name)
+    tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
     x = torch.cat([tensors["dit/x"], torch.full((2, 8, 24), 5.0)], dim=-1)
     valid = (torch.arange(64) < 40).expand(2, -1)
     together = net(x, tensors["dit/t"], condition(name), valid)[..., :40]
@@ -148,11 +136,10 @@ def test_published_shapes_have_the_published_number_of_parameters(values: dict[s
 
 
 def test_a_wrong_key_is_named() -> None:
-    path = load_open_goldens("tiny-1.0").folder / "model.safetensors"
-    weights = {key: value for key, value in read_weights(path).items() if key.startswith(PREFIX)}
-    weights[PREFIX + "transformer.layers.9.extra"] = weights.pop(PREFIX + "preprocess_conv.weight")
+    weights, path = weights_of("tiny-1.0", DENOISER), load_open_goldens("tiny-1.0").folder
+    weights[DENOISER + "transformer.layers.9.extra"] = weights.pop(DENOISER + "preprocess_conv.weight")
     with pytest.raises(CheckpointError, match=r"layers\.9\.extra"):
-        assign_weights({PREFIX: Denoiser(parse(tiny_values("tiny-1.0")))}, weights, source=path)
+        assign_weights({DENOISER: Denoiser(parse(tiny_values("tiny-1.0")))}, weights, source=path)
 
 
 @pytest.mark.parametrize(

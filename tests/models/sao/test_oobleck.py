@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-from functools import cache
 from typing import Any
 
 import pytest
@@ -11,18 +9,11 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import OobleckConfig, parse_oobleck
 from stable_audio_serve.models.sao.oobleck import NormedConv, OobleckAutoencoder
-from stable_audio_serve.models.weights import assign_weights, read_weights
 from tests.goldens import load_open_goldens
+from tests.models.sao.tiny import TINY, load_autoencoder, model_values
 
-PREFIX = "pretransform.model."
-TINY = ("tiny-1.0", "tiny-small")
 TOLERANCE = 2e-5
 HALO = 16
-
-
-def tiny_values(name: str) -> dict[str, Any]:
-    model: dict[str, Any] = json.loads((load_open_goldens(name).folder / "model_config.json").read_text())["model"]
-    return model["pretransform"]
 
 
 def parse(values: dict[str, Any]) -> OobleckConfig:
@@ -53,19 +44,9 @@ def official() -> dict[str, Any]:
     }
 
 
-@cache
-def load(name: str) -> OobleckAutoencoder:
-    path = load_open_goldens(name).folder / "model.safetensors"
-    weights = {key: value for key, value in read_weights(path).items() if key.startswith(PREFIX)}
-    net = OobleckAutoencoder(parse(tiny_values(name)))
-    assign_weights({PREFIX: net}, weights, source=path)
-    net.resolve_weight_norms()
-    return net
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_encoder_matches_the_reference_stage_by_stage(name: str) -> None:
-    tensors, encoder = load_open_goldens(name).tensors, load(name).encoder
+    tensors, encoder = load_open_goldens(name).tensors, load_autoencoder(name).encoder
     first = encoder.layers[0](tensors["ae/wave"])
     torch.testing.assert_close(first, tensors["ae/encoder_stage0"], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(encoder.layers[1](first), tensors["ae/encoder_stage1"], rtol=0, atol=TOLERANCE)
@@ -76,7 +57,7 @@ def test_encoder_matches_the_reference_stage_by_stage(name: str) -> None:
 def test_the_bottleneck_draws_as_the_reference_does(name: str) -> None:
     tensors = load_open_goldens(name).tensors
     noise = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(21))
-    latents = load(name).encode(tensors["ae/wave"], noise)
+    latents = load_autoencoder(name).encode(tensors["ae/wave"], noise)
     torch.testing.assert_close(latents, tensors["ae/encode_seed21"], rtol=0, atol=TOLERANCE)
 
 
@@ -84,12 +65,12 @@ def test_the_bottleneck_draws_as_the_reference_does(name: str) -> None:
 @pytest.mark.parametrize(("source", "key"), [("ae/z", "ae/decode"), ("ae/long_z", "ae/long_decode")])
 def test_decode_matches_the_reference(name: str, source: str, key: str) -> None:
     tensors = load_open_goldens(name).tensors
-    torch.testing.assert_close(load(name).decode(tensors[source]), tensors[key], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(load_autoencoder(name).decode(tensors[source]), tensors[key], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_kernels_match_the_reference_and_transposed_ones_are_normed_by_input_channel(name: str) -> None:
-    tensors, net = load_open_goldens(name).tensors, load(name)
+    tensors, net = load_open_goldens(name).tensors, load_autoencoder(name)
     for module, key in (
         (net.encoder.layers[0], "ae/resolved_first_conv"),
         (net.decoder.layers[1].layers[1], "ae/resolved_first_upsample"),
@@ -99,7 +80,7 @@ def test_kernels_match_the_reference_and_transposed_ones_are_normed_by_input_cha
 
 
 def test_a_window_with_a_halo_decodes_as_the_whole() -> None:
-    tensors, net = load_open_goldens("tiny-1.0").tensors, load("tiny-1.0")
+    tensors, net = load_open_goldens("tiny-1.0").tensors, load_autoencoder("tiny-1.0")
     window = net.decode(tensors["ae/long_z"][..., 20:76])
     hop = net.config.hop
     middle = window[..., HALO * hop : -HALO * hop]
@@ -108,8 +89,8 @@ def test_a_window_with_a_halo_decodes_as_the_whole() -> None:
 
 
 def test_scale_divides_latents_and_multiplies_them_back() -> None:
-    tensors, plain = load_open_goldens("tiny-1.0").tensors, load("tiny-1.0")
-    scaled = OobleckAutoencoder(parse(tiny_values("tiny-1.0") | {"scale": 2.0}))
+    tensors, plain = load_open_goldens("tiny-1.0").tensors, load_autoencoder("tiny-1.0")
+    scaled = OobleckAutoencoder(parse(model_values("tiny-1.0")["pretransform"] | {"scale": 2.0}))
     scaled.load_state_dict(plain.state_dict())
     noise = torch.zeros(2, 8, 10)
     with torch.no_grad():
@@ -145,7 +126,7 @@ def test_published_shape_has_the_published_number_of_parameters() -> None:
     ],
 )
 def test_a_config_for_another_network_is_refused_by_key(key: str, path: tuple[str, ...], value: Any) -> None:
-    values = tiny_values("tiny-1.0")
+    values = model_values("tiny-1.0")["pretransform"]
     section = values
     for name in path[:-1]:
         section = section[name]

@@ -1,0 +1,47 @@
+"""The tiny checkpoints of the Stable Audio Open goldens, as the networks under test. Every part is loaded once."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.sao.config import parse_denoiser, parse_oobleck
+from stable_audio_serve.models.sao.denoiser import Denoiser
+from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
+from stable_audio_serve.models.weights import assign_weights, read_weights
+from tests.goldens import load_open_goldens
+
+TINY = ("tiny-1.0", "tiny-small")
+DENOISER, AUTOENCODER = "model.model.", "pretransform.model."
+
+
+def model_values(name: str) -> dict[str, Any]:
+    """The section `model` of the config, a fresh copy."""
+    file = load_open_goldens(name).folder / "model_config.json"
+    values: dict[str, Any] = json.loads(file.read_text())["model"]
+    return values
+
+
+def weights_of(name: str, prefix: str) -> dict[str, Tensor]:
+    """The checkpoint's tensors under `prefix`, keys whole."""
+    weights = read_weights(load_open_goldens(name).folder / "model.safetensors")
+    return {key: value for key, value in weights.items() if key.startswith(prefix)}
+
+
+@cache
+def load_denoiser(name: str) -> Denoiser:
+    net = Denoiser(parse_denoiser(ConfigReader(model_values(name)["diffusion"], path="model.diffusion")))
+    assign_weights({DENOISER: net}, weights_of(name, DENOISER), source=load_open_goldens(name).folder)
+    return net
+
+
+@cache
+def load_autoencoder(name: str) -> OobleckAutoencoder:
+    net = OobleckAutoencoder(parse_oobleck(ConfigReader(model_values(name), path="model")))
+    assign_weights({AUTOENCODER: net}, weights_of(name, AUTOENCODER), source=load_open_goldens(name).folder)
+    net.resolve_weight_norms()
+    return net
