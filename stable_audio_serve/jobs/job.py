@@ -1,4 +1,4 @@
-"""What a job is: frozen value objects, the states it can be in, and nothing about how it is kept."""
+"""What a job is: frozen value objects and the states it can be in. Knows nothing of stores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class JobSpec:
     id_is_chosen: bool = False  # by the client
     idempotency_key: str | None = None  # unique per client and contract
     fingerprint: str = ""  # SHA-256 of what was asked: another one for the same id or key is a conflict
-    wire: Mapping[str, Any] = field(default_factory=dict)  # what the dialect wants to remember; plain JSON
+    wire: Mapping[str, Any] = field(default_factory=dict)  # what the dialect needs again later; plain JSON
 
     @property
     def ref(self) -> JobRef:
@@ -79,7 +79,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a job made. `file_id` is an unguessable name of its own for links that need no key."""
+    """What a job made. `file_id` is an unguessable name for links that need no key."""
 
     file: StoredFile
     file_id: str
@@ -91,7 +91,7 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """Something that happened to a job; `id` counts its events. Those with a `message` are its log, for its client."""
+    """Something that happened to a job; `id` counts its events. Those with a `message` are the log its client reads."""
 
     id: int
     at: datetime
@@ -123,12 +123,12 @@ class Job:
     stage: str = "queued"
     fraction: float = 0.0
     eta_s: float | None = None  # predicted time to its end, seconds, when last reported
-    engine_position: int | None = None  # of a running job that waits in an engine: how many are before it
+    engine_position: int | None = None  # of a running job that waits in an engine: how many requests are before it
     lease: Lease | None = None  # of a running job
-    is_dead_letter: bool = False  # failed by no fault of its own; an operator may try it again
+    is_dead_letter: bool = False  # failed through no fault of its own; an operator may retry it
     result: JobResult | None = None
     error: JobError | None = None
-    is_readable: bool = True  # else another version wrote it, and of `spec` only what stands in columns is known
+    is_readable: bool = True  # if not, another version wrote it, and `spec` holds only what the columns tell
 
     @property
     def is_over(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a dialect may do with jobs and their files. Every method may be called on any ingress replica."""
+"""What a dialect may do with jobs and their files, without blocking. Any ingress replica may call any method."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["CancelOutcome", "JobQueue"]
 
 
 class JobQueue:
-    """Jobs as their clients see them; whoever runs them is told by `wake`, which may be lost."""
+    """Jobs as their clients see them. `wake` tells runners of new work; a lost call costs one polling interval."""
 
     def __init__(
         self,
@@ -42,18 +42,18 @@ class JobQueue:
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
     async def submit(self, spec: JobSpec) -> Job:
-        """`add` for requests that cannot be repeats."""
+        """`add` for requests that cannot be repeats. Returns the new job."""
         return (await self.add(spec)).job
 
     async def add(self, spec: JobSpec) -> Added:
-        """Keep a job; once this returns it will run, whatever process dies. A repeated request finds its first job.
+        """Add a job. Once this returns it will run, whichever process dies. A repeated request finds its first job.
 
-        The upload of a job that is not kept is deleted. Raises ConflictError, OverloadedError, QuotaError and
+        The upload of a job that is not added is deleted. Raises ConflictError, OverloadedError, QuotaError and
         StorageError.
         """
         try:
             added = await self._add(spec)
-        except StorageError:  # it may be kept nevertheless, only the database's answer did not arrive
+        except StorageError:  # the job may be there nevertheless, and only the answer was lost
             raise
         except StableAudioError:
             await self._drop_upload(spec)
@@ -65,7 +65,7 @@ class JobQueue:
         return added
 
     async def _add(self, spec: JobSpec) -> Added:
-        """`store.clients.add`, in one transaction with whatever else was submitted during the one before."""
+        """Add the job in one transaction with all that were submitted during the previous one."""
         future = asyncio.get_running_loop().create_future()
         self._submitted.append((spec, future))
         if self._submitting is None or self._submitting.done():
@@ -78,10 +78,10 @@ class JobQueue:
             outcomes: Sequence[Added | Exception]
             try:
                 outcomes = await asyncio.to_thread(self.store.clients.add_all, [spec for spec, _ in submitted])
-            except Exception as error:  # noqa: BLE001 - everybody's
+            except Exception as error:  # noqa: BLE001 - everyone who waits gets it
                 outcomes = [error] * len(submitted)
             for (_, future), outcome in zip(submitted, outcomes, strict=True):
-                if future.done():  # nobody waits any more
+                if future.done():  # cancelled: nobody waits any more
                     continue
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)
@@ -91,28 +91,31 @@ class JobQueue:
     async def list_own(
         self, contract: Contract, client: ClientId, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
-        """One client's jobs, newest first. Raises InvalidRequestError for a cursor that this client was not given."""
+        """Returns a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
         find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
         return await asyncio.to_thread(find)
 
     async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
-        """What happened to the job since the event with the id `after`."""
+        """Returns the job's events after the one with the id `after`."""
         return await asyncio.to_thread(partial(self.store.clients.events, ref, after=after))
 
     async def get(self, ref: JobRef) -> Job | None:
-        """The job as it is now; None when this client has no such job in this contract."""
+        """Returns the job as it is now, None when this client has no such job in this contract."""
         return await asyncio.to_thread(self.store.clients.get, ref)
 
     async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Anybody's job with this id, unless its client chose it: for links that need no key."""
+        """Returns any client's job with this id, unless the client chose the id. For links that need no key."""
         return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
 
     async def position(self, job: Job) -> int:
-        """How many jobs of its model will start before this queued one, 0 = next."""
+        """Returns how many jobs of its model start before this queued one; 0 means it is next."""
         return await asyncio.to_thread(self.store.clients.position, job)
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
-        """`removed` = was queued and is cancelled now; `requested` = runs, and will be told to stop. And the job."""
+        """End a waiting job ("removed"), or ask the runner of a running one to stop it ("requested").
+
+        Returns which, and the job afterwards.
+        """
         outcome, job = await asyncio.to_thread(self.store.clients.cancel, ref)
         if outcome == "removed" and job is not None:
             await self._drop_upload(job.spec)
@@ -122,11 +125,11 @@ class JobQueue:
 
     async def _drop_upload(self, spec: JobSpec) -> None:
         if spec.upload is not None:
-            with suppress(StorageError):  # then it is an orphan, and swept as one
+            with suppress(StorageError):  # then it is an orphan, which the sweeper deletes
                 await self.artifacts.delete(spec.upload.file.key)
 
     async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Keep a client's file for a job about to be submitted. Raises StorageError."""
+        """Store a client's file for a job about to be submitted. Raises StorageError."""
         return await self.artifacts.put(upload_key(), chunks, media_type=media_type, file_name=file_name)
 
     async def publish(
@@ -138,22 +141,25 @@ class JobQueue:
         file_id: str | None = None,
         clips: tuple[ClipFacts, ...] = (),
     ) -> tuple[str, StoredFile]:
-        """Keep a file for whoever has its link: its id, unguessable unless given, for `links`. Raises StorageError."""
+        """Store a file for everyone who has its link. Raises StorageError.
+
+        Returns the id for the link, which is unguessable unless given, and the file.
+        """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips)
-        # When that fails the file stays, to be swept: it may be published, only the database's answer did not arrive.
+        # If this fails the file stays for the sweeper: it may be published, and only the answer was lost.
         return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
 
     async def find_file(self, file_id: str) -> StoredFile | None:
-        """A published file, or the finished audio of a job (`JobResult.file_id`)."""
+        """Returns a published file, or the finished audio of a job (`JobResult.file_id`)."""
         return await asyncio.to_thread(self.store.files.find, file_id)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """The file in chunks, see `ArtifactStore.read`."""
+        """Returns the file in chunks, see `ArtifactStore.read`."""
         return self.artifacts.read(file)
 
     async def close(self) -> None:
-        """Close the database, and begin nothing new with files."""
+        """Close the database and start no new work with files."""
         await self.watch.close()
         await self.artifacts.close()
         await asyncio.to_thread(self.store.database.close)

@@ -1,4 +1,4 @@
-"""What is decided before a job is kept: whether there is room, and whether the same request was kept already."""
+"""What is decided before a job is added: whether there is room, and whether the same request was added before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.store.rows import is_job
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 
 _FULL_RETRY_S = 10.0
-_MOST_OVER = 2  # times `max_queued`: what clients who come to a full queue can make of it
+_MOST_OVER = 2  # times `max_queued`: how long a full queue can get through clients that have a fair share left
 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")
@@ -29,9 +29,9 @@ _CLIENTS = sa.select(sa.func.count()).select_from(
 
 
 def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
-    """Why another job cannot wait. Who has no key is bounded by the limit for all only.
+    """Returns why another job cannot wait, None if it can. Jobs without a client are bounded by the common limit only.
 
-    A full queue has room for whoever has less than a fair share in it, until it is twice as long as it may be.
+    A full queue has room for clients with less than a fair share of it, until it is twice as long as configured.
     """
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()
@@ -47,7 +47,7 @@ def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSetting
 
 
 def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
-    """The job that this request made before. Raises ConflictError when another one has its key or id."""
+    """Returns the job that this request added before. Raises ConflictError when another request used its key or id."""
     by_key = sa.and_(
         _jobs.contract == spec.contract,
         _jobs.client == spec.client,

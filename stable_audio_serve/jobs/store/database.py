@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 
+from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import StorageFullError, StoreMovedError
 from stable_audio_serve.jobs.store import sqlite
 from stable_audio_serve.jobs.store.errors import at_start, at_work, config_error
@@ -26,19 +26,22 @@ _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
 
-# What psycopg is told unless the URL says otherwise: seconds, the last in milliseconds. It notices when the server
-# vanishes without a word.
+# Options of psycopg unless the URL sets them: seconds, the last in milliseconds. With them it notices a server that
+# vanishes without closing the connection.
 _CONNECT = {
-    **{"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3},
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
 _SESSION = {
-    # It gives up on what takes longer, in milliseconds; and a process frozen in a transaction loses its locks.
+    # Milliseconds. The third takes the locks of a process that froze in a transaction.
     "statement_timeout": 30_000,
     "lock_timeout": 15_000,
     "idle_in_transaction_session_timeout": 10_000,
-    # A queue fills faster than statistics are renewed. So plans made for a short one are not kept, and what its
-    # statistics take for a few rows is not sorted: every query has an index in its own order.
+    # A queue fills faster than statistics are renewed. So plans made for a short queue are not reused, and nothing is
+    # sorted on the belief that it is a few rows: every query has an index in its own order.
     "plan_cache_mode": "force_custom_plan",
     "enable_sort": "off",
     "jit": "off",
@@ -46,7 +49,7 @@ _SESSION = {
 
 
 def database_url(url: str | None, folder: Path) -> sa.URL:
-    """The configured database, or SQLite in `folder`. Raises ConfigError for what cannot be used."""
+    """Returns the configured database, by default SQLite in `folder`. Raises ConfigError if it cannot be used."""
     if url is None:
         return sa.URL.create("sqlite", database=str(folder / "jobs.db"))
     try:
@@ -62,16 +65,17 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
 
 
 class Database:
-    """Transactions on the tables, which are brought up to date before the first one.
+    """Transactions on the tables, which are created or upgraded before the first one.
 
-    `now` is the time, Unix seconds, as SQL: the server's where there is one, because machines' clocks differ.
+    `now` is the time as SQL, Unix seconds: the database server's where there is one, because machines' clocks differ.
     """
 
     def __init__(self, url: sa.URL, *, identity: str | None = None, now: Callable[[], float] | None = None) -> None:
-        """Touches nothing yet. `now` gives Unix time in seconds; unset = the clock that all who share the tables do.
+        """Touches nothing yet.
 
-        With an `identity` (`JobStore.identity`) only the database that has it is used, and none is made or upgraded.
-        Raises ConfigError when what the database needs is not installed.
+        `now` returns Unix seconds; unset: the database server's clock, or this machine's on SQLite.
+        With an `identity` (`JobStore.identity`) only the database that has it is used, and none is created or upgraded.
+        Raises ConfigError when a package that the database needs is not installed.
         """
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
@@ -85,11 +89,11 @@ class Database:
         else:
             self.engine, without_log = _create_postgresql(url), None
         self._reader = self.engine.execution_options(reading=True)
-        if not self.is_sqlite:  # one statement needs neither a BEGIN before nor a ROLLBACK after it
+        if not self.is_sqlite:  # one statement needs no BEGIN before it and no ROLLBACK after it
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
         self._kept = without_log or self._reader
         self._is_identity_kept = False
-        self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or time.time)
+        self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or SystemClock().time)
         self._lock = threading.Lock()
         self._is_ready = False
 
@@ -99,12 +103,12 @@ class Database:
         return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
 
     def insert(self, table: sa.Table) -> sqlite_dialect.Insert | postgresql.Insert:
-        """An INSERT that can say ON CONFLICT."""
+        """Returns an INSERT that supports ON CONFLICT."""
         return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction; on SQLite no other writer overlaps it. Raises StorageError."""
+        """A transaction, which no other writer overlaps on SQLite. Raises StorageError."""
         with at_work():
             self._make_ready()
             with self.engine.begin() as connection:
@@ -113,7 +117,7 @@ class Database:
 
     @contextmanager
     def writing_alone(self, lock: int) -> Iterator[sa.Connection]:
-        """A transaction that no other one with the same number overlaps. Raises StorageError."""
+        """A transaction that no other with the same lock number overlaps. Raises StorageError."""
         with self.writing() as connection:
             if not self.is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
@@ -121,16 +125,16 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A connection that waits for no writer; each statement sees what is committed by then. Raises StorageError."""
+        """A connection that waits for no writer. Each statement sees what is committed by then. Raises StorageError."""
         with at_work():
             self._make_ready()
             with self._reader.connect() as connection:
                 yield connection
 
     def require_same(self) -> None:
-        """Raise StoreMovedError when another database was written over the one at the start.
+        """Raises StoreMovedError when another database has replaced the one at the start.
 
-        A SQLite file is read without its log, where the former identity remains.
+        A SQLite file is read without its log, which still holds the former identity.
         """
         with at_work():
             self._make_ready()
@@ -143,9 +147,9 @@ class Database:
             self._require_identity(found)
 
     def require_room(self) -> None:
-        """Raise StorageFullError when SQLite's disk is nearly full: its log may take small changes even then.
+        """Raises StorageFullError when SQLite's disk is nearly full: the log may accept small changes even then.
 
-        What room a database server has, it says itself when it is written to.
+        A database server reports a full disk itself when it is written to.
         """
         if not self.is_sqlite:
             return
@@ -155,15 +159,15 @@ class Database:
             raise StorageFullError("the disk of the job database is full")
 
     def prepare(self) -> None:
-        """Make or upgrade the tables.
+        """Create or upgrade the tables.
 
-        Raises ConfigError, with the reason, when that is not possible: no server, no access, tables of a newer version.
+        Raises ConfigError with the reason when that is not possible: no server, no access, tables of a newer version.
         """
         with at_start(self):
             self._make_ready()
 
     def check_writable(self) -> None:
-        """Raise ConfigError, with the reason, when rows can only be read: a standby, or a user without rights."""
+        """Raises ConfigError with the reason when rows can only be read: a standby, or a user without rights."""
         with at_start(self), self.engine.begin() as connection:
             connection.execute(sa.delete(JOBS).where(sa.false()))
 
@@ -177,7 +181,7 @@ class Database:
         with self._lock:
             if not self._is_ready:
                 try:
-                    with self.engine.begin() as connection:  # looking and changing in one: other processes start too
+                    with self.engine.begin() as connection:  # one transaction: other processes start too
                         self._prepare(connection)
                 except BaseException:
                     self.engine.dispose()  # it may be the wrong one
@@ -198,7 +202,7 @@ class Database:
 
 
 def find_identity(connection: sa.Connection) -> str | None:
-    """The random name of this database, once it has one; None also where there are no tables."""
+    """Returns the random name of this database, None if it has none yet or there are no tables."""
     if not sa.inspect(connection).has_table(IDENTITY.name):
         return None
     found: str | None = connection.execute(sa.select(IDENTITY.c.id)).scalar()
@@ -210,7 +214,7 @@ def _server_time() -> sa.ColumnElement[float]:
 
 
 def _time_of(clock: Callable[[], float]) -> sa.ColumnElement[float]:
-    """Asked whenever a statement with it is executed."""
+    """SQL for the time of `clock`, which is read whenever a statement with it runs."""
     return sa.bindparam("now", callable_=clock, type_=sa.Double)
 
 
@@ -218,7 +222,7 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
     try:
         engine = sa.create_engine(
             url,
-            isolation_level="READ COMMITTED",  # what the compare-and-sets of `transitions` are made for
+            isolation_level="READ COMMITTED",  # the level that the compare-and-sets of `transitions` are designed for
             connect_args={name: value for name, value in _CONNECT.items() if name not in url.query},
             pool_pre_ping=True,  # the server may have been restarted
             pool_size=_POOL_SIZE,

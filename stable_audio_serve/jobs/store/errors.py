@@ -1,4 +1,4 @@
-"""What goes wrong with a database, as errors of ours: at the start one sentence, later something to try again."""
+"""Translates database errors: one sentence that stops the start, later a StorageError that clients may retry."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "53100")  # of SQLite by name, o
 
 
 def config_error(message: str) -> ConfigError:
-    """That the configured database cannot be used, and why."""
+    """Returns the error of a configured database that cannot be used; `message` says why."""
     return ConfigError(f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): {message}", field="jobs.database_url")
 
 
 @contextmanager
 def at_start(database: object) -> Iterator[None]:
-    """Raises ConfigError, with the reason, for whatever the database refuses; `str(database)` says which it is."""
+    """Raises ConfigError with the reason for any database error; `str(database)` names the database."""
     try:
         yield
     except (SQLAlchemyError, OSError) as error:
@@ -33,7 +33,7 @@ def at_start(database: object) -> Iterator[None]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Raises StorageError for whatever the database refuses; the reason is for the log only."""
+    """Raises StorageError for any database error; the reason goes to the log only."""
     try:
         yield
     except (SQLAlchemyError, OSError, ConfigError) as error:
@@ -51,7 +51,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """One line without the statement, whose values may be a client's."""
+    """Returns one line without the statement, which may hold values of clients."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

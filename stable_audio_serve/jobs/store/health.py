@@ -36,7 +36,6 @@ class Refusals:
     """Reasons why runners start no jobs. Blocking: for worker threads. Every method raises StorageError."""
 
     def __init__(self, database: Database) -> None:
-        """Touches nothing yet."""
         self._database = database
 
     def note(self, owner: str, health: StoreHealth, *, for_s: float) -> None:

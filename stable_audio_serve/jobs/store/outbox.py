@@ -1,6 +1,7 @@
-"""Which ended jobs their clients still have to be told of. Part of the jobs' own table, so it survives restarts.
+"""Webhook notices of ended jobs that are still to be delivered. Part of the jobs' table, so they survive restarts.
 
-Whoever delivers claims a notice first, for a time: no two processes try it at once, and one that dies only delays it.
+A notice is claimed for a time before it is delivered: no two processes try it at once, and one that dies only
+delays it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A client to be told: where, of which job, and which attempt this is, from 1.
+    """One delivery to attempt; `attempt` counts from 1.
 
-    `id` is the job's; each later end, of a dead letter that was tried again, has another.
+    `id` is the job's id; a dead letter that was retried and ended again has another one.
     """
 
     id: str
@@ -34,14 +35,13 @@ class Notice:
 
 
 class Outbox:
-    """Notices that are due; each is tried until it is settled. Blocking: for worker threads."""
+    """Notices that are due; each is attempted until it is settled. Blocking: for worker threads."""
 
     def __init__(self, database: Database) -> None:
-        """Touches nothing yet."""
         self._database = database
 
     def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
-        """The notice that has been due for longest, of other hosts than these; nobody else gets it for `for_s`."""
+        """Claim the notice due for longest, of other hosts than these. No other process gets it for `for_s`."""
         now = self._database.now
         is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
         first = sa.select(_jobs.seq).where(*is_due).order_by(_jobs.webhook_at).limit(1)
@@ -55,15 +55,15 @@ class Outbox:
         return Notice(notice_id, row.webhook_url, row.webhook_host, to_job(row), row.retries, row.webhook_attempts)
 
     def settle(self, notice: Notice) -> None:
-        """It was delivered, or given up: never try it again."""
+        """Forget a notice that was delivered or given up."""
         self._update(notice, webhook_at=None)
 
     def postpone(self, notice: Notice, *, delay_s: float) -> None:
-        """It failed: try again in `delay_s`."""
+        """Make a notice due again in `delay_s`."""
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
-        """Unless somebody else has claimed it since, or the job was tried again."""
+        """Do nothing if another process has claimed it since, or the job was retried."""
         is_same = (_jobs.retries == notice.retries, _jobs.webhook_attempts == notice.attempt)
         change = sa.update(JOBS).where(is_job(notice.job.spec.ref), *is_same)
         with self._database.writing() as connection:

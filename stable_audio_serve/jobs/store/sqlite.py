@@ -1,7 +1,8 @@
 """SQLite as the job database: one file and its write-ahead log, shared by the processes of one machine.
 
-Open files outlive their names. So a transaction is refused while the names stand for other files, or for none: what it
-wrote would be lost at the next start, and a new connection would open, or make, another database.
+A process can go on using an open file after it was moved or deleted. What it wrote would be lost at the next start, and
+a new connection would open, or create, another database. So a transaction is refused unless the paths still lead to the
+open files.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from stable_audio_serve.jobs.store.errors import config_error
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _POOL_SIZE = 8
-_OLDEST_SQLITE = (3, 35)  # the first that says RETURNING
+_OLDEST_SQLITE = (3, 35)  # the first with RETURNING
 _BUSY_TIMEOUT_S = 15.0
 _BUSY_PAUSE_S = 0.001
 _WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
 _RETRY_S = 5.0
-_IS_COUNTED = "is_counted"  # in what is remembered of a connection
+_IS_COUNTED = "is_counted"  # key in the pool's notes on a connection
 
 _Identity = tuple[int, int] | None  # device and inode
 
 
 class DatabaseFile:
-    """What SQLite has open, which must stay where it is: its log while any connection is open, the file for good."""
+    """The open files, which must stay in place: the log while any connection is open, the database file for good."""
 
     def __init__(self, path: str, *, may_create: bool) -> None:
-        """`may_create`: until `adopt` a connection makes the file, if there is none."""
+        """With `may_create` the first connection creates a missing file, until `adopt` is called."""
         self._path = os.path.abspath(path)
         self._may_create = may_create
         self._real = self._path
@@ -50,7 +51,7 @@ class DatabaseFile:
         self._lock = threading.Lock()
 
     def uri(self) -> str:
-        """What the next connection is to open. Raises StoreMovedError."""
+        """Returns the URI for the next connection. Raises StoreMovedError."""
         is_first = self._first is None
         if is_first and self._may_create:
             make_private_folder(Path(self._path).parent)
@@ -65,12 +66,12 @@ class DatabaseFile:
         return f"file:{quote(self._path)}?mode=rw"
 
     def uri_without_log(self) -> str:
-        """To see what the file itself holds: nothing is locked, and nothing written since the last checkpoint seen."""
+        """Returns a URI that reads the file alone: without locks, and as it was at the last checkpoint."""
         self.require()
         return f"file:{quote(self._path)}?mode=ro&immutable=1"
 
     def opened(self) -> None:
-        """Another connection has read from the file, so its log is there."""
+        """Count a connection that has read from the file, so that the log exists."""
         with self._lock:
             self._num_open += 1
             if self._num_open == 1:
@@ -78,27 +79,30 @@ class DatabaseFile:
                 self._opened = self._look()
 
     def adopt(self) -> None:
-        """What is open is what was looked for: from now on no other file will do, and none is made."""
+        """Accept the open file as the right one: from now on no other is opened, and none is created."""
         self._first = _locate(self._real)
 
     def closed(self) -> None:
-        """A connection is no longer open; the last one of all processes removes the log."""
+        """Count a connection that was closed. The last one of all processes removes the log."""
         with self._lock:
             self._num_open -= 1
 
     def require(self) -> None:
-        """Raise StoreMovedError unless the names still lead to what is open."""
+        """Raises StoreMovedError unless the paths still lead to the open files."""
         self._judge(self._look() == self._opened)
 
     def _look(self) -> tuple[_Identity, ...]:
-        """A tenth of what it costs to resolve the path: no link at the real name, so the log is still next to it."""
+        """Returns what the paths lead to, at a tenth of the cost of resolving them.
+
+        The real path must not become a link, because the log would then be elsewhere.
+        """
         real = self._real
         file = _identify(real, look=os.lstat, may_be_empty=False)
         found = (file, _identify(f"{real}-wal"), _identify(f"{real}-shm"))
         return found if real == self._path else (*found, _identify(self._path))
 
     def _judge(self, is_in_place: bool) -> None:
-        if is_in_place == self._is_missed:  # that is news
+        if is_in_place == self._is_missed:  # changed since the last look: log it once
             self._is_missed = not is_in_place
             if is_in_place:
                 log.warning("the job database is back in its place", file=self._path)
@@ -109,7 +113,7 @@ class DatabaseFile:
 
 
 def _locate(path: str) -> tuple[_Identity, _Identity, str]:
-    """The file, and where SQLite keeps its log: in which folder, after which name."""
+    """Returns the file, and the folder and the name that SQLite derives the place of its log from."""
     folder, name = os.path.split(os.path.realpath(path))
     return _identify(path, may_be_empty=False), _identify(folder), name
 
@@ -123,14 +127,14 @@ def _identify(path: str, *, look: Callable[[str], os.stat_result] = os.stat, may
 
 
 def create_engine_without_log(file: DatabaseFile) -> sa.Engine:
-    """An engine that reads what the file itself holds, each time anew."""
+    """Returns an engine that reads the file alone, without its log, with a new connection each time."""
     return sa.create_engine(
         "sqlite://", creator=lambda: sqlite3.connect(file.uri_without_log(), uri=True), poolclass=sa.NullPool
     )
 
 
 def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, DatabaseFile]:
-    """An engine over the file of `url`, which is made at its first use if `may_create`. Raises ConfigError."""
+    """Returns an engine over the file of `url`, which its first use creates if `may_create`. Raises ConfigError."""
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
         raise config_error(
             f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, _OLDEST_SQLITE))} is needed"
@@ -144,7 +148,7 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, record: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not where the driver guesses
+        connection.isolation_level = None  # transactions begin in `_begin`, not where the driver guesses
         _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
         connection.execute("PRAGMA foreign_keys = ON")
@@ -168,7 +172,7 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
 
 
 def _begin_writing(connection: sqlite3.Connection) -> None:
-    """Wait for other writers at a steady pace: SQLite's own sleeps get longer, and others overtake."""
+    """Begin a transaction, waiting at a steady pace: SQLite's own pauses get longer, and other writers overtake."""
     connection.execute("PRAGMA busy_timeout = 0")
     try:
         _insist(connection, "BEGIN IMMEDIATE")
@@ -177,12 +181,12 @@ def _begin_writing(connection: sqlite3.Connection) -> None:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Keep a write-ahead log. The first connection ever needs the whole file for that, and its wait is not SQLite's."""
+    """Switch the write-ahead log on. The first connection needs the file alone, and SQLite does not wait for that."""
     _insist(connection, "PRAGMA journal_mode = WAL")
 
 
 def _insist(connection: sqlite3.Connection, statement: str) -> None:
-    """Execute it once the database is free. Raises sqlite3.OperationalError."""
+    """Repeat a statement until the database is free. Raises sqlite3.OperationalError after `_BUSY_TIMEOUT_S`."""
     give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
         try:

@@ -1,6 +1,6 @@
-"""The tables jobs are kept in, the same on SQLite and PostgreSQL. All times are Unix seconds.
+"""The tables of the job store, the same on SQLite and PostgreSQL. All times are Unix seconds.
 
-Indexes of what waits or runs cover nothing else, so that the many ended jobs of a week cost them nothing.
+Indexes for waiting or running jobs cover only those, so that the many ended jobs of a week cost them nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ METADATA = sa.MetaData()
 
 
 class _Text(sa.TypeDecorator[str]):
-    """Text that any database takes: PostgreSQL has no U+0000, and no encoding has lone surrogates."""
+    """Text that every database accepts: PostgreSQL has no U+0000, and no encoding has lone surrogates."""
 
     impl = sa.Text
     cache_ok = True
@@ -24,7 +24,7 @@ class _Text(sa.TypeDecorator[str]):
 
 
 def storable(text: str) -> str:
-    """`text` with U+FFFD for what not every database can keep."""
+    """Returns `text` with U+FFFD for characters that not every database can store."""
     if text.isascii() and "\0" not in text:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
@@ -75,7 +75,7 @@ JOBS = sa.Table(
 )
 _jobs = JOBS.c
 
-IS_DEAD = _jobs.is_dead_letter == sa.true()  # word by word as in its index, for SQLite
+IS_DEAD = _jobs.is_dead_letter == sa.true()  # word for word as in its index, or SQLite does not use that
 
 EVENTS = sa.Table(
     "events",
@@ -91,7 +91,7 @@ EVENTS = sa.Table(
     sqlite_autoincrement=True,
 )
 
-# When each client had its last turn: the number of that start among those of its priority, 0 = it had none yet.
+# When each client had its last turn: the number of that start among those of its priority; 0 means none yet.
 TURNS = sa.Table(
     "turns",
     METADATA,
@@ -104,7 +104,7 @@ TURNS = sa.Table(
     sa.Index("turns_in_order", "priority", "served", "seq"),
 )
 
-# Files that links without a key lead to: finished audio, and whatever a dialect lets its clients store.
+# Files that links without a key lead to: finished audio, and files that a dialect lets its clients store.
 FILES = sa.Table(
     "files",
     METADATA,
@@ -116,12 +116,12 @@ FILES = sa.Table(
     sa.Index("files_by_age", "created_at"),
 )
 
-# What this database is called, among others that may exist, and what only its users know: one row.
+# What tells this database from others, and a secret that only its servers know: one row.
 IDENTITY = sa.Table(
     "identity",
     METADATA,
     sa.Column("seq", _Number, primary_key=True),  # always 1
-    sa.Column("id", _Text, nullable=False),  # also beside the files, where others may read it
+    sa.Column("id", _Text, nullable=False),  # also stored beside the files, where others may read it
     sa.Column("secret", _Text, nullable=False),
 )
 
@@ -132,7 +132,7 @@ REFUSALS = sa.Table(
     sa.Column("owner", _Text, primary_key=True),
     sa.Column("state", _Text, nullable=False),
     sa.Column("reason", _Text),
-    sa.Column("until", sa.Double, nullable=False),  # of runners that say nothing more
+    sa.Column("until", sa.Double, nullable=False),  # then forgotten unless the runner repeats it
 )
 
 

@@ -1,6 +1,6 @@
-"""Whose job starts next: clients take turns, one job each, apart for every model and priority; within a client it is
-first come, first served. Next is the client whose last start is the longest ago, so one who had nothing waiting is next
-at once, and nobody waits for more than one job of each of the others.
+"""Whose job starts next. Clients take turns, one job each, separately for every model and priority; a client's own jobs
+start in order of arrival. Next is the client whose last start is the longest ago, so a client that had nothing waiting
+is next at once, and no client waits for more than one job of each of the others.
 """
 
 from __future__ import annotations
@@ -23,25 +23,24 @@ _ORDER = (_turns.served, _turns.seq)
 
 
 class Turns:
-    """The turns on one database; every method is one statement in the caller's transaction."""
+    """The turns in one database. Every method is one statement in the caller's transaction."""
 
     def __init__(self, database: Database) -> None:
-        """Touches nothing yet."""
         self._now = database.now
         self._join = database.insert(TURNS).on_conflict_do_nothing()
 
     def join(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """The client of a job that was added takes turns from now on."""
+        """Let the client of a new job take turns from now on."""
         line = {"priority": spec.request.priority, "model": spec.model, "client": spec.client}
         connection.execute(self._join, line)
 
     def next_job(self, priority: Priority, models: Collection[str] | None) -> sa.ScalarSelect[int]:
-        """`seq` of the job whose turn it is, of these models, locked; null when none is due that nobody else locked."""
+        """SQL: `seq` of the next job of these models, locked; null when every job that is due is locked by another."""
         is_due = (_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now))
         first = sa.select(_jobs.seq).where(_IS_IN_LINE, *is_due).order_by(_jobs.seq).limit(1)
         first = first.with_for_update(skip_locked=True).correlate(TURNS)
-        # Databases look into one line after the other, and no further than to the first that has a job; the offset
-        # keeps them from doing so for the condition and for the result.
+        # Databases look at one client after the other and stop at the first that has a job. The offset keeps them from
+        # doing it twice, for the condition and for the result.
         heads = sa.select(first.scalar_subquery().label("seq")).where(_turns.priority == priority)
         if models is not None:
             heads = heads.where(_turns.model.in_(models))
@@ -49,7 +48,7 @@ class Turns:
         return sa.select(in_turn.c.seq).where(in_turn.c.seq.is_not(None)).limit(1).scalar_subquery()
 
     def served(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """A job of this client was started: all others who wait come before its next one."""
+        """Record that a job of this client started: all other waiting clients come before its next one."""
         priority = spec.request.priority
         others = TURNS.alias()
         latest = sa.select(sa.func.max(others.c.served)).where(others.c.priority == priority).scalar_subquery()
@@ -57,8 +56,10 @@ class Turns:
         connection.execute(sa.update(TURNS).where(*is_it).values(served=latest + 1))
 
     def position(self, connection: sa.Connection, spec: JobSpec, *, is_job: sa.ColumnElement[bool]) -> int:
-        """How many waiting jobs of its model and priority start before this one: the earlier ones of its client, and of
-        every other client as many as it has turns until then."""
+        """Returns how many waiting jobs of its model and priority start before this one.
+
+        These are the earlier ones of its client, and of every other client as many as it has turns until then.
+        """
         of_line = (_jobs.priority == spec.request.priority, _jobs.model == spec.model)
         own = sa.select(_jobs.seq).where(is_job).correlate(None).scalar_subquery()
         counts = (

@@ -1,4 +1,4 @@
-"""Brings the tables of jobs up to date by Alembic's revisions. Several processes may do so at once."""
+"""Creates and upgrades the tables of jobs by Alembic's revisions. Several processes may do so at once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.store.errors import config_error
 from stable_audio_serve.jobs.store.tables import JOBS
 
-REVISION = "0001"  # the newest one: what this version reads and writes
+REVISION = "0001"  # the newest one, which this version reads and writes
 
-_LOCK = 0x53415501  # any number of our own
+_LOCK = 0x53415501  # the number of a lock; any that nobody else uses
 _FOLDER = Path(__file__).parent
 
 
 def upgrade(connection: sa.Connection) -> None:
-    """Upgrade in this transaction. Raises ConfigError when a newer version, or something else, made the tables."""
+    """Upgrade in this transaction. Raises ConfigError for tables of a newer version, or of another program."""
     if connection.dialect.name == "postgresql":  # SQLite has one writer anyway
         no_limit = (sa.func.set_config(name, "0", True) for name in ("statement_timeout", "lock_timeout"))
         connection.execute(sa.select(*no_limit))
