@@ -1,4 +1,4 @@
-"""The one way from a registry entry to a model that can be used: find or download the files, load the family."""
+"""Loads a registry entry: finds or downloads its files, then loads the family. Registers every part by importing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_model(
 ) -> DiffusionModel:
     """Load `entry` onto `device`; `dtype` is the denoiser's precision on CUDA (float16 by default).
 
-    Takes seconds to minutes, downloads what is missing. Raises CheckpointError with one sentence that says what to do,
+    Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
     ConfigError for a device or dtype that cannot be used.
     """
     target = resolve_device(device)
@@ -42,7 +42,7 @@ def load_model(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device as torch names it. Raises ConfigError when this machine has none such."""
+    """Returns the device as torch names it. Raises ConfigError when this machine cannot use it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -1,7 +1,7 @@
-"""Conditioners without weights that tell the denoiser something of every latent frame, each known by its `type`.
+"""Conditioners without weights that describe every latent frame to the denoiser, built from a config by their `type`.
 
-A family that has local conditioning asks for them by type and knows none of them by name; whoever brings one registers
-it, and `models/families.py` imports whoever does.
+A family with local conditioning builds them by type and knows none of them by name. A module registers its type when
+it is imported, which `models/families.py` does.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from stable_audio_serve.models.config_reader import ConfigReader
 
 
 class FrameConditioner(Protocol):
-    """Numbers of a request in, features of its frames out."""
+    """Turns numbers of a request into features of its frames."""
 
     num_features: int
 
     def read_numbers(self, prompt: str) -> Mapping[str, float]:
-        """Numbers that it takes from a prompt, by name."""
+        """Returns numbers read from a prompt, by name."""
         ...
 
     def features(self, num_frames: int, *, frame_s: float, numbers: Mapping[str, float]) -> Tensor:
-        """Features (num_features, F) float32 on the CPU of frames that start at multiples of `frame_s`."""
+        """Returns features (num_features, F) float32 on the CPU of frames that start at multiples of `frame_s`."""
         ...
 
 
@@ -34,7 +34,7 @@ _BUILDERS: dict[str, FrameConditionerBuilder] = {}
 
 
 def register_frame_conditioner(type_: str) -> Callable[[FrameConditionerBuilder], FrameConditionerBuilder]:
-    """Make `type_` buildable; the decorated function gets the conditioner's own `config` section."""
+    """Register the decorated function as builder of `type_`; it is given the conditioner's own `config` section."""
 
     def register(builder: FrameConditionerBuilder) -> FrameConditionerBuilder:
         _BUILDERS[type_] = builder
@@ -44,7 +44,7 @@ def register_frame_conditioner(type_: str) -> Callable[[FrameConditionerBuilder]
 
 
 def frame_conditioner_types() -> tuple[str, ...]:
-    """Every registered type."""
+    """Returns every registered type."""
     return tuple(_BUILDERS)
 
 

@@ -31,7 +31,7 @@ class WindowNoise:
     start: int
 
     def draw(self, name: str, shape: tuple[int, ...], *, frame_axis: int, device: torch.device) -> Tensor:
-        """Unit normal float32 on `device`; `shape[frame_axis]` counts latent frames from the window's start."""
+        """Returns unit normal float32 on `device`; `shape[frame_axis]` counts latent frames from the window's start."""
         return self.source.window(f"{self.stage}/{name}", self.start, shape=shape, frame_axis=frame_axis, device=device)
 
 
@@ -39,7 +39,7 @@ Noises = Sequence[WindowNoise] | None  # one per window of a batch, or None for 
 
 
 class Pretransform(Protocol):
-    """Between audio and frames, without weights of its own that matter to the latents' length."""
+    """Turns audio into frames and back."""
 
     samples_per_frame: int
     halo_frames: int  # frames on each side that can influence a frame's audio
@@ -54,7 +54,7 @@ class Pretransform(Protocol):
 
 
 class Encoder(Protocol):
-    """Frames to raw latents."""
+    """Turns frames into raw latents."""
 
     frames_per_latent: int
     latent_multiple: int  # windows start and end at multiples of this many latents
@@ -66,7 +66,7 @@ class Encoder(Protocol):
 
 
 class Decoder(Protocol):
-    """Latents, out of the bottleneck, to frames."""
+    """Turns latents that left the bottleneck into frames."""
 
     frames_per_latent: int
     latent_multiple: int
@@ -78,7 +78,7 @@ class Decoder(Protocol):
 
 
 class Bottleneck(Protocol):
-    """Raw latents to what the denoiser learns, and back."""
+    """Turns raw latents into those the denoiser works on, and back."""
 
     def encode(self, raw: Tensor) -> Tensor:
         """(B, D, F) -> (B, D, F)."""
@@ -93,7 +93,7 @@ _BUILDERS: dict[tuple[PartKind, str], PartBuilder] = {}
 
 
 def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBuilder]:
-    """Make `types` buildable; the decorated function gets the part's own `config` section."""
+    """Register the decorated function as builder of `types`; it is given the part's own `config` section."""
 
     def register(builder: PartBuilder) -> PartBuilder:
         for type_ in types:
@@ -113,5 +113,5 @@ def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
 def stack_draws(
     noise: Sequence[WindowNoise], name: str, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
 ) -> Tensor:
-    """One draw of `shape` per window, stacked in front: (B, *shape) float32."""
+    """Returns one draw of `shape` per window, stacked: (B, *shape) float32."""
     return torch.stack([window.draw(name, shape, frame_axis=frame_axis, device=device) for window in noise])

@@ -1,4 +1,4 @@
-"""What the engine sees of a model: one protocol and the values it exchanges. Knows no family and no request queue.
+"""The protocol between the engine and a model, with the values they exchange. Knows no family and no request queue.
 
 Alphabet: B batch rows, C channels, S audio samples, F latent frames, D latent channels, T text tokens.
 """
@@ -66,7 +66,7 @@ class SourcePlan:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Everything about one variation that can be decided before touching the device.
+    """Everything about one variation that is decided before it reaches the device.
 
     `frames` is the row's own latent length with headroom, of which the first `valid_frames` take part in attention.
     `output_samples` is the exact length of the result. `negative_prompt` is None unless some evaluation is guided
@@ -110,7 +110,7 @@ class DecodeWindow:
 class BranchConditioning(Protocol):
     """Per-request constants of one denoiser input (context, cross keys and values, local embeddings).
 
-    Opaque to the engine, which only passes it back in a StepBatch and asks what it weighs.
+    Opaque to the engine, which only passes it back in a StepBatch and reads its size.
     """
 
     @property
@@ -137,7 +137,7 @@ class StepBatch:
     """Rows that step together; a guided row appears twice, once per branch.
 
     `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool: invalid frames are neither queries
-    nor keys, and what comes back there is unspecified. F is at least every row's frames.
+    nor keys, and their output is unspecified. F is at least every row's frames.
     """
 
     x: Tensor
@@ -160,7 +160,7 @@ class DiffusionModel(Protocol):
         ...
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """One plan per variation. `frames` forces the latent length (a row that shares a reference batch).
+        """Returns one plan per variation. `frames` forces the latent length (a row that shares a reference batch).
 
         Raises InvalidRequestError naming the field for what the model cannot do.
         """
@@ -171,7 +171,7 @@ class DiffusionModel(Protocol):
         ...
 
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Latents (D, F_window) float32 of each window; row-independent."""
+        """Returns latents (D, F_window) float32 of each window; row-independent."""
         ...
 
     def condition(
@@ -182,13 +182,13 @@ class DiffusionModel(Protocol):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Per-request constants of a row; `inpaint_latents` (D, frames) or None."""
+        """Returns per-request constants of a row; `inpaint_latents` (D, frames) or None."""
         ...
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Network output (B, D, F) float32: a velocity for every model of this family; row-independent."""
+        """Returns network output (B, D, F) float32: a velocity for every model of this family; row-independent."""
         ...
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Audio (C, hop * F_window) float32 of each window, not clamped; row-independent."""
+        """Returns audio (C, hop * F_window) float32 of each window, not clamped; row-independent."""
         ...

@@ -19,7 +19,7 @@ SA3_FAMILY = "stable-audio-3"
 OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
 OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
 
-# Steps and guidance each objective is made for: distilled models in few steps, base models with guidance.
+# Default steps and guidance of each objective: distilled models in few steps, base models with guidance.
 OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {"rf_denoiser": (8, 1.0), "rectified_flow": (50, 7.0)}
 
 
@@ -92,10 +92,10 @@ def resolve_entry(
     max_duration_s: float | None = None,
     duration_padding_s: float | None = None,
 ) -> ModelEntry:
-    """The entry an operator asks for: a built-in name, a local folder (`path`) or a repository (`repo_id`).
+    """Returns the entry of an operator's choice: a built-in name, a local folder (`path`) or a repository (`repo_id`).
 
-    A built-in name with a folder or repository keeps its facts and takes the files from there. Reads no file: what a
-    folder says of itself is `describe_entry`. Raises ConfigError for an unknown name without a place to load from.
+    A built-in name with a folder or repository keeps its facts and loads those files. Reads no file: `describe_entry`
+    does. Raises ConfigError for an unknown name without a place to load from.
     """
     base = BUILT_IN.get(name)
     if base is None and path is None and repo_id is None:
@@ -119,9 +119,9 @@ def resolve_entry(
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:
-    """The entry with what its folder's config says of rate, channels, length and objective, if it has a folder.
+    """Returns the entry with rate, channels, length and objective from its folder's config, if it has a folder.
 
-    A built-in entry keeps its own steps and guidance, every entry its cap if that is lower. Raises CheckpointError for
+    A built-in entry keeps its own steps and guidance; every entry keeps a cap that is lower. Raises CheckpointError for
     a folder without a usable config.
     """
     if entry.folder is None:

@@ -66,7 +66,7 @@ def make_wide_model() -> Sa3Model:
         components = build_components(config, loaded("tiny-s").text)
     for module in components.modules:
         module.eval().requires_grad_(False)
-    spec = build_spec(BUILT_IN["small-music"].card, config, components)
+    spec = build_spec(BUILT_IN["small-music"].card, config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
 
 

@@ -18,9 +18,9 @@ from stable_audio_serve.models.parts import Noises, WindowNoise, register_part, 
 
 
 class OscillatorBankPretransform(nn.Module):
-    """Stereo audio <-> parameter frames of the bank; noise bands are made of the row's own window noise.
+    """Stereo audio <-> parameter frames of the bank; noise bands are made from the row's own window noise.
 
-    Phases and noise hang on the absolute frame, so a window's inside is the same as in the whole clip.
+    Phases and noise depend on the absolute frame, so the inside of a window equals that part of the whole clip.
     """
 
     samples_per_frame = FRAME_SAMPLES
@@ -32,11 +32,11 @@ class OscillatorBankPretransform(nn.Module):
         self._banks: dict[torch.device, OscillatorBank] = {}
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Audio (B, 2, S) -> frames (B, 222, ceil(S / 512)), by analysis."""
+        """Returns frames (B, 222, ceil(S / 512)) of audio (B, 2, S), by analysis."""
         return torch.stack([analyse(clip.float()) for clip in audio])
 
     def decode(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Frames (B, 222, N) -> audio (B, 2, N * 512). Without `noise` the noise bands are silent."""
+        """Returns audio (B, 2, N * 512) of frames (B, 222, N). Without `noise` the noise bands are silent."""
         bank = self._banks.get(frames.device) or self._banks.setdefault(frames.device, OscillatorBank(frames.device))
         batch, _, num_frames = frames.shape
         if noise is None:
@@ -49,7 +49,7 @@ class OscillatorBankPretransform(nn.Module):
         return torch.stack([bank.render(row, drawn, start_frame=start) for row, drawn, start in rows])
 
     def _draw(self, noise: Sequence[WindowNoise], num_frames: int, *, device: torch.device) -> Tensor:
-        """(B, 2, N * 512): one draw per latent, laid out in time."""
+        """Returns noise (B, 2, N * 512): one draw per latent, in order of time."""
         samples = self._frames_per_latent * FRAME_SAMPLES
         shape = (-(-num_frames // self._frames_per_latent), 2, samples)
         drawn = stack_draws(noise, "noise bands", shape=shape, frame_axis=0, device=device)

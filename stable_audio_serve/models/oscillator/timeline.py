@@ -1,6 +1,6 @@
-"""Where each latent lies in its clip and in the beat, as features for the denoiser's local conditioning.
+"""The place of each latent in its clip and in the beat, as features for the denoiser's local conditioning.
 
-Rotary attention knows only distances between latents, and a tempo or a sweep needs places. Registers the type
+Rotary attention knows only distances between latents, while a tempo or a sweep depends on positions. Registers the type
 `timeline`, whose `config` says how a tempo is read from a prompt; knows no network.
 """
 
@@ -23,14 +23,14 @@ _START_S = (0.1, 0.3, 1.0, 3.0)
 _END_S = (0.1, 0.3, 1.0)
 _BEAT_RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # cycles per beat; 0.25 is a bar of four
 
-_LONG_S = 12.0  # clips beyond it are alike but for their progress
+_LONG_S = 12.0  # the duration feature does not tell longer clips apart
 
 NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_S) + 1 + 1 + 2 * len(_BEAT_RATES) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class TempoRule:
-    """How a tempo is read from a prompt: the first group of `pattern` that matches, clamped; else `default_bpm`."""
+    """Reads a tempo from a prompt: the first group of `pattern` that matches, clamped; else `default_bpm`."""
 
     pattern: re.Pattern[str]
     default_bpm: float
@@ -38,14 +38,14 @@ class TempoRule:
     maximum_bpm: float
 
     def read(self, prompt: str) -> float:
-        """Beats per minute that a prompt asks for."""
+        """Returns the beats per minute that a prompt asks for."""
         match = self.pattern.search(unicodedata.normalize("NFKC", prompt).casefold())
         number = next((group for group in match.groups() if group), None) if match else None
         return min(max(float(number), self.minimum_bpm), self.maximum_bpm) if number else self.default_bpm
 
 
 def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, tempo_bpm: float) -> Tensor:
-    """Features (NUM_TIMELINE_FEATURES, F) float32 on the CPU of latent frames that start at multiples of `frame_s`.
+    """Returns features (NUM_TIMELINE_FEATURES, F) float32 on the CPU; latent frames start at multiples of `frame_s`.
 
     Progress through `seconds_total` and its cosines, closeness to start and end, the duration itself, phases of the
     beat at `tempo_bpm` whose first beat is at 0, and the tempo itself.
@@ -77,11 +77,11 @@ class Timeline:
         self._tempo = tempo
 
     def read_numbers(self, prompt: str) -> Mapping[str, float]:
-        """The tempo, as `tempo_bpm`."""
+        """Returns the tempo, as `tempo_bpm`."""
         return {"tempo_bpm": self._tempo.read(prompt)}
 
     def features(self, num_frames: int, *, frame_s: float, numbers: Mapping[str, float]) -> Tensor:
-        """See `timeline_features`; needs `seconds_total` and `tempo_bpm`."""
+        """Returns `timeline_features`; needs `seconds_total` and `tempo_bpm`."""
         return timeline_features(
             num_frames, frame_s=frame_s, seconds_total=numbers["seconds_total"], tempo_bpm=numbers["tempo_bpm"]
         )
@@ -89,7 +89,7 @@ class Timeline:
 
 @register_frame_conditioner("timeline")
 def build_timeline(config: ConfigReader) -> Timeline:
-    """From `{tempo: {pattern, default, min_val, max_val}}`. Raises CheckpointError naming a key that cannot be used."""
+    """Build from `{tempo: {pattern, default, min_val, max_val}}`. Raises CheckpointError naming an unusable key."""
     tempo = config.section("tempo")
     try:
         pattern = re.compile(tempo.text("pattern"))

@@ -1,7 +1,7 @@
-"""An audio autoencoder put together from its parts: pretransform, encoder, bottleneck, decoder.
+"""An audio autoencoder built from its parts: pretransform, encoder, bottleneck, decoder.
 
-Works on windows of latents; who cuts them and joins their audio is the caller's business. Always quiet unless given
-noise: nothing here draws from a generator of its own. Module names are the checkpoint's keys below
+Works on windows of latents, which the caller cuts and joins. Adds only noise that it is given: nothing here draws
+from a generator of its own. Module names are the checkpoint's keys below
 `pretransform.model.`.
 """
 
@@ -63,7 +63,7 @@ class SoftNorm(nn.Module):
         self.scaling_factor = nn.Parameter(torch.ones(1, channels, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1))
         self.running_std = nn.Parameter(torch.ones(1))
-        self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # in the files, without elements
+        self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # the files hold it with no elements
 
     def encode(self, raw: Tensor) -> Tensor:
         """(B, D, F) -> (B, D, F)."""
@@ -114,11 +114,11 @@ class AudioAutoencoder(nn.Module):
         return max(self.encoder.latent_multiple, self.decoder.latent_multiple)
 
     def encode(self, audio: Tensor, noise: Noises = None) -> Tensor:
-        """Audio (B, C, S) -> latents (B, D, F), F at least S / hop rounded up; row-independent."""
+        """Returns latents (B, D, F) of audio (B, C, S), F at least S / hop rounded up; row-independent."""
         return self.bottleneck.encode(self.encoder(self.pretransform.encode(audio), noise))
 
     def decode(self, latents: Tensor, noise: Noises = None) -> Tensor:
-        """Latents (B, D, F) -> audio (B, C, at least F * hop), not clamped; row-independent."""
+        """Returns audio (B, C, at least F * hop) of latents (B, D, F), not clamped; row-independent."""
         return self.pretransform.decode(self.decoder(self.bottleneck.decode(latents, noise), noise), noise)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder of the Stable Audio 3 family into a loaded model."""
+"""Builds a model of the Stable Audio 3 family from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def load_sa3(card: ModelCard, folder: Path, *, device: torch.device, dtype: torc
     for module in components.modules:
         module.to(device)
     _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
-    spec = build_spec(card, config, components)
+    spec = build_spec(card, config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=device)
 
 
 def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
-    """The networks of a config, with whatever weights torch gives them."""
+    """Build the networks of a config, with the weights that torch gives them."""
     return Sa3Components(
         text=text,
         prompt=PromptConditioner(config.prompt, encoder_width=text.width),
@@ -69,7 +69,7 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 
 @torch.inference_mode()
 def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: Path) -> None:
-    """Code one latent there and back: whether the parts fit each other shows in no single part's config."""
+    """Encode and decode one latent, because no single part's config shows whether the parts fit each other."""
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
         latents = net.encode(audio)[..., :1]
@@ -83,7 +83,7 @@ def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: P
 
 
 def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:
-    """Which module the keys with each prefix belong to; also what an exporter writes."""
+    """Returns the module of each prefix of keys; an exporter uses it, too."""
     modules: dict[str, nn.Module] = {f"conditioner.conditioners.{config.prompt.id}.": components.prompt}
     for id_, number in components.numbers.items():
         modules[f"conditioner.conditioners.{id_}."] = number
@@ -92,8 +92,8 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
     return modules
 
 
-def build_spec(card: ModelCard, config: Sa3Config, components: Sa3Components) -> ModelSpec:
-    """Facts from the checkpoint; of the card, which is the operator's too, name, defaults and a lower cap are kept."""
+def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:
+    """Returns facts from the checkpoint; the card's name, defaults and a lower cap are kept."""
     lengths = config.lengths
     longest_s = lengths.max_samples / lengths.sample_rate_hz
     return ModelSpec(

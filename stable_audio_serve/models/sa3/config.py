@@ -20,13 +20,13 @@ from stable_audio_serve.models.frame_conditioners import (
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
-MIN_ROTATED = 32  # channels of a denoiser head that carry its position, at least
+MIN_ROTATED = 32  # smallest number of a denoiser head's channels that are rotated by position
 DEFAULT_CHUNK_FRAMES = 32  # what the length rule assumes of an encoder that does not say (the encoder itself: 128)
 
-# The sampler each training objective is made for.
+# The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
 
-# Numbers a request can say; conditioners with other ids cannot be filled.
+# Numbers that a request can give; there is no value for a conditioner with another id.
 NUMBER_IDS = ("seconds_start", "seconds_total")
 EDIT_IDS = ("inpaint_mask", "inpaint_masked_input")
 
@@ -52,7 +52,7 @@ class DenoiserConfig:
 
 
 def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
-    """`model.diffusion.config`. Raises CheckpointError naming the key that cannot be used."""
+    """Parse `model.diffusion.config`. Raises CheckpointError naming the key that cannot be used."""
     config.require(
         patch_size=1,
         transformer_type="continuous_transformer",
@@ -130,8 +130,8 @@ class NumberConfig:
 class Sa3Config:
     """Everything the family reads from a checkpoint's config.
 
-    `context_ids` and `global_ids` name conditioners in the order of concatenation, `local_ids` what each frame is
-    told, by EDIT_IDS or by an id of `frame_conditioners`. `chunked` asks for windows in the autoencoder.
+    `context_ids` and `global_ids` name conditioners in the order of concatenation, `local_ids` those of
+    each frame: of EDIT_IDS or of `frame_conditioners`. `chunked` asks for windows in the autoencoder.
     `shift` is the schedule's warp as written, None = default.
     """
 
@@ -154,12 +154,12 @@ class Sa3Config:
 
     @property
     def edits(self) -> bool:
-        """Whether the denoiser can be told which latents to keep."""
+        """Whether the denoiser can keep given latents."""
         return any(id_ in self.local_ids for id_ in EDIT_IDS)
 
 
 def parse_config(config: ConfigReader) -> Sa3Config:
-    """A whole `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
+    """Parse a whole `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
     config.choice("model_type", MODEL_TYPES)
     model = config.section("model")
     diffusion = model.section("diffusion")
@@ -253,7 +253,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
 
 
 def _check_widths(config: Sa3Config, model: ConfigReader, *, diffusion: ConfigReader) -> None:
-    """What the parts promise each other must fit, or the error would surface as a shape somewhere inside."""
+    """Refuse parts whose widths do not fit each other, before torch would report a shape somewhere inside."""
     network = diffusion.section("config")
     number_ids = tuple(number.id for number in config.numbers)
     for key, ids, known in (

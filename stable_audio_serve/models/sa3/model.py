@@ -1,4 +1,4 @@
-"""A loaded Stable Audio 3 model behind the protocol the engine sees; its components are public attributes.
+"""A loaded Stable Audio 3 model behind the engine's protocol; its components are public attributes.
 
 Everything here is row-independent. Gradients are off in every public method.
 """
@@ -73,21 +73,19 @@ class Sa3Model:
 
     @property
     def spec(self) -> ModelSpec:
-        """Facts about the model."""
         return self._spec
 
     @property
     def device(self) -> torch.device:
-        """Where the networks live."""
         return self._device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """One plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
+        """Returns one plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
         return plan_rows(request, config=self.config, spec=self._spec, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Tokens (T, width) float32 with the learned vector at padded positions, and which tokens are real."""
+        """Returns tokens (T, width) float32 with the learned vector at padded positions, and which tokens are real."""
         ids, mask = (tensor.to(self._device) for tensor in self.text.tokenize(prompts))
         tokens, real = self.prompt(self.text.encode(ids, mask), mask.bool()), mask.bool()
         # Cloned, so that a cached prompt does not hold the whole batch's memory.
@@ -95,7 +93,7 @@ class Sa3Model:
 
     @torch.inference_mode()
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Latents (D, F_window) float32 of each window; windows of one length run together."""
+        """Returns latents (D, F_window) float32 of each window; windows of one length run together."""
 
         def encode(group: Sequence[EncodeWindow]) -> Tensor:
             audio = torch.stack([window.samples for window in group]).to(self._device, torch.float32)
@@ -114,7 +112,7 @@ class Sa3Model:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Per-request constants of a row; the unconditional branch only when some evaluation is guided.
+        """Returns per-request constants of a row; the unconditional branch only when some evaluation is guided.
 
         Without a negative prompt that branch sees no context at all. With one, its padded positions are zero, not
         the learned vector, and numbers stay as they are.
@@ -134,14 +132,14 @@ class Sa3Model:
 
     @torch.inference_mode()
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Velocity (B, D, F) float32; row-independent for valid frames."""
+        """Returns velocity (B, D, F) float32; row-independent for valid frames."""
         branches = cast("Sequence[Branch]", batch.branches)
         conditioning = collate([branch.conditioning for branch in branches], num_frames=batch.x.shape[-1])
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Audio (C, hop * F_window) float32 of each window, not clamped; windows of one length run together."""
+        """Returns audio (C, hop * F_window) float32 of each window, not clamped; windows of one length run together."""
 
         def decode(group: Sequence[DecodeWindow]) -> Tensor:
             latents = torch.stack([window.latents for window in group]).to(self._device, torch.float32)
@@ -161,7 +159,7 @@ class Sa3Model:
         return torch.cat(parts)[None]
 
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
-        """(1, local width, F): what is kept and what frame conditioners say; one frame of zeros without either."""
+        """Returns (1, local width, F): kept latents and frame conditioners' features, or one frame of zeros."""
         if not self.config.local_ids:
             return None
         keeps = plan.keep_mask is not None and latents is not None

@@ -1,4 +1,4 @@
-"""A request becomes one RowPlan per variation: lengths, windows, schedule, masks, validated. Pure and on the CPU."""
+"""Plans a request: one RowPlan per variation with lengths, windows, schedule and masks. Pure and on the CPU."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import build_plan
 from stable_audio_serve.sampling.schedules import TimestepShift, build_sigmas, shift_from_override
 
-MIN_NOISE_LEVEL = 0.01  # below, the first step would divide by a time near 0; requests of less are taken as this
+MIN_NOISE_LEVEL = 0.01  # below, the first step would divide by a time near 0; lower requests are raised to this
 
 
 def plan_rows(
     request: GenerationRequest, *, config: Sa3Config, spec: ModelSpec, shift: TimestepShift, frames: int | None
 ) -> tuple[RowPlan, ...]:
-    """One plan per variation; they differ in their seed only and share everything else.
+    """Returns one plan per variation; they differ in their seed only.
 
     `shift` is the model's own schedule warp, `frames` forces the latent length (and lifts the duration's cap: what
     does not fit is cut). Raises InvalidRequestError naming the field.
     """
     _check_texts(request)
     _check_numbers(request)
-    length = _plan_length(request, config, spec, frames)
-    sampler, guidance = _plan_sampler(request, config, spec, shift, length)
+    length = _plan_length(request, config, spec=spec, frames=frames)
+    sampler, guidance = _plan_sampler(request, config, spec=spec, shift=shift, length=length)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
     chunked = config.chunked if request.chunked_decode is None else request.chunked_decode
@@ -62,7 +62,7 @@ def plan_rows(
 
 
 def _check_texts(request: GenerationRequest) -> None:
-    """A tokenizer takes Unicode text only; a lone surrogate, as JSON escapes can make, is none."""
+    """Refuse lone surrogates, which JSON escapes can make: a tokenizer takes Unicode text only."""
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         try:
             text.encode()
@@ -89,7 +89,7 @@ def _check_numbers(request: GenerationRequest) -> None:
         raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
 
 
-def _plan_length(request: GenerationRequest, config: Sa3Config, spec: ModelSpec, frames: int | None) -> RowLength:
+def _plan_length(request: GenerationRequest, config: Sa3Config, *, spec: ModelSpec, frames: int | None) -> RowLength:
     duration_s, cap_s = request.duration_s, spec.card.max_duration_s
     if not math.isfinite(duration_s) or duration_s <= 0:
         raise InvalidRequestError("duration must be above 0", field="duration", allowed=f"0..{cap_s:g}")
@@ -103,7 +103,7 @@ def _plan_length(request: GenerationRequest, config: Sa3Config, spec: ModelSpec,
 
 
 def _plan_sampler(
-    request: GenerationRequest, config: Sa3Config, spec: ModelSpec, shift: TimestepShift, length: RowLength
+    request: GenerationRequest, config: Sa3Config, *, spec: ModelSpec, shift: TimestepShift, length: RowLength
 ) -> tuple[SamplerPlan, Guidance]:
     guidance = Guidance(
         cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
@@ -124,7 +124,7 @@ def _plan_sampler(
 
 
 def _plan_source(audio: SourceAudio, config: Sa3Config, *, length: RowLength) -> SourcePlan:
-    """Source audio as the encoder takes it: the model's rate and channels, exactly the row's frames long."""
+    """Returns source audio at the model's rate and channels, exactly as long as the row's frames."""
     rule = config.lengths
     samples = prepare_source(
         audio,
@@ -140,9 +140,9 @@ def _windows(frames: int, *, chunked: bool) -> tuple[WindowSpan, ...]:
 
 
 def _keep_mask(request: GenerationRequest, config: Sa3Config, *, length: RowLength) -> Tensor | None:
-    """(frames,) float32, 1 where the source's latent is kept: where the first sample of the frame lies in no region.
+    """Returns (frames,) float32, 1 where the source's latent is kept: the frame's first sample lies in no region.
 
-    Everything from the clip's end on is generated. Nothing is pasted back: the model makes kept parts again.
+    Everything after the clip's end is generated. Kept audio is not pasted back: the model generates it again.
     """
     field = "inpaint_start_seconds"
     if request.inpaint_audio is None:

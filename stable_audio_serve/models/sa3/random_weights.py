@@ -1,6 +1,6 @@
 """Models of the official sizes with random weights, for benchmarks and for checking sizes: never for serving.
 
-Nothing in the package loads these by name; they make noise.
+Their output is noise, so nothing in the package loads them by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SAME = {
 
 
 def official_config(name: str) -> dict[str, Any]:
-    """`model_config.json` of a built-in model, as far as it shapes the networks."""
+    """Returns those parts of a built-in model's `model_config.json` that shape the networks."""
     small = name.startswith("small")
     same = {**_SAME, **(_SMALL_SAME if small else _MEDIUM_SAME)}
     mask_noise = (0.0, 0.01) if small else (0.001, 0.1)
@@ -107,9 +107,9 @@ def _diffusion(*, small: bool, objective: str) -> dict[str, Any]:
 
 
 def build_random_model(name: str, *, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Sa3Model:
-    """The built-in model `name` at its real size on `device`, every weight random; `dtype` as for real weights.
+    """Build the built-in model `name` at its real size on `device`, every weight random; `dtype` as for real weights.
 
-    The tokenizer knows no words, only how many there are.
+    The tokenizer counts words but does not know them.
     """
     require_exact_float32()
     target = torch.device(device)
@@ -121,12 +121,12 @@ def build_random_model(name: str, *, device: str | torch.device, dtype: torch.dt
     for module in components.modules:
         module.eval().requires_grad_(False)
     cast_network(components.denoiser, dtype)
-    spec = build_spec(BUILT_IN[name].card, config, components)
+    spec = build_spec(BUILT_IN[name].card, config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=target)
 
 
 def _random_text_encoder(max_length: int) -> TextEncoder:
-    """A T5Gemma encoder of the official size, bfloat16."""
+    """Build a T5Gemma encoder of the official size, bfloat16."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         PreTrainedTokenizerFast,

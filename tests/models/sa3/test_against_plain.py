@@ -106,7 +106,9 @@ def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
             parameter.add_(0.05 * torch.randn_like(parameter))
     weights = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
     spec = build_spec(
-        ModelCard(name, "stable-audio-3", max_duration_s=1e6, default_duration_padding_s=0.2), config, components
+        ModelCard(name, "stable-audio-3", max_duration_s=1e6, default_duration_padding_s=0.2),
+        config,
+        components=components,
     )
     model = Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
     texts = {embedding.prompt: (embedding.tokens, embedding.mask) for embedding in model.encode_text(PROMPTS)}
