@@ -47,7 +47,7 @@ class LimitsMiddleware:
         handler = asyncio.current_task()
         assert handler is not None
         body = _body_limit(scope, self._limits)
-        connection = _Connection(receive, send, handler, body=body, held=self._held, limits=self._limits)
+        connection = _Connection(receive, send, handler=handler, body=body, held=self._held, limits=self._limits)
         scope.setdefault("state", {})["connection"] = connection
         try:
             await self._app(scope, connection.receive, connection.send)
@@ -127,8 +127,8 @@ class _Connection:
         self,
         receive: Receive,
         send: Send,
-        handler: asyncio.Task[object],
         *,
+        handler: asyncio.Task[object],
         body: _BodyLimit,
         held: _Held,
         limits: ApiSettings,

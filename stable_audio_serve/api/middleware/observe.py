@@ -72,9 +72,9 @@ class ObserveMiddleware:
                 if not status:
                     await _opaque_answer(scope)(scope, receive, send_with_id)
             finally:
-                self._account(scope, status, (self._clock.monotonic() - started_at) * 1000)
+                self._account(scope, status, duration_ms=(self._clock.monotonic() - started_at) * 1000)
 
-    def _account(self, scope: Scope, status: int, duration_ms: float) -> None:
+    def _account(self, scope: Scope, status: int, *, duration_ms: float) -> None:
         self._in_progress.change(-1)
         route = getattr(scope.get("route"), "path", "unmatched")
         facts = scope["state"]["log"]

@@ -20,7 +20,7 @@ def file_stem(model: str) -> str:
 
 
 def file_order(
-    fields: Controls, card: ModelCard, generation: GenerationRequest, *, settings: AudioSettings
+    fields: Controls, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings
 ) -> FileOrder:
     """What file `fields` ask for."""
     return FileOrder(

@@ -31,7 +31,7 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
     try:
         return check_sampler_kwargs(values)
     except ValueError as error:
-        raise RequestValidationError([_fault("sampler_kwargs", str(error), values)]) from error
+        raise RequestValidationError([_fault("sampler_kwargs", str(error), value=values)]) from error
 
 
 def to_request(
@@ -42,13 +42,13 @@ def to_request(
     try:
         card = catalog.resolve(fields.model) if "model" in given else catalog.default
     except UnknownModelError as error:
-        raise RequestValidationError([_fault("model", error.message, fields.model)]) from error
+        raise RequestValidationError([_fault("model", error.message, value=fields.model)]) from error
     longest_s = min(limits.max_duration_s, card.max_duration_s)
     duration_s = fields.duration if "duration" in given else min(fields.duration, longest_s)
     steps = fields.steps if "steps" in given else min(card.default_steps, limits.max_steps)
     is_model_shorter = card.max_duration_s < limits.max_duration_s
     faults = [
-        _fault(name, f"{name} must be at most {limit:g} ({setter})", value)
+        _fault(name, f"{name} must be at most {limit:g} ({setter})", value=value)
         for name, value, limit, setter in (
             ("duration", duration_s, longest_s, f"the model {card.name}" if is_model_shorter else "api.max_duration_s"),
             ("steps", steps, limits.max_steps, "api.max_steps"),
@@ -57,7 +57,7 @@ def to_request(
         )
         if value > limit
     ]
-    sampler, scale_phi, norm_threshold = _sampler_options(sampler_kwargs, card, faults)
+    sampler, scale_phi, norm_threshold = _sampler_options(sampler_kwargs, card, faults=faults)
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
@@ -82,7 +82,7 @@ def to_request(
 
 
 def _sampler_options(
-    values: dict[str, Any], card: ModelCard, faults: list[dict[str, Any]]
+    values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]
 ) -> tuple[str | None, float, float]:
     """The three honoured options; what is wrong with them is added to `faults`, other keys are ignored."""
     values = {key: value for key, value in values.items() if value is not None}
@@ -93,12 +93,14 @@ def _sampler_options(
         log.info("sampler_kwargs ignored", keys=sorted(key[:50] for key in values)[:20])
     if sampler is not None and (not isinstance(sampler, str) or sampler.strip() not in card.samplers):
         message = f"sampler_kwargs.sampler_type must be one of {', '.join(card.samplers)} for the model {card.name}"
-        faults.append(_fault("sampler_kwargs", message, sampler))
+        faults.append(_fault("sampler_kwargs", message, value=sampler))
     if not _is_number(scale_phi) or not 0 <= scale_phi <= 1:
-        faults.append(_fault("sampler_kwargs", "sampler_kwargs.scale_phi must be a number from 0 to 1", scale_phi))
+        faults.append(
+            _fault("sampler_kwargs", "sampler_kwargs.scale_phi must be a number from 0 to 1", value=scale_phi)
+        )
     if not _is_number(norm_threshold) or not 0 <= norm_threshold <= 1e6:
         message = "sampler_kwargs.cfg_norm_threshold must be a number from 0 to 1e6"
-        faults.append(_fault("sampler_kwargs", message, norm_threshold))
+        faults.append(_fault("sampler_kwargs", message, value=norm_threshold))
     if faults:
         return None, 0.0, 0.0
     return sampler.strip() if sampler else None, float(scale_phi), float(norm_threshold)
@@ -108,5 +110,5 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _fault(field: str, message: str, value: object) -> dict[str, Any]:
+def _fault(field: str, message: str, *, value: object) -> dict[str, Any]:
     return {"type": "value_error", "loc": ("body", field), "msg": message, "input": value}

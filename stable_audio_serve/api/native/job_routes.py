@@ -84,6 +84,7 @@ def build_router(service: Service) -> APIRouter:
     async def list_jobs(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of one page.")] = 20,
+        *,
         cursor: Annotated[
             str | None, Query(pattern="^[0-9a-f]{32}$", description="`next_cursor` of the page before.")
         ] = None,
@@ -105,7 +106,7 @@ def build_router(service: Service) -> APIRouter:
         return await status_of(request, job, position=position)
 
     @router.delete(path, responses=_CANCEL_RESPONSES)
-    async def cancel_job(request: Request, response: Response, job_id: str) -> JobStatus:
+    async def cancel_job(request: Request, response: Response, *, job_id: str) -> JobStatus:
         """Cancel a job: at once while it waits, within one denoising step while it runs."""
         outcome, found = await jobs.cancel(_ref(request, job_id))
         job = _require(found)
@@ -121,7 +122,7 @@ def build_router(service: Service) -> APIRouter:
         response_class=EventSourceResponse,
         responses=_EVENTS_RESPONSES,
     )
-    async def stream(request: Request, job_id: str, last_event_id: LastEventId = None) -> Response:
+    async def stream(request: Request, job_id: str, *, last_event_id: LastEventId = None) -> Response:
         """What happens to a job, as server-sent events until it is over. A lost stream goes on where it broke off."""
         job = _require(await jobs.get(_ref(request, job_id)))
         if last_event_id == END:

@@ -57,16 +57,16 @@ def build_router(service: Service) -> APIRouter:
     router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
 
     async def answer(
-        request: Request, fields: Controls, card: ModelCard, generation: GenerationRequest, *, started_at: float
+        request: Request, fields: Controls, *, card: ModelCard, generation: GenerationRequest, started_at: float
     ) -> Response:
-        output = await run(service, request, card, generation, fields=fields, started_at=started_at)
+        output = await run(service, request, card=card, generation=generation, fields=fields, started_at=started_at)
         return audio_answer(output, fields.response_format)
 
     async def generate(request: Request, body: GenerationBody) -> Response:
         """Make audio from a text prompt."""
         started_at = service.clock.monotonic()
-        card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
-        return await answer(request, body, card, generation, started_at=started_at)
+        card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+        return await answer(request, body, card=card, generation=generation, started_at=started_at)
 
     router.post("/v1/audio/generations", response_class=Response, responses=_AUDIO_RESPONSES)(generate)
     router.post("/generate", include_in_schema=False)(generate)
@@ -75,26 +75,30 @@ def build_router(service: Service) -> APIRouter:
     async def vary(request: Request, form: Annotated[VariationForm, _MULTIPART]) -> Response:
         """Make a variation of uploaded audio."""
         started_at = service.clock.monotonic()
-        card, generation = convert(service, request, form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs))
+        card, generation = convert(
+            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
+        )
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = replace(generation, init_audio=source, init_noise_level=form.init_noise_level)
-        return await answer(request, form, card, generation, started_at=started_at)
+        return await answer(request, form, card=card, generation=generation, started_at=started_at)
 
     @router.post("/v1/audio/inpaint", response_class=Response, responses=_AUDIO_RESPONSES)
     async def inpaint(request: Request, form: Annotated[InpaintForm, _MULTIPART]) -> Response:
         """Regenerate regions of uploaded audio, or continue it behind its end."""
         started_at = service.clock.monotonic()
-        card, generation = convert(service, request, form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs))
+        card, generation = convert(
+            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
+        )
         regions = parse_regions(form.model_dump(include=TIME_FIELDS), duration_s=generation.duration_s)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
         generation = replace(generation, inpaint_audio=source, inpaint_regions_s=regions)
-        return await answer(request, form, card, generation, started_at=started_at)
+        return await answer(request, form, card=card, generation=generation, started_at=started_at)
 
     return router
 
 
 def convert(
-    service: Service, request: Request, fields: Controls, *, sampler_kwargs: dict[str, Any]
+    service: Service, request: Request, *, fields: Controls, sampler_kwargs: dict[str, Any]
 ) -> tuple[ModelCard, GenerationRequest]:
     """The model and the request that `fields` mean, without source audio. Raises RequestValidationError."""
     card, generation = to_request(
@@ -111,14 +115,16 @@ def convert(
 async def run(
     service: Service,
     request: Request,
+    *,
     card: ModelCard,
     generation: GenerationRequest,
-    *,
     fields: Controls,
     started_at: float,
 ) -> Output:
     """The finished file of a request that arrived at `started_at`. Raises errors of `core.errors`."""
     result = await service.generate(card, generation, started_at=started_at)
-    output = await service.finish(result, file_order(fields, card, generation, settings=service.settings.audio))
+    output = await service.finish(
+        result, file_order(fields, card, generation=generation, settings=service.settings.audio)
+    )
     note(request.scope, num_bytes=output.file.num_bytes)
     return output

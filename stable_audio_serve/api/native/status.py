@@ -141,7 +141,7 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         created_at=iso(job.created_at),
         started_at=iso(job.started_at) if job.started_at else None,
         completed_at=iso(job.completed_at) if job.completed_at else None,
-        download_url=files.url(result.file) or _audio_url(base, job.spec, result) if result else None,
+        download_url=files.url(result.file) or _audio_url(base, job.spec, result=result) if result else None,
         download_content_type=result.file.media_type if result else None,
         error=job.error.message if job.error else None,
         storage_backend=files.backend_name,
@@ -155,7 +155,7 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
     )
 
 
-def _audio_url(base: str, spec: JobSpec, result: JobResult) -> str:
+def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
     """A link that needs no key: of a job whose id may be guessed, because its client chose it, it does not have it."""
     return file_url(base, result) if spec.id_is_chosen else f"{job_url(base, spec.id)}/audio"
 

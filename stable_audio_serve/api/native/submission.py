@@ -76,41 +76,57 @@ def build_router(service: Service) -> APIRouter:
     submit = _Submission(service).submit
 
     @router.post("", summary="Submit Generation", status_code=202, responses=_RESPONSES)
-    async def generate(request: Request, response: Response, body: JobBody, idempotency_key: _Key = None) -> JobTicket:
+    async def generate(
+        request: Request, response: Response, *, body: JobBody, idempotency_key: _Key = None
+    ) -> JobTicket:
         """Make audio from a text prompt, later."""
-        card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
-        return await submit(request, response, body, card, generation, mode="text-to-audio", key=idempotency_key)
+        card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+        return await submit(
+            request, response, fields=body, card=card, generation=generation, mode="text-to-audio", key=idempotency_key
+        )
 
     @router.put("/{job_id:job_id}", summary="Submit Generation As", status_code=202, responses=_RESPONSES)
-    async def generate_as(request: Request, response: Response, job_id: _ChosenId, body: JobBody) -> JobTicket:
+    async def generate_as(request: Request, response: Response, *, job_id: _ChosenId, body: JobBody) -> JobTicket:
         """Make audio from a text prompt, later, as the job with an id that the client chose."""
-        card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
-        return await submit(request, response, body, card, generation, mode="text-to-audio", job_id=JobId(job_id))
+        card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+        return await submit(
+            request, response, fields=body, card=card, generation=generation, mode="text-to-audio", job_id=JobId(job_id)
+        )
 
     @router.post("/variations", summary="Submit Variation", status_code=202, responses=_UPLOAD_RESPONSES)
     async def vary(
         request: Request,
         response: Response,
+        *,
         form: Annotated[JobVariationForm, _MULTIPART],
         idempotency_key: _Key = None,
     ) -> JobTicket:
         """Make a variation of uploaded audio, later."""
-        card, generation = convert(service, request, form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs))
+        card, generation = convert(
+            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
+        )
         generation = replace(generation, init_noise_level=form.init_noise_level)
-        return await submit(request, response, form, card, generation, mode="audio-to-audio", key=idempotency_key)
+        return await submit(
+            request, response, fields=form, card=card, generation=generation, mode="audio-to-audio", key=idempotency_key
+        )
 
     @router.post("/inpaint", summary="Submit Inpainting", status_code=202, responses=_UPLOAD_RESPONSES)
     async def inpaint(
         request: Request,
         response: Response,
+        *,
         form: Annotated[JobInpaintForm, _MULTIPART],
         idempotency_key: _Key = None,
     ) -> JobTicket:
         """Regenerate regions of uploaded audio, or continue it behind its end, later."""
-        card, generation = convert(service, request, form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs))
+        card, generation = convert(
+            service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
+        )
         regions = parse_regions(form.model_dump(include=TIME_FIELDS), duration_s=generation.duration_s)
         generation = replace(generation, inpaint_regions_s=regions)
-        return await submit(request, response, form, card, generation, mode="inpainting", key=idempotency_key)
+        return await submit(
+            request, response, fields=form, card=card, generation=generation, mode="inpainting", key=idempotency_key
+        )
 
     return router
 
@@ -125,10 +141,10 @@ class _Submission:
         self,
         request: Request,
         response: Response,
+        *,
         fields: _Fields,
         card: ModelCard,
         generation: GenerationRequest,
-        *,
         mode: Mode,
         key: str | None = None,
         job_id: JobId | None = None,
@@ -155,7 +171,7 @@ class _Submission:
             client=request.state.client,
             id_is_chosen=is_chosen,
             idempotency_key=key,
-            fingerprint=_fingerprint(request.method, mode, fields, upload),
+            fingerprint=_fingerprint(request.method, mode, fields=fields, upload=upload),
             wire={"base_url": base},
         )
         added = await self._service.jobs.add(spec)
@@ -183,7 +199,7 @@ async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> No
         raise RequestValidationError([{**fault, "input": fields.webhook_url}]) from error
 
 
-def _fingerprint(method: str, mode: Mode, fields: _Fields, upload: JobUpload | None) -> str:
+def _fingerprint(method: str, mode: Mode, *, fields: _Fields, upload: JobUpload | None) -> str:
     """SHA-256 of what the client asked for: the route, the fields it sent, whatever their order, and its upload."""
     sent = fields.model_dump(mode="json", exclude_unset=True, exclude={"audio"})
     asked = [method, mode, sent, upload.file.sha256 if upload else None]

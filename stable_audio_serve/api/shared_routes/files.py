@@ -31,7 +31,7 @@ def build_router(service: Service) -> APIRouter:
             404: {"model": ErrorBody, "description": "No such file, or it is gone."},
         },
     )
-    async def download(request: Request, file_id: str, file_name: str) -> Response:
+    async def download(request: Request, file_id: str, *, file_name: str) -> Response:
         """A finished job's audio, or a stored file, for whoever has its link."""
         file = await service.jobs.find_file(file_id)
         if file is None or file.file_name != file_name:

@@ -105,7 +105,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-def describe_health(service: Service, status: Mapping[str, ModelStatus], job_store: StoreHealth) -> Health:
+def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Health:
     """The health page."""
     settings, catalog = service.settings, service.backend.catalog
     api = settings.api
@@ -135,7 +135,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], job_sto
     )
 
 
-def describe_ready(service: Service, status: Mapping[str, ModelStatus], job_store: StoreHealth) -> Ready:
+def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Ready:
     """The answer to whoever wants to send requests."""
     verdict = _judge(service, status)
     return Ready(

@@ -79,9 +79,9 @@ def build_router(service: Service) -> APIRouter:
         """Make audio from a text prompt, as Stable Audio 3 when a field only it knows is there."""
         values = await read_json(request)
         if not ONLY_SA3 & values.keys():
-            return await make_text_clip(service, request, parse(GenerateBody, values))
+            return await make_text_clip(service, request, body=parse(GenerateBody, values))
         request.state.is_sa3 = True
-        return await _generate_sa3(service, request, values)
+        return await _generate_sa3(service, request, values=values)
 
     return router
 
@@ -98,15 +98,15 @@ def render_error(request: Request, error: ExpectedError) -> Response:
     return JSONResponse(body, description.status, headers=description.headers)
 
 
-async def _generate_sa3(service: Service, request: Request, values: dict[str, Any]) -> Response:
+async def _generate_sa3(service: Service, request: Request, *, values: dict[str, Any]) -> Response:
     started_at = service.clock.monotonic()
     try:
         body = Sa3Body.model_validate(values)
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults) from error
-    card, generation = convert(service, request, body, sampler_kwargs=body.sampler_kwargs)
-    output = await run(service, request, card, generation, fields=body, started_at=started_at)
+    card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
+    output = await run(service, request, card=card, generation=generation, fields=body, started_at=started_at)
     if body.return_format != "base64":
         return audio_answer(output, body.response_format)
     result = output.result
@@ -116,4 +116,4 @@ async def _generate_sa3(service: Service, request: Request, values: dict[str, An
         duration_s=round(result.audio[0].shape[1] / result.sample_rate_hz, 2),
         generation_s=result.timings.total_ms / 1000,
     )
-    return await base64_answer(service, output, metadata | {"detected_bpm": read_tempo(body.prompt)})
+    return await base64_answer(service, output, metadata=metadata | {"detected_bpm": read_tempo(body.prompt)})

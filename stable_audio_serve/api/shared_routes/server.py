@@ -35,7 +35,7 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     async def health() -> info.Health:
         """What the server, its models and its limits are like; 200 as long as it is alive. Never loads a model."""
         status, job_store = await asyncio.gather(service.status(), service.jobs.watch.health())
-        return info.describe_health(service, status, job_store)
+        return info.describe_health(service, status, job_store=job_store)
 
     @router.head("/ready", include_in_schema=False)
     @router.get(
@@ -46,7 +46,7 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     async def ready(response: Response) -> info.Ready:
         """Whether to send requests here: 503 until the default model can answer, and while the server stops."""
         status, job_store = await asyncio.gather(service.status(), service.jobs.watch.health())
-        body = info.describe_ready(service, status, job_store)
+        body = info.describe_ready(service, status, job_store=job_store)
         if not body.ready:
             response.status_code = 503
             response.headers["Retry-After"] = _RETRY_AFTER_S

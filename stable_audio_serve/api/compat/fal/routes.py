@@ -122,6 +122,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
     async def submit(
         request: Request,
         request_id: Annotated[str, Depends(_new_request_id)],
+        *,
         body: AudioInput,
         fal_webhook: Annotated[str | None, Query(description="Where to send the end of a queued request.")] = None,
     ) -> AudioOutput | Ticket:
@@ -132,7 +133,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
         peaks = body.peaks or service.settings.audio.peaks
         if not targets.means_queue(request):
             generation = replace(generation, start_within_s=start_within_s)
-            return await run(request, service, card, generation, order=FileOrder(peaks, stem=FILE_STEM))
+            return await run(request, service, card=card, generation=generation, order=FileOrder(peaks, stem=FILE_STEM))
         if fal_webhook is not None:
             allow_hosts = service.settings.jobs.webhook_allow_hosts
             await check_webhook_url(fal_webhook, field="fal_webhook", allow_hosts=allow_hosts)
@@ -158,7 +159,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     limits, jobs = service.settings.api, service.jobs
     path = f"/{APP}/requests/{{request_id}}"
 
-    async def find(request: Request, response: Response, request_id: str) -> Job:
+    async def find(request: Request, response: Response, *, request_id: str) -> Job:
         job = await jobs.get(_ref(request, request_id))
         if job is None:
             raise HTTPException(404, f"no request {request_id[:100]!r}")
@@ -167,7 +168,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
 
     @router.get(f"{path}/status", responses={**_WATCH_RESPONSES, 202: {"model": Queued | InProgress}})
     async def show_status(
-        request: Request, response: Response, job: Job = Depends(find), logs: _Logs = False
+        request: Request, response: Response, *, job: Job = Depends(find), logs: _Logs = False
     ) -> Status:
         """Whether the request waits, runs (both 202) or is over."""
         response.status_code = 200 if job.is_over else 202
@@ -179,10 +180,10 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     @router.get(
         f"{path}/status/stream", summary="Stream Status", response_class=EventSourceResponse, responses=_WATCH_RESPONSES
     )
-    async def stream(request: Request, job: Job = Depends(find), logs: _Logs = False) -> Response:
+    async def stream(request: Request, job: Job = Depends(find), *, logs: _Logs = False) -> Response:
         """The same as server-sent events, one per change, until the request is over."""
         links = targets.links_of(request, job.spec.id, limits=limits)
-        events = stream_status(jobs, job, links, with_logs=logs, draining=service.draining)
+        events = stream_status(jobs, job, links=links, with_logs=logs, draining=service.draining)
         return service.streams.open(events, headers={REQUEST_ID: job.spec.id})
 
     @router.get(path, responses=_RESULT_RESPONSES, response_model=AudioOutput)
@@ -199,7 +200,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         return JSONResponse(output.model_dump(), headers=headers)
 
     @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)
-    async def cancel(request: Request, request_id: str, response: Response) -> CancelReply:
+    async def cancel(request: Request, request_id: str, *, response: Response) -> CancelReply:
         """Cancel a request that is not over."""
         outcome, _ = await jobs.cancel(_ref(request, request_id))
         response.status_code, reply = CANCEL_REPLIES[outcome]

@@ -17,7 +17,7 @@ FILE_STEM = "stable-audio"
 
 
 async def run(
-    request: Request, service: Service, card: ModelCard, generation: GenerationRequest, *, order: FileOrder
+    request: Request, service: Service, *, card: ModelCard, generation: GenerationRequest, order: FileOrder
 ) -> AudioOutput:
     """Generate, store the file, and tell where it is. Raises errors of `core.errors`."""
     started_at = service.clock.monotonic()

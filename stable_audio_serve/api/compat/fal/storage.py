@@ -73,7 +73,7 @@ class Tickets:
 
     def announce(self, file_name: str | None, media_type: str | None) -> Ticket:
         """A ticket for a new file."""
-        return _clean_ticket(secrets.token_hex(16), file_name, media_type)
+        return _clean_ticket(secrets.token_hex(16), file_name, media_type=media_type)
 
     async def sign(self, ticket: Ticket) -> str:
         """The ticket as a part of an address. Raises StorageError."""
@@ -89,7 +89,7 @@ class Tickets:
             ticket = _TICKET.validate_json(base64_decode(signer.unsign(text, max_age=_TICKET_LIFE_S)))
         except (BadData, ValueError) as error:  # ValidationError is one
             raise _unknown_ticket() from error
-        return _clean_ticket(ticket.file_id, ticket.file_name, ticket.media_type)
+        return _clean_ticket(ticket.file_id, ticket.file_name, media_type=ticket.media_type)
 
     async def _signer(self) -> TimestampSigner:
         if self._known_signer is None:
@@ -121,7 +121,7 @@ class Storage:
                 return existing  # the client repeats what it had no answer to
             return await self._publish(ticket, body)
 
-    async def receive_part(self, request: Request, ticket: Ticket, number: int) -> str:
+    async def receive_part(self, request: Request, ticket: Ticket, *, number: int) -> str:
         """Keep the request's body as one part of the file; its etag."""
         key = part_key(ticket.file_id, number)
         async with _received(request) as body:
@@ -135,7 +135,7 @@ class Storage:
         existing = await self._jobs.find_file(ticket.file_id)
         if existing is not None:
             return existing
-        parts = [_find_part(ticket, number, etags[number]) for number in sorted(etags)]
+        parts = [_find_part(ticket, number, etag=etags[number]) for number in sorted(etags)]
         if sum(part.num_bytes for part in parts) > self._max_bytes:
             limit = f"{self._max_bytes} bytes (api.max_upload_bytes)"
             raise UploadTooLargeError(f"parts: the upload is larger than {limit}")
@@ -163,7 +163,7 @@ class Storage:
         return file
 
 
-def _find_part(ticket: Ticket, number: int, etag: str) -> StoredFile:
+def _find_part(ticket: Ticket, number: int, *, etag: str) -> StoredFile:
     """What was kept as one part of a file, if it was this. Raises HTTPException 400."""
     found = _ETAG.fullmatch(etag)
     if found is None:
@@ -205,7 +205,7 @@ def _digest(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _clean_ticket(file_id: str, file_name: str | None, media_type: str | None) -> Ticket:
+def _clean_ticket(file_id: str, file_name: str | None, *, media_type: str | None) -> Ticket:
     """Names and types are the client's: what cannot stand in a path or a header is replaced."""
     name = _UNSAFE.sub("_", file_name or "")[-100:].lstrip("._-") or "upload.bin"
     is_type = media_type is not None and _MEDIA_TYPE.fullmatch(media_type)

@@ -128,14 +128,14 @@ def build_announcing_router(service: Service) -> APIRouter:
         return UploadPlace(upload_url=f"{base}/storage/upload/{signed}", file_url=ticket.url(base))
 
     @router.post("/files/upload", openapi_extra=_RAW_BODY, responses={**_UPLOAD_RESPONSES, **_KEY_RESPONSES})
-    async def upload(request: Request, name: _Name = None, media_type: _Type = None) -> Uploaded:
+    async def upload(request: Request, name: _Name = None, *, media_type: _Type = None) -> Uploaded:
         """Store a file; the body is its bytes."""
         ticket = tickets.announce(name, media_type)
         await storage.receive(request, ticket)
         return Uploaded(access_url=ticket.url(base_url(request, limits)))
 
     @router.post("/files/upload/multipart", summary="Announce Upload In Parts", responses=_KEY_RESPONSES)
-    async def announce_parts(request: Request, name: _Name = None, media_type: _Type = None) -> MultipartUpload:
+    async def announce_parts(request: Request, name: _Name = None, *, media_type: _Type = None) -> MultipartUpload:
         """Announce a file that will come in parts."""
         ticket = tickets.announce(name, media_type)
         return MultipartUpload(access_url=ticket.url(base_url(request, limits)), uploadId=await tickets.sign(ticket))
@@ -164,15 +164,15 @@ def build_receiving_router(service: Service) -> APIRouter:
             f"{path}/{{number}}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES, include_in_schema=not index
         )
         async def receive_part(
-            request: Request, response: Response, number: _Number, announced: Ticket = Depends(read_ticket)
+            request: Request, response: Response, *, number: _Number, announced: Ticket = Depends(read_ticket)
         ) -> Part:
             """Store one part of an announced file."""
-            etag = await storage.receive_part(request, announced, number)
+            etag = await storage.receive_part(request, announced, number=number)
             response.headers["ETag"] = f'"{etag}"'
             return Part(partNumber=number, etag=etag)
 
         @router.post(f"{path}/complete", responses=_UPLOAD_RESPONSES, include_in_schema=not index)
-        async def complete(request: Request, body: Parts, announced: Ticket = Depends(read_ticket)) -> Uploaded:
+        async def complete(request: Request, body: Parts, *, announced: Ticket = Depends(read_ticket)) -> Uploaded:
             """Make the file of its parts."""
             await storage.join(announced, {part.partNumber: part.etag for part in body.parts})
             return Uploaded(access_url=announced.url(base_url(request, limits)))

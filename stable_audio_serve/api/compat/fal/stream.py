@@ -16,7 +16,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 
 
 async def stream_status(
-    jobs: JobQueue, job: Job, links: Links, *, with_logs: bool, draining: Draining
+    jobs: JobQueue, job: Job, *, links: Links, with_logs: bool, draining: Draining
 ) -> AsyncIterator[ServerSentEvent]:
     """The request's statuses to its end, each with the log lines that the ones before did not have."""
     told: tuple[State, int | None] | None = None

@@ -49,7 +49,7 @@ def start_within_s(request: Request) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise _header_fault("x-fal-request-timeout", text, "Header should be a number of seconds above 0")
+        raise _header_fault("x-fal-request-timeout", text, message="Header should be a number of seconds above 0")
     return seconds
 
 
@@ -60,7 +60,7 @@ def priority(request: Request) -> Priority:
             return "interactive"
         case "low":
             return "batch"
-    raise _header_fault("x-fal-queue-priority", text, "Header should be 'normal' or 'low'")
+    raise _header_fault("x-fal-queue-priority", text, message="Header should be 'normal' or 'low'")
 
 
 def _prefix(request: Request) -> str:
@@ -69,5 +69,5 @@ def _prefix(request: Request) -> str:
     return path.removeprefix(request.scope.get("root_path", "")).partition(f"/{APP}")[0]
 
 
-def _header_fault(name: str, value: str, message: str) -> RequestValidationError:
+def _header_fault(name: str, value: str, *, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("header", name), "msg": message, "input": value}])

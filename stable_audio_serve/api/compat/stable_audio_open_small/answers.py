@@ -39,9 +39,9 @@ class Clip:
 async def make_clip(
     service: Service,
     request: Request,
+    *,
     card: ModelCard,
     generation: GenerationRequest,
-    *,
     started_at: float,
     num_samples: int | None = None,
 ) -> Clip:
@@ -71,10 +71,10 @@ async def answer(
     """The file under this name, or all of it in JSON."""
     if return_format == "file":
         return encoded_answer(output.file, attachment(name) | result_headers(output))
-    return await base64_answer(service, output, metadata)
+    return await base64_answer(service, output, metadata=metadata)
 
 
-async def base64_answer(service: Service, output: Output, metadata: dict[str, Any]) -> Response:
+async def base64_answer(service: Service, output: Output, *, metadata: dict[str, Any]) -> Response:
     """The file and its metadata in JSON."""
     body = await service.compute(lambda: _pack(output, metadata))
     return Response(body, headers=result_headers(output), media_type="application/json")

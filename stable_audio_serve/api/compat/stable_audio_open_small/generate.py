@@ -18,7 +18,7 @@ from stable_audio_serve.audio.loops import read_tempo
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 
 
-async def make_text_clip(service: Service, request: Request, body: GenerateBody) -> Response:
+async def make_text_clip(service: Service, request: Request, *, body: GenerateBody) -> Response:
     """`POST /generate`."""
     started_at = service.clock.monotonic()
     model = find_model(service, body)
@@ -33,7 +33,7 @@ async def make_text_clip(service: Service, request: Request, body: GenerateBody)
         sampler=model.sampler(body.sampler_type),
         request_id=request.state.request_id,
     )
-    clip = await make_clip(service, request, model.card, generation, started_at=started_at)
+    clip = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
     duration_s = round(clip.num_samples / clip.result.sample_rate_hz, 2)
     metadata = clip_metadata(generation, clip.result, duration_s=duration_s, generation_s=clip.generation_s)
     return await answer(
@@ -45,11 +45,11 @@ async def make_text_clip(service: Service, request: Request, body: GenerateBody)
     )
 
 
-async def make_style_clip(service: Service, request: Request, form: StyleForm) -> Response:
+async def make_style_clip(service: Service, request: Request, *, form: StyleForm) -> Response:
     """`POST /generate/style-transfer`."""
     started_at = service.clock.monotonic()
     model = default_model(service)
-    source = await read_upload(service, form.audio_file, model)
+    source = await read_upload(service, form.audio_file, model=model)
     generation = GenerationRequest(
         prompt=form.prompt,
         duration_s=model.window_s,
@@ -61,7 +61,7 @@ async def make_style_clip(service: Service, request: Request, form: StyleForm) -
         init_noise_level=form.style_strength,
         request_id=request.state.request_id,
     )
-    clip = await make_clip(service, request, model.card, generation, started_at=started_at)
+    clip = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
     window_s = round(model.window_s)  # the contract's 12, for a window of 11.9 s
     metadata = clip_metadata(generation, clip.result, duration_s=window_s, generation_s=clip.generation_s)
     num_samples = -(-source.samples.shape[1] * model.card.sample_rate_hz // source.sample_rate_hz)
@@ -79,7 +79,7 @@ async def make_style_clip(service: Service, request: Request, form: StyleForm) -
     )
 
 
-async def read_upload(service: Service, upload: UploadFile, model: WindowedModel) -> SourceAudio:
+async def read_upload(service: Service, upload: UploadFile, *, model: WindowedModel) -> SourceAudio:
     """The part of an upload that can matter, mixed to one channel; the model repeats it for each of its own.
 
     Raises InvalidUploadError, UploadTooLargeError.

@@ -42,14 +42,14 @@ class MadeLoop:
         return self.clip.num_available / self.clip.result.sample_rate_hz
 
 
-async def make_loop(service: Service, request: Request, form: LoopForm) -> Response:
+async def make_loop(service: Service, request: Request, *, form: LoopForm) -> Response:
     """`POST /generate/loop`."""
     started_at = service.clock.monotonic()
     model = find_model(service, form)
     loop = _plan(model, form)
-    source = await read_upload(service, form.audio_file, model) if form.audio_file else None
-    generation = _to_generation(request, model, form, source=source, seed=resolve_seed(form.seed))
-    made = await _cut(service, request, model, loop, generation, started_at=started_at)
+    source = await read_upload(service, form.audio_file, model=model) if form.audio_file else None
+    generation = _to_generation(request, model, form=form, source=source, seed=resolve_seed(form.seed))
+    made = await _cut(service, request, model=model, loop=loop, generation=generation, started_at=started_at)
     extras = {
         "calculated_duration_seconds": round(loop.duration_s, 2),
         "available_audio_seconds": round(made.available_s, 2),
@@ -65,15 +65,15 @@ async def make_loop(service: Service, request: Request, form: LoopForm) -> Respo
     )
 
 
-async def make_riff_loop(service: Service, request: Request, form: RiffForm, library: RiffLibrary) -> Response:
+async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, library: RiffLibrary) -> Response:
     """`POST /generate/loop-with-riff`."""
     started_at = service.clock.monotonic()
     model = default_model(service)
     loop = _plan(model, form)
     seed = resolve_seed(form.seed)
     source = await read_riff(service, library.choose(form.key, seed=seed), tempo_bpm=loop.tempo_bpm)
-    generation = _to_generation(request, model, form, source=source, seed=seed)
-    made = await _cut(service, request, model, loop, generation, started_at=started_at)
+    generation = _to_generation(request, model, form=form, source=source, seed=seed)
+    made = await _cut(service, request, model=model, loop=loop, generation=generation, started_at=started_at)
     return await answer(
         service,
         made.clip.output,
@@ -104,7 +104,7 @@ def _plan(model: WindowedModel, form: LoopForm | RiffForm) -> Loop:
 
 
 def _to_generation(
-    request: Request, model: WindowedModel, form: LoopForm | RiffForm, *, source: SourceAudio | None, seed: int
+    request: Request, model: WindowedModel, *, form: LoopForm | RiffForm, source: SourceAudio | None, seed: int
 ) -> GenerationRequest:
     prompt, negative_prompt = rewrite_prompt(form.prompt, form.loop_type)
     return GenerationRequest(
@@ -123,14 +123,16 @@ def _to_generation(
 async def _cut(
     service: Service,
     request: Request,
+    *,
     model: WindowedModel,
     loop: Loop,
     generation: GenerationRequest,
-    *,
     started_at: float,
 ) -> MadeLoop:
     num_samples = loop.num_samples(model.card.sample_rate_hz)
-    clip = await make_clip(service, request, model.card, generation, started_at=started_at, num_samples=num_samples)
+    clip = await make_clip(
+        service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
+    )
     return MadeLoop(loop, generation, clip)
 
 

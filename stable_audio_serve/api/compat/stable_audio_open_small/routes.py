@@ -92,7 +92,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post("/generate", include_in_schema=False)
     async def generate(request: Request) -> Response:
-        return await make_text_clip(service, request, parse(GenerateBody, await read_json(request)))
+        return await make_text_clip(service, request, body=parse(GenerateBody, await read_json(request)))
 
     @router.post(
         "/generate/loop",
@@ -102,7 +102,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def loop(request: Request) -> Response:
         """Make a loop of whole bars at the tempo the prompt names."""
-        return await make_loop(service, request, parse(LoopForm, await read_json_or_form(request)))
+        return await make_loop(service, request, form=parse(LoopForm, await read_json_or_form(request)))
 
     @router.post(
         "/generate/style-transfer",
@@ -112,7 +112,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def transfer_style(request: Request) -> Response:
         """Make a clip out of uploaded audio and a prompt."""
-        return await make_style_clip(service, request, parse(StyleForm, await read_form(request)))
+        return await make_style_clip(service, request, form=parse(StyleForm, await read_form(request)))
 
     @router.post(
         "/generate/loop-with-riff",
@@ -122,7 +122,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def loop_with_riff(request: Request) -> Response:
         """Make a loop out of a riff of the server's library and a prompt."""
-        return await make_riff_loop(service, request, parse(RiffForm, await read_form(request)), library)
+        return await make_riff_loop(service, request, form=parse(RiffForm, await read_form(request)), library=library)
 
     @router.get("/riffs/available", responses=error_responses(Problem, 401, 500))
     async def list_riffs() -> dict[str, Any]:

@@ -51,7 +51,7 @@ def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
     return Span(start_s, min(start_s + length_s, cap_s))
 
 
-def to_request(body: AudioBody, card: ModelCard, span: Span, *, request_id: str) -> GenerationRequest:
+def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str) -> GenerationRequest:
     """The generation that holds the span: the span itself where the model knows starts, else all from zero on."""
     guidance = _DEFAULT_GUIDANCE if body.guidance_scale is None else body.guidance_scale
     return GenerationRequest(
@@ -67,7 +67,7 @@ def to_request(body: AudioBody, card: ModelCard, span: Span, *, request_id: str)
 
 
 def make_file(
-    body: AudioBody, card: ModelCard, span: Span, result: GenerationResult, *, settings: AudioSettings
+    body: AudioBody, card: ModelCard, *, span: Span, result: GenerationResult, settings: AudioSettings
 ) -> FinishedFile:
     """The file of the span, at the speed and in the format asked for. CPU work."""
     rate_hz = result.sample_rate_hz

@@ -50,14 +50,16 @@ def build_router(service: Service) -> APIRouter:
         """Make one clip from a text prompt."""
         started_at = service.clock.monotonic()
         if body.stream_format == "sse":
-            raise _fault("body", "stream_format", "sse is not supported yet; use audio")
+            raise _fault("body", "stream_format", message="sse is not supported yet; use audio")
         card = _resolve_model(service, body)
         span = resolve_span(body, cap_s=card.max_duration_s)
-        generation = to_request(body, card, span, request_id=request.state.request_id)
+        generation = to_request(body, card, span=span, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
         result = await service.generate(card, generation, started_at=started_at)
         encoding_at = service.clock.monotonic()
-        finished = await service.compute(lambda: make_file(body, card, span, result, settings=service.settings.audio))
+        finished = await service.compute(
+            lambda: make_file(body, card, span=span, result=result, settings=service.settings.audio)
+        )
         note(request.scope, num_bytes=finished.file.num_bytes)
         encode_ms = (service.clock.monotonic() - encoding_at) * 1000
         return encoded_answer(finished.file, result_headers(Output(finished.file, finished.clips, result, encode_ms)))
@@ -78,8 +80,8 @@ def _resolve_model(service: Service, body: AudioBody) -> ModelCard:
 def _require_json(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise _fault("header", "Content-Type", "must be application/json")
+        raise _fault("header", "Content-Type", message="must be application/json")
 
 
-def _fault(place: str, field: str, message: str) -> RequestValidationError:
+def _fault(place: str, field: str, *, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": (place, field), "msg": message, "input": None}])
