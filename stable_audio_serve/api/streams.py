@@ -125,6 +125,6 @@ class _Stream(EventSourceResponse):
         super().__init__(events, ping=_COMMENT_S, sep="\n", headers=headers)
         self._counted = counted
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
         with self._counted():
             await super().__call__(scope, receive, send)

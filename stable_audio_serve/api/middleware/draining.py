@@ -66,7 +66,7 @@ class DrainingMiddleware:
         self._app = app
         self._draining = draining
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
         """Run the application. What is new while the server stops counts nothing: nobody waits for a refusal."""
         draining = self._draining
         if scope["type"] != "http":

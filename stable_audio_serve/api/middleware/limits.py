@@ -38,7 +38,7 @@ class LimitsMiddleware:
         self._limits = limits
         self._held = _Held(Level(metrics, "bodies_receiving"))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
         """Run the application on a guarded connection. Raises ClientGoneError when the client has gone."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)

@@ -37,7 +37,7 @@ class Dispatched(Response):
         super().__init__()
         self._app, self._path, self._query = app, path, query
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
         """Run the application on the same request at another address."""
         root_path = scope.get("root_path", "")
         path = root_path + self._path
