@@ -21,7 +21,7 @@ from stable_audio_serve.core.file_names import content_disposition
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.queue import JobQueue
 
-# The headers that `clip_headers` gives, as descriptions of operations have them.
+# OpenAPI descriptions of the headers of `clip_headers`.
 CLIP_HEADERS: dict[str, Any] = {
     name: {"schema": {"type": kind}, "description": text}
     for name, kind, text in (
@@ -32,7 +32,7 @@ CLIP_HEADERS: dict[str, Any] = {
         ("X-Audio-Silent", "string", "Whether each stays below -70 dBFS: true or false."),
     )
 }
-# What a page on another origin may read.
+# Headers that a page on another origin may read.
 EXPOSED_HEADERS = (
     *("Content-Disposition", "Idempotent-Replayed", "Retry-After", "Server-Timing"),
     *("X-Model", "X-Output-Count", "X-Request-Id", "X-Sample-Rate"),
@@ -42,7 +42,7 @@ _STREAM_ABOVE_BYTES = 1_048_576
 
 
 def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
-    """The file, in chunks when it is large."""
+    """Returns the file, streamed in chunks where it is large."""
     headers = {**headers, "Content-Length": str(file.num_bytes)}
     if file.num_bytes <= _STREAM_ABOVE_BYTES:
         return Response(file.to_bytes(), headers=headers, media_type=file.media_type)
@@ -72,7 +72,7 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool) -> Res
 
 
 def result_headers(output: Output) -> dict[str, str]:
-    """What was made, and where the time went."""
+    """Returns the headers that say what was generated and how long each stage took."""
     result = output.result
     return {
         "X-Model": result.model,
@@ -84,9 +84,9 @@ def result_headers(output: Output) -> dict[str, str]:
 
 
 def clip_headers(clips: Sequence[ClipFacts]) -> dict[str, str]:
-    """What is in a file of audio, as JSON values, of several variations in a list; nothing where nobody knows.
+    """Returns headers that describe the audio of a file as JSON values, separated by commas for several variations.
 
-    `X-Seed` is the first variation's seed, `X-Seeds` are those of several.
+    Empty without clips. `X-Seed` is the first variation's seed; `X-Seeds` is there for several only.
     """
     if not clips:
         return {}
@@ -106,7 +106,7 @@ def clip_headers(clips: Sequence[ClipFacts]) -> dict[str, str]:
 
 
 def attachment(file_name: str) -> dict[str, str]:
-    """The header that names a download."""
+    """Returns the header that names a download."""
     return {"Content-Disposition": content_disposition(file_name)}
 
 

@@ -51,9 +51,9 @@ TAGS = [
 def create_app(
     backend: Backend, settings: Settings, *, jobs: JobQueue | None = None, metrics: Metrics | None = None
 ) -> FastAPI:
-    """The application over any backend; it knows nothing of Ray.
+    """Returns the application over any backend; it knows nothing of Ray.
 
-    Without `jobs` the queue is the one of the settings, for whatever runner there is.
+    Without `jobs` it opens the queue of the settings, whose jobs another process runs.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics)
@@ -71,7 +71,7 @@ def create_app(
         "prefix of its own, where nothing is merged with the others: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`.",
         openapi_tags=TAGS,
         lifespan=lifespan,
-        redirect_slashes=False,  # another path is another path; Starlette would lead to the Host that was sent
+        redirect_slashes=False,  # Starlette would redirect to whatever Host the client sent
         openapi_url=None,  # with its pages behind the keys, in `pages`
         middleware=[
             Middleware(
@@ -88,7 +88,7 @@ def create_app(
     app.state.keys = ApiKeys(settings.api.key_hashes)
     app.state.origins = origins
     app.state.readiness = service.readiness
-    app.state.draining = service.draining  # for whoever stops this process
+    app.state.draining = service.draining  # for the code that stops this process
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))
     sa3.include_router(native_jobs.build_router(service))
@@ -114,8 +114,8 @@ def create_app(
 
 
 def _render_unrouted(request: Request, error: HTTPException) -> Response:
-    """Unknown paths, and unknown methods in the form of the path's dialect."""
-    if error.status_code == 405:  # what found no route for the method knows only the first one of the path
+    """Answers unknown paths, and unknown methods in the form of the path's dialect."""
+    if error.status_code == 405:  # Starlette names the methods of the path's first route only
         error = HTTPException(405, error.detail, headers={"Allow": ", ".join(allowed_methods(request))})
     render = getattr(request.scope.get("route"), "render_error", render_error)
     return render(request, error)

@@ -1,7 +1,7 @@
-"""The API's OpenAPI description: what FastAPI derives from the routes, made true where the derivation is not.
+"""The API's OpenAPI description: what FastAPI derives from the routes, corrected where that is wrong.
 
-FastAPI announces a 422 of its own form wherever there is a parameter, takes parameters and form fields to have a null,
-and does not know our keys.
+FastAPI announces a 422 of its own form for every operation with a parameter, says that parameters and form fields may
+be null, and does not know our keys.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ _SECURITY_SCHEMES = {
 
 
 def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What operations of a dialect whose errors look like `model` may answer, for FastAPI's `responses`; 403 always."""
+    """Returns FastAPI's `responses` for these statuses, and always 403, of a dialect whose errors look like `model`."""
     return {status: {"model": model, "description": _ERRORS[status]} for status in sorted({403, *statuses})}
 
 
 class DescribedAPI(FastAPI):
-    """An application whose description tells what it answers."""
+    """An application with a corrected description."""
 
     def openapi(self) -> dict[str, Any]:
-        """The document, made once."""
         if self.openapi_schema is None:
             document = super().openapi()
             _correct(document)
@@ -70,7 +69,7 @@ def _resolve(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_null(field: dict[str, Any]) -> None:
-    """A parameter, and a field of a form, is there as text or not at all."""
+    """Parameters and form fields are text or absent, never null."""
     choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
     if len(choices) == 1:
         del field["anyOf"]

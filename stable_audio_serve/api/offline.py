@@ -10,7 +10,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 
 class OfflineBackend:
-    """Runs nothing; enough to describe the API without a server."""
+    """Has one model, and refuses to run it."""
 
     def __init__(self) -> None:
         self.catalog = ModelCatalog([ModelCard("none", "none")])
@@ -18,9 +18,7 @@ class OfflineBackend:
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
-        """Refuse. Raises ModelUnavailableError."""
         raise ModelUnavailableError("no model is running")
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Nothing is known of any model."""
         return {}

@@ -1,4 +1,4 @@
-"""What every dialect's routes share: bounded body parsing, and each dialect's own way to say what went wrong."""
+"""What every dialect's routes share: bounded body parsing, admission, and errors in the dialect's own form."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up
 
 
 class HexIdConvertor(StringConvertor):
-    """In routes, `{name:hex_id}`: an id as we make them, so that it is told apart from words at its place."""
+    """In routes, `{name:hex_id}`: an id in the form that we make; words in its place do not match."""
 
     regex = "[0-9a-f]{32}"
 
 
 class JobIdConvertor(StringConvertor):
-    """In routes, `{name:job_id}`: what may be meant as a job's id, so that what is none can be refused as one."""
+    """In routes, `{name:job_id}`: anything that may be meant as a job's id, so that a bad id gets its own error."""
 
     regex = "(?!(?:variations|inpaint)$)[^/]+"
 
@@ -48,10 +48,10 @@ register_url_convertor("job_id", JobIdConvertor())
 
 
 class BoundedRequest(Request):
-    """A request whose body cannot exhaust us: depth and number sizes of JSON, parts and fields of forms."""
+    """A request whose body is bounded: depth and number sizes of JSON, parts and fields of forms."""
 
     async def json(self) -> Any:
-        """The JSON body. Raises JSONDecodeError, also for nesting and numbers beyond all reason."""
+        """Returns the JSON body. Raises JSONDecodeError, also for excessive nesting and numbers."""
         body = await self.body()
         try:
             return pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8))
@@ -70,25 +70,25 @@ class BoundedRequest(Request):
 
 
 def route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """A route type that answers the errors we expect in one dialect's form; all others stay unexpected.
+    """Returns a route type that answers the errors we expect in one dialect's form; other exceptions pass through.
 
-    Where keys are configured it admits only requests that bring one. `request.state.client` says whose they are.
+    Where keys are configured it admits only requests with one. `request.state.client` is the key's client.
     """
     return _dialect_route(render, _admit_by_key)
 
 
 def public_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """The same without keys: for links that are handed out. Whoever brings no valid key is the client None."""
+    """Returns the same for links that need no key. Without a valid key, `request.state.client` is None."""
     return _dialect_route(render, _admit_everybody)
 
 
 def probe_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """The same for probes, who need no key and are answered as long as there is anybody to answer."""
+    """Returns the same for probes, which need no key and are answered even while the server stops."""
     return _dialect_route(render, _admit_always)
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """What the path of `request` can be asked with, over all routes that share it."""
+    """Returns the methods of the request's path, over all routes that share it."""
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     routes = request.app.routes
     return [name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
@@ -102,7 +102,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
             handle = super().get_route_handler()
 
             async def handle_and_render(request: Request) -> Response:
-                request.state.render_error = render  # for what nobody expects, see `observe`
+                request.state.render_error = render  # for unexpected exceptions, see `middleware.observe`
                 bounded = BoundedRequest(request.scope, request.receive)
                 try:
                     admit(request)
@@ -113,7 +113,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
                         response.headers["WWW-Authenticate"] = "Bearer"
                     return response
                 finally:
-                    await bounded.close()  # deletes what was uploaded, whoever parsed the form
+                    await bounded.close()  # deletes uploads, whatever code parsed the form
 
             return handle_and_render
 
@@ -137,7 +137,7 @@ def _admit_always(_: Request) -> None:
 
 
 def _admit_visitor(request: Request) -> None:
-    """Whatever a request wants but to know whether there is anybody."""
+    """Checks every request except probes."""
     origins: Origins = request.app.state.origins
     origins.admit(request)
     draining: Draining = request.app.state.draining

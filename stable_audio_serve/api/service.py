@@ -1,4 +1,4 @@
-"""What every dialect's handlers do besides speaking: decode uploads, run generations in time, encode files.
+"""What the handlers of all dialects share: decode uploads, run generations in time, encode files.
 
 Knows requests and results, not wire forms. CPU work happens on bounded worker threads, never on the event loop.
 """
@@ -52,7 +52,7 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished answer: the file to send, what is in it, what was done, and how long finishing the file took."""
+    """A finished answer: the file to send, facts about its audio, the generation, and how long encoding took."""
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
@@ -72,7 +72,7 @@ class Service:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """Without `jobs` the queue is the one of the settings; somebody else runs what is in it. Raises ConfigError."""
+        """Without `jobs` it opens the queue of the settings, whose jobs another process runs. Raises ConfigError."""
         self.backend = backend
         self.settings = settings
         self.jobs = jobs or open_queue(settings)
@@ -94,7 +94,7 @@ class Service:
     async def decode(
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, field: str = "audio"
     ) -> SourceAudio:
-        """What a model can use of a file uploaded as `field`. Raises InvalidUploadError, UploadTooLargeError."""
+        """Returns the part of an uploaded file that a model can use. Raises InvalidUploadError, UploadTooLargeError."""
         limit = self.settings.api.max_upload_bytes
         if not upload.size:
             raise InvalidUploadError(f"{field}: the uploaded file is empty", field=field)
@@ -106,7 +106,7 @@ class Service:
             return await self._audio.decode(upload.file, max_s=max_s, field=field)
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
-        """The first `max_s` seconds of a file of the operator's own. Raises GenerationError."""
+        """Returns the first `max_s` seconds of a file of the operator. Raises GenerationError."""
         try:
             return await self._audio.decode_path(path, max_s=max_s)
         except (OSError, InvalidUploadError) as error:
@@ -115,7 +115,7 @@ class Service:
     async def keep_upload(
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Literal["init", "inpaint"]
     ) -> JobUpload:
-        """Check that a model can use an uploaded file, then keep it as it was sent, for a job about to be submitted.
+        """Check that a model can use an uploaded file, then store it unchanged for a job about to be submitted.
 
         Raises InvalidUploadError, UploadTooLargeError, StorageError.
         """
@@ -139,9 +139,9 @@ class Service:
 
     @contextmanager
     def _admitted(self, request: GenerationRequest) -> Iterator[None]:
-        """Bound what this process holds for requests in progress: their number, and their decoded source audio.
+        """Bound the number of requests in progress and the bytes of their decoded source audio. Raises OverloadedError.
 
-        Raises OverloadedError. A source larger than the bound is taken when it is alone.
+        A source larger than the bound is accepted when it is alone.
         """
         sources = (source.samples.nbytes for source in (request.init_audio, request.inpaint_audio) if source)
         num_bytes = sum(sources)
@@ -160,13 +160,13 @@ class Service:
             self._source_bytes -= num_bytes
 
     async def finish(self, result: GenerationResult, order: FileOrder) -> Output:
-        """The file that a client gets of a result, see `audio.finish.finish`."""
+        """Returns the file that a client gets for a result, see `audio.finish.finish`."""
         started_at = self.clock.monotonic()
         finished = await self.compute(lambda: finish(result, order))
         return Output(finished.file, finished.clips, result, (self.clock.monotonic() - started_at) * 1000)
 
     async def compute(self, function: Callable[[], T]) -> T:
-        """What `function`, which makes a file, returns; its CPU work happens on an encoding thread."""
+        """Run `function`, which makes a file, on an encoding thread. Returns its result."""
         with self._measured("file_encode_ms"):
             return await self._audio.run_encoding(function)
 
@@ -177,7 +177,7 @@ class Service:
         self.metrics.observe(metric, (self.clock.monotonic() - started_at) * 1000)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """What each model is doing, or what it last was, within a second."""
+        """Returns the status of each model within a second, the last known one if the backend is slower."""
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 self._last_status = await self.backend.status()
@@ -187,12 +187,12 @@ class Service:
 
 
 def _usable_s(card: ModelCard, padding_s: float | None) -> float:
-    """What a model can use of source audio, seconds; more than its window, because resampling looks ahead."""
+    """Returns how much source audio a model can use, seconds; more than its window, because resampling looks ahead."""
     return (
         card.max_duration_s + (card.default_duration_padding_s if padding_s is None else padding_s) + _SOURCE_MARGIN_S
     )
 
 
 def resolve_seed(seed: int) -> int:
-    """The seed to use for a wire seed: -1 draws one, any other integer is taken modulo 2**63."""
+    """Returns the seed for a wire seed: -1 draws one, any other integer is reduced modulo 2**63."""
     return secrets.randbelow(2**32) if seed == -1 else seed % SEED_LIMIT

@@ -1,4 +1,4 @@
-"""Following jobs to their end as server-sent events, whichever process runs them: their store is asked in turns.
+"""Follows jobs to their end as server-sent events, whichever process runs them: it polls their store.
 
 A stream costs a connection and reads of the store for as long as its job waits and runs, so one process bounds them.
 """
@@ -29,15 +29,15 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 _FIRST_POLL_S = 0.5  # grows while nothing happens
 _LAST_POLL_S = 2.0
-_COMMENT_S = 10  # proxies and clients give a silent connection up after 15 s and more
+_COMMENT_S = 10  # proxies and clients drop a silent connection after 15 s or more
 _BUSY_RETRY_S = 10.0
 _RECONNECT_MS = 2000  # a server that only replaces this process answers then
-_PATIENCE = 30  # questions to a store that is away, each after the longest pause
+_PATIENCE = 30  # attempts to reach a store that is away, each after the longest pause
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A job that is no longer as it was told: `events` are the new ones, `position` is how many are before it."""
+    """A job that has changed: `events` are the new ones, `position` is how many jobs are before it."""
 
     job: Job
     events: tuple[JobEvent, ...]
@@ -45,20 +45,20 @@ class Change:
 
 
 async def follow(jobs: JobQueue, job: Job, *, draining: Draining, after: int = 0) -> AsyncIterator[Change]:
-    """What the job is now, then every change until it is over or gone; no events up to the one with the id `after`.
+    """Yields the job as it is now, then every change until it is over or gone; only events after the id `after`.
 
-    Ends early when this process has to leave. A store that is away for less than a minute is waited for.
-    Raises StorageError after that.
+    Ends early when this process has to leave. Waits for a store that is away for less than a minute, then raises
+    StorageError.
     """
     current: Job | None = job
-    told: object = None
+    sent: object = None
     wait_s = _FIRST_POLL_S
     while current is not None:
         is_queued = current.state == "queued"
         position = await _ask(partial(jobs.position, current)) if is_queued else current.engine_position
         now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
-        if now != told:
-            told, wait_s = now, _FIRST_POLL_S
+        if now != sent:
+            sent, wait_s = now, _FIRST_POLL_S
             events = await _ask(partial(jobs.events, job.spec.ref, after=after))
             after = max((event.id for event in events), default=after)
             yield Change(current, events, position)
@@ -78,7 +78,7 @@ async def _ask(question: Callable[[], Awaitable[T]]) -> T:
 
 
 async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
-    """`events` until there are no more or none can be read: the client comes again, and is told why then."""
+    """Yields `events` until there are no more or none can be read: the client reconnects, and gets the error then."""
     try:
         async for event in events:
             yield event
@@ -97,7 +97,7 @@ class EventStreams:
         self._open = Level(metrics, "event_streams_open")
 
     def open(self, events: AsyncIterator[ServerSentEvent], *, headers: Mapping[str, str] | None = None) -> Response:
-        """An answer that sends `events`. Raises OverloadedError when too many are open."""
+        """Returns an answer that sends `events`. Raises OverloadedError when too many are open."""
         if self._open.value >= self._max_streams:
             message = "too many event streams are open (ingress.max_event_streams)"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
@@ -113,7 +113,7 @@ class EventStreams:
 
 
 class _Stream(EventSourceResponse):
-    """Counts while it is being sent, so that an answer which never is counts nothing."""
+    """Counts only while it is being sent: an answer that is never sent holds no place."""
 
     def __init__(
         self,

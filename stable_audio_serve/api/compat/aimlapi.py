@@ -62,7 +62,7 @@ def _is_none(value: object) -> bool:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # what an unset field means is no value that a set one may have
+    del schema["default"]  # the default is no value that a client may send
 
 
 class AimlInput(ClipInput):
@@ -207,7 +207,7 @@ def _describe(job: Job, base: str) -> AimlGeneration:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """The answer to an error we expect."""
+    """Returns the answer to an error we expect."""
     return _REFUSALS.answer(request, error)
 
 

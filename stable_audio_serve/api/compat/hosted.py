@@ -21,7 +21,7 @@ START_DESCRIPTION = "Where the clip lies in an imagined longer one, seconds; for
 
 
 def _check_number(value: object) -> object:
-    if isinstance(value, bool | str | bytes):  # what Pydantic would turn into a number, and these APIs do not
+    if isinstance(value, bool | str | bytes):  # Pydantic would convert these, the original APIs refuse them
         raise PydanticCustomError("int_type", "Input should be a valid integer")
     return value
 
@@ -44,9 +44,9 @@ class ClipInput(BaseModel):
 
 
 def to_request(fields: ClipInput, card: ModelCard, *, request_id: str) -> GenerationRequest:
-    """The request that `fields` mean. Raises RequestValidationError when the model is too short.
+    """Returns the request for `fields`. Raises RequestValidationError for a clip longer than the model's.
 
-    A length nobody asked for shrinks to what the model can do.
+    The default length shrinks to what the model can do.
     """
     longest_s = min(MAX_S, int(card.max_duration_s))
     duration_s = fields.seconds_total if "seconds_total" in fields.model_fields_set else min(DEFAULT_S, longest_s)

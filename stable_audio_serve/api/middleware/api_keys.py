@@ -1,4 +1,4 @@
-"""Who may use the API: everybody, or whoever brings one of the configured keys."""
+"""Who may use the API: everybody, or clients with one of the configured keys."""
 
 from __future__ import annotations
 
@@ -21,21 +21,18 @@ class ApiKeys:
         self._hashes = [parse_key_hash(text) for text in hashes]
 
     def admit(self, request: Request) -> ClientId:
-        """Whose the request is: the client of its key, nothing where no keys are configured.
-
-        Raises UnauthorizedError unless it may pass.
-        """
+        """Returns the client of the request's key, '' where no keys are configured. Raises UnauthorizedError."""
         client = self.find(request)
         if client is None:
             raise UnauthorizedError("Authorization: a valid API key is required, as `Bearer <key>` or `Key <key>`")
         return client
 
     def find(self, request: Request) -> ClientId | None:
-        """The same, and None for a request that has no valid key."""
+        """Returns the client like `admit`, but None for a request without a valid key."""
         if not self._hashes:
             return NO_CLIENT
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hash_key(key.strip().encode("latin-1"))  # how header bytes became text
-        # All of them: equal time for each.
+        digest = hash_key(key.strip().encode("latin-1"))  # Starlette decoded the header this way
+        # Compares with all of them, so that the time says nothing about the key.
         matches = [known.client for known in self._hashes if hmac.compare_digest(digest, known.digest)]
         return matches[0] if matches and scheme.lower() in _SCHEMES else None

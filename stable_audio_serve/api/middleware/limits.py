@@ -1,7 +1,7 @@
 """ASGI middleware that bounds what clients may cost: body sizes, receive and send times, and work after they have gone.
 
-Neither of Ray Serve's proxies has receive deadlines, and a server may or may not cancel a handler whose client has
-gone: here both hold under any of them.
+Neither of Ray Serve's proxies has receive deadlines, and not every server cancels a handler whose client has gone: this
+middleware does both under any server.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ def accept_form(scope: Scope) -> None:
 
 @dataclass(slots=True)
 class _Held:
-    """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many still arrive."""
+    """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many are incomplete."""
 
     receiving: Level
     num_bytes: int = 0
 
 
 class _Pace:
-    """How fast a body arrives: bytes, and the time spent waiting for its client, of all of it and of a last stretch.
+    """How fast a body arrives: bytes, and seconds of waiting for its client, in total and of the last stretch.
 
-    The time that a handler takes between two parts does not count, because then it is us who is slow.
+    The time that a handler takes between two parts does not count: it is not the client's.
     """
 
     def __init__(self, limits: ApiSettings) -> None:
@@ -91,11 +91,11 @@ class _Pace:
 
     @property
     def patience_s(self) -> float:
-        """How long to wait for more before the average of the last stretch is too low."""
+        """Seconds to wait for more before the average of the last stretch is too low."""
         return self._limits.receive_window_s - self._stretch_s
 
     def add(self, num_bytes: int, *, waited_s: float) -> None:
-        """Some more came. A stretch is over once a window's worth has arrived, and the next begins."""
+        """Count a part that arrived. A stretch ends once a window's worth has arrived, and the next one begins."""
         self.waited_s += waited_s
         self._stretch_bytes += num_bytes
         self._stretch_s += waited_s
@@ -137,7 +137,7 @@ class _Connection:
         self._body, self._held, self._limits = body, held, limits
         self._deadline_at = asyncio.get_running_loop().time() + limits.receive_total_timeout_s
         self._pace = _Pace(limits)
-        # Not the same for all: a thousand clients that came together would be refused together, and hold the loop up.
+        # Random: a thousand clients that came together would be refused together, and block the loop.
         self._grace_s = limits.receive_grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
@@ -160,7 +160,7 @@ class _Connection:
         self._body = replace(self._body, max_bytes=limit + self._limits.max_fields_bytes, refusal=refusal)
 
     async def receive(self) -> Message:
-        """The next part of the body; after its end, waits for the client to go. Raises HTTPException 408, 413, 503."""
+        """Returns the next part of the body; at its end, waits for a disconnect. Raises HTTPException 408, 413, 503."""
         if self._watcher is not None or self.is_gone:
             await self._gone.wait()
             return {"type": "http.disconnect"}
@@ -174,7 +174,9 @@ class _Connection:
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
             await self._drain(message)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
-        if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:  # alone, a body is taken
+        if (
+            self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes
+        ):  # a body that is alone is accepted
             await self._drain(message)
             reason = "body: too much is being received from others (api.max_bodies_bytes)"
             raise HTTPException(503, reason, headers=_BUSY)
@@ -186,7 +188,7 @@ class _Connection:
     async def send(self, message: Message) -> None:
         """Pass on a part of the answer. Raises ClientGoneError when the client reads too slowly.
 
-        An answer that does not wait for the whole body is the connection's last: nobody reads what would still come.
+        An answer sent before the whole body has arrived is the connection's last: nobody reads the rest.
         """
         if message["type"] == "http.response.start" and self._body.is_there and self._watcher is None:
             MutableHeaders(scope=message)["Connection"] = "close"
@@ -199,7 +201,7 @@ class _Connection:
             raise ClientGoneError("the client stopped reading its answer") from error
 
     async def close(self) -> None:
-        """Stop watching, and count the body no more."""
+        """Stop watching, and no longer count the body."""
         self._held.num_bytes -= self._received_bytes
         self._count(False)
         if self._watcher is not None:
@@ -207,7 +209,7 @@ class _Connection:
             await asyncio.gather(self._watcher, return_exceptions=True)
 
     async def _receive_in_time(self) -> Message:
-        """The next part of the body. Raises HTTPException 408, and 503 where one place more is needed than there is."""
+        """Returns the next part of the body. Raises HTTPException 408, and 503 where no place is free."""
         left_s = self._deadline_at - asyncio.get_running_loop().time()
         patience_s = self._pace.patience_s
         grace_s = self._grace_s - self._pace.waited_s
@@ -234,7 +236,7 @@ class _Connection:
         self._count(True)
 
     async def _wait(self, timeout_s: float) -> Message:
-        """The next part. Raises TimeoutError."""
+        """Returns the next part. Raises TimeoutError."""
         clock = asyncio.get_running_loop().time
         began_at, num_bytes = clock(), 0
         try:
@@ -246,13 +248,13 @@ class _Connection:
             self._pace.add(num_bytes, waited_s=clock() - began_at)
 
     def _count(self, is_receiving: bool) -> None:
-        """Whether this body is one of those being received."""
+        """Count this body as being received, or no longer."""
         if is_receiving is not self._is_counted:
             self._held.receiving.change(1 if is_receiving else -1)
         self._is_counted = is_receiving
 
     async def _drain(self, message: Message) -> None:
-        """Read on and drop it as long as more keeps coming: a client still sending would never see the refusal."""
+        """Read and drop the rest as long as it keeps coming: a client that is still sending reads no refusal."""
         deadline_at = asyncio.get_running_loop().time() + _MAX_DRAIN_S
         dropped_bytes = 0
         while message.get("more_body", False) and dropped_bytes < 2 * self._body.max_bytes:

@@ -29,7 +29,7 @@ _CLIENT_GONE_STATUS = 499  # never sent; nginx's word for it in logs and metrics
 
 
 class ObserveMiddleware:
-    """Keeps or makes `X-Request-Id`; handlers add what belongs into the log line with `note`."""
+    """Keeps or makes `X-Request-Id`; handlers add to the log line with `note`."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Clock | None = None) -> None:
         self._app = app
@@ -38,7 +38,6 @@ class ObserveMiddleware:
         self._clock = clock or SystemClock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
-        """Run the application and account for it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -65,7 +64,9 @@ class ObserveMiddleware:
                 status = _CLIENT_GONE_STATUS
                 raise
             except Exception as error:
-                if status and isinstance(error, StorageError):  # a file that breaks off: its length tells the client
+                if status and isinstance(
+                    error, StorageError
+                ):  # a file that breaks off: the client sees it by the length
                     note(scope, error=error.message)
                     return
                 log.exception("request failed")
@@ -104,7 +105,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _opaque_answer(scope: Scope) -> Response:
-    """A 500 in the form of the route's dialect, where a route was found."""
+    """Returns a 500 in the form of the route's dialect, where a route was found."""
     render = scope["state"].get("render_error")
     if render is not None:
         return render(Request(scope), GenerationError("unexpected"))

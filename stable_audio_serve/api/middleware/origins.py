@@ -1,7 +1,8 @@
-"""Which web pages may use the server, and by which names it may be called: nobody's browser is made to act for others.
+"""Which web pages may use the server, and by which names it may be called: protection against foreign pages.
 
-Without keys anybody who can send a request may use it, and so could every page that a user of this machine or network
-has open: by sending forms here (the page's Origin tells), or by having its own name lead here (the Host tells).
+Without keys anybody who can send a request may use it, and so could every page that is open in a browser of this
+machine or network: by sending forms here (the Origin header shows it), or by a DNS name that leads here (the Host
+header shows it).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Origins:
     def __init__(self, settings: ApiSettings) -> None:
         origins, hosts = settings.cors_origins, settings.allowed_hosts
         if origins is None and settings.key_hashes:
-            origins = (ANY,)  # a page needs a key as everybody does: there are no cookies that a browser would add
+            origins = (ANY,)  # a page needs a key too: there are no cookies that a browser would add
         public_url = settings.public_url
         self.allows_all = origins is not None and ANY in origins
         self._allows_loopback = origins is None
@@ -73,13 +74,13 @@ class Origins:
         return is_loopback or parsed in self._allowed
 
     def admit(self, request: Request) -> None:
-        """Raise ForbiddenError for a name that is not this server's, and for what a foreign page wants to change.
+        """Raise ForbiddenError for a name that is not this server's, and for changes that a foreign page asks for.
 
-        X-Forwarded-Host is not asked: pages can send it.
+        X-Forwarded-Host is ignored: pages can send it.
         """
         hosts = request.headers.getlist("host")
         if self._checks_hosts:
-            for host in hosts:  # who sends none has no name that could have been changed
+            for host in hosts:  # a request without Host has no foreign name
                 if host and not self._is_ours(host):
                     raise ForbiddenError(
                         f"Host: {_shown(host)} is no name of this server; others are listed in api.allowed_hosts"
@@ -115,11 +116,9 @@ class OriginsMiddleware(CORSMiddleware):
         self._origins = origins
 
     def is_allowed_origin(self, origin: str) -> bool:
-        """Whether pages of this origin may read answers."""
         return self._origins.allows(origin)
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Whether a page may send what it asks for; one that may not is told of nothing it may."""
         response = super().preflight_response(request_headers)
         if response.status_code != 200:
             del response.headers["Access-Control-Allow-Private-Network"]
@@ -151,7 +150,9 @@ def _without_path(url: str) -> str:
 
 
 def _is_same(origin: str, host: str) -> bool:
-    """Whether a page was loaded from the address that it calls; only the page knows by which scheme."""
+    """Returns whether a page was loaded from the address that it calls; the scheme is not compared, the server does not
+    know its own.
+    """
     page, own = _parse_origin(origin), _parse_host(host)
     if page is None or own is None or page.scheme not in _PORTS:
         return False
@@ -168,7 +169,7 @@ def _is_local_name(name: str) -> bool:
 
 
 def _to_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a name is; an IPv4 one that is written as IPv6 (`::ffff:127.0.0.1`) is the IPv4 one."""
+    """Returns the address that a name is, if any; an IPv4 one where it is written as IPv6 (`::ffff:127.0.0.1`)."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Whether this server should be sent requests: what its default model can do, and what else keeps it from taking work.
+"""Whether this server should be sent requests: the state of its default model, and other reasons to accept no work.
 
-Knows nothing of HTTP. Whoever notices that the server cannot take work, whatever its models could do, tells it here.
+Knows nothing of HTTP. Code that finds another reason to accept no work reports it with `block`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.catalog import ModelStatus
 
-# A model at zero answers too: its first requests are held until it has been loaded.
+# A model scaled to zero answers too: its first requests are held until it has been loaded.
 _ANSWERING = frozenset({"ready", "idle", "waking"})
 
 
@@ -22,7 +22,6 @@ class Verdict:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests may come."""
         return not self.reasons
 
 
@@ -33,15 +32,15 @@ class Readiness:
         self._blocked: dict[str, str] = {}
 
     def block(self, cause: str, sentence: str) -> None:
-        """From now on take no work; `cause` is one word, such as `draining`, and `sentence` tells clients why."""
+        """Accept no work from now on; `cause` is one word, such as `draining`, `sentence` explains it to clients."""
         self._blocked = {**self._blocked, cause: sentence}
 
     def clear(self, cause: str) -> None:
-        """Take work again as far as `cause` is concerned."""
+        """Remove the reason `cause`."""
         self._blocked = {known: sentence for known, sentence in self._blocked.items() if known != cause}
 
     def judge(self, default_model: str, status: ModelStatus) -> Verdict:
-        """Whether requests may come, given what the default model is doing."""
+        """Returns whether requests may come, given the status of the default model."""
         blocked = self._blocked
         reasons = tuple(blocked.values())
         word = next(iter(blocked), "ok")

@@ -15,14 +15,14 @@ from stable_audio_serve.core.settings import AudioSettings
 
 
 def file_stem(model: str) -> str:
-    """How files of a model are named, without extension."""
+    """Returns the name of a model's files, without extension."""
     return f"stable-audio-3-{model}"
 
 
 def file_order(
     fields: Controls, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings
 ) -> FileOrder:
-    """What file `fields` ask for."""
+    """Returns which file `fields` ask for."""
     return FileOrder(
         fields.peaks or settings.peaks,
         file_format=fields.response_format,
@@ -32,7 +32,7 @@ def file_order(
 
 
 def audio_answer(output: Output, file_format: AudioFormat) -> Response:
-    """One file, or the ZIP of several."""
+    """Returns one file, or the ZIP of several."""
     stem = file_stem(output.result.model)
     name = f"{stem}.{file_format}" if len(output.result.audio) == 1 else f"{stem}-batch.zip"
     headers = attachment(name) | result_headers(output)

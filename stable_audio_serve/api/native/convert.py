@@ -19,7 +19,10 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
-    """The JSON object of a form field; blank is empty. Raises InvalidRequestError, RequestValidationError."""
+    """Returns the JSON object of a form field, {} for a blank one.
+
+    Raises InvalidRequestError, RequestValidationError.
+    """
     if not text.strip():
         return {}
     try:
@@ -37,7 +40,7 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
 def to_request(
     fields: Controls, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
 ) -> tuple[ModelCard, GenerationRequest]:
-    """The model and the request that `fields` mean, without source audio. Raises RequestValidationError."""
+    """Returns the model and the request for `fields`, without source audio. Raises RequestValidationError."""
     given = fields.model_fields_set
     try:
         card = catalog.resolve(fields.model) if "model" in given else catalog.default
@@ -84,7 +87,7 @@ def to_request(
 def _sampler_options(
     values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]
 ) -> tuple[str | None, float, float]:
-    """The three honoured options; what is wrong with them is added to `faults`, other keys are ignored."""
+    """Returns the three supported options; adds what is wrong with them to `faults`, ignores other keys."""
     values = {key: value for key, value in values.items() if value is not None}
     sampler = values.pop("sampler_type", None)
     scale_phi = values.pop("scale_phi", 0.0)

@@ -33,7 +33,7 @@ _STATUS = {
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """The answer to an error we expect."""
+    """Returns the answer to an error we expect."""
     status, body, headers = describe_error(request, error)
     return JSONResponse(body, status, headers=headers)
 

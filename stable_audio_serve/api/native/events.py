@@ -42,7 +42,7 @@ class JobProgressEvent(JobProgress):
 async def stream_events(
     jobs: JobQueue, job: Job, *, base: str, after: int, draining: Draining
 ) -> AsyncIterator[ServerSentEvent]:
-    """`progress` events behind the one with the id `after`, and one `end` event with the job's status."""
+    """Yields `progress` events after the one with the id `after`, and one `end` event with the job's status."""
     async for change in follow(jobs, job, draining=draining, after=after):
         for event in change.events:
             yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
@@ -65,7 +65,7 @@ def _of_event(event: JobEvent) -> JobProgressEvent:
 
 
 def _of_now(change: Change) -> JobProgressEvent:
-    """What no event says: places in the queue change without the job. Without an id it is not replayed."""
+    """Returns the current progress: places in the queue change without an event. Without an id it is not replayed."""
     progress = progress_of(change.job, position=change.position)
     return JobProgressEvent(**progress.model_dump(), message=None, at=None)
 

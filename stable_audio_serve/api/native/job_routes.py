@@ -60,7 +60,7 @@ _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service, those that submit included."""
+    """The routes over one service, including those of `submission`."""
     router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
     router.include_router(submission.build_router(service))
     jobs, limits = service.jobs, service.settings.api
@@ -126,7 +126,7 @@ def build_router(service: Service) -> APIRouter:
         """What happens to a job, as server-sent events until it is over. A lost stream goes on where it broke off."""
         job = _require(await jobs.get(_ref(request, job_id)))
         if last_event_id == END:
-            return Response(status_code=204)  # what a browser takes as: do not come again
+            return Response(status_code=204)  # tells a browser not to reconnect
         base = jobs_base(request, limits=limits)
         after = int(last_event_id or 0)
         return service.streams.open(stream_events(jobs, job, base=base, after=after, draining=service.draining))

@@ -16,7 +16,7 @@ Times = float | list[float]
 
 
 def parse_regions(values: dict[str, str | None], *, duration_s: float) -> tuple[tuple[float, float], ...]:
-    """Regions [start, end) in seconds from the form's four fields. Raises InvalidRequestError naming the field."""
+    """Returns regions [start, end) in seconds of the four form fields. Raises InvalidRequestError naming the field."""
     starts = _parse(values, _START, alias="inpaint_mask_start_seconds")
     ends = _parse(values, _END, alias="inpaint_mask_end_seconds")
     if isinstance(starts, list) != isinstance(ends, list):

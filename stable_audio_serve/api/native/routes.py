@@ -1,4 +1,4 @@
-"""Our own routes: the Stable Audio 3 server's contract. Thin: parse, convert, run, answer."""
+"""Our own routes: the Stable Audio 3 server's contract. Parse, convert, run, answer."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def build_router(service: Service) -> APIRouter:
 def convert(
     service: Service, request: Request, *, fields: Controls, sampler_kwargs: dict[str, Any]
 ) -> tuple[ModelCard, GenerationRequest]:
-    """The model and the request that `fields` mean, without source audio. Raises RequestValidationError."""
+    """Returns the model and the request for `fields`, without source audio. Raises RequestValidationError."""
     card, generation = to_request(
         fields,
         sampler_kwargs,
@@ -121,7 +121,7 @@ async def run(
     fields: Controls,
     started_at: float,
 ) -> Output:
-    """The finished file of a request that arrived at `started_at`. Raises errors of `core.errors`."""
+    """Returns the finished file of a request that arrived at `started_at`. Raises errors of `core.errors`."""
     result = await service.generate(card, generation, started_at=started_at)
     output = await service.finish(
         result, file_order(fields, card, generation=generation, settings=service.settings.audio)

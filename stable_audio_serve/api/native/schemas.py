@@ -28,7 +28,7 @@ RESERVED_SAMPLER_KWARGS = frozenset(
 
 
 def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
-    """Raise ValueError unless keys are free and values are plain."""
+    """Raises ValueError for reserved keys and for values that are not plain."""
     for key, value in values.items():
         if not key.strip():
             raise ValueError("sampler_kwargs keys must not be empty")

@@ -1,4 +1,4 @@
-"""Jobs as our own API tells of them: to whoever asks, in event streams, and to webhooks."""
+"""Jobs as our own API describes them: in answers, in event streams, and to webhooks."""
 
 from __future__ import annotations
 
@@ -113,21 +113,22 @@ class JobPage(BaseModel):
 
 
 def jobs_base(request: Request, *, limits: ApiSettings) -> str:
-    """Where jobs and their files are found: on the host and below the prefix that this caller used."""
+    """Returns the base of links to jobs and files: the host and the prefix that this caller used."""
     path: str = request.scope["path"]
     prefix = path.removeprefix(request.scope.get("root_path", "")).rpartition("/jobs")[0]
     return f"{base_url(request, limits)}{prefix}"
 
 
 def job_url(base: str, job_id: str) -> str:
-    """Where to ask about a job; `base` is of `jobs_base`."""
+    """Returns the address of a job; `base` comes from `jobs_base`."""
     return f"{base}/jobs/{job_id}"
 
 
 def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None = None) -> JobStatus:
-    """The job as it is; `base` is of `jobs_base`, `position` a queued one's place in the queue where it was asked for.
+    """Returns the status of a job; `base` comes from `jobs_base`, `position` is its place in the queue, if known.
 
-    Links to local files lead to us, those to a bucket lead there. Blocking: for worker threads. Raises StorageError.
+    Links to local files lead to this server, those to a bucket lead there.
+    Blocking: for worker threads. Raises StorageError.
     """
     request, result = job.spec.request, job.result
     return JobStatus(
@@ -156,12 +157,12 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
 
 
 def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
-    """A link that needs no key: of a job whose id may be guessed, because its client chose it, it does not have it."""
+    """Returns a link that needs no key: without the job's id where a client chose that, because it can be guessed."""
     return file_url(base, result) if spec.id_is_chosen else f"{job_url(base, spec.id)}/audio"
 
 
 def progress_of(job: Job, *, position: int | None) -> JobProgress:
-    """How far the job is."""
+    """Returns how far the job is; without `position`, with the place in line that the engine reported."""
     return JobProgress(
         stage=job.stage,
         fraction=job.fraction,
@@ -171,5 +172,5 @@ def progress_of(job: Job, *, position: int | None) -> JobProgress:
 
 
 def iso(at: datetime) -> str:
-    """ISO 8601 with UTC offset."""
+    """Returns ISO 8601 with UTC offset."""
     return at.isoformat()

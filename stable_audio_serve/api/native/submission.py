@@ -132,7 +132,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 class _Submission:
-    """What all submissions do once their fields mean something."""
+    """The part that all submissions share once their fields are converted."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -149,7 +149,7 @@ class _Submission:
         key: str | None = None,
         job_id: JobId | None = None,
     ) -> JobTicket:
-        """Keep the job, or find the one of the same request. Raises RequestValidationError and errors of the store."""
+        """Store the job, or find the one of the same request. Raises RequestValidationError and errors of the store."""
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
         upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
@@ -200,7 +200,7 @@ async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> No
 
 
 def _fingerprint(method: str, mode: Mode, *, fields: _Fields, upload: JobUpload | None) -> str:
-    """SHA-256 of what the client asked for: the route, the fields it sent, whatever their order, and its upload."""
+    """Returns the SHA-256 of what the client asked for: route, fields in any order, and upload."""
     sent = fields.model_dump(mode="json", exclude_unset=True, exclude={"audio"})
     asked = [method, mode, sent, upload.file.sha256 if upload else None]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

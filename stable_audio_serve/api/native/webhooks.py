@@ -1,4 +1,4 @@
-"""What our own API tells a webhook at the end of a job: the event's name, its time, and the job's status."""
+"""The body that our own API sends to a webhook when a job ends: the event's name, its time, and the job's status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
-    """The event of an ended job. Its links start as the submission's did. Blocking. Raises StorageError."""
+    """Returns the event of an ended job. Links start like the submission's. Blocking. Raises StorageError."""
     return {
         "type": f"job.{job.state}",
         "timestamp": iso(job.completed_at or job.created_at),

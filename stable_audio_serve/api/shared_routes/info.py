@@ -106,7 +106,7 @@ class ModelList(BaseModel):
 
 
 def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Health:
-    """The health page."""
+    """Returns the answer of the health route."""
     settings, catalog = service.settings, service.backend.catalog
     api = settings.api
     verdict = _judge(service, status)
@@ -136,7 +136,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
 
 
 def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Ready:
-    """The answer to whoever wants to send requests."""
+    """Returns the answer of the readiness route."""
     verdict = _judge(service, status)
     return Ready(
         ready=verdict.is_ready,
@@ -147,7 +147,7 @@ def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_s
 
 
 def describe_models(service: Service, *, owned_by: str, created_at: int) -> ModelList:
-    """The catalogue; `created_at` is a Unix time, the server's start."""
+    """Returns the list of models; `created_at` is the server's start, Unix time."""
     catalog, longest_s = service.backend.catalog, service.settings.api.max_duration_s
     return ModelList(
         data=[

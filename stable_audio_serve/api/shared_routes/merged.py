@@ -1,5 +1,5 @@
-"""`POST /generate`, which two dialects share: whose request it is follows from its fields, and each then keeps its own
-contract. Errors are told in both dialects' forms, with the status of the one.
+"""`POST /generate`, which two dialects share: a request's fields decide which one it means, and each then keeps its own
+contract. Errors have the status of that dialect and the bodies of both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stable_audio_serve.audio.loops import read_tempo
 
 TAG = "Generate"
 
-# One of these makes a request a Stable Audio 3 one; what both dialects know, or neither, says nothing.
+# One of these makes it a Stable Audio 3 request; fields that both dialects or neither know decide nothing.
 ONLY_SA3 = GenerationBody.model_fields.keys() - GenerateBody.model_fields.keys()
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -87,7 +87,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """The answer to an error we expect: `error` for one dialect, `detail` for the other."""
+    """Returns the answer to an error we expect: `error` for one dialect, `detail` for the other."""
     if getattr(request.state, "is_sa3", False):
         status, body, headers = describe_sa3_error(request, error)
         faults = body["detail"]

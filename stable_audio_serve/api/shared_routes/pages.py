@@ -1,4 +1,4 @@
-"""What a browser is shown: the page at the root, and the API's description on two interactive pages.
+"""Pages for browsers: the page at the root, and the API's description on two interactive pages.
 
 Nothing here is loaded from another host: scripts and styles come from the package `fastapi-offline`, and each page's
 Content-Security-Policy allows no more than that page needs.
@@ -108,7 +108,7 @@ class Card(BaseModel):
 
 
 def build_router(service: Service) -> APIRouter:
-    """The page at the root, open to everybody: it says less than health does."""
+    """The page at the root, open to everybody: it shows less than health does."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
     responses: dict[int | str, dict[str, Any]] = {
         200: {
@@ -133,7 +133,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def build_api_router() -> APIRouter:
-    """The API's description and the two pages that show it; where keys are configured, for those who have one."""
+    """The API's description and the two pages that show it; they need a key where keys are configured."""
     router = APIRouter(route_class=route_class(render_error), tags=[TAG])
 
     @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 401, 500))
@@ -194,7 +194,7 @@ def _root(request: Request) -> str:
 
 
 def _with_policy(page: HTMLResponse) -> HTMLResponse:
-    """The page with a policy that lets only its own scripts run."""
+    """Returns the page with a policy that lets only its own scripts run."""
     nonce = secrets.token_urlsafe(16)
     text = bytes(page.body).decode().replace("<script", f'<script nonce="{nonce}"')
     return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": _API_POLICY.format(nonce=nonce)})

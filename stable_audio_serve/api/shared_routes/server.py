@@ -26,7 +26,7 @@ _RETRY_AFTER_S = "5"
 
 
 def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
-    """Health and models, which are also found under each dialect's prefix; `owner` is whose the models are called."""
+    """Health and models, which are also found under each dialect's prefix; `owner` is the models' `owned_by`."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(service.clock.time())
 

@@ -1,7 +1,7 @@
 """Errors as fal words them: 422 with one entry per field, else a sentence with an error type.
 
 fal's clients repeat 408, 409, 429 and 502-504 on their own. A refusal that may end soon is one of those; the stored
-end of a queued request never is, but for a start time-out, which both clients know not to repeat.
+end of a queued request never is, except for a start time-out, which both clients do not repeat.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stable_audio_serve.jobs.job import Job
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How one kind of error is answered: `stored_status` where it is the end of a queued request."""
+    """The answer to one kind of error; `stored_status` is its status as the end of a queued request."""
 
     status: int
     error_type: str
@@ -51,7 +51,7 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a request ended that failed or was cancelled."""
+    """The end of a request that failed or was cancelled."""
 
     status: int
     body: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Failure:
 
 
 def failure_of(job: Job) -> Failure:
-    """The end of a job that did not succeed; the same whenever and however it is asked for."""
+    """Returns the end of a job that did not succeed; the same at every time and on every route."""
     if job.state == "cancelled":
         return _failure(_KINDS["cancelled"], "Request was cancelled", is_stored=True)
     if job.error is None:
@@ -72,7 +72,7 @@ def failure_of(job: Job) -> Failure:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """The answer to an error we expect."""
+    """Returns the answer to an error we expect."""
     return _REFUSALS.answer(request, error)
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 TARGET_HEADER = "x-fal-target-url"
 
-# Where each host's paths are found here.
+# Prefix here of each host's paths.
 _PREFIXES: Mapping[str, str] = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": ""}
 
 # How the API's description shows the header.
@@ -31,14 +31,13 @@ TARGET_PARAMETER = {
 
 
 class Dispatched(Response):
-    """The answer of our own route for another path: its body, status, headers and streaming as they are."""
+    """Our own route's answer for another path, passed on unchanged, streams included."""
 
     def __init__(self, app: ASGIApp, *, path: str, query: bytes) -> None:
         super().__init__()
         self._app, self._path, self._query = app, path, query
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
-        """Run the application on the same request at another address."""
         root_path = scope.get("root_path", "")
         path = root_path + self._path
         target = {"path": path, "raw_path": path.encode(), "query_string": self._query}
@@ -46,12 +45,15 @@ class Dispatched(Response):
 
 
 def dispatch(request: Request, app: ASGIApp) -> Response:
-    """The answer to what the request was meant for. Raises HTTPException 400 without a target, 412 for other hosts."""
+    """Returns the answer of the route that the header names.
+
+    Raises HTTPException 400 without a target, 412 for other hosts.
+    """
     target = request.headers.get(TARGET_HEADER)
     if target is None:
         raise HTTPException(400, f"{TARGET_HEADER}: header required, the fal URL that is meant")
     prefix = None
-    with suppress(ValueError):  # what no URL parser takes is no known host
+    with suppress(ValueError):  # a target that is no URL is no known host
         url = urlsplit(target)
         if url.scheme in ("http", "https"):
             prefix = _PREFIXES.get(url.netloc.lower())

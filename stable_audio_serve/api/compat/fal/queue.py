@@ -1,4 +1,4 @@
-"""fal's queue: tickets, status, results and cancellation, told from jobs."""
+"""fal's queue: tickets, status, results and cancellation, made from jobs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CANCEL_REPLIES: dict[CancelOutcome, tuple[int, CancelReply]] = {
 
 
 def make_ticket(job: Job, links: Links, *, position: int) -> Ticket:
-    """What a submission is answered with."""
+    """Returns the answer to a submission."""
     return Ticket(**links.model_dump(), gateway_request_id=job.spec.id, queue_position=position)
 
 
 def describe_status(job: Job, links: Links, *, position: int, logs: Sequence[JobEvent] | None) -> Status:
-    """The job as it is now; `logs` None where the client asked for none. `position` counts for queued jobs only."""
+    """Returns the job's status; `logs` is None where the client asked for none, `position` is for queued jobs only."""
     if job.state == "queued":
         return Queued(**links.model_dump(), queue_position=position)
     entries = None if logs is None else [_describe_log(event.at, event.message) for event in logs if event.message]

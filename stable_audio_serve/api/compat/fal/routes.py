@@ -1,4 +1,4 @@
-"""fal's routes. The queue and the synchronous host share a path: `targets` tells which one a submission means."""
+"""fal's routes. The queue and the synchronous host share a path: `targets` decides which one a submission means."""
 
 from __future__ import annotations
 

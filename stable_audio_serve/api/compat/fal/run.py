@@ -19,7 +19,7 @@ FILE_STEM = "stable-audio"
 async def run(
     request: Request, service: Service, *, card: ModelCard, generation: GenerationRequest, order: FileOrder
 ) -> AudioOutput:
-    """Generate, store the file, and tell where it is. Raises errors of `core.errors`."""
+    """Generates, stores the file, and returns its place. Raises errors of `core.errors`."""
     started_at = service.clock.monotonic()
     result = await service.generate(card, generation, started_at=started_at)
     output = await service.finish(result, order)
@@ -32,7 +32,7 @@ async def run(
 
 
 def describe_output(file: StoredFile, url: str) -> AudioOutput:
-    """The output of the model, as every way of asking for it gets it."""
+    """Returns the model's output in the one form that all routes share."""
     return AudioOutput(
         audio_file=File(url=url, content_type=file.media_type, file_name=file.file_name, file_size=file.num_bytes)
     )

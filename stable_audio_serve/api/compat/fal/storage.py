@@ -1,7 +1,7 @@
 """fal's storage: files that clients keep here, in one piece or in parts, and fetch by links that need no key.
 
-An upload is announced first and then sent to an address that is its own permission: clients send no key there. So the
-address carries a signed ticket, and any ingress replica can take what another one announced.
+An upload is announced first and then sent to an address without a key: the address carries a signed ticket instead, so
+any ingress replica can receive an upload that another one announced.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Ticket:
     media_type: str
 
     def url(self, base: str) -> str:
-        """Where the file can be fetched once it is here."""
+        """Returns the address of the file once it is uploaded."""
         return published_url(base, self.file_id, file_name=self.file_name)
 
 
@@ -62,8 +62,8 @@ _TICKET = TypeAdapter(Ticket)
 class Tickets:
     """Writes tickets into addresses and reads them back.
 
-    They are signed with what all processes of an installation know and nobody else: the secret of their job database,
-    and the keys' digests, so that other keys end what was announced.
+    The signature is made from what only the processes of this installation know: the secret of their job database and
+    the digests of the keys. Changing the keys ends all announced uploads.
     """
 
     def __init__(self, jobs: JobQueue, key_hashes: Sequence[str]) -> None:
@@ -72,16 +72,16 @@ class Tickets:
         self._known_signer: TimestampSigner | None = None
 
     def announce(self, file_name: str | None, media_type: str | None) -> Ticket:
-        """A ticket for a new file."""
+        """Returns a ticket for a new file."""
         return _clean_ticket(secrets.token_hex(16), file_name, media_type=media_type)
 
     async def sign(self, ticket: Ticket) -> str:
-        """The ticket as a part of an address. Raises StorageError."""
+        """Returns the signed ticket as a part of an address. Raises StorageError."""
         signer = await self._signer()
         return signer.sign(base64_encode(_TICKET.dump_json(ticket))).decode()
 
     async def read(self, text: str) -> Ticket:
-        """The ticket in an address. Raises HTTPException 403 when it is not ours or too old, and StorageError."""
+        """Returns the ticket of an address. Raises HTTPException 403 for a foreign or old one, and StorageError."""
         if len(text) > _MAX_TICKET:
             raise _unknown_ticket()
         signer = await self._signer()
@@ -99,30 +99,30 @@ class Tickets:
 
 
 def make_signer(secret: str, digests: Sequence[str]) -> TimestampSigner:
-    """What tickets are signed with, from the secret of a job database and the digests of the keys."""
+    """Returns the signer of tickets, from the secret of a job database and the digests of the keys."""
     key = hmac.digest(secret.encode(), " ".join(["fal-upload", *digests]).encode(), "sha256")
     return TimestampSigner(key, salt="fal-upload", digest_method=hashlib.sha256)
 
 
 class Storage:
-    """Takes the bytes of announced files, within the limit of all uploads."""
+    """Receives the bytes of announced files, within the size limit of uploads."""
 
     def __init__(self, jobs: JobQueue, *, max_bytes: int) -> None:
         self._jobs = jobs
         self._max_bytes = max_bytes
 
     async def receive(self, request: Request, ticket: Ticket) -> StoredFile:
-        """Keep the request's body as the whole file. Raises HTTPException 400 when another one is there already."""
+        """Store the request's body as the whole file. Raises HTTPException 400 where a different one is stored."""
         async with _received(request) as body:
             existing = await self._jobs.find_file(ticket.file_id)
             if existing is not None:
                 if await asyncio.to_thread(_digest, body) != existing.sha256:
                     raise HTTPException(400, "upload: the file is there already")
-                return existing  # the client repeats what it had no answer to
+                return existing  # the client repeats an upload whose answer it did not get
             return await self._publish(ticket, body)
 
     async def receive_part(self, request: Request, ticket: Ticket, *, number: int) -> str:
-        """Keep the request's body as one part of the file; its etag."""
+        """Store the request's body as one part of the file. Returns its etag."""
         key = part_key(ticket.file_id, number)
         async with _received(request) as body:
             part = await self._jobs.artifacts.put(
@@ -131,7 +131,7 @@ class Storage:
         return f"{part.sha256}-{part.num_bytes}"
 
     async def join(self, ticket: Ticket, etags: Mapping[int, str]) -> StoredFile:
-        """Make the file of its parts, by number. Raises HTTPException 400, UploadTooLargeError."""
+        """Join the parts, by number, into the file. Raises HTTPException 400, UploadTooLargeError."""
         existing = await self._jobs.find_file(ticket.file_id)
         if existing is not None:
             return existing
@@ -164,7 +164,7 @@ class Storage:
 
 
 def _find_part(ticket: Ticket, number: int, *, etag: str) -> StoredFile:
-    """What was kept as one part of a file, if it was this. Raises HTTPException 400."""
+    """Returns the stored part that an etag names. Raises HTTPException 400 for an etag of another form."""
     found = _ETAG.fullmatch(etag)
     if found is None:
         raise _wrong_etag(number)
@@ -182,7 +182,7 @@ def _wrong_etag(number: int | str) -> HTTPException:
 
 @asynccontextmanager
 async def _received(request: Request) -> AsyncIterator[IO[bytes]]:
-    """The whole body of a request as a temporary file, in memory while it is small."""
+    """Receives the whole body of a request as a temporary file, in memory while it is small."""
     accept_file_body(request.scope)
     with tempfile.SpooledTemporaryFile(max_size=_CHUNK_BYTES) as file:
         upload = UploadFile(file)  # type: ignore[arg-type]
@@ -206,7 +206,7 @@ def _digest(file: IO[bytes]) -> str:
 
 
 def _clean_ticket(file_id: str, file_name: str | None, *, media_type: str | None) -> Ticket:
-    """Names and types are the client's: what cannot stand in a path or a header is replaced."""
+    """Returns a ticket whose name and type can stand in a path and a header; the client chose them freely."""
     name = _UNSAFE.sub("_", file_name or "")[-100:].lstrip("._-") or "upload.bin"
     is_type = media_type is not None and _MEDIA_TYPE.fullmatch(media_type)
     return Ticket(file_id, name, media_type if is_type and media_type else "application/octet-stream")

@@ -40,7 +40,7 @@ _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class TicketConvertor(StringConvertor):
-    """In routes, `{name:fal_ticket}`: a signed ticket, which no other path of this storage looks like."""
+    """In routes, `{name:fal_ticket}`: a signed ticket; no other path of this storage matches."""
 
     regex = r"[^/]+\.[^/]+"
 
@@ -104,7 +104,7 @@ class Parts(BaseModel):
 
 
 def build_announcing_router(service: Service) -> APIRouter:
-    """What takes a key: tokens, announcements, and uploads in one request."""
+    """The routes that need a key: tokens, announcements, and uploads in one request."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=route_class(render_error), strict_content_type=False)
 
@@ -144,7 +144,7 @@ def build_announcing_router(service: Service) -> APIRouter:
 
 
 def build_receiving_router(service: Service) -> APIRouter:
-    """What takes no key but an address that was handed out."""
+    """The routes that need no key, only an announced address."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
 

@@ -18,25 +18,25 @@ from stable_audio_serve.jobs.queue import JobQueue
 async def stream_status(
     jobs: JobQueue, job: Job, *, links: Links, with_logs: bool, draining: Draining
 ) -> AsyncIterator[ServerSentEvent]:
-    """The request's statuses to its end, each with the log lines that the ones before did not have."""
-    told: tuple[State, int | None] | None = None
-    untold: list[JobEvent] = []
+    """Yields the request's statuses to its end, each with the log lines that are new."""
+    sent: tuple[State, int | None] | None = None
+    unsent_logs: list[JobEvent] = []
     async for change in follow(jobs, job, draining=draining):
-        untold += [event for event in change.events if event.message]
-        for current in _steps(change, since=told[0] if told else None):
+        unsent_logs += [event for event in change.events if event.message]
+        for current in _steps(change, since=sent[0] if sent else None):
             position = change.position if current.state == "queued" else None
-            logs = untold if with_logs and current.state != "queued" else []
-            if (current.state, position) == told and not logs:
+            logs = unsent_logs if with_logs and current.state != "queued" else []
+            if (current.state, position) == sent and not logs:
                 continue
-            told = (current.state, position)
+            sent = (current.state, position)
             status = describe_status(current, links, position=position or 0, logs=logs if with_logs else None)
             yield ServerSentEvent(status.model_dump_json(ensure_ascii=True), sep="\n")
             if logs:
-                untold = []
+                unsent_logs = []
 
 
 def _steps(change: Change, *, since: State | None) -> list[Job]:
-    """The job as it is, and before that as it was meanwhile: it may have run between two looks at it."""
+    """Returns the states to report: a job that ran and ended between two polls is reported as running first."""
     job = change.job
     if since == "queued" and job.is_over and job.started_at is not None:
         return [replace(job, state="running"), job]

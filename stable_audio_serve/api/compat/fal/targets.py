@@ -1,4 +1,4 @@
-"""Which of fal's hosts a request means, and where its replies link to: on one server, paths and headers must tell."""
+"""Which of fal's hosts a request means, and where its replies link to, from the paths and headers of one server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.core.settings import ApiSettings
 
 
 class EndpointConvertor(PathConvertor):
-    """In routes, `{name:fal_endpoint}`: a path of the application that takes submissions. It streams nothing."""
+    """In routes, `{name:fal_endpoint}`: a path of the application that accepts submissions. Streaming ones are none."""
 
     regex = "(?!(?:requests|stream|realtime)(?:/|$)).*"
 
@@ -24,7 +24,7 @@ register_url_convertor("fal_endpoint", EndpointConvertor())
 
 
 def means_queue(request: Request) -> bool:
-    """Whether a submission goes to the queue: by its path's prefix, else by its host's name."""
+    """Returns whether a submission goes to the queue: by its path's prefix, else by its host's name."""
     prefix = _prefix(request)
     if prefix.endswith(("/queue", "/run")):
         return prefix.endswith("/queue")
@@ -33,14 +33,14 @@ def means_queue(request: Request) -> bool:
 
 
 def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links:
-    """The three addresses of a queued request, on the host and below the prefix that this caller used."""
+    """Returns the three addresses of a queued request, on the host and below the prefix that this caller used."""
     prefix = _prefix(request).removesuffix("/run")
     url = f"{base_url(request, limits)}{prefix}/{APP}/requests/{request_id}"
     return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")
 
 
 def start_within_s(request: Request) -> float | None:
-    """How long the request may wait for its start, seconds. Raises RequestValidationError."""
+    """Returns how long the request may wait for its start, seconds. Raises RequestValidationError."""
     text = request.headers.get("x-fal-request-timeout")
     if text is None:
         return None
@@ -54,7 +54,7 @@ def start_within_s(request: Request) -> float | None:
 
 
 def priority(request: Request) -> Priority:
-    """Which requests go first. Raises RequestValidationError."""
+    """Returns the priority the client asked for. Raises RequestValidationError."""
     match text := request.headers.get("x-fal-queue-priority", "normal"):
         case "normal":
             return "interactive"
@@ -64,7 +64,7 @@ def priority(request: Request) -> Priority:
 
 
 def _prefix(request: Request) -> str:
-    """What stands before the application's name, without the path this server is mounted at."""
+    """Returns the path before the application's name, without the path this server is mounted at."""
     path: str = request.scope["path"]
     return path.removeprefix(request.scope.get("root_path", "")).partition(f"/{APP}")[0]
 

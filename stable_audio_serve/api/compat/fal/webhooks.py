@@ -1,4 +1,4 @@
-"""What fal tells a webhook at the end of a queued request."""
+"""The body that fal sends to a webhook at the end of a queued request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job) -> Mapping[str, Any]:
-    """The output, or the error as asking for the result would give it. Its links start as the submission's did."""
+    """Returns the output, or the error in the form of the result route. Links start like those of the submission."""
     ids = {"request_id": job.spec.id, "gateway_request_id": job.spec.id}
     if job.result is None:
         failure = failure_of(job)

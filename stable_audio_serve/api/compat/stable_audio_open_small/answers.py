@@ -45,7 +45,7 @@ async def make_clip(
     started_at: float,
     num_samples: int | None = None,
 ) -> Clip:
-    """Run a request that arrived at `started_at`; its first `num_samples` as a file, at full scale as a whole."""
+    """Run a request that arrived at `started_at`. Returns its first `num_samples` as a file at full scale."""
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, started_at=started_at)
@@ -58,7 +58,7 @@ async def make_clip(
 
 
 def _finish(result: GenerationResult, num_samples: int | None) -> FinishedFile:
-    """This dialect's own loudness: all that was made divided by its own peak, then cut."""
+    """Scales as the original does: the whole generation is divided by its own peak, then cut."""
     pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
     audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # as all audio: channel after channel
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
@@ -68,14 +68,14 @@ def _finish(result: GenerationResult, num_samples: int | None) -> FinishedFile:
 async def answer(
     service: Service, output: Output, *, return_format: str, name: str, metadata: dict[str, Any]
 ) -> Response:
-    """The file under this name, or all of it in JSON."""
+    """Returns the file under this name, or file and metadata in JSON."""
     if return_format == "file":
         return encoded_answer(output.file, attachment(name) | result_headers(output))
     return await base64_answer(service, output, metadata=metadata)
 
 
 async def base64_answer(service: Service, output: Output, *, metadata: dict[str, Any]) -> Response:
-    """The file and its metadata in JSON."""
+    """Returns the file and its metadata in JSON."""
     body = await service.compute(lambda: _pack(output, metadata))
     return Response(body, headers=result_headers(output), media_type="application/json")
 
@@ -83,7 +83,7 @@ async def base64_answer(service: Service, output: Output, *, metadata: dict[str,
 def clip_metadata(
     generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
 ) -> dict[str, Any]:
-    """What `/generate` tells of a clip, but for the tempo; `duration_s` and `generation_s` in seconds."""
+    """Returns the metadata of `/generate` for a clip, without the tempo."""
     return {
         "prompt": generation.prompt,
         "negative_prompt": generation.negative_prompt,

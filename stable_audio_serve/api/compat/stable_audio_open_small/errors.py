@@ -32,7 +32,7 @@ _STATUS = {
 
 
 class NoRiffsError(StableAudioError):
-    """The library has nothing in the key that was asked for; `available_keys` are those it has."""
+    """The library has no riff in the requested key; `available_keys` are those it has."""
 
     kind = "invalid"
 
@@ -52,13 +52,12 @@ class Description:
     faults: tuple[Mapping[str, Any], ...] = ()
 
     def body(self) -> dict[str, Any]:
-        """The JSON object."""
         verdict = {"success": False} if self.status >= 500 else {}
         return {**verdict, "error": self.sentence, **self.extra}
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """The answer to an error we expect."""
+    """Returns the answer to an error we expect."""
     description = describe_error(request, error)
     return JSONResponse(description.body(), description.status, headers=description.headers)
 

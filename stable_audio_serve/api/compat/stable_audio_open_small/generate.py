@@ -80,7 +80,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
 
 
 async def read_upload(service: Service, upload: UploadFile, *, model: WindowedModel) -> SourceAudio:
-    """The part of an upload that can matter, mixed to one channel; the model repeats it for each of its own.
+    """Returns the part of an upload that the model can use, mixed to one channel; the model repeats it for each.
 
     Raises InvalidUploadError, UploadTooLargeError.
     """
@@ -89,5 +89,5 @@ async def read_upload(service: Service, upload: UploadFile, *, model: WindowedMo
 
 
 def to_mono(audio: SourceAudio) -> SourceAudio:
-    """The mean of all channels as one."""
+    """Returns the mean of all channels as one."""
     return SourceAudio(audio.samples.mean(axis=0, keepdims=True), audio.sample_rate_hz)

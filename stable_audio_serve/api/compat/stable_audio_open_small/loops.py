@@ -84,7 +84,7 @@ async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, 
 
 
 def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
-    """The prompt for a kind of loop, and what to avoid in it."""
+    """Returns the prompt and the negative prompt for a kind of loop."""
     has_drum = "drum" in prompt.casefold()
     if loop_type == "drums":
         return prompt if has_drum else f"{prompt} drum loop", _NOT_DRUMS
@@ -95,7 +95,7 @@ def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
 
 def _plan(model: WindowedModel, form: LoopForm | RiffForm) -> Loop:
     tempo_bpm = read_tempo(form.prompt)
-    assert tempo_bpm is not None  # the form has seen to it
+    assert tempo_bpm is not None  # the form has checked it
     loop = plan_loop(tempo_bpm, bars=form.bars, window_s=model.window_s)
     if not loop.num_samples(model.card.sample_rate_hz):
         message = f"prompt: {loop.bars} bars at {tempo_bpm}bpm are shorter than one sample"
@@ -141,7 +141,7 @@ def _name(made: MadeLoop, form: LoopForm | RiffForm) -> str:
 
 
 def _metadata(made: MadeLoop, form: LoopForm | RiffForm) -> dict[str, Any]:
-    """What both kinds of loop tell."""
+    """Returns the metadata that both kinds of loop have."""
     is_transfer = made.generation.init_audio is not None
     return {
         "prompt": made.generation.prompt,

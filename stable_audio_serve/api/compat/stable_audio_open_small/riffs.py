@@ -1,4 +1,4 @@
-"""The operator's library of riffs: which there are, which one a request gets, and how it is brought to a tempo."""
+"""The operator's library of riffs: what it holds, which riff a request gets, and how a riff is stretched to a tempo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = structlog.get_logger("stable_audio_serve.api")
 _NAME = re.compile(r"([a-g](?:sharp)?)_([0-9]{1,6})_?bpm(?:_[0-9]+)?\.wav", re.IGNORECASE)
 _STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # made by `demo.riffs`
 _USED_S = 12.0
-_MAX_STRETCH = 16.0  # beyond it, either way, nothing of a riff can be recognised
+_MAX_STRETCH = 16.0  # a riff stretched or squeezed further cannot be recognised
 _MARGIN_S = 1.0
 
 
@@ -34,7 +34,6 @@ class Riff:
     tempo_bpm: int
 
     def describe(self) -> dict[str, Any]:
-        """The riff as clients see it."""
         return {
             "filename": self.path.name,
             "original_bpm": self.tempo_bpm,
@@ -43,13 +42,13 @@ class Riff:
 
 
 def find_folder(chosen: str | None) -> Path:
-    """The operator's folder; without one `riffs` in the working directory, else the riffs that come with us."""
+    """Returns the operator's folder, else `riffs` in the working directory, else the riffs of this package."""
     own = Path(chosen or "riffs")
     return own if chosen or own.is_dir() else _STARTER_FOLDER
 
 
 class RiffLibrary:
-    """The riffs of one folder as it was at the start, by key in ascending tempo."""
+    """The riffs of one folder, read once at the start, by key in ascending tempo."""
 
     def __init__(self, folder: Path) -> None:
         """Files whose names are not like gsharp_80bpm_4.wav are skipped with a warning."""
@@ -59,14 +58,13 @@ class RiffLibrary:
             self._riffs.setdefault(riff.key, []).append(riff)
 
     def choose(self, key: str, *, seed: int) -> Riff:
-        """One riff in `key`, whatever its case: neighbouring seeds give neighbouring riffs. Raises NoRiffsError."""
+        """Returns one riff in `key`, in any case: neighbouring seeds give neighbouring riffs. Raises NoRiffsError."""
         riffs = self._riffs.get(key.lower())
         if not riffs:
             raise NoRiffsError(f"No riffs available for key '{key[:50]}'", available_keys=list(self._riffs))
         return riffs[seed % len(riffs)]
 
     def describe(self) -> dict[str, Any]:
-        """The library as clients see it."""
         return {
             "available_keys": list(self._riffs),
             "total_keys": len(self._riffs),
@@ -75,7 +73,7 @@ class RiffLibrary:
 
 
 async def read_riff(service: Service, riff: Riff, *, tempo_bpm: int) -> SourceAudio:
-    """The first 12 seconds of a riff at another tempo and the same pitch, as one channel.
+    """Returns the first 12 seconds of a riff at another tempo and the same pitch, as one channel.
 
     Raises InvalidRequestError for a tempo too far from its own, GenerationError when its file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""The dialect's routes. Thin: read the body, fill in the form, hand over. `/generate` is also reached through the path
+"""The dialect's routes: read the body, fill in the form, call the handler. `/generate` is also reached through the path
 that two dialects share, see `shared_routes.merged`."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def request_body(form: type[Wire], *content_types: str) -> dict[str, Any]:
-    """The OpenAPI description of a body that we parse ourselves."""
+    """Returns the OpenAPI description of a body that we parse ourselves."""
     content = {content_type: {"schema": _schema(form, content_type)} for content_type in content_types}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -138,7 +138,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def build_health_router(service: Service) -> APIRouter:
-    """Health in the dialect's own words, which differ from those of all the others."""
+    """The dialect's own health route, whose answer differs from that of all other dialects."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     model = default_model(service)
 

@@ -1,6 +1,6 @@
 """The wire forms of the dialect and the sentence for each thing that can be wrong with a field.
 
-JSON bodies of `/generate` are strict about types, everything that may also be a form is not.
+JSON bodies of `/generate` are strict about types; bodies that may also be forms are not.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _check_key(key: str) -> str:
 
 
 def _to_whole_seconds(value: Any) -> Any:
-    """Whatever Python's int() takes, as the original does."""
+    """Accepts whatever Python's int() accepts, as the original does."""
     try:
         return None if value is None else int(value)
     except (TypeError, ValueError, OverflowError):
@@ -206,7 +206,7 @@ W = TypeVar("W", bound=Wire)
 
 
 def parse(form: type[W], values: Mapping[str, Any]) -> W:
-    """The form these values fill in. Raises RequestValidationError with this dialect's sentences."""
+    """Returns the form with these values. Raises RequestValidationError with this dialect's sentences."""
     try:
         return form.model_validate(values)
     except ValidationError as error:

@@ -40,13 +40,15 @@ class WindowedModel:
 
 
 def default_model(service: Service) -> WindowedModel:
-    """The model the operator chose for this dialect, else the server's default."""
+    """Returns the model the operator chose for this dialect, else the server's default."""
     return _view(service, service.settings.dialects.saos_model)
 
 
 def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedModel:
-    """The default model, or the fine-tune a request names: `<repo>`, or `<repo>/<checkpoint>`, must be the name or
-    an alias of a served model. Raises InvalidRequestError."""
+    """Returns the default model, or the fine-tune that a request names. Raises InvalidRequestError.
+
+    `<repo>`, or `<repo>/<checkpoint>`, must be the name or an alias of a served model.
+    """
     if fields.model_type == "standard":
         return default_model(service)
     if not fields.finetune_repo:

@@ -29,9 +29,9 @@ class Span:
 
 
 def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
-    """What to return, of a generation of at most `cap_s`. Raises InvalidRequestError naming the field.
+    """Returns the span of a clip in a generation of at most `cap_s`. Raises InvalidRequestError naming the field.
 
-    A clip that would end behind the cap is shorter, as the original's is.
+    A clip that would end after the cap is shortened, as in the original.
     """
     if body.audio_length is None:
         return Span(0.0, min(_WINDOW_S, cap_s))
@@ -52,7 +52,9 @@ def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
 
 
 def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str) -> GenerationRequest:
-    """The generation that holds the span: the span itself where the model knows starts, else all from zero on."""
+    """Returns the generation that contains the span: only the span where the model is conditioned on starts, else all
+    from zero.
+    """
     guidance = _DEFAULT_GUIDANCE if body.guidance_scale is None else body.guidance_scale
     return GenerationRequest(
         prompt=body.input,
@@ -61,7 +63,7 @@ def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str)
         seed=resolve_seed(-1 if body.seed is None else body.seed % SEED_LIMIT),
         negative_prompt=body.negative_prompt or None,
         steps=_DEFAULT_STEPS if body.num_inference_steps is None else body.num_inference_steps,
-        cfg_scale=max(guidance, 1.0),  # up to 1 the original has guidance off, which is what 1 means to us
+        cfg_scale=max(guidance, 1.0),  # the original has guidance off up to 1; ours is off at 1
         request_id=request_id,
     )
 
@@ -69,7 +71,7 @@ def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str)
 def make_file(
     body: AudioBody, card: ModelCard, *, span: Span, result: GenerationResult, settings: AudioSettings
 ) -> FinishedFile:
-    """The file of the span, at the speed and in the format asked for. CPU work."""
+    """Returns the file of the span, at the requested speed and in the requested format. CPU work."""
     rate_hz = result.sample_rate_hz
     audio = result.audio[0]
     if not card.conditions_on_start:

@@ -38,12 +38,12 @@ _NOT_ABOUT_THE_BODY = {405: ("Method Not Allowed", None), 503: ("ServiceUnavaila
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """The answer to an error we expect."""
+    """Returns the answer to an error we expect."""
     return _REFUSALS.answer(request, error)
 
 
 def unknown_model(name: str) -> UnknownModelError:
-    """The error for a model that is not served, in vLLM's words."""
+    """Returns the error for a model that is not served, in vLLM's words."""
     return UnknownModelError(f"The model `{printable(name[:100])}` does not exist.", field="model")
 
 

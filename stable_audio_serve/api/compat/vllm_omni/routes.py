@@ -1,4 +1,4 @@
-"""The route of vLLM-Omni's audio generation. Thin: parse, convert, run, answer."""
+"""The route of vLLM-Omni's audio generation. Parse, convert, run, answer."""
 
 from __future__ import annotations
 
