@@ -42,7 +42,7 @@ def run_batch_case(settings: CaseSettings, load: Load | None = None) -> dict[str
         with running_server(config) as server:
             waits, batch = (_client(server.url, key) for key in _KEYS)
             _generate(waits, load)
-            rounds = [_round(waits, batch, load) for _ in range(settings.rounds)]
+            rounds = [_round(waits, batch, load=load) for _ in range(settings.rounds)]
     return {
         "load": asdict(load),
         "target": {"behind_over_alone_ratio": 1.5, "batch_lost_over_taken_ratio": 1.0},
@@ -58,7 +58,7 @@ def _client(url: str, key: str) -> httpx.Client:
     return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT_S)
 
 
-def _round(waits: httpx.Client, batch: httpx.Client, load: Load) -> dict[str, float]:
+def _round(waits: httpx.Client, batch: httpx.Client, *, load: Load) -> dict[str, float]:
     alone_s = median(_generate(waits, load) for _ in range(3))
     jobs_alone_s = -_submit(batch, load) + _wait_until_done(batch)
     started_at = _submit(batch, load)

@@ -35,7 +35,7 @@ def run_engine(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     for mode in [settings.mode] if settings.mode else MODES:
         chosen = replace(settings, mode=mode)
         results = asyncio.run(run_engine_case(load(chosen), chosen))
-        path = _write(out, f"engine-{mode}", chosen, results)
+        path = _write(out, f"engine-{mode}", settings=chosen, results=results)
         rows.append(
             {
                 "mode": mode,
@@ -55,7 +55,7 @@ def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     from benchmarks.http_case import run_http_case
 
     results = asyncio.run(run_http_case(settings))
-    path = _write(out, "http", settings, results)
+    path = _write(out, "http", settings=settings, results=results)
     return [
         {
             "clip_s": results["clip_s"],
@@ -74,7 +74,7 @@ def run_overhead(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     from benchmarks.overhead_case import run_overhead_case
 
     results = run_overhead_case(settings)
-    path = _write(out, "overhead", settings, results)
+    path = _write(out, "overhead", settings=settings, results=results)
     return [
         {
             "route": name,
@@ -93,7 +93,7 @@ def run_uploads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     from benchmarks.uploads_case import run_uploads_case
 
     results = run_uploads_case(settings)
-    path = _write(out, "uploads", settings, results)
+    path = _write(out, "uploads", settings=settings, results=results)
     return [
         {
             "side": result["side"],
@@ -112,7 +112,7 @@ def run_jobs(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     from benchmarks.jobs_case import run_jobs_case
 
     results = run_jobs_case(settings)
-    path = _write(out, "jobs", settings, results)
+    path = _write(out, "jobs", settings=settings, results=results)
     return [
         {
             "database": name,
@@ -132,7 +132,7 @@ def run_jobs_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     from benchmarks.jobs_http_case import run_jobs_http_case
 
     results = run_jobs_http_case(settings)
-    path = _write(out, "jobs-http", settings, results)
+    path = _write(out, "jobs-http", settings=settings, results=results)
     figures = {
         "poll_p95_ms": results["worst_poll_p95_ms"],
         "engine_polled_over_quiet": results["engine_polled_over_quiet_ratio"],
@@ -148,7 +148,7 @@ def run_batch(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     from benchmarks.batch_case import run_batch_case
 
     results = run_batch_case(settings)
-    path = _write(out, "batch", settings, results)
+    path = _write(out, "batch", settings=settings, results=results)
     return [
         {
             "alone_s": run["alone_s"],
@@ -167,7 +167,7 @@ def run_threads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     from benchmarks.threads_case import run_threads_case
 
     results = run_threads_case(settings)
-    path = _write(out, "threads", settings, results)
+    path = _write(out, "threads", settings=settings, results=results)
     return [
         {"threads": count, "work_s_per_audio_s": value, "speedup": results["speedup"][count], "file": path}
         for count, value in results["work_s_per_audio_s"].items()
@@ -179,7 +179,7 @@ def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]
     from benchmarks.cold_start_case import run_cold_start_case
 
     results = run_cold_start_case(settings)
-    path = _write(out, "cold-start", settings, results)
+    path = _write(out, "cold-start", settings=settings, results=results)
     return [
         {
             "ready_s": results["ready_s"],
@@ -204,7 +204,7 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
 }
 
 
-def _write(out: Path, name: str, settings: CaseSettings, results: dict[str, Any]) -> Path:
+def _write(out: Path, name: str, *, settings: CaseSettings, results: dict[str, Any]) -> Path:
     return write_report(out, name, settings=asdict(settings), results=results)
 
 

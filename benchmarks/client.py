@@ -15,7 +15,7 @@ Run = tuple[list[GenerationResult], list[Finished]]
 
 async def send_together(send: Send, requests: Sequence[GenerationRequest]) -> Run:
     """Everything arrives at once."""
-    return await send_at(send, requests, [0.0] * len(requests))
+    return await send_at(send, requests, arrivals_s=[0.0] * len(requests))
 
 
 async def send_one_after_another(send: Send, requests: Sequence[GenerationRequest]) -> Run:
@@ -28,7 +28,7 @@ async def send_one_after_another(send: Send, requests: Sequence[GenerationReques
     return results, finished
 
 
-async def send_at(send: Send, requests: Sequence[GenerationRequest], arrivals_s: Sequence[float]) -> Run:
+async def send_at(send: Send, requests: Sequence[GenerationRequest], *, arrivals_s: Sequence[float]) -> Run:
     """Open loop: each request at its own time, however late the others are."""
     started_at = time.perf_counter()
 

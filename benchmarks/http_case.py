@@ -57,7 +57,8 @@ async def run_http_case(settings: CaseSettings) -> dict[str, Any]:
             with running_server(config) as server:
                 async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
                     rounds = [
-                        await _round(engine, client, request, model=entry.card.name) for _ in range(settings.rounds)
+                        await _round(engine, client, request=request, model=entry.card.name)
+                        for _ in range(settings.rounds)
                     ]
     alone = [(median(c.wall_ms for c in calls), median(own_ms)) for own_ms, calls in rounds]
     calls = [call for _, some in rounds for call in some]
@@ -73,7 +74,7 @@ async def run_http_case(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _round(
-    engine: Engine, client: httpx.AsyncClient, request: GenerationRequest, *, model: str
+    engine: Engine, client: httpx.AsyncClient, *, request: GenerationRequest, model: str
 ) -> tuple[Sequence[float], Sequence[Call]]:
     await engine.generate(request)
     await call(client, request, model=model)

@@ -85,10 +85,10 @@ def run_jobs_http_case(settings: CaseSettings, load: Load | None = None) -> dict
             config = write(Path(folder), import_path=import_path, jobs={"max_queued_per_key": 10_000, **jobs})
             with running_server(config) as server, _sender() as sender, _sender() as watcher:
                 submissions[pace] = [
-                    measure_submissions(server.url, sender, watcher, load) for _ in range(settings.rounds)
+                    measure_submissions(server.url, sender, watcher=watcher, load=load) for _ in range(settings.rounds)
                 ]
     with tempfile.TemporaryDirectory() as folder, running_server(write(Path(folder))) as server, _sender() as sender:
-        polls = [measure_polls(server.url, sender, load, model=entry.card.name) for _ in range(settings.rounds)]
+        polls = [measure_polls(server.url, sender, load=load, model=entry.card.name) for _ in range(settings.rounds)]
     idle = measure_idle_runners(write, load)
     return {
         "load": asdict(load),
@@ -111,7 +111,7 @@ def run_jobs_http_case(settings: CaseSettings, load: Load | None = None) -> dict
 
 
 def measure_submissions(
-    url: str, sender: ProcessPoolExecutor, watcher: ProcessPoolExecutor, load: Load
+    url: str, sender: ProcessPoolExecutor, *, watcher: ProcessPoolExecutor, load: Load
 ) -> dict[str, Any]:
     """Submit for a while, with a watcher asking for states. Raises RuntimeError when jobs are not done at all."""
     watched = [sent.answer["id"] for sent in send(url, [("POST", "/jobs", _JOB)] * 2, rate_hz=_WATCH_HZ)]
@@ -130,7 +130,7 @@ def measure_submissions(
     }
 
 
-def measure_polls(url: str, sender: ProcessPoolExecutor, load: Load, *, model: str) -> dict[str, Any]:
+def measure_polls(url: str, sender: ProcessPoolExecutor, *, load: Load, model: str) -> dict[str, Any]:
     """The engine's own time for one clip after the other, first in quiet, then while finished jobs are polled."""
     ids = [sent.answer["id"] for sent in send(url, [("POST", "/jobs", _JOB)] * _WATCHED, rate_hz=load.poll_hz)]
     _wait_until_over(url, ids)
@@ -192,7 +192,8 @@ def send(url: str, requests: Sequence[tuple[str, str, Mapping[str, object] | Non
     own = threading.local()
     started_at = time.perf_counter() + 0.1
 
-    def one(index: int, method: str, path: str, body: Mapping[str, object] | None) -> Sent:
+    def one(index: int, request: tuple[str, str, Mapping[str, object] | None]) -> Sent:
+        method, path, body = request
         if not hasattr(own, "connection"):
             own.connection = HTTPConnection(url.removeprefix("http://"), timeout=_TIMEOUT_S)
         content = None if body is None else json.dumps(body)
@@ -208,7 +209,7 @@ def send(url: str, requests: Sequence[tuple[str, str, Mapping[str, object] | Non
         pending = []
         for index, request in enumerate(requests):
             time.sleep(max(0.0, started_at + index / rate_hz - time.perf_counter()))
-            pending.append(pool.submit(one, index, *request))
+            pending.append(pool.submit(one, index, request))
         return [future.result() for future in pending]
 
 
