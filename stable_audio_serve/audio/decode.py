@@ -72,10 +72,6 @@ class AudioDecoder:
         finally:
             self._idle.put(worker)
 
-    def worker_pids(self) -> list[int]:
-        """Process ids of the idle workers."""
-        return [worker.process.pid for worker in list(self._idle.queue) if worker is not None]
-
     def close(self) -> None:
         """Stop every idle process; a later `decode` starts a new one."""
         workers = [self._idle.get_nowait() for _ in range(self._idle.qsize())]

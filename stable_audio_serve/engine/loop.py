@@ -185,7 +185,7 @@ class EngineLoop:
         del self._requests[request.id]
         for row in request.rows:
             if row.id in self._rows:
-                self._drop(row)
+                self._drop(self._rows[row.id])
         self._admission.release(request.id)
         self._metrics.increment("engine_requests", outcome=outcome)
         self._queue_changed = True

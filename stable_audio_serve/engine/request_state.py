@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,11 @@ from stable_audio_serve.core.generation import (
     ProgressCallback,
     StageTimings,
 )
+from stable_audio_serve.engine.scheduler import RowId
+from stable_audio_serve.engine.windows import SourceEncoding
+from stable_audio_serve.engine.work import RowWork
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan, TextEmbedding
 from stable_audio_serve.sampling.noise import NoiseSource
-
-if TYPE_CHECKING:
-    from stable_audio_serve.engine.rows import Row
-    from stable_audio_serve.engine.windows import SourceEncoding
-    from stable_audio_serve.engine.work import RowWork
 
 Message = TypeVar("Message")
 TimedStage = Literal["queue", "text", "source", "denoise", "stalled", "decode"]
@@ -109,8 +107,31 @@ def late_start(request: GenerationRequest) -> StartTimeoutError:
     return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
 
 
+class RequestRow(Protocol):
+    """What a request needs to know of each of its rows; `engine.rows.Row` is one."""
+
+    id: RowId
+    plan: RowPlan
+    work: RowWork
+
+    @property
+    def fraction(self) -> float:
+        """0..1, never falling."""
+        ...
+
+    @property
+    def steps_done(self) -> int:
+        """Finished steps of the sampler."""
+        ...
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the first step can run or has run."""
+        ...
+
+
 class RequestState:
-    """One accepted request. Fields below the line belong to the engine thread, `cancel` may come from any."""
+    """One accepted request. Its fields from `clock` on belong to the engine thread; `cancel` may come from any."""
 
     def __init__(
         self,
@@ -131,9 +152,8 @@ class RequestState:
         self.deadline_at = None if request.deadline_s is None else submitted_at + request.deadline_s
         self.start_by = None if request.start_within_s is None else submitted_at + request.start_within_s
         self._cancelled = False
-        # ------ the engine thread's
         self.clock = StageClock(submitted_at)
-        self.rows: list[Row] = []
+        self.rows: list[RequestRow] = []
         self.audio: dict[int, npt.NDArray[np.float32]] = {}
         self.sources: dict[str, SourceEncoding] = {}  # encodings that all rows share
         self.prompt: TextEmbedding | None = None

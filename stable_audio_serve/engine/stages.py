@@ -5,7 +5,7 @@ model and the requests' clocks. Knows no scheduler; rows that fail are answered 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor as Drawer
+from concurrent import futures
 from typing import TypeVar
 
 import torch
@@ -38,7 +38,7 @@ class Stages:
         *,
         cost: CostModel,
         cache: PromptCache,
-        drawers: Mapping[Priority, Drawer],
+        drawers: Mapping[Priority, futures.Executor],
         window_frames: int,
         clock: Clock,
         metrics: Metrics,

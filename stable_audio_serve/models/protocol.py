@@ -171,7 +171,7 @@ class DiffusionModel(Protocol):
         ...
 
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of each window; row-independent."""
+        """Returns latents (D, F_window) float32 of windows that have one length; row-independent."""
         ...
 
     def condition(
@@ -190,5 +190,5 @@ class DiffusionModel(Protocol):
         ...
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of each window, not clamped; row-independent."""
+        """Returns audio (C, hop * F_window) float32 of windows that have one length, not clamped; row-independent."""
         ...

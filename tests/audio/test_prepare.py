@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stable_audio_serve.audio.prepare import fix_channels, float_samples, prepare_source
+from stable_audio_serve.audio.prepare import fix_channels, prepare_source
 from stable_audio_serve.core.errors import InvalidUploadError
 from stable_audio_serve.core.generation import SourceAudio
 from tests.goldens import load_goldens
@@ -29,19 +29,6 @@ def test_matches_the_reference(case: str) -> None:
     source = SourceAudio(INPUTS[case].numpy(), 1000)
     prepared = prepare_source(source, sample_rate_hz=1000, channels=2, num_samples=expected.shape[1])
     assert torch.equal(prepared, expected)
-
-
-def test_integers_are_scaled_like_the_reference() -> None:
-    expected = COMMON["audio/prepare/int16_as_float"].numpy()
-    frames = COMMON["audio/prepare/int16_nx2"].numpy()
-    np.testing.assert_allclose(float_samples(frames.astype(np.int16)), expected, rtol=0, atol=1e-6)
-    wide = float_samples(np.array([2147483647, -2147483647, 0], dtype=np.int32))
-    np.testing.assert_allclose(wide, [[1.0, -1.0, 0.0]])
-
-
-def test_other_sample_types_are_refused() -> None:
-    with pytest.raises(InvalidUploadError, match="uint8"):
-        float_samples(np.zeros((3, 2), dtype=np.uint8))
 
 
 def test_resampling_comes_before_the_crop() -> None:

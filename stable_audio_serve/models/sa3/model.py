@@ -5,9 +5,9 @@ Everything here is row-independent. Gradients are off in every public method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
 from stable_audio_serve.models.sa3.planning import plan_rows
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
-
-Window = TypeVar("Window")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +91,11 @@ class Sa3Model:
 
     @torch.inference_mode()
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of each window; windows of one length run together."""
-
-        def encode(group: Sequence[EncodeWindow]) -> Tensor:
-            audio = torch.stack([window.samples for window in group]).to(self._device, torch.float32)
-            noise = [WindowNoise(window.noise, window.stage, window.start) for window in group]
-            frames = -(-audio.shape[-1] // self._spec.hop)
-            return self.autoencoder.encode(audio, noise)[..., :frames]
-
-        return _run_by_length(windows, lambda window: window.samples.shape[-1], run=encode)
+        """Returns latents (D, F_window) float32 of windows of one length."""
+        audio = torch.stack([window.samples for window in windows]).to(self._device, torch.float32)
+        noise = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
+        frames = -(-audio.shape[-1] // self._spec.hop)
+        return list(self.autoencoder.encode(audio, noise)[..., :frames].float())
 
     @torch.inference_mode()
     def condition(
@@ -139,14 +133,10 @@ class Sa3Model:
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of each window, not clamped; windows of one length run together."""
-
-        def decode(group: Sequence[DecodeWindow]) -> Tensor:
-            latents = torch.stack([window.latents for window in group]).to(self._device, torch.float32)
-            noise = [WindowNoise(window.noise, "decode", window.start) for window in group]
-            return self.autoencoder.decode(latents, noise)[..., : latents.shape[-1] * self._spec.hop]
-
-        return _run_by_length(windows, lambda window: window.latents.shape[-1], run=decode)
+        """Returns audio (C, hop * F_window) float32 of windows of one length, not clamped."""
+        latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
+        noise = [WindowNoise(window.noise, "decode", window.start) for window in windows]
+        return list(self.autoencoder.decode(latents, noise)[..., : latents.shape[-1] * self._spec.hop].float())
 
     def _embed_number(self, id_: str, value: float) -> Tensor:
         """(1, width) float32."""
@@ -179,16 +169,3 @@ class Sa3Model:
         for id_, conditioner in self.config.frame_conditioners.items():
             parts[id_] = conditioner.features(plan.frames, frame_s=frame_s, numbers=plan.numbers).to(self._device)
         return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]
-
-
-def _run_by_length(
-    windows: Sequence[Window], length: Callable[[Window], int], *, run: Callable[[Sequence[Window]], Tensor]
-) -> list[Tensor]:
-    """Run windows of equal length in one call each; results (float32) in the order of `windows`."""
-    groups: dict[int, list[int]] = {}
-    for index, window in enumerate(windows):
-        groups.setdefault(length(window), []).append(index)
-    results: dict[int, Tensor] = {}
-    for indices in groups.values():
-        results.update(zip(indices, run([windows[i] for i in indices]).float(), strict=True))
-    return [results[index] for index in range(len(windows))]
