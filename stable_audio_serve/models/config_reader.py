@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ class ConfigReader:
             if key in self and self._values[key] != value:
                 found, only = json.dumps(self._values[key], default=str)[:80], json.dumps(value)
                 raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
+
+    def refuse_unknown(self, known: Collection[str]) -> None:
+        """Refuse the first key with a value that is not in `known`."""
+        unknown = sorted(key for key in self._values if key in self and key not in known)
+        if unknown:
+            raise CheckpointError(f"{CONFIG_FILE}: {self.name(unknown[0])} is not known to this model family")
 
     def unusable(self, key: str, expected: str) -> CheckpointError:
         """Returns the error for `key`, saying what was expected and what was found."""

@@ -1,228 +1,166 @@
-"""A checkpoint's `model_config.json` as frozen values: the transformer's and the autoencoder's dimensions.
+"""A whole `model_config.json` of the Stable Audio Open family as frozen values; the networks' shapes are
+`network_config`'s.
 
-A missing key means the reference constructor's default. A value that would need another network, and a key that is
-not known, are refused by name.
+A missing key means the reference constructor's default. What would need another network, and keys that are not known,
+are refused by name.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_DEPTH, MAX_SIZE, ConfigReader
-
-MIN_ROTATED = 32  # channels of a head that carry its position, at least
-HEAD_NORMS = ("none", "ln")
-
-# What the published files may say and what must be so, absent or not.
-_FIXED = {
-    "patch_size": 1,
-    "transformer_type": "continuous_transformer",
-    "project_global_cond": True,
-    "global_cond_type": "prepend",
-    "timestep_cond_type": "global",
-    "timestep_features_type": "learned",
-    "num_memory_tokens": 0,
-    "input_concat_dim": 0,
-    "prepend_cond_dim": 0,
-    "norm_type": "layer_norm",
-    "sliding_window": None,
-    "causal": False,
-    "conformer": False,
-    "layer_scale": False,
-    "remove_norms": False,
-    "rotary_pos_emb": True,
-    "use_sinusoidal_emb": False,
-    "use_abs_pos_emb": False,
-}
-_READ = (
-    "io_channels",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "cond_token_dim",
-    "global_cond_dim",
-    "project_cond_tokens",
-    "timestep_features_dim",
-    "attn_kwargs",
-    "ff_kwargs",
-    "norm_kwargs",
+from stable_audio_serve.models.config_reader import MAX_SAMPLES, ConfigReader
+from stable_audio_serve.models.sao.network_config import (
+    DenoiserConfig,
+    OobleckConfig,
+    parse_denoiser,
+    parse_oobleck,
 )
-# How weights are initialised, and the length of a table that is not used: inference is the same whatever they say.
-_INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
-_FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
 
-_SHAPE = ("channels", "c_mults", "strides", "latent_dim", "use_snake")
-_FIXED_CODER = {"antialias_activation": False}
-_FIXED_DECODER = {"use_nearest_upsample": False}
-_FIXED_PRETRANSFORM = {"model_half": False}
-# Rows or windows one by one or all at once, and what is trained: inference is the same whatever they say.
-_INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
+# The sampler each training objective is made for.
+OBJECTIVE_SAMPLERS = {"v": "dpmpp-3m-sde", "rectified_flow": "euler", "rf_denoiser": "pingpong"}
+
+# Numbers a request can say; conditioners with other ids cannot be filled.
+NUMBER_IDS = ("seconds_start", "seconds_total")
+
+_TOP_KEYS = ("model_type", "sample_size", "sample_rate", "audio_channels", "model")
+_TOP_INERT = ("training", "dataset")  # how the weights came to be
+_NO_IDS: dict[str, list[str]] = {"prepend_cond_ids": [], "input_concat_ids": []}
+_SHIFT_KEY = "distribution_shift_options"
 
 
 @dataclass(frozen=True, slots=True)
-class DenoiserConfig:
-    """Shape of the diffusion transformer.
+class PromptConfig:
+    """The text conditioner: `encoder` names a T5 that is not part of the checkpoint."""
 
-    `key_width` is that of cross-attention's keys and values; its heads, fewer than `num_heads` where it is narrower
-    than the network, are shared by as many query heads each. `projects_context` says whether the context is brought
-    to the network's width first.
-    """
-
-    latent_channels: int
+    id: str
     width: int
-    depth: int
-    num_heads: int
-    context_width: int
-    projects_context: bool
-    global_width: int
-    ff_mult: float
-    head_norm: str
-    time_features: int
-
-    @property
-    def head_width(self) -> int:
-        """Channels of one head."""
-        return self.width // self.num_heads
-
-    @property
-    def key_width(self) -> int:
-        """Width of the context inside the network, and of keys and values."""
-        return self.width if self.projects_context else self.context_width
-
-
-def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
-    """`config` of the section `model.diffusion`. Raises CheckpointError naming the key that cannot be used."""
-    config = diffusion.section("config")
-    config.require(**_FIXED)
-    _refuse_unknown(diffusion, "config", known=(*_FIXED, *_READ, *_INERT))
-    _refuse_unknown(config, "attn_kwargs", known=("qk_norm",))
-    _refuse_unknown(config, "ff_kwargs", known=("mult", "zero_init_output", *_FIXED_FEEDFORWARD))
-    _refuse_unknown(config, "norm_kwargs", known=("eps",))
-    feedforward = config.section("ff_kwargs", optional=True)
-    feedforward.require(**_FIXED_FEEDFORWARD)
-    config.section("norm_kwargs", optional=True).require(eps=1e-5)
-    width, num_heads = config.integer("embed_dim", default=768), config.integer("num_heads", default=8)
-    if width % num_heads:
-        raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
-    if width // num_heads < MIN_ROTATED:
-        raise config.unusable("num_heads", f"at most embed_dim / {MIN_ROTATED}")
-    time_features = config.integer("timestep_features_dim", default=256, at_least=2)
-    if time_features % 2:
-        raise config.unusable("timestep_features_dim", "even")
-    parsed = DenoiserConfig(
-        latent_channels=config.integer("io_channels", default=32),
-        width=width,
-        depth=config.integer("depth", default=12, at_most=MAX_DEPTH),
-        num_heads=num_heads,
-        context_width=config.integer("cond_token_dim"),
-        projects_context=config.flag("project_cond_tokens", default=True),
-        global_width=config.integer("global_cond_dim"),
-        ff_mult=feedforward.number("mult", default=4.0, at_least=0.01),
-        head_norm=config.section("attn_kwargs", optional=True).choice("qk_norm", HEAD_NORMS, default="none"),
-        time_features=time_features,
-    )
-    if parsed.key_width % parsed.head_width or num_heads % (parsed.key_width // parsed.head_width):
-        expected = f"a number of whole heads of {parsed.head_width} channels that divides {num_heads} heads"
-        raise config.unusable("cond_token_dim", expected)
-    return parsed
+    max_length: int
+    encoder: str
+    project_out: bool
 
 
 @dataclass(frozen=True, slots=True)
-class OobleckConfig:
-    """Shape of the autoencoder.
+class NumberConfig:
+    """A number conditioner: values are clamped to `minimum`..`maximum` and embedded in `width` channels."""
 
-    `widths` runs from the audio's side to the latents', one more than there are `strides`; `scale` divides latents.
+    id: str
+    width: int
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaoConfig:
+    """Everything the family reads from a checkpoint's config.
+
+    `context_ids` and `global_ids` name conditioners in the order of concatenation. `shift` is the warp of RK4's times
+    as written, None = none.
     """
 
-    channels: int
-    latent_channels: int
-    widths: tuple[int, ...]
-    strides: tuple[int, ...]
-    final_tanh: bool
-    scale: float
+    objective: str
+    sample_rate_hz: int
+    sample_size: int
+    denoiser: DenoiserConfig
+    autoencoder: OobleckConfig
+    prompt: PromptConfig
+    numbers: tuple[NumberConfig, ...]
+    context_ids: tuple[str, ...]
+    global_ids: tuple[str, ...]
+    shift: Mapping[str, Any] | None
 
     @property
-    def hop(self) -> int:
-        """Audio samples per latent frame."""
-        return math.prod(self.strides)
+    def window_frames(self) -> int:
+        """Latent frames of the window that the network always makes; what is left of `sample_size` is cut."""
+        return self.sample_size // self.autoencoder.hop
 
 
-def parse_oobleck(model: ConfigReader) -> OobleckConfig:
-    """`pretransform` of the section `model`. Raises CheckpointError naming the key that cannot be used.
-
-    Encoder and decoder mirror each other, the bottleneck is the variational one, and the promised ratio and widths
-    must be those of the parts.
-    """
-    pretransform = model.section("pretransform")
-    _refuse_unknown(
-        model, "pretransform", known=("type", "config", "scale", *_FIXED_PRETRANSFORM, *_INERT_PRETRANSFORM)
+def parse_config(config: ConfigReader) -> SaoConfig:
+    """A whole `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
+    config.refuse_unknown((*_TOP_KEYS, *_TOP_INERT))
+    config.choice("model_type", ("diffusion_cond",))
+    model = config.section("model")
+    model.refuse_unknown(("pretransform", "conditioning", "diffusion", "io_channels"))
+    diffusion = model.section("diffusion")
+    known = ("type", "config", "diffusion_objective", "cross_attention_cond_ids", "global_cond_ids", _SHIFT_KEY)
+    diffusion.refuse_unknown((*known, *_NO_IDS))
+    diffusion.choice("type", ("dit",))
+    diffusion.require(**_NO_IDS)
+    autoencoder = parse_oobleck(model)
+    prompt, numbers = _parse_conditioners(model)
+    parsed = SaoConfig(
+        objective=diffusion.choice("diffusion_objective", tuple(OBJECTIVE_SAMPLERS), default="v"),
+        sample_rate_hz=config.integer("sample_rate", at_most=MAX_SAMPLES),
+        sample_size=config.integer("sample_size", at_least=autoencoder.hop, at_most=MAX_SAMPLES),
+        denoiser=parse_denoiser(diffusion),
+        autoencoder=autoencoder,
+        prompt=prompt,
+        numbers=numbers,
+        context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
+        global_ids=diffusion.texts("global_cond_ids", default=()),
+        shift=diffusion.plain(_SHIFT_KEY),
     )
-    pretransform.choice("type", ("autoencoder",))
-    pretransform.require(**_FIXED_PRETRANSFORM)
-    config = pretransform.section("config")
-    known = ("encoder", "decoder", "bottleneck", "latent_dim", "downsampling_ratio", "io_channels")
-    _refuse_unknown(pretransform, "config", known=known)
-    _refuse_unknown(config, "bottleneck", known=("type",))
-    config.section("bottleneck").choice("type", ("vae",))
-    for name in ("encoder", "decoder"):
-        _refuse_unknown(config, name, known=("type", "requires_grad", "config"))
-        config.section(name).choice("type", ("oobleck",))
-    _refuse_unknown(config.section("encoder"), "config", known=("in_channels", *_SHAPE, *_FIXED_CODER))
-    decoder_only = ("out_channels", "final_tanh", *_FIXED_DECODER)
-    _refuse_unknown(config.section("decoder"), "config", known=(*decoder_only, *_SHAPE, *_FIXED_CODER))
-    encoder, decoder = (config.section(part).section("config") for part in ("encoder", "decoder"))
-    for part in (encoder, decoder):
-        part.require(**_FIXED_CODER)
-        if not part.flag("use_snake", default=False):
-            raise part.unusable("use_snake", "true")
-    decoder.require(**_FIXED_DECODER)
-    parsed = OobleckConfig(
-        channels=config.integer("io_channels", default=2),
-        latent_channels=config.integer("latent_dim"),
-        widths=_widths(encoder),
-        strides=encoder.integers("strides"),
-        final_tanh=decoder.flag("final_tanh", default=True),
-        scale=pretransform.number("scale", default=1.0, at_least=1e-6),
-    )
-    _check_parts(parsed, config, encoder, decoder)
+    _check_parts(parsed, config, model, diffusion)
     return parsed
 
 
-def _widths(part: ConfigReader) -> tuple[int, ...]:
-    width, multiples = part.integer("channels", default=128), part.integers("c_mults")
-    widths = tuple(width * multiple for multiple in (1, *multiples))
-    if max(widths) > MAX_SIZE:
-        raise part.unusable("c_mults", f"small enough that none of the widths is above {MAX_SIZE}")
-    return widths
+def _parse_conditioners(model: ConfigReader) -> tuple[PromptConfig, tuple[NumberConfig, ...]]:
+    conditioning = model.section("conditioning")
+    conditioning.refuse_unknown(("configs", "cond_dim", "default_keys"))
+    conditioning.require(default_keys={})
+    width = conditioning.integer("cond_dim")
+    prompts, numbers = [], []
+    for item in conditioning.sections("configs"):
+        item.refuse_unknown(("id", "type", "config"))
+        if item.choice("type", ("t5", "number")) == "t5":
+            prompts.append(_parse_prompt(item, width))
+        else:
+            numbers.append(_parse_number(item, width))
+    if len(prompts) != 1:
+        raise conditioning.unusable("configs", "a list with exactly one conditioner of type t5")
+    return prompts[0], tuple(numbers)
 
 
-def _check_parts(parsed: OobleckConfig, config: ConfigReader, encoder: ConfigReader, decoder: ConfigReader) -> None:
-    if len(parsed.strides) + 1 != len(parsed.widths):
-        raise encoder.unusable("strides", "as many numbers as c_mults")
-    if any(stride % 2 for stride in parsed.strides):
-        raise encoder.unusable("strides", "even numbers")
-    for part, key, default, wanted in (
-        (encoder, "in_channels", 2, parsed.channels),
-        (encoder, "latent_dim", None, 2 * parsed.latent_channels),
-        (decoder, "out_channels", 2, parsed.channels),
-        (decoder, "latent_dim", None, parsed.latent_channels),
-        (config, "downsampling_ratio", None, parsed.hop),
+def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
+    config = item.section("config", optional=True)
+    config.refuse_unknown(("t5_model_name", "max_length", "project_out", "enable_grad"))
+    return PromptConfig(
+        id=item.text("id"),
+        width=width,
+        max_length=config.integer("max_length", default=128),
+        encoder=config.text("t5_model_name", default="t5-base"),
+        project_out=config.flag("project_out", default=False),
+    )
+
+
+def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
+    config = item.section("config", optional=True)
+    config.refuse_unknown(("min_val", "max_val", "fourier_features_type"))
+    config.require(fourier_features_type="learned")
+    minimum, maximum = config.number("min_val", default=0), config.number("max_val", default=1)
+    if maximum <= minimum:
+        raise config.unusable("max_val", f"above min_val ({minimum:g})")
+    return NumberConfig(id=item.choice("id", NUMBER_IDS), width=width, minimum=minimum, maximum=maximum)
+
+
+def _check_parts(parsed: SaoConfig, config: ConfigReader, model: ConfigReader, diffusion: ConfigReader) -> None:
+    """What the parts promise each other must fit, or the error would surface as a shape somewhere inside."""
+    number_ids = tuple(number.id for number in parsed.numbers)
+    for key, ids, known in (
+        ("cross_attention_cond_ids", parsed.context_ids, (parsed.prompt.id, *number_ids)),
+        ("global_cond_ids", parsed.global_ids, number_ids),
     ):
-        if part.integer(key, default=default) != wanted:
-            raise part.unusable(key, f"{wanted}, as the other parts say")
-    if decoder.integers("strides") != parsed.strides:
-        raise decoder.unusable("strides", f"{list(parsed.strides)}, as the encoder's")
-    if _widths(decoder) != parsed.widths:
-        key = "c_mults" if _widths(decoder)[0] == parsed.widths[0] else "channels"
-        raise decoder.unusable(key, "the encoder's")
-
-
-def _refuse_unknown(parent: ConfigReader, key: str, *, known: Iterable[str]) -> None:
-    """Raises CheckpointError naming the first key of the object under `key` that is not in `known`."""
-    values = parent.plain(key) or {}
-    unknown = sorted(values.keys() - set(known))
-    if unknown:
-        raise CheckpointError(f"{CONFIG_FILE}: {parent.name(key)}.{unknown[0]} is not known to this model family")
+        if not ids or any(id_ not in known for id_ in ids):
+            raise diffusion.unusable(key, "a list drawn from " + ", ".join(known))
+    network, latents = diffusion.section("config"), parsed.autoencoder.latent_channels
+    for reader, key, default, wanted in (
+        (model, "io_channels", None, latents),
+        (network, "io_channels", 32, latents),
+        (network, "cond_token_dim", None, parsed.prompt.width),
+        (network, "global_cond_dim", None, parsed.prompt.width * len(parsed.global_ids)),
+        (config, "audio_channels", 2, parsed.autoencoder.channels),
+    ):
+        if reader.integer(key, default=default) != wanted:
+            raise reader.unusable(key, f"{wanted}, as the conditioners and the autoencoder make")

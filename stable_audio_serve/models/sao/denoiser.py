@@ -29,7 +29,7 @@ from stable_audio_serve.models.blocks import (
     build_head_norm,
 )
 from stable_audio_serve.models.blocks.attention import merge_heads, split_heads
-from stable_audio_serve.models.sao.config import MIN_ROTATED, DenoiserConfig
+from stable_audio_serve.models.sao.network_config import MIN_ROTATED, DenoiserConfig
 
 _NORM_EPS = 1e-5
 

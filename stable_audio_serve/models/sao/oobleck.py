@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.sao.config import OobleckConfig
+from stable_audio_serve.models.sao.network_config import OobleckConfig
 
 _DILATIONS = (1, 3, 9)
 _MIN_DEVIATION = 1e-4

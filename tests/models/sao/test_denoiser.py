@@ -7,8 +7,8 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.sao.config import DenoiserConfig, parse_denoiser
 from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sao.network_config import DenoiserConfig, parse_denoiser
 from stable_audio_serve.models.weights import assign_weights
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from tests.goldens import load_open_goldens

@@ -1,0 +1,217 @@
+"""A checkpoint's `model_config.json` as frozen values: the transformer's and the autoencoder's dimensions.
+
+A missing key means the reference constructor's default. A value that would need another network, and a key that is
+not known, are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
+
+MIN_ROTATED = 32  # channels of a head that carry its position, at least
+HEAD_NORMS = ("none", "ln")
+
+# What the published files may say and what must be so, absent or not.
+_FIXED = {
+    "patch_size": 1,
+    "transformer_type": "continuous_transformer",
+    "project_global_cond": True,
+    "global_cond_type": "prepend",
+    "timestep_cond_type": "global",
+    "timestep_features_type": "learned",
+    "num_memory_tokens": 0,
+    "input_concat_dim": 0,
+    "prepend_cond_dim": 0,
+    "norm_type": "layer_norm",
+    "sliding_window": None,
+    "causal": False,
+    "conformer": False,
+    "layer_scale": False,
+    "remove_norms": False,
+    "rotary_pos_emb": True,
+    "use_sinusoidal_emb": False,
+    "use_abs_pos_emb": False,
+}
+_READ = (
+    "io_channels",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "cond_token_dim",
+    "global_cond_dim",
+    "project_cond_tokens",
+    "timestep_features_dim",
+    "attn_kwargs",
+    "ff_kwargs",
+    "norm_kwargs",
+)
+# How weights are initialised, and the length of a table that is not used: inference is the same whatever they say.
+_INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
+_FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
+
+_SHAPE = ("channels", "c_mults", "strides", "latent_dim", "use_snake")
+_FIXED_CODER = {"antialias_activation": False}
+_FIXED_DECODER = {"use_nearest_upsample": False}
+_FIXED_PRETRANSFORM = {"model_half": False}
+# Rows or windows one by one or all at once, and what is trained: inference is the same whatever they say.
+_INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiserConfig:
+    """Shape of the diffusion transformer.
+
+    `key_width` is that of cross-attention's keys and values; its heads, fewer than `num_heads` where it is narrower
+    than the network, are shared by as many query heads each. `projects_context` says whether the context is brought
+    to the network's width first.
+    """
+
+    latent_channels: int
+    width: int
+    depth: int
+    num_heads: int
+    context_width: int
+    projects_context: bool
+    global_width: int
+    ff_mult: float
+    head_norm: str
+    time_features: int
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.width // self.num_heads
+
+    @property
+    def key_width(self) -> int:
+        """Width of the context inside the network, and of keys and values."""
+        return self.width if self.projects_context else self.context_width
+
+
+def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
+    """`config` of the section `model.diffusion`. Raises CheckpointError naming the key that cannot be used."""
+    config = diffusion.section("config")
+    config.require(**_FIXED)
+    config.refuse_unknown((*_FIXED, *_READ, *_INERT))
+    attention, feedforward, norms = (
+        config.section(key, optional=True) for key in ("attn_kwargs", "ff_kwargs", "norm_kwargs")
+    )
+    attention.refuse_unknown(("qk_norm",))
+    feedforward.refuse_unknown(("mult", "zero_init_output", *_FIXED_FEEDFORWARD))
+    feedforward.require(**_FIXED_FEEDFORWARD)
+    norms.refuse_unknown(("eps",))
+    norms.require(eps=1e-5)
+    width, num_heads = config.integer("embed_dim", default=768), config.integer("num_heads", default=8)
+    if width % num_heads:
+        raise config.unusable("num_heads", f"a divisor of embed_dim ({width})")
+    if width // num_heads < MIN_ROTATED:
+        raise config.unusable("num_heads", f"at most embed_dim / {MIN_ROTATED}")
+    time_features = config.integer("timestep_features_dim", default=256, at_least=2)
+    if time_features % 2:
+        raise config.unusable("timestep_features_dim", "even")
+    parsed = DenoiserConfig(
+        latent_channels=config.integer("io_channels", default=32),
+        width=width,
+        depth=config.integer("depth", default=12, at_most=MAX_DEPTH),
+        num_heads=num_heads,
+        context_width=config.integer("cond_token_dim"),
+        projects_context=config.flag("project_cond_tokens", default=True),
+        global_width=config.integer("global_cond_dim"),
+        ff_mult=feedforward.number("mult", default=4.0, at_least=0.01),
+        head_norm=attention.choice("qk_norm", HEAD_NORMS, default="none"),
+        time_features=time_features,
+    )
+    if parsed.key_width % parsed.head_width or num_heads % (parsed.key_width // parsed.head_width):
+        expected = f"a number of whole heads of {parsed.head_width} channels that divides {num_heads} heads"
+        raise config.unusable("cond_token_dim", expected)
+    return parsed
+
+
+@dataclass(frozen=True, slots=True)
+class OobleckConfig:
+    """Shape of the autoencoder.
+
+    `widths` runs from the audio's side to the latents', one more than there are `strides`; `scale` divides latents.
+    """
+
+    channels: int
+    latent_channels: int
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    final_tanh: bool
+    scale: float
+
+    @property
+    def hop(self) -> int:
+        """Audio samples per latent frame."""
+        return math.prod(self.strides)
+
+
+def parse_oobleck(model: ConfigReader) -> OobleckConfig:
+    """`pretransform` of the section `model`. Raises CheckpointError naming the key that cannot be used.
+
+    Encoder and decoder mirror each other, the bottleneck is the variational one, and the promised ratio and widths
+    must be those of the parts.
+    """
+    pretransform = model.section("pretransform")
+    pretransform.refuse_unknown(("type", "config", "scale", *_FIXED_PRETRANSFORM, *_INERT_PRETRANSFORM))
+    pretransform.choice("type", ("autoencoder",))
+    pretransform.require(**_FIXED_PRETRANSFORM)
+    config = pretransform.section("config")
+    config.refuse_unknown(("encoder", "decoder", "bottleneck", "latent_dim", "downsampling_ratio", "io_channels"))
+    bottleneck, *coders = (config.section(name) for name in ("bottleneck", "encoder", "decoder"))
+    bottleneck.refuse_unknown(("type",))
+    bottleneck.choice("type", ("vae",))
+    for coder in coders:
+        coder.refuse_unknown(("type", "requires_grad", "config"))
+        coder.choice("type", ("oobleck",))
+    encoder, decoder = (coder.section("config") for coder in coders)
+    encoder.refuse_unknown(("in_channels", *_SHAPE, *_FIXED_CODER))
+    decoder.refuse_unknown(("out_channels", "final_tanh", *_FIXED_DECODER, *_SHAPE, *_FIXED_CODER))
+    for part in (encoder, decoder):
+        part.require(**_FIXED_CODER)
+        if not part.flag("use_snake", default=False):
+            raise part.unusable("use_snake", "true")
+    decoder.require(**_FIXED_DECODER)
+    parsed = OobleckConfig(
+        channels=config.integer("io_channels", default=2),
+        latent_channels=config.integer("latent_dim"),
+        widths=_widths(encoder),
+        strides=encoder.integers("strides"),
+        final_tanh=decoder.flag("final_tanh", default=True),
+        scale=pretransform.number("scale", default=1.0, at_least=1e-6),
+    )
+    _check_parts(parsed, config, encoder, decoder)
+    return parsed
+
+
+def _widths(part: ConfigReader) -> tuple[int, ...]:
+    width, multiples = part.integer("channels", default=128), part.integers("c_mults")
+    widths = tuple(width * multiple for multiple in (1, *multiples))
+    if max(widths) > MAX_SIZE:
+        raise part.unusable("c_mults", f"small enough that none of the widths is above {MAX_SIZE}")
+    return widths
+
+
+def _check_parts(parsed: OobleckConfig, config: ConfigReader, encoder: ConfigReader, decoder: ConfigReader) -> None:
+    if len(parsed.strides) + 1 != len(parsed.widths):
+        raise encoder.unusable("strides", "as many numbers as c_mults")
+    if any(stride % 2 for stride in parsed.strides):
+        raise encoder.unusable("strides", "even numbers")
+    for part, key, default, wanted in (
+        (encoder, "in_channels", 2, parsed.channels),
+        (encoder, "latent_dim", None, 2 * parsed.latent_channels),
+        (decoder, "out_channels", 2, parsed.channels),
+        (decoder, "latent_dim", None, parsed.latent_channels),
+        (config, "downsampling_ratio", None, parsed.hop),
+    ):
+        if part.integer(key, default=default) != wanted:
+            raise part.unusable(key, f"{wanted}, as the other parts say")
+    if decoder.integers("strides") != parsed.strides:
+        raise decoder.unusable("strides", f"{list(parsed.strides)}, as the encoder's")
+    if _widths(decoder) != parsed.widths:
+        key = "c_mults" if _widths(decoder)[0] == parsed.widths[0] else "channels"
+        raise decoder.unusable(key, "the encoder's")
