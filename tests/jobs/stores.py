@@ -17,6 +17,7 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Contract, Job, JobError, JobRef, JobResult, JobSpec
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.outbox import Notice, Outbox
 from stable_audio_serve.jobs.store.runner_jobs import Report
 from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
@@ -146,3 +147,16 @@ def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:
         store.runners.stop(job),
         store.runners.requeue(job, delay_s=0, attempts=0, message="x"),
     ]
+
+
+def dead_letter(store: JobStore, **overrides: Any) -> Job:
+    add(store, **overrides)
+    ended = store.runners.fail(lease(store), ERROR, is_dead_letter=True)
+    assert ended is not None
+    return ended
+
+
+def claim(outbox: Outbox, **options: Any) -> Notice:
+    notice = outbox.claim(for_s=60, **options)
+    assert notice is not None
+    return notice

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, OverloadedError, QuotaError, StorageError
+from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, OverloadedError, QuotaError
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import JobSpec, JobUpload
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import (
-    FILE,
     RESULT,
     Wall,
     add,
@@ -380,23 +379,6 @@ class TestCancelling:
     def test_an_unknown_job_cannot_be_cancelled(self, store: JobStore) -> None:
         add(store, id="one", contract="fal")
         assert store.clients.cancel(ref("one")) == ("unknown", None)
-
-
-class TestPublishedFiles:
-    """Whoever has the id may read the file."""
-
-    def test_ids_cannot_be_guessed(self, store: JobStore) -> None:
-        ids = {store.files.publish(FILE) for _ in range(3)}
-        assert len(ids) == 3
-        assert all(len(file_id) == 32 for file_id in ids)
-        assert [store.files.find(file_id) for file_id in ids] == [FILE] * 3
-        assert store.files.find("other") is None
-
-    def test_a_used_id_keeps_its_file(self, store: JobStore) -> None:
-        store.files.publish(FILE, file_id="mine")
-        with pytest.raises(StorageError):
-            store.files.publish(replace(FILE, key="other"), file_id="mine")
-        assert store.files.find("mine") == FILE
 
 
 def test_jobs_survive_the_end_of_the_process(store: JobStore, database: Database, store_url: str, wall: Wall) -> None:

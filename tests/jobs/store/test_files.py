@@ -1,0 +1,37 @@
+"""Published files, on every database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.jobs.store.job_store import JobStore
+from tests.jobs.stores import (
+    FILE,
+    database,
+    postgres_with_tables,
+    store,
+    store_url,
+    wall,
+)
+
+__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
+
+
+class TestPublishedFiles:
+    """Whoever has the id may read the file."""
+
+    def test_ids_cannot_be_guessed(self, store: JobStore) -> None:
+        ids = {store.files.publish(FILE) for _ in range(3)}
+        assert len(ids) == 3
+        assert all(len(file_id) == 32 for file_id in ids)
+        assert [store.files.find(file_id) for file_id in ids] == [FILE] * 3
+        assert store.files.find("other") is None
+
+    def test_a_used_id_keeps_its_file(self, store: JobStore) -> None:
+        store.files.publish(FILE, file_id="mine")
+        with pytest.raises(StorageError):
+            store.files.publish(replace(FILE, key="other"), file_id="mine")
+        assert store.files.find("mine") == FILE

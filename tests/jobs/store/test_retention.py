@@ -1,0 +1,114 @@
+"""Deleting what is old, on every database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from stable_audio_serve.artifacts.store import StoredFile
+from stable_audio_serve.jobs.job import JobUpload
+from stable_audio_serve.jobs.store.job_store import JobStore
+from tests.jobs.stores import (
+    FILE,
+    Wall,
+    add,
+    database,
+    dead_letter,
+    find,
+    lease,
+    postgres_with_tables,
+    result_of,
+    store,
+    store_url,
+    wall,
+)
+
+__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
+
+
+def upload(key: str) -> JobUpload:
+    return JobUpload(StoredFile(key, "audio/wav", "a.wav", 12, "ab" * 32), "init", 47.5)
+
+
+class TestRetention:
+    """What ended long ago is forgotten, in batches, and its files are named for deletion."""
+
+    def test_old_ends_go_and_name_their_files(self, store: JobStore, wall: Wall) -> None:
+        old, waiting = add(store, upload=upload("uploads/old")), add(store, upload=upload("uploads/waiting"))
+        ended = lease(store)
+        store.runners.succeed(ended, result_of(ended))
+        wall.now += 100
+        young = lease(store)
+        store.runners.succeed(young, result_of(young))
+        later = add(store)
+        wall.now += 50
+        assert sorted(store.retention.purge(age_s=120)) == sorted(["uploads/old", result_of(ended).file.key])
+        assert store.clients.get(old.spec.ref) is None
+        assert store.clients.events(old.spec.ref) == ()
+        assert store.files.find(result_of(ended).file_id) is None
+        assert find(store, waiting).state == "succeeded"
+        assert store.files.find(result_of(young).file_id) is not None
+        assert find(store, later).state == "queued"
+        assert store.retention.purge(age_s=120) == []
+
+    def test_a_purged_id_may_be_used_again(self, store: JobStore, wall: Wall) -> None:
+        job = add(store, id="1" * 32, idempotency_key="k", fingerprint="f")
+        store.clients.cancel(job.spec.ref)
+        wall.now += 10
+        store.retention.purge(age_s=5)
+        add(store, id="1" * 32, idempotency_key="k", fingerprint="other")
+
+    def test_batches_are_bounded_and_oldest_first(self, store: JobStore, wall: Wall) -> None:
+        jobs = []
+        for number in range(5):
+            jobs.append(add(store, upload=upload(f"uploads/{number}")))
+            store.clients.cancel(jobs[-1].spec.ref)
+            wall.now += 1
+        wall.now += 100
+        batches = [store.retention.purge(age_s=60, limit=2) for _ in range(4)]
+        assert [sorted(batch) for batch in batches] == [
+            *(["uploads/0", "uploads/1"], ["uploads/2", "uploads/3"], ["uploads/4"], [])
+        ]
+
+    def test_jobs_without_files_do_not_hide_that_there_is_more(self, store: JobStore, wall: Wall) -> None:
+        for _ in range(3):
+            store.clients.cancel(add(store).spec.ref)
+        store.clients.cancel(add(store, upload=upload("uploads/last")).spec.ref)
+        wall.now += 100
+        assert store.retention.purge(age_s=60, limit=1) == ["uploads/last"]
+        assert (store.operators.counts(), store.retention.purge(age_s=60, limit=1)) == ({}, [])
+
+    def test_published_files_go_too(self, store: JobStore, wall: Wall) -> None:
+        file_id = store.files.publish(FILE)
+        wall.now += 100
+        young = store.files.publish(replace(FILE, key="young"))
+        assert store.retention.purge(age_s=60) == [FILE.key]
+        assert store.files.find(file_id) is None
+        assert store.files.find(young) is not None
+
+    def test_a_file_somebody_else_still_needs_stays(self, store: JobStore, wall: Wall) -> None:
+        store.files.publish(FILE)
+        wall.now += 100
+        young = store.files.publish(FILE)
+        assert store.retention.purge(age_s=60) == []
+        assert store.files.find(young) == FILE
+
+    def test_a_retried_dead_letter_stays(self, store: JobStore, wall: Wall) -> None:
+        dead = dead_letter(store)
+        wall.now += 100
+        store.operators.retry(dead.spec.ref)
+        assert store.retention.purge(age_s=60) == []
+        assert find(store, dead).state == "queued"
+
+    def test_orphans_are_what_nothing_needs(self, store: JobStore) -> None:
+        add(store, upload=upload("uploads/ended"))
+        job = lease(store)
+        store.runners.succeed(job, result_of(job))
+        dead_letter(store, upload=upload("uploads/dead"))
+        add(store, upload=upload("uploads/running"))
+        lease(store)
+        add(store, upload=upload("uploads/waiting"))
+        store.files.publish(FILE)
+        needed = ["uploads/dead", "uploads/running", "uploads/waiting", result_of(job).file.key, FILE.key]
+        assert store.retention.unreferenced(["x", *needed, "uploads/ended"]) == ["x", "uploads/ended"]
+        assert store.retention.unreferenced([]) == []
+        assert len(store.retention.unreferenced([f"many/{number}" for number in range(5_000)])) == 5_000
