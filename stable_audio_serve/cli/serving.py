@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from stable_audio_serve.core.settings import ProxyKind
+    from stable_audio_serve.core.setting_types import ProxyKind
     from stable_audio_serve.serving.serve_file import ServeFile
 
 

@@ -5,9 +5,6 @@ Holds values only; where they come from (file, `.env`, environment) is `core.set
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -16,88 +13,29 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     SecretStr,
     model_validator,
 )
 
-from stable_audio_serve.core.keys import parse_key_hash
+from stable_audio_serve.core.setting_types import (
+    Delay,
+    Device,
+    Folder,
+    Hidden,
+    HiddenPassword,
+    HostName,
+    ModelName,
+    Origin,
+    PlainUrl,
+    ProxyKind,
+    Seconds,
+    Url,
+    check_key_hashes,
+    check_signing_secret,
+    split_commas,
+    trim_prefix,
+)
 from stable_audio_serve.core.sound import Peaks
-
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Device = Annotated[
-    str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$", json_schema_extra={"form": "cuda, cuda:N, mps or cpu"})
-]
-Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
-Url = Annotated[
-    str, Field(pattern=r"^https?://[^\s?#]+$", json_schema_extra={"form": "an http:// or https:// URL without query"})
-]
-PlainUrl = Annotated[
-    str,
-    Field(
-        pattern=r"^https?://[^\s?#@]+$",
-        json_schema_extra={"form": "an http:// or https:// URL without user, password and query"},
-    ),
-]
-_Origin = Annotated[
-    str,
-    Field(
-        pattern=r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?)$",
-        json_schema_extra={"form": "*, null, or a scheme and a host as in https://app.example:8443"},
-    ),
-]
-_HostName = Annotated[
-    str,
-    Field(
-        pattern=r"^(\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\])$",
-        json_schema_extra={"form": "* or the name of a host, without a port"},
-    ),
-]
-ProxyKind = Literal["auto", "haproxy", "python"]
-ModelName = Annotated[str, Field(min_length=1, max_length=200)]
-Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a folder's path"})]
-
-
-def _without_secrets(url: str | None) -> str | None:
-    """A URL with nothing but its scheme and its place: passwords may also stand among its options."""
-    if url is None:
-        return None
-    scheme, separator, rest = url.partition("://")
-    place = re.sub(r"^.*@", "**********@", rest)
-    return f"{scheme}://{place.partition('?')[0]}" if separator else "**********"
-
-
-HiddenPassword = PlainSerializer(_without_secrets, when_used="json")
-
-
-def _split_commas(value: object) -> object:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _trim_prefix(prefix: str) -> str:
-    trimmed = prefix.strip("/")
-    if {".", ".."} & set(trimmed.split("/")):
-        raise ValueError("must not have . or .. between slashes: clients leave them out of links")
-    return trimmed
-
-
-def _check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
-    digests = [parse_key_hash(text).digest for text in texts]
-    for number, digest in enumerate(digests, start=1):
-        if (first := digests.index(digest) + 1) < number:
-            raise ValueError(f"entries {first} and {number} are the same key")
-    return texts
-
-
-def _check_signing_secret(secret: SecretStr) -> SecretStr:
-    try:
-        key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
-    except binascii.Error:
-        key = b""
-    if not 24 <= len(key) <= 64:
-        raise ValueError("must be whsec_ and the base64 form of 24 to 64 bytes")
-    return secret
 
 
 class Section(BaseModel):
@@ -142,23 +80,23 @@ class ApiSettings(Section):
     max_decode_s: Seconds = Field(20.0, description="Longest time to decode one uploaded file, seconds.")
     decode_workers: int = Field(1, ge=1, le=16, description="Processes that decode uploads, per ingress replica.")
     encode_workers: int = Field(2, ge=1, le=64, description="Threads that encode audio files, per ingress replica.")
-    key_hashes: Annotated[
-        tuple[str, ...], BeforeValidator(_split_commas), AfterValidator(_check_key_hashes), Hidden
-    ] = Field(
-        (),
-        description="Keys that may use the API, as `<SHA-256>` or `<client>:<SHA-256>`, a list or comma list; "
-        "none = everybody may.",
-        repr=False,
+    key_hashes: Annotated[tuple[str, ...], BeforeValidator(split_commas), AfterValidator(check_key_hashes), Hidden] = (
+        Field(
+            (),
+            description="Keys that may use the API, as `<SHA-256>` or `<client>:<SHA-256>`, a list or comma list; "
+            "none = everybody may.",
+            repr=False,
+        )
     )
     public_url: Url | None = Field(
         None, description="How clients reach this server, for links in replies; unset = by what each request used."
     )
-    cors_origins: Annotated[tuple[_Origin, ...], BeforeValidator(_split_commas)] | None = Field(
+    cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(split_commas)] | None = Field(
         None,
         description="Origins whose pages may use the API, a list or comma list; * = all, empty = none; "
         "unset = all where keys are configured, else those of this machine and of `public_url`.",
     )
-    allowed_hosts: Annotated[tuple[_HostName, ...], BeforeValidator(_split_commas)] = Field(
+    allowed_hosts: Annotated[tuple[HostName, ...], BeforeValidator(split_commas)] = Field(
         (),
         description="Names this server is called by, besides its addresses, localhost, its own name and that in "
         "`public_url`, a list or comma list; * = any. Where keys are configured, none = any.",
@@ -317,7 +255,7 @@ class JobSettings(Section):
     retention_s: Seconds = Field(604_800.0, description="How long ended jobs and their files are kept, seconds.")
     orphan_after_s: Seconds = Field(86_400.0, description="Age at which a file that belongs to nothing goes, seconds.")
     sweep_every_s: Seconds = Field(600.0, description="Pause between two sweeps of what is too old, seconds.")
-    webhook_secret: Annotated[SecretStr, AfterValidator(_check_signing_secret)] | None = Field(
+    webhook_secret: Annotated[SecretStr, AfterValidator(check_signing_secret)] | None = Field(
         None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 bytes; unset = unsigned."
     )
     webhook_allow_hosts: tuple[str, ...] = Field(
@@ -329,7 +267,7 @@ class StorageSettings(Section):
     """Where the files of jobs are kept: an S3 bucket when `bucket` is set, else `output_dir`."""
 
     bucket: str | None = Field(None, min_length=1, description="Bucket name; unset = local files.")
-    prefix: Annotated[str, AfterValidator(_trim_prefix)] = Field(
+    prefix: Annotated[str, AfterValidator(trim_prefix)] = Field(
         "stable-audio/jobs", max_length=500, description="What keys begin with; slashes at its ends do not count."
     )
     endpoint_url: PlainUrl | None = Field(None, description="Endpoint of an S3-compatible service; unset = AWS.")
@@ -363,7 +301,7 @@ class Settings(Section):
         description="The served models; the first that is no demo is the default, unless `default_model` is set.",
     )
     default_model: ModelName | None = Field(None, description="Model of requests that name none; aliases allowed.")
-    preload_models: Annotated[tuple[ModelName, ...], BeforeValidator(_split_commas)] | None = Field(
+    preload_models: Annotated[tuple[ModelName, ...], BeforeValidator(split_commas)] | None = Field(
         None,
         description="Models kept loaded, a list or comma list; empty = load on first use; unset = the default.",
     )

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, StableAudioError
-from stable_audio_serve.core.settings import ProxyKind, Settings
+from stable_audio_serve.core.setting_types import ProxyKind
+from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import explain_default, load_settings
 from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.launcher import environment
