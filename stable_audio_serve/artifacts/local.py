@@ -36,7 +36,7 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class LocalArtifacts:
-    """An `ArtifactStore` below one folder, which must stay where it is."""
+    """An `ArtifactStore` below one folder, which must stay where it is. The protocol documents the methods."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
         """Touches nothing yet. With `may_make` the first file creates a missing folder."""
@@ -49,22 +49,18 @@ class LocalArtifacts:
 
     @property
     def backend_name(self) -> BackendName:
-        """Always "local"."""
         return "local"
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind."""
         path = self._path(key)
         num_bytes, sha256 = await self._threads.run(partial(self._write, path, chunks), undo=partial(_remove, path))
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Returns the file in chunks of 1 MiB, see `ArtifactStore.read`."""
         chunks = verified(file, self._read(self._path(file.key)), metrics=self._metrics)
         return self._threads.stream(chunks)
 
     async def delete(self, key: ArtifactKey) -> None:
-        """Remove a file; it is no error when it is gone already. Raises StorageError."""
         path = self._path(key)
 
         def remove() -> None:
@@ -74,15 +70,12 @@ class LocalArtifacts:
         await self._threads.call(remove)
 
     async def probe(self, num_bytes: int) -> None:
-        """Check the free space and write some bytes, see `ArtifactStore.probe`."""
         await self._threads.call(partial(self._probe, num_bytes))
 
     async def close(self) -> None:
-        """Start no new work."""
         self._threads.close()
 
     def check(self) -> None:
-        """Check that a file can be written and read back. Raises ConfigError."""
         path = self._path(upload_key())
         try:
             self._write(path, lambda: [b"check"], threading.Event())
@@ -94,7 +87,6 @@ class LocalArtifacts:
             raise self._config_error("a file does not come back as it was written")
 
     def require_place(self) -> None:
-        """Raises StoreMovedError when the folder is gone, or another one is in its place."""
         self._folder.require()
 
     def url(self, file: StoredFile) -> None:
@@ -104,7 +96,6 @@ class LocalArtifacts:
         """Returns None: there is no bucket."""
 
     def claim(self, owner: str) -> float | None:
-        """Claim the folder for `owner`, see `ArtifactStore.claim`."""
         path = self._folder.path / OWNER_KEY
         draft = path.with_name(f".{OWNER_KEY}.{secrets.token_hex(8)}.partial")
         self._folder.require()
@@ -119,7 +110,6 @@ class LocalArtifacts:
             raise _storage_error(error) from error
 
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
-        """Returns the files directly in a folder whose keys are ours. Raises StorageError."""
         self._folder.require()
         try:
             keys = (ArtifactKey(f"{folder}/{name}" if folder else name) for name in self._names(folder))
@@ -130,7 +120,6 @@ class LocalArtifacts:
         return ObjectPage(objects, found[-1] if len(found) == _PAGE else None)
 
     def sweep_unfinished(self, *, before: float) -> int:
-        """Remove partial files last written before. Returns how many. Raises StorageError."""
         self._folder.require()
         num_removed = 0
         try:

@@ -39,7 +39,7 @@ _MAX_BREAKS = 5  # connections of a download that break one after another withou
 
 
 class S3Artifacts:
-    """An `ArtifactStore` in one bucket, which must exist."""
+    """An `ArtifactStore` in one bucket, which must exist. The protocol documents the methods."""
 
     def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
         """Touches nothing yet. `settings` must name a bucket."""
@@ -55,32 +55,25 @@ class S3Artifacts:
 
     @property
     def backend_name(self) -> BackendName:
-        """Always "s3"."""
         return "s3"
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind."""
         put = partial(self._put, key, chunks, media_type=media_type, file_name=file_name)
         return await self._threads.run(put, undo=partial(self._delete, key))
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Returns the file in chunks of 1 MiB, see `ArtifactStore.read`. Connections that break are resumed."""
         return self._threads.stream(verified(file, self._read(file), metrics=self._metrics))
 
     async def delete(self, key: ArtifactKey) -> None:
-        """Remove a file; it is no error when it is gone already. Raises StorageError."""
         await self._threads.call(partial(self._delete, key))
 
     async def probe(self, num_bytes: int) -> None:
-        """Write an object of that size, up to a bound, and delete it, see `ArtifactStore.probe`."""
         await self._threads.call(partial(self._probe, num_bytes))
 
     async def close(self) -> None:
-        """Start no new work."""
         self._threads.close()
 
     def check(self) -> None:
-        """Check writing, reading, listing and deleting, within ten seconds. Raises ConfigError."""
         check_bucket(self._settings, prefix=self._prefix)
 
     def require_place(self) -> None:
@@ -97,11 +90,9 @@ class S3Artifacts:
         return url
 
     def bucket_key(self, file: StoredFile) -> str:
-        """Returns the whole key of the file in the bucket, prefix included."""
         return self._prefix + file.key
 
     def claim(self, owner: str) -> float | None:
-        """Claim this part of the bucket for `owner`, see `ArtifactStore.claim`."""
         at = self._at(OWNER_KEY)
         with our_errors("claim"):
             try:
@@ -114,7 +105,6 @@ class S3Artifacts:
         return since if is_owned else None
 
     def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
-        """Returns the files directly in a folder whose keys are ours; a page may be empty. Raises StorageError."""
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix
         options: dict[str, Any] = {"ContinuationToken": cursor} if cursor else {}
         with our_errors("list"):
@@ -128,7 +118,6 @@ class S3Artifacts:
         return ObjectPage(tuple(item for item in objects if is_ours(item.key)), page.get("NextContinuationToken"))
 
     def sweep_unfinished(self, *, before: float) -> int:
-        """Abort uploads in parts that were begun before. Returns how many. Raises StorageError."""
         num_aborted = 0
         with our_errors("sweep"):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(

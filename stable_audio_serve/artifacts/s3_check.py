@@ -53,7 +53,7 @@ def check_bucket(settings: StorageSettings, *, prefix: str, clock: Clock = Syste
     try:
         client = make_client(settings, connect_timeout_s=_TIMEOUT_S, read_timeout_s=_TIMEOUT_S, max_attempts=1)
     except s3_errors() as error:
-        raise _explain(error, settings, "using") from error
+        raise _explain(error, settings, doing="using") from error
     except ValueError as error:  # not a URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
     attempt = partial(_attempt, deadline=clock.monotonic() + _BUDGET_S, clock=clock)
@@ -72,7 +72,7 @@ def check_bucket(settings: StorageSettings, *, prefix: str, clock: Clock = Syste
         try:
             attempt(call)
         except s3_errors() as error:
-            raise _explain(error, settings, doing) from error
+            raise _explain(error, settings, doing=doing) from error
 
 
 def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
@@ -90,7 +90,7 @@ def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
             return
 
 
-def _explain(error: Exception, settings: StorageSettings, doing: str) -> ConfigError:
+def _explain(error: Exception, settings: StorageSettings, *, doing: str) -> ConfigError:
     code, status = code_of(error), status_of(error)
     where = settings.endpoint_url or f"AWS S3 in {settings.region}"
     if code in _NO_KEYS:
