@@ -10,6 +10,7 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.network_config import OobleckConfig, parse_oobleck
 from stable_audio_serve.models.sao.oobleck import NormedConv, OobleckAutoencoder
 from tests.goldens import load_open_goldens
+from tests.models.sao.published import OPEN_1_0
 from tests.models.sao.tiny import TINY, load_autoencoder, model_values
 
 TOLERANCE = 2e-5
@@ -18,30 +19,6 @@ HALO = 16
 
 def parse(values: dict[str, Any]) -> OobleckConfig:
     return parse_oobleck(ConfigReader({"pretransform": values}, path="model"))
-
-
-def official() -> dict[str, Any]:
-    """Both published autoencoders."""
-    shape = {"channels": 128, "c_mults": [1, 2, 4, 8, 16], "strides": [2, 4, 4, 8, 8], "use_snake": True}
-    return {
-        "type": "autoencoder",
-        "iterate_batch": True,
-        "config": {
-            "encoder": {
-                "type": "oobleck",
-                "requires_grad": False,
-                "config": {"in_channels": 2, "latent_dim": 128, **shape},
-            },
-            "decoder": {
-                "type": "oobleck",
-                "config": {"out_channels": 2, "latent_dim": 64, "final_tanh": False, **shape},
-            },
-            "bottleneck": {"type": "vae"},
-            "latent_dim": 64,
-            "downsampling_ratio": 2048,
-            "io_channels": 2,
-        },
-    }
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -101,7 +78,7 @@ def test_scale_divides_latents_and_multiplies_them_back() -> None:
 
 def test_published_shape_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        net = OobleckAutoencoder(parse(official()))
+        net = OobleckAutoencoder(parse(OPEN_1_0["model"]["pretransform"]))
     assert net.config.hop == 2048
     assert sum(parameter.numel() for parameter in net.parameters()) / 1e6 == pytest.approx(156.1, abs=0.1)
 
