@@ -53,7 +53,11 @@ class LocalArtifacts:
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
         path = self._path(key)
-        num_bytes, sha256 = await self._threads.run(partial(self._write, path, chunks), undo=partial(_remove, path))
+
+        def write(stop: threading.Event) -> tuple[int, str]:
+            return self._write(path, chunks, stop=stop)
+
+        num_bytes, sha256 = await self._threads.run(write, undo=partial(_remove, path))
         return StoredFile(key, media_type, file_name, num_bytes, sha256)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
@@ -78,7 +82,7 @@ class LocalArtifacts:
     def check(self) -> None:
         path = self._path(upload_key())
         try:
-            self._write(path, lambda: [b"check"], threading.Event())
+            self._write(path, lambda: [b"check"], stop=threading.Event())
             is_same = b"".join(self._read(path)) == b"check"
             _remove(path)
         except StorageError as error:
@@ -101,7 +105,7 @@ class LocalArtifacts:
         self._folder.require()
         try:
             if not path.exists():
-                self._write(draft, lambda: [owner.encode()], threading.Event())
+                self._write(draft, lambda: [owner.encode()], stop=threading.Event())
                 with suppress(FileExistsError):  # another process claimed it first
                     os.link(draft, path)
                 draft.unlink()
@@ -144,15 +148,15 @@ class LocalArtifacts:
         num_bytes = min(num_bytes, space.total // 2)
         if space.free < num_bytes:
             raise StorageFullError("the disk is full")
-        self._write(path, lambda: [bytes(min(num_bytes, PROBE_BYTES))], threading.Event())
+        self._write(path, lambda: [bytes(min(num_bytes, PROBE_BYTES))], stop=threading.Event())
         _remove(path)
 
-    def _write(self, path: Path, chunks: Chunks, stop: threading.Event) -> tuple[int, str]:
+    def _write(self, path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
         try:
             self._folder.make()
         except OSError as error:
             raise _storage_error(error) from error
-        return _write(path, chunks, stop)
+        return _write(path, chunks, stop=stop)
 
     def _read(self, path: Path) -> Generator[bytes]:
         self._folder.require()
@@ -181,7 +185,7 @@ class LocalArtifacts:
         return ConfigError(message, field="output_dir")
 
 
-def _write(path: Path, chunks: Chunks, stop: threading.Event) -> tuple[int, str]:
+def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
     """Returns size and SHA-256 of what was written. Raises StorageError, StoppedError."""
     digest = hashlib.sha256()
     num_bytes = 0

@@ -58,7 +58,9 @@ class S3Artifacts:
         return "s3"
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        put = partial(self._put, key, chunks, media_type=media_type, file_name=file_name)
+        def put(stop: threading.Event) -> StoredFile:
+            return self._put(key, chunks, stop=stop, media_type=media_type, file_name=file_name)
+
         return await self._threads.run(put, undo=partial(self._delete, key))
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
@@ -150,7 +152,7 @@ class S3Artifacts:
             self._client.delete_object(**at)
 
     def _put(
-        self, key: ArtifactKey, chunks: Chunks, stop: threading.Event, *, media_type: str, file_name: str
+        self, key: ArtifactKey, chunks: Chunks, *, stop: threading.Event, media_type: str, file_name: str
     ) -> StoredFile:
         """Raises StorageError, StoppedError."""
         num_bytes, sha256 = _measure(until_stopped(chunks(), stop))

@@ -35,7 +35,7 @@ _Names = Annotated[list[str], typer.Argument(metavar="ID...", help="Jobs' ids, a
 
 
 @app.command("list")
-def list_jobs(state: _State = None, limit: _Limit = 50, as_json: _Json = False, file: ConfigOption = None) -> None:
+def list_jobs(state: _State = None, limit: _Limit = 50, *, as_json: _Json = False, file: ConfigOption = None) -> None:
     """Everybody's jobs, newest first."""
     from stable_audio_serve.cli import job_report
 
@@ -48,7 +48,7 @@ def list_jobs(state: _State = None, limit: _Limit = 50, as_json: _Json = False, 
 
 
 @app.command("dead-letters")
-def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, file: ConfigOption = None) -> None:
+def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, *, file: ConfigOption = None) -> None:
     """Jobs that failed by no fault of their own and are not tried again by themselves."""
     from stable_audio_serve.cli import job_report
 
@@ -61,12 +61,12 @@ def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, file: ConfigOp
 
 
 @app.command()
-def show(name: _Name, client: _Client = None, as_json: _Json = False, file: ConfigOption = None) -> None:
+def show(name: _Name, client: _Client = None, *, as_json: _Json = False, file: ConfigOption = None) -> None:
     """One job and its events."""
     from stable_audio_serve.cli import job_report
 
     with _opened(file) as (store, _):
-        job = _find(store, name, client)
+        job = _find(store, name, client=client)
         events = store.clients.events(job.spec.ref)
     if as_json:
         _print_json(job_report.as_dict(job) | {"events": [job_report.event_as_dict(event) for event in events]})
@@ -75,7 +75,7 @@ def show(name: _Name, client: _Client = None, as_json: _Json = False, file: Conf
 
 
 @app.command()
-def cancel(names: _Names, client: _Client = None, file: ConfigOption = None) -> None:
+def cancel(names: _Names, client: _Client = None, *, file: ConfigOption = None) -> None:
     """End jobs that wait, and ask those that run to stop."""
     import asyncio
 
@@ -91,11 +91,11 @@ def cancel(names: _Names, client: _Client = None, file: ConfigOption = None) -> 
                 raise _RefusalError(f"it is over: {now.state}")
             return "cancelled" if outcome == "removed" else "asked to stop; it ends within one denoising step"
 
-        _do_each(store, names, client, cancel_one)
+        _do_each(store, names, client=client, act=cancel_one)
 
 
 @app.command()
-def retry(names: _Names, client: _Client = None, file: ConfigOption = None) -> None:
+def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -> None:
     """Let dead letters wait again, with new attempts."""
     with _opened(file) as (store, _):
 
@@ -104,21 +104,21 @@ def retry(names: _Names, client: _Client = None, file: ConfigOption = None) -> N
                 raise _RefusalError(f"it is no dead letter: it is {job.state}")
             return "queued again"
 
-        _do_each(store, names, client, retry_one)
+        _do_each(store, names, client=client, act=retry_one)
 
 
 class _RefusalError(Exception):
     """What was asked cannot be done; the text says why."""
 
 
-def _do_each(store: JobStore, names: Sequence[str], client: str | None, act: Callable[[Job], str]) -> None:
+def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
     """Do the same with several jobs; exit 1 after the last one when it could not be done with all of them."""
     from stable_audio_serve.cli.job_report import plain
 
     num_refused = 0
     for name in names:
         try:
-            typer.echo(f"{plain(name)}: {act(_find(store, name, client))}")
+            typer.echo(f"{plain(name)}: {act(_find(store, name, client=client))}")
         except _RefusalError as error:
             typer.echo(f"error: {plain(name)}: {error}", err=True)
             num_refused += 1
@@ -126,7 +126,7 @@ def _do_each(store: JobStore, names: Sequence[str], client: str | None, act: Cal
         raise typer.Exit(1)
 
 
-def _find(store: JobStore, name: str, client: str | None) -> Job:
+def _find(store: JobStore, name: str, *, client: str | None) -> Job:
     """The job that an operator names, with or without its contract and client. Raises _RefusalError."""
     from typing import get_args
 

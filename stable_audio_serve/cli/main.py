@@ -112,6 +112,7 @@ def config(file: ConfigOption = None) -> None:
 def serve(
     file: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default: the file's, else 127.0.0.1.")] = None,
+    *,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: the file's, else 8000.")] = None,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of the metrics; default: the file's, else a free one.")

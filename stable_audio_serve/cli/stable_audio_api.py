@@ -18,6 +18,7 @@ app = typer.Typer(add_completion=False)
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; default: the file's, else 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: the file's, else 8000.")] = None,
+    *,
     reload: Annotated[bool, typer.Option("--reload", help="Refused: restart the server instead.")] = False,
 ) -> None:
     """Serve what serve_config.yaml here says, else the models of the Stable Audio 3 server, until Ctrl-C."""

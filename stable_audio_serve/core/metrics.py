@@ -86,7 +86,7 @@ GROUPS = {"HTTP": _HTTP, "Engines": _ENGINE, "Jobs and files": _JOBS}
 METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
 
 
-def declared(name: str, kind: Kind, labels: Iterable[str]) -> Metric:
+def declared(name: str, kind: Kind, *, labels: Iterable[str]) -> Metric:
     """The declaration of a sample's metric. Raises ValueError where it has another kind or not all of these labels."""
     metric = METRICS.get(name)
     if metric is None:
@@ -119,15 +119,15 @@ class NullMetrics:
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Do nothing."""
-        declared(name, "counter", labels)
+        declared(name, "counter", labels=labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
         """Do nothing."""
-        declared(name, "gauge", labels)
+        declared(name, "gauge", labels=labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Do nothing."""
-        declared(name, "histogram", labels)
+        declared(name, "histogram", labels=labels)
 
 
 class Level:

@@ -91,7 +91,7 @@ def load_settings(
     for path, names in VARIABLES.items():
         name = _first_set(environ, names)
         if name is not None:
-            _set(tree, path, environ[name])
+            _set(tree, path, value=environ[name])
             origins[path] = name
     _set_access_key(tree, environ)
     try:
@@ -181,7 +181,7 @@ def _copy(args: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in args.items()}
 
 
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: str) -> None:
+def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
     node: Any = tree
     for key in path[:-1]:
         node = node.setdefault(key, {})
@@ -201,7 +201,7 @@ def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
         tree["storage"].pop("session_token", None)
     for key, name in names.items():
         if name:
-            _set(tree, ("storage", key), environ[name])
+            _set(tree, ("storage", key), value=environ[name])
 
 
 def _config_error(error: ValidationError, origins: Mapping[tuple[str, ...], str]) -> ConfigError:

@@ -61,12 +61,12 @@ def unknown_keys(value: object, schema: Mapping[str, Any]) -> Iterator[_Path]:
     """Paths of the mapping keys in `value` that `schema` does not declare; unlike validation, also where extra ones
     are allowed. Mappings without declared keys may hold any.
     """
-    yield from _unknown_keys(value, schema, schema, ())
+    yield from _unknown_keys(value, schema, node=schema, path=())
 
 
 def places(schema: Mapping[str, Any]) -> Iterator[str]:
     """Dotted paths of every key, the first entry of a list standing for all."""
-    yield from _places_below(schema, schema, "")
+    yield from _places_below(schema, schema, where="")
 
 
 def unknown(path: _Path, schema: Mapping[str, Any], *, elsewhere: Iterable[str] = ()) -> str:
@@ -105,14 +105,14 @@ def _locate(schema: Mapping[str, Any], loc: Iterable[str]) -> tuple[_Path, Mappi
     path: list[str] = []
     node: Mapping[str, Any] = schema
     for part in loc:
-        step = _step(schema, node, part)
+        step = _step(schema, node, part=part)
         if step is not None:
             node = step
             path.append(part)
     return tuple(path), node
 
 
-def _step(schema: Mapping[str, Any], node: Mapping[str, Any], part: str) -> Mapping[str, Any] | None:
+def _step(schema: Mapping[str, Any], node: Mapping[str, Any], *, part: str) -> Mapping[str, Any] | None:
     for member in _members(schema, node):
         if part in member.get("properties", {}):
             found: Mapping[str, Any] = member["properties"][part]
@@ -139,21 +139,21 @@ def _properties(schema: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str,
     return {key: value for member in _members(schema, node) for key, value in member.get("properties", {}).items()}
 
 
-def _places_below(schema: Mapping[str, Any], node: Mapping[str, Any], where: str) -> Iterator[str]:
+def _places_below(schema: Mapping[str, Any], node: Mapping[str, Any], *, where: str) -> Iterator[str]:
     for key, value in _properties(schema, node).items():
         yield f"{where}{key}"
-        yield from _places_below(schema, value, f"{where}{key}.")
+        yield from _places_below(schema, value, where=f"{where}{key}.")
         for member in _members(schema, value):
             if isinstance(member.get("items"), dict):
-                yield from _places_below(schema, member["items"], f"{where}{key}.0.")
+                yield from _places_below(schema, member["items"], where=f"{where}{key}.0.")
 
 
-def _unknown_keys(value: object, schema: Mapping[str, Any], node: Mapping[str, Any], path: _Path) -> Iterator[_Path]:
+def _unknown_keys(value: object, schema: Mapping[str, Any], *, node: Mapping[str, Any], path: _Path) -> Iterator[_Path]:
     if isinstance(value, list):
         for index, item in enumerate(value):
-            inner = _step(schema, node, str(index))
+            inner = _step(schema, node, part=str(index))
             if inner is not None:
-                yield from _unknown_keys(item, schema, inner, (*path, str(index)))
+                yield from _unknown_keys(item, schema, node=inner, path=(*path, str(index)))
         return
     known = _properties(schema, node)
     if not isinstance(value, dict) or not known:
@@ -161,7 +161,7 @@ def _unknown_keys(value: object, schema: Mapping[str, Any], node: Mapping[str, A
     for key, item in value.items():
         here = (*path, str(key))
         if key in known:
-            yield from _unknown_keys(item, schema, known[key], here)
+            yield from _unknown_keys(item, schema, node=known[key], path=here)
         else:
             yield here
 
@@ -184,7 +184,7 @@ def _kind(member: Mapping[str, Any]) -> str:
         case "boolean":
             return "true or false"
         case "string":
-            return f"text{_range(member, 'Length', ' characters')}"
+            return f"text{_range(member, 'Length', unit=' characters')}"
         case "array":
             return f"a list{_range(member, 'Items')}"
         case "object":
@@ -193,7 +193,7 @@ def _kind(member: Mapping[str, Any]) -> str:
             return str(member.get("const", "something else"))
 
 
-def _range(member: Mapping[str, Any], of: str = "imum", unit: str = "") -> str:
+def _range(member: Mapping[str, Any], of: str = "imum", *, unit: str = "") -> str:
     low, high = member.get(f"min{of}"), member.get(f"max{of}")
     if low is not None and high is not None:
         return f" {'of' if unit else 'from'} {low} to {high}{unit}"

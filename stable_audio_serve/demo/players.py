@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import httpx
@@ -38,9 +37,7 @@ class EnginePlayer:
         await self._engine.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._engine.close()
 
     async def play(self, request: GenerationRequest) -> Audio:
@@ -57,9 +54,7 @@ class HttpPlayer:
     async def __aenter__(self) -> HttpPlayer:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
     async def play(self, request: GenerationRequest) -> Audio:

@@ -48,7 +48,9 @@ _LOOK_S = 0.5  # how soon a replica that is being replaced sends the readers of 
 class Ingress:
     """Speaks HTTP; the ASGI application is made inside the replica because it holds the model handles."""
 
-    def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle], runner: DeploymentHandle) -> None:
+    def __init__(  # noqa: PLR0917 - Ray passes what was bound, in this order
+        self, plan: Plan, handles: Mapping[str, DeploymentHandle], runner: DeploymentHandle
+    ) -> None:
         yield_to_engines()
         configure_logging(plan.settings.log_level)
         application = serve.get_replica_context().app_name
@@ -86,7 +88,7 @@ class _LeaveRequestIdToServe:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]

@@ -74,7 +74,7 @@ class RayBackend:
         for attempts_left in reversed(range(_ATTEMPTS)):
             remaining_s = None if deadline_at is None else deadline_at - loop.time()
             try:
-                return await self._attempt(model, replace(request, deadline_s=remaining_s), on_progress)
+                return await self._attempt(model, replace(request, deadline_s=remaining_s), on_progress=on_progress)
             except RayError as error:  # the replica died, or what it made was lost with its node
                 logger.warning("a replica was lost: model=%s request_id=%s error=%s", model, request.request_id, error)
                 if not attempts_left:
@@ -85,7 +85,7 @@ class RayBackend:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _attempt(
-        self, model: str, request: GenerationRequest, on_progress: ProgressCallback | None
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
         """One call on one replica. Raises RayError when the replica or its answer was lost, else errors of ours."""
         if request.deadline_s is not None and request.deadline_s <= 0:
@@ -156,7 +156,7 @@ class RayBackend:
         await asyncio.gather(*(self._ask_replica(name) for name, stage in stages.items() if stage == "ready"))
         self._snapshot = _Snapshot(
             time.monotonic(),
-            {name: self._model_status(name, stage, application) for name, stage in stages.items()},
+            {name: self._model_status(name, stage, application=application) for name, stage in stages.items()},
         )
 
     async def _ask_replica(self, name: str) -> None:
@@ -170,7 +170,7 @@ class RayBackend:
         except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError):
             response.cancel()
 
-    def _model_status(self, name: str, stage: str, application: ApplicationStatusOverview) -> ModelStatus:
+    def _model_status(self, name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:
         replica = self._replicas.get(name)
         deployment = application.deployments.get(name)
         return ModelStatus(

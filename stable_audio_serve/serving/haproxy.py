@@ -52,8 +52,8 @@ class ProxyOptions:
         """What the environment says, defaults for the rest. Raises ValueError naming the variable."""
         unset = cls()
         return cls(
-            header_timeout_s=_seconds(environ, HEADER_TIMEOUT_S, unset.header_timeout_s),
-            idle_timeout_s=_seconds(environ, IDLE_TIMEOUT_S, unset.idle_timeout_s),
+            header_timeout_s=_seconds(environ, HEADER_TIMEOUT_S, default=unset.header_timeout_s),
+            idle_timeout_s=_seconds(environ, IDLE_TIMEOUT_S, default=unset.idle_timeout_s),
             metrics_host=environ.get(METRICS_HOST) or unset.metrics_host,
             public_host=environ.get(PUBLIC_HOST) or None,
             limits_connections=_MAX_CONNECTIONS not in environ,
@@ -71,33 +71,33 @@ def finish(text: str, options: ProxyOptions) -> str:
 
 def _close_admin_socket(text: str, options: ProxyOptions) -> str:
     """Whoever may write to it may send clients elsewhere."""
-    return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", r"\1 600\2")
+    return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", replacement=r"\1 600\2")
 
 
 def _take_many_connections(text: str, options: ProxyOptions) -> str:
     if not options.limits_connections:
         return text
-    return _replace(text, r"^( *)maxconn \d+$", rf"\1fd-hard-limit {_MOST_FILES}")
+    return _replace(text, r"^( *)maxconn \d+$", replacement=rf"\1fd-hard-limit {_MOST_FILES}")
 
 
 def _bound_waiting(text: str, options: ProxyOptions) -> str:
     """A client that waits for its answer is not idle: HAProxy counts only while the client has something to do."""
     header, idle = (f"{math.ceil(s * 1000)}ms" for s in (options.header_timeout_s, options.idle_timeout_s))
     bounds = rf"\1timeout client {idle}\n\1timeout http-request {header}"
-    return _replace(text, r"^( *)timeout client \w+$", bounds)
+    return _replace(text, r"^( *)timeout client \w+$", replacement=bounds)
 
 
 def _ask_to_retry(text: str, options: ProxyOptions) -> str:
     """Say 503 where Ray lets HAProxy say 500: the request was not answered, but may be."""
     for status in (502, 503, 504):
-        text = _replace(text, rf"^( *errorfile {status} \S*/)500\.http$", rf"\g<1>{_UNAVAILABLE_PAGE}")
+        text = _replace(text, rf"^( *errorfile {status} \S*/)500\.http$", replacement=rf"\g<1>{_UNAVAILABLE_PAGE}")
     return text
 
 
 def _own_failures_of_serve(text: str, options: ProxyOptions) -> str:
     """The same for the plain texts of Ray Serve's own proxies and queues: the application's answers are never such."""
     answer = f"http-response {_REFUSAL} if {{ status 404 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}"
-    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", rf"\1\n\2{answer}")
+    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=rf"\1\n\2{answer}")
 
 
 def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
@@ -107,7 +107,7 @@ def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
     """
     if not _has_applications(text):
         return text
-    return _replace(text, r"^( *)http-reuse always$", r"\1http-reuse never\n\1option http-server-close")
+    return _replace(text, r"^( *)http-reuse always$", replacement=r"\1http-reuse never\n\1option http-server-close")
 
 
 def _wait_for_routes(text: str, options: ProxyOptions) -> str:
@@ -115,7 +115,9 @@ def _wait_for_routes(text: str, options: ProxyOptions) -> str:
     if _has_applications(text):
         return text
     return _replace(
-        text, r"^(backend default_backend\n +)http-request return status 404 .*$", rf"\1http-request {_REFUSAL}"
+        text,
+        r"^(backend default_backend\n +)http-request return status 404 .*$",
+        replacement=rf"\1http-request {_REFUSAL}",
     )
 
 
@@ -125,12 +127,12 @@ def _has_applications(text: str) -> bool:
 
 def _hide_pages(text: str, options: ProxyOptions) -> str:
     for section in ("frontend prometheus", "listen stats"):
-        text = _bind(text, section, options.metrics_host)
+        text = _bind(text, section, host=options.metrics_host)
     return text
 
 
 def _face_clients(text: str, options: ProxyOptions) -> str:
-    return text if options.public_host is None else _bind(text, "frontend http_frontend", options.public_host)
+    return text if options.public_host is None else _bind(text, "frontend http_frontend", host=options.public_host)
 
 
 _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
@@ -146,17 +148,17 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
 )
 
 
-def _bind(text: str, section: str, host: str) -> str:
+def _bind(text: str, section: str, *, host: str) -> str:
     """Let the one listener of a section listen on `host`, on the port it has; `::` is both families.
 
     An IPv6 address is said to be nothing else, or HAProxy does not find its listener again at a reload.
     """
     address = f"[{host}]" if ":" in host else host
     families = (" v4v6" if host == "::" else " v6only") if ":" in host else ""
-    return _replace(text, rf"^({section}\n +bind) \S*:(\d+)$", rf"\1 {address}:\2{families}")
+    return _replace(text, rf"^({section}\n +bind) \S*:(\d+)$", replacement=rf"\1 {address}:\2{families}")
 
 
-def _replace(text: str, pattern: str, replacement: str) -> str:
+def _replace(text: str, pattern: str, *, replacement: str) -> str:
     """Replace the one place that matches."""
     text, count = re.subn(pattern, replacement, text, flags=re.MULTILINE)
     if count != 1:
@@ -176,7 +178,7 @@ def unavailable_page() -> bytes:
     ).encode()
 
 
-def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+def _seconds(environ: Mapping[str, str], name: str, *, default: float) -> float:
     value = environ.get(name) or default
     try:
         seconds = float(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from types import TracebackType
 
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
@@ -40,7 +39,5 @@ class LocalBackend:
         await asyncio.gather(*(engine.start() for engine in self._engines.values()))
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))

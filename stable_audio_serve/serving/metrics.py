@@ -32,13 +32,13 @@ class RayMetrics:
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add `value` (>= 0) to the counter `name`."""
-        metric, labels = self._find(name, "counter", labels)
+        metric, labels = self._find(name, "counter", labels=labels)
         if value > 0:  # Ray refuses to add nothing
             metric.inc(value, tags=labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set the gauge `name`."""
-        metric, labels = self._find(name, "gauge", labels)
+        metric, labels = self._find(name, "gauge", labels=labels)
         self._levels[name, tuple(labels.items())] = value
         metric.set(value, tags=labels)
         if self._refresher is None:
@@ -47,7 +47,7 @@ class RayMetrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Add one sample to the distribution `name`; names ending in `_ms` get time buckets, others counts."""
-        metric, labels = self._find(name, "histogram", labels)
+        metric, labels = self._find(name, "histogram", labels=labels)
         metric.observe(value, tags=labels)
 
     def _refresh(self) -> None:
@@ -56,18 +56,18 @@ class RayMetrics:
             for (name, labels), value in list(self._levels.items()):
                 self._made[name].set(value, tags=dict(labels))
 
-    def _find(self, name: str, kind: Kind, labels: Mapping[str, str]) -> tuple[metrics.Metric, dict[str, str]]:
-        declaration = declared(name, kind, labels)
+    def _find(self, name: str, kind: Kind, *, labels: Mapping[str, str]) -> tuple[metrics.Metric, dict[str, str]]:
+        declaration = declared(name, kind, labels=labels)
         complete = {**{key: value for key, value in self._labels.items() if key in declaration.labels}, **labels}
         if missing := set(declaration.labels) - set(complete):
             raise ValueError(f"the metric {name} needs the label {', '.join(sorted(missing))}")
         with self._lock:
             if name not in self._made:
-                self._made[name] = _make(name, kind, declaration.description, declaration.labels)
+                self._made[name] = _make(name, kind, description=declaration.description, labels=declaration.labels)
         return self._made[name], complete
 
 
-def _make(name: str, kind: Kind, description: str, labels: tuple[str, ...]) -> metrics.Metric:
+def _make(name: str, kind: Kind, *, description: str, labels: tuple[str, ...]) -> metrics.Metric:
     if kind == "counter":
         return metrics.Counter(PREFIX + name, description, tag_keys=labels)
     if kind == "gauge":

@@ -175,7 +175,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         self._allow_hosts = allow_hosts
         self._network = httpcore.AnyIOBackend()
 
-    async def connect_tcp(
+    async def connect_tcp(  # noqa: PLR0917 - as httpcore has it
         self,
         host: str,
         port: int,
@@ -195,7 +195,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
                 return await self._network.connect_tcp(str(address), port, timeout, local_address, socket_options)
         return await self._network.connect_tcp(str(addresses[-1]), port, timeout, local_address, socket_options)
 
-    async def connect_unix_socket(
+    async def connect_unix_socket(  # noqa: PLR0917 - as httpcore has it
         self,
         path: str,
         timeout: float | None = None,  # noqa: ASYNC109  # httpcore's own signature
