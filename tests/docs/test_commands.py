@@ -34,6 +34,7 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 # Whose operations each page shows, every one of them with a command.
 TAGS: dict[str, set[str]] = {
+    "architecture.md": set(),
     "jobs.md": {native_jobs.TAG},
     "metrics.md": set(),
     "proxy.md": set(),

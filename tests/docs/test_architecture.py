@@ -1,0 +1,40 @@
+"""What the pages say of the structure is so: every file they name exists, every folder is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "stable_audio_serve"
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_every_file_on_the_walks_exists() -> None:
+    named = re.findall(r"`([a-z0-9_/]+(?:\.py|/))`", ARCHITECTURE.replace("`stable_audio_serve/`", ""))
+    assert len(named) > 40
+    assert [path for path in named if not (PACKAGE / path).exists()] == []
+
+
+def test_each_walk_has_ten_stops_and_each_stop_names_where_it_is() -> None:
+    for walk in ARCHITECTURE.split("\n## ")[1:]:
+        stops = re.split(r"^\d+\. ", walk, flags=re.MULTILINE)[1:]
+        assert len(stops) == 10
+        assert all(stop.startswith("`") for stop in stops)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_folder_is_in_the_readme_and_on_the_map(folder: str) -> None:
+    assert f"| `stable_audio_serve/{folder}/` |" in (ROOT / "README.md").read_text()
+    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
+    assert any(f"`{folder}/`" in row.split("|")[1] for row in rows)
+
+
+def test_jobs_have_at_most_eight_rooms() -> None:
+    rooms = {
+        path.name for path in (PACKAGE / "jobs").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert len(rooms - {"__init__.py"}) <= 8
