@@ -17,7 +17,15 @@ from pathlib import Path
 
 from stable_audio_serve.artifacts.folder import Folder
 from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, is_ours, upload_key
-from stable_audio_serve.artifacts.store import PROBE_BYTES, BackendName, Chunks, ObjectPage, StoredFile, StoredObject
+from stable_audio_serve.artifacts.store import (
+    MAX_LISTED,
+    PROBE_BYTES,
+    BackendName,
+    Chunks,
+    ObjectPage,
+    StoredFile,
+    StoredObject,
+)
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
 from stable_audio_serve.artifacts.verified import verified
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
@@ -29,7 +37,6 @@ from stable_audio_serve.core.private_files import open_private
 _NUM_THREADS = 8
 _CHUNK_BYTES = 1_048_576
 _RETRY_S = 5.0
-_PAGE = 1000
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_PARTS = 3
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
@@ -113,15 +120,15 @@ class LocalArtifacts:
         except OSError as error:
             raise _storage_error(error) from error
 
-    def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
+    def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
         self._folder.require()
         try:
             keys = (ArtifactKey(f"{folder}/{name}" if folder else name) for name in self._names(folder))
-            found = heapq.nsmallest(_PAGE, (key for key in keys if is_ours(key) and (cursor is None or key > cursor)))
+            found = heapq.nsmallest(limit, (key for key in keys if is_ours(key) and (cursor is None or key > cursor)))
             objects = tuple(item for item in map(self._describe, found) if item is not None)
         except OSError as error:
             raise _storage_error(error) from error
-        return ObjectPage(objects, found[-1] if len(found) == _PAGE else None)
+        return ObjectPage(objects, found[-1] if len(found) == limit else None)
 
     def sweep_unfinished(self, *, before: float) -> int:
         self._folder.require()

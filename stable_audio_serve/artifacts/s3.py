@@ -16,7 +16,15 @@ import structlog
 from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours, upload_key
 from stable_audio_serve.artifacts.s3_check import check_bucket
 from stable_audio_serve.artifacts.s3_client import is_missing, make_client, our_errors, s3_errors, status_of
-from stable_audio_serve.artifacts.store import PROBE_BYTES, BackendName, Chunks, ObjectPage, StoredFile, StoredObject
+from stable_audio_serve.artifacts.store import (
+    MAX_LISTED,
+    PROBE_BYTES,
+    BackendName,
+    Chunks,
+    ObjectPage,
+    StoredFile,
+    StoredObject,
+)
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
 from stable_audio_serve.artifacts.verified import verified
 from stable_audio_serve.core.errors import StorageError
@@ -32,7 +40,6 @@ _NUM_THREADS = 16
 _CHUNK_BYTES = 1_048_576
 _MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
 _PART_BYTES = 8 * _CHUNK_BYTES
-_PAGE = 1000
 _NOT_IMPLEMENTED = 501
 _WAS_FASTER = (409, 412)  # conflict, precondition failed: another process was faster
 _MAX_BREAKS = 5  # connections of a download that break one after another without a byte
@@ -106,12 +113,12 @@ class S3Artifacts:
         since: float = found["LastModified"].timestamp()
         return since if is_owned else None
 
-    def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
+    def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix
         options: dict[str, Any] = {"ContinuationToken": cursor} if cursor else {}
         with our_errors("list"):
             page = self._client.list_objects_v2(
-                Bucket=self._settings.bucket, Prefix=prefix, Delimiter="/", MaxKeys=_PAGE, **options
+                Bucket=self._settings.bucket, Prefix=prefix, Delimiter="/", MaxKeys=limit, **options
             )
         objects = (
             StoredObject(self._key_of(item), item["Size"], item["LastModified"].timestamp())

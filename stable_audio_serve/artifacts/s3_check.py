@@ -14,7 +14,7 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import StorageSettings
 
 _TIMEOUT_S = 3.0  # of one attempt, for its connection and for its answer
-_BUDGET_S = 4.0  # no attempt begins later
+_BUDGET_S = 4.0  # with the last attempt, all is over within ten seconds
 _PAUSE_S = 0.2
 
 _BUCKET = "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME)"
@@ -48,15 +48,17 @@ _BAD_BUCKET = {"InvalidBucketName", "ParamValidationError", "400"}
 _CHECK = b"check"
 
 
-def check_bucket(settings: StorageSettings, *, prefix: str, clock: Clock = SystemClock()) -> None:
-    """Write, read, list and delete a small object within ten seconds. Raises ConfigError."""
+def check_bucket(
+    settings: StorageSettings, *, prefix: str, budget_s: float = _BUDGET_S, clock: Clock = SystemClock()
+) -> None:
+    """Write, read, list and delete a small object. No attempt begins after `budget_s`. Raises ConfigError."""
     try:
         client = make_client(settings, connect_timeout_s=_TIMEOUT_S, read_timeout_s=_TIMEOUT_S, max_attempts=1)
     except s3_errors() as error:
         raise _explain(error, settings, doing="using") from error
     except ValueError as error:  # not a URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
-    attempt = partial(_attempt, deadline=clock.monotonic() + _BUDGET_S, clock=clock)
+    attempt = partial(_attempt, deadline=clock.monotonic() + budget_s, clock=clock)
     at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}
 
     def read() -> None:

@@ -11,6 +11,9 @@ from stable_audio_serve.core.sound import ClipFacts
 
 BackendName = Literal["local", "s3"]
 
+# How many files one call of `list_folder` returns at most.
+MAX_LISTED = 1000
+
 # What a probe writes at most: enough to run into a limit, too little to push others into it.
 PROBE_BYTES = 4_194_304
 
@@ -109,7 +112,7 @@ class ArtifactStore(Protocol):
         """
         ...
 
-    def list_folder(self, folder: str, *, cursor: str | None = None) -> ObjectPage:
+    def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
         """Returns the files directly in one of `keys.FOLDERS` whose keys are ours. Blocking. Raises StorageError."""
         ...
 
