@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110  what is waited for is not ours to signal
             await asyncio.sleep(0.005)
 

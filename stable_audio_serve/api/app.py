@@ -28,6 +28,7 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.routing import allowed_methods
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import files, merged, pages, server
+from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
@@ -49,14 +50,19 @@ TAGS = [
 
 
 def create_app(
-    backend: Backend, settings: Settings, *, jobs: JobQueue | None = None, metrics: Metrics | None = None
+    backend: Backend,
+    settings: Settings,
+    *,
+    jobs: JobQueue | None = None,
+    metrics: Metrics | None = None,
+    stream_pauses: StreamPauses | None = None,
 ) -> FastAPI:
     """Returns the application over any backend; it knows nothing of Ray.
 
     Without `jobs` it opens the queue of the settings, whose jobs another process runs.
     """
     metrics = metrics or NullMetrics()
-    service = Service(backend, settings, jobs=jobs, metrics=metrics)
+    service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_pauses=stream_pauses)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

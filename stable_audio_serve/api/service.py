@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.readiness import Readiness
-from stable_audio_serve.api.streams import EventStreams
+from stable_audio_serve.api.streams import EventStreams, StreamPauses
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
@@ -71,6 +71,7 @@ class Service:
         jobs: JobQueue | None = None,
         metrics: Metrics | None = None,
         clock: Clock | None = None,
+        stream_pauses: StreamPauses | None = None,
     ) -> None:
         """Without `jobs` it opens the queue of the settings, whose jobs another process runs. Raises ConfigError."""
         self.backend = backend
@@ -80,7 +81,9 @@ class Service:
         self.clock = clock or SystemClock()
         self.readiness = Readiness()
         self.draining = Draining(self.readiness)
-        self.streams = EventStreams(settings.ingress.max_event_streams, self.draining, metrics=self.metrics)
+        self.streams = EventStreams(
+            settings.ingress.max_event_streams, self.draining, metrics=self.metrics, pauses=stream_pauses
+        )
         self._audio = AudioWorkers(settings.api, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0

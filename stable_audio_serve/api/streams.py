@@ -27,12 +27,18 @@ T = TypeVar("T")
 
 log = structlog.get_logger("stable_audio_serve.api")
 
-_FIRST_POLL_S = 0.5  # grows while nothing happens
-_LAST_POLL_S = 2.0
-_COMMENT_S = 10  # proxies and clients drop a silent connection after 15 s or more
 _BUSY_RETRY_S = 10.0
 _RECONNECT_MS = 2000  # a server that only replaces this process answers then
-_PATIENCE = 30  # attempts to reach a store that is away, each after the longest pause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamPauses:
+    """How long event streams wait, and for how often."""
+
+    first_poll_s: float = 0.5  # grows while nothing happens
+    last_poll_s: float = 2.0
+    comment_s: float = 10.0  # proxies and clients drop a silent connection after 15 s or more
+    max_polls_away: int = 30  # attempts to reach a store that is away, each after the longest pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +48,6 @@ class Change:
     job: Job
     events: tuple[JobEvent, ...]
     position: int | None
-
-
-async def follow(jobs: JobQueue, job: Job, *, draining: Draining, after: int = 0) -> AsyncIterator[Change]:
-    """Yields the job as it is now, then every change until it is over or gone; only events after the id `after`.
-
-    Ends early when this process has to leave. Waits for a store that is away for less than a minute, then raises
-    StorageError.
-    """
-    current: Job | None = job
-    sent: object = None
-    wait_s = _FIRST_POLL_S
-    while current is not None:
-        is_queued = current.state == "queued"
-        position = await _ask(partial(jobs.position, current)) if is_queued else current.engine_position
-        now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
-        if now != sent:
-            sent, wait_s = now, _FIRST_POLL_S
-            events = await _ask(partial(jobs.events, job.spec.ref, after=after))
-            after = max((event.id for event in events), default=after)
-            yield Change(current, events, position)
-        if current.is_over or draining.is_leaving:
-            return
-        await draining.pause(wait_s)
-        wait_s = min(wait_s * 1.5, _LAST_POLL_S)
-        current = await _ask(partial(jobs.get, job.spec.ref))
-
-
-async def _ask(question: Callable[[], Awaitable[T]]) -> T:
-    for _ in range(_PATIENCE):
-        with suppress(StorageError):
-            return await question()
-        await asyncio.sleep(_LAST_POLL_S)
-    return await question()
 
 
 async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
@@ -91,17 +64,56 @@ async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Drainin
 class EventStreams:
     """The streams that one process has open."""
 
-    def __init__(self, max_streams: int, draining: Draining, *, metrics: Metrics) -> None:
+    def __init__(
+        self, max_streams: int, draining: Draining, *, metrics: Metrics, pauses: StreamPauses | None = None
+    ) -> None:
         self._max_streams = max_streams
         self._draining = draining
         self._open = Level(metrics, "event_streams_open")
+        self._pauses = pauses or StreamPauses()
+
+    async def follow(self, jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
+        """Yields the job as it is now, then every change until it is over or gone; only events after the id `after`.
+
+        Ends early when this process has to leave. Waits for a store that is away for less than a minute, then raises
+        StorageError.
+        """
+        current: Job | None = job
+        sent: object = None
+        wait_s = self._pauses.first_poll_s
+        while current is not None:
+            is_queued = current.state == "queued"
+            position = await self._ask(partial(jobs.position, current)) if is_queued else current.engine_position
+            now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
+            if now != sent:
+                sent, wait_s = now, self._pauses.first_poll_s
+                events = await self._ask(partial(jobs.events, job.spec.ref, after=after))
+                after = max((event.id for event in events), default=after)
+                yield Change(current, events, position)
+            if current.is_over or self._draining.is_leaving:
+                return
+            await self._draining.pause(wait_s)
+            wait_s = min(wait_s * 1.5, self._pauses.last_poll_s)
+            current = await self._ask(partial(jobs.get, job.spec.ref))
+
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        for _ in range(self._pauses.max_polls_away):
+            with suppress(StorageError):
+                return await question()
+            await asyncio.sleep(self._pauses.last_poll_s)
+        return await question()
 
     def open(self, events: AsyncIterator[ServerSentEvent], *, headers: Mapping[str, str] | None = None) -> Response:
         """Returns an answer that sends `events`. Raises OverloadedError when too many are open."""
         if self._open.value >= self._max_streams:
             message = "too many event streams are open (ingress.max_event_streams)"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
-        return _Stream(_end_quietly(events, self._draining), counted=self._counted, headers=headers)
+        return _Stream(
+            _end_quietly(events, self._draining),
+            counted=self._counted,
+            comment_s=self._pauses.comment_s,
+            headers=headers,
+        )
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -120,9 +132,10 @@ class _Stream(EventSourceResponse):
         events: AsyncIterator[ServerSentEvent],
         *,
         counted: Callable[[], AbstractContextManager[None]],
+        comment_s: float,
         headers: Mapping[str, str] | None,
     ) -> None:
-        super().__init__(events, ping=_COMMENT_S, sep="\n", headers=headers)
+        super().__init__(events, ping=comment_s, sep="\n", headers=headers)
         self._counted = counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.core.settings import ApiSettings, JobSettings, Settings
+from stable_audio_serve.jobs.job import Job, JobRef
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
@@ -51,6 +52,20 @@ async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> As
     yield runner
     jobs.wake = lambda: None
     await runner.close()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of jobs that anything has read, in order; an event stream reads its job at each poll."""
+    ids: list[str] = []
+    get = JobQueue.get
+
+    async def get_and_count(jobs: JobQueue, ref: JobRef) -> Job | None:
+        ids.append(ref.id)
+        return await get(jobs, ref)
+
+    monkeypatch.setattr(JobQueue, "get", get_and_count)
+    return ids
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.api import streams
+from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.serving import make_client, serve_app
@@ -26,6 +26,7 @@ __all__ = ["postgres", "postgres_url"]
 
 pytestmark = pytest.mark.slow
 
+FAST = StreamPauses(first_poll_s=0.02, last_poll_s=0.05, comment_s=0.2)
 PROGRESS = {"stage", "fraction", "eta_seconds", "queue_position", "message", "at"}
 
 
@@ -38,6 +39,12 @@ def parse(text: str) -> list[dict[str, Any]]:
         if fields:
             events.append({"event": fields["event"], "id": fields.get("id"), "data": json.loads(fields["data"])})
     return events
+
+
+async def polls(reads: list[str]) -> None:
+    """Waits until a stream, which is the only reader, has looked at its job several times from now on."""
+    enough = len(reads) + 5
+    await wait_until(lambda: len(reads) >= enough)
 
 
 async def read(client: httpx.AsyncClient, ticket: dict[str, Any], *, after: str | None = None) -> list[dict[str, Any]]:
@@ -131,13 +138,13 @@ async def test_every_end_ends_the_stream(state: str) -> None:
     assert events[-1]["data"]["error"]
 
 
-async def test_places_in_the_queue_are_told_as_they_change() -> None:
-    async with make_client(run_jobs=False) as (client, _):
+async def test_places_in_the_queue_are_told_as_they_change(reads: list[str]) -> None:
+    async with make_client(run_jobs=False, stream_pauses=FAST) as (client, _):
         before, ticket = await submit(client), await submit(client)
         following = asyncio.create_task(read(client, ticket))
-        await asyncio.sleep(0.2)
+        await polls(reads)
         await client.delete(f"/jobs/{before['id']}")
-        await asyncio.sleep(1.5)
+        await polls(reads)
         await client.delete(f"/jobs/{ticket['id']}")
         events = await following
     positions = [event["data"]["queue_position"] for event in events if event["id"] is None]
@@ -151,10 +158,9 @@ async def open_stream(client: httpx.AsyncClient, ticket: dict[str, Any]) -> Asyn
         yield reply.aiter_lines()
 
 
-async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_COMMENT_S", 0.2)
+async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> None:
     async with (
-        serve_app(ToneBackend(delay_s=30), ingress={"max_event_streams": 2}) as (port, _),
+        serve_app(ToneBackend(delay_s=30), ingress={"max_event_streams": 2}, stream_pauses=FAST) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         ticket = await submit(client)
@@ -180,30 +186,20 @@ async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room(monkeyp
                     statuses.append(reply.status_code)
 
 
-async def test_nobody_asks_the_store_for_a_client_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_FIRST_POLL_S", 0.1)
-    monkeypatch.setattr(streams, "_LAST_POLL_S", 0.1)
-    asked = 0
-    follow_once = streams.JobQueue.get
-
-    async def counted(*args: Any) -> Any:
-        nonlocal asked
-        asked += 1
-        return await follow_once(*args)
-
-    monkeypatch.setattr(streams.JobQueue, "get", counted)
+async def test_nobody_asks_the_store_for_a_client_that_has_gone(reads: list[str]) -> None:
     async with (
-        serve_app(ToneBackend(delay_s=30)) as (port, _),
+        serve_app(ToneBackend(delay_s=30), stream_pauses=FAST) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         ticket = await submit(client)
         async with open_stream(client, ticket) as lines:
             await anext(lines)
-            await wait_until(lambda: asked >= 3)
-        await asyncio.sleep(0.3)
-        seen = asked
-        await asyncio.sleep(0.5)  # longer than any pause between two questions
-        assert asked == seen
+            await polls(reads)
+        async with asyncio.timeout(20):
+            seen = -1
+            while seen != len(reads):
+                seen = len(reads)
+                await asyncio.sleep(0.3)  # many times the pause between two polls
 
 
 async def test_a_stream_wants_a_key_where_there_are_some() -> None:
@@ -212,13 +208,16 @@ async def test_a_stream_wants_a_key_where_there_are_some() -> None:
     assert reply.status_code == 401
 
 
-async def test_a_stream_outlives_a_restart_of_its_database(postgres: PostgresServer, postgres_url: str) -> None:
-    async with make_client(run_jobs=False, jobs={"database_url": postgres_url}) as (client, _):
+async def test_a_stream_outlives_a_restart_of_its_database(
+    postgres: PostgresServer, postgres_url: str, reads: list[str]
+) -> None:
+    pauses = StreamPauses(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=300)
+    async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_pauses=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
-        await asyncio.sleep(0.5)
+        await polls(reads)
         await asyncio.to_thread(postgres.stop, "immediate")
-        await asyncio.sleep(1.5)
+        await polls(reads)
         assert not following.done()
         assert (await client.get(f"/jobs/{ticket['id']}/events")).status_code == 503
         await asyncio.to_thread(postgres.start)
@@ -229,15 +228,14 @@ async def test_a_stream_outlives_a_restart_of_its_database(postgres: PostgresSer
 
 
 async def test_a_stream_whose_store_stays_away_just_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, reads: list[str]
 ) -> None:
-    monkeypatch.setattr(streams, "_PATIENCE", 1)
-    monkeypatch.setattr(streams, "_LAST_POLL_S", 0.1)
+    pauses = StreamPauses(first_poll_s=0.1, last_poll_s=0.1, max_polls_away=1)
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
-    async with make_client(run_jobs=False, jobs={"database_url": url}) as (client, _):
+    async with make_client(run_jobs=False, jobs={"database_url": url}, stream_pauses=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(client.get(f"/jobs/{ticket['id']}/events", timeout=15))
-        await asyncio.sleep(0.3)
+        await polls(reads)
         with closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
             connection.execute("DROP TABLE jobs")
         reply = await following

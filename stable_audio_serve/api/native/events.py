@@ -10,9 +10,8 @@ from fastapi import Header
 from pydantic import BaseModel, Field
 from sse_starlette import ServerSentEvent
 
-from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.native.status import JobProgress, describe, iso, progress_of
-from stable_audio_serve.api.streams import Change, follow
+from stable_audio_serve.api.streams import Change, EventStreams
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
 
@@ -40,10 +39,10 @@ class JobProgressEvent(JobProgress):
 
 
 async def stream_events(
-    jobs: JobQueue, job: Job, *, base: str, after: int, draining: Draining
+    jobs: JobQueue, job: Job, *, base: str, after: int, streams: EventStreams
 ) -> AsyncIterator[ServerSentEvent]:
     """Yields `progress` events after the one with the id `after`, and one `end` event with the job's status."""
-    async for change in follow(jobs, job, draining=draining, after=after):
+    async for change in streams.follow(jobs, job, after=after):
         for event in change.events:
             yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
         if change.job.is_over:

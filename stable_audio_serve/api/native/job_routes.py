@@ -129,7 +129,7 @@ def build_router(service: Service) -> APIRouter:
             return Response(status_code=204)  # tells a browser not to reconnect
         base = jobs_base(request, limits=limits)
         after = int(last_event_id or 0)
-        return service.streams.open(stream_events(jobs, job, base=base, after=after, draining=service.draining))
+        return service.streams.open(stream_events(jobs, job, base=base, after=after, streams=service.streams))
 
     links = APIRouter(route_class=public_route_class(render_error))
 

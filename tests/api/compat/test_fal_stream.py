@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.api import streams
+from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.core.errors import GenerationError
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
+from tests.sockets import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -70,11 +71,12 @@ async def test_a_request_that_is_over_is_one_event() -> None:
     assert (event["status"], event["error_type"]) == ("COMPLETED", "internal_error")
 
 
-async def test_a_cancelled_request_ends_its_stream() -> None:
-    async with make_client(ToneBackend(delay_s=30)) as (client, _):
+async def test_a_cancelled_request_ends_its_stream(reads: list[str]) -> None:
+    pauses = StreamPauses(first_poll_s=0.05)
+    async with make_client(ToneBackend(delay_s=30), stream_pauses=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read_stream(client, ticket))
-        await asyncio.sleep(0.3)
+        await wait_until(lambda: len(reads) >= 3)  # the route's own, then the stream's
         await client.put(ticket["cancel_url"])
         events = await following
     assert (events[-1]["status"], events[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
@@ -89,7 +91,7 @@ async def test_an_unknown_request_has_no_stream() -> None:
 @asynccontextmanager
 async def open_stream(path: str, headers: dict[str, str]) -> AsyncIterator[AsyncIterator[str]]:
     async with (
-        serve_app(ToneBackend(delay_s=30)) as (port, _),
+        serve_app(ToneBackend(delay_s=30), stream_pauses=StreamPauses(comment_s=0.2)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         ticket = await submit(client)
@@ -110,10 +112,9 @@ STREAMS = {
 
 @pytest.mark.parametrize("way", STREAMS)
 async def test_the_first_event_comes_at_once_and_comments_keep_the_connection(
-    monkeypatch: pytest.MonkeyPatch, way: str
+    way: str,
 ) -> None:
-    assert streams._COMMENT_S < 15
-    monkeypatch.setattr(streams, "_COMMENT_S", 0.2)
+    assert StreamPauses().comment_s < 15
     async with open_stream(*STREAMS[way]) as lines, asyncio.timeout(5):
         first = await anext(lines)
         assert json.loads(first.removeprefix("data: "))["status"] in ("IN_QUEUE", "IN_PROGRESS")

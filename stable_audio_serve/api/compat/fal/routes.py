@@ -183,7 +183,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     async def stream(request: Request, job: Job = Depends(find), *, logs: _Logs = False) -> Response:
         """The same as server-sent events, one per change, until the request is over."""
         links = targets.links_of(request, job.spec.id, limits=limits)
-        events = stream_status(jobs, job, links=links, with_logs=logs, draining=service.draining)
+        events = stream_status(jobs, job, links=links, with_logs=logs, streams=service.streams)
         return service.streams.open(events, headers={REQUEST_ID: job.spec.id})
 
     @router.get(path, responses=_RESULT_RESPONSES, response_model=AudioOutput)

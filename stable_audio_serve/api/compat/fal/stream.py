@@ -9,19 +9,18 @@ from sse_starlette import ServerSentEvent
 
 from stable_audio_serve.api.compat.fal.queue import describe_status
 from stable_audio_serve.api.compat.fal.wire import Links
-from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.api.streams import Change, follow
+from stable_audio_serve.api.streams import Change, EventStreams
 from stable_audio_serve.jobs.job import Job, JobEvent, State
 from stable_audio_serve.jobs.queue import JobQueue
 
 
 async def stream_status(
-    jobs: JobQueue, job: Job, *, links: Links, with_logs: bool, draining: Draining
+    jobs: JobQueue, job: Job, *, links: Links, with_logs: bool, streams: EventStreams
 ) -> AsyncIterator[ServerSentEvent]:
     """Yields the request's statuses to its end, each with the log lines that are new."""
     sent: tuple[State, int | None] | None = None
     unsent_logs: list[JobEvent] = []
-    async for change in follow(jobs, job, draining=draining):
+    async for change in streams.follow(jobs, job):
         unsent_logs += [event for event in change.events if event.message]
         for current in _steps(change, since=sent[0] if sent else None):
             position = change.position if current.state == "queued" else None
