@@ -94,7 +94,7 @@ def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]
     return np.multiply(scaled, np.float32(32767), out=scaled).astype(np.int16)
 
 
-def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, file_format: AudioFormat) -> EncodedFile:
+def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat) -> EncodedFile:
     """One file of `audio` (C, S) float32 in -1..1. WAV and FLAC hold 16-bit samples at the given rate.
 
     MP3 and Opus know few rates; other audio is resampled to the nearest rate that loses nothing.
@@ -102,14 +102,14 @@ def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, file_forma
     if file_format is AudioFormat.WAV:
         return encode_wav(to_pcm16(audio), sample_rate_hz)
     if file_format is AudioFormat.FLAC:
-        return _encode_with_libsndfile(to_pcm16(audio), sample_rate_hz, file_format)
+        return _encode_with_libsndfile(to_pcm16(audio), sample_rate_hz, file_format=file_format)
     rate_hz = _container_rate(sample_rate_hz, file_format)
     samples = np.clip(audio.T, -1.0, 1.0)
     if rate_hz != sample_rate_hz:
         import soxr
 
         samples = np.clip(soxr.resample(samples, sample_rate_hz, rate_hz), -1.0, 1.0)
-    return _encode_with_libsndfile(samples, rate_hz, file_format)
+    return _encode_with_libsndfile(samples, rate_hz, file_format=file_format)
 
 
 def encode_pcm(audio: npt.NDArray[np.float32]) -> EncodedFile:
@@ -157,7 +157,7 @@ def _container_rate(sample_rate_hz: int, file_format: AudioFormat) -> int:
 
 
 def _encode_with_libsndfile(
-    samples: npt.NDArray[np.int16] | npt.NDArray[np.float32], sample_rate_hz: int, file_format: AudioFormat
+    samples: npt.NDArray[np.int16] | npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat
 ) -> EncodedFile:
     import soundfile
 

@@ -42,7 +42,7 @@ def finish_clip(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: int, peaks: Peaks
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
     """A whole clip (C, S) float32 as it is delivered, in -1..1, and what is known of it."""
-    finished = treat_peaks(audio, sample_rate_hz, peaks)
+    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
 
 
@@ -53,13 +53,13 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
         for audio, seed in zip(result.audio, result.seeds, strict=True)
     ]
     clips = tuple(facts for _, facts in finished)
-    files = [encode_audio(audio, result.sample_rate_hz, order.file_format) for audio, _ in finished]
+    files = [encode_audio(audio, result.sample_rate_hz, file_format=order.file_format) for audio, _ in finished]
     if len(files) == 1:
         return FinishedFile(files[0], clips)
     names = [f"{order.stem}-{number:02d}.{order.file_format}" for number in range(1, len(files) + 1)]
     entries = list(zip(names, files, strict=True))
     if order.manifest_of is not None:
-        entries.append((MANIFEST, _make_manifest(order.manifest_of, result, names, clips)))
+        entries.append((MANIFEST, _make_manifest(order.manifest_of, result, names=names, clips=clips)))
     return FinishedFile(make_zip(entries), clips)
 
 
@@ -70,7 +70,7 @@ def clip_dict(clip: ClipFacts) -> dict[str, Any]:
 
 
 def _make_manifest(
-    request: GenerationRequest, result: GenerationResult, names: Sequence[str], clips: Sequence[ClipFacts]
+    request: GenerationRequest, result: GenerationResult, *, names: Sequence[str], clips: Sequence[ClipFacts]
 ) -> EncodedFile:
     content = {
         "model": result.model,

@@ -26,7 +26,7 @@ _RELEASE_S = 0.1  # time constant
 _LEAST_REDUCTION = 1e-4  # below it there is none: samples far from any peak stay as they are
 
 
-def treat_peaks(audio: npt.NDArray[np.float32], sample_rate_hz: int, peaks: Peaks) -> npt.NDArray[np.float32]:
+def treat_peaks(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, peaks: Peaks) -> npt.NDArray[np.float32]:
     """`audio` (C, S) float32 of any loudness, with its peaks treated, in -1..1; it is not changed itself."""
     if peaks == "limit":
         return limit(audio, sample_rate_hz)

@@ -41,13 +41,15 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
         phases = torch.arange(first, min(first + _TILE_PHASES, num_phases))
         start = first * source_step // num_phases
         stop = int(phases[-1]) * source_step // num_phases + 2 * reach + 1
-        kernel = _kernel(phases, torch.arange(start, stop) - reach, source_step, num_phases, cutoff)
+        kernel = _kernel(
+            phases, torch.arange(start, stop) - reach, source_step=source_step, num_phases=num_phases, cutoff=cutoff
+        )
         tile = functional.conv1d(padded[..., start:], kernel[:, None], stride=source_step)
         output[:, :, first : first + len(phases)] = tile[..., :periods].transpose(1, 2)
     return output.flatten(1)[:, :length]
 
 
-def _kernel(phases: Tensor, taps: Tensor, source_step: int, num_phases: int, cutoff: float) -> Tensor:
+def _kernel(phases: Tensor, taps: Tensor, *, source_step: int, num_phases: int, cutoff: float) -> Tensor:
     """Weights (phases, taps) float32, computed in double; `taps` are input positions relative to the period."""
     distance = taps.double()[None] / source_step - phases.double()[:, None] / num_phases
     t = (distance * cutoff).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)

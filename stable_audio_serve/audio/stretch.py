@@ -33,12 +33,12 @@ def time_stretch(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: 
     stretched = np.pad(audio, ((0, 0), (margin, margin)))
     num_passes = math.ceil(abs(math.log(speed, _MAX_FACTOR)) - 1e-9)
     for _ in range(num_passes):
-        stretched = _stretch_once(stretched, sample_rate_hz, speed ** (1 / num_passes))
+        stretched = _stretch_once(stretched, sample_rate_hz, speed=speed ** (1 / num_passes))
     start = round(margin / speed)
     return stretched[:, start : start + samples]
 
 
-def _stretch_once(audio: npt.NDArray[np.float32], sample_rate_hz: int, speed: float) -> npt.NDArray[np.float32]:
+def _stretch_once(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: float) -> npt.NDArray[np.float32]:
     from python_stretch.Signalsmith import Stretch
 
     stretch = Stretch(0)  # the seed

@@ -91,10 +91,10 @@ def test_a_clip_does_not_depend_on_what_is_far_from_it() -> None:
 
 def test_the_references_ways() -> None:
     audio = make_sine(440, level=1.5)
-    np.testing.assert_array_equal(treat_peaks(audio, RATE_HZ, "clip"), np.clip(audio, -1, 1))
+    np.testing.assert_array_equal(treat_peaks(audio, RATE_HZ, peaks="clip"), np.clip(audio, -1, 1))
     for level in (0.1, 1.5):
-        scaled = treat_peaks(make_sine(440, level=level), RATE_HZ, "scale")
+        scaled = treat_peaks(make_sine(440, level=level), RATE_HZ, peaks="scale")
         assert np.abs(scaled).max() == 1.0
         np.testing.assert_allclose(scaled, make_sine(440, level=1.0), atol=1e-3)
     silence = np.zeros((2, 100), np.float32)
-    np.testing.assert_array_equal(treat_peaks(silence, RATE_HZ, "scale"), silence)
+    np.testing.assert_array_equal(treat_peaks(silence, RATE_HZ, peaks="scale"), silence)

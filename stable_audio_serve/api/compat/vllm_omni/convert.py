@@ -81,4 +81,4 @@ def make_file(
     audio, facts = finish_clip(audio, rate_hz, seed=result.seeds[0], peaks=body.peaks or settings.peaks)
     if body.response_format is ResponseFormat.PCM:
         return FinishedFile(encode_pcm(audio), (facts,))
-    return FinishedFile(encode_audio(audio, rate_hz, AudioFormat(body.response_format)), (facts,))
+    return FinishedFile(encode_audio(audio, rate_hz, file_format=AudioFormat(body.response_format)), (facts,))
