@@ -17,12 +17,12 @@ from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import (
     NumberConditioner,
     PromptConditioner,
-    TextEncoder,
     load_text_encoder,
 )
 from stable_audio_serve.models.sa3.config import Sa3Config, parse_config
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
+from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import (
     assign_weights,
     cast_network,

@@ -24,10 +24,11 @@ from stable_audio_serve.models.protocol import (
     TextEmbedding,
 )
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner, TextEncoder
+from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
 from stable_audio_serve.models.sa3.planning import plan_rows
+from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
 
 

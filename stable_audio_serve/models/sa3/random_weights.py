@@ -12,9 +12,9 @@ import torch
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import build_components, build_spec
-from stable_audio_serve.models.sa3.conditioners import TextEncoder
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import cast_network, require_exact_float32
 
 _SMALL_SAME = {"channels": 128, "transformer_depths": [6], "chunk_size": 32, "chunk_midpoint_shift": True, "dyt": True}
@@ -135,7 +135,7 @@ def _random_text_encoder(max_length: int) -> TextEncoder:
         T5GemmaModuleConfig,
     )
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 256_000,
         "hidden_size": 768,
         "intermediate_size": 2048,
@@ -156,4 +156,5 @@ def _random_text_encoder(max_length: int) -> TextEncoder:
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
-    return TextEncoder(tokenizer, T5GemmaEncoderModel(config).to(torch.bfloat16), max_length=max_length)
+    encoder = T5GemmaEncoderModel(config).to(torch.bfloat16)
+    return TextEncoder(tokenizer, encoder, width=sizes["hidden_size"], max_length=max_length)

@@ -16,9 +16,9 @@ from stable_audio_serve.core.generation import GenerationRequest, ScheduleShift,
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.build import build_components, build_spec, checkpoint_modules
-from stable_audio_serve.models.sa3.conditioners import TextEncoder
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling import SeededNoise
 from tests.goldens import load_goldens
 from tests.models.loaded import assert_near, loaded
@@ -97,7 +97,7 @@ def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
     stated = make_config(SIZES[name])
     config = parse_config(ConfigReader(stated))
     borrowed = loaded("sharp-s").text
-    text = TextEncoder(borrowed.tokenizer, borrowed.encoder, max_length=config.prompt.max_length)
+    text = TextEncoder(borrowed.tokenizer, borrowed.encoder, width=borrowed.width, max_length=config.prompt.max_length)
     torch.manual_seed(1)
     components = build_components(config, text)
     modules = checkpoint_modules(components, config)

@@ -13,10 +13,10 @@ from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.sao.conditioners import (
     NumberConditioner,
     PromptConditioner,
-    TextEncoder,
     load_text_encoder,
 )
 from stable_audio_serve.models.sao.config import PromptConfig, SaoConfig, parse_config
+from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import assign_weights
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY, weights_of

@@ -1,0 +1,63 @@
+"""Text encoders of checkpoints: a tokenizer and the network of a second repository, loaded from a folder.
+
+Which network that is each family decides; what comes out of it means nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stable_audio_serve.core.errors import CheckpointError
+
+# From a folder to the network and transformers' report of the loading (`output_loading_info`).
+NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
+
+
+class TextEncoder:
+    """A tokenizer and an encoder whose hidden states are `width` wide; not part of the checkpoint's own weights."""
+
+    def __init__(self, tokenizer: Any, encoder: nn.Module, *, width: int, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.width = width
+        self.max_length = max_length
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Returns ids and mask, (B, T) int64 with T = `max_length`: cut or padded on the right, mask 1 for real tokens.
+
+        Of an empty prompt a T5Gemma has no real token, a T5 one, which ends the text.
+        """
+        encoded = self.tokenizer(
+            list(prompts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
+        )
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns hidden states (B, T, width) float32; padded positions are never keys, their values arbitrary."""
+        hidden: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden.float()
+
+
+def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
+    """Returns the tokenizer of a folder and its network, ready for inference.
+
+    Raises CheckpointError when anything is missing; a weight absent from the files would be random.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        encoder, report = load_network(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"the text encoder in {folder} cannot be loaded: {reason}") from error
+    absent = sorted([*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))])
+    if absent:
+        raise CheckpointError(f"the text encoder in {folder} lacks {len(absent)} weights, the first is {absent[0]}")
+    return tokenizer, encoder.eval().requires_grad_(False)
