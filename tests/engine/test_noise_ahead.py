@@ -1,0 +1,55 @@
+"""A row's noise is drawn in order, on the side thread, and only where it is used."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from stable_audio_serve.engine.noise_ahead import RowNoise
+from stable_audio_serve.sampling.noise import SeededNoise
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.samplers import build_plan
+
+
+def make_plan(sampler: str, steps: int = 4) -> SamplerPlan:
+    return build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=Guidance(), has_source=False)
+
+
+@pytest.mark.parametrize(("sampler", "num_draws"), [("euler", 0), ("pingpong", 3)])
+def test_noise_is_drawn_in_order_and_only_where_it_is_used(sampler: str, num_draws: int) -> None:
+    shape = (3, 5)
+    reference = SeededNoise(9)
+    with ThreadPoolExecutor(1) as drawer:
+        noise = RowNoise(SeededNoise(9), make_plan(sampler), shape=shape, drawer=drawer)
+        torch.testing.assert_close(noise.initial(), reference.initial(shape), rtol=0, atol=0)
+        for _ in range(num_draws):
+            expected = reference.step(shape)
+            for _ in range(2):  # a step that failed asks again
+                current = noise.current()
+                assert current is not None
+                torch.testing.assert_close(current, expected, rtol=0, atol=0)
+            noise.advance()
+        assert noise.current() is None
+
+
+def test_noise_is_drawn_on_the_side_thread() -> None:
+    threads: set[int] = set()
+
+    class Watched(SeededNoise):
+        def initial(self, shape: tuple[int, ...]) -> torch.Tensor:
+            threads.add(threading.get_ident())
+            return super().initial(shape)
+
+        def step(self, shape: tuple[int, ...]) -> torch.Tensor:
+            threads.add(threading.get_ident())
+            return super().step(shape)
+
+    with ThreadPoolExecutor(1) as drawer:
+        noise = RowNoise(Watched(1), make_plan("pingpong"), shape=(2, 2), drawer=drawer)
+        noise.initial()
+        noise.current()
+    assert threads
+    assert threading.get_ident() not in threads

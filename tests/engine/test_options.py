@@ -1,0 +1,17 @@
+"""Options that an engine cannot work with are refused when they are made."""
+
+from __future__ import annotations
+
+import pytest
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.engine.options import EngineOptions
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mode": "exact"}, {"slots": 0}, {"slots": 1}, {"fixed_share": 0}, {"slack": 0.5}, {"max_queue_s": -1}]
+)
+def test_bad_options_are_refused_by_name(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        EngineOptions(**fields)  # type: ignore[arg-type]
+    assert refusal.value.field == next(iter(fields))

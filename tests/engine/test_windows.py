@@ -1,0 +1,54 @@
+"""Windows of sources and of audio: cut, joined, trimmed and checked."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding
+from stable_audio_serve.models.protocol import SourcePlan
+from stable_audio_serve.sampling.noise import SeededNoise
+from tests.factories import make_windows
+
+
+@given(frames=st.integers(1, 200), chunk=st.integers(1, 100))
+def test_source_windows_join_without_seams(frames: int, chunk: int) -> None:
+    samples = torch.arange(frames * 4.0).repeat(2, 1)
+    noise = SeededNoise(0)
+    encoding = SourceEncoding(SourcePlan(samples, make_windows(frames)), stage="init", noise=noise, hop=4)
+    while encoding.lengths_left:
+        for window in encoding.pending(chunk):
+            encoding.put(window.samples[:1, ::4])
+    torch.testing.assert_close(encoding.latents(), samples[:1, ::4], rtol=0, atol=0)
+
+
+@given(
+    frames=st.integers(1, 200), valid_share=st.floats(0, 1), length_share=st.floats(0.01, 1), chunk=st.integers(1, 100)
+)
+def test_audio_windows_join_trim_and_fall_silent(
+    frames: int, valid_share: float, length_share: float, chunk: int
+) -> None:
+    hop, valid = 4, int(frames * valid_share)
+    samples = max(1, int(frames * hop * length_share))
+    latents = torch.rand(2, frames)
+    audio = AudioAssembly(make_windows(frames), channels=2, hop=hop, valid_frames=valid, output_samples=samples)
+    while audio.lengths_left:
+        for window in list(audio.pending(latents, SeededNoise(0), chunk)):
+            audio.put(window.latents.repeat_interleave(hop, dim=1))
+    expected = latents.repeat_interleave(hop, dim=1).numpy()
+    expected[:, valid * hop :] = 0
+    np.testing.assert_array_equal(audio.audio(), expected[:, :samples])
+
+
+def test_windows_behind_the_result_are_not_decoded() -> None:
+    audio = AudioAssembly(make_windows(200), channels=2, hop=4, valid_frames=200, output_samples=50)
+    assert audio.lengths_left == (32,)
+
+
+def test_audio_keeps_its_level_and_non_numbers_are_noticed() -> None:
+    audio = AudioAssembly(make_windows(2), channels=1, hop=2, valid_frames=2, output_samples=4)
+    audio.put(torch.tensor([[-3.0, 0.5, 3.0, float("nan")]]))
+    np.testing.assert_array_equal(audio.audio()[:, :3], [[-3.0, 0.5, 3.0]])
+    assert not audio.is_finite
