@@ -95,7 +95,9 @@ def skipping_random_weights() -> Iterator[None]:
 class _SkipDraws(TorchFunctionMode):
     DRAWS = (Tensor.uniform_, Tensor.normal_)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(  # noqa: PLR0917  # as torch calls it
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
 
 

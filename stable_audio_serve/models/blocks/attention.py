@@ -19,7 +19,7 @@ from stable_audio_serve.models.blocks.rotary import RotaryTable, rotate
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:  # noqa: PLR0917
     """Softmax attention with scale 1 / sqrt(E); `mask` is bool, broadcastable to (B, H, N, T), true = may be seen.
 
     Inference uses the fused kernel. Training on a CPU uses the explicit softmax, because the backward pass of the
@@ -33,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_band(q: Tensor, k: Tensor, v: Tensor, *, radius: int, block: int = 64) -> Tensor:
+def attend_band(q: Tensor, k: Tensor, v: Tensor, *, radius: int, block: int = 64) -> Tensor:  # noqa: PLR0917
     """Attention in which query i sees keys i - radius ... i + radius, clipped at both ends; memory linear in N.
 
     Queries are cut into blocks that each see their own keys and a halo of `radius` on both sides under a band mask.
@@ -76,7 +76,7 @@ class SelfAttention(nn.Module):
         self.q_norm = build_head_norm(head_norm, width // num_heads)
         self.k_norm = build_head_norm(head_norm, width // num_heads)
 
-    def forward(self, x: Tensor, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
+    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
         """(B, N, width) -> (B, N, width)."""
         parts = self.to_qkv(x).chunk(5 if self.differential else 3, dim=-1)
         q, k, v, *primed = (split_heads(part, self.num_heads) for part in parts)
@@ -106,7 +106,7 @@ class CrossAttention(nn.Module):
         key = torch.cat([split_heads(part, self.num_heads) for part in keys], dim=1)
         return self.k_norm(key), split_heads(values, self.num_heads)
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
         """(B, N, width) -> (B, N, width); every context token is seen. Zero keys and values give exactly zero."""
         queries = self.to_q(x).chunk(2 if self.differential else 1, dim=-1)
         q = self.q_norm(torch.cat([split_heads(part, self.num_heads) for part in queries], dim=1))

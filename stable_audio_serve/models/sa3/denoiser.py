@@ -99,10 +99,12 @@ class TransformerLayer(nn.Module):
         """
         parts = (self.to_scale_shift_gate + modulation)[:, None].chunk(6, dim=-1)
         scale_attn, shift_attn, gate_attn, scale_ff, shift_ff, gate_ff = parts
-        attended = self.self_attn(_modulate(self.pre_norm(h), scale=scale_attn, shift=shift_attn), rotary, attend_fn)
+        attended = self.self_attn(
+            _modulate(self.pre_norm(h), scale=scale_attn, shift=shift_attn), rotary=rotary, attend_fn=attend_fn
+        )
         h = h + torch.sigmoid(1 - gate_attn) * attended
         if context is not None:
-            h = h + self.cross_attn(self.cross_attend_norm(h), context.key, context.value)
+            h = h + self.cross_attn(self.cross_attend_norm(h), key=context.key, value=context.value)
         if local is not None:
             h[:, self.num_memory_tokens :] += local  # in place: h is this layer's own sum
         fed = self.ff(_modulate(self.ff_norm(h), scale=scale_ff, shift=shift_ff))

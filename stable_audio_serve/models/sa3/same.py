@@ -148,7 +148,7 @@ class SameLayer(nn.Module):
 
     def forward(self, x: Tensor, attend_fn: Attend) -> Tensor:
         """(B, N, width) -> (B, N, width); positions count from 0."""
-        x = x + self.self_attn(self.pre_norm(x), self.rope(x.shape[1]), attend_fn)
+        x = x + self.self_attn(self.pre_norm(x), rotary=self.rope(x.shape[1]), attend_fn=attend_fn)
         return x + self.ff(self.ff_norm(x))
 
 

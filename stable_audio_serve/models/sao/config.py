@@ -102,7 +102,7 @@ def parse_config(config: ConfigReader) -> SaoConfig:
         global_ids=diffusion.texts("global_cond_ids", default=()),
         shift=diffusion.plain(_SHIFT_KEY),
     )
-    _check_parts(parsed, config, model, diffusion)
+    _check_parts(parsed, config=config, model=model, diffusion=diffusion)
     return parsed
 
 
@@ -145,7 +145,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
     return NumberConfig(id=item.choice("id", NUMBER_IDS), width=width, minimum=minimum, maximum=maximum)
 
 
-def _check_parts(parsed: SaoConfig, config: ConfigReader, model: ConfigReader, diffusion: ConfigReader) -> None:
+def _check_parts(parsed: SaoConfig, *, config: ConfigReader, model: ConfigReader, diffusion: ConfigReader) -> None:
     """What the parts promise each other must fit, or the error would surface as a shape somewhere inside."""
     number_ids = tuple(number.id for number in parsed.numbers)
     for key, ids, known in (

@@ -136,7 +136,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, h: Tensor, *, rotary: RotaryTable, attend_fn: Attend, context: ContextKeys | None) -> Tensor:
         """(B, 1 + F, W) -> (B, 1 + F, W)."""
-        h = h + self.self_attn(self.pre_norm(h), rotary, attend_fn)
+        h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=attend_fn)
         if context is not None:
             h = h + self.cross_attn(self.cross_attend_norm(h), context)
         return h + self.ff(self.ff_norm(h))
@@ -153,7 +153,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
     def forward(
-        self, x: Tensor, global_embed: Tensor, context: tuple[ContextKeys, ...] | None, valid: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        global_embed: Tensor,
+        context: tuple[ContextKeys, ...] | None,
+        valid: Tensor | None,
     ) -> Tensor:
         """X (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
         h = torch.cat([global_embed[:, None], self.project_in(x)], dim=1)
@@ -204,12 +209,15 @@ class Denoiser(nn.Module):
         """Time t (B,) in 0..1 -> (B, W)."""
         return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: DenoiserConditioning, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, *, conditioning: DenoiserConditioning, valid: Tensor | None = None
+    ) -> Tensor:
         """The model's output (B, D, F) for latents x (B, D, F) at t (B,) float32; valid (B, F) bool, None = all."""
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
-        out = self.transformer(x.transpose(1, 2), global_embed, conditioning.context, valid).transpose(1, 2)
+        out = self.transformer(x.transpose(1, 2), global_embed=global_embed, context=conditioning.context, valid=valid)
+        out = out.transpose(1, 2)
         return out + self.postprocess_conv(out)
 
     @property

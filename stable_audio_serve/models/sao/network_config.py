@@ -184,7 +184,7 @@ def parse_oobleck(model: ConfigReader) -> OobleckConfig:
         final_tanh=decoder.flag("final_tanh", default=True),
         scale=pretransform.number("scale", default=1.0, at_least=1e-6),
     )
-    _check_parts(parsed, config, encoder, decoder)
+    _check_parts(parsed, config=config, encoder=encoder, decoder=decoder)
     return parsed
 
 
@@ -196,7 +196,7 @@ def _widths(part: ConfigReader) -> tuple[int, ...]:
     return widths
 
 
-def _check_parts(parsed: OobleckConfig, config: ConfigReader, encoder: ConfigReader, decoder: ConfigReader) -> None:
+def _check_parts(parsed: OobleckConfig, *, config: ConfigReader, encoder: ConfigReader, decoder: ConfigReader) -> None:
     if len(parsed.strides) + 1 != len(parsed.widths):
         raise encoder.unusable("strides", "as many numbers as c_mults")
     if any(stride % 2 for stride in parsed.strides):

@@ -45,8 +45,8 @@ class NormedConv(nn.Module):
         self,
         channels_in: int,
         channels_out: int,
-        kernel: int,
         *,
+        kernel: int,
         stride: int = 1,
         padding: int = 0,
         dilation: int = 1,
@@ -94,9 +94,9 @@ class ResidualUnit(_Sequence):
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__(
             SnakeBeta(channels),
-            NormedConv(channels, channels, 7, padding=3 * dilation, dilation=dilation),
+            NormedConv(channels, channels, kernel=7, padding=3 * dilation, dilation=dilation),
             SnakeBeta(channels),
-            NormedConv(channels, channels, 1),
+            NormedConv(channels, channels, kernel=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,15 +113,15 @@ class OobleckEncoder(_Sequence):
             _Sequence(
                 *_residual_units(width),
                 SnakeBeta(width),
-                NormedConv(width, wider, 2 * stride, stride=stride, padding=math.ceil(stride / 2)),
+                NormedConv(width, wider, kernel=2 * stride, stride=stride, padding=math.ceil(stride / 2)),
             )
             for width, wider, stride in zip(widths, widths[1:], config.strides, strict=False)
         ]
         super().__init__(
-            NormedConv(config.channels, widths[0], 7, padding=3),
+            NormedConv(config.channels, widths[0], kernel=7, padding=3),
             *blocks,
             SnakeBeta(widths[-1]),
-            NormedConv(widths[-1], 2 * config.latent_channels, 3, padding=1),
+            NormedConv(widths[-1], 2 * config.latent_channels, kernel=3, padding=1),
         )
 
 
@@ -133,16 +133,18 @@ class OobleckDecoder(_Sequence):
         blocks = [
             _Sequence(
                 SnakeBeta(width),
-                NormedConv(width, narrower, 2 * stride, stride=stride, padding=math.ceil(stride / 2), transposed=True),
+                NormedConv(
+                    width, narrower, kernel=2 * stride, stride=stride, padding=math.ceil(stride / 2), transposed=True
+                ),
                 *_residual_units(narrower),
             )
             for width, narrower, stride in zip(widths, widths[1:], config.strides[::-1], strict=False)
         ]
         super().__init__(
-            NormedConv(config.latent_channels, widths[0], 7, padding=3),
+            NormedConv(config.latent_channels, widths[0], kernel=7, padding=3),
             *blocks,
             SnakeBeta(widths[-1]),
-            NormedConv(widths[-1], config.channels, 7, padding=3, bias=False),
+            NormedConv(widths[-1], config.channels, kernel=7, padding=3, bias=False),
         )
         self.final_tanh = config.final_tanh
 

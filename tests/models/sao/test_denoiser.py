@@ -35,7 +35,7 @@ def condition(name: str, context: str = "cond/inputs_cross_attn_cond") -> Denois
 
 def run(name: str, conditioning: DenoiserConditioning) -> torch.Tensor:
     tensors = load_open_goldens(name).tensors
-    return load_denoiser(name)(tensors["dit/x"], tensors["dit/t"], conditioning)
+    return load_denoiser(name)(tensors["dit/x"], tensors["dit/t"], conditioning=conditioning)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -99,7 +99,7 @@ def test_padding_and_neighbours_do_not_reach_a_row(name: str) -> None:
     tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
     x = torch.cat([tensors["dit/x"], torch.full((2, 8, 24), 5.0)], dim=-1)
     valid = (torch.arange(64) < 40).expand(2, -1)
-    together = net(x, tensors["dit/t"], condition(name), valid)[..., :40]
+    together = net(x, tensors["dit/t"], conditioning=condition(name), valid=valid)[..., :40]
     torch.testing.assert_close(together, tensors["dit/out"], rtol=0, atol=TOLERANCE)
 
 

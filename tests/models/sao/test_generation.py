@@ -99,10 +99,10 @@ def guided_networks(
     """The guided output and the other branch's as functions of (x, t): guidance straight from the reference page."""
 
     def unguided(x: Tensor, t: float) -> Tensor:
-        return net(x, torch.tensor([t]), other)
+        return net(x, torch.tensor([t]), conditioning=other)
 
     def guided(x: Tensor, t: float) -> Tensor:
-        first = net(x, torch.tensor([t]), wanted)
+        first = net(x, torch.tensor([t]), conditioning=wanted)
         if scale == 1.0:
             return first
         second = unguided(x, t)
