@@ -66,8 +66,9 @@ class Engine:
         clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
         noise_factory: Callable[[int], NoiseSource] = SeededNoise,
+        policy: BatchPolicy | None = None,
     ) -> None:
-        """`noise_factory` makes a row's noise from its seed."""
+        """`noise_factory` makes a row's noise from its seed; `policy` None: the one for these options and device."""
         self._model = model
         self._clock = clock
         self._metrics = metrics
@@ -82,7 +83,7 @@ class Engine:
             for priority in get_args(Priority)
         }
         cost = CostModel()
-        policy = resolve_policy(options, model.device, cost=cost)
+        policy = policy or resolve_policy(options, model.device, cost=cost)
         # Strict windows run one per call, so there is nothing to gain from several between two steps.
         self._window_frames = 1 if self.mode == "strict" else options.window_frames
         self._predictor = Predictor(cost, policy, window_frames=self._window_frames)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -47,17 +48,17 @@ class Device:
 
 @asynccontextmanager
 async def make_engine(device: Device, **fields: object) -> AsyncIterator[Engine]:
-    options = EngineOptions(**{"torch_threads": 1, **fields})  # type: ignore[arg-type]
+    options = replace(EngineOptions(torch_threads=1), **fields)  # type: ignore[arg-type]
     async with Engine(ToyModel(on_call=device), options, clock=device.clock) as engine:
         yield engine
 
 
-def make_batch(seed: int, **fields: object) -> GenerationRequest:
-    return make_request(seed=seed, priority="batch", duration_s=1.0, **{"steps": _STEPS, **fields})
+def make_batch(seed: int, *, steps: int = _STEPS) -> GenerationRequest:
+    return make_request(seed=seed, priority="batch", duration_s=1.0, steps=steps)
 
 
 async def hand_over(engine: Engine, requests: Sequence[GenerationRequest]) -> list[asyncio.Task[GenerationResult]]:
-    """Submit these one after the other; none is left out when this returns."""
+    """Submit these one after the other. Returns their tasks once all are accepted."""
     tasks = []
     for request in requests:
         backlog_ms = engine.backlog_ms
@@ -137,7 +138,7 @@ async def test_planning_batch_requests_holds_up_no_interactive_one() -> None:
         await asyncio.gather(*jobs)
 
 
-async def test_positions_count_who_really_comes_first() -> None:
+async def test_positions_count_rows_of_higher_priority_first() -> None:
     device, told = Device(), dict[str, list[Progress]]()
     async with make_engine(device, mode="strict") as engine:
         device.hold()

@@ -41,7 +41,8 @@ def make_requests(sample_rate_hz: int) -> dict[str, GenerationRequest]:
         "variation": {"init_audio": source, "init_noise_level": 0.6},
         "inpainting": {"cfg_scale": 2.0, **region},
     }
-    return {name: make_request(**{"duration_s": 1.0, "steps": 2, **changed}) for name, changed in fields.items()}
+    common = {"duration_s": 1.0, "steps": 2}
+    return {name: make_request(**(common | changed)) for name, changed in fields.items()}
 
 
 async def generate(
@@ -131,8 +132,9 @@ async def test_the_large_products_do_run_on_several_threads() -> None:
             return func(*args, **(kwargs or {}))
 
     x, weight = torch.randn(128, 1024), torch.randn(1024, 1024)
+    query, key, value = torch.randn(3, 1, 4, 64, 32)
     with torch.inference_mode(), steady_threads(3), Watch():
-        F.scaled_dot_product_attention(*(torch.randn(1, 4, 64, 32) for _ in range(3)))
+        F.scaled_dot_product_attention(query, key, value)
         F.silu(F.linear(x, weight))
     products = {name for name in counts if name in ("linear", "addmm", "mm")}
     assert products
