@@ -1,4 +1,4 @@
-"""One device's work: which rows step together, and running them. Knows neither Ray nor HTTP."""
+"""Decides which rows step together on one device and runs them. Knows neither Ray nor HTTP."""
 
 from stable_audio_serve.engine.engine import Engine
 from stable_audio_serve.engine.options import EngineOptions

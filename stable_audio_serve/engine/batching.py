@@ -1,5 +1,5 @@
-"""Splits the picked rows into device calls of fixed meaning: how many network rows, padded to how many latents.
-Pure bookkeeping; which shapes exist is decided here so that a captured graph per shape can be replayed.
+"""Splits the picked rows into device calls: how many network rows, padded to how many latent frames.
+Pure bookkeeping. All call shapes are chosen here, so that a graph can be captured and replayed for each shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What one picked row needs of a call: `branches` network rows (2 when guided) of `frames` latents."""
+    """What one picked row needs in a call: `branches` network rows (2 when guided) of `frames` latent frames."""
 
     branches: int
     frames: int
@@ -19,7 +19,7 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One device call: `members` are indices into the lanes, `rows` network rows with dummies, `frames` padded."""
+    """One device call. `members` index the lanes; `rows` includes dummies, `frames` padding."""
 
     members: tuple[int, ...]
     rows: int
@@ -27,54 +27,51 @@ class Call:
 
 
 class BatchPolicy(Protocol):
-    """Cuts a step into calls; every lane is in exactly one call, which is at least as long as the lane."""
+    """Splits a step into calls. Every lane is in exactly one call, which is at least as long as the lane."""
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """The calls of this step."""
+        """Returns the calls of this step."""
         ...
 
     def padded(self, frames: int) -> int:
-        """The length at which a lone row of `frames` latents runs."""
+        """Returns the padded length of a call for a single row of `frames` latent frames."""
         ...
 
     def crowd(self, branches: int, frames: int) -> int:
-        """How many network rows usually share the call of such a row when many wait."""
+        """Returns how many network rows usually share such a row's call when many rows wait."""
         ...
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not below `value`."""
+    """Returns the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
 class OneRowPerCall:
-    """Strict on a CPU: a call's shape depends on its row and the grid only."""
+    """Strict mode on a CPU: a call's shape depends only on its row and the grid."""
 
     grid: int = 1
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """One call per lane."""
         return [Call((i,), lane.branches, self.padded(lane.frames)) for i, lane in enumerate(lanes)]
 
     def crowd(self, branches: int, frames: int) -> int:
-        """Its own branches: nobody shares."""
         return branches
 
     def padded(self, frames: int) -> int:
-        """The row's own length on the grid."""
         return round_up(frames, self.grid)
 
 
 @dataclass(frozen=True, slots=True)
 class FixedSlots:
-    """Strict on CUDA: always `slots` network rows, only rows of one grid length together, the rest dummies."""
+    """Strict mode on CUDA: a call has `slots` network rows, all of one padded length; unused slots are dummies."""
 
     slots: int = 8
     grid: int = 64
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Lanes in order of arrival, filling the calls of their own length."""
+        """Lanes fill the calls of their padded length in the order given."""
         calls: list[Call] = []
         by_length: dict[int, list[int]] = {}
         for i, lane in enumerate(lanes):
@@ -92,19 +89,18 @@ class FixedSlots:
         return calls
 
     def crowd(self, branches: int, frames: int) -> int:
-        """All slots."""
         return self.slots
 
     def padded(self, frames: int) -> int:
-        """The row's own length on the grid."""
         return round_up(frames, self.grid)
 
 
 @dataclass(frozen=True, slots=True)
 class MergedGrid:
-    """Fast: rows of unlike length share a call where one padded call is predicted to beat two.
+    """Fast mode: rows of different lengths share a call where one padded call is predicted to be faster than two.
 
-    `call_ms(rows, frames)` predicts a call, `knee_tokens(frames)` says how many latents make its fixed cost small.
+    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` returns the number of latent frames above
+    which a call's fixed cost is a small share of it.
     """
 
     call_ms: Callable[[int, int], float]
@@ -112,13 +108,13 @@ class MergedGrid:
     grid: int = 64
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """The cheapest cut of the lanes sorted by padded length; equal lengths always stay together."""
+        """Returns the split with the least predicted time; lanes of equal padded length share a call."""
         by_length: dict[int, list[int]] = {}
         for i, lane in enumerate(lanes):
             by_length.setdefault(self.padded(lane.frames), []).append(i)
         lengths = sorted(by_length)
         rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
-        # best[stop] = (predicted ms of the cheapest cut of the first `stop` lengths, where its last call begins)
+        # best[stop] = (least predicted ms for the first `stop` lengths, where the last call of that split begins)
         best: list[tuple[float, int]] = [(0.0, 0)]
         for stop in range(1, len(lengths) + 1):
             candidates = [
@@ -136,9 +132,7 @@ class MergedGrid:
         return calls[::-1]
 
     def crowd(self, branches: int, frames: int) -> int:
-        """As many as make the call's fixed cost small."""
         return max(branches, int(self.knee_tokens(frames) / frames))
 
     def padded(self, frames: int) -> int:
-        """The row's own length on the grid."""
         return round_up(frames, self.grid)

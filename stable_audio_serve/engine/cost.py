@@ -1,5 +1,5 @@
-"""Predicts how long device work takes from (rows, frames) alone; scheduling, admission, Retry-After, autoscaling and
-routing all read this one model. Knows no tensors and no clock: it is told what was measured.
+"""Predicts how long device work takes from (rows, frames) alone. Scheduling, admission, Retry-After, autoscaling and
+routing all read this one model. Knows no tensors and no clock: callers pass in measured times.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-_MOST_TOKENS = 2.0**20  # where rows are free, any number is worth it
+_MOST_TOKENS = 2.0**20  # the answer where rows cost nothing
 
 Work = Literal["text", "encode", "denoise", "decode"]
 
@@ -34,24 +34,24 @@ class CallCost:
     per_square_ms: float = 0.0
 
     def row_ms(self, frames: int) -> float:
-        """What one more row of `frames` latents adds to a call."""
+        """Returns the time that one more row of `frames` latent frames adds to a call."""
         return self.per_row_ms + (self.per_frame_ms + self.per_square_ms * frames) * frames
 
     def call_ms(self, rows: int, frames: int) -> float:
-        """A whole call over `rows` rows padded to `frames` latents."""
+        """Returns the time of a whole call over `rows` rows padded to `frames` latent frames."""
         return self.fixed_ms + rows * self.row_ms(frames)
 
 
 def fit_call_cost(measurements: Sequence[Measurement]) -> CallCost:
-    """Least squares on relative errors with non-negative coefficients: negative ones leave, one at a time.
+    """Fit by least squares on relative errors; negative coefficients are set to 0, one at a time.
 
-    With fewer measurements than coefficients the higher-order terms stay out. Raises ValueError without measurements.
+    With fewer measurements than coefficients the higher-order terms are 0. Raises ValueError without measurements.
     """
     if not measurements:
         raise ValueError("a cost needs at least one measurement")
     features = np.array([(1.0, m.rows, m.rows * m.frames, m.rows * m.frames**2) for m in measurements])
     ms = np.array([max(m.ms, 1e-6) for m in measurements])
-    # With few points keep the terms that extrapolate best: proportional first, then fixed, then per row, then square.
+    # With few points keep the terms that extrapolate best, in this order: per frame, fixed, per row, square.
     useful = [column for column in (2, 0, 1, 3) if features[:, column].any()]
     active = sorted(useful[: len(measurements)])
     solution = np.zeros(4)
@@ -68,13 +68,13 @@ def fit_call_cost(measurements: Sequence[Measurement]) -> CallCost:
 
 
 class CostModel:
-    """One `CallCost` per kind of work, fitted at warm-up; a scale per kind follows what steps really take.
+    """One `CallCost` per kind of work, fitted at warm-up, and one scale per kind that follows measured times.
 
-    Written by the engine thread only; other threads may read (each read sees one consistent coefficient set).
+    Only the engine thread writes. Other threads may read: each read sees a consistent set of coefficients.
     """
 
     def __init__(self, *, learning_rate: float = 0.05) -> None:
-        """`learning_rate` is the weight of one measurement once many were seen; the first ones weigh more."""
+        """`learning_rate` is the weight of one measurement after many; the first ones weigh more."""
         self._learning_rate = learning_rate
         self._costs: dict[Work, CallCost] = {
             "text": CallCost(fixed_ms=5.0, per_frame_ms=0.0),
@@ -89,10 +89,10 @@ class CostModel:
         """Replace the coefficients of one kind of work."""
         self._costs[work] = fit_call_cost(measurements)
         self._scales[work] = 1.0
-        self._num_corrections[work] = 4  # a fit is worth a few measurements
+        self._num_corrections[work] = 4  # a fit counts as a few measurements
 
     def correct(self, work: Work, calls: Iterable[tuple[int, int]], measured_ms: float) -> None:
-        """Move the scale of `work` towards what the (rows, frames) calls really took together."""
+        """Move the scale of `work` towards the measured time of these (rows, frames) calls together."""
         predicted_ms = sum(self._costs[work].call_ms(rows, frames) for rows, frames in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
             return
@@ -101,15 +101,15 @@ class CostModel:
         self._scales[work] *= (measured_ms / (predicted_ms * self._scales[work])) ** weight
 
     def call_ms(self, work: Work, rows: int, frames: int) -> float:
-        """A call of its own."""
+        """Returns the predicted time of one call."""
         return self._scales[work] * self._costs[work].call_ms(rows, frames)
 
     def row_ms(self, work: Work, frames: int) -> float:
-        """What one more row adds to a call that happens anyway."""
+        """Returns the predicted time that one more row adds to a call."""
         return self._scales[work] * self._costs[work].row_ms(frames)
 
     def knee_tokens(self, frames: int, fixed_share: float) -> float:
-        """Latent frames per denoiser call, in rows of `frames`, at which its fixed cost is `fixed_share` of it."""
+        """Returns at how many latent frames, in rows of `frames`, a denoiser call is `fixed_share` fixed cost."""
         cost = self._costs["denoise"]
         per_token_ms = cost.row_ms(frames) / max(frames, 1)
         variable_ms = cost.fixed_ms * (1 - fixed_share) / fixed_share

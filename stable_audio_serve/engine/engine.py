@@ -1,5 +1,5 @@
-"""The engine's public face: asyncio outside, one thread inside. Accepts, plans and bounds requests and owns the life of
-the engine thread. Knows neither Ray nor HTTP.
+"""The engine's public class: asyncio methods around one engine thread. Accepts, plans and bounds requests; starts and
+stops the engine thread. Knows neither Ray nor HTTP.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ from stable_audio_serve.engine.warmup import WarmUp
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
-_STOP_TIMEOUT_S = 30.0  # a step that takes longer is left behind
+_STOP_TIMEOUT_S = 30.0  # closing does not wait for a longer step
 _EXIT_TIMEOUT_S = 2.0
 
 
 class Engine:
-    """Generates audio with one model: rows of all requests share the device step by step.
+    """Generates audio with one model; rows of all requests share the device step by step.
 
-    `await Engine(model).generate(request)` works as it stands; `async with Engine(model) as engine` warms up first
-    and ends cleanly. Methods may be called from several event loops. One process, one thread on the device.
+    `await Engine(model).generate(request)` starts the engine when needed; `async with Engine(model) as engine` also
+    waits for the warm-up and closes at the end. Methods may be called from several event loops. Runs in one process,
+    with one thread that uses the device.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Engine:
         }
         cost = CostModel()
         policy = policy or resolve_policy(options, model.device, cost=cost)
-        # Strict windows run one per call, so there is nothing to gain from several between two steps.
+        # In strict mode each window is a call of its own, so several between two steps would gain nothing.
         self._window_frames = 1 if self.mode == "strict" else options.window_frames
         self._predictor = Predictor(cost, policy, window_frames=self._window_frames)
         self._thread = self._build_thread(options, policy=policy, cost=cost)
@@ -98,7 +99,7 @@ class Engine:
     async def start(self) -> None:
         """Start the engine thread and wait for its warm-up.
 
-        Raises ModelUnavailableError if the model breaks in it, and on an engine that was closed.
+        Raises ModelUnavailableError if the model fails in it, or if the engine was closed.
         """
         self._ensure_started()
         if self._is_closing:
@@ -108,7 +109,7 @@ class Engine:
             raise ModelUnavailableError("the model failed during warm-up") from self._thread.error
 
     async def close(self, *, drain_s: float = 0.0) -> None:
-        """Accept nothing more, give accepted work `drain_s` to finish, fail the rest as unavailable."""
+        """Stop accepting, wait up to `drain_s` for accepted work, then fail the rest as unavailable."""
         self._is_closing = True
         ends_at = self._clock.monotonic() + drain_s
         while self._num_in_flight and self._clock.monotonic() < ends_at:  # noqa: ASYNC110 - callers on several loops
@@ -134,10 +135,10 @@ class Engine:
         *,
         frames: int | None = None,
     ) -> GenerationResult:
-        """Audio for one request, variations in order of their seeds.
+        """Returns the audio of one request, variations in order of their seeds.
 
-        `on_progress` is called on this event loop. `frames` forces the latent length (a row that shares a reference
-        batch). Cancelling the awaiting task ends the rows at the next step boundary. Raises InvalidRequestError,
+        `on_progress` is called on this event loop. `frames` sets the latent length (for a row of a reference batch).
+        Cancelling the awaiting task ends the rows at the next step boundary. Raises InvalidRequestError,
         OverloadedError, DeadlineExceededError, GenerationError, ModelUnavailableError.
         """
         self._ensure_started()
@@ -160,12 +161,11 @@ class Engine:
 
     @property
     def spec(self) -> ModelSpec:
-        """Facts about the model."""
         return self._model.spec
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The device that holds the model."""
         return self._model.device
 
     @property
@@ -174,11 +174,11 @@ class Engine:
         return self._admission.backlog_ms
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Whether the engine thread lives, and since when it has not come around."""
+        """Returns whether the engine thread is alive and how old its last turn is."""
         return self._thread.heartbeat()
 
     def check_health(self, *, max_silence_s: float = 300.0) -> None:
-        """Raises ModelUnavailableError when a started engine's thread ended or has been silent for too long."""
+        """Raises ModelUnavailableError if a started engine's thread ended or has not turned for `max_silence_s`."""
         beat = self.heartbeat()
         if self._is_started and (not beat.is_alive or beat.age_s > max_silence_s):
             raise ModelUnavailableError(UNAVAILABLE)
@@ -186,7 +186,7 @@ class Engine:
     async def _accept(
         self, request: GenerationRequest, on_progress: ProgressCallback | None, *, frames: int | None
     ) -> RequestState:
-        """Plan, count in and hand over to the engine thread."""
+        """Plan a request, admit it and pass it to the engine thread."""
         submitted_at = self._clock.monotonic()
         priority = request.priority
         self._admission.check(priority)
@@ -206,7 +206,7 @@ class Engine:
             submitted_at=submitted_at,
         )
         if any(work.encode_left for work in works):
-            state.clock.mark("source", self._clock.monotonic())  # planning it was mostly resampling
+            state.clock.mark("source", self._clock.monotonic())  # most of its planning was resampling
         self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)), priority)
         try:
             self._inbox.put(state)
@@ -276,12 +276,12 @@ class Engine:
 
 
 def resolve_mode(options: EngineOptions, device: torch.device) -> Mode:
-    """The mode asked for, else strict on a CPU (batching gains little there) and fast elsewhere."""
+    """Returns the mode of `options`, else strict on a CPU (batching gains little there) and fast elsewhere."""
     return options.mode or ("strict" if device.type == "cpu" else "fast")
 
 
 def resolve_policy(options: EngineOptions, device: torch.device, *, cost: CostModel) -> BatchPolicy:
-    """How steps are cut into device calls in this mode on this device."""
+    """Returns how steps are split into device calls in this mode on this device."""
     on_cpu = device.type == "cpu"
     grid = options.frame_grid or (1 if on_cpu else 64)
     if resolve_mode(options, device) == "fast":

@@ -1,7 +1,7 @@
-"""The only module that calls the model: turns rows and windows into device calls and hides how those run (eager today;
-compiled or captured graphs fit behind `Executor.denoise`, because the batch policy fixes every shape).
+"""Turns rows and windows into calls of the model and hides how those run (eager today; compiled or captured graphs fit
+behind `Executor.denoise`, because the batch policy fixes every shape).
 
-A call that raises runs again item by item, so that only the culprit fails.
+A call that raises runs again item by item, so that only the item that causes the error fails.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from stable_audio_serve.sampling.update import advance, network_input
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Errors after which the device itself is unusable: no row is to blame and the process must be replaced.
+# Errors after which the device itself is unusable: no row caused them and the process must be replaced.
 DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
 
 class Executor:
-    """Runs device work for the engine thread. Every method keeps its inputs' order.
+    """Runs device work for the engine thread. Results are in the order of the inputs.
 
-    `together` windows or prompts of equal shape share a call; 1 makes every call a lone one (strict).
+    Up to `together` windows or prompts of equal shape share a call; 1 (strict mode) gives each a call of its own.
     """
 
     def __init__(self, model: DiffusionModel, policy: BatchPolicy, *, together: int) -> None:
@@ -46,28 +46,28 @@ class Executor:
         self._together = together
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
-        """Encode prompts that were not seen before."""
+        """Returns the prompts' embeddings."""
         outcomes: list[TextEmbedding | Exception] = []
         for start in range(0, len(prompts), self._together):
             outcomes += run_isolated(prompts[start : start + self._together], self._model.encode_text)
         return outcomes
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
-        """Latents (D, F_window) float32 of source windows."""
+        """Returns the latents (D, F_window) float32 of source windows."""
         return self._by_length(windows, lambda window: window.samples.shape[-1], self._model.encode_audio)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
-        """Audio (C, S_window) float32 of finished windows."""
+        """Returns the audio (C, S_window) float32 of windows."""
         return self._by_length(windows, lambda window: window.latents.shape[-1], self._model.decode)
 
     def calls(self, rows: Sequence[Row]) -> list[Call]:
-        """The device calls in which these rows step now."""
+        """Returns the device calls in which these rows step now."""
         return self._policy.split([row.lane for row in rows])
 
     def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
-        """One evaluation of every row: network, guidance, update. Answers the rows that failed.
+        """Run one evaluation of every row: network, guidance, update. Returns the rows that failed.
 
-        A row's registers, draws and work move on together or not at all.
+        A row's registers, draws and work all advance, or none of them does.
         """
         failures: list[tuple[Row, Exception]] = []
         for call in calls:
@@ -81,13 +81,13 @@ class Executor:
         return failures
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given, so that a clock tells the truth."""
+        """Wait until the device has finished its queued work, so that measured times are right."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
 
     @property
     def memory_bytes(self) -> int:
-        """Device memory held by tensors; 0 where the device is the host."""
+        """Device memory held by tensors; 0 on a CPU."""
         device = self._model.device
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
@@ -107,7 +107,7 @@ class Executor:
         return [outcomes[i] for i in range(len(windows))]
 
     def _evaluate(self, rows: Sequence[Row], *, frames: int, rows_in_call: int) -> list[Tensor]:
-        """New registers (R, D, F) of each row after one evaluation, from one call of the network."""
+        """Returns the new registers (R, D, F) of each row after one evaluation, from one call of the network."""
         device = self._model.device
         evaluations = [row.evaluation for row in rows]
         state, valid = _gather(rows, frames, device)
@@ -144,15 +144,15 @@ class Executor:
 
 
 def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
-    """`run(items)`, one result per item; if it raises, each item alone, with its exception as the result.
+    """Returns one result per item from `run(items)`; if that raises, each item runs alone and may yield its exception.
 
-    `run` must leave no trace when it raises. A lost device is nobody's fault and is raised.
+    `run` must have no effect when it raises. Errors in DEVICE_LOST are raised, since no item caused them.
     """
     try:
         return list(run(items))
     except DEVICE_LOST:
         raise
-    except Exception as error:  # noqa: BLE001 - the engine's edge: what a row provokes ends that row only
+    except Exception as error:  # noqa: BLE001 - the engine's edge: an error that one row causes ends that row only
         if len(items) == 1:
             return [error]
     outcomes: list[Result | Exception] = []
@@ -162,7 +162,7 @@ def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence
 
 
 def _gather(rows: Sequence[Row], frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Registers (B, R, D, F) float32 padded with zeros, and which frames are valid (B, F) bool."""
+    """Returns registers (B, R, D, F) float32 padded with zeros, and which frames are valid (B, F) bool."""
     states = [_present(row.state) for row in rows]
     num_registers = max(state.shape[0] for state in states)
     gathered = torch.zeros(len(rows), num_registers, states[0].shape[1], frames, dtype=torch.float32, device=device)
@@ -173,7 +173,7 @@ def _gather(rows: Sequence[Row], frames: int, device: torch.device) -> tuple[Ten
 
 
 def _lanes(rows: Sequence[Row], rows_in_call: int) -> tuple[list[int], list[BranchConditioning]]:
-    """Which row each network row shows, and with which conditioning; spare slots repeat the first."""
+    """Returns each network row's source row and conditioning; spare slots repeat the first."""
     lanes: list[int] = []
     branches: list[BranchConditioning] = []
     for i, row in enumerate(rows):
@@ -188,7 +188,7 @@ def _lanes(rows: Sequence[Row], rows_in_call: int) -> tuple[list[int], list[Bran
 
 
 def _gather_noise(rows: Sequence[Row], frames: int, device: torch.device) -> Tensor | None:
-    """This evaluation's draws (B, D, F) float32, zero where a row has none; None when nobody needs any."""
+    """Returns this evaluation's draws (B, D, F) float32, zero where a row has none; None if no row needs any."""
     draws = {i: _present(row.noise).current() for i, row in enumerate(rows) if any(row.evaluation.c)}
     if not draws:
         return None
@@ -207,7 +207,7 @@ def _commit(row: Row, state: Tensor) -> None:
 
 
 def _present(value: Item | None) -> Item:
-    """The value of a field that this phase of a row guarantees."""
+    """Returns a field's value, which this phase of a row guarantees."""
     if value is None:
         raise RuntimeError("a row was stepped before it was ready")
     return value

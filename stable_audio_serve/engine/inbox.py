@@ -1,4 +1,4 @@
-"""Where event loops hand requests to the engine thread, and what the thread tells about itself. Thread-safe."""
+"""The queue in which event loops pass requests to the engine thread. Thread-safe; knows nothing of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNAVAILABLE = "the model is shutting down or its engine stopped; retry"
 
 
 class Inbox:
-    """Submitted requests in order. Once closed nothing enters any more, so nothing can be forgotten in it."""
+    """Submitted requests in order. A closed inbox accepts nothing, so no request can be left in it."""
 
     def __init__(self) -> None:
         self._requests: deque[RequestState] = deque()
@@ -21,7 +21,7 @@ class Inbox:
         self._closed = False
 
     def put(self, request: RequestState) -> None:
-        """Raises ModelUnavailableError once the inbox is closed."""
+        """Add a request. Raises ModelUnavailableError once the inbox is closed."""
         with self._lock:
             if self._closed:
                 raise ModelUnavailableError(UNAVAILABLE)
@@ -29,15 +29,15 @@ class Inbox:
         self._changed.set()
 
     def wake(self) -> None:
-        """Make the engine thread look around: something was cancelled, or it should stop."""
+        """Wake the engine thread: something was cancelled, or it should stop."""
         self._changed.set()
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until something arrives or `wake` is called, at most `timeout_s`."""
+        """Block until something arrives or `wake` is called, at most `timeout_s`."""
         self._changed.wait(timeout_s)
 
     def take(self) -> list[RequestState]:
-        """Everything submitted since the last call."""
+        """Returns everything submitted since the last call."""
         self._changed.clear()
         with self._lock:
             taken = list(self._requests)
@@ -45,7 +45,7 @@ class Inbox:
         return taken
 
     def close(self) -> list[RequestState]:
-        """Let nothing in any more; answers what was never taken."""
+        """Accept nothing more. Returns the requests that were never taken."""
         with self._lock:
             self._closed = True
         return self.take()

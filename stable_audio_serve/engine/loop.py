@@ -1,5 +1,5 @@
-"""The engine's loop, run by one thread, the only one that uses the device: between steps take in new requests and end
-cancelled and late ones; then pick rows, move each on by one phase, and hand finished audio out.
+"""The engine's loop, run by the one thread that uses the device. Between steps it receives new requests and ends
+cancelled and late ones; then it picks rows, advances each by one phase and returns finished audio. Knows no model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Rows and requests between arrival and end. Used by the engine thread only."""
+    """All rows and requests from arrival to end. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class EngineLoop:
         self._queue_changed = False
 
     def turn(self) -> bool:
-        """One round; False when there was nothing to do."""
+        """Run one round. Returns False if there was nothing to do."""
         for request in self._inbox.take():
             self._receive(request)
         self._end_unwanted()
@@ -80,7 +80,7 @@ class EngineLoop:
         return True
 
     def abort(self) -> None:
-        """Fail everything that is left and let nothing in any more."""
+        """Fail all remaining requests and accept nothing more."""
         for request in self._inbox.close():
             self._requests[request.id] = request
         for request in list(self._requests.values()):
@@ -104,7 +104,7 @@ class EngineLoop:
         self._queue_changed = True
 
     def _end_unwanted(self) -> None:
-        """Cancelled and late requests leave here, between two steps."""
+        """End cancelled and late requests, between two steps."""
         now = self._clock.monotonic()
         for request in list(self._requests.values()):
             if request.is_abandoned:
@@ -118,7 +118,7 @@ class EngineLoop:
                 request.reply.fail(late_start(request.request))
 
     def _work(self, picked: Sequence[Row]) -> None:
-        """One phase of every picked row."""
+        """Run one phase of every picked row."""
         now = self._clock.monotonic()
         for row in picked:
             row.request.clock.mark("stalled" if row.request.is_started else "queue", now)
@@ -139,7 +139,7 @@ class EngineLoop:
                 self._finish(row)
 
     def _finish(self, row: Row) -> None:
-        """The row's audio is complete; with its last row the request is answered."""
+        """Store a row's finished audio; after a request's last row, send its result."""
         request = row.request
         if row.audio is None:
             raise RuntimeError("a row finished without audio")
@@ -165,7 +165,7 @@ class EngineLoop:
         self._metrics.increment("engine_audio_seconds", samples / self._spec.card.sample_rate_hz)
 
     def _fail(self, failures: Failures) -> None:
-        """End the requests of failed rows; nobody else notices."""
+        """End the requests of failed rows; other requests are not affected."""
         for row, error in failures:
             request = row.request
             if request.id not in self._requests:
@@ -181,7 +181,7 @@ class EngineLoop:
             request.reply.fail(error)
 
     def _end(self, request: RequestState, *, outcome: str) -> None:
-        """Forget a request and all its rows; the only way out."""
+        """Remove a request and all its rows. Every request ends through here."""
         del self._requests[request.id]
         for row in request.rows:
             if row.id in self._rows:
@@ -196,7 +196,7 @@ class EngineLoop:
         row.release()
 
     def _report(self, picked: Sequence[Row]) -> None:
-        """Tell admission what is left and listeners how far their requests are."""
+        """Send the remaining work to admission and progress to callers that asked for it."""
         for request in {row.request.id: row.request for row in picked}.values():
             if request.id in self._requests:
                 left_ms = sum(self._predictor.share_ms(row.work) for row in request.rows if row.id in self._rows)
@@ -206,7 +206,7 @@ class EngineLoop:
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
     def _report_positions(self) -> None:
-        """Tell waiting listeners how many rows are ahead of them, when that changed."""
+        """Report to waiting callers how many rows are ahead of them, if that changed."""
         if not self._queue_changed:
             return
         self._queue_changed = False

@@ -1,5 +1,5 @@
-"""Draws each row's latent noise on one side thread, a step before the engine needs it, so that random numbers never
-cost the device a moment. One row's draws stay in order; rows share nothing but the thread.
+"""Draws each row's latent noise on one side thread, a step before the engine needs it, so that the device never waits
+for random numbers. A row's draws stay in order; rows share only the thread. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stable_audio_serve.sampling.plan import SamplerPlan
 class RowNoise:
     """The draws of one row, used by the engine thread; `source` also serves the row's windows.
 
-    `drawer` must run one task at a time in order. Draws after the last one that weighs anything are not made.
+    `drawer` must run one task at a time in order. Draws after the last one with a non-zero weight are skipped.
     """
 
     def __init__(self, source: NoiseSource, plan: SamplerPlan, *, shape: tuple[int, int], drawer: Executor) -> None:
@@ -30,22 +30,22 @@ class RowNoise:
         self._draw_next()
 
     def initial(self) -> Tensor:
-        """The initial latent noise (D, F) float32 on the CPU."""
+        """Returns the initial latent noise (D, F) float32 on the CPU."""
         return self._initial.result()
 
     def current(self) -> Tensor | None:
-        """The draw of the evaluation at hand (D, F) float32 on the CPU, or None when no further draw weighs anything.
+        """Returns the current evaluation's draw (D, F) float32 on the CPU, or None if no further draw has a weight.
 
-        The same tensor until `advance`, so that a failed step can run again.
+        Returns the same tensor until `advance`, so that a failed step can run again.
         """
         return self._next.result() if self._next else None
 
     def advance(self) -> None:
-        """The evaluation is done: forget its draw and start the next."""
+        """Drop the draw of the finished evaluation and start the next."""
         self._draw_next()
 
     def cancel(self) -> None:
-        """The row ended: make no further draws."""
+        """Stop drawing, because the row ended."""
         self._num_left = 0
         if self._next:
             self._next.cancel()

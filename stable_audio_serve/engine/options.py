@@ -1,4 +1,4 @@
-"""How an engine is tuned: one frozen value, checked when it is made. Knows no settings file and no environment."""
+"""The options of one engine: one frozen value, checked at construction. Knows no settings file and no environment."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ Mode = Literal["strict", "fast"]
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Every knob of one engine; `None` means "decided by the device the model lives on".
+    """All options of one engine; `None` means that the model's device decides.
 
-    `mode` strict (default on a CPU): a request's bytes never depend on its neighbours. `fast` (default on CUDA): they
-    agree closely (1.2e-5 at most on the reference checkpoints; the last bit of 16-bit audio is 3e-5), and unlike rows
-    share device calls. Raises ConfigError naming a bad value.
+    `mode` strict (default on a CPU): a request's bytes never depend on its neighbours. `fast` (default on CUDA): rows
+    of different lengths share device calls, and results differ slightly (1.2e-5 at most on the reference checkpoints;
+    the last bit of 16-bit audio is 3e-5). Raises ConfigError naming a bad value.
     """
 
     mode: Mode | None = None
     max_rows: int = 64  # rows holding device state at once, three quarters of them batch rows; others wait as plans
     max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused, batch ones first
-    batch_share: float = 0.125  # of the time that interactive steps take, what batch rows get beside them
+    batch_share: float = 0.125  # time for batch rows while interactive ones run, as a share of interactive time
     slack: float = 5.0  # a row's deadline is its arrival + slack x its predicted time alone ...
-    max_slack_s: float = 120.0  # ... but never further away than this
-    fixed_share: float = 0.15  # a step is large enough when its fixed cost is this share of it
-    max_step_tokens: int = 16_384  # latent frames of one step over all rows
+    max_slack_s: float = 120.0  # ... but at most this far away
+    fixed_share: float = 0.15  # a step is large enough when its fixed cost is at most this share of it
+    max_step_tokens: int = 16_384  # latent frames of one step, all rows together
     slots: int = 8  # rows of one strict call on CUDA, dummies included
     frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, 1 on a CPU
-    window_frames: int = 512  # source or decode latents handled between two steps (fast; strict takes one window)
+    window_frames: int = 512  # latent frames encoded or decoded between two steps (fast; strict: one window)
     prompt_cache_bytes: int = 256 * 2**20
     planning_threads: int = 1  # for requests of each priority
     max_planning: int = 1024  # requests of each priority being planned at once
-    torch_threads: int | None = None  # of one call on a CPU; None = torch's default; strict bytes do not depend on it
-    warmup_budget_s: float = 2.0  # no further measurement that would end after this; 0 skips the warm-up
+    torch_threads: int | None = None  # for one call on a CPU; None: torch's default; strict bytes do not depend on it
+    warmup_budget_s: float = 2.0  # no measurement starts that would end after this; 0 skips the warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
-        least = {"slots": 2, "max_rows": 2}  # a guided row takes two slots; a row of either priority has room
+        least = {"slots": 2, "max_rows": 2}  # a guided row takes two slots; each priority needs a row
         whole = ("max_rows", "max_step_tokens", "slots", "window_frames", "planning_threads", "max_planning")
         for name in (*whole, "frame_grid", "torch_threads"):
             value = getattr(self, name)

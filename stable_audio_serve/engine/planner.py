@@ -1,5 +1,5 @@
-"""Plans requests (lengths, schedules, resampling) on worker threads with a bound, so that neither an event loop nor the
-engine thread ever does it. Usable from several event loops.
+"""Plans requests (lengths, schedules, resampling) on a bounded number of worker threads, so that neither an event loop
+nor the engine thread does it. Usable from several event loops. Knows no rows and no device.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class Planner:
-    """At most `max_pending` requests being planned or waiting for it, on `num_threads` threads."""
+    """Plans at most `max_pending` requests at once, waiting ones included, on `num_threads` threads."""
 
     def __init__(self, model: DiffusionModel, *, num_threads: int, max_pending: int, clock: Clock) -> None:
         self._model = model
         self._clock = clock
         self._num_threads = num_threads
         self._max_pending = max_pending
-        # On one thread each: what they compute (resampling) must not depend on the number of cores.
+        # One thread each, because the results of resampling must not depend on the number of cores.
         one_thread = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning", initializer=one_thread)
         self._lock = threading.Lock()
@@ -38,10 +38,10 @@ class Planner:
         self._usual_s = 0.01
 
     async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
-        """The model's plans, one per variation.
+        """Returns the model's plans, one per variation.
 
-        Raises OverloadedError at the bound, ModelUnavailableError once closed, what the model refuses, and
-        GenerationError for what it breaks on.
+        Raises OverloadedError at the bound, ModelUnavailableError once closed, the model's own refusals, and
+        GenerationError if the model fails.
         """
         with self._lock:
             if self._closed:
@@ -55,7 +55,7 @@ class Planner:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Fail what is waiting; what runs ends by itself."""
+        """Fail the requests that wait to be planned; running ones finish."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=False)

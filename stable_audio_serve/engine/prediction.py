@@ -1,4 +1,4 @@
-"""Predicts how long rows take alone and what they weigh in a crowd: the cost model seen through the batch policy."""
+"""Predicts how long rows take alone and as a share of full steps, from the cost model and the batch policy."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from stable_audio_serve.engine.work import Phase, RowWork
 
 
 class Predictor:
-    """Answers for scheduling (alone) and for admission and routing (share). Any thread may ask."""
+    """Predictions for scheduling (alone) and for admission and routing (share). Usable from any thread."""
 
     def __init__(self, cost: CostModel, policy: BatchPolicy, *, window_frames: int = 1) -> None:
-        """`window_frames` latents are coded per turn and row, one window at least."""
+        """Each turn encodes or decodes `window_frames` latent frames of a row, at least one window."""
         self._cost = cost
         self._policy = policy
         self._window_frames = window_frames
 
     def alone_ms(self, work: RowWork) -> float:
-        """Time the row needs from here on an otherwise idle engine, text included."""
+        """Returns the row's remaining time on an otherwise idle engine, text included."""
         return self._cost.call_ms("text", 1, 0) + work.predict_ms(self._cost, self._alone_evaluation_ms)
 
     def share_ms(self, work: RowWork) -> float:
-        """Device time the row takes from here when its steps are shared with others."""
+        """Returns the row's remaining device time if it shares its steps with others."""
         return work.predict_ms(self._cost, self._shared_evaluation_ms)
 
     def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
-        """One turn over rows of which `num_new` are picked for the first time and need their text encoded."""
+        """Returns the time of one turn over rows, `num_new` of which are new and need their text encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
         total = num_new * self._cost.call_ms("text", 1, 0)
         total += sum(self._cost.call_ms("denoise", call.rows, call.frames) for call in self._policy.split(lanes))
@@ -37,7 +37,7 @@ class Predictor:
         return total
 
     def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
-        """The next windows of one row."""
+        """Returns the time of one row's next windows."""
         return sum(
             self._cost.call_ms(kind, 1, frames) for frames in lengths[: count_fitting(lengths, self._window_frames)]
         )

@@ -1,4 +1,4 @@
-"""Encoded prompts by exact text, least recently used first out, bounded by the memory they hold. Used by one thread."""
+"""Encoded prompts by exact text, bounded by the memory they hold; the least recently used are dropped first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stable_audio_serve.models.protocol import TextEmbedding
 
 
 class PromptCache:
-    """An LRU of text embeddings holding at most `max_bytes`; 0 turns it off."""
+    """An LRU cache of text embeddings of at most `max_bytes`; 0 turns it off. Not thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -16,14 +16,14 @@ class PromptCache:
         self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
 
     def get(self, prompt: str) -> TextEmbedding | None:
-        """The embedding of exactly this prompt, or None."""
+        """Returns the embedding of exactly this prompt, or None."""
         embedding = self._embeddings.get(prompt)
         if embedding is not None:
             self._embeddings.move_to_end(prompt)
         return embedding
 
     def put(self, embedding: TextEmbedding) -> None:
-        """Keep an embedding, dropping the least recently used ones; one above the bound is not kept."""
+        """Keep an embedding and drop the least recently used ones. An embedding above the bound is not kept."""
         if embedding.num_bytes > self._max_bytes or embedding.prompt in self._embeddings:
             return
         self._embeddings[embedding.prompt] = embedding
@@ -34,7 +34,7 @@ class PromptCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held."""
+        """Memory held by the embeddings."""
         return self._num_bytes
 
     def __len__(self) -> int:

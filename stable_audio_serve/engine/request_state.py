@@ -1,4 +1,4 @@
-"""One request between the caller's event loop and the engine thread: its reply, its cancellation, its timings."""
+"""The state of one request that the caller's event loop and the engine thread share: reply, cancellation, timings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TimedStage = Literal["queue", "text", "source", "denoise", "stalled", "decode"]
 
 
 class Reply:
-    """The way back to the caller: everything is posted to the event loop that asked. Usable from any thread."""
+    """Sends results, errors and progress to the caller's event loop. Usable from any thread."""
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
         """Must be called on the caller's event loop."""
@@ -39,24 +39,24 @@ class Reply:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nobody waits any more because the event loop is closed."""
+        """Whether the caller is gone because its event loop is closed."""
         return self._loop.is_closed()
 
     @property
     def wants_progress(self) -> bool:
-        """Whether anybody listens."""
+        """Whether the caller asked for progress."""
         return self._on_progress is not None
 
     def resolve(self, result: GenerationResult) -> None:
-        """Hand the result over, unless the caller left."""
+        """Deliver the result, unless the caller left."""
         self._post(self.future.set_result, result)
 
     def fail(self, error: Exception) -> None:
-        """Raise `error` in the caller, unless it left."""
+        """Raise `error` in the caller, unless the caller left."""
         self._post(self.future.set_exception, error)
 
     def report(self, progress: Progress) -> None:
-        """Call the caller's callback on its own loop."""
+        """Call the caller's callback on the caller's event loop."""
         if self._on_progress is not None:
             self._post(self._on_progress, progress)
 
@@ -70,19 +70,19 @@ class Reply:
 
 
 class StageClock:
-    """Splits a request's wall time into stages without gaps: each mark gives the time since the last to one stage."""
+    """Splits a request's wall time into stages without gaps: each mark adds the time since the last to one stage."""
 
     def __init__(self, started_at: float) -> None:
         self._started_at = self._last_at = started_at
         self._seconds: dict[TimedStage, float] = {}
 
     def mark(self, stage: TimedStage, now: float) -> None:
-        """What passed since the last mark belongs to `stage`."""
+        """Add the time since the last mark to `stage`."""
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last_at
         self._last_at = now
 
     def timings(self) -> StageTimings:
-        """The stages up to the last mark."""
+        """Returns the time of each stage up to the last mark."""
         ms = {stage: seconds * 1000.0 for stage, seconds in self._seconds.items()}
         stalled_ms = ms.get("stalled", 0.0)
         return StageTimings(
@@ -97,18 +97,18 @@ class StageClock:
 
 
 def late(request: GenerationRequest) -> DeadlineExceededError:
-    """What a caller is told whose time budget ran out."""
+    """Returns the error for a request that did not finish in time."""
     message = f"the request did not finish within its {request.deadline_s:g} s"
     return DeadlineExceededError(message, field="deadline_s")
 
 
 def late_start(request: GenerationRequest) -> StartTimeoutError:
-    """What a caller is told whose request waited longer than it wanted to."""
+    """Returns the error for a request that did not start in time."""
     return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
 
 
 class RequestRow(Protocol):
-    """What a request needs to know of each of its rows; `engine.rows.Row` is one."""
+    """What a request needs to know about each of its rows; `engine.rows.Row` implements it."""
 
     id: RowId
     plan: RowPlan
@@ -116,22 +116,22 @@ class RequestRow(Protocol):
 
     @property
     def fraction(self) -> float:
-        """0..1, never falling."""
+        """How much of the row is done, 0..1; never falls."""
         ...
 
     @property
     def steps_done(self) -> int:
-        """Finished steps of the sampler."""
+        """The number of finished sampler steps."""
         ...
 
     @property
     def is_conditioned(self) -> bool:
-        """Whether the first step can run or has run."""
+        """Whether the row can run its first step or has run it."""
         ...
 
 
 class RequestState:
-    """One accepted request. Its fields from `clock` on belong to the engine thread; `cancel` may come from any."""
+    """One accepted request. The fields from `clock` on are for the engine thread only; any thread may call `cancel`."""
 
     def __init__(
         self,
@@ -163,16 +163,16 @@ class RequestState:
         self.is_started = False
 
     def cancel(self) -> None:
-        """Ask for the request's end at the next step boundary."""
+        """End the request at the next step boundary."""
         self._cancelled = True
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nobody waits for the result."""
+        """Whether the request was cancelled or its caller is gone."""
         return self._cancelled or self.reply.is_abandoned
 
     def progress(self, queue_position: int | None) -> Progress:
-        """How far all variations are together; stage and fraction never go back."""
+        """Returns the progress of all variations together; stage and fraction never go back."""
         rows = self.rows
         fraction = sum(row.fraction for row in rows) / len(rows)
         steps_total = sum(len(row.plan.sampler.step_ends) for row in rows)

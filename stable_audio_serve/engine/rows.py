@@ -15,7 +15,7 @@ from stable_audio_serve.engine.work import RowWork
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan
 from stable_audio_serve.sampling.plan import Evaluation
 
-# Shares of a row's progress that its phases end at; coarse on purpose, monotone by construction.
+# The progress at which a row's phases end: rough values that make progress monotone.
 _ENCODED, _DENOISED = 0.05, 0.9
 
 
@@ -29,7 +29,7 @@ class Row:
         self.index = index
         self.plan = plan
         self.work = work
-        self.noise: RowNoise | None = None  # from its start on
+        self.noise: RowNoise | None = None  # set when the row starts
         self.sources: dict[str, SourceEncoding] = {}  # by stage: init, inpaint
         self.conditioning: RowConditioning | None = None
         self.state: Tensor | None = None  # registers (R, D, F) float32 while denoising
@@ -40,34 +40,34 @@ class Row:
 
     @property
     def evaluation(self) -> Evaluation:
-        """The next call of the network."""
+        """The evaluation that runs next."""
         return self.plan.sampler.evaluations[self.work.num_done]
 
     @property
     def lane(self) -> Lane:
-        """What the next evaluation needs of a device call."""
+        """What the next evaluation needs in a device call."""
         return self.work.lane
 
     @property
     def is_conditioned(self) -> bool:
-        """Whether the first step can run or has run."""
+        """Whether the row can run its first step or has run it."""
         return self.conditioning is not None or self.work.num_done > 0
 
     @property
     def steps_done(self) -> int:
-        """Finished steps of the sampler, as the client counts them."""
+        """The number of finished sampler steps, as the client counts them."""
         return bisect_right(self.plan.sampler.step_ends, self.work.num_done)
 
     @property
     def fraction(self) -> float:
-        """0..1, never falling."""
+        """How much of the row is done, 0..1; never falls."""
         encoded = _share_done(self._encode_total, sum(self.work.encode_left))
         denoised = self.work.num_done / max(len(self.work.branches), 1)
         decoded = _share_done(self._decode_total, sum(self.work.decode_left))
         return _ENCODED * encoded + (_DENOISED - _ENCODED) * denoised + (1.0 - _DENOISED) * decoded
 
     def release(self) -> None:
-        """Drop everything the row holds."""
+        """Free the row's tensors and stop its noise."""
         if self.noise is not None:
             self.noise.cancel()
         self.noise = self.conditioning = self.state = self.latents = self.audio = None
@@ -75,7 +75,7 @@ class Row:
 
 
 def row_work(plan: RowPlan, *, hop: int) -> RowWork:
-    """The work of a planned row; an evaluation costs two network rows where it is guided."""
+    """Returns the work of a planned row; a guided evaluation takes two network rows."""
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     end = min(plan.output_samples, plan.valid_frames * hop)
     return RowWork(
@@ -87,7 +87,7 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
 
 
 def make_assembly(plan: RowPlan, *, hop: int, channels: int) -> AudioAssembly:
-    """An empty output for a planned row."""
+    """Returns the empty output of a planned row."""
     return AudioAssembly(
         plan.decode_windows,
         channels=channels,

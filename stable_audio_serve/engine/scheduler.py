@@ -1,14 +1,15 @@
 """Decides which rows the engine works on next: pure bookkeeping that never sees a tensor or a device.
 
-Every row has a deadline, arrival + slack x its predicted time alone, so short work passes long work but never
-forever: the slack is bounded and a deadline never moves, so in time any row is the earliest. The earliest deadlines
-fill a token budget per step. Equal work has deadlines in order of arrival and therefore runs first-come to
-completion. Rotation over all rows would finish everything late and is what this module exists to avoid.
+Every row has a deadline, arrival + slack x its predicted time alone, so short work overtakes long work. No row waits
+forever: the slack is bounded and a deadline never moves, so every row becomes the earliest at some point. The rows
+with the earliest deadlines fill a token budget per step. Rows of equal work have deadlines in order of arrival and
+finish in that order. Taking turns over all rows would make all of them finish late.
 
-Interactive rows pass batch rows at the next step. While there are any, batch rows are lent a share of the time that
-the interactive ones take: they ride along where that makes a step hardly longer, else they save up for a step of their
-own. So an interactive row is held up by at most that share and the step at hand, and a batch row ends at the latest
-when the engine has worked 1 + 1 / share times as long as it takes to finish it and the batch rows before it.
+Interactive rows go ahead of batch rows at the next step. While there are interactive rows, batch rows get time equal
+to a share of the interactive time: a batch row joins an interactive step if that makes the step hardly longer, else
+time accumulates until it pays for a separate step. So an interactive row is delayed by at most that share and the
+current step, and a batch row ends at the latest when the engine has worked 1 + 1 / share times as long as this row and
+the batch rows before it take.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RowId = NewType("RowId", int)
 class SchedulerLimits:
     """Bounds of one pick; `max_tokens` 0 means one row at a time."""
 
-    max_started: int = 64  # at least 2: a quarter, one at least, is for interactive rows only, and one for batch rows
+    max_started: int = 64  # at least 2: a quarter, but at least one, for interactive rows only; one for batch
     max_tokens: int = 16_384
     slack: float = 5.0
     max_slack_s: float = 120.0
@@ -39,7 +40,7 @@ class SchedulerLimits:
 @dataclass(slots=True, order=True)
 class _Entry:
     deadline_at: float
-    row_id: RowId  # ids rise with arrival, so that ties are first-come
+    row_id: RowId  # ids rise with arrival, so ties run in order of arrival
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
     started: bool = field(default=False, compare=False)
@@ -57,7 +58,7 @@ class _Step:
 
 
 class Scheduler:
-    """Rows between admission and their end. Used by one thread; unknown ids raise KeyError."""
+    """All rows from admission to their end. Used by one thread; unknown ids raise KeyError."""
 
     def __init__(
         self,
@@ -66,15 +67,15 @@ class Scheduler:
         knee_tokens: Callable[[int], float],
         step_ms: Callable[[Sequence[RowWork], int], float],
     ) -> None:
-        """`knee_tokens(frames)` says how many latent frames make a step of such rows worth its fixed cost;
-        `step_ms(works, num_new)` predicts a step of these rows, of which so many were never picked before."""
+        """`knee_tokens(frames)` returns how many latent frames make a step of such rows worth its fixed cost;
+        `step_ms(works, num_new)` predicts a step of these rows, `num_new` of which were never picked before."""
         self._limits = limits
         self._knee_tokens = knee_tokens
         self._step_ms = step_ms
         self._orders: dict[Priority, list[_Entry]] = {"interactive": [], "batch": []}
         self._entries: dict[RowId, _Entry] = {}
         self._num_started: dict[Priority, int] = dict.fromkeys(self._orders, 0)
-        self._lent_ms = 0.0  # what interactive steps have lent to batch rows and those have not used yet
+        self._lent_ms = 0.0  # time that interactive steps gave to batch rows and that is not used yet
 
     def add(
         self,
@@ -85,7 +86,7 @@ class Scheduler:
         alone_s: float,
         priority: Priority = "interactive",
     ) -> None:
-        """Admit a row: `arrived_at` on the engine's clock, `alone_s` its predicted time on an idle engine."""
+        """Add a row; `arrived_at` is on the engine's clock, `alone_s` its predicted time on an idle engine."""
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
         slack_s = min(self._limits.slack * alone_s, self._limits.max_slack_s)
@@ -94,16 +95,16 @@ class Scheduler:
         insort(self._orders[priority], entry)
 
     def remove(self, row_id: RowId) -> None:
-        """Forget a row that ended in any way."""
+        """Remove a row that ended."""
         entry = self._entries.pop(row_id)
         order = self._orders[entry.priority]
         del order[bisect_left(order, entry)]
         self._num_started[entry.priority] -= entry.started
 
     def pick(self) -> list[RowId]:
-        """The rows to work on now, earliest deadline first; empty only when no row is left.
+        """Returns the rows to work on now, earliest deadline first; empty only if no row is left.
 
-        Picked rows count as started until they are removed. While `max_started` rows are, no other row starts.
+        Picked rows count as started until they are removed. No row starts while `max_started` rows are started.
         """
         step = self._fill("interactive")
         if step.entries:
@@ -117,7 +118,7 @@ class Scheduler:
         return [entry.row_id for entry in step.entries]
 
     def _fill(self, priority: Priority) -> _Step:
-        """As many rows of one priority as fit the budget."""
+        """Returns a step with as many rows of one priority as fit the budget."""
         step, budget = _Step(), 0.0
         for entry in self._orders[priority]:
             if not self._may_run(entry, beside=step):
@@ -130,7 +131,7 @@ class Scheduler:
         return step
 
     def _lend(self, step: _Step) -> _Step:
-        """The interactive step with the batch rows that may ride along, or a batch row that has saved up for a step."""
+        """Returns the interactive step with the batch rows that may join it, or a batch row whose step is paid for."""
         ms = self._step_ms(step.works, step.num_new)
         share_ms = self._limits.batch_share * ms
         num_interactive = len(step.entries)
@@ -140,7 +141,7 @@ class Scheduler:
             new = int(not entry.started)
             rides = step.tokens + entry.work.tokens <= self._limits.max_tokens
             if not rides and len(step.entries) > num_interactive:
-                break  # it comes when those before it are done
+                break  # its turn comes when those before it are done
             works = [*step.works, entry.work] if rides else [entry.work]
             costs_ms = self._step_ms(works, step.num_new + new) - ms if rides else self._step_ms(works, new)
             if costs_ms > self._lent_ms + (share_ms if rides else 0.0):
@@ -151,11 +152,11 @@ class Scheduler:
                 return _take(_Step(), entry)
             ms += costs_ms
             _take(step, entry)
-        self._lent_ms = 0.0  # nobody saves up
+        self._lent_ms = 0.0  # no batch row waits for time
         return step
 
     def _may_run(self, entry: _Entry, *, beside: _Step) -> bool:
-        """Whether the row has its place among those that hold device state, or there is one for it."""
+        """Returns whether the row is started, or there is room for one more started row of its priority."""
         if entry.started:
             return True
         most, num_started = self._limits.max_started, self.num_started + beside.num_new
@@ -166,7 +167,7 @@ class Scheduler:
         return num_started < most - is_batch_shut_out
 
     def _budget(self, priority: Priority, frames: int) -> float:
-        """max(knee, a quarter of what waits), capped."""
+        """Returns max(knee, a quarter of the waiting tokens), capped."""
         cap = self._limits.max_tokens
         if cap == 0:
             return 0.0
@@ -178,18 +179,18 @@ class Scheduler:
         return min(max(self._knee_tokens(frames), waiting / 4), cap)
 
     def position(self, row_id: RowId) -> int:
-        """How many rows are ahead of this one."""
+        """Returns the number of rows ahead of this one."""
         entry = self._entries[row_id]
         ahead = len(self._orders["interactive"]) if entry.priority == "batch" else 0
         return ahead + bisect_left(self._orders[entry.priority], entry)
 
     def is_started(self, row_id: RowId) -> bool:
-        """Whether the row was ever picked."""
+        """Returns whether the row was ever picked."""
         return self._entries[row_id].started
 
     @property
     def num_started(self) -> int:
-        """Rows that hold device state."""
+        """The number of rows that hold device state."""
         return sum(self._num_started.values())
 
     def __len__(self) -> int:

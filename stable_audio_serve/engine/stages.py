@@ -1,5 +1,5 @@
-"""What picked rows do in each phase: text and sources in, evaluations, audio out. Times every device call for the cost
-model and the requests' clocks. Knows no scheduler; rows that fail are answered to the loop, which ends them.
+"""The phases of picked rows: encode text and sources, evaluate, decode audio. Times every device call for the cost
+model and the requests' clocks. Knows no scheduler; returns failed rows to the loop, which ends their requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Failures = list[tuple[Row, Exception]]
 
 
 class Stages:
-    """Moves rows on, phase by phase, on the engine thread."""
+    """Advances rows phase by phase. Used by the engine thread only; every phase returns the rows that failed."""
 
     def __init__(
         self,
@@ -43,7 +43,10 @@ class Stages:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`drawers` run one noise draw each at a time, in order; `window_frames` latents are coded per turn and row."""
+        """Each of `drawers` runs one draw at a time, in order.
+
+        Each turn encodes or decodes `window_frames` latent frames of a row, at least one window.
+        """
         self._model = model
         self._executor = executor
         self._cost = cost
@@ -54,7 +57,7 @@ class Stages:
         self._metrics = metrics
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """A row's first turn: noise, prompts, sources. Rows without sources are ready to step afterwards."""
+        """Start rows: noise, prompts, sources. Rows without sources can step afterwards."""
         failures = [failure for row in rows for failure in _alone(row, self._open_noise)]
         failures += self._embed([row for row in rows if row.noise is not None])
         failed = {row.id for row, _ in failures}
@@ -66,7 +69,7 @@ class Stages:
         return failures
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """The next source windows of each row; a row whose last window is done becomes ready to step."""
+        """Encode the next source windows of each row; a row can step after its last window."""
         pending = {id(source): (source, row) for row in rows for source in row.sources.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
         windows = [(source, window) for source, _ in pending.values() for window in source.pending(self._window_frames)]
@@ -91,7 +94,7 @@ class Stages:
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
-        """One evaluation of every row; a row that had its last one gets its latents checked."""
+        """Run one evaluation of every row; after a row's last evaluation, check its latents."""
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
@@ -109,7 +112,7 @@ class Stages:
         return failures
 
     def decode(self, rows: Sequence[Row]) -> Failures:
-        """The next windows of each row into its audio."""
+        """Decode the next windows of each row into its audio."""
         failpoint("before_decode")
         windows = [
             (row, window)
@@ -135,7 +138,7 @@ class Stages:
         return list(failed.values())
 
     def _embed(self, rows: Sequence[Row]) -> Failures:
-        """Text embeddings of the rows' requests: from the cache, else all new ones of this turn together."""
+        """Set the rows' prompt embeddings: cached ones, and all new ones of this turn encoded together."""
         rows = [row for row in rows if row.request.prompt is None]
         prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
         known: dict[str, TextEmbedding | Exception] = {
@@ -172,7 +175,7 @@ class Stages:
         row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
 
     def _open_sources(self, row: Row) -> None:
-        """Encodings the row waits for, shared with its request's other rows unless the encoder itself draws noise."""
+        """Set up the encodings of a row's sources; the request's rows share them unless the encoder draws noise."""
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
             if plan is None or row.noise is None:
                 continue
@@ -185,7 +188,7 @@ class Stages:
         row.work.encode_left = _lengths_left(row)
 
     def _begin(self, row: Row) -> Failures:
-        """Conditioning and first registers; the last thing before a row steps."""
+        """Set a row's conditioning and registers, after which it can step."""
         return _alone(row, self._condition, self._set_registers)
 
     def _condition(self, row: Row) -> None:
@@ -214,7 +217,7 @@ class Stages:
         row.sources = {}
 
     def _take_latents(self, row: Row) -> Failures:
-        """From registers to latents, refused when a valid frame is not a number."""
+        """Move a row's result from registers to latents; the row fails if a valid frame is not a number."""
         if row.state is None:
             raise RuntimeError("a row ended without registers")
         latents = row.state[row.plan.sampler.result_register]
@@ -226,7 +229,7 @@ class Stages:
         return []
 
     def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], run: Callable[[], Result]) -> Result:
-        """Run device work and tell the cost model how long its calls, (rows, frames) each, really took."""
+        """Run device work and correct the cost model by the measured time of its calls, (rows, frames) each."""
         started_at = self._clock.monotonic()
         result = run()
         self._executor.synchronize()
@@ -237,7 +240,7 @@ class Stages:
 
 
 def _alone(row: Row, *actions: Callable[[Row], None]) -> Failures:
-    """Do what concerns one row only; what it raises ends that row only."""
+    """Run actions for a single row. Returns the row as failed if one of them raises."""
     try:
         for action in actions:
             action(row)
@@ -249,11 +252,11 @@ def _alone(row: Row, *actions: Callable[[Row], None]) -> Failures:
 
 
 def _prompts(row: Row) -> list[str]:
-    """The row's prompt and, if guided with one, its negative prompt."""
+    """Returns the row's prompt and, if it has one, its negative prompt."""
     negative = row.plan.negative_prompt
     return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
 
 
 def _lengths_left(row: Row) -> tuple[int, ...]:
-    """Source windows the row still waits for."""
+    """Returns the latent frames of each source window still to encode."""
     return tuple(frames for source in row.sources.values() for frames in source.lengths_left)

@@ -1,4 +1,4 @@
-"""The engine thread's life: prepare, turn until stopped, and leave nobody waiting whatever happens."""
+"""Runs the engine thread: warm-up, then turns until stopped. However it ends, every waiting request gets an answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IDLE_BEAT_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EngineHeartbeat:
-    """A sign of life: `age_s` since the engine thread last came around (a long step makes it grow)."""
+    """Whether the engine thread is alive, and `age_s` since its last turn began (it grows during a long step)."""
 
     is_alive: bool
     age_s: float
@@ -39,7 +39,7 @@ class EngineThread:
         prepare: Callable[[], None],
         clock: Clock,
     ) -> None:
-        """All work happens within `sharing`, which decides on how many threads operations run."""
+        """All work runs within `sharing`, which sets the number of threads of each operation."""
         self._loop = loop
         self._inbox = inbox
         self._sharing = sharing
@@ -49,10 +49,10 @@ class EngineThread:
         self._stopping = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.error: BaseException | None = None  # what ended the thread, if it was not asked to end
+        self.error: BaseException | None = None  # the error that ended the thread, if one did
 
     def start(self) -> None:
-        """Start the thread; only once."""
+        """Start the thread. May be called once only."""
         self._thread.start()
 
     def wait_ready(self) -> None:
@@ -60,14 +60,14 @@ class EngineThread:
         self._ready.wait()
 
     def stop(self, *, timeout_s: float) -> None:
-        """End after the turn at hand; what is unfinished fails as unavailable. Waits at most `timeout_s`."""
+        """End after the current turn; unfinished requests fail as unavailable. Waits at most `timeout_s`."""
         self._stopping = True
         self._inbox.wake()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Whether the thread lives and when it last came around."""
+        """Returns whether the thread is alive and how old its last turn is."""
         return EngineHeartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
 
     def _run(self) -> None:

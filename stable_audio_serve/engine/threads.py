@@ -1,8 +1,8 @@
-"""Several threads for one device call on a CPU, without a bit of difference to one thread.
+"""Runs one device call on several CPU threads with exactly the same result as on one thread.
 
-How an operation is shared out decides where its vectors end and in which order sums are taken, so its last bits may
-depend on the number of threads. Only operations whose result does not are shared out, and only in the sizes where that
-holds; they are nearly all of the work. All others run on one thread.
+The number of threads decides where an operation's vectors end and in which order sums are taken, so its last bits may
+depend on it. Only operations whose result does not depend on it run on several threads, and only in sizes where that
+holds; these are nearly all of the work. All others run on one thread.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# Matrix products of few rows, or of a width that vectors do not fill, are cut by how many threads there are.
+# The split of matrix products with few rows, or whose width is no multiple of a vector, depends on the thread count.
 _LEAST_ROWS = 64
 _WIDTH = 32
-# Attention gives each thread a piece of one buffer; with fewer queries than a block has, pieces are aligned unlike.
+# Attention gives each thread a part of one buffer; with fewer queries than a block has, their alignment differs.
 _LEAST_QUERIES = 32
 
 
 @contextmanager
 def plain_threads(num_threads: int | None) -> Iterator[None]:
-    """Within it every operation of this thread may run on `num_threads` threads; None = torch's default."""
+    """Within this context operations may run on `num_threads` threads; None: torch's default."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     yield
@@ -32,7 +32,7 @@ def plain_threads(num_threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def steady_threads(num_threads: int | None) -> Iterator[None]:
-    """Within it operations of this thread run on `num_threads` threads where that changes no bit, else on one."""
+    """Within this context operations run on `num_threads` threads where that changes no bit, else on one."""
     num_threads = num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
     if num_threads == 1:
@@ -54,10 +54,10 @@ class _SharedOut(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Called by torch instead of each of its functions."""
+        """Torch calls this instead of each of its functions."""
         if not _is_steady(func, args):
             return func(*args, **(kwargs or {}))
-        torch.set_num_threads(self._num_threads)  # costs a tenth of a microsecond
+        torch.set_num_threads(self._num_threads)  # takes 0.1 microseconds
         try:
             return func(*args, **(kwargs or {}))
         finally:
@@ -65,7 +65,7 @@ class _SharedOut(TorchFunctionMode):
 
 
 def _is_steady(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether the bits of this call's result do not depend on the number of threads."""
+    """Returns whether this call's result is independent of the number of threads, bit for bit."""
     if func is F.scaled_dot_product_attention:
         return args[0].dtype == torch.float32 and args[0].shape[-2] >= _LEAST_QUERIES
     if func is not F.linear:

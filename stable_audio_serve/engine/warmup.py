@@ -1,5 +1,5 @@
-"""Measures a freshly loaded model on shapes it will see, so that the first prediction is already honest; running them
-also pays for lazy initialisation. Stops when its time budget is spent.
+"""Measures a newly loaded model on typical shapes, so that the first prediction is already accurate; the measurements
+also trigger lazy initialisation. Stops at the end of its time budget. Knows no requests of callers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.sampling.noise import NoiseSource
 
 _PROMPT = "warm-up"
-_DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the model's longest clip
-_LONGEST_WINDOW = 128  # latents; the autoencoder's cost is proportional beyond
+_DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the model's maximum duration
+_LONGEST_WINDOW = 128  # latent frames; beyond this the autoencoder's time is proportional
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A device call to time: what it is, its shape and how to run it."""
+    """A device call to time: its kind, its shape and a function that runs it."""
 
     work: Work
     rows: int
@@ -64,7 +64,7 @@ class WarmUp:
         self._measured: dict[Work, list[Measurement]] = {}
 
     def run(self) -> None:
-        """Time probes from the smallest to the largest, leaving out what is predicted not to fit the budget."""
+        """Time probes from the smallest to the largest, except those predicted to exceed the budget."""
         self._ends_at = self._clock.monotonic() + self._budget_s
         text_ms = self._time(lambda: self._model.encode_text([_PROMPT]))
         self._measured["text"] = [Measurement(1, 0, text_ms)]
@@ -129,7 +129,7 @@ class WarmUp:
         return self._clock.monotonic() + predicted_s <= self._ends_at
 
     def _time(self, run: Callable[[], object]) -> float:
-        """Milliseconds of the second of two runs; the first may initialise things."""
+        """Returns the milliseconds of the second of two runs; the first may include initialisation."""
         run()
         self._synchronize()
         started_at = self._clock.monotonic()

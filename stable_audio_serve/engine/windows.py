@@ -1,4 +1,4 @@
-"""Cuts latents and audio into windows for the autoencoder and joins what comes back. Knows no queue and no model."""
+"""Splits latents and audio into windows for the autoencoder and joins the results. Knows no queue and no model."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def count_fitting(lengths: Sequence[int], max_frames: int) -> int:
-    """How many leading windows fit `max_frames` latents together: one at least, if there is any."""
+    """Returns how many leading windows fit into `max_frames` latent frames: at least one, if there is any."""
     return max(bisect_right(list(accumulate(lengths)), max_frames), min(1, len(lengths)))
 
 
 def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
-    """The leading spans that fit `max_frames` latents together, at least one."""
+    """Returns the leading spans that fit into `max_frames` latent frames, at least one."""
     return spans[: count_fitting(window_lengths(spans), max_frames)]
 
 
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
-    """The windows that reach the result, which ends at sample `end`; those of the headroom are never decoded."""
+    """Returns the windows that overlap the result, which ends at sample `end`; the headroom is never decoded."""
     return [span for span in spans if span.keep_start * hop < end]
 
 
 def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
-    """Latent frames of each window."""
+    """Returns the latent frames of each window."""
     return tuple(span.stop - span.start for span in spans)
 
 
 class SourceEncoding:
-    """One source on its way through the encoder: windows still to encode and the latents so far."""
+    """One source while it is encoded: the windows still to encode and the latents so far."""
 
     def __init__(self, source: SourcePlan, *, stage: str, noise: NoiseSource, hop: int) -> None:
-        """`stage` is init or inpaint, `hop` audio samples per latent frame."""
+        """`stage` is init or inpaint; `hop` is the number of audio samples per latent frame."""
         self._source = source
         self._stage = stage
         self._noise = noise
@@ -53,7 +53,7 @@ class SourceEncoding:
         return window_lengths(self._source.windows[self._num_done :])
 
     def pending(self, max_frames: int) -> list[EncodeWindow]:
-        """The next windows, at most `max_frames` latents together but at least one unless all are done."""
+        """Returns the next windows, at most `max_frames` latent frames together, but at least one if any is left."""
         spans = take_spans(self._source.windows[self._num_done :], max_frames)
         samples = self._source.samples
         return [
@@ -67,7 +67,7 @@ class SourceEncoding:
         ]
 
     def put(self, latents: Tensor) -> None:
-        """The next window's latents (D, F_window) float32, in order."""
+        """Add the next window's latents (D, F_window) float32; windows come in order."""
         span = self._source.windows[self._num_done]
         if self._latents is None:
             frames = max(s.keep_stop for s in self._source.windows)
@@ -77,14 +77,14 @@ class SourceEncoding:
         self._num_done += 1
 
     def latents(self) -> Tensor:
-        """All latents (D, F) float32. Only after the last window."""
+        """Returns all latents (D, F) float32. Raises RuntimeError before the last window."""
         if self._latents is None or self.lengths_left:
             raise RuntimeError("a source was read before all its windows were encoded")
         return self._latents
 
 
 class AudioAssembly:
-    """One row's audio while its windows are decoded: exact length, silent behind the valid frames."""
+    """One row's audio while its windows are decoded: exact length, silent after the valid frames."""
 
     def __init__(
         self, spans: Sequence[WindowSpan], *, channels: int, hop: int, valid_frames: int, output_samples: int
@@ -102,12 +102,12 @@ class AudioAssembly:
         return window_lengths(self._spans[self._num_done :])
 
     def pending(self, latents: Tensor, noise: NoiseSource, max_frames: int) -> Iterator[DecodeWindow]:
-        """The next windows over `latents` (D, F), at most `max_frames` together but at least one if any is left."""
+        """Yields the next windows of `latents` (D, F), at most `max_frames` in all but at least one if any is left."""
         for span in take_spans(self._spans[self._num_done :], max_frames):
             yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
 
     def put(self, audio: Tensor) -> None:
-        """The next window's audio (C, >= hop * F_window) float32 on any device, in order."""
+        """Add the next window's audio (C, >= hop * F_window) float32 on any device; windows come in order."""
         span = self._spans[self._num_done]
         start = span.keep_start * self._hop
         stop = min(span.keep_stop * self._hop, self._end)
@@ -119,9 +119,9 @@ class AudioAssembly:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every sample so far was a number."""
+        """Whether all samples so far are finite."""
         return self._finite
 
     def audio(self) -> npt.NDArray[np.float32]:
-        """The finished audio (C, S) float32 in -1..1."""
+        """Returns the finished audio (C, S) float32; a model's peaks may exceed -1..1."""
         return self._audio.numpy()

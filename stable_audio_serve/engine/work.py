@@ -1,5 +1,5 @@
-"""What one row still has to do, in counts: latents to encode, evaluations to run, latents to decode. Knows no tensors;
-the loop advances it, the scheduler and admission read it.
+"""The remaining work of one row, in counts: latent frames to encode, evaluations to run, latent frames to decode. The
+loop advances it; the scheduler and admission read it. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from stable_audio_serve.engine.cost import CostModel
 
 
 class Phase(Enum):
-    """What a row does when it is picked next."""
+    """The kind of work that a row does when it is picked next."""
 
     ENCODE = "encode"
     DENOISE = "denoise"
@@ -21,10 +21,10 @@ class Phase(Enum):
 
 
 class RowWork:
-    """The remaining work of one row of `frames` latents; the loop writes `encode_left` and `decode_left`.
+    """The remaining work of one row of `frames` latent frames.
 
-    Those hold the lengths of the windows still to code. `branches` holds, per evaluation, the network rows it takes:
-    2 where guidance is on, else 1.
+    `encode_left` and `decode_left`, which the loop writes, hold the lengths of the windows still to process.
+    `branches` holds the number of network rows of each evaluation: 2 where guidance is on, else 1.
     """
 
     __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "num_done")
@@ -41,7 +41,7 @@ class RowWork:
 
     @property
     def phase(self) -> Phase:
-        """Work happens in this order; a row with nothing left is done."""
+        """The current phase; phases run in the order of the enum."""
         if self.encode_left:
             return Phase.ENCODE
         if self.num_done < len(self.branches):
@@ -50,25 +50,25 @@ class RowWork:
 
     @property
     def lane(self) -> Lane:
-        """What the next evaluation needs of a device call."""
+        """What the next evaluation needs in a device call."""
         return Lane(self.branches[self.num_done], self.frames)
 
     @property
     def tokens(self) -> int:
-        """Latent frames that the row puts through the network when it is picked now."""
+        """Latent frames that the row adds to a step if it is picked now."""
         if self.phase is Phase.DENOISE:
             return self.frames * self.branches[self.num_done]
         return self.frames
 
     def finish_evaluation(self) -> None:
-        """One evaluation has been applied."""
+        """Count one evaluation as done."""
         self._guided_left -= self.branches[self.num_done] == 2
         self.num_done += 1
 
     def predict_ms(self, cost: CostModel, evaluation_ms: Callable[[int, int], float]) -> float:
-        """Predicted time of what is left, text encoding aside.
+        """Returns the predicted time of the remaining work, without text encoding.
 
-        `evaluation_ms(branches, frames)` prices one evaluation: alone, or as a share of a crowded step.
+        `evaluation_ms(branches, frames)` predicts one evaluation: alone, or as a share of a step with many rows.
         """
         total = sum(cost.call_ms("encode", 1, frames) for frames in self.encode_left)
         total += sum(cost.call_ms("decode", 1, frames) for frames in self.decode_left)
