@@ -8,7 +8,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -153,31 +154,45 @@ def test_what_is_not_audio_is_refused_by_name(decoder: AudioDecoder, data: bytes
     assert "audio_file" in caught.value.message
 
 
-def worker_pids(parent: int | None = None) -> list[int]:
-    """Process ids of the decoders that a process, this one unless told otherwise, has started."""
-    children = " ".join(path.read_text() for path in Path(f"/proc/{parent or os.getpid()}/task").glob("*/children"))
-    return [pid for pid in map(int, children.split()) if "decode_worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+def decoders_of(parent: int) -> set[int]:
+    """Process ids of the decoders that a process has started."""
+    pids = set()
+    for children in Path(f"/proc/{parent}/task").glob("*/children"):
+        with suppress(OSError):  # a thread, or a process, that has just ended
+            pids |= {p for p in map(int, children.read_text().split()) if b"decode_worker" in read_command_line(p)}
+    return pids
 
 
-def test_a_crash_costs_one_file_only() -> None:
+def read_command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.fixture
+def own_pids() -> Callable[[], list[int]]:
+    """The decoders that this test has started: other tests of this process may have left theirs."""
+    others = decoders_of(os.getpid())
+    return lambda: sorted(decoders_of(os.getpid()) - others)
+
+
+def test_a_crash_costs_one_file_only(own_pids: Callable[[], list[int]]) -> None:
     decoder = AudioDecoder()
     decoder.decode(as_file(make_audio_file()), max_s=10)
-    first = worker_pids()
+    first = own_pids()
     os.kill(first[0], signal.SIGKILL)
     os.waitid(os.P_PID, first[0], os.WEXITED | os.WNOWAIT)
     assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
-    assert worker_pids() != first
+    assert own_pids() != first
     decoder.close()
 
 
-def test_a_process_killed_at_work_is_replaced_and_the_file_read() -> None:
+def test_a_process_killed_at_work_is_replaced_and_the_file_read(own_pids: Callable[[], list[int]]) -> None:
     decoder = AudioDecoder()
     decoder.decode(as_file(make_audio_file()), max_s=10)
-    (pid,) = worker_pids()
+    (pid,) = own_pids()
     os.kill(pid, signal.SIGSTOP)
     threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
     assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
-    assert worker_pids() != [pid]
+    assert own_pids() != [pid]
     decoder.close()
 
 
@@ -213,10 +228,10 @@ def test_a_machine_without_room_for_a_process_is_busy_not_broken(monkeypatch: py
     decoder.close()
 
 
-def test_a_file_that_takes_too_long_is_given_up() -> None:
+def test_a_file_that_takes_too_long_is_given_up(own_pids: Callable[[], list[int]]) -> None:
     decoder = AudioDecoder(timeout_s=0.3)
     decoder.decode(as_file(make_audio_file()), max_s=10)
-    (pid,) = worker_pids()
+    (pid,) = own_pids()
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(InvalidUploadError, match="too long"):
         decoder.decode(as_file(make_audio_file()), max_s=10)
@@ -240,7 +255,7 @@ def test_the_process_ends_with_its_parent() -> None:
     ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "decoded\n"
-        (pid,) = worker_pids(parent.pid)
+        (pid,) = decoders_of(parent.pid)
         parent.communicate("\n")
     deadline_at = time.monotonic() + 30
     while os.path.exists(f"/proc/{pid}"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -53,3 +54,31 @@ def test_its_commands_find_the_configuration_in_it(installed: Path, tmp_path: Pa
     assert run(installed, tmp_path, "stable-audio-serve", "init").returncode == 0
     assert (tmp_path / "serve_config.yaml").read_bytes() == (ROOT / "serve_config.yaml").read_bytes()
     assert run(installed, tmp_path, "stable-audio-serve", "config").stderr == "configuration: serve_config.yaml\n"
+
+
+def test_it_makes_sound_of_its_own_demo_in_an_empty_directory(installed: Path, tmp_path: Path) -> None:
+    program = """
+import asyncio, sys
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import resolve_entry
+
+async def main():
+    engine = Engine(load_model(resolve_entry("demo")))
+    await engine.start()
+    result = await engine.generate(GenerationRequest(prompt="a 440 Hz sine tone", duration_s=1.0, seed=1))
+    await engine.close()
+    print(sys.modules["stable_audio_serve"].__file__, result.audio[0].shape, abs(result.audio[0]).max() > 0.01)
+
+asyncio.run(main())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == f"{installed / 'stable_audio_serve' / '__init__.py'} (2, 44100) True\n", result.stderr
