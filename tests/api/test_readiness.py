@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import httpx
 import pytest
@@ -86,14 +85,13 @@ async def test_probes_wait_for_nobody(client: httpx.AsyncClient, backend: ToneBa
     """Not for a backend that hangs, and not behind the requests in progress, however many."""
     body = {"prompt": "x", "duration": 1}
     expected = (await client.get(path)).json()
-    backend.delay_s = backend.status_delay_s = 30
+    backend.delay_s = backend.status_delay_s = 600
     busy = [asyncio.create_task(client.post("/v1/audio/generations", json=body)) for _ in range(300)]
     try:
         while backend.num_running < 256:  # `ingress.max_ongoing_requests`; the rest is refused
             await asyncio.wait(busy, timeout=0.05)
-        started_at = time.monotonic()
-        reply = await client.get(path)
-        assert time.monotonic() - started_at < 5
+        async with asyncio.timeout(60):  # well before the backend answers
+            reply = await client.get(path)
     finally:
         for task in busy:
             task.cancel()

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from stable_audio_serve.audio import decode as decode_module
-from stable_audio_serve.audio.decode import AudioDecoder
+from stable_audio_serve.audio.decode import AudioDecoder, DecodeProcess
 from stable_audio_serve.audio.decode_worker import Refused, mix_down, read
 from stable_audio_serve.core.errors import InvalidUploadError, OverloadedError
 from tests.audio_files import make_audio_file
@@ -196,22 +195,21 @@ def test_a_process_killed_at_work_is_replaced_and_the_file_read(own_pids: Callab
     decoder.close()
 
 
-def test_a_file_that_kills_every_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_kills_every_process_is_given_up() -> None:
     killed: list[int] = []
-    start = decode_module._Worker.start
 
-    def start_doomed() -> decode_module._Worker:
-        worker = start()
+    def start_two_doomed() -> DecodeProcess:
+        worker = DecodeProcess.start()
+        if len(killed) == 2:
+            return worker
         os.kill(worker.process.pid, signal.SIGSTOP)
         threading.Timer(0.1, os.kill, (worker.process.pid, signal.SIGKILL)).start()
         killed.append(worker.process.pid)
         return worker
 
-    decoder = AudioDecoder()
-    with monkeypatch.context() as patch:
-        patch.setattr(decode_module._Worker, "start", start_doomed)
-        with pytest.raises(InvalidUploadError, match="audio: decoding the file failed"):
-            decoder.decode(as_file(make_audio_file()), max_s=10)
+    decoder = AudioDecoder(start_process=start_two_doomed)
+    with pytest.raises(InvalidUploadError, match="audio: decoding the file failed"):
+        decoder.decode(as_file(make_audio_file()), max_s=10)
     assert len(killed) == 2
     assert decoder.decode(as_file(make_audio_file()), max_s=10).samples.shape == (2, 44100)
     decoder.close()
