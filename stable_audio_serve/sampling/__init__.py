@@ -1,4 +1,4 @@
-"""Schedules, samplers as plans, guidance and noise: row-independent tensor maths that can be checked against papers."""
+"""Schedules, samplers as plans, guidance and noise: row-independent tensor maths that can be checked with papers."""
 
 from stable_audio_serve.sampling.brownian import ReplayPath
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide

@@ -1,7 +1,7 @@
-"""One Brownian path over noise levels, as the references draw it, for replaying their runs in verification.
+"""One Brownian path over noise levels, as the references draw it, to replay their runs in verification.
 
-The product has no need of it: the steps of a sampler do not overlap, so the path's increments over them are independent
-and one plain normal draw per step has the same distribution. Knows nothing of samplers.
+Generation does not need it: the steps of a sampler do not overlap, so the path's increments over them are independent
+and one normal draw per step has the same distribution. Knows nothing of samplers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_DECIMALS = 6  # levels are told apart to 1e-6
+_DECIMALS = 6  # levels are rounded to 1e-6
 _POOL_SIZE = 24
 _MAX_ENTROPY = 2**63 - 1
 
 
 class BrownianTree:
-    """A path W on `start`..`end` that is a pure function of `entropy`: bisected where it is asked for.
+    """A path W on `start`..`end` that is a pure function of `entropy`, computed by bisection.
 
-    Any increment depends on its ends alone, not on what was asked before. Levy's construction of Brownian motion, with
+    An increment depends on its two levels alone, not on earlier calls. Levy's construction of Brownian motion, with
     the seeds of torchsde's tree ("Efficient and Accurate Gradients for Neural SDEs", arXiv 2105.13493).
     """
 
     def __init__(self, entropy: int, start: float, end: float, *, shape: tuple[int, ...]) -> None:
-        """`shape` is that of a value of the path."""
+        """`shape` is the shape of W at one level."""
         self._entropy = entropy
         self._shape = shape
         self._start, self._end = round(start, _DECIMALS), round(end, _DECIMALS)
@@ -36,11 +36,11 @@ class BrownianTree:
         self._total = math.sqrt(end - start) * self._normal(int(words[0]))
 
     def increment(self, low: float, high: float) -> Tensor:
-        """W(high) - W(low), `shape`, float32 on the CPU; levels beyond the ends count as the ends."""
+        """Returns W(high) - W(low), `shape`, float32 on the CPU; levels beyond the ends count as the ends."""
         return (self._value(high) - self._value(low)).float()
 
     def _value(self, level: float) -> Tensor:
-        """W(level) - W(start), float64."""
+        """Returns W(level) - W(start), float64."""
         wanted = min(max(round(level, _DECIMALS), self._start), self._end)
         low, high, across = self._start, self._end, self._total
         value = torch.zeros_like(across)
@@ -66,9 +66,9 @@ class BrownianTree:
 
 
 def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, ...]) -> list[Tensor]:
-    """The path's unit-variance noise for each pair of neighbouring positive levels of the falling `sigmas`.
+    """Returns the path's unit-variance noise for each pair of adjacent positive levels of the falling `sigmas`.
 
-    `-(W(s) - W(n)) / sqrt(s - n)` for the step from s to n, `shape`, float32 on the CPU.
+    For the step from s to n: `-(W(s) - W(n)) / sqrt(s - n)`, `shape`, float32 on the CPU.
     """
     levels = [sigma for sigma in sigmas if sigma > 0.0]
     tree = BrownianTree(entropy, min(levels), max(levels), shape=shape)
@@ -86,7 +86,7 @@ class ReplayPath:
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """Every draw the entry stands for, by stage and index; advances the generator by one integer."""
+        """Returns this entry's draws by stage and index; advances the generator by one integer."""
         entropy = int(torch.randint(0, _MAX_ENTROPY, [], generator=generator))
         steps = brownian_steps(entropy, self.sigmas, shape=self.shape)
         return {("step", index): noise for index, noise in enumerate(steps)}

@@ -18,12 +18,12 @@ _X = register(0)
 
 
 def ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """DDIM from time `level` (above 1 counts as 1) to 0 with every step's noise from the guided output."""
+    """Returns the plan of DDIM from time `level` (above 1 counts as 1) to 0; all noise is from the guided output."""
     return _plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
 
 
 def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """DDIM whose clean estimate is guided while the noise comes from the unguided branch, where guidance is on.
+    """Returns the plan of DDIM with a guided clean estimate; where guidance is on, noise is from the unguided branch.
 
     "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models" (arXiv 2406.08070).
     """
@@ -31,7 +31,7 @@ def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool
 
 
 def _plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
-    """One register. The result is the last step's clean estimate; times and shares are float32 as in the references."""
+    """Returns a plan of one register. The result is the last clean estimate; times and shares are float32 values."""
     check_steps(steps)
     times = torch.linspace(min(level, 1.0), 0, steps + 1, dtype=torch.float32)[:-1]
     alphas: list[float] = torch.cos(times * math.pi / 2).tolist()

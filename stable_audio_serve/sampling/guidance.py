@@ -1,7 +1,8 @@
 """Guidance between the network and the sampler: classifier-free, adaptive projected (APG), norm threshold, rescale.
 
 Row-independent to the last bit: every row has its own parameters, and sums are trees whose shape depends only on the
-model's channels and on the frame index, so neither neighbours nor padding can change how a row's values are added.
+model's channels and on the frame index, so neither neighbours nor padding change how a row's values are added. Knows
+nothing of networks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from stable_audio_serve.sampling.plan import Guidance
 
 @dataclass(frozen=True, slots=True)
 class GuidanceBatch:
-    """The parameters of B guided rows, each (B, 1, 1) float32, and which of the optional parts any row asks for."""
+    """The parameters of B guided rows, each (B, 1, 1) float32, and which of the optional parts any row uses."""
 
     cfg_scale: Tensor
     apg_scale: Tensor
@@ -29,7 +30,7 @@ class GuidanceBatch:
 
     @classmethod
     def of(cls, rows: Sequence[Guidance], *, device: torch.device | None = None) -> GuidanceBatch:
-        """Gather the rows' parameters on `device` in one transfer."""
+        """Returns the rows' parameters on `device`, copied in one transfer."""
         values = [(row.cfg_scale, row.apg_scale, row.norm_threshold, row.rescale) for row in rows]
         cfg, apg, norm, rescale = torch.tensor(values, dtype=torch.float32).T[..., None, None].to(device)
         return cls(
@@ -46,11 +47,11 @@ class GuidanceBatch:
 def guide(
     x: Tensor, times: Tensor, *, conditional: Tensor, unconditional: Tensor, valid: Tensor | None, rows: GuidanceBatch
 ) -> Tensor:
-    """The guided velocity (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
+    """Returns the guided velocity (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
 
-    `conditional` and `unconditional` (B, D, F) are the network's velocities, any float type. Statistics see only
+    `conditional` and `unconditional` (B, D, F) are the network's velocities, any float type. Statistics use only
     frames where `valid` (B, F) bool is true, all of them if it is None; elsewhere the result is unspecified.
-    A part no row asks for is skipped, which changes no bit of the others: its weight would be exactly 0 or 1.
+    A part that no row uses is skipped, which changes no bit of the others: its weight would be exactly 0 or 1.
     """
     x, t = x.float(), times.float()[:, None, None]
     v_cond, v_uncond = conditional.float(), unconditional.float()
@@ -69,14 +70,14 @@ def guide(
 
 
 def _limit_norm(difference: Tensor, valid: Tensor | None, threshold: Tensor) -> Tensor:
-    """Shrink a row's difference to L2 norm `threshold` where that is above 0 and exceeded."""
+    """Returns the difference, scaled to L2 norm `threshold` in rows where that is above 0 and exceeded."""
     norm = _row_sum(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
     return torch.where(threshold > 0.0, limited, difference)
 
 
 def _orthogonal_part(difference: Tensor, clean: Tensor, valid: Tensor | None) -> Tensor:
-    """What remains of `difference` after removing its projection on `clean`; 0 on invalid frames.
+    """Returns `difference` without its projection on `clean`; 0 on invalid frames.
 
     Reference: "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416), without momentum.
     """
@@ -88,30 +89,30 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, valid: Tensor | None) ->
 
 
 def _rescale(velocity: Tensor, v_cond: Tensor, amount: Tensor) -> Tensor:
-    """Blend towards the conditional velocity's unbiased standard deviation over channels, frame by frame."""
+    """Returns the velocity, blended towards the conditional one's standard deviation over channels, per frame."""
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
 
 
 def _channel_std(values: Tensor) -> Tensor:
-    """Unbiased standard deviation over D of (B, D, F): (B, 1, F)."""
+    """Returns the unbiased standard deviation over D of (B, D, F): (B, 1, F)."""
     count = values.shape[1]
     centred = values - _tree_sum(values) / count
     return (_tree_sum(centred * centred) / (count - 1)).sqrt()
 
 
 def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero the invalid frames, also where they hold NaN."""
+    """Returns the values with 0 in invalid frames, even where they hold NaN."""
     return values if valid is None else torch.where(valid[:, None, :], values, 0.0)
 
 
 def _row_sum(values: Tensor) -> Tensor:
-    """Sum of each row of (B, D, F): (B, 1, 1)."""
+    """Returns the sum of each row of (B, D, F): (B, 1, 1)."""
     return _tree_sum(_tree_sum(values).transpose(1, 2))
 
 
 def _tree_sum(values: Tensor) -> Tensor:
-    """Sum over axis 1, kept, adding neighbours pairwise: zeros appended to the axis change no bit."""
+    """Returns the sum over axis 1 (kept), added pairwise so that zeros appended to the axis change no bit."""
     while (count := values.shape[1]) > 1:
         paired = values[:, 0 : count - 1 : 2] + values[:, 1::2]
         values = torch.cat((paired, values[:, -1:]), dim=1) if count % 2 else paired

@@ -1,4 +1,4 @@
-"""Noise levels of the models that are sampled over sigma: the grids of Karras et al. and their exponential relatives.
+"""Noise levels of the models that are sampled over sigma: Karras, exponential and polyexponential grids.
 
 All arithmetic is float32 in the references' order of operations, because the network's time features amplify the last
 bit of a level. Knows nothing of samplers or of how a level becomes a time.
@@ -21,7 +21,7 @@ MAX_RHO = 100.0
 
 @dataclass(frozen=True, slots=True)
 class SigmaRange:
-    """From which noise level to which a row goes, and how the steps between are spaced (`rho` 1: evenly in ln sigma).
+    """A row's highest and lowest noise level and the spacing of the levels between (`rho` 1: evenly in ln sigma).
 
     Raises InvalidRequestError on `sigma_min`, `sigma_max` (which must be the larger) and `rho`.
     """
@@ -44,7 +44,7 @@ class SigmaRange:
 
 
 def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
-    """exp(r (ln max - ln min) + ln min) with r = linspace(1, 0)**rho, then 0; (steps + 1,) float32.
+    """Returns exp(r (ln max - ln min) + ln min) with r = linspace(1, 0)**rho, then 0; (steps + 1,) float32.
 
     The grid of Stable Audio Open. Raises InvalidRequestError on `steps`, and on `rho` where two levels coincide.
     """
@@ -55,14 +55,14 @@ def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
 
 
 def exponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
-    """Levels evenly spaced in ln sigma, then 0; (steps + 1,) float32. `rho` has no part in it."""
+    """Returns levels evenly spaced in ln sigma, then 0; (steps + 1,) float32. Ignores `rho`."""
     check_steps(steps)
     low, high = math.log(span.sigma_min), math.log(span.sigma_max)
     return _ended(torch.linspace(high, low, steps, dtype=torch.float32).exp())
 
 
 def karras_sigmas(steps: int, span: SigmaRange) -> Tensor:
-    """Levels evenly spaced in sigma**(1 / rho), then 0; (steps + 1,) float32.
+    """Returns levels evenly spaced in sigma**(1 / rho), then 0; (steps + 1,) float32.
 
     Equation 5 of "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), rho 7 there.
     """
@@ -73,7 +73,7 @@ def karras_sigmas(steps: int, span: SigmaRange) -> Tensor:
 
 
 def _ended(levels: Tensor) -> Tensor:
-    """The levels with their final 0; refused where two are the same float32, since a step of no size has no slope."""
+    """Returns the levels and a final 0. Raises InvalidRequestError if two are equal: their step has no slope."""
     if not (levels[:-1] > levels[1:]).all():
         message = f"these sigma_min, sigma_max and rho leave two equal noise levels in {len(levels)} steps"
         raise InvalidRequestError(message, field="rho")

@@ -1,6 +1,6 @@
 """Samplers over sigma that call the network once per step and remember earlier results in a row's registers.
 
-In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), h = ln s - ln n, and an index
+In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s) and h = ln s - ln n; an index
 counts steps back. Each function writes all steps of `sigmas`, float32 values that fall to 0.
 """
 
@@ -77,7 +77,7 @@ def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _third_order(d: Terms, h: float, earlier: Sequence[float]) -> Terms:
-    """What the earlier results add to a step of `dpmpp_3m_sde`."""
+    """Returns the terms that earlier results add to a step of `dpmpp_3m_sde`."""
     if not earlier:
         return Terms({})
     phi_2 = math.expm1(-2.0 * h) / (2.0 * h) + 1.0
@@ -107,9 +107,9 @@ def lms(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _adams_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """Integrals from `nodes[0]` to `end` of the Lagrange polynomials through `nodes`.
+    """Returns the integrals from `nodes[0]` to `end` of the Lagrange polynomials through `nodes`.
 
-    Two Gauss points are exact, because four nodes make cubics at most.
+    Two Gauss points are exact, because four nodes give polynomials of degree 3 at most.
     """
     middle, half = (nodes[0] + end) / 2.0, (end - nodes[0]) / 2.0
     points = [middle - half / math.sqrt(3.0), middle + half / math.sqrt(3.0)]

@@ -1,6 +1,7 @@
-"""Where randomness comes from: one source per row, so that neighbours, windows and devices cannot shift a draw.
+"""Sources of randomness, one per row, so that neighbours, windows and devices cannot change a row's draws.
 
-`SeededNoise` is the product; `ReplayNoise` repeats a reference run's draws for verification. Knows nothing of models.
+`SeededNoise` is used for generation; `ReplayNoise` repeats a reference run's draws for verification. Knows nothing of
+models.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ class NoiseSource(Protocol):
     """All random draws of one row, per stage, independent of neighbours and windows."""
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """The initial latent noise, `shape` (D, F), float32 on the CPU, unit normal. Called once, first."""
+        """Returns the initial latent noise, `shape` (D, F), float32 on the CPU, unit normal. Called once, first."""
         ...
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
-        """The next sampler draw, `shape` (D, F), float32 on the CPU; called once per evaluation that draws."""
+        """Returns the next sampler draw, `shape` (D, F), float32 on the CPU. Called once per evaluation that draws."""
         ...
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        """Noise for the latent frames `start ... start + shape[frame_axis] - 1` of a source-encode or decode window.
+        """Returns noise for latent frames `start ... start + shape[frame_axis] - 1` of an encode or decode window.
 
         `stage` names the draw ("decode/bottleneck", "decode/tokens", "init/tokens", "inpaint/tokens", ...);
         float32 on `device`. The value of a frame depends on (seed, stage, frame) only, never on the window.
@@ -44,29 +45,26 @@ class NoiseSource(Protocol):
 
 
 class SeededNoise:
-    """A row's noise from its seed alone.
+    """The noise of a row, from its seed alone.
 
-    Latents draw from one CPU generator, in the order and shape of a lone reference run with that seed. Windows draw
-    in blocks of 32 latent frames from generators derived from (seed, stage, block) on the model's device.
+    Latents draw from one CPU generator, in the order and shape of a single-row reference run with that seed. Windows
+    draw in blocks of 32 latent frames from generators derived from (seed, stage, block) on the model's device.
     """
 
     def __init__(self, seed: int) -> None:
-        """Any integer; seeds that differ by a multiple of 2**64 are the same."""
+        """`seed` is any integer; seeds that differ by a multiple of 2**64 give the same noise."""
         self._seed = seed % 2**64
         self._generator = torch.Generator(device=_CPU).manual_seed(self._seed)
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """The initial latent noise (D, F) float32 on the CPU."""
         return torch.randn(shape, generator=self._generator, dtype=torch.float32)
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
-        """The next sampler draw (D, F) float32 on the CPU."""
         return torch.randn(shape, generator=self._generator, dtype=torch.float32)
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        """Noise of a window's latent frames, float32 on `device`."""
         length = shape[frame_axis]
         generator = torch.Generator(device=device)
         block_shape = [WINDOW_BLOCK_FRAMES if axis == frame_axis else size for axis, size in enumerate(shape)]
@@ -84,23 +82,25 @@ class SeededNoise:
 
 @dataclass(frozen=True, slots=True)
 class ReplayDraw:
-    """One draw of a reference run: its `stage` ("initial", "step" or a window's), `index` (number of the step or
-    first latent frame of the window) and `shape` over the whole batch."""
+    """One draw of a reference run, of `shape` over the whole batch.
+
+    `stage` is "initial", "step" or a window's; `index` is the number of the step or the window's first latent frame.
+    """
 
     stage: str
     index: int
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """The draw by its stage and index."""
+        """Returns the draw by its stage and index."""
         return {(self.stage, self.index): torch.randn(self.shape, generator=generator, dtype=torch.float32)}
 
 
 class ReplayNoise:
-    """The draws of a reference run over `num_rows` rows: one CPU generator, drawn in the script's order.
+    """The draws of a reference run over `num_rows` rows, from one CPU generator in the script's order.
 
-    Neither the order of calls nor their thread matters: whatever is asked for, every draw before it in the script is
-    made first, once, and each row gets its share. A draw as large as one row's is shared by all (source audio is
+    Neither the order of calls nor their thread matters: before a draw, all draws before it in the script are made,
+    each once, and each row gets its part. A draw as large as one row's is shared by all (source audio is
     encoded once per run).
     """
 
@@ -112,11 +112,11 @@ class ReplayNoise:
         self._lock = Lock()
 
     def row(self, index: int) -> NoiseSource:
-        """What row `index` of the run sees."""
+        """Returns the noise source of row `index`."""
         return _ReplayRow(self, index)
 
     def draw(self, stage: str, index: int) -> Tensor:
-        """The draw over the whole batch, float32 on the CPU. Raises GenerationError if the script has none such."""
+        """Returns the draw of the whole batch, float32 on the CPU. Raises GenerationError if the script has none."""
         with self._lock:
             while (stage, index) not in self._made:
                 if not self._pending:
@@ -125,7 +125,7 @@ class ReplayNoise:
             return self._made[stage, index]
 
     def share(self, stage: str, index: int, row: int, shape: tuple[int, ...]) -> Tensor:
-        """Row `row`'s part of a draw, in that row's `shape`. Raises GenerationError if the sizes do not fit."""
+        """Returns the part of row `row` in a draw, in `shape`. Raises GenerationError if the sizes do not match."""
         drawn = self.draw(stage, index)
         size = torch.Size(shape).numel()
         if drawn.numel() == size:
@@ -138,7 +138,7 @@ class ReplayNoise:
 
 
 class _ReplayRow:
-    """One row's view of a ReplayNoise."""
+    """The noise source of one row of a ReplayNoise."""
 
     def __init__(self, replay: ReplayNoise, row: int) -> None:
         self._replay = replay

@@ -1,6 +1,6 @@
-"""The flow samplers of the Stable Audio Open family, where they differ from Stable Audio 3's of the same names.
+"""The flow samplers of the Stable Audio Open family, where they differ from those of Stable Audio 3.
 
-Euler and ping-pong are the same on other times; DPM-Solver++ has no floor under the log-SNR, so that its second step
+Euler and ping-pong differ only in their times; DPM-Solver++ has no lower bound of the log-SNR, so its second step
 from pure noise does not extrapolate; RK4 runs on even times down to 0. Knows nothing of networks or requests.
 """
 
@@ -25,10 +25,11 @@ _X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
 
 
 def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepShift, length: float) -> Tensor:
-    """The times of `sampler` from `level` to 0, (steps + 1,) float32, for a row of `length` latent frames.
+    """Returns the times of `sampler` from `level` to 0, (steps + 1,) float32, for a row of `length` latent frames.
 
-    RK4's are even and go through `shift`; the others' are even in log-SNR, and below a level of about 0.12 those in
-    between rise above it, as in the references. Raises InvalidRequestError on `steps` and `init_noise_level`.
+    RK4's times are evenly spaced, then warped by `shift`. The others' are evenly spaced in log-SNR; if `level` is below
+    about 0.12, times between rise above it, as in the references. Raises InvalidRequestError on `steps` and
+    `init_noise_level`.
     """
     check_steps(steps)
     if not LOWEST_LEVEL <= level <= 1.0:
@@ -45,9 +46,9 @@ def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepSh
 
 
 def build_open_flow_plan(sampler: str, times: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Bind `sampler` to one row's `times` (steps + 1,) float32, ending at 0.
+    """Returns the plan of `sampler` on one row's `times` (steps + 1,) float32, ending at 0.
 
-    With a source, the initial latent is (1 - t_0) source + t_0 noise, without one the noise alone. Raises
+    With a source, the initial latent is (1 - t_0) source + t_0 noise, else it is the noise. Raises
     InvalidRequestError on `sampler_type`.
     """
     if sampler in ("euler", "pingpong"):
@@ -62,8 +63,8 @@ def build_open_flow_plan(sampler: str, times: Tensor, *, guidance: Guidance, has
 def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
     """DPM-Solver++(2M) (arXiv 2211.01095) with lambda = ln((1 - t) / t): x = (t'/t) x + (1 - t')(1 - e^-h) d'.
 
-    Registers: x, the clean estimate d = x - t v of the step before. d' extrapolates from it but for the last step; from
-    t = 1, where lambda is -inf, the difference weighs nothing.
+    Registers: x, the clean estimate d = x - t v of the step before. d' extrapolates from it, except in the last step;
+    from t = 1, where lambda is -inf, the difference has weight 0.
     """
     writer, guided = PlanWriter(2), guided_times(guidance)
     values: list[float] = times.tolist()
@@ -82,7 +83,7 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta rule of order 4; its last call is at t' itself, which may be 0.
+    """The classical Runge-Kutta method of order 4; its last call is at t' itself, which may be 0.
 
     Registers: x, the point the network sees next, x plus the weighted slopes so far.
     """
@@ -112,7 +113,7 @@ _WRITERS = {"dpmpp": _dpmpp, "rk4": _rk4}
 
 
 def _log_snr(time: float) -> float:
-    """ln((1 - t) / t), infinite at both ends."""
+    """Returns ln((1 - t) / t), infinite at both ends."""
     if time <= 0.0:
         return math.inf
     return math.log((1.0 - time) / time) if time < 1.0 else -math.inf

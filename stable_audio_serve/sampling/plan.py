@@ -1,5 +1,5 @@
-"""What a sampler is to the engine: data. A plan says, evaluation by evaluation, what the network sees and how the
-row's registers change, so that rows with different samplers at different steps share one fused update.
+"""A sampler as data. A plan describes, for each evaluation, the network's input and how the row's registers change, so
+that rows with different samplers at different steps share one fused update.
 
 Knows nothing of networks, devices or requests.
 """
@@ -15,8 +15,8 @@ class Evaluation:
 
     With registers r_0..r_{R-1}, guided output v, unguided output v_u and fresh noise eps:
     `r'_i = sum_j a[i][j] r_j + b[i] v + b_uncond[i] v_u + c[i] eps`. A zero coefficient skips its term.
-    `t` and `sigma` are float32 values held in Python floats. `draws_noise` says that a noise tensor is drawn at
-    this evaluation even if every c is 0 (the references do so on ping-pong's last step).
+    `t` and `sigma` are float32 values held in Python floats. With `draws_noise`, a noise tensor is drawn at
+    this evaluation even if every c is 0 (as the references do in ping-pong's last step).
     """
 
     t: float

@@ -16,10 +16,10 @@ from torch import Tensor
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 
-# Known elsewhere, refused here: the size of a step depends on the data, so no plan can be written down.
+# Samplers of other programs whose step sizes depend on the data, so that no plan can be written in advance.
 DATA_DEPENDENT = ("k-dpm-adaptive", "dpm-adaptive")
 
-_TINY = 1e-10  # the references' floor for 1 - t' and t
+_TINY = 1e-10  # the references' lower bound of 1 - t' and t
 _LAST_RK4_TIME = 1e-5  # the network is never called at t = 0
 
 _Guided = Callable[[float], bool]
@@ -27,9 +27,9 @@ _Plan = tuple[int, Sequence[Evaluation], Sequence[int]]  # registers, evaluation
 
 
 def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Bind `sampler` to one row's schedule `sigmas` (steps + 1,) float32, ending at 0.
+    """Returns the plan of `sampler` on one row's schedule `sigmas` (steps + 1,) float32, ending at 0.
 
-    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, without one the noise alone. Guidance is
+    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, else it is the noise. Guidance is
     on wherever `cfg_scale` is not 1 and the time lies in the interval, compared in float32 as the references do.
     Raises InvalidRequestError on `sampler_type`.
     """
@@ -48,7 +48,7 @@ def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: 
 
 
 def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
-    """The builder for a sampler's name. Raises InvalidRequestError naming the valid ones."""
+    """Returns the function that plans sampler `name`. Raises InvalidRequestError naming the valid samplers."""
     builder = _BUILDERS.get(name)
     if builder is not None:
         return builder
@@ -56,7 +56,7 @@ def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
 
 
 def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
-    """The error for a name that is none of `samplers`: unknown, or known elsewhere and impossible to plan."""
+    """Returns the error for a name that is not one of `samplers`: unknown, or known to be impossible to plan."""
     valid = ", ".join(samplers)
     if name in DATA_DEPENDENT:
         message = f"sampler_type {name!r} chooses its steps from the data and is not offered; valid: {valid}"
@@ -66,13 +66,13 @@ def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
 
 
 def _euler(times: Tensor, guided: _Guided) -> _Plan:
-    """X' = x + (t' - t) v."""
+    """x' = x + (t' - t) v."""
     evaluations = [_evaluation(t, guided, a=((1.0,),), b=(following - t,)) for t, following in _pairs(times)]
     return 1, evaluations, range(1, len(evaluations) + 1)
 
 
 def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
-    """X' = (1 - t') D + t' eps with fresh noise each step; the last draw happens too and weighs nothing."""
+    """x' = (1 - t') D + t' eps with fresh noise in each step; the last step also draws, with weight 0."""
     evaluations = [
         _evaluation(t, guided, a=((1.0 - following,),), b=(-(1.0 - following) * t,), c=(following,), draws_noise=True)
         for t, following in _pairs(times)
@@ -108,7 +108,7 @@ def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
 
 
 def _rk4(times: Tensor, guided: _Guided) -> _Plan:
-    """The classical rule; registers x, the point the network sees next, and x plus the weighted slopes so far."""
+    """The classical method; registers x, the point the network sees next, and x plus the weighted slopes so far."""
     evaluations: list[Evaluation] = []
     for current, following in itertools.pairwise(times):
         step = following - current
@@ -163,7 +163,7 @@ def _pairs(times: Tensor) -> list[tuple[float, float]]:
 
 
 def guided_times(guidance: Guidance) -> _Guided:
-    """Whether guidance is on at a time of a flow model, compared in float32 as the references do."""
+    """Returns a function of a flow model's time: whether guidance is on, compared in float32 as in the references."""
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     return lambda time: guidance.cfg_scale != 1.0 and low <= time <= high
 

@@ -1,7 +1,7 @@
 """Timestep schedules of the flow models: a uniform grid warped towards noisy times, per row and per length.
 
 All arithmetic is float32 in the references' order of operations: the network's time features amplify the last bit of
-a time by 1e5, so a more exact schedule would be a different one. Knows nothing of samplers.
+a time by 1e5, so a more exact schedule would give different audio. Knows nothing of samplers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIG_KEY = "sampling_distribution_shift_options"
 
 
 class _BadOption(ValueError):
-    """A shift option that cannot be used; rewritten into the caller's own error."""
+    """A shift option that cannot be used. The caller raises its own error from it."""
 
 
 def _require(condition: bool, name: str, allowed: str) -> None:
@@ -31,27 +31,26 @@ def _require(condition: bool, name: str, allowed: str) -> None:
 
 
 class TimestepShift(Protocol):
-    """A monotone warp of times in 0..1 that may depend on how long the row is."""
+    """A monotone warp of times in 0..1 that may depend on the row's length."""
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Warp `times` (N,) float32 for a row of `length` latent frames (0-dim float32, at least 1)."""
+        """Returns `times` (N,) float32, warped for a row of `length` latent frames (0-dim float32, at least 1)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class NoShift:
-    """Identity."""
+    """Leaves the times unchanged."""
 
     kind: ClassVar[str] = "none"
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Return `times`."""
         return times
 
 
 @dataclass(frozen=True, slots=True)
 class LogSnrShift:
-    """Even steps in log-SNR, from `anchor_logsnr` (falling by `rate` per doubling of the length) to `logsnr_end`."""
+    """Even steps in log-SNR, from `anchor_logsnr` (less `rate` per doubling of the length) to `logsnr_end`."""
 
     kind: ClassVar[str] = "logsnr"
     anchor_length: float = 2000.0
@@ -63,7 +62,7 @@ class LogSnrShift:
         _require(self.anchor_length > 0, "anchor_length", "above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """sigmoid(-logsnr); times at or beyond 0 and 1 stay exactly there."""
+        """Returns sigmoid(-logsnr); exactly 0 or 1 for times at or beyond 0 or 1."""
         start = self.anchor_logsnr - self.rate * torch.log2(length / self.anchor_length)
         logsnr = self.logsnr_end - times * (self.logsnr_end - start)
         warped = torch.sigmoid(-logsnr)
@@ -99,7 +98,7 @@ class FluxShift:
 
 @dataclass(frozen=True, slots=True)
 class FullShift:
-    """1 - e^mu / (e^mu + t / (1 - t)) with mu linear in the length; `use_sine` bends the result once more."""
+    """1 - e^mu / (e^mu + t / (1 - t)) with mu linear in the length; with `use_sine`, sin(pi / 2 times that)."""
 
     kind: ClassVar[str] = "full"
     base_shift: float = 0.5
@@ -120,7 +119,7 @@ class FullShift:
         return torch.sin(warped * math.pi / 2) if self.use_sine else warped
 
 
-# What a checkpoint without options of its own samples with: independent of the length.
+# The shift of checkpoints without options of their own: independent of the length.
 DEFAULT_SHIFT = LogSnrShift(rate=0.0)
 
 _KINDS: Mapping[str, type[NoShift | LogSnrShift | FluxShift | FullShift]] = {
@@ -130,9 +129,9 @@ SHIFT_KINDS = tuple(_KINDS)
 
 
 def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG_KEY) -> TimestepShift:
-    """The warp a checkpoint's config asks for: `options` with a `type` (default "full"), or None for the default.
+    """Returns the warp of a checkpoint's config: `options` with a `type` (default "full"), or None for the default.
 
-    Raises CheckpointError naming `key` and what is wrong with it.
+    Raises CheckpointError naming `key` and the problem.
     """
     if options is None:
         return DEFAULT_SHIFT
@@ -146,7 +145,7 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
 
 
 def shift_from_override(shift: ScheduleShift) -> TimestepShift:
-    """The warp a request asks for instead of the model's own. Raises InvalidRequestError on `schedule_shift`."""
+    """Returns the warp of a request, which replaces the model's own. Raises InvalidRequestError on `schedule_shift`."""
     try:
         return _build(shift.kind, dict(shift.options))
     except _BadOption as error:
@@ -155,11 +154,11 @@ def shift_from_override(shift: ScheduleShift) -> TimestepShift:
 
 
 def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: float = 1.0) -> Tensor:
-    """Noise levels (steps + 1,) float32 from `sigma_max` to 0 for a row of `length` latent frames.
+    """Returns noise levels (steps + 1,) float32 from `sigma_max` to 0 for a row of `length` latent frames.
 
-    The grid linspace(sigma_max, 0) is warped, then element 0 is put back to `sigma_max`; below about 0.7 the inner
-    levels may therefore rise above it, as in the references. Raises InvalidRequestError on `steps` outside 1..1000
-    and `init_noise_level` outside 0.01..1 (a schedule from 0 would divide by 0).
+    The grid linspace(sigma_max, 0) is warped, then element 0 is set to `sigma_max` again; if that is below about
+    0.7, inner levels may therefore exceed it, as in the references. Raises InvalidRequestError on `steps` outside
+    1..1000 and `init_noise_level` outside 0.01..1 (a schedule from 0 would divide by 0).
     """
     check_steps(steps)
     if not 0.01 <= sigma_max <= 1.0:

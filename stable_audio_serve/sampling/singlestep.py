@@ -1,8 +1,8 @@
-"""Samplers over sigma that look ahead within a step: several calls of the network, nothing kept between steps.
+"""Samplers over sigma with several calls of the network within a step and nothing kept between steps.
 
 In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), k = (x - d) / s the slope
-dx/dsigma. Each function writes all its steps; levels are float32 values, those in between computed in float32 in the
-references' order of operations.
+dx/dsigma. Each function writes all its steps. Levels are float32 values; intermediate ones are computed in float32 in
+the references' order of operations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _X, _AHEAD, _FIRST_SLOPE = register(0), register(1), register(2)
 
 
 def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Heun's rule, algorithm 1 of arXiv 2206.00364 without churn: the mean of the slopes at s and at n.
+    """Heun's method, algorithm 1 of arXiv 2206.00364 without churn: the mean of the slopes at s and at n.
 
     Registers: x with half a step taken, the point at n. The last step, to 0, is Euler's.
     """
@@ -54,7 +54,7 @@ def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver++(2S) (arXiv 2211.01095) down to less noise than n has, then fresh noise up to n.
+    """DPM-Solver++(2S) (arXiv 2211.01095) to a level below n, then fresh noise up to n.
 
     Registers: x, the point at the geometric mean. Draws at every step but the last, which is Euler's.
     """
@@ -74,9 +74,9 @@ def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
-    """The level a step from s goes down to, and the noise that brings it up to n.
+    """Returns the level that a step from s goes down to, and the noise that brings it up to n.
 
-    In float32, where a long step ends at 0: down is n**2 / s, small beside n.
+    Computed in float32, where a long step ends at 0, because down is n**2 / s, much less than n.
     """
     start, end = torch.tensor([s, n], dtype=torch.float32)
     up = torch.minimum(end, (end**2 * (start**2 - end**2) / start**2) ** 0.5)
@@ -86,7 +86,7 @@ def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
 def dpm_fast(network: VNetwork, steps: int, span: SigmaRange) -> None:
     """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` counts calls of the network.
 
-    The last pieces are of lower order, so that the calls come out even. Ends at `span.sigma_min`, not at 0.
+    The last pieces are of lower order, so that there are exactly `steps` calls. Ends at `span.sigma_min`, not at 0.
     Registers: x, the point ahead, the slope at the piece's start.
     """
     check_steps(steps)
@@ -107,7 +107,7 @@ def _first_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
 
 
 def _second_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
-    """Looks at the middle; the slopes' difference over half the piece extrapolates to its end."""
+    """Evaluates at the middle; the slopes' difference over half the piece extrapolates to its end."""
     h = float(end - start)
     s, middle, n = (float(_levels(time)) for time in (start, start + 0.5 * (end - start), end))
     first = network.slope(s)
@@ -120,7 +120,7 @@ def _second_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
 
 
 def _third_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
-    """Looks at one third and, with the bend found there, at two thirds of the piece."""
+    """Evaluates at one third and, with the curvature found there, at two thirds of the piece."""
     h = float(end - start)
     times = (start, start + (end - start) * (1 / 3), start + (end - start) * (2 / 3), end)
     s, third, two_thirds, n = (float(_levels(time)) for time in times)
@@ -141,5 +141,5 @@ _DPM_PIECES = {1: _first_order, 2: _second_order, 3: _third_order}
 
 
 def _levels(times: Tensor) -> Tensor:
-    """The noise levels of -ln sigma."""
+    """Returns the noise levels of `times`, which are -ln sigma."""
     return times.neg().exp()

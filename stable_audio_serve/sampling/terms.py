@@ -1,4 +1,4 @@
-"""Sampler formulas as written in papers, turned into the coefficients of a plan.
+"""Turns sampler formulas, written as in papers, into the coefficients of a plan.
 
 A `Terms` is a sum over a row's registers, the network's outputs and fresh noise; a `PlanWriter` collects one new sum
 per register and evaluation. Coefficients are float64. Knows nothing of schedules or of any sampler.
@@ -16,7 +16,7 @@ _VELOCITY, _UNCONDITIONAL, _NOISE = -1, -2, -3
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """A linear combination: weights by register number, or by a negative number for what is no register."""
+    """A linear combination: weights by register number; negative numbers are for outputs of the network and noise."""
 
     weights: dict[int, float]
 
@@ -37,12 +37,12 @@ class Terms:
         return Terms({key: weight / divisor for key, weight in self.weights.items()})
 
     def of(self, key: int) -> float:
-        """The weight of one term, 0 where it has none."""
+        """Returns the weight of one term, 0 if it has none."""
         return self.weights.get(key, 0.0)
 
 
 def register(index: int) -> Terms:
-    """A row's register `index`."""
+    """Returns the term of a row's register `index`."""
     return Terms({index: 1.0})
 
 
@@ -68,7 +68,7 @@ class PlanWriter:
         input_register: int = 0,
         input_scale: float = 1.0,
     ) -> None:
-        """One call of the network, then register i becomes `targets[i]`; registers beyond those become 0.
+        """Add one call of the network, after which register i becomes `targets[i]` and other registers become 0.
 
         A noise tensor is drawn where a target has a NOISE term, whatever its weight.
         """
@@ -90,11 +90,11 @@ class PlanWriter:
         )
 
     def end_step(self) -> None:
-        """What was written so far completes one of the requested steps."""
+        """End one of the requested steps after the evaluations so far."""
         self._step_ends.append(len(self._evaluations))
 
     def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:
-        """The plan; the initial latent goes to register 0, where the result stands in the end."""
+        """Returns the plan; register 0 starts with the initial latent and ends with the result."""
         return SamplerPlan(
             num_registers=self._num_registers,
             start_register=0,
@@ -107,7 +107,7 @@ class PlanWriter:
 
 
 def combine(weights: Sequence[float], parts: Sequence[Terms]) -> Terms:
-    """The weighted sum of `parts`."""
+    """Returns the weighted sum of `parts`."""
     total = Terms({})
     for weight, part in zip(weights, parts, strict=True):
         total = total + weight * part

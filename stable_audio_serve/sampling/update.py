@@ -1,4 +1,4 @@
-"""The fused register update: one call advances a batch in which every row has its own sampler, step and coefficients.
+"""The fused register update: one call advances a batch whose rows each have their own sampler, step and coefficients.
 
 Row-independent to the last bit: an element-wise multiply-add chain in a fixed order, never a matrix product, where a
 zero coefficient leaves the sum untouched (0 x NaN is NaN). Knows nothing of networks or schedules.
@@ -15,7 +15,7 @@ from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
 
 
 def start_state(plan: SamplerPlan, noise: Tensor, source: Tensor | None = None) -> Tensor:
-    """A row's registers (R, D, F) float32 before its first evaluation, from `noise` and `source` (D, F)."""
+    """Returns a row's registers (R, D, F) float32 before its first evaluation, from `noise` and `source` (D, F)."""
     latent = plan.noise_scale * noise.float()
     if source is not None:
         latent = plan.source_scale * source.float() + latent
@@ -25,7 +25,7 @@ def start_state(plan: SamplerPlan, noise: Tensor, source: Tensor | None = None) 
 
 
 def network_input(state: Tensor, evaluations: Sequence[Evaluation]) -> Tensor:
-    """What the network sees: each row's input register, scaled; `state` (B, R, D, F) -> (B, D, F) float32."""
+    """Returns the network's input: each row's input register, scaled; `state` (B, R, D, F) -> (B, D, F) float32."""
     registers = torch.tensor([evaluation.input_register for evaluation in evaluations], device=state.device)
     x = state[torch.arange(len(evaluations), device=state.device), registers]
     if all(evaluation.input_scale == 1.0 for evaluation in evaluations):
@@ -42,7 +42,7 @@ def advance(
     unconditional: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """New registers of B rows after one evaluation each.
+    """Returns the new registers of B rows after one evaluation each.
 
     `state` (B, R, D, F) float32, R at least every row's number of registers (the others stay 0). `velocity` (B, D, F)
     is the guided network output, `unconditional` the other branch's (needed only where `b_uncond` is not 0), `noise`
@@ -69,7 +69,7 @@ def advance(
 
 
 def _coefficients(evaluation: Evaluation, num_registers: int) -> list[list[float]]:
-    """Per target register: its weights on every register, then on v, v_uncond and noise."""
+    """Returns, per target register, its weights on every register, then on v, v_uncond and noise."""
     missing = [0.0] * (num_registers - len(evaluation.b))
     rows = [
         [*weights, *missing, v, v_uncond, noise]

@@ -1,4 +1,4 @@
-"""A network trained for v, seen over noise levels sigma: how a level becomes its time, its input and a clean estimate.
+"""A network trained for v, used over noise levels sigma: its time, input and clean estimate at a level.
 
 With F the network, `D(x, sigma) = x / (sigma**2 + 1) - F(x / sqrt(sigma**2 + 1), 2/pi atan sigma) sigma / sqrt(sigma**2
 + 1)`: "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512) in the terms of "Elucidating
@@ -17,28 +17,28 @@ from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, Terms, regis
 
 
 def sigma_to_time(sigmas: Tensor) -> Tensor:
-    """2/pi atan sigma, in the references' order of operations; float32 in and out, any shape."""
+    """Returns 2/pi atan sigma, in the references' order of operations; float32 in and out, any shape."""
     return sigmas.atan() / math.pi * 2
 
 
 class VNetwork:
-    """Writes evaluations at noise levels; `denoised` and `slope` are what the next evaluation makes of a register."""
+    """Writes evaluations at noise levels; `denoised` and `slope` are terms of the next evaluation."""
 
     def __init__(self, writer: PlanWriter, guidance: Guidance) -> None:
         self._writer = writer
         self._guidance = guidance
 
     def denoised(self, sigma: float, *, see: int = 0) -> Terms:
-        """D(register `see`, sigma)."""
+        """Returns D(register `see`, sigma)."""
         variance = sigma * sigma + 1.0
         return register(see) / variance - VELOCITY * (sigma / math.sqrt(variance))
 
     def slope(self, sigma: float, *, see: int = 0) -> Terms:
-        """(x - D(x, sigma)) / sigma with x the register `see`: dx/dsigma, and the noise the network sees in x."""
+        """Returns (x - D(x, sigma)) / sigma with x the register `see`: dx/dsigma, which is also the predicted noise."""
         return (register(see) - self.denoised(sigma, see=see)) / sigma
 
     def evaluate(self, sigma: float, *targets: Terms, see: int = 0) -> None:
-        """One call of the network on register `see`, then the registers become `targets`.
+        """Add one call of the network on register `see`, after which the registers become `targets`.
 
         `sigma` is a float32 value; the network's time is the float32 one of the references.
         """
@@ -55,12 +55,12 @@ class VNetwork:
         )
 
     def end_step(self) -> None:
-        """What was written so far completes one of the requested steps."""
+        """End one of the requested steps after the evaluations so far."""
         self._writer.end_step()
 
 
 def is_v_guided(guidance: Guidance, time: float) -> bool:
-    """Whether guidance is on: the interval is one of sin(pi t / 2), compared in float32 as the references do."""
+    """Returns whether guidance is on: sin(pi t / 2) lies in the interval, compared in float32 as the references do."""
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     noise_share = float(torch.sin(torch.tensor(time, dtype=torch.float32) * math.pi / 2))
     return guidance.cfg_scale != 1.0 and low <= noise_share <= high

@@ -1,6 +1,6 @@
-"""The samplers of models trained for v, by name: a row's noise levels and steps become its plan.
+"""The samplers of models trained for v, by name: builds a row's plan from its noise levels and steps.
 
-The names are those of stable-audio-tools; formulas stand in `multistep`, `singlestep` and `ddim`.
+The names are those of stable-audio-tools; the formulas are in `multistep`, `singlestep` and `ddim`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ V_SAMPLERS = (*_OVER_SIGMA, _FAST, *_OVER_TIME)
 
 
 def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Bind `sampler` to `steps` over `span`.
+    """Returns the plan of `sampler` with `steps` steps over `span`.
 
     Over sigma the initial latent is the source, if any, plus `sigma_max` times noise, so that `sigma_max` is the level
     of an edit; `v-ddim` and `v-ddim-cfgpp` read `sigma_max` as a time (above 1 counts as 1) and ignore the rest.
