@@ -39,7 +39,7 @@ class Admission:
         if ahead_ms > self._max_ms:
             raise self._refusal(ahead_ms, pace=1.0 + self._batch_share if is_shared else 1.0)
 
-    def admit(self, request_id: int, work_ms: float, priority: Priority = "interactive") -> None:
+    def admit(self, request_id: int, work_ms: float, *, priority: Priority = "interactive") -> None:
         """Add a request's work. Raises OverloadedError as `check` does."""
         with self._lock:
             self.check(priority)

@@ -91,7 +91,7 @@ class CostModel:
         self._scales[work] = 1.0
         self._num_corrections[work] = 4  # a fit counts as a few measurements
 
-    def correct(self, work: Work, calls: Iterable[tuple[int, int]], measured_ms: float) -> None:
+    def correct(self, work: Work, calls: Iterable[tuple[int, int]], *, measured_ms: float) -> None:
         """Move the scale of `work` towards the measured time of these (rows, frames) calls together."""
         predicted_ms = sum(self._costs[work].call_ms(rows, frames) for rows, frames in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
@@ -100,7 +100,7 @@ class CostModel:
         weight = max(self._learning_rate, 1 / self._num_corrections[work])
         self._scales[work] *= (measured_ms / (predicted_ms * self._scales[work])) ** weight
 
-    def call_ms(self, work: Work, rows: int, frames: int) -> float:
+    def call_ms(self, work: Work, *, rows: int, frames: int) -> float:
         """Returns the predicted time of one call."""
         return self._scales[work] * self._costs[work].call_ms(rows, frames)
 

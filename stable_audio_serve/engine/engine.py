@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from types import TracebackType
 from typing import get_args
 
 import torch
@@ -123,9 +122,7 @@ class Engine:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def generate(
@@ -207,7 +204,7 @@ class Engine:
         )
         if any(work.encode_left for work in works):
             state.clock.mark("source", self._clock.monotonic())  # most of its planning was resampling
-        self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)), priority)
+        self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)), priority=priority)
         try:
             self._inbox.put(state)
         except ModelUnavailableError:
@@ -263,7 +260,7 @@ class Engine:
         warm_up = WarmUp(
             self._model,
             cost,
-            policy,
+            policy=policy,
             noise_factory=self._noise_factory,
             synchronize=executor.synchronize,
             clock=self._clock,
@@ -286,7 +283,7 @@ def resolve_policy(options: EngineOptions, device: torch.device, *, cost: CostMo
     grid = options.frame_grid or (1 if on_cpu else 64)
     if resolve_mode(options, device) == "fast":
         return MergedGrid(
-            call_ms=partial(cost.call_ms, "denoise"),
+            call_ms=lambda rows, frames: cost.call_ms("denoise", rows=rows, frames=frames),
             knee_tokens=partial(cost.knee_tokens, fixed_share=options.fixed_share),
             grid=grid,
         )

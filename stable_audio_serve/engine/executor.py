@@ -54,11 +54,11 @@ class Executor:
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
         """Returns the latents (D, F_window) float32 of source windows."""
-        return self._by_length(windows, lambda window: window.samples.shape[-1], self._model.encode_audio)
+        return self._by_length(windows, length=lambda window: window.samples.shape[-1], run=self._model.encode_audio)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
         """Returns the audio (C, S_window) float32 of windows."""
-        return self._by_length(windows, lambda window: window.latents.shape[-1], self._model.decode)
+        return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._model.decode)
 
     def calls(self, rows: Sequence[Row]) -> list[Call]:
         """Returns the device calls in which these rows step now."""
@@ -94,6 +94,7 @@ class Executor:
     def _by_length(
         self,
         windows: Sequence[Item],
+        *,
         length: Callable[[Item], int],
         run: Callable[[Sequence[Item]], Sequence[Tensor]],
     ) -> list[Tensor | Exception]:
@@ -110,7 +111,7 @@ class Executor:
         """Returns the new registers (R, D, F) of each row after one evaluation, from one call of the network."""
         device = self._model.device
         evaluations = [row.evaluation for row in rows]
-        state, valid = _gather(rows, frames, device)
+        state, valid = _gather(rows, frames=frames, device=device)
         x = network_input(state, evaluations)
         times = torch.tensor([evaluation.t for evaluation in evaluations], dtype=torch.float32).to(device)
         lanes, branches = _lanes(rows, rows_in_call)
@@ -138,7 +139,7 @@ class Executor:
             evaluations,
             velocity=velocity,
             unconditional=unconditional,
-            noise=_gather_noise(rows, frames, device),
+            noise=_gather_noise(rows, frames=frames, device=device),
         )
         return [moved[i, : row.plan.sampler.num_registers, :, : row.plan.frames].clone() for i, row in enumerate(rows)]
 
@@ -161,7 +162,7 @@ def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence
     return outcomes
 
 
-def _gather(rows: Sequence[Row], frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _gather(rows: Sequence[Row], *, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns registers (B, R, D, F) float32 padded with zeros, and which frames are valid (B, F) bool."""
     states = [_present(row.state) for row in rows]
     num_registers = max(state.shape[0] for state in states)
@@ -187,7 +188,7 @@ def _lanes(rows: Sequence[Row], rows_in_call: int) -> tuple[list[int], list[Bran
     return lanes + [0] * spare, branches + [branches[0]] * spare
 
 
-def _gather_noise(rows: Sequence[Row], frames: int, device: torch.device) -> Tensor | None:
+def _gather_noise(rows: Sequence[Row], *, frames: int, device: torch.device) -> Tensor | None:
     """Returns this evaluation's draws (B, D, F) float32, zero where a row has none; None if no row needs any."""
     draws = {i: _present(row.noise).current() for i, row in enumerate(rows) if any(row.evaluation.c)}
     if not draws:

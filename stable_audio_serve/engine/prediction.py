@@ -21,7 +21,7 @@ class Predictor:
 
     def alone_ms(self, work: RowWork) -> float:
         """Returns the row's remaining time on an otherwise idle engine, text included."""
-        return self._cost.call_ms("text", 1, 0) + work.predict_ms(self._cost, self._alone_evaluation_ms)
+        return self._cost.call_ms("text", rows=1, frames=0) + work.predict_ms(self._cost, self._alone_evaluation_ms)
 
     def share_ms(self, work: RowWork) -> float:
         """Returns the row's remaining device time if it shares its steps with others."""
@@ -30,8 +30,10 @@ class Predictor:
     def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
         """Returns the time of one turn over rows, `num_new` of which are new and need their text encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
-        total = num_new * self._cost.call_ms("text", 1, 0)
-        total += sum(self._cost.call_ms("denoise", call.rows, call.frames) for call in self._policy.split(lanes))
+        total = num_new * self._cost.call_ms("text", rows=1, frames=0)
+        total += sum(
+            self._cost.call_ms("denoise", rows=call.rows, frames=call.frames) for call in self._policy.split(lanes)
+        )
         total += sum(self._coding_ms("encode", work.encode_left) for work in works if work.phase is Phase.ENCODE)
         total += sum(self._coding_ms("decode", work.decode_left) for work in works if work.phase is Phase.DECODE)
         return total
@@ -39,14 +41,15 @@ class Predictor:
     def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
         """Returns the time of one row's next windows."""
         return sum(
-            self._cost.call_ms(kind, 1, frames) for frames in lengths[: count_fitting(lengths, self._window_frames)]
+            self._cost.call_ms(kind, rows=1, frames=frames)
+            for frames in lengths[: count_fitting(lengths, self._window_frames)]
         )
 
     def _alone_evaluation_ms(self, branches: int, frames: int) -> float:
         call = self._policy.split([Lane(branches, frames)])[0]
-        return self._cost.call_ms("denoise", call.rows, call.frames)
+        return self._cost.call_ms("denoise", rows=call.rows, frames=call.frames)
 
     def _shared_evaluation_ms(self, branches: int, frames: int) -> float:
         padded = self._policy.padded(frames)
         crowd = self._policy.crowd(branches, padded)
-        return self._cost.call_ms("denoise", crowd, padded) * branches / crowd
+        return self._cost.call_ms("denoise", rows=crowd, frames=padded) * branches / crowd

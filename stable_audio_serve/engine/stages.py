@@ -75,7 +75,9 @@ class Stages:
         windows = [(source, window) for source, _ in pending.values() for window in source.pending(self._window_frames)]
         if windows:
             shapes = [(1, window.samples.shape[-1] // self._model.spec.hop) for _, window in windows]
-            outcomes = self._timed("encode", shapes, lambda: self._executor.encode([window for _, window in windows]))
+            outcomes = self._timed(
+                "encode", shapes, run=lambda: self._executor.encode([window for _, window in windows])
+            )
             for (source, _), outcome in zip(windows, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     failed[id(source)] = outcome
@@ -99,7 +101,7 @@ class Stages:
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         shapes = [(call.rows, call.frames) for call in calls]
-        failures = self._timed("denoise", shapes, lambda: self._executor.denoise(rows, calls))
+        failures = self._timed("denoise", shapes, run=lambda: self._executor.denoise(rows, calls))
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
         self._metrics.observe("engine_tokens_per_step", tokens)
@@ -118,10 +120,10 @@ class Stages:
             (row, window)
             for row in rows
             if row.audio is not None and row.latents is not None and row.noise is not None
-            for window in row.audio.pending(row.latents, row.noise.source, self._window_frames)
+            for window in row.audio.pending(row.latents, row.noise.source, max_frames=self._window_frames)
         ]
         shapes = [(1, window.latents.shape[-1]) for _, window in windows]
-        outcomes = self._timed("decode", shapes, lambda: self._executor.decode([window for _, window in windows]))
+        outcomes = self._timed("decode", shapes, run=lambda: self._executor.decode([window for _, window in windows]))
         failed: dict[int, tuple[Row, Exception]] = {}
         for (row, _), outcome in zip(windows, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -148,7 +150,7 @@ class Stages:
         self._metrics.increment("engine_prompt_cache_hits", len(known))
         self._metrics.increment("engine_prompt_cache_misses", len(missing))
         if missing:
-            outcomes = self._timed("text", [(len(missing), 0)], lambda: self._executor.embed(missing))
+            outcomes = self._timed("text", [(len(missing), 0)], run=lambda: self._executor.embed(missing))
             known.update(zip(missing, outcomes, strict=True))
             for outcome in outcomes:
                 if not isinstance(outcome, Exception):
@@ -213,7 +215,7 @@ class Stages:
             raise RuntimeError("a row began before its noise was drawn")
         init = row.sources.get("init")
         noise = row.noise.initial().to(self._model.device)
-        row.state = start_state(row.plan.sampler, noise, init.latents() if init else None)
+        row.state = start_state(row.plan.sampler, noise, source=init.latents() if init else None)
         row.sources = {}
 
     def _take_latents(self, row: Row) -> Failures:
@@ -228,13 +230,13 @@ class Stages:
         row.audio = make_assembly(row.plan, hop=self._model.spec.hop, channels=self._model.spec.card.channels)
         return []
 
-    def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], run: Callable[[], Result]) -> Result:
+    def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], *, run: Callable[[], Result]) -> Result:
         """Run device work and correct the cost model by the measured time of its calls, (rows, frames) each."""
         started_at = self._clock.monotonic()
         result = run()
         self._executor.synchronize()
         ms = (self._clock.monotonic() - started_at) * 1000.0
-        self._cost.correct(work, shapes, ms)
+        self._cost.correct(work, shapes, measured_ms=ms)
         self._metrics.observe(f"engine_{work}_ms", ms)
         return result
 

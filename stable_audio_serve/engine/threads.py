@@ -47,7 +47,7 @@ class _SharedOut(TorchFunctionMode):
         super().__init__()
         self._num_threads = num_threads
 
-    def __torch_function__(
+    def __torch_function__(  # noqa: PLR0917 - torch passes them by position
         self,
         func: Callable[..., Any],
         types: Iterable[type],

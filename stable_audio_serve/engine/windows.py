@@ -101,7 +101,7 @@ class AudioAssembly:
         """Latent frames of the windows still to decode."""
         return window_lengths(self._spans[self._num_done :])
 
-    def pending(self, latents: Tensor, noise: NoiseSource, max_frames: int) -> Iterator[DecodeWindow]:
+    def pending(self, latents: Tensor, noise: NoiseSource, *, max_frames: int) -> Iterator[DecodeWindow]:
         """Yields the next windows of `latents` (D, F), at most `max_frames` in all but at least one if any is left."""
         for span in take_spans(self._spans[self._num_done :], max_frames):
             yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)

@@ -70,8 +70,8 @@ class RowWork:
 
         `evaluation_ms(branches, frames)` predicts one evaluation: alone, or as a share of a step with many rows.
         """
-        total = sum(cost.call_ms("encode", 1, frames) for frames in self.encode_left)
-        total += sum(cost.call_ms("decode", 1, frames) for frames in self.decode_left)
+        total = sum(cost.call_ms("encode", rows=1, frames=frames) for frames in self.encode_left)
+        total += sum(cost.call_ms("decode", rows=1, frames=frames) for frames in self.decode_left)
         single = len(self.branches) - self.num_done - self._guided_left
         if single:
             total += single * evaluation_ms(1, self.frames)

@@ -27,7 +27,7 @@ class BrownianTree:
     the seeds of torchsde's tree ("Efficient and Accurate Gradients for Neural SDEs", arXiv 2105.13493).
     """
 
-    def __init__(self, entropy: int, start: float, end: float, *, shape: tuple[int, ...]) -> None:
+    def __init__(self, entropy: int, *, start: float, end: float, shape: tuple[int, ...]) -> None:
         """`shape` is the shape of W at one level."""
         self._entropy = entropy
         self._shape = shape
@@ -71,7 +71,7 @@ def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, .
     For the step from s to n: `-(W(s) - W(n)) / sqrt(s - n)`, `shape`, float32 on the CPU.
     """
     levels = [sigma for sigma in sigmas if sigma > 0.0]
-    tree = BrownianTree(entropy, min(levels), max(levels), shape=shape)
+    tree = BrownianTree(entropy, start=min(levels), end=max(levels), shape=shape)
     return [-tree.increment(n, s) / math.sqrt(s - n) for s, n in itertools.pairwise(levels)]
 
 

@@ -58,25 +58,25 @@ def guide(
     clean = x - t * v_cond
     difference = clean - (x - t * v_uncond)
     if rows.any_norm_threshold:
-        difference = _limit_norm(difference, valid, rows.norm_threshold)
+        difference = _limit_norm(difference, valid, threshold=rows.norm_threshold)
     if rows.any_apg:
-        orthogonal = _orthogonal_part(difference, clean, valid)
+        orthogonal = _orthogonal_part(difference, clean, valid=valid)
         mixed = rows.apg_scale * orthogonal + (1.0 - rows.apg_scale) * difference
         difference = torch.where(rows.apg_scale == 0.0, difference, mixed)
     velocity = (x - (clean + (rows.cfg_scale - 1.0) * difference)) / t
     if rows.any_rescale:
-        velocity = _rescale(velocity, v_cond, rows.rescale)
+        velocity = _rescale(velocity, v_cond, amount=rows.rescale)
     return velocity
 
 
-def _limit_norm(difference: Tensor, valid: Tensor | None, threshold: Tensor) -> Tensor:
+def _limit_norm(difference: Tensor, valid: Tensor | None, *, threshold: Tensor) -> Tensor:
     """Returns the difference, scaled to L2 norm `threshold` in rows where that is above 0 and exceeded."""
     norm = _row_sum(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
     return torch.where(threshold > 0.0, limited, difference)
 
 
-def _orthogonal_part(difference: Tensor, clean: Tensor, valid: Tensor | None) -> Tensor:
+def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None) -> Tensor:
     """Returns `difference` without its projection on `clean`; 0 on invalid frames.
 
     Reference: "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416), without momentum.
@@ -88,7 +88,7 @@ def _orthogonal_part(difference: Tensor, clean: Tensor, valid: Tensor | None) ->
     return _valid_only(difference - along * direction, valid)
 
 
-def _rescale(velocity: Tensor, v_cond: Tensor, amount: Tensor) -> Tensor:
+def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
     """Returns the velocity, blended towards the conditional one's standard deviation over channels, per frame."""
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)

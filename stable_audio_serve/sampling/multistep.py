@@ -71,12 +71,12 @@ def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
             h = math.log(s / n)
             fresh = -math.expm1(-2.0 * h)
             moved = _X * math.exp(-2.0 * h) + d * fresh + NOISE * (n * math.sqrt(fresh))
-            network.evaluate(s, moved + _third_order(d, h, earlier), d, register(1))
+            network.evaluate(s, moved + _third_order(d, h, earlier=earlier), d, register(1))
             earlier = [h, *earlier[:1]]
         network.end_step()
 
 
-def _third_order(d: Terms, h: float, earlier: Sequence[float]) -> Terms:
+def _third_order(d: Terms, h: float, *, earlier: Sequence[float]) -> Terms:
     """Returns the terms that earlier results add to a step of `dpmpp_3m_sde`."""
     if not earlier:
         return Terms({})

@@ -124,7 +124,7 @@ class ReplayNoise:
                 self._made.update(self._pending.pop().make(self._generator))
             return self._made[stage, index]
 
-    def share(self, stage: str, index: int, row: int, shape: tuple[int, ...]) -> Tensor:
+    def share(self, stage: str, index: int, *, row: int, shape: tuple[int, ...]) -> Tensor:
         """Returns the part of row `row` in a draw, in `shape`. Raises GenerationError if the sizes do not match."""
         drawn = self.draw(stage, index)
         size = torch.Size(shape).numel()
@@ -146,13 +146,13 @@ class _ReplayRow:
         self._num_steps = 0
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        return self._replay.share("initial", 0, self._row, shape)
+        return self._replay.share("initial", 0, row=self._row, shape=shape)
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
         self._num_steps += 1
-        return self._replay.share("step", self._num_steps - 1, self._row, shape)
+        return self._replay.share("step", self._num_steps - 1, row=self._row, shape=shape)
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        return self._replay.share(stage, start, self._row, shape).to(device)
+        return self._replay.share(stage, start, row=self._row, shape=shape).to(device)

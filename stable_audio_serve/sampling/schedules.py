@@ -25,7 +25,7 @@ class _BadOption(ValueError):
     """A shift option that cannot be used. The caller raises its own error from it."""
 
 
-def _require(condition: bool, name: str, allowed: str) -> None:
+def _require(condition: bool, name: str, *, allowed: str) -> None:
     if not condition:
         raise _BadOption(f"{name} must be {allowed}")
 
@@ -59,7 +59,7 @@ class LogSnrShift:
     logsnr_end: float = 2.0
 
     def __post_init__(self) -> None:
-        _require(self.anchor_length > 0, "anchor_length", "above 0")
+        _require(self.anchor_length > 0, "anchor_length", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
         """Returns sigmoid(-logsnr); exactly 0 or 1 for times at or beyond 0 or 1."""
@@ -81,10 +81,10 @@ class FluxShift:
     alpha_max: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.min_length > 0, "min_length", "above 0")
-        _require(self.max_length >= self.min_length, "max_length", "at least min_length")
-        _require(self.alpha_min > 0, "alpha_min", "above 0")
-        _require(self.alpha_max > 0, "alpha_max", "above 0")
+        _require(self.min_length > 0, "min_length", allowed="above 0")
+        _require(self.max_length >= self.min_length, "max_length", allowed="at least min_length")
+        _require(self.alpha_min > 0, "alpha_min", allowed="above 0")
+        _require(self.alpha_max > 0, "alpha_max", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
         """Lengths outside min_length..max_length count as the nearer end."""
@@ -108,7 +108,7 @@ class FullShift:
     use_sine: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.max_length > self.min_length, "max_length", "above min_length")
+        _require(self.max_length > self.min_length, "max_length", allowed="above min_length")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
         """Lengths outside min_length..max_length count as the nearer end."""

@@ -83,7 +83,7 @@ def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
     return float((end**2 - up**2) ** 0.5), float(up)
 
 
-def dpm_fast(network: VNetwork, steps: int, span: SigmaRange) -> None:
+def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
     """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` counts calls of the network.
 
     The last pieces are of lower order, so that there are exactly `steps` calls. Ends at `span.sigma_min`, not at 0.
@@ -96,17 +96,17 @@ def dpm_fast(network: VNetwork, steps: int, span: SigmaRange) -> None:
     rest = [2, 1] if steps % 3 == 0 else [steps % 3]
     orders = [3] * (num_pieces - len(rest)) + rest
     for order, (start, end) in zip(orders, itertools.pairwise(edges), strict=True):
-        _DPM_PIECES[order](network, start, end)
+        _DPM_PIECES[order](network, start, end=end)
 
 
-def _first_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
+def _first_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
     """From -ln sigma `start` to `end` (0-dim float32)."""
     s, n = float(_levels(start)), float(_levels(end))
     network.evaluate(s, _X - network.slope(s) * (n * math.expm1(float(end - start))))
     network.end_step()
 
 
-def _second_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
+def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
     """Evaluates at the middle; the slopes' difference over half the piece extrapolates to its end."""
     h = float(end - start)
     s, middle, n = (float(_levels(time)) for time in (start, start + 0.5 * (end - start), end))
@@ -119,7 +119,7 @@ def _second_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
     network.end_step()
 
 
-def _third_order(network: VNetwork, start: Tensor, end: Tensor) -> None:
+def _third_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
     """Evaluates at one third and, with the curvature found there, at two thirds of the piece."""
     h = float(end - start)
     times = (start, start + (end - start) * (1 / 3), start + (end - start) * (2 / 3), end)

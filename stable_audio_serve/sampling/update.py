@@ -14,7 +14,7 @@ from torch import Tensor
 from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
 
 
-def start_state(plan: SamplerPlan, noise: Tensor, source: Tensor | None = None) -> Tensor:
+def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = None) -> Tensor:
     """Returns a row's registers (R, D, F) float32 before its first evaluation, from `noise` and `source` (D, F)."""
     latent = plan.noise_scale * noise.float()
     if source is not None:

@@ -40,7 +40,7 @@ def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidan
         return _OVER_TIME[sampler](steps, span.sigma_max, guidance=guidance, has_source=has_source)
     if sampler == _FAST:
         writer = PlanWriter(3)
-        singlestep.dpm_fast(VNetwork(writer, guidance), steps, span)
+        singlestep.dpm_fast(VNetwork(writer, guidance), steps, span=span)
         level = float(polyexponential_sigmas(1, span)[0])
     elif sampler in _OVER_SIGMA:
         num_registers, write = _OVER_SIGMA[sampler]

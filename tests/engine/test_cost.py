@@ -39,23 +39,23 @@ def test_one_measurement_is_taken_as_proportional() -> None:
 def test_scale_follows_a_slower_device() -> None:
     cost = CostModel()
     cost.fit("denoise", measure(CallCost(1.0, 0.0, 0.01)))
-    before = cost.call_ms("denoise", 1, 500)
+    before = cost.call_ms("denoise", rows=1, frames=500)
     for _ in range(200):
-        cost.correct("denoise", [(1, 500)], 2.0 * before)
-    assert cost.call_ms("denoise", 1, 500) == pytest.approx(2.0 * before, rel=0.01)
+        cost.correct("denoise", [(1, 500)], measured_ms=2.0 * before)
+    assert cost.call_ms("denoise", rows=1, frames=500) == pytest.approx(2.0 * before, rel=0.01)
 
 
 def test_first_measurement_of_an_unfitted_kind_is_believed() -> None:
     cost = CostModel()
-    cost.correct("decode", [(1, 100)], 500.0)
-    assert cost.call_ms("decode", 1, 100) == pytest.approx(500.0)
+    cost.correct("decode", [(1, 100)], measured_ms=500.0)
+    assert cost.call_ms("decode", rows=1, frames=100) == pytest.approx(500.0)
 
 
 def test_knee_is_where_the_fixed_cost_is_its_share() -> None:
     cost = CostModel()
     cost.fit("denoise", measure(CallCost(2.0, 0.0, 0.01)))
     tokens = cost.knee_tokens(100, 0.15)
-    assert 2.0 / cost.call_ms("denoise", 1, int(tokens)) == pytest.approx(0.15, rel=0.01)
+    assert 2.0 / cost.call_ms("denoise", rows=1, frames=int(tokens)) == pytest.approx(0.15, rel=0.01)
 
 
 def test_free_rows_have_a_finite_knee() -> None:
@@ -73,7 +73,7 @@ def make_predictor(cost: CallCost, *, shared: bool) -> Predictor:
     return Predictor(
         model,
         MergedGrid(
-            call_ms=lambda rows, frames: model.call_ms("denoise", rows, frames),
+            call_ms=lambda rows, frames: model.call_ms("denoise", rows=rows, frames=frames),
             knee_tokens=lambda frames: model.knee_tokens(frames, 0.15),
         ),
     )

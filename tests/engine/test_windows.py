@@ -35,7 +35,7 @@ def test_audio_windows_join_trim_and_fall_silent(
     latents = torch.rand(2, frames)
     audio = AudioAssembly(make_windows(frames), channels=2, hop=hop, valid_frames=valid, output_samples=samples)
     while audio.lengths_left:
-        for window in list(audio.pending(latents, SeededNoise(0), chunk)):
+        for window in list(audio.pending(latents, SeededNoise(0), max_frames=chunk)):
             audio.put(window.latents.repeat_interleave(hop, dim=1))
     expected = latents.repeat_interleave(hop, dim=1).numpy()
     expected[:, valid * hop :] = 0

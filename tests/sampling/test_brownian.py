@@ -23,7 +23,7 @@ def as_float32(value: float) -> float:
 @pytest.mark.parametrize("index", range(len(TREE["spans"])))
 def test_increments_are_the_reference_s(index: int) -> None:
     ends = as_float32(TREE["t0"]), as_float32(TREE["t1"])
-    tree = BrownianTree(int(TREE["entropy"]), *ends, shape=tuple(TREE["shape"]))
+    tree = BrownianTree(int(TREE["entropy"]), start=ends[0], end=ends[1], shape=tuple(TREE["shape"]))
     low, high = map(as_float32, TREE["spans"][index])
     expected = COMMON.tensors[f"brownian/tree_{index}"]
     torch.testing.assert_close(tree.increment(low, high), expected, rtol=0, atol=TOLERANCE)
@@ -44,7 +44,7 @@ def test_a_path_per_row_is_the_reference_s() -> None:
 
 
 def test_increments_add_up_and_do_not_depend_on_what_was_asked_before() -> None:
-    tree, other = (BrownianTree(7, 0.3, 500.0, shape=(3, 4)) for _ in range(2))
+    tree, other = (BrownianTree(7, start=0.3, end=500.0, shape=(3, 4)) for _ in range(2))
     levels = [0.3, 0.7, 3.25, 41.0, 500.0]
     parts = [tree.increment(low, high) for low, high in itertools.pairwise(levels)]
     torch.testing.assert_close(sum(parts), other.increment(0.3, 500.0), rtol=0, atol=1e-4)

@@ -66,7 +66,7 @@ def test_sampler_matches_the_reference(name: str) -> None:
     script = [ReplayDraw("step", step, tuple(noise.shape)) for step in range(steps)]
     replay = ReplayNoise(SEED, script, num_rows=len(noise))
     for row in range(len(noise)):
-        state = start_state(plan, noise[row], None if source is None else source[row])
+        state = start_state(plan, noise[row], source=None if source is None else source[row])
         result = run_plan(plan, state, replay.row(row), network=open_flow_velocity)
         torch.testing.assert_close(result, expected[row], rtol=0, atol=TOLERANCE)
 
@@ -108,7 +108,7 @@ def test_plan_shape(sampler: str, steps: int) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_source_is_mixed_by_the_noise_level(sampler: str) -> None:
     noise, source = torch.randn(2, 3, 5)
-    state = start_state(make_plan(sampler, 3, level=0.3), noise, source)
+    state = start_state(make_plan(sampler, 3, level=0.3), noise, source=source)
     torch.testing.assert_close(state[0], 0.7 * source + 0.3 * noise)
 
 

@@ -68,7 +68,7 @@ def test_source_is_mixed_by_the_noise_level(sampler: str) -> None:
     sigmas = build_sigmas(3, DEFAULT_SHIFT, length=40, sigma_max=0.3)
     plan = build_plan(sampler, sigmas, guidance=Guidance(), has_source=True)
     noise, source = torch.randn(2, 3, 5)
-    torch.testing.assert_close(start_state(plan, noise, source)[0], 0.7 * source + 0.3 * noise)
+    torch.testing.assert_close(start_state(plan, noise, source=source)[0], 0.7 * source + 0.3 * noise)
 
 
 def test_dpmpp_survives_two_equal_times() -> None:

@@ -62,7 +62,7 @@ def test_sampler_matches_the_reference(name: str) -> None:
     bound = loosest(sampler) * max(1.0, float(COMMON.tensors[f"{name}/x"].abs().max()))
     replay = ReplayNoise(SEED, make_script(sampler, arguments["steps"], span), num_rows=len(noise))
     for row in range(len(noise)):
-        state = start_state(plan, noise[row], None if source is None else source[row])
+        state = start_state(plan, noise[row], source=None if source is None else source[row])
         result = run_plan(plan, state, replay.row(row), network=open_v_velocity, unguided=unguided)
         torch.testing.assert_close(result, expected[row], rtol=0, atol=bound)
 
@@ -138,7 +138,7 @@ def test_a_source_is_mixed_by_its_level(sampler: str) -> None:
     noise, source = torch.randn(2, 3, 5)
     over_time = math.cos(0.3 * math.pi) * source + math.sin(0.3 * math.pi) * noise
     expected = over_time if "ddim" in sampler else source + 0.6 * noise
-    torch.testing.assert_close(start_state(plan, noise, source)[0], expected)
+    torch.testing.assert_close(start_state(plan, noise, source=source)[0], expected)
 
 
 def test_guidance_is_decided_per_evaluation_over_the_share_of_noise() -> None:

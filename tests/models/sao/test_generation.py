@@ -130,7 +130,7 @@ def test_a_run_of_the_reference_comes_out_the_same(name: str, case: str) -> None
         wanted = net.condition(context[one], vectors[one])
         other = wanted.without_context() if negative is None else net.condition(negative[one], vectors[one])
         draws = noise.row(row)
-        state = start_state(plan, draws.initial(tuple(expected.shape[1:])), source)
+        state = start_state(plan, draws.initial(tuple(expected.shape[1:])), source=source)
         guided, unguided = guided_networks(net, wanted, other, scale=scale, phi=phi)
         latents.append(run_plan(plan, state, draws, network=guided, unguided=unguided))
     torch.testing.assert_close(torch.stack(latents), expected, rtol=0, atol=TOLERANCE)
