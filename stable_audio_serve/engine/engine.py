@@ -84,7 +84,7 @@ class Engine:
         }
         cost = CostModel()
         policy = policy or resolve_policy(options, model.device, cost=cost)
-        # In strict mode each window is a call of its own, so several between two steps would gain nothing.
+        # In strict mode each window is a separate call, so several between two steps would gain nothing.
         self._window_frames = 1 if self.mode == "strict" else options.window_frames
         self._predictor = Predictor(cost, policy, window_frames=self._window_frames)
         self._thread = self._build_thread(options, policy=policy, cost=cost)

@@ -37,7 +37,7 @@ DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(
 class Executor:
     """Runs device work for the engine thread. Results are in the order of the inputs.
 
-    Up to `together` windows or prompts of equal shape share a call; 1 (strict mode) gives each a call of its own.
+    Up to `together` windows or prompts of equal shape share a call; 1 (strict mode) gives each a separate call.
     """
 
     def __init__(self, model: DiffusionModel, policy: BatchPolicy, *, together: int) -> None:

@@ -44,7 +44,7 @@ async def run_alone(request: GenerationRequest, *, options: EngineOptions) -> Ge
 async def run_after_some_steps(
     engine: Engine, crowd: Sequence[GenerationRequest]
 ) -> list[asyncio.Task[GenerationResult]]:
-    """Start the crowd; return once the engine has stepped some of its rows."""
+    """Start the crowd. Returns its tasks once the engine has stepped some of its rows."""
     moving = asyncio.Event()
     tasks = [
         asyncio.create_task(engine.generate(r, lambda progress: moving.set() if progress.steps_done else None))
@@ -107,7 +107,7 @@ async def test_neighbours_cancelled_mid_way_change_nothing(mode: str, subject: s
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 async def test_priority_does_not_change_the_audio(mode: str, subject: str) -> None:
-    """Rows ride along with others, pause for them and take slots of their own."""
+    """Rows join the steps of others, wait for others and have separate steps."""
     options = make_options(mode, max_rows=4, batch_share=0.5)
     alone = await run_alone(SUBJECTS[subject], options=options)
     own = replace(SUBJECTS[subject], priority="batch")

@@ -1,4 +1,4 @@
-"""How a step is cut into device calls."""
+"""How a step is split into device calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost model finds the shape of what it measured and follows drift."""
+"""The cost model fits its measurements and follows changes."""
 
 from __future__ import annotations
 

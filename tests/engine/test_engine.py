@@ -1,4 +1,4 @@
-"""The engine from its asyncio edge: life, cancellation, deadlines, overload, failures, progress, timings."""
+"""The engine from its asyncio side: start, end, cancellation, deadlines, overload, failures, progress, timings."""
 
 from __future__ import annotations
 
@@ -462,7 +462,7 @@ async def test_queue_position_counts_the_rows_ahead() -> None:
     gate, seen = Gate(), [list[Progress]() for _ in range(4)]
     async with make_engine(gate) as engine:
         tasks = [asyncio.create_task(engine.generate(make_request(steps=2)))]
-        await gate.reached()  # the engine takes nobody in before it opens
+        await gate.reached()  # the engine receives no request before it opens
         tasks += [await submit(engine, make_request(), on_progress=reports.append) for reports in seen]
         gate.open()
         await asyncio.gather(*tasks)

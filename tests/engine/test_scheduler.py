@@ -1,4 +1,4 @@
-"""Who steps next: order, budget, bounds, and that every row ends, whatever arrives or is cancelled."""
+"""Which rows step next: order, budget and bounds; every row ends, whatever arrives or is cancelled."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_guided_evaluation_counts_twice() -> None:
     assert scheduler.pick() == [0, 1]
 
 
-def test_full_house_starts_nobody_else() -> None:
+def test_no_row_starts_while_the_most_are_started() -> None:
     scheduler = make_scheduler(max_started=2, knee=150)
     for row_id in (1, 2):
         add(scheduler, row_id, at=1.0)
@@ -187,7 +187,7 @@ def test_a_step_with_batch_rows_stays_within_its_tokens() -> None:
 def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
     batch: list[tuple[int, int]], interactive: list[int], max_tokens: int, share: float
 ) -> None:
-    """However long interactive rows keep the engine busy, batch rows take their share at most; the first gets it."""
+    """While interactive rows keep the engine busy, batch rows take at most their share, and the first one gets it."""
     scheduler = make_scheduler(max_tokens=max_tokens, batch_share=share, knee=300)
     works = {}
     for row_id, (frames, steps) in enumerate(batch):
@@ -267,7 +267,7 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(picked)) == len(picked)
         tokens = [self.works[row_id].tokens for row_id in picked]
         assert len(picked) <= 1 or sum(tokens) <= self.limits.max_tokens
-        # Nobody starves: of the rows of a priority that may run, the one with the earliest deadline runs first.
+        # No row waits forever: of the rows of a priority that may run, the earliest deadline runs first.
         batch = {row_id for row_id in self.works if self.priorities[row_id] == "batch"}
         room = self.limits.max_started - len(started)
         for line, places in (

@@ -30,7 +30,7 @@ THREADS = (1, 2, 4)
 
 
 def make_requests(sample_rate_hz: int) -> dict[str, GenerationRequest]:
-    """Plain, guided in every way, from a source, and with a region made anew."""
+    """Returns requests that are plain, guided in every way, from a source, and with a region to generate again."""
     source = make_audio(1.0, sample_rate_hz=sample_rate_hz)
     region = {"inpaint_audio": source, "inpaint_regions_s": ((0.2, 0.6),)}
     fields: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def make_wide_model() -> Sa3Model:
 async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
     model = make_wide_model() if name == "wide" else loaded(name)
     requests = make_requests(model.spec.card.sample_rate_hz)
-    if name == "wide":  # whose requests take their time
+    if name == "wide":  # whose requests are slow
         names = ("plain", "guided", "inpainting")
         requests = {kind: replace(requests[kind], duration_padding_s=1.0, batch_size=1) for kind in names}
     alone = await generate(model, requests, num_threads=THREADS[0])
@@ -121,7 +121,7 @@ def test_what_would_differ_runs_on_one_thread(rows: int, function: Callable[[Ten
 
 
 async def test_the_large_products_do_run_on_several_threads() -> None:
-    """All of the denoiser's layers, by the count that torch has when it comes to compute."""
+    """Checks the number of threads that torch has set when it computes each of the denoiser's kinds of layers."""
     counts: dict[str, set[int]] = {}
 
     class Watch(TorchDispatchMode):

@@ -65,7 +65,7 @@ def test_a_neighbour_s_nan_and_unused_terms_do_not_spread() -> None:
     result = advance(state, [euler, pingpong, last], velocity=torch.ones(3, CHANNELS, FRAMES), noise=noise)
     assert result[0].isfinite().all()
     assert result[1].isnan().all()
-    assert result[2].isfinite().all()  # the last draw of ping-pong weighs nothing
+    assert result[2].isfinite().all()  # the last draw of ping-pong has weight 0
 
 
 def test_a_missing_term_that_is_needed_is_an_error() -> None:

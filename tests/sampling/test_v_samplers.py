@@ -43,7 +43,7 @@ def unguided(x: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def run_linear(sampler: str, steps: int, span: SigmaRange, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """From unit noise `x` (D, F) on data normal around 0 with deviation 0.5."""
+    """Returns the result from unit noise `x` (D, F) for data that is normal around 0 with deviation 0.5."""
     plan = build_v_plan(sampler, steps, span=span, guidance=Guidance(), has_source=False)
     return run_plan(plan, start_state(plan, x), SeededNoise(seed), network=linear_v_velocity)
 

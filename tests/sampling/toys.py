@@ -1,4 +1,4 @@
-"""A network small enough to write down, and a loop that runs a plan over it one row at a time."""
+"""Networks given by formulas, and a loop that runs a plan with one of them, one row at a time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_plan(
     network: Callable[[Tensor, float], Tensor] = lambda x, t: toy_velocity(x, torch.tensor([t])),
     unguided: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """Run every evaluation of `plan` from the row's registers `state` (R, D, F); returns (D, F).
+    """Run every evaluation of `plan` from the row's registers `state` (R, D, F). Returns the result (D, F).
 
     `network` gives the guided output of (x, t), `unguided` the other branch's.
     """
@@ -63,7 +63,7 @@ def run_plan(
 
 
 def _gaussian_velocity(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """The exact v for data normal around 0.3 cos(channel) with deviation 0.5, and something nonlinear."""
+    """The exact v for data normal around 0.3 cos(channel) with deviation 0.5, plus a nonlinear term."""
     variance = 0.25
     mean = _channel_means(x)
     pull = alpha * beta * (1 - variance) * (x - alpha * mean) / (alpha**2 * variance + beta**2)
