@@ -13,21 +13,19 @@ class Backend(Protocol):
     """Runs generations by canonical model name."""
 
     @property
-    def catalog(self) -> ModelCatalog:
-        """The configured models."""
-        ...
+    def catalog(self) -> ModelCatalog: ...
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
-        """Run one request on the model with this canonical name.
+        """Run one request on the model with this canonical name. Returns its audio.
 
-        `on_progress` is called on the event loop of the caller, a few times a second at most. Cancelling the awaiting
-        task cancels the work. Raises errors of `core.errors`: InvalidRequestError,
-        OverloadedError, DeadlineExceededError, ModelUnavailableError, GenerationError.
+        `on_progress` is called on the event loop of the caller, at most a few times a second. Cancelling the awaiting
+        task cancels the work. Raises errors of `core.errors`: InvalidRequestError, OverloadedError,
+        DeadlineExceededError, ModelUnavailableError, GenerationError.
         """
         ...
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """What each model is doing, by canonical name; never loads a model and never waits for one."""
+        """Returns what each model is doing, by canonical name. Never loads a model and never waits for one."""
         ...

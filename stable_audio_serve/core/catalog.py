@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 
-# Of the Stable Audio 3 family; known here, so that a job with another one is refused before it is accepted.
+# Those of the Stable Audio 3 family; listed here so that a job with another sampler is refused when it is submitted.
 SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """One served model as clients may know it; durations in seconds, rates in hertz."""
+    """The public facts of one served model; durations in seconds, rates in hertz."""
 
     name: str
     family: str  # "stable-audio-3", "stable-audio-open", ...
@@ -22,11 +22,11 @@ class ModelCard:
     sample_rate_hz: int = 44100
     channels: int = 2
     latent_channels: int = 256
-    objective: str = "rf_denoiser"  # what it was trained for: rf_denoiser, rectified_flow or v
+    objective: str = "rf_denoiser"  # its training objective: rf_denoiser, rectified_flow or v
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
-    samplers: tuple[str, ...] = SAMPLERS  # what GenerationRequest.sampler may be
+    samplers: tuple[str, ...] = SAMPLERS  # allowed values of GenerationRequest.sampler
     conditions_on_start: bool = False  # honours GenerationRequest.start_s
     is_demo: bool = False
     description: str = ""
@@ -36,7 +36,7 @@ class ModelCatalog:
     """The configured models by canonical name and alias, in configuration order; lookups ignore case and spaces."""
 
     def __init__(self, cards: Iterable[ModelCard], *, default: str | None = None) -> None:
-        """`default` may be an alias; without it the first card is the default, the demo only where nothing else is.
+        """`default` may be an alias. Without it the default is the first card that is not the demo, if any.
 
         Raises ConfigError when there is no card, a name is claimed twice, or the default is unknown.
         """
@@ -60,7 +60,7 @@ class ModelCatalog:
             ) from error
 
     def resolve(self, name: str) -> ModelCard:
-        """The card for a canonical name or an alias. Raises UnknownModelError naming the valid ones."""
+        """Returns the card for a canonical name or an alias. Raises UnknownModelError naming the valid ones."""
         canonical = self._names.get(_key(name))
         if canonical is None:
             valid = ", ".join(self._cards)

@@ -7,14 +7,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What the rest of the code may ask about time."""
+    """The time that the rest of the code sees."""
 
     def monotonic(self) -> float:
-        """Seconds since an arbitrary fixed point, never going back."""
+        """Returns seconds since an arbitrary fixed point; never goes back."""
         ...
 
     def time(self) -> float:
-        """Unix time, seconds: for dates. It may be set while the process runs, so it measures no durations."""
+        """Returns Unix time in seconds, for dates. It may be set at any time, so do not measure with it."""
         ...
 
 
@@ -22,9 +22,7 @@ class SystemClock:
     """The machine's own clock."""
 
     def monotonic(self) -> float:
-        """Seconds since an arbitrary fixed point, never going back."""
         return time.monotonic()
 
     def time(self) -> float:
-        """Unix time, seconds."""
         return time.time()

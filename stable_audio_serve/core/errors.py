@@ -6,23 +6,23 @@ StableAudioError
 ├── InvalidUploadError         invalid_upload     an uploaded file is empty or cannot be decoded
 ├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
 ├── UnauthorizedError          unauthorized       keys are configured and the request brought none of them
-├── ForbiddenError             forbidden          from a web page, or to a name, that this server does not serve
-├── ConflictError              conflict           contradicts what is stored, for example a key used for something else
-├── OverloadedError            overloaded         no room now; retry after some seconds
-│   └── QuotaError             quota              this caller has too much waiting already
+├── ForbiddenError             forbidden          from a web page, or for a host name, that is not allowed
+├── ConflictError              conflict           contradicts what is stored, for example a reused key
+├── OverloadedError            overloaded         no room now; retry in a few seconds
+│   └── QuotaError             quota              this caller already has too much waiting
 ├── DeadlineExceededError      deadline_exceeded  the request's own time budget ran out
-│   └── StartTimeoutError      start_timeout      it had a time to start in, and had to wait longer
-├── CancelledRequestError      cancelled          the caller gave the request up
+│   └── StartTimeoutError      start_timeout      it did not start within the time it allows
+├── CancelledRequestError      cancelled          the caller cancelled the request
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
-├── StoppingError              unavailable        the server is stopping and takes nothing new; retry
+├── StoppingError              unavailable        the server is stopping and accepts nothing new; retry
 ├── GenerationError            generation_failed  the model produced something unusable
-├── StorageError               storage            a file or job could not be kept or read now; retry
+├── StorageError               storage            a file or job cannot be stored or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
-│   ├── StoreMovedError        storage            files or jobs are not where they were at the start
-│   └── DamagedFileError       storage            a stored file is not what it was when it was stored
+│   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
+│   └── DamagedFileError       storage            a stored file has changed or lost bytes
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
-├── StartError                 start              what the server runs on did not start; stops the start
-└── ConfigError                config             settings that cannot be used; stops the start
+├── StartError                 start              Ray, the proxy or the like did not start; ends the start
+└── ConfigError                config             unusable settings; ends the start
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StableAudioError(Exception):
     """Base of the tree.
 
     `message` is safe to show to a client. `field` names the request field at fault, `allowed` its range in words,
-    `retry_after_s` (seconds) is set when trying again later may help.
+    `retry_after_s` (seconds) is set where trying again later may help.
     """
 
     kind: ClassVar[str] = "error"
@@ -89,15 +89,15 @@ class UnauthorizedError(StableAudioError):
 
 
 class ForbiddenError(StableAudioError):
-    """A web page wants to use the server, or calls it by a name, that the operator does not allow."""
+    """The operator does not allow this web page to use the server, or this host name for it."""
 
     kind = "forbidden"
 
 
 class ConflictError(StableAudioError):
-    """The request contradicts what is stored: an id or idempotency key of something else, a job that is over.
+    """The request contradicts what is stored: the id or idempotency key has another use, or the job has ended.
 
-    `code` tells clients which: `id_in_use`, `idempotency_key_reused` or `job_is_over`.
+    `code` tells clients which it is: `id_in_use`, `idempotency_key_reused` or `job_is_over`.
     """
 
     kind = "conflict"
@@ -114,7 +114,7 @@ class OverloadedError(StableAudioError):
 
 
 class QuotaError(OverloadedError):
-    """This caller has as much waiting as one caller may have."""
+    """This caller already has as much work waiting as one caller may have."""
 
     kind = "quota"
 
@@ -126,13 +126,13 @@ class DeadlineExceededError(StableAudioError):
 
 
 class StartTimeoutError(DeadlineExceededError):
-    """The request's own time to start in ran out while it waited."""
+    """The request did not start within the time it allows."""
 
     kind = "start_timeout"
 
 
 class CancelledRequestError(StableAudioError):
-    """The caller gave the request up."""
+    """The caller cancelled the request."""
 
     kind = "cancelled"
 
@@ -144,7 +144,7 @@ class ModelUnavailableError(StableAudioError):
 
 
 class StoppingError(StableAudioError):
-    """The server is stopping and takes nothing new; after its restart the same request will do."""
+    """The server is stopping and accepts nothing new; the same request can be sent again after the restart."""
 
     kind = "unavailable"
 
@@ -156,7 +156,7 @@ class GenerationError(StableAudioError):
 
 
 class StorageError(StableAudioError):
-    """A file or a job could not be kept or read now; trying again later may help."""
+    """A file or a job cannot be stored or read now; trying again later may help."""
 
     kind = "storage"
 
@@ -168,11 +168,11 @@ class StorageFullError(StorageError):
 
 
 class StoreMovedError(StorageError):
-    """The files or the job database are no longer where they were, or others lie there."""
+    """The files or the job database have been moved or replaced since the start."""
 
 
 class DamagedFileError(StorageError):
-    """A stored file is not what it was when it was stored: bytes are missing, or others."""
+    """A stored file has changed since it was stored, or bytes of it are missing."""
 
 
 class CheckpointError(StableAudioError):
@@ -182,12 +182,12 @@ class CheckpointError(StableAudioError):
 
 
 class StartError(StableAudioError):
-    """What the server runs on did not start; the message says what to do."""
+    """Something that the server needs, such as Ray or the proxy, did not start; the message says what to do."""
 
     kind = "start"
 
 
 class ConfigError(StableAudioError):
-    """Settings that cannot be used; stops the start with a message naming the key."""
+    """The settings cannot be used; the message names the key."""
 
     kind = "config"

@@ -1,8 +1,8 @@
-"""Named places where tests may kill or freeze this process, to prove that nothing is lost or seen twice by that.
+"""Named places where tests may kill or freeze this process, to prove that no work is lost or done twice.
 
-The environment variable STABLE_AUDIO_FAILPOINTS holds `name=kill` or `name=stop` or, for the first process only that
-gets there, `name=kill@<file to make>`, separated by commas. Read when this module is imported; without it a failpoint
-costs one look into an empty mapping.
+The environment variable STABLE_AUDIO_FAILPOINTS holds entries separated by commas: `name=kill`, `name=stop` or, for
+only the first process that gets there, `name=kill@<file to make>`. It is read when this module is imported; without it
+a failpoint costs one look-up in an empty mapping.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Action:
 
 
 def _parse(text: str) -> Mapping[str, _Action]:
-    """Raises ValueError for what it cannot read."""
+    """Returns the action of each failpoint. Raises ValueError for an invalid entry."""
     actions: dict[str, _Action] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, action = item.partition("=")
@@ -44,20 +44,20 @@ _actions = _parse(os.environ.get(VARIABLE, ""))
 
 
 def activate(text: str) -> None:
-    """From here on do what `text` says, in the words of the variable. Raises ValueError."""
+    """Replace the actions by those of `text`, which has the form of the variable. Raises ValueError."""
     global _actions
     _actions = _parse(text)
 
 
 def failpoint(name: Failpoint) -> None:
-    """Kill or freeze this process when that was asked for here."""
+    """Kill or freeze this process if an action is set for `name`."""
     action = _actions.get(name)
     if action is not None and _is_first(action.marker):
         os.kill(os.getpid(), action.signal)
 
 
 def _is_first(marker: Path | None) -> bool:
-    """Whether this process, of all that pass here, is the one to make the file."""
+    """Returns whether this process is the first here: the one that makes the file."""
     if marker is None:
         return True
     try:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-SEED_LIMIT = 2**63  # seeds are 0 to this, not included
-Priority = Literal["interactive", "batch"]  # batch work yields to interactive work, down to a share of its own
+SEED_LIMIT = 2**63  # seeds are from 0 up to this, exclusive
+Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class GenerationRequest:
     prompt: str
     duration_s: float
     seed: int
-    start_s: float = 0.0  # where the clip lies in an imagined longer one; only for models that condition on it
+    start_s: float = 0.0  # start of the clip within a longer piece; only for models that condition on it
     negative_prompt: str | None = None
     batch_size: int = 1
     steps: int | None = None
@@ -59,14 +59,14 @@ class GenerationRequest:
     inpaint_audio: SourceAudio | None = None
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
     chunked_decode: bool | None = None
-    deadline_s: float | None = None  # time budget from submission, seconds
+    deadline_s: float | None = None  # time budget from submission to audio, seconds
     priority: Priority = "interactive"
-    start_within_s: float | None = None  # of which at most this much may be spent waiting for the first step
+    start_within_s: float | None = None  # most time from submission to the first step, seconds
     request_id: str = ""
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation, below 2**63: asking for one of them alone gives that variation."""
+        """The seed of each variation. A request for one of these seeds alone gives the same variation."""
         return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
 
 
@@ -105,8 +105,8 @@ class StageTimings:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """Where a request ran: `kind` is cuda, mps or cpu. Memory in bytes, on CUDA only: held when it ended, and the most
-    ever held by the process."""
+    """Where a request ran: `kind` is cuda, mps or cpu. Memory in bytes, on CUDA only: in use when the request ended,
+    and the most that the process has ever used."""
 
     kind: str = "cpu"
     memory_used_bytes: int | None = None
@@ -117,7 +117,7 @@ class DeviceUse:
 class GenerationResult:
     """Audio as it left the model: one (C, S) float32 array per variation, with what was done.
 
-    Full scale is -1..1, and loud clips reach beyond it: whoever makes a file of one decides what becomes of its peaks.
+    Full scale is -1..1. Loud clips exceed it; `audio.peaks` brings them back when a file is made.
     """
 
     audio: tuple[npt.NDArray[np.float32], ...]

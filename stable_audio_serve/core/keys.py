@@ -1,4 +1,4 @@
-"""API keys: making one, the digest that is all a server keeps of it, and the client it belongs to."""
+"""API keys: how one is made, the digest that the server keeps of it, and the client it belongs to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from stable_audio_serve.core.ids import ClientId
 
-_PREFIX = "sas-"  # so that scanners and people recognise one
+_PREFIX = "sas-"  # makes keys easy to recognise for people and secret scanners
 
 
 _NUM_DIGITS = 16
@@ -19,16 +19,16 @@ _UNNAMED = re.compile(rf"[0-9a-f]{{{_NUM_DIGITS}}}")
 
 
 class KeyHash(NamedTuple):
-    """A key that may use the API: whose it is, and its SHA-256 in hexadecimal."""
+    """A key that may use the API: the client that owns it, and its SHA-256 in hexadecimal."""
 
     client: ClientId
     digest: str
 
 
 def parse_key_hash(text: str) -> KeyHash:
-    """A configured `digest` or `name:digest`. A key without a name belongs to a client called as its first digits.
+    """Returns a configured `digest` or `name:digest` as a KeyHash. The first digits of a digest are its default name.
 
-    Raises ValueError for what is neither, and for a name that such a client may have.
+    Raises ValueError for any other text, and for a name that looks like a default one.
     """
     name, separator, digest = text.rpartition(":")
     if not _DIGEST.fullmatch(digest):
@@ -45,10 +45,10 @@ def parse_key_hash(text: str) -> KeyHash:
 
 
 def make_key() -> str:
-    """A new key of 256 random bits."""
+    """Returns a new key of 256 random bits."""
     return _PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_key(key: str | bytes) -> str:
-    """SHA-256 of a key, in hexadecimal; text counts as UTF-8."""
+    """Returns the SHA-256 of a key in hexadecimal; text is encoded as UTF-8."""
     return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()

@@ -1,7 +1,7 @@
-"""What the code measures about itself: every metric by name, and the sink that whoever collects implements (`serving`
+"""What the code measures about itself: every metric by name, and the sink that collectors implement (`serving`
 exports to Ray's metrics).
 
-A metric exists because it stands here: docs/metrics.md is made from this list, and an undeclared name is an error.
+Every metric is declared here: docs/metrics.md is made from this list, and an undeclared name is an error.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. `labels` are what its samples are told apart by; `is_rare`: may never happen on a healthy server.
+    """One metric. `labels` are the names of its labels; `is_rare`: it may never occur on a healthy server.
 
-    `model` among the labels of an engine's metrics is added by whoever collects for that engine.
+    The label `model` of an engine's metrics is added by that engine's sink.
     """
 
     name: str
@@ -87,7 +87,7 @@ METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
 
 
 def declared(name: str, kind: Kind, *, labels: Iterable[str]) -> Metric:
-    """The declaration of a sample's metric. Raises ValueError where it has another kind or not all of these labels."""
+    """Returns the declaration of `name`. Raises ValueError when it has another kind or lacks one of these labels."""
     metric = METRICS.get(name)
     if metric is None:
         raise ValueError(f"the metric {name} is not declared")
@@ -115,23 +115,20 @@ class Metrics(Protocol):
 
 
 class NullMetrics:
-    """Drops everything that is declared; the default where nobody collects. Raises ValueError for the rest."""
+    """The default sink: drops declared samples, raises ValueError for others."""
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-        """Do nothing."""
         declared(name, "counter", labels=labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
-        """Do nothing."""
         declared(name, "gauge", labels=labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Do nothing."""
         declared(name, "histogram", labels=labels)
 
 
 class Level:
-    """A gauge of how many of something there are now, from zero on. For one thread."""
+    """A gauge that counts what exists now, starting at zero. For one thread."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         self._metrics = metrics
@@ -140,6 +137,6 @@ class Level:
         self.change(0)
 
     def change(self, by: int) -> None:
-        """So many more, or fewer."""
+        """Add `by`, which may be negative."""
         self.value += by
         self._metrics.gauge(self._name, self.value)

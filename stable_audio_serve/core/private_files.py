@@ -1,6 +1,6 @@
-"""Folders and files that only their owner may use, made so whatever the process's umask allows others.
+"""Makes folders and files that only their owner may use, whatever the process's umask is.
 
-A file is private from the moment it exists: changing it afterwards would leave a time in which others can open it.
+A file is private from the moment it exists: changing its mode afterwards would leave others time to open it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make the folder and the missing ones above it; one that is there stays as it is. Raises OSError."""
+    """Make the folder and its missing parents; existing ones are left as they are. Raises OSError."""
     if folder.is_dir():
         return
     make_private_folder(folder.parent)
@@ -18,5 +18,5 @@ def make_private_folder(folder: Path) -> None:
 
 
 def open_private(path: str | os.PathLike[str], flags: int) -> int:
-    """The `opener` of `open` for files that may have to be made. Raises OSError."""
+    """An `opener` for `open`, for files that may not exist yet. Returns the descriptor. Raises OSError."""
     return os.open(path, flags, 0o600)

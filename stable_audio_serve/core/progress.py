@@ -1,4 +1,4 @@
-"""Progress on its way to somebody slower than the engine: across processes, into a database."""
+"""Thins out progress reports for receivers that are slower than the engine: another process, a database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Report = TypeVar("Report", bound=_Staged)
 
 
 class ProgressFeed(Generic[Report]):
-    """Hands out every change of stage at once and, within a stage, the latest report once per `interval_s` seconds.
+    """Yields every change of stage at once and, within a stage, the latest report once per `interval_s` seconds.
 
     Belongs to one event loop.
     """
@@ -28,12 +28,12 @@ class ProgressFeed(Generic[Report]):
     def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
         self._interval_s = interval_s
         self._clock = clock
-        self._pending: deque[Report] = deque()  # the latest of each stage that nobody was given yet
+        self._pending: deque[Report] = deque()  # the latest report of each stage that was not yielded yet
         self._changed = asyncio.Event()
         self._is_closed = False
 
     def put(self, report: Report) -> None:
-        """Take in what is true now."""
+        """Add the newest report."""
         if self._pending and self._pending[-1].stage == report.stage:
             self._pending[-1] = report
         else:
@@ -41,7 +41,7 @@ class ProgressFeed(Generic[Report]):
             self._changed.set()
 
     def close(self) -> None:
-        """Nothing comes any more: whoever iterates gets what is left and then the end."""
+        """End the feed: iteration yields what is left and then stops."""
         self._is_closed = True
         self._changed.set()
 
@@ -60,7 +60,7 @@ class ProgressFeed(Generic[Report]):
                     await self._changed.wait()
 
     def _wait_s(self, stage: str, due_at: float) -> float | None:
-        """Until the next one may be handed out; None while there is none."""
+        """Returns how long the next report must wait, None while there is none."""
         if not self._pending:
             return None
         if self._is_closed or len(self._pending) > 1 or self._pending[0].stage != stage:

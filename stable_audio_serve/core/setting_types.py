@@ -1,4 +1,4 @@
-"""Types of single settings: a value's form and bounds, how it is read, and what of it is hidden when it is shown."""
+"""Types of single settings: a value's form and bounds, how it is parsed, and which part is hidden when it is shown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_e
 
 
 def _without_secrets(url: str | None) -> str | None:
-    """A URL with nothing but its scheme and its place: passwords may also stand among its options."""
+    """Returns a URL without user, password and query: a query may hold passwords too."""
     if url is None:
         return None
     scheme, separator, rest = url.partition("://")
@@ -59,12 +59,12 @@ HiddenPassword = PlainSerializer(_without_secrets, when_used="json")
 
 
 def split_commas(value: object) -> object:
-    """Returns a text of values between commas as a list of them, anything else as it is."""
+    """Returns comma-separated text as a list, anything else unchanged."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def trim_prefix(prefix: str) -> str:
-    """Returns a prefix of keys without slashes at its ends. Raises ValueError for one that links cannot hold."""
+    """Returns a key prefix without slashes at its ends. Raises ValueError for one that cannot be part of a link."""
     trimmed = prefix.strip("/")
     if {".", ".."} & set(trimmed.split("/")):
         raise ValueError("must not have . or .. between slashes: clients leave them out of links")
@@ -72,7 +72,7 @@ def trim_prefix(prefix: str) -> str:
 
 
 def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Raises ValueError for what is no hash of a key, or is there twice."""
+    """Returns `texts`. Raises ValueError for an entry that is no hash of a key or appears twice."""
     digests = [parse_key_hash(text).digest for text in texts]
     for number, digest in enumerate(digests, start=1):
         if (first := digests.index(digest) + 1) < number:
@@ -81,7 +81,7 @@ def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_signing_secret(secret: SecretStr) -> SecretStr:
-    """Raises ValueError for what is no secret of Standard Webhooks."""
+    """Returns `secret`. Raises ValueError unless it is a secret of Standard Webhooks."""
     try:
         key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
     except binascii.Error:

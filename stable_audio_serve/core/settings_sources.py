@@ -1,4 +1,4 @@
-"""Builds the settings tree from its sources, later wins: defaults, file arguments, `.env`, environment.
+"""Builds the settings tree from its sources, the later ones winning: defaults, file arguments, `.env`, environment.
 
 The only place that reads the environment. Every failure is a ConfigError naming the key or variable at fault.
 """
@@ -20,7 +20,7 @@ from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 from stable_audio_serve.core.keys import hash_key, parse_key_hash
 from stable_audio_serve.core.settings import Settings
 
-# Where each variable lands in the tree; of several names for one value the first that is set wins.
+# The place of each variable in the tree; of several names for one value the first that is set wins.
 VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("default_model",): ("STABLE_AUDIO_DEFAULT_MODEL", "STABLE_AUDIO_MODEL"),
     ("preload_models",): ("STABLE_AUDIO_PRELOAD_MODELS",),
@@ -51,24 +51,30 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }
 
-# Pairs of access key and secret, the first that is whole counts; then what else the AWS SDK looks at.
+# Pairs of access key and secret, of which the first complete one is used; a session token belongs to the AWS pair.
 _ACCESS_KEYS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY"))
 _SESSION_TOKEN = "AWS_SESSION_TOKEN"
 
-# A key in plain text, as vLLM's users set it: joins the hashes, and only as a hash.
+# A key in plain text, as vLLM's users set it; only its hash is kept, next to the others.
 _PLAIN_KEY = "VLLM_API_KEY"
 
 _SECRET = (
-    *(("hf_token",), ("api", "key_hashes"), ("jobs", "webhook_secret"), ("jobs", "database_url")),
-    *(("storage", name) for name in ("access_key_id", "secret_access_key", "session_token", "endpoint_url")),
+    ("hf_token",),
+    ("api", "key_hashes"),
+    ("jobs", "webhook_secret"),
+    ("jobs", "database_url"),
+    ("storage", "access_key_id"),
+    ("storage", "secret_access_key"),
+    ("storage", "session_token"),
+    ("storage", "endpoint_url"),
 )
 
-# Variables with our prefix that are read elsewhere, and what Docker and Kubernetes set for a service named like us.
+# Variables with our prefix that are read elsewhere, and those that Docker and Kubernetes set for a service of our name.
 _PREFIX = "STABLE_AUDIO_"
 _OTHER_VARIABLES = ("STABLE_AUDIO_PROXY_HOST", "STABLE_AUDIO_PROXY_BINARY", failpoints.VARIABLE)
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
-# For these an empty variable is a value of its own; for the others it counts as not set.
+# For these an empty variable is a value; all others count as unset when empty.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
 
 
@@ -78,7 +84,7 @@ def load_settings(
     environ: MutableMapping[str, str] = os.environ,
     directory: Path | None = None,
 ) -> Settings:
-    """The effective settings.
+    """Returns the effective settings.
 
     `args` are the file's application arguments, `directory` is where the search for `.env` starts (default: the
     working directory). Variables of `.env` and a copied HF_TOKEN are added to `environ`, because libraries read them
@@ -101,7 +107,7 @@ def load_settings(
 
 
 def load_environment(environ: MutableMapping[str, str], *, directory: Path | None = None) -> None:
-    """Add to `environ` what the nearest `.env` at or above `directory` sets and `environ` does not."""
+    """Add the variables of the nearest `.env`, in `directory` or above, that `environ` does not set yet."""
     start = (directory or Path.cwd()).absolute()
     path = next((folder / ".env" for folder in (start, *start.parents) if (folder / ".env").is_file()), None)
     if path is not None:
@@ -144,7 +150,7 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
 
 
 def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Why the catalog's default model is the one: what named it, or its place among the configured models."""
+    """Returns why this is the default model: what named it, or its place among the configured models."""
     variable = _first_set(environ, VARIABLES[("default_model",)])
     if variable is not None:
         return f"named by {variable}"
@@ -156,7 +162,7 @@ def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mappi
 
 
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
-    """Canonical names of the models to keep loaded, in the operator's order; the default model when nothing is said."""
+    """Returns the canonical names of the models to keep loaded, in configured order; by default the default model."""
     if settings.preload_models is None:
         return (catalog.default.name,)
     return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
@@ -186,12 +192,12 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
     for key in path[:-1]:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            return  # validation will say what is wrong with it
+            return  # validation reports what is wrong with it
     node[path[-1]] = value.strip()
 
 
 def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """All of a key from one place: parts of two keys would only be refused."""
+    """Set access key, secret and token from one source: parts of two keys do not work together."""
     pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)
     if pair is None:
         return

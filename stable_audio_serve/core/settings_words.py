@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in our words: the key, what it must be, and the nearest key for one that is unknown.
+"""Says what is wrong with a setting: the key, what it must be, and for an unknown key the nearest known one.
 
 Works on the JSON schema of a Pydantic model, so that the words come from the declared types and bounds; knows nothing
 of what the settings mean.
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_SURE = 0.8  # likeness from which a key in another place is meant
+_SURE = 0.8  # similarity above which a key in another place is suggested
 _MOST_LISTED = 24
 _MOST_SHOWN = 80
 _Path = tuple[str, ...]
@@ -26,9 +26,9 @@ def faults(
     name: Callable[[_Path], str] = ".".join,
     is_secret: Callable[[_Path], bool] = lambda path: False,
 ) -> list[tuple[str, str]]:
-    """Name and complaint of everything that `error` says about a value of `model`.
+    """Returns name and complaint of each thing that `error` finds wrong in a value of `model`.
 
-    `name` turns a key's path into what the operator wrote; values of secret paths are not shown.
+    `name` gives the text that the operator knows a path by; values at secret paths are not shown.
     """
     schema = schema_of(model)
     found: dict[_Path, tuple[str, str]] = {}
@@ -53,25 +53,28 @@ def faults(
 
 @cache
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """The model's JSON schema."""
+    """Returns the JSON schema of `model`."""
     return model.model_json_schema()
 
 
 def unknown_keys(value: object, schema: Mapping[str, Any]) -> Iterator[_Path]:
-    """Paths of the mapping keys in `value` that `schema` does not declare; unlike validation, also where extra ones
-    are allowed. Mappings without declared keys may hold any.
+    """Returns the paths of keys in `value` that `schema` does not declare, even where validation allows extra ones.
+
+    Mappings without declared keys may hold any.
     """
     yield from _unknown_keys(value, schema, node=schema, path=())
 
 
 def places(schema: Mapping[str, Any]) -> Iterator[str]:
-    """Dotted paths of every key, the first entry of a list standing for all."""
+    """Returns the dotted path of every key; lists have one entry, 0."""
     yield from _places_below(schema, schema, where="")
 
 
 def unknown(path: _Path, schema: Mapping[str, Any], *, elsewhere: Iterable[str] = ()) -> str:
-    """What to say of an unknown key: the nearest one beside it, else `elsewhere` or in another place of `schema`
-    (dotted paths), else all that are known beside it.
+    """Returns the complaint about an unknown key.
+
+    It names the nearest key beside it, else one of `elsewhere` or of another place in `schema` (dotted paths), else
+    all keys that are valid there.
     """
     *parents, key = path
     beside = sorted(_properties(schema, _locate(schema, parents)[1]))
@@ -82,7 +85,7 @@ def unknown(path: _Path, schema: Mapping[str, Any], *, elsewhere: Iterable[str] 
 
 
 def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The most similar of `words`, if one is similar at all; case and - for _ do not count."""
+    """Returns the most similar of `words`, None if none is similar; ignores case and treats - as _."""
     plain = {_plain(each): each for each in words}
     matches = get_close_matches(_plain(word), plain, n=1, cutoff=cutoff)
     return plain[matches[0]] if matches else None
@@ -101,7 +104,7 @@ def _plain(word: str) -> str:
 
 
 def _locate(schema: Mapping[str, Any], loc: Iterable[str]) -> tuple[_Path, Mapping[str, Any]]:
-    """The part of `loc` that are keys and indices, and the schema there: Pydantic also names members of unions."""
+    """Returns the keys and indices of `loc`, without the union members Pydantic adds, and the schema there."""
     path: list[str] = []
     node: Mapping[str, Any] = schema
     for part in loc:
@@ -124,7 +127,7 @@ def _step(schema: Mapping[str, Any], node: Mapping[str, Any], *, part: str) -> M
 
 
 def _members(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What `node` may be, references and unions resolved, null left out."""
+    """Yields the schemas that `node` may have, with references and unions resolved and null left out."""
     if "$ref" in node:
         yield from _members(schema, schema["$defs"][node["$ref"].rpartition("/")[2]])
         return
@@ -167,7 +170,7 @@ def _unknown_keys(value: object, schema: Mapping[str, Any], *, node: Mapping[str
 
 
 def _requirement(schema: Mapping[str, Any], node: Mapping[str, Any]) -> str:
-    """What a value must be, as the end of a sentence that begins with "must be"."""
+    """Returns the end of a sentence that begins with "must be"."""
     return " or ".join(dict.fromkeys(_kind(member) for member in _members(schema, node))) or "left out"
 
 

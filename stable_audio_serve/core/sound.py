@@ -1,4 +1,4 @@
-"""What is known of a finished clip besides its samples, and the words for how its peaks are treated."""
+"""The facts of a finished clip besides its samples, and the names of the ways its peaks can be treated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ClipFacts:
     """One variation as it is delivered.
 
     `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is integrated over the clip (ITU-R BS.1770),
-    None where that is not defined: under 0.4 s, and where nothing is above -70 LUFS. `is_silent`: no sample reaches
+    None where that is not defined: under 0.4 s, and where nothing is above -70 LUFS. `is_silent`: every sample is below
     -70 dBFS.
     """
 
