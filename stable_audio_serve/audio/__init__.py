@@ -1,1 +1,1 @@
-"""Everything that knows what a sample is: decoding uploads, resampling, encoding files. No models, no HTTP."""
+"""All work on samples: decoding uploads, resampling, treating peaks, encoding files. No models, no HTTP."""

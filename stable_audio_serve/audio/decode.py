@@ -1,7 +1,7 @@
-"""Decodes uploaded audio. Files are hostile until proven otherwise, so a separate process reads them.
+"""Decodes uploaded audio. Files may be hostile, so a separate process reads them.
 
-The process is a plain child with an environment of its own: it inherits no threads, devices or sockets, may crash or
-hang, and is replaced when it does.
+The process is a plain child with its own environment, and inherits no threads, devices or sockets. When it crashes or
+hangs, it is replaced.
 """
 
 from __future__ import annotations

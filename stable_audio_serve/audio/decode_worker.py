@@ -1,9 +1,9 @@
 """The process that reads hostile audio files. Started with `python -m`; talks to `audio.decode` over one socket.
 
-Imports as little as possible, limits its own memory, and may crash: its parent starts another.
+It imports as little as possible, limits its own memory, and may crash: its parent then starts another.
 
-One exchange: the parent sends a JSON line and the file's descriptor; the answer is a JSON line, followed by float32
-samples (S, C) when it has `frames`.
+In one exchange the parent sends a JSON line and the file's descriptor; the answer is a JSON line, and float32 samples
+(S, C) after it when the line has `frames`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 _BLOCK_VALUES = 1 << 18
 _MEMORY_BYTES = 2 << 30
-_NICENESS = 5  # who shares the cores is answering requests
+_NICENESS = 5  # requests are answered on the same cores
 _RATES_HZ = (8_000, 192_000)
 _MAX_LEVEL = 1_000.0  # full scale is 1
-_MAX_FILE_VALUES = 1 << 31  # samples x channels that a header may promise: three hours of stereo at 96 kHz
+_MAX_FILE_VALUES = 1 << 31  # samples x channels that a header may declare: three hours of stereo at 96 kHz
 _FORMATS = "WAV, FLAC, MP3, Ogg (Vorbis, Opus, FLAC), AIFF, CAF, AU, W64 or RF64"
 _CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"})
 _MAGIC = (b"fLaC", b"OggS", b".snd", b"caff", b"ID3", b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb")
 _RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC")})
 
-# What each channel of 3 to 8 is, in the order of WAV files: left, right, centre or - for the bass that is left out.
+# The side of each channel, for 3 to 8 in the order of WAV files: left, right, centre, or - for the bass, not mixed in.
 _SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
 _SURROUND_GAIN = 0.5**0.5  # of all but front left and front right, ITU-R BS.775
 
@@ -54,9 +54,9 @@ def sniff(head: bytes) -> None:
 def read(
     descriptor: int, *, max_s: float, max_values: int, own_rates_hz: Collection[int]
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """The first `max_s` seconds as (S, C) float32, at most stereo, and the rate in Hz. Raises Refused.
+    """Returns the first `max_s` seconds as (S, C) float32, at most stereo, and the rate in Hz. Raises Refused.
 
-    `own_rates_hz` are the served models' rates: what a model made, it takes back.
+    `own_rates_hz` are the served models' rates, so that every file made here is accepted again.
     """
     import soundfile
 
@@ -77,13 +77,13 @@ def read(
 
 
 def check_rate(rate_hz: int) -> None:
-    """Raise Refused for a rate that no usual recording has."""
+    """Raise Refused for a rate outside the usual range."""
     if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
         raise Refused(f"the sample rate {rate_hz} Hz is outside {_RATES_HZ[0]}..{_RATES_HZ[1]} Hz")
 
 
 def check_header(container: str, *, channels: int, frames: int) -> None:
-    """Raise Refused for what no sound in the file could make acceptable."""
+    """Raise Refused for a container, channel count or length that is never accepted."""
     if container not in _CONTAINERS:
         raise Refused(f"{container} files are not accepted; allowed: {_FORMATS}")
     if not 1 <= channels <= max(_SPEAKERS):
@@ -93,14 +93,14 @@ def check_header(container: str, *, channels: int, frames: int) -> None:
 
 
 def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(S, C) with 1 to 8 channels in the order of WAV files as (S, 1) or (S, 2), never louder than its loudest."""
+    """Returns (S, C), 1 to 8 channels in the order of WAV files, as (S, 1) or (S, 2) with no higher peak."""
     if block.shape[1] <= 2:
         return block
     return block @ _mix_matrix(block.shape[1])
 
 
 def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
-    """Gains (C, 2) whose columns sum to one."""
+    """Returns gains (C, 2) whose columns sum to one."""
     gains = np.array([[who in "lc", who in "rc"] for who in _SPEAKERS[channels]], dtype=np.float32)
     gains[2:] *= _SURROUND_GAIN
     normal: npt.NDArray[np.float32] = gains / gains.sum(axis=0)
@@ -108,7 +108,7 @@ def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
 
 
 def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
-    """Up to `limit` frames; a file that ends early gives what it has."""
+    """Returns up to `limit` frames, fewer when the file ends early."""
     blocks: list[npt.NDArray[np.float32]] = []
     left = limit
     while left > 0:

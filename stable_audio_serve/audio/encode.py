@@ -29,7 +29,7 @@ _OPUS_TAIL = 960  # silent samples behind an Opus clip, cut off again: libsndfil
 
 
 class AudioFormat(StrEnum):
-    """Files we write; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
+    """The formats of files that are made; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
 
     WAV = "wav"
     FLAC = "flac"
@@ -39,37 +39,35 @@ class AudioFormat(StrEnum):
 
     @property
     def media_type(self) -> str:
-        """The HTTP content type."""
         return {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"}.get(self.value, "audio/ogg")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """A finished file as buffers to be sent one after another."""
+    """A finished file as buffers that are sent one after another."""
 
     media_type: str
     buffers: tuple[bytes | memoryview, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole file."""
         return sum(len(buffer) for buffer in self.buffers)
 
     def chunks(self) -> Iterator[bytes]:
-        """The file in pieces of at most 1 MiB."""
+        """Yields the file in pieces of at most 1 MiB."""
         for buffer in self.buffers:
             for start in range(0, len(buffer), _CHUNK_BYTES):
                 yield bytes(buffer[start : start + _CHUNK_BYTES])
 
     def to_bytes(self) -> bytes:
-        """The file in one piece."""
+        """Returns the file in one piece."""
         return b"".join(self.buffers)
 
 
 def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Interleaved 16-bit samples (S, C) of `audio` (C, S) float32, clamped to -1..1.
+    """Returns `audio` (C, S) float32, clamped to -1..1, as interleaved 16-bit samples (S, C).
 
-    Gives exactly what libsndfile writes for PCM_16: floor(x * 32768), full scale clipped to 32767.
+    These are exactly what libsndfile writes for PCM_16: floor(x * 32768), full scale clipped to 32767.
     """
     channels, samples = audio.shape
     out = np.empty((samples, channels), dtype=np.int16)
@@ -87,17 +85,19 @@ def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
 
 
 def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Interleaved 16-bit samples (S, C) of `audio` (C, S) float32, made as loud as fits: divided by its own peak,
-    times 32767, truncated towards zero. Silence stays silence."""
+    """Returns `audio` (C, S) float32 at full scale as interleaved 16-bit samples (S, C).
+
+    It is divided by its own peak, multiplied by 32767 and truncated towards zero. Silence stays silence.
+    """
     peak = np.abs(audio).max(initial=0.0)
     scaled = np.divide(audio.T, peak or 1.0, dtype=np.float32, order="C")
     return np.multiply(scaled, np.float32(32767), out=scaled).astype(np.int16)
 
 
 def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat) -> EncodedFile:
-    """One file of `audio` (C, S) float32 in -1..1. WAV and FLAC hold 16-bit samples at the given rate.
+    """Returns a file of `audio` (C, S) float32 in -1..1. WAV and FLAC hold 16-bit samples at the given rate.
 
-    MP3 and Opus know few rates; other audio is resampled to the nearest rate that loses nothing.
+    MP3 and Opus have few rates; other audio is resampled to the next higher one, or to the highest.
     """
     if file_format is AudioFormat.WAV:
         return encode_wav(to_pcm16(audio), sample_rate_hz)
@@ -113,12 +113,12 @@ def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, file_fo
 
 
 def encode_pcm(audio: npt.NDArray[np.float32]) -> EncodedFile:
-    """Bare interleaved samples of `audio` (C, S) float32 in -1..1: 16 bits, little-endian, no header."""
+    """Returns the interleaved samples of `audio` (C, S) float32 in -1..1: 16 bits, little-endian, no header."""
     return EncodedFile("audio/pcm", (_little_endian(to_pcm16(audio)),))
 
 
 def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
-    """A deflated archive of named files; the same files give the same bytes."""
+    """Returns a deflated archive of named files; the same files give the same bytes."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, file in files:
@@ -132,15 +132,14 @@ def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
 
 
 def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int) -> EncodedFile:
-    """A WAV file of interleaved samples (S, C)."""
+    """Returns a WAV file of interleaved samples (S, C)."""
     channels = pcm.shape[1]
     data = _little_endian(pcm)
     frame_bytes = 2 * channels
-    header = struct.pack(
-        "<4sI4s4sIHHIIHH4sI",
-        *(b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, channels),
-        *(sample_rate_hz, sample_rate_hz * frame_bytes, frame_bytes, 16, b"data", len(data)),
-    )
+    riff = struct.pack("<4sI4s", b"RIFF", 36 + len(data), b"WAVE")
+    rates = (sample_rate_hz, sample_rate_hz * frame_bytes)
+    layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, *rates, frame_bytes, 16)
+    header = riff + layout + struct.pack("<4sI", b"data", len(data))
     return EncodedFile(AudioFormat.WAV.media_type, (header, data))
 
 

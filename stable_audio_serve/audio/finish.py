@@ -1,4 +1,4 @@
-"""From what a model made to what a client gets: peaks treated, facts measured, one file or a ZIP. CPU work."""
+"""Makes the file for a client from a model's audio: treats peaks, measures facts, encodes a file or ZIP. CPU work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class FileOrder:
-    """What file a client wants of a result. `manifest_of` is the request to tell of in the ZIP's manifest, if any."""
+    """Which file a client wants. `manifest_of` is the request that the ZIP's manifest describes; None = no manifest."""
 
     peaks: Peaks
     file_format: AudioFormat = AudioFormat.WAV
@@ -32,7 +32,7 @@ class FileOrder:
 
 @dataclass(frozen=True, slots=True)
 class FinishedFile:
-    """A file to deliver, and what is known of each variation in it."""
+    """A file to deliver, and the facts of each variation in it."""
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
@@ -41,13 +41,13 @@ class FinishedFile:
 def finish_clip(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: int, peaks: Peaks
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
-    """A whole clip (C, S) float32 as it is delivered, in -1..1, and what is known of it."""
+    """Returns a whole clip (C, S) float32 as it is delivered, in -1..1, and its facts."""
     finished = treat_peaks(audio, sample_rate_hz, peaks=peaks)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
 
 
 def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
-    """One file of one variation, or of several a ZIP with `<stem>-01.<format>`, `<stem>-02.<format>`, ..."""
+    """Returns the file of one variation, or for several a ZIP of `<stem>-01.<format>`, `<stem>-02.<format>`, ..."""
     finished = [
         finish_clip(audio, result.sample_rate_hz, seed=seed, peaks=order.peaks)
         for audio, seed in zip(result.audio, result.seeds, strict=True)
@@ -64,7 +64,7 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
 
 
 def clip_dict(clip: ClipFacts) -> dict[str, Any]:
-    """What is told of a clip, as JSON values: the peak to 4 digits behind the point, LUFS to 1."""
+    """Returns the facts that clients see as JSON values: the peak rounded to 4 decimals, LUFS to 1."""
     loudness = None if clip.loudness_lufs is None else round(clip.loudness_lufs, 1)
     return {"seed": clip.seed, "peak": round(clip.peak, 4), "loudness": loudness, "silent": clip.is_silent}
 

@@ -1,6 +1,6 @@
-"""What makes a clip a loop: the tempo its prompt names, bars that fit into a window, and its length to the sample.
+"""The arithmetic of loops: the tempo in a prompt, the bars that fit into a window, and a length exact to the sample.
 
-Pure arithmetic; knows no audio and no dialect.
+Knows no audio and no dialect.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ BEATS_PER_BAR = 4
 BAR_COUNTS = (1, 2, 4, 8)
 
 _OVERHANG_S = 1.0  # how far explicit bars may exceed the window before they are halved
-# Starts only where a run of digits does and never gives back, so that hostile text takes linear time. No tempo has 19
-# digits.
+# Matches only from the start of a run of digits and never backtracks, so that hostile text takes linear time. No tempo
+# has 19 digits.
 _TEMPO = re.compile(r"(?<!\d)(\d{1,18}+)\s*+bpm", re.IGNORECASE)
 
 
@@ -35,21 +35,21 @@ class Loop:
         return self.bars * BEATS_PER_BAR * 60 / self.tempo_bpm
 
     def num_samples(self, sample_rate_hz: int) -> int:
-        """Length in whole samples, rounded down; exact, where products of floats could fall just short."""
+        """Returns the length in whole samples, rounded down. Exact: products of floats could be just too small."""
         return self.bars * BEATS_PER_BAR * 60 * sample_rate_hz // self.tempo_bpm
 
 
 def read_tempo(prompt: str) -> int | None:
-    """Beats per minute: the first run of digits followed by "bpm" in any case; None without one, or when it is 0."""
+    """Returns beats per minute: the first digits before "bpm", in any case; None without any, or when they are 0."""
     found = _TEMPO.search(prompt)
     return int(found[1]) or None if found else None
 
 
 def plan_loop(tempo_bpm: int, *, bars: int | None, window_s: float) -> Loop:
-    """The loop to cut from a window of `window_s` seconds.
+    """Returns the loop to cut from a window of `window_s` seconds.
 
-    Without `bars` the most of 8, 4, 2 and 1 that fit, and 1 when none does. Given bars are halved once, to at least 1,
-    when they exceed the window by more than a second; what is still longer than the window is for the caller to cut.
+    Without `bars` it has the most of 8, 4, 2 and 1 bars that fit, and 1 when none does. Given `bars` are halved once,
+    to at least 1, when they exceed the window by more than a second; the caller cuts what is still too long.
     """
     if bars is None:
         fitting = (count for count in reversed(BAR_COUNTS) if Loop(tempo_bpm, count).duration_s <= window_s)

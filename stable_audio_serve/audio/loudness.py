@@ -1,7 +1,7 @@
 """How loud a finished clip is: its peak, its integrated loudness, and whether it is silent. CPU work.
 
-Loudness is computed here and not by a library because every client waits for it: a filter that steps through the
-samples takes longer than everything else that is done to a WAV file. The tests compare it with pyloudnorm.
+Loudness is computed here and not by a library because every client waits for it: a filter that goes through the
+samples one by one takes longer than all other work on a WAV file. The tests compare it with pyloudnorm.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     _Section = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 _SILENCE = 10 ** (-70 / 20)  # -70 dBFS
-_LEAST_RATE_HZ = 8000  # below it the standard's filters lose their shape
+_LEAST_RATE_HZ = 8000  # below this rate the standard's filters lose their shape
 _STEP_S = 0.1
-_STEPS_PER_BLOCK = 4  # of a clip shorter than a block, loudness is not defined
+_STEPS_PER_BLOCK = 4  # loudness is not defined for a clip shorter than a block
 _OFFSET_LUFS = -0.691
 _ABSOLUTE_GATE_LUFS = -70.0
 _RELATIVE_GATE = 10 ** (-10 / 10)  # -10 LU
 _NEGLIGIBLE = 1e-9
-# Measured: half or twice of each is slower. Products with more rows would start threads of BLAS, which wait for one
-# another on a busy machine; chunks fit the cache.
+# Measured: half or twice of each is slower. Products with more rows would start threads of BLAS, which wait for each
+# other on a busy machine; chunks fit the cache.
 _FRAME = 32  # samples filtered by one row of a matrix product
 _GROUP = 128  # rows of one product
-_CHUNK = 16 * _GROUP * _FRAME  # samples in work at a time
+_CHUNK = 16 * _GROUP * _FRAME  # samples filtered at a time
 
 
 def describe_clip(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: int) -> ClipFacts:
@@ -44,7 +44,7 @@ def describe_clip(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: 
 
 
 def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> float | None:
-    """Integrated loudness (ITU-R BS.1770-4) of `audio` (C, S), mono or stereo, LUFS; None where it is not defined."""
+    """Returns the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS, None if undefined."""
     if sample_rate_hz < _LEAST_RATE_HZ or audio.shape[1] < _STEP_S * _STEPS_PER_BLOCK * sample_rate_hz:
         return None
     weighted = _apply(_make_k_weighting(sample_rate_hz), audio)
@@ -57,8 +57,10 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
 
 
 def _step_powers(weighted: npt.NDArray[np.float32], step: int) -> npt.NDArray[np.float64]:
-    """Mean squares of `step` samples each, summed over channels. A last step of more than half counts as a whole one,
-    with silence behind it, as in pyloudnorm."""
+    """Returns the mean square of every `step` samples, summed over channels.
+
+    A last step that is more than half full counts as if silence followed, as in pyloudnorm.
+    """
     num_steps, rest = divmod(weighted.shape[1], step)
     whole, last = weighted[:, : num_steps * step], weighted[:, num_steps * step :]
     steps = whole.reshape(len(weighted), num_steps, step)
@@ -69,11 +71,11 @@ def _step_powers(weighted: npt.NDArray[np.float32], step: int) -> npt.NDArray[np
 
 
 class _FrameFilter(NamedTuple):
-    """A linear filter that takes `_FRAME` samples at once, having N numbers of state between frames.
+    """A linear filter that processes `_FRAME` samples at once, with a state of N numbers between frames.
 
-    `response` (_FRAME + N, _FRAME) makes the filtered frame of a frame's samples and the state before it, `update`
-    (_FRAME, N) is what the samples add to the state, float32; `decays` (N, N) float64 are what is left of a state after
-    1, 2, 4, ... frames, as long as anything is.
+    `response` (_FRAME + N, _FRAME) maps a frame's samples and the state before it to the filtered frame. `update`
+    (_FRAME, N) maps the samples to what they add to the state. Both are float32. `decays` (N, N) float64 map a state
+    to what is left of it after 1, 2, 4, ... frames, until nothing is.
     """
 
     response: npt.NDArray[np.float32]
@@ -96,7 +98,7 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
         frames[:, :, :_FRAME] = chunk.reshape(channels, -1, _FRAME)
         states[:, 0] = states[:, -1]
         states[:, 1:] = (groups[..., :_FRAME] @ frame_filter.update).reshape(channels, -1, states.shape[2])
-        for doubling, decay in enumerate(frame_filter.decays):  # each time, states know twice as many frames
+        for doubling, decay in enumerate(frame_filter.decays):  # each time, states include twice as many frames
             distance = 2**doubling
             states[:, distance:] += states[:, :-distance] @ decay
         frames[:, :, _FRAME:] = states[:, :-1]
@@ -106,7 +108,7 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
 
 @cache
 def _make_k_weighting(sample_rate_hz: int) -> _FrameFilter:
-    """The standard's high shelf and high pass, from what they make of each single sample and number of state."""
+    """Returns the standard's high shelf and high pass, built from their response to each sample and state alone."""
     signals = np.eye(_FRAME + 4, _FRAME)
     states = np.eye(_FRAME + 4, 4, k=-_FRAME)
     for section, (b, a) in enumerate(_k_weighting_sections(sample_rate_hz)):
@@ -122,8 +124,11 @@ def _make_k_weighting(sample_rate_hz: int) -> _FrameFilter:
 
 
 def _k_weighting_sections(sample_rate_hz: int) -> tuple[_Section, _Section]:
-    """(b, a) of the high shelf and of the high pass, as De Man ("Evaluation of implementations of the EBU R128 loudness
-    measurement", AES 145) derived them from analogue filters: at 48 kHz they have the standard's own coefficients."""
+    """Returns (b, a) of the high shelf and of the high pass.
+
+    De Man derived them from analogue filters ("Evaluation of implementations of the EBU R128 loudness measurement", AES
+    145); at 48 kHz they are the standard's own coefficients.
+    """
     k, q = math.tan(math.pi * 1681.974450955533 / sample_rate_hz), 0.7071752369554196
     high = 10 ** (3.999843853973347 / 20)
     band = high**0.4996667741545416

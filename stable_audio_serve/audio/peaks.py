@@ -1,8 +1,8 @@
-"""What happens to a clip that is louder than full scale: a look-ahead limiter, or one of the references' two ways.
+"""Brings clips that exceed full scale back into it: by a look-ahead limiter, or in one of the references' two ways.
 
-The limiter's gain is that of Hämäläinen, "Smoothing of the control signal without clipped output in digital peak
-limiters" (DAFx-02): a running maximum of the needed reduction, then an average no longer than that maximum looks ahead,
-which therefore never falls below what is needed. Between the two, the reduction decays exponentially. CPU work.
+The limiter's gain follows Hämäläinen, "Smoothing of the control signal without clipped output in digital peak
+limiters" (DAFx-02): a running maximum of the needed reduction, then an average that is no longer than the look-ahead of
+that maximum, and so never below the needed reduction. Between the two, the reduction decays exponentially. CPU work.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 # Where Stability AI's own decoders limit; leaves 0.2 dB for what lossy encoders add.
 CEILING = np.float32(0.977)
 
-_BLOCK = 16  # samples between two points of the gain curve, which is straight from one to the next
+_BLOCK = 16  # samples between two points of the gain curve, which is linear between them
 _ATTACK_S = 0.005
-_HOLD_S = 0.012  # longer than half a period of what can be heard as a tone, so that the gain does not follow its waves
+_HOLD_S = 0.012  # longer than half a period of tones above 42 Hz, so that the gain does not follow their waves
 _RELEASE_S = 0.1  # time constant
-_LEAST_REDUCTION = 1e-4  # below it there is none: samples far from any peak stay as they are
+_LEAST_REDUCTION = 1e-4  # less counts as none, so that samples far from any peak stay unchanged
 
 
 def treat_peaks(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, peaks: Peaks) -> npt.NDArray[np.float32]:
-    """`audio` (C, S) float32 of any loudness, with its peaks treated, in -1..1; it is not changed itself."""
+    """Returns `audio` (C, S) float32 of any loudness with its peaks treated, in -1..1. Does not change `audio`."""
     if peaks == "limit":
         return limit(audio, sample_rate_hz)
     if peaks == "scale":
@@ -36,14 +36,16 @@ def treat_peaks(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, peaks: P
 
 
 def scale(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """`audio` (C, S) divided by its own peak, louder or quieter; silence stays silence."""
+    """Returns `audio` (C, S) divided by its own peak, which may make it louder; silence stays silence."""
     peak = find_peak(audio)
     return audio / np.float32(peak) if peak else audio
 
 
 def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np.float32]:
-    """`audio` (C, S) with no sample above CEILING: the same array if that is so already, else with one smooth gain for
-    all channels."""
+    """Returns `audio` (C, S) with no sample above CEILING.
+
+    That is the same array where no sample is; otherwise all channels get one smooth gain.
+    """
     if find_peak(audio) <= CEILING:
         return audio
     num_samples = audio.shape[1]
@@ -53,23 +55,23 @@ def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np
     rises = np.diff(points)[:, None]
     reduction = (points[:-1, None] + rises * ramp).reshape(-1)[:num_samples]
     limited = audio * (np.float32(1) - reduction)
-    return np.clip(limited, -CEILING, CEILING, out=limited)  # rounding may have lifted a sample by its last bit
+    return np.clip(limited, -CEILING, CEILING, out=limited)  # rounding may have raised a sample by its last bit
 
 
 def find_peak(audio: npt.NDArray[np.float32]) -> float:
-    """The largest absolute sample; 0 where there is none."""
+    """Returns the largest absolute sample, 0 when there are no samples."""
     return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
 
 
 def _needed_reduction(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """1 - gain that each block of samples needs, 0 where it needs none."""
+    """Returns 1 - gain for each block of samples, 0 where no reduction is needed."""
     loudest = np.abs(audio).max(axis=0)
     blocks = np.pad(loudest, (0, -len(loudest) % _BLOCK)).reshape(-1, _BLOCK).max(axis=1).astype(np.float64)
     return 1.0 - float(CEILING) / np.maximum(blocks, float(CEILING))
 
 
 def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float32]:
-    """The reduction at the edges of the blocks, one more than there are: at none below what a neighbour needs."""
+    """Returns the reduction at all edges of the blocks, nowhere less than a block beside the edge needs."""
     attack, hold = (max(2, round(seconds * points_per_s)) for seconds in (_ATTACK_S, _HOLD_S))
     padded = np.pad(needed, (hold + attack - 1, attack + 1))
     peaks = np.lib.stride_tricks.sliding_window_view(padded, hold + attack + 1).max(axis=1)
@@ -77,7 +79,7 @@ def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -
 
 
 def _decay(levels: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float64]:
-    """The largest of each level and those before it, each fallen since by a factor e in _RELEASE_S."""
+    """Returns, for each level, the largest of it and those before it, which decay by a factor e in _RELEASE_S."""
     elapsed = np.arange(len(levels)) / (points_per_s * _RELEASE_S)
     with np.errstate(divide="ignore"):
         decayed = np.exp(np.maximum.accumulate(np.log(levels) + elapsed) - elapsed)
@@ -85,6 +87,6 @@ def _decay(levels: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArr
 
 
 def _window(length: int) -> npt.NDArray[np.float64]:
-    """`length` positive weights of a raised cosine with the sum 1."""
+    """Returns `length` positive weights of a raised cosine that sum to 1."""
     weights = np.hanning(length + 2)[1:-1]
     return weights / weights.sum()

@@ -1,4 +1,4 @@
-"""Source audio in the shape a model's encoder takes: float samples, the model's rate, length and channels."""
+"""Brings source audio to the form that a model's encoder expects: its rate, length and channels, as float samples."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stable_audio_serve.core.generation import SourceAudio
 
 
 def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, num_samples: int) -> Tensor:
-    """`audio` as (channels, num_samples) float32 on the CPU: resampled, then cropped or zero-padded at its end."""
-    # Arrays from another process are read-only, which torch warns of.
+    """Returns `audio` as (channels, num_samples) float32 on the CPU, resampled, then cropped or padded with zeros."""
+    # Arrays from another process are read-only, and torch warns about those.
     samples = torch.from_numpy(np.require(audio.samples, np.float32, ["C", "W"]))
     samples = fix_channels(samples, channels)
     samples = resample(samples, audio.sample_rate_hz, to_hz=sample_rate_hz, max_samples=num_samples)
@@ -22,9 +22,10 @@ def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, nu
 
 
 def fix_channels(samples: Tensor, channels: int) -> Tensor:
-    """(C, S) as (channels, S): one channel is repeated, of too many the first are kept, for mono they are averaged.
+    """Returns samples (C, S) as (channels, S).
 
-    Raises InvalidUploadError where several channels are still too few.
+    One channel is repeated, several are averaged for mono, and of too many the first are kept. Raises
+    InvalidUploadError when there are several but too few.
     """
     found = samples.shape[0]
     if found == channels:

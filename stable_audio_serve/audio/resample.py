@@ -1,6 +1,7 @@
-"""Resampling of audio that enters a model, equal to the references' (torchaudio's default windowed sinc).
+"""Resamples audio that enters a model exactly as the references do (torchaudio's default windowed sinc).
 
-Another resampler would differ by 0.02 and by a sample in length, which the model hears; output is not resampled here.
+Another resampler would differ by 0.02 and by one sample in length, which changes what the model makes. Output is not
+resampled here.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from torch.nn import functional
 
 _ZERO_CROSSINGS = 6
 _ROLLOFF = 0.99
-_TILE_PHASES = 64  # phases convolved together, so that near-coprime rates need no gigabyte of mostly zero taps
+_TILE_PHASES = (
+    64  # phases convolved together: for near-coprime rates all at once would take a gigabyte of mostly zero taps
+)
 
 
 def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | None = None) -> Tensor:
-    """Resample `samples` (C, S) float32 to (C, ceil(S * to_hz / from_hz)), or its first `max_samples`.
+    """Returns `samples` (C, S) float32 resampled to (C, ceil(S * to_hz / from_hz)), or the first `max_samples` of it.
 
     Hann-windowed sinc, 6 zero crossings, roll-off 0.99. With the rates divided by their common divisor (o -> n) and
     c = 0.99 min(o, n), output j of every n is the sum over k of x[k] (c/o) sinc(t) cos^2(pi t / 12) with
@@ -50,7 +53,7 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
 
 
 def _kernel(phases: Tensor, taps: Tensor, *, source_step: int, num_phases: int, cutoff: float) -> Tensor:
-    """Weights (phases, taps) float32, computed in double; `taps` are input positions relative to the period."""
+    """Returns weights (phases, taps) float32, computed in double; `taps` are input positions relative to the period."""
     distance = taps.double()[None] / source_step - phases.double()[:, None] / num_phases
     t = (distance * cutoff).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)
     window = torch.cos(t * math.pi / _ZERO_CROSSINGS / 2) ** 2

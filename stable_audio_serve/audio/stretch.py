@@ -12,17 +12,16 @@ if TYPE_CHECKING:
 
 _BLOCK_S = 0.1
 _BLOCKS_OVERLAPPING = 6
-_MARGIN_S = 0.25  # of silence around the clip, so that the library's fades at its own ends stay outside
-_MAX_FACTOR = 2.0  # beyond it the library gives phases up and smears attacks; several smaller passes keep them
+_MARGIN_S = 0.25  # silence around the clip, so that the library's fades at both ends stay outside it
+_MAX_FACTOR = 2.0  # beyond this the library drops phases and smears attacks; several smaller passes keep them
 
 
 def time_stretch(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: float) -> npt.NDArray[np.float32]:
-    """`audio` (C, S) float32 played `speed` times as fast at the same pitch: (C, round(S / speed)) float32,
-    at least one sample of something.
+    """Returns `audio` (C, S) float32 played `speed` times as fast at the same pitch: (C, round(S / speed)) float32.
 
-    What was at sample n is at n / speed. Channels share their phase decisions, so a stereo image stays as it is. Peaks
-    may exceed those of the input. The same input gives the same samples. Raises ValueError unless `speed` is positive
-    and finite.
+    Audio that is not empty keeps at least one sample. Sample n moves to n / speed. Channels share their phase
+    decisions, so a stereo image is kept. Peaks may exceed those of the input. The same input gives the same samples.
+    Raises ValueError unless `speed` is positive and finite.
     """
     if not (math.isfinite(speed) and speed > 0):
         raise ValueError(f"speed must be positive and finite, not {speed}")
@@ -45,4 +44,4 @@ def _stretch_once(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed:
     block = math.ceil(_BLOCK_S * sample_rate_hz)
     stretch.configure(audio.shape[0], block, max(1, block // _BLOCKS_OVERLAPPING))
     stretch.setTimeFactor(speed)
-    return np.asarray(stretch.process(np.ascontiguousarray(audio)), np.float32)  # its latency is already taken off
+    return np.asarray(stretch.process(np.ascontiguousarray(audio)), np.float32)  # without the library's latency

@@ -1,6 +1,6 @@
-"""A process's threads and processes for audio: uploads are decoded and files are made on them, never on the event loop.
+"""Threads and processes for audio: they decode uploads and make files, so that the event loop does not.
 
-Knows the limits of the settings, and neither requests nor where files are kept.
+Knows the limits in the settings, but neither requests nor where files are kept.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class AudioWorkers:
-    """At most `api.decode_workers` files are decoded, and `api.encode_workers` made, at a time; the others wait."""
+    """Decodes at most `api.decode_workers` files and makes at most `api.encode_workers` at a time; others wait."""
 
     def __init__(self, limits: ApiSettings, *, own_rates_hz: Collection[int]) -> None:
-        """`own_rates_hz` are decoded besides the usual rates, see `AudioDecoder`. Starts no process yet."""
+        """`own_rates_hz` are accepted besides the usual rates, see `AudioDecoder`. Starts no process yet."""
         self._decoder = AudioDecoder(
             num_workers=limits.decode_workers, timeout_s=limits.max_decode_s, own_rates_hz=own_rates_hz
         )
@@ -45,11 +45,11 @@ class AudioWorkers:
         return await self.run_decoding(decode)
 
     async def run_decoding(self, function: Callable[[], T]) -> T:
-        """Returns what `function` returns, called on a decoding thread: for the reading and writing of uploads."""
+        """Call `function`, which reads or writes uploads, on a decoding thread. Returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._decode_threads, function)
 
     async def run_encoding(self, function: Callable[[], T]) -> T:
-        """Returns what `function`, which makes a file, returns; it is called on an encoding thread."""
+        """Call `function`, which makes a file, on an encoding thread. Returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
 
     async def close(self) -> None:
