@@ -34,8 +34,14 @@ CLIP_HEADERS: dict[str, Any] = {
 }
 # Headers that a page on another origin may read.
 EXPOSED_HEADERS = (
-    *("Content-Disposition", "Idempotent-Replayed", "Retry-After", "Server-Timing"),
-    *("X-Model", "X-Output-Count", "X-Request-Id", "X-Sample-Rate"),
+    "Content-Disposition",
+    "Idempotent-Replayed",
+    "Retry-After",
+    "Server-Timing",
+    "X-Model",
+    "X-Output-Count",
+    "X-Request-Id",
+    "X-Sample-Rate",
     *CLIP_HEADERS,
 )
 _STREAM_ABOVE_BYTES = 1_048_576

@@ -106,7 +106,7 @@ FAST = {"receive_window_s": 0.4, "receive_rate_bytes_s": 5000}  # 2,000 bytes in
 async def test_a_body_that_does_not_arrive_is_408(limits: dict[str, float], reason: str) -> None:
     async with serve(ToneBackend(), **limits) as port:
         reader, writer = await open_connection(port, b'{"prom', length=1000)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             reply = await reader.read()  # until the server closes the connection
         writer.close()
     assert reply.startswith(b"HTTP/1.1 408 ")
@@ -213,7 +213,7 @@ async def test_a_client_that_stops_reading_does_not_pin_its_answer() -> None:
         reader, writer = await open_connection(port, b'{"prompt": "x", "duration": 100}')
         await reader.readuntil(b"\r\n\r\n")
         await asyncio.sleep(1.5)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                 await reader.readexactly(44 + 100 * 44100 * 4)
         writer.close()
@@ -288,7 +288,7 @@ async def test_a_json_body_above_the_limit_is_413() -> None:
 async def test_a_body_declared_too_large_is_refused_without_waiting_for_it() -> None:
     async with serve(ToneBackend()) as port:
         reader, writer = await open_connection(port, b"{", length=99_999_999_999)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             reply = await reader.read()
         writer.close()
     assert reply.startswith(b"HTTP/1.1 413 ")

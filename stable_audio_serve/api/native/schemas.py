@@ -17,13 +17,32 @@ from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.sound import Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
-    (
-        *("prompt", "negative_prompt", "duration", "steps", "cfg_scale", "batch_size", "seed", "sample_size"),
-        *("truncate_output_to_duration", "conditioning", "conditioning_tensors", "negative_conditioning"),
-        *("negative_conditioning_tensors", "init_audio", "init_noise_level", "inpaint_audio", "inpaint_mask"),
-        *("inpaint_mask_start_seconds", "inpaint_mask_end_seconds", "duration_padding_sec", "apg_scale"),
-        *("dist_shift", "return_latents", "chunked_decode"),
-    )
+    {
+        "prompt",
+        "negative_prompt",
+        "duration",
+        "steps",
+        "cfg_scale",
+        "batch_size",
+        "seed",
+        "sample_size",
+        "truncate_output_to_duration",
+        "conditioning",
+        "conditioning_tensors",
+        "negative_conditioning",
+        "negative_conditioning_tensors",
+        "init_audio",
+        "init_noise_level",
+        "inpaint_audio",
+        "inpaint_mask",
+        "inpaint_mask_start_seconds",
+        "inpaint_mask_end_seconds",
+        "duration_padding_sec",
+        "apg_scale",
+        "dist_shift",
+        "return_latents",
+        "chunked_decode",
+    }
 )
 
 
