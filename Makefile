@@ -7,7 +7,8 @@ CONFIG ?= serve_config.yaml
 OUT ?= demo-run
 DEVICE ?= cpu
 
-PARALLEL := --numprocesses 2 --dist loadfile
+# Three on two cores: many tests wait for something (a time limit, a database, a child process).
+PARALLEL := --numprocesses 3 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench docs clean demo-model demo-eval
@@ -29,7 +30,7 @@ serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve
 wheel: install ## the package as one file, in dist/
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
-test: install ## everything CI runs: first what needs no Ray, on two processes, then real clusters and what runs alone
+test: install ## everything CI runs: first what needs no Ray, on three processes, then real clusters and what runs alone
 	$(PY) -m pytest $(PARALLEL) -m "not ray and not serial and not gpu and not chaos"
 	$(PY) -m pytest -m "(ray or serial) and not gpu and not chaos"
 
