@@ -20,7 +20,7 @@ ConfigOption = Annotated[
 
 
 def read_configuration(asked: Path | None) -> ServeFile:
-    """The configuration that counts here; its name goes to standard error. Raises ConfigError."""
+    """Returns the configuration in use; its name goes to standard error. Raises ConfigError."""
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, read_serve_file
 
     path = find_serve_file(asked)
@@ -32,7 +32,7 @@ def read_configuration(asked: Path | None) -> ServeFile:
 
 
 def load_configured(asked: Path | None) -> Settings:
-    """The effective settings of that configuration. Raises ConfigError."""
+    """Returns the effective settings of that configuration. Raises ConfigError."""
     from stable_audio_serve.core.settings_sources import load_settings
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, require_known_keys
 
@@ -44,13 +44,13 @@ def load_configured(asked: Path | None) -> Settings:
 
 
 def say(which: str) -> None:
-    """Tell the operator which configuration counts, beside whatever a command prints for programs."""
+    """Say on standard error which configuration is in use: standard output is for programs."""
     typer.echo(f"configuration: {which}", err=True)
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Settings that cannot be used end the command with one sentence and exit code 2."""
+    """End the command with one sentence and exit code 2 for settings that cannot be used."""
     from stable_audio_serve.core.errors import ConfigError
 
     try:

@@ -45,7 +45,7 @@ def print_dead_letters(jobs: Sequence[Job]) -> None:
 
 
 def print_job(job: Job, events: Iterable[JobEvent]) -> None:
-    """All there is to know of one job, one fact a line, and what happened to it."""
+    """Returns one job as text, a fact a line, and its events."""
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(job).items():
         facts.add_row(Text(name, style="bold"), Text(plain(str(value), limit=None)))
@@ -58,7 +58,7 @@ def print_job(job: Job, events: Iterable[JobEvent]) -> None:
 
 
 def as_dict(job: Job) -> dict[str, Any]:
-    """Everything about a job as JSON values; times in ISO 8601."""
+    """Returns a job as JSON values; times in ISO 8601."""
     spec, result, error = job.spec, job.result, job.error
     return {
         "contract": spec.contract,
@@ -94,7 +94,7 @@ def as_dict(job: Job) -> dict[str, Any]:
 
 
 def event_as_dict(event: JobEvent) -> dict[str, Any]:
-    """An event as JSON values."""
+    """Returns an event as JSON values."""
     return {
         **{"id": event.id, "at": _iso(event.at), "stage": event.stage, "fraction": event.fraction},
         **{"eta_s": event.eta_s, "message": event.message},
@@ -108,7 +108,7 @@ def plain(text: str, *, limit: int | None = _PROMPT_CHARACTERS) -> str:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """What `as_dict` says, without what is not there; the prompt cut."""
+    """Returns `as_dict` without what is unset, the prompt cut."""
     facts = as_dict(job) | {"prompt": plain(job.spec.request.prompt)}
     if job.error is not None:
         facts["error"] = f"{job.error.code}: {job.error.message}"
@@ -129,7 +129,7 @@ def _prompt(job: Job) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    """The last column gives way where there is little room."""
+    """Returns a table whose last column is cut where there is little room."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in columns:
         table.add_column(name, no_wrap=name != columns[-1])

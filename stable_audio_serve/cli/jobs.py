@@ -108,7 +108,7 @@ def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -
 
 
 class _RefusalError(Exception):
-    """What was asked cannot be done; the text says why."""
+    """A refused command; the text says why."""
 
 
 def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
@@ -180,7 +180,7 @@ def _exit(message: str, code: int) -> typer.Exit:
 
 
 def _silence_logs() -> None:
-    """Errors are told in one sentence; what a server would log about them does not belong between tables."""
+    """Keep a server's log lines out of the tables; errors end in one sentence."""
     import logging
 
     import structlog

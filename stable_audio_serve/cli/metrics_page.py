@@ -28,12 +28,12 @@ This page is made from `stable_audio_serve/core/metrics.py` by `make docs`.
 
 
 def exported_name(metric: Metric) -> str:
-    """What Prometheus calls it."""
+    """Returns its name in Prometheus."""
     return f"ray_stable_audio_{metric.name}{'_total' if metric.kind == 'counter' else ''}"
 
 
 def draw_page() -> str:
-    """The page in Markdown."""
+    """Returns the page in Markdown."""
     return _HEAD + "".join(_draw_group(title, metrics) for title, metrics in GROUPS.items())
 
 

@@ -24,7 +24,7 @@ def run_server(
     from stable_audio_serve.core.errors import StableAudioError
     from stable_audio_serve.launcher import launch
 
-    complain = partial(typer.echo, err=True)
+    print_error = partial(typer.echo, err=True)
     try:
         launch.serve(
             file,
@@ -33,7 +33,7 @@ def run_server(
             metrics_port=metrics_port,
             proxy=proxy,
             report=typer.echo,
-            complain=complain,
+            print_error=print_error,
         )
     except StableAudioError as error:
         raise typer.Exit(2) from error

@@ -88,7 +88,7 @@ def embedded_ray(
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Say in one sentence that `what` did not start, and what to do. Raises StartError for whatever Ray raises."""
+    """Turn any error of Ray into a StartError that says in one sentence that `what` did not start, and what to do."""
     try:
         yield
     except StableAudioError:
@@ -113,7 +113,7 @@ def _stop(late_exit_code: int) -> None:
 
 
 def _stop_serve() -> None:
-    """Ask Serve's controller to end all it started, and wait for it up to `_SERVE_TIMEOUT_S`."""
+    """Ask Serve's controller to end everything it started; wait up to `_SERVE_TIMEOUT_S`."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 

@@ -1,4 +1,4 @@
-"""Everything an embedded Ray is told through the environment: ports, file locations, proxy kind, authentication.
+"""Environment variables of an embedded Ray: ports, file locations, proxy kind, authentication.
 
 Decides before Ray is imported, because Ray Serve reads its environment at import; must not import Ray itself.
 """
@@ -61,7 +61,7 @@ class PortBlock:
 
     @property
     def fallback_grpc(self) -> int:
-        """Its gRPC twin."""
+        """The gRPC server of that Python proxy."""
         return self.claim + 4
 
     @property
@@ -126,7 +126,7 @@ def is_loopback(host: str) -> bool:
 
 
 def why_no_haproxy() -> str | None:
-    """None when HAProxy can be used on this machine, else the reason in words."""
+    """Returns None when HAProxy can be used on this machine, else the reason in words."""
     if not sys.platform.startswith("linux"):
         return f"HAProxy mode needs Linux, this is {sys.platform}"
     try:
@@ -140,7 +140,7 @@ def why_no_haproxy() -> str | None:
 
 
 def raise_file_limit() -> None:
-    """Let this process and its children have as many files, so connections, open as the operator allows."""
+    """Raise the limit of open files, and so of connections, to the most that the operator allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -148,7 +148,7 @@ def raise_file_limit() -> None:
 
 
 def base_environment(settings: Settings) -> dict[str, str]:
-    """What every embedded Ray gets: private by a token of its own, silent, quick to react and to stop."""
+    """Returns the variables of every embedded Ray: private by its own token, silent, quick to react and to stop."""
     return {
         # Made for laptops of other systems: everything of Ray's own listens on loopback, or everywhere.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(settings.metrics.host) else "1",
@@ -170,7 +170,7 @@ def base_environment(settings: Settings) -> dict[str, str]:
 
 
 def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
-    """HAProxy mode for one laptop-sized server: every listener and file is this server's own.
+    """Returns the variables of HAProxy mode on one machine: every listener and file is this server's own.
 
     `host` is where clients are answered. Ray itself is told loopback, so that nobody gets past HAProxy. Raises OSError.
     """
@@ -199,7 +199,7 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
 
 
 def _program(directory: Path) -> str:
-    """Our program that Ray runs as HAProxy, without the packages of this Python: it starts at every reload.
+    """Returns the path of the program that Ray runs as HAProxy: ours, without this Python's packages, to start quickly.
 
     Where temporary folders may hold no programs, the one installed with this package. Raises OSError.
     """

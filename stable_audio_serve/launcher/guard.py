@@ -22,14 +22,14 @@ _KILL_TIMEOUT_S = 3.0
 
 @contextmanager
 def guarded(directory: Path) -> Iterator[None]:
-    """Have `directory` and the processes using it removed when the context, or this process, ends."""
+    """Remove `directory` and end the processes that use it when the context, or this process, ends."""
     command = [sys.executable, "-S", __file__, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
         yield
 
 
 def users_of(directory: Path) -> list[int]:
-    """Process ids with a file open below `directory`; empty where there is no /proc."""
+    """Returns the ids of processes with a file open below `directory`; none where there is no /proc."""
     prefix = f"{directory}/"
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):

@@ -28,8 +28,8 @@ from stable_audio_serve.launcher.embedded import apply_environment, embedded_ray
 from stable_audio_serve.launcher.patience import crowding, start_limits
 from stable_audio_serve.launcher.signals import StopSignals
 from stable_audio_serve.serving.placement import Plan, plan_deployments
+from stable_audio_serve.serving.preflight import require_weights
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
-from stable_audio_serve.serving.weights import require_weights
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
@@ -68,15 +68,15 @@ def serve(
     metrics_port: int | None,
     proxy: ProxyKind | None,
     report: Report,
-    complain: Report,
+    print_error: Report,
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP.
 
-    What keeps that from beginning goes to `complain` in one sentence, then is raised as an error of `core.errors`.
+    A reason not to start goes to `print_error` in one sentence, then is raised as an error of `core.errors`.
     """
     watch = Stopwatch()
     with ExitStack() as stack:
-        with _said_at_once(complain):
+        with _said_at_once(print_error):
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
@@ -95,20 +95,20 @@ def serve(
             report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
             # Of the others the application itself says what is missing.
             started = [model for model in plan.settings.models if model.name in plan.started]
-            require_weights(plan, started, complain=complain)
+            require_weights(plan, started, print_error=print_error)
             report(prepare_stores(plan.settings).description)
 
         # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
-        def complain_amid(sentence: str) -> None:
-            complain(f"\n{sentence}")
+        def print_error_amid_others(sentence: str) -> None:
+            print_error(f"\n{sentence}")
 
-        with _said_at_once(complain_amid):
+        with _said_at_once(print_error_amid_others):
             metrics_port = stack.enter_context(
                 embedded_ray(directory, signals, num_cpus=plan.num_cpus, metrics_port=metrics_port)
             )
         stack.enter_context(suppress(KeyboardInterrupt))
         stack.callback(report, "stopping ...")
-        stack.enter_context(_said_at_once(complain_amid))
+        stack.enter_context(_said_at_once(print_error_amid_others))
         watch.lap("ray")
         url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
         with explained("Ray Serve"):
@@ -124,17 +124,17 @@ def serve(
 
 
 @contextmanager
-def _said_at_once(complain: Report) -> Iterator[None]:
+def _said_at_once(print_error: Report) -> Iterator[None]:
     """Tell the operator what went wrong before anything is stopped: stopping may take seconds or be cut short."""
     try:
         yield
     except StableAudioError as error:
-        complain(f"error: {error.message}")
+        print_error(f"error: {error.message}")
         raise
 
 
 def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
-    """The port that the command line or the settings name, None when any will do. Raises ConfigError if it is taken."""
+    """Returns the port of the command line or the settings, None for any. Raises ConfigError if it is taken."""
     port = port or settings.metrics.port
     if port is not None:
         option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
@@ -145,7 +145,7 @@ def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
 def _proxy_environment(
     stack: ExitStack, directory: Path, *, host: str, settings: Settings, proxy: ProxyKind, report: Report
 ) -> dict[str, str]:
-    """Variables of the chosen proxy, holding its ports on `stack`; empty for the Python proxy."""
+    """Returns the variables of the chosen proxy, none for the Python proxy. Its ports are held on `stack`."""
     reason = "asked for" if proxy == "python" else environment.why_no_haproxy()
     if reason is None:
         try:
@@ -180,7 +180,7 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
 
 def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
-    """Until a request would be answered: every kept replica runs, and the HTTP path says so. Returns /health."""
+    """Wait until every preloaded replica runs and the HTTP path says so. Returns the body of /health."""
     from ray import serve
 
     next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
@@ -205,7 +205,7 @@ def _raise_if_failed(application: ApplicationStatusOverview) -> None:
 
 
 def _health(url: str, plan: Plan) -> Mapping[str, Any]:
-    """GET /health once it lists every preloaded model as loaded; empty before."""
+    """Returns the body of /health once it lists every preloaded model as loaded; empty before."""
     try:
         answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)  # no proxy to our own machine
         health: dict[str, Any] = answer.raise_for_status().json()
@@ -215,7 +215,7 @@ def _health(url: str, plan: Plan) -> Mapping[str, Any]:
 
 
 def _drain(application: str, settings: Settings, *, report: Report) -> None:
-    """Let what is in flight be answered, where the operator wants that."""
+    """Wait for the answers in flight, unless the operator does not want that."""
     from stable_audio_serve.serving.draining import drain
 
     if settings.drain_s:
@@ -224,7 +224,7 @@ def _drain(application: str, settings: Settings, *, report: Report) -> None:
 
 
 def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
-    """What the start of each preloaded model was spent on."""
+    """Returns how long each stage of loading took, for every preloaded model."""
     details = {name: health["models"][name]["detail"] for name in plan.preloaded}
     return "".join(
         f"; {name}: " + ", ".join(f"{stage} {seconds} s" for stage, seconds in detail.items())

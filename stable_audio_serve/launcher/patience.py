@@ -32,7 +32,7 @@ _LIMITS: Mapping[str, float] = {
 
 
 def crowding() -> float:
-    """Programs that want to run, now or during the last minute, per core of this machine; 0 where that is unknown."""
+    """Returns the runnable programs per core, now or during the last minute; 0 where that is unknown."""
     try:
         minute, _, _, now, _ = _LOADAVG.read_text().split()
     except (OSError, ValueError):
@@ -42,14 +42,14 @@ def crowding() -> float:
 
 
 def start_limits(crowding: float) -> dict[str, str]:
-    """Ray's limits for a machine so crowded, as environment variables."""
+    """Returns Ray's time limits at this crowding, as environment variables."""
     factor = min(max(crowding, _LEAST), _MOST)
     limits = {name: str(math.ceil(limit * factor)) for name, limit in _LIMITS.items()}
     return {"RAY_raylet_start_wait_time_s": str(_RAYLET_S), **limits}
 
 
 def advice(crowding: float) -> str:
-    """What an operator should do about a start that failed, in one sentence; what it can only guess it says so."""
+    """Returns one sentence on what to do about a start that failed; a guess is marked as one."""
     if crowding < _BUSY:
         return "try again, and look at the free memory and disk of this machine"
     wanted, cores = round(crowding * (os.cpu_count() or 1)), os.cpu_count()

@@ -19,7 +19,7 @@ class StopSignals:
         self._late_exit_code = 0
 
     def listen(self) -> None:
-        """Take the signals from whoever had them."""
+        """Install the handlers, in place of those before."""
         for number in _NUMBERS:
             signal.signal(number, self._handle)
 

@@ -1,1 +1,1 @@
-"""Ray Serve: deployments, placement, the launcher. The only folder that imports Ray."""
+"""The Ray Serve application: deployments, placement, the backend over model handles."""

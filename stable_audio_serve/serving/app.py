@@ -33,8 +33,8 @@ from stable_audio_serve.serving.placement import (
     require_shared_database,
     runner_options,
 )
+from stable_audio_serve.serving.preflight import require_weights
 from stable_audio_serve.serving.replica import ModelReplica
-from stable_audio_serve.serving.weights import require_weights
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -69,7 +69,7 @@ class Ingress:
         return app
 
     async def drain(self) -> int:
-        """The server stops: refuse what is new. How many requests are in flight."""
+        """Refuse new requests, because the server stops. Returns how many are in flight."""
         self._draining.stop()
         return self._draining.num_in_flight
 
@@ -83,7 +83,7 @@ class Ingress:
 
 
 class _LeaveRequestIdToServe:
-    """Drops our response header: Ray Serve adds the same one to every answer, whatever the application did."""
+    """Drops our request id header: Ray Serve adds the same one to every answer itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -115,7 +115,7 @@ def assemble(args: Settings | Mapping[str, Any], *, replica: type) -> serve.Appl
     require_shared_database(plan.settings, num_nodes=num_nodes)
     # Folders are the same on every node, but another one may have a cache, or a way to the hub, that this one has not.
     checked = [model for model in plan.settings.models if model.path is not None or num_nodes == 1]
-    require_weights(plan, checked, complain=logger.warning)
+    require_weights(plan, checked, print_error=logger.warning)
     stores = prepare_stores(plan.settings)
     logger.info(stores.description)
     plan = replace(plan, store_identity=stores.identity)

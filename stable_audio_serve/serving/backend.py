@@ -39,7 +39,7 @@ _DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this is for an
 _RETRY_AFTER_S = 5.0
 _LOAD_CHECK_S = 1.0  # how often a request that is held looks whether its model can load at all
 _STATUS_TTL_S = 0.5  # older ones are renewed, those who ask meanwhile get the old one at once
-_STATUS_STALE_S = 2.0  # older still: whoever asks waits for the new one
+_STATUS_STALE_S = 2.0  # a caller waits for a newer one than that
 _STATUS_TIMEOUT_S = 0.8  # the last answer is better than a late one
 
 
@@ -136,7 +136,7 @@ class RayBackend:
                 return
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """What each model is doing: the controller's own view, at most `_STATUS_STALE_S` old while it answers."""
+        """Returns what each model is doing as the controller sees it, at most `_STATUS_STALE_S` old."""
         age_s = time.monotonic() - self._snapshot.taken_at
         if age_s > _STATUS_TTL_S and (self._refresh is None or self._refresh.done()):
             self._refresh = asyncio.create_task(self._take_snapshot())
@@ -184,7 +184,7 @@ class RayBackend:
 async def _receive(
     response: DeploymentResponse | DeploymentResponseGenerator, on_progress: ProgressCallback | None
 ) -> GenerationResult | StableAudioError:
-    """What the replica answers, in the end, to either kind of call."""
+    """Returns the replica's final answer to either kind of call."""
     if on_progress is None:
         return await response
     async for item in response:
@@ -195,7 +195,7 @@ async def _receive(
 
 
 def _unloadable(model: str) -> ModelUnavailableError:
-    """Without a time to come again: Serve does not start anew what failed, whatever is mended, until a deployment."""
+    """Returns an error without Retry-After: Serve does not restart a failed deployment until it is deployed again."""
     return ModelUnavailableError(f"model {model} failed to load; the server's log says why")
 
 

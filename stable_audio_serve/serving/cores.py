@@ -13,8 +13,8 @@ _SPARE_FROM = 4  # with so many cores, one is left to everything else
 
 
 def choose_threads(settings: Settings, model: ModelSettings, *, device: str, cluster_gpus: float) -> int:
-    """What the operator says; else an equal share of the cores this process may use for every replica on a CPU, all
-    of which could be on this machine; 1 for the demo and for models on a GPU, whose thread only feeds it."""
+    """Returns the operator's choice, else an equal share of the cores this process may use: as if all replicas that
+    compute on a CPU were on this machine. 1 for the demo, and for models on a GPU, whose thread only feeds it."""
     if model.threads is not None:
         return model.threads
     if device != "cpu" or _is_demo(model):
@@ -24,13 +24,13 @@ def choose_threads(settings: Settings, model: ModelSettings, *, device: str, clu
 
 
 def share_cores(num_cores: int, *, num_replicas: int) -> int:
-    """Threads of each replica, one at least; of four cores or more one is left over."""
+    """Returns the threads of each replica, at least one; of four cores or more, one stays free."""
     spare = 1 if num_cores >= _SPARE_FROM else 0
     return max(1, (num_cores - spare) // max(1, num_replicas))
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """The whole cores this process may use, one at least: by its affinity and by the quotas of its control groups."""
+    """Returns the whole cores this process may use, at least one, by its affinity and its control groups' quotas."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([allowed, *_quotas(root)])))
 
@@ -40,7 +40,7 @@ def _is_demo(model: ModelSettings) -> bool:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores by every quota at or above this process's groups, of both versions of control groups."""
+    """Yields the cores of every quota at or above this process's groups, of both versions of control groups."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _read_quota(folder: Path) -> float | None:
-    """Cores by the quota of one group; None where there is none."""
+    """Returns the cores of one group's quota, None where there is none."""
     try:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()

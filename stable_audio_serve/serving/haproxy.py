@@ -61,7 +61,7 @@ class ProxyOptions:
 
 
 def finish(text: str, options: ProxyOptions) -> str:
-    """The finished configuration; one that is finished stays as it is. Raises ConfigurationChangedError."""
+    """Returns the finished configuration; a finished one stays as it is. Raises ConfigurationChangedError."""
     if text.startswith(_MARK):
         return text
     for edit in _EDITS:
@@ -70,7 +70,7 @@ def finish(text: str, options: ProxyOptions) -> str:
 
 
 def _close_admin_socket(text: str, options: ProxyOptions) -> str:
-    """Whoever may write to it may send clients elsewhere."""
+    """Close the admin socket to others: who can write to it can send clients elsewhere."""
     return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", replacement=r"\1 600\2")
 
 
@@ -88,7 +88,7 @@ def _bound_waiting(text: str, options: ProxyOptions) -> str:
 
 
 def _ask_to_retry(text: str, options: ProxyOptions) -> str:
-    """Say 503 where Ray lets HAProxy say 500: the request was not answered, but may be."""
+    """Answer 503 where Ray lets HAProxy answer 500: the request may succeed if it is sent again."""
     for status in (502, 503, 504):
         text = _replace(text, rf"^( *errorfile {status} \S*/)500\.http$", replacement=rf"\g<1>{_UNAVAILABLE_PAGE}")
     return text
@@ -111,7 +111,7 @@ def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
 
 
 def _wait_for_routes(text: str, options: ProxyOptions) -> str:
-    """Before HAProxy is told of any application, it cannot know that a path does not exist."""
+    """Answer 503 instead of 404 while HAProxy knows no application: it cannot know that a path does not exist."""
     if _has_applications(text):
         return text
     return _replace(
@@ -171,7 +171,7 @@ def _replace(text: str, pattern: str, *, replacement: str) -> str:
 
 
 def unavailable_page() -> bytes:
-    """The answer to what nobody answered, as HAProxy sends it."""
+    """Returns HAProxy's answer to a request that no replica answered."""
     return (
         f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n"
         f"Retry-After: {_RETRY_AFTER_S}\r\nContent-Length: {len(_UNAVAILABLE)}\r\n\r\n{_UNAVAILABLE}"

@@ -51,11 +51,11 @@ class JobRunnerReplica:
         await self._runner.start()
 
     async def wake(self) -> None:
-        """There may be something to do."""
+        """Look for jobs now."""
         self._runner.wake()
 
     async def drain(self) -> int:
-        """The server stops: put jobs back for the next one. How many are still held."""
+        """Put jobs back into the queue, because the server stops. Returns how many are still held."""
         return self._runner.drain()
 
     async def check_health(self) -> None:
@@ -70,7 +70,7 @@ class JobRunnerReplica:
 
 
 class RunnerBell:
-    """Wakes the runners from an ingress replica; a call that gets lost costs one polling interval, nothing else."""
+    """Wakes the runners from an ingress replica; a lost call costs one polling interval."""
 
     def __init__(self, runner: DeploymentHandle) -> None:
         self._runner = runner
@@ -78,7 +78,7 @@ class RunnerBell:
         self._again = False
 
     def ring(self) -> None:
-        """Call every runner: now, or, soon after another call, together with all who ring until then."""
+        """Call every runner, now or, soon after another call, once for all that asked meanwhile."""
         if self._ringing is not None and not self._ringing.done():
             self._again = True
             return

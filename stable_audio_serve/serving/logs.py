@@ -1,4 +1,4 @@
-"""One way for log lines out of a replica process: key=value on standard error, which Ray collects per process."""
+"""Log lines of a replica process: key=value on standard error, which Ray collects per process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The right of way on a machine's processor cores."""
+"""Which threads a machine's scheduler prefers: those of models before those of HTTP and jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NICENESS = 5
 
 
 def yield_to_engines() -> None:
-    """Let models on the same cores go before this whole process; nothing where threads have no priority of their own.
+    """Give this whole process less priority than models on the same cores; does nothing where threads have none.
 
     Many short answers otherwise keep interrupting one long computation: with 150 of them a second it took 1.2 times
     as long on two cores, and takes 1.1 times so.

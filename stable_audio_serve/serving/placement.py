@@ -29,7 +29,7 @@ _DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s":
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will run: the settings, the models' cards and the canonical names of those kept loaded.
+    """The deployments to come: settings, the models' cards and the canonical names of those kept loaded.
 
     With a `store_identity` (`jobs.open.PreparedStores`) no other job database is used.
     """
@@ -89,7 +89,7 @@ def _describe(entry: ModelEntry) -> ModelEntry:
 
 
 def model_entry(model: ModelSettings) -> ModelEntry:
-    """What the registry knows about a configured model. Raises ConfigError."""
+    """Returns the registry's entry of a configured model. Raises ConfigError."""
     return resolve_entry(
         model.name,
         path=model.path,
@@ -153,14 +153,14 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
 
 
 def _num_cpus(model: ModelSettings, *, num_gpus: float) -> float:
-    """What the operator says, else the threads if they are set: unset ones follow the machine, known only there."""
+    """Returns the operator's choice, else the threads if set: unset ones follow the machine, which is unknown here."""
     if model.num_cpus is not None:
         return model.num_cpus
     return 1.0 if num_gpus else float(model.threads or 1)
 
 
 def _num_gpus(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> float:
-    """What the operator says; else a whole GPU, or an equal share where there are fewer GPUs than models to place."""
+    """Returns the operator's choice, else a whole GPU, or an equal share where there are fewer GPUs than models."""
     if model.num_gpus is not None:
         return model.num_gpus
     if not may_use_gpu(plan.settings, model):

@@ -73,7 +73,7 @@ class ModelReplica:
     async def generate_reporting(
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """`generate` for a streaming handle: some progress, and at the end what `generate` returns."""
+        """`generate` for a streaming handle: yields progress, at the end what `generate` returns."""
         feed = ProgressFeed[Progress](_PROGRESS_INTERVAL_S)
         working = asyncio.create_task(self._generate(request, on_progress=feed.put))
         working.add_done_callback(lambda _: feed.close())
@@ -105,7 +105,7 @@ class ModelReplica:
             self._outcomes[outcome] += 1
 
     async def status(self) -> ReplicaStatus:
-        """Where this replica runs and what it has done."""
+        """Returns where this replica runs and what it has done."""
         return ReplicaStatus(
             device=str(self._engine.device),
             start_s=self._start_s,

@@ -74,13 +74,13 @@ class ServeFile:
 
 
 def find_serve_file(asked: Path | None) -> Path:
-    """The configuration that counts: the one asked for, else serve_config.yaml here, else the packaged one."""
+    """Returns the path in use: the one asked for, else serve_config.yaml here, else the packaged configuration."""
     here = Path(_FILE_NAME)
     return asked or (here if here.is_file() else PACKAGED_FILE)
 
 
 def official_models() -> ServeFile:
-    """The packaged configuration with the default settings instead of the demo model."""
+    """Returns the packaged configuration with the default settings instead of the demo model."""
     packaged = read_serve_file(PACKAGED_FILE)
     application = {key: value for key, value in packaged.tree["applications"][0].items() if key != "args"}
     return ServeFile(packaged.path, packaged.tree | {"applications": [application]}, {})
@@ -141,7 +141,7 @@ def require_known_keys(file: ServeFile) -> None:
 
 
 def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
-    """What Ray Serve deploys, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
+    """Returns Ray Serve's schema, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
     from ray.serve.schema import ServeDeploySchema
 
     require_known_keys(file)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import httpx
@@ -99,7 +100,8 @@ async def strike_all(
             else:
                 at, pid = await _kill(server, _KINDS[strike.target], rng)
                 report(blow := Blow(at, strike.target))
-                await _wait_until_back(server, strike.target, pid, census)
+                is_back = partial(_is_back, server, _KINDS[strike.target], pid, census)
+                await wait_until_back(strike.target, killed=pid, is_back=is_back)
             blows.append(blow)
     return blows
 
@@ -115,12 +117,14 @@ async def _kill(server: LaunchedServer, kind: Kind, rng: random.Random) -> tuple
         await asyncio.sleep(_LOOK_S)
 
 
-async def _wait_until_back(server: LaunchedServer, target: Target, killed: int, census: Census) -> None:
+async def wait_until_back(
+    target: Target, *, killed: int, is_back: Callable[[], bool], within_s: float = _BACK_S
+) -> None:
     """Until there are as many as there should be, and they do their work. Raises NotBackError."""
-    deadline = time.monotonic() + _BACK_S
-    while not await asyncio.to_thread(_is_back, server, _KINDS[target], killed, census):
+    deadline = time.monotonic() + within_s
+    while not await asyncio.to_thread(is_back):
         if time.monotonic() > deadline:
-            raise NotBackError(f"{target}: process {killed} was not replaced within {_BACK_S:g} s of its end")
+            raise NotBackError(f"{target}: process {killed} was not replaced within {within_s:g} s of its end")
         await asyncio.sleep(_LOOK_S)
 
 

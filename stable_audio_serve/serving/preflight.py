@@ -17,10 +17,10 @@ from stable_audio_serve.serving.placement import Plan, model_entry
 _LONGEST_S = 10.0  # for all models together; looking up a host may alone take longer than any limit of HTTP
 
 
-def require_weights(plan: Plan, models: Iterable[ModelSettings], *, complain: Callable[[str], None]) -> None:
+def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
     """Raise CheckpointError unless each of `models` that is loaded at the start has its files, or can get them.
 
-    Of the others what is missing is only told to `complain`. Takes no longer than about ten seconds.
+    For the others a warning goes to `print_error`. Takes no longer than about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
     checks = {model.name: _begin(plan.settings, model) for model in models}
@@ -30,18 +30,18 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, complain: Ca
         except CheckpointError as error:
             if name in plan.started:
                 raise CheckpointError(f"model {name}: {error.message}") from error
-            complain(f"warning: model {name} cannot be loaded: {error.message}")
+            print_error(f"warning: model {name} cannot be loaded: {error.message}")
 
 
 def _begin(settings: Settings, model: ModelSettings) -> tuple[ModelEntry, Future[None]]:
-    """The check, in a thread that nobody has to wait for."""
+    """Start the check in a thread that can be abandoned. Returns the entry and the check's outcome."""
     entry, done = model_entry(model), Future[None]()
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
 
     def check() -> None:
         try:
             _check(entry, token)
-        except Exception as error:  # noqa: BLE001  # whoever waits raises it
+        except Exception as error:  # noqa: BLE001  # raised again where it is awaited
             done.set_exception(error)
         else:
             done.set_result(None)

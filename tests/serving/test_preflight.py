@@ -14,7 +14,7 @@ import pytest
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.placement import Plan, plan_deployments
-from stable_audio_serve.serving.weights import require_weights
+from stable_audio_serve.serving.preflight import require_weights
 from tests.models.hub import Repo, running_hub, silent_hub
 from tests.serving.conftest import TINY
 from tests.serving.launched import command, free_port, write_config
@@ -55,13 +55,20 @@ def test_a_silent_hub_stops_the_start_soon(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_folder_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    line = refusal(tmp_path, [{"name": "tiny", "path": str(tmp_path / "absent")}])
+    assert line.startswith("error: model tiny: ")
+    assert str(tmp_path / "absent") in line
+
+
+@pytest.mark.slow
 def test_no_network_stops_the_start(tmp_path: Path) -> None:
     line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached" in line
 
 
-def check(plan: Plan, *, complain: Callable[[str], Any]) -> None:
-    require_weights(plan, plan.settings.models, complain=complain)
+def check(plan: Plan, *, print_error: Callable[[str], Any]) -> None:
+    require_weights(plan, plan.settings.models, print_error=print_error)
 
 
 def make_plan(*models: Mapping[str, Any], **settings: Any) -> Plan:
@@ -84,7 +91,7 @@ def test_a_folder_that_lacks_a_file_stops_the_start(tmp_path: Path, lost: str, s
     (folder / lost).unlink()
     plan = make_plan({"name": "mine", "path": str(folder)})
     with pytest.raises(CheckpointError) as caught:
-        check(plan, complain=pytest.fail)
+        check(plan, print_error=pytest.fail)
     assert caught.value.message.startswith("model mine: ")
     assert str(folder) in caught.value.message
     assert said in caught.value.message
@@ -95,18 +102,18 @@ def test_a_folder_whose_weights_are_cut_short_stops_the_start(tmp_path: Path) ->
     shutil.copytree(TINY, folder)
     os.truncate(folder / "model.safetensors", 100_000)
     with pytest.raises(CheckpointError, match=r"model mine: .*is corrupt or incomplete"):
-        check(make_plan({"name": "mine", "path": str(folder)}), complain=pytest.fail)
+        check(make_plan({"name": "mine", "path": str(folder)}), print_error=pytest.fail)
 
 
 def test_a_model_that_is_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
     tiny, absent = {"name": "tiny", "path": TINY}, {"name": "absent", "path": str(tmp_path / "absent")}
     said: list[str] = []
-    check(make_plan(tiny, absent), complain=said.append)
+    check(make_plan(tiny, absent), print_error=said.append)
     (warning,) = said
     assert warning.startswith("warning: model absent cannot be loaded: ")
     assert str(tmp_path / "absent") in warning
     for kept in ({"preload_models": ["absent"]}, {"default_model": "absent"}):
         with pytest.raises(CheckpointError, match="model absent: "):
-            check(make_plan(tiny, absent, **kept), complain=pytest.fail)
+            check(make_plan(tiny, absent, **kept), print_error=pytest.fail)
     with pytest.raises(CheckpointError, match="model absent: "):
-        check(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), complain=pytest.fail)
+        check(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), print_error=pytest.fail)
