@@ -131,6 +131,13 @@ def build_router(service: Service) -> APIRouter:
         after = int(last_event_id or 0)
         return service.streams.open(stream_events(jobs, job, base=base, after=after, streams=service.streams))
 
+    router.include_router(_build_links(service))
+    return router
+
+
+def _build_links(service: Service) -> APIRouter:
+    """The routes whose links need no key."""
+    jobs = service.jobs
     links = APIRouter(route_class=public_route_class(render_error))
 
     @links.head("/jobs/{job_id:hex_id}/audio", include_in_schema=False)
@@ -147,8 +154,7 @@ def build_router(service: Service) -> APIRouter:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
         return await file_answer(job.result.file, jobs, is_head=request.method == "HEAD")
 
-    router.include_router(links)
-    return router
+    return links
 
 
 def _ref(request: Request, job_id: str) -> JobRef:

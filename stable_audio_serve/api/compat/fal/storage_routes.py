@@ -116,7 +116,7 @@ def build_announcing_router(service: Service) -> APIRouter:
             token=key.strip() or "none",
             token_type=scheme or "Bearer",
             base_url=base_url(request, limits),
-            expires_at=datetime.now(UTC) + _TOKEN_LIFE,
+            expires_at=datetime.fromtimestamp(service.clock.time(), UTC) + _TOKEN_LIFE,
         )
 
     @router.post("/storage/upload/initiate", responses=_KEY_RESPONSES)
