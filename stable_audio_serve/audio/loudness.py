@@ -47,10 +47,11 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
     """Returns the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS, None if undefined."""
     if sample_rate_hz < _LEAST_RATE_HZ or audio.shape[1] < _STEP_S * _STEPS_PER_BLOCK * sample_rate_hz:
         return None
-    weighted = _apply(_make_k_weighting(sample_rate_hz), audio)
-    steps = _step_powers(weighted, round(_STEP_S * sample_rate_hz))
+    with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite, or too large to square
+        weighted = _apply(_make_k_weighting(sample_rate_hz), audio)
+        steps = _step_powers(weighted, round(_STEP_S * sample_rate_hz))
     powers = np.convolve(steps, np.full(_STEPS_PER_BLOCK, 1 / _STEPS_PER_BLOCK), mode="valid")
-    powers = powers[powers > 10 ** ((_ABSOLUTE_GATE_LUFS - _OFFSET_LUFS) / 10)]
+    powers = powers[(powers > 10 ** ((_ABSOLUTE_GATE_LUFS - _OFFSET_LUFS) / 10)) & np.isfinite(powers)]
     if not powers.size:
         return None
     return _OFFSET_LUFS + 10 * math.log10(powers[powers > powers.mean() * _RELATIVE_GATE].mean())

@@ -75,3 +75,14 @@ def test_nothing_and_nothing_but_zeros() -> None:
     for num_samples in (0, 100, 44_100):
         facts = describe_clip(np.zeros((2, num_samples), np.float32), 44_100, seed=0)
         assert (facts.peak, facts.loudness_lufs, facts.is_silent) == (0.0, None, True)
+
+
+@pytest.mark.parametrize("sample", [np.nan, np.inf])
+def test_samples_that_are_not_finite_do_not_count(sample: float) -> None:
+    audio = make_tones(44_100, (-23, 20))
+    audio[0, 44_100] = sample
+    assert measure_loudness(audio, 44_100) == pytest.approx(-23, abs=0.1)
+
+
+def test_samples_too_large_to_square_have_no_loudness() -> None:
+    assert measure_loudness(make_tones(44_100, (500, 1)), 44_100) is None
