@@ -29,7 +29,7 @@ _OPUS_TAIL = 960  # silent samples behind an Opus clip, cut off again: libsndfil
 
 
 class AudioFormat(StrEnum):
-    """The formats of files that are made; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
+    """Files we write; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
 
     WAV = "wav"
     FLAC = "flac"

@@ -38,6 +38,8 @@ def load_model(
         raise ConfigError(f"models: the family {entry.card.family!r} is not supported", field="models")
     folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
     card = describe_entry(replace(entry, folder=str(folder))).card
+    if entry.folder is None:  # an ingress may have no copy of it, and has told clients these
+        card = replace(card, default_steps=entry.card.default_steps, default_cfg_scale=entry.card.default_cfg_scale)
     return loader(card, folder, device=target, dtype=resolve_dtype(target, dtype))
 
 

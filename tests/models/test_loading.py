@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
+from stable_audio_serve.models import families
 from stable_audio_serve.models.families import load_model, resolve_device
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
@@ -294,3 +295,12 @@ def test_entry_facts_reach_the_spec(folder: Path) -> None:
     entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0, duration_padding_s=0.5)
     spec = load_model(entry).spec
     assert (spec.card.name, spec.card.max_duration_s, spec.card.default_duration_padding_s) == ("mine", 5.0, 0.5)
+
+
+def test_a_downloaded_model_has_the_defaults_that_its_entry_told_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_goldens("sharp-l").folder  # rectified flow, whose own defaults are others
+    monkeypatch.setattr(families, "download_entry", lambda entry, token: base)
+    entry = resolve_entry("mine", repo_id="lab/base")
+    card = load_model(entry).spec.card
+    assert (card.default_steps, card.default_cfg_scale) == (entry.card.default_steps, entry.card.default_cfg_scale)
+    assert card.max_duration_s == load_model(resolve_entry("mine", path=str(base))).spec.card.max_duration_s
