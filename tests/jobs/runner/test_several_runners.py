@@ -232,7 +232,8 @@ async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop, monk
     await wait_for(lambda: len(looks) >= num_before + 10)
     num_asked = sum(not statement.startswith(("BEGIN", "COMMIT", "PRAGMA")) for statement in statements)
     num_looks = len(looks) - num_before
-    assert 1 <= num_asked / num_looks < RunnerPauses().last_poll_s
+    # A look that has begun may not have asked yet, one of each runner.
+    assert num_looks - 3 <= num_asked < RunnerPauses().last_poll_s * num_looks
 
 
 class OneFullModel(ToneBackend):
