@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -23,6 +24,9 @@ _UPLOAD = (
     b"POST /v1/audio/variations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     b"Content-Length: 1000000\r\n\r\n-"
 )
+
+
+_NICENESS = 10  # an attacker works on its own machine: what it computes here must not be what slows the server down
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ def flooding(plan: FloodPlan) -> Iterator[subprocess.Popen[str]]:
 
 
 async def _attack(plan: FloodPlan) -> None:
+    os.nice(_NICENESS)
     held, gate = _Held(), asyncio.Semaphore(_AT_ONCE)
     tasks = [asyncio.create_task(_hold_half_open(plan, held, gate)) for _ in range(plan.num_half_open)]
     tasks += [asyncio.create_task(_hold_upload(plan, held, gate)) for _ in range(plan.num_dripping)]
