@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
-from itertools import pairwise
 
 from stable_audio_serve.core.generation import Progress, Stage
 from stable_audio_serve.core.progress import ProgressFeed
+from tests.factories import FakeClock
 
 
 def make_progress(fraction: float, stage: Stage = "denoising") -> Progress:
@@ -30,23 +29,31 @@ async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
 
 
 async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> None:
-    feed = ProgressFeed[Progress](0.2)
-    received: dict[float, float] = {}
+    clock = FakeClock()
+    feed = ProgressFeed[Progress](0.01, clock=clock)
+    received: dict[float, Progress] = {}
 
     async def receive() -> None:
         async for progress in feed:
-            received[progress.fraction] = time.monotonic()
+            received[progress.fraction] = progress
 
-    receiving = asyncio.create_task(receive())
-    for step in range(100):
-        feed.put(make_progress(step / 100))
-        await asyncio.sleep(0.005)
-    async with asyncio.timeout(5):
-        while 0.99 not in received:  # noqa: ASYNC110 - nothing newer follows, and it arrives nevertheless
-            await asyncio.sleep(0.01)
-    assert min(after - before for before, after in pairwise(received.values())) >= 0.19
-    feed.close()
-    await receiving
+    async def has_received(*fractions: float) -> None:
+        while tuple(received) != fractions:  # noqa: ASYNC110 - a feed has no event for what was read from it
+            await asyncio.sleep(0.001)
+
+    async with asyncio.timeout(30):
+        receiving = asyncio.create_task(receive())
+        feed.put(make_progress(0.1))
+        await has_received(0.1)
+        for fraction in (0.2, 0.3, 0.4):
+            feed.put(make_progress(fraction))
+            await asyncio.sleep(0.02)  # the feed looks again meanwhile; by its clock no time has passed
+        assert tuple(received) == (0.1,)
+        clock.now += 0.02
+        await has_received(0.1, 0.4)  # nothing newer follows, and it arrives nevertheless
+        feed.close()
+        await receiving
+    assert tuple(received) == (0.1, 0.4)
 
 
 async def test_what_is_left_at_the_end_is_handed_out_without_waiting() -> None:
