@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.hub import fill_cache
 from tests.packaging.wheel import build_wheel, install_wheel
 from tests.serving.conftest import TINY
-from tests.serving.launched import LaunchedServer, command, free_port, write_config
+from tests.serving.launched import LaunchedServer, Watcher, command, free_port, write_config
 
 pytestmark = pytest.mark.ray
 
@@ -170,7 +170,9 @@ def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
         events = pool.submit(stopped.client.get, f"/jobs/{job['id']}/events")
         wait_until(lambda: stopped.client.get(job["status_url"]).json()["status"] == "running")
         busy = pool.submit(stopped.client.post, "/generate", json=_SECONDS_OF_WORK)
-        time.sleep(0.5)
+        watcher = Watcher(stopped, "tiny")
+        wait_until(lambda: watcher.status()["in_flight"] == 2)  # it and the job
+        watcher.close()
         stopped.signal(number)
         wait_until(lambda: stopped.client.get("/ready").status_code == 503)
         refused = stopped.client.post("/generate", json=_BODY)
