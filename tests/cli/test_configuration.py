@@ -183,7 +183,7 @@ def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run,
             "--host",
             "127.0.0.1",
             "--port",
-            "32768",
+            str(free_port()),  # connections of this machine have ports from 32768
         ],
         env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
         capture_output=True,
