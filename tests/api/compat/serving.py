@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.streams import StreamPauses
@@ -81,10 +83,30 @@ def make_hasty_client(**options: Any) -> AbstractAsyncContextManager[tuple[httpx
 
 @asynccontextmanager
 async def serve_app(
-    backend: ToneBackend | None = None, *, certificate: tuple[Path, Path] | None = None, **settings: Any
+    backend: ToneBackend | None = None,
+    *,
+    certificate: tuple[Path, Path] | None = None,
+    refusals: Counter[int] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[tuple[int, ToneBackend]]:
-    """Such an application on a free port of this machine; with a `certificate` (chain, key) it speaks TLS."""
+    """Such an application on a free port of this machine; with a `certificate` (chain, key) it speaks TLS.
+
+    `refusals` counts its answers from 400 on, by status.
+    """
     async with make_app(backend, **settings) as (app, backend):
         tls = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]} if certificate else {}
-        async with listening(app, lifespan="off", **tls) as port:
+        served = app if refusals is None else _counting(app, refusals)
+        async with listening(served, lifespan="off", **tls) as port:
             yield port, backend
+
+
+def _counting(app: ASGIApp, refusals: Counter[int]) -> ASGIApp:
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refusals[message["status"]] += 1
+            await send(message)
+
+        await app(scope, receive, count)
+
+    return counted

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,14 @@ def node_path() -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def seen(node_path: Path) -> AsyncIterator[dict[str, Any]]:
     """What the client saw."""
-    async with serve_app(PromptBackend(), jobs={"max_running": 2}) as (port, _):
+    refusals: Counter[int] = Counter()
+    async with serve_app(PromptBackend(), jobs={"max_running": 2}, refusals=refusals) as (port, _):
         base = f"http://localhost:{port}"
         environment = {**os.environ, "NODE_PATH": str(node_path)}
-        yield await run_script("node", str(SCRIPT), base, environment=environment, timeout_s=180) | {"base": base}
+        yield await run_script("node", str(SCRIPT), base, environment=environment, timeout_s=180) | {
+            "base": base,
+            "refusals": refusals,
+        }
 
 
 def test_run(seen: dict[str, Any]) -> None:
@@ -94,10 +99,9 @@ def test_upload(seen: dict[str, Any]) -> None:
     check_output(seen["upload"]["withBlob"], seen["base"])
 
 
-def test_a_start_timeout_is_the_users_and_not_repeated(seen: dict[str, Any]) -> None:
+def test_a_start_timeout_is_the_users(seen: dict[str, Any]) -> None:
     late = seen["startTimeout"]
     assert (late["status"], late["isUserTimeout"], late["body"]["error_type"]) == (504, True, "request_timeout")
-    assert late["seconds"] < 5
 
 
 def test_input_errors_are_validation_errors_by_field(seen: dict[str, Any]) -> None:
@@ -118,4 +122,14 @@ def test_other_errors(seen: dict[str, Any]) -> None:
     }
     assert errors["failed"]["body"]["error_type"] == "internal_error"
     assert errors["tooLate"]["body"] == {"status": "ALREADY_COMPLETED"}
-    assert all(error["seconds"] < 2 for error in errors.values()), "a refusal was repeated"
+
+
+def test_no_refusal_is_repeated(seen: dict[str, Any]) -> None:
+    """Each status comes as often as the script's calls meet it; 499 is left out, which polling may meet again."""
+    assert {status: count for status, count in seen["refusals"].items() if status != 499} == {
+        400: 1,
+        404: 1,
+        422: 3,
+        500: 1,
+        504: 1,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> 
     """What the client saw: with TLS through its environment, or over plain HTTP through its URL formats."""
     is_tls = request.param == "environment"
     pair = (certificate["chain"], certificate["key"]) if is_tls else None
-    async with serve_app(PromptBackend(), certificate=pair, jobs={"max_running": 2}) as (port, _):
+    refusals: Counter[int] = Counter()
+    async with serve_app(PromptBackend(), certificate=pair, jobs={"max_running": 2}, refusals=refusals) as (port, _):
         address = f"localhost:{port}"
         environment = {**os.environ, "FAL_KEY": "id:secret"}
         if is_tls:
@@ -50,7 +52,7 @@ async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> 
             }
         base = f"{'https' if is_tls else 'http'}://{address}"
         command = (sys.executable, str(SCRIPT), request.param, base)
-        yield await run_script(*command, environment=environment, timeout_s=120) | {"base": base}
+        yield await run_script(*command, environment=environment, timeout_s=120) | {"base": base, "refusals": refusals}
 
 
 def test_run(seen: dict[str, Any]) -> None:
@@ -90,10 +92,9 @@ def test_a_client_that_gives_up_cancels(seen: dict[str, Any]) -> None:
     assert seen["client_timeout"] == {"error_type": "client_cancelled"}
 
 
-def test_a_start_timeout_is_raised_and_not_repeated(seen: dict[str, Any]) -> None:
+def test_a_start_timeout_is_raised(seen: dict[str, Any]) -> None:
     late = seen["start_timeout"]
     assert (late["status"], late["error_type"]) == (504, "request_timeout")
-    assert late["seconds"] < 5
 
 
 def test_upload(seen: dict[str, Any]) -> None:
@@ -115,4 +116,14 @@ def test_other_errors(seen: dict[str, Any]) -> None:
     assert errors["unknown app"]["status"] == 404
     assert errors["unknown request"]["status"] == 404
     assert (errors["too late to cancel"]["status"], errors["stream"]) == (400, "SSEError")
-    assert all(error["seconds"] < 2 for name, error in errors.items() if name != "stream"), "a refusal was repeated"
+
+
+def test_no_refusal_is_repeated(seen: dict[str, Any]) -> None:
+    """Each status comes as often as the script's calls meet it; 499 is left out, which polling may meet again."""
+    assert {status: count for status, count in seen["refusals"].items() if status != 499} == {
+        400: 1,
+        404: 3,
+        422: 3,
+        500: 1,
+        504: 1,
+    }

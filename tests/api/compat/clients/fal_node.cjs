@@ -59,7 +59,6 @@ async function upload() {
 }
 
 async function failure(call) {
-  const beganAt = Date.now();
   try {
     await call();
   } catch (error) {
@@ -72,7 +71,6 @@ async function failure(call) {
       requestId: error.requestId,
       isUserTimeout: error.isUserTimeout,
       stepsErrors: error instanceof ValidationError ? error.getFieldErrors("steps").length : null,
-      seconds: (Date.now() - beganAt) / 1000,
     };
   }
 }

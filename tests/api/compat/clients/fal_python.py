@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +98,6 @@ def upload() -> Any:
 
 
 def failure(call: Callable[[], Any]) -> Any:
-    began_at = time.monotonic()
     try:
         call()
     except fal_client.FalClientHTTPError as error:
@@ -108,7 +106,6 @@ def failure(call: Callable[[], Any]) -> Any:
             "detail": error.message,
             "error_type": error.error_type,
             "text": str(error),
-            "seconds": time.monotonic() - began_at,
         }
 
 
