@@ -192,7 +192,9 @@ class ProxySettings(Section):
     """HAProxy in front of the ingress, where `stable-audio-serve serve` starts it; on a cluster its variables count."""
 
     kind: ProxyKind = Field("auto", description="Who accepts connections; auto = HAProxy where it runs.")
-    header_timeout_s: Seconds = Field(15.0, description="Longest time for a request's headers to arrive, seconds.")
+    header_timeout_s: Seconds = Field(
+        15.0, description="Longest time for a request's headers and the first 16 kB of its body to arrive, seconds."
+    )
     idle_timeout_s: Seconds = Field(
         120.0, description="Longest a client may neither send what is missing nor take what is there, seconds."
     )

@@ -26,8 +26,9 @@ _MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"  # Ray's own
 _MARK = "# Finished by stable-audio-serve.\n"
 # What clients are told when nobody can answer them: for example, the only ingress was killed and its successor starts.
 _UNAVAILABLE = '{"detail":"the server cannot answer now; try again in a few seconds"}'
+_TOO_SLOW = '{"detail":"the request did not arrive in time"}'
 _RETRY_AFTER_S = 2
-_UNAVAILABLE_PAGE = "503.http"  # beside the configuration
+_UNAVAILABLE_PAGE, _TOO_SLOW_PAGE = "503.http", "408.http"  # beside the configuration
 _REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILABLE}' hdr Retry-After {_RETRY_AFTER_S}"
 # HAProxy computes its connections from the file limit, which may be a thousand million: each file costs it memory.
 _MOST_FILES = 65_536
@@ -41,7 +42,7 @@ class ConfigurationChangedError(Exception):
 class ProxyOptions:
     """What Ray has no setting for. Times in seconds."""
 
-    header_timeout_s: float = 15.0  # until a request's headers are there
+    header_timeout_s: float = 15.0  # until a request's headers and the beginning of its body are there
     idle_timeout_s: float = 120.0  # of a client that should send or take something
     metrics_host: str = "127.0.0.1"  # of the statistics and Prometheus pages
     public_host: str | None = None
@@ -81,17 +82,22 @@ def _take_many_connections(text: str, options: ProxyOptions) -> str:
 
 
 def _bound_waiting(text: str, options: ProxyOptions) -> str:
-    """A client that waits for its answer is not idle: HAProxy counts only while the client has something to do."""
+    """Let nobody wait long for a request's beginning: its headers and what a buffer holds of its body (16 kB).
+
+    Until that is there, no connection to a replica is made, so that bodies that drip in never reach one. A client
+    that waits for its answer is not idle: HAProxy counts only while the client has something to do.
+    """
     header, idle = (f"{math.ceil(s * 1000)}ms" for s in (options.header_timeout_s, options.idle_timeout_s))
-    bounds = rf"\1timeout client {idle}\n\1timeout http-request {header}"
+    bounds = rf"\1timeout client {idle}\n\1timeout http-request {header}\n\1option http-buffer-request"
     return _replace(text, r"^( *)timeout client \w+$", replacement=bounds)
 
 
-def _ask_to_retry(text: str, options: ProxyOptions) -> str:
-    """Answer 503 where Ray lets HAProxy answer 500: the request may succeed if it is sent again."""
+def _answer_in_json(text: str, options: ProxyOptions) -> str:
+    """Answer 503 where Ray lets HAProxy answer 500: the request may succeed if it is sent again. 408 in JSON too."""
     for status in (502, 503, 504):
         text = _replace(text, rf"^( *errorfile {status} \S*/)500\.http$", replacement=rf"\g<1>{_UNAVAILABLE_PAGE}")
-    return text
+    too_slow = rf"\g<0>\n\1errorfile 408 \g<2>{_TOO_SLOW_PAGE}"
+    return _replace(text, rf"^( *)errorfile 503 (\S*/){re.escape(_UNAVAILABLE_PAGE)}$", replacement=too_slow)
 
 
 def _own_failures_of_serve(text: str, options: ProxyOptions) -> str:
@@ -139,7 +145,7 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _close_admin_socket,
     _take_many_connections,
     _bound_waiting,
-    _ask_to_retry,
+    _answer_in_json,
     _own_failures_of_serve,
     _connect_for_each_request,
     _wait_for_routes,
@@ -170,12 +176,18 @@ def _replace(text: str, pattern: str, *, replacement: str) -> str:
     return text
 
 
-def unavailable_page() -> bytes:
-    """Returns HAProxy's answer to a request that no replica answered."""
-    return (
-        f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n"
-        f"Retry-After: {_RETRY_AFTER_S}\r\nContent-Length: {len(_UNAVAILABLE)}\r\n\r\n{_UNAVAILABLE}"
-    ).encode()
+def error_pages() -> dict[str, bytes]:
+    """Returns HAProxy's own answers by file name: no replica answered, and the request did not arrive in time."""
+    retry = f"Retry-After: {_RETRY_AFTER_S}"
+    return {
+        _UNAVAILABLE_PAGE: _page("503 Service Unavailable", retry, body=_UNAVAILABLE),
+        _TOO_SLOW_PAGE: _page("408 Request Timeout", "Connection: close", body=_TOO_SLOW),
+    }
+
+
+def _page(status: str, header: str, *, body: str) -> bytes:
+    headers = f"Content-Type: application/json\r\nCache-Control: no-store\r\n{header}\r\nContent-Length: {len(body)}"
+    return f"HTTP/1.1 {status}\r\n{headers}\r\n\r\n{body}".encode()
 
 
 def _seconds(environ: Mapping[str, str], name: str, *, default: float) -> float:
@@ -211,7 +223,8 @@ def main() -> None:
         if "-f" in arguments:
             path = Path(arguments[arguments.index("-f") + 1])
             path.write_text(finish(path.read_text(), ProxyOptions.read(os.environ)))
-            path.with_name(_UNAVAILABLE_PAGE).write_bytes(unavailable_page())
+            for name, page in error_pages().items():
+                path.with_name(name).write_bytes(page)
         binary = find_binary()
         os.execv(binary, [binary, *arguments])
     except (ConfigurationChangedError, ValueError, OSError) as error:

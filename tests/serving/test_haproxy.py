@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import resource
@@ -43,11 +44,18 @@ _EDITED = (
 )
 
 app = FastAPI()
+reached: list[str] = []
 
 
 @app.post("/upload")
 async def upload(request: Request) -> int:
     return len(await request.body())
+
+
+@app.post("/never")
+async def never() -> None:
+    """Says that it was called, whether or not the body came."""
+    reached.append("/never")
 
 
 @app.get("/slow")
@@ -161,6 +169,37 @@ async def test_half_open_connections_end_and_long_answers_do_not(
         )
     assert slow.json() == "made"
     assert events.text == "first\nlast\n"
+
+
+async def exchange(port: int, *parts: bytes, awaited: bytes = b"") -> bytes:
+    """Everything HAProxy answers to the first part, and to the others once `awaited` has come."""
+    async with asyncio.timeout(_PATIENCE_S):
+        reader, writer = await asyncio.open_connection(_PUBLIC, port)
+        writer.write(parts[0])
+        seen = await reader.readuntil(awaited) if awaited else b""
+        for part in parts[1:]:
+            writer.write(part)
+        seen += await reader.read()
+        writer.close()
+    return seen
+
+
+async def test_a_body_reaches_a_replica_when_its_beginning_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached.clear()
+    head = "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {size}\r\n{more}\r\n"
+    dripping = head.format(path="/never", size=1_000_000, more="").encode()
+    asking = head.format(path="/upload", size=70_000, more="Expect: 100-continue\r\n").encode()
+    async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
+        late = await exchange(proxy.port, dripping, b"--")
+        sent = await exchange(proxy.port, asking, b"x" * 70_000, awaited=b"100 Continue\r\n\r\n")
+    status, _, body = late.partition(b"\r\n\r\n")
+    assert status.startswith(b"HTTP/1.1 408 ")
+    assert b"content-type: application/json" in status.lower()
+    assert "in time" in json.loads(body)["detail"]
+    assert not reached
+    assert sent.endswith(b"\r\n\r\n70000")
 
 
 # What a replica, or Ray Serve on its behalf, answers at these paths: status, content type. "/cut" has no answer.
