@@ -106,7 +106,7 @@ class ToyModel:
         length = frames or min(valid + valid % 2, spec.max_frames)
         guidance = Guidance(
             cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
-            apg_scale=request.apg_scale,
+            apg_scale=1.0 if request.apg_scale is None else request.apg_scale,
             norm_threshold=request.cfg_norm_threshold,
             rescale=request.cfg_rescale,
             interval=request.cfg_interval,

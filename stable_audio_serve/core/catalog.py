@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 
-# Those of the Stable Audio 3 family; listed here so that a job with another sampler is refused when it is submitted.
-SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
+# Listed here so that a job with another sampler is refused when it is submitted, without importing torch.
+FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
+V_SAMPLERS = (
+    *("dpmpp-3m-sde", "dpmpp-2m-sde", "dpmpp-2m"),
+    *("k-heun", "k-lms", "k-dpmpp-2s-ancestral", "k-dpm-2", "k-dpm-fast"),
+    *("v-ddim", "v-ddim-cfgpp"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class ModelCard:
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
-    samplers: tuple[str, ...] = SAMPLERS  # allowed values of GenerationRequest.sampler
+    samplers: tuple[str, ...] = FLOW_SAMPLERS  # allowed values of GenerationRequest.sampler
     conditions_on_start: bool = False  # honours GenerationRequest.start_s
     is_demo: bool = False
     description: str = ""

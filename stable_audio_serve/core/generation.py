@@ -35,27 +35,36 @@ class ScheduleShift:
 class GenerationRequest:
     """One request for audio: `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
 
-    `None` for `steps`, `cfg_scale`, `sampler`, `duration_padding_s` or `chunked_decode` means the model's own
-    default. `seed` is already resolved: never "random" at this level.
+    `None` means the model's own default, and for `conditioned_total_s` the end of the clip, `start_s + duration_s`;
+    for the negative prompt's numbers those of the prompt. `seed` is already resolved: never "random" at this level.
+
+    `init_noise_level` is a share of noise in 0..1 (1 = the source has no influence), but a noise level sigma for
+    samplers that run over sigma, where it takes the place of `sigma_max` in an edit.
     """
 
     prompt: str
     duration_s: float
     seed: int
     start_s: float = 0.0  # start of the clip within a longer piece; only for models that condition on it
+    conditioned_total_s: float | None = None  # length of that piece as the model is told it
     negative_prompt: str | None = None
+    negative_start_s: float | None = None
+    negative_total_s: float | None = None
     batch_size: int = 1
     steps: int | None = None
     cfg_scale: float | None = None
     sampler: str | None = None
     schedule_shift: ScheduleShift | None = None
-    apg_scale: float = 1.0
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float | None = None  # spacing of the levels between: 1 = evenly in ln sigma
+    apg_scale: float | None = None
     cfg_rescale: float = 0.0  # scale_phi of the references, 0..1
     cfg_norm_threshold: float = 0.0  # 0 = off
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # sigmas at which guidance is on, inclusive
     duration_padding_s: float | None = None  # headroom generated behind the clip, seconds
     init_audio: SourceAudio | None = None
-    init_noise_level: float = 1.0  # 0..1; 1 = the source has no influence
+    init_noise_level: float = 1.0
     inpaint_audio: SourceAudio | None = None
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
     chunked_decode: bool | None = None

@@ -6,7 +6,7 @@ Looks at names and headers only and imports no torch, so that a server can check
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stable_audio_serve.core.errors import CheckpointError
@@ -16,6 +16,11 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHT_FILES = (WEIGHTS_FILE, "model.ckpt")
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 _SHARD_INDEX = "model.safetensors.index.json"
+# By type of conditioner: the config's keys that name the encoder, and the folder where it lies if none does.
+_ENCODER_KEYS = {
+    "t5gemma": (("model_path", "subfolder", "model_name"), TEXT_ENCODER_FOLDER),
+    "t5": (("t5_model_name",), "t5"),
+}
 _ENCODER_FILES = ((WEIGHTS_FILE, _SHARD_INDEX), ("tokenizer.json", "tokenizer.model"))
 
 
@@ -24,40 +29,58 @@ def find_weights(folder: Path) -> Path:
     return folder / _weights(_in_folder(folder), place=folder)
 
 
-def find_text_encoder(folder: Path, names: Sequence[str]) -> Path:
-    """Returns the encoder's folder: where the config points (`names`), else beside the weights.
+def find_text_encoder(folder: Path) -> Path | None:
+    """Returns the encoder's folder: where the config points, else beside the weights; None if it lies elsewhere.
 
     Raises CheckpointError naming the places looked at.
     """
-    return folder / _encoder_folder(names, _in_folder(folder), place=folder)
+    encoder = check_layout(read_config(folder), _in_folder(folder), place=folder)
+    return None if encoder is None else folder / encoder
 
 
-def encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
-    """Returns where the config's text conditioner may keep its encoder, relative to the checkpoint, best first."""
-    config = conditioner.section("config", optional=True)
-    return tuple(config.text(key) for key in ("model_path", "subfolder", "model_name") if key in config)
+def text_encoder_repository(config: ConfigReader) -> str:
+    """Returns the repository of the text encoder that a config names and its checkpoint does not hold."""
+    conditioner = _text_conditioner(config)
+    name = conditioner.section("config", optional=True).text("t5_model_name", default="t5-base")
+    return name if "/" in name else f"google-t5/{name}"
 
 
-def check_layout(config: ConfigReader, has: Callable[[str], bool], *, place: Path | str) -> str:
+def is_open_family(config: ConfigReader) -> bool:
+    """Whether a config is one of the Stable Audio Open family: its prompts go through a T5, not through a T5Gemma."""
+    return _text_conditioner(config).text("type") == "t5"
+
+
+def check_layout(config: ConfigReader, has: Callable[[str], bool], *, place: Path | str) -> str | None:
     """Returns the text encoder's folder, relative to the checkpoint, when every file that loading needs is there.
 
-    `has` tells whether `place`, which errors name, holds a file. Raises CheckpointError naming the first one missing.
+    None stands for an encoder in a repository of its own (`text_encoder_repository`). `has` tells whether `place`,
+    which errors name, holds a file. Raises CheckpointError naming the first one missing.
     """
     _weights(has, place=place)
-    conditioners = config.section("model").section("conditioning").sections("configs")
-    names = [name for item in conditioners if item.text("type") == "t5gemma" for name in encoder_names(item)]
-    encoder = _encoder_folder(names, has, place=place)
-    for alternatives in _ENCODER_FILES:
-        if not any(has(f"{encoder}/{name}") for name in alternatives):
-            raise CheckpointError(f"{place}/{encoder} holds no {' or '.join(alternatives)}")
+    names = _encoder_names(_text_conditioner(config))
+    encoder = next((folder for folder in names if has(f"{folder}/config.json")), None)
+    if encoder is None:
+        if is_open_family(config):
+            return None
+        places = ", ".join(f"{place}/{folder}" for folder in names)
+        raise CheckpointError(f"the text encoder was not found; looked for its config.json in {places}")
+    check_encoder(lambda name: has(f"{encoder}/{name}"), place=f"{place}/{encoder}")
     return encoder
+
+
+def check_encoder(has: Callable[[str], bool], *, place: Path | str) -> None:
+    """Raise CheckpointError when a file of a text encoder is missing."""
+    for alternatives in _ENCODER_FILES:
+        if not any(has(name) for name in alternatives):
+            raise CheckpointError(f"{place} holds no {' or '.join(alternatives)}")
 
 
 def check_folder(folder: Path) -> None:
     """Raise CheckpointError when a file of a checkpoint folder is missing or is cut short."""
     try:
         encoder = check_layout(read_config(folder), _in_folder(folder), place=folder)
-        for path in (find_weights(folder), *_encoder_weights(folder / encoder)):
+        weights = [find_weights(folder), *(() if encoder is None else _encoder_weights(folder / encoder))]
+        for path in weights:
             if path.suffix == ".safetensors":
                 _check_header(path)
     except OSError as error:
@@ -76,13 +99,21 @@ def _weights(has: Callable[[str], bool], *, place: Path | str) -> str:
     return found
 
 
-def _encoder_folder(names: Sequence[str], has: Callable[[str], bool], *, place: Path | str) -> str:
-    tried = dict.fromkeys(part for name in (*names, TEXT_ENCODER_FOLDER) for part in (name, Path(name).name))
-    for folder in tried:
-        if has(f"{folder}/config.json"):
-            return folder
-    places = ", ".join(f"{place}/{folder}" for folder in tried)
-    raise CheckpointError(f"the text encoder was not found; looked for its config.json in {places}")
+def _text_conditioner(config: ConfigReader) -> ConfigReader:
+    """Returns the conditioner that encodes prompts. Raises CheckpointError when there is none."""
+    conditioning = config.section("model").section("conditioning")
+    for item in conditioning.sections("configs"):
+        if item.text("type") in _ENCODER_KEYS:
+            return item
+    raise conditioning.unusable("configs", "a list with a conditioner of type " + " or ".join(_ENCODER_KEYS))
+
+
+def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
+    """Returns where a text conditioner may keep its encoder, relative to the checkpoint, best first."""
+    keys, usual = _ENCODER_KEYS[conditioner.text("type")]
+    config = conditioner.section("config", optional=True)
+    names = [config.text(key) for key in keys if key in config]
+    return tuple(dict.fromkeys(part for name in (*names, usual) for part in (name, Path(name).name)))
 
 
 def _encoder_weights(folder: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ HF_HUB_OFFLINE). Knows nothing of what is in the files.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import (
@@ -31,9 +32,16 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.checkpoint_files import WEIGHTS_FILE, check_folder, check_layout
+from stable_audio_serve.models.checkpoint_files import (
+    WEIGHTS_FILE,
+    check_encoder,
+    check_folder,
+    check_layout,
+    find_text_encoder,
+    text_encoder_repository,
+)
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
-from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 
 # ValueError: a token that is no valid header, or an answer that does not come from a hub.
 _FAULTS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
@@ -49,19 +57,27 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
     cached = find_cached(entry, cache_dir=cache_dir)
     if cached is not None:
         return cached
-    try:
-        folder = snapshot_download(
-            repo_id,
-            revision=entry.revision,
-            token=token,
-            cache_dir=cache_dir,
-            allow_patterns=list(entry.files),
-        )
-    except _FAULTS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
-    _require_main_files(repo_id, {name for name in (CONFIG_FILE, WEIGHTS_FILE) if (Path(folder) / name).is_file()})
-    check_folder(Path(folder))
-    return Path(folder)
+    folder = _download(entry, token=token, cache_dir=cache_dir)
+    _require_main_files(repo_id, {name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).is_file()})
+    check_folder(folder)
+    return folder
+
+
+def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
+    """Returns the folder of a checkpoint's text encoder: within it, else its own repository's, fetched if need be.
+
+    Raises CheckpointError when it cannot be downloaded.
+    """
+    within = find_text_encoder(folder)
+    if within is not None:
+        return within
+    entry = text_encoder_entry(text_encoder_repository(read_config(folder)))
+    cached = _cached_text_encoder(entry, cache_dir=cache_dir)
+    if cached is not None:
+        return cached
+    fetched = _download(entry, token=token, cache_dir=cache_dir)
+    check_encoder(_in_folder(fetched), place=_repository(entry))
+    return fetched
 
 
 def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | None:
@@ -69,22 +85,11 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
 
     Raises CheckpointError for damaged files and for an invalid name.
     """
-    try:
-        folder = Path(
-            snapshot_download(
-                _repository(entry),
-                revision=entry.revision,
-                cache_dir=cache_dir,
-                allow_patterns=list(entry.files),
-                local_files_only=True,
-            )
-        )
-    except LocalEntryNotFoundError:
+    folder = _snapshot(entry, cache_dir=cache_dir)
+    if folder is None:
         return None
-    except _FAULTS as error:
-        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     try:
-        check_layout(read_config(folder), lambda name: (folder / name).is_file(), place=folder)
+        check_layout(read_config(folder), _in_folder(folder), place=folder)
     except CheckpointError:
         return None  # the rest of a download that was cut short
     check_folder(folder)
@@ -92,13 +97,28 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
 
 
 def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
-    """Raise CheckpointError unless `download_entry` can be expected to succeed; fetches the config at most.
+    """Raise CheckpointError unless the entry's files are here or can be expected to come; fetches the config at most.
 
     Sends the hub a few short requests, each once, so that a server learns within seconds what it cannot access.
     """
+    if entry.folder is not None:
+        check_folder(Path(entry.folder))
+        folder: Path | None = Path(entry.folder)
+    else:
+        folder = find_cached(entry, cache_dir=cache_dir)
+    if folder is None:
+        folder, encoder = _check_repository(entry, token=token, cache_dir=cache_dir)
+    else:
+        encoder = check_layout(read_config(folder), _in_folder(folder), place=folder)
+    if encoder is None:
+        other = text_encoder_entry(text_encoder_repository(read_config(folder)))
+        if _cached_text_encoder(other, cache_dir=cache_dir) is None:
+            _check_text_encoder(other, token=token, cache_dir=cache_dir)
+
+
+def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> tuple[Path, str | None]:
+    """Returns the folder with the config and the text encoder's folder, if it lies in the same repository."""
     repo_id = _repository(entry)
-    if find_cached(entry, cache_dir=cache_dir) is not None:
-        return
     if constants.is_offline_mode():
         raise CheckpointError(not_here(entry, cache_dir=cache_dir))
     try:
@@ -110,11 +130,75 @@ def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path
         config_file = hf_hub_download(
             repo_id, CONFIG_FILE, revision=info.sha, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
         )
-        encoder = check_layout(read_config(Path(config_file).parent), listed.__contains__, place=repo_id)
-        _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
+        folder = Path(config_file).parent
+        encoder = check_layout(read_config(folder), listed.__contains__, place=repo_id)
+        if encoder is not None:
+            _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
     except _FAULTS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     _require_space(entry, info, cache_dir=cache_dir)
+    return folder, encoder
+
+
+def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> None:
+    repo_id = _repository(entry)
+    if constants.is_offline_mode():
+        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+    try:
+        info = HfApi(token=token).model_info(repo_id, timeout=_ANSWER_S, files_metadata=True)
+        listed = {file.rfilename for file in info.siblings or ()}
+        check_encoder(listed.__contains__, place=repo_id)
+        _require_readable(repo_id, "config.json", info=info, token=token)
+    except _FAULTS as error:
+        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+    _require_space(entry, info, cache_dir=cache_dir)
+
+
+def _cached_text_encoder(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
+    """Returns the folder of a text encoder's repository when the cache holds all of it, else None."""
+    folder = _snapshot(entry, cache_dir=cache_dir)
+    if folder is None:
+        return None
+    try:
+        check_encoder(_in_folder(folder), place=folder)
+    except CheckpointError:
+        return None
+    return folder
+
+
+def _download(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> Path:
+    try:
+        folder = snapshot_download(
+            _repository(entry),
+            revision=entry.revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_patterns=list(entry.files),
+        )
+    except _FAULTS as error:
+        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+    return Path(folder)
+
+
+def _snapshot(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
+    """Returns the folder of what the cache holds of a repository, complete or not; None for nothing at all."""
+    try:
+        folder = snapshot_download(
+            _repository(entry),
+            revision=entry.revision,
+            cache_dir=cache_dir,
+            allow_patterns=list(entry.files),
+            local_files_only=True,
+        )
+    except LocalEntryNotFoundError:
+        return None
+    except _FAULTS as error:
+        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+    return Path(folder)
+
+
+def _in_folder(folder: Path) -> Callable[[str], bool]:
+    return lambda name: (folder / name).is_file()
 
 
 def _repository(entry: ModelEntry) -> str:

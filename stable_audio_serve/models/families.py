@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.models.download import download_entry
+from stable_audio_serve.models.download import download_entry, download_text_encoder
 from stable_audio_serve.models.oscillator import parts as oscillator_parts
 from stable_audio_serve.models.oscillator import timeline
 from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.registry import SA3_FAMILY, ModelEntry, describe_entry
+from stable_audio_serve.models.registry import OPEN_FAMILY, SA3_FAMILY, ModelEntry, describe_entry
 from stable_audio_serve.models.sa3.build import load_sa3
+from stable_audio_serve.models.sao.build import load_sao
 from stable_audio_serve.models.weights import resolve_dtype
 
-_LOADERS = {SA3_FAMILY: load_sa3}
+
+class _Load(Protocol):
+    def __call__(
+        self, card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+    ) -> DiffusionModel: ...
+
+
+_LOADERS: Mapping[str, _Load] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
 _REGISTERED = (oscillator_parts, timeline)  # imported so that checkpoints may name the types they register
 
 
@@ -33,14 +44,13 @@ def load_model(
     ConfigError for a device or dtype that cannot be used.
     """
     target = resolve_device(device)
-    loader = _LOADERS.get(entry.card.family)
-    if loader is None:
-        raise ConfigError(f"models: the family {entry.card.family!r} is not supported", field="models")
     folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
     card = describe_entry(replace(entry, folder=str(folder))).card
     if entry.folder is None:  # an ingress may have no copy of it, and has told clients these
         card = replace(card, default_steps=entry.card.default_steps, default_cfg_scale=entry.card.default_cfg_scale)
-    return loader(card, folder, device=target, dtype=resolve_dtype(target, dtype))
+    text_encoder = download_text_encoder(folder, token=token)
+    load = _LOADERS[card.family]
+    return load(card, folder, text_encoder=text_encoder, device=target, dtype=resolve_dtype(target, dtype))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -70,7 +70,8 @@ class RowPlan:
 
     `frames` is the row's own latent length with headroom, of which the first `valid_frames` take part in attention.
     `output_samples` is the exact length of the result. `negative_prompt` is None unless some evaluation is guided
-    with one. `keep_mask` (F,) float32, 1 = keep the source's latent, or None without inpainting.
+    with one; `negative_numbers` None are those of the prompt. `keep_mask` (F,) float32, 1 = keep the source's
+    latent, or None without inpainting.
     """
 
     seed: int
@@ -86,6 +87,7 @@ class RowPlan:
     inpaint_source: SourcePlan | None
     keep_mask: Tensor | None
     decode_windows: tuple[WindowSpan, ...]
+    negative_numbers: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class DiffusionModel(Protocol):
         ...
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns network output (B, D, F) float32: a velocity for every model of this family; row-independent."""
+        """Returns network output (B, D, F) float32, velocity or v as the plan's sampler expects; row-independent."""
         ...
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

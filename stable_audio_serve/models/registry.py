@@ -10,17 +10,23 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import FLOW_SAMPLERS, V_SAMPLERS, ModelCard
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE
-from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, read_config
+from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE, is_open_family
+from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
 
 SA3_FAMILY = "stable-audio-3"
+OPEN_FAMILY = "stable-audio-open"
 OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
 OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
+TEXT_ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
 
 # Default steps and guidance of each objective: distilled models in few steps, base models with guidance.
-OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {"rf_denoiser": (8, 1.0), "rectified_flow": (50, 7.0)}
+OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
+    "rf_denoiser": (8, 1.0),
+    "rectified_flow": (50, 7.0),
+    "v": (100, 7.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,26 @@ def _official(name: str, *, cap_s: float, description: str) -> ModelEntry:
     return ModelEntry(card, repo_id=repo_id, cap_s=cap_s)
 
 
+def _open(name: str, *, objective: str, cap_s: float, description: str) -> ModelEntry:
+    repo_id = f"stabilityai/stable-audio-open-{name}"
+    steps, cfg_scale = OBJECTIVE_DEFAULTS[objective]
+    card = ModelCard(
+        name=f"stable-audio-open-{name}",
+        family=OPEN_FAMILY,
+        aliases=(repo_id,),
+        max_duration_s=cap_s,
+        latent_channels=64,
+        objective=objective,
+        default_steps=steps,
+        default_cfg_scale=cfg_scale,
+        default_duration_padding_s=0.0,
+        samplers=V_SAMPLERS if objective == "v" else FLOW_SAMPLERS,
+        conditions_on_start=objective == "v",
+        description=description,
+    )
+    return ModelEntry(card, repo_id=repo_id, files=(CONFIG_FILE, WEIGHTS_FILE))
+
+
 _DEMO = ModelEntry(
     ModelCard(
         name="demo",
@@ -77,9 +103,18 @@ BUILT_IN: Mapping[str, ModelEntry] = {
         _official("small-sfx-base", cap_s=120.0, description="Base model behind small-sfx."),
         _official("small-music-base", cap_s=120.0, description="Base model behind small-music."),
         _official("medium-base", cap_s=380.0, description="Base model behind medium."),
+        _open("1.0", objective="v", cap_s=2_097_152 / 44_100, description="Sound effects and loops, up to 47 seconds."),
+        _open(
+            "small", objective="rf_denoiser", cap_s=524_288 / 44_100, description="Short loops and sounds in 8 steps."
+        ),
         _DEMO,
     )
 }
+
+
+def text_encoder_entry(repo_id: str) -> ModelEntry:
+    """Returns what to download of a text encoder that has a repository of its own."""
+    return ModelEntry(ModelCard(repo_id, "text-encoder"), repo_id=repo_id, files=TEXT_ENCODER_FILES)
 
 
 def resolve_entry(
@@ -119,7 +154,7 @@ def resolve_entry(
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:
-    """Returns the entry with rate, channels, length and objective from its folder's config, if it has a folder.
+    """Returns the entry with family, rate, channels, length and objective from its folder's config, if it has a folder.
 
     A built-in entry keeps its own steps and guidance; every entry keeps a cap that is lower. Raises CheckpointError for
     a folder without a usable config.
@@ -127,21 +162,44 @@ def describe_entry(entry: ModelEntry) -> ModelEntry:
     if entry.folder is None:
         return entry
     config = read_config(Path(entry.folder))
+    card = _open_card(entry, config) if is_open_family(config) else _sa3_card(entry, config)
+    if entry.card.name not in BUILT_IN:
+        steps, cfg_scale = OBJECTIVE_DEFAULTS[card.objective]
+        card = replace(card, default_steps=steps, default_cfg_scale=cfg_scale)
+    return replace(entry, card=card)
+
+
+def _sa3_card(entry: ModelEntry, config: ConfigReader) -> ModelCard:
     rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
     longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) / rate
     model = config.section("model")
-    objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS))
-    steps, cfg_scale = OBJECTIVE_DEFAULTS[objective]
-    if entry.card.name in BUILT_IN:
-        steps, cfg_scale = entry.card.default_steps, entry.card.default_cfg_scale
-    card = replace(
+    return replace(
         entry.card,
+        family=SA3_FAMILY,
+        sample_rate_hz=rate,
+        channels=config.integer("audio_channels", default=entry.card.channels),
+        latent_channels=model.integer("io_channels"),
+        objective=model.section("diffusion").choice("diffusion_objective", ("rf_denoiser", "rectified_flow")),
+        max_duration_s=min(entry.cap_s or longest_s, longest_s),
+    )
+
+
+def _open_card(entry: ModelEntry, config: ConfigReader) -> ModelCard:
+    rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
+    model = config.section("model")
+    hop = model.section("pretransform").section("config").integer("downsampling_ratio")
+    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate  # the rest of a frame is cut
+    objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS), default="v")
+    ids = [item.text("id") for item in model.section("conditioning").sections("configs")]
+    return replace(
+        entry.card,
+        family=OPEN_FAMILY,
         sample_rate_hz=rate,
         channels=config.integer("audio_channels", default=entry.card.channels),
         latent_channels=model.integer("io_channels"),
         objective=objective,
         max_duration_s=min(entry.cap_s or longest_s, longest_s),
-        default_steps=steps,
-        default_cfg_scale=cfg_scale,
+        default_duration_padding_s=0.0,  # the window is always made as a whole
+        samplers=V_SAMPLERS if objective == "v" else FLOW_SAMPLERS,
+        conditions_on_start="seconds_start" in ids,
     )
-    return replace(entry, card=card)

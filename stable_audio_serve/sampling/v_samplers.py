@@ -24,9 +24,9 @@ _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] 
     "k-dpmpp-2s-ancestral": (2, singlestep.dpmpp_2s_ancestral),
     "k-dpm-2": (2, singlestep.dpm_2),
 }
-_OVER_TIME = {"v-ddim": ddim.ddim, "v-ddim-cfgpp": ddim.ddim_cfgpp}
+OVER_TIME = {"v-ddim": ddim.ddim, "v-ddim-cfgpp": ddim.ddim_cfgpp}
 _FAST = "k-dpm-fast"
-V_SAMPLERS = (*_OVER_SIGMA, _FAST, *_OVER_TIME)
+V_SAMPLERS = (*_OVER_SIGMA, _FAST, *OVER_TIME)
 
 
 def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:
@@ -36,8 +36,8 @@ def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidan
     of an edit; `v-ddim` and `v-ddim-cfgpp` read `sigma_max` as a time (above 1 counts as 1) and ignore the rest.
     Raises InvalidRequestError on `sampler_type`, `steps` and `rho`.
     """
-    if sampler in _OVER_TIME:
-        return _OVER_TIME[sampler](steps, span.sigma_max, guidance=guidance, has_source=has_source)
+    if sampler in OVER_TIME:
+        return OVER_TIME[sampler](steps, span.sigma_max, guidance=guidance, has_source=has_source)
     if sampler == _FAST:
         writer = PlanWriter(3)
         singlestep.dpm_fast(VNetwork(writer, guidance), steps, span=span)

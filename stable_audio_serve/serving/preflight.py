@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.models.checkpoint_files import check_folder
+from stable_audio_serve.models.checkpoint_files import check_folder, find_text_encoder
 from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.serving.placement import Plan, model_entry
 
@@ -52,8 +52,10 @@ def _begin(settings: Settings, model: ModelSettings) -> tuple[ModelEntry, Future
 
 def _check(entry: ModelEntry, token: str | None) -> None:
     if entry.folder is not None:
-        check_folder(Path(entry.folder))
-        return
+        folder = Path(entry.folder)
+        check_folder(folder)
+        if find_text_encoder(folder) is not None:
+            return
     from stable_audio_serve.models.download import check_access  # the hub's library is slow to import
 
     check_access(entry, token=token)

@@ -13,8 +13,8 @@ from stable_audio_serve.core.generation import SourceAudio
 from stable_audio_serve.models.parts import Noises, WindowNoise
 from stable_audio_serve.models.protocol import WindowSpan
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.lengths import chunked_windows, whole_window
 from stable_audio_serve.models.sa3.same import SameEncoder
+from stable_audio_serve.models.windows import chunked_windows, whole_window
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import Report
 

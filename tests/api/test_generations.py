@@ -41,7 +41,7 @@ async def test_defaults_leave_the_choice_to_the_model(client: httpx.AsyncClient,
     await client.post(URL, json={"prompt": "x"})
     model, request = backend.requests[0]
     assert model == "small-sfx"
-    assert (request.duration_s, request.batch_size, request.steps, request.apg_scale) == (7.0, 1, 8, 1.0)
+    assert (request.duration_s, request.batch_size, request.steps, request.apg_scale) == (7.0, 1, 8, None)
     assert request.cfg_scale is None
     assert request.duration_padding_s is None
     assert request.chunked_decode is None

@@ -170,12 +170,13 @@ def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, wat
 
 def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> None:
     head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+    beginning = b"-" * 20_000  # more than HAProxy waits for
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     with ExitStack() as stack:
         uploads = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(1000)]
         for upload in uploads:
-            upload.sendall(head + b"Content-Length: 1000000\r\n\r\n-")
+            upload.sendall(head + b"Content-Length: 1000000\r\n\r\n" + beginning)
         assert server.client.get("/health", timeout=30).status_code == 200
         read_wav(server.client.post("/generate", json=make_body(duration=1), timeout=30))
         answers = []

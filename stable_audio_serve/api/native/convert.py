@@ -72,7 +72,7 @@ def to_request(
         steps=steps,
         cfg_scale=fields.cfg_scale if "cfg_scale" in given else None,
         sampler=sampler,
-        apg_scale=fields.apg_scale,
+        apg_scale=fields.apg_scale if "apg_scale" in given else None,
         cfg_rescale=scale_phi,
         cfg_norm_threshold=norm_threshold,
         duration_padding_s=fields.duration_padding_sec if "duration_padding_sec" in given else None,

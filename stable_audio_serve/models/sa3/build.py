@@ -10,7 +10,7 @@ from torch import nn
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.models.checkpoint_files import find_text_encoder, find_weights
+from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
@@ -32,16 +32,17 @@ from stable_audio_serve.models.weights import (
 )
 
 
-def load_sa3(card: ModelCard, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Sa3Model:
-    """Load the folder's files strictly: the denoiser in `dtype`, the text encoder in its own, the rest in float32.
+def load_sa3(
+    card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+) -> Sa3Model:
+    """Load both folders' files strictly: the denoiser in `dtype`, the text encoder in its own, the rest in float32.
 
     Raises CheckpointError naming the file or key that does not fit.
     """
     require_exact_float32()
     config = parse_config(read_config(folder))
     weights_file = find_weights(folder)
-    encoder_folder = find_text_encoder(folder, config.prompt.folders)
-    text = load_text_encoder(encoder_folder, max_length=config.prompt.max_length, device=device)
+    text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device)
     try:
         with skipping_random_weights():
             components = build_components(config, text)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS
-from stable_audio_serve.models.checkpoint_files import encoder_names
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SAMPLES, ConfigReader
 from stable_audio_serve.models.frame_conditioners import (
     FrameConditioner,
@@ -106,12 +105,11 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    """The text conditioner: `folders` are where its encoder may lie, relative to the checkpoint, best first."""
+    """The text conditioner."""
 
     id: str
     width: int
     max_length: int
-    folders: tuple[str, ...]
     project_out: bool
 
 
@@ -233,7 +231,6 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
         id=item.text("id"),
         width=width,
         max_length=config.integer("max_length", default=256),
-        folders=encoder_names(item),
         project_out=config.flag("project_out", default=False),
     )
 

@@ -1,12 +1,8 @@
-"""Turns a duration in seconds into latent frames and windows over them. Pure arithmetic, no tensors."""
+"""Turns a duration in seconds into latent frames. Pure arithmetic, no tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from stable_audio_serve.models.protocol import WindowSpan
-
-WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the reference's chunked encoding and decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +51,3 @@ def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames
         effective_frames=effective,
         output_samples=min(clip_samples, frames * rule.hop),
     )
-
-
-def whole_window(frames: int) -> tuple[WindowSpan, ...]:
-    """Returns one window over everything."""
-    return (WindowSpan(0, frames, 0, frames),)
-
-
-def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OVERLAP_FRAMES) -> tuple[WindowSpan, ...]:
-    """Returns windows of `size` frames every `size - overlap`, the last one anchored to the end.
-
-    Joints are hard cuts half an overlap inside a window; where windows overlap further, the later one is kept. The
-    kept parts tile the frames exactly. Fewer than `size` frames are one window.
-    """
-    if frames <= size:
-        return whole_window(frames)
-    starts = [*range(0, frames - size, size - overlap), frames - size]
-    cuts = [0, *(start + overlap // 2 for start in starts[1:]), frames]
-    return tuple(WindowSpan(start, start + size, cuts[i], cuts[i + 1]) for i, start in enumerate(starts))

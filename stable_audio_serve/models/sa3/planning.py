@@ -11,12 +11,15 @@ from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
+from stable_audio_serve.models.request_checks import check_request
 from stable_audio_serve.models.sa3.config import Sa3Config
-from stable_audio_serve.models.sa3.lengths import RowLength, chunked_windows, plan_length, whole_window
+from stable_audio_serve.models.sa3.lengths import RowLength, plan_length
+from stable_audio_serve.models.windows import chunked_windows, whole_window
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import build_plan
 from stable_audio_serve.sampling.schedules import TimestepShift, build_sigmas, shift_from_override
 
+DEFAULT_APG_SCALE = 1.0
 MIN_NOISE_LEVEL = 0.01  # below, the first step would divide by a time near 0; lower requests are raised to this
 
 
@@ -28,8 +31,9 @@ def plan_rows(
     `shift` is the model's own schedule warp, `frames` forces the latent length (and lifts the duration's cap: what
     does not fit is cut). Raises InvalidRequestError naming the field.
     """
-    _check_texts(request)
-    _check_numbers(request)
+    check_request(request)
+    if not 0 <= request.init_noise_level <= 1:
+        raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
     length = _plan_length(request, config, spec=spec, frames=frames)
     sampler, guidance = _plan_sampler(request, config, spec=spec, shift=shift, length=length)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
@@ -61,34 +65,6 @@ def plan_rows(
     )
 
 
-def _check_texts(request: GenerationRequest) -> None:
-    """Refuse lone surrogates, which JSON escapes can make: a tokenizer takes Unicode text only."""
-    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequestError(f"{field} is not valid Unicode text", field=field) from None
-
-
-def _check_numbers(request: GenerationRequest) -> None:
-    if request.batch_size < 1:
-        raise InvalidRequestError("batch_size must be at least 1", field="batch_size", allowed=">= 1")
-    for field, value in (
-        ("cfg_scale", request.cfg_scale),
-        ("apg_scale", request.apg_scale),
-        ("scale_phi", request.cfg_rescale),
-        ("cfg_norm_threshold", request.cfg_norm_threshold),
-        ("cfg_interval", sum(request.cfg_interval)),
-        ("duration_padding_sec", request.duration_padding_s),
-    ):
-        if value is not None and not math.isfinite(value):
-            raise InvalidRequestError(f"{field} must be a finite number", field=field)
-    if request.duration_padding_s is not None and request.duration_padding_s < 0:
-        raise InvalidRequestError("duration_padding_sec must not be negative", field="duration_padding_sec")
-    if not 0 <= request.init_noise_level <= 1:
-        raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
-
-
 def _plan_length(request: GenerationRequest, config: Sa3Config, *, spec: ModelSpec, frames: int | None) -> RowLength:
     duration_s, cap_s = request.duration_s, spec.card.max_duration_s
     if not math.isfinite(duration_s) or duration_s <= 0:
@@ -107,7 +83,7 @@ def _plan_sampler(
 ) -> tuple[SamplerPlan, Guidance]:
     guidance = Guidance(
         cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
-        apg_scale=request.apg_scale,
+        apg_scale=DEFAULT_APG_SCALE if request.apg_scale is None else request.apg_scale,
         norm_threshold=request.cfg_norm_threshold,
         rescale=request.cfg_rescale,
         interval=request.cfg_interval,

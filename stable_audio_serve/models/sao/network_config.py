@@ -13,6 +13,7 @@ from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigR
 
 MIN_ROTATED = 32  # channels of a head that carry its position, at least
 HEAD_NORMS = ("none", "ln")
+DILATIONS = (1, 3, 9)  # of the residual units of each stride
 
 # What the published files may say and what must be so, absent or not.
 _FIXED = {

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stable_audio_serve.models.sao.network_config import OobleckConfig
+from stable_audio_serve.models.sao.network_config import DILATIONS, OobleckConfig
 
-_DILATIONS = (1, 3, 9)
 _MIN_DEVIATION = 1e-4
 _BETA_FLOOR = 1e-9
 
@@ -183,4 +182,4 @@ class OobleckAutoencoder(nn.Module):
 
 
 def _residual_units(channels: int) -> list[ResidualUnit]:
-    return [ResidualUnit(channels, dilation) for dilation in _DILATIONS]
+    return [ResidualUnit(channels, dilation) for dilation in DILATIONS]

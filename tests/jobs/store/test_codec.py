@@ -26,6 +26,12 @@ REQUEST = GenerationRequest(
     sampler="rk4",
     schedule_shift=ScheduleShift("flux", (("a", 1.0), ("b", 0.1))),
     apg_scale=0.3,
+    sigma_min=0.2,
+    sigma_max=80.0,
+    rho=1.5,
+    conditioned_total_s=12.0,
+    negative_start_s=1.0,
+    negative_total_s=9.0,
     cfg_rescale=0.7,
     cfg_norm_threshold=1e6,
     cfg_interval=(0.1, 0.9),
@@ -81,7 +87,7 @@ def test_what_another_version_wrote_can_be_read() -> None:
     text["request"]["new_control"] = 3
     del text["file_stem"], text["request"]["apg_scale"]
     spec = codec.load_spec(json.dumps(text))
-    assert (spec.file_stem, spec.request.apg_scale) == ("audio", 1.0)
+    assert (spec.file_stem, spec.request.apg_scale) == ("audio", None)
 
 
 def test_source_audio_is_never_written() -> None:

@@ -157,7 +157,8 @@ class PlainRun:
             delta = delta * min(1.0, request.cfg_norm_threshold / float((delta * mask).norm()))
         unit = clean * mask / (clean * mask).norm()
         across = (delta - (delta * unit).sum() * unit) * mask
-        delta = request.apg_scale * across + (1 - request.apg_scale) * delta
+        apg_scale = 1.0 if request.apg_scale is None else request.apg_scale
+        delta = apg_scale * across + (1 - apg_scale) * delta
         guided = (x - (clean + (cfg - 1) * delta)) / t
         if phi := request.cfg_rescale:
             guided = phi * guided * cond.std(0) / guided.std(0) + (1 - phi) * guided

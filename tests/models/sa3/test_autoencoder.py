@@ -12,7 +12,7 @@ from torch import Tensor
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.generation import SourceAudio
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowSpan
-from stable_audio_serve.models.sa3.lengths import chunked_windows
+from stable_audio_serve.models.windows import chunked_windows
 from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise, SeededNoise
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stable_audio_serve.models.sa3.lengths import LengthRule, chunked_windows, plan_length
+from stable_audio_serve.models.sa3.lengths import LengthRule, plan_length
+from stable_audio_serve.models.windows import chunked_windows
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import loaded
 

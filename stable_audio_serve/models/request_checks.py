@@ -1,0 +1,33 @@
+"""What every family asks of a request before it plans it: real text, finite numbers, at least one variation."""
+
+from __future__ import annotations
+
+import math
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest
+
+
+def check_request(request: GenerationRequest) -> None:
+    """Raise InvalidRequestError naming the field whose value no model could use."""
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        try:
+            text.encode()  # refuses lone surrogates, which JSON escapes can make: a tokenizer takes Unicode text only
+        except UnicodeEncodeError:
+            raise InvalidRequestError(f"{field} is not valid Unicode text", field=field) from None
+    if request.batch_size < 1:
+        raise InvalidRequestError("batch_size must be at least 1", field="batch_size", allowed=">= 1")
+    for field, value in (
+        ("cfg_scale", request.cfg_scale),
+        ("apg_scale", request.apg_scale),
+        ("scale_phi", request.cfg_rescale),
+        ("cfg_norm_threshold", request.cfg_norm_threshold),
+        ("cfg_interval", sum(request.cfg_interval)),
+        ("duration_padding_sec", request.duration_padding_s),
+        ("seconds_start", request.start_s),
+        ("seconds_total", request.conditioned_total_s),
+    ):
+        if value is not None and not math.isfinite(value):
+            raise InvalidRequestError(f"{field} must be a finite number", field=field)
+    if request.duration_padding_s is not None and request.duration_padding_s < 0:
+        raise InvalidRequestError("duration_padding_sec must not be negative", field="duration_padding_sec")

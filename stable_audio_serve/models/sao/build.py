@@ -1,0 +1,86 @@
+"""Builds a model of the Stable Audio Open family from a checkpoint folder and a T5's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.checkpoint_files import find_weights
+from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.protocol import ModelSpec
+from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner, load_text_encoder
+from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig, parse_config
+from stable_audio_serve.models.sao.denoiser import Denoiser
+from stable_audio_serve.models.sao.model import SaoComponents, SaoModel, read_shift
+from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
+from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.weights import (
+    assign_weights,
+    cast_network,
+    read_weights,
+    require_exact_float32,
+    skipping_random_weights,
+)
+
+_TEXT_DTYPE = torch.float16  # the reference's, on every device
+
+
+def load_sao(
+    card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+) -> SaoModel:
+    """Load both folders' files strictly: the denoiser in `dtype`, the text encoder in float16, the rest in float32.
+
+    Raises CheckpointError naming the file or key that does not fit.
+    """
+    require_exact_float32()
+    config = parse_config(read_config(folder))
+    read_shift(config)
+    weights_file = find_weights(folder)
+    text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
+    try:
+        with skipping_random_weights():
+            components = build_components(config, text)
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
+    assign_weights(checkpoint_modules(components, config), read_weights(weights_file), source=weights_file)
+    cast_network(components.denoiser, dtype)
+    for module in components.modules:
+        module.to(device)
+    components.autoencoder.resolve_weight_norms()
+    return SaoModel(components, config=config, spec=build_spec(card, config), device=device)
+
+
+def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:
+    """Build the networks of a config, with the weights that torch gives them."""
+    return SaoComponents(
+        text=text,
+        prompt=PromptConditioner(config.prompt, encoder_width=text.width),
+        numbers={number.id: NumberConditioner(number) for number in config.numbers},
+        denoiser=Denoiser(config.denoiser),
+        autoencoder=OobleckAutoencoder(config.autoencoder),
+    )
+
+
+def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str, nn.Module]:
+    """Returns the module of each prefix of keys."""
+    return {
+        f"conditioner.conditioners.{config.prompt.id}.": components.prompt,
+        **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
+        "model.model.": components.denoiser,
+        "pretransform.model.": components.autoencoder,
+    }
+
+
+def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
+    """Returns the card, which the registry has filled in from the same config, and what only the engine needs."""
+    return ModelSpec(
+        card=card,
+        hop=config.autoencoder.hop,
+        max_frames=config.window_frames,
+        default_sampler=OBJECTIVE_SAMPLERS[config.objective],
+        noisy_source_encoder=True,
+    )

@@ -1,0 +1,156 @@
+"""A loaded Stable Audio Open model behind the engine's protocol; its components are public attributes.
+
+Everything here is row-independent. Gradients are off in every public method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.parts import WindowNoise, stack_draws
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    EncodeWindow,
+    ModelSpec,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+)
+from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner
+from stable_audio_serve.models.sao.config import SaoConfig
+from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning, collate
+from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
+from stable_audio_serve.models.sao.planning import plan_rows
+from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.sampling.schedules import CONFIG_KEY, TimestepShift, shift_from_config
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One denoiser input's constants; `num_bytes` counts what the row's other branch does not already hold."""
+
+    conditioning: DenoiserConditioning
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaoComponents:
+    """The networks of one checkpoint, loaded and on their device; `numbers` by conditioner id."""
+
+    text: TextEncoder
+    prompt: PromptConditioner
+    numbers: dict[str, NumberConditioner]
+    denoiser: Denoiser
+    autoencoder: OobleckAutoencoder
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every network, the text encoder included."""
+        return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
+
+
+class SaoModel:
+    """Implements `DiffusionModel` for the Stable Audio Open family."""
+
+    def __init__(self, components: SaoComponents, *, config: SaoConfig, spec: ModelSpec, device: torch.device) -> None:
+        self.text = components.text
+        self.prompt = components.prompt
+        self.numbers = components.numbers
+        self.denoiser = components.denoiser
+        self.autoencoder = components.autoencoder
+        self.config = config
+        self._spec = spec
+        self._device = device
+        self._shift = read_shift(config)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        """Returns one plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
+        return plan_rows(request, config=self.config, spec=self._spec, shift=self._shift, frames=frames)
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """Returns tokens (T, width) float32, zero at padded positions, and which tokens are real."""
+        ids, mask = (tensor.to(self._device) for tensor in self.text.tokenize(prompts))
+        tokens, real = self.prompt(self.text.encode(ids, mask), mask.bool()), mask.bool()
+        # Cloned, so that a cached prompt does not hold the whole batch's memory.
+        return [TextEmbedding(p, tokens[i].clone(), real[i].clone()) for i, p in enumerate(prompts)]
+
+    @torch.inference_mode()
+    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
+        """Returns latents (D, F_window) float32 of windows of one length; the bottleneck draws one value for each."""
+        audio = torch.stack([window.samples for window in windows]).to(self._device, torch.float32)
+        shape = (self._spec.card.latent_channels, audio.shape[-1] // self._spec.hop)
+        noises = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
+        noise = stack_draws(noises, "bottleneck", shape=shape, frame_axis=1, device=self._device)
+        return list(self.autoencoder.encode(audio, noise).float())
+
+    @torch.inference_mode()
+    def condition(
+        self,
+        plan: RowPlan,
+        *,
+        prompt: TextEmbedding,
+        negative: TextEmbedding | None,
+        inpaint_latents: Tensor | None,
+    ) -> RowConditioning:
+        """Returns per-request constants of a row; the unconditional branch only when some evaluation is guided.
+
+        Without a negative prompt that branch sees no context at all, with one the negative's tokens and numbers; its
+        global vector is the row's own either way.
+        """
+        numbers = self._embed_numbers(plan.numbers)
+        global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
+        row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond)
+        conditional = Branch(row, row.global_embed.nbytes + row.context_bytes)
+        if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
+            return RowConditioning(conditional, None)
+        if negative is None:
+            return RowConditioning(conditional, Branch(row.without_context(), 0))
+        others = self._embed_numbers(plan.negative_numbers or plan.numbers)
+        away = replace(row, context=self.denoiser.project_context(self._context(negative.tokens, others)))
+        return RowConditioning(conditional, Branch(away, away.context_bytes))
+
+    @torch.inference_mode()
+    def denoise(self, batch: StepBatch) -> Tensor:
+        """Returns v or a velocity, as the objective says, (B, D, F) float32; row-independent for valid frames."""
+        branches = cast("Sequence[Branch]", batch.branches)
+        conditioning = collate([branch.conditioning for branch in branches])
+        return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
+
+    @torch.inference_mode()
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        """Returns audio (C, hop * F_window) float32 of windows of one length, not clamped."""
+        latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
+        return list(self.autoencoder.decode(latents).float())
+
+    def _embed_numbers(self, values: Mapping[str, float]) -> dict[str, Tensor]:
+        """Returns (1, width) float32 by conditioner id."""
+        return {
+            id_: number(torch.tensor([values[id_]], dtype=torch.float32, device=self._device))
+            for id_, number in self.numbers.items()
+        }
+
+    def _context(self, tokens: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Prompt tokens (T, width) and numbers (1, width) each, in the config's order -> (1, T', width)."""
+        prompt_id = self.config.prompt.id
+        return torch.cat([tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids])[None]
+
+
+def read_shift(config: SaoConfig) -> TimestepShift:
+    """Returns the warp of RK4's times. Raises CheckpointError naming the key that cannot be used."""
+    return shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")

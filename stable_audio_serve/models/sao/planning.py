@@ -1,0 +1,168 @@
+"""Plans a request for the Stable Audio Open family: one RowPlan per variation. Pure and on the CPU.
+
+The network always makes its whole window, whatever the length of the clip: another length is another noise shape, and
+unusual to the network. The clip is the beginning of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from stable_audio_serve.audio.prepare import prepare_source
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
+from stable_audio_serve.models.request_checks import check_request
+from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig
+from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
+from stable_audio_serve.models.windows import halo_windows, whole_window
+from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
+from stable_audio_serve.sampling.open_flow import LOWEST_LEVEL, build_open_flow_plan, open_flow_times
+from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
+from stable_audio_serve.sampling.schedules import TimestepShift
+from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan
+
+# Noise levels of the published call of the model; half an edit's own level where that is lower.
+SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
+_MIN_SHARE = 0.5
+
+
+def plan_rows(
+    request: GenerationRequest, *, config: SaoConfig, spec: ModelSpec, shift: TimestepShift, frames: int | None
+) -> tuple[RowPlan, ...]:
+    """Returns one plan per variation; they differ in their seed only.
+
+    `shift` is the model's warp of RK4's times, `frames` forces the window's latent length (and lifts the duration's
+    cap). Raises InvalidRequestError naming the field.
+    """
+    check_request(request)
+    _refuse_unsupported(request, spec)
+    output_samples = _output_samples(request, config, spec=spec, forced=frames is not None)
+    frames = config.window_frames if frames is None else frames
+    guidance = Guidance(
+        cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
+        apg_scale=0.0,
+        rescale=request.cfg_rescale,
+        interval=request.cfg_interval,
+    )
+    sampler = _plan_sampler(request, config, spec=spec, shift=shift, guidance=guidance, frames=frames)
+    guided = any(evaluation.guided for evaluation in sampler.evaluations)
+    numbers, negative_numbers = _numbers(request)
+    halo = None if request.chunked_decode is False else decoder_halo(config.autoencoder)
+    init = _plan_source(request.init_audio, config, frames=frames) if request.init_audio else None
+    return tuple(
+        RowPlan(
+            seed=seed,
+            frames=frames,
+            valid_frames=frames,
+            output_samples=min(output_samples, frames * spec.hop),
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt if guided and (request.negative_prompt or "").strip() else None,
+            numbers=numbers,
+            negative_numbers=negative_numbers,
+            sampler=sampler,
+            guidance=guidance,
+            init_source=init,
+            inpaint_source=None,
+            keep_mask=None,
+            decode_windows=_windows(frames, halo=halo),
+        )
+        for seed in request.seeds
+    )
+
+
+def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Refuse what Stable Audio 3 knows and this family does not, instead of ignoring it."""
+    name = spec.card.name
+    for field, asked in (
+        ("apg_scale", request.apg_scale),
+        ("cfg_norm_threshold", request.cfg_norm_threshold),
+        ("dist_shift", request.schedule_shift),
+    ):
+        if asked:
+            raise InvalidRequestError(f"{field} is not supported by {name}", field=field, allowed="0 or unset")
+    if request.inpaint_audio is not None or request.inpaint_regions_s:
+        raise InvalidRequestError(f"{name} cannot inpaint", field="audio")
+
+
+def _output_samples(request: GenerationRequest, config: SaoConfig, *, spec: ModelSpec, forced: bool) -> int:
+    """Returns the clip's samples, at least one."""
+    duration_s, cap_s = request.duration_s, spec.card.max_duration_s
+    allowed = f"0..{cap_s:g}"
+    if not math.isfinite(duration_s) or duration_s <= 0:
+        raise InvalidRequestError("duration must be above 0", field="duration", allowed=allowed)
+    if not forced and duration_s > cap_s:
+        message = f"duration must be at most {cap_s:g} s for {spec.card.name}, got {duration_s:g}"
+        raise InvalidRequestError(message, field="duration", allowed=allowed)
+    return max(int(duration_s * config.sample_rate_hz), 1)
+
+
+def _numbers(request: GenerationRequest) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Returns the seconds that the prompt and the negative prompt are conditioned on."""
+    total_s = request.conditioned_total_s
+    start = request.start_s
+    numbers = {"seconds_start": start, "seconds_total": start + request.duration_s if total_s is None else total_s}
+    other = {"seconds_start": request.negative_start_s, "seconds_total": request.negative_total_s}
+    return numbers, numbers | {id_: value for id_, value in other.items() if value is not None}
+
+
+def _plan_sampler(
+    request: GenerationRequest,
+    config: SaoConfig,
+    *,
+    spec: ModelSpec,
+    shift: TimestepShift,
+    guidance: Guidance,
+    frames: int,
+) -> SamplerPlan:
+    steps = spec.card.default_steps if request.steps is None else request.steps
+    sampler = request.sampler or OBJECTIVE_SAMPLERS[config.objective]
+    has_source = request.init_audio is not None
+    if config.objective == "v":
+        span = _sigma_range(request, over_time=sampler in OVER_TIME)
+        return build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source)
+    level = request.sigma_max if request.sigma_max is not None else 1.0
+    level = max(_share(request.init_noise_level), LOWEST_LEVEL) if has_source else min(level, 1.0)
+    times = open_flow_times(sampler, steps, level=level, shift=shift, length=frames)
+    return build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source)
+
+
+def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
+    """Returns the noise levels of a `v` model's run; an edit's begin at its own level."""
+    highest = SIGMA_MAX if request.sigma_max is None else request.sigma_max
+    if request.init_audio is not None:
+        level = request.init_noise_level
+        if over_time:
+            highest = max(_share(level), LOWEST_LEVEL)
+        elif not LOWEST_SIGMA < level <= HIGHEST_SIGMA:
+            allowed = f"above {LOWEST_SIGMA:g}, at most {HIGHEST_SIGMA:g}"
+            message = f"init_noise_level must be {allowed} for a sampler over sigma, got {level:g}"
+            raise InvalidRequestError(message, field="init_noise_level", allowed=allowed)
+        else:
+            highest = level
+    lowest = request.sigma_min
+    if lowest is None or over_time:  # samplers over time do not read it
+        lowest = min(SIGMA_MIN, highest * _MIN_SHARE)
+    return SigmaRange(lowest, highest, 1.0 if request.rho is None else request.rho)
+
+
+def _share(level: float) -> float:
+    if not 0 <= level <= 1:
+        raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
+    return level
+
+
+def _plan_source(audio: SourceAudio, config: SaoConfig, *, frames: int) -> SourcePlan:
+    """Returns source audio at the model's rate and channels, exactly as long as the window."""
+    samples = prepare_source(
+        audio,
+        sample_rate_hz=config.sample_rate_hz,
+        channels=config.autoencoder.channels,
+        num_samples=frames * config.autoencoder.hop,
+    )
+    return SourcePlan(samples=samples, windows=_windows(frames, halo=encoder_halo(config.autoencoder)))
+
+
+def _windows(frames: int, *, halo: int | None) -> tuple[WindowSpan, ...]:
+    return whole_window(frames) if halo is None else halo_windows(frames, halo=halo)
