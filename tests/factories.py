@@ -29,6 +29,7 @@ from stable_audio_serve.models.protocol import (
     TextEmbedding,
     WindowSpan,
 )
+from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.samplers import build_plan
 from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT, build_sigmas
@@ -49,7 +50,10 @@ class ToyBranch:
 
 
 class ToyModel:
-    """Implements DiffusionModel. `on_call(name, items)` runs before every device method and may raise."""
+    """Implements DiffusionModel. `on_call(name, items)` runs before every device method and may raise.
+
+    It conditions on the mask of what is kept, unless it `blends`.
+    """
 
     def __init__(
         self,
@@ -58,11 +62,13 @@ class ToyModel:
         latent_channels: int = 4,
         hop: int = 8,
         noisy_source_encoder: bool = False,
+        blends: bool = False,
         device: str = "cpu",
         on_call: Callable[[str, Sequence[object]], None] = lambda name, items: None,
     ) -> None:
         self.device = torch.device(device)
         self.on_call = on_call
+        self._blends = blends
         self.spec = ModelSpec(
             card=ModelCard(
                 "toy",
@@ -119,6 +125,8 @@ class ToyModel:
             guidance=guidance,
             has_source=request.init_audio is not None,
         )
+        if self._blends and request.inpaint_audio is not None:
+            sampler = blend_plan(sampler, flow_path)
         guided = any(evaluation.guided for evaluation in sampler.evaluations)
         mask = None
         if request.inpaint_audio is not None:

@@ -25,7 +25,7 @@ from stable_audio_serve.models.protocol import (
     TextEmbedding,
 )
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
-from stable_audio_serve.sampling.update import advance, network_input
+from stable_audio_serve.sampling.update import Kept, advance, network_input
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -140,6 +140,7 @@ class Executor:
             velocity=velocity,
             unconditional=unconditional,
             noise=_gather_noise(rows, frames=frames, device=device),
+            kept=_gather_kept(rows, frames=frames, device=device),
         )
         return [moved[i, : row.plan.sampler.num_registers, :, : row.plan.frames].clone() for i, row in enumerate(rows)]
 
@@ -198,6 +199,25 @@ def _gather_noise(rows: Sequence[Row], *, frames: int, device: torch.device) -> 
     for i, draw in draws.items():
         gathered[i, :, : rows[i].plan.frames] = _present(draw)
     return gathered.to(device)
+
+
+def _gather_kept(rows: Sequence[Row], *, frames: int, device: torch.device) -> Kept | None:
+    """Returns what the rows keep, nothing where a row's evaluation has no blend; None if no row's has one."""
+    keeping = {i: _present(row.kept) for i, row in enumerate(rows) if row.evaluation.blend}
+    if not keeping:
+        return None
+    shape = (len(rows), _present(rows[0].state).shape[1], frames)
+    gathered = Kept(
+        mask=torch.zeros(len(rows), frames, dtype=torch.bool, device=device),
+        source=torch.zeros(shape, dtype=torch.float32, device=device),
+        noise=torch.zeros(shape, dtype=torch.float32, device=device),
+    )
+    for i, kept in keeping.items():
+        own = rows[i].plan.frames
+        gathered.mask[i, :own] = kept.mask
+        gathered.source[i, :, :own] = kept.source
+        gathered.noise[i, :, :own] = kept.noise
+    return gathered
 
 
 def _commit(row: Row, state: Tensor) -> None:

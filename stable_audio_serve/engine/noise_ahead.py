@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor, Future
 
+import torch
 from torch import Tensor
 
 from stable_audio_serve.sampling.noise import NoiseSource
@@ -15,7 +16,8 @@ from stable_audio_serve.sampling.plan import SamplerPlan
 class RowNoise:
     """The draws of one row, used by the engine thread; `source` also serves the row's windows.
 
-    `drawer` must run one task at a time in order. Draws after the last one with a non-zero weight are skipped.
+    `drawer` must run one task at a time in order. Draws after the last one with a non-zero weight are skipped. The
+    noise of kept frames has a stream of its own, so that it does not change the others.
     """
 
     def __init__(self, source: NoiseSource, plan: SamplerPlan, *, shape: tuple[int, int], drawer: Executor) -> None:
@@ -26,12 +28,19 @@ class RowNoise:
         drawing = [any(e.c) for e in plan.evaluations if e.draws_noise]
         self._num_left = max((i + 1 for i, weighs in enumerate(drawing) if weighs), default=0)
         self._initial = drawer.submit(source.initial, shape)
+        self._kept = drawer.submit(self._source_kept) if plan.start_blend else None
         self._next: Future[Tensor] | None = None
         self._draw_next()
 
     def initial(self) -> Tensor:
         """Returns the initial latent noise (D, F) float32 on the CPU."""
         return self._initial.result()
+
+    def kept(self) -> Tensor:
+        """Returns the noise of kept frames (D, F) float32 on the CPU. Raises RuntimeError if the plan keeps none."""
+        if self._kept is None:
+            raise RuntimeError("a row that keeps no frames asked for their noise")
+        return self._kept.result()
 
     def current(self) -> Tensor | None:
         """Returns the current evaluation's draw (D, F) float32 on the CPU, or None if no further draw has a weight.
@@ -55,6 +64,9 @@ class RowNoise:
         if self._num_left > 0:
             self._num_left -= 1
             self._next = self._drawer.submit(self._source_step)
+
+    def _source_kept(self) -> Tensor:
+        return self.source.window("kept", 0, shape=self._shape, frame_axis=1, device=torch.device("cpu"))
 
     def _source_step(self) -> Tensor:
         return self.source.step(self._shape)

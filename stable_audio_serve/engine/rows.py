@@ -14,6 +14,7 @@ from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding, aud
 from stable_audio_serve.engine.work import RowWork
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan
 from stable_audio_serve.sampling.plan import Evaluation
+from stable_audio_serve.sampling.update import Kept
 
 # The progress at which a row's phases end: rough values that make progress monotone.
 _ENCODED, _DENOISED = 0.05, 0.9
@@ -33,6 +34,7 @@ class Row:
         self.sources: dict[str, SourceEncoding] = {}  # by stage: init, inpaint
         self.conditioning: RowConditioning | None = None
         self.state: Tensor | None = None  # registers (R, D, F) float32 while denoising
+        self.kept: Kept | None = None  # for a blended plan, while denoising
         self.latents: Tensor | None = None  # (D, F) float32 once denoised
         self.audio: AudioAssembly | None = None
         self._encode_total = sum(work.encode_left)
@@ -70,7 +72,7 @@ class Row:
         """Free the row's tensors and stop its noise."""
         if self.noise is not None:
             self.noise.cancel()
-        self.noise = self.conditioning = self.state = self.latents = self.audio = None
+        self.noise = self.conditioning = self.state = self.kept = self.latents = self.audio = None
         self.sources = {}
 
 

@@ -22,7 +22,7 @@ from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.rows import Row, make_assembly
 from stable_audio_serve.engine.windows import SourceEncoding
 from stable_audio_serve.models.protocol import DiffusionModel, TextEmbedding
-from stable_audio_serve.sampling.update import start_state
+from stable_audio_serve.sampling.update import Kept, start_state
 
 Result = TypeVar("Result")
 Failures = list[tuple[Row, Exception]]
@@ -200,7 +200,7 @@ class Stages:
         if request.conditioning is not None:
             row.conditioning = request.conditioning
             return
-        inpaint = row.sources.get("inpaint")
+        inpaint = None if row.plan.sampler.start_blend else row.sources.get("inpaint")
         row.conditioning = self._model.condition(
             row.plan,
             prompt=request.prompt,
@@ -215,15 +215,28 @@ class Stages:
             raise RuntimeError("a row began before its noise was drawn")
         init = row.sources.get("init")
         noise = row.noise.initial().to(self._model.device)
-        row.state = start_state(row.plan.sampler, noise, source=init.latents() if init else None)
+        row.kept = self._keep(row, row.noise)
+        row.state = start_state(row.plan.sampler, noise, source=init.latents() if init else None, kept=row.kept)
         row.sources = {}
+
+    def _keep(self, row: Row, noise: RowNoise) -> Kept | None:
+        """Returns what a row with a blended plan keeps, on the model's device."""
+        if row.plan.sampler.start_blend is None:
+            return None
+        if row.plan.keep_mask is None:
+            raise RuntimeError("a blended plan has no mask")
+        return Kept(
+            mask=(row.plan.keep_mask == 1.0).to(self._model.device),
+            source=row.sources["inpaint"].latents().float(),
+            noise=noise.kept().to(self._model.device),
+        )
 
     def _take_latents(self, row: Row) -> Failures:
         """Move a row's result from registers to latents; the row fails if a valid frame is not a number."""
         if row.state is None:
             raise RuntimeError("a row ended without registers")
         latents = row.state[row.plan.sampler.result_register]
-        row.state = row.conditioning = None
+        row.state = row.kept = row.conditioning = None
         if not bool(torch.isfinite(latents[:, : row.plan.valid_frames]).all()):
             return [(row, GenerationError("the model made latents that are not numbers"))]
         row.latents = latents

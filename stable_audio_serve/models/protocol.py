@@ -70,8 +70,9 @@ class RowPlan:
 
     `frames` is the row's own latent length with headroom, of which the first `valid_frames` take part in attention.
     `output_samples` is the exact length of the result. `negative_prompt` is None unless some evaluation is guided
-    with one; `negative_numbers` None are those of the prompt. `keep_mask` (F,) float32, 1 = keep the source's
-    latent, or None without inpainting.
+    with one; `negative_numbers` None are those of the prompt. `keep_mask` (F,) float32, 1 = keep the source's latent,
+    0 = generate, or None without inpainting. A model that conditions on the mask gets it in `condition`; one that does
+    not blends its `sampler` (`sampling/blend.py`), and the engine keeps the frames.
     """
 
     seed: int
@@ -184,7 +185,7 @@ class DiffusionModel(Protocol):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns per-request constants of a row; `inpaint_latents` (D, frames) or None."""
+        """Returns per-request constants of a row; `inpaint_latents` (D, frames), None without any or with a blend."""
         ...
 
     def denoise(self, batch: StepBatch) -> Tensor:

@@ -1,11 +1,12 @@
 """Schedules, samplers as plans, guidance and noise: row-independent tensor maths that can be checked with papers."""
 
+from stable_audio_serve.sampling.blend import NoisePath, angle_path, blend_plan, flow_path, sigma_path
 from stable_audio_serve.sampling.brownian import ReplayPath
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
 from stable_audio_serve.sampling.karras import SigmaRange
 from stable_audio_serve.sampling.noise import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
 from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
-from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
+from stable_audio_serve.sampling.plan import Blend, Evaluation, Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, resolve_sampler
 from stable_audio_serve.sampling.schedules import (
     DEFAULT_SHIFT,
@@ -15,17 +16,20 @@ from stable_audio_serve.sampling.schedules import (
     shift_from_config,
     shift_from_override,
 )
-from stable_audio_serve.sampling.update import advance, network_input, start_state
-from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan
+from stable_audio_serve.sampling.update import Kept, advance, network_input, start_state
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan, v_path
 
 __all__ = [
     "DEFAULT_SHIFT",
     "SAMPLERS",
     "SHIFT_KINDS",
     "V_SAMPLERS",
+    "Blend",
     "Evaluation",
     "Guidance",
     "GuidanceBatch",
+    "Kept",
+    "NoisePath",
     "NoiseSource",
     "ReplayDraw",
     "ReplayNoise",
@@ -35,15 +39,20 @@ __all__ = [
     "SigmaRange",
     "TimestepShift",
     "advance",
+    "angle_path",
+    "blend_plan",
     "build_open_flow_plan",
     "build_plan",
     "build_sigmas",
     "build_v_plan",
+    "flow_path",
     "guide",
     "network_input",
     "open_flow_times",
     "resolve_sampler",
     "shift_from_config",
     "shift_from_override",
+    "sigma_path",
     "start_state",
+    "v_path",
 ]

@@ -10,13 +10,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Blend:
+    """In the kept frames, register `register` becomes `source z + noise eps'` (see `sampling/blend.py`)."""
+
+    register: int
+    source: float
+    noise: float
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """One call of the network and the update that follows it.
 
     With registers r_0..r_{R-1}, guided output v, unguided output v_u and fresh noise eps:
     `r'_i = sum_j a[i][j] r_j + b[i] v + b_uncond[i] v_u + c[i] eps`. A zero coefficient skips its term.
     `t` and `sigma` are float32 values held in Python floats. With `draws_noise`, a noise tensor is drawn at
-    this evaluation even if every c is 0 (as the references do in ping-pong's last step).
+    this evaluation even if every c is 0 (as the references do in ping-pong's last step). `blend` comes after the
+    update.
     """
 
     t: float
@@ -29,6 +39,7 @@ class Evaluation:
     b_uncond: tuple[float, ...]
     c: tuple[float, ...]
     draws_noise: bool
+    blend: Blend | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +48,8 @@ class SamplerPlan:
 
     The initial latent, `source_scale * source + noise_scale * noise`, goes to `start_register`; after the last
     evaluation the result is read from `result_register`. `step_ends` holds the number of evaluations after which
-    each of the requested steps is complete (progress is counted in steps, cost in evaluations).
+    each of the requested steps is complete (progress is counted in steps, cost in evaluations). `start_blend`
+    applies to the initial latent; a plan has it if and only if its evaluations have theirs.
     """
 
     num_registers: int
@@ -47,6 +59,7 @@ class SamplerPlan:
     noise_scale: float
     evaluations: tuple[Evaluation, ...]
     step_ends: tuple[int, ...]
+    start_blend: Blend | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from stable_audio_serve.sampling import ddim, multistep, singlestep
+from stable_audio_serve.sampling.blend import NoisePath, angle_path, sigma_path
 from stable_audio_serve.sampling.karras import SigmaRange, polyexponential_sigmas
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import refused_sampler
@@ -27,6 +28,11 @@ _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] 
 OVER_TIME = {"v-ddim": ddim.ddim, "v-ddim-cfgpp": ddim.ddim_cfgpp}
 _FAST = "k-dpm-fast"
 V_SAMPLERS = (*_OVER_SIGMA, _FAST, *OVER_TIME)
+
+
+def v_path(sampler: str) -> NoisePath:
+    """Returns what the plans of `sampler` sample over, for `blend_plan`."""
+    return angle_path if sampler in OVER_TIME else sigma_path
 
 
 def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:

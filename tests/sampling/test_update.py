@@ -10,12 +10,16 @@ from stable_audio_serve.sampling import (
     SAMPLERS,
     V_SAMPLERS,
     Guidance,
+    Kept,
     SigmaRange,
     advance,
+    blend_plan,
     build_plan,
     build_sigmas,
     build_v_plan,
+    flow_path,
     network_input,
+    v_path,
 )
 
 CHANNELS, FRAMES = 3, 7
@@ -30,7 +34,10 @@ def make_plan(sampler: str, steps: int):
 
 @st.composite
 def rows_in_flight(draw: st.DrawFn):
-    plan = make_plan(draw(st.sampled_from(SAMPLERS + V_SAMPLERS)), draw(st.integers(1, 6)))
+    sampler = draw(st.sampled_from(SAMPLERS + V_SAMPLERS))
+    plan = make_plan(sampler, draw(st.integers(1, 6)))
+    if draw(st.booleans()):
+        plan = blend_plan(plan, v_path(sampler) if sampler in V_SAMPLERS else flow_path)
     return plan, draw(st.integers(0, len(plan.evaluations) - 1))
 
 
@@ -43,14 +50,23 @@ def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> N
     for index, (plan, _) in enumerate(rows):
         state[index, plan.num_registers :] = 0.0
     velocity, unconditional, noise = torch.randn(3, len(rows), CHANNELS, FRAMES, generator=generator)
+    kept = Kept(
+        mask=torch.rand(len(rows), FRAMES, generator=generator) < 0.5,
+        source=torch.randn(len(rows), CHANNELS, FRAMES, generator=generator),
+        noise=torch.randn(len(rows), CHANNELS, FRAMES, generator=generator),
+    )
+    for index, (plan, _) in enumerate(rows):
+        if plan.start_blend is None:
+            kept.source[index] = float("nan")  # a row without a blend may hold anything
     evaluations = [plan.evaluations[at] for plan, at in rows]
-    together = advance(state, evaluations, velocity=velocity, unconditional=unconditional, noise=noise)
+    together = advance(state, evaluations, velocity=velocity, unconditional=unconditional, noise=noise, kept=kept)
     inputs = network_input(state, evaluations)
     for index, (plan, _) in enumerate(rows):
         own = state[index : index + 1, : plan.num_registers]
         one = slice(index, index + 1)
         outputs = {"velocity": velocity[one], "unconditional": unconditional[one], "noise": noise[one]}
-        alone = advance(own, evaluations[one], **outputs)
+        own_kept = Kept(kept.mask[one], kept.source[one], kept.noise[one]) if plan.start_blend else None
+        alone = advance(own, evaluations[one], **outputs, kept=own_kept)
         assert alone.numpy().tobytes() == together[one, : plan.num_registers].contiguous().numpy().tobytes()
         assert not together[index, plan.num_registers :].any()
         assert torch.equal(network_input(own, evaluations[one]), inputs[one])

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from stable_audio_serve.sampling import (
+    DEFAULT_SHIFT,
+    SAMPLERS,
+    V_SAMPLERS,
+    Guidance,
+    Kept,
+    SamplerPlan,
+    SeededNoise,
+    SigmaRange,
+    advance,
+    angle_path,
+    blend_plan,
+    build_open_flow_plan,
+    build_plan,
+    build_v_plan,
+    flow_path,
+    network_input,
+    open_flow_times,
+    sigma_path,
+    start_state,
+    v_path,
+)
+
+CHANNELS, FRAMES = 3, 12
+CASES = [*(("v", name) for name in V_SAMPLERS), *(("open", name) for name in SAMPLERS)]
+CASES += [("stable-audio-3", name) for name in SAMPLERS]
+CORRELATION = 0.8
+
+
+def make_plan(family: str, sampler: str, steps: int = 5, *, has_source: bool = False) -> SamplerPlan:
+    guidance = Guidance(cfg_scale=2.0)
+    if family == "v":
+        span = SigmaRange(0.3, 80.0) if "ddim" not in sampler else SigmaRange(0.3, 1.0)
+        return build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source)
+    level = 0.6 if has_source else 1.0
+    if family == "open":
+        times = open_flow_times(sampler, steps, level=level, shift=DEFAULT_SHIFT, length=FRAMES)
+        return build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source)
+    return build_plan(sampler, torch.linspace(level, 0, steps + 1), guidance=guidance, has_source=has_source)
+
+
+def blend(plan: SamplerPlan, family: str, sampler: str) -> SamplerPlan:
+    return blend_plan(plan, v_path(sampler) if family == "v" else flow_path)
+
+
+def make_kept(mask: Tensor | None = None) -> Kept:
+    source, noise = torch.randn(2, CHANNELS, FRAMES, generator=torch.Generator().manual_seed(3))
+    return Kept(mask=torch.arange(FRAMES) % 3 == 0 if mask is None else mask, source=source, noise=noise)
+
+
+def mixing_network(x: Tensor, t: float) -> Tensor:
+    """Every frame's output depends on all frames."""
+    return 0.5 * x + 0.2 * torch.sin(x.mean(dim=-1, keepdim=True) + t)
+
+
+def run(
+    plan: SamplerPlan,
+    kept: Kept | None,
+    *,
+    network: Callable[[Tensor, float], Tensor] = mixing_network,
+    before: Callable[[Tensor, int], Tensor] = lambda state, index: state,
+) -> Tensor:
+    """Returns the result (D, F) of a row with fixed draws; `before` may change the registers before an evaluation."""
+    noise = SeededNoise(8)
+    shape = (CHANNELS, FRAMES) if kept is None else tuple(kept.source.shape)
+    source = torch.full(shape, 0.4)
+    state = start_state(plan, noise.initial(shape), source=source if plan.source_scale else None, kept=kept)[None]
+    batch = None if kept is None else Kept(kept.mask[None], kept.source[None], kept.noise[None])
+    for index, evaluation in enumerate(plan.evaluations):
+        state = before(state, index)
+        x = network_input(state, [evaluation])
+        drawn = noise.step(shape)[None] if evaluation.draws_noise else None
+        v = network(x, evaluation.t)
+        state = advance(state, [evaluation], velocity=v, unconditional=0.9 * v, noise=drawn, kept=batch)
+    return state[0, plan.result_register]
+
+
+@pytest.mark.parametrize("has_source", [False, True])
+@pytest.mark.parametrize(("family", "sampler"), CASES)
+def test_the_network_sees_the_kept_frames_at_its_own_noise_level(family: str, sampler: str, has_source: bool) -> None:
+    kept = make_kept()
+    plan = blend(make_plan(family, sampler, has_source=has_source), family, sampler)
+
+    def check(state: Tensor, index: int) -> Tensor:
+        evaluation = plan.evaluations[index]
+        angle = evaluation.t * math.pi / 2
+        shares = (math.cos(angle), math.sin(angle)) if family == "v" else (1 - evaluation.t, evaluation.t)
+        expected = shares[0] * kept.source + shares[1] * kept.noise
+        seen = network_input(state, [evaluation])[0]
+        torch.testing.assert_close(seen[:, kept.mask], expected[:, kept.mask], rtol=0, atol=1e-5)
+        return state
+
+    result = run(plan, kept, before=check)
+    assert torch.equal(result[:, kept.mask], kept.source[:, kept.mask])
+    moved = (result - kept.source)[:, ~kept.mask].abs() > 1e-3
+    assert moved.float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("family", "sampler"), CASES)
+def test_nothing_kept_is_text_to_audio_bit_for_bit(family: str, sampler: str) -> None:
+    plan = make_plan(family, sampler)
+    nothing = make_kept(torch.zeros(FRAMES, dtype=torch.bool))
+    result = run(blend(plan, family, sampler), nothing)
+    assert result.numpy().tobytes() == run(plan, None).numpy().tobytes()
+
+
+@pytest.mark.parametrize(("family", "sampler"), CASES)
+def test_everything_kept_is_the_source_whatever_the_network_says(family: str, sampler: str) -> None:
+    everything = make_kept(torch.ones(FRAMES, dtype=torch.bool))
+    plan = blend(make_plan(family, sampler), family, sampler)
+    result = run(plan, everything, network=lambda x, _: torch.full_like(x, float("nan")))
+    assert torch.equal(result, everything.source)
+
+
+@pytest.mark.parametrize(("family", "sampler"), CASES)
+def test_kept_frames_of_registers_that_are_not_blended_do_not_matter(family: str, sampler: str) -> None:
+    """Earlier estimates and half-taken steps need no blend: only what the network sees next does."""
+    kept = make_kept()
+    plan = blend(make_plan(family, sampler, 7), family, sampler)
+
+    def scramble(state: Tensor, index: int) -> Tensor:
+        state = state.clone()
+        for register in range(plan.num_registers):
+            if register != plan.evaluations[index].input_register:
+                state[:, register, :, kept.mask] += 3.0
+        return state
+
+    assert torch.equal(run(plan, kept, before=scramble), run(plan, kept))
+
+
+def test_the_last_evaluation_needs_no_noise_of_kept_frames() -> None:
+    kept = replace(make_kept(), noise=torch.full((CHANNELS, FRAMES), float("nan")))
+    last = blend(make_plan("v", "k-dpm-fast"), "v", "k-dpm-fast").evaluations[-1]
+    batch = Kept(kept.mask[None], kept.source[None], kept.noise[None])
+    zeros = torch.zeros(1, 3, CHANNELS, FRAMES)
+    moved = advance(zeros, [last], velocity=zeros[:, 0], unconditional=zeros[:, 0], kept=batch)
+    assert moved.isfinite().all()
+
+
+def test_a_blend_without_a_source_is_an_error() -> None:
+    plan = blend(make_plan("open", "euler"), "open", "euler")
+    with pytest.raises(ValueError, match="blend"):
+        start_state(plan, torch.ones(CHANNELS, FRAMES))
+    zeros = torch.zeros(1, 1, CHANNELS, FRAMES)
+    with pytest.raises(ValueError, match="blend"):
+        advance(zeros, plan.evaluations[:1], velocity=zeros[:, 0], unconditional=zeros[:, 0])
+
+
+def make_pairs(z: Tensor, noise: Tensor) -> Kept:
+    """Pairs of frames (D, 2) of which the first is kept: `z` and `noise` (D,)."""
+    return Kept(mask=torch.tensor([True, False]), source=z[:, None].repeat(1, 2), noise=noise[:, None].repeat(1, 2))
+
+
+def pair_velocity(x: Tensor, alpha: float, beta: float, *, flow: bool) -> Tensor:
+    """The exact output for pairs of frames that are normal with unit variance and a correlation: x (B, D, 2)."""
+    covariance = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
+    noisy = alpha**2 * covariance + beta**2 * torch.eye(2, dtype=torch.float64)
+    clean = x.double() @ (alpha * covariance @ torch.linalg.inv(noisy))
+    noise = (x.double() - alpha * clean) / beta
+    return (noise - clean if flow else alpha * noise - beta * clean).float()
+
+
+def pair_network(*, flow: bool) -> Callable[[Tensor, float], Tensor]:
+    def network(x: Tensor, t: float) -> Tensor:
+        alpha, beta = (1.0 - t, t) if flow else (math.cos(math.pi * t / 2), math.sin(math.pi * t / 2))
+        return pair_velocity(x, alpha, beta, flow=flow)
+
+    return network
+
+
+def beside_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tensor:
+    """The mean of the second frame at level 0, from sigma times `start` (D,), beside z + sigma eps'.
+
+    With u = 1 + sigma^2, w = u^2 - r^2 and r the correlation, (x - D) / sigma is
+    x sigma u / w - r sigma (z + sigma eps') / w. Times `pull`, its homogeneous solution is w^(pull / 4): 1 is the
+    probability flow, 2 the reverse diffusion, which also adds noise.
+    """
+    levels = torch.logspace(-6, math.log10(sigma), 40_001, dtype=torch.float64)
+    w = (1 + levels**2) ** 2 - CORRELATION**2
+    along = pull * levels * CORRELATION / w ** (1 + pull / 4)
+    z, noise = kept.source[:, 0].double(), kept.noise[:, 0].double()
+    pulled = z * torch.trapezoid(along, levels) + noise * torch.trapezoid(along * levels, levels)
+    return (1 - CORRELATION**2) ** (pull / 4) * (start.double() * sigma / w[-1] ** (pull / 4) + pulled)
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler", "steps", "tolerance"),
+    [
+        ("v", "dpmpp-2m", 200, 2e-3),
+        ("v", "k-heun", 200, 2e-3),
+        ("v", "k-dpm-2", 200, 2e-3),
+        ("v", "k-lms", 200, 2e-3),
+        ("v", "k-dpm-fast", 200, 2e-3),
+        ("v", "v-ddim", 1000, 5e-3),
+        ("stable-audio-3", "euler", 1000, 5e-3),
+        ("stable-audio-3", "rk4", 100, 2e-3),
+        ("stable-audio-3", "dpmpp", 500, 5e-3),
+    ],
+)
+def test_deterministic_samplers_follow_the_exact_flow_beside_a_kept_frame(
+    family: str, sampler: str, steps: int, tolerance: float
+) -> None:
+    flow = family != "v"
+    guidance, span = Guidance(), SigmaRange(1e-3, 80.0) if "ddim" not in sampler else SigmaRange(1e-3, 1.0)
+    if family == "v":
+        plan = build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=False)
+    else:
+        plan = build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=guidance, has_source=False)
+    kept = make_pairs(*torch.randn(2, 64, generator=torch.Generator().manual_seed(5)))
+    result = run(blend(plan, family, sampler), kept, network=pair_network(flow=flow))
+    top = 80.0 if plan.noise_scale != 1.0 else 1e4
+    expected = beside_kept(kept, SeededNoise(8).initial((64, 2))[:, 1], sigma=top, pull=1.0)
+    assert torch.equal(result[:, 0], kept.source[:, 0])
+    torch.testing.assert_close(result[:, 1].double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m-sde", "dpmpp-3m-sde", "k-dpmpp-2s-ancestral"])
+def test_stochastic_samplers_follow_the_exact_diffusion_beside_a_kept_frame(sampler: str) -> None:
+    span = SigmaRange(0.01, 80.0)
+    plan = build_v_plan(sampler, 150, span=span, guidance=Guidance(), has_source=False)
+    num = 20_000
+    kept = make_pairs(torch.full((num,), 1.5), torch.full((num,), -0.7))
+    made = run(blend_plan(plan, sigma_path), kept, network=pair_network(flow=False))[:, 1].double()
+    expected = beside_kept(kept, torch.zeros(num), sigma=80.0, pull=2.0)[0]
+    variance = (1 - CORRELATION**2) / (2 * CORRELATION) * math.log((1 + CORRELATION) / (1 - CORRELATION))
+    assert float(made.mean()) == pytest.approx(float(expected), abs=0.03)
+    assert float(made.std()) == pytest.approx(math.sqrt(variance), rel=0.03)
+
+
+def test_pingpong_generates_towards_what_is_kept() -> None:
+    """Its noise is all new at every step, so it comes close to the conditional mean, 0.8 of what is kept."""
+    plan = build_plan("pingpong", torch.linspace(1, 0, 101), guidance=Guidance(), has_source=False)
+    kept = make_pairs(torch.full((5_000,), 1.5), torch.randn(5_000, generator=torch.Generator().manual_seed(6)))
+    made = run(blend_plan(plan, flow_path), kept, network=pair_network(flow=True))[:, 1]
+    assert 0.9 < float(made.mean()) / (1.5 * CORRELATION) < 1.0
+    assert 0.4 < float(made.std()) < 0.6
+
+
+def test_the_paths_keep_the_variance_of_unit_data_where_they_should() -> None:
+    evaluation = replace(make_plan("open", "euler").evaluations[0], t=0.3, sigma=2.0)
+    assert sigma_path(evaluation) == (1.0, 2.0)
+    assert flow_path(evaluation) == (0.7, 0.3)
+    assert math.hypot(*angle_path(evaluation)) == pytest.approx(1.0)
