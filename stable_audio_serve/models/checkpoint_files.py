@@ -34,7 +34,7 @@ def find_text_encoder(folder: Path) -> Path | None:
 
     Raises CheckpointError naming the places looked at.
     """
-    encoder = check_layout(read_config(folder), _in_folder(folder), place=folder)
+    encoder = _encoder_folder(read_config(folder), _in_folder(folder), place=folder)
     return None if encoder is None else folder / encoder
 
 
@@ -57,14 +57,9 @@ def check_layout(config: ConfigReader, has: Callable[[str], bool], *, place: Pat
     which errors name, holds a file. Raises CheckpointError naming the first one missing.
     """
     _weights(has, place=place)
-    names = _encoder_names(_text_conditioner(config))
-    encoder = next((folder for folder in names if has(f"{folder}/config.json")), None)
-    if encoder is None:
-        if is_open_family(config):
-            return None
-        places = ", ".join(f"{place}/{folder}" for folder in names)
-        raise CheckpointError(f"the text encoder was not found; looked for its config.json in {places}")
-    check_encoder(lambda name: has(f"{encoder}/{name}"), place=f"{place}/{encoder}")
+    encoder = _encoder_folder(config, has, place=place)
+    if encoder is not None:
+        check_encoder(lambda name: has(f"{encoder}/{name}"), place=f"{place}/{encoder}")
     return encoder
 
 
@@ -96,6 +91,15 @@ def _weights(has: Callable[[str], bool], *, place: Path | str) -> str:
     found = next(filter(has, WEIGHT_FILES), None)
     if found is None:
         raise CheckpointError(f"{place} holds no weights; expected {WEIGHTS_FILE}")
+    return found
+
+
+def _encoder_folder(config: ConfigReader, has: Callable[[str], bool], *, place: Path | str) -> str | None:
+    names = _encoder_names(_text_conditioner(config))
+    found = next((folder for folder in names if has(f"{folder}/config.json")), None)
+    if found is None and not is_open_family(config):
+        places = ", ".join(f"{place}/{folder}" for folder in names)
+        raise CheckpointError(f"the text encoder was not found; looked for its config.json in {places}")
     return found
 
 

@@ -47,31 +47,36 @@ class GuidanceBatch:
 def guide(
     x: Tensor, times: Tensor, *, conditional: Tensor, unconditional: Tensor, valid: Tensor | None, rows: GuidanceBatch
 ) -> Tensor:
-    """Returns the guided velocity (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
+    """Returns the guided output (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
 
-    `conditional` and `unconditional` (B, D, F) are the network's velocities, any float type. Statistics use only
-    frames where `valid` (B, F) bool is true, all of them if it is None; elsewhere the result is unspecified.
-    A part that no row uses is skipped, which changes no bit of the others: its weight would be exactly 0 or 1.
+    `conditional` and `unconditional` (B, D, F) are the network's, any float type. Plain guidance and rescale hold for
+    any output that is linear in the clean estimate; the projection and the threshold, which are defined on that
+    estimate, for velocities (x - t v). The formula divides by no time, so it is exact down to t = 0:
+    v_c - (s - 1) d, with d = v_u - v_c after projection and threshold. Statistics use only frames where `valid`
+    (B, F) bool is true, all of them if it is None; elsewhere the result is unspecified. A part that no row uses is
+    skipped, which changes no bit of the others: its weight would be exactly 0 or 1.
     """
     x, t = x.float(), times.float()[:, None, None]
-    v_cond, v_uncond = conditional.float(), unconditional.float()
-    clean = x - t * v_cond
-    difference = clean - (x - t * v_uncond)
+    v_cond = conditional.float()
+    difference = unconditional.float() - v_cond
     if rows.any_norm_threshold:
-        difference = _limit_norm(difference, valid, threshold=rows.norm_threshold)
+        difference = _limit_norm(difference, valid, times=t, threshold=rows.norm_threshold)
     if rows.any_apg:
-        orthogonal = _orthogonal_part(difference, clean, valid=valid)
+        orthogonal = _orthogonal_part(difference, x - t * v_cond, valid=valid)
         mixed = rows.apg_scale * orthogonal + (1.0 - rows.apg_scale) * difference
         difference = torch.where(rows.apg_scale == 0.0, difference, mixed)
-    velocity = (x - (clean + (rows.cfg_scale - 1.0) * difference)) / t
+    output = v_cond - (rows.cfg_scale - 1.0) * difference
     if rows.any_rescale:
-        velocity = _rescale(velocity, v_cond, amount=rows.rescale)
-    return velocity
+        output = _rescale(output, v_cond, amount=rows.rescale)
+    return output
 
 
-def _limit_norm(difference: Tensor, valid: Tensor | None, *, threshold: Tensor) -> Tensor:
-    """Returns the difference, scaled to L2 norm `threshold` in rows where that is above 0 and exceeded."""
-    norm = _row_sum(_valid_only(difference * difference, valid)).sqrt()
+def _limit_norm(difference: Tensor, valid: Tensor | None, *, times: Tensor, threshold: Tensor) -> Tensor:
+    """Returns the difference of velocities, scaled in rows where the clean estimates' would exceed L2 norm `threshold`.
+
+    Clean estimates differ by t times as much; 0 is no threshold.
+    """
+    norm = times * _row_sum(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
     return torch.where(threshold > 0.0, limited, difference)
 

@@ -51,14 +51,24 @@ def test_matches_an_independent_formulation(valid_frames: int) -> None:
             inputs[name][index, :, :valid_frames].double().numpy() for name in ("x", "conditional", "unconditional")
         )
         expected = numpy_guide(x, float(inputs["times"][index]), v_c, v_u, row)
-        np.testing.assert_allclose(result[index, :, :valid_frames].numpy(), expected, rtol=0, atol=2e-4)
+        np.testing.assert_allclose(result[index, :, :valid_frames].numpy(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("time", [0.0, 1e-5, 1e-3])
+def test_guidance_is_exact_down_to_the_end_of_time(time: float) -> None:
+    inputs = make_inputs(len(GUIDANCES)) | {"times": torch.full((len(GUIDANCES),), time)}
+    result = guide(**inputs, valid=None, rows=GuidanceBatch.of(GUIDANCES))
+    for index, row in enumerate(GUIDANCES):
+        x, v_c, v_u = (inputs[name][index].double().numpy() for name in ("x", "conditional", "unconditional"))
+        expected = numpy_guide(x, max(float(inputs["times"][index]), 1e-9), v_c, v_u, row)
+        np.testing.assert_allclose(result[index].numpy(), expected, rtol=0, atol=2e-5 if time else 1e-4)
 
 
 def test_plain_cfg_is_the_textbook_extrapolation() -> None:
     inputs = make_inputs(1)
     rows = GuidanceBatch.of([Guidance(cfg_scale=3.0, apg_scale=0.0)])
     expected = inputs["unconditional"] + 3.0 * (inputs["conditional"] - inputs["unconditional"])
-    torch.testing.assert_close(guide(**inputs, valid=None, rows=rows), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(guide(**inputs, valid=None, rows=rows), expected, rtol=0, atol=1e-5)
 
 
 def test_unmasked_equals_all_frames_valid() -> None:

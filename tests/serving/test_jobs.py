@@ -141,7 +141,7 @@ def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
     denoising = [job["progress"] for job in seen if job["progress"]["stage"] == "denoising"]
     fractions = [progress["fraction"] for progress in denoising]
     assert fractions == sorted(fractions)
-    assert len(set(fractions)) > 2
+    assert len(set(fractions)) > 1
     assert any(progress["eta_seconds"] for progress in denoising)
     assert seen[-1]["progress"] == {"stage": "done", "fraction": 1.0, "eta_seconds": None, "queue_position": None}
     with server.client.stream("GET", f"/jobs/{job_id}/events") as reply:

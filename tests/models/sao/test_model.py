@@ -1,0 +1,115 @@
+"""Whole checkpoints behind the engine: the runs of the reference from their arguments, prompts and seconds included."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.engine.engine import Engine
+from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.sampling import ReplayNoise
+from tests.goldens import load_open_goldens
+from tests.models.sao.test_generation import CASES, TOLERANCE, make_noise
+
+HOP = 64
+
+
+@cache
+def loaded(name: str) -> SaoModel:
+    """A tiny checkpoint on the CPU."""
+    model = load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
+    assert isinstance(model, SaoModel)
+    return model
+
+
+def with_objective(folder: Path, objective: str, *, target: Path) -> Path:
+    """A copy of a checkpoint trained for something else."""
+    shutil.copytree(folder, target)
+    values = json.loads((target / "model_config.json").read_text())
+    values["model"]["diffusion"]["diffusion_objective"] = objective
+    (target / "model_config.json").write_text(json.dumps(values))
+    return target
+
+
+@pytest.fixture(scope="module")
+def rectified_flow(tmp_path_factory: pytest.TempPathFactory) -> SaoModel:
+    folder = load_open_goldens("tiny-small").folder
+    target = with_objective(folder, "rectified_flow", target=tmp_path_factory.mktemp("flow") / "checkpoint")
+    model = load_model(resolve_entry("flow", path=str(target)))
+    assert isinstance(model, SaoModel)
+    return model
+
+
+def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
+    """A case's rows as requests; their seeds are the rows' numbers."""
+    arguments = facts["args"]
+    negatives = arguments.get("negative_conditioning") or [{}]
+    source = None
+    if inputs := facts.get("inputs"):
+        source = SourceAudio(load_open_goldens(name).tensors[inputs["init_audio"]].numpy(), inputs["init_rate"])
+    is_v = name == "tiny-1.0"
+    return [
+        GenerationRequest(
+            prompt=row["prompt"],
+            duration_s=arguments["sample_size"] / 1000,
+            seed=index,
+            start_s=row.get("seconds_start", 0),
+            conditioned_total_s=row["seconds_total"],
+            negative_prompt=negatives[0].get("prompt"),
+            negative_start_s=negatives[0].get("seconds_start"),
+            negative_total_s=negatives[0].get("seconds_total"),
+            steps=arguments["steps"],
+            cfg_scale=arguments.get("cfg_scale", 6.0),
+            sampler=arguments.get("sampler_type", "dpmpp-2m-sde" if is_v else "euler"),
+            sigma_min=arguments.get("sigma_min", 0.01) if is_v else None,
+            sigma_max=arguments.get("sigma_max", 100.0) if is_v else None,
+            cfg_rescale=arguments.get("scale_phi", 0.0),
+            init_audio=source,
+            init_noise_level=arguments.get("init_noise_level", 1.0),
+        )
+        for index, row in enumerate(arguments["conditioning"])
+    ]
+
+
+def run(
+    model: SaoModel, requests: list[GenerationRequest], *, noise: ReplayNoise | None = None, frames: int | None = None
+) -> list[npt.NDArray[np.float32]]:
+    """The requests' audio, made at the same time."""
+
+    async def generate() -> list[npt.NDArray[np.float32]]:
+        options = EngineOptions(mode="strict", warmup_budget_s=0.0, max_queue_s=1e9)
+        engine = Engine(model, options) if noise is None else Engine(model, options, noise_factory=noise.row)
+        await engine.start()
+        try:
+            results = await asyncio.gather(*(engine.generate(request, frames=frames) for request in requests))
+        finally:
+            await engine.close()
+        return [audio for result in results for audio in result.audio]
+
+    return asyncio.run(generate())
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=["-".join(case) for case in CASES])
+def test_a_run_of_the_reference_comes_out_the_same(name: str, case: str, rectified_flow: SaoModel) -> None:
+    goldens = load_open_goldens(name)
+    facts, latents = goldens.facts["cases"][case], goldens.tensors[f"{case}/latents"]
+    model = rectified_flow if case.startswith("gen/rf_") else loaded(name)
+    noise = make_noise(name, facts["args"], tuple(latents.shape))
+    made = run(model, to_requests(name, facts), noise=noise, frames=latents.shape[-1])
+    stored = goldens.tensors.get(f"{case}/audio")
+    expected: Tensor = model.autoencoder.decode(latents) if stored is None else stored
+    torch.testing.assert_close(torch.from_numpy(np.stack(made)), expected.detach(), rtol=0, atol=TOLERANCE)
