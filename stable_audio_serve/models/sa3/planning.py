@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.keep_mask import plan_keep_mask
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
 from stable_audio_serve.models.request_checks import check_request
 from stable_audio_serve.models.sa3.config import Sa3Config
@@ -41,7 +39,10 @@ def plan_rows(
     chunked = config.chunked if request.chunked_decode is None else request.chunked_decode
     init = _plan_source(request.init_audio, config, length=length) if request.init_audio else None
     inpaint = _plan_source(request.inpaint_audio, config, length=length) if request.inpaint_audio else None
-    keep_mask = _keep_mask(request, config, length=length)
+    if inpaint is not None and not config.edits:
+        raise InvalidRequestError("this model cannot inpaint", field="audio")
+    rule = config.lengths
+    keep_mask = plan_keep_mask(request, frames=length.frames, hop=rule.hop, sample_rate_hz=rule.sample_rate_hz)
     numbers = {"seconds_start": 0.0, "seconds_total": request.duration_s}
     for conditioner in config.frame_conditioners.values():
         numbers |= conditioner.read_numbers(request.prompt)
@@ -113,28 +114,3 @@ def _plan_source(audio: SourceAudio, config: Sa3Config, *, length: RowLength) ->
 
 def _windows(frames: int, *, chunked: bool) -> tuple[WindowSpan, ...]:
     return chunked_windows(frames) if chunked else whole_window(frames)
-
-
-def _keep_mask(request: GenerationRequest, config: Sa3Config, *, length: RowLength) -> Tensor | None:
-    """Returns (frames,) float32, 1 where the source's latent is kept: the frame's first sample lies in no region.
-
-    Everything after the clip's end is generated. Kept audio is not pasted back: the model generates it again.
-    """
-    field = "inpaint_start_seconds"
-    if request.inpaint_audio is None:
-        if request.inpaint_regions_s:
-            raise InvalidRequestError("inpaint regions need audio to keep", field="audio")
-        return None
-    if not config.edits:
-        raise InvalidRequestError("this model cannot inpaint", field="audio")
-    if not request.inpaint_regions_s:
-        return torch.zeros(length.frames)  # as in the reference: a source without a region keeps nothing
-    rule = config.lengths
-    first_samples = torch.arange(length.frames) * rule.hop
-    keep = first_samples < int(request.duration_s * rule.sample_rate_hz)
-    for start_s, end_s in request.inpaint_regions_s:
-        if not (math.isfinite(start_s) and math.isfinite(end_s) and 0 <= start_s < end_s):
-            raise InvalidRequestError(f"inpaint region {start_s}..{end_s} must have 0 <= start < end", field=field)
-        start, end = int(start_s * rule.sample_rate_hz), int(end_s * rule.sample_rate_hz)
-        keep &= (first_samples < start) | (first_samples >= end)
-    return keep.float()

@@ -12,16 +12,18 @@ from collections.abc import Mapping
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.keep_mask import plan_keep_mask
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
 from stable_audio_serve.models.request_checks import check_request
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig
 from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.windows import halo_windows, whole_window
+from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
 from stable_audio_serve.sampling.open_flow import LOWEST_LEVEL, build_open_flow_plan, open_flow_times
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.schedules import TimestepShift
-from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan
+from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
 # Noise levels of the published call of the model; half an edit's own level where that is lower.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
@@ -48,9 +50,11 @@ def plan_rows(
     )
     sampler = _plan_sampler(request, config, spec=spec, shift=shift, guidance=guidance, frames=frames)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
+    keep_mask = plan_keep_mask(request, frames=frames, hop=spec.hop, sample_rate_hz=config.sample_rate_hz)
     numbers, negative_numbers = _numbers(request)
     halo = None if request.chunked_decode is False else decoder_halo(config.autoencoder)
     init = _plan_source(request.init_audio, config, frames=frames) if request.init_audio else None
+    inpaint = _plan_source(request.inpaint_audio, config, frames=frames) if request.inpaint_audio else None
     return tuple(
         RowPlan(
             seed=seed,
@@ -64,8 +68,8 @@ def plan_rows(
             sampler=sampler,
             guidance=guidance,
             init_source=init,
-            inpaint_source=None,
-            keep_mask=None,
+            inpaint_source=inpaint,
+            keep_mask=keep_mask,
             decode_windows=_windows(frames, halo=halo),
         )
         for seed in request.seeds
@@ -82,8 +86,6 @@ def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
     ):
         if asked:
             raise InvalidRequestError(f"{field} is not supported by {name}", field=field, allowed="0 or unset")
-    if request.inpaint_audio is not None or request.inpaint_regions_s:
-        raise InvalidRequestError(f"{name} cannot inpaint", field="audio")
 
 
 def _output_samples(request: GenerationRequest, config: SaoConfig, *, spec: ModelSpec, forced: bool) -> int:
@@ -121,11 +123,13 @@ def _plan_sampler(
     has_source = request.init_audio is not None
     if config.objective == "v":
         span = _sigma_range(request, over_time=sampler in OVER_TIME)
-        return build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source)
-    level = request.sigma_max if request.sigma_max is not None else 1.0
-    level = max(_share(request.init_noise_level), LOWEST_LEVEL) if has_source else min(level, 1.0)
-    times = open_flow_times(sampler, steps, level=level, shift=shift, length=frames)
-    return build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source)
+        plan, path = build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source), v_path(sampler)
+    else:
+        level = request.sigma_max if request.sigma_max is not None else 1.0
+        level = max(_share(request.init_noise_level), LOWEST_LEVEL) if has_source else min(level, 1.0)
+        times = open_flow_times(sampler, steps, level=level, shift=shift, length=frames)
+        plan, path = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source), flow_path
+    return plan if request.inpaint_audio is None else blend_plan(plan, path)  # the network knows no mask
 
 
 def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
