@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
+from stable_audio_serve.core.generation import EditSchedule
 
 # Listed here so that a job with another sampler is refused when it is submitted, without importing torch.
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
+V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # of models trained for v; the others run over sigma
 V_SAMPLERS = (
     *("dpmpp-3m-sde", "dpmpp-2m-sde", "dpmpp-2m"),
     *("k-heun", "k-lms", "k-dpmpp-2s-ancestral", "k-dpm-2", "k-dpm-fast"),
-    *("v-ddim", "v-ddim-cfgpp"),
+    *V_TIME_SAMPLERS,
 )
+_LOWEST_SIGMA, _HIGHEST_SIGMA = 0.01, 500.0  # of an edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,20 @@ class ModelCard:
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
+    edit_schedule: EditSchedule = "scaled"
     samplers: tuple[str, ...] = FLOW_SAMPLERS  # allowed values of GenerationRequest.sampler
     conditions_on_start: bool = False  # honours GenerationRequest.start_s
     is_demo: bool = False
     description: str = ""
+
+    def noise_level(self, share: float, *, sampler: str | None) -> float:
+        """Returns `GenerationRequest.init_noise_level` for a share of noise in 0..1; 1 = no influence of the source.
+
+        A sampler over sigma gets the level whose time, 2/pi atan sigma, is that share.
+        """
+        if self.objective != "v" or sampler in V_TIME_SAMPLERS:
+            return share
+        return min(max(math.tan(share * math.pi / 2), _LOWEST_SIGMA), _HIGHEST_SIGMA)
 
 
 class ModelCatalog:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 SEED_LIMIT = 2**63  # seeds are from 0 up to this, exclusive
+# How a flow model's times for an edit are made: those of a run from pure noise, scaled by the level, or as upstream.
+EditSchedule = Literal["scaled", "reference"]
 Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
 
 
@@ -65,6 +67,7 @@ class GenerationRequest:
     duration_padding_s: float | None = None  # headroom generated behind the clip, seconds
     init_audio: SourceAudio | None = None
     init_noise_level: float = 1.0
+    edit_schedule: EditSchedule | None = None  # only for flow models
     inpaint_audio: SourceAudio | None = None
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
     chunked_decode: bool | None = None

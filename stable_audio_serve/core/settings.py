@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.core.setting_types import (
     Delay,
     Device,
@@ -148,6 +149,10 @@ class ModelSettings(Section):
     max_duration_s: Seconds | None = Field(None, description="Longest clip, seconds; unset = the model's own cap.")
     duration_padding_s: float | None = Field(
         None, ge=0, le=30, description="Headroom generated behind a clip, seconds; unset = the model's own."
+    )
+    edit_schedule: EditSchedule = Field(
+        "scaled",
+        description="Times of a flow model's edits: scaled by their noise level, or reference = as the original code.",
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the server's `device`.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(

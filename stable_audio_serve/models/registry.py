@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stable_audio_serve.core.catalog import FLOW_SAMPLERS, V_SAMPLERS, ModelCard
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE, is_open_family
 from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
 
@@ -126,6 +127,7 @@ def resolve_entry(
     aliases: tuple[str, ...] = (),
     max_duration_s: float | None = None,
     duration_padding_s: float | None = None,
+    edit_schedule: EditSchedule = "scaled",
 ) -> ModelEntry:
     """Returns the entry of an operator's choice: a built-in name, a local folder (`path`) or a repository (`repo_id`).
 
@@ -146,6 +148,7 @@ def resolve_entry(
         entry.card,
         aliases=tuple(dict.fromkeys((*entry.card.aliases, *aliases))),
         max_duration_s=max_duration_s or entry.card.max_duration_s,
+        edit_schedule=edit_schedule,
         default_duration_padding_s=(
             entry.card.default_duration_padding_s if duration_padding_s is None else duration_padding_s
         ),

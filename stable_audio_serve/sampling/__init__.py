@@ -13,6 +13,7 @@ from stable_audio_serve.sampling.schedules import (
     SHIFT_KINDS,
     TimestepShift,
     build_sigmas,
+    edit_times,
     shift_from_config,
     shift_from_override,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "build_plan",
     "build_sigmas",
     "build_v_plan",
+    "edit_times",
     "flow_path",
     "guide",
     "network_input",

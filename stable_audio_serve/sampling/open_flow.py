@@ -12,13 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import SAMPLERS, build_plan, guided_times, refused_sampler
-from stable_audio_serve.sampling.schedules import TimestepShift, check_steps
+from stable_audio_serve.sampling.schedules import TimestepShift, check_level, check_steps
 from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, register
 
-LOWEST_LEVEL = 0.01  # below, the first step would divide by a time near 0
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -6.0, 2.0
 
 _X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
@@ -32,10 +30,7 @@ def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepSh
     `init_noise_level`.
     """
     check_steps(steps)
-    if not LOWEST_LEVEL <= level <= 1.0:
-        allowed = f"{LOWEST_LEVEL}..1"
-        message = f"init_noise_level must be in {allowed}, got {level}"
-        raise InvalidRequestError(message, field="init_noise_level", allowed=allowed)
+    check_level(level)
     if sampler == "rk4":
         times = torch.linspace(level, 0, steps + 1, dtype=torch.float32)
         return shift.warp(times, torch.tensor(max(length, 1.0), dtype=torch.float32))

@@ -7,7 +7,7 @@ a time by 1e5, so a more exact schedule would give different audio. Knows nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
-from stable_audio_serve.core.generation import ScheduleShift
+from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
 
 MAX_STEPS = 1000
+MIN_NOISE_LEVEL = 0.01  # of an edit: below, the first step would divide by a time near 0
 CONFIG_KEY = "sampling_distribution_shift_options"
 
 
@@ -161,15 +162,32 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
     1..1000 and `init_noise_level` outside 0.01..1 (a schedule from 0 would divide by 0).
     """
     check_steps(steps)
-    if not 0.01 <= sigma_max <= 1.0:
-        message = f"init_noise_level must be in 0.01..1, got {sigma_max}"
-        raise InvalidRequestError(message, field="init_noise_level", allowed="0.01..1")
+    check_level(sigma_max)
     times = torch.linspace(sigma_max, 0, steps + 1, dtype=torch.float32)
     sigmas = shift.warp(times, torch.tensor(max(length, 1.0), dtype=torch.float32)).clone()
     sigmas[0] = sigma_max
     if not (torch.isfinite(sigmas).all() and (sigmas[:-1] > 0).all()):
         raise InvalidRequestError("schedule_shift: the levels before the last must be above 0", field="schedule_shift")
     return sigmas
+
+
+def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: EditSchedule) -> Tensor:
+    """Returns the times of an edit, from `level` to 0; `build(level)` is the references' schedule from a level.
+
+    "scaled" builds the schedule of a run from pure noise and multiplies it by `level`, so that no time is above the
+    first; "reference" warps the shorter range, after which inner times may be. At level 1 they are the same.
+    Raises InvalidRequestError on `init_noise_level` outside 0.01..1.
+    """
+    check_level(level)
+    return build(level) if schedule == "reference" else build(1.0) * level
+
+
+def check_level(level: float) -> None:
+    """Raises InvalidRequestError on `init_noise_level` outside 0.01..1: the first step would divide by about 0."""
+    if not MIN_NOISE_LEVEL <= level <= 1.0:
+        allowed = f"{MIN_NOISE_LEVEL:g}..1"
+        message = f"init_noise_level must be in {allowed}, got {level:g}"
+        raise InvalidRequestError(message, field="init_noise_level", allowed=allowed)
 
 
 def check_steps(steps: int) -> None:

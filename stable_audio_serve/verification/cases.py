@@ -107,6 +107,7 @@ def _request(args: Mapping[str, Any], row: int, *, num_rows: int, goldens: Golde
         sampler=args.get("sampler_type"),
         schedule_shift=_shift(args),
         apg_scale=float(args["apg_scale"]),
+        edit_schedule="reference",
         cfg_rescale=float(args.get("scale_phi", 0.0)),
         cfg_norm_threshold=float(args.get("cfg_norm_threshold", 0.0)),
         cfg_interval=(float(low), float(high)),

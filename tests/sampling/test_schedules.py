@@ -1,13 +1,19 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
-from stable_audio_serve.core.generation import ScheduleShift
-from stable_audio_serve.sampling import DEFAULT_SHIFT, build_sigmas, shift_from_config, shift_from_override
+from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
+from stable_audio_serve.sampling import (
+    DEFAULT_SHIFT,
+    build_sigmas,
+    edit_times,
+    shift_from_config,
+    shift_from_override,
+)
 from tests.goldens import SHARP, load_goldens
 
 TOLERANCE = 1e-6
@@ -81,6 +87,27 @@ def test_noise_levels_out_of_range_are_refused(level: float) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         build_sigmas(4, DEFAULT_SHIFT, length=10, sigma_max=level)
     assert caught.value.field == "init_noise_level"
+
+
+@pytest.mark.parametrize("level", [0.01, 0.1, 0.4, 0.69, 0.9, 1.0])
+@pytest.mark.parametrize("steps", [1, 8, 50])
+def test_a_scaled_schedule_never_rises_above_the_level_of_its_edit(level: float, steps: int) -> None:
+    def build(start: float) -> torch.Tensor:
+        return build_sigmas(steps, DEFAULT_SHIFT, length=40, sigma_max=start)
+
+    scaled, whole = edit_times(build, level, schedule="scaled"), build(1.0)
+    torch.testing.assert_close(scaled / level, whole, rtol=1e-6, atol=0)
+    assert scaled[0] == torch.tensor(level)
+    assert (scaled[1:] <= scaled[:-1]).all()
+    assert torch.equal(edit_times(build, level, schedule="reference"), build(level))
+    if steps == 8 and level == 0.4:  # what the reference's does instead
+        assert build(level)[1:].max() > 1.5 * level
+
+
+@pytest.mark.parametrize("schedule", get_args(EditSchedule))
+def test_an_edit_at_full_noise_has_the_times_of_text_to_audio(schedule: EditSchedule) -> None:
+    times = build_sigmas(8, DEFAULT_SHIFT, length=40)
+    assert torch.equal(edit_times(lambda _: times, 1.0, schedule=schedule), times)
 
 
 def test_a_shift_that_reaches_zero_early_is_refused() -> None:

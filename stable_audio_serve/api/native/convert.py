@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pydantic_core
 import structlog
 from fastapi.exceptions import RequestValidationError
 
-from stable_audio_serve.api.native.schemas import Controls, check_sampler_kwargs
+from stable_audio_serve.api.native.schemas import Controls, VariationForm, check_sampler_kwargs
 from stable_audio_serve.api.service import resolve_seed
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
@@ -82,6 +83,18 @@ def to_request(
         request_id=request_id,
     )
     return card, request
+
+
+def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:
+    """Returns the request with a variation's noise, its source still missing. Raises RequestValidationError.
+
+    A share of noise becomes the level of samplers over sigma.
+    """
+    if form.edit_schedule is not None and card.objective == "v":
+        message = f"edit_schedule has no meaning for the model {card.name}: its samplers run over sigma"
+        raise RequestValidationError([_fault("edit_schedule", message, value=form.edit_schedule)])
+    level = card.noise_level(form.init_noise_level, sampler=generation.sampler)
+    return replace(generation, init_noise_level=level, edit_schedule=form.edit_schedule)
 
 
 def _sampler_options(

@@ -12,7 +12,7 @@ from stable_audio_serve.api.answers import CLIP_HEADERS
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_order
-from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_request
+from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_request
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.regions import parse_regions
 from stable_audio_serve.api.native.schemas import (
@@ -79,7 +79,7 @@ def build_router(service: Service) -> APIRouter:
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
         )
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
-        generation = replace(generation, init_audio=source, init_noise_level=form.init_noise_level)
+        generation = replace(to_edit(generation, form, card=card), init_audio=source)
         return await answer(request, form, card=card, generation=generation, started_at=started_at)
 
     @router.post("/v1/audio/inpaint", response_class=Response, responses=_AUDIO_RESPONSES)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.generation import EditSchedule, Priority
 from stable_audio_serve.core.sound import Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
@@ -123,6 +123,11 @@ class VariationForm(UploadForm):
 
     init_noise_level: Finite = Field(
         0.9, ge=0, le=1, description="Low keeps more of the source; at 1 it has no influence."
+    )
+    edit_schedule: EditSchedule | None = Field(
+        None,
+        description="Extension, flow models only: scaled = no step is noisier than init_noise_level; reference = as "
+        "the original code, whose steps may be; unset = the model's own default.",
     )
 
 

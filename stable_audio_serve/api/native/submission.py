@@ -18,7 +18,7 @@ from starlette.responses import Response
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
-from stable_audio_serve.api.native.convert import parse_sampler_kwargs
+from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.regions import parse_regions
 from stable_audio_serve.api.native.routes import TIME_FIELDS, convert
@@ -105,7 +105,7 @@ def build_router(service: Service) -> APIRouter:
         card, generation = convert(
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
         )
-        generation = replace(generation, init_noise_level=form.init_noise_level)
+        generation = to_edit(generation, form, card=card)
         return await submit(
             request, response, fields=form, card=card, generation=generation, mode="audio-to-audio", key=idempotency_key
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
@@ -15,10 +17,15 @@ from stable_audio_serve.models.sa3.lengths import RowLength, plan_length
 from stable_audio_serve.models.windows import chunked_windows, whole_window
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import build_plan
-from stable_audio_serve.sampling.schedules import TimestepShift, build_sigmas, shift_from_override
+from stable_audio_serve.sampling.schedules import (
+    MIN_NOISE_LEVEL,
+    TimestepShift,
+    build_sigmas,
+    edit_times,
+    shift_from_override,
+)
 
 DEFAULT_APG_SCALE = 1.0
-MIN_NOISE_LEVEL = 0.01  # below, the first step would divide by a time near 0; lower requests are raised to this
 
 
 def plan_rows(
@@ -90,12 +97,15 @@ def _plan_sampler(
         interval=request.cfg_interval,
     )
     has_source = request.init_audio is not None
-    sigmas = build_sigmas(
-        spec.card.default_steps if request.steps is None else request.steps,
-        shift_from_override(request.schedule_shift) if request.schedule_shift else shift,
-        length=length.effective_frames if config.effective_length_schedule else length.frames,
-        sigma_max=max(request.init_noise_level, MIN_NOISE_LEVEL) if has_source else 1.0,
-    )
+    steps = spec.card.default_steps if request.steps is None else request.steps
+    warp = shift_from_override(request.schedule_shift) if request.schedule_shift else shift
+    frames = length.effective_frames if config.effective_length_schedule else length.frames
+
+    def build(level: float) -> Tensor:
+        return build_sigmas(steps, warp, length=frames, sigma_max=level)
+
+    level = max(request.init_noise_level, MIN_NOISE_LEVEL) if has_source else 1.0
+    sigmas = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)
     sampler = request.sampler or spec.default_sampler
     return build_plan(sampler, sigmas, guidance=guidance, has_source=has_source), guidance
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
@@ -20,9 +22,9 @@ from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_
 from stable_audio_serve.models.windows import halo_windows, whole_window
 from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
-from stable_audio_serve.sampling.open_flow import LOWEST_LEVEL, build_open_flow_plan, open_flow_times
+from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
-from stable_audio_serve.sampling.schedules import TimestepShift
+from stable_audio_serve.sampling.schedules import MIN_NOISE_LEVEL, TimestepShift, edit_times
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
 # Noise levels of the published call of the model; half an edit's own level where that is lower.
@@ -86,6 +88,9 @@ def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
     ):
         if asked:
             raise InvalidRequestError(f"{field} is not supported by {name}", field=field, allowed="0 or unset")
+    if request.edit_schedule is not None and spec.card.objective == "v":
+        message = f"edit_schedule has no meaning for {name}, whose samplers run over sigma"
+        raise InvalidRequestError(message, field="edit_schedule", allowed="unset")
 
 
 def _output_samples(request: GenerationRequest, config: SaoConfig, *, spec: ModelSpec, forced: bool) -> int:
@@ -125,9 +130,15 @@ def _plan_sampler(
         span = _sigma_range(request, over_time=sampler in OVER_TIME)
         plan, path = build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source), v_path(sampler)
     else:
-        level = request.sigma_max if request.sigma_max is not None else 1.0
-        level = max(_share(request.init_noise_level), LOWEST_LEVEL) if has_source else min(level, 1.0)
-        times = open_flow_times(sampler, steps, level=level, shift=shift, length=frames)
+
+        def build(level: float) -> Tensor:
+            return open_flow_times(sampler, steps, level=level, shift=shift, length=frames)
+
+        if has_source:
+            level = max(_share(request.init_noise_level), MIN_NOISE_LEVEL)
+            times = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)
+        else:
+            times = build(1.0 if request.sigma_max is None else min(request.sigma_max, 1.0))
         plan, path = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source), flow_path
     return plan if request.inpaint_audio is None else blend_plan(plan, path)  # the network knows no mask
 
@@ -138,7 +149,7 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
     if request.init_audio is not None:
         level = request.init_noise_level
         if over_time:
-            highest = max(_share(level), LOWEST_LEVEL)
+            highest = max(_share(level), MIN_NOISE_LEVEL)
         elif not LOWEST_SIGMA < level <= HIGHEST_SIGMA:
             allowed = f"above {LOWEST_SIGMA:g}, at most {HIGHEST_SIGMA:g}"
             message = f"init_noise_level must be {allowed} for a sampler over sigma, got {level:g}"

@@ -172,7 +172,10 @@ class PlainRun:
         if request.schedule_shift is not None:
             options = {"type": request.schedule_shift.kind, **dict(request.schedule_shift.options)}
         own = self.length.effective if self.model.diffusion["use_effective_length_for_schedule"] else self.length.frames
-        times = make_schedule(options, request.steps or 8, own, sigma_max)
+        if request.edit_schedule == "reference":
+            times = make_schedule(options, request.steps or 8, own, sigma_max)
+        else:
+            times = [time * sigma_max for time in make_schedule(options, request.steps or 8, own, 1.0)]
         x = self.draw()
         if request.init_audio is not None:
             x = (1 - sigma_max) * self._clip(request.init_audio.samples) + sigma_max * x

@@ -43,6 +43,7 @@ def test_a_plan_draws_what_the_reference_draws(name: str, case: str) -> None:
         sampler=args.get("sampler_type"),
         init_audio=clip("init_audio"),
         init_noise_level=args.get("init_noise_level", 1.0),
+        edit_schedule="reference",
         inpaint_audio=clip("inpaint_audio"),
         inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
         chunked_decode=args.get("chunked_decode"),

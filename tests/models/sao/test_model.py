@@ -80,6 +80,7 @@ def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
             cfg_rescale=arguments.get("scale_phi", 0.0),
             init_audio=source,
             init_noise_level=arguments.get("init_noise_level", 1.0),
+            edit_schedule=None if is_v else "reference",
         )
         for index, row in enumerate(arguments["conditioning"])
     ]

@@ -1,0 +1,67 @@
+"""The native routes in front of models trained for v: a share of noise becomes a level, options of flow models do not
+pass in silence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from stable_audio_serve.core.catalog import V_SAMPLERS, ModelCard, ModelCatalog
+from tests.api.compat.serving import make_client
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+
+OPEN = ModelCard("open", "stable-audio-open", max_duration_s=47.0, objective="v", samplers=V_SAMPLERS)
+FLOW = ModelCard("flow", "stable-audio-3")
+
+
+@pytest_asyncio.fixture
+async def served() -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
+    async with make_client(ToneBackend(catalog=ModelCatalog([OPEN, FLOW]))) as pair:
+        yield pair
+
+
+async def vary(client: httpx.AsyncClient, path: str = "/v1/audio/variations", **fields: object) -> httpx.Response:
+    form = {"prompt": "x", "duration": "1", **{name: str(value) for name, value in fields.items()}}
+    return await client.post(path, data=form, files={"audio": make_audio_file(duration_s=0.2)})
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.5, 1.0), (0.25, math.tan(math.pi / 8)), (1, 500.0), (0, 0.01)])
+async def test_a_share_of_noise_is_the_level_of_that_time(
+    served: tuple[httpx.AsyncClient, ToneBackend], share: float, level: float
+) -> None:
+    client, backend = served
+    assert (await vary(client, init_noise_level=share)).status_code == 200
+    assert backend.last.init_noise_level == pytest.approx(level)
+
+
+async def test_samplers_over_time_and_flow_models_get_the_share_itself(
+    served: tuple[httpx.AsyncClient, ToneBackend],
+) -> None:
+    client, backend = served
+    assert (await vary(client, init_noise_level=0.3, sampler_kwargs='{"sampler_type": "v-ddim"}')).status_code == 200
+    assert backend.last.init_noise_level == 0.3
+    assert (await vary(client, init_noise_level=0.3, model="flow")).status_code == 200
+    assert (backend.last.init_noise_level, backend.last.edit_schedule) == (0.3, None)
+
+
+async def test_a_share_above_one_is_refused(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
+    reply = await vary(served[0], init_noise_level=1.5)
+    assert reply.status_code == 422
+    assert reply.json()["detail"][0]["loc"] == ["body", "init_noise_level"]
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/variations", "/jobs/variations"])
+async def test_edit_schedules_are_for_flow_models(served: tuple[httpx.AsyncClient, ToneBackend], path: str) -> None:
+    client, backend = served
+    for schedule in ("reference", "scaled"):
+        assert (await vary(client, model="flow", edit_schedule=schedule)).status_code == 200
+        assert backend.last.edit_schedule == schedule
+    for fields in ({"model": "open", "edit_schedule": "scaled"}, {"model": "flow", "edit_schedule": "linear"}):
+        reply = await vary(client, path, **fields)
+        assert reply.status_code == 422
+        assert reply.json()["detail"][0]["loc"] == ["body", "edit_schedule"]
