@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 from stable_audio_serve.core.generation import EditSchedule
 
+SA3_FAMILY = "stable-audio-3"
+OPEN_FAMILY = "stable-audio-open"
+
 # Listed here so that a job with another sampler is refused when it is submitted, without importing torch.
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
 V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # of models trained for v; the others run over sigma
@@ -25,7 +28,7 @@ class ModelCard:
     """The public facts of one served model; durations in seconds, rates in hertz."""
 
     name: str
-    family: str  # "stable-audio-3", "stable-audio-open", ...
+    family: str
     aliases: tuple[str, ...] = ()
     max_duration_s: float = 120.0
     sample_rate_hz: int = 44100
@@ -85,6 +88,15 @@ class ModelCatalog:
             valid = ", ".join(self._cards)
             raise UnknownModelError(f"unknown model {name[:100]!r}; valid: {valid}", field="model", allowed=valid)
         return self._cards[canonical]
+
+    def choose(self, name: str | None, *, family: str) -> ModelCard:
+        """Returns the card of `name`; without one the first of `family`, and the default where none is served.
+
+        Raises UnknownModelError.
+        """
+        if name is not None:
+            return self.resolve(name)
+        return next((card for card in self if card.family == family), self.default)
 
     def __iter__(self) -> Iterator[ModelCard]:
         return iter(self._cards.values())

@@ -220,7 +220,9 @@ class MetricsSettings(Section):
 
 
 class DialectSettings(Section):
-    """What each foreign dialect speaks for. An unset model is the server's default model."""
+    """What each foreign dialect speaks for. An unset model is the first Stable Audio Open that is served, for which
+    these dialects were written, else the server's default model.
+    """
 
     saos_model: ModelName | None = Field(None, description="Model behind the Stable Audio Open small routes.")
     vllm_model: ModelName | None = Field(None, description="Model of vLLM requests that name none.")

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY, ModelCard
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.models.download import download_entry, download_text_encoder
 from stable_audio_serve.models.oscillator import parts as oscillator_parts
 from stable_audio_serve.models.oscillator import timeline
 from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.registry import OPEN_FAMILY, SA3_FAMILY, ModelEntry, describe_entry
+from stable_audio_serve.models.registry import ModelEntry, describe_entry
 from stable_audio_serve.models.sa3.build import load_sa3
 from stable_audio_serve.models.sao.build import load_sao
 from stable_audio_serve.models.weights import resolve_dtype

@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from stable_audio_serve.core.catalog import FLOW_SAMPLERS, V_SAMPLERS, ModelCard
+from stable_audio_serve.core.catalog import FLOW_SAMPLERS, OPEN_FAMILY, SA3_FAMILY, V_SAMPLERS, ModelCard
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE, is_open_family
 from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
 
-SA3_FAMILY = "stable-audio-3"
-OPEN_FAMILY = "stable-audio-open"
 OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
 OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
 TEXT_ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")

@@ -30,7 +30,7 @@ from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, StableAudioError, UnknownModelError
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
@@ -145,7 +145,7 @@ _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
 def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
     catalog, jobs = service.backend.catalog, service.jobs
-    card = catalog.resolve(service.settings.dialects.aiml_model or catalog.default.name)
+    card = catalog.choose(service.settings.dialects.aiml_model, family=OPEN_FAMILY)
     router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
 
     def resolve(name: str) -> ModelCard:

@@ -59,6 +59,7 @@ def to_request(fields: ClipInput, card: ModelCard, *, request_id: str) -> Genera
         duration_s=duration_s,
         seed=resolve_seed(-1),
         start_s=fields.seconds_start,
+        conditioned_total_s=duration_s,
         steps=fields.steps,
         request_id=request_id,
     )

@@ -169,14 +169,15 @@ async def test_the_span(
     np.testing.assert_array_equal(audio, whole[first:])
 
 
-async def test_a_model_that_knows_starts_makes_the_span_only() -> None:
+async def test_a_model_that_knows_starts_is_told_both_ends_of_the_span_and_the_rest_is_cut() -> None:
     card = ModelCard("open", "stable-audio-open", max_duration_s=WINDOW_S, conditions_on_start=True)
     backend = ToneBackend(catalog=ModelCatalog([card]))
     transport = httpx.ASGITransport(create_app(backend, Settings()))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         audio = read_wav((await generate(client, audio_length=5, audio_start=10)).content)
         assert len(audio) == 5 * RATE_HZ
-        assert (backend.last.start_s, backend.last.duration_s) == (10.0, 5.0)
+        asked = backend.last
+        assert (asked.start_s, asked.conditioned_total_s, asked.duration_s) == (10.0, 15.0, 15.0)
         shortened = read_wav((await generate(client, audio_length=20, audio_start=40)).content)
         assert len(shortened) == pytest.approx((WINDOW_S - 40) * RATE_HZ, abs=1)
         await generate(client)

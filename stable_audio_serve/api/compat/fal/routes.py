@@ -38,6 +38,7 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import FileOrder
+from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
@@ -115,7 +116,7 @@ def build_router(service: Service) -> APIRouter:
 
 def _add_submission(router: APIRouter, service: Service, *, summary: str) -> None:
     catalog = service.backend.catalog
-    card = catalog.resolve(service.settings.dialects.fal_model or catalog.default.name)
+    card = catalog.choose(service.settings.dialects.fal_model, family=OPEN_FAMILY)
 
     @router.post(f"/{APP}/{{endpoint:fal_endpoint}}", include_in_schema=False)
     @router.post(f"/{APP}", summary=summary, responses=_SUBMIT_RESPONSES)

@@ -22,9 +22,11 @@ async def make_text_clip(service: Service, request: Request, *, body: GenerateBo
     """`POST /generate`."""
     started_at = service.clock.monotonic()
     model = find_model(service, body)
+    wanted_s = model.window_s if body.seconds_total is None else min(body.seconds_total, model.window_s)
     generation = GenerationRequest(
         prompt=body.prompt,
-        duration_s=model.window_s if body.seconds_total is None else min(body.seconds_total, model.window_s),
+        duration_s=model.window_s if model.makes_window else wanted_s,
+        conditioned_total_s=model.conditioned_s,
         seed=resolve_seed(body.seed),
         start_s=(body.seconds_start or 0.0) if model.card.conditions_on_start else 0.0,
         negative_prompt=body.negative_prompt,
@@ -33,7 +35,10 @@ async def make_text_clip(service: Service, request: Request, *, body: GenerateBo
         sampler=model.sampler(body.sampler_type),
         request_id=request.state.request_id,
     )
-    clip = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
+    num_samples = max(int(wanted_s * model.card.sample_rate_hz), 1)
+    clip = await make_clip(
+        service, request, card=model.card, generation=generation, started_at=started_at, num_samples=num_samples
+    )
     duration_s = round(clip.num_samples / clip.result.sample_rate_hz, 2)
     metadata = clip_metadata(generation, clip.result, duration_s=duration_s, generation_s=clip.generation_s)
     return await answer(
@@ -53,6 +58,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
     generation = GenerationRequest(
         prompt=form.prompt,
         duration_s=model.window_s,
+        conditioned_total_s=model.conditioned_s,
         seed=resolve_seed(form.seed),
         negative_prompt=form.negative_prompt,
         steps=model.steps(form.steps, at_most=100),

@@ -110,6 +110,7 @@ def _to_generation(
     return GenerationRequest(
         prompt=prompt,
         duration_s=model.window_s,
+        conditioned_total_s=model.conditioned_s,
         seed=seed,
         negative_prompt=negative_prompt,
         steps=model.steps(form.steps, at_most=250),

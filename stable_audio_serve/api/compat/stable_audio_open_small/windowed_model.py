@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import GenerateBody, LoopForm
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 
 
@@ -20,6 +21,19 @@ class WindowedModel:
     def window_s(self) -> float:
         """Longest clip, seconds; also the default length of a clip."""
         return self.card.max_duration_s
+
+    @property
+    def makes_window(self) -> bool:
+        """Whether it makes its whole window however short the clip is, so that the peak is the window's."""
+        return self.card.family == OPEN_FAMILY
+
+    @property
+    def conditioned_s(self) -> float:
+        """What the original tells its model of the length, seconds: a whole number that holds the window.
+
+        The network always makes the window, whatever is cut from it.
+        """
+        return math.ceil(self.window_s)
 
     @property
     def num_window_samples(self) -> int:
@@ -40,8 +54,8 @@ class WindowedModel:
 
 
 def default_model(service: Service) -> WindowedModel:
-    """Returns the model the operator chose for this dialect, else the server's default."""
-    return _view(service, service.settings.dialects.saos_model)
+    """Returns the model the operator chose for this dialect, else the first Stable Audio Open, else the default."""
+    return _view(service, service.backend.catalog.choose(service.settings.dialects.saos_model, family=OPEN_FAMILY))
 
 
 def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedModel:
@@ -55,13 +69,11 @@ def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedMod
         raise InvalidRequestError("finetune_repo is required for finetune models", field="finetune_repo")
     parts = (fields.finetune_repo, fields.finetune_checkpoint)
     try:
-        return _view(service, "/".join(part for part in parts if part))
+        return _view(service, service.backend.catalog.resolve("/".join(part for part in parts if part)))
     except UnknownModelError as error:
         raise InvalidRequestError(f"finetune_repo: {error.message}", field="finetune_repo") from error
 
 
-def _view(service: Service, name: str | None) -> WindowedModel:
-    catalog = service.backend.catalog
-    card = catalog.resolve(name) if name else catalog.default
+def _view(service: Service, card: ModelCard) -> WindowedModel:
     window_s = min(card.max_duration_s, service.settings.dialects.saos_window_s)
     return WindowedModel(replace(card, max_duration_s=window_s))

@@ -52,14 +52,13 @@ def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
 
 
 def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str) -> GenerationRequest:
-    """Returns the generation that contains the span: only the span where the model is conditioned on starts, else all
-    from zero.
-    """
+    """Returns the generation from zero that contains the span; a model that knows starts is told both ends of it."""
     guidance = _DEFAULT_GUIDANCE if body.guidance_scale is None else body.guidance_scale
     return GenerationRequest(
         prompt=body.input,
-        duration_s=span.end_s - span.start_s if card.conditions_on_start else span.end_s,
+        duration_s=span.end_s,
         start_s=span.start_s if card.conditions_on_start else 0.0,
+        conditioned_total_s=span.end_s,
         seed=resolve_seed(-1 if body.seed is None else body.seed % SEED_LIMIT),
         negative_prompt=body.negative_prompt or None,
         steps=_DEFAULT_STEPS if body.num_inference_steps is None else body.num_inference_steps,
@@ -68,15 +67,11 @@ def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str)
     )
 
 
-def make_file(
-    body: AudioBody, card: ModelCard, *, span: Span, result: GenerationResult, settings: AudioSettings
-) -> FinishedFile:
+def make_file(body: AudioBody, *, span: Span, result: GenerationResult, settings: AudioSettings) -> FinishedFile:
     """Returns the file of the span, at the requested speed and in the requested format. CPU work."""
     rate_hz = result.sample_rate_hz
     audio = result.audio[0]
-    if not card.conditions_on_start:
-        start = int(span.start_s * rate_hz)
-        audio = audio[:, min(start, audio.shape[1] - 1) :]  # at least one sample, as everywhere
+    audio = audio[:, min(int(span.start_s * rate_hz), audio.shape[1] - 1) :]  # at least one sample, as everywhere
     audio = time_stretch(audio, rate_hz, speed=1.0 if body.speed is None else body.speed)
     audio, facts = finish_clip(audio, rate_hz, seed=result.seeds[0], peaks=body.peaks or settings.peaks)
     if body.response_format is ResponseFormat.PCM:

@@ -16,7 +16,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Output, Service
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import UnknownModelError
 
 TAG = "vLLM-Omni"
@@ -58,7 +58,7 @@ def build_router(service: Service) -> APIRouter:
         result = await service.generate(card, generation, started_at=started_at)
         encoding_at = service.clock.monotonic()
         finished = await service.compute(
-            lambda: make_file(body, card, span=span, result=result, settings=service.settings.audio)
+            lambda: make_file(body, span=span, result=result, settings=service.settings.audio)
         )
         note(request.scope, num_bytes=finished.file.num_bytes)
         encode_ms = (service.clock.monotonic() - encoding_at) * 1000
@@ -70,7 +70,7 @@ def build_router(service: Service) -> APIRouter:
 def _resolve_model(service: Service, body: AudioBody) -> ModelCard:
     catalog = service.backend.catalog
     if body.model is None:
-        return catalog.resolve(service.settings.dialects.vllm_model or catalog.default.name)
+        return catalog.choose(service.settings.dialects.vllm_model, family=OPEN_FAMILY)
     try:
         return catalog.resolve(body.model)
     except UnknownModelError as error:
