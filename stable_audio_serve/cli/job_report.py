@@ -96,8 +96,12 @@ def as_dict(job: Job) -> dict[str, Any]:
 def event_as_dict(event: JobEvent) -> dict[str, Any]:
     """Returns an event as JSON values."""
     return {
-        **{"id": event.id, "at": _iso(event.at), "stage": event.stage, "fraction": event.fraction},
-        **{"eta_s": event.eta_s, "message": event.message},
+        "id": event.id,
+        "at": _iso(event.at),
+        "stage": event.stage,
+        "fraction": event.fraction,
+        "eta_s": event.eta_s,
+        "message": event.message,
     }
 
 

@@ -16,8 +16,14 @@ OPEN_FAMILY = "stable-audio-open"
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
 V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # of models trained for v; the others run over sigma
 V_SAMPLERS = (
-    *("dpmpp-3m-sde", "dpmpp-2m-sde", "dpmpp-2m"),
-    *("k-heun", "k-lms", "k-dpmpp-2s-ancestral", "k-dpm-2", "k-dpm-fast"),
+    "dpmpp-3m-sde",
+    "dpmpp-2m-sde",
+    "dpmpp-2m",
+    "k-heun",
+    "k-lms",
+    "k-dpmpp-2s-ancestral",
+    "k-dpm-2",
+    "k-dpm-fast",
     *V_TIME_SAMPLERS,
 )
 _LOWEST_SIGMA, _HIGHEST_SIGMA = 0.01, 500.0  # of an edit

@@ -95,14 +95,13 @@ class WarmUp:
         calls = [self._policy.split(lanes)[0] for lanes in crowds]
         shapes = sorted({(call.rows, call.frames) for call in calls})
         batches = [self._batch(plan, conditioning, rows=rows, frames=frames) for rows, frames in shapes]
-        return [
-            *(
-                _Probe("denoise", rows, frames, partial(self._model.denoise, batch))
-                for (rows, frames), batch in zip(shapes, batches, strict=True)
-            ),
-            _Probe("decode", 1, window, partial(self._model.decode, [decode])),
-            _Probe("encode", 1, window, partial(self._model.encode_audio, [encode])),
+        probes = [
+            _Probe("denoise", rows, frames, partial(self._model.denoise, batch))
+            for (rows, frames), batch in zip(shapes, batches, strict=True)
         ]
+        probes.append(_Probe("decode", 1, window, partial(self._model.decode, [decode])))
+        probes.append(_Probe("encode", 1, window, partial(self._model.encode_audio, [encode])))
+        return probes
 
     def _batch(self, plan: RowPlan, conditioning: RowConditioning, *, rows: int, frames: int) -> StepBatch:
         device = self._model.device

@@ -33,26 +33,27 @@ TAG = "Generate"
 ONLY_SA3 = GenerationBody.model_fields.keys() - GenerateBody.model_fields.keys()
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _json_error(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": {"type": "object"}}}}
+
+
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A WAV file, a ZIP of several variations, or JSON with return_format base64.",
         "model": Base64Answer,
         "content": dict.fromkeys(MEDIA_TYPES, _BINARY),
     },
-    **{
-        status: {"description": description, "content": {"application/json": {"schema": {"type": "object"}}}}
-        for status, description in (
-            (400, "A field of a Stable Audio Open Small request is wrong, or the model refuses it."),
-            (401, "Keys are configured and none of them was sent."),
-            (403, "A web page of another origin asks, or the host it is called by is none of this server's."),
-            (408, "The body did not arrive in time."),
-            (413, "Body too large."),
-            (422, "A field of a Stable Audio 3 request is wrong."),
-            (500, "A failure inside."),
-            (503, "No room now; Retry-After says when to come again."),
-            (504, "The time budget ran out."),
-        )
-    },
+    400: _json_error("A field of a Stable Audio Open Small request is wrong, or the model refuses it."),
+    401: _json_error("Keys are configured and none of them was sent."),
+    403: _json_error("A web page of another origin asks, or the host it is called by is none of this server's."),
+    408: _json_error("The body did not arrive in time."),
+    413: _json_error("Body too large."),
+    422: _json_error("A field of a Stable Audio 3 request is wrong."),
+    500: _json_error("A failure inside."),
+    503: _json_error("No room now; Retry-After says when to come again."),
+    504: _json_error("The time budget ran out."),
 }
 
 

@@ -77,7 +77,9 @@ class Notifier:
 
     async def close(self) -> None:
         """Stop; what was not delivered stays in the outbox."""
-        tasks = [*self._deliveries, *([self._loop_task] if self._loop_task else [])]
+        tasks = set(self._deliveries)
+        if self._loop_task is not None:
+            tasks.add(self._loop_task)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
