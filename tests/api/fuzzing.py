@@ -157,8 +157,10 @@ _MEANINGFUL: dict[str, Any] = {
     "stream_format": "audio",
 }
 _DROPPED = {
-    *("finetune_checkpoint", "sampler_type"),  # for some models
-    *("inpaint_mask_start_seconds", "inpaint_mask_end_seconds"),  # second names
+    "finetune_checkpoint",
+    "sampler_type",  # for some models
+    "inpaint_mask_start_seconds",
+    "inpaint_mask_end_seconds",  # second names
     "webhook_url",  # a public address, of which there is none here
 }
 _AT_MOST = {"duration": 40, "steps": 50, "batch_size": 2, "audio_length": 40}

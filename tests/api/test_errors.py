@@ -88,8 +88,16 @@ async def test_non_finite_json_literals(client: httpx.AsyncClient, field: str, l
 @pytest.mark.parametrize(
     "field",
     [
-        *("prompt", "model", "duration", "steps", "cfg_scale", "batch_size", "seed", "apg_scale"),
-        *("duration_padding_sec", "sampler_kwargs"),
+        "prompt",
+        "model",
+        "duration",
+        "steps",
+        "cfg_scale",
+        "batch_size",
+        "seed",
+        "apg_scale",
+        "duration_padding_sec",
+        "sampler_kwargs",
     ],
 )
 async def test_null_where_it_has_no_meaning(client: httpx.AsyncClient, field: str) -> None:
@@ -121,10 +129,20 @@ async def test_reserved_sampler_kwargs(client: httpx.AsyncClient, key: str) -> N
 @pytest.mark.parametrize(
     "kwargs",
     [
-        *({"": 1}, {" ": 1}, {"a": [1]}, {"a": {"b": 1}}),
-        *({"scale_phi": 2}, {"scale_phi": "x"}, {"scale_phi": -0.1}, {"scale_phi": True}),
-        *({"cfg_norm_threshold": -1}, {"cfg_norm_threshold": "5"}, {"cfg_norm_threshold": 1e300}),
-        *({"sampler_type": 3}, {"sampler_type": ""}, {"sampler_type": False}),
+        {"": 1},
+        {" ": 1},
+        {"a": [1]},
+        {"a": {"b": 1}},
+        {"scale_phi": 2},
+        {"scale_phi": "x"},
+        {"scale_phi": -0.1},
+        {"scale_phi": True},
+        {"cfg_norm_threshold": -1},
+        {"cfg_norm_threshold": "5"},
+        {"cfg_norm_threshold": 1e300},
+        {"sampler_type": 3},
+        {"sampler_type": ""},
+        {"sampler_type": False},
     ],
 )
 async def test_bad_sampler_kwargs(client: httpx.AsyncClient, kwargs: dict[str, Any]) -> None:

@@ -31,7 +31,17 @@ def expect_client_error(reply: httpx.Response) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        *(b"", b"{", b"}", b"null", b"[]", b"1", b'"x"', b"true", b"\x00", b"\xff\xfe", b"{'prompt': 'x'}"),
+        b"",
+        b"{",
+        b"}",
+        b"null",
+        b"[]",
+        b"1",
+        b'"x"',
+        b"true",
+        b"\x00",
+        b"\xff\xfe",
+        b"{'prompt': 'x'}",
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "\xff"}',
         b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}",
@@ -72,8 +82,16 @@ async def test_a_form_field_beyond_all_reason_names_the_body(client: httpx.Async
 @pytest.mark.parametrize(
     "content_type",
     [
-        *("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "image/png", "application/xml"),
-        *("multipart/form-data; boundary=x", "application/json-ish", "multipart/mixed; boundary=x", ";;;", "é"),
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "image/png",
+        "application/xml",
+        "multipart/form-data; boundary=x",
+        "application/json-ish",
+        "multipart/mixed; boundary=x",
+        ";;;",
+        "é",
     ],
 )
 @pytest.mark.parametrize("url", [URL, VARIATIONS, "/v1/audio/inpaint"])
@@ -189,8 +207,19 @@ json_values = st.recursive(
     max_leaves=5,
 )
 CONTROLS = [
-    *("prompt", "model", "negative_prompt", "steps", "cfg_scale", "batch_size", "seed", "chunked_decode"),
-    *("apg_scale", "duration_padding_sec", "sampler_kwargs", "response_format", "deadline_s"),
+    "prompt",
+    "model",
+    "negative_prompt",
+    "steps",
+    "cfg_scale",
+    "batch_size",
+    "seed",
+    "chunked_decode",
+    "apg_scale",
+    "duration_padding_sec",
+    "sampler_kwargs",
+    "response_format",
+    "deadline_s",
 ]
 
 

@@ -15,8 +15,18 @@ from stable_audio_serve.jobs.queue import JobQueue
 from tests.backends import ToneBackend
 
 CONTRACT_KEYS = {
-    *("status", "model", "device", "loaded", "storage_backend", "available_models", "loaded_models"),
-    *("preload_models", "model_duration_limits_seconds", "max_duration_seconds", "max_steps", "max_batch_size"),
+    "status",
+    "model",
+    "device",
+    "loaded",
+    "storage_backend",
+    "available_models",
+    "loaded_models",
+    "preload_models",
+    "model_duration_limits_seconds",
+    "max_duration_seconds",
+    "max_steps",
+    "max_batch_size",
 }
 
 
@@ -84,15 +94,29 @@ async def test_models_are_listed_in_openais_form(client: httpx.AsyncClient, pref
 async def test_the_openapi_page_describes_every_public_route(client: httpx.AsyncClient) -> None:
     document: dict[str, Any] = (await client.get("/openapi.json")).json()
     assert set(document["paths"]) >= {
-        *("/v1/audio/generations", "/v1/audio/variations", "/v1/audio/inpaint", "/health", "/v1/models"),
-        *("/files/{file_id}/{file_name}", "/v1/audio/generate"),
-        *("/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"),
-        *("/riffs/available", "/model/info"),
+        "/v1/audio/generations",
+        "/v1/audio/variations",
+        "/v1/audio/inpaint",
+        "/health",
+        "/v1/models",
+        "/files/{file_id}/{file_name}",
+        "/v1/audio/generate",
+        "/generate",
+        "/generate/loop",
+        "/generate/style-transfer",
+        "/generate/loop-with-riff",
+        "/riffs/available",
+        "/model/info",
     }
     described = {tag["name"] for tag in document["tags"]}
     ticket = "/storage/upload/{ticket}"
     public = {
-        *("/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"),
+        "/",
+        "/health",
+        "/ready",
+        "/saos/health",
+        "/files/{file_id}/{file_name}",
+        "/jobs/{job_id}/audio",
         ticket,
         f"{ticket}/{{number}}",
         f"{ticket}/complete",

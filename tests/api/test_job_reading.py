@@ -130,7 +130,10 @@ async def test_a_status_tells_the_place_in_the_queue() -> None:
             assert status["priority"] == priority
             assert status["attempts"] == 0
             assert status["progress"] == {
-                **{"stage": "queued", "fraction": 0.0, "eta_seconds": None, "queue_position": position}
+                "stage": "queued",
+                "fraction": 0.0,
+                "eta_seconds": None,
+                "queue_position": position,
             }
 
 

@@ -91,8 +91,11 @@ async def test_odd_ids_are_unknown_on_either(store_url: str) -> None:
     odd = ("%00", "%ED%A0%BC", "%F0%9F%8E%B5", "'%3B--", "a" * 3000, "%5C%5C", "9" * 40)
     async with make_client(run_jobs=False, jobs={"database_url": store_url}) as (client, _):
         for method, path in (
-            *(("GET", "/jobs/{}"), ("DELETE", "/jobs/{}"), ("GET", f"{AIML}?generation_id={{}}")),
-            *(("GET", f"{FAL}/requests/{{}}/status"), ("PUT", f"{FAL}/requests/{{}}/cancel")),
+            ("GET", "/jobs/{}"),
+            ("DELETE", "/jobs/{}"),
+            ("GET", f"{AIML}?generation_id={{}}"),
+            ("GET", f"{FAL}/requests/{{}}/status"),
+            ("PUT", f"{FAL}/requests/{{}}/cancel"),
         ):
             for job_id in odd:
                 reply = await client.request(method, path.format(job_id))

@@ -26,9 +26,27 @@ from tests.jobs.conftest import wait_for
 BODY = {"prompt": "rain on a roof", "duration": 1.5, "seed": 11}
 REGION = {"inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}
 KEYS = {
-    *("id", "status", "mode", "model", "duration", "steps", "output_count", "created_at", "started_at"),
-    *("completed_at", "download_url", "download_content_type", "error", "storage_backend", "storage_key"),
-    *("sample_rate", "progress", "attempts", "priority", "seeds", "clips"),
+    "id",
+    "status",
+    "mode",
+    "model",
+    "duration",
+    "steps",
+    "output_count",
+    "created_at",
+    "started_at",
+    "completed_at",
+    "download_url",
+    "download_content_type",
+    "error",
+    "storage_backend",
+    "storage_key",
+    "sample_rate",
+    "progress",
+    "attempts",
+    "priority",
+    "seeds",
+    "clips",
 }
 
 ENDS = ("succeeded", "failed", "cancelled")
@@ -105,12 +123,21 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
     assert created_at.utcoffset() == timedelta(0)
     assert before - timedelta(milliseconds=1) <= created_at <= datetime.now(UTC)
     assert status == {
-        **{"id": ticket["id"], "status": "queued", "mode": "text-to-audio", "model": "medium", "duration": 1.5},
-        **{"steps": 5, "output_count": 2, "storage_backend": "local"},
+        "id": ticket["id"],
+        "status": "queued",
+        "mode": "text-to-audio",
+        "model": "medium",
+        "duration": 1.5,
+        "steps": 5,
+        "output_count": 2,
+        "storage_backend": "local",
         **dict.fromkeys(("started_at", "completed_at", "download_url", "download_content_type"), None),
         **dict.fromkeys(("error", "storage_key", "sample_rate"), None),
-        **{"attempts": 0, "priority": "interactive", "progress": status["progress"]},
-        **{"seeds": [11, 12], "clips": None},
+        "attempts": 0,
+        "priority": "interactive",
+        "progress": status["progress"],
+        "seeds": [11, 12],
+        "clips": None,
     }
 
 

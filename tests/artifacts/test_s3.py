@@ -242,8 +242,13 @@ async def test_what_cannot_be_aborted_is_swept_when_it_is_old(
 def test_links_are_signed_by_version_4(region: str, addressing: str) -> None:
     settings = StorageSettings.model_validate(
         {
-            **{"bucket": "music", "region": region, "addressing": addressing, "endpoint_url": "https://x.r2.example"},
-            **{"access_key_id": "id", "secret_access_key": "secret", "presigned_url_expires_s": 77},
+            "bucket": "music",
+            "region": region,
+            "addressing": addressing,
+            "endpoint_url": "https://x.r2.example",
+            "access_key_id": "id",
+            "secret_access_key": "secret",
+            "presigned_url_expires_s": 77,
         }
     )
     file = StoredFile("a b.wav", "audio/wav", "a.wav", 1, "")

@@ -48,8 +48,15 @@ def claim_flac_samples(samples: int) -> bytes:
     ("container", "subtype"),
     [
         *[("WAV", subtype) for subtype in ("PCM_16", "PCM_24", "PCM_U8", "FLOAT")],
-        *[("FLAC", "PCM_24"), ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS")],
-        *[("AIFF", "PCM_16"), ("CAF", "ALAC_16"), ("AU", "PCM_16"), ("RF64", "PCM_16"), ("W64", "PCM_16")],
+        ("FLAC", "PCM_24"),
+        ("MP3", "MPEG_LAYER_III"),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("AIFF", "PCM_16"),
+        ("CAF", "ALAC_16"),
+        ("AU", "PCM_16"),
+        ("RF64", "PCM_16"),
+        ("W64", "PCM_16"),
     ],
 )
 def test_every_format_is_read_whole(decoder: AudioDecoder, container: str, subtype: str) -> None:

@@ -405,12 +405,12 @@ def test_config_command_prints_the_tree_without_secrets(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "url",
     [
-        *(
-            "postgresql://me:pass/w0rd@db/jobs",
-            "postgresql://me:pass:w0rd@db/jobs",
-            "postgresql://me:pass@w0rd@db/jobs",
-        ),
-        *("postgresql://db/jobs?user=me&password=w0rd", "postgresql://me:pass?w0rd@db/jobs", "host=db password=w0rd"),
+        "postgresql://me:pass/w0rd@db/jobs",
+        "postgresql://me:pass:w0rd@db/jobs",
+        "postgresql://me:pass@w0rd@db/jobs",
+        "postgresql://db/jobs?user=me&password=w0rd",
+        "postgresql://me:pass?w0rd@db/jobs",
+        "host=db password=w0rd",
         "postgresql://me:pass%40@db/jobs?sslpassword=w0rd@x",
     ],
 )

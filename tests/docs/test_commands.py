@@ -79,7 +79,11 @@ async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
     async with serve_app(**settings) as (port, backend):
         address = f"127.0.0.1:{port}"
         process = await asyncio.create_subprocess_exec(
-            *("bash", "-euo", "pipefail", "-c", commands.replace(" localhost:8000/", f" {address}/")),
+            "bash",
+            "-euo",
+            "pipefail",
+            "-c",
+            commands.replace(" localhost:8000/", f" {address}/"),
             cwd=folder,
             env={"BASE": f"http://{address}", "CURL_HOME": str(folder), "PATH": "/usr/bin:/bin"},
             stdout=asyncio.subprocess.PIPE,

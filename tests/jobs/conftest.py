@@ -40,7 +40,10 @@ def make_spec(**overrides: Any) -> JobSpec:
     asked = {name: overrides.pop(name) for name in ("duration_s", "priority") if name in overrides}
     request = GenerationRequest(**{"prompt": "rain", "duration_s": 1.0, "seed": 7, **asked})
     fields: dict[str, Any] = {
-        **{"id": f"{next(_NUMBERS):032x}", "contract": "sa3", "model": "small-sfx", "mode": "text-to-audio"},
+        "id": f"{next(_NUMBERS):032x}",
+        "contract": "sa3",
+        "model": "small-sfx",
+        "mode": "text-to-audio",
         "request": request,
     }
     return JobSpec(**fields | overrides)

@@ -37,10 +37,16 @@ _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
 _PATIENCE_S = 30.0  # what must end ends sooner, on any machine
 _EDITED = (
-    *("stats socket", "maxconn", "timeout client"),
+    "stats socket",
+    "maxconn",
+    "timeout client",
     "http-reuse always",
-    *("errorfile 502", "errorfile 503", "errorfile 504"),
-    *("frontend prometheus", "frontend http_frontend", "listen stats"),
+    "errorfile 502",
+    "errorfile 503",
+    "errorfile 504",
+    "frontend prometheus",
+    "frontend http_frontend",
+    "listen stats",
 )
 
 app = FastAPI()

@@ -32,8 +32,14 @@ pytestmark = pytest.mark.ray
 
 _TIMEOUT_S = 60.0
 _RAY_LABELS = {
-    *("Component", "NodeAddress", "SessionName", "Version", "WorkerId"),
-    *("otel_scope_name", "otel_scope_schema_url", "otel_scope_version"),
+    "Component",
+    "NodeAddress",
+    "SessionName",
+    "Version",
+    "WorkerId",
+    "otel_scope_name",
+    "otel_scope_schema_url",
+    "otel_scope_version",
 }
 _FAST_METRICS = {"RAY_metrics_report_interval_ms": "1000"}
 _OVER = ("succeeded", "failed")

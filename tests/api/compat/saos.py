@@ -15,17 +15,43 @@ import soundfile
 WINDOW_SAMPLES = 524_288
 
 CLIP_KEYS = {
-    *("prompt", "negative_prompt", "steps", "cfg_scale", "seed", "sample_rate", "duration_seconds"),
-    *("generation_time", "realtime_factor", "detected_bpm", "device"),
+    "prompt",
+    "negative_prompt",
+    "steps",
+    "cfg_scale",
+    "seed",
+    "sample_rate",
+    "duration_seconds",
+    "generation_time",
+    "realtime_factor",
+    "detected_bpm",
+    "device",
 }
 STYLE_KEYS = CLIP_KEYS | {"style_strength", "input_audio_shape"}
 RIFF_KEYS = {
-    *("prompt", "original_prompt", "negative_prompt", "loop_type", "detected_bpm", "bars", "loop_duration_seconds"),
-    *("style_transfer", "style_strength", "steps", "cfg_scale", "seed", "sample_rate", "generation_time", "device"),
-    *("key", "source"),
+    "prompt",
+    "original_prompt",
+    "negative_prompt",
+    "loop_type",
+    "detected_bpm",
+    "bars",
+    "loop_duration_seconds",
+    "style_transfer",
+    "style_strength",
+    "steps",
+    "cfg_scale",
+    "seed",
+    "sample_rate",
+    "generation_time",
+    "device",
+    "key",
+    "source",
 }
 LOOP_KEYS = RIFF_KEYS - {"key", "source"} | {
-    *("calculated_duration_seconds", "available_audio_seconds", "seconds_per_bar", "model_type"),
+    "calculated_duration_seconds",
+    "available_audio_seconds",
+    "seconds_per_bar",
+    "model_type",
 }
 
 

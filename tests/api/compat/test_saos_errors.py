@@ -278,7 +278,9 @@ async def test_the_wrong_method_is_405(client: httpx.AsyncClient, url: str) -> N
     ("method", "url"),
     [
         *[("POST", url) for url in ("/generate/loop-guided", "/models/switch", "/models/checkpoints", "/cleanup")],
-        *[("POST", "/models/clear-cache"), ("GET", "/models/status"), ("GET", "/models/prompts")],
+        ("POST", "/models/clear-cache"),
+        ("GET", "/models/status"),
+        ("GET", "/models/prompts"),
     ],
 )
 async def test_what_no_engine_stands_behind_is_absent(client: httpx.AsyncClient, method: str, url: str) -> None:

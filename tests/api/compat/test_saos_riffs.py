@@ -31,8 +31,18 @@ MATCHING = {
     "c_120_bpm.wav": ("c", 120),
 }
 SKIPPED = [
-    *("bb_80bpm.wav", "aflat_80bpm.wav", "h_80bpm.wav", "f_80.wav", "f80bpm.wav", "f_80bpm_.wav", "f_80bpm_x.wav"),
-    *("f_0bpm.wav", "x f_80bpm.wav", "f_80bpm.wav.wav", "fsharpsharp_80bpm.wav", ".wav"),
+    "bb_80bpm.wav",
+    "aflat_80bpm.wav",
+    "h_80bpm.wav",
+    "f_80.wav",
+    "f80bpm.wav",
+    "f_80bpm_.wav",
+    "f_80bpm_x.wav",
+    "f_0bpm.wav",
+    "x f_80bpm.wav",
+    "f_80bpm.wav.wav",
+    "fsharpsharp_80bpm.wav",
+    ".wav",
 ]
 
 

@@ -55,8 +55,14 @@ async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None
 
 async def test_null_is_the_default_of_every_field_but_two(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     names = (
-        *("model", "speed", "stream_format", "audio_start", "negative_prompt", "guidance_scale"),
-        *("num_inference_steps", "seed"),
+        "model",
+        "speed",
+        "stream_format",
+        "audio_start",
+        "negative_prompt",
+        "guidance_scale",
+        "num_inference_steps",
+        "seed",
     )
     await generate(client, audio_length=1)
     plain = replace(backend.last, seed=0, request_id="", deadline_s=None)
@@ -85,7 +91,7 @@ async def test_everything_the_example_client_sends(client: httpx.AsyncClient, ba
 
 @pytest.mark.parametrize("fields", [{"num_inference_steps": 150, "audio_length": 15}, {"num_inference_steps": 1000}])
 async def test_the_step_cap_of_the_native_api_does_not_hold_here(client: httpx.AsyncClient, fields: Any) -> None:
-    await generate(client, audio_length=1, **{"num_inference_steps": fields["num_inference_steps"]})
+    await generate(client, audio_length=1, num_inference_steps=fields["num_inference_steps"])
 
 
 @pytest.mark.parametrize(("guidance", "used"), [(0, 1.0), (0.5, 1.0), (1, 1.0), (1.5, 1.5), (1000, 1000.0)])

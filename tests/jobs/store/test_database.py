@@ -89,8 +89,16 @@ class TestAddresses:
     @pytest.mark.parametrize(
         "url",
         [
-            *("nonsense", "", "sqlite://", "sqlite:///", "sqlite:///:memory:", "mysql://u:secret@host/db"),
-            *("postgresql://u:secret@host:port/db", "sqlite:///file:a?mode=memory&uri=true", "://", "https://secret"),
+            "nonsense",
+            "",
+            "sqlite://",
+            "sqlite:///",
+            "sqlite:///:memory:",
+            "mysql://u:secret@host/db",
+            "postgresql://u:secret@host:port/db",
+            "sqlite:///file:a?mode=memory&uri=true",
+            "://",
+            "https://secret",
         ],
     )
     def test_anything_else_stops_the_start(self, tmp_path: Path, url: str) -> None:

@@ -186,8 +186,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.num_jobs += 1
         upload = StoredFile(f"uploads/{self.num_jobs}", "audio/wav", "a.wav", 1, "0" * 64)
         spec = make_spec(
-            **{"contract": contract, "client": client, "idempotency_key": key, "fingerprint": fingerprint},
-            **{"model": model, "priority": priority, "start_within_s": start_within_s},
+            contract=contract,
+            client=client,
+            idempotency_key=key,
+            fingerprint=fingerprint,
+            model=model,
+            priority=priority,
+            start_within_s=start_within_s,
             id=own_id or f"new-{self.num_jobs}",
             upload=JobUpload(upload, "init", 1.0),
             webhook_url="https://a.example" if is_told else None,

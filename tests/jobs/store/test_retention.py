@@ -66,7 +66,10 @@ class TestRetention:
         wall.now += 100
         batches = [store.retention.purge(age_s=60, limit=2) for _ in range(4)]
         assert [sorted(batch) for batch in batches] == [
-            *(["uploads/0", "uploads/1"], ["uploads/2", "uploads/3"], ["uploads/4"], [])
+            ["uploads/0", "uploads/1"],
+            ["uploads/2", "uploads/3"],
+            ["uploads/4"],
+            [],
         ]
 
     def test_jobs_without_files_do_not_hide_that_there_is_more(self, store: JobStore, wall: Wall) -> None:
