@@ -122,8 +122,7 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
     if constants.is_offline_mode():
         raise CheckpointError(not_here(entry, cache_dir=cache_dir))
     try:
-        revision = entry.revision or constants.DEFAULT_REVISION
-        info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=_ANSWER_S, files_metadata=True)
+        info = _ask(entry, token)
         listed = {file.rfilename for file in info.siblings or ()}
         _require_main_files(repo_id, listed)
         _require_readable(repo_id, WEIGHTS_FILE, info=info, token=token)
@@ -145,13 +144,19 @@ def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path
     if constants.is_offline_mode():
         raise CheckpointError(not_here(entry, cache_dir=cache_dir))
     try:
-        info = HfApi(token=token).model_info(repo_id, timeout=_ANSWER_S, files_metadata=True)
+        info = _ask(entry, token)
         listed = {file.rfilename for file in info.siblings or ()}
         check_encoder(listed.__contains__, place=repo_id)
         _require_readable(repo_id, "config.json", info=info, token=token)
     except _FAULTS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     _require_space(entry, info, cache_dir=cache_dir)
+
+
+def _ask(entry: ModelEntry, token: str | None) -> ModelInfo:
+    """Returns what the hub says of a repository and its files; raises the library's own errors."""
+    revision = entry.revision or constants.DEFAULT_REVISION
+    return HfApi(token=token).model_info(_repository(entry), revision=revision, timeout=_ANSWER_S, files_metadata=True)
 
 
 def _cached_text_encoder(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:

@@ -65,3 +65,38 @@ async def test_edit_schedules_are_for_flow_models(served: tuple[httpx.AsyncClien
         reply = await vary(client, path, **fields)
         assert reply.status_code == 422
         assert reply.json()["detail"][0]["loc"] == ["body", "edit_schedule"]
+
+
+async def test_noise_levels_reach_the_model_they_are_for(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
+    client, backend = served
+    options = {"sigma_min": 0.03, "sigma_max": 80, "rho": 2, "sampler_type": "k-heun", "scale_phi": 0.4}
+    body = {"prompt": "x", "duration": 1, "sampler_kwargs": options}
+    assert (await client.post("/v1/audio/generations", json=body)).status_code == 200
+    asked = backend.last
+    assert (asked.sigma_min, asked.sigma_max, asked.rho, asked.sampler) == (0.03, 80.0, 2.0, "k-heun")
+    body["model"] = "flow"
+    body["sampler_kwargs"] = {"sigma_min": 0.03, "sampler_type": "euler"}
+    assert (await client.post("/v1/audio/generations", json=body)).status_code == 200
+    assert backend.last.sigma_min is None
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/generations", "/jobs"])
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"apg_scale": 1}, "apg_scale"),
+        ({"sampler_kwargs": {"cfg_norm_threshold": 2}}, "sampler_kwargs"),
+        ({"sampler_kwargs": {"sigma_min": 0}}, "sampler_kwargs"),
+        ({"sampler_kwargs": {"sigma_max": 1e9}}, "sampler_kwargs"),
+        ({"sampler_kwargs": {"sigma_min": 5, "sigma_max": 5}}, "sampler_kwargs"),
+        ({"sampler_kwargs": {"rho": -1}}, "sampler_kwargs"),
+        ({"sampler_kwargs": {"sampler_type": "k-dpm-adaptive"}}, "sampler_kwargs"),
+        ({"sampler_kwargs": {"sampler_type": "pingpong"}}, "sampler_kwargs"),
+    ],
+)
+async def test_what_the_family_cannot_do_is_refused_by_name(
+    served: tuple[httpx.AsyncClient, ToneBackend], path: str, fields: dict[str, object], field: str
+) -> None:
+    reply = await served[0].post(path, json={"prompt": "x", "duration": 1, **fields})
+    assert reply.status_code == 422, reply.text
+    assert reply.json()["detail"][0]["loc"] == ["body", field]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.goldens import SA3_GOLDENS
+from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 from tests.models.hub import COMMIT, Repo, checkpoint_files, hub_environment, running_hub, silent_hub
 
 pytestmark = pytest.mark.slow
@@ -226,3 +226,59 @@ def test_a_disk_that_fills_while_files_arrive_is_named(tmp_path: Path, tiny_disk
         message = download(tmp_path, endpoint=hub.url, HF_HOME=str(tiny_disk))["message"]
     assert message.startswith(f"lab/model could not be stored in {tiny_disk / 'hub'}: ")
     assert "No space left" in message
+
+
+OPEN = OPEN_GOLDENS / "tiny-small"
+T5_REPO = "google-t5/t5-base"
+LOAD = """
+import json, sys
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.download import check_access
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import resolve_entry
+entry = resolve_entry("open", **json.loads(sys.argv[1]))
+for action in (check_access, load_model):
+    try:
+        print(json.dumps({"family": getattr(action(entry), "spec", None) and "loaded"}))
+    except CheckpointError as error:
+        print(json.dumps({"message": error.message}))
+"""
+
+
+def load_open(tmp_path: Path, endpoint: str, **entry: str) -> list[dict[str, str]]:
+    """What the check before the start and the loading itself give."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(entry)],
+        env=hub_environment(endpoint, tmp_path / "hub"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("place", ["repository", "folder"])
+def test_a_text_encoder_with_a_repository_of_its_own_is_fetched_once_and_named_when_absent(
+    tmp_path: Path, place: str
+) -> None:
+    files = {path: content for path, content in checkpoint_files(OPEN).items() if not path.startswith("t5/")}
+    encoder = {
+        path.removeprefix("t5/"): data for path, data in checkpoint_files(OPEN).items() if path.startswith("t5/")
+    }
+    entry = {"repo_id": "lab/open"}
+    if place == "folder":
+        entry = {"path": str(tmp_path / "open")}
+        for path, data in files.items():
+            (tmp_path / "open" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "open" / path).write_bytes(data)
+    with running_hub({"lab/open": Repo(files)}) as hub:
+        for result in load_open(tmp_path, hub.url, **entry):
+            assert T5_REPO in result["message"]
+            assert "\n" not in result["message"]
+    with running_hub({"lab/open": Repo(files), T5_REPO: Repo(encoder | {"tf_model.h5": b"not needed"})}) as hub:
+        assert load_open(tmp_path, hub.url, **entry) == [{"family": None}, {"family": "loaded"}]
+        assert not [path for path in hub.fetched if "tf_model" in path]
+        asked = hub.requests
+        assert load_open(tmp_path, hub.url, **entry) == [{"family": None}, {"family": "loaded"}]
+        assert hub.requests == asked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +13,26 @@ from fastapi.exceptions import RequestValidationError
 
 from stable_audio_serve.api.native.schemas import Controls, VariationForm, check_sampler_kwargs
 from stable_audio_serve.api.service import resolve_seed
-from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
+from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import ApiSettings
 
 log = structlog.get_logger("stable_audio_serve.api")
+
+# Numbers in `sampler_kwargs`: the request's field and its range. A threshold that Stable Audio Open does not know must
+# be 0 there; noise levels are its own.
+_RESCALE = {"scale_phi": ("cfg_rescale", 0.0, 1.0)}
+_OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
+    False: {**_RESCALE, "cfg_norm_threshold": ("cfg_norm_threshold", 0.0, 1e6)},
+    True: {
+        **_RESCALE,
+        "cfg_norm_threshold": ("cfg_norm_threshold", 0.0, 0.0),
+        "sigma_min": ("sigma_min", 1e-4, 1e4),
+        "sigma_max": ("sigma_max", 1e-4, 1e4),
+        "rho": ("rho", 0.01, 100.0),
+    },
+}
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
@@ -61,7 +77,11 @@ def to_request(
         )
         if value > limit
     ]
-    sampler, scale_phi, norm_threshold = _sampler_options(sampler_kwargs, card, faults=faults)
+    sampling = _sampler_options(sampler_kwargs, card, faults=faults)
+    apg_scale = fields.apg_scale if "apg_scale" in given else None
+    if apg_scale and card.family == OPEN_FAMILY:
+        message = f"apg_scale must be 0 or unset: the model {card.name} has plain guidance only"
+        faults.append(_fault("apg_scale", message, value=apg_scale))
     if faults:
         raise RequestValidationError(faults)
     request = GenerationRequest(
@@ -72,15 +92,13 @@ def to_request(
         batch_size=fields.batch_size,
         steps=steps,
         cfg_scale=fields.cfg_scale if "cfg_scale" in given else None,
-        sampler=sampler,
-        apg_scale=fields.apg_scale if "apg_scale" in given else None,
-        cfg_rescale=scale_phi,
-        cfg_norm_threshold=norm_threshold,
+        apg_scale=apg_scale,
         duration_padding_s=fields.duration_padding_sec if "duration_padding_sec" in given else None,
         chunked_decode=fields.chunked_decode,
         deadline_s=fields.deadline_s,
         priority=fields.priority,
         request_id=request_id,
+        **sampling,
     )
     return card, request
 
@@ -97,29 +115,33 @@ def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCa
     return replace(generation, init_noise_level=level, edit_schedule=form.edit_schedule)
 
 
-def _sampler_options(
-    values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]
-) -> tuple[str | None, float, float]:
-    """Returns the three supported options; adds what is wrong with them to `faults`, ignores other keys."""
+def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the fields of the request that stand in `sampler_kwargs`; adds what is wrong with them to `faults`.
+
+    Keys that the model has no use for are ignored, as the original ignores them.
+    """
     values = {key: value for key, value in values.items() if value is not None}
+    chosen: dict[str, Any] = {}
     sampler = values.pop("sampler_type", None)
-    scale_phi = values.pop("scale_phi", 0.0)
-    norm_threshold = values.pop("cfg_norm_threshold", 0.0)
-    if values:
-        log.info("sampler_kwargs ignored", keys=sorted(key[:50] for key in values)[:20])
     if sampler is not None and (not isinstance(sampler, str) or sampler.strip() not in card.samplers):
         message = f"sampler_kwargs.sampler_type must be one of {', '.join(card.samplers)} for the model {card.name}"
         faults.append(_fault("sampler_kwargs", message, value=sampler))
-    if not _is_number(scale_phi) or not 0 <= scale_phi <= 1:
-        faults.append(
-            _fault("sampler_kwargs", "sampler_kwargs.scale_phi must be a number from 0 to 1", value=scale_phi)
-        )
-    if not _is_number(norm_threshold) or not 0 <= norm_threshold <= 1e6:
-        message = "sampler_kwargs.cfg_norm_threshold must be a number from 0 to 1e6"
-        faults.append(_fault("sampler_kwargs", message, value=norm_threshold))
-    if faults:
-        return None, 0.0, 0.0
-    return sampler.strip() if sampler else None, float(scale_phi), float(norm_threshold)
+    elif sampler is not None:
+        chosen["sampler"] = sampler.strip()
+    for key, (field, low, high) in _OPTIONS[card.family == OPEN_FAMILY].items():
+        value = values.pop(key, None)
+        if value is None:
+            continue
+        if _is_number(value) and low <= value <= high:
+            chosen[field] = float(value)
+        else:
+            message = f"sampler_kwargs.{key} must be a number from {low:g} to {high:g}"
+            faults.append(_fault("sampler_kwargs", message, value=value))
+    if chosen.get("sigma_min", 0.0) >= chosen.get("sigma_max", math.inf):
+        faults.append(_fault("sampler_kwargs", "sampler_kwargs.sigma_min must be below sigma_max", value=values))
+    if values:
+        log.info("sampler_kwargs ignored", keys=sorted(key[:50] for key in values)[:20])
+    return chosen
 
 
 def _is_number(value: object) -> bool:

@@ -104,7 +104,8 @@ class GenerationBody(Controls):
 
     sampler_kwargs: Annotated[dict[str, Any], AfterValidator(check_sampler_kwargs)] = Field(
         default_factory=dict,
-        description="Honoured: sampler_type, scale_phi, cfg_norm_threshold. Others are ignored.",
+        description="Honoured: sampler_type, scale_phi, cfg_norm_threshold; by Stable Audio Open also sigma_min, "
+        "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
     )
 

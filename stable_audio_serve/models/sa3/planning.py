@@ -37,6 +37,9 @@ def plan_rows(
     does not fit is cut). Raises InvalidRequestError naming the field.
     """
     check_request(request)
+    for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
+        if level is not None:
+            raise InvalidRequestError(f"{field} has no meaning for {spec.card.name}", field=field, allowed="unset")
     if not 0 <= request.init_noise_level <= 1:
         raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
     length = _plan_length(request, config, spec=spec, frames=frames)
