@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     settings = CaseSettings(options.model, options.device, options.mode, options.threads, options.rounds)
     wanted = tuple(_CASES) if options.case == "all" else (options.case,)
-    for name in ("engine",) if options.engine_only else wanted:
+    for name in ("engine", "open") if options.engine_only else wanted:
         print(f"\n{name}")
         print(format_table(_CASES[name](settings, options.out)))
 
@@ -48,6 +48,24 @@ def run_engine(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def run_open(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """The same for Stable Audio Open, and the share of noise in a long request."""
+    from benchmarks.open_case import run_open_case
+
+    results = asyncio.run(run_open_case(settings))
+    path = _write(out, "open", settings=settings, results=results)
+    return [
+        {
+            "mode": results["mode"],
+            "throughput_ratio": results["throughput_ratio"],
+            "mean_latency_ratio": results["mean_latency_ratio"],
+            "largest_difference": f"{results['largest_difference']:.1e}",
+            "noise_share": f"{results['worst_noise_share']:.4f}",
+            "file": path,
+        }
+    ]
 
 
 def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
@@ -193,6 +211,7 @@ def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]
 
 _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "engine": run_engine,
+    "open": run_open,
     "http": run_http,
     "overhead": run_overhead,
     "uploads": run_uploads,

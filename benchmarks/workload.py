@@ -83,21 +83,23 @@ def poisson_arrivals(*, rate_hz: float, count: int, seed: int) -> list[float]:
 
 def eight_mixed_requests(spec: ModelSpec) -> list[GenerationRequest]:
     """Eight requests that differ in length, steps, sampler, guidance, source and mask, scaled to the model."""
+    first, second = ("euler", "dpmpp") if "euler" in spec.card.samplers else ("k-heun", "dpmpp-2m-sde")
+    level = spec.card.noise_level(0.6, sampler=None)
     longest_s = min(spec.card.max_duration_s, 30.0)
     clip = _noise_clip(spec, duration_s=longest_s / 4)
     fields: Sequence[dict[str, object]] = (
         {"duration_s": longest_s / 16},
-        {"duration_s": longest_s / 2, "sampler": "euler", "steps": 10},
+        {"duration_s": longest_s / 2, "sampler": first, "steps": 10},
         {"duration_s": longest_s / 4, "cfg_scale": 3.0, "negative_prompt": "noise"},
-        {"duration_s": longest_s / 8, "sampler": "dpmpp", "steps": 16},
-        {"duration_s": longest_s / 4, "init_audio": clip, "init_noise_level": 0.6},
+        {"duration_s": longest_s / 8, "sampler": second, "steps": 16},
+        {"duration_s": longest_s / 4, "init_audio": clip, "init_noise_level": level},
         {
             "duration_s": longest_s / 4,
             "inpaint_audio": clip,
             "inpaint_regions_s": ((longest_s / 16, longest_s / 8),),
         },
         {"duration_s": longest_s, "steps": 6},
-        {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": "euler"},
+        {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": first},
     )
     return [
         GenerationRequest(prompt=PROMPTS[7 * index], seed=index, **{"steps": 8, **field})  # type: ignore[arg-type]

@@ -163,29 +163,34 @@ def describe_entry(entry: ModelEntry) -> ModelEntry:
     if entry.folder is None:
         return entry
     config = read_config(Path(entry.folder))
-    card = _open_card(entry, config) if is_open_family(config) else _sa3_card(entry, config)
+    describe = open_card if is_open_family(config) else _sa3_card
+    card = describe(entry.card, config, cap_s=entry.cap_s)
     if entry.card.name not in BUILT_IN:
         steps, cfg_scale = OBJECTIVE_DEFAULTS[card.objective]
         card = replace(card, default_steps=steps, default_cfg_scale=cfg_scale)
     return replace(entry, card=card)
 
 
-def _sa3_card(entry: ModelEntry, config: ConfigReader) -> ModelCard:
+def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
     rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
     longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) / rate
     model = config.section("model")
     return replace(
-        entry.card,
+        card,
         family=SA3_FAMILY,
         sample_rate_hz=rate,
-        channels=config.integer("audio_channels", default=entry.card.channels),
+        channels=config.integer("audio_channels", default=card.channels),
         latent_channels=model.integer("io_channels"),
         objective=model.section("diffusion").choice("diffusion_objective", ("rf_denoiser", "rectified_flow")),
-        max_duration_s=min(entry.cap_s or longest_s, longest_s),
+        max_duration_s=min(cap_s or longest_s, longest_s),
     )
 
 
-def _open_card(entry: ModelEntry, config: ConfigReader) -> ModelCard:
+def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
+    """Returns the card with what the config of a Stable Audio Open checkpoint says; `cap_s` is a lower cap, if any.
+
+    Raises CheckpointError naming the key that cannot be used.
+    """
     rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
     model = config.section("model")
     hop = model.section("pretransform").section("config").integer("downsampling_ratio")
@@ -193,13 +198,13 @@ def _open_card(entry: ModelEntry, config: ConfigReader) -> ModelCard:
     objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS), default="v")
     ids = [item.text("id") for item in model.section("conditioning").sections("configs")]
     return replace(
-        entry.card,
+        card,
         family=OPEN_FAMILY,
         sample_rate_hz=rate,
-        channels=config.integer("audio_channels", default=entry.card.channels),
+        channels=config.integer("audio_channels", default=card.channels),
         latent_channels=model.integer("io_channels"),
         objective=objective,
-        max_duration_s=min(entry.cap_s or longest_s, longest_s),
+        max_duration_s=min(cap_s or longest_s, longest_s),
         default_duration_padding_s=0.0,  # the window is always made as a whole
         samplers=V_SAMPLERS if objective == "v" else FLOW_SAMPLERS,
         conditions_on_start="seconds_start" in ids,

@@ -14,9 +14,9 @@ from stable_audio_serve.models.sao.conditioners import NumberConditioner, Prompt
 from stable_audio_serve.models.sao.config import SaoConfig, parse_config
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
+from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.weights import assign_weights, read_weights
 from tests.goldens import load_open_goldens
-from tests.models.sao.published import OPEN_1_0, OPEN_SMALL
 from tests.models.sao.tiny import AUTOENCODER, DENOISER, TINY
 
 

@@ -9,10 +9,10 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sao.network_config import DenoiserConfig, parse_denoiser
+from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.weights import assign_weights
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from tests.goldens import load_open_goldens
-from tests.models.sao.published import OPEN_1_0, OPEN_SMALL
 from tests.models.sao.tiny import DENOISER, TINY, load_denoiser, model_values, weights_of
 
 TOLERANCE = 2e-5

@@ -11,9 +11,9 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.network_config import OobleckConfig
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
+from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.windows import halo_windows
-from tests.models.sao.published import OPEN_1_0, OPEN_SMALL
 from tests.models.sao.tiny import TINY, load_autoencoder
 
 SMALL = load_autoencoder("tiny-1.0").config
