@@ -47,6 +47,14 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int, list[int]]:
+    """Returns the indices of the lanes of each padded length, in the order given."""
+    groups: dict[int, list[int]] = {}
+    for i, lane in enumerate(lanes):
+        groups.setdefault(padded(lane.frames), []).append(i)
+    return groups
+
+
 @dataclass(frozen=True, slots=True)
 class OneRowPerCall:
     """Strict mode on a CPU: a call's shape depends only on its row and the grid."""
@@ -73,10 +81,7 @@ class FixedSlots:
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
         """Lanes fill the calls of their padded length in the order given."""
         calls: list[Call] = []
-        by_length: dict[int, list[int]] = {}
-        for i, lane in enumerate(lanes):
-            by_length.setdefault(self.padded(lane.frames), []).append(i)
-        for frames, members in by_length.items():
+        for frames, members in _by_length(lanes, self.padded).items():
             group: list[int] = []
             used = 0
             for i in members:
@@ -109,9 +114,7 @@ class MergedGrid:
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
         """Returns the split with the least predicted time; lanes of equal padded length share a call."""
-        by_length: dict[int, list[int]] = {}
-        for i, lane in enumerate(lanes):
-            by_length.setdefault(self.padded(lane.frames), []).append(i)
+        by_length = _by_length(lanes, self.padded)
         lengths = sorted(by_length)
         rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
         # best[stop] = (least predicted ms for the first `stop` lengths, where the last call of that split begins)
@@ -136,3 +139,23 @@ class MergedGrid:
 
     def padded(self, frames: int) -> int:
         return round_up(frames, self.grid)
+
+
+@dataclass(frozen=True, slots=True)
+class EqualLengths:
+    """Fast mode for a network that knows no invalid frames: only rows of one length share a call, without padding.
+
+    `knee_tokens` as in MergedGrid.
+    """
+
+    knee_tokens: Callable[[int], float]
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        groups = _by_length(lanes, self.padded)
+        return [Call(tuple(i), sum(lanes[j].branches for j in i), frames) for frames, i in groups.items()]
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return max(branches, int(self.knee_tokens(frames) / frames))
+
+    def padded(self, frames: int) -> int:
+        return frames

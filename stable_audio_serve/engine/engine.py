@@ -27,7 +27,7 @@ from stable_audio_serve.core.generation import (
 )
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.batching import BatchPolicy, FixedSlots, MergedGrid, OneRowPerCall
+from stable_audio_serve.engine.batching import BatchPolicy, EqualLengths, FixedSlots, MergedGrid, OneRowPerCall
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
@@ -83,7 +83,7 @@ class Engine:
             for priority in get_args(Priority)
         }
         cost = CostModel()
-        policy = policy or resolve_policy(options, model.device, cost=cost)
+        policy = policy or resolve_policy(options, model.device, cost=cost, pads_rows=model.spec.pads_rows)
         # In strict mode each window is a separate call, so several between two steps would gain nothing.
         self._window_frames = 1 if self.mode == "strict" else options.window_frames
         self._predictor = Predictor(cost, policy, window_frames=self._window_frames)
@@ -277,14 +277,19 @@ def resolve_mode(options: EngineOptions, device: torch.device) -> Mode:
     return options.mode or ("strict" if device.type == "cpu" else "fast")
 
 
-def resolve_policy(options: EngineOptions, device: torch.device, *, cost: CostModel) -> BatchPolicy:
-    """Returns how steps are split into device calls in this mode on this device."""
+def resolve_policy(
+    options: EngineOptions, device: torch.device, *, cost: CostModel, pads_rows: bool = True
+) -> BatchPolicy:
+    """Returns how steps are split into device calls in this mode on this device; `pads_rows` as in ModelSpec."""
     on_cpu = device.type == "cpu"
-    grid = options.frame_grid or (1 if on_cpu else 64)
+    grid = (options.frame_grid or (1 if on_cpu else 64)) if pads_rows else 1
     if resolve_mode(options, device) == "fast":
+        knee_tokens = partial(cost.knee_tokens, fixed_share=options.fixed_share)
+        if not pads_rows:
+            return EqualLengths(knee_tokens)
         return MergedGrid(
             call_ms=lambda rows, frames: cost.call_ms("denoise", rows=rows, frames=frames),
-            knee_tokens=partial(cost.knee_tokens, fixed_share=options.fixed_share),
+            knee_tokens=knee_tokens,
             grid=grid,
         )
     return OneRowPerCall(grid) if on_cpu else FixedSlots(options.slots, grid)

@@ -29,6 +29,7 @@ class ModelSpec:
     max_frames: int  # latent frames of the longest window, headroom included
     default_sampler: str
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
+    pads_rows: bool = True  # the network leaves invalid frames out; otherwise rows of equal length only share a call
 
 
 @dataclass(frozen=True, slots=True)

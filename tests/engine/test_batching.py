@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.engine.batching import BatchPolicy, FixedSlots, Lane, MergedGrid, OneRowPerCall
+from stable_audio_serve.engine.batching import BatchPolicy, EqualLengths, FixedSlots, Lane, MergedGrid, OneRowPerCall
+from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.engine import resolve_policy
+from stable_audio_serve.engine.options import EngineOptions, Mode
 
 POLICIES: dict[str, Callable[[], BatchPolicy]] = {
     "one row": lambda: OneRowPerCall(),
@@ -16,6 +20,7 @@ POLICIES: dict[str, Callable[[], BatchPolicy]] = {
     "merged": lambda: MergedGrid(
         call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000
     ),
+    "equal lengths": lambda: EqualLengths(knee_tokens=lambda frames: 1000),
 }
 lanes = st.lists(
     st.builds(Lane, branches=st.sampled_from([1, 2]), frames=st.integers(1, 2000)), min_size=1, max_size=12
@@ -55,3 +60,18 @@ def test_similar_lengths_merge_and_unlike_ones_do_not() -> None:
     policy = MergedGrid(call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000)
     calls = policy.split([Lane(1, 100), Lane(1, 1900), Lane(1, 150), Lane(1, 2000)])
     assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 2, 192), ((1, 3), 2, 2048)]
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_of_a_network_without_a_mask_are_never_padded(mode: Mode, device: str) -> None:
+    options = EngineOptions(mode=mode, frame_grid=64)
+    policy = resolve_policy(options, torch.device(device), cost=CostModel(), pads_rows=False)
+    step = [Lane(1, 100), Lane(2, 430), Lane(1, 100), Lane(2, 101)]
+    for call in policy.split(step):
+        assert {step[i].frames for i in call.members} == {call.frames}
+
+
+def test_rows_of_one_length_share_a_call_without_a_mask() -> None:
+    calls = EqualLengths(knee_tokens=lambda frames: 1000).split([Lane(1, 100), Lane(2, 430), Lane(2, 100)])
+    assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 3, 100), ((1,), 2, 430)]

@@ -27,7 +27,8 @@ from stable_audio_serve.models.sao.conditioners import NumberConditioner, Prompt
 from stable_audio_serve.models.sao.config import SaoConfig
 from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning, collate
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
-from stable_audio_serve.models.sao.planning import plan_rows
+from stable_audio_serve.models.sao.planning import Halos, plan_rows
+from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, TimestepShift, shift_from_config
 
@@ -69,6 +70,7 @@ class SaoModel:
         self._spec = spec
         self._device = device
         self._shift = read_shift(config)
+        self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
 
     @property
     def spec(self) -> ModelSpec:
@@ -80,7 +82,7 @@ class SaoModel:
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
-        return plan_rows(request, config=self.config, spec=self._spec, shift=self._shift, frames=frames)
+        return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:

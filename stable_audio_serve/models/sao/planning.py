@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,8 +18,6 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.keep_mask import plan_keep_mask
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
 from stable_audio_serve.models.request_checks import check_request
-from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig
-from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.windows import halo_windows, whole_window
 from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
@@ -32,31 +31,42 @@ SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Halos:
+    """How many latent frames to each side of a frame its audio (`decoder`) and its latent (`encoder`) depend on."""
+
+    decoder: int
+    encoder: int
+
+
 def plan_rows(
-    request: GenerationRequest, *, config: SaoConfig, spec: ModelSpec, shift: TimestepShift, frames: int | None
+    request: GenerationRequest, *, spec: ModelSpec, halos: Halos | None, shift: TimestepShift, frames: int | None
 ) -> tuple[RowPlan, ...]:
     """Returns one plan per variation; they differ in their seed only.
 
-    `shift` is the model's warp of RK4's times, `frames` forces the window's latent length (and lifts the duration's
-    cap). Raises InvalidRequestError naming the field.
+    Without `halos` audio is encoded and decoded in one piece. `shift` is the model's warp of RK4's times, `frames`
+    forces the window's latent length (and lifts the duration's cap). Raises InvalidRequestError naming the field.
     """
     check_request(request)
     _refuse_unsupported(request, spec)
-    output_samples = _output_samples(request, config, spec=spec, forced=frames is not None)
-    frames = config.window_frames if frames is None else frames
+    output_samples = _output_samples(request, spec, forced=frames is not None)
+    frames = spec.max_frames if frames is None else frames
     guidance = Guidance(
         cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
         apg_scale=0.0,
         rescale=request.cfg_rescale,
         interval=request.cfg_interval,
     )
-    sampler = _plan_sampler(request, config, spec=spec, shift=shift, guidance=guidance, frames=frames)
+    sampler = _plan_sampler(request, spec, shift=shift, guidance=guidance, frames=frames)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
-    keep_mask = plan_keep_mask(request, frames=frames, hop=spec.hop, sample_rate_hz=config.sample_rate_hz)
+    keep_mask = plan_keep_mask(request, frames=frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
     numbers, negative_numbers = _numbers(request)
-    halo = None if request.chunked_decode is False else decoder_halo(config.autoencoder)
-    init = _plan_source(request.init_audio, config, frames=frames) if request.init_audio else None
-    inpaint = _plan_source(request.inpaint_audio, config, frames=frames) if request.inpaint_audio else None
+    decode_halo = None if request.chunked_decode is False or halos is None else halos.decoder
+    encode_halo = None if halos is None else halos.encoder
+    init, inpaint = (
+        None if audio is None else _plan_source(audio, spec, frames=frames, halo=encode_halo)
+        for audio in (request.init_audio, request.inpaint_audio)
+    )
     return tuple(
         RowPlan(
             seed=seed,
@@ -72,7 +82,7 @@ def plan_rows(
             init_source=init,
             inpaint_source=inpaint,
             keep_mask=keep_mask,
-            decode_windows=_windows(frames, halo=halo),
+            decode_windows=_windows(frames, halo=decode_halo),
         )
         for seed in request.seeds
     )
@@ -93,7 +103,7 @@ def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
         raise InvalidRequestError(message, field="edit_schedule", allowed="unset")
 
 
-def _output_samples(request: GenerationRequest, config: SaoConfig, *, spec: ModelSpec, forced: bool) -> int:
+def _output_samples(request: GenerationRequest, spec: ModelSpec, *, forced: bool) -> int:
     """Returns the clip's samples, at least one."""
     duration_s, cap_s = request.duration_s, spec.card.max_duration_s
     allowed = f"0..{cap_s:g}"
@@ -102,7 +112,7 @@ def _output_samples(request: GenerationRequest, config: SaoConfig, *, spec: Mode
     if not forced and duration_s > cap_s:
         message = f"duration must be at most {cap_s:g} s for {spec.card.name}, got {duration_s:g}"
         raise InvalidRequestError(message, field="duration", allowed=allowed)
-    return max(int(duration_s * config.sample_rate_hz), 1)
+    return max(int(duration_s * spec.card.sample_rate_hz), 1)
 
 
 def _numbers(request: GenerationRequest) -> tuple[Mapping[str, float], Mapping[str, float]]:
@@ -116,17 +126,16 @@ def _numbers(request: GenerationRequest) -> tuple[Mapping[str, float], Mapping[s
 
 def _plan_sampler(
     request: GenerationRequest,
-    config: SaoConfig,
-    *,
     spec: ModelSpec,
+    *,
     shift: TimestepShift,
     guidance: Guidance,
     frames: int,
 ) -> SamplerPlan:
     steps = spec.card.default_steps if request.steps is None else request.steps
-    sampler = request.sampler or OBJECTIVE_SAMPLERS[config.objective]
+    sampler = request.sampler or spec.default_sampler
     has_source = request.init_audio is not None
-    if config.objective == "v":
+    if spec.card.objective == "v":
         span = _sigma_range(request, over_time=sampler in OVER_TIME)
         plan, path = build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source), v_path(sampler)
     else:
@@ -168,15 +177,15 @@ def _share(level: float) -> float:
     return level
 
 
-def _plan_source(audio: SourceAudio, config: SaoConfig, *, frames: int) -> SourcePlan:
+def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None) -> SourcePlan:
     """Returns source audio at the model's rate and channels, exactly as long as the window."""
     samples = prepare_source(
         audio,
-        sample_rate_hz=config.sample_rate_hz,
-        channels=config.autoencoder.channels,
-        num_samples=frames * config.autoencoder.hop,
+        sample_rate_hz=spec.card.sample_rate_hz,
+        channels=spec.card.channels,
+        num_samples=frames * spec.hop,
     )
-    return SourcePlan(samples=samples, windows=_windows(frames, halo=encoder_halo(config.autoencoder)))
+    return SourcePlan(samples=samples, windows=_windows(frames, halo=halo))
 
 
 def _windows(frames: int, *, halo: int | None) -> tuple[WindowSpan, ...]:
