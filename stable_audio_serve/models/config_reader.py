@@ -20,12 +20,14 @@ MAX_SAMPLES = 2**40
 class ConfigReader:
     """A JSON object and its place in the file. Every getter raises CheckpointError naming the key.
 
-    A getter without `default` requires the key; an explicit null counts as absent.
+    A getter without `default` requires the key; an explicit null counts as absent. All readers of a file remember
+    together which keys were read, so that `refuse_unread` can tell what nobody has looked at.
     """
 
-    def __init__(self, values: Mapping[str, Any], *, path: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], *, path: str = "", seen: set[str] | None = None) -> None:
         self._values = values
         self._path = path
+        self._seen: set[str] = set() if seen is None else seen
 
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
@@ -35,14 +37,14 @@ class ConfigReader:
         value = self._get(key, {} if optional else None)
         if not isinstance(value, Mapping):
             raise self.unusable(key, "an object")
-        return ConfigReader(value, path=self.name(key))
+        return ConfigReader(value, path=self.name(key), seen=self._seen)
 
     def sections(self, key: str) -> list[ConfigReader]:
         """Returns the objects in the list under `key`."""
         value = self._get(key, None)
         if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
             raise self.unusable(key, "a list of objects")
-        return [ConfigReader(item, path=f"{self.name(key)}[{i}]") for i, item in enumerate(value)]
+        return [ConfigReader(item, path=f"{self.name(key)}[{i}]", seen=self._seen) for i, item in enumerate(value)]
 
     def integer(self, key: str, *, default: int | None = None, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
         """Returns a whole number from `at_least` to `at_most`."""
@@ -96,14 +98,41 @@ class ConfigReader:
 
     def plain(self, key: str) -> Mapping[str, Any] | None:
         """Returns the object under `key` unchanged, or None."""
+        self._seen |= {self.name(key), self.name(key) + ".*"}
         return self.section(key)._values if key in self else None
 
     def require(self, **supported: Any) -> None:
         """Raise CheckpointError for a key whose value differs from the only supported one; an absent key passes."""
         for key, value in supported.items():
+            self._seen.add(self.name(key))
             if key in self and self._values[key] != value:
                 found, only = json.dumps(self._values[key], default=str)[:80], json.dumps(value)
                 raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
+
+    def refuse_unread(self, *, inert: Collection[str]) -> None:
+        """Refuse the first key of this object and of all within it that no getter has asked for.
+
+        `inert` names keys, at any depth, that change nothing at inference whatever they hold.
+        """
+        for key, value in self._values.items():
+            if value is None or key in inert:
+                continue
+            if self.name(key) not in self._seen:
+                raise CheckpointError(
+                    f"{CONFIG_FILE}: {self.name(key)} is not known here, so the model it asks for might be another one"
+                )
+            for reader in self._within(key):
+                reader.refuse_unread(inert=inert)
+
+    def _within(self, key: str) -> list[ConfigReader]:
+        """Returns readers of the objects under `key`, but for an object that was taken as it is."""
+        value = self._values[key]
+        if self.name(key) + ".*" in self._seen:
+            return []
+        if isinstance(value, Mapping):
+            return [self.section(key)]
+        is_list = isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)
+        return self.sections(key) if is_list else []
 
     def refuse_unknown(self, known: Collection[str]) -> None:
         """Refuse the first key with a value that is not in `known`."""
@@ -121,6 +150,7 @@ class ConfigReader:
         return f"{self._path}.{key}" if self._path else key
 
     def _get(self, key: str, default: Any) -> Any:
+        self._seen.add(self.name(key))
         value = self._values.get(key)
         if value is not None:
             return value

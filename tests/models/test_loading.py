@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
+from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models import families
 from stable_audio_serve.models.families import load_model, resolve_device
 from stable_audio_serve.models.registry import ModelEntry, resolve_entry
@@ -304,3 +305,75 @@ def test_a_downloaded_model_has_the_defaults_that_its_entry_told_clients(monkeyp
     card = load_model(entry).spec.card
     assert (card.default_steps, card.default_cfg_scale) == (entry.card.default_steps, entry.card.default_cfg_scale)
     assert card.max_duration_s == load_model(resolve_entry("mine", path=str(base))).spec.card.max_duration_s
+
+
+@pytest.mark.parametrize("key", ["mask_padding_attention", "use_effective_length_for_schedule"])
+@pytest.mark.parametrize("value", [False, ...])
+def test_padding_is_masked_and_schedules_see_the_clip_whatever_the_config_says(
+    folder: Path, key: str, value: Any
+) -> None:
+    configure(folder, f"model.diffusion.{key}", value)
+    request = GenerationRequest(prompt="rain", duration_s=0.5, seed=1, duration_padding_s=0.1)
+    plan, usual = load(folder).plan(request)[0], loaded("sharp-s").plan(request)[0]
+    assert (plan.frames, plan.valid_frames, plan.sampler) == (usual.frames, usual.valid_frames, usual.sampler)
+    assert plan.valid_frames < plan.frames
+
+
+def test_a_text_encoder_without_a_length_reads_128_tokens(folder: Path) -> None:
+    configure(folder, "model.conditioning.configs.0.config.max_length", ...)
+    assert load(folder).text.max_length == 128
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.diffusion.config.ff_kwargs.sinusoidal", True),
+        ("model.diffusion.config.attn_kwargs.qk_norm_eps", 1e-5),
+        ("model.pretransform.config.soft_clip", True),
+        ("model.pretransform.config.decoder.config.soft_clip", True),
+        ("model.pretransform.config.pretransform.config.oversampling", 2),
+        ("sample_sizes", 5),
+        ("model.invented", {"a": 1}),
+        ("model.pretransform.latent_rate", 3),
+        ("model.pretransform.config.encoder.config.resampler", "linear"),
+        ("model.pretransform.config.bottleneck.config.temperature", 0.5),
+        ("model.conditioning.configs.0.config.suffix", "!"),
+        ("model.conditioning.configs.1.config.log_scale", True),
+        ("model.diffusion.config.norm_kwargs.bias", True),
+        ("model.diffusion.config.attn_kwargs.softcap", 50.0),
+    ],
+)
+def test_keys_that_ask_for_another_model_are_refused_by_name(folder: Path, path: str, value: Any) -> None:
+    (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
+    configure(folder, path, value)
+    named = path.replace("configs.0", "configs[0]").replace("configs.1", "configs[1]")
+    assert f"model_config.json: {named} " in failure(folder)
+
+
+def with_sections(folder: Path, path: str) -> Any:
+    """The config, with empty objects where the path leads through nothing."""
+    config = json.loads((folder / "model_config.json").read_text())
+    place = config
+    for part in path.split(".")[:-1]:
+        place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training", {"learning_rate": 1e-4, "demo": {"every": 1000}}),
+        ("dataset", {"type": "dirs"}),
+        ("model.pretransform.config.encoder.config.use_snake", True),
+        ("model.pretransform.config.decoder.config.enable_inner_layer_dropout", True),
+        ("model.pretransform.scale", 2.0),
+        ("model.pretransform.config.encoder.config.extra", None),
+        ("model.diffusion.config.attn_kwargs.dropout", 0.1),
+        ("model.conditioning.default_keys", {"seconds_start": "seconds_total"}),
+        ("model.conditioning.configs.0.config.repo_id", "lab/other"),
+    ],
+)
+def test_keys_that_change_nothing_pass(folder: Path, path: str, value: Any) -> None:
+    (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
+    configure(folder, path, value)
+    load(folder)

@@ -89,6 +89,7 @@ class AudioAutoencoder(nn.Module):
         self.encoder = cast("Encoder", build_part("encoder", config.section("encoder")))
         self.decoder = cast("Decoder", build_part("decoder", config.section("decoder")))
         self.bottleneck = cast("Bottleneck", build_part("bottleneck", config.section("bottleneck")))
+        config.require(soft_clip=False)
         self.channels = config.integer("io_channels", default=2)
         self.latent_channels = config.integer("latent_dim")
         self.hop = config.integer("downsampling_ratio")
@@ -125,6 +126,7 @@ class AudioAutoencoder(nn.Module):
 @register_part("pretransform", "patched")
 def build_patched(config: ConfigReader) -> Patched:
     """From the innermost `pretransform.config` section."""
+    config.require(oversampling=1)
     return Patched(config.integer("channels"), config.integer("patch_size"))
 
 

@@ -19,7 +19,7 @@ from stable_audio_serve.models.sa3.conditioners import (
     PromptConditioner,
     load_text_encoder,
 )
-from stable_audio_serve.models.sa3.config import Sa3Config, parse_config
+from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_config
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -40,7 +40,8 @@ def load_sa3(
     Raises CheckpointError naming the file or key that does not fit.
     """
     require_exact_float32()
-    config = parse_config(read_config(folder))
+    reader = read_config(folder)
+    config = parse_config(reader)
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device)
     try:
@@ -48,6 +49,7 @@ def load_sa3(
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
+    reader.refuse_unread(inert=INERT_KEYS)
     assign_weights(checkpoint_modules(components, config), read_weights(weights_file), source=weights_file)
     cast_network(components.denoiser, dtype)
     for module in components.modules:

@@ -1,6 +1,7 @@
 """A checkpoint's `model_config.json` as frozen values: every dimension of the networks comes from here.
 
-A missing key means the reference constructor's default. A value that would need another network is refused by name.
+A missing key means the reference constructor's default. A value that would need another network is refused by name,
+and so is a key that neither the networks nor `INERT_KEYS` know.
 """
 
 from __future__ import annotations
@@ -17,6 +18,23 @@ from stable_audio_serve.models.frame_conditioners import (
     frame_conditioner_types,
 )
 from stable_audio_serve.models.sa3.lengths import LengthRule
+
+# Keys that change nothing at inference, at any depth, whatever they hold.
+INERT_KEYS = frozenset(
+    {
+        # how the weights came to be
+        *("training", "dataset", "svd_bases_path", "distribution_shift_options", "pre_encoded_keys", "checkpointing"),
+        *("requires_grad", "enable_grad", "freeze", "freeze_backbone", "zero_init_branch_outputs", "zero_init_output"),
+        *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
+        # how the reference computes: it swallows those of the second line unread, and its latent scale is always 1
+        *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
+        *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
+        # padding is masked, and a schedule sees the clip's own length, whatever these say: as the reference generates
+        *("mask_padding_attention", "use_effective_length_for_schedule"),
+        # where the text encoder lies (`checkpoint_files`), and values for requests that leave a condition out
+        *("model_path", "model_name", "subfolder", "repo_id", "default_keys"),
+    }
+)
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
 MIN_ROTATED = 32  # smallest number of a denoiser head's channels that are rotated by position
@@ -66,6 +84,7 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
         causal=False,
         conformer=False,
         layer_scale=False,
+        remove_norms=False,
         rotary_pos_emb=True,
         use_sinusoidal_emb=False,
         use_abs_pos_emb=False,
@@ -75,7 +94,8 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
     config.choice("norm_type", ("rms_norm",), default="layer_norm")
     attention = config.section("attn_kwargs", optional=True)
     feedforward = config.section("ff_kwargs", optional=True)
-    feedforward.require(glu=True, no_bias=False, use_conv=False)
+    attention.require(qk_norm_eps=1e-6)
+    feedforward.require(glu=True, no_bias=False, use_conv=False, sinusoidal=False)
     width = config.integer("embed_dim", default=768)
     num_heads = config.integer("num_heads", default=8)
     if width % num_heads:
@@ -146,8 +166,6 @@ class Sa3Config:
     context_ids: tuple[str, ...]
     global_ids: tuple[str, ...]
     local_ids: tuple[str, ...]
-    masks_padding: bool
-    effective_length_schedule: bool
     shift: Mapping[str, Any] | None
 
     @property
@@ -181,8 +199,6 @@ def parse_config(config: ConfigReader) -> Sa3Config:
         context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
         global_ids=diffusion.texts("global_cond_ids", default=()),
         local_ids=diffusion.texts("local_add_cond_ids", default=()),
-        masks_padding=diffusion.flag("mask_padding_attention", default=False),
-        effective_length_schedule=diffusion.flag("use_effective_length_for_schedule", default=False),
         shift=diffusion.plain("sampling_distribution_shift_options"),
     )
     _check_widths(parsed, model, diffusion=diffusion)
@@ -230,7 +246,7 @@ def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     return PromptConfig(
         id=item.text("id"),
         width=width,
-        max_length=config.integer("max_length", default=256),
+        max_length=config.integer("max_length", default=128),
         project_out=config.flag("project_out", default=False),
     )
 

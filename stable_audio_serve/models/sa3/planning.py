@@ -60,7 +60,7 @@ def plan_rows(
         RowPlan(
             seed=seed,
             frames=length.frames,
-            valid_frames=length.valid_frames if config.masks_padding else length.frames,
+            valid_frames=length.valid_frames,
             output_samples=length.output_samples,
             prompt=request.prompt,
             negative_prompt=negative,
@@ -102,10 +102,9 @@ def _plan_sampler(
     has_source = request.init_audio is not None
     steps = spec.card.default_steps if request.steps is None else request.steps
     warp = shift_from_override(request.schedule_shift) if request.schedule_shift else shift
-    frames = length.effective_frames if config.effective_length_schedule else length.frames
 
     def build(level: float) -> Tensor:
-        return build_sigmas(steps, warp, length=frames, sigma_max=level)
+        return build_sigmas(steps, warp, length=length.effective_frames, sigma_max=level)
 
     level = max(request.init_noise_level, MIN_NOISE_LEVEL) if has_source else 1.0
     sigmas = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)

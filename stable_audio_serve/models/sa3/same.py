@@ -70,7 +70,7 @@ class SameConfig:
 
 def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
     """Parse an encoder's or decoder's config section. Raises CheckpointError naming the key that cannot be used."""
-    config.require(dyt=True, conformer=False, layer_scale=False)
+    config.require(dyt=True, conformer=False, layer_scale=False, soft_clip=False)
     strides, mults = config.integers("strides"), config.integers("c_mults")
     depths = config.integers("transformer_depths", at_most=MAX_DEPTH)
     for key, values in (("strides", strides), ("transformer_depths", depths), ("c_mults", mults)):

@@ -60,8 +60,6 @@ def measure(model: PlainModel, duration_s: float, padding_s: float) -> Lengths:
     frames = min(wanted, model.config["sample_size"]) // hop
     effective = math.ceil(int(duration_s * rate) / hop)
     valid = min(effective + int(padding_s * rate / hop), frames)
-    if not model.diffusion["mask_padding_attention"]:
-        valid = frames
     return Lengths(frames, valid, effective, min(int(duration_s * rate), frames * hop))
 
 
@@ -171,7 +169,7 @@ class PlainRun:
         options = self.model.diffusion.get("sampling_distribution_shift_options")
         if request.schedule_shift is not None:
             options = {"type": request.schedule_shift.kind, **dict(request.schedule_shift.options)}
-        own = self.length.effective if self.model.diffusion["use_effective_length_for_schedule"] else self.length.frames
+        own = self.length.effective
         if request.edit_schedule == "reference":
             times = make_schedule(options, request.steps or 8, own, sigma_max)
         else:

@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention": {"qk_norm": "dyt", "differential": False},
         "diffusion": {"use_effective_length_for_schedule": False, "diffusion_objective": "rectified_flow"},
     },
-    # Wide sliding windows, sine in all layers but one, attention over padding too.
+    # Wide sliding windows, sine in all layers but one; padding is masked whatever the config says.
     "sliding": {
         "rate": 800, "channels": 2, "latents": 12, "patch": 1, "stride": 16, "max_frames": 170, "text": 16,
         "encoder": {"sliding_window": [1, 1], "transformer_depths": [2], "ff_mult": 2.5},
