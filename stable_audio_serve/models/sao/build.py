@@ -15,8 +15,9 @@ from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner, load_text_encoder
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig, parse_config
 from stable_audio_serve.models.sao.denoiser import Denoiser
-from stable_audio_serve.models.sao.model import SaoComponents, SaoModel, read_shift
+from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
+from stable_audio_serve.models.sao.planning import read_shift
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import (
     assign_weights,
@@ -38,7 +39,7 @@ def load_sao(
     """
     require_exact_float32()
     config = parse_config(read_config(folder))
-    read_shift(config)
+    read_shift(config.shift)
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     try:

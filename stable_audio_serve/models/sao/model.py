@@ -27,10 +27,9 @@ from stable_audio_serve.models.sao.conditioners import NumberConditioner, Prompt
 from stable_audio_serve.models.sao.config import SaoConfig
 from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning, collate
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
-from stable_audio_serve.models.sao.planning import Halos, plan_rows
+from stable_audio_serve.models.sao.planning import Halos, plan_rows, read_shift
 from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.sampling.schedules import CONFIG_KEY, TimestepShift, shift_from_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class SaoModel:
         self.config = config
         self._spec = spec
         self._device = device
-        self._shift = read_shift(config)
+        self._shift = read_shift(config.shift)
         self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
 
     @property
@@ -151,8 +150,3 @@ class SaoModel:
         """Prompt tokens (T, width) and numbers (1, width) each, in the config's order -> (1, T', width)."""
         prompt_id = self.config.prompt.id
         return torch.cat([tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids])[None]
-
-
-def read_shift(config: SaoConfig) -> TimestepShift:
-    """Returns the warp of RK4's times. Raises CheckpointError naming the key that cannot be used."""
-    return shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")

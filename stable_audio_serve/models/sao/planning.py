@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,14 @@ from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
 from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
-from stable_audio_serve.sampling.schedules import MIN_NOISE_LEVEL, TimestepShift, edit_times
+from stable_audio_serve.sampling.schedules import (
+    CONFIG_KEY,
+    MIN_NOISE_LEVEL,
+    NoShift,
+    TimestepShift,
+    edit_times,
+    shift_from_config,
+)
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
 # Noise levels of the published call of the model; half an edit's own level where that is lower.
@@ -37,6 +45,14 @@ class Halos:
 
     decoder: int
     encoder: int
+
+
+def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
+    """Returns the warp of RK4's times that a config names, none without options.
+
+    Raises CheckpointError naming the key that cannot be used.
+    """
+    return NoShift() if options is None else shift_from_config(options, key=f"model.diffusion.{CONFIG_KEY}")
 
 
 def plan_rows(

@@ -54,6 +54,16 @@ def rectified_flow(tmp_path_factory: pytest.TempPathFactory) -> SaoModel:
     return model
 
 
+def test_rk4_takes_even_times_where_the_config_names_no_shift(tmp_path: Path) -> None:
+    folder = with_objective(load_open_goldens("tiny-small").folder, "rectified_flow", target=tmp_path / "checkpoint")
+    values = json.loads((folder / "model_config.json").read_text())
+    del values["model"]["diffusion"]["distribution_shift_options"]
+    (folder / "model_config.json").write_text(json.dumps(values))
+    model = load_model(resolve_entry("flow", path=str(folder)))
+    (plan,) = model.plan(GenerationRequest(prompt="", duration_s=1.0, seed=0, steps=4, sampler="rk4"))
+    assert [evaluation.t for evaluation in plan.sampler.evaluations[::4]] == [1.0, 0.75, 0.5, 0.25]
+
+
 def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
     """A case's rows as requests; their seeds are the rows' numbers."""
     arguments = facts["args"]
