@@ -26,6 +26,8 @@ def check_request(request: GenerationRequest) -> None:
         ("duration_padding_sec", request.duration_padding_s),
         ("seconds_start", request.start_s),
         ("seconds_total", request.conditioned_total_s),
+        ("negative_seconds_start", request.negative_start_s),
+        ("negative_seconds_total", request.negative_total_s),
     ):
         if value is not None and not math.isfinite(value):
             raise InvalidRequestError(f"{field} must be a finite number", field=field)

@@ -32,7 +32,7 @@ class SigmaRange:
 
     def __post_init__(self) -> None:
         allowed = f"{LOWEST_SIGMA:g}..{HIGHEST_SIGMA:g}"
-        for field, value in (("sigma_min", self.sigma_min), ("sigma_max", self.sigma_max)):
+        for field, value in (("sigma_max", self.sigma_max), ("sigma_min", self.sigma_min)):
             if not LOWEST_SIGMA <= value <= HIGHEST_SIGMA:
                 raise InvalidRequestError(f"{field} must be in {allowed}, got {value}", field=field, allowed=allowed)
         if not self.sigma_min < self.sigma_max:

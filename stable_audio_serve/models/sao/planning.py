@@ -163,7 +163,7 @@ def _plan_sampler(
             level = max(_share(request.init_noise_level), MIN_NOISE_LEVEL)
             times = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)
         else:
-            times = build(1.0 if request.sigma_max is None else min(request.sigma_max, 1.0))
+            times = build(_first_time(request.sigma_max))
         plan, path = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source), flow_path
     return plan if request.inpaint_audio is None else blend_plan(plan, path)  # the network knows no mask
 
@@ -181,10 +181,22 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
             raise InvalidRequestError(message, field="init_noise_level", allowed=allowed)
         else:
             highest = level
+            if request.sigma_min is not None and request.sigma_min >= level:
+                message = f"sigma_min must be below the level of the edit, {level:g}, got {request.sigma_min:g}"
+                raise InvalidRequestError(message, field="sigma_min", allowed=f"below {level:g}")
     lowest = request.sigma_min
     if lowest is None or over_time:  # samplers over time do not read it
         lowest = min(SIGMA_MIN, highest * _MIN_SHARE)
     return SigmaRange(lowest, highest, 1.0 if request.rho is None else request.rho)
+
+
+def _first_time(sigma_max: float | None) -> float:
+    """Returns where a flow model's run from pure noise begins; above 1 counts as 1, as in the reference."""
+    time = 1.0 if sigma_max is None else min(sigma_max, 1.0)
+    if not time >= MIN_NOISE_LEVEL:
+        allowed = f"at least {MIN_NOISE_LEVEL:g}"
+        raise InvalidRequestError(f"sigma_max must be {allowed}, got {sigma_max}", field="sigma_max", allowed=allowed)
+    return time
 
 
 def _share(level: float) -> float:
