@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -39,6 +40,115 @@ def shapes_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     }
 
 
+class Published(NamedTuple):
+    """What the published models differ in; `keys` is the width of cross-attention's keys and values."""
+
+    values: dict[str, Any]
+    width: int
+    depth: int
+    head: int
+    keys: int
+    normed_heads: bool
+    numbers: dict[str, int]
+    num_tensors: int
+    num_weights: int
+    frames: int
+
+
+V1 = Published(
+    OPEN_1_0, 1536, 24, 64, 768, False, {"seconds_start": 512, "seconds_total": 512}, 745, 1_213_448_210, 1024
+)
+SMALL = Published(OPEN_SMALL, 1024, 16, 128, 1024, True, {"seconds_total": 256}, 750, 497_239_458, 256)
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def published_shapes(model: Published) -> dict[str, tuple[int, ...]]:
+    """Every key of a published file and its shape, written out as in the description of the format."""
+    return dict([*_denoiser(model), *_numbers(model), *_coder("encoder"), *_coder("decoder")])
+
+
+def _denoiser(model: Published) -> Shapes:
+    w, dk, g = model.width, model.keys, 768 * len(model.numbers)
+    yield DENOISER + "timestep_features.weight", (128, 1)
+    for part, width_in, width in (("timestep", 256, w), ("cond", 768, dk), ("global", g, w)):
+        yield f"{DENOISER}to_{part}_embed.0.weight", (width, width_in)
+        yield f"{DENOISER}to_{part}_embed.2.weight", (width, width)
+    yield DENOISER + "to_timestep_embed.0.bias", (w,)
+    yield DENOISER + "to_timestep_embed.2.bias", (w,)
+    yield DENOISER + "preprocess_conv.weight", (64, 64, 1)
+    yield DENOISER + "postprocess_conv.weight", (64, 64, 1)
+    yield DENOISER + "transformer.project_in.weight", (w, 64)
+    yield DENOISER + "transformer.project_out.weight", (64, w)
+    yield DENOISER + "transformer.rotary_pos_emb.inv_freq", (model.head // 4,)
+    for number in range(model.depth):
+        layer = f"{DENOISER}transformer.layers.{number}."
+        for norm in ("pre_norm", "cross_attend_norm", "ff_norm"):
+            yield f"{layer}{norm}.gamma", (w,)
+            yield f"{layer}{norm}.beta", (w,)
+        yield layer + "self_attn.to_qkv.weight", (3 * w, w)
+        yield layer + "self_attn.to_out.weight", (w, w)
+        yield layer + "cross_attn.to_q.weight", (w, w)
+        yield layer + "cross_attn.to_kv.weight", (2 * dk, dk)
+        yield layer + "cross_attn.to_out.weight", (w, w)
+        for attention in ("self_attn", "cross_attn") if model.normed_heads else ():
+            for norm in ("q_norm", "k_norm"):
+                yield f"{layer}{attention}.{norm}.weight", (model.head,)
+                yield f"{layer}{attention}.{norm}.bias", (model.head,)
+        yield layer + "ff.ff.0.proj.weight", (8 * w, w)
+        yield layer + "ff.ff.0.proj.bias", (8 * w,)
+        yield layer + "ff.ff.2.weight", (w, 4 * w)
+        yield layer + "ff.ff.2.bias", (w,)
+
+
+def _numbers(model: Published) -> Shapes:
+    for number in model.numbers:
+        embedding = f"conditioner.conditioners.{number}.embedder.embedding."
+        yield embedding + "0.weights", (128,)
+        yield embedding + "1.weight", (768, 257)
+        yield embedding + "1.bias", (768,)
+
+
+def _coder(name: str) -> Shapes:
+    """One half of the autoencoder, from the audio's side for the encoder and from the latents' for the decoder."""
+    layers, encodes = f"{AUTOENCODER}{name}.layers.", name == "encoder"
+    widths, strides = (128, 128, 256, 512, 1024, 2048), (2, 4, 4, 8, 8)
+    if not encodes:
+        widths, strides = widths[::-1], strides[::-1]
+    yield from _conv(layers + "0", out=widths[0], into=2 if encodes else 64, kernel=7)
+    for number, (width, after, stride) in enumerate(zip(widths, widths[1:], strides, strict=False), start=1):
+        block = f"{layers}{number}.layers."
+        units, snake, conv = (range(3), 3, 4) if encodes else (range(2, 5), 0, 1)
+        for unit in units:
+            yield from _unit(f"{block}{unit}.layers.", width=width if encodes else after)
+        yield from _snake(f"{block}{snake}", width)
+        yield from _conv(f"{block}{conv}", out=after, into=width, kernel=2 * stride, transposed=not encodes)
+    yield from _snake(layers + "6", widths[-1])
+    if encodes:
+        yield from _conv(layers + "7", out=128, into=widths[-1], kernel=3)
+    else:
+        yield from _conv(layers + "7", out=2, into=widths[-1], kernel=7, bias=False)
+
+
+def _unit(layers: str, *, width: int) -> Shapes:
+    yield from _snake(layers + "0", width)
+    yield from _conv(layers + "1", out=width, into=width, kernel=7)
+    yield from _snake(layers + "2", width)
+    yield from _conv(layers + "3", out=width, into=width, kernel=1)
+
+
+def _snake(key: str, width: int) -> Shapes:
+    yield key + ".alpha", (width,)
+    yield key + ".beta", (width,)
+
+
+def _conv(key: str, *, out: int, into: int, kernel: int, transposed: bool = False, bias: bool = True) -> Shapes:
+    first, second = (into, out) if transposed else (out, into)
+    yield key + ".weight_g", (first, 1, 1)
+    yield key + ".weight_v", (first, second, kernel)
+    if bias:
+        yield key + ".bias", (out,)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_tensor_of_the_reference_s_checkpoint_has_its_place(name: str) -> None:
     goldens = load_open_goldens(name)
@@ -48,17 +158,13 @@ def test_every_tensor_of_the_reference_s_checkpoint_has_its_place(name: str) -> 
     assign_weights(parts, read_weights(goldens.folder / "model.safetensors"), source=goldens.folder)
 
 
-@pytest.mark.parametrize(
-    ("values", "num_tensors", "num_numbers", "frames"),
-    [(OPEN_1_0, 745, 1_213_448_210, 1024), (OPEN_SMALL, 750, 497_239_458, 256)],
-    ids=["1.0", "small"],
-)
-def test_published_models_have_the_published_tensors(
-    values: dict[str, Any], num_tensors: int, num_numbers: int, frames: int
-) -> None:
-    config = parse_config(ConfigReader(values))
+@pytest.mark.parametrize("model", [V1, SMALL], ids=["1.0", "small"])
+def test_published_models_have_the_published_tensors(model: Published) -> None:
+    config = parse_config(ConfigReader(model.values))
     with torch.device("meta"):
         shapes = shapes_of(make_parts(config, encoder_width=768))
-    assert len(shapes) == num_tensors
-    assert sum(map(math.prod, shapes.values())) == num_numbers
-    assert config.window_frames == frames
+    expected = published_shapes(model)
+    assert (len(expected), sum(map(math.prod, expected.values()))) == (model.num_tensors, model.num_weights)
+    assert shapes == expected
+    assert config.window_frames == model.frames
+    assert {number.id: number.maximum for number in config.numbers} == model.numbers
