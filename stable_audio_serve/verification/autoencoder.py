@@ -47,7 +47,9 @@ class CallOrderNoise:
 
 
 def compare_autoencoder(report: Report, goldens: Goldens, *, net: AudioAutoencoder, sample_rate_hz: int) -> None:
-    """Compare every tensor below ae/ that is an output."""
+    """Compare every tensor below ae/ that is an output, and windows with the whole."""
+    with report.guard("decoder halo"):
+        _compare_halo(report, net=net)
     for name in goldens.names(PREFIX):
         key = PREFIX + name
         with report.guard("autoencoder", key):
@@ -64,6 +66,20 @@ def compare_autoencoder(report: Report, goldens: Goldens, *, net: AudioAutoencod
                 clip = _prepare(net, goldens[f"{PREFIX}{match['input']}_audio"], sample_rate_hz=sample_rate_hz)
                 output = clip if name.endswith("preprocessed") else net.encode(clip)
                 report.compare("autoencoder", key, actual=output, expected=goldens[key])
+
+
+def _compare_halo(report: Report, *, net: AudioAutoencoder) -> None:
+    """Compare decoding in windows that have the decoder's halo beside them with decoding as a whole, without noise."""
+    halo, multiple = net.decoder_halo_latents, net.latent_multiple
+    kept = 3 * multiple
+    frames = 2 * halo + 4 * kept
+    latents = torch.randn(1, net.latent_channels, frames, generator=torch.Generator().manual_seed(0))
+    whole = net.decode(latents)[..., : frames * net.hop]
+    for first in range(0, frames, kept):
+        start, stop, last = max(first - halo, 0), min(first + kept + halo, frames), min(first + kept, frames)
+        window = net.decode(latents[..., start:stop])[..., (first - start) * net.hop : (last - start) * net.hop]
+        expected = whole[..., first * net.hop : last * net.hop]
+        report.compare("decoder halo", f"{halo} latents, window at {first}", actual=window, expected=expected)
 
 
 def _encoder_block(net: AudioAutoencoder, goldens: Goldens) -> Tensor:

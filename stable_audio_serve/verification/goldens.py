@@ -71,6 +71,13 @@ class Goldens:
             raise CheckpointError(f"{FACTS_FILE}: components.{name} must be an object")
         return found
 
+    def rounding(self) -> dict[str, float]:
+        """Returns how far rounding of the weights moves a stored number, by its key, where that is stated."""
+        stated = self.component("rounding").get("max_abs", {})
+        if not isinstance(stated, dict) or not all(isinstance(value, int | float) for value in stated.values()):
+            raise CheckpointError(f"{FACTS_FILE}: components.rounding.max_abs must be an object of numbers")
+        return {key: float(value) for key, value in stated.items()}
+
     def listed(self, name: str) -> list[dict[str, Any]]:
         """Returns a list of objects among the components, empty if absent."""
         found = self._section("components").get(name, [])

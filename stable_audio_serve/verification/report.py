@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from stable_audio_serve.core.errors import StableAudioError
-from stable_audio_serve.verification.bounds import BOUNDS, REQUIRED, Component
+from stable_audio_serve.verification.bounds import BOUNDS, REQUIRED, TIMES_ROUNDING, Component
 
 # What torch and the networks raise for wrong shapes, types or values in the files.
 DATA_ERRORS = (
@@ -53,6 +53,7 @@ class Report:
 
     say: Callable[[str], None]
     bounds: dict[Component, float] = field(default_factory=lambda: dict(BOUNDS))
+    rounding: Mapping[str, float] = field(default_factory=dict)  # by stored key: what float32 rounding alone may do
     comparisons: list[Comparison] = field(default_factory=list)
     failures: dict[str, list[str]] = field(default_factory=dict)  # what could not be compared at all, by component
 
@@ -86,7 +87,9 @@ class Report:
 
     def note(self, component: Component, key: str, *, difference: float) -> None:
         """Record one comparison by its largest difference."""
-        self.comparisons.append(Comparison(component, key, difference, self.bounds[component]))
+        stated = self.rounding.get(key.split("[")[0])  # rows of a batch share their key
+        bound = self.bounds[component] if stated is None else TIMES_ROUNDING * stated
+        self.comparisons.append(Comparison(component, key, difference, bound))
 
     def skip(self, component: str, reason: str) -> None:
         """Print that something is not compared, and why."""

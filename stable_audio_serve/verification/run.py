@@ -50,6 +50,7 @@ def _compare(report: Report, goldens: Goldens, *, model: DiffusionModel) -> None
         report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file, or has another shape")
     if goldens.component("rounding"):
         report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
+        report.rounding = goldens.rounding()
     if isinstance(model, Sa3Model):
         compare_sa3(report, goldens, model=model)
     else:

@@ -16,7 +16,12 @@ from stable_audio_serve.verification.end_to_end import compare_end_to_end
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.observed import Runner
 from stable_audio_serve.verification.report import Report
-from stable_audio_serve.verification.tables import compare_draws, compare_lengths, compare_schedules
+from stable_audio_serve.verification.tables import (
+    compare_draws,
+    compare_edit_levels,
+    compare_lengths,
+    compare_schedules,
+)
 
 
 def compare_sa3(report: Report, goldens: Goldens, *, model: Sa3Model) -> None:
@@ -25,6 +30,7 @@ def compare_sa3(report: Report, goldens: Goldens, *, model: Sa3Model) -> None:
     parts: dict[str, Callable[[], None]] = {
         "lengths": lambda: compare_lengths(report, goldens, rule=rule),
         "schedules": lambda: compare_schedules(report, goldens),
+        "edit levels": lambda: compare_edit_levels(report, model=model),
         "draws": lambda: compare_draws(report, goldens),
         "text": lambda: compare_text(report, goldens, model=model),
         "number": lambda: compare_number(report, goldens, model=model),

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
+import numpy as np
 import torch
 
+from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, SourceAudio
+from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.sa3.lengths import LengthRule, plan_length
 from stable_audio_serve.sampling import build_sigmas, shift_from_config
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import Report
+
+_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise of an edit, from the lowest that is allowed
 
 
 def compare_draws(report: Report, goldens: Goldens) -> None:
@@ -41,6 +47,21 @@ def compare_schedules(report: Report, goldens: Goldens) -> None:
             for length, values in zip(lengths, expected.expand(len(lengths), -1), strict=True):
                 sigmas = build_sigmas(case["steps"], shift, length=length, sigma_max=case["sigma_max"])
                 report.compare("schedules", f"schedules/{case.get('name')}", actual=sigmas, expected=values)
+
+
+def compare_edit_levels(report: Report, *, model: DiffusionModel) -> None:
+    """Compare where an edit starts with what was asked for, down to the lowest level, as the reference takes it."""
+    spec = model.spec
+    silence = SourceAudio(np.zeros((spec.card.channels, spec.hop), np.float32), spec.card.sample_rate_hz)
+    request = GenerationRequest(
+        prompt="", duration_s=2 * spec.hop / spec.card.sample_rate_hz, seed=0, init_audio=silence
+    )
+    for level in _LEVELS:
+        for schedule in get_args(EditSchedule):
+            plan = model.plan(replace(request, init_noise_level=level, edit_schedule=schedule))[0].sampler
+            found = torch.tensor([plan.source_scale, plan.noise_scale, plan.evaluations[0].sigma])
+            expected = torch.tensor([1 - level, level, level])
+            report.compare("schedules", f"edit at {level:g}, {schedule}", actual=found, expected=expected)
 
 
 def compare_lengths(report: Report, goldens: Goldens, *, rule: LengthRule) -> None:

@@ -57,15 +57,13 @@ class SameConfig:
     def halo_latents(self) -> int:
         """Latents on each side that can influence a latent's frames, the mapping convolution included.
 
-        Shifted chunks reach into the chunks they straddle; sliding windows reach one window per layer. The result is
-        a multiple of `latent_multiple`, as the edges of windows must be.
+        Shifted chunks and the convolution reach into the neighbouring chunk; sliding windows reach one window per
+        layer. The result is a multiple of `latent_multiple`, as the edges of windows must be.
         """
-        reach = self.depth * (self.window_latents or 0)
+        convolves = self.mapping_kernel > 1
         if self.window_latents is None:
-            reach = 2 * self.latent_multiple if self.midpoint_shift else self.latent_multiple
-        elif self.mapping_kernel > 1:
-            reach += 1
-        return reach
+            return self.latent_multiple if self.midpoint_shift or convolves else 0
+        return self.depth * self.window_latents + convolves
 
 
 def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
