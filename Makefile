@@ -11,10 +11,10 @@ DEVICE ?= cpu
 PARALLEL := --numprocesses 3 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench docs clean demo-model demo-eval
+.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench docs clean demo-model demo-eval
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make .venv and install the tested set of packages
 
@@ -23,6 +23,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+install-stable-audio-tools: install ## also the package that models with `backend: stable_audio_tools` run on
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		-r stable_audio_serve/models/stable_audio_tools/requirements.txt
 
 serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve_config.yaml change it)
 	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) $(if $(PORT),--port $(PORT))

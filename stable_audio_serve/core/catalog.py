@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 from stable_audio_serve.core.generation import EditSchedule
 
 SA3_FAMILY = "stable-audio-3"
 OPEN_FAMILY = "stable-audio-open"
+
+# Whose networks a model runs on: ours, or for a Stable Audio Open config those of the package of that name.
+NetworkBackend = Literal["native", "stable_audio_tools"]
 
 # Listed here so that a job with another sampler is refused when it is submitted, without importing torch.
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")

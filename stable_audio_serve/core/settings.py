@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from stable_audio_serve.core.catalog import NetworkBackend
 from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.core.setting_types import (
     Delay,
@@ -153,6 +154,11 @@ class ModelSettings(Section):
     edit_schedule: EditSchedule = Field(
         "scaled",
         description="Times of a flow model's edits: scaled by their noise level, or reference = as the original code.",
+    )
+    backend: NetworkBackend = Field(
+        "native",
+        description="stable_audio_tools = a Stable Audio Open model runs on that package's networks, which build more "
+        "configs than the native ones (docs/stable-audio-tools.md).",
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the server's `device`.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(

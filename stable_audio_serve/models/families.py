@@ -18,6 +18,8 @@ from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import ModelEntry, describe_entry
 from stable_audio_serve.models.sa3.build import load_sa3
 from stable_audio_serve.models.sao.build import load_sao
+from stable_audio_serve.models.stable_audio_tools.build import load_with_package
+from stable_audio_serve.models.stable_audio_tools.package import require_open_family
 from stable_audio_serve.models.weights import resolve_dtype
 
 
@@ -48,8 +50,11 @@ def load_model(
     card = describe_entry(replace(entry, folder=str(folder))).card
     if entry.folder is None:  # an ingress may have no copy of it, and has told clients these
         card = replace(card, default_steps=entry.card.default_steps, default_cfg_scale=entry.card.default_cfg_scale)
-    text_encoder = download_text_encoder(folder, token=token)
     load = _LOADERS[card.family]
+    if entry.backend == "stable_audio_tools":
+        require_open_family(card.family)
+        load = load_with_package
+    text_encoder = download_text_encoder(folder, token=token)
     return load(card, folder, text_encoder=text_encoder, device=target, dtype=resolve_dtype(target, dtype))
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from stable_audio_serve.core.catalog import FLOW_SAMPLERS, OPEN_FAMILY, SA3_FAMILY, V_SAMPLERS, ModelCard
+from stable_audio_serve.core.catalog import (
+    FLOW_SAMPLERS,
+    OPEN_FAMILY,
+    SA3_FAMILY,
+    V_SAMPLERS,
+    ModelCard,
+    NetworkBackend,
+)
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.models.checkpoint_files import TEXT_ENCODER_FOLDER, WEIGHTS_FILE, is_open_family
@@ -33,7 +40,7 @@ class ModelEntry:
     """One model that can be loaded, and its card: from `folder` when set, else from `repo_id` at `revision`.
 
     `files` are the patterns to download. `cap_s` is the longest duration that is allowed whatever the
-    checkpoint can do; None leaves it to the checkpoint.
+    checkpoint can do; None leaves it to the checkpoint. `backend` is whose networks it runs on.
     """
 
     card: ModelCard
@@ -42,6 +49,7 @@ class ModelEntry:
     folder: str | None = None
     files: tuple[str, ...] = OFFICIAL_FILES
     cap_s: float | None = None
+    backend: NetworkBackend = "native"
 
 
 def _official(name: str, *, cap_s: float, description: str) -> ModelEntry:
@@ -126,6 +134,7 @@ def resolve_entry(
     max_duration_s: float | None = None,
     duration_padding_s: float | None = None,
     edit_schedule: EditSchedule = "scaled",
+    backend: NetworkBackend = "native",
 ) -> ModelEntry:
     """Returns the entry of an operator's choice: a built-in name, a local folder (`path`) or a repository (`repo_id`).
 
@@ -151,7 +160,13 @@ def resolve_entry(
             entry.card.default_duration_padding_s if duration_padding_s is None else duration_padding_s
         ),
     )
-    return replace(entry, card=card, revision=revision or entry.revision, cap_s=max_duration_s or entry.cap_s)
+    return replace(
+        entry,
+        card=card,
+        revision=revision or entry.revision,
+        cap_s=max_duration_s or entry.cap_s,
+        backend=backend,
+    )
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:

@@ -1,4 +1,4 @@
-"""Whether the models' files are here or can be had, found out in seconds and before anything is started."""
+"""Whether the models' files and packages are here or can be had, found out in seconds, before anything is started."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pathlib import Path
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.models.checkpoint_files import check_folder, find_text_encoder
-from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, describe_entry
+from stable_audio_serve.models.stable_audio_tools.package import require_open_family, require_package
 from stable_audio_serve.serving.placement import Plan, model_entry
 
 _LONGEST_S = 10.0  # for all models together; looking up a host may alone take longer than any limit of HTTP
 
 
 def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
-    """Raise CheckpointError unless each of `models` that is loaded at the start has its files, or can get them.
+    """Raise CheckpointError unless each of `models` that is loaded at the start has its files, or can get them, and
+    the package its networks are from.
 
     For the others a warning goes to `print_error`. Takes no longer than about ten seconds.
     """
@@ -51,6 +53,10 @@ def _begin(settings: Settings, model: ModelSettings) -> tuple[ModelEntry, Future
 
 
 def _check(entry: ModelEntry, token: str | None) -> None:
+    if entry.backend == "stable_audio_tools":
+        require_package()
+        if entry.folder is not None or entry.card.name in BUILT_IN:
+            require_open_family(describe_entry(entry).card.family)
     if entry.folder is not None:
         folder = Path(entry.folder)
         check_folder(folder)

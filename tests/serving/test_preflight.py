@@ -13,8 +13,10 @@ import pytest
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.models.stable_audio_tools import package
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import require_weights
+from tests.goldens import OPEN_GOLDENS
 from tests.models.hub import Repo, running_hub, silent_hub
 from tests.serving.conftest import TINY
 from tests.serving.launched import command, free_port, write_config
@@ -117,3 +119,19 @@ def test_a_model_that_is_not_loaded_at_the_start_only_warns(tmp_path: Path) -> N
             check(make_plan(tiny, absent, **kept), print_error=pytest.fail)
     with pytest.raises(CheckpointError, match="model absent: "):
         check(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), print_error=pytest.fail)
+
+
+def test_a_backend_whose_package_is_missing_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "find_spec", lambda name: None)
+    plan = make_plan({"name": "mine", "path": str(OPEN_GOLDENS / "tiny-small"), "backend": "stable_audio_tools"})
+    with pytest.raises(CheckpointError, match=r"model mine: backend stable_audio_tools needs .* pip install --no-deps"):
+        check(plan, print_error=pytest.fail)
+
+
+@pytest.mark.parametrize("model", [{"name": "tiny", "path": TINY}, {"name": "small-music"}], ids=["folder", "built in"])
+def test_a_backend_that_does_not_know_the_family_stops_the_start(
+    model: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "missing_packages", tuple)
+    with pytest.raises(CheckpointError, match="runs models of the family stable-audio-open, this is stable-audio-3"):
+        check(make_plan({**model, "backend": "stable_audio_tools"}), print_error=pytest.fail)

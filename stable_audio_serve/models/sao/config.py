@@ -28,7 +28,7 @@ NUMBER_IDS = ("seconds_start", "seconds_total")
 _TOP_KEYS = ("model_type", "sample_size", "sample_rate", "audio_channels", "model")
 _TOP_INERT = ("training", "dataset")  # how the weights came to be
 _NO_IDS: dict[str, list[str]] = {"prepend_cond_ids": [], "input_concat_ids": []}
-_SHIFT_KEY = "distribution_shift_options"
+SHIFT_KEY = "distribution_shift_options"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def parse_config(config: ConfigReader) -> SaoConfig:
     model = config.section("model")
     model.refuse_unknown(("pretransform", "conditioning", "diffusion", "io_channels"))
     diffusion = model.section("diffusion")
-    known = ("type", "config", "diffusion_objective", "cross_attention_cond_ids", "global_cond_ids", _SHIFT_KEY)
+    known = ("type", "config", "diffusion_objective", "cross_attention_cond_ids", "global_cond_ids", SHIFT_KEY)
     diffusion.refuse_unknown((*known, *_NO_IDS))
     diffusion.choice("type", ("dit",))
     diffusion.require(**_NO_IDS)
@@ -100,7 +100,7 @@ def parse_config(config: ConfigReader) -> SaoConfig:
         numbers=numbers,
         context_ids=diffusion.texts("cross_attention_cond_ids", default=()),
         global_ids=diffusion.texts("global_cond_ids", default=()),
-        shift=diffusion.plain(_SHIFT_KEY),
+        shift=diffusion.plain(SHIFT_KEY),
     )
     _check_parts(parsed, config=config, model=model, diffusion=diffusion)
     return parsed

@@ -19,13 +19,13 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.keep_mask import plan_keep_mask
 from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
 from stable_audio_serve.models.request_checks import check_request
+from stable_audio_serve.models.sao.config import SHIFT_KEY
 from stable_audio_serve.models.windows import halo_windows, whole_window
 from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
 from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.schedules import (
-    CONFIG_KEY,
     MIN_NOISE_LEVEL,
     NoShift,
     TimestepShift,
@@ -52,7 +52,7 @@ def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
 
     Raises CheckpointError naming the key that cannot be used.
     """
-    return NoShift() if options is None else shift_from_config(options, key=f"model.diffusion.{CONFIG_KEY}")
+    return NoShift() if options is None else shift_from_config(options, key=f"model.diffusion.{SHIFT_KEY}")
 
 
 def plan_rows(

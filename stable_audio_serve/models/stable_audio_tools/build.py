@@ -1,0 +1,144 @@
+"""Builds a model of the package stable-audio-tools from a checkpoint folder and a T5's."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.checkpoint_files import find_weights
+from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
+from stable_audio_serve.models.protocol import ModelSpec
+from stable_audio_serve.models.sao.conditioners import load_text_encoder
+from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SHIFT_KEY
+from stable_audio_serve.models.sao.planning import read_shift
+from stable_audio_serve.models.stable_audio_tools.inputs import Inputs, parse_inputs
+from stable_audio_serve.models.stable_audio_tools.model import PackageModel
+from stable_audio_serve.models.stable_audio_tools.package import import_package
+from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.weights import (
+    assign_weights,
+    read_weights,
+    require_exact_float32,
+    skipping_random_weights,
+)
+
+_TEXT_DTYPE = torch.float16  # the package's, on every device
+
+
+def load_with_package(
+    card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+) -> PackageModel:
+    """Load both folders' files strictly: the network in `dtype`, the text encoder in float16, the rest in float32.
+
+    Raises CheckpointError naming the file or key that does not fit, or how to install the package.
+    """
+    import_package()
+    require_exact_float32()
+    config = read_config(folder)
+    config.choice("model_type", ("diffusion_cond",))
+    model = config.section("model")
+    model.section("diffusion").choice("type", ("dit",))
+    model.section("pretransform").choice("type", ("autoencoder",))
+    inputs, weights_file = parse_inputs(model), find_weights(folder)
+    shift = read_shift(model.section("diffusion").plain(SHIFT_KEY))
+    max_length = prompt_config(model, inputs).integer("max_length", default=128)
+    text = load_text_encoder(text_encoder, max_length=max_length, device=device, dtype=_TEXT_DTYPE)
+    wrapper = build_wrapper(config, inputs, text=text)
+    assign_weights({"": wrapper}, read_weights(weights_file), source=weights_file)
+    wrapper.to(device)
+    _cast(wrapper.model, dtype)
+    spec = build_spec(card, config, wrapper=wrapper)
+    return PackageModel(wrapper, inputs=inputs, spec=spec, shift=shift, device=device)
+
+
+def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) -> Any:
+    """Returns the package's module for a whole `model_config.json`; its weights are uninitialised, `text` is used.
+
+    Raises CheckpointError with the package's own words for a config that it cannot build.
+    """
+    models = import_package()
+    values = _values(config)
+    conditioning = values["model"]["conditioning"]
+    items = conditioning["configs"]
+    conditioning["configs"] = [item for item in items if item["id"] != inputs.prompt]
+    try:
+        with skipping_random_weights():
+            wrapper = models.factory.create_model_from_config(values)
+            wrapper.conditioner.conditioners[inputs.prompt] = _prompt_conditioner(
+                prompt_config(config.section("model"), inputs), width=conditioning["cond_dim"], text=text
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{CONFIG_FILE} describes what stable-audio-tools cannot build: {reason}") from error
+    return wrapper.eval().requires_grad_(False)
+
+
+def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelSpec:
+    """Returns the card and what only the engine needs. Raises CheckpointError naming a key that contradicts it."""
+    sample_size = config.integer("sample_size", at_most=MAX_SAMPLES)
+    hop = int(wrapper.pretransform.downsampling_ratio)
+    frames, multiple = sample_size // hop, int(wrapper.min_input_length) // hop
+    if frames < 1 or frames % multiple:
+        raise config.unusable("sample_size", f"{multiple} times {hop} samples, or a multiple of that")
+    for reader, key, found in (
+        (config, "audio_channels", int(wrapper.pretransform.io_channels)),
+        (config.section("model"), "io_channels", int(wrapper.pretransform.encoded_channels)),
+    ):
+        if reader.integer(key, default=2) != found:
+            raise reader.unusable(key, f"{found}, as the autoencoder makes")
+    return ModelSpec(
+        card=card,
+        hop=hop,
+        max_frames=frames,
+        default_sampler=OBJECTIVE_SAMPLERS[card.objective],
+        noisy_source_encoder=True,  # cannot be told from outside
+        pads_rows=False,
+    )
+
+
+def prompt_config(model: ConfigReader, inputs: Inputs) -> ConfigReader:
+    """Returns the section of the conditioner of prompts."""
+    items = model.section("conditioning").sections("configs")
+    return next(item.section("config", optional=True) for item in items if item.text("id") == inputs.prompt)
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a network in place but for its rotary frequencies, which positions multiply with their rounding."""
+    kept = [(part, part.inv_freq) for part in network.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
+    network.to(dtype)
+    for part, frequencies in kept:
+        part.inv_freq = frequencies
+
+
+def _values(config: ConfigReader) -> dict[str, Any]:
+    """Returns what the package reads of a config, as a copy: it removes keys while it builds."""
+    return {
+        "model_type": config.text("model_type"),
+        "sample_size": config.integer("sample_size", at_most=MAX_SAMPLES),
+        "sample_rate": config.integer("sample_rate", at_most=MAX_SAMPLES),
+        "model": deepcopy(dict(config.plain("model") or {})),
+    }
+
+
+def _prompt_conditioner(config: ConfigReader, *, width: int, text: TextEncoder) -> nn.Module:
+    """Returns the package's conditioner of prompts around a text encoder that is already here.
+
+    Its own constructor would fetch the encoder by its name from the hub, know only some names, and leave weights that
+    are missing random.
+    """
+    conditioners = import_package().conditioners
+    prompt: Any = conditioners.T5Conditioner.__new__(conditioners.T5Conditioner)
+    projects = config.flag("project_out", default=False)
+    conditioners.Conditioner.__init__(prompt, text.width, width, project_out=projects)
+    prompt.tokenizer, prompt.max_length = text.tokenizer, text.max_length
+    prompt.enable_grad = False
+    prompt.__dict__["model"] = text.encoder  # not a part of the module, as in the package
+    return prompt

@@ -1,0 +1,162 @@
+"""A model of the package stable-audio-tools behind the engine's protocol: its network, conditioner and autoencoder,
+driven by our samplers, guidance and noise.
+
+Row-independent: everything but the network's steps runs row by row. Gradients are off in every public method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.parts import WindowNoise
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    EncodeWindow,
+    ModelSpec,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+)
+from stable_audio_serve.models.sao.planning import plan_rows
+from stable_audio_serve.models.stable_audio_tools.inputs import Inputs
+from stable_audio_serve.sampling.schedules import TimestepShift
+
+_CONTEXT, _CONTEXT_MASK, _PREPENDED = "cross_attn_cond", "cross_attn_mask", "prepend_cond"
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One row's arguments of the network, a batch of one each; `num_bytes` counts what the row's other branch does not
+    already hold.
+    """
+
+    arguments: Mapping[str, Tensor]
+    num_bytes: int
+
+
+class PackageModel:
+    """Implements `DiffusionModel` around the package's `ConditionedDiffusionModelWrapper`."""
+
+    def __init__(
+        self, wrapper: nn.Module, *, inputs: Inputs, spec: ModelSpec, shift: TimestepShift, device: torch.device
+    ) -> None:
+        # Typed as Any: the package's modules have attributes and methods that a Module does not promise.
+        self.wrapper: Any = wrapper
+        self.inputs = inputs
+        self._spec = spec
+        self._shift = shift
+        self._device = device
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        """Returns one plan per variation; audio is encoded and decoded in one piece, as the package does.
+
+        Raises InvalidRequestError naming the field for what the model cannot do.
+        """
+        return plan_rows(request, spec=self._spec, halos=None, shift=self._shift, frames=frames)
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """Returns tokens (T, width), zero at padded positions, and which tokens are real."""
+        tokens, mask = self.wrapper.conditioner.conditioners[self.inputs.prompt](list(prompts), self._device)
+        # Cloned, so that a cached prompt does not hold the whole batch's memory.
+        return [TextEmbedding(p, tokens[i].clone(), mask[i].bool().clone()) for i, p in enumerate(prompts)]
+
+    @torch.inference_mode()
+    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
+        """Returns latents (D, F_window) float32; what the autoencoder draws comes from each window's own noise."""
+        latents = []
+        for window in windows:
+            with _OwnNoise(WindowNoise(window.noise, window.stage, window.start)):
+                audio = window.samples[None].to(self._device, torch.float32)
+                latents.append(self.wrapper.pretransform.encode(audio)[0].float())
+        return latents
+
+    @torch.inference_mode()
+    def condition(
+        self,
+        plan: RowPlan,
+        *,
+        prompt: TextEmbedding,
+        negative: TextEmbedding | None,
+        inpaint_latents: Tensor | None,
+    ) -> RowConditioning:
+        """Returns per-request constants of a row; the unconditional branch only when some evaluation is guided.
+
+        That branch has no context, or the negative prompt's, and nothing in front of the latents; whatever else the
+        network is given is the row's own, as in the package.
+        """
+        own = self._arguments(prompt, plan.numbers)
+        conditional = Branch(own, sum(value.nbytes for value in own.values()))
+        if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
+            return RowConditioning(conditional, None)
+        replaced = {key: torch.zeros_like(own[key]) for key in (_CONTEXT, _PREPENDED) if key in own}
+        if negative is not None and _CONTEXT in own:
+            other = self._arguments(negative, plan.negative_numbers or plan.numbers)
+            replaced[_CONTEXT] = torch.where(other[_CONTEXT_MASK].bool()[..., None], other[_CONTEXT], 0.0)
+        unconditional = Branch({**own, **replaced}, sum(value.nbytes for value in replaced.values()))
+        return RowConditioning(conditional, unconditional)
+
+    @torch.inference_mode()
+    def denoise(self, batch: StepBatch) -> Tensor:
+        """Returns v or a velocity, as the objective says, (B, D, F) float32; every frame must be valid."""
+        rows = [branch.arguments for branch in cast("Sequence[Branch]", batch.branches)]
+        arguments = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        output: Tensor = self.wrapper.model(batch.x, batch.t, **arguments, cfg_scale=1.0)
+        return output.float()
+
+    @torch.inference_mode()
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        """Returns audio (C, hop * F_window) float32, not clamped."""
+        audio = []
+        for window in windows:
+            with _OwnNoise(WindowNoise(window.noise, "decode", window.start)):
+                latents = window.latents[None].to(self._device, torch.float32)
+                audio.append(self.wrapper.pretransform.decode(latents)[0].float())
+        return audio
+
+    def _arguments(self, prompt: TextEmbedding, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+        """Returns what the network is given for one row beside latents and time."""
+        conditioners = self.wrapper.conditioner.conditioners
+        values = {
+            number.id: conditioners[number.id]([number.value(numbers)], self._device) for number in self.inputs.numbers
+        }
+        values[self.inputs.prompt] = (prompt.tokens[None], prompt.mask[None])
+        arguments: Mapping[str, Tensor | None] = self.wrapper.get_conditioning_inputs(values)
+        return {key: value for key, value in arguments.items() if value is not None}
+
+
+class _OwnNoise(TorchFunctionMode):
+    """Normal draws inside come from a window's noise instead of the process's generator, numbered in their order."""
+
+    def __init__(self, noise: WindowNoise) -> None:
+        super().__init__()
+        self._noise = noise
+        self._num_draws = 0
+
+    def __torch_function__(  # noqa: PLR0917  # as torch calls it
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.randn_like:
+            return func(*args, **(kwargs or {}))
+        like: Tensor = args[0]
+        name = f"bottleneck{self._num_draws or ''}"
+        self._num_draws += 1
+        shape = tuple(like.shape[1:])
+        drawn = self._noise.draw(name, shape, frame_axis=len(shape) - 1, device=like.device)
+        return drawn[None].to(like.dtype)

@@ -1,0 +1,132 @@
+"""Finds and imports stable-audio-tools without the training packages that it and k-diffusion import beside their
+networks. Knows no model; imports no torch before `import_package`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from stable_audio_serve.core.catalog import OPEN_FAMILY
+from stable_audio_serve.core.errors import CheckpointError
+
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+
+_NEEDED = (
+    "stable_audio_tools",
+    "alias_free_torch",
+    "einops",
+    "einops_exts",
+    "k_diffusion",
+    "PIL",
+    "scipy",
+    "torchdiffeq",
+    "torchsde",
+    "trampoline",
+)
+_K_DIFFUSION = "k_diffusion"
+_USED_OF_K_DIFFUSION = ("utils", "sampling", "external")
+
+
+def missing_packages() -> tuple[str, ...]:
+    """Returns which of the modules needed cannot be found; empty where the backend can be used. Imports nothing."""
+    return tuple(name for name in _NEEDED if find_spec(name) is None)
+
+
+def require_open_family(family: str) -> None:
+    """Raise CheckpointError for a model of a family that the package does not know."""
+    if family != OPEN_FAMILY:
+        raise CheckpointError(f"backend stable_audio_tools runs models of the family {OPEN_FAMILY}, this is {family}")
+
+
+def require_package() -> None:
+    """Raise CheckpointError with one sentence that says how to install what is missing."""
+    missing = missing_packages()
+    if missing:
+        raise CheckpointError(
+            f"backend stable_audio_tools needs {', '.join(missing)}, not installed here: run make "
+            f"install-stable-audio-tools, or pip install --no-deps -r {REQUIREMENTS}"
+        )
+
+
+@cache
+def import_package() -> ModuleType:
+    """Returns the module `stable_audio_tools.models`, with `factory` and `conditioners` imported.
+
+    Takes seconds. Raises CheckpointError when the package is missing or cannot be imported.
+    """
+    require_package()
+    try:
+        with _hollow_modules(_TORCHAUDIO), _hollow_modules(_TORCHVISION):
+            _import_k_diffusion()
+            for name in ("factory", "conditioners", "diffusion", "autoencoders"):
+                importlib.import_module(f"stable_audio_tools.models.{name}")
+    except (ImportError, OSError, AttributeError) as error:
+        raise CheckpointError(
+            f"stable-audio-tools cannot be imported ({error}): run pip install --no-deps -r {REQUIREMENTS}"
+        ) from error
+    return importlib.import_module("stable_audio_tools.models")
+
+
+def _import_k_diffusion() -> None:
+    """Import the sampling modules of k-diffusion without its package file, which imports training packages."""
+    if _K_DIFFUSION in sys.modules:
+        return
+    spec = find_spec(_K_DIFFUSION)
+    if spec is None:
+        raise ImportError(f"no module named {_K_DIFFUSION}")
+    package = ModuleType(_K_DIFFUSION)
+    package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ())
+    sys.modules[_K_DIFFUSION] = package
+    try:
+        for name in _USED_OF_K_DIFFUSION:
+            setattr(package, name, importlib.import_module(f"{_K_DIFFUSION}.{name}"))
+    except BaseException:
+        for name in [name for name in sys.modules if name.partition(".")[0] == _K_DIFFUSION]:
+            del sys.modules[name]
+        raise
+
+
+class _Resample:
+    """In the place of torchaudio's: sources are resampled before they reach a model."""
+
+    def __init__(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError("torchaudio is not used here")
+
+
+# By module, the names that importing the package needs of it. torchaudio's compiled part has to match torch and mostly
+# does not; both modules' work is done elsewhere or only in training.
+_TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
+_TORCHVISION: Mapping[str, Mapping[str, Any]] = {
+    "torchvision": {},
+    "torchvision.transforms": {},
+    "torchvision.transforms.functional": {},
+}
+
+
+@contextmanager
+def _hollow_modules(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Modules of these names stand in for real ones that have not been imported, while the body runs and no longer:
+    other libraries look for the real ones later.
+    """
+    lent = {name: ModuleType(name) for name in names if name not in sys.modules}
+    for name, module in lent.items():
+        module.__spec__ = ModuleSpec(name, loader=None, is_package=True)
+        module.__dict__.update(names[name])
+        parent, _, child = name.rpartition(".")
+        if parent in lent:
+            setattr(lent[parent], child, module)
+    sys.modules.update(lent)
+    try:
+        yield
+    finally:
+        for name in lent:
+            sys.modules.pop(name, None)

@@ -1,0 +1,218 @@
+"""Checkpoints on the package's networks, behind the engine: the reference's runs, and configs that only it builds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.config_reader import ConfigReader, read_config
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DecodeWindow
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sao.config import parse_config
+from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
+from stable_audio_serve.models.stable_audio_tools.build import build_wrapper, load_with_package
+from stable_audio_serve.models.stable_audio_tools.inputs import parse_inputs
+from stable_audio_serve.models.stable_audio_tools.model import PackageModel
+from stable_audio_serve.models.stable_audio_tools.package import import_package
+from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, SeededNoise
+from tests.goldens import SA3_GOLDENS, load_open_goldens
+from tests.models.sao.test_checkpoint import make_parts, shapes_of
+from tests.models.sao.test_generation import CASES, TOLERANCE, make_noise
+from tests.models.sao.test_model import run, to_requests, with_objective
+from tests.models.sao.tiny import TINY
+from tests.models.stable_audio_tools.installed import needs_package, quiet
+
+pytestmark = [needs_package, quiet]
+
+
+def load(folder: Path) -> PackageModel:
+    model = load_model(resolve_entry("mine", path=str(folder), backend="stable_audio_tools"))
+    assert isinstance(model, PackageModel)
+    return model
+
+
+@cache
+def loaded(name: str) -> PackageModel:
+    return load(load_open_goldens(name).folder)
+
+
+@pytest.fixture(scope="module")
+def rectified_flow(tmp_path_factory: pytest.TempPathFactory) -> PackageModel:
+    folder = load_open_goldens("tiny-small").folder
+    return load(with_objective(folder, "rectified_flow", target=tmp_path_factory.mktemp("flow") / "checkpoint"))
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=["-".join(case) for case in CASES])
+def test_a_run_of_the_reference_comes_out_the_same(name: str, case: str, rectified_flow: PackageModel) -> None:
+    goldens = load_open_goldens(name)
+    facts, latents = goldens.facts["cases"][case], goldens.tensors[f"{case}/latents"]
+    model = rectified_flow if case.startswith("gen/rf_") else loaded(name)
+    noise = make_noise(name, facts["args"], tuple(latents.shape))
+    made = run(model, to_requests(name, facts), noise=noise, frames=latents.shape[-1])
+    stored = goldens.tensors.get(f"{case}/audio")
+    expected = decoded(model, latents) if stored is None else stored
+    torch.testing.assert_close(torch.from_numpy(np.stack(made)), expected, rtol=0, atol=TOLERANCE)
+
+
+def decoded(model: PackageModel, latents: Tensor) -> Tensor:
+    return torch.stack(model.decode([DecodeWindow(row, 0, SeededNoise(0)) for row in latents]))
+
+
+@pytest.mark.parametrize(("values", "encoder_width"), [(OPEN_1_0, 768), (OPEN_SMALL, 768)], ids=["1.0", "small"])
+def test_the_package_has_the_tensors_of_ours_at_the_published_shapes(values: Any, encoder_width: int) -> None:
+    config = ConfigReader(values)
+    inputs = parse_inputs(config.section("model"))
+    text = TextEncoder(None, nn.Identity(), width=encoder_width, max_length=64)
+    with torch.device("meta"):
+        theirs = build_wrapper(config, inputs, text=text).state_dict()
+        ours = shapes_of(make_parts(parse_config(config), encoder_width=encoder_width))
+    assert {key: tuple(value.shape) for key, value in theirs.items()} == ours
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_rows_come_out_the_same_in_company(name: str) -> None:
+    samplers = ("dpmpp-3m-sde", "k-heun", "v-ddim") if name == "tiny-1.0" else ("pingpong", "euler", "rk4")
+    source = SourceAudio(np.linspace(-0.5, 0.5, 2 * 4000, dtype=np.float32).reshape(2, 4000), 1000)
+    requests = [
+        GenerationRequest(
+            prompt=f"loop {seed}",
+            duration_s=3.0,
+            seed=seed,
+            steps=3 + seed,
+            cfg_scale=1.0 if seed == 1 else 5.0,
+            negative_prompt="noise" if seed == 2 else None,
+            sampler=sampler,
+            init_audio=source if seed == 0 else None,
+            init_noise_level=0.8,
+        )
+        for seed, sampler in enumerate(samplers)
+    ]
+    alone = [run(loaded(name), [request])[0] for request in requests]
+    together = run(loaded(name), requests)
+    for one, other in zip(alone, together, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_half_precision_stays_near(name: str) -> None:
+    folder = load_open_goldens(name).folder
+    card = loaded(name).spec.card
+    half = load_with_package(card, folder, text_encoder=folder / "t5", device=torch.device("cpu"), dtype=torch.float16)
+    request = GenerationRequest(prompt="a kick drum", duration_s=3.0, seed=1, steps=8)
+    (made,), (exact,) = run(half, [request]), run(loaded(name), [request])
+    assert 0 < np.abs(made - exact).max() < 0.1 * exact.std()  # 0.05 and 0.008 of it
+
+
+def test_a_key_that_does_not_belong_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(load_open_goldens("tiny-small").folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    for changed, said in (
+        (weights | {"model.model.extra": torch.zeros(1)}, r"model\.model\.extra does not belong"),
+        (
+            {k: v for k, v in weights.items() if k != "model.model.preprocess_conv.weight"},
+            r"preprocess_conv\.weight is",
+        ),
+    ):
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=said):
+            load(folder)
+
+
+def test_a_config_that_the_package_cannot_build_is_refused_in_its_words(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(load_open_goldens("tiny-small").folder, folder)
+    values = json.loads((folder / "model_config.json").read_text())
+    values["model"]["diffusion"]["config"]["num_wheels"] = 4
+    (folder / "model_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"stable-audio-tools cannot build: TypeError: .*num_wheels"):
+        load(folder)
+
+
+def test_another_family_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="runs models of the family stable-audio-open"):
+        load(SA3_GOLDENS / "tiny-s")
+
+
+def changed_config(name: str) -> dict[str, Any]:
+    """The config of a tiny checkpoint with what only the package builds."""
+    values: dict[str, Any] = json.loads((load_open_goldens(name).folder / "model_config.json").read_text())
+    model = values["model"]
+    diffusion, conditioning = model["diffusion"], model["conditioning"]
+    if name == "tiny-1.0":  # another place for the global vector, and another network for the numbers
+        diffusion["config"] |= {"global_cond_type": "adaLN", "num_memory_tokens": 3, "patch_size": 2}
+        conditioning["configs"][1] = {"id": "first", "type": "int", "config": {"min_val": 0, "max_val": 60}}
+        conditioning["default_keys"] = {"first": "seconds_start"}
+        for key in ("cross_attention_cond_ids", "global_cond_ids"):
+            diffusion[key] = ["first" if id_ == "seconds_start" else id_ for id_ in diffusion[key]]
+        values["sample_size"] = 2048
+    else:  # numbers in front of the latents, a bottleneck without noise, the widths of the encoder brought into line
+        diffusion["config"] |= {"prepend_cond_dim": 64}
+        diffusion["prepend_cond_ids"] = ["seconds_total"]
+        model["pretransform"]["config"]["bottleneck"] = {"type": "tanh"}
+        model["pretransform"]["config"]["encoder"]["config"]["latent_dim"] = 8
+        conditioning["configs"][0]["config"]["project_out"] = True
+        values["sample_size"] = 1024
+    return values
+
+
+def write_checkpoint(folder: Path, name: str) -> Path:
+    """A checkpoint with a changed config: the tensors of the unchanged one, random ones where it has none that fit."""
+    source = load_open_goldens(name).folder
+    shutil.copytree(source / "t5", folder / "t5")
+    (folder / "model_config.json").write_text(json.dumps(changed_config(name)))
+    config = read_config(folder)
+    text = TextEncoder(None, nn.Identity(), width=64, max_length=8)
+    wrapper = build_wrapper(config, parse_inputs(config.section("model")), text=text)
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(source / "model.safetensors")
+    for key, value in wrapper.state_dict().items():
+        if key not in weights or weights[key].shape != value.shape:
+            weights[key] = torch.randn(value.shape, generator=generator) * 0.3 / value[0].numel() ** 0.5
+    save_file({key: weights[key] for key in wrapper.state_dict()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_config_that_only_the_package_builds_gives_what_the_package_generates(name: str, tmp_path: Path) -> None:
+    model = load(write_checkpoint(tmp_path, name))
+    with pytest.raises(CheckpointError):
+        parse_config(read_config(tmp_path))
+    is_v, samples = name == "tiny-1.0", model.spec.max_frames * model.spec.hop
+    said = {"prompt": "a kick drum", "seconds_start": 3, "first": 3, "seconds_total": 9.5}
+    steps, sampler = 6, "dpmpp-2m" if is_v else "pingpong"
+    sigmas = {"sigma_min": 0.3, "sigma_max": 50.0} if is_v else {}
+    expected = import_package().diffusion.generate_diffusion_cond(
+        model.wrapper, steps=steps, cfg_scale=4.0, conditioning=[said], sample_size=samples, seed=7, device="cpu",
+        negative_conditioning=[said | {"prompt": "noise"}], sampler_type=sampler, **sigmas,
+    )  # fmt: skip
+    request = GenerationRequest(
+        prompt="a kick drum",
+        negative_prompt="noise",
+        duration_s=samples / model.spec.card.sample_rate_hz,
+        seed=0,
+        start_s=3,
+        conditioned_total_s=9.5,
+        steps=steps,
+        cfg_scale=4.0,
+        sampler=sampler,
+        **sigmas,
+    )
+    shape = (1, model.spec.card.latent_channels, model.spec.max_frames)
+    script = [ReplayDraw("initial", 0, shape), *(ReplayDraw("step", step, shape) for step in range(steps))]
+    (made,) = run(model, [request], noise=ReplayNoise(7, script, num_rows=1))
+    assert float(expected.std()) > 1e-3
+    torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
