@@ -6,14 +6,18 @@ Looks at names and headers only and imports no torch, so that a server can check
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader, read_config
 
 WEIGHTS_FILE = "model.safetensors"
-WEIGHT_FILES = (WEIGHTS_FILE, "model.ckpt")
+_USUAL_WEIGHTS = (WEIGHTS_FILE, "model.ckpt")
+_WEIGHT_TYPES = (".safetensors", ".ckpt")
+_NO_WEIGHTS = ("golden.safetensors",)  # numbers to verify a checkpoint against, beside it
+_MOST_NAMED = 5
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 _SHARD_INDEX = "model.safetensors.index.json"
 # By type of conditioner: the config's keys that name the encoder, and the folder where it lies if none does.
@@ -24,9 +28,61 @@ _ENCODER_KEYS = {
 _ENCODER_FILES = ((WEIGHTS_FILE, _SHARD_INDEX), ("tokenizer.json", "tokenizer.model"))
 
 
+@dataclass(frozen=True, slots=True)
+class FileList:
+    """The files of a checkpoint's folder or repository; errors call it `place`.
+
+    `has` tells whether there is a file of a relative path; `names` are those that lie in no folder below.
+    """
+
+    place: Path | str
+    has: Callable[[str], bool]
+    names: frozenset[str]
+
+    def require(self, *alternatives: str, folder: str | None = None) -> None:
+        """Raise CheckpointError when none of these files of a folder is there."""
+        if not any(self.has(f"{folder}/{name}" if folder else name) for name in alternatives):
+            place = f"{self.place}/{folder}" if folder else self.place
+            raise CheckpointError(f"{place} holds no {' or '.join(alternatives)}")
+
+
+def list_folder(folder: Path) -> FileList:
+    """Returns what lies in a folder, nothing if there is none."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return FileList(
+        folder, lambda name: (folder / name).is_file(), frozenset(path.name for path in paths if path.is_file())
+    )
+
+
+def list_repository(repo_id: str, paths: Collection[str]) -> FileList:
+    """Returns what a repository with these files holds."""
+    return FileList(repo_id, frozenset(paths).__contains__, frozenset(path for path in paths if "/" not in path))
+
+
 def find_weights(folder: Path) -> Path:
-    """Returns a folder's weight file, safetensors before pickles. Raises CheckpointError when there is none."""
-    return folder / _weights(_in_folder(folder), place=folder)
+    """Returns a folder's weight file. Raises CheckpointError when there is none, or when it could be any of several."""
+    return folder / choose_weights(list_folder(folder))
+
+
+def choose_weights(files: FileList) -> str:
+    """Returns the name of the weight file: the usual one, else the only one there is, safetensors before pickles.
+
+    Fine-tunes call theirs as they like. Raises CheckpointError when there is none, or when it could be any of several.
+    """
+    for name in _USUAL_WEIGHTS:
+        if name in files.names:
+            return name
+    for suffix in _WEIGHT_TYPES:
+        found = sorted(name for name in files.names if name.endswith(suffix) and name not in _NO_WEIGHTS)
+        if len(found) > 1:
+            listed = ", ".join(found[:_MOST_NAMED]) + (", ..." if len(found) > _MOST_NAMED else "")
+            raise CheckpointError(
+                f"{files.place} holds no {WEIGHTS_FILE}, and any of {len(found)} files could be meant ({listed}): put "
+                f"one of them beside a model_config.json in a folder, and configure the folder's path"
+            )
+        if found:
+            return found[0]
+    raise CheckpointError(f"{files.place} holds no weights; expected {WEIGHTS_FILE}")
 
 
 def find_text_encoder(folder: Path) -> Path | None:
@@ -34,7 +90,7 @@ def find_text_encoder(folder: Path) -> Path | None:
 
     Raises CheckpointError naming the places looked at.
     """
-    encoder = _encoder_folder(read_config(folder), _in_folder(folder), place=folder)
+    encoder = _encoder_folder(read_config(folder), list_folder(folder))
     return None if encoder is None else folder / encoder
 
 
@@ -50,30 +106,29 @@ def is_open_family(config: ConfigReader) -> bool:
     return _text_conditioner(config).text("type") == "t5"
 
 
-def check_layout(config: ConfigReader, has: Callable[[str], bool], *, place: Path | str) -> str | None:
+def check_layout(config: ConfigReader, files: FileList) -> str | None:
     """Returns the text encoder's folder, relative to the checkpoint, when every file that loading needs is there.
 
-    None stands for an encoder in a repository of its own (`text_encoder_repository`). `has` tells whether `place`,
-    which errors name, holds a file. Raises CheckpointError naming the first one missing.
+    None stands for an encoder in a repository of its own (`text_encoder_repository`). Raises CheckpointError naming
+    the first one missing.
     """
-    _weights(has, place=place)
-    encoder = _encoder_folder(config, has, place=place)
+    choose_weights(files)
+    encoder = _encoder_folder(config, files)
     if encoder is not None:
-        check_encoder(lambda name: has(f"{encoder}/{name}"), place=f"{place}/{encoder}")
+        check_encoder(files, folder=encoder)
     return encoder
 
 
-def check_encoder(has: Callable[[str], bool], *, place: Path | str) -> None:
-    """Raise CheckpointError when a file of a text encoder is missing."""
+def check_encoder(files: FileList, *, folder: str | None = None) -> None:
+    """Raise CheckpointError when a file of the text encoder in `folder`, or right here, is missing."""
     for alternatives in _ENCODER_FILES:
-        if not any(has(name) for name in alternatives):
-            raise CheckpointError(f"{place} holds no {' or '.join(alternatives)}")
+        files.require(*alternatives, folder=folder)
 
 
 def check_folder(folder: Path) -> None:
     """Raise CheckpointError when a file of a checkpoint folder is missing or is cut short."""
     try:
-        encoder = check_layout(read_config(folder), _in_folder(folder), place=folder)
+        encoder = check_layout(read_config(folder), list_folder(folder))
         weights = [find_weights(folder), *(() if encoder is None else _encoder_weights(folder / encoder))]
         for path in weights:
             if path.suffix == ".safetensors":
@@ -87,18 +142,11 @@ def damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} is corrupt or incomplete ({error}); fetch it again")
 
 
-def _weights(has: Callable[[str], bool], *, place: Path | str) -> str:
-    found = next(filter(has, WEIGHT_FILES), None)
-    if found is None:
-        raise CheckpointError(f"{place} holds no weights; expected {WEIGHTS_FILE}")
-    return found
-
-
-def _encoder_folder(config: ConfigReader, has: Callable[[str], bool], *, place: Path | str) -> str | None:
+def _encoder_folder(config: ConfigReader, files: FileList) -> str | None:
     names = _encoder_names(_text_conditioner(config))
-    found = next((folder for folder in names if has(f"{folder}/config.json")), None)
+    found = next((folder for folder in names if files.has(f"{folder}/config.json")), None)
     if found is None and not is_open_family(config):
-        places = ", ".join(f"{place}/{folder}" for folder in names)
+        places = ", ".join(f"{files.place}/{folder}" for folder in names)
         raise CheckpointError(f"the text encoder was not found; looked for its config.json in {places}")
     return found
 
@@ -143,7 +191,3 @@ def _check_header(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise damaged(path, error) from error
-
-
-def _in_folder(folder: Path) -> Callable[[str], bool]:
-    return lambda name: (folder / name).is_file()

@@ -7,7 +7,8 @@ HF_HUB_OFFLINE). Knows nothing of what is in the files.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import (
@@ -34,10 +35,14 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import (
     WEIGHTS_FILE,
+    FileList,
     check_encoder,
     check_folder,
     check_layout,
+    choose_weights,
     find_text_encoder,
+    list_folder,
+    list_repository,
     text_encoder_repository,
 )
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
@@ -58,7 +63,10 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
     if cached is not None:
         return cached
     folder = _download(entry, token=token, cache_dir=cache_dir)
-    _require_main_files(repo_id, {name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).is_file()})
+    _require_config(repo_id, list_folder(folder).names)
+    if not (folder / WEIGHTS_FILE).is_file():
+        weights = _find_in_repository(entry, token=token, cache_dir=cache_dir)
+        folder = _download(_with(entry, weights), token=token, cache_dir=cache_dir)
     check_folder(folder)
     return folder
 
@@ -76,7 +84,7 @@ def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: 
     if cached is not None:
         return cached
     fetched = _download(entry, token=token, cache_dir=cache_dir)
-    check_encoder(_in_folder(fetched), place=_repository(entry))
+    check_encoder(replace(list_folder(fetched), place=_repository(entry)))
     return fetched
 
 
@@ -89,7 +97,7 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
     if folder is None:
         return None
     try:
-        check_layout(read_config(folder), _in_folder(folder), place=folder)
+        check_layout(read_config(folder), list_folder(folder))
     except CheckpointError:
         return None  # the rest of a download that was cut short
     check_folder(folder)
@@ -109,7 +117,7 @@ def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path
     if folder is None:
         folder, encoder = _check_repository(entry, token=token, cache_dir=cache_dir)
     else:
-        encoder = check_layout(read_config(folder), _in_folder(folder), place=folder)
+        encoder = check_layout(read_config(folder), list_folder(folder))
     if encoder is None:
         other = text_encoder_entry(text_encoder_repository(read_config(folder)))
         if _cached_text_encoder(other, cache_dir=cache_dir) is None:
@@ -123,19 +131,20 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
         raise CheckpointError(not_here(entry, cache_dir=cache_dir))
     try:
         info = _ask(entry, token)
-        listed = {file.rfilename for file in info.siblings or ()}
-        _require_main_files(repo_id, listed)
-        _require_readable(repo_id, WEIGHTS_FILE, info=info, token=token)
+        listed = _files_of(info, entry)
+        _require_config(repo_id, listed.names)
+        weights = choose_weights(listed)
+        _require_readable(repo_id, weights, info=info, token=token)
         config_file = hf_hub_download(
             repo_id, CONFIG_FILE, revision=info.sha, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
         )
         folder = Path(config_file).parent
-        encoder = check_layout(read_config(folder), listed.__contains__, place=repo_id)
+        encoder = check_layout(read_config(folder), listed)
         if encoder is not None:
             _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
     except _FAULTS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
-    _require_space(entry, info, cache_dir=cache_dir)
+    _require_space(_with(entry, weights), info, cache_dir=cache_dir)
     return folder, encoder
 
 
@@ -145,12 +154,29 @@ def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path
         raise CheckpointError(not_here(entry, cache_dir=cache_dir))
     try:
         info = _ask(entry, token)
-        listed = {file.rfilename for file in info.siblings or ()}
-        check_encoder(listed.__contains__, place=repo_id)
+        check_encoder(_files_of(info, entry))
         _require_readable(repo_id, "config.json", info=info, token=token)
     except _FAULTS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     _require_space(entry, info, cache_dir=cache_dir)
+
+
+def _find_in_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> str:
+    """Returns the name of a repository's weight file, whatever it is called."""
+    try:
+        info = _ask(entry, token)
+    except _FAULTS as error:
+        raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
+    return choose_weights(_files_of(info, entry))
+
+
+def _files_of(info: ModelInfo, entry: ModelEntry) -> FileList:
+    return list_repository(_repository(entry), {file.rfilename for file in info.siblings or ()})
+
+
+def _with(entry: ModelEntry, weights: str) -> ModelEntry:
+    """Returns the entry whose files to download include its weights under their own name."""
+    return replace(entry, files=tuple(dict.fromkeys((*entry.files, weights))))
 
 
 def _ask(entry: ModelEntry, token: str | None) -> ModelInfo:
@@ -165,7 +191,7 @@ def _cached_text_encoder(entry: ModelEntry, *, cache_dir: Path | None) -> Path |
     if folder is None:
         return None
     try:
-        check_encoder(_in_folder(folder), place=folder)
+        check_encoder(list_folder(folder))
     except CheckpointError:
         return None
     return folder
@@ -202,20 +228,15 @@ def _snapshot(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
     return Path(folder)
 
 
-def _in_folder(folder: Path) -> Callable[[str], bool]:
-    return lambda name: (folder / name).is_file()
-
-
 def _repository(entry: ModelEntry) -> str:
     if entry.repo_id is None:
         raise CheckpointError(f"model {entry.card.name!r} names neither a folder nor a repository")
     return entry.repo_id
 
 
-def _require_main_files(repo_id: str, names: set[str]) -> None:
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if name not in names:
-            raise CheckpointError(f"{repo_id} holds no {name}; it is not a repository of a model served here")
+def _require_config(repo_id: str, names: Iterable[str]) -> None:
+    if CONFIG_FILE not in names:
+        raise CheckpointError(f"{repo_id} holds no {CONFIG_FILE}; it is not a repository of a model served here")
 
 
 def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:

@@ -157,7 +157,6 @@ def test_missing_revision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("model.safetensors", "lab/model holds no model.safetensors"),
         ("model_config.json", "lab/model holds no model_config.json"),
         (ENCODER_WEIGHTS, "t5gemma holds no model.safetensors"),
         ("t5gemma/config.json", "text encoder was not found"),
@@ -166,6 +165,51 @@ def test_missing_revision(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path, name: str, said: str) -> None:
     with running_hub({"lab/model": Repo(without(name))}) as hub:
         refusal(tmp_path, said, endpoint=hub.url)
+
+
+def renamed(*names: str) -> dict[str, bytes]:
+    """The checkpoint with its weights under other names, a copy under each, and no other weights beside them."""
+    files = {path: content for path, content in NEEDED.items() if path != "model.safetensors"}
+    return files | dict.fromkeys(names, NEEDED["model.safetensors"])
+
+
+def test_a_fine_tune_s_weights_may_have_any_name(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(renamed("Foundation_1.safetensors"))}) as hub:
+        assert check(tmp_path, endpoint=hub.url) is None
+        folder = Path(download(tmp_path, endpoint=hub.url)["folder"])
+        fetched = sorted(hub.fetched)
+        assert download(tmp_path, endpoint=hub.url) == {"folder": str(folder)}
+        assert check(tmp_path, endpoint=hub.url, HF_HUB_OFFLINE="1") is None
+    assert (folder / "Foundation_1.safetensors").read_bytes() == NEEDED["model.safetensors"]
+    assert sorted(hub.fetched) == fetched == sorted(renamed("Foundation_1.safetensors"))
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(tmp_path: Path) -> None:
+    files = renamed("one.ckpt")
+    with running_hub({"lab/model": Repo(files)}) as hub:
+        assert check(tmp_path, endpoint=hub.url) is None
+        assert (Path(download(tmp_path, endpoint=hub.url)["folder"]) / "one.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((), "lab/model holds no weights; expected model.safetensors"),
+        (
+            ("two.ckpt", "one.ckpt"),
+            "lab/model holds no model.safetensors, and any of 2 files could be meant (one.ckpt, two.ckpt)",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_told(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+    with running_hub({"lab/model": Repo(renamed(*names))}) as hub:
+        refusal(tmp_path, said, endpoint=hub.url)
+        assert not [path for path in hub.fetched if path.endswith(".ckpt")]
+
+
+def test_a_disk_without_room_for_weights_of_another_name_is_named(tmp_path: Path) -> None:
+    with running_hub({"lab/model": Repo(renamed("one.ckpt"), sizes={"one.ckpt": 10**15})}) as hub:
+        assert "lab/model takes 1000000.00 GB" in (check(tmp_path, endpoint=hub.url) or "")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "t5gemma/config.json"])

@@ -86,6 +86,16 @@ def test_half_precision_and_pickled_fine_tunes_load(folder: Path) -> None:
     assert torch.equal(pickled.denoiser.state_dict()[key], halved.denoiser.state_dict()[key])
 
 
+@pytest.mark.parametrize("name", ["Foundation_1.safetensors", "kick.ckpt"])
+def test_the_only_weights_of_a_folder_may_have_any_name(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (save_file if name.endswith("safetensors") else torch.save)(weights, folder / name)
+    assert plan_of(load(folder)).frames == 743
+    (folder / f"other-{name}").write_bytes(b"")
+    assert f"({name}, other-{name})" in failure(folder)
+
+
 def test_raw_training_checkpoints_are_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     raw = {f"diffusion.{key}": value for key, value in weights.items()}
