@@ -12,6 +12,7 @@ Component = Literal[
     "draws",
     "text tokens",
     "text",
+    "text in float16",
     "number",
     "denoiser time features",
     "denoiser",
@@ -29,6 +30,7 @@ BOUNDS: dict[Component, float] = {
     "draws": 0.0,
     "text tokens": 0.0,
     "text": 2e-5,
+    "text in float16": 2e-3,
     "number": 1e-4,  # Fourier arguments reach 6e4 rad
     "denoiser time features": 1e-4,
     "denoiser": 2e-5,

@@ -106,7 +106,7 @@ class Goldens:
             key
             for key, stated in self._section("tensors").items()
             if not (key.startswith("gen/") or "_pad_" in key)
-            and (key not in self._tensors or list(self._tensors[key].shape) != list(stated["shape"]))
+            and (key not in self._tensors or list(self._tensors[key].shape) != _stated_shape(stated))
         ]
 
     def unused(self) -> Iterator[tuple[str, list[str]]]:
@@ -121,6 +121,11 @@ class Goldens:
         if not isinstance(found, dict):
             raise CheckpointError(f"{FACTS_FILE}: {name} must be an object")
         return found
+
+
+def _stated_shape(stated: Any) -> list[int]:
+    """Returns the shape that the facts state of a tensor: {"shape": ...}, or a dtype and a shape."""
+    return list(stated["shape"] if isinstance(stated, dict) else stated[1])
 
 
 def as_bool(mask: Tensor) -> Tensor:

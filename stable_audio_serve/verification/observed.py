@@ -99,9 +99,10 @@ class NumFrames(Protocol):
 class Runner:
     """Repeats cases through one engine."""
 
-    def __init__(self, model: DiffusionModel, *, num_frames: NumFrames) -> None:
+    def __init__(self, model: DiffusionModel, *, num_frames: NumFrames, observed: ObservedModel | None = None) -> None:
+        """`observed` wraps the model; None = nothing but observes it."""
         self._model = model
-        self._observed = ObservedModel(model)
+        self._observed = observed or ObservedModel(model)
         self._probe = DrawProbe(model)
         self._num_frames = num_frames
         options = EngineOptions(warmup_budget_s=0.0, max_queue_s=1e9)
@@ -120,13 +121,13 @@ class Runner:
     async def run(self, case: Case) -> list[RowResult]:
         """Run all rows of a case together, with the reference's noise."""
         replay = ReplayNoise(case.seed, self.script(case), num_rows=len(case.requests))
-        return await self._run(case, [replay.row(row) for row in range(len(case.requests))])
+        return await self.run_with(case, [replay.row(row) for row in range(len(case.requests))])
 
     async def run_silent(self, case: Case) -> list[RowResult]:
         """Run a case without noise inside the autoencoder; its draws are not made either."""
         script = [draw for draw in self.script(case) if draw.stage in ("initial", "step")]
         replay = ReplayNoise(case.seed, script, num_rows=len(case.requests))
-        return await self._run(case, [SilentWindows(replay.row(row)) for row in range(len(case.requests))])
+        return await self.run_with(case, [SilentWindows(replay.row(row)) for row in range(len(case.requests))])
 
     def silent_inpaint_conditioning(self, case: Case) -> Tensor:
         """Returns the first row's local conditioning: mask, then kept latents, encoded without noise (1, 1 + D, F)."""
@@ -151,7 +152,8 @@ class Runner:
         padding_s = case.requests[0].duration_padding_s or 0.0
         return self._num_frames(longest_s, padding_s=padding_s, sample_size=case.sample_size)
 
-    async def _run(self, case: Case, noise: Sequence[NoiseSource]) -> list[RowResult]:
+    async def run_with(self, case: Case, noise: Sequence[NoiseSource]) -> list[RowResult]:
+        """Run all rows of a case together, each with its own noise."""
         plans, channels = self.plan(case), self._model.spec.card.latent_channels
         self._observed.noise = dict(enumerate(noise))
         self._observed.latents = {row: torch.zeros(channels, plan.frames) for row, plan in enumerate(plans)}

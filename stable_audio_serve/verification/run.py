@@ -12,10 +12,12 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.verification.bounds import AUTOENCODER_BOUND_WITH_ROUNDING, Component
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import DATA_ERRORS, Report
 from stable_audio_serve.verification.sa3 import compare_sa3
+from stable_audio_serve.verification.sao import compare_sao
 
 # Which component a checkpoint's keys and files belong to, first match first.
 _OWNERS: tuple[tuple[str, Component], ...] = (
@@ -53,6 +55,8 @@ def _compare(report: Report, goldens: Goldens, *, model: DiffusionModel) -> None
         report.rounding = goldens.rounding()
     if isinstance(model, Sa3Model):
         compare_sa3(report, goldens, model=model)
+    elif isinstance(model, SaoModel):
+        compare_sao(report, goldens, model=model)
     else:
         report.fail("checkpoint", f"nothing is known to compare for the family {model.spec.card.family}")
     for group, keys in goldens.unused():

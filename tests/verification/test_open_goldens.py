@@ -1,0 +1,166 @@
+"""The command in front of folders of the Stable Audio Open family: the stored ones pass, small mistakes do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stable_audio_serve.models.sao import conditioners, denoiser, model, receptive_field
+from stable_audio_serve.models.sao.denoiser import GroupedCrossAttention
+from stable_audio_serve.verification import sao_networks
+from tests.goldens import OPEN_GOLDENS, load_open_goldens
+from tests.models.sao.tiny import TINY
+from tests.verification.folders import add_to_first, edit_tensors, run_verify
+
+pytestmark = pytest.mark.slow
+
+Mutate = Callable[[pytest.MonkeyPatch], None]
+COMPARED = (
+    "draws",
+    "text tokens",
+    "text",
+    "text in float16",
+    "number",
+    "denoiser time features",
+    "denoiser",
+    "denoiser guidance",
+    "denoiser padding",
+    "autoencoder",
+    "decoder halo",
+    "end-to-end latents",
+    "end-to-end audio",
+)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_command_accepts_the_folder_and_compares_every_output(name: str) -> None:
+    answer = run_verify(OPEN_GOLDENS / name)
+    assert answer.exit_code == 0, "\n".join(answer.lines)
+    for component in COMPARED:
+        assert "largest difference" in answer.line(component, "ok")
+    skipped = [line for line in answer.lines if " skipped " in line]
+    assert all("k-dpm-adaptive" in line for line in skipped), skipped
+    compared = {entry["key"].split("[")[0] for entry in answer.report["comparisons"]}
+    for case, facts in load_open_goldens(name).facts["cases"].items():
+        if facts["args"].get("sampler_type") != "k-dpm-adaptive":
+            assert f"{case}/latents" in compared
+
+
+def other_norm_eps(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(denoiser, "_NORM_EPS", 1e-4)
+
+
+def cosines_first(patch: pytest.MonkeyPatch) -> None:
+    exact = conditioners._LearnedFrequencies.forward
+
+    def swapped(self: Any, u: torch.Tensor) -> torch.Tensor:
+        value, sines, cosines = exact(self, u).split([1, 128, 128], dim=-1)
+        return torch.cat([value, cosines, sines], dim=-1)
+
+    patch.setattr(conditioners._LearnedFrequencies, "forward", swapped)
+
+
+def decoder_halo_one_short(patch: pytest.MonkeyPatch) -> None:
+    exact = receptive_field.decoder_halo
+    patch.setattr(sao_networks, "decoder_halo", lambda config: exact(config) - 1)
+
+
+def encoder_halo_one_short(patch: pytest.MonkeyPatch) -> None:
+    exact = receptive_field.encoder_halo
+    patch.setattr(sao_networks, "encoder_halo", lambda config: exact(config) - 1)
+
+
+def unconditional_without_seconds(patch: pytest.MonkeyPatch) -> None:
+    def without(self: denoiser.DenoiserConditioning) -> denoiser.DenoiserConditioning:
+        return denoiser.DenoiserConditioning(torch.zeros_like(self.global_embed), None)
+
+    patch.setattr(denoiser.DenoiserConditioning, "without_context", without)
+
+
+def heads_interleaved(patch: pytest.MonkeyPatch) -> None:
+    exact = GroupedCrossAttention.forward
+
+    def forward(self: GroupedCrossAttention, x: torch.Tensor, context: Any) -> torch.Tensor:
+        times = self.num_heads // self.num_key_heads
+        shared = [part.repeat(1, times, 1, 1) for part in context]  # k0 k1 k0 k1 instead of k0 k0 k1 k1
+        self.num_key_heads, kept = self.num_heads, self.num_key_heads
+        try:
+            return exact(self, x, denoiser.ContextKeys(*shared))
+        finally:
+            self.num_key_heads = kept
+
+    patch.setattr(GroupedCrossAttention, "forward", forward)
+
+
+def negative_scaled(patch: pytest.MonkeyPatch) -> None:
+    exact = model.SaoModel.denoise
+
+    def denoise(self: model.SaoModel, batch: Any) -> torch.Tensor:
+        output = exact(self, batch)
+        return torch.cat([output[:1], 0.9999 * output[1:]]) if len(batch.branches) == 2 else output
+
+    patch.setattr(model.SaoModel, "denoise", denoise)
+
+
+def negative_with_the_prompt_s_seconds(patch: pytest.MonkeyPatch) -> None:
+    exact = model.SaoModel.condition
+
+    def condition(self: model.SaoModel, plan: Any, **rest: Any) -> Any:
+        return exact(self, replace(plan, negative_numbers=None), **rest)
+
+    patch.setattr(model.SaoModel, "condition", condition)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "component"),
+    [
+        (other_norm_eps, "denoiser"),
+        (cosines_first, "number"),
+        (decoder_halo_one_short, "decoder halo"),
+        (encoder_halo_one_short, "decoder halo"),
+        (unconditional_without_seconds, "denoiser guidance"),
+        (heads_interleaved, "denoiser"),
+        (negative_scaled, "end-to-end latents"),
+        (negative_with_the_prompt_s_seconds, "end-to-end latents"),
+    ],
+)
+def test_a_mistake_is_missed(monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
+    mutate(monkeypatch)
+    answer = run_verify(OPEN_GOLDENS / "tiny-1.0")
+    assert answer.exit_code == 1
+    assert component in answer.report["failed"]
+
+
+@pytest.mark.parametrize(
+    ("component", "key"),
+    [
+        ("denoiser", "model.model.transformer.layers.1.ff.ff.2.bias"),
+        ("number", "conditioner.conditioners.seconds_total.embedder.embedding.1.bias"),
+        ("autoencoder", "pretransform.model.decoder.layers.0.bias"),
+    ],
+)
+def test_one_changed_weight_names_its_component(tmp_path: Path, component: str, key: str) -> None:
+    folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-small", tmp_path / "folder"))
+    edit_tensors(folder / "model.safetensors", add_to_first(key, 0.1))
+    assert component in run_verify(folder).report["failed"]
+
+
+def test_malformed_facts_are_misses(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-small", tmp_path / "folder"))
+    facts = json.loads((folder / "golden.json").read_text())
+    for spoilt in (
+        {"cases": {"gen/x": {"args": {}}}},
+        {"cond_t5": {}},
+        {"rounding": {"largest_per_group": {"audio": "x"}}},
+    ):
+        (folder / "golden.json").write_text(json.dumps(facts | spoilt))
+        answer = run_verify(folder)
+        assert answer.exit_code == 1
+        assert answer.lines[-1].startswith("verification failed: ")
