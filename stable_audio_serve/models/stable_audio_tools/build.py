@@ -17,7 +17,7 @@ from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SHIFT_KEY
 from stable_audio_serve.models.sao.planning import read_shift
-from stable_audio_serve.models.stable_audio_tools.inputs import Inputs, parse_inputs
+from stable_audio_serve.models.stable_audio_tools.config import Inputs, PromptInput, parse_inputs
 from stable_audio_serve.models.stable_audio_tools.model import PackageModel
 from stable_audio_serve.models.stable_audio_tools.package import import_package
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -41,14 +41,9 @@ def load_with_package(
     import_package()
     require_exact_float32()
     config = read_config(folder)
-    config.choice("model_type", ("diffusion_cond",))
-    model = config.section("model")
-    model.section("diffusion").choice("type", ("dit",))
-    model.section("pretransform").choice("type", ("autoencoder",))
-    inputs, weights_file = parse_inputs(model), find_weights(folder)
-    shift = read_shift(model.section("diffusion").plain(SHIFT_KEY))
-    max_length = prompt_config(model, inputs).integer("max_length", default=128)
-    text = load_text_encoder(text_encoder, max_length=max_length, device=device, dtype=_TEXT_DTYPE)
+    inputs, weights_file = parse_inputs(config), find_weights(folder)
+    shift = read_shift(config.section("model").section("diffusion").plain(SHIFT_KEY))
+    text = load_text_encoder(text_encoder, max_length=inputs.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     wrapper = build_wrapper(config, inputs, text=text)
     assign_weights({"": wrapper}, read_weights(weights_file), source=weights_file)
     wrapper.to(device)
@@ -65,16 +60,12 @@ def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) ->
     models = import_package()
     values = _values(config)
     conditioning = values["model"]["conditioning"]
-    items = conditioning["configs"]
-    conditioning["configs"] = [item for item in items if item["id"] != inputs.prompt]
+    conditioning["configs"] = [item for item in conditioning["configs"] if item["id"] != inputs.prompt.id]
     try:
         with skipping_random_weights():
             wrapper = models.factory.create_model_from_config(values)
-            wrapper.conditioner.conditioners[inputs.prompt] = _prompt_conditioner(
-                prompt_config(config.section("model"), inputs), width=conditioning["cond_dim"], text=text
-            )
-    except CheckpointError:
-        raise
+            prompt = _prompt_conditioner(inputs.prompt, width=conditioning["cond_dim"], text=text)
+            wrapper.conditioner.conditioners[inputs.prompt.id] = prompt
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{CONFIG_FILE} describes what stable-audio-tools cannot build: {reason}") from error
@@ -104,12 +95,6 @@ def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelS
     )
 
 
-def prompt_config(model: ConfigReader, inputs: Inputs) -> ConfigReader:
-    """Returns the section of the conditioner of prompts."""
-    items = model.section("conditioning").sections("configs")
-    return next(item.section("config", optional=True) for item in items if item.text("id") == inputs.prompt)
-
-
 def _cast(network: nn.Module, dtype: torch.dtype) -> None:
     """Cast a network in place but for its rotary frequencies, which positions multiply with their rounding."""
     kept = [(part, part.inv_freq) for part in network.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
@@ -128,7 +113,7 @@ def _values(config: ConfigReader) -> dict[str, Any]:
     }
 
 
-def _prompt_conditioner(config: ConfigReader, *, width: int, text: TextEncoder) -> nn.Module:
+def _prompt_conditioner(config: PromptInput, *, width: int, text: TextEncoder) -> nn.Module:
     """Returns the package's conditioner of prompts around a text encoder that is already here.
 
     Its own constructor would fetch the encoder by its name from the hub, know only some names, and leave weights that
@@ -136,8 +121,7 @@ def _prompt_conditioner(config: ConfigReader, *, width: int, text: TextEncoder) 
     """
     conditioners = import_package().conditioners
     prompt: Any = conditioners.T5Conditioner.__new__(conditioners.T5Conditioner)
-    projects = config.flag("project_out", default=False)
-    conditioners.Conditioner.__init__(prompt, text.width, width, project_out=projects)
+    conditioners.Conditioner.__init__(prompt, text.width, width, project_out=config.projects)
     prompt.tokenizer, prompt.max_length = text.tokenizer, text.max_length
     prompt.enable_grad = False
     prompt.__dict__["model"] = text.encoder  # not a part of the module, as in the package

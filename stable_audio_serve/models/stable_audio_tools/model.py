@@ -26,7 +26,7 @@ from stable_audio_serve.models.protocol import (
     TextEmbedding,
 )
 from stable_audio_serve.models.sao.planning import plan_rows
-from stable_audio_serve.models.stable_audio_tools.inputs import Inputs
+from stable_audio_serve.models.stable_audio_tools.config import Inputs
 from stable_audio_serve.sampling.schedules import TimestepShift
 
 _CONTEXT, _CONTEXT_MASK, _PREPENDED = "cross_attn_cond", "cross_attn_mask", "prepend_cond"
@@ -73,7 +73,7 @@ class PackageModel:
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width), zero at padded positions, and which tokens are real."""
-        tokens, mask = self.wrapper.conditioner.conditioners[self.inputs.prompt](list(prompts), self._device)
+        tokens, mask = self.wrapper.conditioner.conditioners[self.inputs.prompt.id](list(prompts), self._device)
         # Cloned, so that a cached prompt does not hold the whole batch's memory.
         return [TextEmbedding(p, tokens[i].clone(), mask[i].bool().clone()) for i, p in enumerate(prompts)]
 
@@ -136,7 +136,7 @@ class PackageModel:
         values = {
             number.id: conditioners[number.id]([number.value(numbers)], self._device) for number in self.inputs.numbers
         }
-        values[self.inputs.prompt] = (prompt.tokens[None], prompt.mask[None])
+        values[self.inputs.prompt.id] = (prompt.tokens[None], prompt.mask[None])
         arguments: Mapping[str, Tensor | None] = self.wrapper.get_conditioning_inputs(values)
         return {key: value for key, value in arguments.items() if value is not None}
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ _NEEDED = (
     "torchsde",
     "trampoline",
 )
+_FLASH = "flash_attn"  # with it the package computes attention in float16 whatever its inputs are; torch has a fast one
 _K_DIFFUSION = "k_diffusion"
 _USED_OF_K_DIFFUSION = ("utils", "sampling", "external")
 
@@ -65,7 +67,7 @@ def import_package() -> ModuleType:
     """
     require_package()
     try:
-        with _hollow_modules(_TORCHAUDIO), _hollow_modules(_TORCHVISION):
+        with _hollow_modules(_TORCHAUDIO), _hollow_modules(_TORCHVISION), _without(_FLASH), redirect_stdout(StringIO()):
             _import_k_diffusion()
             for name in ("factory", "conditioners", "diffusion", "autoencoders"):
                 importlib.import_module(f"stable_audio_tools.models.{name}")
@@ -110,6 +112,19 @@ _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
     "torchvision.transforms": {},
     "torchvision.transforms.functional": {},
 }
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Importing `name` fails while the body runs, installed or not, unless somebody has imported it before."""
+    hides = name not in sys.modules
+    if hides:
+        sys.modules[name] = None  # type: ignore[assignment]  # as the import system says
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[name]
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.engine.engine import Engine
-from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.options import EngineOptions, Mode
 from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.sampling import ReplayNoise
@@ -97,12 +98,17 @@ def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
 
 
 def run(
-    model: SaoModel, requests: list[GenerationRequest], *, noise: ReplayNoise | None = None, frames: int | None = None
+    model: DiffusionModel,
+    requests: list[GenerationRequest],
+    *,
+    noise: ReplayNoise | None = None,
+    frames: int | None = None,
+    mode: Mode = "strict",
 ) -> list[npt.NDArray[np.float32]]:
     """The requests' audio, made at the same time."""
 
     async def generate() -> list[npt.NDArray[np.float32]]:
-        options = EngineOptions(mode="strict", warmup_budget_s=0.0, max_queue_s=1e9)
+        options = EngineOptions(mode=mode, warmup_budget_s=0.0, max_queue_s=1e9)
         engine = Engine(model, options) if noise is None else Engine(model, options, noise_factory=noise.row)
         await engine.start()
         try:

@@ -23,7 +23,7 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.config import parse_config
 from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.stable_audio_tools.build import build_wrapper, load_with_package
-from stable_audio_serve.models.stable_audio_tools.inputs import parse_inputs
+from stable_audio_serve.models.stable_audio_tools.config import parse_inputs
 from stable_audio_serve.models.stable_audio_tools.model import PackageModel
 from stable_audio_serve.models.stable_audio_tools.package import import_package
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -74,7 +74,7 @@ def decoded(model: PackageModel, latents: Tensor) -> Tensor:
 @pytest.mark.parametrize(("values", "encoder_width"), [(OPEN_1_0, 768), (OPEN_SMALL, 768)], ids=["1.0", "small"])
 def test_the_package_has_the_tensors_of_ours_at_the_published_shapes(values: Any, encoder_width: int) -> None:
     config = ConfigReader(values)
-    inputs = parse_inputs(config.section("model"))
+    inputs = parse_inputs(config)
     text = TextEncoder(None, nn.Identity(), width=encoder_width, max_length=64)
     with torch.device("meta"):
         theirs = build_wrapper(config, inputs, text=text).state_dict()
@@ -104,6 +104,8 @@ def test_rows_come_out_the_same_in_company(name: str) -> None:
     together = run(loaded(name), requests)
     for one, other in zip(alone, together, strict=True):
         assert one.tobytes() == other.tobytes()
+    for one, other in zip(alone, run(loaded(name), requests, mode="fast"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -176,7 +178,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     (folder / "model_config.json").write_text(json.dumps(changed_config(name)))
     config = read_config(folder)
     text = TextEncoder(None, nn.Identity(), width=64, max_length=8)
-    wrapper = build_wrapper(config, parse_inputs(config.section("model")), text=text)
+    wrapper = build_wrapper(config, parse_inputs(config), text=text)
     generator = torch.Generator().manual_seed(0)
     weights = load_file(source / "model.safetensors")
     for key, value in wrapper.state_dict().items():

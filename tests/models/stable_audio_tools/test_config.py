@@ -1,0 +1,60 @@
+"""Which configs the package is given, and which conditioners a request can fill."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.sao.random_weights import OFFICIAL_CONFIGS
+from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberInput, PromptInput, parse_inputs
+
+
+def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A published config with further conditioners; `changes` name sections of the model, joined by two underscores."""
+    values: dict[str, Any] = json.loads(json.dumps(OFFICIAL_CONFIGS["stable-audio-open-small"]))
+    values["model"]["conditioning"]["configs"] += conditioners
+    for path, change in changes.items():
+        section = values["model"]
+        for name in path.split("__"):
+            section = section[name]
+        section |= change
+    return values
+
+
+def test_numbers_come_from_the_request_by_id_or_by_default_key() -> None:
+    bars = {"id": "length", "type": "int", "config": {}}
+    config = make_config(bars, conditioning={"default_keys": {"length": "seconds_start"}})
+    inputs = parse_inputs(ConfigReader(config))
+    total = NumberInput("seconds_total", "seconds_total", is_whole=False)
+    assert inputs == Inputs(PromptInput("prompt", 64, False), (total, NumberInput("length", "seconds_start", True)))
+    assert [number.value({"seconds_total": 7.9, "seconds_start": 3.9}) for number in inputs.numbers] == [7.9, 3]
+
+
+@pytest.mark.parametrize(
+    ("conditioners", "changes", "said"),
+    [
+        ([{"id": "bpm", "type": "number"}], {}, r"model\.conditioning\.configs\[2\]\.id must be one of seconds_start"),
+        ([{"id": "audio", "type": "pretransform"}], {}, r"configs\[2\]\.type must be one of t5, number, int"),
+        ([{"id": "other", "type": "t5"}], {}, r"configs must be a list with exactly one conditioner of type t5"),
+        ([], {"diffusion": {"input_concat_ids": ["mask"]}}, r"input_concat_ids must be a list drawn from prompt"),
+        ([], {"diffusion": {"type": "adp_1d"}}, r"model\.diffusion\.type must be one of dit"),
+        ([], {"diffusion__config": {"sliding_window": [8, 8]}}, r"diffusion\.config\.sliding_window must be unset"),
+        ([], {"diffusion": {"mask_padding": True}}, r"model\.diffusion\.mask_padding is not known"),
+        ([], {"conditioning": {"pre_encoded_keys": ["prompt"]}}, r"conditioning\.pre_encoded_keys is not known"),
+        ([], {"pretransform": {"type": "wavelet"}}, r"model\.pretransform\.type must be one of autoencoder"),
+        ([], {"pretransform__config__decoder": {"hard_clip": True}}, r"config\.decoder\.hard_clip is not known"),
+    ],
+    ids=[
+        "a number nobody sends", "audio", "two prompts", "an id without conditioner", "another network",
+        "windowed attention", "diffusion", "conditioning", "another pretransform", "decoder",
+    ],
+)  # fmt: skip
+def test_what_no_request_can_fill_and_the_package_would_ignore_is_refused_by_name(
+    conditioners: list[dict[str, Any]], changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        parse_inputs(ConfigReader(make_config(*conditioners, **changes)))
