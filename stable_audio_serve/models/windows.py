@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from stable_audio_serve.models.protocol import WindowSpan
 
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the references' chunked encoding and decoding
@@ -26,8 +28,12 @@ def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OV
 
 
 def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES) -> tuple[WindowSpan, ...]:
-    """Returns windows of which `kept` frames are written, with `halo` frames beside them that are cut again.
+    """Returns windows of one length, in which `halo` frames beside those that are written are cut again.
 
+    As few as keep `kept` frames at most each (the outermost ones `halo` more), and no longer than they have to be.
     Exact where a frame's result depends on no more than `halo` frames to each side.
     """
-    return chunked_windows(frames, size=kept + 2 * halo, overlap=2 * halo)
+    overlap = 2 * halo
+    num_windows = max(math.ceil((frames - overlap) / kept), 1)
+    size = math.ceil((frames + overlap * (num_windows - 1)) / num_windows)
+    return chunked_windows(frames, size=size, overlap=overlap)

@@ -38,6 +38,8 @@ from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_pa
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
+_DECODE_GRID = 32  # latent frames; clips of nearly one length decode windows of one length, which share calls
+
 
 @dataclass(frozen=True, slots=True)
 class Halos:
@@ -83,12 +85,14 @@ def plan_rows(
         None if audio is None else _plan_source(audio, spec, frames=frames, halo=encode_halo)
         for audio in (request.init_audio, request.inpaint_audio)
     )
+    output_samples = min(output_samples, frames * spec.hop)
+    decode_windows = _decode_windows(frames, num_audible=math.ceil(output_samples / spec.hop), halo=decode_halo)
     return tuple(
         RowPlan(
             seed=seed,
             frames=frames,
             valid_frames=frames,
-            output_samples=min(output_samples, frames * spec.hop),
+            output_samples=output_samples,
             prompt=request.prompt,
             negative_prompt=request.negative_prompt if guided and (request.negative_prompt or "").strip() else None,
             numbers=numbers,
@@ -98,7 +102,7 @@ def plan_rows(
             init_source=init,
             inpaint_source=inpaint,
             keep_mask=keep_mask,
-            decode_windows=_windows(frames, halo=decode_halo),
+            decode_windows=decode_windows,
         )
         for seed in request.seeds
     )
@@ -214,6 +218,13 @@ def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int 
         num_samples=frames * spec.hop,
     )
     return SourcePlan(samples=samples, windows=_windows(frames, halo=halo))
+
+
+def _decode_windows(frames: int, *, num_audible: int, halo: int | None) -> tuple[WindowSpan, ...]:
+    """Returns windows over the leading frames that the clip can be heard from, and a halo; without one, over all."""
+    if halo is not None:
+        frames = min(frames, math.ceil((num_audible + halo) / _DECODE_GRID) * _DECODE_GRID)
+    return _windows(frames, halo=halo)
 
 
 def _windows(frames: int, *, halo: int | None) -> tuple[WindowSpan, ...]:

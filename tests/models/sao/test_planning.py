@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.protocol import RowPlan
-from tests.models.sao.test_model import loaded
+from tests.models.sao.test_model import loaded, run
 from tests.models.sao.tiny import TINY
 
 CLIP = SourceAudio(np.ones((2, 3000), np.float32), 1000)
@@ -89,10 +90,34 @@ def test_sources_cover_the_window(name: str) -> None:
     assert not source.samples[:, 3000:].any()
 
 
-@pytest.mark.parametrize(("asked", "windows"), [(None, 6), (True, 6), (False, 1)])
-def test_decoding_is_cut_into_windows_unless_it_is_asked_not_to(asked: bool | None, windows: int) -> None:
-    plan = one(chunked_decode=asked)
-    assert len(plan.decode_windows) == windows
+def decoded(plan: RowPlan) -> list[int]:
+    return [span.stop - span.start for span in plan.decode_windows]
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "lengths"), [(0.001, [32]), (2.5, [64]), (6.0, [128]), (11.0, [107, 107]), (47.552, [143] * 6)]
+)
+def test_only_what_is_heard_is_decoded(duration_s: float, lengths: list[int]) -> None:
+    plan = one(duration_s=duration_s)
+    assert decoded(plan) == lengths
+    assert decoded(one(duration_s=duration_s, chunked_decode=True)) == lengths
+    assert decoded(one(duration_s=duration_s, chunked_decode=False)) == [743]
+    kept = [frame for span in plan.decode_windows for frame in range(span.keep_start, span.keep_stop)]
+    assert kept == list(range(len(kept)))
+    assert len(kept) * 64 >= plan.output_samples
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("duration_s", [0.5, 6.3, 11.8])
+def test_a_clip_is_the_beginning_of_the_window_s_audio(name: str, duration_s: float) -> None:
+    model = loaded(name)
+    request = GenerationRequest(prompt="rain", duration_s=duration_s, seed=1, steps=1, cfg_scale=1.0)
+    (clip,) = run(model, [request])
+    (window,) = run(
+        model, [replace(request, duration_s=model.spec.card.max_duration_s, conditioned_total_s=duration_s)]
+    )
+    assert clip.shape[1] == int(duration_s * 1000)
+    np.testing.assert_allclose(clip, window[:, : clip.shape[1]], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("level", [0.1, 0.4, 1.0, 80.0])
