@@ -218,3 +218,74 @@ def test_a_config_that_only_the_package_builds_gives_what_the_package_generates(
     (made,) = run(model, [request], noise=ReplayNoise(7, script, num_rows=1))
     assert float(expected.std()) > 1e-3
     torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
+
+
+# Changes to the tiny configs, by section: widths, depths and ratios that no golden has.
+UNSEEN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "three queries a key": ("tiny-1.0", {"diffusion.config": {"embed_dim": 192, "num_heads": 6, "depth": 3}}),
+    "one wide head": ("tiny-small", {"diffusion.config": {"embed_dim": 256, "num_heads": 2, "depth": 1}}),
+    "another context width": (
+        "tiny-1.0",
+        {
+            "diffusion.config": {"cond_token_dim": 96, "global_cond_dim": 192, "project_cond_tokens": True},
+            "conditioning": {"cond_dim": 96},
+        },
+    ),
+    "other ratios": (
+        "tiny-small",
+        {
+            "pretransform": {"scale": 1.7},
+            "pretransform.config": {"downsampling_ratio": 24},
+            "pretransform.config.encoder.config": {"strides": [2, 2, 6], "c_mults": [1, 3, 2]},
+            "pretransform.config.decoder.config": {"strides": [2, 2, 6], "c_mults": [1, 3, 2], "final_tanh": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_both_backends_agree_on_configs_that_no_golden_has(name: str, tmp_path: Path) -> None:
+    base, changes = UNSEEN[name]
+    source = load_open_goldens(base).folder
+    values = json.loads((source / "model_config.json").read_text())
+    for path, change in changes.items():
+        section = values["model"]
+        for key in path.split("."):
+            section = section[key]
+        section |= change
+    values["sample_size"] = 3072
+    (tmp_path / "model_config.json").write_text(json.dumps(values))
+    shutil.copytree(source / "t5", tmp_path / "t5")
+    write_random_weights(tmp_path)
+    native, package = load_model(resolve_entry("mine", path=str(tmp_path))), load(tmp_path)
+    requests = [
+        GenerationRequest(prompt="a kick drum", duration_s=3.0, seed=1, steps=4, cfg_scale=3.0),
+        GenerationRequest(
+            prompt="rain",
+            duration_s=3.0,
+            seed=2,
+            steps=4,
+            cfg_scale=1.0,
+            init_audio=SourceAudio(np.linspace(-0.5, 0.5, 4000, dtype=np.float32).reshape(2, 2000), 1000),
+            init_noise_level=0.7,
+        ),
+    ]
+    for ours, theirs in zip(run(native, requests), run(package, requests), strict=True):
+        assert theirs.std() > 1e-2
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def write_random_weights(folder: Path) -> None:
+    """Weights that keep activations at about unit size."""
+    config = read_config(folder)
+    text = TextEncoder(None, nn.Identity(), width=64, max_length=8)
+    wrapper = build_wrapper(config, parse_inputs(config), text=text)
+    generator = torch.Generator().manual_seed(0)
+    weights = wrapper.state_dict()
+    for key, parameter in wrapper.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if key.endswith(("gamma", "_g", "norm.weight")):
+            weights[key] = (0.5 if key.endswith("_g") else 1.0) + 0.1 * drawn  # half: residual units add up
+        else:
+            weights[key] = drawn / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.1 * drawn
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
