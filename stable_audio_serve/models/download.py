@@ -136,8 +136,8 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
         weights = choose_weights(listed)
         _require_readable(repo_id, weights, info=info, token=token)
         config_file = hf_hub_download(
-            repo_id, CONFIG_FILE, revision=info.sha, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
-        )
+            repo_id, CONFIG_FILE, revision=entry.revision, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
+        )  # by the entry's own revision, under which the cache is asked for it from now on
         folder = Path(config_file).parent
         encoder = check_layout(read_config(folder), listed)
         if encoder is not None:

@@ -48,8 +48,6 @@ def load_model(
     target = resolve_device(device)
     folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
     card = describe_entry(replace(entry, folder=str(folder))).card
-    if entry.folder is None:  # an ingress may have no copy of it, and has told clients these
-        card = replace(card, default_steps=entry.card.default_steps, default_cfg_scale=entry.card.default_cfg_scale)
     load = _LOADERS[card.family]
     if entry.backend == "stable_audio_tools":
         require_open_family(card.family)

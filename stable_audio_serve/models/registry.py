@@ -170,20 +170,35 @@ def resolve_entry(
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:
-    """Returns the entry with family, rate, channels, length and objective from its folder's config, if it has a folder.
+    """Returns the entry with family, rate, channels, length and objective from its config, if that is on this machine.
 
-    A built-in entry keeps its own steps and guidance; every entry keeps a cap that is lower. Raises CheckpointError for
-    a folder without a usable config.
+    It is in the entry's folder, or in the hub's cache; no hub is asked. A built-in entry keeps its own steps and
+    guidance; every entry keeps a cap that is lower. Raises CheckpointError for a folder without a usable config.
     """
-    if entry.folder is None:
+    folder = _config_folder(entry)
+    if folder is None:
         return entry
-    config = read_config(Path(entry.folder))
+    config = read_config(folder)
     describe = open_card if is_open_family(config) else _sa3_card
     card = describe(entry.card, config, cap_s=entry.cap_s)
     if entry.card.name not in BUILT_IN:
         steps, cfg_scale = OBJECTIVE_DEFAULTS[card.objective]
         card = replace(card, default_steps=steps, default_cfg_scale=cfg_scale)
     return replace(entry, card=card)
+
+
+def _config_folder(entry: ModelEntry) -> Path | None:
+    if entry.folder is not None:
+        return Path(entry.folder)
+    if entry.repo_id is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache  # slow to import
+
+    try:
+        found = try_to_load_from_cache(entry.repo_id, CONFIG_FILE, revision=entry.revision)
+    except (OSError, ValueError):  # no valid name, which whoever asks the hub explains
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:

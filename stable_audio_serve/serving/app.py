@@ -27,13 +27,14 @@ from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.placement import (
     Plan,
+    describe_models,
     ingress_options,
     model_options,
     plan_deployments,
     require_shared_database,
     runner_options,
 )
-from stable_audio_serve.serving.preflight import require_weights
+from stable_audio_serve.serving.preflight import fetch_configs, require_weights
 from stable_audio_serve.serving.replica import ModelReplica
 
 if TYPE_CHECKING:
@@ -116,6 +117,9 @@ def assemble(args: Settings | Mapping[str, Any], *, replica: type) -> serve.Appl
     # Folders are the same on every node, but another one may have a cache, or a way to the hub, that this one has not.
     checked = [model for model in plan.settings.models if model.path is not None or num_nodes == 1]
     require_weights(plan, checked, print_error=logger.warning)
+    others = [model for model in plan.settings.models if model not in checked]
+    fetch_configs(plan, others, print_error=logger.warning)
+    plan = describe_models(plan)
     stores = prepare_stores(plan.settings)
     logger.info(stores.description)
     plan = replace(plan, store_identity=stores.identity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stable_audio_serve.core.catalog import ModelCatalog
@@ -61,14 +61,18 @@ class Plan:
 def plan_deployments(settings: Settings) -> Plan:
     """Resolve names, paths and stores and check them; touches no file but checkpoints' configs. Raises ConfigError.
 
-    A model whose folder cannot be read has the facts of one that is not downloaded yet: `weights` says what it lacks.
+    A model whose config cannot be read has the facts of one that is not downloaded yet: `preflight` says what it lacks.
     """
-    cards = [_describe(model_entry(model)).card for model in settings.models]
-    catalog = ModelCatalog(cards, default=settings.default_model)
+    catalog = _catalog(settings)
     check_model_names(settings, catalog)
     settings = settings.model_copy(update={"output_dir": os.path.abspath(settings.output_dir)})
     check_stores(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
+
+
+def describe_models(plan: Plan) -> Plan:
+    """Returns the plan with what the models' configs say, also those that were not here yet when it was made."""
+    return replace(plan, catalog=_catalog(plan.settings))
 
 
 def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
@@ -79,6 +83,11 @@ def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
             f"{num_nodes} nodes; set it to a PostgreSQL database, postgresql://user:password@host/database",
             field="jobs.database_url",
         )
+
+
+def _catalog(settings: Settings) -> ModelCatalog:
+    cards = [_describe(model_entry(model)).card for model in settings.models]
+    return ModelCatalog(cards, default=settings.default_model)
 
 
 def _describe(entry: ModelEntry) -> ModelEntry:

@@ -35,6 +35,32 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
             print_error(f"warning: model {name} cannot be loaded: {error.message}")
 
 
+def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
+    """Fetch the configs of `models` that only other machines load, so that clients can be told what they say.
+
+    A warning goes to `print_error` for each that cannot be had. Takes no longer than about ten seconds.
+    """
+    deadline = time.monotonic() + _LONGEST_S
+    checks = [_begin(plan.settings, model) for model in models if model.name not in BUILT_IN]
+    for check in checks:
+        try:
+            _wait(check, until=deadline)
+        except CheckpointError as error:
+            card = check[0].card
+            if not _is_described(check[0]):
+                print_error(
+                    f"warning: model {card.name}: {error.message}; until its config is in the cache here, clients are "
+                    f"told the facts of a distilled Stable Audio 3 model of {card.max_duration_s:g} s"
+                )
+
+
+def _is_described(entry: ModelEntry) -> bool:
+    try:
+        return describe_entry(entry) != entry
+    except CheckpointError:
+        return False
+
+
 def _begin(settings: Settings, model: ModelSettings) -> tuple[ModelEntry, Future[None]]:
     """Start the check in a thread that can be abandoned. Returns the entry and the check's outcome."""
     entry, done = model_entry(model), Future[None]()
@@ -65,6 +91,8 @@ def _check(entry: ModelEntry, token: str | None) -> None:
     from stable_audio_serve.models.download import check_access  # the hub's library is slow to import
 
     check_access(entry, token=token)
+    if entry.backend == "stable_audio_tools":  # of a repository the family is known only now
+        require_open_family(describe_entry(entry).card.family)
 
 
 def _wait(check: tuple[ModelEntry, Future[None]], *, until: float) -> None:

@@ -25,11 +25,16 @@ import json, sys
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.models.download import check_access, download_entry
-from stable_audio_serve.models.registry import OPERATOR_FILES, ModelEntry
+from stable_audio_serve.models.registry import OPERATOR_FILES, ModelEntry, describe_entry
 entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, **json.loads(sys.argv[2]))
+ACTIONS = {
+    "download": download_entry,
+    "check": check_access,
+    "rate": lambda entry: describe_entry(entry).card.sample_rate_hz,
+}
 for name in sys.argv[1].split():
     try:
-        print(json.dumps({"folder": str({"download": download_entry, "check": check_access}[name](entry))}))
+        print(json.dumps({"folder": str(ACTIONS[name](entry))}))
     except CheckpointError as error:
         print(json.dumps({"message": error.message}))
 """
@@ -106,6 +111,16 @@ def test_cached_files_serve_without_a_network(tmp_path: Path) -> None:
         assert check(tmp_path, endpoint=url) is None
         assert download(tmp_path, endpoint=url) == online
         assert time.monotonic() - started_at < 40  # the library alone waits for a hub that is silent, again and again
+
+
+@pytest.mark.parametrize("revision", ["main", "v1", COMMIT])
+def test_a_check_fetches_what_a_config_tells_of_its_model(tmp_path: Path, revision: str) -> None:
+    with running_hub({"lab/model": Repo(FILES, revisions=("main", "v1"))}) as hub:
+        told = run("rate check rate", tmp_path, endpoint=hub.url, revision=revision)
+        assert hub.fetched == ["model_config.json"]
+        assert "folder" in download(tmp_path, endpoint=hub.url, revision=revision)
+    own = json.loads(FILES["model_config.json"])["sample_rate"]
+    assert [result["folder"] for result in told] == ["44100", "None", str(own)]
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "t5gemma/tokenizer.json"])

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.catalog import OPEN_FAMILY, V_SAMPLERS, ModelCatalog
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.models.registry import BUILT_IN, describe_entry, resolve_entry
-from tests.goldens import load_goldens
+from tests.goldens import OPEN_GOLDENS, load_goldens
+from tests.models.hub import fill_cache
 
 OFFICIAL = ("small-sfx", "small-music", "medium", "small-sfx-base", "small-music-base", "medium-base")
 
@@ -64,6 +66,42 @@ def test_unknown_names_without_a_place_are_refused() -> None:
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_config\.json"):
         describe_entry(resolve_entry("mine", path=str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the hub's own library that holds the revision `main` of lab/open; no hub is there any more."""
+    home = tmp_path_factory.mktemp("home")
+    fill_cache(home, "lab/open", OPEN_GOLDENS / "tiny-1.0")
+    return home / "hub"
+
+
+@pytest.fixture
+def cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(filled_cache))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return filled_cache
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_repository_in_the_cache_describes_itself() -> None:
+    entry = describe_entry(resolve_entry("mine", repo_id="lab/open", aliases=("my-loops",)))
+    local = describe_entry(resolve_entry("mine", path=str(OPEN_GOLDENS / "tiny-1.0"), aliases=("my-loops",)))
+    assert (entry.folder, entry.repo_id) == (None, "lab/open")  # a replica fetches it itself
+    assert entry.card == local.card
+    assert (entry.card.family, entry.card.samplers) == (OPEN_FAMILY, V_SAMPLERS)
+    assert (entry.card.default_steps, entry.card.default_cfg_scale) == (100, 7.0)
+    capped = describe_entry(resolve_entry("mine", repo_id="lab/open", max_duration_s=0.5)).card
+    assert capped.max_duration_s == 0.5 < entry.card.max_duration_s
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    "place", [{"repo_id": "lab/other"}, {"repo_id": "lab/open", "revision": "v2"}, {"repo_id": "a/b/c"}]
+)
+def test_a_repository_that_is_not_in_the_cache_stays_as_it_is(place: dict[str, str]) -> None:
+    entry = resolve_entry("mine", **place)
+    assert describe_entry(entry) == entry
 
 
 def test_the_demo_is_marked_and_packaged() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.settings import Settings
@@ -17,7 +19,7 @@ from stable_audio_serve.models.stable_audio_tools import package
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import require_weights
 from tests.goldens import OPEN_GOLDENS
-from tests.models.hub import Repo, running_hub, silent_hub
+from tests.models.hub import Repo, checkpoint_files, fill_cache, hub_environment, running_hub, silent_hub
 from tests.serving.conftest import TINY
 from tests.serving.launched import command, free_port, write_config
 
@@ -135,3 +137,52 @@ def test_a_backend_that_does_not_know_the_family_stops_the_start(
     monkeypatch.setattr(package, "missing_packages", tuple)
     with pytest.raises(CheckpointError, match="runs models of the family stable-audio-open, this is stable-audio-3"):
         check(make_plan({**model, "backend": "stable_audio_tools"}), print_error=pytest.fail)
+
+
+FETCH = """
+import sys
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving.placement import describe_models, plan_deployments
+from stable_audio_serve.serving.preflight import fetch_configs
+plan = plan_deployments(Settings.model_validate({"models": [{"name": "lab", "repo_id": "lab/model"}]}))
+fetch_configs(plan, plan.settings.models, print_error=print)
+print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog)))
+"""
+
+
+def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
+    """What is said where other machines load the model: warnings, and its family before and after."""
+    environment = hub_environment(endpoint, folder / "hub")
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_clients_are_told_of_a_repository_what_its_config_says(tmp_path: Path) -> None:
+    files = checkpoint_files(OPEN_GOLDENS / "tiny-1.0")
+    with running_hub({"lab/model": Repo(files)}) as hub:
+        assert fetch_elsewhere(tmp_path, hub.url) == ["stable-audio-3 stable-audio-open"]
+        assert hub.fetched == ["model_config.json"]
+    assert fetch_elsewhere(tmp_path, "http://127.0.0.1:9")[-1] == "stable-audio-open stable-audio-open"
+
+
+@pytest.mark.slow
+def test_a_config_that_cannot_be_had_where_other_machines_load_only_warns(tmp_path: Path) -> None:
+    warning, families = fetch_elsewhere(tmp_path, "http://127.0.0.1:9")
+    assert warning.startswith("warning: model lab: lab/model is not complete in ")
+    assert warning.endswith("clients are told the facts of a distilled Stable Audio 3 model of 120 s")
+    assert families == "stable-audio-3 stable-audio-3"
+
+
+def test_a_backend_that_does_not_know_the_family_of_a_repository_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_cache(tmp_path, "lab/tiny", Path(TINY))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(package, "missing_packages", tuple)
+    plan = make_plan({"name": "tiny", "repo_id": "lab/tiny", "backend": "stable_audio_tools"})
+    with pytest.raises(CheckpointError, match="runs models of the family stable-audio-open, this is stable-audio-3"):
+        check(plan, print_error=pytest.fail)
