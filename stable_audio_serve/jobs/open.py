@@ -29,7 +29,8 @@ class PreparedStores:
 
 def check_stores(settings: Settings) -> None:
     """Raises ConfigError where stores of these settings could not be opened. Touches nothing."""
-    open_queue(settings)
+    open_store(settings)
+    open_artifacts(settings)
 
 
 def uses_sqlite(settings: Settings) -> bool:
