@@ -215,7 +215,7 @@ class ToyModel:
             extra[row] += branch.context
         mixed = self._attend(hidden + extra, batch.valid)
         velocity = (torch.tanh(hidden + mixed) @ self._out.T).transpose(1, 2) + 0.5 * batch.x
-        # Whoever reads an invalid frame shall notice.
+        # Code that reads an invalid frame must fail a test.
         return torch.where(batch.valid[:, None], velocity, torch.full_like(velocity, 1e4))
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

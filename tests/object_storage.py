@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-        if is_cut:  # not by a reset: what was sent shall arrive
+        if is_cut:  # not by a reset, so that what was sent still arrives
             self.close_connection = True
 
     def _answer_error(self, status: int, code: str) -> None:

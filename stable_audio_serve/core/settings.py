@@ -41,13 +41,13 @@ from stable_audio_serve.core.sound import Peaks
 
 
 class Section(BaseModel):
-    """What every part of the tree shares: frozen, unknown keys refused, values checked by type and range."""
+    """Base of every section: frozen, refuses unknown keys, checks values by type and range."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ApiSettings(Section):
-    """Limits of the HTTP surface."""
+    """Limits of the HTTP API, the keys that may use it, and the names and origins it is reached by."""
 
     max_duration_s: Seconds = Field(380.0, description="Longest clip of our own API, seconds; a model may allow less.")
     max_steps: int = Field(50, ge=1, le=1000, description="Most denoising steps of our own API.")
@@ -106,7 +106,7 @@ class ApiSettings(Section):
 
 
 class AudioSettings(Section):
-    """What becomes of clips that are too loud."""
+    """How finished clips are treated before they are encoded."""
 
     peaks: Peaks = Field(
         "limit",
@@ -191,7 +191,7 @@ class ModelSettings(Section):
 
 
 class IngressSettings(Section):
-    """The deployment that speaks HTTP."""
+    """The deployment that answers HTTP requests: its processes and what one of them handles at a time."""
 
     replicas: int = Field(1, ge=1, description="Ingress processes; two or more off a laptop.")
     num_cpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per process.")
@@ -212,7 +212,7 @@ class ProxySettings(Section):
 
 
 class MetricsSettings(Section):
-    """Pages for operators."""
+    """Where the pages with statistics and metrics for operators listen."""
 
     host: str = Field(
         "127.0.0.1",
@@ -226,7 +226,7 @@ class MetricsSettings(Section):
 
 
 class DialectSettings(Section):
-    """What each foreign dialect speaks for. An unset model is the first Stable Audio Open that is served, for which
+    """Which model each foreign dialect uses. An unset model is the first Stable Audio Open that is served, for which
     these dialects were written, else the server's default model.
     """
 
@@ -244,7 +244,7 @@ class DialectSettings(Section):
 
 
 class JobSettings(Section):
-    """Work that is accepted now and done later."""
+    """The job queue: where jobs are kept, how many may wait or run, and how long they are kept."""
 
     database_url: Annotated[str | None, HiddenPassword] = Field(
         None, min_length=1, description="Where jobs are kept; unset = SQLite, jobs.db in `output_dir`."
