@@ -49,12 +49,13 @@ def test_the_machine_is_bare(packages: Path) -> None:
 def test_engine_models_and_sampling_import(packages: Path) -> None:
     modules = ("engine", "models.families", "sampling", "audio.prepare", "verification")
     run(packages, "-c", "; ".join(f"import stable_audio_serve.{module}" for module in modules))
+    run(packages, "-c", "import benchmarks.open_case")
 
 
 @pytest.mark.slow
 def test_the_engine_benchmark_runs(packages: Path, tmp_path: Path) -> None:
     run(
-        packages, "-m", "benchmarks", "all", "--engine-only", "--mode", "fast", "--rounds", "1",
+        packages, "-m", "benchmarks", "engine", "--mode", "fast", "--rounds", "1",
         "--model", str(SA3_GOLDENS / "sharp-s"), "--out", str(tmp_path),
     )  # fmt: skip
     assert json.loads((tmp_path / "engine-fast.json").read_text())["results"]["throughput_ratio"] > 0

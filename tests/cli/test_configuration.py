@@ -139,6 +139,8 @@ def test_every_commented_line_of_the_default_is_valid(run: Run, tmp_path: Path) 
         "small-sfx",
         "small-music",
         "medium",
+        "stable-audio-open-1.0",
+        "stable-audio-open-small",
         "my-fine-tune",
     ]
     assert (settings["metrics"]["port"], settings["api"]["public_url"]) == (9090, "https://audio.example.org")

@@ -26,6 +26,7 @@ REQUEST = GenerationRequest(
     sampler="rk4",
     schedule_shift=ScheduleShift("flux", (("a", 1.0), ("b", 0.1))),
     apg_scale=0.3,
+    edit_schedule="reference",
     sigma_min=0.2,
     sigma_max=80.0,
     rho=1.5,
