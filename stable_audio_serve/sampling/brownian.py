@@ -17,7 +17,7 @@ from torch import Tensor
 
 _DECIMALS = 6  # levels are rounded to 1e-6
 _POOL_SIZE = 24
-_MAX_ENTROPY = 2**63 - 1
+MAX_ENTROPY = 2**63 - 1  # a run draws its path's integer below this
 
 
 class BrownianTree:
@@ -87,6 +87,6 @@ class ReplayPath:
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
         """Returns this entry's draws by stage and index; advances the generator by one integer."""
-        entropy = int(torch.randint(0, _MAX_ENTROPY, [], generator=generator))
+        entropy = int(torch.randint(0, MAX_ENTROPY, [], generator=generator))
         steps = brownian_steps(entropy, self.sigmas, shape=self.shape)
         return {("step", index): noise for index, noise in enumerate(steps)}

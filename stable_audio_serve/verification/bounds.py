@@ -22,6 +22,11 @@ Component = Literal[
     "decoder halo",
     "end-to-end latents",
     "end-to-end audio",
+    "Brownian paths",
+    "samplers over sigma",
+    "Heun over sigma",
+    "samplers over time",
+    "source preparation",
 ]
 
 BOUNDS: dict[Component, float] = {
@@ -40,6 +45,11 @@ BOUNDS: dict[Component, float] = {
     "decoder halo": 2e-5,
     "end-to-end latents": 1e-4,
     "end-to-end audio": 1e-4,
+    "Brownian paths": 1e-5,
+    "samplers over sigma": 1e-5,  # by the size of x, which reaches 1000
+    "Heun over sigma": 2e-4,  # the same; two steps from sigma = 500 to 0.3 multiply rounding by 800
+    "samplers over time": 1e-6,
+    "source preparation": 1e-5,
 }
 
 # A folder may state how far float32 rounding of the weights alone moves a number. That number's bound is this many
@@ -47,11 +57,22 @@ BOUNDS: dict[Component, float] = {
 TIMES_ROUNDING = 10.0
 AUTOENCODER_BOUND_WITH_ROUNDING = 1e-4
 
-# Verification fails when nothing was compared for one of these parts.
+# Verification of a model fails when nothing was compared for one of these parts.
 REQUIRED: dict[str, tuple[Component, ...]] = {
     "text": ("text",),
     "number": ("number",),
     "denoiser": ("denoiser", "denoiser guidance", "denoiser padding"),
     "autoencoder": ("autoencoder",),
     "end-to-end": ("end-to-end latents", "end-to-end audio"),
+}
+
+# The same for a folder without a model.
+REQUIRED_WITHOUT_MODEL: dict[str, tuple[Component, ...]] = {
+    "schedules": ("schedules",),
+    "draws": ("draws",),
+    "Brownian paths": ("Brownian paths",),
+    "samplers over sigma": ("samplers over sigma",),
+    "Heun over sigma": ("Heun over sigma",),
+    "samplers over time": ("samplers over time",),
+    "source preparation": ("source preparation",),
 }

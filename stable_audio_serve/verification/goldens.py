@@ -66,7 +66,7 @@ class Goldens:
 
     def component(self, name: str) -> dict[str, Any]:
         """Returns what the facts say about a component, empty if absent."""
-        found = self._section("components").get(name, {})
+        found = self.section("components").get(name, {})
         if not isinstance(found, dict):
             raise CheckpointError(f"{FACTS_FILE}: components.{name} must be an object")
         return found
@@ -80,14 +80,14 @@ class Goldens:
 
     def listed(self, name: str) -> list[dict[str, Any]]:
         """Returns a list of objects among the components, empty if absent."""
-        found = self._section("components").get(name, [])
+        found = self.section("components").get(name, [])
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             raise CheckpointError(f"{FACTS_FILE}: components.{name} must be a list of objects")
         return found
 
     def cases(self) -> dict[str, dict[str, Any]]:
         """Returns the end-to-end cases by name."""
-        cases = self._section("cases")
+        cases = self.section("cases")
         for name, case in cases.items():
             if not isinstance(case, dict) or not isinstance(case.get("args"), dict):
                 raise CheckpointError(f"{FACTS_FILE}: {name} has no arguments")
@@ -104,7 +104,7 @@ class Goldens:
         """
         return [
             key
-            for key, stated in self._section("tensors").items()
+            for key, stated in self.section("tensors").items()
             if not (key.startswith("gen/") or "_pad_" in key)
             and (key not in self._tensors or list(self._tensors[key].shape) != _stated_shape(stated))
         ]
@@ -116,7 +116,8 @@ class Goldens:
             groups.setdefault(key.split("/")[0], []).append(key)
         yield from groups.items()
 
-    def _section(self, name: str) -> dict[str, Any]:
+    def section(self, name: str) -> dict[str, Any]:
+        """Returns an object of the facts, empty if absent."""
         found = self.facts.get(name, {})
         if not isinstance(found, dict):
             raise CheckpointError(f"{FACTS_FILE}: {name} must be an object")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from stable_audio_serve.core.errors import StableAudioError
-from stable_audio_serve.verification.bounds import BOUNDS, REQUIRED, TIMES_ROUNDING, Component
+from stable_audio_serve.verification.bounds import BOUNDS, TIMES_ROUNDING, Component
 
 # What torch and the networks raise for wrong shapes, types or values in the files.
 DATA_ERRORS = (
@@ -108,10 +108,10 @@ class Report:
             text = error.message if isinstance(error, StableAudioError) else f"{type(error).__name__}: {error}"
             self.fail(component, f"{key}: {text}" if key else text)
 
-    def require_groups(self) -> None:
-        """Record as missed the parts of a model for which nothing was compared."""
+    def require_groups(self, required: Mapping[str, tuple[Component, ...]]) -> None:
+        """Record as missed the parts for which nothing was compared; `required` are the components of each."""
         compared = {comparison.component for comparison in self.comparisons}
-        for name, components in REQUIRED.items():
+        for name, components in required.items():
             if not compared.intersection(components) and not {name, *components}.intersection(self.failures):
                 self.fail(name, "nothing was compared")
 

@@ -8,16 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stable_audio_serve.core.errors import CheckpointError, StableAudioError
+from stable_audio_serve.models.config_reader import CONFIG_FILE
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.verification.bounds import AUTOENCODER_BOUND_WITH_ROUNDING, Component
+from stable_audio_serve.verification.bounds import (
+    AUTOENCODER_BOUND_WITH_ROUNDING,
+    REQUIRED,
+    REQUIRED_WITHOUT_MODEL,
+    Component,
+)
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import DATA_ERRORS, Report
 from stable_audio_serve.verification.sa3 import compare_sa3
 from stable_audio_serve.verification.sao import compare_sao
+from stable_audio_serve.verification.sao_common import FORMULAS_KEY, compare_common
 
 # Which component a checkpoint's keys and files belong to, first match first.
 _OWNERS: tuple[tuple[str, Component], ...] = (
@@ -34,22 +41,25 @@ _OWNERS: tuple[tuple[str, Component], ...] = (
 def verify(folder: Path, say: Callable[[str], None]) -> Report:
     """Compare the model in `folder` with the numbers stored beside it; passes one line per component to `say`.
 
+    A folder whose numbers need no model, because its networks are formulas, is compared without one.
+
     Runs in float32 on the CPU, where the bounds hold. Unusable files are reported as misses, never raised.
     """
     report = Report(say)
-    goldens, model = _load_goldens(report, folder), _load_model(report, folder)
-    if goldens is not None and model is not None:
-        with report.guard("goldens"), _engine_log_silenced():
+    goldens = _load_goldens(report, folder)
+    if goldens is not None and FORMULAS_KEY in goldens.facts and not (folder / CONFIG_FILE).exists():
+        with report.guard("goldens"), _files_accounted(report, goldens):
+            compare_common(report, goldens)
+        report.require_groups(REQUIRED_WITHOUT_MODEL)
+    elif (model := _load_model(report, folder)) is not None and goldens is not None:
+        with report.guard("goldens"), _engine_log_silenced(), _files_accounted(report, goldens):
             _compare(report, goldens, model=model)
-        report.require_groups()
+        report.require_groups(REQUIRED)
     report.finish()
     return report
 
 
 def _compare(report: Report, goldens: Goldens, *, model: DiffusionModel) -> None:
-    if lacking := goldens.lacking():
-        others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file, or has another shape")
     if goldens.component("rounding"):
         report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
         report.rounding = goldens.rounding()
@@ -59,6 +69,15 @@ def _compare(report: Report, goldens: Goldens, *, model: DiffusionModel) -> None
         compare_sao(report, goldens, model=model)
     else:
         report.fail("checkpoint", f"nothing is known to compare for the family {model.spec.card.family}")
+
+
+@contextmanager
+def _files_accounted(report: Report, goldens: Goldens) -> Iterator[None]:
+    """Report tensors that are listed and absent, and after the block those that nothing has read."""
+    if lacking := goldens.lacking():
+        others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file, or has another shape")
+    yield
     for group, keys in goldens.unused():
         names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")

@@ -7,7 +7,6 @@ from machine to machine; the encoder is compared by itself.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from stable_audio_serve.verification.goldens import Goldens, as_bool
 from stable_audio_serve.verification.observed import ObservedModel, RowResult, Runner
 from stable_audio_serve.verification.report import Report
 from stable_audio_serve.verification.sao_networks import compare_autoencoder, compare_denoiser
+from stable_audio_serve.verification.tables import compare_draws
 
 # Groups of `rounding.largest_per_group`, and whose bound they give.
 _ROUNDED: Mapping[str, Component] = {"latents": "end-to-end latents", "audio": "end-to-end audio"}
@@ -51,7 +51,7 @@ def compare_sao(report: Report, goldens: Goldens, *, model: SaoModel) -> None:
         "conditioning": lambda: _compare_assembly(report, goldens, model=model),
         "denoiser": lambda: compare_denoiser(report, goldens, model=model),
         "autoencoder": lambda: compare_autoencoder(report, goldens, net=model.autoencoder),
-        "draws": lambda: _compare_draws(report, goldens),
+        "draws": lambda: compare_draws(report, goldens),
         "end-to-end": lambda: asyncio.run(_compare_cases(report, goldens, model=model)),
     }
     for part, compare in parts.items():
@@ -123,21 +123,6 @@ def _given_to_network(model: SaoModel, plan: RowPlan) -> tuple[Tensor, Tensor]:
         for handle in handles:
             handle.remove()
     return seen["context"], seen["global"]
-
-
-def _compare_draws(report: Report, goldens: Goldens) -> None:
-    """Compare every case's draws, repeated in order from its seed, with the first stored values of each."""
-    for name, facts in goldens.cases().items():
-        with report.guard("draws", name):
-            generator = torch.Generator().manual_seed(int(facts["args"]["seed"]))
-            for index, draw in enumerate(facts.get("draws", ())):
-                key = f"{name}/draw {index}"
-                if draw["fn"] == "randint":
-                    drawn = int(torch.randint(0, 2**63 - 1, [], generator=generator))
-                    report.note("draws", key, difference=0.0 if drawn == draw["value"] else math.inf)
-                else:
-                    first = torch.randn(draw["shape"], generator=generator).flatten()[:4]
-                    report.compare("draws", key, actual=first, expected=torch.tensor(draw["first4"]))
 
 
 class _StoredText(ObservedModel):

@@ -13,6 +13,7 @@ from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, 
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.sa3.lengths import LengthRule, plan_length
 from stable_audio_serve.sampling import build_sigmas, shift_from_config
+from stable_audio_serve.sampling.brownian import MAX_ENTROPY
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import Report
 
@@ -20,17 +21,21 @@ _LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise of an edit, from the lowest that
 
 
 def compare_draws(report: Report, goldens: Goldens) -> None:
-    """Compare every case's draws, replayed in order from its seed, with the stored tensors and first values."""
-    for name, case in goldens.cases().items():
+    """Compare every case's draws, replayed in order from its seed, with the stored tensors, values and integers."""
+    for name, case in goldens.section("cases").items():
         with report.guard("draws", name):
-            seed, draws = case["args"].get("seed"), case.get("draws") or []
+            seed, draws = case.get("manual_seed", case.get("args", {}).get("seed")), case.get("draws") or []
             if seed is None or seed < 0:
                 continue
             generator = torch.Generator().manual_seed(seed)
             for index, draw in enumerate(draws):
+                key = f"{name}/draw_{index:02d}"
+                if draw.get("fn") == "randint":
+                    same = int(torch.randint(0, MAX_ENTROPY, [], generator=generator)) == draw["value"]
+                    report.note("draws", f"{key} integer", difference=0.0 if same else math.inf)
+                    continue
                 drawn = torch.randn(draw["shape"], generator=generator)
                 first = drawn.flatten()[:4]
-                key = f"{name}/draw_{index:02d}"
                 if "first4" in draw:
                     report.compare("draws", f"{key} first values", actual=first, expected=torch.tensor(draw["first4"]))
                 if (stored := goldens.find(key)) is not None:

@@ -18,8 +18,9 @@ from stable_audio_serve.sampling import (
     shift_from_config,
     start_state,
 )
+from stable_audio_serve.verification.sao_common import flow_output
 from tests.goldens import load_open_goldens
-from tests.sampling.toys import open_flow_velocity, run_plan
+from tests.sampling.toys import run_plan
 
 COMMON = load_open_goldens("common")
 SEED = 11
@@ -67,7 +68,7 @@ def test_sampler_matches_the_reference(name: str) -> None:
     replay = ReplayNoise(SEED, script, num_rows=len(noise))
     for row in range(len(noise)):
         state = start_state(plan, noise[row], source=None if source is None else source[row])
-        result = run_plan(plan, state, replay.row(row), network=open_flow_velocity)
+        result = run_plan(plan, state, replay.row(row), network=flow_output)
         torch.testing.assert_close(result, expected[row], rtol=0, atol=TOLERANCE)
 
 
@@ -87,7 +88,7 @@ def test_dpmpp_from_pure_noise_does_not_extrapolate_at_its_second_step() -> None
 def test_dpmpp_survives_two_equal_times() -> None:
     times = torch.tensor([0.5, 0.5, 0.3, 0.0])
     plan = build_open_flow_plan("dpmpp", times, guidance=Guidance(), has_source=False)
-    assert run_plan(plan, start_state(plan, torch.ones(2, 3)), network=open_flow_velocity).isfinite().all()
+    assert run_plan(plan, start_state(plan, torch.ones(2, 3)), network=flow_output).isfinite().all()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -20,8 +20,9 @@ from stable_audio_serve.sampling import (
     start_state,
 )
 from stable_audio_serve.sampling.karras import polyexponential_sigmas
+from stable_audio_serve.verification.sao_common import v_output
 from tests.goldens import load_open_goldens
-from tests.sampling.toys import linear_v_velocity, open_v_velocity, run_plan
+from tests.sampling.toys import linear_v_velocity, run_plan
 
 COMMON = load_open_goldens("common")
 SEED = 11
@@ -39,7 +40,7 @@ def loosest(sampler: str) -> float:
 
 
 def unguided(x: torch.Tensor, t: float) -> torch.Tensor:
-    return 0.9 * open_v_velocity(x, t)
+    return 0.9 * v_output(x, t)
 
 
 def run_linear(sampler: str, steps: int, span: SigmaRange, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -63,7 +64,7 @@ def test_sampler_matches_the_reference(name: str) -> None:
     replay = ReplayNoise(SEED, make_script(sampler, arguments["steps"], span), num_rows=len(noise))
     for row in range(len(noise)):
         state = start_state(plan, noise[row], source=None if source is None else source[row])
-        result = run_plan(plan, state, replay.row(row), network=open_v_velocity, unguided=unguided)
+        result = run_plan(plan, state, replay.row(row), network=v_output, unguided=unguided)
         torch.testing.assert_close(result, expected[row], rtol=0, atol=bound)
 
 

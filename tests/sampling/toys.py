@@ -17,21 +17,6 @@ def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
     return 0.7 * x + 0.3 * t * torch.tanh(x) + 0.1 * torch.cos(3 * t)
 
 
-def open_v_velocity(x: Tensor, t: float) -> Tensor:
-    """The v of the Stable Audio Open goldens' analytic model: x (B, D, F), all rows at the float32 time `t`."""
-    time = torch.tensor(t, dtype=torch.float32)
-    return _gaussian_velocity(x, torch.cos(math.pi * time / 2), torch.sin(math.pi * time / 2))
-
-
-def open_flow_velocity(x: Tensor, t: float) -> Tensor:
-    """The flow velocity of the Stable Audio Open goldens' analytic model: x (B, D, F)."""
-    time = torch.tensor(t, dtype=torch.float32)
-    alpha, variance = 1 - time, 0.25
-    mean = _channel_means(x)
-    pull = (time - variance * alpha) * (x - alpha * mean) / (alpha**2 * variance + time**2)
-    return pull - mean + 0.2 * torch.sin(x)
-
-
 def linear_v_velocity(x: Tensor, t: float, *, deviation: float = 0.5) -> Tensor:
     """The exact v for data that is normal around 0, `x` (B, D, F): its flow and its noising have closed solutions."""
     alpha, beta = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
@@ -60,15 +45,3 @@ def run_plan(
         drawn = noise.step(tuple(state.shape[1:]))[None] if noise and evaluation.draws_noise else None
         batch = advance(batch, rows, velocity=v, unconditional=v_uncond, noise=drawn)
     return batch[0, plan.result_register]
-
-
-def _gaussian_velocity(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """The exact v for data normal around 0.3 cos(channel) with deviation 0.5, plus a nonlinear term."""
-    variance = 0.25
-    mean = _channel_means(x)
-    pull = alpha * beta * (1 - variance) * (x - alpha * mean) / (alpha**2 * variance + beta**2)
-    return pull - beta * mean + 0.2 * torch.sin(x)
-
-
-def _channel_means(x: Tensor) -> Tensor:
-    return 0.3 * torch.cos(torch.arange(x.shape[-2], dtype=torch.float32))[:, None]
