@@ -17,11 +17,12 @@ from tests.backends import ToneBackend
 
 OPEN = ModelCard("open", "stable-audio-open", max_duration_s=47.0, objective="v", samplers=V_SAMPLERS)
 FLOW = ModelCard("flow", "stable-audio-3")
+NAMED = ModelCard("stable-audio-open-small", "stable-audio-open")
 
 
 @pytest_asyncio.fixture
 async def served() -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    async with make_client(ToneBackend(catalog=ModelCatalog([OPEN, FLOW]))) as pair:
+    async with make_client(ToneBackend(catalog=ModelCatalog([OPEN, FLOW, NAMED]))) as pair:
         yield pair
 
 
@@ -100,3 +101,14 @@ async def test_what_the_family_cannot_do_is_refused_by_name(
     reply = await served[0].post(path, json={"prompt": "x", "duration": 1, **fields})
     assert reply.status_code == 422, reply.text
     assert reply.json()["detail"][0]["loc"] == ["body", field]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("flow", "stable-audio-3-flow.wav"), ("stable-audio-open-small", "stable-audio-open-small.wav")],
+)
+async def test_files_are_named_after_their_model(
+    served: tuple[httpx.AsyncClient, ToneBackend], model: str, name: str
+) -> None:
+    reply = await served[0].post("/v1/audio/generations", json={"prompt": "x", "duration": 1, "model": model})
+    assert reply.headers["content-disposition"].endswith(f'"{name}"')

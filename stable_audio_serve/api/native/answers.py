@@ -15,8 +15,8 @@ from stable_audio_serve.core.settings import AudioSettings
 
 
 def file_stem(model: str) -> str:
-    """Returns the name of a model's files, without extension."""
-    return f"stable-audio-3-{model}"
+    """Returns the name of a model's files, without extension: the contract's prefix, but not before a whole name."""
+    return model if model.startswith("stable-audio-") else f"stable-audio-3-{model}"
 
 
 def file_order(
