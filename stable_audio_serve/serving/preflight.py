@@ -15,6 +15,8 @@ from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, describe_en
 from stable_audio_serve.models.stable_audio_tools.package import require_open_family, require_package
 from stable_audio_serve.serving.placement import Plan, model_entry
 
+_Check = Callable[[ModelEntry, str | None], None]  # of an entry, with the hub's token
+
 _LONGEST_S = 10.0  # for all models together; looking up a host may alone take longer than any limit of HTTP
 
 
@@ -25,7 +27,7 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
     For the others a warning goes to `print_error`. Takes no longer than about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
-    checks = {model.name: _begin(plan.settings, model) for model in models}
+    checks = {model.name: _begin(plan.settings, model, check=_check_all) for model in models}
     for name in sorted(checks, key=lambda name: name not in plan.started):
         try:
             _wait(checks[name], until=deadline)
@@ -41,7 +43,8 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
     A warning goes to `print_error` for each that cannot be had. Takes no longer than about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
-    checks = [_begin(plan.settings, model) for model in models if model.name not in BUILT_IN]
+    others = [model for model in models if model.name not in BUILT_IN]
+    checks = [_begin(plan.settings, model, check=_check_files) for model in others]
     for check in checks:
         try:
             _wait(check, until=deadline)
@@ -61,28 +64,35 @@ def _is_described(entry: ModelEntry) -> bool:
         return False
 
 
-def _begin(settings: Settings, model: ModelSettings) -> tuple[ModelEntry, Future[None]]:
+def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[ModelEntry, Future[None]]:
     """Start the check in a thread that can be abandoned. Returns the entry and the check's outcome."""
     entry, done = model_entry(model), Future[None]()
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
 
-    def check() -> None:
+    def run() -> None:
         try:
-            _check(entry, token)
+            check(entry, token)
         except Exception as error:  # noqa: BLE001  # raised again where it is awaited
             done.set_exception(error)
         else:
             done.set_result(None)
 
-    threading.Thread(target=check, daemon=True, name=f"weights-{model.name}").start()
+    threading.Thread(target=run, daemon=True, name=f"weights-{model.name}").start()
     return entry, done
 
 
-def _check(entry: ModelEntry, token: str | None) -> None:
+def _check_all(entry: ModelEntry, token: str | None) -> None:
+    """Check a model that is loaded here: its files, and the package that its networks are from."""
     if entry.backend == "stable_audio_tools":
         require_package()
         if entry.folder is not None or entry.card.name in BUILT_IN:
             require_open_family(describe_entry(entry).card.family)
+    _check_files(entry, token)
+    if entry.backend == "stable_audio_tools":  # of a repository the family is known only now
+        require_open_family(describe_entry(entry).card.family)
+
+
+def _check_files(entry: ModelEntry, token: str | None) -> None:
     if entry.folder is not None:
         folder = Path(entry.folder)
         check_folder(folder)
@@ -91,8 +101,6 @@ def _check(entry: ModelEntry, token: str | None) -> None:
     from stable_audio_serve.models.download import check_access  # the hub's library is slow to import
 
     check_access(entry, token=token)
-    if entry.backend == "stable_audio_tools":  # of a repository the family is known only now
-        require_open_family(describe_entry(entry).card.family)
 
 
 def _wait(check: tuple[ModelEntry, Future[None]], *, until: float) -> None:

@@ -144,7 +144,10 @@ import sys
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.placement import describe_models, plan_deployments
 from stable_audio_serve.serving.preflight import fetch_configs
-plan = plan_deployments(Settings.model_validate({"models": [{"name": "lab", "repo_id": "lab/model"}]}))
+from stable_audio_serve.models.stable_audio_tools import package
+package.find_spec = lambda name: None  # machines that load no model need no package
+model = {"name": "lab", "repo_id": "lab/model", "backend": "stable_audio_tools"}
+plan = plan_deployments(Settings.model_validate({"models": [model]}))
 fetch_configs(plan, plan.settings.models, print_error=print)
 print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog)))
 """
