@@ -233,6 +233,8 @@ DECODER = "model.pretransform.config.decoder.config"
         (f"{DECODER}.dyt", False),
         (f"{DECODER}.chunk_size", 24),
         (f"{DECODER}.sliding_window", [1, 2]),
+        (f"{DECODER}.sliding_window", [1, 1, 5]),
+        (f"{DECODER}.sinusoidal_blocks", [1, 2]),
         ("model.pretransform.config.downsampling_ratio", 128),
         ("model.pretransform.config.bottleneck.type", "vae"),
         ("model.pretransform.config.pretransform.type", "wavelet"),

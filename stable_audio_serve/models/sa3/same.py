@@ -80,10 +80,10 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
         raise config.unusable("dim_heads", f"a multiple of 4 that divides the width ({width})")
     window, shifted = None, config.flag("chunk_midpoint_shift", default=False)
     if "sliding_window" in config:
-        before, after = (*config.integers("sliding_window", at_least=0), -1, -1)[:2]
-        if before != after or before < 0:
+        sides = config.integers("sliding_window", at_least=0)
+        if len(sides) != 2 or sides[0] != sides[1]:
             raise config.unusable("sliding_window", "two equal numbers of latents")
-        window = before
+        window = sides[0]
     elif chunk_frames % stride:
         raise config.unusable("chunk_size", f"a multiple of the stride ({stride})")
     elif shifted and (stride + 1) * (chunk_frames // stride) % 2:
@@ -112,6 +112,8 @@ def _sine_layers(config: ConfigReader, depth: int) -> int:
     if "sinusoidal_blocks" not in config:
         return 0
     blocks = config.integers("sinusoidal_blocks", at_least=0)
+    if len(blocks) > 1:
+        raise config.unusable("sinusoidal_blocks", "a list of one number: stacked resampling blocks are not supported")
     return min(max(blocks[0] - 1, 0), depth) if blocks else 0
 
 
