@@ -20,6 +20,7 @@ Component = Literal[
     "denoiser padding",
     "autoencoder",
     "decoder halo",
+    "end-to-end steps",
     "end-to-end latents",
     "end-to-end audio",
     "Brownian paths",
@@ -43,6 +44,7 @@ BOUNDS: dict[Component, float] = {
     "denoiser padding": 2e-5,
     "autoencoder": 2e-5,
     "decoder halo": 2e-5,
+    "end-to-end steps": 1e-4,  # by the size of x
     "end-to-end latents": 1e-4,
     "end-to-end audio": 1e-4,
     "Brownian paths": 1e-5,
@@ -51,6 +53,8 @@ BOUNDS: dict[Component, float] = {
     "samplers over time": 1e-6,
     "source preparation": 1e-5,
 }
+
+OPEN_NUMBER_BOUND = 1e-5  # of the Stable Audio Open family, whose numbers are scaled to 0..1
 
 # A folder may state how far float32 rounding of the weights alone moves a number. That number's bound is this many
 # times as far; and where any is stated, rounding moves the other outputs of the autoencoder by more than 1e-5.

@@ -73,10 +73,15 @@ class Goldens:
 
     def rounding(self) -> dict[str, float]:
         """Returns how far rounding of the weights moves a stored number, by its key, where that is stated."""
-        stated = self.component("rounding").get("max_abs", {})
-        if not isinstance(stated, dict) or not all(isinstance(value, int | float) for value in stated.values()):
-            raise CheckpointError(f"{FACTS_FILE}: components.rounding.max_abs must be an object of numbers")
-        return {key: float(value) for key, value in stated.items()}
+        for place, stated in (
+            ("components.rounding.max_abs", self.component("rounding").get("max_abs", {})),
+            ("rounding.worst_cases", self.section("rounding").get("worst_cases", {})),
+        ):
+            if not isinstance(stated, dict) or not all(isinstance(value, int | float) for value in stated.values()):
+                raise CheckpointError(f"{FACTS_FILE}: {place} must be an object of numbers")
+            if stated:
+                return {key: float(value) for key, value in stated.items()}
+        return {}
 
     def listed(self, name: str) -> list[dict[str, Any]]:
         """Returns a list of objects among the components, empty if absent."""

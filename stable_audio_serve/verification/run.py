@@ -62,7 +62,7 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
 def _compare(report: Report, goldens: Goldens, *, model: DiffusionModel) -> None:
     if goldens.component("rounding"):
         report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
-        report.rounding = goldens.rounding()
+    report.rounding = goldens.rounding()
     if isinstance(model, Sa3Model):
         compare_sa3(report, goldens, model=model)
     elif isinstance(model, SaoModel):

@@ -14,10 +14,11 @@ import torch
 
 from stable_audio_serve.models.sao import conditioners, denoiser, model, receptive_field
 from stable_audio_serve.models.sao.denoiser import GroupedCrossAttention
-from stable_audio_serve.verification import sao_networks
+from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.sao_requests import ReplayedRow, objective_of
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
 from tests.models.sao.tiny import TINY
-from tests.verification.folders import add_to_first, edit_tensors, run_verify
+from tests.verification.folders import add_to_first, edit_facts, edit_tensors, run_verify
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,9 @@ COMPARED = (
     "denoiser padding",
     "autoencoder",
     "decoder halo",
+    "schedules",
+    "lengths",
+    "end-to-end steps",
     "end-to-end latents",
     "end-to-end audio",
 )
@@ -53,8 +57,17 @@ def test_the_command_accepts_the_folder_and_compares_every_output(name: str) -> 
             assert f"{case}/latents" in compared
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy with one run of each kind."""
+    folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-1.0", tmp_path_factory.mktemp("open") / "folder"))
+    kept = ("gen/card", "gen/negative", "gen/init_8.0")
+    edit_facts(folder, lambda facts: facts.update(cases={name: facts["cases"][name] for name in kept}))
+    return folder
+
+
 def other_norm_eps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(denoiser, "_NORM_EPS", 1e-4)
+    patch.setattr(denoiser, "_NORM_EPS", 1e-6)
 
 
 def cosines_first(patch: pytest.MonkeyPatch) -> None:
@@ -69,12 +82,12 @@ def cosines_first(patch: pytest.MonkeyPatch) -> None:
 
 def decoder_halo_one_short(patch: pytest.MonkeyPatch) -> None:
     exact = receptive_field.decoder_halo
-    patch.setattr(sao_networks, "decoder_halo", lambda config: exact(config) - 1)
+    patch.setattr(model, "decoder_halo", lambda config: exact(config) - 1)
 
 
 def encoder_halo_one_short(patch: pytest.MonkeyPatch) -> None:
     exact = receptive_field.encoder_halo
-    patch.setattr(sao_networks, "encoder_halo", lambda config: exact(config) - 1)
+    patch.setattr(model, "encoder_halo", lambda config: exact(config) - 1)
 
 
 def unconditional_without_seconds(patch: pytest.MonkeyPatch) -> None:
@@ -118,9 +131,30 @@ def negative_with_the_prompt_s_seconds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(model.SaoModel, "condition", condition)
 
 
+def negative_without_seconds(patch: pytest.MonkeyPatch) -> None:
+    exact = model.SaoModel.condition
+
+    def condition(self: model.SaoModel, plan: Any, **rest: Any) -> Any:
+        row = exact(self, plan, **rest)
+        if row.unconditional is None:
+            return row
+        branch = row.unconditional
+        emptied = replace(branch.conditioning, global_embed=torch.zeros_like(branch.conditioning.global_embed))
+        return replace(row, unconditional=replace(branch, conditioning=emptied))
+
+    patch.setattr(model.SaoModel, "condition", condition)
+
+
+def every_window_takes_the_first_frames_noise(patch: pytest.MonkeyPatch) -> None:
+    exact = ReplayedRow.window
+    patch.setattr(ReplayedRow, "window", lambda self, stage, start, **rest: exact(self, stage, 0, **rest))
+
+
 @pytest.mark.parametrize(
     ("mutate", "component"),
     [
+        (negative_without_seconds, "end-to-end steps"),
+        (every_window_takes_the_first_frames_noise, "decoder halo"),
         (other_norm_eps, "denoiser"),
         (cosines_first, "number"),
         (decoder_halo_one_short, "decoder halo"),
@@ -131,9 +165,9 @@ def negative_with_the_prompt_s_seconds(patch: pytest.MonkeyPatch) -> None:
         (negative_with_the_prompt_s_seconds, "end-to-end latents"),
     ],
 )
-def test_a_mistake_is_missed(monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
+def test_a_mistake_is_missed(quick: Path, monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
     mutate(monkeypatch)
-    answer = run_verify(OPEN_GOLDENS / "tiny-1.0")
+    answer = run_verify(quick)
     assert answer.exit_code == 1
     assert component in answer.report["failed"]
 
@@ -158,9 +192,34 @@ def test_malformed_facts_are_misses(tmp_path: Path) -> None:
     for spoilt in (
         {"cases": {"gen/x": {"args": {}}}},
         {"cond_t5": {}},
-        {"rounding": {"largest_per_group": {"audio": "x"}}},
+        {"rounding": {"worst_cases": {"gen/card/audio": "x"}}},
     ):
         (folder / "golden.json").write_text(json.dumps(facts | spoilt))
         answer = run_verify(folder)
         assert answer.exit_code == 1
         assert answer.lines[-1].startswith("verification failed: ")
+
+
+def test_a_run_with_an_unknown_argument_is_skipped_by_name(quick: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quick, tmp_path / "folder"))
+    edit_facts(folder, lambda facts: facts["cases"]["gen/card"]["args"].update(reverb=0.3))
+    edit_facts(folder, lambda facts: facts["cases"]["gen/negative"]["args"]["conditioning"][0].update(bpm=120))
+    answer = run_verify(folder)
+    assert answer.exit_code == 0, "\n".join(answer.lines)
+    reasons = [line for line in answer.lines if line.startswith("end-to-end") and " skipped " in line]
+    assert [("reverb" in line, "bpm" in line) for line in reasons] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("key", ["gen/card/trace_denoised", "gen/init_8.0/global_cond", "gen/negative/latents"])
+def test_one_changed_number_is_a_miss(quick: Path, tmp_path: Path, key: str) -> None:
+    folder = Path(shutil.copytree(quick, tmp_path / "folder"))
+    edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.2))
+    answer = run_verify(folder)
+    assert {entry["key"].split("[")[0] for entry in answer.report["comparisons"] if entry["missed"]} == {key}
+
+
+@pytest.mark.parametrize("stated", [["gen/rf_euler"], "gen/rf_* ran with another objective"])
+def test_runs_with_another_objective_are_listed_or_described(stated: object) -> None:
+    goldens = Goldens({"rectified_flow_cases": stated}, {})
+    assert objective_of("gen/rf_euler", goldens, trained="v") == "rectified_flow"
+    assert objective_of("gen/card", goldens, trained="v") == "v"

@@ -8,7 +8,7 @@ from stable_audio_serve.verification.bounds import BOUNDS, REQUIRED_WITHOUT_MODE
 from tests.goldens import SHARP, TINY, load_goldens
 from tests.verification.folders import verify_stored
 
-ELSEWHERE = {"lengths", "schedules", "text in float16", *REQUIRED_WITHOUT_MODEL} - {"draws"}
+ELSEWHERE = {"lengths", "schedules", "text in float16", "end-to-end steps", *REQUIRED_WITHOUT_MODEL} - {"draws"}
 COMPONENTS = [component for component in BOUNDS if component not in ELSEWHERE]
 CASES = [(name, case) for name in SHARP for case in load_goldens(name).facts["cases"]]
 
