@@ -130,6 +130,17 @@ def test_servers_side_by_side_give_the_same_audio(
     assert response.content == expected.content
 
 
+def test_clients_are_told_the_same_of_a_model_in_the_cache_as_of_one_in_a_folder(
+    others: dict[str, LaunchedServer],
+) -> None:
+    told = {name: launched.client.get("/v1/models").json()["data"] for name, launched in others.items()}
+    in_folder, in_cache = (
+        {key: value for key, value in told[name][0].items() if key != "created"} for name in ("haproxy", "python")
+    )
+    assert in_cache == in_folder
+    assert in_cache["sample_rate_hz"] == 1000
+
+
 def test_proxies_are_what_was_asked_for(others: dict[str, LaunchedServer]) -> None:
     assert others["haproxy"].pids("bin/haproxy ")
     assert "Python proxy" not in others["haproxy"].output
