@@ -84,7 +84,6 @@ class JobResult:
     file: StoredFile
     file_id: str
     sample_rate_hz: int
-    num_outputs: int
     seeds: tuple[int, ...]
     inference_s: float
 

@@ -28,7 +28,7 @@ __all__ = ["database", "postgres_with_tables", "processes", "store", "store_url"
 KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
-RESULT = JobResult(FILE, "f" * 32, 44100, 1, (7,), 1.5)
+RESULT = JobResult(FILE, "f" * 32, 44100, (7,), 1.5)
 ERROR = JobError("invalid", "steps: too many", "steps")
 
 
@@ -136,7 +136,7 @@ def result_of(job: Job) -> JobResult:
     """A result with a file of its own, as each attempt has."""
     assert job.lease is not None
     key = f"{'-'.join(job.spec.ref)}-{job.lease.fence}.wav"
-    return JobResult(StoredFile(key, "audio/wav", "a.wav", 3, "0" * 64), f"file-{key}", 44100, 1, (7,), 1.5)
+    return JobResult(StoredFile(key, "audio/wav", "a.wav", 3, "0" * 64), f"file-{key}", 44100, (7,), 1.5)
 
 
 def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:

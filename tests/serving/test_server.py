@@ -170,7 +170,8 @@ def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, wat
 
 def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> None:
     head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
-    beginning = b"-" * 20_000  # more than HAProxy waits for
+    part = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n'
+    beginning = part + b"-" * 20_000  # more than HAProxy waits for
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     with ExitStack() as stack:

@@ -83,7 +83,6 @@ class JobExecutor:
             file=stored,
             file_id=secrets.token_hex(16),
             sample_rate_hz=result.sample_rate_hz,
-            num_outputs=len(result.audio),
             seeds=result.seeds,
             inference_s=inference_s,
         )

@@ -78,7 +78,7 @@ def test_an_error_survives_exactly(error: JobError) -> None:
 
 
 def test_a_result_survives_exactly() -> None:
-    result = JobResult(FILE, "f" * 32, 44100, 2, (5, 2**63 - 1), 0.123456789)
+    result = JobResult(FILE, "f" * 32, 44100, (5, 2**63 - 1), 0.123456789)
     assert codec.load_result(codec.dump(result)) == result
 
 
