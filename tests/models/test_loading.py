@@ -342,6 +342,7 @@ def test_a_text_encoder_without_a_length_reads_128_tokens(folder: Path) -> None:
         ("model.conditioning.configs.1.config.log_scale", True),
         ("model.diffusion.config.norm_kwargs.bias", True),
         ("model.diffusion.config.attn_kwargs.softcap", 50.0),
+        ("model.conditioning.default_keys", {"seconds_total": "seconds_start"}),
     ],
 )
 def test_keys_that_ask_for_another_model_are_refused_by_name(folder: Path, path: str, value: Any) -> None:

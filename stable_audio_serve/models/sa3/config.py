@@ -31,8 +31,8 @@ INERT_KEYS = frozenset(
         *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
         # padding is masked, and a schedule sees the clip's own length, whatever these say: as the reference generates
         *("mask_padding_attention", "use_effective_length_for_schedule"),
-        # where the text encoder lies (`checkpoint_files`), and values for requests that leave a condition out
-        *("model_path", "model_name", "subfolder", "repo_id", "default_keys"),
+        # where the text encoder lies (`checkpoint_files`)
+        *("model_path", "model_name", "subfolder", "repo_id"),
     }
 )
 
@@ -235,6 +235,10 @@ def _parse_conditioners(
                 numbers.append(_parse_number(item, width))
             case _:
                 frame_conditioners[item.text("id")] = build_frame_conditioner(item)
+    # What stands in for a number that a request leaves out; here every number of the config always has a value.
+    for id_ in conditioning.plain("default_keys") or {}:
+        if id_ in (number.id for number in numbers):
+            raise conditioning.unusable("default_keys", f"without {id_!r}, which requests always say")
     if len(prompts) != 1:
         raise conditioning.unusable("configs", "a list with exactly one conditioner of type t5gemma")
     return prompts[0], tuple(numbers), frame_conditioners

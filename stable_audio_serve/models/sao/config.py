@@ -126,6 +126,8 @@ def _parse_conditioners(model: ConfigReader) -> tuple[PromptConfig, tuple[Number
 def _parse_prompt(item: ConfigReader, width: int) -> PromptConfig:
     config = item.section("config", optional=True)
     config.refuse_unknown(("t5_model_name", "max_length", "project_out", "enable_grad"))
+    if not config.text("t5_model_name", default="t5-base").strip("/. "):
+        raise config.unusable("t5_model_name", "the name of a T5")
     return PromptConfig(
         id=item.text("id"),
         width=width,

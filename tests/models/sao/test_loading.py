@@ -74,6 +74,11 @@ def test_a_key_of_the_config_that_is_not_known_is_named(folder: Path) -> None:
     assert "model.diffusion.config.adaptive_magic" in failure(folder)
 
 
+def test_an_empty_name_of_a_text_encoder_is_refused(folder: Path) -> None:
+    configure(folder, lambda values: values["model"]["conditioning"]["configs"][0]["config"].update(t5_model_name=""))
+    assert "t5_model_name must be the name of a T5" in failure(folder)
+
+
 def test_half_precision_and_pickled_fine_tunes_load(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({key: value.half() for key, value in weights.items()}))
     halved = load(folder)
