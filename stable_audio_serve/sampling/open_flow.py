@@ -40,17 +40,20 @@ def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepSh
     return times
 
 
-def build_open_flow_plan(sampler: str, times: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
+def build_open_flow_plan(
+    sampler: str, times: Tensor, *, guidance: Guidance, has_source: bool, level: float | None = None
+) -> SamplerPlan:
     """Returns the plan of `sampler` on one row's `times` (steps + 1,) float32, ending at 0.
 
-    With a source, the initial latent is (1 - t_0) source + t_0 noise, else it is the noise. Raises
+    With a source, the initial latent is (1 - level) source + level noise, else it is the noise. `level` is the first
+    time by default; RK4's first time may be another, because the shift of the times does not move the mixture. Raises
     InvalidRequestError on `sampler_type`.
     """
     if sampler in ("euler", "pingpong"):
         return build_plan(sampler, times, guidance=guidance, has_source=has_source)
     if sampler not in _WRITERS:
         raise refused_sampler(sampler, SAMPLERS)
-    level = float(times[0])
+    level = float(times[0]) if level is None else level
     writer = _WRITERS[sampler](times.to(torch.float32), guidance)
     return writer.plan(source_scale=1.0 - level if has_source else 0.0, noise_scale=level if has_source else 1.0)
 

@@ -113,6 +113,14 @@ def test_source_is_mixed_by_the_noise_level(sampler: str) -> None:
     torch.testing.assert_close(state[0], 0.7 * source + 0.3 * noise)
 
 
+def test_source_is_mixed_by_the_level_asked_for_where_a_shift_moves_the_first_time() -> None:
+    noise, source = torch.randn(2, 3, 5)
+    times = open_flow_times("rk4", 3, level=0.6, shift=SHIFT, length=1024)
+    plan = build_open_flow_plan("rk4", times, guidance=Guidance(), has_source=True, level=0.6)
+    assert plan.evaluations[0].t == float(times[0]) > 0.61
+    torch.testing.assert_close(start_state(plan, noise, source=source)[0], 0.4 * source + 0.6 * noise)
+
+
 @pytest.mark.parametrize(("sampler", "order", "steps"), [("euler", 1, 8), ("dpmpp", 1, 8), ("rk4", 4, 2)])
 def test_order_of_convergence_on_a_linear_equation(sampler: str, order: int, steps: int) -> None:
     start = torch.tensor([[1.0, -0.4]])

@@ -163,12 +163,14 @@ def _plan_sampler(
         def build(level: float) -> Tensor:
             return open_flow_times(sampler, steps, level=level, shift=shift, length=frames)
 
+        level = None
         if has_source:
             level = max(_share(request.init_noise_level), MIN_NOISE_LEVEL)
             times = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)
         else:
             times = build(_first_time(request.sigma_max))
-        plan, path = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source), flow_path
+        plan = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source, level=level)
+        path = flow_path
     return plan if request.inpaint_audio is None else blend_plan(plan, path)  # the network knows no mask
 
 

@@ -120,6 +120,16 @@ def test_a_clip_is_the_beginning_of_the_window_s_audio(name: str, duration_s: fl
     np.testing.assert_allclose(clip, window[:, : clip.shape[1]], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "rk4", "dpmpp", "pingpong"])
+@pytest.mark.parametrize("schedule", ["reference", "scaled"])
+def test_an_edit_of_a_flow_model_holds_as_much_noise_as_asked_for(sampler: str, schedule: str) -> None:
+    (plan,) = plans(
+        "tiny-small", sampler=sampler, init_audio=CLIP, init_noise_level=0.6, edit_schedule=schedule, steps=4
+    )
+    assert plan.sampler.noise_scale == pytest.approx(0.6)
+    assert plan.sampler.source_scale == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("level", [0.1, 0.4, 1.0, 80.0])
 def test_an_edit_of_a_v_model_starts_at_its_own_level(level: float) -> None:
     sampler = one(init_audio=CLIP, init_noise_level=level, sampler="k-heun", steps=4).sampler
