@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -178,7 +178,8 @@ def _compare_sampler(
     source = goldens["sampler/init"] if name.endswith(_SOURCE_SUFFIX) else None
     plan, network = _plan(args, has_source=source is not None, frames=noise.shape[-1])
     script = sampler_script(sampler, plan, shape=tuple(noise.shape))
-    compare_script(report, name, script=script, draws=facts.get("draws", ()), sampler=sampler)
+    if (draws := facts.get("draws")) is not None:
+        compare_script(report, name, script=script, draws=draws, sampler=sampler)
     replay = ReplayNoise(int(facts["manual_seed"]), script, num_rows=num_rows)
     walk = walk_plan(
         plan,
@@ -236,7 +237,7 @@ def compare_script(
     name: str,
     *,
     script: list[ReplayDraw | ReplayPath],
-    draws: list[dict[str, Any]] | tuple[()],
+    draws: Sequence[Mapping[str, Any]],
     sampler: str,
 ) -> None:
     """Compare number, kind and shape of the draws with the reference's, whose last ones may be of no effect."""

@@ -90,7 +90,8 @@ async def _compare_case(
     plans = runner.plan(case)
     script = draw_script(case, plans[0], model=model)
     sampler = case.requests[0].sampler or ""
-    compare_script(report, name, script=script, draws=facts.get("draws", ()), sampler=sampler)
+    if (draws := facts.get("draws")) is not None:
+        compare_script(report, name, script=script, draws=draws, sampler=sampler)
     _compare_length(report, goldens, case=case, model=model)
     _compare_conditions(report, goldens, case=case, plans=plans, model=model)
     observed.tokens = stored_tokens(goldens, case, model=model)

@@ -223,3 +223,9 @@ def test_runs_with_another_objective_are_listed_or_described(stated: object) -> 
     goldens = Goldens({"rectified_flow_cases": stated}, {})
     assert objective_of("gen/rf_euler", goldens, trained="v") == "rectified_flow"
     assert objective_of("gen/card", goldens, trained="v") == "v"
+
+
+def test_a_folder_need_not_state_the_draws_of_a_run(quick: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quick, tmp_path / "folder"))
+    edit_facts(folder, lambda facts: facts["cases"]["gen/card"].pop("draws"))
+    assert run_verify(folder).exit_code == 0
