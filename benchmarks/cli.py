@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_case import load, run_engine_case
+from benchmarks.cases.engine import load, run_engine_case
 from benchmarks.report import format_table, write_report
 from benchmarks.settings import CaseSettings
 
@@ -52,7 +52,7 @@ def run_engine(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_open(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """The same for Stable Audio Open, and the share of noise in a long request."""
-    from benchmarks.open_case import run_open_case
+    from benchmarks.cases.open import run_open_case
 
     results = asyncio.run(run_open_case(settings))
     path = _write(out, "open", settings=settings, results=results)
@@ -70,7 +70,7 @@ def run_open(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What the way to the engine costs."""
-    from benchmarks.http_case import run_http_case
+    from benchmarks.cases.http import run_http_case
 
     results = asyncio.run(run_http_case(settings))
     path = _write(out, "http", settings=settings, results=results)
@@ -89,7 +89,7 @@ def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_overhead(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What everything around the engine costs, by dialect."""
-    from benchmarks.overhead_case import run_overhead_case
+    from benchmarks.cases.overhead import run_overhead_case
 
     results = run_overhead_case(settings)
     path = _write(out, "overhead", settings=settings, results=results)
@@ -108,7 +108,7 @@ def run_overhead(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_uploads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """How fast uploads are taken, and what others feel of it."""
-    from benchmarks.uploads_case import run_uploads_case
+    from benchmarks.cases.uploads import run_uploads_case
 
     results = run_uploads_case(settings)
     path = _write(out, "uploads", settings=settings, results=results)
@@ -127,7 +127,7 @@ def run_uploads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_jobs(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What keeping a job costs, by database."""
-    from benchmarks.jobs_case import run_jobs_case
+    from benchmarks.cases.jobs import run_jobs_case
 
     results = run_jobs_case(settings)
     path = _write(out, "jobs", settings=settings, results=results)
@@ -147,7 +147,7 @@ def run_jobs(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_jobs_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """How fast jobs are accepted, and what asking about them costs."""
-    from benchmarks.jobs_http_case import run_jobs_http_case
+    from benchmarks.cases.jobs_http import run_jobs_http_case
 
     results = run_jobs_http_case(settings)
     path = _write(out, "jobs-http", settings=settings, results=results)
@@ -163,7 +163,7 @@ def run_jobs_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_batch(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What somebody who waits feels of another client's batch jobs, and what those lose by it."""
-    from benchmarks.batch_case import run_batch_case
+    from benchmarks.cases.batch import run_batch_case
 
     results = run_batch_case(settings)
     path = _write(out, "batch", settings=settings, results=results)
@@ -182,7 +182,7 @@ def run_batch(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_threads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What a second CPU thread is worth at the official size."""
-    from benchmarks.threads_case import run_threads_case
+    from benchmarks.cases.threads import run_threads_case
 
     results = run_threads_case(settings)
     path = _write(out, "threads", settings=settings, results=results)
@@ -194,7 +194,7 @@ def run_threads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
 
 def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """From the command to the first audio."""
-    from benchmarks.cold_start_case import run_cold_start_case
+    from benchmarks.cases.cold_start import run_cold_start_case
 
     results = run_cold_start_case(settings)
     path = _write(out, "cold-start", settings=settings, results=results)

@@ -49,7 +49,7 @@ def test_the_machine_is_bare(packages: Path) -> None:
 def test_engine_models_and_sampling_import(packages: Path) -> None:
     modules = ("engine", "models.families", "sampling", "audio.prepare", "verification")
     run(packages, "-c", "; ".join(f"import stable_audio_serve.{module}" for module in modules))
-    run(packages, "-c", "import benchmarks.open_case")
+    run(packages, "-c", "import benchmarks.cases.open")
 
 
 @pytest.mark.slow

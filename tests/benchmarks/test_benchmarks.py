@@ -16,7 +16,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.engine_case import run_engine_case
+from benchmarks.cases.engine import run_engine_case
 from benchmarks.metrics import Finished, percentile, steady, summarize, throughput_rps, worst_ratio
 from benchmarks.report import format_table, write_report
 from benchmarks.settings import CaseSettings
@@ -110,7 +110,7 @@ async def test_engine_case_compares_outputs_and_states_ratios(mode: str, tmp_pat
 
 
 def test_what_is_added_is_what_the_engine_did_not_spend() -> None:
-    from benchmarks.http_case import Call, parse_server_timing
+    from benchmarks.cases.http import Call, parse_server_timing
 
     stages = parse_server_timing(
         "queue;dur=1.5, text;dur=2, denoise;dur=90.5, decode;dur=6, encode;dur=4, total;dur=104"
@@ -121,7 +121,7 @@ def test_what_is_added_is_what_the_engine_did_not_spend() -> None:
 
 
 def test_cold_start_stages_are_read_from_what_the_server_says() -> None:
-    from benchmarks.server import Server
+    from benchmarks.servers.process import Server
 
     line = "cold start: ray 2.5 s, serve 1.0 s, models 7.25 s; demo: import 3.0 s, warm_up 0.5 s"
     server = Server("", lines=["loading", line])
@@ -130,8 +130,8 @@ def test_cold_start_stages_are_read_from_what_the_server_says() -> None:
 
 
 def test_the_instant_engine_answers_every_route_of_the_overhead_case() -> None:
-    from benchmarks.overhead_case import ROUTES, measure_route
-    from benchmarks.server import running_instant_app
+    from benchmarks.cases.overhead import ROUTES, measure_route
+    from benchmarks.servers.process import running_instant_app
 
     with running_instant_app() as server, httpx.Client(base_url=server.url, timeout=60) as client:
         for route in ROUTES:
@@ -141,15 +141,15 @@ def test_the_instant_engine_answers_every_route_of_the_overhead_case() -> None:
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3"])
 def test_upload_files_are_what_they_say(container: str) -> None:
-    from benchmarks.uploads_case import make_file
+    from benchmarks.cases.uploads import make_file
 
     info = soundfile.info(io.BytesIO(make_file(container, duration_s=2.0)))
     assert (info.format, info.frames, info.channels) == (container, 88_200, 2)
 
 
 def test_uploads_and_health_are_timed_against_a_real_server() -> None:
-    from benchmarks.server import running_instant_app
-    from benchmarks.uploads_case import make_file, measure_round
+    from benchmarks.cases.uploads import make_file, measure_round
+    from benchmarks.servers.process import running_instant_app
 
     with running_instant_app() as server:
         figures = measure_round(server, make_file("WAV", duration_s=2.0), every_s=0.05, file_s=2.0)
@@ -158,8 +158,8 @@ def test_uploads_and_health_are_timed_against_a_real_server() -> None:
 
 
 def test_a_load_is_sent_at_its_own_times_and_refuses_to_time_errors() -> None:
-    from benchmarks.jobs_http_case import send
-    from benchmarks.server import running_instant_app
+    from benchmarks.cases.jobs_http import send
+    from benchmarks.servers.process import running_instant_app
 
     body = {"prompt": "x", "duration": 1}
     with running_instant_app() as server:
@@ -174,7 +174,7 @@ def test_a_load_is_sent_at_its_own_times_and_refuses_to_time_errors() -> None:
 
 
 def test_the_job_store_is_measured_on_both_databases() -> None:
-    from benchmarks.jobs_case import Load, run_jobs_case
+    from benchmarks.cases.jobs import Load, run_jobs_case
 
     load = Load(submit_hz=50.0, submit_s=0.4, queued=200, leases=10, reads_s=0.1)
     results = run_jobs_case(CaseSettings(rounds=1), load)["databases"]

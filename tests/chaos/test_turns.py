@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.batch_case import run_batch_case
-from benchmarks.engine_case import resolve_model
-from benchmarks.server import running_server, write_config
+from benchmarks.cases.batch import run_batch_case
+from benchmarks.cases.engine import resolve_model
+from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]

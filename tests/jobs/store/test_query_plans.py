@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from benchmarks.jobs_case import fill
+from benchmarks.cases.jobs import fill
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.jobs_case import fill, make_spec
+from benchmarks.cases.jobs import fill, make_spec
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.engine_case import resolve_model
-from benchmarks.server import running_server, write_config
+from benchmarks.cases.engine import resolve_model
+from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 
 _KEYS = ("waits", "batch")

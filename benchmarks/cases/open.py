@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine_case import run_engine_case
+from benchmarks.cases.engine import run_engine_case
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions

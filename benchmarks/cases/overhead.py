@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.engine_case import resolve_model
+from benchmarks.cases.engine import resolve_model
 from benchmarks.metrics import summarize, worst_ratio
-from benchmarks.server import running_instant_app, running_server, write_config
+from benchmarks.servers.process import running_instant_app, running_server, write_config
 from benchmarks.settings import CaseSettings
 
 _CLIP_S = 10.0
@@ -60,7 +60,7 @@ def run_overhead_case(settings: CaseSettings, routes: Sequence[Route] = ROUTES) 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         entry = resolve_model(settings.model)
-        config = write_config(folder, entry, threads=settings.threads, import_path="benchmarks.instant:build")
+        config = write_config(folder, entry, threads=settings.threads, import_path="benchmarks.servers.instant:build")
         servers = {
             "app": stack.enter_context(running_instant_app()),
             "serve": stack.enter_context(running_server(config)),

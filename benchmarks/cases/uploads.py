@@ -20,9 +20,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.engine_case import resolve_model
+from benchmarks.cases.engine import resolve_model
 from benchmarks.metrics import percentile, summarize
-from benchmarks.server import Server, running_instant_app, running_server, write_config
+from benchmarks.servers.process import Server, running_instant_app, running_server, write_config
 from benchmarks.settings import CaseSettings
 
 _FILE_S = 60.0
@@ -41,7 +41,7 @@ def run_uploads_case(settings: CaseSettings, *, file_s: float = _FILE_S) -> dict
             Path(folder),
             resolve_model(settings.model),
             threads=settings.threads,
-            import_path="benchmarks.instant:build",
+            import_path="benchmarks.servers.instant:build",
         )
         starts: Mapping[str, Callable[[], Any]] = {"app": running_instant_app, "serve": partial(running_server, config)}
         results = []

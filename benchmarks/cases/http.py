@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.engine_case import load, resolve_model
+from benchmarks.cases.engine import load, resolve_model
 from benchmarks.metrics import summarize, worst_ratio
-from benchmarks.server import running_server, write_config
+from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions

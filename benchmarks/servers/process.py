@@ -83,7 +83,7 @@ def running_server(config: Path) -> Iterator[Server]:
 def running_instant_app() -> Iterator[Server]:
     """The API on uvicorn alone, around an engine that takes no time. Raises RuntimeError if it does not start."""
     port = _free_port()
-    with _running(("-m", "benchmarks.instant", str(port)), port=port) as server:
+    with _running(("-m", "benchmarks.servers.instant", str(port)), port=port) as server:
         yield server
 
 
@@ -129,7 +129,7 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
 
 def _search_path() -> str:
     """So that every process of the server finds this package too."""
-    return os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
 
 
 def _free_port() -> int:

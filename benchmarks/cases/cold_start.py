@@ -11,15 +11,15 @@ from typing import Any
 
 import httpx
 
-from benchmarks.engine_case import resolve_model
-from benchmarks.server import running_server, write_config
+from benchmarks.cases.engine import resolve_model
+from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 
 # What no server can beat: import, load and generate in a fresh interpreter.
 _BARE = """
 import asyncio, sys
 from pathlib import Path
-from benchmarks.engine_case import load
+from benchmarks.cases.engine import load
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions

@@ -1,7 +1,7 @@
 """The whole server around an engine that takes no time: what is left is what everything but the engine costs.
 
-`build` is the Ray Serve application, `python -m benchmarks.instant PORT` the same API on uvicorn alone. `build_remote`
-is the first around an engine that does take time, but not this machine's: as if it were on another one.
+`build` is the Ray Serve application, `python -m benchmarks.servers.instant PORT` the same API on uvicorn alone.
+`build_remote` is the first around an engine that does take time, but not this machine's: as if it were on another one.
 """
 
 from __future__ import annotations

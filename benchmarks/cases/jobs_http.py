@@ -29,11 +29,11 @@ from typing import Any
 
 import httpx
 
-from benchmarks.engine_case import resolve_model
-from benchmarks.http_case import Call, call
-from benchmarks.instant import REMOTE_S
+from benchmarks.cases.engine import resolve_model
+from benchmarks.cases.http import Call, call
 from benchmarks.metrics import summarize, worst_ratio
-from benchmarks.server import running_server, write_config
+from benchmarks.servers.instant import REMOTE_S
+from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 
@@ -45,8 +45,8 @@ _DRAIN_TIMEOUT_S = 300.0
 _WATCH_HZ = 20.0
 _CLIP_S = 10.0
 _PACES: dict[str, tuple[str, dict[str, object]]] = {
-    "beside 16 jobs a second": ("benchmarks.instant:build_remote", {"max_running": round(16 * REMOTE_S)}),
-    "beside as many jobs as can be": ("benchmarks.instant:build", {}),
+    "beside 16 jobs a second": ("benchmarks.servers.instant:build_remote", {"max_running": round(16 * REMOTE_S)}),
+    "beside as many jobs as can be": ("benchmarks.servers.instant:build", {}),
     "beside the model at work": ("stable_audio_serve.serving.app:build", {}),
 }
 _SETTLE_S = 10.0  # runners fall asleep by and by
@@ -164,7 +164,9 @@ def measure_idle_runners(write: Callable[..., Path], load: Load) -> dict[str, An
             url = database.create_database()
             database.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET log_statement = 'all'")
             jobs = {"database_url": url, "runners": load.idle_runners}
-            with running_server(write(Path(folder), import_path="benchmarks.instant:build", jobs=jobs)) as server:
+            with running_server(
+                write(Path(folder), import_path="benchmarks.servers.instant:build", jobs=jobs)
+            ) as server:
                 _wait_until_over(server.url, [send(server.url, [("POST", "/jobs", _JOB)], rate_hz=1.0)[0].answer["id"]])
                 time.sleep(_SETTLE_S)
                 log = database.folder / "log"

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from benchmarks.metrics import summarize
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobSpec
 from stable_audio_serve.jobs.store.database import Database, database_url
@@ -106,7 +107,12 @@ def make_spec(*, client: str = "") -> JobSpec:
     """A job like any other."""
     request = GenerationRequest(prompt="a low drone under slow rain, far away", duration_s=10.0, seed=7, steps=8)
     return JobSpec(
-        id=uuid.uuid4().hex, contract="sa3", model="demo", mode="text-to-audio", request=request, client=client
+        id=JobId(uuid.uuid4().hex),
+        contract="sa3",
+        model="demo",
+        mode="text-to-audio",
+        request=request,
+        client=ClientId(client),
     )
 
 

@@ -1,0 +1,1 @@
+"""One module per case: what it measures, and nothing about files or the command line."""
