@@ -1,19 +1,16 @@
-"""What arrives: named mixes of requests and arrival times, reproducible from (mix, count, seed). Knows no clock."""
+"""What is asked for: named mixes of requests, and a fixed set of eight unlike ones. Knows no clock and no model."""
 
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
 
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.models.protocol import ModelSpec
-
-Value = TypeVar("Value")
 
 _ADJECTIVES = ("low", "bright", "soft", "distant", "rough", "slow", "sharp", "warm", "short", "long")
 _SOUNDS = (
@@ -21,72 +18,61 @@ _SOUNDS = (
     "bird song", "organ", "click", "noise burst", "drone", "flute", "guitar string", "cymbal", "sea", "footsteps",
 )  # fmt: skip
 PROMPTS = tuple(f"a {adjective} {sound}" for adjective, sound in itertools.product(_ADJECTIVES, _SOUNDS))
-_ZIPF_EXPONENT = 1.1
 _SPREAD = 0.3  # durations vary by +-30 %, so that exact matches are rare
+
+Mode = Literal["text-to-audio", "variation", "inpaint"]
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Durations (seconds) and step counts with their weights; steps from `guided_from` on are guided."""
+    """Values with their weights: durations in seconds, step counts (guided from `guided_from` on), modes and formats.
+
+    Arrivals are Poisson at the rate asked for, or come in bursts: `on_s` seconds at a higher rate, `off_s` at none.
+    """
 
     name: str
     durations_s: tuple[tuple[float, float], ...]
     steps: tuple[tuple[int, float], ...]
     guided_from: int = 50
     spread: float = _SPREAD
+    modes: tuple[tuple[Mode, float], ...] = (("text-to-audio", 1.0),)
+    formats: tuple[tuple[str, float], ...] = (("wav", 1.0),)
+    on_s: float = 0.0
+    off_s: float = 0.0
 
 
 _SMALL = ((5.0, 0.5), (30.0, 0.35), (92.0, 0.15))
 _MEDIUM = ((5.0, 0.4), (30.0, 0.3), (92.0, 0.2), (290.0, 0.1))
 _DEMO = ((1.0, 0.5), (4.0, 0.35), (10.0, 0.15))
+_EIGHT = ((8, 1.0),)
 _MIXED_STEPS = ((8, 0.7), (50, 0.2), (100, 0.1))
+_FORMATS = (("wav", 0.4), ("flac", 0.2), ("mp3", 0.3), ("opus", 0.1))
 
 MIXES = {
     mix.name: mix
     for mix in (
-        Mix("equal-5s", ((5.0, 1.0),), ((8, 1.0),), spread=0.0),
-        Mix("small-8", _SMALL, ((8, 1.0),)),
+        Mix("equal-5s", ((5.0, 1.0),), _EIGHT, spread=0.0),
+        Mix("small-8", _SMALL, _EIGHT),
         Mix("small-mixed", _SMALL, _MIXED_STEPS),
-        Mix("medium-8", _MEDIUM, ((8, 1.0),)),
+        Mix("medium-8", _MEDIUM, _EIGHT),
         Mix("medium-mixed", _MEDIUM, _MIXED_STEPS),
-        Mix("demo-fast", _DEMO, ((8, 1.0),)),
+        Mix("sao-100", ((47.0, 1.0),), ((100, 1.0),), spread=0.0),
+        Mix("edit", _SMALL, _EIGHT, modes=(("text-to-audio", 0.5), ("variation", 0.25), ("inpaint", 0.25))),
+        Mix("formats", _SMALL, _EIGHT, formats=_FORMATS),
+        Mix("bursty", _SMALL, _MIXED_STEPS, on_s=5.0, off_s=10.0),
+        Mix("overload", _SMALL, _EIGHT),
+        Mix("demo-fast", _DEMO, _EIGHT),
         Mix("demo-wide", _DEMO, ((8, 0.7), (50, 0.3))),
     )
 }
 
 
-def draw_requests(mix: Mix, spec: ModelSpec, *, count: int, seed: int) -> list[GenerationRequest]:
-    """`count` requests of a mix for a model, durations cut to its maximum; the same for the same seed."""
-    rng = random.Random(f"{mix.name}/{count}/{seed}")
-    weights = [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)]
-    requests = []
-    for index in range(count):
-        steps = _choose(rng, mix.steps)
-        duration_s = _choose(rng, mix.durations_s) * rng.uniform(1 - mix.spread, 1 + mix.spread)
-        requests.append(
-            GenerationRequest(
-                prompt=rng.choices(PROMPTS, weights)[0],
-                duration_s=min(duration_s, spec.card.max_duration_s),
-                seed=seed * 100_000 + index,
-                steps=steps,
-                cfg_scale=4.0 if steps >= mix.guided_from else 1.0,
-            )
-        )
-    return requests
-
-
-def poisson_arrivals(*, rate_hz: float, count: int, seed: int) -> list[float]:
-    """Arrival times in seconds from the start, rising."""
-    rng = random.Random(f"poisson/{rate_hz}/{count}/{seed}")
-    return list(itertools.accumulate(rng.expovariate(rate_hz) for _ in range(count)))
-
-
-def eight_mixed_requests(spec: ModelSpec) -> list[GenerationRequest]:
+def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
     """Eight requests that differ in length, steps, sampler, guidance, source and mask, scaled to the model."""
-    first, second = ("euler", "dpmpp") if "euler" in spec.card.samplers else ("k-heun", "dpmpp-2m-sde")
-    level = spec.card.noise_level(0.6, sampler=None)
-    longest_s = min(spec.card.max_duration_s, 30.0)
-    clip = _noise_clip(spec, duration_s=longest_s / 4)
+    first, second = ("euler", "dpmpp") if "euler" in card.samplers else ("k-heun", "dpmpp-2m-sde")
+    level = card.noise_level(0.6, sampler=None)
+    longest_s = min(card.max_duration_s, 30.0)
+    clip = noise_audio(card.channels, duration_s=longest_s / 4, sample_rate_hz=card.sample_rate_hz)
     fields: Sequence[dict[str, object]] = (
         {"duration_s": longest_s / 16},
         {"duration_s": longest_s / 2, "sampler": first, "steps": 10},
@@ -107,11 +93,8 @@ def eight_mixed_requests(spec: ModelSpec) -> list[GenerationRequest]:
     ]
 
 
-def _noise_clip(spec: ModelSpec, *, duration_s: float) -> SourceAudio:
-    shape = (spec.card.channels, int(duration_s * spec.card.sample_rate_hz))
-    samples = np.random.default_rng(0).uniform(-0.3, 0.3, shape)
-    return SourceAudio(samples.astype(np.float32), spec.card.sample_rate_hz)
-
-
-def _choose(rng: random.Random, weighted: Sequence[tuple[Value, float]]) -> Value:
-    return rng.choices([value for value, _ in weighted], [weight for _, weight in weighted])[0]
+def noise_audio(channels: int, *, duration_s: float, sample_rate_hz: int, seed: int = 0) -> SourceAudio:
+    """Returns white noise (channels, S) to edit; the same for the same arguments."""
+    shape = (channels, int(duration_s * sample_rate_hz))
+    samples = np.random.default_rng(seed).uniform(-0.3, 0.3, shape)
+    return SourceAudio(samples.astype(np.float32), sample_rate_hz)

@@ -54,7 +54,7 @@ async def run_engine_case(model: DiffusionModel, settings: CaseSettings) -> dict
     """Sides in the order A B A B, three rounds; the worse round counts. Raises RuntimeError if the audio differs."""
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     async with Engine(model, options) as engine:
-        requests = eight_mixed_requests(model.spec)
+        requests = eight_mixed_requests(model.spec.card)
         alone, _ = await send_one_after_another(engine.generate, requests)
         together, _ = await send_together(engine.generate, requests)
         difference = _largest_difference(alone, together)
