@@ -1,0 +1,64 @@
+"""How much of the machine other programs used meanwhile: a measurement beside which somebody else worked is void.
+
+A process counts as ours if it is this one or descends from it. Without psutil, or where the machine's counters cannot
+be read, nothing is known and nothing is void.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+try:
+    import psutil
+
+    _CAN_WATCH = True
+except ImportError:  # a machine for engine benchmarks only
+    _CAN_WATCH = False
+
+LARGEST_FOREIGN_CORES = 0.1
+
+
+@dataclass(slots=True)
+class Watch:
+    """`foreign_cores` used by other programs on average, None if unknown."""
+
+    foreign_cores: float | None = None
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the measurement counts."""
+        return self.foreign_cores is None or self.foreign_cores <= LARGEST_FOREIGN_CORES
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Fills the watch at the end."""
+    watch = Watch()
+    if not _CAN_WATCH:
+        yield watch
+        return
+    machine_s, own_s, started_at = _machine_s(), _own_s(), time.perf_counter()
+    yield watch
+    elapsed_s = time.perf_counter() - started_at
+    watch.foreign_cores = max(0.0, (_machine_s() - machine_s) - (_own_s() - own_s)) / max(elapsed_s, 1e-9)
+
+
+def _machine_s() -> float:
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system
+
+
+def _own_s() -> float:
+    """Processor seconds of this process and its living descendants; ended ones count with who waited for them."""
+    total = 0.0
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
