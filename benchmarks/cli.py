@@ -50,6 +50,32 @@ def run_engine(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     return rows
 
 
+def run_ladder(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """More in flight, longer clips, many requests: both modes unless one was asked for."""
+    from benchmarks.cases.ladder import run_ladder_case
+    from benchmarks.cases.memory import run_memory_case
+
+    rows: list[dict[str, object]] = []
+    for mode in [settings.mode] if settings.mode else MODES:
+        chosen = replace(settings, mode=mode)
+        results = asyncio.run(run_ladder_case(load(chosen), chosen)) | run_memory_case(chosen)
+        path = _write(out, f"ladder-{mode}", settings=chosen, results=results)
+        rows.append(
+            {
+                "mode": mode,
+                "in_flight": results["concurrency_in_flight"],
+                "throughput": results["concurrency_throughput_ratio"],
+                "scheduler_share": results["scheduler_share_of_step"],
+                "active": results["scheduler_active_rows"],
+                "scheduler_growth": results["scheduler_many_over_few_active_ratio"],
+                "4x_frames": results["duration_4x_frames_time_ratio"],
+                "rss_growth": results["memory_rss_growth_share"],
+                "file": path,
+            }
+        )
+    return rows
+
+
 def run_open(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """The same for Stable Audio Open, and the share of noise in a long request."""
     from benchmarks.cases.open import run_open_case
@@ -212,6 +238,7 @@ def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]
 _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "engine": run_engine,
     "open": run_open,
+    "ladder": run_ladder,
     "http": run_http,
     "overhead": run_overhead,
     "uploads": run_uploads,

@@ -1,4 +1,6 @@
-"""How a workload is sent: all at once, one after another, or at given times (open loop). Knows no model."""
+"""How a workload is sent: all at once, one after another, so many at a time, or at given times (open loop).
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,24 @@ async def send_one_after_another(send: Send, requests: Sequence[GenerationReques
         results.append(await send(request))
         finished.append(Finished(0.0, time.perf_counter() - started_at, request.duration_s * request.batch_size))
     return results, finished
+
+
+async def send_in_flight(send: Send, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> list[Finished]:
+    """Closed loop, for throughput only: the next is sent when one of `num_in_flight` ended. Keeps no audio."""
+    started_at = time.perf_counter()
+    waiting, finished = iter(requests), []
+
+    async def work() -> None:
+        for request in waiting:
+            sent_at = time.perf_counter() - started_at
+            await send(request)
+            ended_at = time.perf_counter() - started_at
+            finished.append(Finished(sent_at, ended_at, request.duration_s * request.batch_size))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(num_in_flight):
+            group.create_task(work())
+    return finished
 
 
 async def send_at(send: Send, requests: Sequence[GenerationRequest], *, arrivals_s: Sequence[float]) -> Run:

@@ -17,6 +17,7 @@ from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_entry
@@ -57,9 +58,7 @@ async def run_engine_case(model: DiffusionModel, settings: CaseSettings) -> dict
         requests = eight_mixed_requests(model.spec.card)
         alone, _ = await send_one_after_another(engine.generate, requests)
         together, _ = await send_together(engine.generate, requests)
-        difference = _largest_difference(alone, together)
-        if difference > _LARGEST_DIFFERENCE[engine.mode]:
-            raise RuntimeError(f"the two sides differ by {difference}: the comparison is void")
+        difference = compare_audio(alone, together, mode=engine.mode)
         rounds = []
         for _ in range(settings.rounds):
             sides: dict[str, list[_Timed]] = {name: [] for name in _SIDES}
@@ -67,7 +66,7 @@ async def run_engine_case(model: DiffusionModel, settings: CaseSettings) -> dict
                 sides[name].append(await _timed(_SIDES[name](engine.generate, requests)))
             rounds.append({name: _figures(runs) for name, runs in sides.items()})
         return {
-            "model": _describe(model),
+            "model": describe_model(model),
             "mode": engine.mode,
             "largest_difference": difference,
             "rounds": rounds,
@@ -105,10 +104,15 @@ def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
     }
 
 
-def _largest_difference(left: Sequence[GenerationResult], right: Sequence[GenerationResult]) -> float:
+def compare_audio(left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode) -> float:
+    """Returns the largest difference as a share of the peak. Raises RuntimeError if it is more than `mode` allows."""
     pairs = [(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x.audio, y.audio, strict=True)]
-    return max(float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) for a, b in pairs)
+    difference = max(float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) for a, b in pairs)
+    if difference > _LARGEST_DIFFERENCE[mode]:
+        raise RuntimeError(f"the two sides differ by {difference}: the comparison is void")
+    return difference
 
 
-def _describe(model: DiffusionModel) -> dict[str, Any]:
+def describe_model(model: DiffusionModel) -> dict[str, Any]:
+    """Its device and everything fixed about it."""
     return {"device": str(model.device), **asdict(model.spec)}

@@ -67,12 +67,17 @@ class Engine:
         metrics: Metrics = NullMetrics(),
         noise_factory: Callable[[int], NoiseSource] = SeededNoise,
         policy: BatchPolicy | None = None,
+        scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
-        """`noise_factory` makes a row's noise from its seed; `policy` None: the one for these options and device."""
+        """`noise_factory` makes a row's noise from its seed; `policy` None: the one for these options and device.
+
+        `scheduler` is called like the class `Scheduler`.
+        """
         self._model = model
         self._clock = clock
         self._metrics = metrics
         self._noise_factory = noise_factory
+        self._make_scheduler = scheduler
         self.mode = resolve_mode(options, model.device)
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share)
         self._inbox = Inbox()
@@ -245,7 +250,7 @@ class Engine:
         )
         loop = EngineLoop(
             self._model.spec,
-            scheduler=Scheduler(
+            scheduler=self._make_scheduler(
                 limits,
                 knee_tokens=lambda frames: frames * policy.crowd(1, frames),
                 step_ms=self._predictor.step_ms,

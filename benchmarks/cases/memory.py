@@ -1,0 +1,88 @@
+"""How much memory the engine's process takes after many requests, in a process of its own: any other would still hold
+what earlier cases left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arrivals import draw_arrivals, to_request
+from benchmarks.cases.engine import load
+from benchmarks.client import send_in_flight
+from benchmarks.settings import CaseSettings
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.protocol import DiffusionModel
+
+_IN_FLIGHT = 8
+_CHECKS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySizes:
+    """Growth is from the first number of requests to the second."""
+
+    settled_requests: int = 200
+    requests: int = 1000
+
+
+SHORT = MemorySizes(60, 300)
+
+
+def run_memory_case(settings: CaseSettings, *, sizes: MemorySizes = MemorySizes()) -> dict[str, Any]:
+    """The growth of a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run, settings, sizes=sizes).result()
+
+
+def _run(settings: CaseSettings, *, sizes: MemorySizes) -> dict[str, Any]:
+    return asyncio.run(measure_growth(load(settings), settings, sizes=sizes))
+
+
+async def measure_growth(
+    model: DiffusionModel,
+    settings: CaseSettings,
+    *,
+    sizes: MemorySizes,
+    read_bytes: Callable[[], int] | None = None,
+) -> dict[str, Any]:
+    """Requests of the mix `demo-fast`, eight in flight; memory is read when none is. `read_bytes`: None for the
+    resident memory of this process."""
+    read_bytes = read_bytes or resident_bytes
+    options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
+    card = model.spec.card
+    arrivals = draw_arrivals(
+        "demo-fast", rate_hz=None, count=sizes.requests, seed=1, max_duration_s=card.max_duration_s
+    )
+    requests = [to_request(arrival, card) for arrival in arrivals]
+    marks = _marks(sizes)
+    held: list[int] = []
+    async with Engine(model, options) as engine:
+        for start, stop in zip((0, *marks), marks, strict=False):
+            await send_in_flight(engine.generate, requests[start:stop], num_in_flight=_IN_FLIGHT)
+            gc.collect()
+            held.append(read_bytes())
+    return {
+        "memory_after_requests": marks,
+        "memory_rss_mib": [count / 2**20 for count in held],
+        "memory_rss_growth_share": held[-1] / held[0] - 1.0,
+    }
+
+
+def resident_bytes() -> int:
+    """Physical memory of this process; Linux only."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _marks(sizes: MemorySizes) -> Sequence[int]:
+    """Rising numbers of requests after which memory is read."""
+    every = (sizes.requests - sizes.settled_requests) / (_CHECKS - 1)
+    return [round(sizes.settled_requests + index * every) for index in range(_CHECKS)]

@@ -1,0 +1,127 @@
+"""The ladder's arithmetic by hand, and all of it on the toy model."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cases.ladder import (
+    LadderSizes,
+    TimedScheduler,
+    Turn,
+    run_ladder_case,
+    summarize_lone_clips,
+    summarize_turns,
+)
+from benchmarks.cases.memory import MemorySizes, measure_growth, resident_bytes
+from benchmarks.client import send_in_flight
+from benchmarks.settings import CaseSettings
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.engine.scheduler import RowId, SchedulerLimits
+from stable_audio_serve.engine.work import RowWork
+from tests.factories import FakeClock, ToyModel
+
+pytestmark = pytest.mark.slow
+
+
+def test_four_times_the_frames_are_compared_in_the_worst_round() -> None:
+    figures = summarize_lone_clips({1.0: [10.0, 20.0], 2.0: [15.0, 15.0], 4.0: [40.0, 90.0], 8.0: [60.0, 75.0]})
+    assert figures["duration_4x_frames_time_ratio_rounds"] == {"4 s over 1 s": [4.0, 4.5], "8 s over 2 s": [4.0, 5.0]}
+    assert figures["duration_4x_frames_time_ratio"] == 5.0
+    assert figures["duration_lone_ms"]["1"] == 15.0
+
+
+def test_durations_without_a_quarter_state_no_ratio() -> None:
+    assert summarize_lone_clips({1.0: [10.0], 3.0: [30.0]})["duration_4x_frames_time_ratio"] is None
+
+
+def test_the_scheduler_is_stated_as_a_share_of_time_and_by_the_median_turn() -> None:
+    few = [Turn(32, 0.001, 0.1), Turn(32, 0.002, 0.2), Turn(32, 0.003, 0.3)]
+    many = [Turn(256, 0.003, 0.1), Turn(256, 0.003, 0.1), Turn(256, 0.003, 0.4)]
+    figures = summarize_turns({32: [few], 256: [many]})
+    assert figures["scheduler_share_of_step_rounds"]["32"] == [pytest.approx(0.006 / 0.6)]
+    assert figures["scheduler_share_of_step"] == pytest.approx(0.009 / 0.6)
+    assert figures["scheduler_us_per_step"] == {"32": pytest.approx(2000.0), "256": pytest.approx(3000.0)}
+    assert figures["scheduler_many_over_few_active_ratio"] == pytest.approx(1.5)
+
+
+def test_a_turn_lasts_from_one_pick_to_the_next_and_an_idle_engine_has_none() -> None:
+    clock, turns = FakeClock(), []
+    scheduler = TimedScheduler(
+        SchedulerLimits(max_tokens=0),
+        knee_tokens=lambda frames: 0.0,
+        step_ms=lambda works, num_new: 1.0,
+        note=turns.append,
+        clock=clock.monotonic,
+    )
+    row = RowId(0)
+    scheduler.add(row, RowWork(frames=8, branches=(1,), decode_left=(8,)), arrived_at=0.0, alone_s=1.0)
+    assert scheduler.pick() == [row]
+    clock.now += 2.0  # the step
+    scheduler.remove(row)
+    assert scheduler.pick() == []
+    clock.now += 50.0  # nothing to do
+    assert scheduler.pick() == []
+    assert turns == [Turn(active=1, scheduler_s=0.0, turn_s=2.0)]
+
+
+async def test_so_many_and_no_more_are_in_flight() -> None:
+    import asyncio
+
+    now, most = 0, 0
+
+    async def send(request: GenerationRequest) -> GenerationResult:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0)
+        now -= 1
+        return GenerationResult((), 44_100, "none", (0,))
+
+    requests = [GenerationRequest(prompt="x", duration_s=2.0, seed=seed) for seed in range(20)]
+    finished = await send_in_flight(send, requests, num_in_flight=3)
+    assert most == 3
+    assert len(finished) == 20
+    assert {request.audio_s for request in finished} == {2.0}
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+async def test_the_whole_ladder_on_the_toy_model(mode: str) -> None:
+    sizes = LadderSizes(
+        in_flight=(1, 8),
+        durations_s=(0.1, 0.4, 1.6, 99.0),
+        requests=8,
+        compared_requests=16,
+        lone_clips=1,
+        turns=5,
+        turns_s=0.05,
+    )
+    results = await run_ladder_case(ToyModel(), CaseSettings(mode=mode, rounds=1), sizes=sizes)
+    assert results["mode"] == mode
+    assert results["largest_difference"] <= (0.0 if mode == "strict" else 1e-5)
+    assert results["concurrency_in_flight"] == (64, 8)
+    assert results["concurrency_throughput_ratio"] > 0
+    assert 0 < results["scheduler_share_of_step"] < 1
+    assert results["scheduler_active_rows"] == [256, 32]
+    assert results["scheduler_many_over_few_active_ratio"] > 0
+    assert set(results["duration_4x_frames_time_ratio_rounds"]) == {"0.4 s over 0.1 s", "1.6 s over 0.4 s"}
+    cells = {(cell["duration_s"], cell["in_flight"]): cell for cell in results["table"]}
+    longest_s = ToyModel().spec.card.max_duration_s
+    assert set(cells) == {(duration_s, k) for duration_s in (0.1, 0.4, 1.6, longest_s) for k in (1, 8)}
+    for (duration_s, _), cell in cells.items():
+        assert cell["audio_s_per_gpu_s"] == pytest.approx(cell["requests_per_s"] * duration_s)
+
+
+async def test_memory_is_compared_between_the_marks() -> None:
+    readings = iter([100 * 2**20, 101 * 2**20, 104 * 2**20, 103 * 2**20, 102 * 2**20])
+    results = await measure_growth(
+        ToyModel(), CaseSettings(), sizes=MemorySizes(4, 12), read_bytes=lambda: next(readings)
+    )
+    assert results["memory_after_requests"] == [4, 6, 8, 10, 12]
+    assert results["memory_rss_mib"] == [100.0, 101.0, 104.0, 103.0, 102.0]
+    assert results["memory_rss_growth_share"] == pytest.approx(0.02)
+
+
+def test_resident_memory_grows_with_what_is_held() -> None:
+    before = resident_bytes()
+    held = bytearray(b"x" * (64 * 2**20))
+    assert resident_bytes() - before > 0.9 * len(held)
