@@ -35,6 +35,7 @@ class LadderSizes:
 
     in_flight: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     durations_s: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 10.0)
+    lone_s: tuple[float, ...] = (1.0, 2.0, 2.5, 4.0, 8.0, 10.0, 12.0, 48.0)  # each timed by itself
     requests: int = 64  # of one cell of the table
     compared_requests: int = 160  # of one of the four runs of a round
     lone_clips: int = 10  # of each duration in a round
@@ -43,7 +44,13 @@ class LadderSizes:
 
 
 SHORT = LadderSizes(
-    in_flight=(1, 8, 64), durations_s=(1.0, 4.0, 10.0), requests=24, compared_requests=128, lone_clips=3
+    in_flight=(1, 8, 64),
+    durations_s=(1.0, 4.0, 10.0),
+    lone_s=(1.0, 2.5, 4.0, 10.0),
+    requests=16,
+    compared_requests=96,
+    lone_clips=3,
+    turns=40,
 )
 
 
@@ -109,7 +116,8 @@ async def run_ladder_case(
         together, _ = await send_together(engine.generate, requests)
         difference = compare_audio(alone, together[:4], mode=engine.mode)
         compared = await _compare_in_flight(engine, settings, sizes=sizes, duration_s=durations_s[0])
-        lone = await _time_lone_clips(engine, durations_s, rounds=settings.rounds, clips=sizes.lone_clips)
+        lone_s = [duration_s for duration_s in sizes.lone_s if duration_s <= longest_s]
+        lone = await _time_lone_clips(engine, lone_s, rounds=settings.rounds, clips=sizes.lone_clips)
         table = [
             await _fill_cell(engine, in_flight, duration_s=duration_s, requests=sizes.requests)
             for duration_s in durations_s

@@ -5,11 +5,13 @@ what earlier cases left behind.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,17 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.protocol import DiffusionModel
 
 _IN_FLIGHT = 8
-_CHECKS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySizes:
-    """Growth is from the first number of requests to the second."""
+    """One list of `requests` is run `times` times; growth is from the end of the first time to that of the last."""
 
-    settled_requests: int = 200
-    requests: int = 1000
+    requests: int = 200
+    times: int = 5
 
 
-SHORT = MemorySizes(60, 300)
+SHORT = MemorySizes(requests=60)
 
 
 def run_memory_case(settings: CaseSettings, *, sizes: MemorySizes = MemorySizes()) -> dict[str, Any]:
@@ -53,8 +54,11 @@ async def measure_growth(
     sizes: MemorySizes,
     read_bytes: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
-    """Requests of the mix `demo-fast`, eight in flight; memory is read when none is. `read_bytes`: None for the
-    resident memory of this process."""
+    """Requests of the mix `demo-fast`, eight in flight; memory is read when none is. `read_bytes` None: the resident
+    memory of this process.
+
+    The list is the same every time, because what a process holds also depends on the last few clips.
+    """
     read_bytes = read_bytes or resident_bytes
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     card = model.spec.card
@@ -62,27 +66,22 @@ async def measure_growth(
         "demo-fast", rate_hz=None, count=sizes.requests, seed=1, max_duration_s=card.max_duration_s
     )
     requests = [to_request(arrival, card) for arrival in arrivals]
-    marks = _marks(sizes)
     held: list[int] = []
     async with Engine(model, options) as engine:
-        for start, stop in zip((0, *marks), marks, strict=False):
-            await send_in_flight(engine.generate, requests[start:stop], num_in_flight=_IN_FLIGHT)
+        for _ in range(sizes.times):
+            await send_in_flight(engine.generate, requests, num_in_flight=_IN_FLIGHT)
             gc.collect()
             held.append(read_bytes())
     return {
-        "memory_after_requests": marks,
+        "memory_after_requests": [sizes.requests * (index + 1) for index in range(sizes.times)],
         "memory_rss_mib": [count / 2**20 for count in held],
         "memory_rss_growth_share": held[-1] / held[0] - 1.0,
     }
 
 
 def resident_bytes() -> int:
-    """Physical memory of this process; Linux only."""
+    """Physical memory of this process without what its allocator holds free, which goes up and down; Linux only."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _marks(sizes: MemorySizes) -> Sequence[int]:
-    """Rising numbers of requests after which memory is read."""
-    every = (sizes.requests - sizes.settled_requests) / (_CHECKS - 1)
-    return [round(sizes.settled_requests + index * every) for index in range(_CHECKS)]
