@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.arrivals import Arrival, to_request
-from benchmarks.sides.servers import Side
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import OverloadedError
+
+if TYPE_CHECKING:
+    from benchmarks.sides.servers import Side  # which imports torch: who asks over HTTP needs none
 
 Audio = npt.NDArray[np.float32]
 

@@ -56,10 +56,7 @@ class OverHttp:
     async def ask(self, arrival: Arrival) -> Answer:
         reply = await self._dialect.fetch(self._http, arrival, model=self._model)
         ended_at = time.perf_counter()
-        timing = reply.headers.get("Server-Timing", "")
-        return Answer(
-            ended_at, {name: float(ms) for name, ms in _TIMING.findall(timing)}, lambda: read_audio(reply.content)
-        )
+        return Answer(ended_at, read_stages(reply), lambda: read_audio(reply.content))
 
 
 class StableAudio3:
@@ -175,6 +172,11 @@ def open_session(url: str, *, key: str | None = None) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=600.0),
         headers={"Authorization": f"Bearer {key}"} if key else {},
     )
+
+
+def read_stages(reply: Reply) -> dict[str, float]:
+    """Returns the milliseconds of each stage that the server tells."""
+    return {name: float(ms) for name, ms in _TIMING.findall(reply.headers.get("Server-Timing", ""))}
 
 
 def read_audio(content: bytes) -> Audio:

@@ -7,9 +7,10 @@ be read, nothing is known and nothing is void.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 try:
     import psutil
@@ -19,6 +20,9 @@ except ImportError:  # a machine for engine benchmarks only
     _CAN_WATCH = False
 
 LARGEST_FOREIGN_CORES = 0.1
+TRIES = 3
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(slots=True)
@@ -44,6 +48,16 @@ def watching() -> Iterator[Watch]:
     yield watch
     elapsed_s = time.perf_counter() - started_at
     watch.foreign_cores = max(0.0, (_machine_s() - machine_s) - (_own_s() - own_s)) / max(elapsed_s, 1e-9)
+
+
+def measure_in_quiet(measure: Callable[[], Measured]) -> tuple[Measured, Watch]:
+    """Measure again, `TRIES` times in all, until others left the machine alone. Returns the last one."""
+    for _ in range(TRIES):
+        with watching() as watch:
+            measured = measure()
+        if watch.is_quiet:
+            break
+    return measured, watch
 
 
 def _machine_s() -> float:

@@ -34,7 +34,8 @@ def _clip(samples: int) -> Any:
     return np.ascontiguousarray(0.2 * tones + noise, dtype=np.float32)
 
 
-def _make_result(model: str, request: GenerationRequest) -> GenerationResult:
+def make_result(model: str, request: GenerationRequest) -> GenerationResult:
+    """Returns a clip of the length asked for, stereo at 44.1 kHz."""
     clip = _clip(int(request.duration_s * _RATE_HZ))
     seeds = tuple(request.seed + index for index in range(request.batch_size))
     return GenerationResult((clip,) * request.batch_size, _RATE_HZ, model, seeds)
@@ -50,7 +51,7 @@ class InstantBackend:
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
         """The same clip for everybody."""
-        return _make_result(model, request)
+        return make_result(model, request)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         """Ready."""
@@ -65,12 +66,12 @@ class InstantReplica:
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """The same clip for everybody."""
-        return _make_result(self._model, request)
+        return make_result(self._model, request)
 
     async def generate_reporting(self, request: GenerationRequest) -> AsyncIterator[Progress | GenerationResult]:
         """The same clip, for a streaming handle."""
         yield Progress("denoising", 0.0)
-        yield _make_result(self._model, request)
+        yield make_result(self._model, request)
 
     async def status(self) -> object:
         """Ready, having loaded nothing."""
@@ -87,7 +88,7 @@ class RemoteReplica(InstantReplica):
         """The same clip, for a streaming handle."""
         yield Progress("denoising", 0.0)
         await asyncio.sleep(REMOTE_S)
-        yield _make_result(self._model, request)
+        yield make_result(self._model, request)
 
 
 def build(args: Settings) -> Any:

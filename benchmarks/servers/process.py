@@ -28,9 +28,13 @@ _STAGE = re.compile(r"(\w+) ([0-9.]+) s")
 
 @dataclass(slots=True)
 class Server:
-    """A running server; `ready_s` from the start of the process to its first healthy answer."""
+    """A running server; `ready_s` from the start of the process to its first healthy answer.
+
+    All its processes are in the session of the first one, `pid`.
+    """
 
     url: str
+    pid: int = 0
     ready_s: float = 0.0
     stopped_s: float = 0.0
     lines: list[str] = field(default_factory=list)
@@ -70,6 +74,17 @@ def write_config(
     return path
 
 
+def model_args(entry: ModelEntry, *, name: str, threads: int, replicas: int = 1) -> dict[str, object]:
+    """Returns what a serve config says of a model under another name, with a fixed number of replicas."""
+    source = {"path": str(Path(entry.folder).resolve())} if entry.folder else {"repo_id": entry.repo_id}
+    return {
+        "name": name,
+        **source,
+        "threads": threads,
+        "replicas": {"min_replicas": replicas, "max_replicas": replicas},
+    }
+
+
 @contextmanager
 def running_server(config: Path) -> Iterator[Server]:
     """Start, wait until it says it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
@@ -98,7 +113,7 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
         start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _search_path()},
     )
-    server = Server(f"http://127.0.0.1:{port}")
+    server = Server(f"http://127.0.0.1:{port}", process.pid)
     ready = threading.Event()
 
     def read() -> None:

@@ -1,0 +1,152 @@
+"""Sends arrival lists to a running server from a process of its own, open loop, and notes what became of each request.
+
+What is late at the client is late in the figures. Judges nothing and knows no case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import aiohttp
+
+from benchmarks.arrivals import Arrival
+from benchmarks.compare.asking import RefusedError
+from benchmarks.compare.dialects import StableAudio3, open_session, read_stages
+
+Outcome = Literal["finished", "refused", "failed"]
+
+_START_S = 0.1  # until the list begins, so that not even its first request is late
+_AROUND = ("total", "encode", "store")  # what a server says of a request besides the engine's stages
+_SAMPLE_BYTES = 2
+_HEADER_BYTES = 256  # more than any header of a WAV file of ours
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One request, times in seconds from the list's start.
+
+    `num_bytes` are those of the audio file, `stages_ms` what the server says of the request, `retry_after_s` what it
+    said when it refused, `error` the text of any other answer than audio.
+    """
+
+    due_at: float
+    sent_at: float
+    ended_at: float
+    outcome: Outcome = "finished"
+    num_bytes: int = 0
+    stages_ms: Mapping[str, float] = field(default_factory=dict)
+    retry_after_s: float | None = None
+    error: str = ""
+
+    @property
+    def latency_ms(self) -> float:
+        """From the scheduled arrival to the last byte."""
+        return (self.ended_at - self.due_at) * 1000.0
+
+    @property
+    def late_ms(self) -> float:
+        """From the scheduled arrival until the client sent it."""
+        return (self.sent_at - self.due_at) * 1000.0
+
+    @property
+    def replica_ms(self) -> float:
+        """The replica's own time, waiting for its device included."""
+        return sum(ms for stage, ms in self.stages_ms.items() if stage not in _AROUND)
+
+    @property
+    def queue_ms(self) -> float:
+        """The part of it spent waiting for the device."""
+        return self.stages_ms.get("queue", 0.0)
+
+    @property
+    def added_ms(self) -> float:
+        """What everything around the replica took: client, HTTP, routing, encoding."""
+        return self.latency_ms - self.replica_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A list that was sent, in its order; `cpu_s` of processor time the client needed for it."""
+
+    sent: Sequence[Sent]
+    cpu_s: float
+
+    @property
+    def span_s(self) -> float:
+        """From the first scheduled arrival to the last byte."""
+        return max(request.ended_at for request in self.sent) - min(request.due_at for request in self.sent)
+
+    @property
+    def rate_hz(self) -> float:
+        """Finished requests per second."""
+        return sum(request.outcome == "finished" for request in self.sent) / self.span_s
+
+    @property
+    def client_cores(self) -> float:
+        """The share of a core that the client took: near 1 it is what was measured."""
+        return self.cpu_s / self.span_s
+
+
+class LoadGenerator:
+    """Sends to one server."""
+
+    def __init__(self, pool: ProcessPoolExecutor, url: str) -> None:
+        self._pool = pool
+        self._url = url
+
+    def send(self, model: str, arrivals: Sequence[Arrival]) -> Load:
+        """Send each at its time, however late the others are, and wait for every answer."""
+        return self._pool.submit(_send, self._url, model, tuple(arrivals)).result()
+
+    def send_alone(self, model: str, arrivals: Sequence[Arrival]) -> list[Sent]:
+        """Send one after another, each due when it is sent; times are from the start of each."""
+        return [self.send(model, [replace(arrival, at_s=0.0)]).sent[0] for arrival in arrivals]
+
+
+@contextmanager
+def load_generator(url: str) -> Iterator[LoadGenerator]:
+    """Gives what sends to the server at `url`."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield LoadGenerator(pool, url)
+
+
+def require_clips(load: Load, arrivals: Sequence[Arrival], *, channels: int, sample_rate_hz: int) -> None:
+    """Raise RuntimeError unless every answer is a 16-bit WAV file of the length asked for."""
+    for sent, arrival in zip(load.sent, arrivals, strict=True):
+        sample_bytes = int(arrival.duration_s * sample_rate_hz) * channels * _SAMPLE_BYTES
+        if sent.outcome != "finished" or not 0 <= sent.num_bytes - sample_bytes <= _HEADER_BYTES:
+            said = f"{sent.outcome}, {sent.num_bytes} bytes {sent.error}"
+            raise RuntimeError(f"{arrival.duration_s:.3f} s of audio were asked for: {said}")
+
+
+def _send(url: str, model: str, arrivals: Sequence[Arrival]) -> Load:  # noqa: PLR0917 - in another process
+    return asyncio.run(_send_all(url, model, arrivals=arrivals))
+
+
+async def _send_all(url: str, model: str, *, arrivals: Sequence[Arrival]) -> Load:
+    async with open_session(url) as http:
+        used_s = time.process_time()
+        started_at = time.perf_counter() + _START_S
+        sent = await asyncio.gather(*(_send_one(http, model, arrival=a, started_at=started_at) for a in arrivals))
+        return Load(sent, time.process_time() - used_s)
+
+
+async def _send_one(http: aiohttp.ClientSession, model: str, *, arrival: Arrival, started_at: float) -> Sent:
+    await asyncio.sleep(max(0.0, started_at + arrival.at_s - time.perf_counter()))
+    sent_at = time.perf_counter() - started_at
+    sent = Sent(due_at=arrival.at_s, sent_at=sent_at, ended_at=sent_at)
+    try:
+        reply = await StableAudio3().fetch(http, arrival, model=model)
+        sent = replace(sent, num_bytes=len(reply.content), stages_ms=read_stages(reply))
+    except RefusedError as error:
+        sent = replace(sent, outcome="refused", retry_after_s=error.retry_after_s)
+    except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
+        sent = replace(sent, outcome="failed", error=f"{type(error).__name__}: {error}")
+    return replace(sent, ended_at=time.perf_counter() - started_at)

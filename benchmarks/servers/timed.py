@@ -1,0 +1,149 @@
+"""The whole server around a device that is only a clock: each replica holds one that does one thing at a time, for as
+long as a device model says, and answers a clip that is there already. So routing, Ray and HTTP are measured with more
+replicas than this machine has cores. Must not import torch or transformers, as replicas of it never do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.servers.instant import make_result
+from benchmarks.simulate.devices import DeviceModel, LinearDevice
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import OverloadedError, StableAudioError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, StageTimings
+from stable_audio_serve.core.settings import ModelSettings, Settings
+
+_LEAST_RETRY_S = 0.1
+_RATE_HZ, _HOP = 44_100, 4096
+_DEFAULT_STEPS = 8
+
+
+DEVICE = LinearDevice(
+    text_fixed_ms=4.0,
+    step_fixed_ms=10.0,
+    step_per_frame_ms=0.1,
+    coding_fixed_ms=6.0,
+    coding_per_frame_ms=0.2,
+)
+
+
+class TimedDevice:
+    """One device that serves requests one after another in order of their arrival, and knows neither deadlines nor
+    priorities. While work is waiting it is never idle, however late this process wakes up: only the clock counts.
+    """
+
+    def __init__(
+        self,
+        times: DeviceModel = DEVICE,
+        *,
+        max_queue_s: float = float("inf"),
+        clock: Clock = SystemClock(),
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._times = times
+        self._max_ms = max_queue_s * 1000.0
+        self._clock = clock
+        self._sleep = sleep
+        self._turn = asyncio.Lock()  # handed on in order
+        self._waiting_ms = 0.0
+        self._free_at = float("-inf")
+
+    @property
+    def backlog_ms(self) -> float:
+        """Device time of everything accepted that is not spent yet."""
+        return self._waiting_ms + max(0.0, self._free_at - self._clock.monotonic()) * 1000.0
+
+    async def run(self, request: GenerationRequest) -> StageTimings:
+        """Returns the stages once the device has done them. A cancelled request frees it at once.
+
+        Raises OverloadedError when more than `max_queue_s` of work is ahead, as an engine does.
+        """
+        arrived_at = self._clock.monotonic()
+        excess_s = (self.backlog_ms - self._max_ms) / 1000.0
+        if excess_s > 0:
+            raise OverloadedError("the device's queue is full", retry_after_s=max(excess_s, _LEAST_RETRY_S))
+        stages = predict_stages(self._times, request)
+        await self._wait_for_turn(stages.total_ms)
+        started_at = max(arrived_at, self._free_at)
+        self._free_at = started_at + stages.total_ms / 1000.0
+        try:
+            while (left_s := self._free_at - self._clock.monotonic()) > 0:
+                await self._sleep(left_s)
+        except asyncio.CancelledError:
+            self._free_at = self._clock.monotonic()
+            raise
+        finally:
+            self._turn.release()
+        queue_ms = (started_at - arrived_at) * 1000.0
+        return replace(stages, queue_ms=queue_ms, total_ms=stages.total_ms + queue_ms)
+
+    async def _wait_for_turn(self, work_ms: float) -> None:
+        self._waiting_ms += work_ms
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting_ms -= work_ms
+
+
+def predict_stages(times: DeviceModel, request: GenerationRequest) -> StageTimings:
+    """Returns what a request takes on an idle device: text, `steps` steps and the decoder for each variation by itself,
+    with two rows a step where it is guided. Latent frames are Stable Audio 3's.
+    """
+    rows = 1 if request.cfg_scale in (None, 1.0) else 2
+    frames = math.ceil(request.duration_s * _RATE_HZ / _HOP)
+    text_ms = times.text_ms(1)
+    denoise_ms = request.batch_size * (request.steps or _DEFAULT_STEPS) * times.step_ms(rows, frames)
+    decode_ms = request.batch_size * times.decode_ms(1, frames)
+    total_ms = text_ms + denoise_ms + decode_ms
+    return StageTimings(text_ms=text_ms, denoise_ms=denoise_ms, decode_ms=decode_ms, total_ms=total_ms)
+
+
+class TimedReplica:
+    """Answers like `serving.replica.ModelReplica`, when its device has had the time."""
+
+    def __init__(self, settings: Settings, model: ModelSettings) -> None:
+        self._model = model.name
+        self._device = TimedDevice(max_queue_s=model.max_queue_s)
+        self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
+        """A clip of the length asked for, or the refusal."""
+        self._outcomes["in_flight"] += 1
+        outcome = "failed"
+        try:
+            timings = await self._device.run(request)
+            outcome = "finished"
+            return replace(make_result(self._model, request), timings=timings)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except OverloadedError as error:
+            return error
+        finally:
+            self._outcomes["in_flight"] -= 1
+            self._outcomes[outcome] += 1
+
+    async def generate_reporting(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
+        """The same for a streaming handle."""
+        yield Progress("denoising", 0.0)
+        yield await self.generate(request)
+
+    async def status(self) -> object:
+        """Returns what it has done and what its device still has to do."""
+        from stable_audio_serve.serving.replica import ReplicaStatus
+
+        return ReplicaStatus(device="timed", start_s={}, backlog_ms=self._device.backlog_ms, **self._outcomes)
+
+
+def build(args: Settings) -> Any:
+    """The application of `serving.app` with timed replicas."""
+    from stable_audio_serve.serving.app import assemble
+
+    return assemble(args, replica=TimedReplica)
