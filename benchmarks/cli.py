@@ -218,6 +218,47 @@ def run_threads(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     ]
 
 
+def run_scale(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What more replicas are worth, on stand-ins and on the model."""
+    from benchmarks.cases.scale import run_scale_case
+
+    results = run_scale_case(settings)
+    path = _write(out, "scale", settings=settings, results=results)
+    return [
+        {
+            "side": side,
+            "replicas": count,
+            "requests": results[side]["requests"][count],
+            "capacity_over_one": ratio,
+            "target": results["target_capacity_over_one"][side].get(count, ""),
+            "cpu_ms_per_request": results[side]["worst_cpu_ms_per_request"][count],
+            "file": path,
+        }
+        for side in ("stand_in", "model")
+        for count, ratio in results[side]["worst_capacity_over_one"].items()
+    ]
+
+
+def run_overload(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What a server still does at three times its capacity."""
+    from benchmarks.cases.overload import run_overload_case
+
+    results = run_overload_case(settings)
+    path = _write(out, "overload", settings=settings, results=results)
+    return [
+        {
+            "side": side,
+            "goodput_over_peak": results[side]["worst_goodput_over_peak_ratio"],
+            "finished_over_peak": results[side]["worst_finished_over_peak_ratio"],
+            "refusal_p99_ms": results[side]["worst_refusal_p99_ms"],
+            "normal_after_s": results[side]["worst_normal_after_s"],
+            "other_answers": results[side]["other_answers"],
+            "file": path,
+        }
+        for side in ("model", "stand_in")
+    ]
+
+
 def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """From the command to the first audio."""
     from benchmarks.cases.cold_start import run_cold_start_case
@@ -245,6 +286,8 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "jobs": run_jobs,
     "jobs-http": run_jobs_http,
     "batch": run_batch,
+    "scale": run_scale,
+    "overload": run_overload,
     "cold-start": run_cold_start,
     "threads": run_threads,
 }

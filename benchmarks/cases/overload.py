@@ -1,0 +1,155 @@
+"""What a server still does when three times as much is asked of it as it can do, how soon it says no, and how soon it
+is as before: on the real model, and on a stand-in whose device is a clock.
+
+The server has the same model twice: with a queue for everything, which shows what it can do at best, and with one as
+short as an operator would set who wants every accepted request to be in time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.arrivals import Arrival, draw_arrivals
+from benchmarks.cases.engine import resolve_model
+from benchmarks.compare.quiet import measure_in_quiet
+from benchmarks.http_load import Load, LoadGenerator, load_generator, require_clips
+from benchmarks.metrics import percentile
+from benchmarks.servers.process import model_args, running_server, write_config
+from benchmarks.settings import CaseSettings
+from stable_audio_serve.models.registry import ModelEntry
+
+_MIX = "demo-fast"
+_SIDES = {"model": "stable_audio_serve.serving.app:build", "stand_in": "benchmarks.servers.timed:build"}
+_PEAK, _BOUNDED = "peak", "bounded"
+_SLACK, _LEAST_S = 5.0, 1.0  # in time is within five times the time alone, or a second
+_NORMAL_RATIO = 1.5
+_NORMAL_IN_A_ROW = 3
+_ALONE_S = 4.0  # the lone request that shows whether the server is as before
+_ALONE_CALLS = 10
+_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OverloadLoad:
+    """`factor` times the capacity is offered for `seconds`; capacity is that of a burst of `burst` requests. The
+    bounded model accepts `max_queue_s` of predicted work. After the end a lone request is sent again and again for up
+    to `patience_s`."""
+
+    factor: float = 3.0
+    seconds: float = 20.0
+    burst: int = 100
+    max_queue_s: float = 0.5
+    patience_s: float = 60.0
+
+
+def run_overload_case(settings: CaseSettings, load: OverloadLoad | None = None) -> dict[str, Any]:
+    """`settings.rounds` rounds on each side, the worse counts. Raises RuntimeError for a wrong answer in the burst."""
+    load = load or OverloadLoad()
+    return {
+        "load": asdict(load),
+        "mix": _MIX,
+        "target": {"goodput_over_peak_ratio": 0.9, "refusal_p99_ms": 100.0, "normal_after_s": 30.0},
+        **{side: _measure(settings, load, import_path=import_path) for side, import_path in _SIDES.items()},
+    }
+
+
+def _measure(settings: CaseSettings, load: OverloadLoad, *, import_path: str) -> dict[str, Any]:
+    entry = resolve_model(settings.model)
+    models = [model_args(entry, name=name, threads=settings.threads) for name in (_PEAK, _BOUNDED)]
+    models[1]["max_queue_s"] = load.max_queue_s
+    with tempfile.TemporaryDirectory() as folder:
+        ingress = {"max_ongoing_requests": 10_000}  # the model's bound is what counts here
+        config = write_config(
+            Path(folder), entry, threads=settings.threads, import_path=import_path, models=models, ingress=ingress
+        )
+        with running_server(config) as server, load_generator(server.url) as client:
+            measured = [measure_in_quiet(partial(_round, client, load, entry=entry)) for _ in range(settings.rounds)]
+    rounds = [figures | {"foreign_cores": watch.foreign_cores} for figures, watch in measured]
+    return {
+        "worst_goodput_over_peak_ratio": min(figures["goodput_over_peak_ratio"] for figures in rounds),
+        "worst_finished_over_peak_ratio": min(figures["finished_over_peak_ratio"] for figures in rounds),
+        "worst_refusal_p99_ms": max(figures["refusal_p99_ms"] for figures in rounds),
+        "worst_normal_after_s": max(figures["normal_after_s"] for figures in rounds),
+        "other_answers": sum(figures["other_answers"] for figures in rounds),
+        "refusals_without_retry_after": sum(figures["refusals_without_retry_after"] for figures in rounds),
+        "rounds": rounds,
+    }
+
+
+def _round(client: LoadGenerator, load: OverloadLoad, *, entry: ModelEntry) -> dict[str, Any]:
+    def draw(count: int, rate_hz: float | None = None) -> tuple[Arrival, ...]:
+        longest_s = entry.card.max_duration_s
+        return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=_SEED, max_duration_s=longest_s).arrivals
+
+    burst = draw(load.burst)
+    client.send(_PEAK, burst[:_ALONE_CALLS])  # warms up
+    peak = client.send(_PEAK, burst)
+    require_clips(peak, burst, channels=entry.card.channels, sample_rate_hz=entry.card.sample_rate_hz)
+    lone = Arrival(0.0, "a low drone", _ALONE_S, seed=1, steps=burst[0].steps)
+    alone_ms = median(sent.latency_ms for sent in client.send_alone(_BOUNDED, [lone] * _ALONE_CALLS))
+    rate_hz = load.factor * peak.rate_hz
+    offered = draw(round(rate_hz * load.seconds), rate_hz)
+    over = client.send(_BOUNDED, offered)
+    ended_at = time.perf_counter() - max(0.0, over.span_s - offered[-1].at_s)
+    normal_after_s = _wait_until_normal(
+        client, lone, limit_ms=_NORMAL_RATIO * alone_ms, since=ended_at, patience_s=load.patience_s
+    )
+    return {
+        "peak_rps": peak.rate_hz,
+        "offered_rps": rate_hz,
+        "alone_p50_ms": alone_ms,
+        "normal_after_s": normal_after_s,
+        **summarize_overload(over, peak_rps=peak.rate_hz, deadline_ms=max(_SLACK * alone_ms, _LEAST_S * 1000.0)),
+    }
+
+
+def summarize_overload(load: Load, *, peak_rps: float, deadline_ms: float) -> dict[str, Any]:
+    """Returns the figures of one overload. Finished in time within the span of the arrivals, so that what is left when
+    they end does not count as work done meanwhile; refusals from the scheduled arrival."""
+    finished = [sent for sent in load.sent if sent.outcome == "finished"]
+    refused = [sent for sent in load.sent if sent.outcome == "refused"]
+    others = [sent for sent in load.sent if sent.outcome == "failed"]
+    span_s = max(sent.due_at for sent in load.sent)
+    meanwhile = [sent for sent in finished if sent.ended_at <= span_s]
+    in_time = [sent for sent in meanwhile if sent.latency_ms <= deadline_ms]
+    return {
+        "deadline_ms": deadline_ms,
+        "goodput_over_peak_ratio": len(in_time) / span_s / peak_rps,
+        "finished_over_peak_ratio": len(meanwhile) / span_s / peak_rps,
+        "finished_p95_ms": _percentile([sent.latency_ms for sent in finished], 0.95),
+        "refused_share": len(refused) / len(load.sent),
+        "refusal_p50_ms": _percentile([sent.latency_ms for sent in refused], 0.5),
+        "refusal_p99_ms": _percentile([sent.latency_ms for sent in refused], 0.99),
+        "refusals_without_retry_after": sum(sent.retry_after_s is None for sent in refused),
+        "other_answers": len(others),
+        "first_other_answer": others[0].error if others else None,
+        "client_cores": load.client_cores,
+        "client_late_p99_ms": _percentile([sent.late_ms for sent in load.sent], 0.99),
+    }
+
+
+def _wait_until_normal(
+    client: LoadGenerator, lone: Arrival, *, limit_ms: float, since: float, patience_s: float
+) -> float:
+    """Returns the seconds from `since` until the first of three requests in a row was sent that took no longer than
+    `limit_ms`; `patience_s` if there were none by then."""
+    normal: list[float] = []
+    while time.perf_counter() - since < patience_s:
+        sent_at = time.perf_counter()
+        (sent,) = client.send_alone(_BOUNDED, [lone])
+        is_normal = sent.outcome == "finished" and sent.latency_ms <= limit_ms
+        normal = [*normal, sent_at - since] if is_normal else []
+        if len(normal) == _NORMAL_IN_A_ROW:
+            return max(0.0, normal[0])
+    return patience_s
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return percentile(values, share) if values else 0.0

