@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 CONFIG ?= serve_config.yaml
 OUT ?= demo-run
 DEVICE ?= cpu
+GPU_OUT := $(if $(filter file,$(origin OUT)),gpu-results,$(OUT))
 
 # Three on two cores: many tests wait for something (a time limit, a database, a child process).
 PARALLEL := --numprocesses 3 --dist loadfile
@@ -44,8 +45,9 @@ test: install ## everything CI runs: first what needs no Ray, on three processes
 test-fast: install ## the fast set: no Ray cluster, under a minute
 	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not slow and not chaos"
 
-test-gpu: install ## what needs a CUDA device
-	$(PY) -m pytest -m gpu
+# PY=python3 runs both on a machine that has torch, transformers and pytest but no network: nothing is installed there.
+test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device, JUnit XML in OUT=gpu-results (PY=python3 installs nothing)
+	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
 
 chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800
