@@ -12,7 +12,7 @@ GPU_OUT := $(if $(filter file,$(origin OUT)),gpu-results,$(OUT))
 PARALLEL := --numprocesses 3 --dist loadfile
 
 # Where tests are that need a Ray cluster or run alone: collecting all of them takes a quarter of a minute.
-ALONE := tests/api/test_fuzz.py tests/chaos tests/demo/test_served.py tests/serving
+ALONE := tests/api/test_fuzz.py tests/benchmarks/alone tests/chaos tests/demo/test_served.py tests/serving
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench docs clean demo-model demo-eval

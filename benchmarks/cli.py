@@ -10,11 +10,18 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.cases.engine import load, run_engine_case
+from benchmarks.cases.run import DIALECT_NAMES, RunRequest, run_comparison
+from benchmarks.compare.outputs import VoidError
+from benchmarks.compare.pictures import write_plots, write_table
+from benchmarks.compare.run import OutOfTimeError
 from benchmarks.report import format_table, write_report
 from benchmarks.settings import CaseSettings
+from benchmarks.sides.servers import SIDES
+from benchmarks.workload import MIXES
 
 MODES = ("strict", "fast")
 
@@ -22,7 +29,16 @@ MODES = ("strict", "fast")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run."""
     options = _parser().parse_args(arguments)
-    settings = CaseSettings(options.model, options.device, options.mode, options.threads, options.rounds)
+    settings = CaseSettings(
+        options.model, options.device, options.mode, options.threads, options.rounds, full=options.full
+    )
+    if options.case == "run":
+        request = _run_request(options)
+        try:
+            print(format_table(run_run(settings, options.out, request=request)))
+        except (VoidError, OutOfTimeError, ValueError) as error:
+            raise SystemExit(str(error)) from error
+        return
     wanted = tuple(_CASES) if options.case == "all" else (options.case,)
     for name in ("engine", "open") if options.engine_only else wanted:
         print(f"\n{name}")
@@ -91,6 +107,26 @@ def run_open(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
             "noise_share": f"{results['worst_noise_share']:.4f}",
             "file": path,
         }
+    ]
+
+
+def run_run(settings: CaseSettings, out: Path, *, request: RunRequest) -> list[dict[str, object]]:
+    """Our server against what people would run instead."""
+    name = f"run-{request.mix}"
+    results = asyncio.run(run_comparison(settings, request, folder=out / name))
+    path = _write(out, name, settings=settings, results=results)
+    write_table(out / f"{name}.md", results)
+    if not request.engine_only:
+        write_plots(out / name, results)
+    return [
+        {
+            "side": side,
+            "capacity_rps": median(figures["capacity_rps"]),
+            **{f"p95_ms {steps}": latency["p95_ms"] for steps, latency in figures["latency"].items()},
+            "goodput_rps": (figures["goodput"] or {}).get("good_rps", ""),
+            "file": path,
+        }
+        for side, figures in results["sides"].items()
     ]
 
 
@@ -299,12 +335,48 @@ def _write(out: Path, name: str, *, settings: CaseSettings, results: dict[str, A
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("case", choices=(*_CASES, "all"))
+    parser.add_argument("case", choices=("run", *_CASES, "all"))
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
     parser.add_argument("--model", help="registered name or checkpoint folder; default: the demo model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--mode", choices=MODES, help="default: both")
     parser.add_argument("--threads", type=int, default=1, help="model threads")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help="as many requests as published figures need")
     parser.add_argument("--engine-only", action="store_true", help="only what runs without Ray and HTTP")
+    run = parser.add_argument_group("run")
+    run.add_argument("--mix", choices=tuple(MIXES), default="demo-wide")
+    run.add_argument("--against", default=None, help=f"sides, the reference first: {','.join(SIDES)}")
+    run.add_argument("--url", help="a running server, as a further side or alone")
+    run.add_argument("--dialect", choices=DIALECT_NAMES, default="sa3", help="how that server is asked")
+    run.add_argument("--url-model", help="the model that server is asked for; default: its own choice")
+    run.add_argument("--url-key", help="sent to it as a bearer token")
+    run.add_argument("--count", type=int, help="requests of each list")
+    run.add_argument(
+        "--goodput-trials", type=int, help="steps of the search for the highest good rate; 0 leaves it out"
+    )
+    run.add_argument(
+        "--attempts", type=int, default=4, help="at most, for a round beside which others used the machine"
+    )
+    run.add_argument("--budget-s", type=float, default=float("inf"), help="after this no new measurement begins")
     return parser
+
+
+def _run_request(options: argparse.Namespace) -> RunRequest:
+    against = options.against if options.against is not None else "" if options.url else "lock,static,ours"
+    try:
+        return RunRequest(
+            options.mix,
+            tuple(filter(None, against.split(","))),
+            url=options.url,
+            dialect=options.dialect,
+            url_model=options.url_model,
+            url_key=options.url_key,
+            engine_only=options.engine_only,
+            count=options.count,
+            goodput_trials=options.goodput_trials,
+            attempts=options.attempts,
+            budget_s=options.budget_s,
+        )
+    except ValueError as error:
+        raise SystemExit(str(error)) from error

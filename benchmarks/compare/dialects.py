@@ -21,6 +21,7 @@ from benchmarks.workload import noise_audio
 
 _TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
 _POLL_S = 0.1
+_TIMEOUT_S = 600.0  # of one call, and of a job
 _NOISE_SHARE = 0.6
 _REFUSALS = (429, 503)
 _CHANNELS = 2
@@ -131,11 +132,12 @@ class Aiml:
             "steps": arrival.steps,
         }
         ticket = (await _post(http, "/v2/generate/audio", json=body)).json()
-        while True:
-            state = (await _get(http, "/v2/generate/audio", params={"generation_id": ticket["id"]})).json()
-            if state["status"] not in ("queued", "generating"):
-                break
-            await asyncio.sleep(_POLL_S)
+        async with asyncio.timeout(_TIMEOUT_S):
+            while True:
+                state = (await _get(http, "/v2/generate/audio", params={"generation_id": ticket["id"]})).json()
+                if state["status"] not in ("queued", "generating"):
+                    break
+                await asyncio.sleep(_POLL_S)
         if state["status"] != "completed":
             raise RuntimeError(f"the job failed: {state}")
         return await _get(http, state["audio_file"]["url"])
@@ -162,14 +164,14 @@ DIALECTS: Mapping[str, Dialect] = {
 
 
 def open_session(url: str, *, key: str | None = None) -> aiohttp.ClientSession:
-    """A client with as many connections as there are requests in flight and no time limit but ten minutes.
+    """A client with as many connections as there are requests in flight and no time limit but `_TIMEOUT_S`.
 
     `key` is sent as a bearer token.
     """
     return aiohttp.ClientSession(
         base_url=url,
         connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=600.0),
+        timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
         headers={"Authorization": f"Bearer {key}"} if key else {},
     )
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -109,8 +110,13 @@ def build(args: Settings | Mapping[str, Any]) -> serve.Application:
         raise RayServeException(error.message) from error
 
 
-def assemble(args: Settings | Mapping[str, Any], *, replica: type) -> serve.Application:
-    """`build` with another class in the place of ModelReplica. Raises ConfigError, CheckpointError."""
+def assemble(
+    args: Settings | Mapping[str, Any], *, replica: type, by_name: Mapping[str, type] = MappingProxyType({})
+) -> serve.Application:
+    """`build` with another class in the place of ModelReplica, `by_name` for models of these names only.
+
+    Raises ConfigError, CheckpointError.
+    """
     plan = plan_deployments(load_settings(args))
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     require_shared_database(plan.settings, num_nodes=num_nodes)
@@ -125,7 +131,12 @@ def assemble(args: Settings | Mapping[str, Any], *, replica: type) -> serve.Appl
     plan = replace(plan, store_identity=stores.identity)
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     models = {
-        model.name: _bind(replica, model_options(plan, model, cluster_gpus=cluster_gpus), plan.settings, model)
+        model.name: _bind(
+            by_name.get(model.name, replica),
+            model_options(plan, model, cluster_gpus=cluster_gpus),
+            plan.settings,
+            model,
+        )
         for model in plan.settings.models
     }
     runner = _bind(JobRunnerReplica, runner_options(plan.settings), plan, models)

@@ -1,0 +1,210 @@
+"""The comparison itself: what it makes of records, that it refuses unlike work, that it goes on where it was cut, and
+that it can ask every kind of server.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+
+from benchmarks.arrivals import Arrival, draw_arrivals
+from benchmarks.cases.run import DIALECT_NAMES, URL_SIDE, RunRequest, run_comparison
+from benchmarks.compare.asking import Answer, Asker, InProcess
+from benchmarks.compare.dialects import DIALECTS, OverHttp, open_session
+from benchmarks.compare.figures import (
+    Bracket,
+    capacity_rps,
+    fit_alone_ms,
+    is_good,
+    ratio_of_brackets,
+    ratio_of_medians,
+    ratio_of_pooled_p95,
+    steady_latencies_ms,
+)
+from benchmarks.compare.outputs import VoidError, compare, difference
+from benchmarks.compare.pictures import write_plots, write_table
+from benchmarks.compare.pieces import Pieces
+from benchmarks.compare.playing import Record, play
+from benchmarks.compare.run import OutOfTimeError, Run, RunOptions
+from benchmarks.servers.process import running_instant_app
+from benchmarks.settings import CaseSettings
+from benchmarks.sides.servers import open_side
+from benchmarks.sides.timed_model import TimedModel
+from benchmarks.simulate.devices import LinearDevice
+from stable_audio_serve.engine import EngineOptions
+
+pytestmark = pytest.mark.slow
+
+QUICK = LinearDevice(
+    text_fixed_ms=0.2, step_fixed_ms=0.3, step_per_frame_ms=0.001, coding_fixed_ms=0.5, coding_per_frame_ms=0.001
+)
+
+WAITING_DIALECTS = tuple(name for name in DIALECT_NAMES if name != "aiml")  # that one's jobs need a runner
+
+
+def record(due_at: float, latency_s: float, *, steps: int = 8, audio_s: float = 1.0, refused: bool = False) -> Record:
+    return Record(0, due_at, due_at + latency_s, audio_s, steps, {}, refused)
+
+
+def in_process(name: str, model: TimedModel) -> Asker:
+    options = EngineOptions(mode="fast", torch_threads=1, frame_grid=64, warmup_budget_s=0.2)
+    return InProcess(open_side(name, model, options=options), model.spec.card)
+
+
+class OneStepFewer:
+    """A side that saves a step."""
+
+    def __init__(self, asker: Asker) -> None:
+        self._asker = asker
+
+    async def ask(self, arrival: Arrival) -> Answer:
+        return await self._asker.ask(replace(arrival, steps=arrival.steps - 1))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def make_run(folder: Path, askers: dict[str, Asker], *, budget_s: float = float("inf"), **options: object) -> Run:
+    chosen = {"count": 10, "rounds": 2, "goodput_trials": 2, **options}
+    run_options = RunOptions("demo-wide", tuple(askers), max_duration_s=10.0, **chosen)  # type: ignore[arg-type]
+    pieces = Pieces(folder, {"options": str(run_options)})
+    return Run(askers, run_options, pieces=pieces, is_watched=False, budget_s=budget_s)
+
+
+def test_figures_by_hand() -> None:
+    burst = [record(0.0, 1.0), record(0.0, 2.0), record(0.0, 4.0)]
+    assert capacity_rps(burst) == 0.75
+    listed = [record(float(i), 0.1 * (i + 1), steps=8 if i % 2 else 50) for i in range(20)]
+    kept = steady_latencies_ms(listed)
+    assert kept == pytest.approx([100.0 * (i + 1) for i in range(3, 19)])  # without the first 15 and last 5 %
+    assert steady_latencies_ms(listed, steps=50) == pytest.approx([100.0 * (i + 1) for i in range(4, 19, 2)])
+    capacity = ratio_of_medians([3.0, 4.0, 9.0], [2.0, 2.0, 3.0], larger_is_better=True)
+    assert (capacity.value, capacity.low, capacity.high, capacity.worst) == (2.0, 1.5, 3.0, 1.5)
+    p95 = ratio_of_pooled_p95([[1.0, 1.0], [2.0, 2.0]], [[2.0, 2.0], [2.0, 2.0]])
+    assert p95 is not None
+    assert (p95.value, p95.low, p95.high, p95.worst) == (1.0, 0.5, 1.0, 1.0)
+    assert ratio_of_pooled_p95([[], [1.0]], [[1.0], [1.0]]) is None
+    goodput = ratio_of_brackets(Bracket(2.0, 2.5), Bracket(1.0, 1.25))
+    assert (goodput.value, goodput.low, goodput.high) == (2.0, 1.6, 2.5)
+
+
+def test_a_rate_is_good_while_nineteen_of_twenty_end_in_time() -> None:
+    alone_ms = fit_alone_ms([record(0, 0.1, audio_s=1.0), record(0, 0.5, audio_s=5.0)])
+    assert alone_ms(record(0, 9.0, audio_s=3.0)) == pytest.approx(300.0)
+    in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]  # within a second, within 5 x 0.3 s
+    assert is_good([*in_time, record(0, 1.1, audio_s=1.0)], alone_ms=alone_ms)
+    assert is_good([*in_time, record(0, 0.0, refused=True)], alone_ms=alone_ms)
+    assert not is_good([*in_time, record(0, 1.1, audio_s=1.0), record(0, 0.0, refused=True)], alone_ms=alone_ms)
+
+
+def test_unlike_clips_differ() -> None:
+    clip = np.sin(np.arange(2000, dtype=np.float32)).reshape(2, 1000)
+    assert difference(clip, clip) == 0.0
+    assert difference(clip + np.float32(0.01) * clip, clip) == pytest.approx(0.01, rel=1e-3)
+    for other in (clip[:, :-1], clip * np.nan):
+        assert difference(other, clip) == float("inf")
+    assert difference(clip, 0 * clip) == float("inf")
+    assert compare([clip], {"same": [clip.copy()]})["same"].num_identical == 1
+    with pytest.raises(VoidError, match="other is void"):
+        compare([clip, clip], {"other": [clip, clip * np.float32(1.1)]})
+
+
+async def test_a_whole_run_states_every_figure_and_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    model = TimedModel(QUICK, max_duration_s=10.0)
+    askers = {name: in_process(name, model) for name in ("lock", "static", "ours")}
+    with pytest.raises(OutOfTimeError, match="alone"):
+        await make_run(tmp_path, askers, budget_s=0.0).measure()
+    results = await make_run(tmp_path, askers).measure()
+    assert results["outputs"]["ours"]["largest_difference"] <= 1e-4
+    assert results["outputs"]["static"]["num_clips"] >= 5
+    for name in askers:
+        side = results["sides"][name]
+        assert len(side["capacity_rps"]) == 2
+        assert {"all", "8", "50"} <= set(side["latency"])
+        assert 0 < side["goodput"]["good_rps"] < side["goodput"]["bad_rps"]
+        assert side["stages_ms"]["denoise"] > 0
+    ratios = results["ratios"]["ours"]["lock"]
+    assert {"capacity", "p50", "p95", "p95_8", "p95_50", "goodput"} == set(ratios)
+    assert all(ratio["low"] <= ratio["value"] <= ratio["high"] for ratio in ratios.values())
+    kept = json.loads((tmp_path / "replay-2.json").read_text())
+    assert await make_run(tmp_path, askers, budget_s=0.0).measure() == results  # nothing is measured again
+    (tmp_path / "replay-2.json").unlink()
+    await make_run(tmp_path, askers).measure()
+    assert json.loads((tmp_path / "replay-2.json").read_text()) != kept
+    with pytest.raises(RuntimeError, match="other options"):
+        make_run(tmp_path, askers, count=12)
+    write_table(tmp_path / "run.md", results)
+    write_plots(tmp_path, results)
+    assert "| ours |" in (tmp_path / "run.md").read_text()
+    assert {"latency.svg", "throughput.svg", "stages.svg"} <= names(tmp_path)
+
+
+async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
+    model = TimedModel(QUICK, max_duration_s=10.0)
+    askers = {"lock": in_process("lock", model), "fewer": OneStepFewer(in_process("lock", model))}
+    with pytest.raises(VoidError, match="fewer is void"):
+        await make_run(tmp_path, askers).measure()
+    assert names(tmp_path) == {"about.json"}
+
+
+@pytest.fixture(scope="module")
+def instant_url() -> object:
+    with running_instant_app() as server:
+        yield server.url
+
+
+async def test_any_server_can_be_measured_in_its_dialect(instant_url: str, tmp_path: Path) -> None:
+    for dialect in WAITING_DIALECTS:
+        request = RunRequest("demo-fast", url=instant_url, dialect=dialect, count=6, goodput_trials=1)
+        results = await run_comparison(CaseSettings(rounds=1), request, folder=tmp_path / dialect)
+        side = results["sides"][URL_SIDE]
+        assert min(side["capacity_rps"]) > 0, dialect
+        assert side["latency"]["all"]["p95_ms"] > 0, dialect
+
+
+async def test_every_dialect_brings_the_clip_that_was_asked_for(instant_url: str) -> None:
+    arrival = Arrival(at_s=0.0, prompt="rain", duration_s=2.0, seed=1, steps=8)
+    async with open_session(instant_url) as http:
+        for name in WAITING_DIALECTS:
+            dialect = DIALECTS[name]
+            audio = (await OverHttp(http, dialect).ask(arrival)).read()
+            assert audio.shape == (2, 88_200), name
+            with pytest.raises(RuntimeError):
+                await OverHttp(http, dialect).ask(replace(arrival, steps=100_000))
+
+
+async def test_edits_and_formats_are_asked_for(instant_url: str) -> None:
+    edits = draw_arrivals("edit", rate_hz=None, count=12, seed=1, max_duration_s=4.0)
+    formats = draw_arrivals("formats", rate_hz=None, count=12, seed=1, max_duration_s=4.0)
+    assert {arrival.mode for arrival in edits} == {"text-to-audio", "variation", "inpaint"}
+    async with open_session(instant_url) as http:
+        asker = OverHttp(http, DIALECTS["sa3"])
+        assert len(await play(asker, edits)) == len(await play(asker, formats)) == 12
+
+
+async def test_what_a_server_refuses_is_no_answer(instant_url: str) -> None:
+    async with open_session(instant_url) as http:
+        with pytest.raises(RuntimeError, match="422"):
+            await OverHttp(http, DIALECTS["sa3"]).ask(Arrival(0.0, "", 1.0, seed=1, steps=8))  # no prompt
+    async with open_session("http://127.0.0.1:1") as http:
+        with pytest.raises(aiohttp.ClientError):
+            await OverHttp(http, DIALECTS["sa3"]).ask(Arrival(0.0, "x", 1.0, seed=1, steps=8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mix": "other"}, "no mix"),
+        ({"mix": "demo-fast", "against": ("lock", "theirs")}, "theirs"),
+        ({"mix": "demo-fast", "against": ("lock",)}, "two sides"),
+    ],
+)
+def test_a_comparison_of_the_unknown_is_refused_by_name(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunRequest(**fields)  # type: ignore[arg-type]
