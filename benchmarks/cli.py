@@ -149,6 +149,39 @@ def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     ]
 
 
+def run_formats(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """What encoding files costs those who wait for the model."""
+    from benchmarks.cases.formats import run_formats_case
+
+    results = run_formats_case(settings)
+    path = _write(out, "formats", settings=settings, results=results)
+    return [
+        {
+            "mp3_over_wav_step_rate": results["mp3_over_wav_step_rate_ratio"],
+            "event_loop_stall_p99_ms": results["event_loop_stall_p99_ms"],
+            "health_p99_ms": results["health_p99_ms"],
+            "answers_checked": results["answers_checked"],
+            "file": path,
+        }
+    ]
+
+
+def run_prompt_cache(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """How often the text encoder runs."""
+    from benchmarks.cases.prompt_cache import run_prompt_cache_case
+
+    results = asyncio.run(run_prompt_cache_case(load(settings), settings))
+    path = _write(out, "prompt-cache", settings=settings, results=results)
+    return [
+        {
+            "prompts": results["prompts"],
+            "text_encodes_over_distinct": results["text_encodes_over_distinct_prompts_ratio"],
+            "warm_prompts_with_identical_audio": results["warm_prompts_with_identical_audio"],
+            "file": path,
+        }
+    ]
+
+
 def run_overhead(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What everything around the engine costs, by dialect."""
     from benchmarks.cases.overhead import run_overhead_case
@@ -317,6 +350,8 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "open": run_open,
     "ladder": run_ladder,
     "http": run_http,
+    "formats": run_formats,
+    "prompt-cache": run_prompt_cache,
     "overhead": run_overhead,
     "uploads": run_uploads,
     "jobs": run_jobs,

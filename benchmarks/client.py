@@ -5,8 +5,11 @@ Knows no model.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 from benchmarks.metrics import Finished
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
@@ -60,3 +63,10 @@ async def send_at(send: Send, requests: Sequence[GenerationRequest], *, arrivals
 
     outcomes = await asyncio.gather(*(one(r, due_at) for r, due_at in zip(requests, arrivals_s, strict=True)))
     return [result for result, _ in outcomes], [finished for _, finished in outcomes]
+
+
+@contextmanager
+def another_process() -> Iterator[ProcessPoolExecutor]:
+    """A fresh process to send from, or to measure in."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool

@@ -11,15 +11,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import multiprocessing
 import re
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPConnection
@@ -31,6 +29,7 @@ import httpx
 
 from benchmarks.cases.engine import resolve_model
 from benchmarks.cases.http import Call, call
+from benchmarks.client import another_process
 from benchmarks.metrics import summarize, worst_ratio
 from benchmarks.servers.instant import REMOTE_S
 from benchmarks.servers.process import running_server, write_config
@@ -83,11 +82,15 @@ def run_jobs_http_case(settings: CaseSettings, load: Load | None = None) -> dict
     for pace, (import_path, jobs) in _PACES.items():
         with tempfile.TemporaryDirectory() as folder:
             config = write(Path(folder), import_path=import_path, jobs={"max_queued_per_key": 10_000, **jobs})
-            with running_server(config) as server, _sender() as sender, _sender() as watcher:
+            with running_server(config) as server, another_process() as sender, another_process() as watcher:
                 submissions[pace] = [
                     measure_submissions(server.url, sender, watcher=watcher, load=load) for _ in range(settings.rounds)
                 ]
-    with tempfile.TemporaryDirectory() as folder, running_server(write(Path(folder))) as server, _sender() as sender:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(write(Path(folder))) as server,
+        another_process() as sender,
+    ):
         polls = [measure_polls(server.url, sender, load=load, model=entry.card.name) for _ in range(settings.rounds)]
     idle = measure_idle_runners(write, load)
     return {
@@ -242,9 +245,3 @@ def _time_clips(
         return calls
 
     return asyncio.run(run())
-
-
-@contextmanager
-def _sender() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool

@@ -7,10 +7,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from benchmarks.arrivals import draw_arrivals, to_request
 from benchmarks.cases.engine import load
-from benchmarks.client import send_in_flight
+from benchmarks.client import another_process, send_in_flight
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.protocol import DiffusionModel
@@ -39,7 +37,7 @@ SHORT = MemorySizes(requests=60)
 
 def run_memory_case(settings: CaseSettings, *, sizes: MemorySizes = MemorySizes()) -> dict[str, Any]:
     """The growth of a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with another_process() as pool:
         return pool.submit(_run, settings, sizes=sizes).result()
 
 

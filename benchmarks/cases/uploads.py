@@ -6,12 +6,10 @@ The files are sent from another process, so that making and sending them does no
 from __future__ import annotations
 
 import io
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ import httpx
 import numpy as np
 
 from benchmarks.cases.engine import resolve_model
+from benchmarks.client import another_process
 from benchmarks.metrics import percentile, summarize
 from benchmarks.servers.process import Server, running_instant_app, running_server, write_config
 from benchmarks.settings import CaseSettings
@@ -101,14 +100,14 @@ def send_uploads(url: str, data: bytes, *, count: int, every_s: float) -> list[f
 
 def measure_round(server: Server, data: bytes, *, every_s: float, file_s: float) -> dict[str, Any]:
     """One file several times, one watcher; figures in milliseconds."""
-    with _uploader() as pool, httpx.Client(base_url=server.url, timeout=30.0, trust_env=False) as client:
+    with another_process() as pool, httpx.Client(base_url=server.url, timeout=30.0, trust_env=False) as client:
         # The first upload starts the sending process and the server's decoder.
         pool.submit(send_uploads, server.url, data, count=1, every_s=0.0).result()
-        idle_ms = _probe(client, lambda probes: len(probes) < _IDLE_PROBES)
+        idle_ms = probe(client, lambda probes: len(probes) < _IDLE_PROBES)
         sending: Future[list[float]] = pool.submit(
             send_uploads, server.url, data, count=_UPLOADS_PER_ROUND, every_s=every_s
         )
-        busy_ms = _probe(client, lambda _: not sending.done())
+        busy_ms = probe(client, lambda _: not sending.done())
         took_s = sending.result()
     return {
         "file_bytes": len(data),
@@ -119,19 +118,25 @@ def measure_round(server: Server, data: bytes, *, every_s: float, file_s: float)
     }
 
 
-@contextmanager
-def _uploader() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
+def probe(
+    client: httpx.Client,
+    goes_on: Callable[[list[float]], bool],
+    *,
+    path: str = "/health",
+    expected: int = 200,
+    every_s: float = _PROBE_EVERY_S,
+) -> list[float]:
+    """Milliseconds of `path`, asked at fixed times: a late answer also counts for those due meanwhile.
 
-
-def _probe(client: httpx.Client, goes_on: Callable[[list[float]], bool]) -> list[float]:
-    """Milliseconds of `/health`, asked at fixed times: a late answer also counts for those due meanwhile."""
+    Raises RuntimeError for a status other than `expected`.
+    """
     latencies_ms: list[float] = []
     due_at = time.perf_counter()
     while goes_on(latencies_ms) or not latencies_ms:
         time.sleep(max(0.0, due_at - time.perf_counter()))
-        client.get("/health").raise_for_status()
+        answer = client.get(path)
+        if answer.status_code != expected:
+            raise RuntimeError(f"{path}: {answer.status_code} {answer.text[:200]}")
         latencies_ms.append((time.perf_counter() - due_at) * 1000.0)
-        due_at += _PROBE_EVERY_S
+        due_at += every_s
     return latencies_ms

@@ -1,9 +1,15 @@
-"""The ladder's arithmetic by hand, and all of it on the toy model."""
+"""The ladder, the formats and the prompt cache: arithmetic by hand, then the toy model and a server without a model."""
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from benchmarks.arrivals import Arrival
+from benchmarks.cases.formats import Run, check_answers, check_length, compare_sides, send_list
 from benchmarks.cases.ladder import (
     LadderSizes,
     TimedScheduler,
@@ -13,7 +19,10 @@ from benchmarks.cases.ladder import (
     summarize_turns,
 )
 from benchmarks.cases.memory import MemorySizes, measure_growth, resident_bytes
+from benchmarks.cases.prompt_cache import PromptSizes, run_prompt_cache_case
 from benchmarks.client import send_in_flight
+from benchmarks.compare.asking import Answer
+from benchmarks.compare.playing import Record
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine.scheduler import RowId, SchedulerLimits
@@ -65,8 +74,6 @@ def test_a_turn_lasts_from_one_pick_to_the_next_and_an_idle_engine_has_none() ->
 
 
 async def test_so_many_and_no_more_are_in_flight() -> None:
-    import asyncio
-
     now, most = 0, 0
 
     async def send(request: GenerationRequest) -> GenerationResult:
@@ -126,3 +133,70 @@ def test_resident_memory_grows_with_what_is_held() -> None:
     before = resident_bytes()
     held = bytearray(b"x" * (64 * 2**20))
     assert resident_bytes() - before > 0.9 * len(held)
+
+
+def _record(*, ended_at: float, total_ms: float, encode_ms: float) -> Record:
+    stages_ms = {"total": total_ms, "encode": encode_ms}
+    return Record(0, due_at=0.0, ended_at=ended_at, audio_s=1.0, steps=8, stages_ms=stages_ms)
+
+
+def test_the_step_rate_ends_with_the_last_audio_and_not_with_its_file() -> None:
+    wav = Run(
+        [_record(ended_at=1.0, total_ms=900, encode_ms=100), _record(ended_at=1.7, total_ms=1650, encode_ms=50)], {}
+    )
+    mp3 = Run(
+        [_record(ended_at=2.0, total_ms=1900, encode_ms=900), _record(ended_at=4.0, total_ms=4000, encode_ms=2000)], {}
+    )
+    assert wav.step_rate_hz == pytest.approx(16 / 1.6)
+    assert mp3.step_rate_hz == pytest.approx(16 / 2.0)
+    assert mp3.requests_per_s == pytest.approx(2 / 4.0)
+    figures = compare_sides([{"mp3": [mp3, mp3], "wav": [wav, wav]}, {"mp3": [wav], "wav": [wav]}])
+    assert figures["mp3_over_wav_step_rate_ratio"] == pytest.approx(0.8)
+    assert figures["mp3_over_wav_step_rate_ratio_rounds"] == [pytest.approx(0.8), pytest.approx(1.0)]
+
+
+def test_audio_of_a_wrong_length_is_refused() -> None:
+    arrival = Arrival(0.0, "x", duration_s=2.0, seed=1, steps=8)
+
+    def answer(samples: int) -> Answer:
+        return Answer(1.0, {}, lambda: np.zeros((2, samples), dtype=np.float32))
+
+    check_length(arrival, answer(88_200), sample_rate_hz=44_100)
+    check_length(replace(arrival, audio_format="opus"), answer(96_000), sample_rate_hz=44_100)
+    for samples in (88_100, 96_000, 0):
+        with pytest.raises(RuntimeError, match="88200"):
+            check_length(arrival, answer(samples), sample_rate_hz=44_100)
+
+
+def test_a_list_in_every_format_is_sent_and_decoded() -> None:
+    from benchmarks.servers.process import running_instant_app
+
+    formats = ("wav", "flac", "mp3", "opus")
+    arrivals = [
+        Arrival(0.01 * index, "a bell", duration_s=1.0 + 0.123 * index, seed=index, steps=8, audio_format=audio_format)
+        for index, audio_format in enumerate(formats)
+    ]
+    with running_instant_app() as server:
+        records = send_list(server.url, arrivals, model=None)
+        assert check_answers(sample_rate_hz=44_100) == 4
+        assert [record.index for record in records] == [0, 1, 2, 3]
+        assert all(record.stages_ms["encode"] > 0 for record in records)
+        send_list(server.url, arrivals[:1], model=None)
+        with pytest.raises(RuntimeError, match="44100 samples instead of 48000 came as wav"):
+            check_answers(sample_rate_hz=48_000)
+
+
+async def test_the_text_encoder_runs_once_for_each_prompt() -> None:
+    prompts: list[str] = []
+
+    def note(name: str, items: object) -> None:
+        if name == "encode_text":
+            prompts.extend(items)  # type: ignore[call-overload]
+
+    model = ToyModel(on_call=note)
+    results = await run_prompt_cache_case(model, CaseSettings(), sizes=PromptSizes(requests=60, compared=3))
+    assert results["prompts"] == 60
+    assert results["distinct_prompts"] == results["text_encodes"] < 60
+    assert results["text_encodes_over_distinct_prompts_ratio"] == 1.0
+    assert results["warm_prompts_with_identical_audio"] == 3
+    assert results["text_encodes"] + 3 < len(prompts) <= results["text_encodes"] + 3 + 6  # and warm-ups
