@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from benchmarks.arrivals import Arrival, draw_arrivals
 from benchmarks.cases.engine import resolve_model
@@ -31,8 +33,10 @@ _PEAK, _BOUNDED = "peak", "bounded"
 _SLACK, _LEAST_S = 5.0, 1.0  # in time is within five times the time alone, or a second
 _NORMAL_RATIO = 1.5
 _NORMAL_IN_A_ROW = 3
-_ALONE_S = 4.0  # the lone request that shows whether the server is as before
-_ALONE_CALLS = 10
+_ALONE_S = (0.5, 4.0, 13.0)  # clips whose times alone are measured, the others' lie between; seconds
+_SHOWS_S = 4.0  # the one that shows whether the server is as before
+_ALONE_CALLS = 5
+_WARM_UP_CALLS = 10
 _SEED = 1
 
 
@@ -47,6 +51,9 @@ class OverloadLoad:
     burst: int = 100
     max_queue_s: float = 0.5
     patience_s: float = 60.0
+
+
+FULL = OverloadLoad(seconds=300.0, burst=300)
 
 
 def run_overload_case(settings: CaseSettings, load: OverloadLoad | None = None) -> dict[str, Any]:
@@ -89,40 +96,57 @@ def _round(client: LoadGenerator, load: OverloadLoad, *, entry: ModelEntry) -> d
         return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=_SEED, max_duration_s=longest_s).arrivals
 
     burst = draw(load.burst)
-    client.send(_PEAK, burst[:_ALONE_CALLS])  # warms up
+    client.send(_PEAK, burst[:_WARM_UP_CALLS])
     peak = client.send(_PEAK, burst)
     require_clips(peak, burst, channels=entry.card.channels, sample_rate_hz=entry.card.sample_rate_hz)
-    lone = Arrival(0.0, "a low drone", _ALONE_S, seed=1, steps=burst[0].steps)
-    alone_ms = median(sent.latency_ms for sent in client.send_alone(_BOUNDED, [lone] * _ALONE_CALLS))
+    alone_ms = _measure_alone(client, steps=burst[0].steps, longest_s=entry.card.max_duration_s)
     rate_hz = load.factor * peak.rate_hz
     offered = draw(round(rate_hz * load.seconds), rate_hz)
     over = client.send(_BOUNDED, offered)
     ended_at = time.perf_counter() - max(0.0, over.span_s - offered[-1].at_s)
+    lone, lone_ms = _lone(_SHOWS_S, steps=burst[0].steps), alone_ms[_SHOWS_S]
     normal_after_s = _wait_until_normal(
-        client, lone, limit_ms=_NORMAL_RATIO * alone_ms, since=ended_at, patience_s=load.patience_s
+        client, lone, limit_ms=_NORMAL_RATIO * lone_ms, since=ended_at, patience_s=load.patience_s
     )
     return {
         "peak_rps": peak.rate_hz,
         "offered_rps": rate_hz,
         "alone_p50_ms": alone_ms,
         "normal_after_s": normal_after_s,
-        **summarize_overload(over, peak_rps=peak.rate_hz, deadline_ms=max(_SLACK * alone_ms, _LEAST_S * 1000.0)),
+        **summarize_overload(
+            over,
+            work_ms=times_alone_ms(offered, alone_ms),
+            peak_work_ms_per_s=sum(times_alone_ms(burst, alone_ms)) / peak.span_s,
+        ),
     }
 
 
-def summarize_overload(load: Load, *, peak_rps: float, deadline_ms: float) -> dict[str, Any]:
-    """Returns the figures of one overload. Finished in time within the span of the arrivals, so that what is left when
-    they end does not count as work done meanwhile; refusals from the scheduled arrival."""
+def times_alone_ms(arrivals: Sequence[Arrival], measured_ms: Mapping[float, float]) -> list[float]:
+    """Returns each request's time on an idle server, on straight lines between those measured by clip length."""
+    lengths_s, times_ms = list(measured_ms), list(measured_ms.values())
+    return [float(np.interp(arrival.duration_s, lengths_s, times_ms)) for arrival in arrivals]
+
+
+def summarize_overload(load: Load, *, work_ms: Sequence[float], peak_work_ms_per_s: float) -> dict[str, Any]:
+    """Returns the figures of one overload.
+
+    Work is counted in times alone, because a short run's accepted requests may happen to be short ones. What is left
+    when the arrivals end does not count as done meanwhile. Refusals take from the scheduled arrival.
+    """
     finished = [sent for sent in load.sent if sent.outcome == "finished"]
     refused = [sent for sent in load.sent if sent.outcome == "refused"]
     others = [sent for sent in load.sent if sent.outcome == "failed"]
     span_s = max(sent.due_at for sent in load.sent)
-    meanwhile = [sent for sent in finished if sent.ended_at <= span_s]
-    in_time = [sent for sent in meanwhile if sent.latency_ms <= deadline_ms]
+    meanwhile = [
+        (sent, alone_ms)
+        for sent, alone_ms in zip(load.sent, work_ms, strict=True)
+        if sent.outcome == "finished" and sent.ended_at <= span_s
+    ]
+    in_time = [pair for pair in meanwhile if pair[0].latency_ms <= max(_SLACK * pair[1], _LEAST_S * 1000.0)]
+    peak_ms = peak_work_ms_per_s * span_s
     return {
-        "deadline_ms": deadline_ms,
-        "goodput_over_peak_ratio": len(in_time) / span_s / peak_rps,
-        "finished_over_peak_ratio": len(meanwhile) / span_s / peak_rps,
+        "goodput_over_peak_ratio": sum(alone_ms for _, alone_ms in in_time) / peak_ms,
+        "finished_over_peak_ratio": sum(alone_ms for _, alone_ms in meanwhile) / peak_ms,
         "finished_p95_ms": _percentile([sent.latency_ms for sent in finished], 0.95),
         "refused_share": len(refused) / len(load.sent),
         "refusal_p50_ms": _percentile([sent.latency_ms for sent in refused], 0.5),
@@ -133,6 +157,18 @@ def summarize_overload(load: Load, *, peak_rps: float, deadline_ms: float) -> di
         "client_cores": load.client_cores,
         "client_late_p99_ms": _percentile([sent.late_ms for sent in load.sent], 0.99),
     }
+
+
+def _measure_alone(client: LoadGenerator, *, steps: int, longest_s: float) -> dict[float, float]:
+    lengths_s = [min(seconds, longest_s) for seconds in _ALONE_S]
+    return {
+        seconds: median(s.latency_ms for s in client.send_alone(_BOUNDED, [_lone(seconds, steps=steps)] * _ALONE_CALLS))
+        for seconds in lengths_s
+    }
+
+
+def _lone(duration_s: float, *, steps: int) -> Arrival:
+    return Arrival(0.0, "a low drone", duration_s, seed=1, steps=steps)
 
 
 def _wait_until_normal(

@@ -37,7 +37,7 @@ class ScaleLoad:
     larger ones that each replica gets as many as there. `spread_share` of what all replicas can do is offered to the
     largest count when the way to a replica is measured, `alone` requests are sent one by one."""
 
-    counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    counts: tuple[int, ...] = (1, 2, 4, 16)
     requests: int = 80
     same_up_to: int = 4
     alone: int = 50
@@ -49,6 +49,9 @@ class ScaleLoad:
     def requests_to(self, count: int) -> int:
         """The length of the burst to this many replicas."""
         return self.requests * max(count, self.same_up_to) // self.same_up_to
+
+
+FULL = ScaleLoad(counts=(1, 2, 4, 8, 16), requests=320, alone=200, spread=2000, model_requests=300)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from benchmarks.arrivals import Arrival
-from benchmarks.cases.overload import summarize_overload
+from benchmarks.cases.overload import summarize_overload, times_alone_ms
 from benchmarks.cases.scale import ScaleLoad, ratios_over_first, worst_over_first
 from benchmarks.http_load import Load, Sent, load_generator, require_clips
 from benchmarks.servers.cpu_times import role_of
@@ -154,20 +154,27 @@ def test_larger_counts_get_as_many_requests_per_replica() -> None:
 def test_overload_counts_what_was_finished_in_time_while_it_lasted() -> None:
     sent = [
         Sent(0.0, 0.0, 0.5),
-        Sent(1.0, 1.0, 2.5),  # too late
+        Sent(1.0, 1.0, 2.5),  # too late: a second is more than five times 100 ms
+        Sent(1.5, 1.5, 3.0),  # in time: five times 400 ms
         Sent(2.0, 2.0, 2.02, "refused", retry_after_s=1.0),
         Sent(3.0, 3.0, 3.04, "refused"),
         Sent(5.0, 5.0, 5.1, "failed", error="500"),
         Sent(10.0, 10.0, 10.2),  # after the load
     ]
-    figures = summarize_overload(Load(sent, cpu_s=1.02), peak_rps=0.4, deadline_ms=1000.0)
-    assert figures["goodput_over_peak_ratio"] == pytest.approx(1 / 10.0 / 0.4)
-    assert figures["finished_over_peak_ratio"] == pytest.approx(2 / 10.0 / 0.4)
+    work_ms = [100.0, 100.0, 400.0, 100.0, 100.0, 100.0, 100.0]
+    figures = summarize_overload(Load(sent, cpu_s=1.02), work_ms=work_ms, peak_work_ms_per_s=80.0)
+    assert figures["goodput_over_peak_ratio"] == pytest.approx(500 / 800)
+    assert figures["finished_over_peak_ratio"] == pytest.approx(600 / 800)
     assert figures["refusal_p50_ms"] == pytest.approx(30.0)
-    assert figures["refused_share"] == pytest.approx(2 / 6)
+    assert figures["refused_share"] == pytest.approx(2 / 7)
     assert (figures["refusals_without_retry_after"], figures["other_answers"]) == (1, 1)
     assert figures["first_other_answer"] == "500"
     assert figures["client_cores"] == pytest.approx(0.1)
+
+
+def test_times_alone_lie_between_those_measured() -> None:
+    arrivals = [Arrival(0.0, "a bell", seconds, seed=1, steps=8) for seconds in (0.1, 4.0, 7.0, 20.0)]
+    assert times_alone_ms(arrivals, {0.5: 80.0, 4.0: 160.0, 10.0: 400.0}) == pytest.approx([80.0, 160.0, 280.0, 400.0])
 
 
 def test_processor_time_is_told_by_what_a_process_is_for() -> None:
