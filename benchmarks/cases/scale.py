@@ -24,7 +24,7 @@ from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, Mix
 from stable_audio_serve.models.registry import ModelEntry
 
-_STAND_IN = "benchmarks.servers.timed:build"
+_STAND_IN, _MODEL = "benchmarks.servers.timed:build", "stable_audio_serve.serving.app:build"
 _CLIPS = Mix("stand-in", durations_s=((1.0, 1.0),), steps=((8, 1.0),))
 _SEED = 1
 _IN_PROGRESS = 10_000  # no bound of ours may refuse a burst
@@ -57,13 +57,18 @@ FULL = ScaleLoad(counts=(1, 2, 4, 8, 16), requests=320, alone=200, spread=2000, 
 @dataclass(frozen=True, slots=True)
 class Burst:
     """What a number of replicas made of requests that came at once: milliseconds of processor time for each by role,
-    and the cores used by server and client, by the client alone and by other programs."""
+    and the cores used by server and client, by the client alone and by other programs.
+
+    `fullest_over_even` is the device time given to the fullest of several stand-ins over that of an even share, which
+    routing alone decides; None for a real model, whose requests share its device.
+    """
 
     capacity_rps: float
     cpu_ms_per_request: Mapping[str, float]
     busy_cores: float
     client_cores: float
     foreign_cores: float | None
+    fullest_over_even: float | None
 
 
 def run_scale_case(settings: CaseSettings, load: ScaleLoad | None = None) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def measure_stand_in(settings: CaseSettings, load: ScaleLoad) -> dict[str, Any]:
 
 def measure_model(settings: CaseSettings, load: ScaleLoad) -> dict[str, Any]:
     """Bursts to replicas of the real model."""
-    with _replicas(settings, load.model_counts) as side:
+    with _replicas(settings, load.model_counts, import_path=_MODEL) as side:
         return side.burst(
             MIXES["demo-fast"],
             load.model_counts,
@@ -102,10 +107,11 @@ def measure_model(settings: CaseSettings, load: ScaleLoad) -> dict[str, Any]:
 class _Side:
     """One server with a model for each number of replicas."""
 
-    def __init__(self, server: Server, client: LoadGenerator, *, entry: ModelEntry) -> None:
+    def __init__(self, server: Server, client: LoadGenerator, *, entry: ModelEntry, is_timed: bool) -> None:
         self.server = server
         self._client = client
         self._card = entry.card
+        self._is_timed = is_timed
 
     def burst(
         self, mix: Mix, counts: Sequence[int], *, requests_to: Callable[[int], int], rounds: int
@@ -122,6 +128,9 @@ class _Side:
             "capacity_rps": capacity_rps,
             "capacity_over_one_ratios": ratios_over_first(capacity_rps),
             "worst_capacity_over_one": worst_over_first(capacity_rps),
+            "worst_fullest_over_even": {
+                count: max(b[count].fullest_over_even or 1.0 for b in bursts) for count in counts if self._is_timed
+            },
             "worst_cpu_ms_per_request": {
                 count: max(sum(sides[count].cpu_ms_per_request.values()) for sides in bursts) for count in counts
             },
@@ -158,6 +167,7 @@ class _Side:
             busy_cores=sum(by_role_s.values()) / load.span_s,
             client_cores=load.client_cores,
             foreign_cores=watch.foreign_cores,
+            fullest_over_even=fullest_over_even(load.sent, replicas=count) if self._is_timed else None,
         )
 
     def _send(self, count: int, arrivals: Sequence[Arrival]) -> Load:
@@ -181,6 +191,13 @@ def worst_over_first(values: Mapping[int, Sequence[float]]) -> dict[int, float]:
     return {key: min(ratios) for key, ratios in ratios_over_first(values).items()}
 
 
+def fullest_over_even(sent: Sequence[Sent], *, replicas: int) -> float:
+    """Returns how much more device time the fullest replica was given than an even share, for requests that came at
+    once to devices that do one thing at a time: the longest stay of a request is what its replica was given."""
+    work_ms = sum(request.replica_ms - request.queue_ms for request in sent)
+    return max(request.replica_ms for request in sent) * replicas / work_ms
+
+
 def _way(sent: Sequence[Sent]) -> dict[str, float]:
     added = summarize([request.added_ms for request in sent])
     queue_ms = [request.queue_ms for request in sent]
@@ -195,7 +212,7 @@ def _way(sent: Sequence[Sent]) -> dict[str, float]:
 
 
 @contextmanager
-def _replicas(settings: CaseSettings, counts: Sequence[int], **config: str) -> Iterator[_Side]:
+def _replicas(settings: CaseSettings, counts: Sequence[int], *, import_path: str) -> Iterator[_Side]:
     entry = resolve_model(settings.model)
     models = [model_args(entry, name=_name(count), threads=settings.threads, replicas=count) for count in counts]
     with tempfile.TemporaryDirectory() as folder:
@@ -205,10 +222,10 @@ def _replicas(settings: CaseSettings, counts: Sequence[int], **config: str) -> I
             threads=settings.threads,
             models=models,
             ingress={"max_ongoing_requests": _IN_PROGRESS},
-            **config,
+            import_path=import_path,
         )
         with running_server(path) as server, load_generator(server.url) as client:
-            yield _Side(server, client, entry=entry)
+            yield _Side(server, client, entry=entry, is_timed=import_path == _STAND_IN)
 
 
 def _name(count: int) -> str:

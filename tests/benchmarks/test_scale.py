@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.arrivals import Arrival
 from benchmarks.cases.overload import summarize_overload, times_alone_ms
-from benchmarks.cases.scale import ScaleLoad, ratios_over_first, worst_over_first
+from benchmarks.cases.scale import ScaleLoad, fullest_over_even, ratios_over_first, worst_over_first
 from benchmarks.http_load import Load, Sent, load_generator, require_clips
 from benchmarks.servers.cpu_times import role_of
 from benchmarks.servers.process import running_instant_app
@@ -144,6 +144,13 @@ def test_ratios_are_taken_within_a_round_and_the_worse_counts() -> None:
     capacity_rps = {1: [10.0, 5.0], 2: [19.0, 10.0], 4: [40.0, 18.0]}
     assert ratios_over_first(capacity_rps) == {2: [1.9, 2.0], 4: [4.0, 3.6]}
     assert worst_over_first(capacity_rps) == {2: 1.9, 4: 3.6}
+
+
+def test_the_fullest_replica_is_told_by_the_longest_stay() -> None:
+    # Two replicas and four requests of 100 ms: three on one of them, the last of which waits 200 ms.
+    queues_ms = (0.0, 100.0, 200.0, 0.0)
+    sent = [Sent(0.0, 0.0, 1.0, stages_ms={"queue": ms, "denoise": 100.0, "encode": 5.0}) for ms in queues_ms]
+    assert fullest_over_even(sent, replicas=2) == pytest.approx(1.5)
 
 
 def test_larger_counts_get_as_many_requests_per_replica() -> None:
