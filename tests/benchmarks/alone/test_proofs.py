@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import pytest
 
@@ -30,12 +32,16 @@ _ATTEMPTS = 4  # other programs may disturb one
 
 
 class SlowLock(LockServer):
-    """5 ms more per request, within the lock."""
+    """5 ms more per request, within the lock; `given_ms` is what a busy machine made of them."""
+
+    given_ms: ClassVar[list[float]] = []
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         async with self._lock:
             result = (await self._pipeline.run([request]))[0]
+            started_at = time.perf_counter()
             await asyncio.sleep(0.005)
+            self.given_ms.append((time.perf_counter() - started_at) * 1000.0)
             return result
 
 
@@ -51,11 +57,14 @@ async def test_equal_servers_look_equal_and_five_milliseconds_look_like_five(tmp
     for attempt in range(_ATTEMPTS):
         folder = tmp_path / str(attempt)
         results = await Run(askers, options, pieces=Pieces(folder, {}), is_watched=False).measure()
-        slower_ms = median(added_ms(folder, number) for number in (1, 2, 3))
+        seen_ms = median(added_ms(folder, number) for number in (1, 2, 3))
+        given_ms = median(SlowLock.given_ms)
         again = results["ratios"]["again"]["lock"]["capacity"]["value"]
-        if abs(slower_ms - 5.0) <= 1.0 and abs(again - 1.0) <= 0.05:
+        if abs(seen_ms - given_ms) <= 1.0 and abs(again - 1.0) <= 0.05:
             return
-    pytest.fail(f"in none of {_ATTEMPTS} attempts; in the last 5 ms looked like {slower_ms:.1f} ms, 1 like {again:.2f}")
+    pytest.fail(
+        f"in none of {_ATTEMPTS} attempts; at last {given_ms:.1f} ms looked like {seen_ms:.1f}, 1 like {again:.2f}"
+    )
 
 
 def added_ms(folder: Path, number: int) -> float:

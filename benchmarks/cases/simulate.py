@@ -1,0 +1,179 @@
+"""The case `simulate`: what the engine's own scheduling makes of the real networks' work on a model of an H200, next to
+a lock server and static batches on the same device; which shapes its calls have over a day.
+
+Figures come from arithmetic, not from a GPU. `grid` is the product's batching; `packed` prices the same scheduler's
+steps as if rows of all lengths shared one call without padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.arrivals import Arrival, ArrivalList, draw_arrivals
+from benchmarks.metrics import percentile
+from benchmarks.settings import CaseSettings
+from benchmarks.simulate.engine import SimulatedEngine
+from benchmarks.simulate.requests import Outcome, Shape
+from benchmarks.simulate.rivals import run_lock, run_static
+from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, Roofline, h200
+from benchmarks.workload import MIXES, Mix
+from stable_audio_serve.models.windows import chunked_windows, halo_windows
+
+_LOAD_SHARE = 0.8
+_STEADY = (0.15, 0.95)  # of the requests by arrival
+_HOURS = 24
+_BUSIEST_SHARE = 1.2  # of capacity, in the hour with the most load
+_OPEN_HALO = 10
+_LONGEST_S = {"small": 120.0, "medium": 380.0, "stable-audio-open-1.0": 47.5}
+_NETWORKS = {
+    "equal-5s": SMALL,
+    "small-8": SMALL,
+    "small-mixed": SMALL,
+    "medium-8": MEDIUM,
+    "medium-mixed": MEDIUM,
+    "sao-100": OPEN,
+}
+_DAYS = ("small-mixed", "medium-mixed")
+# Clips per second of Stability AI's TensorRT pipeline, one after another: one over the published time alone.
+_TENSORRT_MS = {("small", 5): 17.0, ("small", 30): 22.0, ("medium", 5): 20.0, ("medium", 30): 50.0}
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationSizes:
+    """Requests of each list: of the small mixes, of the other ones, of each hour of a day; a list per seed."""
+
+    small: int = 2000
+    other: int = 400
+    hour: int = 400
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+SHORT = SimulationSizes(small=1000, other=400, hour=100, seeds=(1,))
+
+
+def run_simulate_case(settings: CaseSettings, sizes: SimulationSizes | None = None) -> dict[str, Any]:
+    """Ratios of each mix, the worst seed counting; shapes of a day; clips per second over the published pipeline."""
+    sizes = sizes or (SimulationSizes() if settings.full else SHORT)
+    mixes, days, clips = {}, {}, {}
+    with tqdm(total=len(_NETWORKS) + len(_DAYS) + len(_TENSORRT_MS), desc="simulate", leave=False, disable=None) as bar:
+        for name, network in _NETWORKS.items():
+            count = sizes.small if network is SMALL else sizes.other
+            mixes[name] = {"num_requests": count, **_worst([_compare(name, count=count, seed=s) for s in sizes.seeds])}
+            bar.update()
+        for name in _DAYS:
+            days[name] = count_shapes_of_a_day(name, count=sizes.hour)
+            bar.update()
+        for (model, seconds), published_ms in _TENSORRT_MS.items():
+            clips[f"{model} {seconds} s"] = _clips_ratio(model, float(seconds), published_ms=published_ms)
+            bar.update()
+    return {"device": "H200, arithmetic", "mixes": mixes, "days": days, "clips_over_published_ratio": clips}
+
+
+def network_shape(network: Network) -> Shape:
+    """Returns how a model cuts a clip: without headroom, decoded in the product's windows."""
+
+    def windows(frames: int) -> Sequence[int]:
+        spans = halo_windows(frames, halo=_OPEN_HALO) if network is OPEN else chunked_windows(frames)
+        return [span.stop - span.start for span in spans]
+
+    return Shape(network.frames, windows)
+
+
+def count_shapes_of_a_day(mix: str, *, count: int) -> dict[str, int]:
+    """Distinct (rows, frames) of denoiser calls over 24 hours whose load follows a daily curve up to more than the
+    engine's capacity; of each hour `count` requests are simulated, so its length is compressed, not its load."""
+    network = _NETWORKS[mix]
+    capacity_hz = _rate_hz(_engine(network).run(_draw(mix, rate_hz=None, count=count, seed=1)))
+    engine = _engine(network)
+    ended_at = 0.0
+    for hour in range(_HOURS):
+        share = _BUSIEST_SHARE * (0.55 - 0.45 * math.cos(2 * math.pi * hour / _HOURS))
+        arrivals = _draw(mix, rate_hz=share * capacity_hz, count=count, seed=hour)
+        outcomes = engine.run(_moved(arrivals, by_s=ended_at))
+        ended_at = max(outcome.ended_at for outcome in outcomes)
+    return {
+        "num_shapes": len(engine.counts.shapes),
+        "num_requests": _HOURS * count,
+        "num_calls": engine.counts.calls,
+        "most_rows": max(rows for rows, _ in engine.counts.shapes),
+    }
+
+
+def _compare(mix: str, *, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """Ratios of one seed: over the lock server, and capacity over static batches."""
+    network = _NETWORKS[mix]
+    device, shape = h200(network), network_shape(network)
+    burst = _draw(mix, rate_hz=None, count=count, seed=seed)
+    lock_hz = _rate_hz(run_lock(burst, device, shape=shape))
+    static_hz = _rate_hz(run_static(burst, device, shape=shape))
+    replay = _draw(mix, rate_hz=_LOAD_SHARE * lock_hz, count=count, seed=seed)
+    lock = run_lock(replay, device, shape=shape)
+    ratios = {}
+    for batching in ("grid", "packed"):
+        own_hz = _rate_hz(_engine(network, is_packed=batching == "packed").run(burst))
+        own = _engine(network, is_packed=batching == "packed").run(replay)
+        ratios[batching] = {
+            "capacity_over_lock_ratio": own_hz / lock_hz,
+            "capacity_over_static_ratio": own_hz / static_hz,
+            "p95_over_lock_ratio": _p95_ms(own) / _p95_ms(lock),
+        } | {
+            f"p95_{steps}_over_lock_ratio": _p95_ms(own, steps=steps) / _p95_ms(lock, steps=steps)
+            for steps in replay.step_classes
+        }
+    return ratios
+
+
+def _worst(seeds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The worst seed of each ratio: the lowest capacity, the highest latency."""
+    return {
+        batching: {
+            name: (min if name.startswith("capacity") else max)(seed[batching][name] for seed in seeds)
+            for name in seeds[0][batching]
+        }
+        for batching in seeds[0]
+    }
+
+
+def _clips_ratio(model: str, duration_s: float, *, published_ms: float) -> dict[str, float]:
+    """Clips per second of equal requests at once over those of the published pipeline."""
+    network = {"small": SMALL, "medium": MEDIUM}[model]
+    mix = Mix(f"equal-{duration_s:g}s", ((duration_s, 1.0),), ((8, 1.0),), spread=0.0)
+    burst = draw_arrivals(mix, rate_hz=None, count=320, seed=1, max_duration_s=_LONGEST_S[network.name])
+    return {
+        batching: _rate_hz(_engine(network, is_packed=batching == "packed").run(burst)) * published_ms / 1000.0
+        for batching in ("grid", "packed")
+    }
+
+
+def _engine(network: Network, *, is_packed: bool = False) -> SimulatedEngine:
+    device: Roofline = h200(network)
+    return SimulatedEngine(
+        device,
+        network_shape(network),
+        longest_frames=network.frames(_LONGEST_S[network.name]),
+        pack=device.packed_step_ms if is_packed else None,
+    )
+
+
+def _draw(mix: str, *, rate_hz: float | None, count: int, seed: int) -> ArrivalList:
+    longest_s = _LONGEST_S[_NETWORKS[mix].name]
+    return draw_arrivals(MIXES[mix], rate_hz=rate_hz, count=count, seed=seed, max_duration_s=longest_s)
+
+
+def _moved(arrivals: Iterable[Arrival], *, by_s: float) -> list[Arrival]:
+    return [replace(arrival, at_s=arrival.at_s + by_s) for arrival in arrivals]
+
+
+def _rate_hz(outcomes: Sequence[Outcome]) -> float:
+    return len(outcomes) / max(outcome.ended_at for outcome in outcomes)
+
+
+def _p95_ms(outcomes: Sequence[Outcome], *, steps: int | None = None) -> float:
+    ordered = sorted(outcomes, key=lambda outcome: outcome.arrival.at_s)
+    kept = ordered[int(_STEADY[0] * len(ordered)) : int(_STEADY[1] * len(ordered))]
+    return percentile([o.latency_ms for o in kept if steps in (None, o.arrival.steps)], 0.95)

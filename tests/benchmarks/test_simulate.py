@@ -1,0 +1,140 @@
+"""The simulator: its devices by published figures, its servers by hand, its engine by the real one."""
+
+from __future__ import annotations
+
+import math
+from statistics import mean
+
+import pytest
+
+from benchmarks.arrivals import Arrival
+from benchmarks.compare.asking import InProcess
+from benchmarks.compare.playing import play
+from benchmarks.sides.servers import open_side
+from benchmarks.sides.timed_model import TimedModel
+from benchmarks.simulate.devices import LinearDevice
+from benchmarks.simulate.engine import SimulatedEngine
+from benchmarks.simulate.requests import Shape
+from benchmarks.simulate.rivals import run_lock, run_static
+from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, h200
+from stable_audio_serve.engine import EngineOptions
+
+SHAPE = Shape(frames=lambda duration_s: math.ceil(10 * duration_s), windows=lambda frames: (frames,))
+TIMED_SHAPE = Shape(frames=lambda duration_s: math.ceil(duration_s * 689 / 64), windows=lambda frames: (frames,))
+OPTIONS = EngineOptions(mode="fast", frame_grid=64, torch_threads=1, warmup_budget_s=60.0)
+DEVICE = LinearDevice(
+    text_fixed_ms=10.0, step_fixed_ms=10.0, step_per_frame_ms=0.1, coding_fixed_ms=20.0, coding_per_frame_ms=0.2
+)
+
+
+def arrive(at_s: float, duration_s: float, *, steps: int = 2, guided: bool = False, prompt: str = "a") -> Arrival:
+    cfg_scale = 4.0 if guided else 1.0
+    return Arrival(at_s, prompt, duration_s, seed=int(1000 * at_s + 10 * duration_s), steps=steps, cfg_scale=cfg_scale)
+
+
+# Operations of one step of a row and of a whole clip in units of 1e12, from the published checkpoints' dimensions with
+# nothing kept between steps.
+@pytest.mark.parametrize(
+    ("network", "duration_s", "step", "clip"),
+    [
+        (SMALL, 5, 0.118, 1.09),
+        (SMALL, 30, 0.353, 3.48),
+        (SMALL, 120, 1.295, 12.8),
+        (MEDIUM, 5, 0.390, 3.95),
+        (MEDIUM, 30, 1.129, 13.8),
+        (MEDIUM, 120, 4.132, 52.0),
+        (MEDIUM, 380, 15.93, 187.0),
+    ],
+)
+def test_operations_are_those_of_the_published_networks(
+    network: Network, duration_s: float, step: float, clip: float
+) -> None:
+    frames = network.frames(duration_s)
+    assert network.step_operations(frames, is_cached=False) / 1e12 == pytest.approx(step, rel=0.03)
+    whole = 8 * network.step_operations(frames, is_cached=False) + network.decode_operations(frames)
+    assert whole / 1e12 == pytest.approx(clip, rel=0.05)  # without text
+    assert network.step_operations(frames) < network.step_operations(frames, is_cached=False)
+
+
+def test_a_guided_step_of_stable_audio_open_has_its_operations() -> None:
+    assert 2 * OPEN.step_operations(1024, is_cached=False) / 1e12 == pytest.approx(4.560, rel=0.03)
+    clip = 200 * OPEN.step_operations(1024, is_cached=False) + OPEN.decode_operations(1024)
+    assert clip / 1e12 == pytest.approx(461.0, rel=0.04)
+
+
+def test_a_device_is_bound_by_bytes_then_by_operations_and_by_its_host() -> None:
+    device = h200(SMALL)
+    assert device.step_ms(1, 54) == pytest.approx(1.4 + 1000 * 2 * SMALL.num_weights / 4.3e12 / 0.55, rel=0.2)
+    assert device.step_ms(64, 1292) == pytest.approx(1.4 + 1000 * 64 * SMALL.step_operations(1292) / 790e12 / 0.55)
+    assert device.packed_step_ms([(1, 54), (2, 324)]) < device.step_ms(3, 324)
+    assert h200(SMALL, is_captured=False).step_ms(1, 54) == 12.0
+
+
+def test_a_lock_by_hand() -> None:
+    # text 10, steps 2 x (10 + 0.1 x 10), decode 20 + 0.2 x 10: 54; guided 2 x 12 + 22: 46, its text is known
+    outcomes = run_lock([arrive(0, 1), arrive(0.01, 1, guided=True), arrive(1, 1)], DEVICE, shape=SHAPE)
+    assert [outcome.ended_at for outcome in outcomes] == pytest.approx([0.054, 0.054 + 0.046, 1.044])
+    assert [outcome.latency_ms for outcome in outcomes] == pytest.approx([54, 90, 44])
+
+
+def test_static_batches_by_hand() -> None:
+    arrivals = [arrive(0, 1), arrive(0.005, 2), arrive(0.006, 1, steps=3), arrive(0.012, 1, prompt="b")]
+    outcomes = {outcome.arrival: outcome.ended_at for outcome in run_static(arrivals, DEVICE, shape=SHAPE)}
+    # at 10 ms the first two together: text 10, 2 x (10 + 0.1 x 2 x 20), windows of 10 and 20 frames: 22 + 24
+    first = 0.010 + 0.010 + 0.028 + 0.046
+    # then the one with three steps: 3 x 11 + 22; then the late one, whose prompt is new
+    second = first + 0.055
+    third = max(second, first + 0.010) + 0.010 + 0.022 + 0.022
+    assert [outcomes[arrival] for arrival in arrivals] == pytest.approx([first, first, second, third])
+
+
+def test_the_engine_by_hand() -> None:
+    engine = SimulatedEngine(DEVICE, SHAPE, longest_frames=128)
+    (outcome,) = engine.run([arrive(0, 1)])
+    assert outcome.ended_at == pytest.approx(0.010 + 2 * (0.010 + 0.0064) + 0.022)  # a row of 10 frames is padded to 64
+    assert (engine.counts.turns, engine.counts.calls, engine.counts.shapes) == (3, 2, {(1, 64)})
+    assert (engine.counts.tokens, engine.counts.padded_tokens) == (20, 128)
+
+
+def test_equal_rows_share_calls_and_packed_rows_need_no_padding() -> None:
+    arrivals = [arrive(0, 1, prompt=str(index)) for index in range(8)]
+    engine = SimulatedEngine(DEVICE, SHAPE, longest_frames=128)
+    engine.run(arrivals)
+    assert engine.counts.shapes == {(8, 64)}
+    packed = SimulatedEngine(
+        DEVICE, SHAPE, longest_frames=128, pack=lambda lanes: 10 + 0.1 * sum(rows * frames for rows, frames in lanes)
+    )
+    outcomes = packed.run(arrivals)
+    assert packed.counts.padded_tokens == packed.counts.tokens == 160
+    assert max(outcome.ended_at for outcome in outcomes) == pytest.approx(0.010 + 2 * 0.018 + 0.036)
+
+
+@pytest.mark.slow
+async def test_the_simulated_engine_takes_as_long_as_the_real_one() -> None:
+    unit_ms = max(30.0, 30.0 * await host_ms_per_turn())  # so that the device's time counts, on a slow machine too
+    device = LinearDevice(
+        text_fixed_ms=unit_ms,
+        step_fixed_ms=unit_ms,
+        step_per_frame_ms=unit_ms / 150,
+        coding_fixed_ms=unit_ms,
+        coding_per_frame_ms=unit_ms / 300,
+    )
+    arrivals = [
+        arrive(0.004 * unit_ms * n, (1.0, 5.0, 11.0)[n % 3], steps=8 if n % 4 else 16, guided=not n % 4)
+        for n in range(10)
+    ]
+    simulated = SimulatedEngine(device, TIMED_SHAPE, longest_frames=216, options=OPTIONS).run(arrivals)
+    model = TimedModel(device, max_duration_s=20.0)
+    asker = InProcess(open_side("ours", model, options=OPTIONS), model.spec.card)
+    await play(asker, [arrive(0, 1, prompt="first")])  # warms up
+    records = await play(asker, arrivals)
+    assert mean(r.latency_ms for r in records) == pytest.approx(mean(o.latency_ms for o in simulated), rel=0.1)
+    assert max(r.ended_at for r in records) == pytest.approx(max(o.ended_at for o in simulated), rel=0.1)
+
+
+async def host_ms_per_turn() -> float:
+    """What the real engine itself takes of a turn on this machine."""
+    model = TimedModel(LinearDevice(0.0, 0.0, 0.0, 0.0, 0.0), max_duration_s=20.0)
+    asker = InProcess(open_side("ours", model, options=OPTIONS), model.spec.card)
+    (_, record) = [(await play(asker, [arrive(0, 5, steps=50, prompt=prompt)]))[0] for prompt in ("first", "second")]
+    return record.latency_ms / 52
