@@ -130,6 +130,28 @@ def run_run(settings: CaseSettings, out: Path, *, request: RunRequest) -> list[d
     ]
 
 
+def run_simulate(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """The engine's scheduling on a model of an H200: ratios by mix, then the shapes of a day."""
+    from benchmarks.cases.simulate import run_simulate_case
+
+    results = run_simulate_case(settings)
+    path = _write(out, "simulate", settings=settings, results=results)
+    return [
+        {
+            "mix": mix,
+            "batching": batching,
+            "capacity_over_lock": figures[batching]["capacity_over_lock_ratio"],
+            "capacity_over_static": figures[batching]["capacity_over_static_ratio"],
+            "p95_over_lock": figures[batching]["p95_over_lock_ratio"],
+            "p95_8_over_lock": figures[batching].get("p95_8_over_lock_ratio", ""),
+            "shapes_of_a_day": results["days"].get(mix, {}).get("num_shapes", ""),
+            "file": path,
+        }
+        for mix, figures in results["mixes"].items()
+        for batching in ("grid", "packed")
+    ]
+
+
 def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What the way to the engine costs."""
     from benchmarks.cases.http import run_http_case
@@ -348,6 +370,7 @@ def run_cold_start(settings: CaseSettings, out: Path) -> list[dict[str, object]]
 _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "engine": run_engine,
     "open": run_open,
+    "simulate": run_simulate,
     "ladder": run_ladder,
     "http": run_http,
     "formats": run_formats,

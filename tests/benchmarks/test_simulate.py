@@ -8,8 +8,10 @@ from statistics import mean
 import pytest
 
 from benchmarks.arrivals import Arrival
+from benchmarks.cases.simulate import SimulationSizes, run_simulate_case
 from benchmarks.compare.asking import InProcess
 from benchmarks.compare.playing import play
+from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import open_side
 from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.devices import LinearDevice
@@ -17,6 +19,7 @@ from benchmarks.simulate.engine import SimulatedEngine
 from benchmarks.simulate.requests import Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, h200
+from benchmarks.workload import MIXES
 from stable_audio_serve.engine import EngineOptions
 
 SHAPE = Shape(frames=lambda duration_s: math.ceil(10 * duration_s), windows=lambda frames: (frames,))
@@ -138,3 +141,18 @@ async def host_ms_per_turn() -> float:
     asker = InProcess(open_side("ours", model, options=OPTIONS), model.spec.card)
     (_, record) = [(await play(asker, [arrive(0, 5, steps=50, prompt=prompt)]))[0] for prompt in ("first", "second")]
     return record.latency_ms / 52
+
+
+def test_a_days_shapes_and_every_ratio_are_stated() -> None:
+    sizes = SimulationSizes(small=120, other=120, hour=6, seeds=(1, 2))
+    results = run_simulate_case(CaseSettings(), sizes)
+    assert set(results["days"]) == {"small-mixed", "medium-mixed"}
+    for day in results["days"].values():
+        assert 0 < day["num_shapes"] <= day["num_calls"]
+    for mix, figures in results["mixes"].items():
+        for batching in ("grid", "packed"):
+            steps = {f"p95_{steps}_over_lock_ratio" for steps, _ in MIXES[mix].steps}
+            assert steps < set(figures[batching])
+            assert all(value > 0 for value in figures[batching].values())
+        assert figures["packed"]["capacity_over_lock_ratio"] >= 0.99 * figures["grid"]["capacity_over_lock_ratio"]
+    assert all(ratio["grid"] > 0 for ratio in results["clips_over_published_ratio"].values())
