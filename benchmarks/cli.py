@@ -161,9 +161,10 @@ def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     return [
         {
             "clip_s": results["clip_s"],
-            "engine_ms": results["engine"]["p50_ms"],
-            "http_ms": results["http"]["p50_ms"],
-            "ratio": results["http_over_engine_ratio"],
+            **{f"{way}_ms": results[way]["p50_ms"] for way in ("bare", "engine", "http")},
+            "engine_over_bare": results["engine_over_bare_ratio"],
+            "http_over_bare": results["http_over_bare_ratio"],
+            "http_over_engine": results["http_over_engine_ratio"],
             "added_ms": results["added_ms"]["worst_round_median"],
             "of_it_encode_ms": results["encode_ms"],
             "file": path,

@@ -51,6 +51,7 @@ class FormatSizes:
     longest_s: float = 10.0
 
 
+FULL = FormatSizes()
 SHORT = FormatSizes(requests=24)
 
 
@@ -86,8 +87,9 @@ class Keeping:
         return answer
 
 
-def run_formats_case(settings: CaseSettings, *, sizes: FormatSizes = FormatSizes()) -> dict[str, Any]:
+def run_formats_case(settings: CaseSettings, *, sizes: FormatSizes | None = None) -> dict[str, Any]:
     """A B A B and once the mix in every round; the worse round counts. Raises RuntimeError for a wrong answer."""
+    sizes = sizes or (FULL if settings.full else SHORT)
     entry = resolve_model(settings.model)
     longest_s = min(sizes.longest_s, entry.card.max_duration_s)
     burst = draw_arrivals(_MIX, rate_hz=None, count=sizes.requests, seed=1, max_duration_s=longest_s)

@@ -1,5 +1,5 @@
-"""What HTTP, Ray and encoding add to the engine's own time for one clip: the same request, alternately in process and
-over HTTP, and what the server says its stages took.
+"""What the engine adds to the bare pipeline for one clip by itself, and HTTP, Ray and encoding to the engine: the same
+request by all three ways in turns, and what the server says its stages took.
 """
 
 from __future__ import annotations
@@ -7,23 +7,27 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 
-from benchmarks.cases.engine import load, resolve_model
+from benchmarks.cases.engine import compare_audio, load, resolve_model
 from benchmarks.metrics import summarize, worst_ratio
 from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
-from stable_audio_serve.core.generation import GenerationRequest
+from benchmarks.sides.servers import open_side
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _CLIP_S = 10.0
-_CALLS_PER_ROUND = 10
+_FULL_CALLS, _SHORT_CALLS = 67, 10  # of each way in a round: 200 in three
+Generate = Callable[[], Awaitable[GenerationResult]]
+
 _TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
 
 
@@ -45,46 +49,87 @@ class Call:
         return self.wall_ms - self.engine_ms
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Milliseconds of the calls of one round by each way."""
+
+    bare_ms: Sequence[float]
+    engine_ms: Sequence[float]
+    http: Sequence[Call]
+
+    def medians_ms(self) -> dict[str, float]:
+        return {
+            "bare": median(self.bare_ms),
+            "engine": median(self.engine_ms),
+            "http": median(call.wall_ms for call in self.http),
+        }
+
+
 async def run_http_case(settings: CaseSettings) -> dict[str, Any]:
-    """Alternating calls; the worse round counts."""
+    """Alternating calls; the worse round counts. Raises RuntimeError if the engine's audio is not the pipeline's."""
     entry = resolve_model(settings.model)
     model = load(settings)
     duration_s = min(_CLIP_S, model.spec.card.max_duration_s)
     request = GenerationRequest(prompt="a low drone", duration_s=duration_s, seed=1, steps=8)
-    async with Engine(model, EngineOptions(torch_threads=settings.threads)) as engine:
+    options = EngineOptions(torch_threads=settings.threads)
+    bare = open_side("lock", model, options=options)  # without others nobody waits at its lock
+    num_calls = _FULL_CALLS if settings.full else _SHORT_CALLS
+    async with Engine(model, options) as engine:
+        compare_audio([await bare.generate(request)], [await engine.generate(request)], mode=engine.mode)
         with tempfile.TemporaryDirectory() as folder:
             config = write_config(Path(folder), entry, threads=settings.threads)
             with running_server(config) as server:
                 async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
+                    ask = partial(call, client, request, model=entry.card.name)
                     rounds = [
-                        await _round(engine, client, request=request, model=entry.card.name)
+                        await _round(
+                            bare=partial(bare.generate, request),
+                            engine=partial(engine.generate, request),
+                            ask=ask,
+                            count=num_calls,
+                        )
                         for _ in range(settings.rounds)
                     ]
-    alone = [(median(c.wall_ms for c in calls), median(own_ms)) for own_ms, calls in rounds]
-    calls = [call for _, some in rounds for call in some]
+    await bare.close()
+    return {"clip_s": duration_s, "calls_per_round": num_calls, **compare_ways(rounds)}
+
+
+def compare_ways(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Ratios and differences of the rounds' medians, and percentiles over all calls."""
+    medians_ms = [calls.medians_ms() for calls in rounds]
+    figures: dict[str, Any] = {}
+    for slow, fast in (("engine", "bare"), ("http", "bare"), ("http", "engine")):
+        pairs = [(way[slow], way[fast]) for way in medians_ms]
+        figures[f"{slow}_over_{fast}_ratio"] = worst_ratio(pairs, larger_is_better=False)
+        figures[f"{slow}_over_{fast}_added_ms"] = max(ours - theirs for ours, theirs in pairs)
+    calls = [call for some in rounds for call in some.http]
     return {
-        "clip_s": duration_s,
-        "http_over_engine_ratio": worst_ratio(alone, larger_is_better=False),
-        "added_ms": {"worst_round_median": max(median(c.added_ms for c in some) for _, some in rounds)},
+        **figures,
+        "medians_ms_rounds": medians_ms,
+        "added_ms": {"worst_round_median": max(median(c.added_ms for c in some.http) for some in rounds)},
         "encode_ms": median(call.stages_ms.get("encode", 0.0) for call in calls),
-        "engine": asdict(summarize([ms for own_ms, _ in rounds for ms in own_ms])),
+        "bare": asdict(summarize([ms for some in rounds for ms in some.bare_ms])),
+        "engine": asdict(summarize([ms for some in rounds for ms in some.engine_ms])),
         "http": asdict(summarize([call.wall_ms for call in calls])),
         "added": asdict(summarize([call.added_ms for call in calls])),
     }
 
 
-async def _round(
-    engine: Engine, client: httpx.AsyncClient, *, request: GenerationRequest, model: str
-) -> tuple[Sequence[float], Sequence[Call]]:
-    await engine.generate(request)
-    await call(client, request, model=model)
-    own_ms, calls = [], []
-    for _ in range(_CALLS_PER_ROUND):
-        started_at = time.perf_counter()
-        await engine.generate(request)
-        own_ms.append((time.perf_counter() - started_at) * 1000.0)
-        calls.append(await call(client, request, model=model))
-    return own_ms, calls
+async def _round(*, bare: Generate, engine: Generate, ask: Callable[[], Awaitable[Call]], count: int) -> Round:
+    for warm_up in (bare, engine, ask):
+        await warm_up()
+    bare_ms, engine_ms, calls = [], [], []
+    for _ in range(count):
+        bare_ms.append(await _time_ms(bare))
+        engine_ms.append(await _time_ms(engine))
+        calls.append(await ask())
+    return Round(bare_ms, engine_ms, calls)
+
+
+async def _time_ms(generate: Generate) -> float:
+    started_at = time.perf_counter()
+    await generate()
+    return (time.perf_counter() - started_at) * 1000.0
 
 
 async def call(client: httpx.AsyncClient, request: GenerationRequest, *, model: str) -> Call:

@@ -43,6 +43,7 @@ class LadderSizes:
     turns_s: float = 1.0  # at least
 
 
+FULL = LadderSizes()
 SHORT = LadderSizes(
     in_flight=(1, 8, 64),
     durations_s=(1.0, 4.0, 10.0),
@@ -100,9 +101,10 @@ class TimedScheduler(Scheduler):
 
 
 async def run_ladder_case(
-    model: DiffusionModel, settings: CaseSettings, *, sizes: LadderSizes = LadderSizes()
+    model: DiffusionModel, settings: CaseSettings, *, sizes: LadderSizes | None = None
 ) -> dict[str, Any]:
     """One mode of the engine; the worse round counts. Raises RuntimeError if audio depends on the company."""
+    sizes = sizes or (FULL if settings.full else SHORT)
     longest_s = model.spec.card.max_duration_s
     durations_s = sorted({min(duration_s, longest_s) for duration_s in sizes.durations_s})
     options = EngineOptions(

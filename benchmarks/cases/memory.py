@@ -32,11 +32,13 @@ class MemorySizes:
     times: int = 5
 
 
+FULL = MemorySizes()
 SHORT = MemorySizes(requests=60)
 
 
-def run_memory_case(settings: CaseSettings, *, sizes: MemorySizes = MemorySizes()) -> dict[str, Any]:
+def run_memory_case(settings: CaseSettings, *, sizes: MemorySizes | None = None) -> dict[str, Any]:
     """The growth of a fresh process."""
+    sizes = sizes or (FULL if settings.full else SHORT)
     with another_process() as pool:
         return pool.submit(_run, settings, sizes=sizes).result()
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.arrivals import Arrival
+from benchmarks.cases.cold_start import first_audio_ratio
 from benchmarks.cases.formats import Run, check_answers, check_length, compare_sides, send_list
+from benchmarks.cases.http import Call, Round, compare_ways
 from benchmarks.cases.ladder import (
     LadderSizes,
     TimedScheduler,
@@ -200,3 +202,25 @@ async def test_the_text_encoder_runs_once_for_each_prompt() -> None:
     assert results["text_encodes_over_distinct_prompts_ratio"] == 1.0
     assert results["warm_prompts_with_identical_audio"] == 3
     assert results["text_encodes"] + 3 < len(prompts) <= results["text_encodes"] + 3 + 6  # and warm-ups
+
+
+def test_a_lone_request_is_compared_by_the_medians_of_the_worse_round() -> None:
+    def calls(*walls_ms: float) -> list[Call]:
+        return [Call(wall_ms, {"denoise": 90.0, "encode": 4.0}) for wall_ms in walls_ms]
+
+    first = Round([100.0, 100.0, 400.0], [105.0, 104.0, 900.0], calls(120.0, 125.0, 800.0))
+    second = Round([100.0], [110.0], calls(115.0))
+    figures = compare_ways([first, second])
+    assert figures["engine_over_bare_ratio"] == pytest.approx(1.10)
+    assert figures["engine_over_bare_added_ms"] == pytest.approx(10.0)
+    assert figures["http_over_bare_added_ms"] == pytest.approx(25.0)
+    assert figures["http_over_engine_ratio"] == pytest.approx(125 / 105)
+    assert figures["added_ms"]["worst_round_median"] == pytest.approx(35.0)
+    assert figures["encode_ms"] == 4.0
+
+
+def test_a_cold_start_is_compared_with_what_cannot_be_left_out() -> None:
+    first = {"first_audio_s": 12.0, "stages_s": {"ray": 2.0, "models": 5.0}}
+    again = {"first_audio_s": 9.0, "stages_s": {"ray": 1.0}}
+    assert first_audio_ratio([first, again], bare_s=4.0) == 2.0
+    assert first_audio_ratio([again], bare_s=5.0) == 1.5
