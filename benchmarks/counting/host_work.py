@@ -1,0 +1,211 @@
+"""The host's work in every kind of engine call, by kind of request: the real engine and a small checkpoint on the
+stand-in device. What a figure may be, the tests and the goals say.
+
+Must run in a process of its own (`stand_in_device` says why): `run_apart` starts one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from benchmarks.counting.stand_in_device import DEVICE, HostWork, StandInDevice, move
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.batching import BatchPolicy
+from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.executor import Executor
+from stable_audio_serve.engine.options import Mode
+from stable_audio_serve.engine.scheduler import RowId, Scheduler
+from stable_audio_serve.engine.stages import Stages
+from stable_audio_serve.engine.thread import EngineThread
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
+from stable_audio_serve.models.weights import DTYPES, cast_network
+from stable_audio_serve.sampling.samplers import SAMPLERS
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CHECKPOINT = Path(__file__).parents[2] / "tests/data/goldens/sa3/sharp-s"
+KINDS = ("plain", "guided", "variation", "inpaint", "mixed", *(f"sampler {name}" for name in SAMPLERS))
+# The engine calls, and the methods in which they happen; a call within another counts apart.
+_CALLS = (
+    ("text", Stages, "start"),
+    ("begin", Stages, "_begin"),
+    ("encode", Stages, "encode"),
+    ("denoise", Stages, "denoise"),
+    ("finish", Stages, "_take_latents"),
+    ("decode", Stages, "decode"),
+)
+_COUNTED = ("copies_to_device", "copies_to_host", "asynchronous_copies", "waits", "mix_ups", "launches")
+_STEPS = 3
+_DURATION_S = 2.0
+_ROWS = 2  # of each request: a step is never of a single row
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is counted: a kind of request (of KINDS) in a mode, with a denoiser of that precision."""
+
+    kind: str
+    mode: Mode = "fast"
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Returns the function's results for all items, one after another in one process of their own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return list(process.map(function, items))
+
+
+def count(setting: Setting) -> dict[str, Any]:
+    """Returns, by engine call, how many there were and the figures of the worst: plain numbers.
+
+    Every call was made once before, so that nothing is counted that happens once in a process's life.
+    """
+    torch.set_num_threads(1)
+    device = StandInDevice()
+    sections = asyncio.run(_run(make_model(setting.dtype), setting, device=device))
+    return {name: _worst([work for section, work in sections if section == name]) for name, _, _ in _CALLS}
+
+
+def make_model(dtype: str) -> Sa3Model:
+    """Returns the small checkpoint on the stand-in device, its denoiser in `dtype` as on CUDA."""
+    model = load_model(resolve_entry("sharp-s", path=str(CHECKPOINT)))
+    assert isinstance(model, Sa3Model)
+    cast_network(model.denoiser, DTYPES[dtype])
+    parts = Sa3Components(
+        text=model.text,
+        prompt=model.prompt,
+        numbers=model.numbers,
+        denoiser=model.denoiser,
+        autoencoder=model.autoencoder,
+    )
+    for module in parts.modules:
+        move(module)
+    return Sa3Model(parts, config=model.config, spec=model.spec, device=DEVICE)
+
+
+def make_requests(kind: str, *, sample_rate_hz: int, seed: int) -> list[GenerationRequest]:
+    """Returns requests whose rows step together. Raises ValueError for an unknown kind."""
+
+    def request(**fields: Any) -> GenerationRequest:
+        return GenerationRequest(
+            prompt=f"rain on a roof, take {seed}",
+            duration_s=_DURATION_S,
+            seed=seed,
+            steps=_STEPS,
+            batch_size=_ROWS,
+            duration_padding_s=0.0,
+            **fields,
+        )
+
+    noise = np.random.default_rng(0).normal(0.0, 0.1, (2, int(_DURATION_S * sample_rate_hz))).astype(np.float32)
+    source = SourceAudio(noise, sample_rate_hz)
+    guided = {"cfg_scale": 4.0, "negative_prompt": f"hiss, take {seed}"}
+    inpaint = {"inpaint_audio": source, "inpaint_regions_s": ((0.5, 1.0),)}
+    if kind.startswith("sampler "):
+        return [request(sampler=kind.removeprefix("sampler "))]
+    match kind:
+        case "plain":
+            return [request()]
+        case "guided":
+            return [request(**guided)]
+        case "variation":
+            return [request(init_audio=source, init_noise_level=0.5)]
+        case "inpaint":
+            return [request(**inpaint)]
+        case "mixed":
+            return [request(), request(**guided), request(**inpaint), request(sampler="euler")]
+    raise ValueError(f"unknown kind of request {kind!r}")
+
+
+async def _run(model: Sa3Model, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
+    """Send the same requests twice; returns the sections of the second time."""
+    # No warm-up, whose measured times would decide which rows share a step; all rows fit into one.
+    options = EngineOptions(mode=setting.mode, warmup_budget_s=0.0, fixed_share=0.001)
+    num_before = 0
+    with _sections(device):
+        requests = [
+            make_requests(setting.kind, sample_rate_hz=model.spec.card.sample_rate_hz, seed=seed) for seed in (0, 1)
+        ]
+        num_rows = sum(request.batch_size for request in requests[0])
+        async with _StandInEngine(model, options, device=device, num_rows=num_rows) as engine:
+            for some in requests:
+                num_before = len(device.sections)
+                await asyncio.gather(*(engine.generate(request) for request in some))
+    return device.sections[num_before:]
+
+
+class _StandInEngine(Engine):
+    """An engine whose thread works on a stand-in device and begins when `num_rows` rows wait."""
+
+    def __init__(self, model: Sa3Model, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
+        self._stand_in = device
+        super().__init__(model, options, scheduler=partial(_Together, num_rows=num_rows))
+
+    def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
+        thread = super()._build_thread(options, policy=policy, cost=cost)
+        thread._sharing = self._stand_in
+        return thread
+
+
+class _Together(Scheduler):
+    """Holds rows back until so many are there, so that they share every step."""
+
+    def __init__(self, *args: Any, num_rows: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_rows = num_rows
+        self._are_there = False
+
+    def pick(self) -> list[RowId]:
+        self._are_there = len(self) >= self._num_rows or (self._are_there and len(self) > 0)
+        return super().pick() if self._are_there else []
+
+
+@contextmanager
+def _sections(device: StandInDevice) -> Iterator[None]:
+    """Within this context every engine call is a section, and waiting for the device is counted."""
+
+    def within(name: str, method: Any) -> Any:
+        @wraps(method)
+        def run(stages: Stages, rows: Any) -> Any:
+            if not rows:  # each turn starts rows, even when none are new
+                return method(stages, rows)
+            with device.section(name):
+                return method(stages, rows)
+
+        return run
+
+    with ExitStack() as stack:
+        for name, owner, method in _CALLS:
+            stack.enter_context(patch.object(owner, method, within(name, getattr(owner, method))))
+        # The engine waits for CUDA devices only, and this one only claims to be like them.
+        stack.enter_context(patch.object(Executor, "synchronize", lambda _: device.wait("synchronize")))
+        yield
+
+
+def _worst(works: Sequence[HostWork]) -> dict[str, Any]:
+    origins: Counter[str] = Counter()
+    for work in works:
+        origins |= work.origins
+    return {
+        "calls": len(works),
+        **{name: max((getattr(work, name) for work in works), default=0) for name in _COUNTED},
+        "blocking_copies": max((work.blocking_copies for work in works), default=0),
+        "origins": dict(origins.most_common()),
+    }

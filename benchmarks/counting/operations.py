@@ -1,0 +1,103 @@
+"""What torch's operations do on a CUDA device: which start a kernel, which wait for the device, which only make views.
+Knows no tensors of its own: `stand_in_device` and `launches` count with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_MASKS = (torch.bool, torch.uint8)
+# Made of other operations elsewhere, one kernel on CUDA.
+_FUSED = ("scaled_dot_product_attention", "rms_norm")
+# Neither views by their schema nor kernels.
+_NO_KERNEL = (
+    "_local_scalar_dense",
+    "_unsafe_view",
+    "detach_",
+    "resize_",
+    "set_",
+    "squeeze_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+)
+_ALLOCATING = ("empty", "new_empty")
+# The host needs a result before it can go on: a value, or how many elements there are.
+_WAITING = (
+    "_local_scalar_dense",
+    "bincount",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+    "_unique",
+    "_unique2",
+)
+_INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
+
+
+def name_of(operation: OpOverload) -> str:
+    """Returns the name without namespace and overload: `aten::add.Tensor` -> `add`."""
+    return str(operation._schema.name).split("::")[1]
+
+
+def is_composite(operation: OpOverload) -> bool:
+    """Whether the operation is carried out as others, which are then counted in its place."""
+    return name_of(operation) not in _FUSED and operation.has_kernel_for_dispatch_key(_COMPOSITE)
+
+
+def count_launches(operation: OpOverload, args: Sequence[Any]) -> int:
+    """Returns how many kernels an operation that is not composite starts on CUDA, all tensors being there.
+
+    One, or none for views, for memory without contents and for a copy of data onto itself. Attention under a mask of
+    truth values also converts it.
+    """
+    name = name_of(operation)
+    if name == "copy_" and _are_same_data(args[0], args[1]):
+        return 0
+    if operation.is_view or name in _NO_KERNEL or name.startswith(_ALLOCATING):
+        return 0
+    mask = args[3] if name == "scaled_dot_product_attention" and len(args) > 3 else None
+    return 2 if isinstance(mask, Tensor) and not mask.is_floating_point() else 1
+
+
+def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether the host waits until the device has come to this operation."""
+    name = name_of(operation)
+    if name in _WAITING:
+        return True
+    if name not in _INDEXING:
+        return False
+    by_mask = any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
+    # One value from the host is written where a mask is true without knowing how often it is.
+    fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"
+    return by_mask and not fills
+
+
+def indices(operation: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Returns the tensors by which an operation indexes; only these may lie on the host when others do not."""
+    if name_of(operation) not in _INDEXING:
+        return ()
+    return tuple(index for index in args[1] if isinstance(index, Tensor))
+
+
+def asks_to_wait(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy (`_to_copy` or `copy_`) is one that the host waits for, whatever memory it reads."""
+    return not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+
+
+def _are_same_data(first: Tensor, second: Tensor) -> bool:
+    """Whether both are the same view of the same memory: what `x[i] += y` writes back."""
+    return (
+        first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and first.storage_offset() == second.storage_offset()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+    )
