@@ -157,7 +157,7 @@ async def _compare_in_flight(
 ) -> dict[str, Any]:
     """Throughput of many in flight over that of few, A B A B."""
     compared = many, few = _COMPARED[engine.device.type]
-    requests = make_clips(max(sizes.compared_requests, 2 * many), duration_s=duration_s)
+    requests = make_clips(max(sizes.compared_requests, many), duration_s=duration_s)
     rounds = []
     for _ in range(settings.rounds):
         rates_hz: dict[int, list[float]] = {many: [], few: []}

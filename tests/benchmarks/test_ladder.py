@@ -20,7 +20,7 @@ from benchmarks.cases.ladder import (
     summarize_lone_clips,
     summarize_turns,
 )
-from benchmarks.cases.memory import MemorySizes, measure_growth, resident_bytes
+from benchmarks.cases.memory import MemorySizes, growth_share, measure_growth, resident_bytes
 from benchmarks.cases.prompt_cache import PromptSizes, run_prompt_cache_case
 from benchmarks.client import send_in_flight
 from benchmarks.compare.asking import Answer
@@ -121,14 +121,22 @@ async def test_the_whole_ladder_on_the_toy_model(mode: str) -> None:
         assert cell["audio_s_per_gpu_s"] == pytest.approx(cell["requests_per_s"] * duration_s)
 
 
-async def test_memory_is_compared_between_the_first_and_the_last_time() -> None:
-    readings = iter([100 * 2**20, 101 * 2**20, 104 * 2**20, 103 * 2**20, 102 * 2**20])
+async def test_memory_is_read_after_every_list_once_it_has_settled() -> None:
+    readings = iter(mib * 2**20 for mib in (100, 101, 90, 103))
     results = await measure_growth(
-        ToyModel(), CaseSettings(), sizes=MemorySizes(requests=4, times=5), read_bytes=lambda: next(readings)
+        ToyModel(),
+        CaseSettings(),
+        sizes=MemorySizes(requests=4, settled=2, times=5),
+        read_bytes=lambda: next(readings),
     )
-    assert results["memory_after_requests"] == [4, 8, 12, 16, 20]
-    assert results["memory_rss_mib"] == [100.0, 101.0, 104.0, 103.0, 102.0]
-    assert results["memory_rss_growth_share"] == pytest.approx(0.02)
+    assert results["memory_requests"] == [8, 20]
+    assert results["memory_rss_mib"] == [100.0, 101.0, 90.0, 103.0]
+    assert results["memory_rss_growth_share"] == pytest.approx(0.03)
+
+
+def test_growth_is_between_the_medians_of_the_first_and_the_last_quarter() -> None:
+    held = [100, 102, 140, 0, 0, 0, 0, 0, 0, 104, 51, 153]
+    assert growth_share(held) == pytest.approx(104 / 102 - 1.0)
 
 
 def test_resident_memory_grows_with_what_is_held() -> None:
