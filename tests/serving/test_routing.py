@@ -1,0 +1,67 @@
+"""Requests are shared out evenly among replicas, also when all come at once: on real replicas that count their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+
+import pytest
+import ray
+from ray import serve
+
+from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.settings import ModelSettings, ReplicaSettings, Settings
+from stable_audio_serve.serving.placement import model_options, plan_deployments
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+REPLICAS, REQUESTS = 3, 36
+
+
+class Counted:
+    """Takes as long as somebody holds it."""
+
+    async def generate(self, seconds: float) -> int:
+        await asyncio.sleep(seconds)
+        return os.getpid()
+
+
+class Caller:
+    """An ingress: one process with one handle."""
+
+    def __init__(self, handle: object) -> None:
+        self._handle = handle
+
+    async def call(self, count: int, seconds: float) -> Counter[int]:
+        return Counter(await asyncio.gather(*(self._handle.generate.remote(seconds) for _ in range(count))))  # type: ignore[attr-defined]
+
+    async def call_beside_long_ones(self, count: int) -> Counter[int]:
+        """Short calls one after another while all replicas but one are busy."""
+        generate = self._handle.generate.remote  # type: ignore[attr-defined]
+        busy = [generate(5.0) for _ in range(REPLICAS - 1)]
+        places: Counter[int] = Counter()
+        for _ in range(count):
+            await asyncio.sleep(0.1)  # that an answer is there is noted a moment later
+            places[await generate(0.0)] += 1
+        await asyncio.gather(*busy)
+        return places
+
+
+async def test_a_burst_is_shared_out_evenly_and_busy_replicas_are_left_alone() -> None:
+    replicas = ReplicaSettings(min_replicas=REPLICAS, max_replicas=REPLICAS)
+    plan = plan_deployments(Settings(models=(ModelSettings(name="demo", replicas=replicas, num_cpus=0.0),)))
+    assert isinstance(plan.catalog, ModelCatalog)
+    options = model_options(plan, plan.settings.models[0], cluster_gpus=0.0) | {"graceful_shutdown_timeout_s": 0.0}
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"location": "NoServer"})
+    try:
+        model = serve.deployment(Counted).options(**options).bind()
+        caller = serve.run(serve.deployment(Caller).options(ray_actor_options={"num_cpus": 0}).bind(model))
+        for _ in range(2):
+            shares = await caller.call.remote(REQUESTS, 1.0)
+            assert len(shares) == REPLICAS
+            assert max(shares.values()) <= REQUESTS / REPLICAS + 2
+        assert len(await caller.call_beside_long_ones.remote(10)) == 1
+    finally:
+        serve.shutdown()
+        ray.shutdown()
