@@ -4,7 +4,8 @@ Knows no tensors of its own: `stand_in_device` and `launches` count with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,11 +44,22 @@ _WAITING = (
 _INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
 
 
+def leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """Yields the values, and those in lists and tuples among them."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+@cache
 def name_of(operation: OpOverload) -> str:
     """Returns the name without namespace and overload: `aten::add.Tensor` -> `add`."""
     return str(operation._schema.name).split("::")[1]
 
 
+@cache
 def is_composite(operation: OpOverload) -> bool:
     """Whether the operation is carried out as others, which are then counted in its place."""
     return name_of(operation) not in _FUSED and operation.has_kernel_for_dispatch_key(_COMPOSITE)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.counting import operations
 
@@ -127,7 +126,7 @@ class StandInDevice:
     def run(self, operation: Any, *, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Carry out an operation that is not composite and involves this device; returns its result."""
         name = operations.name_of(operation)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in operations.leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
         to_device = target.type == DEVICE.type if target is not None else any(map(_is_here, tensors))
         if name in ("_to_copy", "copy_") and self._count_crossing(name, args, kwargs=kwargs, to_device=to_device):
@@ -136,9 +135,9 @@ class StandInDevice:
             self._count(operation, args, tensors=tensors)
         if name == "pin_memory":
             return self._pin(args[0])
-        result = operation(*tree_map(_unwrap, args), **tree_map(_unwrap, _on_host(kwargs)))
+        result = operation(*_map(_unwrap, args), **_on_host(kwargs))
         known = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, StandInTensor)}
-        return tree_map(lambda value: _wrap(value, known=known, to_device=to_device), result)
+        return _map(partial(_wrap, known=known, to_device=to_device), result)
 
     def _count_crossing(self, name: str, args: Sequence[Any], *, kwargs: Mapping[str, Any], to_device: bool) -> bool:
         """Count a copy between host and device. Returns False for a copy that does not leave its side."""
@@ -206,7 +205,9 @@ class _Dispatch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = operations.name_of(func)
-        if name not in ("pin_memory", "is_pinned") and not any(map(_is_here, tree_leaves((args, kwargs)))):
+        if name not in ("pin_memory", "is_pinned") and not any(
+            map(_is_here, operations.leaves((args, *kwargs.values())))
+        ):
             return func(*args, **kwargs)
         if name == "is_pinned":
             return self._device._is_pinned(args[0])
@@ -261,6 +262,13 @@ def _is_here(value: object) -> bool:
     return isinstance(value, StandInTensor)
 
 
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Returns the function's results in the same lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)([_map(function, part) for part in value])
+    return function(value)
+
+
 def _unwrap(value: Any) -> Any:
     return value.held if isinstance(value, StandInTensor) else value
 
@@ -274,7 +282,7 @@ def _wrap(value: Any, *, known: Mapping[int, StandInTensor], to_device: bool) ->
 
 def _on_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: torch.device("cpu") if name == "device" and value is not None else value
+        name: torch.device("cpu") if name == "device" and value is not None else _map(_unwrap, value)
         for name, value in kwargs.items()
         if name != "pin_memory"
     }
