@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import httpx
@@ -24,13 +25,15 @@ from benchmarks.client import another_process
 from benchmarks.compare.asking import Answer, Asker
 from benchmarks.compare.dialects import DIALECTS, OverHttp, open_session
 from benchmarks.compare.playing import Record, play
-from benchmarks.metrics import summarize, worst_ratio
+from benchmarks.compare.quiet import describe_quiet, measure_in_quiet
+from benchmarks.metrics import percentile, summarize, worst_ratio
 from benchmarks.servers.process import Server, running_server, write_config
 from benchmarks.settings import CaseSettings
 
 _MIX = "formats"
 _SIDES = ("mp3", "wav")
-_MIX_LOAD = 0.6  # of what the server did with WAV files only
+_WARM_UP = 8
+_CROWD_LOAD, _MIX_LOAD = 2.5, 0.6  # of what the engine can do: always enough to work on; room to breathe
 _OPUS_RATE_HZ = 48_000
 _TOLERANCE_SAMPLES = 2  # lossy formats may round
 _PROBES = {"health": ("/health", 200), "event_loop": ("/nowhere", 404)}
@@ -63,10 +66,14 @@ class Run:
     probes_ms: Mapping[str, Sequence[float]]
 
     @property
+    def engine_s(self) -> float:
+        """Seconds from the start of the list to the engine's last audio."""
+        return max(record.due_at + _engine_s(record.stages_ms) for record in self.records)
+
+    @property
     def step_rate_hz(self) -> float:
-        """Finished steps per second, from the first request to the engine's last audio. For lists due at once."""
-        span_s = max(record.due_at + _engine_s(record.stages_ms) for record in self.records)
-        return sum(record.steps for record in self.records) / span_s
+        """Finished steps per second until the engine's last audio; the engine must always have had work."""
+        return sum(record.steps for record in self.records) / self.engine_s
 
     @property
     def requests_per_s(self) -> float:
@@ -92,28 +99,38 @@ def run_formats_case(settings: CaseSettings, *, sizes: FormatSizes | None = None
     sizes = sizes or (FULL if settings.full else SHORT)
     entry = resolve_model(settings.model)
     longest_s = min(sizes.longest_s, entry.card.max_duration_s)
-    burst = draw_arrivals(_MIX, rate_hz=None, count=sizes.requests, seed=1, max_duration_s=longest_s)
+    draw = partial(draw_arrivals, _MIX, count=sizes.requests, seed=1, max_duration_s=longest_s)
     with tempfile.TemporaryDirectory() as folder, another_process() as sender:
         config = write_config(Path(folder), entry, threads=settings.threads)
         with running_server(config) as server:
             list_runner = ListRunner(server, sender, model=entry.card.name, sample_rate_hz=entry.card.sample_rate_hz)
-            list_runner.send(burst.arrivals[:4])  # starts the process and the server's encoders
+            warm_up = replace(draw(rate_hz=None), arrivals=draw(rate_hz=None).arrivals[:_WARM_UP])
+            list_runner.send(warm_up.arrivals)  # starts the process and the server's encoders
+            full_hz = len(warm_up) / list_runner.send(warm_up.arrivals).engine_s
             idle = list_runner.watch(lambda probes: len(probes) < _IDLE_PROBES)
-            rounds = []
-            for _ in range(settings.rounds):
-                sides: dict[str, list[Run]] = {side: [] for side in _SIDES}
-                for side in (*_SIDES, *_SIDES):
-                    sides[side].append(list_runner.send([replace(a, audio_format=side) for a in burst]))
-                rate_hz = _MIX_LOAD * min(run.requests_per_s for run in sides["wav"])
-                mixed = draw_arrivals(_MIX, rate_hz=rate_hz, count=sizes.requests, seed=1, max_duration_s=longest_s)
-                rounds.append((sides, list_runner.send(mixed.arrivals)))
+            crowd, mixed = draw(rate_hz=_CROWD_LOAD * full_hz), draw(rate_hz=_MIX_LOAD * full_hz)
+            measured = [
+                measure_in_quiet(partial(_round, list_runner, crowd.arrivals, mixed=mixed.arrivals))
+                for _ in range(settings.rounds)
+            ]
+    rounds = [runs for runs, _ in measured]
     return {
         "sizes": asdict(sizes),
-        **compare_sides([sides for sides, _ in rounds]),
-        **_describe_probes([[*sides["mp3"], mixed] for sides, mixed in rounds], idle=idle),
-        "mix": _describe_mix(burst.arrivals, [mixed.records for _, mixed in rounds]),
+        "crowd_hz": crowd.rate_hz,
+        "mix_hz": mixed.rate_hz,
+        **compare_sides(rounds),
+        **describe_probes(rounds, idle=idle),
+        "mix": _describe_mix(mixed.arrivals, [runs["mix"][0].records for runs in rounds]),
         "answers_checked": list_runner.num_checked,
+        **describe_quiet([watch for _, watch in measured]),
     }
+
+
+def _round(list_runner: ListRunner, crowd: Sequence[Arrival], *, mixed: Sequence[Arrival]) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {side: [] for side in _SIDES}
+    for side in (*_SIDES, *_SIDES):
+        runs[side].append(list_runner.send([replace(arrival, audio_format=side) for arrival in crowd]))
+    return runs | {"mix": [list_runner.send(mixed)]}
 
 
 class ListRunner:
@@ -185,7 +202,7 @@ def check_length(arrival: Arrival, answer: Answer, *, sample_rate_hz: int) -> No
 
 def compare_sides(rounds: Sequence[Mapping[str, Sequence[Run]]]) -> dict[str, Any]:
     """Step rate with MP3 files over that with WAV files; in each round the means of its runs."""
-    rates_hz = [{side: sum(run.step_rate_hz for run in runs) / len(runs) for side, runs in r.items()} for r in rounds]
+    rates_hz = [{side: mean(run.step_rate_hz for run in runs[side]) for side in _SIDES} for runs in rounds]
     pairs = [(rates["mp3"], rates["wav"]) for rates in rates_hz]
     return {
         "mp3_over_wav_step_rate_ratio": worst_ratio(pairs, larger_is_better=True),
@@ -195,19 +212,25 @@ def compare_sides(rounds: Sequence[Mapping[str, Sequence[Run]]]) -> dict[str, An
     }
 
 
-def _describe_probes(rounds: Sequence[Sequence[Run]], *, idle: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Of the runs with MP3 files and the mix; p99 of each round's probes, the worse round counts."""
+def describe_probes(
+    rounds: Sequence[Mapping[str, Sequence[Run]]], *, idle: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """p99 of the probes of each kind of run, worst round; what counts is the worse of all MP3 and the mix."""
     p99_ms = {
-        name: [summarize([ms for run in runs for ms in run.probes_ms[name]]).p99_ms for runs in rounds]
+        name: {
+            kind: [percentile([ms for run in runs[kind] for ms in run.probes_ms[name]], 0.99) for runs in rounds]
+            for kind in rounds[0]
+        }
         for name in _PROBES
     }
+    worst_ms = {name: max(*kinds["mp3"], *kinds["mix"]) for name, kinds in p99_ms.items()}
     return {
-        "event_loop_stall_p99_ms": max(p99_ms["event_loop"]),
-        "health_p99_ms": max(p99_ms["health"]),
+        "event_loop_stall_p99_ms": worst_ms["event_loop"],
+        "health_p99_ms": worst_ms["health"],
         "probes_p99_ms_rounds": p99_ms,
         "probes_idle": {name: asdict(summarize(values)) for name, values in idle.items()},
         "probes_per_round": {
-            name: [sum(len(run.probes_ms[name]) for run in runs) for runs in rounds] for name in _PROBES
+            kind: [sum(len(run.probes_ms["event_loop"]) for run in runs[kind]) for runs in rounds] for kind in rounds[0]
         },
         "probes_include": _INCLUDES,
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from benchmarks.cases.engine import compare_audio, load, resolve_model
+from benchmarks.compare.quiet import describe_quiet, wait_in_quiet
 from benchmarks.metrics import summarize, worst_ratio
 from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
@@ -28,6 +29,12 @@ _CLIP_S = 10.0
 _FULL_CALLS, _SHORT_CALLS = 67, 10  # of each way in a round: 200 in three
 Generate = Callable[[], Awaitable[GenerationResult]]
 
+Allowance = tuple[float, float]  # times the bare pipeline, milliseconds more
+
+_ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
+    "cpu": {"engine": (1.10, 25.0), "http": (1.10, 25.0)},
+    "cuda": {"engine": (1.03, 1.0), "http": (1.10, 8.0)},
+}
 _TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
 
 
@@ -80,28 +87,38 @@ async def run_http_case(settings: CaseSettings) -> dict[str, Any]:
             config = write_config(Path(folder), entry, threads=settings.threads)
             with running_server(config) as server:
                 async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
-                    ask = partial(call, client, request, model=entry.card.name)
-                    rounds = [
-                        await _round(
-                            bare=partial(bare.generate, request),
-                            engine=partial(engine.generate, request),
-                            ask=ask,
-                            count=num_calls,
-                        )
-                        for _ in range(settings.rounds)
-                    ]
+                    take = partial(
+                        _round,
+                        bare=partial(bare.generate, request),
+                        engine=partial(engine.generate, request),
+                        ask=partial(call, client, request, model=entry.card.name),
+                        count=num_calls,
+                    )
+                    measured = [await wait_in_quiet(take) for _ in range(settings.rounds)]
     await bare.close()
-    return {"clip_s": duration_s, "calls_per_round": num_calls, **compare_ways(rounds)}
+    return {
+        "clip_s": duration_s,
+        "calls_per_round": num_calls,
+        **compare_ways([calls for calls, _ in measured], allowed=_ALLOWED[engine.device.type]),
+        **describe_quiet([watch for _, watch in measured]),
+    }
 
 
-def compare_ways(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Ratios and differences of the rounds' medians, and percentiles over all calls."""
+def compare_ways(rounds: Sequence[Round], *, allowed: Mapping[str, Allowance]) -> dict[str, Any]:
+    """Ratios and differences of the rounds' medians, and percentiles over all calls.
+
+    A way may take so many times as long as the bare pipeline or so many milliseconds longer, the larger: `allowed`.
+    """
     medians_ms = [calls.medians_ms() for calls in rounds]
     figures: dict[str, Any] = {}
     for slow, fast in (("engine", "bare"), ("http", "bare"), ("http", "engine")):
         pairs = [(way[slow], way[fast]) for way in medians_ms]
         figures[f"{slow}_over_{fast}_ratio"] = worst_ratio(pairs, larger_is_better=False)
         figures[f"{slow}_over_{fast}_added_ms"] = max(ours - theirs for ours, theirs in pairs)
+    for way, (ratio, ms) in allowed.items():
+        shares = [medians[way] / max(ratio * medians["bare"], medians["bare"] + ms) for medians in medians_ms]
+        figures[f"{way}_over_allowed_ratio"] = max(shares)
+        figures[f"{way}_over_allowed_ratio_rounds"] = shares
     calls = [call for some in rounds for call in some.http]
     return {
         **figures,

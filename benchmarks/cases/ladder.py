@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.cases.engine import compare_audio, describe_model
 from benchmarks.client import send_in_flight, send_one_after_another, send_together
+from benchmarks.compare.quiet import describe_quiet, wait_in_quiet
 from benchmarks.metrics import audio_s_per_s, throughput_rps, worst_ratio
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import PROMPTS
@@ -158,13 +159,16 @@ async def _compare_in_flight(
     """Throughput of many in flight over that of few, A B A B."""
     compared = many, few = _COMPARED[engine.device.type]
     requests = make_clips(max(sizes.compared_requests, many), duration_s=duration_s)
-    rounds = []
-    for _ in range(settings.rounds):
+
+    async def play_round() -> tuple[float, float]:
         rates_hz: dict[int, list[float]] = {many: [], few: []}
         for in_flight in (*compared, *compared):
             finished = await send_in_flight(engine.generate, requests, num_in_flight=in_flight)
             rates_hz[in_flight].append(throughput_rps(finished))
-        rounds.append((sum(rates_hz[many]), sum(rates_hz[few])))
+        return sum(rates_hz[many]), sum(rates_hz[few])
+
+    measured = [await wait_in_quiet(play_round) for _ in range(settings.rounds)]
+    rounds = [rates_hz for rates_hz, _ in measured]
     return {
         "concurrency_in_flight": compared,
         "concurrency_clip_s": duration_s,
@@ -174,6 +178,7 @@ async def _compare_in_flight(
         "concurrency_throughput_rps": {
             str(in_flight): median(rates[side] / 2 for rates in rounds) for side, in_flight in enumerate(compared)
         },
+        **describe_quiet([watch for _, watch in measured]),
     }
 
 

@@ -7,10 +7,10 @@ be read, nothing is known and nothing is void.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 try:
     import psutil
@@ -58,6 +58,24 @@ def measure_in_quiet(measure: Callable[[], Measured]) -> tuple[Measured, Watch]:
         if watch.is_quiet:
             break
     return measured, watch
+
+
+async def wait_in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, Watch]:
+    """The same for what is awaited."""
+    for _ in range(TRIES):
+        with watching() as watch:
+            measured = await measure()
+        if watch.is_quiet:
+            break
+    return measured, watch
+
+
+def describe_quiet(watches: Sequence[Watch]) -> dict[str, Any]:
+    """Whether all of the measurements count, and what disturbed each."""
+    return {
+        "is_void": not all(watch.is_quiet for watch in watches),
+        "foreign_cores": [watch.foreign_cores for watch in watches],
+    }
 
 
 def _machine_s() -> float:

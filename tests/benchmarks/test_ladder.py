@@ -110,6 +110,7 @@ async def test_the_whole_ladder_on_the_toy_model(mode: str) -> None:
     assert results["largest_difference"] <= (0.0 if mode == "strict" else 1e-5)
     assert results["concurrency_in_flight"] == (64, 8)
     assert results["concurrency_throughput_ratio"] > 0
+    assert len(results["foreign_cores"]) == 1
     assert 0 < results["scheduler_share_of_step"] < 1
     assert results["scheduler_active_rows"] == [256, 32]
     assert results["scheduler_many_over_few_active_ratio"] > 0
@@ -218,10 +219,12 @@ def test_a_lone_request_is_compared_by_the_medians_of_the_worse_round() -> None:
 
     first = Round([100.0, 100.0, 400.0], [105.0, 104.0, 900.0], calls(120.0, 125.0, 800.0))
     second = Round([100.0], [110.0], calls(115.0))
-    figures = compare_ways([first, second])
+    figures = compare_ways([first, second], allowed={"engine": (1.10, 5.0), "http": (1.0, 25.0)})
     assert figures["engine_over_bare_ratio"] == pytest.approx(1.10)
     assert figures["engine_over_bare_added_ms"] == pytest.approx(10.0)
     assert figures["http_over_bare_added_ms"] == pytest.approx(25.0)
+    assert figures["engine_over_allowed_ratio_rounds"] == [pytest.approx(105 / 110), pytest.approx(1.0)]
+    assert figures["http_over_allowed_ratio"] == pytest.approx(1.0)
     assert figures["http_over_engine_ratio"] == pytest.approx(125 / 105)
     assert figures["added_ms"]["worst_round_median"] == pytest.approx(35.0)
     assert figures["encode_ms"] == 4.0
