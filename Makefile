@@ -15,7 +15,7 @@ PARALLEL := --numprocesses 3 --dist loadfile
 ALONE := tests/api/test_fuzz.py tests/benchmarks/alone tests/chaos tests/demo/test_served.py tests/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench docs clean demo-model demo-eval
+.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench bench-gpu docs clean demo-model demo-eval
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ type: install ## types only
 
 bench: install ## the benchmarks of this machine, JSON in bench-results/
 	$(PY) -m benchmarks all --out bench-results
+
+bench-gpu: $(if $(filter file,$(origin PY)),install) ## the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one of them; started again it continues)
+	$(PY) -m benchmarks.gpu $(if $(PART),--part $(PART)) --out $(GPU_OUT)
 
 docs: install ## write docs/openapi.json and docs/metrics.md from the application
 	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json

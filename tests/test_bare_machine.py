@@ -1,4 +1,4 @@
-"""The engine, its benchmark and the tests for a GPU run where only torch, numpy, transformers, safetensors, pytest and
+"""The engine, its benchmarks and the tests for a GPU run where only torch, numpy, transformers, safetensors, pytest and
 their needs are installed.
 """
 
@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.gpu.__main__ import main
 from tests.bare_machine import ABSENT, BareMachine, bare_machine
 from tests.goldens import SA3_GOLDENS
 
@@ -53,3 +54,40 @@ def test_make_test_gpu_with_an_interpreter_of_its_own_needs_no_environment(bare_
     assert planned.split("\n", 1)[0].startswith("python3 -m pytest")
     assert "there/tests.xml" in planned
     assert len(planned.strip().splitlines()) == 1, planned
+
+
+GPU_FIGURES = {
+    "1-lone": ("lone_pipeline_over_tensorrt_ratio", "lone_engine_over_bare_ratio", "launches_per_engine_call"),
+    "2-profile": ("gpu_busy_share", "host_gap_between_steps_ms", "roofline_share_alone", "roofline_share_crowd"),
+    "3-small": (
+        "capacity_over_lock_ratio",
+        "capacity_over_static_ratio",
+        "p95_over_lock_ratio",
+        "p95_8_over_lock_ratio",
+    ),
+    "4-medium": ("capacity_over_lock_ratio", "goodput_over_lock_ratio", "goodput_over_static_ratio"),
+    "5-precision": ("denoiser_db", "denoiser_cosine", "decoder_db", "strict_distinct_outputs", "soak_calls"),
+}
+
+
+@pytest.mark.slow
+def test_make_bench_gpu_measures_every_part_there_and_nothing_twice(bare_machine: BareMachine, tmp_path: Path) -> None:
+    command = "make", "bench-gpu", f"PY={bare_machine.python}", f"OUT={tmp_path}"
+    printed = bare_machine.run_command(*command, environment={"STABLE_AUDIO_TEST_DEVICE": "cpu"})
+    assert "pip install" not in printed
+    files = {part: tmp_path / f"gpu-{part}.json" for part in GPU_FIGURES}
+    results = {part: json.loads(file.read_text())["results"] for part, file in files.items()}
+    for part, figures in GPU_FIGURES.items():
+        assert (results[part]["left"], results[part]["failed"]) == ([], {})
+        assert all(results[part][figure] for figure in figures), part
+    assert results["2-profile"]["memory_growth_share"] is not None
+    assert results["2-profile"]["memory_full_over_predicted_ratio"] is not None
+    assert set(results["5-precision"]["strict_distinct_outputs"].values()) == {1}
+    assert not any(results["5-precision"]["soak_not_finite"].values())
+    decibels = results["5-precision"]["denoiser_db"]["small 5 s"]
+    assert decibels["float32"] > 100 > decibels["float16"] > decibels["bfloat16"] > 20
+    assert not any(sides for part in ("3-small", "4-medium") for sides in results[part]["void_sides"].values())
+
+    assert main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    again = {part: json.loads(file.read_text())["results"] for part, file in files.items()}
+    assert again == results

@@ -1,0 +1,168 @@
+"""Part 1: one clip on an idle device, by stage and as a whole, what a call of the engine launches, and which attention
+ran. Compared with the published TensorRT pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.published import CLIPS, ClipRow
+from benchmarks.gpu.record import Done, Measurement
+from benchmarks.gpu.subjects import Bench, make_clip
+from benchmarks.gpu.timing import alternating_ms, forget_peak, median_ms, peak_bytes
+from benchmarks.gpu.tracing import StepWatch
+from benchmarks.gpu.watched import WatchedModel
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, StepBatch
+from stable_audio_serve.sampling import SeededNoise
+
+_WATCHED_STEPS = 2
+_LAUNCHES = {row.model: row for row in reversed(CLIPS)}  # the shortest clip of each model
+
+
+@dataclass(frozen=True, slots=True)
+class StageCalls:
+    """The model's calls for one request by itself; one step is one network call, of two rows when guided."""
+
+    frames: int
+    network_rows: int
+    text: Callable[[], object]
+    step: Callable[[], torch.Tensor]
+    decode: Callable[[], object]
+
+
+def make_calls(model: DiffusionModel, request: GenerationRequest) -> StageCalls:
+    """Returns calls with random latents, as the engine would make them for a row alone."""
+    plan = model.plan(request)[0]
+    conditioning = model.condition(
+        plan, prompt=model.encode_text([plan.prompt])[0], negative=None, inpaint_latents=None
+    )
+    branches = [branch for branch in (conditioning.conditional, conditioning.unconditional) if branch is not None]
+    channels = model.spec.card.latent_channels
+    latents = torch.randn(channels, plan.frames, generator=torch.Generator().manual_seed(0)).to(model.device)
+    batch = StepBatch(
+        x=latents.expand(len(branches), -1, -1).contiguous(),
+        t=torch.full((len(branches),), 0.5, device=model.device),
+        valid=(torch.arange(plan.frames) < plan.valid_frames).expand(len(branches), -1).to(model.device),
+        branches=branches,
+    )
+    windows = [
+        DecodeWindow(latents[:, span.start : span.stop], span.start, SeededNoise(plan.seed))
+        for span in plan.decode_windows
+    ]
+    return StageCalls(
+        frames=plan.frames,
+        network_rows=len(branches),
+        text=partial(model.encode_text, [plan.prompt]),
+        step=partial(model.denoise, batch),
+        decode=lambda: [model.decode([window]) for window in windows],
+    )
+
+
+def measurements(bench: Bench, done: Done) -> list[Measurement]:
+    """A clip of every published length, and the launches of every model."""
+    clips = [Measurement(row.name, partial(_measure_clip, bench, row), about_s=_about_s(row)) for row in bench.clips]
+    watched = [
+        Measurement(f"launches {model}", partial(_measure_launches, bench, row), about_s=25.0)
+        for model, row in _LAUNCHES.items()
+        if model in bench.sizes.models
+    ]
+    # Models are built anew whenever another is asked for.
+    return sorted([*clips, *watched], key=lambda measurement: list(_LAUNCHES)[::-1].index(_model_of(measurement.name)))
+
+
+def summarize(done: Done) -> dict[str, Any]:
+    """P7 in process, P8, launches and attention of each model; None where nothing was measured."""
+    over_tensorrt = {
+        row.name: done[row.name]["pipeline_ms"] / row.tensorrt_ms
+        for row in CLIPS
+        if row.tensorrt_ms is not None and row.name in done
+    }
+    over_bare = {row.name: done[row.name]["engine_over_bare_ratio"] for row in CLIPS if row.name in done}
+    added_ms = {
+        row.name: done[row.name]["engine_ms"] - done[row.name]["pipeline_ms"] for row in CLIPS if row.name in done
+    }
+    launches = {model: done[f"launches {model}"] for model in _LAUNCHES if f"launches {model}" in done}
+    return {
+        "lone_pipeline_over_tensorrt_ratio": over_tensorrt,
+        "lone_pipeline_over_tensorrt_worst_ratio": max(over_tensorrt.values(), default=None),
+        "lone_engine_over_bare_ratio": over_bare,
+        "lone_engine_added_ms": added_ms,
+        "launches_per_engine_call": {model: values["launches_per_engine_call"] for model, values in launches.items()},
+        "attention_backends": {model: values["attention_backends"] for model, values in launches.items()},
+    }
+
+
+def _measure_clip(bench: Bench, row: ClipRow) -> dict[str, Any]:
+    model = bench.model(row.model)
+    request = make_clip(bench, row)
+    calls = make_calls(model, request)
+    stages_ms = {
+        name: median_ms(run, device=bench.device, sizes=bench.sizes)
+        for name, run in (("text", calls.text), ("step", calls.step), ("decode", calls.decode))
+    }
+    bare, engine = bench.side(row.model, "lock"), bench.side(row.model, "ours")
+    forget_peak(bench.device)
+    pipeline_ms, engine_ms = alternating_ms(
+        lambda: bench.run(bare.generate(request)),
+        lambda: bench.run(engine.generate(request)),
+        device=bench.device,
+        sizes=bench.sizes,
+    )
+    return {
+        "duration_s": request.duration_s,
+        "frames": calls.frames,
+        "steps": request.steps,
+        "network_rows": calls.network_rows,
+        **{f"{name}_ms": value for name, value in stages_ms.items()},
+        "pipeline_ms": pipeline_ms,
+        "engine_ms": engine_ms,
+        "engine_over_bare_ratio": engine_ms / pipeline_ms,
+        "ideal_ms": row.ideal_ms,
+        "tensorrt_ms": row.tensorrt_ms,
+        "peak_gb": peak_bytes(bench.device) / 1e9,
+    }
+
+
+def _measure_launches(bench: Bench, row: ClipRow) -> dict[str, Any]:
+    """Everything between the beginning of one denoiser call and that of the next: network, guidance, update."""
+    model = bench.model(row.model)
+    watch = StepWatch(bench.device, skip=1, steps=_WATCHED_STEPS, per_trace=_WATCHED_STEPS, operators=True)
+
+    async def watch_one() -> None:
+        async with Engine(WatchedModel(model, watch), bench.options) as engine:
+            watch.armed.set()
+            await engine.generate(make_clip(bench, row))
+
+    bench.run(watch_one())
+    if not watch.finished.is_set():
+        raise RuntimeError("the request ended before its steps were seen")
+    trace, steps = watch.traces[0], watch.steps_in_traces[0]
+    return {
+        "clip": row.name,
+        "counted": "operators" if bench.is_tiny else "kernels",
+        "launches_per_engine_call": trace.launches / steps,
+        "copies_to_device_per_engine_call": trace.copies_to_device / steps,
+        "waits_per_engine_call": trace.waits / steps,
+        "attention_backends": trace.attention,
+        "operators_per_engine_call": _per_step(trace.operators.most_common(30), steps),
+    }
+
+
+def _per_step(counts: Sequence[tuple[str, int]], steps: int) -> dict[str, float]:
+    return {name: count / steps for name, count in counts}
+
+
+def _model_of(name: str) -> str:
+    return next(model for model in _LAUNCHES if model in name)
+
+
+def _about_s(row: ClipRow) -> float:
+    """Seconds: an eager engine takes some ten times the ideal, the bench's repeats and a model to build."""
+    return 15.0 + 80 * row.ideal_ms / 1000.0
