@@ -154,6 +154,26 @@ def run_simulate(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     ]
 
 
+def run_micro(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
+    """The parts of a step by themselves, and what can be counted without a GPU."""
+    from benchmarks.cases.micro import run_micro_case
+
+    results = run_micro_case(settings)
+    path = _write(out, "micro", settings=settings, results=results)
+    return [
+        {
+            "pick_256_us": results["scheduler_pick_us"]["256"],
+            "pick_256_over_32": results["scheduler_256_over_32_active_ratio"],
+            "pick_share_of_step": results["scheduler_share_of_captured_step"],
+            "copies_per_step": results["host_blocking_copies_per_step"],
+            "waits_per_step": results["host_waits_per_step"],
+            "mix_ups": results["host_mix_ups"],
+            **{f"launches_per_layer_{name}": count for name, count in results["launches_per_layer"].items()},
+            "file": path,
+        }
+    ]
+
+
 def run_http(settings: CaseSettings, out: Path) -> list[dict[str, object]]:
     """What the way to the engine costs."""
     from benchmarks.cases.http import run_http_case
@@ -375,6 +395,7 @@ _CASES: dict[str, Callable[[CaseSettings, Path], list[dict[str, object]]]] = {
     "open": run_open,
     "simulate": run_simulate,
     "ladder": run_ladder,
+    "micro": run_micro,
     "http": run_http,
     "formats": run_formats,
     "prompt-cache": run_prompt_cache,

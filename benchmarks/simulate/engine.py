@@ -63,7 +63,7 @@ class SimulatedEngine:
         self._shape = shape
         self._options = options
         self._pack = pack
-        self._cost = _fit_cost(device, longest_frames=longest_frames, grid=options.frame_grid or 64)
+        self._cost = fit_cost(device, longest_frames=longest_frames, grid=options.frame_grid or 64)
         self._policy: BatchPolicy = MergedGrid(
             call_ms=lambda rows, frames: self._cost.call_ms("denoise", rows=rows, frames=frames),
             knee_tokens=partial(self._cost.knee_tokens, fixed_share=options.fixed_share),
@@ -168,7 +168,7 @@ class SimulatedEngine:
         self._now += ms / 1000.0
 
 
-def _fit_cost(device: DeviceModel, *, longest_frames: int, grid: int) -> CostModel:
+def fit_cost(device: DeviceModel, *, longest_frames: int, grid: int) -> CostModel:
     """A cost model that has seen what the warm-up measures."""
     cost = CostModel()
     lengths = sorted({grid * -(-int(longest_frames * share) // grid) or grid for share in _PROBE_SHARES})
