@@ -7,10 +7,13 @@ replicas got up to 1.3 times its share. Runs in every process that calls a model
 from __future__ import annotations
 
 import random
-from collections import Counter
+import time
+from collections import Counter, defaultdict, deque
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+_SENT_WITHIN_S = 1.0  # a choice that is older was not used: its caller left, or the replica was full
 
 
 class FewestInProgressRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
@@ -19,23 +22,24 @@ class FewestInProgressRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  #
     def initialize_state(self, **kwargs: Any) -> None:
         """Serve's hook for a router's own fields."""
         self._in_progress: Counter[ReplicaID] = Counter()
-        self._chosen: Counter[ReplicaID] = Counter()  # and not yet sent: of a burst all are chosen before one is sent
+        # When a replica was chosen for requests that are not sent yet: of a burst, all are chosen before one is sent.
+        self._chosen_at: defaultdict[ReplicaID, deque[float]] = defaultdict(deque)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Returns the candidates, one per rank, the least busy first."""
-        if self.num_pending_requests <= 1:  # nothing else waits: what was chosen was sent, or its caller left
-            self._chosen.clear()
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
-        replicas.sort(key=lambda replica: self._in_progress[replica.replica_id] + self._chosen[replica.replica_id])
-        self._chosen.update(replica.replica_id for replica in replicas[:1])
+        replicas.sort(key=lambda replica: self._count(replica.replica_id))
+        if replicas:
+            self._chosen_at[replicas[0].replica_id].append(time.monotonic())
         return [[replica] for replica in replicas]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Serve calls this when a request leaves for a replica."""
         super().on_send_request(replica_id)
-        self._chosen[replica_id] = max(0, self._chosen[replica_id] - 1)
+        if self._chosen_at[replica_id]:
+            self._chosen_at[replica_id].popleft()
         self._in_progress[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
@@ -46,5 +50,12 @@ class FewestInProgressRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  #
         """Serve calls this when replicas come or go."""
         super().update_replicas(replicas)
         here = {replica.replica_id for replica in replicas}
-        for replica_id in [known for known in self._in_progress if known not in here]:
-            del self._in_progress[replica_id]
+        for counts in (self._in_progress, self._chosen_at):
+            for replica_id in [known for known in counts if known not in here]:
+                del counts[replica_id]
+
+    def _count(self, replica_id: ReplicaID) -> int:
+        chosen_at = self._chosen_at[replica_id]
+        while chosen_at and chosen_at[0] < time.monotonic() - _SENT_WITHIN_S:
+            chosen_at.popleft()
+        return self._in_progress[replica_id] + len(chosen_at)
