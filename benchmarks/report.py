@@ -29,6 +29,7 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
         "gpu": gpu.name if gpu else None,
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
         "cuda": torch.version.cuda,
+        "driver": _driver_version() if gpu else None,
         "torch_threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "ray", "fastapi")},
         "settings": dict(settings),
@@ -69,6 +70,15 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()
+
+
+def _driver_version() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return shown.splitlines()[0].strip() if shown else None
 
 
 def _cpu_name() -> str:

@@ -5,6 +5,7 @@ continue. STABLE_AUDIO_TEST_DEVICE=cpu tries everything out on tiny checkpoints.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in [options.part] if options.part else PARTS:
         bench = Bench.on(options.device)
         part = PARTS[number]
-        environment = describe_environment({"device": str(options.device), "models_are_tiny": bench.is_tiny})
+        environment = describe_environment(
+            {"device": str(options.device), "models_are_tiny": bench.is_tiny, "sources_sha256": _hash_sources()}
+        )
         try:
             record = Record(options.out / f"gpu-{number}-{part.name}.json", environment=environment)
         except ValueError as error:
@@ -51,6 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if left:
             print(f"part {number}: time is up; start it again for {', '.join(left)}")
     return int(has_failed)
+
+
+def _hash_sources() -> str:
+    """A machine that got a copy of the working tree may not know its commit."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for folder in ("stable_audio_serve", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 class _SayWithTime:

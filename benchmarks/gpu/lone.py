@@ -146,7 +146,7 @@ def _measure_launches(bench: Bench, row: ClipRow) -> dict[str, Any]:
     trace, steps = watch.traces[0], watch.steps_in_traces[0]
     return {
         "clip": row.name,
-        "counted": "operators" if bench.is_tiny else "kernels",
+        "counted": trace.counted,
         "launches_per_engine_call": trace.launches / steps,
         "copies_to_device_per_engine_call": trace.copies_to_device / steps,
         "waits_per_engine_call": trace.waits / steps,

@@ -65,7 +65,7 @@ class Sizes:
 TINY = Sizes(
     repeats=1, repeat_s=0.0, least_repeats=1, profiled_steps=4, steps_per_trace=2, crowd=2, active=2,
     settled_requests=1, requests=2, few_rows=(1, 2), full_rows=3, pilot_requests=1, compared_clips=1, rounds=1,
-    run_s=0.0, least_requests=3, most_requests=3, probes=1, soak_s=0.0, duration_share=1 / 100, most_steps=8,
+    run_s=0.0, least_requests=2, most_requests=2, probes=1, soak_s=0.0, duration_share=1 / 100, most_steps=8,
     warmup_s=0.01, models=("small", "open"),
 )  # fmt: skip
 

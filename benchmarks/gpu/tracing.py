@@ -49,8 +49,13 @@ class Trace:
 
     @property
     def launches(self) -> int:
-        """Kernels."""
-        return sum(span.kind == "kernel" for span in self.spans)
+        """Kernels, or operators on a CPU."""
+        return sum(span.kind == self.counted for span in self.spans)
+
+    @property
+    def counted(self) -> str:
+        """What launches are: kernel, or operator where no work of a device was seen."""
+        return "kernel" if any(span.kind in _DEVICE_WORK for span in self.spans) else "operator"
 
     @property
     def waits(self) -> int:
@@ -141,7 +146,7 @@ def _span(event: dict[str, Any], kind: str) -> Span:
 def _outermost(events: Sequence[dict[str, Any]]) -> list[Span]:
     found: list[Span] = []
     for event in sorted(events, key=lambda event: (event["ts"], -event.get("dur", 0.0))):
-        span = _span(event, "kernel")
+        span = _span(event, "operator")
         if not found or span.began_us >= found[-1].ended_us:
             found.append(span)
     return found

@@ -152,7 +152,8 @@ def test_without_a_device_the_outermost_operators_are_its_work() -> None:
             event("aten::silu", "cpu_op", ts=12, dur=4),
         ]
     )
-    assert trace.spans == [Span("aten::linear", "kernel", 0, 10), Span("aten::silu", "kernel", 12, 16)]
+    assert trace.spans == [Span("aten::linear", "operator", 0, 10), Span("aten::silu", "operator", 12, 16)]
+    assert (trace.counted, trace.launches) == ("operator", 2)
 
 
 def test_gaps_are_only_between_steps_that_follow_each_other() -> None:
