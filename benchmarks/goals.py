@@ -143,7 +143,7 @@ _CPU = (
     _run("P5", "demo-wide strict p95 of 8 steps", side="ours-strict", figure="p95_8", bound=0.3),
     _run("P5", "demo-wide strict p95 of 50 steps", side="ours-strict", figure="p95_50", bound=1.7),
     _run("P6", "demo-wide fast goodput", side="ours-fast", figure="goodput", bound=1.2),
-    Goal("P11", "memory growth", "ladder-memory", ("memory_rss_growth_share",), 0.02),
+    Goal("P11", "memory growth", "memory", ("memory_rss_growth_share",), 0.02),
     Goal("P14", "cold start", "cold-start", ("first_audio_over_ray_plus_bare_ratio",), 2.0),
     Goal(
         "P15", "2 stand-in replicas", "scale", ("stand_in", "worst_capacity_over_one", "2"), 1.9, larger_is_better=True

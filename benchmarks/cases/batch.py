@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -100,3 +101,17 @@ def _wait_until_done(client: httpx.Client) -> float:
         while client.get("/jobs", params={"status": status, "limit": 1}).raise_for_status().json()["jobs"]:
             time.sleep(_POLL_S)
     return time.perf_counter()
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What somebody who waits feels of another client's batch jobs, and what those lose by it."""
+    return [
+        {
+            "alone_s": run["alone_s"],
+            "behind_s": run["behind_s"],
+            "ratio": run["behind_s"] / run["alone_s"],
+            "jobs_alone_s": run["jobs_alone_s"],
+            "jobs_beside_s": run["jobs_beside_s"],
+        }
+        for run in results["rounds"]
+    ]

@@ -71,3 +71,15 @@ def _start_once(config: Path, *, model: str) -> dict[str, Any]:
         "stopped_s": server.stopped_s,
         "stages_s": server.stages_s,
     }
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """From the command to the first audio."""
+    return [
+        {
+            "ready_s": results["ready_s"],
+            "first_audio_s": results["first_audio_s"],
+            "ratio": results["first_audio_over_ray_plus_bare_ratio"],
+            "stages_s": results["stages_s"],
+        }
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -116,3 +116,22 @@ def compare_audio(left: Sequence[GenerationResult], right: Sequence[GenerationRe
 def describe_model(model: DiffusionModel) -> dict[str, Any]:
     """Its device and everything fixed about it."""
     return {"device": str(model.device), **asdict(model.spec)}
+
+
+async def run_engine(settings: CaseSettings) -> dict[str, Any]:
+    """`run_engine_case` on the model of these settings."""
+    return await run_engine_case(load(settings), settings)
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """One mode."""
+    return [
+        {
+            "mode": results["mode"],
+            "model": results["model"]["card"]["name"],
+            "throughput_ratio": results["throughput_ratio"],
+            "cpu_time_ratio": results["cpu_time_ratio"],
+            "mean_latency_ratio": results["mean_latency_ratio"],
+            "largest_difference": f"{results['largest_difference']:.1e}",
+        }
+    ]

@@ -255,3 +255,15 @@ def _describe_mix(arrivals: Sequence[Arrival], rounds: Sequence[Sequence[Record]
 def _engine_s(stages_ms: Mapping[str, float]) -> float:
     """Seconds from a request's arrival at the engine to its audio."""
     return (stages_ms["total"] - stages_ms["encode"]) / 1000.0
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What encoding files costs those who wait for the model."""
+    return [
+        {
+            "mp3_over_wav_step_rate": results["mp3_over_wav_step_rate_ratio"],
+            "event_loop_stall_p99_ms": results["event_loop_stall_p99_ms"],
+            "health_p99_ms": results["health_p99_ms"],
+            "answers_checked": results["answers_checked"],
+        }
+    ]

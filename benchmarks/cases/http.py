@@ -169,3 +169,18 @@ async def call(client: httpx.AsyncClient, request: GenerationRequest, *, model: 
 def parse_server_timing(header: str) -> dict[str, float]:
     """Milliseconds by metric name of a Server-Timing header."""
     return {name: float(ms) for name, ms in _TIMING.findall(header)}
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What the way to the engine costs."""
+    return [
+        {
+            "clip_s": results["clip_s"],
+            **{f"{way}_ms": results[way]["p50_ms"] for way in ("bare", "engine", "http")},
+            "engine_over_bare": results["engine_over_bare_ratio"],
+            "http_over_bare": results["http_over_bare_ratio"],
+            "http_over_engine": results["http_over_engine_ratio"],
+            "added_ms": results["added_ms"]["worst_round_median"],
+            "of_it_encode_ms": results["encode_ms"],
+        }
+    ]

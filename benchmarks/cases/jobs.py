@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -211,3 +211,18 @@ def _postgresql() -> Iterator[str | None]:
     except UnavailableError as error:
         print(f"PostgreSQL is left out: {error}")
         yield None
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What keeping a job costs, by database."""
+    return [
+        {
+            "database": name,
+            "submit_p50_ms": figures["worst_submit_p50_ms"],
+            "submit_p95_ms": figures["worst_submit_p95_ms"],
+            "lease_p95_ms": figures["worst_lease_p95_ms"],
+            "long_over_short": figures["worst_lease_long_over_short_ratio"],
+            "reads_per_s": figures["worst_reads_per_s"],
+        }
+        for name, figures in results["databases"].items()
+    ]

@@ -245,3 +245,15 @@ def _time_clips(
         return calls
 
     return asyncio.run(run())
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """How fast jobs are accepted, and what asking about them costs."""
+    figures = {
+        "poll_p95_ms": results["worst_poll_p95_ms"],
+        "engine_polled_over_quiet": results["engine_polled_over_quiet_ratio"],
+        "queries_per_s_and_idle_runner": results["queries_per_s_and_idle_runner"],
+    }
+    for pace, p50_ms in results["worst_submit_p50_ms"].items():
+        figures |= {f"submit_p50_ms {pace}": p50_ms, f"status_p95_ms {pace}": results["worst_status_p95_ms"][pace]}
+    return [{"figure": name, "value": value} for name, value in figures.items()]

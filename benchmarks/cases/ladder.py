@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
-from benchmarks.cases.engine import compare_audio, describe_model
+from benchmarks.cases.engine import compare_audio, describe_model, load
 from benchmarks.client import send_in_flight, send_one_after_another, send_together
 from benchmarks.compare.quiet import describe_quiet, wait_in_quiet
 from benchmarks.metrics import audio_s_per_s, throughput_rps, worst_ratio
@@ -288,3 +288,23 @@ async def _keep_active(
 
 def _full(turns: Sequence[Turn], active: int) -> list[Turn]:
     return [turn for turn in list(turns) if _FULL_SHARE * active <= turn.active <= active]
+
+
+async def run_ladder(settings: CaseSettings) -> dict[str, Any]:
+    """`run_ladder_case` on the model of these settings."""
+    return await run_ladder_case(load(settings), settings)
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """More in flight, longer clips, and the scheduler's share."""
+    return [
+        {
+            "mode": results["mode"],
+            "in_flight": results["concurrency_in_flight"],
+            "throughput": results["concurrency_throughput_ratio"],
+            "scheduler_share": results["scheduler_share_of_step"],
+            "active": results["scheduler_active_rows"],
+            "scheduler_growth": results["scheduler_many_over_few_active_ratio"],
+            "4x_frames": results["duration_4x_frames_time_ratio"],
+        }
+    ]

@@ -8,7 +8,7 @@ import asyncio
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,3 +97,8 @@ def resident_bytes() -> int:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Memory after so many requests."""
+    return [{"requests": results["memory_after_requests"], "rss_growth": results["memory_rss_growth_share"]}]

@@ -267,3 +267,18 @@ def time_in_turns(
 def medians(rounds_us: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Returns the median round of each part."""
     return {name: median(values) for name, values in rounds_us.items()}
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """The parts of a step by themselves, and what can be counted without a GPU."""
+    return [
+        {
+            "pick_256_us": results["scheduler_pick_us"]["256"],
+            "pick_256_over_32": results["scheduler_256_over_32_active_ratio"],
+            "pick_share_of_step": results["scheduler_share_of_captured_step"],
+            "copies_per_step": results["host_blocking_copies_per_step"],
+            "waits_per_step": results["host_waits_per_step"],
+            "mix_ups": results["host_mix_ups"],
+            **{f"launches_per_layer_{name}": count for name, count in results["launches_per_layer"].items()},
+        }
+    ]

@@ -104,3 +104,17 @@ def _call(client: httpx.Client, route: Route, *, count: int) -> list[float]:
         if answer.status_code != 200 or len(answer.content) < _MIN_AUDIO_BYTES:
             raise RuntimeError(f"{route.name}: {answer.status_code}, {len(answer.content)} bytes: {answer.text[:200]}")
     return latencies_ms
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What everything around the engine costs, by dialect."""
+    return [
+        {
+            "route": name,
+            "app_p50_ms": route["worst_round_p50_ms"]["app"],
+            "serve_p50_ms": route["worst_round_p50_ms"]["serve"],
+            "target_ms": route["target_p50_ms"],
+            "serve_over_app": route["serve_over_app_ratio"],
+        }
+        for name, route in results["routes"].items()
+    ]

@@ -189,3 +189,18 @@ def _wait_until_normal(
 
 def _percentile(values: Sequence[float], share: float) -> float:
     return percentile(values, share) if values else 0.0
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What a server still does at three times its capacity."""
+    return [
+        {
+            "side": side,
+            "goodput_over_peak": results[side]["worst_goodput_over_peak_ratio"],
+            "finished_over_peak": results[side]["worst_finished_over_peak_ratio"],
+            "refusal_p99_ms": results[side]["worst_refusal_p99_ms"],
+            "normal_after_s": results[side]["worst_normal_after_s"],
+            "other_answers": results[side]["other_answers"],
+        }
+        for side in ("model", "stand_in")
+    ]

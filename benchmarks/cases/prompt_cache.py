@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,3 +79,14 @@ async def _compare_cold_and_warm(model: DiffusionModel, options: EngineOptions, 
         if not np.array_equal(first.audio[0], second.audio[0]):
             raise RuntimeError("audio differs between a cold and a warm prompt cache")
     return len(requests)
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """How often the text encoder runs."""
+    return [
+        {
+            "prompts": results["prompts"],
+            "text_encodes_over_distinct": results["text_encodes_over_distinct_prompts_ratio"],
+            "warm_prompts_with_identical_audio": results["warm_prompts_with_identical_audio"],
+        }
+    ]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.cases.engine import resolve_model
@@ -167,3 +168,16 @@ def serving_sides(settings: CaseSettings, sides: tuple[str, ...], *, entry: Mode
         )
         with running_server(config) as server:
             yield server.url
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """One side per row."""
+    return [
+        {
+            "side": side,
+            "capacity_rps": median(figures["capacity_rps"]),
+            **{f"p95_ms {steps}": latency["p95_ms"] for steps, latency in figures["latency"].items()},
+            "goodput_rps": (figures["goodput"] or {}).get("good_rps", ""),
+        }
+        for side, figures in results["sides"].items()
+    ]

@@ -230,3 +230,19 @@ def _replicas(settings: CaseSettings, counts: Sequence[int], *, import_path: str
 
 def _name(count: int) -> str:
     return f"replicas-{count}"
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What more replicas are worth, on stand-ins and on the model."""
+    return [
+        {
+            "side": side,
+            "replicas": count,
+            "requests": results[side]["requests"][count],
+            "capacity_over_one": ratio,
+            "target": results["target_capacity_over_one"][side].get(count, ""),
+            "cpu_ms_per_request": results[side]["worst_cpu_ms_per_request"][count],
+        }
+        for side in ("stand_in", "model")
+        for count, ratio in results[side]["worst_capacity_over_one"].items()
+    ]

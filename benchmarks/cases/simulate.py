@@ -7,7 +7,7 @@ steps as if rows of all lengths shared one call without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,3 +177,20 @@ def _p95_ms(outcomes: Sequence[Outcome], *, steps: int | None = None) -> float:
     ordered = sorted(outcomes, key=lambda outcome: outcome.arrival.at_s)
     kept = ordered[int(_STEADY[0] * len(ordered)) : int(_STEADY[1] * len(ordered))]
     return percentile([o.latency_ms for o in kept if steps in (None, o.arrival.steps)], 0.95)
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """The engine's scheduling on a model of an H200: ratios by mix, then the shapes of a day."""
+    return [
+        {
+            "mix": mix,
+            "batching": batching,
+            "capacity_over_lock": figures[batching]["capacity_over_lock_ratio"],
+            "capacity_over_static": figures[batching]["capacity_over_static_ratio"],
+            "p95_over_lock": figures[batching]["p95_over_lock_ratio"],
+            "p95_8_over_lock": figures[batching].get("p95_8_over_lock_ratio", ""),
+            "shapes_of_a_day": results["days"].get(mix, {}).get("num_shapes", ""),
+        }
+        for mix, figures in results["mixes"].items()
+        for batching in ("grid", "packed")
+    ]

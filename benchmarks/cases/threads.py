@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -57,3 +58,11 @@ async def _generate(model: Sa3Model, num_threads: int) -> tuple[GenerationResult
         started_at = time.perf_counter()
         result = await engine.generate(_REQUEST)
         return result, time.perf_counter() - started_at
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """What a second CPU thread is worth at the official size."""
+    return [
+        {"threads": count, "work_s_per_audio_s": value, "speedup": results["speedup"][count]}
+        for count, value in results["work_s_per_audio_s"].items()
+    ]

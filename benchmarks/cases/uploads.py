@@ -140,3 +140,17 @@ def probe(
         latencies_ms.append((time.perf_counter() - due_at) * 1000.0)
         due_at += every_s
     return latencies_ms
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """How fast uploads are taken, and what others feel of it."""
+    return [
+        {
+            "side": result["side"],
+            "kind": result["kind"],
+            "pace": result["pace"],
+            "realtime_factor": result["worst_realtime_factor"],
+            "health_p95_ms": result["worst_health_p95_ms"],
+        }
+        for result in results["results"]
+    ]

@@ -1,0 +1,86 @@
+"""Every case by name: where it is, and how it is run and written. Cases are imported when asked for, because most need
+Ray and the web packages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import run
+from benchmarks.cases.run import RunRequest
+from benchmarks.compare.pictures import write_plots, write_table
+from benchmarks.report import write_report
+from benchmarks.settings import CaseSettings
+
+MODES = ("strict", "fast")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`module` of `benchmarks.cases` has `function(settings)`, which returns results, and `rows(results)`, their table.
+
+    `by_mode`: both modes are measured unless one was asked for. `is_bare`: needs neither Ray nor HTTP.
+    """
+
+    module: str
+    function: str
+    by_mode: bool = False
+    is_bare: bool = False
+
+
+CASES: Mapping[str, Case] = {
+    "engine": Case("engine", "run_engine", by_mode=True, is_bare=True),
+    "open": Case("open", "run_open_case", is_bare=True),
+    "simulate": Case("simulate", "run_simulate_case", is_bare=True),
+    "micro": Case("micro", "run_micro_case"),
+    "ladder": Case("ladder", "run_ladder", by_mode=True, is_bare=True),
+    "memory": Case("memory", "run_memory_case", is_bare=True),
+    "prompt-cache": Case("prompt_cache", "run_prompt_cache_case", is_bare=True),
+    "http": Case("http", "run_http_case"),
+    "formats": Case("formats", "run_formats_case"),
+    "overhead": Case("overhead", "run_overhead_case"),
+    "uploads": Case("uploads", "run_uploads_case"),
+    "jobs": Case("jobs", "run_jobs_case"),
+    "jobs-http": Case("jobs_http", "run_jobs_http_case"),
+    "batch": Case("batch", "run_batch_case"),
+    "scale": Case("scale", "run_scale_case"),
+    "overload": Case("overload", "run_overload_case"),
+    "cold-start": Case("cold_start", "run_cold_start_case"),
+    "threads": Case("threads", "run_threads_case", is_bare=True),
+}
+
+
+def measure_case(name: str, settings: CaseSettings, *, out: Path) -> list[dict[str, object]]:
+    """Run a case, write a JSON file per mode, return its table."""
+    case = CASES[name]
+    if not case.by_mode:
+        return _measure(case, settings, path=out / f"{name}.json")
+    modes = (settings.mode,) if settings.mode else MODES
+    tables = [_measure(case, replace(settings, mode=mode), path=out / f"{name}-{mode}.json") for mode in modes]
+    return [row for table in tables for row in table]
+
+
+def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path) -> list[dict[str, object]]:
+    """The case `run`: JSON, a Markdown table, the lists of arrivals and plots. Raises VoidError, OutOfTimeError."""
+    name = f"run-{request.mix}"
+    results = asyncio.run(run.run_comparison(settings, request, folder=out / name))
+    write_report(out, name, settings=asdict(settings), results=results)
+    write_table(out / f"{name}.md", results)
+    if not request.engine_only:  # a machine for that has no matplotlib
+        write_plots(out / name, results)
+    return run.rows(results)
+
+
+def _measure(case: Case, settings: CaseSettings, *, path: Path) -> list[dict[str, object]]:
+    module = importlib.import_module(f"benchmarks.cases.{case.module}")
+    measured = getattr(module, case.function)(settings)
+    results: dict[str, Any] = asyncio.run(measured) if inspect.iscoroutine(measured) else measured
+    write_report(path.parent, path.stem, settings=asdict(settings), results=results)
+    table: list[dict[str, object]] = module.rows(results)
+    return table
