@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.goals import read_standings
+from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.subjects import Bench
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         has_failed |= bool(record.failed)
         if left:
             print(f"part {number}: time is up; start it again for {', '.join(left)}")
+    if options.device.type == "cuda":
+        print("\n".join(str(standing) for standing in read_standings(options.out, GPU_GOALS)))
     return int(has_failed)
 
 

@@ -68,7 +68,8 @@ def summarize(done: Done, *, runs: Sequence[MixRun]) -> dict[str, Any]:
                 for mix, summary in mixes.items()
                 if summary["ratios"]["ours"][other].get(figure)
             }
-    return {**ratios, "void_sides": {mix: summary["void_sides"] for mix, summary in mixes.items()}, "mixes": mixes}
+    void_sides = {mix: summary["void_sides"] for mix, summary in mixes.items()}
+    return {**ratios, "is_void": any(void_sides.values()), "void_sides": void_sides, "mixes": mixes}
 
 
 def _summarize_mix(done: Done, mix: str) -> dict[str, Any]:
