@@ -74,9 +74,10 @@ bench: install ## where we stand: the short form of every goal this machine can 
 bench-gpu: $(if $(filter file,$(origin PY)),install) ## the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one of them; started again it continues)
 	$(PY) -m benchmarks.gpu $(if $(PART),--part $(PART)) --out $(GPU_OUT)
 
-docs: install ## write docs/openapi.json and docs/metrics.md from the application
+docs: install ## write docs/openapi.json and docs/metrics.md from the application, docs/performance.md from the results
 	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json
 	$(PY) -m stable_audio_serve.cli metrics --out docs/metrics.md
+	$(PY) -m benchmarks.page
 
 demo-model: install ## train the demo model from nothing (OUT=demo-run DEVICE=cpu); resumes where it stopped
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \

@@ -143,7 +143,62 @@ _CPU = (
     _run("P5", "demo-wide strict p95 of 8 steps", side="ours-strict", figure="p95_8", bound=0.3),
     _run("P5", "demo-wide strict p95 of 50 steps", side="ours-strict", figure="p95_50", bound=1.7),
     _run("P6", "demo-wide fast goodput", side="ours-fast", figure="goodput", bound=1.2),
+    Goal(
+        "P7",
+        "lone request in process over what is allowed",
+        "http",
+        ("engine_over_allowed_ratio",),
+        1.0,
+        rounds=("engine_over_allowed_ratio_rounds",),
+    ),
+    Goal(
+        "P7",
+        "lone request over HTTP over what is allowed",
+        "http",
+        ("http_over_allowed_ratio",),
+        1.0,
+        rounds=("http_over_allowed_ratio_rounds",),
+    ),
     Goal("P11", "memory growth", "memory", ("memory_rss_growth_share",), 0.02),
+    *(
+        Goal(
+            "P12",
+            f"throughput of 64 in flight over 8, {mode}",
+            f"ladder-{mode}",
+            ("concurrency_throughput_ratio",),
+            0.97,
+            larger_is_better=True,
+            rounds=("concurrency_throughput_ratio_rounds",),
+        )
+        for mode in ("strict", "fast")
+    ),
+    Goal(
+        "P12",
+        "scheduler's share of a step",
+        "ladder-fast",
+        ("scheduler_share_of_step",),
+        0.02,
+        rounds=("scheduler_share_of_step_rounds",),
+    ),
+    Goal(
+        "P12",
+        "scheduler at 256 rows over 32",
+        "micro",
+        ("scheduler_256_over_32_active_ratio",),
+        1.3,
+        rounds=("scheduler_256_over_32_active_ratio_rounds",),
+    ),
+    *(
+        Goal(
+            "P13",
+            f"4x the frames, {mode}",
+            f"ladder-{mode}",
+            ("duration_4x_frames_time_ratio",),
+            4.8,
+            rounds=("duration_4x_frames_time_ratio_rounds",),
+        )
+        for mode in ("strict", "fast")
+    ),
     Goal("P14", "cold start", "cold-start", ("first_audio_over_ray_plus_bare_ratio",), 2.0),
     Goal(
         "P15", "2 stand-in replicas", "scale", ("stand_in", "worst_capacity_over_one", "2"), 1.9, larger_is_better=True
@@ -175,6 +230,18 @@ _CPU = (
     ),
     Goal("P18", "overload refusals p99 (ms)", "overload", ("model", "worst_refusal_p99_ms"), 100.0),
     Goal("P18", "overload normal after (s)", "overload", ("model", "worst_normal_after_s"), 30.0),
+)
+
+# Counted without a GPU.
+_COUNTED = (
+    Goal("P19", "blocking copies in a step", "micro", ("host_blocking_copies_per_step",), 0),
+    Goal("P19", "waits in a step", "micro", ("host_waits_per_step",), 0),
+    Goal("P19", "asynchronous copies in a step", "micro", ("host_asynchronous_copies_per_step",), 1),
+    Goal("P19", "operations that mix devices", "micro", ("host_mix_ups",), 0),
+    Goal("P20", "launches per layer of small", "micro", ("launches_per_layer", "small-music"), 45),
+    Goal("P20", "graph breaks per layer of small", "micro", ("graph_breaks_per_layer", "small-music"), 0),
+    Goal("P23", "bfloat16 over float32 on a CPU", "bfloat16", ("over_float32_ratio",), 0.33),
+    Goal("P23", "two threads over one: throughput", "threads", ("speedup", "2"), 1.67, larger_is_better=True),
 )
 
 # By arithmetic: the real scheduler on a model of an H200.
@@ -211,4 +278,4 @@ _SIMULATED = (
     ),
 )
 
-GOALS: tuple[Goal, ...] = (*_CPU, *_SIMULATED)
+GOALS: tuple[Goal, ...] = (*_CPU, *_COUNTED, *_SIMULATED)

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.cases import run
 from benchmarks.cases.run import RunRequest
-from benchmarks.compare.pictures import write_plots, write_table
+from benchmarks.compare.pictures import format_comparison, write_plots
 from benchmarks.report import write_report
 from benchmarks.settings import CaseSettings
 
@@ -71,7 +71,7 @@ def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path
     name = f"run-{request.mix}"
     results = asyncio.run(run.run_comparison(settings, request, folder=out / name))
     write_report(out, name, settings=asdict(settings), results=results)
-    write_table(out / f"{name}.md", results)
+    (out / f"{name}.md").write_text(format_comparison(results))
     if not request.engine_only:  # a machine for that has no matplotlib
         write_plots(out / name, results)
     return run.rows(results)

@@ -49,12 +49,13 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows with the same keys as aligned columns."""
     if not rows:
         return ""
-    lines = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0])] + [[format_cell(value) for value in row.values()] for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def _cell(value: object) -> str:
+def format_cell(value: object) -> str:
+    """A value in a table; fractions with three decimals."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -16,8 +16,8 @@ _SIZE = (7.0, 4.0)  # inches
 _SUMS = ("total", "stalled")  # parts of, or over, the other stages
 
 
-def write_table(path: Path, results: Mapping[str, Any]) -> None:
-    """One row per side; p95 by steps, and every figure also over the reference's."""
+def format_comparison(results: Mapping[str, Any]) -> str:
+    """Returns a Markdown table, one row per side: p95 by steps, and every figure also over the reference's."""
     reference = results["reference"]
     steps = [name for name in next(iter(results["sides"].values()))["latency"] if name != "all"]
     head = [
@@ -58,7 +58,7 @@ def write_table(path: Path, results: Mapping[str, Any]) -> None:
         f"{results['rate_hz']:.2f} requests a second, {results['load_share']:g} of the capacity of {reference}; in "
         f"brackets over {reference}, with the range of the rounds.\n\n"
     )
-    path.write_text(said + text + "\n")
+    return said + text + "\n"
 
 
 def write_plots(folder: Path, results: Mapping[str, Any]) -> None:
