@@ -58,9 +58,10 @@ SHORT = LadderSizes(
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of the engine with `active` rows: seconds it took, and of these the scheduler's."""
+    """One turn of the engine with `active` rows, `picked` of them: seconds it took, and of these the scheduler's."""
 
     active: int
+    picked: int
     scheduler_s: float
     turn_s: float
 
@@ -76,7 +77,7 @@ class TimedScheduler(Scheduler):
         self._note = note
         self._clock = clock
         self._own_s = 0.0
-        self._turn: tuple[float, int] | None = None  # began at, with so many rows
+        self._turn: tuple[float, int, int] | None = None  # began at, with so many rows, so many of them picked
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         self._timed(partial(super().add, *args, **kwargs))
@@ -87,11 +88,11 @@ class TimedScheduler(Scheduler):
     def pick(self) -> list[RowId]:
         now = self._clock()
         if self._turn is not None:
-            began_at, active = self._turn
-            self._note(Turn(active, self._own_s, now - began_at))
+            began_at, active, num_picked = self._turn
+            self._note(Turn(active, num_picked, self._own_s, now - began_at))
         self._own_s, active = 0.0, len(self)
         picked: list[RowId] = self._timed(super().pick)
-        self._turn = (now, active) if picked else None
+        self._turn = (now, active, len(picked)) if picked else None
         return picked
 
     def _timed(self, run: Callable[[], Any]) -> Any:
@@ -241,25 +242,28 @@ async def _watch_scheduler(
 
 
 def summarize_turns(watched: dict[int, list[list[Turn]]]) -> dict[str, Any]:
-    """From each round's turns by active rows: shares of all time, and the median turn's microseconds."""
+    """From each round's turns by active rows: the scheduler's share of all time, and microseconds of the median turn.
+
+    A fast engine picks more rows where more are active, so they are also stated by picked row.
+    """
     many, few = max(watched), min(watched)
-    shares = {
-        active: [sum(turn.scheduler_s for turn in turns) / sum(turn.turn_s for turn in turns) for turns in rounds]
-        for active, rounds in watched.items()
+    figures: dict[str, Callable[[list[Turn]], float]] = {
+        "share_of_step": lambda turns: sum(t.scheduler_s for t in turns) / sum(t.turn_s for t in turns),
+        "us_per_step": lambda turns: median(t.scheduler_s * 1e6 for t in turns),
+        "us_per_row": lambda turns: median(t.scheduler_s * 1e6 / t.picked for t in turns),
     }
-    median_us = {
-        active: [median(turn.scheduler_s * 1e6 for turn in turns) for turns in rounds]
-        for active, rounds in watched.items()
-    }
-    pairs = list(zip(median_us[many], median_us[few], strict=True))
-    return {
-        "scheduler_active_rows": [many, few],
-        "scheduler_share_of_step": max(max(values) for values in shares.values()),
-        "scheduler_share_of_step_rounds": {str(active): values for active, values in shares.items()},
-        "scheduler_us_per_step": {str(active): median(values) for active, values in median_us.items()},
-        "scheduler_many_over_few_active_ratio": worst_ratio(pairs, larger_is_better=False),
-        "scheduler_turns": {str(active): [len(turns) for turns in rounds] for active, rounds in watched.items()},
-    }
+    results: dict[str, Any] = {"scheduler_active_rows": [many, few]}
+    for name, figure in figures.items():
+        rounds = {active: [figure(turns) for turns in runs] for active, runs in watched.items()}
+        pairs = list(zip(rounds[many], rounds[few], strict=True))
+        results |= {
+            f"scheduler_{name}": {str(active): median(values) for active, values in rounds.items()},
+            f"scheduler_{name}_rounds": {str(active): values for active, values in rounds.items()},
+            f"scheduler_{name}_many_over_few_ratio": worst_ratio(pairs, larger_is_better=False),
+        }
+    results["scheduler_worst_share_of_step"] = max(map(max, results["scheduler_share_of_step_rounds"].values()))
+    results["scheduler_turns"] = {str(active): [len(turns) for turns in runs] for active, runs in watched.items()}
+    return results
 
 
 async def _keep_active(

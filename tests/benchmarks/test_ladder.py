@@ -46,13 +46,15 @@ def test_durations_without_a_quarter_state_no_ratio() -> None:
 
 
 def test_the_scheduler_is_stated_as_a_share_of_time_and_by_the_median_turn() -> None:
-    few = [Turn(32, 0.001, 0.1), Turn(32, 0.002, 0.2), Turn(32, 0.003, 0.3)]
-    many = [Turn(256, 0.003, 0.1), Turn(256, 0.003, 0.1), Turn(256, 0.003, 0.4)]
+    few = [Turn(32, 1, 0.001, 0.1), Turn(32, 2, 0.002, 0.2), Turn(32, 1, 0.003, 0.3)]
+    many = [Turn(256, 2, 0.003, 0.1), Turn(256, 2, 0.003, 0.1), Turn(256, 2, 0.003, 0.4)]
     figures = summarize_turns({32: [few], 256: [many]})
-    assert figures["scheduler_share_of_step_rounds"]["32"] == [pytest.approx(0.006 / 0.6)]
-    assert figures["scheduler_share_of_step"] == pytest.approx(0.009 / 0.6)
+    assert figures["scheduler_share_of_step"] == {"32": pytest.approx(0.006 / 0.6), "256": pytest.approx(0.009 / 0.6)}
+    assert figures["scheduler_worst_share_of_step"] == pytest.approx(0.009 / 0.6)
     assert figures["scheduler_us_per_step"] == {"32": pytest.approx(2000.0), "256": pytest.approx(3000.0)}
-    assert figures["scheduler_many_over_few_active_ratio"] == pytest.approx(1.5)
+    assert figures["scheduler_us_per_step_many_over_few_ratio"] == pytest.approx(1.5)
+    assert figures["scheduler_us_per_row"] == {"32": pytest.approx(1000.0), "256": pytest.approx(1500.0)}
+    assert figures["scheduler_share_of_step_many_over_few_ratio"] == pytest.approx(1.5)
 
 
 def test_a_turn_lasts_from_one_pick_to_the_next_and_an_idle_engine_has_none() -> None:
@@ -72,7 +74,7 @@ def test_a_turn_lasts_from_one_pick_to_the_next_and_an_idle_engine_has_none() ->
     assert scheduler.pick() == []
     clock.now += 50.0  # nothing to do
     assert scheduler.pick() == []
-    assert turns == [Turn(active=1, scheduler_s=0.0, turn_s=2.0)]
+    assert turns == [Turn(active=1, picked=1, scheduler_s=0.0, turn_s=2.0)]
 
 
 async def test_so_many_and_no_more_are_in_flight() -> None:
@@ -111,9 +113,11 @@ async def test_the_whole_ladder_on_the_toy_model(mode: str) -> None:
     assert results["concurrency_in_flight"] == (64, 8)
     assert results["concurrency_throughput_ratio"] > 0
     assert len(results["foreign_cores"]) == 1
-    assert 0 < results["scheduler_share_of_step"] < 1
+    assert 0 < results["scheduler_worst_share_of_step"] < 1
     assert results["scheduler_active_rows"] == [256, 32]
-    assert results["scheduler_many_over_few_active_ratio"] > 0
+    for figure in ("share_of_step", "us_per_step", "us_per_row"):
+        assert set(results[f"scheduler_{figure}"]) == {"256", "32"}
+        assert results[f"scheduler_{figure}_many_over_few_ratio"] > 0
     assert set(results["duration_4x_frames_time_ratio_rounds"]) == {"0.4 s over 0.1 s", "1.6 s over 0.4 s"}
     cells = {(cell["duration_s"], cell["in_flight"]): cell for cell in results["table"]}
     longest_s = ToyModel().spec.card.max_duration_s
