@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.arrivals import draw_arrivals
 from benchmarks.cases.engine import load
-from benchmarks.counting.host_work import KINDS, Setting, count, run_apart
+from benchmarks.counting.host_work import KINDS, REQUESTS, Family, Setting, count, run_apart
 from benchmarks.counting.launches import count_model
 from benchmarks.metrics import worst_ratio
 from benchmarks.settings import CaseSettings
@@ -28,7 +28,7 @@ from stable_audio_serve.audio.encode import AudioFormat, encode_audio, to_pcm16
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.batching import MergedGrid
 from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.options import EngineOptions, Mode
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
 from stable_audio_serve.engine.work import RowWork
@@ -41,6 +41,7 @@ from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.samplers import build_plan
 from stable_audio_serve.sampling.update import advance, network_input
 
+_MODES: tuple[Mode, ...] = ("fast", "strict")
 _ACTIVE = (8, 32, 256)
 _LANES = (8, 32, 64)
 _ROWS, _CHANNELS, _FRAMES = 8, 256, 384  # a step of small: eight rows of 30 s
@@ -54,11 +55,11 @@ class MicroSizes:
     repetitions: int = 1000  # of what takes microseconds, in each round
     slow_repetitions: int = 15  # of what takes milliseconds
     clip_s: float = 10.0  # that is encoded to files
-    kinds: tuple[str, ...] = KINDS  # of requests on the stand-in device
+    kinds: Mapping[Family, tuple[str, ...]] = field(default_factory=lambda: KINDS)  # of requests, on the stand-in
     models: tuple[str, ...] = ("small-music", "medium")  # whose launches are counted
 
 
-SHORT = MicroSizes(repetitions=300, slow_repetitions=7, clip_s=5.0)
+SHORT = MicroSizes(repetitions=300, slow_repetitions=7, clip_s=5.0, kinds=dict.fromkeys(KINDS, REQUESTS))
 
 
 def run_micro_case(settings: CaseSettings, *, sizes: MicroSizes | None = None) -> dict[str, Any]:
@@ -209,10 +210,13 @@ def time_encoders(rounds: int, *, sizes: MicroSizes) -> dict[str, Any]:
     }
 
 
-def count_host_work(kinds: Sequence[str]) -> dict[str, Any]:
+def count_host_work(kinds: Mapping[Family, Sequence[str]]) -> dict[str, Any]:
     """Returns what the host did in every engine call, by kind of request, mode and precision."""
-    settings = [Setting(kind, mode) for mode in ("fast", "strict") for kind in kinds]
-    settings += [Setting(kind, "fast", "float32") for kind in kinds if not kind.startswith("sampler")]
+    settings = []
+    for family, own in kinds.items():
+        for mode in _MODES:
+            settings += [Setting(kind, mode, "float32", family) for kind in own]
+        settings.append(Setting("mixed", "fast", "float16", family))
     return summarize_host_work(list(zip(settings, run_apart(count, settings), strict=True)))
 
 

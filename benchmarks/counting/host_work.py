@@ -1,4 +1,4 @@
-"""The host's work in every kind of engine call, by kind of request: the real engine and a small checkpoint on the
+"""The host's work in every kind of engine call, by kind of request: the real engine and small checkpoints on the
 stand-in device. What a figure may be, the tests and the goals say.
 
 Must run in a process of its own (`stand_in_device` says why): `run_apart` starts one.
@@ -32,16 +32,25 @@ from stable_audio_serve.engine.scheduler import RowId, Scheduler
 from stable_audio_serve.engine.stages import Stages
 from stable_audio_serve.engine.thread import EngineThread
 from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.weights import DTYPES, cast_network
 from stable_audio_serve.sampling.samplers import SAMPLERS
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CHECKPOINT = Path(__file__).parents[2] / "tests/data/goldens/sa3/sharp-s"
-KINDS = ("plain", "guided", "variation", "inpaint", "mixed", *(f"sampler {name}" for name in SAMPLERS))
+Family = Literal["sa3", "open"]
+_GOLDENS = Path(__file__).parents[2] / "tests/data/goldens"
+CHECKPOINTS: dict[Family, Path] = {"sa3": _GOLDENS / "sa3/sharp-s", "open": _GOLDENS / "sao/tiny-1.0"}
+REQUESTS = ("plain", "guided", "variation", "inpaint", "mixed")
+_FAMILY_SAMPLERS: dict[Family, tuple[str, ...]] = {"sa3": tuple(SAMPLERS), "open": V_SAMPLERS}
+KINDS: dict[Family, tuple[str, ...]] = {
+    family: (*REQUESTS, *(f"sampler {name}" for name in samplers)) for family, samplers in _FAMILY_SAMPLERS.items()
+}
 # The engine calls, and the methods in which they happen; a call within another counts apart.
 _CALLS = (
     ("text", Stages, "start"),
@@ -53,17 +62,18 @@ _CALLS = (
 )
 _COUNTED = ("copies_to_device", "copies_to_host", "asynchronous_copies", "waits", "mix_ups", "launches")
 _STEPS = 3
-_DURATION_S = 2.0
+_DURATIONS_S: dict[Family, float] = {"sa3": 2.0, "open": 0.4}  # the second decodes 44,100 samples a second
 _ROWS = 2  # of each request: a step is never of a single row
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is counted: a kind of request (of KINDS) in a mode, with a denoiser of that precision."""
+    """What is counted: a kind of request (of its family's KINDS) in a mode, with a denoiser of that precision."""
 
     kind: str
     mode: Mode = "fast"
     dtype: Literal["float16", "float32"] = "float16"
+    family: Family = "sa3"
 
 
 def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -79,48 +89,48 @@ def count(setting: Setting) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     device = StandInDevice()
-    sections = asyncio.run(_run(make_model(setting.dtype), setting, device=device))
+    sections = asyncio.run(_run(make_model(setting.family, dtype=setting.dtype), setting, device=device))
     return {name: _worst([work for section, work in sections if section == name]) for name, _, _ in _CALLS}
 
 
-def make_model(dtype: str) -> Sa3Model:
-    """Returns the small checkpoint on the stand-in device, its denoiser in `dtype` as on CUDA."""
-    model = load_model(resolve_entry("sharp-s", path=str(CHECKPOINT)))
-    assert isinstance(model, Sa3Model)
+def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
+    """Returns a small checkpoint on the stand-in device, its denoiser in `dtype` as on CUDA."""
+    folder = CHECKPOINTS[family]
+    model = load_model(resolve_entry(folder.name, path=str(folder)))
+    assert isinstance(model, Sa3Model | SaoModel)
     cast_network(model.denoiser, DTYPES[dtype])
-    parts = Sa3Components(
-        text=model.text,
-        prompt=model.prompt,
-        numbers=model.numbers,
-        denoiser=model.denoiser,
-        autoencoder=model.autoencoder,
-    )
-    for module in parts.modules:
+    for module in (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder):
         move(module)
-    return Sa3Model(parts, config=model.config, spec=model.spec, device=DEVICE)
+    model._device = DEVICE
+    if isinstance(model, SaoModel):  # which keeps what follows from its weights, once they are on their device
+        with torch.inference_mode(), StandInDevice():
+            model.autoencoder.resolve_weight_norms()
+    return model
 
 
-def make_requests(kind: str, *, sample_rate_hz: int, seed: int) -> list[GenerationRequest]:
+def make_requests(setting: Setting, *, sample_rate_hz: int, seed: int) -> list[GenerationRequest]:
     """Returns requests whose rows step together. Raises ValueError for an unknown kind."""
+
+    duration_s = _DURATIONS_S[setting.family]
 
     def request(**fields: Any) -> GenerationRequest:
         return GenerationRequest(
             prompt=f"rain on a roof, take {seed}",
-            duration_s=_DURATION_S,
+            duration_s=duration_s,
             seed=seed,
             steps=_STEPS,
             batch_size=_ROWS,
-            duration_padding_s=0.0,
-            **fields,
+            duration_padding_s=0.0 if setting.family == "sa3" else None,
+            **{"cfg_scale": 1.0, **fields},
         )
 
-    noise = np.random.default_rng(0).normal(0.0, 0.1, (2, int(_DURATION_S * sample_rate_hz))).astype(np.float32)
+    noise = np.random.default_rng(0).normal(0.0, 0.1, (2, int(duration_s * sample_rate_hz))).astype(np.float32)
     source = SourceAudio(noise, sample_rate_hz)
     guided = {"cfg_scale": 4.0, "negative_prompt": f"hiss, take {seed}"}
-    inpaint = {"inpaint_audio": source, "inpaint_regions_s": ((0.5, 1.0),)}
-    if kind.startswith("sampler "):
-        return [request(sampler=kind.removeprefix("sampler "))]
-    match kind:
+    inpaint = {"inpaint_audio": source, "inpaint_regions_s": ((duration_s / 4, duration_s / 2),)}
+    if setting.kind.startswith("sampler "):
+        return [request(sampler=setting.kind.removeprefix("sampler "))]
+    match setting.kind:
         case "plain":
             return [request()]
         case "guided":
@@ -130,19 +140,18 @@ def make_requests(kind: str, *, sample_rate_hz: int, seed: int) -> list[Generati
         case "inpaint":
             return [request(**inpaint)]
         case "mixed":
-            return [request(), request(**guided), request(**inpaint), request(sampler="euler")]
-    raise ValueError(f"unknown kind of request {kind!r}")
+            unlike = _FAMILY_SAMPLERS[setting.family][-2]  # of those that are not the family's default
+            return [request(), request(**guided), request(**inpaint), request(sampler=unlike)]
+    raise ValueError(f"unknown kind of request {setting.kind!r}")
 
 
-async def _run(model: Sa3Model, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
+async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
     """Send the same requests twice; returns the sections of the second time."""
     # No warm-up, whose measured times would decide which rows share a step; all rows fit into one.
     options = EngineOptions(mode=setting.mode, warmup_budget_s=0.0, fixed_share=0.001)
     num_before = 0
     with _sections(device):
-        requests = [
-            make_requests(setting.kind, sample_rate_hz=model.spec.card.sample_rate_hz, seed=seed) for seed in (0, 1)
-        ]
+        requests = [make_requests(setting, sample_rate_hz=model.spec.card.sample_rate_hz, seed=seed) for seed in (0, 1)]
         num_rows = sum(request.batch_size for request in requests[0])
         async with _StandInEngine(model, options, device=device, num_rows=num_rows) as engine:
             for some in requests:
@@ -154,7 +163,7 @@ async def _run(model: Sa3Model, setting: Setting, *, device: StandInDevice) -> l
 class _StandInEngine(Engine):
     """An engine whose thread works on a stand-in device and begins when `num_rows` rows wait."""
 
-    def __init__(self, model: Sa3Model, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
+    def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
         self._stand_in = device
         super().__init__(model, options, scheduler=partial(_Together, num_rows=num_rows))
 

@@ -82,14 +82,15 @@ DENOISE = {
     "guided": (10, 1, 249),
     "variation": (7, 1, 195),
     "inpaint": (7, 1, 199),
-    "mixed": (10, 1, 283),
+    "mixed": (10, 1, 295),
     "sampler euler": (6, 1, 193),
     "sampler rk4": (6, 1, 199),
     "sampler dpmpp": (6, 1, 199),
     "sampler pingpong": (7, 1, 195),
 }
 OTHERS = {"text": (2, 3, 194), "begin": (3, 0, 58), "encode": (1, 1, 192), "finish": (0, 1, 5), "decode": (6, 1, 221)}
-STRICT = {**OTHERS, "text": (4, 5, 336), "denoise": (10, 1, 259), "decode": (6, 1, 1200)}
+OPEN = {"guided": (11, 1, 136), "inpaint": (10, 1, 141)}  # of Stable Audio Open
+STRICT = {**OTHERS, "text": (4, 5, 336), "denoise": (10, 1, 271), "decode": (6, 1, 1200)}
 
 
 def _count_by_hand(name: str) -> tuple[tuple[int, ...], list[str]]:
@@ -117,6 +118,10 @@ def _use_outside(_: object) -> str:
     return "it worked"
 
 
+def name_of(setting: Setting) -> str:
+    return " ".join((setting.family, setting.kind, setting.mode, setting.dtype))
+
+
 def _run(call: tuple[Callable[[Any], Any], Any]) -> Any:
     function, argument = call
     return function(argument)
@@ -125,11 +130,12 @@ def _run(call: tuple[Callable[[Any], Any], Any]) -> Any:
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
     """What a process of its own makes of everything, in this order."""
-    settings = [Setting(kind) for kind in KINDS]
+    settings = [Setting(kind) for kind in KINDS["sa3"]]
     settings += [Setting("mixed", "strict"), Setting("plain", "fast", "float32")]
+    settings += [Setting(kind, "fast", "float32", "open") for kind in OPEN]
     calls: dict[str, tuple[Callable[[Any], Any], Any]] = {
         **{name: (_count_by_hand, name) for name in BY_HAND},
-        **{f"{setting.kind} {setting.mode} {setting.dtype}": (count, setting) for setting in settings},
+        **{name_of(setting): (count, setting) for setting in settings},
         "patched": (_what_is_patched, None),
         "outside": (_use_outside, None),
     }
@@ -159,34 +165,39 @@ def test_a_stand_in_tensor_is_of_no_use_outside(results: dict[str, Any]) -> None
 
 
 def test_no_operation_mixes_devices(results: dict[str, Any]) -> None:
-    counted = {name: figures for name, figures in results.items() if name.startswith(tuple(KINDS))}
+    counted = {name: figures for name, figures in results.items() if name.startswith(("sa3 ", "open "))}
     mixed = {
         (name, call): work["origins"]
         for name, figures in counted.items()
         for call, work in figures.items()
         if work["mix_ups"]
     }
-    assert len(counted) == len(KINDS) + 2
+    assert len(counted) == len(KINDS["sa3"]) + 2 + len(OPEN)
     assert mixed == {}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISE)
 def test_a_step_waits_and_copies_no_more_than_today(kind: str, results: dict[str, Any]) -> None:
-    assert_within(results[f"{kind} fast float16"]["denoise"], DENOISE[kind])
+    assert_within(results[f"sa3 {kind} fast float16"]["denoise"], DENOISE[kind])
 
 
 def test_full_precision_needs_no_more(results: dict[str, Any]) -> None:
-    assert_within(results["plain fast float32"]["denoise"], (7, 1, 152))
+    assert_within(results["sa3 plain fast float32"]["denoise"], (7, 1, 152))
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_a_step_of_stable_audio_open_waits_and_copies_no_more_than_today(kind: str, results: dict[str, Any]) -> None:
+    assert_within(results[f"open {kind} fast float32"]["denoise"], OPEN[kind])
 
 
 @pytest.mark.parametrize("call", OTHERS)
 def test_other_calls_wait_and_copy_no_more_than_today(call: str, results: dict[str, Any]) -> None:
-    assert_within(results["mixed fast float16"][call], OTHERS[call])
+    assert_within(results["sa3 mixed fast float16"][call], OTHERS[call])
 
 
 @pytest.mark.parametrize("call", STRICT)
 def test_strict_calls_wait_and_copy_no_more_than_today(call: str, results: dict[str, Any]) -> None:
-    assert_within(results["mixed strict float16"][call], STRICT[call])
+    assert_within(results["sa3 mixed strict float16"][call], STRICT[call])
 
 
 def assert_within(work: dict[str, Any], most: tuple[int, int, int]) -> None:
