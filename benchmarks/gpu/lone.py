@@ -22,7 +22,6 @@ from stable_audio_serve.engine import Engine
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, StepBatch
 from stable_audio_serve.sampling import SeededNoise
 
-_WATCHED_STEPS = 2
 _LAUNCHES = {row.model: row for row in reversed(CLIPS)}  # the shortest clip of each model
 
 
@@ -144,7 +143,8 @@ def _measure_clip(bench: Bench, row: ClipRow) -> dict[str, Any]:
 def _measure_launches(bench: Bench, row: ClipRow) -> dict[str, Any]:
     """Everything between the beginning of one denoiser call and that of the next: network, guidance, update."""
     model = bench.model(row.model)
-    watch = StepWatch(bench.device, skip=1, steps=_WATCHED_STEPS, per_trace=_WATCHED_STEPS, operators=True)
+    steps = bench.sizes.watched_steps
+    watch = StepWatch(bench.device, skip=1, steps=steps, per_trace=steps, operators=True)
 
     async def watch_one() -> None:
         async with Engine(WatchedModel(model, watch), bench.options) as engine:
@@ -154,7 +154,7 @@ def _measure_launches(bench: Bench, row: ClipRow) -> dict[str, Any]:
     bench.run(watch_one())
     if not watch.finished.is_set():
         raise RuntimeError("the request ended before its steps were seen")
-    trace, steps = watch.traces[0], watch.steps_in_traces[0]
+    trace = watch.traces[0]
     return {
         "clip": row.name,
         "counted": trace.counted,

@@ -40,6 +40,7 @@ class Sizes:
     repeats: int = 20  # of one call, at most
     repeat_s: float = 2.0  # no further repeat after so many seconds ...
     least_repeats: int = 3  # ... but so many
+    watched_steps: int = 2  # of a request alone, whose launches are counted
     profiled_steps: int = 200
     steps_per_trace: int = 25
     crowd: int = 16  # clips at once where eight rows or more share the device
@@ -63,9 +64,9 @@ class Sizes:
 
 
 TINY = Sizes(
-    repeats=1, repeat_s=0.0, least_repeats=1, profiled_steps=4, steps_per_trace=2, crowd=2, active=2,
+    watched_steps=1, repeats=1, repeat_s=0.0, least_repeats=1, profiled_steps=4, steps_per_trace=2, crowd=2, active=2,
     settled_requests=1, requests=2, few_rows=(1, 2), full_rows=3, pilot_requests=1, compared_clips=1, rounds=1,
-    run_s=0.0, least_requests=2, most_requests=2, probes=1, soak_s=0.0, duration_share=1 / 100, most_steps=8,
+    run_s=0.0, least_requests=2, most_requests=2, probes=1, soak_s=0.0, duration_share=1 / 100, most_steps=4,
     warmup_s=0.01, models=("small", "open"),
 )  # fmt: skip
 
