@@ -101,4 +101,4 @@ def resident_bytes() -> int:
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
     """Memory after so many requests."""
-    return [{"requests": results["memory_after_requests"], "rss_growth": results["memory_rss_growth_share"]}]
+    return [{"requests": results["memory_requests"], "rss_growth": results["memory_rss_growth_share"]}]
