@@ -94,10 +94,12 @@ def time_scheduler(rounds: int, repetitions: int) -> dict[str, Any]:
     works = dict(enumerate(draw_works(_ACTIVE[-1])))
     picked = [works[row_id].lane for row_id in schedulers[_ACTIVE[-1]].pick()]
     step_us = 1000.0 * sum(device.step_ms(call.rows, call.frames) for call in policy.split(picked))
+    num_picked = {str(active): len(scheduler.pick()) for active, scheduler in schedulers.items()}
     pairs = list(zip(pick_us["256"], pick_us["32"], strict=True))
     return {
         "scheduler_pick_us": medians(pick_us),
-        "scheduler_picked_rows": {str(active): len(scheduler.pick()) for active, scheduler in schedulers.items()},
+        "scheduler_picked_rows": num_picked,
+        "scheduler_pick_us_per_picked_row": {name: us / num_picked[name] for name, us in medians(pick_us).items()},
         "scheduler_256_over_32_active_ratio": worst_ratio(pairs, larger_is_better=False),
         "scheduler_256_over_32_active_ratio_rounds": [many / few for many, few in pairs],
         "scheduler_share_of_captured_step": max(pick_us["256"]) / step_us,

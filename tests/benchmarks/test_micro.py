@@ -56,6 +56,8 @@ def test_the_scheduler_is_timed_by_active_rows() -> None:
     ratio = figures["scheduler_pick_us"]["256"] / figures["scheduler_pick_us"]["32"]
     assert figures["scheduler_256_over_32_active_ratio"] == pytest.approx(ratio)
     assert figures["scheduler_share_of_captured_step"] > 0
+    by_row = figures["scheduler_pick_us"]["8"] / figures["scheduler_picked_rows"]["8"]
+    assert figures["scheduler_pick_us_per_picked_row"]["8"] == pytest.approx(by_row)
 
 
 def test_tensor_work_and_files_are_timed() -> None:
