@@ -32,6 +32,11 @@ class Batcher(Generic[Item, Result]):
         self._waiting.put_nowait((item, future))
         return await future
 
+    def close(self) -> None:
+        """Stop; calls that wait are never answered."""
+        if self._worker is not None:
+            self._worker.cancel()
+
     async def _work(self) -> None:
         while True:
             batch = [await self._waiting.get()]

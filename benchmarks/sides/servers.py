@@ -86,6 +86,9 @@ class StaticServer:
         return await self._queues[key](request)
 
     async def close(self) -> None:
+        for queue in self._queues.values():
+            if isinstance(queue, Batcher):
+                queue.close()
         await asyncio.to_thread(self._pipeline.close)
 
     async def _run(self, requests: list[GenerationRequest]) -> Sequence[GenerationResult]:
