@@ -41,7 +41,7 @@ CASES: Mapping[str, Case] = {
     "micro": Case("micro", "run_micro_case"),
     "ladder": Case("ladder", "run_ladder", by_mode=True, is_bare=True),
     "memory": Case("memory", "run_memory_case", is_bare=True),
-    "prompt-cache": Case("prompt_cache", "run_prompt_cache_case", is_bare=True),
+    "prompt-cache": Case("prompt_cache", "run_prompt_cache", is_bare=True),
     "http": Case("http", "run_http_case"),
     "formats": Case("formats", "run_formats_case"),
     "overhead": Case("overhead", "run_overhead_case"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arrivals import draw_arrivals, to_request
-from benchmarks.cases.engine import describe_model
+from benchmarks.cases.engine import describe_model, load
 from benchmarks.client import send_in_flight, send_one_after_another
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.metrics import NullMetrics
@@ -79,6 +79,11 @@ async def _compare_cold_and_warm(model: DiffusionModel, options: EngineOptions, 
         if not np.array_equal(first.audio[0], second.audio[0]):
             raise RuntimeError("audio differs between a cold and a warm prompt cache")
     return len(requests)
+
+
+async def run_prompt_cache(settings: CaseSettings) -> dict[str, Any]:
+    """`run_prompt_cache_case` on the model of these settings."""
+    return await run_prompt_cache_case(load(settings), settings)
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

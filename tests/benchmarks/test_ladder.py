@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,7 @@ from benchmarks.cases.scheduler_watch import TimedScheduler, Turn, WatchLimits, 
 from benchmarks.client import send_in_flight
 from benchmarks.compare.asking import Answer
 from benchmarks.compare.playing import Record
+from benchmarks.registry import CASES
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine.scheduler import RowId, SchedulerLimits
@@ -242,3 +245,10 @@ def test_a_cold_start_is_compared_with_what_cannot_be_left_out() -> None:
     again = {"first_audio_s": 9.0, "stages_s": {"ray": 1.0}}
     assert first_audio_ratio([first, again], bare_s=4.0) == 2.0
     assert first_audio_ratio([again], bare_s=5.0) == 1.5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_run_with_the_settings_alone_and_has_a_table(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.cases.{CASES[name].module}")
+    inspect.signature(getattr(module, CASES[name].function)).bind(CaseSettings())
+    inspect.signature(module.rows).bind({})
