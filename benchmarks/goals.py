@@ -1,4 +1,4 @@
-"""The goals as data, and one line per goal that says where we stand: `P4 demo-wide fast 0.66 (0.62-0.71) <= 0.70 ok`.
+"""The goals as data, and one line per goal that says where we stand: `P4 demo-wide fast 0.66 (0.62-0.71, n 72) <= 0.70 ok`.
 
 Reads result files only. A goal is met by its value; where the value misses but its interval reaches the bound, the line
 says `close`; `MISS` means that the whole interval misses. What no file holds is `not measured`.
@@ -26,6 +26,7 @@ class Goal:
     bound: float
     larger_is_better: bool = False
     rounds: tuple[str, ...] | None = None
+    count: tuple[str, ...] | None = None  # leads to the number of requests behind the figure
 
     @property
     def sign(self) -> str:
@@ -42,6 +43,7 @@ class Standing:
     low: float | None = None
     high: float | None = None
     is_void: bool = False
+    count: int | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -59,8 +61,10 @@ class Standing:
         bound = f"{goal.sign} {_number(goal.bound)}"
         if self.value is None or self.low is None or self.high is None:
             return f"{goal.id} {goal.what} {bound} not measured"
-        interval = "" if self.low == self.high else f" ({_number(self.low)}-{_number(self.high)})"
-        return f"{goal.id} {goal.what} {_number(self.value)}{interval} {bound} {self.verdict}"
+        known = [] if self.low == self.high else [f"{_number(self.low)}-{_number(self.high)}"]
+        known += [] if self.count is None else [f"n {self.count}"]
+        brackets = f" ({', '.join(known)})" if known else ""
+        return f"{goal.id} {goal.what} {_number(self.value)}{brackets} {bound} {self.verdict}"
 
     def _meets(self, value: float) -> bool:
         return value >= self.goal.bound if self.goal.larger_is_better else value <= self.goal.bound
@@ -82,11 +86,12 @@ def _stand(goal: Goal, results: Mapping[str, Any] | None) -> Standing:
     if results is None or found is None:
         return Standing(goal)
     is_void = bool(results.get("is_void"))
+    count = None if goal.count is None else _find(results, goal.count)
     if isinstance(found, Mapping):
-        return Standing(goal, found["value"], found["low"], found["high"], is_void)
+        return Standing(goal, found["value"], found["low"], found["high"], is_void, count)
     rounds = [found] if goal.rounds is None else _numbers(_find(results, goal.rounds))
     value = float(found)
-    return Standing(goal, value, min(value, *rounds), max(value, *rounds), is_void)
+    return Standing(goal, value, min(value, *rounds), max(value, *rounds), is_void, count)
 
 
 def _find(results: Any, path: Sequence[str]) -> Any:
@@ -116,12 +121,14 @@ def _number(value: float) -> str:
 
 def _run(id: str, what: str, *, side: str, figure: str, bound: float, over: str = "lock") -> Goal:
     mix, _, _ = what.partition(" ")
-    return Goal(id, what, f"run-{mix}", ("ratios", side, over, figure), bound, figure in ("capacity", "goodput"))
+    path, larger_is_better = ("ratios", side, over, figure), figure in ("capacity", "goodput")
+    return Goal(id, what, f"run-{mix}", path, bound, larger_is_better, count=("num_requests",))
 
 
 def _simulated(id: str, what: str, *, figure: str, bound: float, batching: str = "grid") -> Goal:
     mix, _, _ = what.partition(" ")
-    return Goal(id, what, "simulate", ("mixes", mix, batching, figure), bound, figure.startswith("capacity"))
+    path, larger_is_better = ("mixes", mix, batching, figure), figure.startswith("capacity")
+    return Goal(id, what, "simulate", path, bound, larger_is_better, count=("mixes", mix, "num_requests"))
 
 
 _CAPACITY, _P95 = "capacity_over_lock_ratio", "p95_over_lock_ratio"
@@ -246,8 +253,22 @@ _COUNTED = (
 
 # By arithmetic: the real scheduler on a model of an H200.
 _SIMULATED = (
-    Goal("P21", "shapes of a day of small-mixed", "simulate", ("days", "small-mixed", "num_shapes"), 128),
-    Goal("P21", "shapes of a day of medium-mixed", "simulate", ("days", "medium-mixed", "num_shapes"), 128),
+    Goal(
+        "P21",
+        "shapes of a day of small-mixed",
+        "simulate",
+        ("days", "small-mixed", "num_shapes"),
+        128,
+        count=("days", "small-mixed", "num_requests"),
+    ),
+    Goal(
+        "P21",
+        "shapes of a day of medium-mixed",
+        "simulate",
+        ("days", "medium-mixed", "num_shapes"),
+        128,
+        count=("days", "medium-mixed", "num_requests"),
+    ),
     _simulated("P22", "equal-5s capacity", figure=_CAPACITY, bound=4.0),
     _simulated("P22", "small-8 capacity", figure=_CAPACITY, bound=2.0),
     _simulated("P22", "small-mixed capacity", figure=_CAPACITY, bound=1.4),

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.pictures import format_comparison
-from benchmarks.goals import Standing, read_standings
+from benchmarks.goals import GOALS, Standing, read_standings
+from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.registry import CASES, MODES
 from benchmarks.report import format_cell
 
@@ -37,6 +38,10 @@ def render(results: Path = RESULTS) -> str:
     parts = [_HEAD]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         parts += _machine(folder)
+    if not any(path.name.startswith("gpu") for path in results.iterdir()):
+        parts.append(
+            f"## One H200\n\nNot measured yet: `make bench-gpu`. The goals there:\n\n{_goals([Standing(goal) for goal in GPU_GOALS])}"
+        )
     return "\n".join(parts)
 
 
@@ -55,7 +60,7 @@ def _machine(folder: Path) -> Iterator[str]:
         "bound, `MISS` that it does not. P21, P22 and P24 are arithmetic: the engine's own scheduling on a model of "
         "an H200. What needs a GPU and has not been measured says so.\n"
     )
-    yield _goals(read_standings(folder))
+    yield _goals(read_standings(folder, GPU_GOALS if folder.name.startswith("gpu") else GOALS))
     for name, report in reports.items():
         if name.startswith("run-"):
             yield f"### {name.removeprefix('run-')}: all sides\n"
@@ -88,8 +93,10 @@ def _goals(standings: Sequence[Standing]) -> str:
         interval = (
             "" if standing.low == standing.high else f"{format_cell(standing.low)} to {format_cell(standing.high)}"
         )
-        rows.append([goal.id, goal.what, value, interval, f"{goal.sign} {goal.bound:g}", standing.verdict])
-    return _table([["goal", "what", "value", "rounds", "bound", "state"]], rows)
+        rows.append(
+            [goal.id, goal.what, value, interval, standing.count or "", f"{goal.sign} {goal.bound:g}", standing.verdict]
+        )
+    return _table([["goal", "what", "value", "rounds", "n", "bound", "state"]], rows)
 
 
 def _table(head: Sequence[Sequence[object]], rows: Sequence[Sequence[object]]) -> str:

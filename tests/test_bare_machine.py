@@ -30,12 +30,13 @@ def test_engine_models_and_sampling_import(bare_machine: BareMachine) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_benchmark_runs(bare_machine: BareMachine, tmp_path: Path) -> None:
+def test_sides_are_compared_in_one_process(bare_machine: BareMachine, tmp_path: Path) -> None:
     bare_machine.run(
-        "-m", "benchmarks", "engine", "--mode", "fast", "--rounds", "1",
-        "--model", str(SA3_GOLDENS / "sharp-s"), "--out", str(tmp_path),
+        "-m", "benchmarks", "run", "--engine-only", "--against", "lock,static,ours", "--mix", "demo-fast",
+        "--count", "4", "--rounds", "1", "--model", str(SA3_GOLDENS / "sharp-s"), "--out", str(tmp_path),
     )  # fmt: skip
-    assert json.loads((tmp_path / "engine-fast.json").read_text())["results"]["throughput_ratio"] > 0
+    results = json.loads((tmp_path / "run-demo-fast.json").read_text())["results"]
+    assert results["ratios"]["ours"]["lock"]["capacity"]["value"] > 0
 
 
 @pytest.mark.slow
