@@ -20,12 +20,12 @@ from benchmarks.settings import CaseSettings
 _SIDES = ("lock", "static", "ours-strict", "ours-fast")
 _ROUNDS = 2  # of the short form
 _SHORT_RUNS = (
-    RunRequest("demo-wide", _SIDES, count=36, goodput_trials=2),
-    RunRequest("demo-fast", _SIDES, count=80, goodput_trials=0),
+    RunRequest("demo-wide", _SIDES, count=30, goodput_trials=3, goodput_of=("lock", "ours-fast")),
+    RunRequest("demo-fast", _SIDES, count=60, goodput_trials=0),
 )
 _FULL_RUNS = (RunRequest("demo-wide", _SIDES), RunRequest("demo-fast", _SIDES))
 _CASES = ("simulate", "micro", "ladder", "memory", "prompt-cache", "http", "formats", "scale", "overload", "cold-start")
-_ONCE = ("ladder", "memory", "scale", "overload", "cold-start")  # one round in the short form
+_ONCE = ("micro", "ladder", "http", "formats", "scale", "overload", "cold-start")  # one round in the short form
 
 
 def run_bench(settings: CaseSettings, *, out: Path) -> int:

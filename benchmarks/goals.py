@@ -1,4 +1,4 @@
-"""The goals as data, and one line per goal that says where we stand: `P4 demo-wide fast 0.66 (0.62-0.71, n 72) <= 0.70 ok`.
+"""The goals as data, and a line per goal that says where we stand: `P4 demo-wide p95 0.66 (0.62-0.71, n 72) <= 0.7 ok`.
 
 Reads result files only. A goal is met by its value; where the value misses but its interval reaches the bound, the line
 says `close`; `MISS` means that the whole interval misses. What no file holds is `not measured`.

@@ -39,9 +39,11 @@ def render(results: Path = RESULTS) -> str:
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         parts += _machine(folder)
     if not any(path.name.startswith("gpu") for path in results.iterdir()):
-        parts.append(
-            f"## One H200\n\nNot measured yet: `make bench-gpu`. The goals there:\n\n{_goals([Standing(goal) for goal in GPU_GOALS])}"
-        )
+        parts += [
+            "## One H200\n",
+            "Not measured yet: `make bench-gpu`.\n",
+            _goals([Standing(goal) for goal in GPU_GOALS]),
+        ]
     return "\n".join(parts)
 
 

@@ -41,11 +41,11 @@ class LadderSizes:
 
 FULL = LadderSizes()
 SHORT = LadderSizes(
-    in_flight=(1, 8, 64),
-    durations_s=(1.0, 4.0, 10.0),
+    in_flight=(1, 8),
+    durations_s=(1.0, 10.0),
     lone_s=(1.0, 2.5, 4.0, 10.0),
-    requests=16,
-    compared_requests=96,
+    requests=8,
+    compared_requests=80,
     lone_clips=3,
     watch=WatchLimits(turns=40),
 )

@@ -47,6 +47,7 @@ class RunRequest:
     engine_only: bool = False
     count: int | None = None
     goodput_trials: int | None = None
+    goodput_of: tuple[str, ...] | None = None  # these sides only
     attempts: int = 4
     budget_s: float = float("inf")
 
@@ -77,6 +78,7 @@ async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder:
         count=request.count or count,
         rounds=settings.rounds,
         goodput_trials=goodput_trials if request.goodput_trials is None else request.goodput_trials,
+        goodput_of=request.goodput_of or request.sides,
         largest_difference=None if request.url else LARGEST_DIFFERENCE,
     )
     about = {"settings": asdict(settings), "options": asdict(options), "engine_only": request.engine_only}

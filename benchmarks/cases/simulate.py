@@ -52,7 +52,7 @@ class SimulationSizes:
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
-SHORT = SimulationSizes(small=700, other=400, hour=60)
+SHORT = SimulationSizes(small=400, other=200, hour=40)
 
 
 def run_simulate_case(settings: CaseSettings, sizes: SimulationSizes | None = None) -> dict[str, Any]:

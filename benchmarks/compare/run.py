@@ -23,7 +23,7 @@ from benchmarks.compare.playing import Record, play, read_records, write_records
 from benchmarks.compare.quiet import watching
 from benchmarks.compare.summary import summarize_sides
 
-_PROBES_PER_CLASS = 4
+_PROBES_PER_CLASS = 3
 _GOODPUT_RANGE = (0.2, 1.2)  # of the side's own capacity
 
 
@@ -42,6 +42,7 @@ class RunOptions:
     rounds: int = 3
     load_share: float = 0.8
     goodput_trials: int = 6
+    goodput_of: tuple[str, ...] | None = None  # None: all sides
     largest_difference: float | None = LARGEST_DIFFERENCE  # of outputs; None: they cannot be compared
 
 
@@ -88,7 +89,7 @@ class Run:
         brackets: dict[str, Bracket] = {}
         if options.goodput_trials:
             probes = read_records(alone["records"][reference])
-            for name in options.sides:
+            for name in options.goodput_of or options.sides:
                 own_rps = median(capacity_rps(one.records[name]) for one in bursts)
                 brackets[name] = await self._bisect(name, own_rps=own_rps, probes=probes)
         return {
