@@ -7,11 +7,14 @@ All sides are models of one server, each with a fixed number of replicas, so tha
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from benchmarks.arrivals import Arrival, draw_arrivals
 from benchmarks.cases.engine import resolve_model
@@ -31,6 +34,8 @@ _MODEL_MIX = "demo-wide"
 _SEED = 1
 _IN_PROGRESS = 10_000  # no bound of ours may refuse a burst
 _WARM_UP_PER_REPLICA = 4
+_START_TIMEOUT_S = 300.0
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +232,21 @@ def _replicas(settings: CaseSettings, counts: Sequence[int], *, import_path: str
             import_path=import_path,
         )
         with running_server(path) as server, load_generator(server.url) as client:
+            _wait_for_all(server, counts)  # the server is ready with one of each
             yield _Side(server, client, entry=entry, is_timed=import_path == _STAND_IN)
+
+
+def _wait_for_all(server: Server, counts: Sequence[int]) -> None:
+    """Wait until every replica runs. Raises RuntimeError if that takes too long."""
+    ends_at = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        models = httpx.get(f"{server.url}/health", trust_env=False).raise_for_status().json()["models"]
+        missing = [count for count in counts if models[_name(count)]["num_replicas"] < count]
+        if not missing:
+            return
+        if time.monotonic() > ends_at:
+            raise RuntimeError(f"not all of {missing} replicas came up within {_START_TIMEOUT_S:.0f} s")
+        time.sleep(_LOOK_S)
 
 
 def _name(count: int) -> str:
