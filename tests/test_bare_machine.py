@@ -53,7 +53,9 @@ def test_make_test_gpu_runs_there_without_installing(bare_machine: BareMachine, 
 
 
 def test_make_test_gpu_with_an_interpreter_of_its_own_needs_no_environment(bare_machine: BareMachine) -> None:
-    planned = bare_machine.run_command("make", "--dry-run", "--always-make", "test-gpu", "PY=python3", "OUT=there")
+    planned = bare_machine.run_command(
+        "make", "--no-print-directory", "--dry-run", "--always-make", "test-gpu", "PY=python3", "OUT=there"
+    )
     assert planned.split("\n", 1)[0].startswith("python3 -m pytest")
     assert "there/tests.xml" in planned
     assert len(planned.strip().splitlines()) == 1, planned
