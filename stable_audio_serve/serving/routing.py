@@ -38,9 +38,9 @@ class FewestInProgressRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  #
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Serve calls this when a request leaves for a replica."""
         super().on_send_request(replica_id)
-        chosen_at = self._chosen_at[replica_id] or min(filter(None, self._chosen_at.values()), default=None)
-        if chosen_at:  # its own, or the oldest: that replica was full or too slow to tell its queue
-            chosen_at.popleft()
+        waiting = [chosen_at for chosen_at in self._chosen_at.values() if chosen_at]
+        if waiting:  # its own choice, or the oldest: that replica was full or too slow to tell its queue
+            (self._chosen_at[replica_id] or min(waiting)).popleft()
         self._in_progress[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
