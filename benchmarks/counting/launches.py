@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from benchmarks.counting import operations
-from stable_audio_serve.models.blocks import attend
+from stable_audio_serve.models.blocks import Padded
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
@@ -178,13 +177,14 @@ def count_graph_breaks(denoiser: Denoiser, config: Sa3Config) -> int:
     rows, frames, width = 2, 64, config.denoiser.width
     num_tokens = frames + config.denoiser.num_memory_tokens
     row = collate([make_conditioning(denoiser, config)] * rows, num_frames=frames)
-    mask = torch.empty(rows, 1, 1, num_tokens, dtype=torch.bool, device=META)
+    valid = torch.empty(rows, frames, dtype=torch.bool, device=META)
+    layout = Padded(frames, num_prefix=config.denoiser.num_memory_tokens, valid=valid)
     with torch.inference_mode():
         explained = torch._dynamo.explain(denoiser.transformer.layers[0])(
             torch.empty(rows, num_tokens, width, dtype=denoiser.dtype, device=META),
             torch.empty(rows, 6 * width, dtype=denoiser.dtype, device=META),
-            rotary=denoiser.transformer.rotary_pos_emb(num_tokens),
-            attend_fn=partial(attend, mask=mask),
+            layout=layout,
+            rotary=layout.rotary(denoiser.transformer.rotary_pos_emb),
             context=row.context[0] if row.context is not None else None,
             local=row.local[0] if row.local is not None else None,
         )

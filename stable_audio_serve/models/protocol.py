@@ -30,6 +30,7 @@ class ModelSpec:
     default_sampler: str
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
     pads_rows: bool = True  # the network leaves invalid frames out; otherwise rows of equal length only share a call
+    packs_rows: bool = False  # the network takes packed batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +141,19 @@ class RowConditioning:
 class StepBatch:
     """Rows that step together; a guided row appears twice, once per branch.
 
-    `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool: invalid frames are neither queries
-    nor keys, and their output is unspecified. F is at least every row's frames.
+    Padded: `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool: invalid frames are neither
+    queries nor keys, and their output is unspecified. F is at least every row's frames.
+
+    Packed, for a model whose spec says `packs_rows`: `x` (1, D, N) holds the rows' `frames` one after another, of which
+    each row's first `valid_frames` are valid; `valid` is None. Equal lengths side by side are faster.
     """
 
     x: Tensor
     t: Tensor
-    valid: Tensor
+    valid: Tensor | None
     branches: Sequence[BranchConditioning]
+    frames: tuple[int, ...] = ()
+    valid_frames: tuple[int, ...] = ()
 
 
 class DiffusionModel(Protocol):
@@ -190,7 +196,10 @@ class DiffusionModel(Protocol):
         ...
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns network output (B, D, F) float32, velocity or v as the plan's sampler expects; row-independent."""
+        """Returns network output (B, D, F) float32, velocity or v as the plan's sampler expects; row-independent.
+
+        Of a packed batch (1, D, N).
+        """
         ...
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

@@ -11,7 +11,9 @@ from stable_audio_serve.models.blocks.attention import (
 )
 from stable_audio_serve.models.blocks.feedforward import FeedForward, sine
 from stable_audio_serve.models.blocks.fourier import ExpoFourier
+from stable_audio_serve.models.blocks.layouts import Layout, Padded
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS, DyT, RMSNorm, build_head_norm
+from stable_audio_serve.models.blocks.packed import Packed, join_local, packed_layout
 from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, RotaryTable, rotate
 
 __all__ = [
@@ -21,6 +23,9 @@ __all__ = [
     "DyT",
     "ExpoFourier",
     "FeedForward",
+    "Layout",
+    "Packed",
+    "Padded",
     "RMSNorm",
     "RotaryEmbedding",
     "RotaryTable",
@@ -28,6 +33,8 @@ __all__ = [
     "attend",
     "attend_band",
     "build_head_norm",
+    "join_local",
+    "packed_layout",
     "rotate",
     "sine",
 ]

@@ -106,14 +106,14 @@ class CrossAttention(nn.Module):
         key = torch.cat([split_heads(part, self.num_heads) for part in keys], dim=1)
         return self.k_norm(key), split_heads(values, self.num_heads)
 
-    def forward(self, x: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend = attend) -> Tensor:
         """(B, N, width) -> (B, N, width); every context token is seen. Zero keys and values give exactly zero."""
         queries = self.to_q(x).chunk(2 if self.differential else 1, dim=-1)
         q = self.q_norm(torch.cat([split_heads(part, self.num_heads) for part in queries], dim=1))
         if self.differential:
-            out = _subtract(attend(q, key, torch.cat([value, value], dim=1)))
+            out = _subtract(attend_fn(q, key, torch.cat([value, value], dim=1)))
         else:
-            out = attend(q, key, value)
+            out = attend_fn(q, key, value)
         return self.to_out(merge_heads(out))
 
 

@@ -111,4 +111,5 @@ def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components)
         max_frames=lengths.max_frames,
         default_sampler=config.default_sampler,
         noisy_source_encoder=components.autoencoder.encoder_draws_noise,
+        packs_rows=True,
     )

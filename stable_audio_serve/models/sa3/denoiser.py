@@ -8,25 +8,26 @@ Shapes: B rows, D latent channels, F latent frames, M memory tokens, T context t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks import (
-    Attend,
     CrossAttention,
     ExpoFourier,
     FeedForward,
+    Layout,
+    Packed,
+    Padded,
     RMSNorm,
     RotaryEmbedding,
     RotaryTable,
     SelfAttention,
-    attend,
+    join_local,
 )
 from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
@@ -72,7 +73,6 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         width, heads, kind, norm = config.width, config.num_heads, config.differential, config.head_norm
-        self.num_memory_tokens = config.num_memory_tokens
         self.to_scale_shift_gate = nn.Parameter(torch.randn(6 * width) / width**0.5)
         self.pre_norm = RMSNorm(width, eps=config.norm_eps)
         self.self_attn = SelfAttention(width, num_heads=heads, differential=kind, head_norm=norm)
@@ -88,27 +88,28 @@ class TransformerLayer(nn.Module):
         h: Tensor,
         modulation: Tensor,
         *,
+        layout: Layout,
         rotary: RotaryTable,
-        attend_fn: Attend,
         context: ContextKeys | None,
         local: Tensor | None,
     ) -> Tensor:
-        """H (B, M + F, W), modulation (B, 6 W), local (B, F or 1, W) -> (B, M + F, W).
+        """H (B, M + F, W), modulation (B, 6 W), local as `layout` has it -> (B, M + F, W); packed (1, N, W).
 
         The gates are `sigmoid(1 - gate)`. Local conditioning reaches the frames only, not the memory tokens.
         """
-        parts = (self.to_scale_shift_gate + modulation)[:, None].chunk(6, dim=-1)
+        parts = (self.to_scale_shift_gate + modulation).chunk(6, dim=-1)
         scale_attn, shift_attn, gate_attn, scale_ff, shift_ff, gate_ff = parts
-        attended = self.self_attn(
-            _modulate(self.pre_norm(h), scale=scale_attn, shift=shift_attn), rotary=rotary, attend_fn=attend_fn
-        )
-        h = h + torch.sigmoid(1 - gate_attn) * attended
+        modulated = layout.modulate(self.pre_norm(h), scale=1 + scale_attn, shift=shift_attn)
+        attended = self.self_attn(modulated, rotary=rotary, attend_fn=layout.attend)
+        h = layout.add_gated(h, attended, gate=torch.sigmoid(1 - gate_attn))
         if context is not None:
-            h = h + self.cross_attn(self.cross_attend_norm(h), key=context.key, value=context.value)
+            h = h + self.cross_attn(
+                self.cross_attend_norm(h), key=context.key, value=context.value, attend_fn=layout.attend_context
+            )
         if local is not None:
-            h[:, self.num_memory_tokens :] += local  # in place: h is this layer's own sum
-        fed = self.ff(_modulate(self.ff_norm(h), scale=scale_ff, shift=shift_ff))
-        return h + torch.sigmoid(1 - gate_ff) * fed
+            layout.add_local(h, local)  # in place: h is this layer's own sum
+        fed = self.ff(layout.modulate(self.ff_norm(h), scale=1 + scale_ff, shift=shift_ff))
+        return layout.add_gated(h, fed, gate=torch.sigmoid(1 - gate_ff))
 
 
 class Transformer(nn.Module):
@@ -126,26 +127,23 @@ class Transformer(nn.Module):
         self.global_cond_embedder = _mlp(width, 6 * width, hidden=width, bias=True)
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
-    def forward(
-        self, x: Tensor, global_embed: Tensor, *, conditioning: DenoiserConditioning, valid: Tensor | None
-    ) -> Tensor:
-        """X (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
+    def forward(self, x: Tensor, global_embed: Tensor, *, conditioning: DenoiserConditioning, layout: Layout) -> Tensor:
+        """X (B, F, D), global_embed (B, W) with time added -> (B, F, D)."""
         h = self.project_in(x)
         if self.num_memory_tokens:
-            h = torch.cat([self.memory_tokens.expand(len(h), -1, -1), h], dim=1)
-        mask = None if valid is None else F.pad(valid, (self.num_memory_tokens, 0), value=True)[:, None, None]
-        rotary = self.rotary_pos_emb(h.shape[1])
+            h = layout.join(self.memory_tokens, h)
+        rotary = layout.rotary(self.rotary_pos_emb)
         modulation = self.global_cond_embedder(global_embed)
         for index, layer in enumerate(self.layers):
             h = layer(
                 h,
                 modulation,
+                layout=layout,
                 rotary=rotary,
-                attend_fn=partial(attend, mask=mask),
                 context=conditioning.context[index] if conditioning.context is not None else None,
                 local=conditioning.local[index] if conditioning.local is not None else None,
             )
-        return self.project_out(h[:, self.num_memory_tokens :])
+        return self.project_out(layout.frames(h))
 
 
 class Denoiser(nn.Module):
@@ -197,13 +195,24 @@ class Denoiser(nn.Module):
         return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
 
     def forward(
-        self, x: Tensor, t: Tensor, *, conditioning: DenoiserConditioning, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        conditioning: DenoiserConditioning,
+        valid: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
-        """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all."""
+        """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all.
+
+        Packed rows: x and the result are (1, D, sum of F), `conditioning` comes from `collate_packed`.
+        """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
-        out = self.transformer(x.transpose(1, 2), global_embed, conditioning=conditioning, valid=valid).transpose(1, 2)
+        layout = packed or Padded(x.shape[-1], num_prefix=self.config.num_memory_tokens, valid=valid)
+        out = self.transformer(x.transpose(1, 2), global_embed, conditioning=conditioning, layout=layout)
+        out = out.transpose(1, 2)
         return out + self.postprocess_conv(out)
 
     @property
@@ -219,6 +228,17 @@ def collate(rows: Sequence[DenoiserConditioning], *, num_frames: int) -> Denoise
     """
     if len(rows) == 1 and _fits(rows[0], num_frames):
         return rows[0]
+    return _collate(rows, partial(_stack_local, num_frames=num_frames))
+
+
+def collate_packed(
+    rows: Sequence[DenoiserConditioning], *, frames: Sequence[int], num_prefix: int
+) -> DenoiserConditioning:
+    """Returns one conditioning for packed rows of `frames`; local embeddings are those of all tokens, (1, N, W)."""
+    return _collate(rows, partial(join_local, frames=frames, num_prefix=num_prefix))
+
+
+def _collate(rows: Sequence[DenoiserConditioning], join: Callable[[Sequence[Tensor]], Tensor]) -> DenoiserConditioning:
     template = next((row.context for row in rows if row.context is not None), None)
     context = None
     if template is not None:
@@ -231,7 +251,7 @@ def collate(rows: Sequence[DenoiserConditioning], *, num_frames: int) -> Denoise
     local = None
     if rows[0].local is not None:
         locals_by_layer = zip(*(row.local or () for row in rows), strict=True)
-        local = tuple(_stack_local(layer, num_frames=num_frames) for layer in locals_by_layer)
+        local = tuple(join(layer) for layer in locals_by_layer)
     return DenoiserConditioning(torch.cat([row.global_embed for row in rows]), context, local)
 
 
@@ -252,10 +272,6 @@ def _stack_local(rows: Sequence[Tensor], *, num_frames: int) -> Tensor:
     for target, row in zip(out, rows, strict=True):
         target[: num_frames if row.shape[1] == 1 else row.shape[1]] = row[0]
     return out
-
-
-def _modulate(x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
 
 
 def _mlp(width_in: int, width_out: int, *, bias: bool, hidden: int | None = None) -> nn.Sequential:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.blocks import packed_layout
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -26,7 +27,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sa3.config import Sa3Config
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
+from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate, collate_packed
 from stable_audio_serve.models.sa3.planning import plan_rows
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
@@ -128,9 +129,16 @@ class Sa3Model:
     @torch.inference_mode()
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns velocity (B, D, F) float32; row-independent for valid frames."""
-        branches = cast("Sequence[Branch]", batch.branches)
-        conditioning = collate([branch.conditioning for branch in branches], num_frames=batch.x.shape[-1])
-        return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
+        rows = [branch.conditioning for branch in cast("Sequence[Branch]", batch.branches)]
+        if not batch.frames:
+            conditioning = collate(rows, num_frames=batch.x.shape[-1])
+            return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
+        num_prefix = self.config.denoiser.num_memory_tokens
+        conditioning = collate_packed(rows, frames=batch.frames, num_prefix=num_prefix)
+        packed = packed_layout(
+            batch.frames, batch.valid_frames, num_prefix=num_prefix, device=self._device, dtype=self.denoiser.dtype
+        )
+        return self.denoiser(batch.x, batch.t, conditioning=conditioning, packed=packed).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

@@ -84,4 +84,5 @@ def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
         max_frames=config.window_frames,
         default_sampler=OBJECTIVE_SAMPLERS[config.objective],
         noisy_source_encoder=True,
+        packs_rows=True,
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,15 +21,18 @@ from torch.nn import functional as F
 from stable_audio_serve.models.blocks import (
     Attend,
     FeedForward,
+    Layout,
+    Packed,
+    Padded,
     RotaryEmbedding,
     RotaryTable,
     SelfAttention,
-    attend,
     build_head_norm,
 )
 from stable_audio_serve.models.blocks.attention import merge_heads, split_heads
 from stable_audio_serve.models.sao.network_config import MIN_ROTATED, DenoiserConfig
 
+NUM_PREFIX = 1  # the global vector, as a token
 _NORM_EPS = 1e-5
 
 
@@ -116,12 +118,12 @@ class GroupedCrossAttention(nn.Module):
         key, value = (split_heads(part, self.num_key_heads) for part in self.to_kv(context).chunk(2, dim=-1))
         return ContextKeys(self.k_norm(key), value)
 
-    def forward(self, x: Tensor, context: ContextKeys) -> Tensor:
+    def forward(self, x: Tensor, context: ContextKeys, *, attend_fn: Attend) -> Tensor:
         """(B, N, W) -> (B, N, W). Zero values give exactly zero."""
         q = self.q_norm(split_heads(self.to_q(x), self.num_heads))
         shared_by = self.num_heads // self.num_key_heads
         key, value = (part.repeat_interleave(shared_by, dim=1) for part in context)
-        return self.to_out(merge_heads(attend(q, key, value)))
+        return self.to_out(merge_heads(attend_fn(q, key, value)))
 
 
 class TransformerLayer(nn.Module):
@@ -139,11 +141,11 @@ class TransformerLayer(nn.Module):
         self.ff_norm = ScaledLayerNorm(width)
         self.ff = FeedForward(width, mult=config.ff_mult)
 
-    def forward(self, h: Tensor, *, rotary: RotaryTable, attend_fn: Attend, context: ContextKeys | None) -> Tensor:
-        """(B, 1 + F, W) -> (B, 1 + F, W)."""
-        h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=attend_fn)
+    def forward(self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: ContextKeys | None) -> Tensor:
+        """(B, 1 + F, W) -> (B, 1 + F, W); packed (1, N, W)."""
+        h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=layout.attend)
         if context is not None:
-            h = h + self.cross_attn(self.cross_attend_norm(h), context)
+            h = h + self.cross_attn(self.cross_attend_norm(h), context, attend_fn=layout.attend_context)
         return h + self.ff(self.ff_norm(h))
 
 
@@ -163,16 +165,15 @@ class Transformer(nn.Module):
         *,
         global_embed: Tensor,
         context: tuple[ContextKeys, ...] | None,
-        valid: Tensor | None,
+        layout: Layout,
     ) -> Tensor:
-        """X (B, F, D), global_embed (B, W) with time added, valid (B, F) bool -> (B, F, D)."""
-        h = torch.cat([global_embed[:, None], self.project_in(x)], dim=1)
-        mask = None if valid is None else F.pad(valid, (1, 0), value=True)[:, None, None]
-        rotary = self.rotary_pos_emb(h.shape[1])
+        """X (B, F, D), global_embed (B, W) with time added -> (B, F, D)."""
+        h = layout.join(global_embed[:, None], self.project_in(x))
+        rotary = layout.rotary(self.rotary_pos_emb)
         for index, layer in enumerate(self.layers):
             keys = context[index] if context is not None else None
-            h = layer(h, rotary=rotary, attend_fn=partial(attend, mask=mask), context=keys)
-        return self.project_out(h[:, 1:])
+            h = layer(h, layout=layout, rotary=rotary, context=keys)
+        return self.project_out(layout.frames(h))
 
 
 class Denoiser(nn.Module):
@@ -215,14 +216,25 @@ class Denoiser(nn.Module):
         return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
 
     def forward(
-        self, x: Tensor, t: Tensor, *, conditioning: DenoiserConditioning, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        conditioning: DenoiserConditioning,
+        valid: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
-        """The model's output (B, D, F) for latents x (B, D, F) at t (B,) float32; valid (B, F) bool, None = all."""
+        """The model's output (B, D, F) for latents x (B, D, F) at t (B,) float32; valid (B, F) bool, None = all.
+
+        Packed rows: x and the result are (1, D, sum of F).
+        """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
-        out = self.transformer(x.transpose(1, 2), global_embed=global_embed, context=conditioning.context, valid=valid)
-        out = out.transpose(1, 2)
+        layout = packed or Padded(x.shape[-1], num_prefix=NUM_PREFIX, valid=valid)
+        out = self.transformer(
+            x.transpose(1, 2), global_embed=global_embed, context=conditioning.context, layout=layout
+        ).transpose(1, 2)
         return out + self.postprocess_conv(out)
 
     @property

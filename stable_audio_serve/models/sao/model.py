@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.blocks import packed_layout
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -25,7 +26,7 @@ from stable_audio_serve.models.protocol import (
 )
 from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sao.config import SaoConfig
-from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning, collate
+from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, DenoiserConditioning, collate
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import Halos, plan_rows, read_shift
 from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
@@ -131,7 +132,12 @@ class SaoModel:
         """Returns v or a velocity, as the objective says, (B, D, F) float32; row-independent for valid frames."""
         branches = cast("Sequence[Branch]", batch.branches)
         conditioning = collate([branch.conditioning for branch in branches])
-        return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
+        if not batch.frames:
+            return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
+        packed = packed_layout(
+            batch.frames, batch.valid_frames, num_prefix=NUM_PREFIX, device=self._device, dtype=self.denoiser.dtype
+        )
+        return self.denoiser(batch.x, batch.t, conditioning=conditioning, packed=packed).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
+from tests.models.packing import WAYS, run_packed
 
 SINGLE_FORWARD = 5e-5
 KEY_MASKED = 1e-4
@@ -28,6 +29,12 @@ def golden(name: str) -> Callable[[str], Tensor]:
 def conditioning(name: str) -> DenoiserConditioning:
     g = golden(name)
     return denoiser(name).condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
+
+
+def row_conditionings(name: str) -> list[DenoiserConditioning]:
+    """One of each golden row, as the engine has them."""
+    parts = (golden(name)(key).split(1) for key in ("cross_attn_cond", "global_cond", "local_add_cond"))
+    return [denoiser(name).condition(context, own, local=local) for context, own, local in zip(*parts, strict=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +56,32 @@ def test_padding_is_key_masked(name: str) -> None:
     out = denoiser(name)(g("x"), g("t"), conditioning=conditioning(name), valid=valid)
     visible = valid[:, None].expand_as(out)
     assert_near(out[visible], g("out_pad_keymask")[visible], within=SINGLE_FORWARD)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_packed_rows_match_the_reference(name: str, way: str) -> None:
+    g = golden(name)
+    rows, conditions = g("x").split(1), row_conditionings(name)
+    out = run_packed(denoiser(name), rows, times=g("t"), conditions=conditions, way=way)
+    assert_near(torch.cat(out), g("out"), within=SINGLE_FORWARD)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_packed_padding_is_key_masked(name: str, way: str) -> None:
+    g = golden(name)
+    valid = g("padding_mask").bool()
+    out = run_packed(
+        denoiser(name),
+        g("x").split(1),
+        times=g("t"),
+        conditions=row_conditionings(name),
+        valid_frames=valid.sum(1).tolist(),
+        way=way,
+    )
+    visible = valid[:, None].expand_as(g("x"))
+    assert_near(torch.cat(out)[visible], g("out_pad_keymask")[visible], within=SINGLE_FORWARD)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -100,29 +133,53 @@ def test_zero_context_equals_no_cross_attention(name: str) -> None:
     assert torch.equal(net(g("x"), g("t"), conditioning=zeros), net(g("x"), g("t"), conditioning=skipped))
 
 
-@pytest.mark.parametrize("name", SHARP)
-def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
+UNLIKE_LENGTHS = (17, 29, 40, 40)
+UNLIKE_TIMES = torch.tensor([0.2, 0.55, 0.9, 0.9])
+
+
+def make_unlike_rows(name: str) -> tuple[list[Tensor], list[DenoiserConditioning]]:
+    """Latents (1, D, F) and conditioning of rows that differ in everything."""
     g, net = golden(name), denoiser(name)
-    lengths, padded = (40, 17, 29, 40), 64
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in lengths]
-    times = torch.tensor([0.9, 0.2, 0.55, 0.9])
+    rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in UNLIKE_LENGTHS]
 
     def condition(row: int) -> DenoiserConditioning:
-        local = g("local_add_cond")[:1, :, : lengths[row]] * (row != 3)  # the last row edits nothing
+        local = g("local_add_cond")[:1, :, : UNLIKE_LENGTHS[row]] * (row != 3)  # the last row edits nothing
         local = local[..., :1] if row == 3 else local
         made = net.condition(g("cross_attn_cond")[row % 2 :][:1], g("global_cond")[row % 2 :][:1], local=local)
-        return made.without_context() if row == 2 else made
+        return made.without_context() if row == 1 else made
 
-    conditions = [condition(row) for row in range(len(rows))]
-    alone = [net(x, times[i : i + 1], conditioning=conditions[i]) for i, x in enumerate(rows)]
+    return rows, [condition(row) for row in range(len(rows))]
+
+
+def run_alone(name: str) -> list[Tensor]:
+    rows = zip(*make_unlike_rows(name), UNLIKE_TIMES.split(1), strict=True)
+    return [denoiser(name)(x, t, conditioning=condition) for x, condition, t in rows]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SHARP)
+def test_packed_rows_equal_each_row_alone_even_beside_rows_of_no_numbers(name: str, way: str) -> None:
+    net, (rows, conditions) = denoiser(name), make_unlike_rows(name)
+    together = run_packed(net, rows, times=UNLIKE_TIMES, conditions=conditions, way=way)
+    broken = [rows[0], torch.full_like(rows[1], float("nan")), *rows[2:]]
+    beside = run_packed(net, broken, times=UNLIKE_TIMES, conditions=conditions, way=way)
+    for i, alone in enumerate(run_alone(name)):
+        assert_near(together[i], alone, within=1e-5)
+        assert i == 1 or torch.equal(beside[i], together[i])
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
+    net, lengths, padded = denoiser(name), UNLIKE_LENGTHS, 64
+    rows, conditions = make_unlike_rows(name)
     x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # padding must not matter
     valid = torch.zeros(len(rows), padded, dtype=torch.bool)
     for i, row in enumerate(rows):
         x[i, :, : lengths[i]] = row[0]
         valid[i, : lengths[i]] = True
-    together = net(x, times, conditioning=collate(conditions, num_frames=padded), valid=valid)
-    for i, row in enumerate(alone):
+    together = net(x, UNLIKE_TIMES, conditioning=collate(conditions, num_frames=padded), valid=valid)
+    for i, row in enumerate(run_alone(name)):
         assert_near(together[i : i + 1, :, : lengths[i]], row, within=1e-5)
 
 

@@ -28,6 +28,19 @@ def admit(model: Sa3Model, **fields: Any) -> tuple[RowPlan, RowConditioning]:
     return plan, conditioning
 
 
+def step_packed(model: Sa3Model, rows: list[tuple[RowPlan, Any, torch.Tensor, float]]) -> list[torch.Tensor]:
+    plans = [plan for plan, *_ in rows]
+    batch = StepBatch(
+        x=torch.cat([latents for _, _, latents, _ in rows], dim=1)[None],
+        t=torch.tensor([t for *_, t in rows]),
+        valid=None,
+        branches=[branch for _, branch, _, _ in rows],
+        frames=tuple(plan.frames for plan in plans),
+        valid_frames=tuple(plan.valid_frames for plan in plans),
+    )
+    return list(model.denoise(batch)[0].split(list(batch.frames), dim=1))
+
+
 def step(model: Sa3Model, rows: list[tuple[RowPlan, Any, torch.Tensor, float]], *, frames: int) -> torch.Tensor:
     x = torch.full((len(rows), model.spec.card.latent_channels, frames), 9.0)
     valid = torch.zeros(len(rows), frames, dtype=torch.bool)
@@ -55,10 +68,12 @@ def test_unlike_rows_in_one_step_equal_each_row_alone(name: str) -> None:
         branches = [conditioning.conditional, conditioning.unconditional]
         rows += [(plan, branch, latents, 0.2 + 0.2 * index) for branch in branches if branch is not None]
     assert len(rows) == 7
-    together = step(model, rows, frames=256)
-    assert together.dtype == torch.float32
+    together, packed = step(model, rows, frames=256), step_packed(model, rows)
+    assert together.dtype == packed[0].dtype == torch.float32
     for index, row in enumerate(rows):
-        alone = step(model, [row], frames=row[0].frames)[0, :, : row[0].valid_frames]
+        whole = step(model, [row], frames=row[0].frames)[0]
+        assert_near(packed[index], whole, within=1e-5)
+        alone = whole[:, : row[0].valid_frames]
         assert_near(together[index, :, : row[0].valid_frames], alone, within=1e-5)
         assert torch.isfinite(alone).all()
 

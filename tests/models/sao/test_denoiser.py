@@ -7,12 +7,13 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.sao.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, ContextKeys, Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sao.network_config import DenoiserConfig, parse_denoiser
 from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.weights import assign_weights
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from tests.goldens import load_open_goldens
+from tests.models.packing import WAYS, make_layout
 from tests.models.sao.tiny import DENOISER, TINY, load_denoiser, model_values, weights_of
 
 TOLERANCE = 2e-5
@@ -101,6 +102,23 @@ def test_padding_and_neighbours_do_not_reach_a_row(name: str) -> None:
     valid = (torch.arange(64) < 40).expand(2, -1)
     together = net(x, tensors["dit/t"], conditioning=condition(name), valid=valid)[..., :40]
     torch.testing.assert_close(together, tensors["dit/out"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", TINY)
+def test_packed_rows_match_the_reference_whatever_is_beside_them(name: str, way: str) -> None:
+    tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
+    (first, second), rows = tensors["dit/x"].split(1), condition(name)
+    x = torch.cat([torch.full_like(first[..., :24], float("nan")), first, second], dim=-1)
+    of_rows = torch.tensor([0, 0, 1])
+    conditioning = DenoiserConditioning(
+        rows.global_embed[of_rows],
+        tuple(ContextKeys(keys.key[of_rows], keys.value[of_rows]) for keys in rows.context or ()),
+    )
+    packed = make_layout(way, (24, 40, 40), (24, 40, 40), num_prefix=NUM_PREFIX)
+    out = net(x, tensors["dit/t"][of_rows], conditioning=conditioning, packed=packed)
+    found = torch.cat(out[..., 24:].split(40, dim=-1))
+    torch.testing.assert_close(found, tensors["dit/out"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""How the rows of one call lie in a tensor of tokens, and everything in a transformer that depends on it: attention,
+positions, what a row gives all its tokens, tokens in front of a row's frames. Here the rows lie side by side, padded
+to one length; `packed` has the other layout. Knows no weights.
+
+Shapes: B rows of F frames, P prefix tokens in front of a row's frames, W width, H heads, E head width, T context
+tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stable_audio_serve.models.blocks.attention import attend
+from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, RotaryTable
+
+
+class Layout(Protocol):
+    """Padded: tokens (B, P + F, W). Packed: (1, N, W), N the tokens of all rows together."""
+
+    def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
+        """Returns the tokens of `frames` with each row's `prefix` (P, W) or (B, P, W) in front of it."""
+        ...
+
+    def frames(self, tokens: Tensor) -> Tensor:
+        """Returns the tokens without the prefixes."""
+        ...
+
+    def rotary(self, embedding: RotaryEmbedding) -> RotaryTable:
+        """Returns the angles of the tokens; each row's positions begin at 0."""
+        ...
+
+    def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
+        """Returns `x * scale + shift` with one scale and shift per row, (B, W)."""
+        ...
+
+    def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor) -> Tensor:
+        """Returns `h + gate * update` with one gate per row, (B, W); `h` may be overwritten."""
+        ...
+
+    def add_local(self, h: Tensor, local: Tensor) -> None:
+        """Add local conditioning to the frames in place: (B, F or 1, W), packed (1, N, W) with zeros at prefixes."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+        """Self-attention within each row, (B, H, P + F, E) or (1, H, N, E); invalid frames are no keys."""
+        ...
+
+    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+        """Attention of each row's tokens to the row's own context, keys and values (B, H, T, E)."""
+        ...
+
+
+class Padded:
+    """Rows side by side; `valid` (B, F) bool says which frames are keys, None = all."""
+
+    def __init__(self, num_frames: int, *, num_prefix: int, valid: Tensor | None) -> None:
+        self._num_tokens = num_prefix + num_frames
+        self._num_prefix = num_prefix
+        self._mask = None if valid is None else F.pad(valid, (num_prefix, 0), value=True)[:, None, None]
+
+    def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
+        return torch.cat([prefix.expand(len(frames), -1, -1), frames], dim=1)
+
+    def frames(self, tokens: Tensor) -> Tensor:
+        return tokens[:, self._num_prefix :]
+
+    def rotary(self, embedding: RotaryEmbedding) -> RotaryTable:
+        return embedding(self._num_tokens)
+
+    def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
+        return x * scale[:, None] + shift[:, None]
+
+    def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor) -> Tensor:
+        return h + gate[:, None] * update
+
+    def add_local(self, h: Tensor, local: Tensor) -> None:
+        h[:, self._num_prefix :] += local
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+        return attend(q, k, v, mask=self._mask)
+
+    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+        return attend(q, key, value)
