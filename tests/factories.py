@@ -63,6 +63,7 @@ class ToyModel:
         hop: int = 8,
         noisy_source_encoder: bool = False,
         blends: bool = False,
+        packs_rows: bool = False,
         device: str = "cpu",
         on_call: Callable[[str, Sequence[object]], None] = lambda name, items: None,
     ) -> None:
@@ -84,6 +85,7 @@ class ToyModel:
             max_frames=256,
             default_sampler="pingpong",
             noisy_source_encoder=noisy_source_encoder,
+            packs_rows=packs_rows,
         )
         generator = torch.Generator().manual_seed(7)
 
@@ -207,6 +209,16 @@ class ToyModel:
 
     def denoise(self, batch: StepBatch) -> Tensor:
         self.on_call("denoise", batch.branches)
+        if not batch.frames:
+            return self._velocity(batch)
+        rows = batch.x[0].split(list(batch.frames), dim=1)
+        alone = [
+            StepBatch(row[None], batch.t[i : i + 1], torch.arange(row.shape[1])[None] < valid, [branch])
+            for i, (row, valid, branch) in enumerate(zip(rows, batch.valid_frames, batch.branches, strict=True))
+        ]
+        return torch.cat([self._velocity(row) for row in alone], dim=2)
+
+    def _velocity(self, batch: StepBatch) -> Tensor:
         count, _, frames = batch.x.shape
         hidden = batch.x.transpose(1, 2) @ self._into.T + (batch.t[:, None] * self._time[:, 0])[:, None]
         extra = hidden.new_zeros(count, frames, hidden.shape[-1])

@@ -1,8 +1,8 @@
 """The case `simulate`: what the engine's own scheduling makes of the real networks' work on a model of an H200, next to
 a lock server and static batches on the same device; which shapes its calls have over a day.
 
-Figures come from arithmetic, not from a GPU. `grid` is the product's batching; `packed` prices the same scheduler's
-steps as if rows of all lengths shared one call without padding.
+Figures come from arithmetic, not from a GPU. `grid` is how the product batches on CUDA, `packed` how it does where rows
+are packed: rows of all lengths share one call without padding.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from benchmarks.arrivals import Arrival
 from benchmarks.simulate.devices import DeviceModel
 from benchmarks.simulate.requests import Outcome, Shape
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.batching import BatchPolicy, Lane, MergedGrid
+from stable_audio_serve.engine.batching import BatchPolicy, Call, MergedGrid, Packed
 from stable_audio_serve.engine.cost import CostModel, Measurement
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
@@ -27,7 +27,7 @@ _PROBE_WINDOW = 128
 
 @dataclass(slots=True)
 class Counts:
-    """What the turns were like: tokens are latent frames of network rows, `shapes` the (rows, frames) of calls."""
+    """What the turns were like: tokens are latent frames of network rows, `shapes` (rows, frames) of padded calls."""
 
     turns: int = 0
     calls: int = 0
@@ -56,19 +56,16 @@ class SimulatedEngine:
         options: EngineOptions = EngineOptions(mode="fast"),
         pack: Callable[[Sequence[tuple[int, int]]], float] | None = None,
     ) -> None:
-        """`longest_frames`: latent frames of the model's longest clip. `pack` prices a step in which all rows share one
-        call without padding; None: the calls that the batch policy chooses.
+        """`longest_frames`: latent frames of the model's longest clip. With `pack` rows are packed, and it prices a
+        call by the (rows, frames) in it; without they share padded calls.
         """
         self._device = device
         self._shape = shape
         self._options = options
         self._pack = pack
-        self._cost = fit_cost(device, longest_frames=longest_frames, grid=options.frame_grid or 64)
-        self._policy: BatchPolicy = MergedGrid(
-            call_ms=lambda rows, frames: self._cost.call_ms("denoise", rows=rows, frames=frames),
-            knee_tokens=partial(self._cost.knee_tokens, fixed_share=options.fixed_share),
-            grid=options.frame_grid or 64,
-        )
+        grid = 1 if pack else options.frame_grid or 64
+        self._cost = fit_cost(device, longest_frames=longest_frames, grid=grid)
+        self._policy = self._build_policy(grid)
         self._predictor = Predictor(self._cost, self._policy, window_frames=options.window_frames)
         limits = SchedulerLimits(
             max_started=options.max_rows,
@@ -133,23 +130,30 @@ class SimulatedEngine:
         lanes = [row.work.lane for row in rows]
         self.counts.rows += len(rows)
         self.counts.tokens += sum(lane.branches * lane.frames for lane in lanes)
-        if self._pack is None:
-            self._step(lanes)
-        else:
-            self._take(self._pack([(lane.branches, lane.frames) for lane in lanes]))
-            self.counts.calls += 1
-            self.counts.padded_tokens += sum(lane.branches * lane.frames for lane in lanes)
+        calls = self._policy.split(lanes)
+        ms = sum(map(self._call_ms, calls))
+        self._cost.correct("denoise", [call.shape for call in calls], measured_ms=ms)
+        self._take(ms)
+        self.counts.calls += len(calls)
+        self.counts.padded_tokens += sum(sum(call.lengths) or call.rows * call.frames for call in calls)
+        self.counts.shapes.update((call.rows, call.frames) for call in calls if not call.lengths)
         for row in rows:
             row.work.finish_evaluation()
 
-    def _step(self, lanes: Sequence[Lane]) -> None:
-        shapes = [(call.rows, call.frames) for call in self._policy.split(lanes)]
-        ms = sum(self._device.step_ms(rows, frames) for rows, frames in shapes)
-        self._cost.correct("denoise", shapes, measured_ms=ms)
-        self._take(ms)
-        self.counts.calls += len(shapes)
-        self.counts.padded_tokens += sum(rows * frames for rows, frames in shapes)
-        self.counts.shapes.update(shapes)
+    def _build_policy(self, grid: int) -> BatchPolicy:
+        knee_tokens = partial(self._cost.knee_tokens, fixed_share=self._options.fixed_share)
+        if self._pack:
+            return Packed(knee_tokens)
+        return MergedGrid(
+            call_ms=lambda rows, frames: self._cost.call_ms("denoise", rows=rows, frames=frames),
+            knee_tokens=knee_tokens,
+            grid=grid,
+        )
+
+    def _call_ms(self, call: Call) -> float:
+        if self._pack and call.lengths:
+            return self._pack([(1, frames) for frames in call.lengths])
+        return self._device.step_ms(call.rows, call.frames)
 
     def _decode(self, rows: Sequence[_Row]) -> None:
         """Each row's next windows; windows of one length share a call, as in `engine.executor`."""

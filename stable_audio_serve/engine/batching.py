@@ -19,11 +19,20 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One device call. `members` index the lanes; `rows` includes dummies, `frames` padding."""
+    """One device call. `members` index the lanes; `rows` includes dummies, `frames` padding.
+
+    A packed call has no padding: `lengths` are the latent frames of each of its rows, `frames` those of the longest.
+    """
 
     members: tuple[int, ...]
     rows: int
     frames: int
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The (rows, frames) to predict the call's time from: packed rows count as equal ones of as many frames."""
+        return self.rows, -(-sum(self.lengths) // self.rows) if self.lengths else self.frames
 
 
 class BatchPolicy(Protocol):
@@ -139,6 +148,30 @@ class MergedGrid:
 
     def padded(self, frames: int) -> int:
         return round_up(frames, self.grid)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Fast mode where rows cost nothing but their own frames: all share one call, without padding.
+
+    `knee_tokens` as in MergedGrid.
+    """
+
+    knee_tokens: Callable[[int], float]
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Returns one call; equal lengths lie side by side in it."""
+        if not lanes:
+            return []
+        members = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
+        lengths = tuple(lanes[i].frames for i in members for _ in range(lanes[i].branches))
+        return [Call(tuple(members), len(lengths), lengths[-1], lengths)]
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return max(branches, int(self.knee_tokens(frames) / frames))
+
+    def padded(self, frames: int) -> int:
+        return frames
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from stable_audio_serve.core.generation import (
 )
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.batching import BatchPolicy, EqualLengths, FixedSlots, MergedGrid, OneRowPerCall
+from stable_audio_serve.engine.batching import BatchPolicy, EqualLengths, FixedSlots, MergedGrid, OneRowPerCall, Packed
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
@@ -88,7 +88,13 @@ class Engine:
             for priority in get_args(Priority)
         }
         cost = CostModel()
-        policy = policy or resolve_policy(options, model.device, cost=cost, pads_rows=model.spec.pads_rows)
+        policy = policy or resolve_policy(
+            options,
+            model.device,
+            cost=cost,
+            pads_rows=model.spec.pads_rows,
+            packs_rows=model.spec.packs_rows,
+        )
         # In strict mode each window is a separate call, so several between two steps would gain nothing.
         self._window_frames = 1 if self.mode == "strict" else options.window_frames
         self._predictor = Predictor(cost, policy, window_frames=self._window_frames)
@@ -283,15 +289,23 @@ def resolve_mode(options: EngineOptions, device: torch.device) -> Mode:
 
 
 def resolve_policy(
-    options: EngineOptions, device: torch.device, *, cost: CostModel, pads_rows: bool = True
+    options: EngineOptions,
+    device: torch.device,
+    *,
+    cost: CostModel,
+    pads_rows: bool = True,
+    packs_rows: bool = False,
 ) -> BatchPolicy:
-    """Returns how steps are split into device calls in this mode on this device; `pads_rows` as in ModelSpec."""
+    """Returns how steps are split into device calls in this mode on this device; `pads_rows`, `packs_rows` as in
+    ModelSpec. A grid that the options name is kept."""
     on_cpu = device.type == "cpu"
     grid = (options.frame_grid or (1 if on_cpu else 64)) if pads_rows else 1
     if resolve_mode(options, device) == "fast":
         knee_tokens = partial(cost.knee_tokens, fixed_share=options.fixed_share)
         if not pads_rows:
             return EqualLengths(knee_tokens)
+        if packs_rows and on_cpu and options.frame_grid is None:
+            return Packed(knee_tokens)
         return MergedGrid(
             call_ms=lambda rows, frames: cost.call_ms("denoise", rows=rows, frames=frames),
             knee_tokens=knee_tokens,

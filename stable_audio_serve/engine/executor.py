@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.engine.batching import BatchPolicy, Call
+from stable_audio_serve.engine.packing import denoise_packed
 from stable_audio_serve.engine.rows import Row
 from stable_audio_serve.models.protocol import (
     BranchConditioning,
@@ -72,7 +73,7 @@ class Executor:
         failures: list[tuple[Row, Exception]] = []
         for call in calls:
             members = [rows[i] for i in call.members]
-            outcomes = run_isolated(members, partial(self._evaluate, frames=call.frames, rows_in_call=call.rows))
+            outcomes = run_isolated(members, partial(self._evaluate, call=call))
             for row, outcome in zip(members, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     failures.append((row, outcome))
@@ -107,16 +108,22 @@ class Executor:
                 outcomes.update(zip(some, run_isolated([windows[i] for i in some], run), strict=True))
         return [outcomes[i] for i in range(len(windows))]
 
-    def _evaluate(self, rows: Sequence[Row], *, frames: int, rows_in_call: int) -> list[Tensor]:
+    def _evaluate(self, rows: Sequence[Row], *, call: Call) -> list[Tensor]:
         """Returns the new registers (R, D, F) of each row after one evaluation, from one call of the network."""
-        device = self._model.device
+        device, frames = self._model.device, call.frames
         evaluations = [row.evaluation for row in rows]
         state, valid = _gather(rows, frames=frames, device=device)
         x = network_input(state, evaluations)
         times = torch.tensor([evaluation.t for evaluation in evaluations], dtype=torch.float32).to(device)
-        lanes, branches = _lanes(rows, rows_in_call)
+        lanes, branches = _lanes(rows, 0 if call.lengths else call.rows)
         picked = torch.tensor(lanes).to(device)
-        output = self._model.denoise(StepBatch(x=x[picked], t=times[picked], valid=valid[picked], branches=branches))
+        batch = StepBatch(x=x[picked], t=times[picked], valid=valid[picked], branches=branches)
+        if call.lengths:
+            plans = [rows[i].plan for i in lanes]
+            own, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
+            output = denoise_packed(self._model, batch, frames=own, valid_frames=seen)
+        else:
+            output = self._model.denoise(batch)
 
         first = [lanes.index(i) for i in range(len(rows))]
         velocity = output[torch.tensor(first).to(device)].float()

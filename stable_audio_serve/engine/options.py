@@ -28,7 +28,7 @@ class EngineOptions:
     fixed_share: float = 0.15  # a step is large enough when its fixed cost is at most this share of it
     max_step_tokens: int = 16_384  # latent frames of one step, all rows together
     slots: int = 8  # rows of one strict call on CUDA, dummies included
-    frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, 1 on a CPU
+    frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, on a CPU 1 or, in fast, packed
     window_frames: int = 512  # latent frames encoded or decoded between two steps (fast; strict: one window)
     prompt_cache_bytes: int = 256 * 2**20
     planning_threads: int = 1  # for requests of each priority

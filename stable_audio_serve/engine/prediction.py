@@ -31,9 +31,8 @@ class Predictor:
         """Returns the time of one turn over rows, `num_new` of which are new and need their text encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
         total = num_new * self._cost.call_ms("text", rows=1, frames=0)
-        total += sum(
-            self._cost.call_ms("denoise", rows=call.rows, frames=call.frames) for call in self._policy.split(lanes)
-        )
+        shapes = [call.shape for call in self._policy.split(lanes)]
+        total += sum(self._cost.call_ms("denoise", rows=rows, frames=frames) for rows, frames in shapes)
         total += sum(self._coding_ms("encode", work.encode_left) for work in works if work.phase is Phase.ENCODE)
         total += sum(self._coding_ms("decode", work.decode_left) for work in works if work.phase is Phase.DECODE)
         return total

@@ -100,7 +100,7 @@ class Stages:
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
-        shapes = [(call.rows, call.frames) for call in calls]
+        shapes = [call.shape for call in calls]
         failures = self._timed("denoise", shapes, run=lambda: self._executor.denoise(rows, calls))
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))

@@ -27,17 +27,19 @@ SUBJECTS = {
 
 
 def make_options(mode: str, **fields: object) -> EngineOptions:
-    if mode == "fast":  # one length for all and a high knee, so that the whole crowd shares every call
+    if mode == "packed":
+        mode, fields = "fast", {"fixed_share": 0.001, **fields}
+    elif mode == "fast":  # one length for all and a high knee, so that the whole crowd shares every call
         fields = {"frame_grid": 256, "fixed_share": 0.001, **fields}
     return EngineOptions(mode=mode, warmup_budget_s=0.0, torch_threads=1, **fields)  # type: ignore[arg-type]
 
 
-def make_model() -> ToyModel:
-    return ToyModel(noisy_source_encoder=True)
+def make_model(mode: str = "strict") -> ToyModel:
+    return ToyModel(noisy_source_encoder=True, packs_rows=mode == "packed")
 
 
-async def run_alone(request: GenerationRequest, *, options: EngineOptions) -> GenerationResult:
-    async with Engine(make_model(), options) as engine:
+async def run_alone(request: GenerationRequest, *, options: EngineOptions, mode: str = "strict") -> GenerationResult:
+    async with Engine(make_model(mode), options) as engine:
         return await engine.generate(request)
 
 
@@ -59,7 +61,7 @@ def largest_difference(left: GenerationResult, right: GenerationResult) -> float
     return max(float(np.abs(a - b).max()) for a, b in zip(left.audio, right.audio, strict=True))
 
 
-@pytest.fixture(params=["strict", "fast"])
+@pytest.fixture(params=["strict", "fast", "packed"])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -72,8 +74,8 @@ def assert_same(mode: str, result: GenerationResult, alone: GenerationResult) ->
 @pytest.mark.parametrize("subject", SUBJECTS)
 async def test_crowd_of_unlike_neighbours_changes_nothing(mode: str, subject: str) -> None:
     options = make_options(mode)
-    alone = await run_alone(SUBJECTS[subject], options=options)
-    async with Engine(make_model(), options) as engine:
+    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
+    async with Engine(make_model(mode), options) as engine:
         crowd = make_unlike_requests()
         results = await asyncio.gather(*map(engine.generate, [*crowd[:4], SUBJECTS[subject], *crowd[4:]]))
     assert_same(mode, results[4], alone)
@@ -82,8 +84,8 @@ async def test_crowd_of_unlike_neighbours_changes_nothing(mode: str, subject: st
 @pytest.mark.parametrize("subject", SUBJECTS)
 async def test_late_joiner_gets_same_audio_as_alone(mode: str, subject: str) -> None:
     options = make_options(mode)
-    alone = await run_alone(SUBJECTS[subject], options=options)
-    async with Engine(make_model(), options) as engine:
+    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
+    async with Engine(make_model(mode), options) as engine:
         tasks = await run_after_some_steps(engine, make_unlike_requests())
         result = await engine.generate(SUBJECTS[subject])
         await asyncio.gather(*tasks)
@@ -93,8 +95,8 @@ async def test_late_joiner_gets_same_audio_as_alone(mode: str, subject: str) -> 
 @pytest.mark.parametrize("subject", SUBJECTS)
 async def test_neighbours_cancelled_mid_way_change_nothing(mode: str, subject: str) -> None:
     options = make_options(mode)
-    alone = await run_alone(SUBJECTS[subject], options=options)
-    async with Engine(make_model(), options) as engine:
+    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
+    async with Engine(make_model(mode), options) as engine:
         tasks = await run_after_some_steps(engine, make_unlike_requests())
         own = asyncio.create_task(engine.generate(SUBJECTS[subject]))
         await asyncio.sleep(0)
@@ -109,10 +111,10 @@ async def test_neighbours_cancelled_mid_way_change_nothing(mode: str, subject: s
 async def test_priority_does_not_change_the_audio(mode: str, subject: str) -> None:
     """Rows join the steps of others, wait for others and have separate steps."""
     options = make_options(mode, max_rows=4, batch_share=0.5)
-    alone = await run_alone(SUBJECTS[subject], options=options)
+    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
     own = replace(SUBJECTS[subject], priority="batch")
     batch = [replace(request, priority="batch") for request in make_unlike_requests()]
-    async with Engine(make_model(), options) as engine:
+    async with Engine(make_model(mode), options) as engine:
         tasks = await run_after_some_steps(engine, batch)
         results = await asyncio.gather(*map(engine.generate, [own, SUBJECTS[subject], *make_unlike_requests()]))
         await asyncio.gather(*tasks)
@@ -120,14 +122,16 @@ async def test_priority_does_not_change_the_audio(mode: str, subject: str) -> No
     assert_same(mode, results[1], alone)
 
 
-async def test_fast_mode_really_shares_calls() -> None:
+@pytest.mark.parametrize("mode", ["fast", "packed"])
+async def test_fast_mode_really_shares_calls(mode: str) -> None:
     rows_per_call: list[int] = []
 
     def on_call(name: str, items: Sequence[object]) -> None:
         if name == "denoise":
             rows_per_call.append(len(items))
 
-    async with Engine(ToyModel(on_call=on_call), make_options("fast")) as engine:
+    model = ToyModel(on_call=on_call, packs_rows=mode == "packed")
+    async with Engine(model, make_options(mode)) as engine:
         await asyncio.gather(*map(engine.generate, make_unlike_requests()))
     assert max(rows_per_call) > 8
 

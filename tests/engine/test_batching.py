@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.engine.batching import BatchPolicy, EqualLengths, FixedSlots, Lane, MergedGrid, OneRowPerCall
+from stable_audio_serve.engine.batching import (
+    BatchPolicy,
+    EqualLengths,
+    FixedSlots,
+    Lane,
+    MergedGrid,
+    OneRowPerCall,
+    Packed,
+)
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.engine import resolve_policy
 from stable_audio_serve.engine.options import EngineOptions, Mode
@@ -20,6 +28,7 @@ POLICIES: dict[str, Callable[[], BatchPolicy]] = {
     "merged": lambda: MergedGrid(
         call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000
     ),
+    "packed": lambda: Packed(knee_tokens=lambda frames: 1000),
     "equal lengths": lambda: EqualLengths(knee_tokens=lambda frames: 1000),
 }
 lanes = st.lists(
@@ -60,6 +69,23 @@ def test_similar_lengths_merge_and_unlike_ones_do_not() -> None:
     policy = MergedGrid(call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000)
     calls = policy.split([Lane(1, 100), Lane(1, 1900), Lane(1, 150), Lane(1, 2000)])
     assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 2, 192), ((1, 3), 2, 2048)]
+
+
+def test_packed_rows_share_one_call_with_equal_lengths_side_by_side() -> None:
+    (call,) = Packed(knee_tokens=lambda frames: 1000).split([Lane(1, 100), Lane(2, 430), Lane(1, 40), Lane(2, 100)])
+    assert (call.members, call.rows, call.frames) == ((2, 0, 3, 1), 6, 430)
+    assert call.lengths == (40, 100, 100, 100, 430, 430)
+    assert call.shape == (6, 200)
+
+
+def test_rows_are_packed_in_fast_mode_on_a_cpu_unless_a_grid_is_asked_for() -> None:
+    def choose(device: str, mode: Mode, grid: int | None = None) -> type[BatchPolicy]:
+        options = EngineOptions(mode=mode, frame_grid=grid)
+        return type(resolve_policy(options, torch.device(device), cost=CostModel(), packs_rows=True))
+
+    assert choose("cpu", "fast") is Packed
+    assert choose("cpu", "fast", 64) is choose("cuda", "fast") is MergedGrid
+    assert choose("cpu", "strict") is OneRowPerCall
 
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])

@@ -57,12 +57,17 @@ def load(name: str) -> DiffusionModel:
 
 
 def make_engine(name: str, mode: str) -> Engine:
-    fields = {"max_queue_s": 1e6} | ({"frame_grid": 64, "fixed_share": 0.001} if mode == "fast" else {})
-    return Engine(load(name), EngineOptions(mode=mode, torch_threads=1, warmup_budget_s=0.0, **fields))  # type: ignore[arg-type]
+    fields = {"max_queue_s": 1e6} | {
+        "strict": {"mode": "strict"},
+        "fast": {"mode": "fast", "frame_grid": 64, "fixed_share": 0.001},
+        "packed": {"mode": "fast", "fixed_share": 0.001},
+    }[mode]
+    return Engine(load(name), EngineOptions(torch_threads=1, warmup_budget_s=0.0, **fields))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize(
+    ("mode", "name"), [*((mode, name) for mode in ("strict", "fast") for name in TINY), ("packed", "tiny-small")]
+)
 async def test_a_crowd_of_every_sampler_changes_nothing(name: str, mode: str) -> None:
     requests = make_requests(name)
     alone = []

@@ -1,0 +1,31 @@
+"""The reference's numbers end to end where rows share calls without padding."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.verification import observed
+from tests.verification.folders import make_quick_copy, run_verify
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["sharp-s", "sharp-l"])
+def test_packed_rows_pass_the_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observed, "EngineOptions", partial(EngineOptions, mode="fast"))
+    packed: list[bool] = []
+    denoise = observed.ObservedModel.denoise
+
+    def noted(self: observed.ObservedModel, batch: observed.StepBatch) -> observed.Tensor:
+        packed.append(bool(batch.frames))
+        return denoise(self, batch)
+
+    monkeypatch.setattr(observed.ObservedModel, "denoise", noted)
+    answer = run_verify(make_quick_copy(tmp_path / name, name=name))
+    assert answer.exit_code == 0, "\n".join(answer.lines)
+    assert packed
+    assert all(packed)
