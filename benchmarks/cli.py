@@ -61,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--url-key", help="sent to it as a bearer token")
     run.add_argument("--count", type=int, help="requests of each list")
     run.add_argument("--goodput-trials", type=int, help="steps of the search for the highest good rate; 0: none")
-    run.add_argument("--attempts", type=int, default=4, help="at most, for a round that others disturbed")
     run.add_argument("--budget-s", type=float, default=float("inf"), help="after this no new measurement begins")
     return parser
 
@@ -78,6 +77,5 @@ def _run_request(options: argparse.Namespace) -> RunRequest:
         engine_only=options.engine_only,
         count=options.count,
         goodput_trials=options.goodput_trials,
-        attempts=options.attempts,
         budget_s=options.budget_s,
     )

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.arrivals import Arrival, draw_arrivals
 from benchmarks.cases.engine import resolve_model
-from benchmarks.compare.quiet import measure_in_quiet
+from benchmarks.compare.quiet import describe_quiet, measure_in_quiet
 from benchmarks.http_load import Load, LoadGenerator, load_generator, require_clips
 from benchmarks.metrics import percentile
 from benchmarks.servers.process import model_args, running_server, write_config
@@ -61,11 +61,13 @@ FULL = OverloadLoad(seconds=300.0, burst=300, sides=("model", "stand_in"))
 def run_overload_case(settings: CaseSettings, load: OverloadLoad | None = None) -> dict[str, Any]:
     """`settings.rounds` rounds on each side, the worse counts. Raises RuntimeError for a wrong answer in the burst."""
     load = load or (FULL if settings.full else OverloadLoad())
+    sides = {side: _measure(settings, load, import_path=_SIDES[side]) for side in load.sides}
     return {
         "load": asdict(load),
         "mix": _MIX,
         "target": {"goodput_over_peak_ratio": 0.9, "refusal_p99_ms": 100.0, "normal_after_s": 30.0},
-        **{side: _measure(settings, load, import_path=_SIDES[side]) for side in load.sides},
+        "is_void": any(figures["is_void"] for figures in sides.values()),
+        **sides,
     }
 
 
@@ -80,7 +82,7 @@ def _measure(settings: CaseSettings, load: OverloadLoad, *, import_path: str) ->
         )
         with running_server(config) as server, load_generator(server.url) as client:
             measured = [measure_in_quiet(partial(_round, client, load, entry=entry)) for _ in range(settings.rounds)]
-    rounds = [figures | {"foreign_cores": watch.foreign_cores} for figures, watch in measured]
+    rounds = [figures for figures, _ in measured]
     return {
         "worst_goodput_over_peak_ratio": min(figures["goodput_over_peak_ratio"] for figures in rounds),
         "worst_finished_over_peak_ratio": min(figures["finished_over_peak_ratio"] for figures in rounds),
@@ -88,6 +90,7 @@ def _measure(settings: CaseSettings, load: OverloadLoad, *, import_path: str) ->
         "worst_normal_after_s": max(figures["normal_after_s"] for figures in rounds),
         "other_answers": sum(figures["other_answers"] for figures in rounds),
         "refusals_without_retry_after": sum(figures["refusals_without_retry_after"] for figures in rounds),
+        **describe_quiet([watch for _, watch in measured]),
         "rounds": rounds,
     }
 

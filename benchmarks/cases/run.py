@@ -48,7 +48,6 @@ class RunRequest:
     count: int | None = None
     goodput_trials: int | None = None
     goodput_of: tuple[str, ...] | None = None  # these sides only
-    attempts: int = 4
     budget_s: float = float("inf")
 
     def __post_init__(self) -> None:
@@ -89,7 +88,6 @@ async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder:
             options,
             pieces=pieces,
             is_watched=request.url is None,
-            attempts=request.attempts,
             budget_s=request.budget_s,
         )
         return await run.measure()

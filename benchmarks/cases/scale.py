@@ -18,7 +18,7 @@ import httpx
 
 from benchmarks.arrivals import Arrival, draw_arrivals
 from benchmarks.cases.engine import resolve_model
-from benchmarks.compare.quiet import measure_in_quiet
+from benchmarks.compare.quiet import Watch, describe_quiet, measure_in_quiet
 from benchmarks.http_load import Load, LoadGenerator, Sent, load_generator, require_clips
 from benchmarks.metrics import percentile, summarize
 from benchmarks.servers.cpu_times import read_cpu_s, replicas_use_torch
@@ -81,11 +81,12 @@ class Burst:
 def run_scale_case(settings: CaseSettings, load: ScaleLoad | None = None) -> dict[str, Any]:
     """`settings.rounds` rounds over all counts; the worse round counts. Raises RuntimeError for any wrong answer."""
     load = load or (FULL if settings.full else ScaleLoad())
+    sides = {"stand_in": measure_stand_in(settings, load), "model": measure_model(settings, load)}
     return {
         "load": asdict(load),
         "target_capacity_over_one": {"stand_in": {2: 1.9, 4: 3.6}, "model": {2: 1.6}},
-        "stand_in": measure_stand_in(settings, load),
-        "model": measure_model(settings, load),
+        "is_void": any(figures["is_void"] for figures in sides.values()),
+        **sides,
     }
 
 
@@ -141,6 +142,7 @@ class _Side:
             "worst_cpu_ms_per_request": {
                 count: max(sum(sides[count].cpu_ms_per_request.values()) for sides in bursts) for count in counts
             },
+            **describe_quiet([Watch(burst.foreign_cores) for sides in bursts for burst in sides.values()]),
             "rounds": [{count: asdict(burst) for count, burst in sides.items()} for sides in bursts],
         }
 

@@ -1,4 +1,5 @@
-"""How much of the machine other programs used meanwhile: a measurement beside which somebody else worked is void.
+"""How much of the machine other programs used meanwhile: a measurement beside which somebody else worked is void, and
+repeated a few times.
 
 A process counts as ours if it is this one or descends from it. Without psutil, or where the machine's counters cannot
 be read, nothing is known and nothing is void.
@@ -20,7 +21,7 @@ except ImportError:  # a machine for engine benchmarks only
     _CAN_WATCH = False
 
 LARGEST_FOREIGN_CORES = 0.1
-TRIES = 3
+MOST_REPEATS = 3  # of a void measurement
 
 Measured = TypeVar("Measured")
 
@@ -37,37 +38,42 @@ class Watch:
         return self.foreign_cores is None or self.foreign_cores <= LARGEST_FOREIGN_CORES
 
 
-@contextmanager
-def watching() -> Iterator[Watch]:
-    """Fills the watch at the end."""
-    watch = Watch()
-    if not _CAN_WATCH:
-        yield watch
-        return
-    machine_s, own_s, started_at = _machine_s(), _own_s(), time.perf_counter()
-    yield watch
-    elapsed_s = time.perf_counter() - started_at
-    watch.foreign_cores = max(0.0, (_machine_s() - machine_s) - (_own_s() - own_s)) / max(elapsed_s, 1e-9)
+def until_quiet(watch: Watch) -> Iterator[int]:
+    """Gives turns to measure in: at most `MOST_REPEATS` + 1, none after one in which others left the machine alone.
+    The watch is that of the last turn, filled at its end."""
+    for turn in range(1 + MOST_REPEATS):
+        with watching(watch):
+            yield turn
+        if watch.is_quiet:
+            return
 
 
 def measure_in_quiet(measure: Callable[[], Measured]) -> tuple[Measured, Watch]:
-    """Measure again, `TRIES` times in all, until others left the machine alone. Returns the last one."""
-    for _ in range(TRIES):
-        with watching() as watch:
-            measured = measure()
-        if watch.is_quiet:
-            break
+    """Measure again until others left the machine alone. Returns the last measurement and its watch."""
+    watch = Watch()
+    for _ in until_quiet(watch):
+        measured = measure()
     return measured, watch
 
 
 async def wait_in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, Watch]:
     """The same for what is awaited."""
-    for _ in range(TRIES):
-        with watching() as watch:
-            measured = await measure()
-        if watch.is_quiet:
-            break
+    watch = Watch()
+    for _ in until_quiet(watch):
+        measured = await measure()
     return measured, watch
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Fills the watch at the end."""
+    if not _CAN_WATCH:
+        yield
+        return
+    machine_s, own_s, started_at = _machine_s(), _own_s(), time.perf_counter()
+    yield
+    elapsed_s = time.perf_counter() - started_at
+    watch.foreign_cores = max(0.0, (_machine_s() - machine_s) - (_own_s() - own_s)) / max(elapsed_s, 1e-9)
 
 
 def describe_quiet(watches: Sequence[Watch]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks.compare.figures import Bracket, capacity_rps, fit_alone_ms, is_g
 from benchmarks.compare.outputs import LARGEST_DIFFERENCE, compare
 from benchmarks.compare.pieces import Pieces
 from benchmarks.compare.playing import Record, play, read_records, write_records
-from benchmarks.compare.quiet import watching
+from benchmarks.compare.quiet import Watch, wait_in_quiet
 from benchmarks.compare.summary import summarize_sides
 
 _PROBES_PER_CLASS = 3
@@ -48,7 +48,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What became of one list, by side; void if other programs used more than a tenth of a core in every attempt."""
+    """What became of one list, by side; void if other programs used over a tenth of a core each time it was played."""
 
     records: Mapping[str, Sequence[Record]]
     foreign_cores: float | None
@@ -65,17 +65,15 @@ class Run:
         *,
         pieces: Pieces,
         is_watched: bool = True,
-        attempts: int = 4,
         budget_s: float = float("inf"),
     ) -> None:
         """`is_watched`: all sides run on this machine and below this process, so others' use of it can be seen; then a
-        round that is void is measured up to `attempts` times. After `budget_s` no new piece begins.
+        round that is void is repeated. After `budget_s` no new piece begins.
         """
         self._askers = askers
         self._options = options
         self._pieces = pieces
         self._is_watched = is_watched
-        self._attempts = attempts
         self._ends_at = time.monotonic() + budget_s
 
     async def measure(self) -> dict[str, Any]:
@@ -145,22 +143,15 @@ class Run:
         arrivals = self._draw(number, rate_hz=rate_hz)
         arrivals.save(self._pieces.folder / f"{kind}-{number + 1}-arrivals.json")
 
-        async def play_all() -> dict[str, Any]:
-            for _ in range(self._attempts):
-                with watching() as watch:
-                    records = {
-                        name: await self._play(name, arrivals, what=f"{kind} {number + 1}") for name in self._askers
-                    }
-                is_void = self._is_watched and not watch.is_quiet
-                if not is_void:
-                    break
-            return {
-                "records": {name: write_records(own) for name, own in records.items()},
-                "foreign_cores": watch.foreign_cores if self._is_watched else None,
-                "is_void": is_void,
-            }
+        async def play_all() -> dict[str, list[dict[str, Any]]]:
+            records = {name: await self._play(name, arrivals, what=f"{kind} {number + 1}") for name in self._askers}
+            return {name: write_records(own) for name, own in records.items()}
 
-        piece = await self._take(f"{kind}-{number + 1}", play_all)
+        async def play_in_quiet() -> dict[str, Any]:
+            records, watch = await wait_in_quiet(play_all) if self._is_watched else (await play_all(), Watch())
+            return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
+
+        piece = await self._take(f"{kind}-{number + 1}", play_in_quiet)
         return Round(**{**piece, "records": {name: read_records(own) for name, own in piece["records"].items()}})
 
     async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
