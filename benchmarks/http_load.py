@@ -6,7 +6,6 @@ What is late at the client is late in the figures. Judges nothing and knows no c
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from typing import Literal
 import aiohttp
 
 from benchmarks.arrivals import Arrival
+from benchmarks.client import Now, another_process, play_open_loop
 from benchmarks.compare.asking import RefusedError
 from benchmarks.compare.dialects import StableAudio3, open_session, read_stages
 
@@ -113,7 +113,7 @@ class LoadGenerator:
 @contextmanager
 def load_generator(url: str) -> Iterator[LoadGenerator]:
     """Gives what sends to the server at `url`."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with another_process() as pool:
         yield LoadGenerator(pool, url)
 
 
@@ -132,15 +132,17 @@ def _send(url: str, model: str, arrivals: Sequence[Arrival]) -> Load:  # noqa: P
 
 async def _send_all(url: str, model: str, *, arrivals: Sequence[Arrival]) -> Load:
     async with open_session(url) as http:
+
+        async def send(arrival: Arrival, now: Now) -> Sent:
+            return await _send_one(http, model, arrival=arrival, now=now)
+
         used_s = time.process_time()
-        started_at = time.perf_counter() + _START_S
-        sent = await asyncio.gather(*(_send_one(http, model, arrival=a, started_at=started_at) for a in arrivals))
+        sent = await play_open_loop(arrivals, send, due_at=lambda arrival: arrival.at_s, starts_in_s=_START_S)
         return Load(sent, time.process_time() - used_s)
 
 
-async def _send_one(http: aiohttp.ClientSession, model: str, *, arrival: Arrival, started_at: float) -> Sent:
-    await asyncio.sleep(max(0.0, started_at + arrival.at_s - time.perf_counter()))
-    sent_at = time.perf_counter() - started_at
+async def _send_one(http: aiohttp.ClientSession, model: str, *, arrival: Arrival, now: Now) -> Sent:
+    sent_at = now()
     sent = Sent(due_at=arrival.at_s, sent_at=sent_at, ended_at=sent_at)
     try:
         reply = await StableAudio3().fetch(http, arrival, model=model)
@@ -149,4 +151,4 @@ async def _send_one(http: aiohttp.ClientSession, model: str, *, arrival: Arrival
         sent = replace(sent, outcome="refused", retry_after_s=error.retry_after_s)
     except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
         sent = replace(sent, outcome="failed", error=f"{type(error).__name__}: {error}")
-    return replace(sent, ended_at=time.perf_counter() - started_at)
+    return replace(sent, ended_at=now())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -22,9 +21,8 @@ Audio = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`ended_at` is on `time.perf_counter`, taken at the last byte; `read` decodes the audio (C, S) float32."""
+    """What a side says of its stages; `read` decodes the audio (C, S) float32."""
 
-    ended_at: float
     stages_ms: Mapping[str, float]
     read: Callable[[], Audio]
 
@@ -41,7 +39,7 @@ class Asker(Protocol):
     """A side, however it is reached."""
 
     async def ask(self, arrival: Arrival) -> Answer:
-        """Returns the whole answer. Raises RefusedError, and RuntimeError for anything else but audio."""
+        """Returns at the last byte of the answer. Raises RefusedError, and RuntimeError for anything else but audio."""
         ...
 
 
@@ -59,4 +57,4 @@ class InProcess:
             raise RefusedError(error.message, retry_after_s=error.retry_after_s) from error
         timings = asdict(result.timings) if result.timings else {}
         stages_ms = {name.removesuffix("_ms"): ms for name, ms in timings.items() if isinstance(ms, float)}
-        return Answer(time.perf_counter(), stages_ms, lambda: result.audio[0])
+        return Answer(stages_ms, lambda: result.audio[0])

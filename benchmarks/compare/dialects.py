@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,8 +55,7 @@ class OverHttp:
 
     async def ask(self, arrival: Arrival) -> Answer:
         reply = await self._dialect.fetch(self._http, arrival, model=self._model)
-        ended_at = time.perf_counter()
-        return Answer(ended_at, read_stages(reply), lambda: read_audio(reply.content))
+        return Answer(read_stages(reply), lambda: read_audio(reply.content))
 
 
 class StableAudio3:

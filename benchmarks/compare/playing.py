@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.arrivals import Arrival, ArrivalList
+from benchmarks.client import Now, play_open_loop
 from benchmarks.compare.asking import Answer, Asker, RefusedError
 from benchmarks.metrics import Finished
 
@@ -40,28 +39,26 @@ async def play(
     asker: Asker, arrivals: ArrivalList | Sequence[Arrival], *, on_end: Callable[[], object] = lambda: None
 ) -> list[Record]:
     """Each request at its own time, however late the others are. Raises what a request raises, except refusals."""
-    started_at = time.perf_counter()
 
-    async def one(index: int, arrival: Arrival) -> Record:
-        await asyncio.sleep(max(0.0, started_at + arrival.at_s - time.perf_counter()))
+    async def ask(numbered: tuple[int, Arrival], now: Now) -> Record:
+        index, arrival = numbered
         try:
             answer: Answer | None = await asker.ask(arrival)
         except RefusedError:
             answer = None
+        ended_at = now()
         on_end()
         return Record(
             index=index,
             due_at=arrival.at_s,
-            ended_at=(answer.ended_at if answer else time.perf_counter()) - started_at,
+            ended_at=ended_at,
             audio_s=arrival.duration_s,
             steps=arrival.steps,
             stages_ms=answer.stages_ms if answer else {},
             refused=answer is None,
         )
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(index, arrival)) for index, arrival in enumerate(arrivals)]
-    return [task.result() for task in tasks]
+    return await play_open_loop(list(enumerate(arrivals)), ask, due_at=lambda numbered: numbered[1].at_s)
 
 
 def write_records(records: Sequence[Record]) -> list[dict[str, Any]]:

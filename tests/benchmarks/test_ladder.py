@@ -179,7 +179,7 @@ def test_audio_of_a_wrong_length_is_refused() -> None:
     arrival = Arrival(0.0, "x", duration_s=2.0, seed=1, steps=8)
 
     def answer(samples: int) -> Answer:
-        return Answer(1.0, {}, lambda: np.zeros((2, samples), dtype=np.float32))
+        return Answer({}, lambda: np.zeros((2, samples), dtype=np.float32))
 
     check_length(arrival, answer(88_200), sample_rate_hz=44_100)
     check_length(replace(arrival, audio_format="opus"), answer(96_000), sample_rate_hz=44_100)
