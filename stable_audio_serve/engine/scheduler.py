@@ -43,6 +43,7 @@ class _Entry:
     row_id: RowId  # ids rise with arrival, so ties run in order of arrival
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
+    tokens: int = field(compare=False)  # of the work when it was last counted
     started: bool = field(default=False, compare=False)
 
 
@@ -50,6 +51,7 @@ class _Entry:
 class _Step:
     entries: list[_Entry] = field(default_factory=list)
     num_new: int = 0
+    num_new_batch: int = 0
     tokens: float = 0.0
 
     @property
@@ -58,7 +60,9 @@ class _Step:
 
 
 class Scheduler:
-    """All rows from admission to their end. Used by one thread; unknown ids raise KeyError."""
+    """All rows from admission to their end. Between two picks only the work of picked rows goes on. Used by one thread;
+    unknown ids raise KeyError.
+    """
 
     def __init__(
         self,
@@ -75,6 +79,8 @@ class Scheduler:
         self._orders: dict[Priority, list[_Entry]] = {"interactive": [], "batch": []}
         self._entries: dict[RowId, _Entry] = {}
         self._num_started: dict[Priority, int] = dict.fromkeys(self._orders, 0)
+        self._waiting_tokens: dict[Priority, int] = dict.fromkeys(self._orders, 0)
+        self._picked: list[_Entry] = []
         self._lent_ms = 0.0  # time that interactive steps gave to batch rows and that is not used yet
 
     def add(
@@ -90,8 +96,9 @@ class Scheduler:
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
         slack_s = min(self._limits.slack * alone_s, self._limits.max_slack_s)
-        entry = _Entry(arrived_at + slack_s, row_id, work, priority)
+        entry = _Entry(arrived_at + slack_s, row_id, work, priority, work.tokens)
         self._entries[row_id] = entry
+        self._waiting_tokens[priority] += entry.tokens
         insort(self._orders[priority], entry)
 
     def remove(self, row_id: RowId) -> None:
@@ -100,12 +107,14 @@ class Scheduler:
         order = self._orders[entry.priority]
         del order[bisect_left(order, entry)]
         self._num_started[entry.priority] -= entry.started
+        self._waiting_tokens[entry.priority] -= entry.tokens
 
     def pick(self) -> list[RowId]:
         """Returns the rows to work on now, earliest deadline first; empty only if no row is left.
 
         Picked rows count as started until they are removed. No row starts while `max_started` rows are started.
         """
+        self._count_again()
         step = self._fill("interactive")
         if step.entries:
             step = self._lend(step)
@@ -115,23 +124,39 @@ class Scheduler:
         for entry in step.entries:
             self._num_started[entry.priority] += not entry.started
             entry.started = True
+        self._picked = step.entries
         return [entry.row_id for entry in step.entries]
+
+    def _count_again(self) -> None:
+        """Bring the sum of waiting tokens up to date with the last pick's rows."""
+        for entry in self._picked:
+            if self._entries.get(entry.row_id) is entry:
+                tokens = entry.work.tokens
+                self._waiting_tokens[entry.priority] += tokens - entry.tokens
+                entry.tokens = tokens
 
     def _fill(self, priority: Priority) -> _Step:
         """Returns a step with as many rows of one priority as fit the budget."""
         step, budget = _Step(), 0.0
+        num_left = self._num_started[priority]  # started rows further on
         for entry in self._orders[priority]:
             if not self._may_run(entry, beside=step):
+                if not num_left:
+                    break  # no row starts, so none of the others may run either
                 continue
             if not step.entries:
                 budget = self._budget(priority, entry.work.frames)
-            elif step.tokens >= budget or step.tokens + entry.work.tokens > self._limits.max_tokens:
+            elif step.tokens >= budget or step.tokens + entry.tokens > self._limits.max_tokens:
                 break
             _take(step, entry)
+            num_left -= entry.started
         return step
 
     def _lend(self, step: _Step) -> _Step:
         """Returns the interactive step with the batch rows that may join it, or a batch row whose step is paid for."""
+        if not self._orders["batch"]:
+            self._lent_ms = 0.0
+            return step
         ms = self._step_ms(step.works, step.num_new)
         share_ms = self._limits.batch_share * ms
         num_interactive = len(step.entries)
@@ -139,7 +164,7 @@ class Scheduler:
             if not self._may_run(entry, beside=step):
                 continue
             new = int(not entry.started)
-            rides = step.tokens + entry.work.tokens <= self._limits.max_tokens
+            rides = step.tokens + entry.tokens <= self._limits.max_tokens
             if not rides and len(step.entries) > num_interactive:
                 break  # its turn comes when those before it are done
             works = [*step.works, entry.work] if rides else [entry.work]
@@ -160,7 +185,7 @@ class Scheduler:
         if entry.started:
             return True
         most, num_started = self._limits.max_started, self.num_started + beside.num_new
-        num_batch = self._num_started["batch"] + sum(e.priority == "batch" and not e.started for e in beside.entries)
+        num_batch = self._num_started["batch"] + beside.num_new_batch
         if entry.priority == "batch":
             return num_batch < most - max(most // 4, 1) and num_started < most
         is_batch_shut_out = not num_batch and bool(self._orders["batch"])
@@ -171,12 +196,7 @@ class Scheduler:
         cap = self._limits.max_tokens
         if cap == 0:
             return 0.0
-        waiting = 0
-        for entry in self._orders[priority]:
-            waiting += entry.work.tokens
-            if waiting >= 4 * cap:
-                break
-        return min(max(self._knee_tokens(frames), waiting / 4), cap)
+        return min(max(self._knee_tokens(frames), self._waiting_tokens[priority] / 4), cap)
 
     def position(self, row_id: RowId) -> int:
         """Returns the number of rows ahead of this one."""
@@ -206,5 +226,6 @@ class Scheduler:
 def _take(step: _Step, entry: _Entry) -> _Step:
     step.entries.append(entry)
     step.num_new += not entry.started
-    step.tokens += entry.work.tokens
+    step.num_new_batch += entry.priority == "batch" and not entry.started
+    step.tokens += entry.tokens
     return step

@@ -98,6 +98,19 @@ def test_step_takes_a_quarter_of_what_waits() -> None:
     assert len(scheduler.pick()) == 10
 
 
+def test_the_quarter_follows_the_work_that_is_left() -> None:
+    scheduler = make_scheduler(knee=250)
+    works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(40)]
+    picked = scheduler.pick()
+    assert len(picked) == 10  # of 40 x 200 frames
+    for row_id in picked:
+        works[row_id].finish_evaluation()  # from here on 100 frames
+    assert len(scheduler.pick()) == 14  # ten of 100, four of 200: a quarter of 10 x 100 + 30 x 200
+    for row_id in range(14, 40):
+        scheduler.remove(RowId(row_id))
+    assert len(scheduler.pick()) == 5  # a quarter of 10 x 100 + 4 x 200
+
+
 def test_step_never_exceeds_the_cap_but_always_takes_one() -> None:
     scheduler = make_scheduler(knee=250, max_tokens=300)
     for row_id in range(40):
