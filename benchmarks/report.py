@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_LEAST_EXPONENT = -4  # of ten; what is smaller would be all zeros
 
 
 def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
@@ -55,8 +58,13 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def format_cell(value: object) -> str:
-    """A value in a table; fractions with three decimals."""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    """A value in a table; fractions with three significant digits, more where they are whole numbers."""
+    if not isinstance(value, float) or not math.isfinite(value):
+        return str(value)
+    if value.is_integer() or abs(value) >= 100:
+        return f"{value:.0f}"
+    rounded, _, exponent = f"{value:.2e}".partition("e")
+    return f"{rounded}e{int(exponent)}" if int(exponent) < _LEAST_EXPONENT else f"{value:.{2 - int(exponent)}f}"
 
 
 def _commit() -> str | None:

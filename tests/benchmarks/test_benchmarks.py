@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks.cases.engine import run_engine_case
 from benchmarks.metrics import Finished, percentile, steady, summarize, throughput_rps, worst_ratio
-from benchmarks.report import format_table, write_report
+from benchmarks.report import format_cell, format_table, write_report
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
 from tests.factories import ToyModel
@@ -73,7 +73,28 @@ def test_eight_mixed_requests_are_unlike_and_plannable() -> None:
 
 
 def test_table_aligns_columns() -> None:
-    assert format_table([{"a": 1, "long": 0.5}, {"a": 200, "long": 1.0}]) == "a    long \n1    0.500\n200  1.000"
+    assert format_table([{"a": 1, "long": 0.5}, {"a": 200, "long": 1.0}]) == "a    long \n1    0.500\n200  1    "
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (69.0, "69"),
+        (0.0, "0"),
+        (1234.56, "1235"),
+        (86.415, "86.4"),
+        (1.43, "1.43"),
+        (-0.8606, "-0.861"),
+        (0.00602, "0.00602"),
+        (3.1e-7, "3.10e-7"),
+        (9.999, "10.0"),
+        (float("inf"), "inf"),
+        (7, "7"),
+        ("ours", "ours"),
+    ],
+)
+def test_figures_have_three_digits_and_whole_numbers_no_point(value: object, text: str) -> None:
+    assert format_cell(value) == text
 
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])

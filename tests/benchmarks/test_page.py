@@ -23,5 +23,5 @@ def test_other_results_make_another_page(tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     report["results"]["first_audio_over_ray_plus_bare_ratio"] = 7.5
     path.write_text(json.dumps(report))
-    assert "| P14 | cold start | 7.500 |" in render(tmp_path)
+    assert "| P14 | cold start | 7.50 |" in render(tmp_path)
     assert "Not measured yet: `make bench-gpu`" in render(tmp_path)
