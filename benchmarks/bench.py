@@ -18,31 +18,45 @@ from benchmarks.report import format_table
 from benchmarks.settings import CaseSettings
 
 _SIDES = ("lock", "static", "ours-strict", "ours-fast")
-_ROUNDS = 2  # of the short form
+_SHORT_RUN_ROUNDS, _SHORT_CASE_ROUNDS = 2, 1
 _SHORT_RUNS = (
     RunRequest("demo-wide", _SIDES, count=30, goodput_trials=3, goodput_of=("lock", "ours-fast")),
     RunRequest("demo-fast", _SIDES, count=60, goodput_trials=0),
 )
 _FULL_RUNS = (RunRequest("demo-wide", _SIDES), RunRequest("demo-fast", _SIDES))
-_CASES = ("simulate", "micro", "ladder", "memory", "prompt-cache", "http", "formats", "scale", "overload", "cold-start")
-_ONCE = ("micro", "ladder", "http", "formats", "scale", "overload", "cold-start")  # one round in the short form
+BENCH_CASES = (
+    "simulate",
+    "micro",
+    "ladder",
+    "memory",
+    "prompt-cache",
+    "http",
+    "formats",
+    "scale",
+    "overload",
+    "cold-start",
+)
 
 
-def run_bench(settings: CaseSettings, *, out: Path) -> int:
-    """Returns the exit status: 1 if a goal is missed by its whole interval, is void, or a case failed."""
+def run_bench(settings: CaseSettings, *, rounds: int | None, out: Path) -> int:
+    """Returns the exit status: 1 if a goal is missed by its whole interval, is void, or a case failed.
+
+    `rounds` None: those of the settings in the long form, one or two in the short one.
+    """
+
+    def with_rounds(short: int) -> CaseSettings:
+        return replace(settings, rounds=rounds or (settings.rounds if settings.full else short))
 
     def compare_sides(request: RunRequest) -> list[dict[str, object]]:
-        rounds = settings.rounds if settings.full else _ROUNDS
-        return measure_comparison(replace(settings, rounds=rounds), request, out=out)
+        return measure_comparison(with_rounds(_SHORT_RUN_ROUNDS), request, out=out)
 
     def measure(name: str) -> list[dict[str, object]]:
-        rounds = settings.rounds if settings.full else 1 if name in _ONCE else _ROUNDS
-        return measure_case(name, replace(settings, rounds=rounds), out=out)
+        return measure_case(name, with_rounds(_SHORT_CASE_ROUNDS), out=out)
 
     steps: dict[str, Callable[[], list[dict[str, object]]]] = {}
     for request in _FULL_RUNS if settings.full else _SHORT_RUNS:
         steps[f"run {request.mix}"] = lambda request=request: compare_sides(request)  # type: ignore[misc]
-    for name in _CASES:
+    for name in BENCH_CASES:
         steps[name] = lambda name=name: measure(name)  # type: ignore[misc]
     failed = _run_all(steps)
     standings = read_standings(out)

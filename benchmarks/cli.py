@@ -5,10 +5,11 @@ server with what people would run instead; `bench` is the short form of everythi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.bench import run_bench
+from benchmarks.bench import BENCH_CASES, run_bench
 from benchmarks.cases.run import DIALECT_NAMES, RunRequest
 from benchmarks.compare.outputs import VoidError
 from benchmarks.compare.run import OutOfTimeError
@@ -18,64 +19,103 @@ from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES
 from benchmarks.workload import MIXES
 
+_SETTINGS = frozenset(field.name for field in fields(CaseSettings))
+_RUN = frozenset(field.name for field in fields(RunRequest))
+# Options of `run` that change nothing unless another one is there too.
+_NEEDS = {
+    "dialect": "--url",
+    "url_model": "--url",
+    "url_key": "--url",
+    "mode": "--against",
+    "threads": "--against",
+    "engine_only": "--against",
+    "device": "--engine-only",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    options = _parser().parse_args(arguments)
-    settings = CaseSettings(
-        options.model, options.device, options.mode, options.threads, options.rounds or 3, full=options.full
-    )
-    if options.case == "bench":
-        raise SystemExit(run_bench(settings, out=options.out))
-    if options.case == "run":
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    case, out = given.pop("case"), given.pop("out", Path("bench-results"))
+    for name in given:
+        if refusal := refuse(case, name, given=given):
+            parser.error(refusal)
+    settings = CaseSettings(**{name: value for name, value in given.items() if name in _SETTINGS})
+    if case == "bench":
+        raise SystemExit(run_bench(settings, rounds=given.get("rounds"), out=out))
+    if case == "run":
+        asked = {name: value for name, value in given.items() if name in _RUN}
         try:
-            print(format_table(measure_comparison(settings, _run_request(options), out=options.out)))
+            print(format_table(measure_comparison(settings, _run_request(**asked), out=out)))
         except (VoidError, OutOfTimeError, ValueError) as error:
             raise SystemExit(str(error)) from error
         return
-    wanted = tuple(CASES) if options.case == "all" else (options.case,)
-    for name in wanted:
-        if options.engine_only and not CASES[name].is_bare:
-            continue
+    for name in _chosen(case, given=given):
         print(f"\n{name}")
-        print(format_table(measure_case(name, settings, out=options.out)))
+        print(format_table(measure_case(name, settings, out=out)))
+
+
+def refuse(case: str, option: str, *, given: Mapping[str, object]) -> str | None:
+    """Returns what to say of an option that would change nothing, None for one that is used."""
+    flag = "--" + option.replace("_", "-")
+    if case == "run":
+        has_sides = bool(given["against"]) if "against" in given else "url" not in given
+        met = {"--url": "url" in given, "--against": has_sides, "--engine-only": "engine_only" in given}
+        needed = _NEEDS.get(option)
+        return None if needed is None or met[needed] else f"run does not use {flag} without {needed}"
+    if case == "all" and option == "engine_only":
+        return None
+    names = BENCH_CASES if case == "bench" else _chosen(case, given=given)
+    used = {option for name in names for option in CASES[name].options.split()}
+    return None if option in used else f"{case} does not use {flag}"
+
+
+def _chosen(case: str, *, given: Mapping[str, object]) -> list[str]:
+    if case != "all":
+        return [case]
+    return [name for name in CASES if CASES[name].is_bare or "engine_only" not in given]
+
+
+def _run_request(mix: str = "demo-wide", *, against: tuple[str, ...] | None = None, **asked: object) -> RunRequest:
+    if against is None:
+        against = () if "url" in asked else ("lock", "static", "ours")
+    return RunRequest(mix, against, **asked)  # type: ignore[arg-type]  # as parsed
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    """A parser that returns nothing but what was given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("case", choices=("bench", "run", *CASES, "all"))
-    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the results")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: bench-results")
     parser.add_argument("--model", help="registered name or checkpoint folder; default: the demo model")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default: cpu")
     parser.add_argument("--mode", choices=MODES, help="default: both")
-    parser.add_argument("--threads", type=int, default=1, help="model threads")
-    parser.add_argument("--rounds", type=int, help="default: 3")
+    parser.add_argument("--threads", type=_positive, help="model threads; default: 1")
+    parser.add_argument("--rounds", type=_positive, help="default: 3; of bench without --full: 1 or 2, by case")
     parser.add_argument("--full", action="store_true", help="as many requests as published figures need")
-    parser.add_argument("--engine-only", action="store_true", help="only what runs without Ray and HTTP")
+    parser.add_argument("--engine-only", action="store_true", help="of run and all: only what needs no Ray and no HTTP")
     run = parser.add_argument_group("run")
-    run.add_argument("--mix", choices=tuple(MIXES), default="demo-wide")
-    run.add_argument("--against", default=None, help=f"sides, the reference first: {','.join(SIDES)}")
+    run.add_argument("--mix", choices=tuple(MIXES), help="default: demo-wide")
+    run.add_argument("--against", type=_parse_sides, help=f"sides, the reference first: {','.join(SIDES)}")
     run.add_argument("--url", help="a running server, as a further side or alone")
-    run.add_argument("--dialect", choices=DIALECT_NAMES, default="sa3", help="how that server is asked")
+    run.add_argument("--dialect", choices=DIALECT_NAMES, help="how that server is asked; default: sa3")
     run.add_argument("--url-model", help="the model that server is asked for; default: its own choice")
     run.add_argument("--url-key", help="sent to it as a bearer token")
-    run.add_argument("--count", type=int, help="requests of each list")
+    run.add_argument("--count", type=_positive, help="requests of each list")
     run.add_argument("--goodput-trials", type=int, help="steps of the search for the highest good rate; 0: none")
-    run.add_argument("--budget-s", type=float, default=float("inf"), help="after this no new measurement begins")
+    run.add_argument("--budget-s", type=float, help="after this no new measurement begins")
     return parser
 
 
-def _run_request(options: argparse.Namespace) -> RunRequest:
-    against = options.against if options.against is not None else "" if options.url else "lock,static,ours"
-    return RunRequest(
-        options.mix,
-        tuple(filter(None, against.split(","))),
-        url=options.url,
-        dialect=options.dialect,
-        url_model=options.url_model,
-        url_key=options.url_key,
-        engine_only=options.engine_only,
-        count=options.count,
-        goodput_trials=options.goodput_trials,
-        budget_s=options.budget_s,
-    )
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _parse_sides(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))

@@ -25,34 +25,36 @@ MODES = ("strict", "fast")
 class Case:
     """`module` of `benchmarks.cases` has `function(settings)`, which returns results, and `rows(results)`, their table.
 
-    `by_mode`: both modes are measured unless one was asked for. `is_bare`: needs neither Ray nor HTTP.
+    `options`: the fields of the settings that it follows. `by_mode`: both modes are measured unless one was asked for.
+    `is_bare`: needs neither Ray nor HTTP.
     """
 
     module: str
     function: str
+    options: str
     by_mode: bool = False
     is_bare: bool = False
 
 
 CASES: Mapping[str, Case] = {
-    "engine": Case("engine", "run_engine", by_mode=True, is_bare=True),
-    "open": Case("open", "run_open_case", is_bare=True),
-    "simulate": Case("simulate", "run_simulate_case", is_bare=True),
-    "micro": Case("micro", "run_micro_case"),
-    "ladder": Case("ladder", "run_ladder", by_mode=True, is_bare=True),
-    "memory": Case("memory", "run_memory_case", is_bare=True),
-    "prompt-cache": Case("prompt_cache", "run_prompt_cache", is_bare=True),
-    "http": Case("http", "run_http_case"),
-    "formats": Case("formats", "run_formats_case"),
-    "overhead": Case("overhead", "run_overhead_case"),
-    "uploads": Case("uploads", "run_uploads_case"),
-    "jobs": Case("jobs", "run_jobs_case"),
-    "jobs-http": Case("jobs_http", "run_jobs_http_case"),
-    "batch": Case("batch", "run_batch_case"),
-    "scale": Case("scale", "run_scale_case"),
-    "overload": Case("overload", "run_overload_case"),
-    "cold-start": Case("cold_start", "run_cold_start_case"),
-    "threads": Case("threads", "run_threads_case", is_bare=True),
+    "engine": Case("engine", "run_engine", "model device mode threads rounds", by_mode=True, is_bare=True),
+    "open": Case("open", "run_open_case", "device mode threads rounds", is_bare=True),
+    "simulate": Case("simulate", "run_simulate_case", "full", is_bare=True),
+    "micro": Case("micro", "run_micro_case", "model device threads rounds full"),
+    "ladder": Case("ladder", "run_ladder", "model device mode threads rounds full", by_mode=True, is_bare=True),
+    "memory": Case("memory", "run_memory_case", "model device mode threads full", is_bare=True),
+    "prompt-cache": Case("prompt_cache", "run_prompt_cache", "model device threads", is_bare=True),
+    "http": Case("http", "run_http_case", "model device threads rounds full"),
+    "formats": Case("formats", "run_formats_case", "model threads rounds full"),
+    "overhead": Case("overhead", "run_overhead_case", "model threads rounds"),
+    "uploads": Case("uploads", "run_uploads_case", "model threads rounds"),
+    "jobs": Case("jobs", "run_jobs_case", "rounds"),
+    "jobs-http": Case("jobs_http", "run_jobs_http_case", "model threads rounds"),
+    "batch": Case("batch", "run_batch_case", "model threads rounds"),
+    "scale": Case("scale", "run_scale_case", "model threads rounds full"),
+    "overload": Case("overload", "run_overload_case", "model threads rounds full"),
+    "cold-start": Case("cold_start", "run_cold_start_case", "model device threads rounds"),
+    "threads": Case("threads", "run_threads_case", "model rounds", is_bare=True),
 }
 
 
