@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _RATE_HZ = 44_100
 _LATENT_TEXT_WIDTH = 768  # of T5Gemma and T5 base
@@ -105,8 +105,8 @@ def _oobleck_operations(frames: int) -> float:
 
 SMALL = Network(
     "small",
-    1024,
-    20,
+    width=1024,
+    depth=20,
     differential=False,
     context_tokens=257,
     context_width=1024,
@@ -116,23 +116,11 @@ SMALL = Network(
     hop=4096,
     decoder="same-s",
 )
-MEDIUM = Network(
-    "medium",
-    1536,
-    24,
-    differential=True,
-    context_tokens=257,
-    context_width=1536,
-    prefix_tokens=64,
-    local_width=257,
-    latent_channels=256,
-    hop=4096,
-    decoder="same-l",
-)
+MEDIUM = replace(SMALL, name="medium", width=1536, depth=24, differential=True, context_width=1536, decoder="same-l")
 OPEN = Network(
     "stable-audio-open-1.0",
-    1536,
-    24,
+    width=1536,
+    depth=24,
     differential=False,
     context_tokens=130,
     context_width=768,

@@ -12,16 +12,8 @@ from torch import Tensor
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.protocol import (
-    DecodeWindow,
-    DiffusionModel,
-    EncodeWindow,
-    ModelSpec,
-    RowConditioning,
-    RowPlan,
-    StepBatch,
-    TextEmbedding,
-)
+from stable_audio_serve.models.forwarding import ForwardingModel
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, EncodeWindow, RowPlan
 from stable_audio_serve.sampling import NoiseSource, ReplayDraw, ReplayNoise
 from stable_audio_serve.verification.cases import Case
 from stable_audio_serve.verification.replay import DrawProbe, SilentWindows, replay_script
@@ -36,48 +28,21 @@ class RowResult:
     audio: Tensor
 
 
-class ObservedModel:
+class ObservedModel(ForwardingModel):
     """A model whose rows are decoded whole, headroom included, so that their final latents can be read.
 
     `noise` and `latents` are by the row's number, which is its seed.
     """
 
     def __init__(self, model: DiffusionModel) -> None:
-        self._model = model
+        super().__init__(model)
         self.noise: dict[int, NoiseSource] = {}
         self.latents: dict[int, Tensor] = {}
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self._model.spec
-
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns the model's plans, with the result as long as the latents."""
-        plans = self._model.plan(request, frames=frames)
+        plans = super().plan(request, frames=frames)
         return tuple(replace(plan, output_samples=plan.frames * self.spec.hop) for plan in plans)
-
-    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        return self._model.encode_text(prompts)
-
-    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        return self._model.encode_audio(windows)
-
-    def condition(
-        self,
-        plan: RowPlan,
-        *,
-        prompt: TextEmbedding,
-        negative: TextEmbedding | None,
-        inpaint_latents: Tensor | None,
-    ) -> RowConditioning:
-        return self._model.condition(plan, prompt=prompt, negative=negative, inpaint_latents=inpaint_latents)
-
-    def denoise(self, batch: StepBatch) -> Tensor:
-        return self._model.denoise(batch)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         """Decode by the model and keep the latents."""
@@ -85,7 +50,7 @@ class ObservedModel:
             row = next((row for row, noise in self.noise.items() if noise is window.noise), None)
             if row is not None:
                 self.latents[row][:, window.start : window.start + window.latents.shape[1]] = window.latents.cpu()
-        return self._model.decode(windows)
+        return super().decode(windows)
 
 
 class NumFrames(Protocol):

@@ -1,0 +1,55 @@
+"""A model that does what another one does, for who changes or watches a part of it. Knows no family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    DiffusionModel,
+    EncodeWindow,
+    ModelSpec,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+)
+
+
+class ForwardingModel:
+    """Implements DiffusionModel around another; subclasses override what they change."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self._model = model
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._model.spec
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        return self._model.plan(request, frames=frames)
+
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        return self._model.encode_text(prompts)
+
+    def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
+        return self._model.encode_audio(windows)
+
+    def condition(
+        self, plan: RowPlan, *, prompt: TextEmbedding, negative: TextEmbedding | None, inpaint_latents: Tensor | None
+    ) -> RowConditioning:
+        return self._model.condition(plan, prompt=prompt, negative=negative, inpaint_latents=inpaint_latents)
+
+    def denoise(self, batch: StepBatch) -> Tensor:
+        return self._model.denoise(batch)
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        return self._model.decode(windows)
