@@ -21,7 +21,6 @@ from benchmarks.settings import CaseSettings
 
 _CLIP_S = 10.0
 _CALLS_PER_ROUND = 20
-_WARM_UP_CALLS = 5
 _MIN_AUDIO_BYTES = 100_000  # an answer without the audio would be fast
 
 
@@ -75,12 +74,14 @@ def run_overhead_case(settings: CaseSettings, routes: Sequence[Route] = ROUTES) 
         }
 
 
-def measure_route(clients: Mapping[str, httpx.Client], route: Route, *, rounds: int) -> dict[str, Any]:
-    """Figures of one route on each side, in milliseconds."""
+def measure_route(
+    clients: Mapping[str, httpx.Client], route: Route, *, rounds: int, calls: int = _CALLS_PER_ROUND
+) -> dict[str, Any]:
+    """Figures of one route on each side, in milliseconds, after a quarter of a round's calls to warm up."""
     for client in clients.values():
-        _call(client, route, count=_WARM_UP_CALLS)
+        _call(client, route, count=max(1, calls // 4))
     latencies_ms = [
-        {side: _call(client, route, count=_CALLS_PER_ROUND) for side, client in clients.items()} for _ in range(rounds)
+        {side: _call(client, route, count=calls) for side, client in clients.items()} for _ in range(rounds)
     ]
     p50_ms = [{side: summarize(values).p50_ms for side, values in sides.items()} for sides in latencies_ms]
     return {

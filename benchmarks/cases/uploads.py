@@ -98,12 +98,14 @@ def send_uploads(url: str, data: bytes, *, count: int, every_s: float) -> list[f
     return took_s
 
 
-def measure_round(server: Server, data: bytes, *, every_s: float, file_s: float) -> dict[str, Any]:
+def measure_round(
+    server: Server, data: bytes, *, every_s: float, file_s: float, idle_probes: int = _IDLE_PROBES
+) -> dict[str, Any]:
     """One file several times, one watcher; figures in milliseconds."""
     with another_process() as pool, httpx.Client(base_url=server.url, timeout=30.0, trust_env=False) as client:
         # The first upload starts the sending process and the server's decoder.
         pool.submit(send_uploads, server.url, data, count=1, every_s=0.0).result()
-        idle_ms = probe(client, lambda probes: len(probes) < _IDLE_PROBES)
+        idle_ms = probe(client, lambda probes: len(probes) < idle_probes)
         sending: Future[list[float]] = pool.submit(
             send_uploads, server.url, data, count=_UPLOADS_PER_ROUND, every_s=every_s
         )

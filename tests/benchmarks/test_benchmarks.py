@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 
-import httpx
 import pytest
 import soundfile
 from hypothesis import given
@@ -130,48 +128,12 @@ def test_cold_start_stages_are_read_from_what_the_server_says() -> None:
     assert server.stages_s == stages
 
 
-def test_the_instant_engine_answers_every_route_of_the_overhead_case() -> None:
-    from benchmarks.cases.overhead import ROUTES, measure_route
-    from benchmarks.servers.process import running_instant_app
-
-    with running_instant_app() as server, httpx.Client(base_url=server.url, timeout=60) as client:
-        for route in ROUTES:
-            figures = measure_route({"app": client, "serve": client}, route, rounds=1)
-            assert 0 < figures["worst_round_p50_ms"]["app"] <= figures["latency"]["app"]["p95_ms"], route.name
-
-
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3"])
 def test_upload_files_are_what_they_say(container: str) -> None:
     from benchmarks.cases.uploads import make_file
 
     info = soundfile.info(io.BytesIO(make_file(container, duration_s=2.0)))
     assert (info.format, info.frames, info.channels) == (container, 88_200, 2)
-
-
-def test_uploads_and_health_are_timed_against_a_real_server() -> None:
-    from benchmarks.cases.uploads import make_file, measure_round
-    from benchmarks.servers.process import running_instant_app
-
-    with running_instant_app() as server:
-        figures = measure_round(server, make_file("WAV", duration_s=2.0), every_s=0.05, file_s=2.0)
-    assert figures["realtime_factor"] > 1
-    assert 0 < figures["health_during_uploads"]["p50_ms"] <= figures["health_during_uploads"]["p95_ms"]
-
-
-def test_a_load_is_sent_at_its_own_times_and_refuses_to_time_errors() -> None:
-    from benchmarks.cases.jobs_http import send
-    from benchmarks.servers.process import running_instant_app
-
-    body = {"prompt": "x", "duration": 1}
-    with running_instant_app() as server:
-        started_at = time.perf_counter()
-        tickets = send(server.url, [("POST", "/jobs", body)] * 20, rate_hz=40.0)
-        assert time.perf_counter() - started_at > 19 / 40
-        polls = send(server.url, [("GET", f"/jobs/{ticket.answer['id']}", None) for ticket in tickets], rate_hz=100.0)
-        assert {poll.answer["status"] for poll in polls} == {"queued"}
-        assert all(sent.latency_ms > 0 for sent in (*tickets, *polls))
-        with pytest.raises(RuntimeError, match="422"):
-            send(server.url, [("POST", "/jobs", {})], rate_hz=10.0)
 
 
 def test_the_job_store_is_measured_on_both_databases() -> None:

@@ -1,6 +1,4 @@
-"""The comparison itself: what it makes of records, that it refuses unlike work, that it goes on where it was cut, and
-that it can ask every kind of server.
-"""
+"""The comparison itself: what it makes of records, that it refuses unlike work, that it goes on where it was cut."""
 
 from __future__ import annotations
 
@@ -8,14 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 import pytest
 
-from benchmarks.arrivals import Arrival, draw_arrivals
-from benchmarks.cases.run import DIALECT_NAMES, URL_SIDE, RunRequest, run_comparison
+from benchmarks.arrivals import Arrival
+from benchmarks.cases.run import RunRequest
 from benchmarks.compare.asking import Answer, Asker, InProcess
-from benchmarks.compare.dialects import DIALECTS, OverHttp, open_session
 from benchmarks.compare.figures import (
     Bracket,
     capacity_rps,
@@ -29,10 +25,8 @@ from benchmarks.compare.figures import (
 from benchmarks.compare.outputs import VoidError, compare, difference
 from benchmarks.compare.pictures import format_comparison, write_plots
 from benchmarks.compare.pieces import Pieces
-from benchmarks.compare.playing import Record, play
+from benchmarks.compare.playing import Record
 from benchmarks.compare.run import OutOfTimeError, Run, RunOptions
-from benchmarks.servers.process import running_instant_app
-from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import open_side
 from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.devices import LinearDevice
@@ -43,8 +37,6 @@ pytestmark = pytest.mark.slow
 QUICK = LinearDevice(
     text_fixed_ms=0.2, step_fixed_ms=0.3, step_per_frame_ms=0.001, coding_fixed_ms=0.5, coding_per_frame_ms=0.001
 )
-
-WAITING_DIALECTS = tuple(name for name in DIALECT_NAMES if name != "aiml")  # that one's jobs need a runner
 
 
 def record(due_at: float, latency_s: float, *, steps: int = 8, audio_s: float = 1.0, refused: bool = False) -> Record:
@@ -150,50 +142,6 @@ async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
     with pytest.raises(VoidError, match="fewer is void"):
         await make_run(tmp_path, askers).measure()
     assert names(tmp_path) == {"about.json"}
-
-
-@pytest.fixture(scope="module")
-def instant_url() -> object:
-    with running_instant_app() as server:
-        yield server.url
-
-
-async def test_any_server_can_be_measured_in_its_dialect(instant_url: str, tmp_path: Path) -> None:
-    for dialect in WAITING_DIALECTS:
-        request = RunRequest("demo-fast", url=instant_url, dialect=dialect, count=6, goodput_trials=1)
-        results = await run_comparison(CaseSettings(rounds=1), request, folder=tmp_path / dialect)
-        side = results["sides"][URL_SIDE]
-        assert min(side["capacity_rps"]) > 0, dialect
-        assert side["latency"]["all"]["p95_ms"] > 0, dialect
-
-
-async def test_every_dialect_brings_the_clip_that_was_asked_for(instant_url: str) -> None:
-    arrival = Arrival(at_s=0.0, prompt="rain", duration_s=2.0, seed=1, steps=8)
-    async with open_session(instant_url) as http:
-        for name in WAITING_DIALECTS:
-            dialect = DIALECTS[name]
-            audio = (await OverHttp(http, dialect).ask(arrival)).read()
-            assert audio.shape == (2, 88_200), name
-            with pytest.raises(RuntimeError):
-                await OverHttp(http, dialect).ask(replace(arrival, steps=100_000))
-
-
-async def test_edits_and_formats_are_asked_for(instant_url: str) -> None:
-    edits = draw_arrivals("edit", rate_hz=None, count=12, seed=1, max_duration_s=4.0)
-    formats = draw_arrivals("formats", rate_hz=None, count=12, seed=1, max_duration_s=4.0)
-    assert {arrival.mode for arrival in edits} == {"text-to-audio", "variation", "inpaint"}
-    async with open_session(instant_url) as http:
-        asker = OverHttp(http, DIALECTS["sa3"])
-        assert len(await play(asker, edits)) == len(await play(asker, formats)) == 12
-
-
-async def test_what_a_server_refuses_is_no_answer(instant_url: str) -> None:
-    async with open_session(instant_url) as http:
-        with pytest.raises(RuntimeError, match="422"):
-            await OverHttp(http, DIALECTS["sa3"]).ask(Arrival(0.0, "", 1.0, seed=1, steps=8))  # no prompt
-    async with open_session("http://127.0.0.1:1") as http:
-        with pytest.raises(aiohttp.ClientError):
-            await OverHttp(http, DIALECTS["sa3"]).ask(Arrival(0.0, "x", 1.0, seed=1, steps=8))
 
 
 @pytest.mark.parametrize(

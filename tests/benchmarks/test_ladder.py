@@ -13,7 +13,7 @@ import pytest
 from benchmarks.arrivals import Arrival
 from benchmarks.cases import ladder, memory, prompt_cache
 from benchmarks.cases.cold_start import first_audio_ratio
-from benchmarks.cases.formats import Run, check_answers, check_length, compare_sides, send_list
+from benchmarks.cases.formats import Run, check_length, compare_sides
 from benchmarks.cases.http import Call, Round, compare_ways
 from benchmarks.cases.ladder import LadderSizes, run_ladder_case, summarize_lone_clips
 from benchmarks.cases.memory import MemorySizes, growth_share, measure_growth, resident_bytes
@@ -186,24 +186,6 @@ def test_audio_of_a_wrong_length_is_refused() -> None:
     for samples in (88_100, 96_000, 0):
         with pytest.raises(RuntimeError, match="88200"):
             check_length(arrival, answer(samples), sample_rate_hz=44_100)
-
-
-def test_a_list_in_every_format_is_sent_and_decoded() -> None:
-    from benchmarks.servers.process import running_instant_app
-
-    formats = ("wav", "flac", "mp3", "opus")
-    arrivals = [
-        Arrival(0.01 * index, "a bell", duration_s=1.0 + 0.123 * index, seed=index, steps=8, audio_format=audio_format)
-        for index, audio_format in enumerate(formats)
-    ]
-    with running_instant_app() as server:
-        records = send_list(server.url, arrivals, model=None)
-        assert check_answers(sample_rate_hz=44_100) == 4
-        assert [record.index for record in records] == [0, 1, 2, 3]
-        assert all(record.stages_ms["encode"] > 0 for record in records)
-        send_list(server.url, arrivals[:1], model=None)
-        with pytest.raises(RuntimeError, match="44100 samples instead of 48000 came as wav"):
-            check_answers(sample_rate_hz=48_000)
 
 
 async def test_the_text_encoder_runs_once_for_each_prompt() -> None:

@@ -17,7 +17,6 @@ from benchmarks.cases.overload import summarize_overload, times_alone_ms
 from benchmarks.cases.scale import ScaleLoad, fullest_over_even, ratios_over_first, worst_over_first
 from benchmarks.http_load import Load, Sent, load_generator, require_clips
 from benchmarks.servers.cpu_times import role_of
-from benchmarks.servers.process import running_instant_app
 from benchmarks.servers.timed import TimedDevice, TimedReplica, predict_stages
 from benchmarks.simulate.devices import LinearDevice
 from stable_audio_serve.core.errors import OverloadedError
@@ -195,21 +194,6 @@ def test_processor_time_is_told_by_what_a_process_is_for() -> None:
         "python -m stable_audio_serve.cli serve": "ray",
     }
     assert {command: role_of(command) for command in roles} == roles
-
-
-def test_the_client_gets_clips_of_the_length_asked_for_from_a_real_server() -> None:
-    lengths_s = (1.0, 0.5123, 2.0)
-    arrivals = [Arrival(0.05 * index, "a bell", s, seed=1, steps=8) for index, s in enumerate(lengths_s)]
-    with running_instant_app() as server, load_generator(server.url) as client:
-        load = client.send("demo", arrivals)
-        (alone,) = client.send_alone("demo", arrivals[2:])
-    require_clips(load, arrivals, channels=2, sample_rate_hz=44_100)
-    with pytest.raises(RuntimeError, match=r"1\.000 s .* finished, 352844"):
-        require_clips(Load([alone], 0.0), arrivals[:1], channels=2, sample_rate_hz=44_100)
-    assert [sent.due_at for sent in load.sent] == [0.0, 0.05, 0.1]
-    assert all(sent.due_at <= sent.sent_at <= sent.ended_at for sent in load.sent)
-    assert alone.due_at == 0.0
-    assert 0.0 < alone.added_ms <= alone.latency_ms
 
 
 def test_the_client_tells_refusals_from_other_answers() -> None:
