@@ -1,27 +1,24 @@
-"""Loads weight files into modules, strictly: whatever does not fit the network is an error naming the key.
+"""Fills modules from weight files, strictly: whatever does not fit the network is an error naming the key.
 
-Knows files and modules, not families: a key's prefix tells which module it belongs to.
+Knows keys and modules, not families: a key's prefix tells which module it belongs to.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.models.blocks import RMSNorm
-from stable_audio_serve.models.checkpoint_files import damaged
+from stable_audio_serve.models.weight_files import drain_weights, read_weights
 
-TRAINING_PREFIXES = ("diffusion.", "diffusion_ema.")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -50,41 +47,6 @@ def require_exact_float32() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a file by key, on the CPU. Pickles are read by the unpickler that builds only tensors.
-
-    Raises CheckpointError when the file is missing, corrupt, cut short, or a raw training checkpoint.
-    """
-    weights = _read_pickle(path) if path.suffix == ".ckpt" else _read_safetensors(path)
-    if any(key.startswith(TRAINING_PREFIXES) for key in weights):
-        raise CheckpointError(f"{path} is a raw training checkpoint; export it first, then serve the exported file")
-    return weights
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise damaged(path, error) from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is corrupt or holds more than tensors, which is not loaded for safety; convert it to safetensors"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise damaged(path, error) from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} does not hold a state_dict of tensors")
-    return state
-
-
 @contextmanager
 def skipping_random_weights() -> Iterator[None]:
     """Modules built inside are left uninitialised where torch would draw random weights; fill them before use."""
@@ -101,13 +63,45 @@ class _SkipDraws(TorchFunctionMode):
         return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
 
 
+def load_weights(
+    modules: Mapping[str, nn.Module],
+    path: Path,
+    *,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> None:
+    """Fill `modules` (by key prefix), which may be built on the meta device, from a weight file, one tensor at a time.
+
+    Every parameter and stored buffer goes to `device` as the file has it and becomes float32 there, or for a prefix in
+    `dtypes` what `cast_network` would make of it. On a CPU a tensor that needs no cast stays mapped to the file.
+    Raises CheckpointError naming the first key that is unknown, missing or of another shape, and how many there are.
+    """
+    weights = read_weights(path)
+    _check(modules, weights, source=path)
+    casts = _casts(modules, dtypes)
+    kept = [key for key, tensor in weights.items() if device.type == "cpu" and tensor.dtype == casts[key]]
+    _fill(modules, drain_weights(path, weights, kept=kept), source=path, device=device, casts=casts)
+
+
 def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:
     """Set every parameter and stored buffer of `modules` (by key prefix) to its tensor, float32 and without gradient.
 
-    Raises CheckpointError naming the first key that is unknown, missing or of another shape, and how many there are.
+    Raises CheckpointError as `load_weights` does; `source` is where the tensors are from.
     """
-    states = {prefix: module.state_dict() for prefix, module in modules.items()}
-    expected = {prefix + key: value.shape for prefix, state in states.items() for key, value in state.items()}
+    _check(modules, weights, source=source)
+    _fill(modules, weights.items(), source=source, device=None, casts=_casts(modules, {}))
+
+
+def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Returns what every key's tensor is to become."""
+    casts = {prefix + key: torch.float32 for prefix, module in modules.items() for key in module.state_dict()}
+    return casts | {prefix + key: dtype for prefix, dtype in dtypes.items() for key, _ in _cast_with(modules[prefix])}
+
+
+def _check(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:
+    expected = {
+        prefix + key: value.shape for prefix, module in modules.items() for key, value in module.state_dict().items()
+    }
     _refuse(source, "does not belong to this network", keys=sorted(weights.keys() - expected.keys()))
     _refuse(source, "is missing", keys=sorted(expected.keys() - weights.keys()))
     for key, shape in expected.items():
@@ -116,10 +110,6 @@ def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tenso
             raise CheckpointError(f"{source}: {key} has shape {list(tensor.shape)}, the network needs {list(shape)}")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{source}: {key} holds {tensor.dtype}, not floating-point numbers")
-    for prefix, module in modules.items():
-        state = {key: weights[prefix + key].float() for key in states[prefix]}
-        module.load_state_dict(state, strict=True, assign=True)
-        module.eval().requires_grad_(False)
 
 
 def _refuse(source: Path, what: str, *, keys: list[str]) -> None:
@@ -128,13 +118,47 @@ def _refuse(source: Path, what: str, *, keys: list[str]) -> None:
         raise CheckpointError(f"{source}: {keys[0]}{others} {what}")
 
 
+def _fill(
+    modules: Mapping[str, nn.Module],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: Path,
+    device: torch.device | None,
+    casts: Mapping[str, torch.dtype],
+) -> None:
+    places = {prefix + key: (prefix, key) for prefix, module in modules.items() for key in module.state_dict()}
+    states: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in modules}
+    for whole_key, tensor in tensors:
+        prefix, key = places[whole_key]
+        states[prefix][key] = tensor.to(device=device).to(casts[whole_key])
+    for prefix, module in modules.items():
+        module.load_state_dict(states[prefix], strict=True, assign=True)
+        module.eval().requires_grad_(False)
+        _refuse(
+            source, "is stored in no checkpoint, so nothing fills it", keys=[prefix + key for key in _empty(module)]
+        )
+
+
+def _empty(module: nn.Module) -> list[str]:
+    """Returns the names of tensors that are still on the meta device: those that a module does not store."""
+    return [
+        f"{name}.{attribute}".lstrip(".")
+        for name, part in module.named_modules()
+        for attribute, value in [*part.named_buffers(recurse=False), *vars(part).items()]
+        if isinstance(value, Tensor) and value.is_meta
+    ]
+
+
 def cast_network(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast a network's weights to `dtype`, in place.
 
     Buffers (rotary frequencies) and the gains of RMS norms stay in float32: both are used in float32 arithmetic.
     """
-    for part in module.modules():
-        if isinstance(part, RMSNorm):
-            continue
-        for parameter in part.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+    for _, parameter in _cast_with(module):
+        parameter.data = parameter.data.to(dtype)
+
+
+def _cast_with(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, part in module.named_modules():
+        if not isinstance(part, RMSNorm):
+            yield from part.named_parameters(prefix=name, recurse=False)

@@ -23,13 +23,9 @@ from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_co
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.models.weights import (
-    assign_weights,
-    cast_network,
-    read_weights,
-    require_exact_float32,
-    skipping_random_weights,
-)
+from stable_audio_serve.models.weights import load_weights, require_exact_float32
+
+DENOISER_KEYS = "model.model."
 
 
 def load_sa3(
@@ -45,15 +41,13 @@ def load_sa3(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device)
     try:
-        with skipping_random_weights():
+        with torch.device("meta"):  # the file fills it
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     reader.refuse_unread(inert=INERT_KEYS)
-    assign_weights(checkpoint_modules(components, config), read_weights(weights_file), source=weights_file)
-    cast_network(components.denoiser, dtype)
-    for module in components.modules:
-        module.to(device)
+    modules = checkpoint_modules(components, config)
+    load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
     spec = build_spec(card, config, components=components)
     return Sa3Model(components, config=config, spec=spec, device=device)
@@ -90,7 +84,7 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
     modules: dict[str, nn.Module] = {f"conditioner.conditioners.{config.prompt.id}.": components.prompt}
     for id_, number in components.numbers.items():
         modules[f"conditioner.conditioners.{id_}."] = number
-    modules["model.model."] = components.denoiser
+    modules[DENOISER_KEYS] = components.denoiser
     modules["pretransform.model."] = components.autoencoder
     return modules
 

@@ -19,14 +19,9 @@ from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import read_shift
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.models.weights import (
-    assign_weights,
-    cast_network,
-    read_weights,
-    require_exact_float32,
-    skipping_random_weights,
-)
+from stable_audio_serve.models.weights import load_weights, require_exact_float32
 
+DENOISER_KEYS = "model.model."
 _TEXT_DTYPE = torch.float16  # the reference's, on every device
 
 
@@ -43,14 +38,12 @@ def load_sao(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     try:
-        with skipping_random_weights():
+        with torch.device("meta"):  # the file fills it
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
-    assign_weights(checkpoint_modules(components, config), read_weights(weights_file), source=weights_file)
-    cast_network(components.denoiser, dtype)
-    for module in components.modules:
-        module.to(device)
+    modules = checkpoint_modules(components, config)
+    load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     components.autoencoder.resolve_weight_norms()
     return SaoModel(components, config=config, spec=build_spec(card, config), device=device)
 
@@ -71,7 +64,7 @@ def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str
     return {
         f"conditioner.conditioners.{config.prompt.id}.": components.prompt,
         **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
-        "model.model.": components.denoiser,
+        DENOISER_KEYS: components.denoiser,
         "pretransform.model.": components.autoencoder,
     }
 

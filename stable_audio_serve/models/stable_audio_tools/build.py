@@ -22,8 +22,7 @@ from stable_audio_serve.models.stable_audio_tools.model import PackageModel
 from stable_audio_serve.models.stable_audio_tools.package import import_package
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import (
-    assign_weights,
-    read_weights,
+    load_weights,
     require_exact_float32,
     skipping_random_weights,
 )
@@ -45,8 +44,8 @@ def load_with_package(
     shift = read_shift(config.section("model").section("diffusion").plain(SHIFT_KEY))
     text = load_text_encoder(text_encoder, max_length=inputs.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     wrapper = build_wrapper(config, inputs, text=text)
-    assign_weights({"": wrapper}, read_weights(weights_file), source=weights_file)
-    wrapper.to(device)
+    load_weights({"": wrapper}, weights_file, device=device)
+    wrapper.to(device)  # with what it does not store
     _cast(wrapper.model, dtype)
     spec = build_spec(card, config, wrapper=wrapper)
     return PackageModel(wrapper, inputs=inputs, spec=spec, shift=shift, device=device)

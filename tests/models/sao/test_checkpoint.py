@@ -16,7 +16,8 @@ from stable_audio_serve.models.sao.config import SaoConfig, parse_config
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
-from stable_audio_serve.models.weights import assign_weights, read_weights
+from stable_audio_serve.models.weight_files import read_weights
+from stable_audio_serve.models.weights import assign_weights
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import AUTOENCODER, DENOISER, TINY
 

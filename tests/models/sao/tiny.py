@@ -12,7 +12,8 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.network_config import parse_denoiser, parse_oobleck
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
-from stable_audio_serve.models.weights import assign_weights, read_weights
+from stable_audio_serve.models.weight_files import read_weights
+from stable_audio_serve.models.weights import assign_weights
 from tests.goldens import load_open_goldens
 
 TINY = ("tiny-1.0", "tiny-small")

@@ -1,0 +1,97 @@
+"""Reads weight files, safetensors and pickles of tensors, without holding a whole file in memory.
+
+Tensors are mapped: their numbers are read from the file when they are first used. Knows no network and no device.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.checkpoint_files import damaged
+
+TRAINING_PREFIXES = ("diffusion.", "diffusion_ema.")
+MAPPED_BYTES = 128 * 2**20  # what has been read of a mapped file counts as this process's memory until it is unmapped
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Returns all tensors of a file by key, on the CPU. Pickles are read by the unpickler that builds only tensors.
+
+    Raises CheckpointError when the file is missing, corrupt, cut short, or a raw training checkpoint.
+    """
+    weights = _read_pickle(path) if path.suffix == ".ckpt" else _read_safetensors(path)
+    if any(key.startswith(TRAINING_PREFIXES) for key in weights):
+        raise CheckpointError(f"{path} is a raw training checkpoint; export it first, then serve the exported file")
+    return weights
+
+
+def drain_weights(
+    path: Path, weights: dict[str, Tensor], *, kept: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Empty `weights`, just read from `path`; yields every key with its tensor, most in the order of the file.
+
+    First come those that the caller has `kept` mapped and does not read yet. For the others the file is mapped anew
+    every `MAPPED_BYTES`, so that no more of them stays in memory. Raises CheckpointError when the file has changed.
+    """
+    identity = _identity(path)
+    for key in kept:
+        yield key, weights.pop(key)
+    read_bytes = MAPPED_BYTES if kept else 0  # not from their mapping, which would stay in memory with what they need
+    for key in sorted(weights, key=lambda key: weights[key].data_ptr()):
+        if read_bytes >= MAPPED_BYTES and _is_mapped(path):
+            left = set(weights)
+            weights.clear()
+            weights.update((key, value) for key, value in read_weights(path).items() if key in left)
+            if _identity(path) != identity or weights.keys() != left:
+                raise CheckpointError(f"{path} was changed while it was loaded; load it again")
+            read_bytes = 0
+        tensor = weights.pop(key)
+        read_bytes += tensor.nbytes
+        yield key, tensor
+        del tensor
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise damaged(path, error) from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_mapped(path: Path) -> bool:
+    """Whether reading a file maps it; pickles of before torch 1.6 are no archives and are read as a whole."""
+    return path.suffix != ".ckpt" or zipfile.is_zipfile(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is corrupt or holds more than tensors, which is not loaded for safety; convert it to safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise damaged(path, error) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} does not hold a state_dict of tensors")
+    return dict(state)

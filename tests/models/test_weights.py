@@ -1,0 +1,204 @@
+"""Weights go from the file to their place one at a time: right numbers, little memory, nothing left empty."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models import weight_files
+from stable_audio_serve.models.blocks import RMSNorm, RotaryEmbedding
+from stable_audio_serve.models.config_reader import read_config
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.sa3 import build as sa3_build
+from stable_audio_serve.models.sa3.config import parse_config
+from stable_audio_serve.models.sa3.random_weights import official_config
+from stable_audio_serve.models.sao.conditioners import load_text_encoder
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.models.sao.oobleck import NormedConv
+from stable_audio_serve.models.text_encoder import TextEncoder
+from stable_audio_serve.models.weight_files import drain_weights, read_weights
+from stable_audio_serve.models.weights import assign_weights, cast_network, load_weights
+from tests.goldens import load_goldens, load_open_goldens
+from tests.models.loaded import FAMILY, loaded
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+class Net(nn.Module):
+    """A layer that is cast, a norm and frequencies that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.norm = RMSNorm(4)
+        self.rotary = RotaryEmbedding(8)
+
+
+def write(path: Path, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Write a file for `Net` under the prefix `net.`. Returns its tensors."""
+    torch.manual_seed(7)
+    weights = {f"net.{key}": torch.randn(value.shape).to(dtype) for key, value in Net().state_dict().items()}
+    if path.suffix == ".ckpt":
+        torch.save({"state_dict": weights}, path)
+    else:
+        save_file(weights, path)
+    return weights
+
+
+def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Net:
+    with torch.device("meta"):
+        net = Net()
+    load_weights({"net.": net}, path, device=CPU, dtypes={"net.": dtype})
+    return net
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_number_of_a_checkpoint_is_in_its_place(name: str) -> None:
+    model, folder = loaded(name), load_goldens(name).folder
+    modules = {
+        "conditioner.conditioners.prompt.": model.prompt,
+        **{f"conditioner.conditioners.{id_}.": number for id_, number in model.numbers.items()},
+        "model.model.": model.denoiser,
+        "pretransform.model.": model.autoencoder,
+    }
+    expected = load_file(folder / "model.safetensors")
+    held = {prefix + key: value for prefix, net in modules.items() for key, value in net.state_dict().items()}
+    assert held.keys() == expected.keys()
+    assert any(key.endswith("inv_freq") for key in held)
+    for key, value in expected.items():
+        assert held[key].device == CPU
+        assert held[key].dtype == torch.float32
+        assert torch.equal(held[key], value.float()), key
+
+
+@pytest.mark.parametrize("name", ["tiny-1.0", "tiny-small"])
+def test_kernels_are_folded_from_the_file_s_numbers(name: str) -> None:
+    folder = load_open_goldens(name).folder
+    model = load_model(ModelEntry(ModelCard(name, "stable-audio-open"), folder=str(folder)))
+    assert isinstance(model, SaoModel)
+    stored = load_file(folder / "model.safetensors")
+    convs = {key: part for key, part in model.autoencoder.named_modules() if isinstance(part, NormedConv)}
+    assert len(convs) > 20
+    for key, conv in convs.items():
+        length, direction = (stored[f"pretransform.model.{key}.{part}"] for part in ("weight_g", "weight_v"))
+        norm = direction.flatten(1).square().sum(dim=1).sqrt()[:, None, None]
+        assert conv._kernel is not None
+        torch.testing.assert_close(conv._kernel, length * direction / norm, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_one_at_a_time_gives_what_casting_the_whole_network_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, suffix: str, stored: torch.dtype, wanted: torch.dtype
+) -> None:
+    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 40)  # the file is mapped anew between tensors
+    path = tmp_path / f"weights{suffix}"
+    weights = write(path, dtype=stored)
+    net, expected = load(path, dtype=wanted), Net()
+    assign_weights({"net.": expected}, weights, source=path)
+    cast_network(expected, wanted)
+    assert net.linear.weight.dtype == wanted
+    assert net.norm.gamma.dtype == net.rotary.inv_freq.dtype == torch.float32
+    assert not net.training
+    assert not net.linear.weight.requires_grad
+    for key, value in expected.state_dict().items():
+        assert net.state_dict()[key].dtype == value.dtype
+        assert torch.equal(net.state_dict()[key], value)
+
+
+def test_a_pickle_of_before_archives_loads(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    weights = write(path)
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load(path).linear.weight, weights["net.linear.weight"])
+
+
+def test_tensors_come_in_the_order_of_the_file_and_are_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    weights = write(path)
+    pending = read_weights(path)
+    drained = drain_weights(path, pending)
+    first, _ = next(drained)
+    assert first not in pending
+    header = json.loads(path.read_bytes()[8:].split(b"}}")[0] + b"}}")
+    starts = {key: entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+    assert [first, *(key for key, _ in drained)] == sorted(weights, key=starts.__getitem__)
+    assert not pending
+
+
+@pytest.mark.parametrize("changed", ["other", "gone"])
+def test_a_file_that_changes_while_it_is_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 1)
+    path = tmp_path / "weights.safetensors"
+    write(path)
+    drained = drain_weights(path, read_weights(path))
+    next(drained)
+    if changed == "other":
+        write(tmp_path / "new.safetensors", dtype=torch.float16)
+        (tmp_path / "new.safetensors").rename(path)
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
+        list(drained)
+
+
+@pytest.mark.parametrize("kept", ["buffer", "attribute"])
+def test_a_tensor_that_no_file_holds_is_named_instead_of_left_empty(tmp_path: Path, kept: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    write(path)
+    with torch.device("meta"):
+        net = Net()
+        if kept == "buffer":
+            net.norm.register_buffer("table", torch.ones(3), persistent=False)
+        else:
+            net.norm.table = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"net\.norm\.table is stored in no checkpoint"):
+        load_weights({"net.": net}, path, device=CPU)
+
+
+def test_weights_that_a_text_encoder_shares_stay_one(tmp_path: Path) -> None:
+    folder = load_open_goldens("tiny-1.0").folder / "t5"
+    text = load_text_encoder(folder, max_length=8, device=CPU, dtype=torch.float16)
+    assert text.encoder.shared.weight is text.encoder.encoder.embed_tokens.weight
+    assert text.encoder.shared.weight.dtype == torch.float16
+
+
+def make_large_checkpoint(folder: Path) -> int:
+    """Write a float32 checkpoint of 0.3 GB. Returns the bytes of its tensors with the denoiser in half precision."""
+    config = official_config("small-music")
+    config["model"]["diffusion"]["config"]["depth"] = 2
+    for half in ("encoder", "decoder"):
+        config["model"]["pretransform"]["config"][half]["config"]["transformer_depths"] = [1]
+    (folder / "model_config.json").write_text(json.dumps(config))
+    parsed = parse_config(read_config(folder))
+    with torch.device("meta"):
+        components = sa3_build.build_components(parsed, TextEncoder(None, nn.Identity(), width=768, max_length=8))
+    modules = sa3_build.checkpoint_modules(components, parsed)
+    shapes = {prefix + key: value.shape for prefix, net in modules.items() for key, value in net.state_dict().items()}
+    save_file({key: torch.full(shape, 0.01) for key, shape in shapes.items()}, folder / "model.safetensors")
+    sizes = {key: shape.numel() for key, shape in shapes.items()}
+    return sum(size * (2 if key.startswith(sa3_build.DENOISER_KEYS) else 4) for key, size in sizes.items())
+
+
+def test_loading_adds_hardly_more_memory_than_the_tensors_take(tmp_path: Path) -> None:
+    """A file of twice the size, as a whole in memory beside its cast tensors, would add 2.1 times as much."""
+    final_bytes = make_large_checkpoint(tmp_path)
+    assert 150e6 < final_bytes < 250e6
+    small = load_goldens("sharp-s").folder
+    command = [sys.executable, "-m", "tests.models.loading_process", str(tmp_path), str(small)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) <= 1.3 * final_bytes + 48 * 2**20
