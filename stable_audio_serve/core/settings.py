@@ -135,6 +135,37 @@ class ReplicaSettings(Section):
         return self
 
 
+class EngineSettings(Section):
+    """How one replica shares its device among the requests it has; the defaults suit most."""
+
+    max_step_tokens: int = Field(
+        16_384, ge=64, le=1_048_576, description="Most latent frames of one denoising step, all its rows together."
+    )
+    slots: int = Field(
+        8,
+        ge=2,
+        le=128,
+        description="Rows of one call in strict mode on CUDA, a guided variation is two; unused ones cost.",
+    )
+    window_frames: int = Field(
+        512, ge=1, le=1_048_576, description="Latent frames encoded or decoded between two steps, in fast mode."
+    )
+    slack: float = Field(
+        5.0,
+        ge=1,
+        le=1000,
+        description="A request is due this many times its time alone after it arrived; who is due first goes first.",
+    )
+    max_slack_s: float = Field(120.0, ge=0, le=86_400, description="Longest that may be until then, seconds.")
+    batch_share: float = Field(
+        0.125, ge=0, le=100, description="Time batch work gets beside other work, as a share of that work's time."
+    )
+    prompt_cache_bytes: int = Field(268_435_456, ge=0, description="Encoded prompts that are kept, bytes; 0 = none.")
+    warmup_budget_s: float = Field(
+        2.0, ge=0, le=3600, description="Time spent on measuring speed before the first request, seconds; 0 = none."
+    )
+
+
 class ModelSettings(Section):
     """One served model. With neither `path` nor `repo_id` the name must be one of the built-in registry."""
 
@@ -180,6 +211,9 @@ class ModelSettings(Section):
     )
     max_rows: int = Field(
         64, ge=2, description="Most variations in progress on one replica; a quarter is kept free of batch ones."
+    )
+    engine: EngineSettings = Field(
+        default_factory=lambda: EngineSettings(), description="How a replica shares its device among requests."
     )
     replicas: ReplicaSettings = Field(default_factory=lambda: ReplicaSettings(), description="Replica counts.")
 

@@ -32,13 +32,27 @@ def load_engine(
         dtype=model.dtype or ("float16" if settings.model_half else "float32"),
         token=settings.hf_token.get_secret_value() if settings.hf_token else None,
     )
-    options = EngineOptions(
+    threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
+    return Engine(loaded, engine_options(model, threads=threads), metrics=metrics)
+
+
+def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOptions:
+    """Returns the options of a configured model's engine; `threads` is for a call on a CPU."""
+    engine = model.engine
+    return EngineOptions(
         mode=model.mode,
         max_rows=model.max_rows,
         max_queue_s=model.max_queue_s,
-        torch_threads=choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus),
+        torch_threads=threads,
+        max_step_tokens=engine.max_step_tokens,
+        slots=engine.slots,
+        window_frames=engine.window_frames,
+        slack=engine.slack,
+        max_slack_s=engine.max_slack_s,
+        batch_share=engine.batch_share,
+        prompt_cache_bytes=engine.prompt_cache_bytes,
+        warmup_budget_s=engine.warmup_budget_s,
     )
-    return Engine(loaded, options, metrics=metrics)
 
 
 def first_device() -> str:

@@ -1,0 +1,84 @@
+"""What an operator sets for a model's engine arrives there, and is refused by name where it cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import EngineSettings, Settings
+from stable_audio_serve.core.settings_sources import load_settings
+from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.serving.engines import engine_options
+from stable_audio_serve.serving.serve_file import read_serve_file
+
+# Every key of `engine:`, another value than the default, and values out of its range.
+KNOBS: dict[str, tuple[float, tuple[float, ...]]] = {
+    "max_step_tokens": (4096, (0, 63, 2**21)),
+    "slots": (4, (0, 1, 129)),
+    "window_frames": (64, (0, -1)),
+    "slack": (2.5, (0.5, -1, float("nan"), 1001)),
+    "max_slack_s": (30.0, (-1, float("inf"))),
+    "batch_share": (0.5, (-0.1, 101)),
+    "prompt_cache_bytes": (0, (-1,)),
+    "warmup_budget_s": (0.0, (-1, float("nan"))),
+}
+
+
+def settings_of(folder: Path, model: dict[str, Any]) -> Settings:
+    """The settings of a file whose only model has these further keys."""
+    application = {
+        "import_path": "stable_audio_serve.serving.app:build",
+        "args": {"models": [{"name": "demo", **model}]},
+    }
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    return load_settings(read_serve_file(path).args, environ={}, directory=folder)
+
+
+def options_of(folder: Path, model: dict[str, Any]) -> EngineOptions:
+    (parsed,) = settings_of(folder, model).models
+    return engine_options(parsed, threads=1)
+
+
+def test_every_knob_is_known_here() -> None:
+    assert KNOBS.keys() == EngineSettings.model_fields.keys()
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_knob_of_the_file_reaches_the_engine_and_no_other_option_changes(tmp_path: Path, knob: str) -> None:
+    value = KNOBS[knob][0]
+    usual, set_ = options_of(tmp_path, {}), options_of(tmp_path, {"engine": {knob: value}})
+    changed = {field.name for field in fields(EngineOptions) if getattr(usual, field.name) != getattr(set_, field.name)}
+    assert changed == {knob}
+    assert getattr(set_, knob) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [("mode", "fast", "mode"), ("max_rows", 9, "max_rows"), ("max_queue_s", 7.0, "max_queue_s")],
+)
+def test_what_a_model_itself_says_reaches_the_engine(tmp_path: Path, key: str, value: object, option: str) -> None:
+    assert getattr(options_of(tmp_path, {key: value}), option) == value
+
+
+def test_the_defaults_are_the_engine_s_own() -> None:
+    settings, options = EngineSettings(), EngineOptions()
+    assert {name: getattr(options, name) for name in KNOBS} == settings.model_dump()
+
+
+@pytest.mark.parametrize(("knob", "value"), [(knob, value) for knob, (_, bad) in KNOBS.items() for value in bad])
+def test_a_value_out_of_range_is_refused_by_name(tmp_path: Path, knob: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"models\.0\.engine\.{knob}: must be "):
+        settings_of(tmp_path, {"engine": {knob: value}})
+
+
+def test_a_mistyped_knob_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"models\.0\.engine\.slot: unknown; did you mean slots\?"):
+        settings_of(tmp_path, {"engine": {"slot": 4}})
+    with pytest.raises(ConfigError, match=r"models\.0\.slack: unknown; did you mean .*engine\.slack\?"):
+        settings_of(tmp_path, {"slack": 4})
