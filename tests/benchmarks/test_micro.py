@@ -53,11 +53,12 @@ def test_the_scheduler_is_timed_by_active_rows() -> None:
     figures = time_scheduler(1, 2)
     assert set(figures["scheduler_pick_us"]) == {"8", "32", "256"}
     assert set(figures["split_us"]) == {"8", "32", "64"}
-    ratio = figures["scheduler_pick_us"]["256"] / figures["scheduler_pick_us"]["32"]
-    assert figures["scheduler_256_over_32_active_ratio"] == pytest.approx(ratio)
-    assert figures["scheduler_share_of_captured_step"] > 0
-    by_row = figures["scheduler_pick_us"]["8"] / figures["scheduler_picked_rows"]["8"]
-    assert figures["scheduler_pick_us_per_picked_row"]["8"] == pytest.approx(by_row)
+    shares = figures["scheduler_share_of_captured_step"]
+    assert min(shares.values()) > 0
+    ratio = shares["256"] / shares["32"]
+    assert figures["scheduler_share_256_over_32_active_ratio"] == pytest.approx(ratio)
+    few, many = (figures["scheduler_picked_rows"][active] for active in ("32", "256"))
+    assert 1 < few < many  # why a pick is compared by its step and not by itself
 
 
 def test_tensor_work_and_files_are_timed() -> None:
