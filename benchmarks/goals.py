@@ -187,13 +187,15 @@ _CPU = (
         0.02,
         rounds=("scheduler_share_of_step_rounds",),
     ),
+    # A share of step time like the one above, not the time of a pick: a step takes a quarter of what waits, 10 rows of
+    # 32 and 54 of 256, so a pick that cost the same for every row it returns would take 5.4 times as long.
     Goal(
         "P12",
-        "scheduler at 256 rows over 32",
+        "scheduler's share of a step, 256 rows over 32",
         "micro",
-        ("scheduler_256_over_32_active_ratio",),
+        ("scheduler_share_256_over_32_active_ratio",),
         1.3,
-        rounds=("scheduler_256_over_32_active_ratio_rounds",),
+        rounds=("scheduler_share_256_over_32_active_ratio_rounds",),
     ),
     *(
         Goal(
