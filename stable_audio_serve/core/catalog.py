@@ -16,6 +16,9 @@ OPEN_FAMILY = "stable-audio-open"
 # Whose networks a model runs on: ours, or for a Stable Audio Open config those of the package of that name.
 NetworkBackend = Literal["native", "stable_audio_tools"]
 
+# How a decoder's products are rounded: not, as three products of half-precision parts, to TF32, to half precision.
+DecodePrecision = Literal["float32", "split", "tf32", "half"]
+
 # Listed here so that a job with another sampler is refused when it is submitted, without importing torch.
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
 V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # of models trained for v; the others run over sigma

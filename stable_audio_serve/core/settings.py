@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from stable_audio_serve.core.catalog import NetworkBackend
+from stable_audio_serve.core.catalog import DecodePrecision, NetworkBackend
 from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.core.setting_types import (
     Delay,
@@ -194,6 +194,11 @@ class ModelSettings(Section):
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the server's `device`.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="Precision of the denoiser; unset = by `model_half` and device."
+    )
+    decode_precision: DecodePrecision | None = Field(
+        None,
+        description="Precision of the decoder's products; split = three in half precision, near float32; unset = tf32 "
+        "on CUDA, else float32.",
     )
     mode: Literal["strict", "fast"] | None = Field(
         None, description="strict = same bytes in any company; unset = strict on a CPU, fast on CUDA."

@@ -9,11 +9,12 @@ from typing import Protocol
 
 import torch
 
-from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY, ModelCard
+from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY, DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.models.download import download_entry, download_text_encoder
 from stable_audio_serve.models.oscillator import parts as oscillator_parts
 from stable_audio_serve.models.oscillator import timeline
+from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import ModelEntry, describe_entry
 from stable_audio_serve.models.sa3.build import load_sa3
@@ -25,7 +26,14 @@ from stable_audio_serve.models.weights import resolve_dtype
 
 class _Load(Protocol):
     def __call__(
-        self, card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+        self,
+        card: ModelCard,
+        folder: Path,
+        *,
+        text_encoder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        decode_precision: DecodePrecision,
     ) -> DiffusionModel: ...
 
 
@@ -38,14 +46,17 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    decode_precision: str | None = None,
     token: str | None = None,
 ) -> DiffusionModel:
-    """Load `entry` onto `device`; `dtype` is the denoiser's precision on CUDA (float16 by default).
+    """Load `entry` onto `device`; `dtype` is the denoiser's precision on CUDA (float16 by default), `decode_precision`
+    that of the decoder's products (tf32 by default on CUDA, else float32).
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
-    ConfigError for a device or dtype that cannot be used.
+    ConfigError for a device or precision that cannot be used.
     """
     target = resolve_device(device)
+    precision = resolve_decode_precision(target, decode_precision)
     folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
     card = describe_entry(replace(entry, folder=str(folder))).card
     load = _LOADERS[card.family]
@@ -53,7 +64,14 @@ def load_model(
         require_open_family(card.family)
         load = load_with_package
     text_encoder = download_text_encoder(folder, token=token)
-    return load(card, folder, text_encoder=text_encoder, device=target, dtype=resolve_dtype(target, dtype))
+    return load(
+        card,
+        folder,
+        text_encoder=text_encoder,
+        device=target,
+        dtype=resolve_dtype(target, dtype),
+        decode_precision=precision,
+    )
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

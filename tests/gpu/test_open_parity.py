@@ -33,7 +33,12 @@ HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 @cache
 def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32) -> SaoModel:
-    model = load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)), device=device, dtype=dtype)
+    model = load_model(
+        resolve_entry(name, path=str(load_open_goldens(name).folder)),
+        device=device,
+        dtype=dtype,
+        decode_precision="float32",
+    )
     assert isinstance(model, SaoModel)
     if device.type != "cuda":
         cast_network(model.denoiser, dtype)  # the product itself keeps to float32 there

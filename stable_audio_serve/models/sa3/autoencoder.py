@@ -7,6 +7,7 @@ from a generator of its own. Module names are the checkpoint's keys below
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from stable_audio_serve.models.parts import (
     register_part,
     stack_draws,
 )
+from stable_audio_serve.models.precision import Products
 from stable_audio_serve.models.sa3 import same
 
 PART_MODULES = (same,)  # imported so that its types are registered
@@ -118,9 +120,15 @@ class AudioAutoencoder(nn.Module):
         """Returns latents (B, D, F) of audio (B, C, S), F at least S / hop rounded up; row-independent."""
         return self.bottleneck.encode(self.encoder(self.pretransform.encode(audio), noise))
 
-    def decode(self, latents: Tensor, noise: Noises = None) -> Tensor:
-        """Returns audio (B, C, at least F * hop) of latents (B, D, F), not clamped; row-independent."""
-        return self.pretransform.decode(self.decoder(self.bottleneck.decode(latents, noise), noise), noise)
+    def decode(self, latents: Tensor, noise: Noises = None, *, products: Products = nullcontext) -> Tensor:
+        """Returns audio (B, C, at least F * hop) of latents (B, D, F), not clamped; row-independent.
+
+        `products` makes the context in which the decoder alone runs.
+        """
+        scaled = self.bottleneck.decode(latents, noise)
+        with products():
+            frames = self.decoder(scaled, noise)
+        return self.pretransform.decode(frames.float(), noise)
 
 
 @register_part("pretransform", "patched")

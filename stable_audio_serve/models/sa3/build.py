@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.precision import store_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import (
@@ -29,9 +31,17 @@ DENOISER_KEYS = "model.model."
 
 
 def load_sa3(
-    card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+    card: ModelCard,
+    folder: Path,
+    *,
+    text_encoder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    decode_precision: DecodePrecision,
 ) -> Sa3Model:
     """Load both folders' files strictly: the denoiser in `dtype`, the text encoder in its own, the rest in float32.
+
+    With a `decode_precision` of half the decoder's linear layers are stored so.
 
     Raises CheckpointError naming the file or key that does not fit.
     """
@@ -50,7 +60,21 @@ def load_sa3(
     load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
     spec = build_spec(card, config, components=components)
-    return Sa3Model(components, config=config, spec=spec, device=device)
+    return assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
+
+
+def assemble(
+    components: Sa3Components,
+    *,
+    config: Sa3Config,
+    spec: ModelSpec,
+    device: torch.device,
+    decode_precision: DecodePrecision,
+) -> Sa3Model:
+    """Returns the model of networks that are on their device."""
+    if decode_precision == "half":
+        store_half(cast("nn.Module", components.autoencoder.decoder), device)
+    return Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
 
 def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:

@@ -12,9 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.blocks import packed_layout
 from stable_audio_serve.models.parts import WindowNoise
+from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
@@ -29,6 +31,7 @@ from stable_audio_serve.models.sa3.conditioners import NumberConditioner, Prompt
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate, collate_packed
 from stable_audio_serve.models.sa3.planning import plan_rows
+from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
 
@@ -60,7 +63,15 @@ class Sa3Components:
 class Sa3Model:
     """Implements `DiffusionModel` for the Stable Audio 3 family."""
 
-    def __init__(self, components: Sa3Components, *, config: Sa3Config, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(
+        self,
+        components: Sa3Components,
+        *,
+        config: Sa3Config,
+        spec: ModelSpec,
+        device: torch.device,
+        decode_precision: DecodePrecision = "float32",
+    ) -> None:
         self.text = components.text
         self.prompt = components.prompt
         self.numbers = components.numbers
@@ -69,6 +80,7 @@ class Sa3Model:
         self.config = config
         self._spec = spec
         self._device = device
+        self._products = decoder_products(decode_precision, device)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
 
     @property
@@ -84,6 +96,7 @@ class Sa3Model:
         return plan_rows(request, config=self.config, spec=self._spec, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
+    @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width) float32 with the learned vector at padded positions, and which tokens are real."""
         ids, mask = (tensor.to(self._device) for tensor in self.text.tokenize(prompts))
@@ -92,6 +105,7 @@ class Sa3Model:
         return [TextEmbedding(p, tokens[i].clone(), real[i].clone()) for i, p in enumerate(prompts)]
 
     @torch.inference_mode()
+    @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
         """Returns latents (D, F_window) float32 of windows of one length."""
         audio = torch.stack([window.samples for window in windows]).to(self._device, torch.float32)
@@ -100,6 +114,7 @@ class Sa3Model:
         return list(self.autoencoder.encode(audio, noise)[..., :frames].float())
 
     @torch.inference_mode()
+    @exact
     def condition(
         self,
         plan: RowPlan,
@@ -127,6 +142,7 @@ class Sa3Model:
         return RowConditioning(conditional, Branch(away, away.context_bytes))
 
     @torch.inference_mode()
+    @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns velocity (B, D, F) float32; row-independent for valid frames."""
         rows = [branch.conditioning for branch in cast("Sequence[Branch]", batch.branches)]
@@ -145,7 +161,8 @@ class Sa3Model:
         """Returns audio (C, hop * F_window) float32 of windows of one length, not clamped."""
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
         noise = [WindowNoise(window.noise, "decode", window.start) for window in windows]
-        return list(self.autoencoder.decode(latents, noise)[..., : latents.shape[-1] * self._spec.hop].float())
+        audio = self.autoencoder.decode(latents, noise, products=self._products)
+        return list(audio[..., : latents.shape[-1] * self._spec.hop].float())
 
     def _embed_number(self, id_: str, value: float) -> Tensor:
         """(1, width) float32."""

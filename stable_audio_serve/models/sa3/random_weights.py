@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import BUILT_IN
-from stable_audio_serve.models.sa3.build import build_components, build_spec
+from stable_audio_serve.models.sa3.build import assemble, build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -106,10 +108,17 @@ def _diffusion(*, small: bool, objective: str) -> dict[str, Any]:
     }
 
 
-def build_random_model(name: str, *, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Sa3Model:
-    """Build the built-in model `name` at its real size on `device`, every weight random; `dtype` as for real weights.
+def build_random_model(
+    name: str,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    decode_precision: DecodePrecision | None = None,
+    seed: int = 0,
+) -> Sa3Model:
+    """Build the built-in model `name` at its real size on `device`, every weight random.
 
-    The tokenizer counts words but does not know them.
+    Precisions are as for real weights. The tokenizer counts words but does not know them.
     """
     require_exact_float32()
     target = torch.device(device)
@@ -122,7 +131,8 @@ def build_random_model(name: str, *, device: str | torch.device, dtype: torch.dt
         module.eval().requires_grad_(False)
     cast_network(components.denoiser, dtype)
     spec = build_spec(BUILT_IN[name].card, config, components=components)
-    return Sa3Model(components, config=config, spec=spec, device=target)
+    precision = resolve_decode_precision(target, decode_precision)
+    return assemble(components, config=config, spec=spec, device=target, decode_precision=precision)
 
 
 def _random_text_encoder(max_length: int) -> TextEncoder:

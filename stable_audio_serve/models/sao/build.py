@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
@@ -26,7 +26,13 @@ _TEXT_DTYPE = torch.float16  # the reference's, on every device
 
 
 def load_sao(
-    card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+    card: ModelCard,
+    folder: Path,
+    *,
+    text_encoder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    decode_precision: DecodePrecision,
 ) -> SaoModel:
     """Load both folders' files strictly: the denoiser in `dtype`, the text encoder in float16, the rest in float32.
 
@@ -45,7 +51,8 @@ def load_sao(
     modules = checkpoint_modules(components, config)
     load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     components.autoencoder.resolve_weight_norms()
-    return SaoModel(components, config=config, spec=build_spec(card, config), device=device)
+    spec = build_spec(card, config)
+    return SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
 
 def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:

@@ -12,9 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.blocks import packed_layout
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
+from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
@@ -30,6 +32,7 @@ from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, Denoise
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import Halos, plan_rows, read_shift
 from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
+from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
 
 
@@ -60,7 +63,15 @@ class SaoComponents:
 class SaoModel:
     """Implements `DiffusionModel` for the Stable Audio Open family."""
 
-    def __init__(self, components: SaoComponents, *, config: SaoConfig, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(
+        self,
+        components: SaoComponents,
+        *,
+        config: SaoConfig,
+        spec: ModelSpec,
+        device: torch.device,
+        decode_precision: DecodePrecision = "float32",
+    ) -> None:
         self.text = components.text
         self.prompt = components.prompt
         self.numbers = components.numbers
@@ -69,6 +80,7 @@ class SaoModel:
         self.config = config
         self._spec = spec
         self._device = device
+        self._products = decoder_products(decode_precision, device)
         self._shift = read_shift(config.shift)
         self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
 
@@ -85,6 +97,7 @@ class SaoModel:
         return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
+    @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width) float32, zero at padded positions, and which tokens are real."""
         ids, mask = (tensor.to(self._device) for tensor in self.text.tokenize(prompts))
@@ -93,6 +106,7 @@ class SaoModel:
         return [TextEmbedding(p, tokens[i].clone(), real[i].clone()) for i, p in enumerate(prompts)]
 
     @torch.inference_mode()
+    @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
         """Returns latents (D, F_window) float32 of windows of one length; the bottleneck draws one value for each."""
         audio = torch.stack([window.samples for window in windows]).to(self._device, torch.float32)
@@ -102,6 +116,7 @@ class SaoModel:
         return list(self.autoencoder.encode(audio, noise).float())
 
     @torch.inference_mode()
+    @exact
     def condition(
         self,
         plan: RowPlan,
@@ -128,6 +143,7 @@ class SaoModel:
         return RowConditioning(conditional, Branch(away, away.context_bytes))
 
     @torch.inference_mode()
+    @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns v or a velocity, as the objective says, (B, D, F) float32; row-independent for valid frames."""
         branches = cast("Sequence[Branch]", batch.branches)
@@ -143,7 +159,9 @@ class SaoModel:
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         """Returns audio (C, hop * F_window) float32 of windows of one length, not clamped."""
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
-        return list(self.autoencoder.decode(latents).float())
+        with self._products():
+            audio = self.autoencoder.decode(latents)
+        return list(audio.float())
 
     def _embed_numbers(self, values: Mapping[str, float]) -> dict[str, Tensor]:
         """Returns (1, width) float32 by conditioner id."""

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.models.config_reader import ConfigReader
+from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import open_card
 from stable_audio_serve.models.sao.build import build_components, build_spec
 from stable_audio_serve.models.sao.config import parse_config
@@ -109,9 +110,15 @@ OFFICIAL_CONFIGS: Mapping[str, dict[str, Any]] = {
 
 
 def build_random_model(
-    values: Mapping[str, Any], card: ModelCard, *, device: str | torch.device, dtype: torch.dtype, seed: int = 0
+    values: Mapping[str, Any],
+    card: ModelCard,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    decode_precision: DecodePrecision | None = None,
+    seed: int = 0,
 ) -> SaoModel:
-    """Build the model of a config on `device`, every weight random; `dtype` as for real weights.
+    """Build the model of a config on `device`, every weight random; precisions as for real weights.
 
     `card` gives its name and defaults. The tokenizer counts words but does not know them.
     """
@@ -128,7 +135,8 @@ def build_random_model(
     cast_network(components.denoiser, dtype)
     components.autoencoder.resolve_weight_norms()
     spec = build_spec(open_card(card, reader, cap_s=None), config)
-    return SaoModel(components, config=config, spec=spec, device=target)
+    precision = resolve_decode_precision(target, decode_precision)
+    return SaoModel(components, config=config, spec=spec, device=target, decode_precision=precision)
 
 
 def _random_text_encoder(max_length: int) -> TextEncoder:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, MAX_SAMPLES, ConfigReader, read_config
@@ -31,7 +31,13 @@ _TEXT_DTYPE = torch.float16  # the package's, on every device
 
 
 def load_with_package(
-    card: ModelCard, folder: Path, *, text_encoder: Path, device: torch.device, dtype: torch.dtype
+    card: ModelCard,
+    folder: Path,
+    *,
+    text_encoder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    decode_precision: DecodePrecision = "float32",
 ) -> PackageModel:
     """Load both folders' files strictly: the network in `dtype`, the text encoder in float16, the rest in float32.
 
@@ -48,7 +54,9 @@ def load_with_package(
     wrapper.to(device)  # with what it does not store
     _cast(wrapper.model, dtype)
     spec = build_spec(card, config, wrapper=wrapper)
-    return PackageModel(wrapper, inputs=inputs, spec=spec, shift=shift, device=device)
+    return PackageModel(
+        wrapper, inputs=inputs, spec=spec, shift=shift, device=device, decode_precision=decode_precision
+    )
 
 
 def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) -> Any:

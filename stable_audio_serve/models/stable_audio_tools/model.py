@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.parts import WindowNoise
+from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
@@ -27,6 +29,7 @@ from stable_audio_serve.models.protocol import (
 )
 from stable_audio_serve.models.sao.planning import plan_rows
 from stable_audio_serve.models.stable_audio_tools.config import Inputs
+from stable_audio_serve.models.switches import exact
 from stable_audio_serve.sampling.schedules import TimestepShift
 
 _CONTEXT, _CONTEXT_MASK, _PREPENDED = "cross_attn_cond", "cross_attn_mask", "prepend_cond"
@@ -46,7 +49,14 @@ class PackageModel:
     """Implements `DiffusionModel` around the package's `ConditionedDiffusionModelWrapper`."""
 
     def __init__(
-        self, wrapper: nn.Module, *, inputs: Inputs, spec: ModelSpec, shift: TimestepShift, device: torch.device
+        self,
+        wrapper: nn.Module,
+        *,
+        inputs: Inputs,
+        spec: ModelSpec,
+        shift: TimestepShift,
+        device: torch.device,
+        decode_precision: DecodePrecision = "float32",
     ) -> None:
         # Typed as Any: the package's modules have attributes and methods that a Module does not promise.
         self.wrapper: Any = wrapper
@@ -54,6 +64,7 @@ class PackageModel:
         self._spec = spec
         self._shift = shift
         self._device = device
+        self._products = decoder_products(decode_precision, device)
 
     @property
     def spec(self) -> ModelSpec:
@@ -71,6 +82,7 @@ class PackageModel:
         return plan_rows(request, spec=self._spec, halos=None, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
+    @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width), zero at padded positions, and which tokens are real."""
         tokens, mask = self.wrapper.conditioner.conditioners[self.inputs.prompt.id](list(prompts), self._device)
@@ -78,6 +90,7 @@ class PackageModel:
         return [TextEmbedding(p, tokens[i].clone(), mask[i].bool().clone()) for i, p in enumerate(prompts)]
 
     @torch.inference_mode()
+    @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
         """Returns latents (D, F_window) float32; what the autoencoder draws comes from each window's own noise."""
         latents = []
@@ -88,6 +101,7 @@ class PackageModel:
         return latents
 
     @torch.inference_mode()
+    @exact
     def condition(
         self,
         plan: RowPlan,
@@ -113,6 +127,7 @@ class PackageModel:
         return RowConditioning(conditional, unconditional)
 
     @torch.inference_mode()
+    @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns v or a velocity, as the objective says, (B, D, F) float32; every frame must be valid."""
         rows = [branch.arguments for branch in cast("Sequence[Branch]", batch.branches)]
@@ -125,7 +140,7 @@ class PackageModel:
         """Returns audio (C, hop * F_window) float32, not clamped."""
         audio = []
         for window in windows:
-            with _OwnNoise(WindowNoise(window.noise, "decode", window.start)):
+            with self._products(), _OwnNoise(WindowNoise(window.noise, "decode", window.start)):
                 latents = window.latents[None].to(self._device, torch.float32)
                 audio.append(self.wrapper.pretransform.decode(latents)[0].float())
         return audio

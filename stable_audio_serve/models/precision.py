@@ -1,0 +1,173 @@
+"""In which precision a decoder's products run: around the decoder only, everything else of a process stays exact.
+
+Knows devices and torch's layers, no family and no request.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.switches import (
+    PROCESS,
+    bfloat16_processor_products,
+    switched,
+    tf32_convolutions,
+    tf32_products,
+)
+
+Products = Callable[[], AbstractContextManager[None]]  # makes the context around a decoder's products
+Product = Callable[..., Tensor]  # (layer, x, weight, **options) -> their product without bias, float32
+
+_FACTORS = ("input", "weight", "bias")
+_ARGUMENTS: Mapping[Any, tuple[str, ...]] = {  # of the layers that are split, in order
+    F.linear: _FACTORS,
+    F.conv1d: (*_FACTORS, "stride", "padding", "dilation", "groups"),
+    F.conv_transpose1d: (*_FACTORS, "stride", "padding", "output_padding", "groups", "dilation"),
+}
+_NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")
+_FIRST_WITH_TF32 = 8  # CUDA compute capability, major
+
+
+def resolve_decode_precision(device: torch.device, precision: str | None) -> DecodePrecision:
+    """Returns `precision`; without one tf32 on a CUDA device that has it, else float32.
+
+    Raises ConfigError for what the device cannot do, or does no faster than float32.
+    """
+    able = _able(device)
+    if precision is None:
+        return "tf32" if "tf32" in able else "float32"
+    for choice in able:
+        if choice == precision:
+            return choice
+    what = "cannot be used on" if precision in get_args(DecodePrecision) else "is unknown; on"
+    allowed = ", ".join(able)
+    message = f"decode_precision {precision!r} {what} {_name(device)}; allowed: {allowed}"
+    raise ConfigError(message, field="decode_precision", allowed=allowed)
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 in hardware (AVX512-bf16, AMX)."""
+    capabilities: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in _NATIVE_BFLOAT16)
+
+
+def _able(device: torch.device) -> tuple[DecodePrecision, ...]:
+    if device.type == "cuda":
+        has_tf32 = torch.cuda.get_device_capability(device)[0] >= _FIRST_WITH_TF32
+        return ("float32", "split", "tf32", "half") if has_tf32 else ("float32", "half")
+    if device.type == "cpu" and has_native_bfloat16():
+        return ("float32", "split", "half")
+    return ("float32",)
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "this processor" if has_native_bfloat16() else "this processor, which has no bfloat16"
+    return str(device)
+
+
+def decoder_products(precision: DecodePrecision, device: torch.device) -> Products:
+    """Returns the context in which a decoder's products run in `precision` on `device`."""
+    match precision:
+        case "tf32":
+            return _tf32
+        case "split":
+            return functools.partial(_split, _bfloat16_product if device.type == "cpu" else _cuda_product)
+        case "half":
+            return functools.partial(_half, device)
+        case _:
+            return PROCESS.shared
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    with PROCESS.alone(), switched(tf32_products()):
+        yield
+
+
+@contextmanager
+def _half(device: torch.device) -> Iterator[None]:
+    """Products and attention in half precision, their sums, norms, softmax and angles in float32."""
+    with PROCESS.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
+        yield
+
+
+@contextmanager
+def _split(product: Product) -> Iterator[None]:
+    with PROCESS.alone(), SplitProducts(product):
+        yield
+
+
+def _half_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def store_half(decoder: nn.Module, device: torch.device) -> None:
+    """Cast the weights of a decoder's linear layers once, in place; otherwise every call would cast them.
+
+    Norms, learned tokens and what a kernel is computed from stay in float32.
+    """
+    for part in decoder.modules():
+        if isinstance(part, nn.Linear):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(_half_dtype(device))
+
+
+class SplitProducts(TorchFunctionMode):
+    """Every float32 linear layer and convolution is three products of bfloat16 parts, added in float32.
+
+    A factor's parts are its rounding to bfloat16 and what that left, so that 16 of its bits count; the product of both
+    rests is left out.
+    """
+
+    def __init__(self, product: Product) -> None:
+        """`product` rounds its factors to bfloat16, or less."""
+        super().__init__()
+        self._product = product
+
+    def __torch_function__(  # noqa: PLR0917  # as torch calls it
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _ARGUMENTS or args[0].dtype != torch.float32:
+            return func(*args, **kwargs)
+        given = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
+        bias = given.pop("bias", None)
+        x, x_rest = _parts(given.pop("input"))
+        weight, weight_rest = _parts(given.pop("weight"))
+        product = functools.partial(self._product, func, **given)
+        out = product(x, weight_rest) + product(x_rest, weight) + product(x, weight)
+        if bias is None:
+            return out
+        return out + (bias if func is F.linear else bias[:, None])
+
+
+def _parts(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns two float32 parts that sum to the factor; the first is a bfloat16 number."""
+    rounded = factor.bfloat16().float()
+    return rounded, factor - rounded
+
+
+def _bfloat16_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
+    """On a processor."""
+    with switched(bfloat16_processor_products()):
+        return layer(x, weight, **options)
+
+
+def _cuda_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
+    """Linear layers multiply bfloat16; convolutions, which would return bfloat16 of it, multiply TF32."""
+    if layer is not F.linear:
+        with switched(tf32_convolutions()):
+            return layer(x, weight, **options)
+    flat = torch.mm(x.flatten(0, -2).bfloat16(), weight.bfloat16().T, out_dtype=torch.float32)
+    return flat.unflatten(0, x.shape[:-1])

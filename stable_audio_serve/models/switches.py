@@ -1,0 +1,95 @@
+"""Torch's process-wide switches for rounded float32 products, changed by one thread at a time. Knows no network."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+Switch = tuple[Any, str, object]  # torch's object, the attribute, the value that rounds
+
+
+class Process:
+    """Who changes switches is alone, others compute beside each other: several engines may live in one process.
+
+    Who waits to be alone holds up those that come later, so that it waits for the calls in progress only.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._left = threading.Condition()
+        self._num_inside = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, nobody changes a switch."""
+        with self._turn, self._left:
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._left:
+                self._num_inside -= 1
+                self._left.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, nobody else computes."""
+        with self._turn:
+            with self._left:
+                while self._num_inside:
+                    self._left.wait()
+            yield
+
+
+PROCESS = Process()
+
+
+def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorate a model's method whose float32 products are exact, whatever other models of this process do."""
+
+    @functools.wraps(method)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with PROCESS.shared():
+            return method(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def switched(switches: Sequence[Switch]) -> Iterator[None]:
+    """Inside, products round; call it alone in the process."""
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def tf32_convolutions() -> list[Switch]:
+    """Returns the switch of cuDNN's convolutions; torch before 2.9 knows the older name only."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    return [(torch.backends.cudnn, "allow_tf32", True) if conv is None else (conv, "fp32_precision", "tf32")]
+
+
+def tf32_products() -> list[Switch]:
+    """Returns the switches of convolutions and of cuBLAS's products, which fused attention reads, too."""
+    matmul = torch.backends.cuda.matmul
+    is_new = hasattr(torch.backends.cudnn, "conv")
+    products: Switch = (matmul, "fp32_precision", "tf32") if is_new else (matmul, "allow_tf32", True)
+    return [products, *tf32_convolutions()]
+
+
+def bfloat16_processor_products() -> list[Switch]:
+    """Returns the switches by which oneDNN rounds factors to bfloat16 and adds in float32 (torch 2.9 and later)."""
+    mkldnn: Any = torch.backends.mkldnn
+    return [(part, "fp32_precision", "bf16") for part in (mkldnn.matmul, mkldnn.conv)]

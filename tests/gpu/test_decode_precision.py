@@ -1,0 +1,47 @@
+"""Every precision that this device's decoder has, against exact float32; the rest of the model stays exact."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.precision import decoder_products, resolve_decode_precision
+from tests.goldens import SHARP, load_goldens
+from tests.gpu.loaded import load_on
+from tests.models.precisions import LEAST_DB, noise_ratio_db
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=get_args(DecodePrecision))
+def precision(request: pytest.FixtureRequest, device: torch.device) -> DecodePrecision:
+    try:
+        return resolve_decode_precision(device, request.param)
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@torch.inference_mode()
+def decode(device: torch.device, name: str, **products: Any) -> Tensor:
+    """The audio of a checkpoint's stored latents (B, C, S), on the CPU."""
+    net = load_on(device, name).autoencoder
+    return net.decode(load_goldens(name).tensors["ae/latents"].to(device), **products).cpu()
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_distance_from_float32(device: torch.device, name: str, precision: DecodePrecision) -> None:
+    exact = decode(device, name)
+    audio = decode(device, name, products=decoder_products(precision, device))
+    assert torch.equal(exact, decode(device, name))
+    if precision == "float32":
+        assert torch.equal(audio, exact)
+        return
+    kind = precision if precision != "half" else "float16" if device.type == "cuda" else "bfloat16"
+    ratio_db = noise_ratio_db(audio, exact)
+    print(f"{name} {precision}: {ratio_db:.1f} dB")
+    assert ratio_db >= LEAST_DB[kind][name]

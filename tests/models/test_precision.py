@@ -1,0 +1,248 @@
+"""The precision of a decoder's products: what a device allows, what stays exact around it, and how near float32 is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.precision import (
+    SplitProducts,
+    decoder_products,
+    has_native_bfloat16,
+    resolve_decode_precision,
+)
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, StepBatch
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
+from stable_audio_serve.models.switches import Process, switched, tf32_products
+from stable_audio_serve.sampling.noise import SeededNoise
+from tests.goldens import SHARP, load_goldens
+from tests.models.loaded import loaded
+from tests.models.precisions import LEAST_DB, noise_ratio_db
+from tests.models.sao.tiny import TINY, load_autoencoder
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+Around = Callable[[], AbstractContextManager[Any]]
+
+
+def test_each_device_has_its_default_and_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_decode_precision(CPU, None) == "float32"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert resolve_decode_precision(CUDA, None) == "tf32"
+    assert resolve_decode_precision(CUDA, "half") == "half"
+    with pytest.raises(ConfigError, match="decode_precision 'tf32' cannot be used on this processor"):
+        resolve_decode_precision(CPU, "tf32")
+    with pytest.raises(ConfigError, match=r"'float8' is unknown; on cuda:0; allowed: float32, split, tf32, half"):
+        resolve_decode_precision(CUDA, "float8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    assert resolve_decode_precision(CUDA, None) == "float32"
+    with pytest.raises(ConfigError, match="allowed: float32, half"):
+        resolve_decode_precision(CUDA, "tf32")
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_processor_without_bfloat16_computes_in_float32_only(
+    is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": is_native}, raising=False)
+    for choice in ("half", "split"):
+        if is_native:
+            assert resolve_decode_precision(CPU, choice) == choice
+        else:
+            with pytest.raises(ConfigError, match="which has no bfloat16; allowed: float32"):
+                resolve_decode_precision(CPU, choice)
+
+
+def test_the_setting_reaches_the_loader() -> None:
+    entry = resolve_entry("mine", path=str(load_goldens("tiny-s").folder))
+    with pytest.raises(ConfigError, match="decode_precision 'tf32'"):
+        load_model(entry, decode_precision="tf32")
+
+
+def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
+    """A loaded checkpoint whose decoder computes so."""
+    model = loaded(name)
+    parts = Sa3Components(
+        text=model.text,
+        prompt=model.prompt,
+        numbers=model.numbers,
+        denoiser=model.denoiser,
+        autoencoder=model.autoencoder,
+    )
+    return Sa3Model(parts, config=model.config, spec=model.spec, device=model.device, decode_precision=choice)
+
+
+def switches() -> list[object]:
+    return [getattr(owner, name) for owner, name, _ in tf32_products()]
+
+
+@contextmanager
+def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> Iterator[None]:
+    """Notes the switches that each module finds when it is called."""
+
+    def note(name: str, *_: object) -> None:
+        seen[name] = switches()
+
+    handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_everything(model: Sa3Model) -> None:
+    """One call of each of the model's networks."""
+    goldens = load_goldens("tiny-s").tensors
+    prompt = model.encode_text(["a bell"])[0]
+    noise = SeededNoise(0)
+    samples = torch.zeros(model.spec.card.channels, 2 * model.spec.hop)
+    model.encode_audio([EncodeWindow(samples, 0, "init", noise)])
+    plan = model.plan(request())[0]
+    branch = model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None).conditional
+    x = torch.zeros(1, model.spec.card.latent_channels, plan.frames)
+    model.denoise(StepBatch(x, torch.ones(1), valid=torch.ones(1, plan.frames, dtype=torch.bool), branches=[branch]))
+    model.decode([DecodeWindow(goldens["ae/latents"][0], 0, noise)])
+
+
+def request() -> GenerationRequest:
+    return GenerationRequest(prompt="a bell", duration_s=1.0, seed=0)
+
+
+def test_tf32_is_on_for_the_decoder_only() -> None:
+    model, seen = model_in("tf32"), dict[str, list[object]]()
+    parts: dict[str, Any] = {
+        "decoder": model.autoencoder.decoder,
+        "encoder": model.autoencoder.encoder,
+        "denoiser": model.denoiser,
+        "text": model.text.encoder,
+        "prompt": model.prompt,
+    }
+    before = switches()
+    with watching(parts, seen):
+        run_everything(model)
+    assert seen.pop("decoder") == [value for _, _, value in tf32_products()] != before
+    assert seen == dict.fromkeys(seen, before)
+    assert switches() == before
+
+
+def test_a_decoder_that_fails_leaves_products_exact() -> None:
+    model, before = model_in("tf32"), switches()
+    with suppress(RuntimeError):
+        model.decode([DecodeWindow(torch.zeros(3, 4), 0, SeededNoise(0))])
+    assert switches() == before
+
+
+def test_exact_calls_of_another_thread_never_meet_a_changed_switch() -> None:
+    process, before = Process(), switches()
+    met: list[list[object]] = []
+    done = threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            with process.shared():
+                met.append(switches())
+
+    threads = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        with process.alone(), switched(tf32_products()):
+            assert switches() != before
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert met
+    assert all(values == before for values in met)
+
+
+NUM_FACTORS = {F.linear: 2, F.conv1d: 2, F.conv_transpose1d: 2, F.scaled_dot_product_attention: 3}
+
+
+class RoundedFactors(TorchFunctionMode):
+    """TF32 without the hardware: factors of every product keep 10 bits behind the leading one, sums are float32."""
+
+    def __torch_function__(  # as torch calls it
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        count = NUM_FACTORS.get(func, 0)
+        return func(*map(round_to_tf32, args[:count]), *args[count:], **(kwargs or {}))
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """To nearest, ties to even, at 13 of float32's 23 bits."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def multiply_parts(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """What bfloat16 hardware computes: exact products of the rounded parts, added in float32."""
+    return layer(x.bfloat16().float(), weight.bfloat16().float(), **options)
+
+
+AROUND: dict[str, Around] = {
+    "tf32": RoundedFactors,
+    "split": lambda: SplitProducts(multiply_parts),
+    "float16": lambda: torch.autocast("cpu", torch.float16),
+    "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@torch.inference_mode()
+def decoded_db(name: str, around: Around) -> float:
+    """The audio of a reference checkpoint's own latents, over its distance from float32."""
+    net, latents = loaded(name).autoencoder, load_goldens(name).tensors["ae/latents"]
+    audio = net.decode(latents, products=around)
+    assert audio.dtype == torch.float32
+    assert bool(audio.isfinite().all())
+    return noise_ratio_db(audio, net.decode(latents))
+
+
+@pytest.mark.parametrize("name", SHARP)
+@pytest.mark.parametrize("kind", AROUND)
+def test_distance_from_float32(name: str, kind: str) -> None:
+    assert decoded_db(name, AROUND[kind]) >= LEAST_DB[kind][name]
+
+
+@pytest.mark.skipif(not has_native_bfloat16(), reason="the processor has no bfloat16")
+@pytest.mark.parametrize("name", SHARP)
+def test_split_products_of_this_processor(name: str) -> None:
+    assert LEAST_DB["split"][name] <= decoded_db(name, decoder_products("split", CPU)) < 120
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", TINY)
+def test_convolutions_are_split(name: str) -> None:
+    net = load_autoencoder(name)
+    latents = torch.randn(2, net.config.latent_channels, 9, generator=torch.Generator().manual_seed(1))
+    exact = net.decode(latents)
+    with SplitProducts(multiply_parts):
+        split = net.decode(latents)
+    assert 85 <= noise_ratio_db(split, exact) < 120
+
+
+@torch.inference_mode()
+def test_half_stores_the_decoder_s_linear_layers_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    entry = resolve_entry("mine", path=str(load_goldens("sharp-s").folder))
+    model = load_model(entry, decode_precision="half")
+    assert isinstance(model, Sa3Model)
+    parts: dict[str, Any] = dict(model.autoencoder.named_children())
+    stored = {part.weight.dtype for part in parts["decoder"].modules() if isinstance(part, nn.Linear)}
+    assert stored == {torch.bfloat16}
+    for kept in (parts["encoder"], model.denoiser, model.prompt):
+        assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32}
+    window = DecodeWindow(load_goldens("sharp-s").tensors["ae/latents"][0], 0, SeededNoise(0))
+    assert torch.equal(model.decode([window])[0], model_in("half", "sharp-s").decode([window])[0])
