@@ -27,6 +27,7 @@ from stable_audio_serve.models.protocol import (
     SourcePlan,
     StepBatch,
     TextEmbedding,
+    WindowRule,
     WindowSpan,
 )
 from stable_audio_serve.sampling.blend import blend_plan, flow_path
@@ -154,6 +155,7 @@ class ToyModel:
                 inpaint_source=self._source(request.inpaint_audio, length),
                 keep_mask=mask,
                 decode_windows=make_windows(length),
+                decode_rule=WindowRule(_HALO),
             )
             for index in range(request.batch_size)
         )

@@ -139,7 +139,7 @@ def draw_works(num_rows: int) -> list[RowWork]:
 def fill_scheduler(num_rows: int, *, policy: MergedGrid, cost: CostModel) -> Scheduler:
     """Returns an engine's scheduler with so many rows."""
     options = EngineOptions()
-    predictor = Predictor(cost, policy, window_frames=options.window_frames)
+    predictor = Predictor(cost, policy, turn_frames=options.turn_frames)
     scheduler = Scheduler(
         SchedulerLimits(options.max_rows, options.max_step_tokens, options.slack, options.max_slack_s),
         knee_tokens=lambda frames: frames * policy.crowd(1, frames),

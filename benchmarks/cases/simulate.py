@@ -22,11 +22,12 @@ from benchmarks.simulate.requests import Outcome, Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, Roofline, h200
 from benchmarks.workload import MIXES, Mix
-from stable_audio_serve.models.windows import chunked_windows, halo_windows
+from stable_audio_serve.models.protocol import WindowRule
+from stable_audio_serve.models.windows import audible_windows
 
 _LOAD_SHARE = 0.8
 _STEADY = (0.15, 0.95)  # of the requests by arrival
-_OPEN_HALO = 10
+_HALOS = {SMALL.name: 2, MEDIUM.name: 12, OPEN.name: 10}
 _LONGEST_S = {"small": 120.0, "medium": 380.0, "stable-audio-open-1.0": 47.5}
 _NETWORKS = {
     "equal-5s": SMALL,
@@ -77,7 +78,7 @@ def network_shape(network: Network) -> Shape:
     """Returns how a model cuts a clip: without headroom, decoded in the product's windows."""
 
     def windows(frames: int) -> Sequence[int]:
-        spans = halo_windows(frames, halo=_OPEN_HALO) if network is OPEN else chunked_windows(frames)
+        spans = audible_windows(frames, num_audible=frames, rule=WindowRule(_HALOS[network.name]))
         return [span.stop - span.start for span in spans]
 
     return Shape(network.frames, windows)

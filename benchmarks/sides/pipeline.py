@@ -21,6 +21,7 @@ from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.engine import resolve_mode
 from stable_audio_serve.engine.executor import Executor
+from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState
 from stable_audio_serve.engine.rows import Row, row_work
@@ -44,13 +45,14 @@ class Pipeline:
         self._is_steady = resolve_mode(options, model.device) == "strict" and model.device.type == "cpu"
         drawer = ThreadPoolExecutor(1, thread_name_prefix="noise")
         executor = Executor(model, policy, together=together)
+        cost = CostModel()
         self._stages = Stages(
             model,
             executor,
-            cost=CostModel(),
+            cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
             drawers=dict.fromkeys(get_args(Priority), drawer),
-            window_frames=_ALL_WINDOWS,
+            pace=WindowPace(cost, turn_frames=_ALL_WINDOWS, is_fixed=self._is_steady),
             clock=SystemClock(),
             metrics=NullMetrics(),
         )

@@ -66,7 +66,7 @@ class SimulatedEngine:
         grid = 1 if pack else options.frame_grid or 64
         self._cost = fit_cost(device, longest_frames=longest_frames, grid=grid)
         self._policy = self._build_policy(grid)
-        self._predictor = Predictor(self._cost, self._policy, window_frames=options.window_frames)
+        self._predictor = Predictor(self._cost, self._policy, turn_frames=options.turn_frames)
         limits = SchedulerLimits(
             max_started=options.max_rows,
             max_tokens=options.max_step_tokens,
@@ -160,7 +160,7 @@ class SimulatedEngine:
         lengths: list[int] = []
         for row in rows:
             left = row.work.decode_left
-            num = count_fitting(left, self._options.window_frames)
+            num = count_fitting(left, self._options.turn_frames)
             lengths += left[:num]
             row.work.decode_left = left[num:]
         for frames, group in groupby(sorted(lengths)):

@@ -147,7 +147,7 @@ class EngineSettings(Section):
         le=128,
         description="Rows of one call in strict mode on CUDA, a guided variation is two; unused ones cost.",
     )
-    window_frames: int = Field(
+    turn_frames: int = Field(
         512, ge=1, le=1_048_576, description="Latent frames encoded or decoded between two steps, in fast mode."
     )
     slack: float = Field(

@@ -33,6 +33,7 @@ from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.loop import EngineLoop
 from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.prompt_cache import PromptCache
@@ -95,9 +96,8 @@ class Engine:
             pads_rows=model.spec.pads_rows,
             packs_rows=model.spec.packs_rows,
         )
-        # In strict mode each window is a separate call, so several between two steps would gain nothing.
-        self._window_frames = 1 if self.mode == "strict" else options.window_frames
-        self._predictor = Predictor(cost, policy, window_frames=self._window_frames)
+        self._pace = WindowPace(cost, turn_frames=options.turn_frames, is_fixed=self.mode == "strict")
+        self._predictor = Predictor(cost, policy, turn_frames=self._pace.turn_frames)
         self._thread = self._build_thread(options, policy=policy, cost=cost)
         self._start_lock = threading.Lock()
         self._is_started = False
@@ -250,7 +250,7 @@ class Engine:
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
             drawers={priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)},
-            window_frames=self._window_frames,
+            pace=self._pace,
             clock=self._clock,
             metrics=self._metrics,
         )

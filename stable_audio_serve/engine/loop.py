@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 
 from stable_audio_serve.core.clock import Clock
@@ -126,10 +127,11 @@ class EngineLoop:
             row.request.is_started = True
         phases = {row.id: row.work.phase for row in picked}
         self._fail(self._stages.start([row for row in picked if row.noise is None]))
+        others_wait = any(row.work.phase is not Phase.DECODE for row in self._rows.values())
         for phase, run in (
             (Phase.ENCODE, self._stages.encode),
             (Phase.DENOISE, self._stages.denoise),
-            (Phase.DECODE, self._stages.decode),
+            (Phase.DECODE, partial(self._stages.decode, others_wait=others_wait)),
         ):
             rows = [row for row in picked if phases[row.id] is phase and row.id in self._rows]
             if rows:

@@ -29,7 +29,7 @@ class EngineOptions:
     max_step_tokens: int = 16_384  # latent frames of one step, all rows together
     slots: int = 8  # rows of one strict call on CUDA, dummies included
     frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, on a CPU 1 or, in fast, packed
-    window_frames: int = 512  # latent frames encoded or decoded between two steps (fast; strict: one window)
+    turn_frames: int = 512  # a row's latent frames encoded or decoded in one turn (fast; strict: one window)
     prompt_cache_bytes: int = 256 * 2**20
     planning_threads: int = 1  # for requests of each priority
     max_planning: int = 1024  # requests of each priority being planned at once
@@ -40,7 +40,7 @@ class EngineOptions:
         if self.mode not in (None, "strict", "fast"):
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
         least = {"slots": 2, "max_rows": 2}  # a guided row takes two slots; each priority needs a row
-        whole = ("max_rows", "max_step_tokens", "slots", "window_frames", "planning_threads", "max_planning")
+        whole = ("max_rows", "max_step_tokens", "slots", "turn_frames", "planning_threads", "max_planning")
         for name in (*whole, "frame_grid", "torch_threads"):
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):

@@ -13,11 +13,11 @@ from stable_audio_serve.engine.work import Phase, RowWork
 class Predictor:
     """Predictions for scheduling (alone) and for admission and routing (share). Usable from any thread."""
 
-    def __init__(self, cost: CostModel, policy: BatchPolicy, *, window_frames: int = 1) -> None:
-        """Each turn encodes or decodes `window_frames` latent frames of a row, at least one window."""
+    def __init__(self, cost: CostModel, policy: BatchPolicy, *, turn_frames: int = 1) -> None:
+        """Each turn encodes or decodes `turn_frames` latent frames of a row, at least one window."""
         self._cost = cost
         self._policy = policy
-        self._window_frames = window_frames
+        self._turn_frames = turn_frames
 
     def alone_ms(self, work: RowWork) -> float:
         """Returns the row's remaining time on an otherwise idle engine, text included."""
@@ -41,7 +41,7 @@ class Predictor:
         """Returns the time of one row's next windows."""
         return sum(
             self._cost.call_ms(kind, rows=1, frames=frames)
-            for frames in lengths[: count_fitting(lengths, self._window_frames)]
+            for frames in lengths[: count_fitting(lengths, self._turn_frames)]
         )
 
     def _alone_evaluation_ms(self, branches: int, frames: int) -> float:

@@ -88,14 +88,15 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
     )
 
 
-def make_assembly(plan: RowPlan, *, hop: int, channels: int) -> AudioAssembly:
-    """Returns the empty output of a planned row."""
+def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool) -> AudioAssembly:
+    """Returns the empty output of a planned row; `is_fixed`: its windows are those of the plan."""
     return AudioAssembly(
         plan.decode_windows,
         channels=channels,
         hop=hop,
         valid_frames=plan.valid_frames,
         output_samples=plan.output_samples,
+        rule=None if is_fixed else plan.decode_rule,
     )
 
 

@@ -18,6 +18,7 @@ from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.cost import CostModel, Work
 from stable_audio_serve.engine.executor import DEVICE_LOST, Executor
 from stable_audio_serve.engine.noise_ahead import RowNoise
+from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.rows import Row, make_assembly
 from stable_audio_serve.engine.windows import SourceEncoding
@@ -39,20 +40,17 @@ class Stages:
         cost: CostModel,
         cache: PromptCache,
         drawers: Mapping[Priority, futures.Executor],
-        window_frames: int,
+        pace: WindowPace,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """Each of `drawers` runs one draw at a time, in order.
-
-        Each turn encodes or decodes `window_frames` latent frames of a row, at least one window.
-        """
+        """Each of `drawers` runs one draw at a time, in order."""
         self._model = model
         self._executor = executor
         self._cost = cost
         self._cache = cache
         self._drawers = drawers
-        self._window_frames = window_frames
+        self._pace = pace
         self._clock = clock
         self._metrics = metrics
 
@@ -72,7 +70,9 @@ class Stages:
         """Encode the next source windows of each row; a row can step after its last window."""
         pending = {id(source): (source, row) for row in rows for source in row.sources.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
-        windows = [(source, window) for source, _ in pending.values() for window in source.pending(self._window_frames)]
+        windows = [
+            (source, window) for source, _ in pending.values() for window in source.pending(self._pace.turn_frames)
+        ]
         if windows:
             shapes = [(1, window.samples.shape[-1] // self._model.spec.hop) for _, window in windows]
             outcomes = self._timed(
@@ -113,14 +113,15 @@ class Stages:
                 failures += self._take_latents(row)
         return failures
 
-    def decode(self, rows: Sequence[Row]) -> Failures:
-        """Decode the next windows of each row into its audio."""
+    def decode(self, rows: Sequence[Row], *, others_wait: bool = False) -> Failures:
+        """Decode the next windows of each row into its audio; short ones if other rows wait for it."""
         failpoint("before_decode")
+        max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
         windows = [
             (row, window)
             for row in rows
             if row.audio is not None and row.latents is not None and row.noise is not None
-            for window in row.audio.pending(row.latents, row.noise.source, max_frames=self._window_frames)
+            for window in row.audio.pending(row.latents, row.noise.source, max_frames=max_frames)
         ]
         shapes = [(1, window.latents.shape[-1]) for _, window in windows]
         outcomes = self._timed("decode", shapes, run=lambda: self._executor.decode([window for _, window in windows]))
@@ -240,7 +241,10 @@ class Stages:
         if not bool(torch.isfinite(latents[:, : row.plan.valid_frames]).all()):
             return [(row, GenerationError("the model made latents that are not numbers"))]
         row.latents = latents
-        row.audio = make_assembly(row.plan, hop=self._model.spec.hop, channels=self._model.spec.card.channels)
+        card = self._model.spec.card
+        row.audio = make_assembly(
+            row.plan, hop=self._model.spec.hop, channels=card.channels, is_fixed=self._pace.is_fixed
+        )
         return []
 
     def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], *, run: Callable[[], Result]) -> Result:
@@ -249,6 +253,8 @@ class Stages:
         result = run()
         self._executor.synchronize()
         ms = (self._clock.monotonic() - started_at) * 1000.0
+        if work == "denoise":
+            self._pace.saw_step(ms)
         self._cost.correct(work, shapes, measured_ms=ms)
         self._metrics.observe(f"engine_{work}_ms", ms)
         return result

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowSpan
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowRule, WindowSpan
+from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
 from stable_audio_serve.sampling.noise import NoiseSource
 
 
@@ -87,35 +88,47 @@ class AudioAssembly:
     """One row's audio while its windows are decoded: exact length, silent after the valid frames."""
 
     def __init__(
-        self, spans: Sequence[WindowSpan], *, channels: int, hop: int, valid_frames: int, output_samples: int
+        self,
+        spans: Sequence[WindowSpan],
+        *,
+        channels: int,
+        hop: int,
+        valid_frames: int,
+        output_samples: int,
+        rule: WindowRule | None = None,
     ) -> None:
+        """With a `rule` the frames that `spans` cover are cut anew whenever windows are taken."""
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
-        self._spans = audible_spans(spans, hop=hop, end=self._end)
+        self._frames = spans[-1].stop
+        self._rule = rule
+        self._left = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples, dtype=torch.float32)
-        self._num_done = 0
         self._finite = True
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
         """Latent frames of the windows still to decode."""
-        return window_lengths(self._spans[self._num_done :])
+        return window_lengths(self._left)
 
     def pending(self, latents: Tensor, noise: NoiseSource, *, max_frames: int) -> Iterator[DecodeWindow]:
         """Yields the next windows of `latents` (D, F), at most `max_frames` in all but at least one if any is left."""
-        for span in take_spans(self._spans[self._num_done :], max_frames):
+        if self._rule is not None and self._left:
+            longest, first = min(max_frames, LONGEST_FRAMES), self._left[0].keep_start
+            cut = cut_windows(first, frames=self._frames, rule=self._rule, longest=longest)
+            self._left = audible_spans(cut, hop=self._hop, end=self._end)
+        for span in take_spans(self._left, max_frames):
             yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
 
     def put(self, audio: Tensor) -> None:
         """Add the next window's audio (C, >= hop * F_window) float32 on any device; windows come in order."""
-        span = self._spans[self._num_done]
+        span = self._left.pop(0)
         start = span.keep_start * self._hop
         stop = min(span.keep_stop * self._hop, self._end)
         offset = span.start * self._hop
         kept = audio[:, start - offset : stop - offset].to("cpu", torch.float32)
         self._finite = self._finite and bool(torch.isfinite(kept).all())
         self._audio[:, start:stop] = kept
-        self._num_done += 1
 
     @property
     def is_finite(self) -> bool:

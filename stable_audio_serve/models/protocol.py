@@ -58,6 +58,16 @@ class WindowSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowRule:
+    """How latents may be cut into windows of any length that join to the whole: `halo` frames beside those that are
+    kept, the first frame a multiple of `multiple`. The halo is such a multiple, too.
+    """
+
+    halo: int
+    multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class SourcePlan:
     """Source audio made ready for the encoder: `samples` (C, S) float32 on the CPU at the model's rate, padded or
     cropped to the row's frames; `windows` in latent frames."""
@@ -74,7 +84,8 @@ class RowPlan:
     `output_samples` is the exact length of the result. `negative_prompt` is None unless some evaluation is guided
     with one; `negative_numbers` None are those of the prompt. `keep_mask` (F,) float32, 1 = keep the source's latent,
     0 = generate, or None without inpainting. A model that conditions on the mask gets it in `condition`; one that does
-    not blends its `sampler` (`sampling/blend.py`), and the engine keeps the frames.
+    not blends its `sampler` (`sampling/blend.py`), and the engine keeps the frames. With a `decode_rule` the engine may
+    cut the frames that `decode_windows` cover otherwise.
     """
 
     seed: int
@@ -90,6 +101,7 @@ class RowPlan:
     inpaint_source: SourcePlan | None
     keep_mask: Tensor | None
     decode_windows: tuple[WindowSpan, ...]
+    decode_rule: WindowRule | None = None
     negative_numbers: Mapping[str, float] | None = None
 
 

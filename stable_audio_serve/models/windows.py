@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from stable_audio_serve.models.protocol import WindowSpan
+from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the references' chunked encoding and decoding
+LONGEST_FRAMES = 512  # of a window that follows a rule
+_REDUNDANT_SHARE = 0.05  # what a planned window may decode beside the frames that it keeps, as a share of them
+_GRID = 16  # clips of nearly one length decode windows of one length, which share calls
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
@@ -27,13 +31,58 @@ def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OV
     return tuple(WindowSpan(start, start + size, cuts[i], cuts[i + 1]) for i, start in enumerate(starts))
 
 
-def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES) -> tuple[WindowSpan, ...]:
+def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple: int = 1) -> tuple[WindowSpan, ...]:
     """Returns windows of one length, in which `halo` frames beside those that are written are cut again.
 
-    As few as keep `kept` frames at most each (the outermost ones `halo` more), and no longer than they have to be.
-    Exact where a frame's result depends on no more than `halo` frames to each side.
+    Their length is a multiple of `multiple`. As few as keep `kept` frames at most each (the outermost ones `halo`
+    more), and no longer than they have to be. Exact where a frame's result depends on no more than `halo` frames to
+    each side.
     """
     overlap = 2 * halo
     num_windows = max(math.ceil((frames - overlap) / kept), 1)
-    size = math.ceil((frames + overlap * (num_windows - 1)) / num_windows)
+    size = _round_up(math.ceil((frames + overlap * (num_windows - 1)) / num_windows), multiple=multiple)
     return chunked_windows(frames, size=size, overlap=overlap)
+
+
+def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple[WindowSpan, ...]:
+    """Returns windows over the first `num_audible` of `frames` frames and a halo; nothing behind them can be heard.
+
+    The cut depends on these lengths alone. Few frames are decoded twice, so the windows are longer where halos are.
+    """
+    heard = min(frames, _round_up(num_audible + rule.halo, multiple=_GRID))
+    kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
+    kept = min(max(kept, WINDOW_FRAMES), LONGEST_FRAMES - 2 * rule.halo)
+    spans = halo_windows(heard, halo=rule.halo, kept=kept, multiple=rule.multiple)
+    return tuple(_aligned(span, rule) for span in spans)
+
+
+def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> list[WindowSpan]:
+    """Returns windows that keep [first, frames), `longest` frames each but the last; `first` is a multiple or 0.
+
+    Their lengths are few: the last one is on a grid where it can be, by beginning earlier.
+    """
+    longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
+    spans: list[WindowSpan] = []
+    while first < frames:
+        start = max(first - rule.halo, 0)
+        stop, keep_stop = start + longest, start + longest - rule.halo
+        if stop >= frames:
+            start = max(frames - _round_up(frames - start, multiple=_GRID), 0)
+            stop = keep_stop = frames
+        spans.append(_aligned(WindowSpan(start, stop, first, keep_stop), rule))
+        first = keep_stop
+    return spans
+
+
+def shortest_window(rule: WindowRule) -> int:
+    """Returns the least length of a window that is cut: it keeps half of its frames, or more."""
+    return _round_up(max(4 * rule.halo, _GRID), multiple=rule.multiple)
+
+
+def _aligned(span: WindowSpan, rule: WindowRule) -> WindowSpan:
+    """Returns the window, begun at a multiple."""
+    return replace(span, start=span.start // rule.multiple * rule.multiple)
+
+
+def _round_up(value: int, *, multiple: int) -> int:
+    return -(-value // multiple) * multiple

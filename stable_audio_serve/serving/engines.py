@@ -47,7 +47,7 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         torch_threads=threads,
         max_step_tokens=engine.max_step_tokens,
         slots=engine.slots,
-        window_frames=engine.window_frames,
+        turn_frames=engine.turn_frames,
         slack=engine.slack,
         max_slack_s=engine.max_slack_s,
         batch_share=engine.batch_share,

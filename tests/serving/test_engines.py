@@ -20,7 +20,7 @@ from stable_audio_serve.serving.serve_file import read_serve_file
 KNOBS: dict[str, tuple[float, tuple[float, ...]]] = {
     "max_step_tokens": (4096, (0, 63, 2**21)),
     "slots": (4, (0, 1, 129)),
-    "window_frames": (64, (0, -1)),
+    "turn_frames": (64, (0, -1)),
     "slack": (2.5, (0.5, -1, float("nan"), 1001)),
     "max_slack_s": (30.0, (-1, float("inf"))),
     "batch_share": (0.5, (-0.1, 101)),

@@ -25,6 +25,7 @@ from stable_audio_serve.models.protocol import (
     RowPlan,
     StepBatch,
     TextEmbedding,
+    WindowRule,
 )
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner
@@ -81,6 +82,7 @@ class Sa3Model:
         self._spec = spec
         self._device = device
         self._products = decoder_products(decode_precision, device)
+        self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
 
     @property
@@ -93,7 +95,14 @@ class Sa3Model:
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
-        return plan_rows(request, config=self.config, spec=self._spec, shift=self._shift, frames=frames)
+        return plan_rows(
+            request,
+            config=self.config,
+            spec=self._spec,
+            decode_rule=self._decode_rule,
+            shift=self._shift,
+            frames=frames,
+        )
 
     @torch.inference_mode()
     @exact

@@ -10,11 +10,11 @@ from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.keep_mask import plan_keep_mask
-from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
+from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowRule, WindowSpan
 from stable_audio_serve.models.request_checks import check_request
 from stable_audio_serve.models.sa3.config import Sa3Config
 from stable_audio_serve.models.sa3.lengths import RowLength, plan_length
-from stable_audio_serve.models.windows import chunked_windows, whole_window
+from stable_audio_serve.models.windows import audible_windows, chunked_windows, whole_window
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 from stable_audio_serve.sampling.samplers import build_plan
 from stable_audio_serve.sampling.schedules import (
@@ -29,12 +29,19 @@ DEFAULT_APG_SCALE = 1.0
 
 
 def plan_rows(
-    request: GenerationRequest, *, config: Sa3Config, spec: ModelSpec, shift: TimestepShift, frames: int | None
+    request: GenerationRequest,
+    *,
+    config: Sa3Config,
+    spec: ModelSpec,
+    decode_rule: WindowRule,
+    shift: TimestepShift,
+    frames: int | None,
 ) -> tuple[RowPlan, ...]:
     """Returns one plan per variation; they differ in their seed only.
 
-    `shift` is the model's own schedule warp, `frames` forces the latent length (and lifts the duration's cap: what
-    does not fit is cut). Raises InvalidRequestError naming the field.
+    Audio is decoded by `decode_rule`, unless the request or the config asks for the reference's windows or for one
+    piece. `shift` is the model's own schedule warp, `frames` forces the latent length (and lifts the duration's cap:
+    what does not fit is cut). Raises InvalidRequestError naming the field.
     """
     check_request(request)
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
@@ -46,13 +53,17 @@ def plan_rows(
     sampler, guidance = _plan_sampler(request, config, spec=spec, shift=shift, length=length)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
-    chunked = config.chunked if request.chunked_decode is None else request.chunked_decode
+    rule = decode_rule if config.chunked and request.chunked_decode is None else None
     init = _plan_source(request.init_audio, config, length=length) if request.init_audio else None
     inpaint = _plan_source(request.inpaint_audio, config, length=length) if request.inpaint_audio else None
     if inpaint is not None and not config.edits:
         raise InvalidRequestError("this model cannot inpaint", field="audio")
-    rule = config.lengths
-    keep_mask = plan_keep_mask(request, frames=length.frames, hop=rule.hop, sample_rate_hz=rule.sample_rate_hz)
+    keep_mask = plan_keep_mask(request, frames=length.frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
+    decode_windows = (
+        _windows(length.frames, chunked=bool(request.chunked_decode))
+        if rule is None
+        else audible_windows(length.frames, num_audible=math.ceil(length.output_samples / spec.hop), rule=rule)
+    )
     numbers = {"seconds_start": 0.0, "seconds_total": request.duration_s}
     for conditioner in config.frame_conditioners.values():
         numbers |= conditioner.read_numbers(request.prompt)
@@ -70,7 +81,8 @@ def plan_rows(
             init_source=init,
             inpaint_source=inpaint,
             keep_mask=keep_mask,
-            decode_windows=_windows(length.frames, chunked=chunked),
+            decode_windows=decode_windows,
+            decode_rule=rule,
         )
         for seed in request.seeds
     )

@@ -17,10 +17,10 @@ from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.keep_mask import plan_keep_mask
-from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowSpan
+from stable_audio_serve.models.protocol import ModelSpec, RowPlan, SourcePlan, WindowRule, WindowSpan
 from stable_audio_serve.models.request_checks import check_request
 from stable_audio_serve.models.sao.config import SHIFT_KEY
-from stable_audio_serve.models.windows import halo_windows, whole_window
+from stable_audio_serve.models.windows import audible_windows, halo_windows, whole_window
 from stable_audio_serve.sampling.blend import blend_plan, flow_path
 from stable_audio_serve.sampling.karras import HIGHEST_SIGMA, LOWEST_SIGMA, SigmaRange
 from stable_audio_serve.sampling.open_flow import build_open_flow_plan, open_flow_times
@@ -37,8 +37,6 @@ from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_pa
 # Noise levels of the published call of the model; half an edit's own level where that is lower.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
-
-_DECODE_GRID = 32  # latent frames; clips of nearly one length decode windows of one length, which share calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +77,19 @@ def plan_rows(
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     keep_mask = plan_keep_mask(request, frames=frames, hop=spec.hop, sample_rate_hz=spec.card.sample_rate_hz)
     numbers, negative_numbers = _numbers(request)
-    decode_halo = None if request.chunked_decode is False or halos is None else halos.decoder
+    decode_rule = None if request.chunked_decode is False or halos is None else WindowRule(halos.decoder)
     encode_halo = None if halos is None else halos.encoder
     init, inpaint = (
         None if audio is None else _plan_source(audio, spec, frames=frames, halo=encode_halo)
         for audio in (request.init_audio, request.inpaint_audio)
     )
     output_samples = min(output_samples, frames * spec.hop)
-    decode_windows = _decode_windows(frames, num_audible=math.ceil(output_samples / spec.hop), halo=decode_halo)
+    num_audible = math.ceil(output_samples / spec.hop)
+    decode_windows = (
+        whole_window(frames)
+        if decode_rule is None
+        else audible_windows(frames, num_audible=num_audible, rule=decode_rule)
+    )
     return tuple(
         RowPlan(
             seed=seed,
@@ -103,6 +106,7 @@ def plan_rows(
             inpaint_source=inpaint,
             keep_mask=keep_mask,
             decode_windows=decode_windows,
+            decode_rule=decode_rule,
         )
         for seed in request.seeds
     )
@@ -220,13 +224,6 @@ def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int 
         num_samples=frames * spec.hop,
     )
     return SourcePlan(samples=samples, windows=_windows(frames, halo=halo))
-
-
-def _decode_windows(frames: int, *, num_audible: int, halo: int | None) -> tuple[WindowSpan, ...]:
-    """Returns windows over the leading frames that the clip can be heard from, and a halo; without one, over all."""
-    if halo is not None:
-        frames = min(frames, math.ceil((num_audible + halo) / _DECODE_GRID) * _DECODE_GRID)
-    return _windows(frames, halo=halo)
 
 
 def _windows(frames: int, *, halo: int | None) -> tuple[WindowSpan, ...]:

@@ -46,7 +46,7 @@ def test_a_plan_draws_what_the_reference_draws(name: str, case: str) -> None:
         edit_schedule="reference",
         inpaint_audio=clip("inpaint_audio"),
         inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
-        chunked_decode=args.get("chunked_decode"),
+        chunked_decode=args.get("chunked_decode", True),
     )
     frames = facts["latent_shape"][-1]
     (plan,) = model.plan(request, frames=frames if "clamped" in case else None)

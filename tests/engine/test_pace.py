@@ -1,0 +1,42 @@
+"""How much of a row is decoded in one turn: much where nobody waits, no more than a step's time where somebody does."""
+
+from __future__ import annotations
+
+import pytest
+
+from stable_audio_serve.engine.cost import CostModel, Measurement
+from stable_audio_serve.engine.pace import WindowPace
+
+
+def make_pace(*, turn_frames: int = 512, is_fixed: bool = False) -> WindowPace:
+    """Decoding takes 2 ms and a tenth of a millisecond per latent frame."""
+    cost = CostModel()
+    cost.fit("decode", [Measurement(1, frames, 2.0 + frames / 10) for frames in (10, 100)])
+    return WindowPace(cost, turn_frames=turn_frames, is_fixed=is_fixed)
+
+
+def test_a_row_alone_decodes_a_whole_turn() -> None:
+    assert make_pace().decode_frames(1, others_wait=False) == 512
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "num_rows", "frames"),
+    [
+        (0.0, 1, 64),  # 10 ms hold 80 frames
+        (12.0, 1, 96),  # 12 ms hold 100
+        (30.0, 1, 256),  # 280
+        (30.0, 3, 64),  # 10 ms for each of three rows
+        (30.0, 100, 32),  # never less
+        (1000.0, 1, 512),  # never more
+    ],
+)
+def test_windows_take_no_longer_than_a_step_while_others_wait(step_ms: float, num_rows: int, frames: int) -> None:
+    pace = make_pace()
+    pace.saw_step(step_ms)
+    assert pace.decode_frames(num_rows, others_wait=True) == frames
+
+
+def test_fixed_windows_depend_on_nobody() -> None:
+    pace = make_pace(is_fixed=True)
+    pace.saw_step(30.0)
+    assert pace.decode_frames(1, others_wait=True) == pace.decode_frames(9, others_wait=False) == 1

@@ -1,0 +1,73 @@
+"""Decode windows that follow a rule: they tile what can be heard, keep their halo and decode little twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stable_audio_serve.models.protocol import WindowRule, WindowSpan
+from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_windows, chunked_windows, cut_windows
+
+SMALL, MEDIUM, OPEN = WindowRule(2, 2), WindowRule(12), WindowRule(10)
+RULES = st.sampled_from([SMALL, MEDIUM, OPEN, WindowRule(0), WindowRule(1), WindowRule(6, 3)])
+
+
+def assert_tiles(spans: Sequence[WindowSpan], *, first: int, end: int, frames: int, rule: WindowRule) -> None:
+    assert [span.keep_start for span in spans] == [first, *(span.keep_stop for span in spans[:-1])]
+    assert spans[-1].keep_stop >= end
+    for span in spans:
+        assert 0 <= span.start <= span.keep_start < span.keep_stop <= span.stop <= frames
+        assert span.start % rule.multiple == 0
+        assert span.start == 0 or span.keep_start - span.start >= rule.halo
+        assert span.stop == frames or span.stop - span.keep_stop >= rule.halo
+
+
+@settings(max_examples=300)
+@given(rule=RULES, count=st.integers(1, 700), share=st.floats(0.01, 1))
+def test_planned_windows_tile_what_is_heard(rule: WindowRule, count: int, share: float) -> None:
+    frames = count * rule.multiple
+    audible = max(1, int(share * frames))
+    spans = audible_windows(frames, num_audible=audible, rule=rule)
+    heard = spans[-1].stop
+    assert_tiles(spans, first=0, end=audible, frames=heard, rule=rule)
+    assert heard == frames or heard >= audible + rule.halo
+    assert max(span.stop - span.start for span in spans) <= LONGEST_FRAMES
+
+
+@settings(max_examples=300)
+@given(rule=RULES, count=st.integers(1, 700), begun=st.floats(0, 0.99), longest=st.integers(1, 600))
+def test_windows_cut_from_anywhere_tile_the_rest(rule: WindowRule, count: int, begun: float, longest: int) -> None:
+    frames = count * rule.multiple
+    first = int(begun * count) * rule.multiple
+    spans = cut_windows(first, frames=frames, rule=rule, longest=longest)
+    assert_tiles(spans, first=first, end=frames, frames=frames, rule=rule)
+    assert max(span.stop - span.start for span in spans) <= max(longest, 4 * rule.halo, 16) + 16 + rule.multiple
+
+
+def redundant(spans: Sequence[WindowSpan], audible: int) -> float:
+    """Latents decoded for each that can be heard."""
+    return sum(span.stop - span.start for span in spans) / audible
+
+
+@pytest.mark.parametrize(
+    ("rule", "seconds", "before", "after"),
+    [
+        (SMALL, 5, 2.222, 1.185),
+        (SMALL, 30, 1.585, 1.077),
+        (SMALL, 120, 1.387, 1.039),
+        (MEDIUM, 30, 1.585, 1.040),
+        (MEDIUM, 120, 1.387, 1.054),
+        (MEDIUM, 380, 1.345, 1.049),
+    ],
+)
+def test_little_is_decoded_twice(rule: WindowRule, seconds: int, before: float, after: float) -> None:
+    """Latents decoded for each that is heard, in windows of 128 that overlap by 32 over the row, and by the rule."""
+    heard = math.ceil(seconds * 44_100 / 4096)
+    row = min(math.ceil((seconds + 6) * 44_100 / 4096 / 2) * 2, 4096)
+    chunked = [span for span in chunked_windows(row) if span.keep_start < heard]
+    for spans, share in ((chunked, before), (audible_windows(row, num_audible=heard, rule=rule), after)):
+        assert sum(span.stop - span.start for span in spans) / heard == pytest.approx(share, abs=5e-4)
