@@ -78,19 +78,29 @@ class OscillatorBank:
 
     def _tones(self, amplitude: Tensor, pan: Tensor, *, start_frame: int) -> Tensor:
         num_frames = amplitude.shape[1]
+        amplitude, omega, offset, waves = self._sounding(amplitude)
         at = torch.arange(start_frame, start_frame + num_frames, dtype=torch.float64)
-        phase = torch.remainder(torch.outer(at * FRAME_SAMPLES, self._omega) + self._phase, 2.0 * math.pi)
-        carrier = torch.cat([phase.sin(), phase.cos()], dim=1).to(self._waves)  # (F, 2 * oscillators)
+        phase = torch.remainder(torch.outer(at * FRAME_SAMPLES, omega) + offset, 2.0 * math.pi)
+        carrier = torch.cat([phase.sin(), phase.cos()], dim=1).to(waves)  # (F, 2 * oscillators)
         stereo = pan[:, :, None] * amplitude.T[None]  # (2, F, oscillators)
         before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]
         change = stereo - before
-        audio = self._sum_waves(before, carrier)
-        audio += self._rise * self._sum_waves(change.clamp(min=0.0), carrier)
-        audio += self._fall * self._sum_waves(change.clamp(max=0.0), carrier)
+        audio = _sum_waves(before, carrier, waves=waves)
+        audio += self._rise * _sum_waves(change.clamp(min=0.0), carrier, waves=waves)
+        audio += self._fall * _sum_waves(change.clamp(max=0.0), carrier, waves=waves)
         return audio.reshape(2, num_frames * FRAME_SAMPLES)
 
-    def _sum_waves(self, amplitude: Tensor, carrier: Tensor) -> Tensor:
-        return (torch.cat([amplitude, amplitude], dim=2) * carrier) @ self._waves
+    def _sounding(self, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns amplitude, frequency, phase and waves without the oscillators that are silent in every frame.
+
+        They would add exact zeros, so that only the order in which a product is summed may change. On a GPU all are
+        kept: how many there are would have to be waited for.
+        """
+        if amplitude.device.type != "cpu":
+            return amplitude, self._omega, self._phase, self._waves
+        kept = amplitude.any(dim=1).nonzero()[:, 0]
+        waves = self._waves[torch.cat([kept, kept + NUM_OSCILLATORS])]
+        return amplitude[kept], self._omega[kept], self._phase[kept], waves
 
     def _noise(self, bands: Tensor, pan: Tensor, *, noise: Tensor) -> Tensor:
         num_frames = bands.shape[1]
@@ -102,11 +112,12 @@ class OscillatorBank:
         padded = torch.nn.functional.pad(noise, (_NOISE_HOP, _NOISE_HOP))
         blocks = padded.unfold(1, _NOISE_BLOCK, _NOISE_HOP) * self._window
         shaped = torch.fft.irfft(torch.fft.rfft(blocks) * gain, n=_NOISE_BLOCK) * self._window
-        length = padded.shape[1]
-        summed = torch.nn.functional.fold(
-            shaped.transpose(1, 2), (1, length), kernel_size=(1, _NOISE_BLOCK), stride=(1, _NOISE_HOP)
-        )
-        return summed.reshape(2, length)[:, _NOISE_HOP:-_NOISE_HOP]
+        summed = shaped[:, 1:, :_NOISE_HOP] + shaped[:, :-1, _NOISE_HOP:]  # blocks overlap by half
+        return summed.reshape(2, num_frames * FRAME_SAMPLES)
+
+
+def _sum_waves(amplitude: Tensor, carrier: Tensor, *, waves: Tensor) -> Tensor:
+    return (torch.cat([amplitude, amplitude], dim=2) * carrier) @ waves
 
 
 def _pan_gains(balance: Tensor) -> Tensor:

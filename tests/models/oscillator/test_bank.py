@@ -10,6 +10,7 @@ from stable_audio_serve.models.oscillator.bank import (
     A4_INDEX,
     FRAME_SAMPLES,
     NUM_CHANNELS,
+    NUM_OSCILLATORS,
     OSCILLATOR_HZ,
     SAMPLE_RATE_HZ,
     OscillatorBank,
@@ -18,6 +19,7 @@ from stable_audio_serve.models.oscillator.bank import (
     nearest_oscillator,
 )
 from tests.models.oscillator.frames import make_frames, render
+from tests.models.oscillator.plain_bank import render_plainly
 
 
 def test_compress_and_expand_are_inverse() -> None:
@@ -72,3 +74,23 @@ def test_a_window_renders_the_same_samples_as_the_whole_clip() -> None:
     window = render(frames[:, first:last], start=first, noise=noise[:, inside])
     halo = OscillatorBank.halo_frames * FRAME_SAMPLES
     torch.testing.assert_close(window[:, halo:-halo], whole[:, inside][:, halo:-halo], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 7, 36, 130, 431])
+@pytest.mark.parametrize("sounding_share", [0.0, 0.02, 0.3, 1.0])
+@torch.inference_mode()
+def test_rendering_equals_the_plain_formulas(num_frames: int, sounding_share: float) -> None:
+    generator = torch.Generator().manual_seed(num_frames)
+    levels = torch.rand(NUM_CHANNELS, num_frames, generator=generator) - 0.3
+    sounding = torch.rand(NUM_OSCILLATORS, 1, generator=generator) < sounding_share
+    frames = levels.clone()
+    frames[:NUM_OSCILLATORS] = torch.where(sounding, levels[:NUM_OSCILLATORS], -1.0)  # below zero is silent too
+    frames[-2:] = 3.0 * torch.rand(2, num_frames, generator=generator) - 1.5  # balances, some beyond their range
+    noise = torch.randn(2, num_frames * FRAME_SAMPLES, generator=generator)
+    within = 1e-6 if sounding_share else 0.0  # noise has the same bits; tones are summed in another order
+    for first in (0, num_frames // 3):  # the whole, and a window of it with a halo
+        last = num_frames - first // 2
+        window, drawn = frames[:, first:last], noise[:, first * FRAME_SAMPLES : last * FRAME_SAMPLES]
+        start = 5000 + first
+        made, expected = render(window, start=start, noise=drawn), render_plainly(window, drawn, start=start)
+        torch.testing.assert_close(made, expected, atol=within * float(expected.abs().max()), rtol=0)
