@@ -193,7 +193,9 @@ class ModelSettings(Section):
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the server's `device`.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
-        None, description="Precision of the denoiser; unset = by `model_half` and device."
+        None,
+        description="Precision of the denoiser; unset = by `model_half` on CUDA, else float32. bfloat16 on a CPU needs "
+        "AVX512-bf16 or AMX (docs/cpu.md).",
     )
     decode_precision: DecodePrecision | None = Field(
         None,

@@ -50,6 +50,9 @@ THRESHOLDS: dict[str, tuple[float, float]] = {
 }
 
 
+_SETTINGS = ("per_kind", "seeds", "seed", "steps", "sampler", "cfg_scale", "dtype")
+
+
 async def judge(
     player: Player,
     cases: Sequence[Case],
@@ -140,7 +143,7 @@ async def _run(options: argparse.Namespace) -> dict[str, Any]:
     over_http = target.startswith(("http://", "https://"))
     kinds = [kind for kind in KINDS if not (over_http and kind == "hush")]  # the routes refuse an empty prompt
     cases = draw_cases(per_kind=options.per_kind, seeds=options.seeds, seed=options.seed, kinds=kinds)
-    async with HttpPlayer(target) if over_http else EnginePlayer(Path(target)) as player:
+    async with HttpPlayer(target) if over_http else EnginePlayer(Path(target), dtype=options.dtype) as player:
         return await judge(player, cases, steps=options.steps, sampler=options.sampler, cfg_scale=options.cfg_scale)
 
 
@@ -155,9 +158,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sampler")
     parser.add_argument("--cfg-scale", type=float)
+    parser.add_argument("--dtype", help="precision of the denoiser, of a folder only: a server has its own")
     options = parser.parse_args()
     body = asyncio.run(_run(options))
-    settings = {key: getattr(options, key) for key in ("per_kind", "seeds", "seed", "steps", "sampler", "cfg_scale")}
+    settings = {key: getattr(options, key) for key in _SETTINGS}
     for name, row in body["checks"].items():
         print(f"{name:16s} {row['passed']:4d}/{row['count']:<4d} {row['percent']:5.1f} %  {row['meets']}")
     if options.json:

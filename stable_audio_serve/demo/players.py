@@ -30,8 +30,9 @@ class Player(Protocol):
 class EnginePlayer:
     """A checkpoint folder on the CPU, through the real loader and engine. Use with `async with`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._engine = Engine(load_model(replace(BUILT_IN["demo"], folder=str(folder))))
+    def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
+        """`dtype` is the denoiser's precision, see `resolve_dtype`."""
+        self._engine = Engine(load_model(replace(BUILT_IN["demo"], folder=str(folder)), dtype=dtype))
 
     async def __aenter__(self) -> EnginePlayer:
         await self._engine.start()

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+_STEADY = (torch.float32, torch.bfloat16)
 # The split of matrix products with few rows, or whose width is no multiple of a vector, depends on the thread count.
 _LEAST_ROWS = 64
 _WIDTH = 32
@@ -67,8 +68,8 @@ class _SharedOut(TorchFunctionMode):
 def _is_steady(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Returns whether this call's result is independent of the number of threads, bit for bit."""
     if func is F.scaled_dot_product_attention:
-        return args[0].dtype == torch.float32 and args[0].shape[-2] >= _LEAST_QUERIES
+        return args[0].dtype in _STEADY and args[0].shape[-2] >= _LEAST_QUERIES
     if func is not F.linear:
         return False
     x, weight = args[0], args[1]
-    return weight.dtype == torch.float32 and len(weight) % _WIDTH == 0 and x.shape[:-1].numel() >= _LEAST_ROWS
+    return weight.dtype in _STEADY and len(weight) % _WIDTH == 0 and x.shape[:-1].numel() >= _LEAST_ROWS

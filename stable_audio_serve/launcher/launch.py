@@ -26,6 +26,7 @@ from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.launcher import environment
 from stable_audio_serve.launcher.embedded import apply_environment, embedded_ray, explained, private_directory
 from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.precision import faster_precision
 from stable_audio_serve.launcher.signals import StopSignals
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import require_weights
@@ -117,6 +118,8 @@ def serve(
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
+        if hint := faster_precision(plan, {name: facts["device"] for name, facts in health["models"].items()}):
+            report(hint)
         report(_ready_text(url, plan))
         with suppress(KeyboardInterrupt):
             threading.Event().wait()

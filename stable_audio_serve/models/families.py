@@ -49,14 +49,14 @@ def load_model(
     decode_precision: str | None = None,
     token: str | None = None,
 ) -> DiffusionModel:
-    """Load `entry` onto `device`; `dtype` is the denoiser's precision on CUDA (float16 by default), `decode_precision`
-    that of the decoder's products (tf32 by default on CUDA, else float32).
+    """Load `entry` onto `device`; `dtype` is the denoiser's precision (see `resolve_dtype`), `decode_precision` that of
+    the decoder's products (tf32 by default on CUDA, else float32).
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
     ConfigError for a device or precision that cannot be used.
     """
     target = resolve_device(device)
-    precision = resolve_decode_precision(target, decode_precision)
+    precision, decoding = resolve_dtype(target, dtype), resolve_decode_precision(target, decode_precision)
     folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
     card = describe_entry(replace(entry, folder=str(folder))).card
     load = _LOADERS[card.family]
@@ -64,14 +64,7 @@ def load_model(
         require_open_family(card.family)
         load = load_with_package
     text_encoder = download_text_encoder(folder, token=token)
-    return load(
-        card,
-        folder,
-        text_encoder=text_encoder,
-        device=target,
-        dtype=resolve_dtype(target, dtype),
-        decode_precision=precision,
-    )
+    return load(card, folder, text_encoder=text_encoder, device=target, dtype=precision, decode_precision=decoding)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

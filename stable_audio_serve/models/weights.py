@@ -16,24 +16,33 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
+from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
 from stable_audio_serve.models.blocks import RMSNorm
 from stable_audio_serve.models.weight_files import drain_weights, read_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None) -> torch.dtype:
-    """Returns the denoiser's precision: on CUDA `dtype`, float16 by default; elsewhere always float32.
+def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_facts: Path = CPU_FACTS) -> torch.dtype:
+    """Returns the denoiser's precision; None is float16 on CUDA and float32 elsewhere.
 
-    Autoencoder and conditioners stay in float32, the text encoder in the dtype of its files. Raises ConfigError.
+    Autoencoder and conditioners stay in float32, the text encoder in the dtype of its files. Raises ConfigError naming
+    a precision that the device cannot compute in, or not faster: a CPU needs bfloat16 of its own, and has no float16.
     """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
-        dtype = DTYPES[dtype]
-    if device.type != "cuda":
-        return torch.float32
-    return dtype or torch.float16
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}", field="dtype")
+    if device.type == "cuda" or name == "float32":
+        return DTYPES[name]
+    if device.type != "cpu" or name != "bfloat16":
+        others = " or bfloat16" if device.type == "cpu" else ""
+        raise ConfigError(f"dtype {name} cannot be used on {device.type}: only float32{others} can", field="dtype")
+    if not has_native_bfloat16(cpu_facts):
+        message = "dtype bfloat16 cannot be used on this processor: it has neither AVX512-bf16 nor AMX; use float32"
+        raise ConfigError(message, field="dtype")
+    return DTYPES[name]
 
 
 def require_exact_float32() -> None:

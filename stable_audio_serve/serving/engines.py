@@ -29,7 +29,7 @@ def load_engine(
     loaded = load_model(
         model_entry(model),
         device=model.device or settings.device or first_device(),
-        dtype=model.dtype or ("float16" if settings.model_half else "float32"),
+        dtype=model.dtype or (None if settings.model_half else "float32"),
         decode_precision=model.decode_precision,
         token=settings.hf_token.get_secret_value() if settings.hf_token else None,
     )

@@ -23,10 +23,12 @@ from stable_audio_serve.models.sa3.build import build_components, build_spec
 from stable_audio_serve.models.sa3.config import parse_config
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sa3.random_weights import official_config
+from stable_audio_serve.models.weights import cast_network
 from tests.factories import make_audio, make_request
 from tests.models.loaded import FAMILY, loaded
 
 THREADS = (1, 2, 4)
+PRECISIONS = (torch.float32, torch.bfloat16)
 
 
 def make_requests(sample_rate_hz: int) -> dict[str, GenerationRequest]:
@@ -78,6 +80,17 @@ async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
     if name == "wide":  # whose requests are slow
         names = ("plain", "guided", "inpainting")
         requests = {kind: replace(requests[kind], duration_padding_s=1.0, batch_size=1) for kind in names}
+    await _check_threads(model, requests)
+
+
+async def test_nor_does_it_in_bfloat16() -> None:
+    model = make_wide_model.__wrapped__()
+    cast_network(model.denoiser, torch.bfloat16)
+    request = replace(make_requests(model.spec.card.sample_rate_hz)["guided"], duration_padding_s=1.0, batch_size=1)
+    await _check_threads(model, {"guided": request})
+
+
+async def _check_threads(model: Sa3Model, requests: Mapping[str, GenerationRequest]) -> None:
     alone = await generate(model, requests, num_threads=THREADS[0])
     for num_threads in THREADS[1:]:
         shared = await generate(model, requests, num_threads=num_threads)
@@ -89,8 +102,9 @@ async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 63, 64, 65, 139, 257, 431])
 @pytest.mark.parametrize(("width", "out"), [(1024, 1024), (1024, 8192), (4096, 1024), (768, 6144), (72, 72), (16, 24)])
-def test_products_are_the_same_on_any_number_of_threads(rows: int, width: int, out: int) -> None:
-    x, weight = torch.randn(1, rows, width), torch.randn(out, width)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_products_are_the_same_on_any_number_of_threads(rows: int, width: int, out: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(1, rows, width, dtype=dtype), torch.randn(out, width, dtype=dtype)
     with torch.inference_mode():
         results = [_within(num_threads, lambda: F.linear(x, weight)) for num_threads in (1, 2, 3, 4, 8)]
     for other in results[1:]:
@@ -99,8 +113,9 @@ def test_products_are_the_same_on_any_number_of_threads(rows: int, width: int, o
 
 @pytest.mark.parametrize("queries", [1, 3, 17, 31, 32, 33, 64, 139, 257])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_attention_is_the_same_on_any_number_of_threads(queries: int, is_masked: bool) -> None:
-    query, key = torch.randn(2, 12, queries, 64), torch.randn(2, 12, 271, 64)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_attention_is_the_same_on_any_number_of_threads(queries: int, is_masked: bool, dtype: torch.dtype) -> None:
+    query, key = torch.randn(2, 12, queries, 64, dtype=dtype), torch.randn(2, 12, 271, 64, dtype=dtype)
     mask = torch.rand(2, 1, 1, 271) > 0.2 if is_masked else None
     with torch.inference_mode():
         results = [

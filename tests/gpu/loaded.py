@@ -15,10 +15,9 @@ from tests.goldens import load_goldens
 
 @cache
 def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32) -> Sa3Model:
-    model = load_model(
-        resolve_entry(name, path=str(load_goldens(name).folder)), device=device, dtype=dtype, decode_precision="float32"
-    )
+    entry, own = resolve_entry(name, path=str(load_goldens(name).folder)), dtype if device.type == "cuda" else None
+    model = load_model(entry, device=device, dtype=own, decode_precision="float32")
     assert isinstance(model, Sa3Model)
     if device.type != "cuda":
-        cast_network(model.denoiser, dtype)  # the product itself keeps to float32 there
+        cast_network(model.denoiser, dtype)  # of which the product refuses some there
     return model

@@ -33,15 +33,11 @@ HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 @cache
 def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32) -> SaoModel:
-    model = load_model(
-        resolve_entry(name, path=str(load_open_goldens(name).folder)),
-        device=device,
-        dtype=dtype,
-        decode_precision="float32",
-    )
+    entry, own = resolve_entry(name, path=str(load_open_goldens(name).folder)), dtype if device.type == "cuda" else None
+    model = load_model(entry, device=device, dtype=own, decode_precision="float32")
     assert isinstance(model, SaoModel)
     if device.type != "cuda":
-        cast_network(model.denoiser, dtype)  # the product itself keeps to float32 there
+        cast_network(model.denoiser, dtype)  # of which the product refuses some there
     return model
 
 

@@ -272,13 +272,42 @@ def test_config_that_is_no_object(folder: Path, text: str) -> None:
     assert "model_config.json" in failure(folder)
 
 
-def test_precision_policy() -> None:
+CPU_WITH_BFLOAT16 = "processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 avx2\n"
+CPU_WITHOUT = "processor\t: 0\nflags\t\t: fpu avx512f avx2\n"
+
+
+def test_the_precision_follows_the_device_unless_one_is_asked_for() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    assert resolve_dtype(cpu, "float16") is torch.float32
+    assert resolve_dtype(cpu, None) is torch.float32
     assert resolve_dtype(cuda, None) is torch.float16
     assert resolve_dtype(cuda, "bfloat16") is torch.bfloat16
-    with pytest.raises(ConfigError, match="float8"):
-        resolve_dtype(cuda, "float8")
+    assert resolve_dtype(cpu, torch.float32) is torch.float32
+
+
+def test_bfloat16_on_a_cpu_needs_a_processor_that_computes_in_it(tmp_path: Path) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(CPU_WITH_BFLOAT16)
+    assert resolve_dtype(torch.device("cpu"), "bfloat16", cpu_facts=facts) is torch.bfloat16
+    facts.write_text(CPU_WITHOUT)
+    with pytest.raises(ConfigError, match="bfloat16 cannot be used on this processor"):
+        resolve_dtype(torch.device("cpu"), "bfloat16", cpu_facts=facts)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "named"),
+    [
+        ("cuda", "float8", "float8"),
+        ("cpu", "float16", "float16 cannot be used on cpu: only float32 or bfloat16 can"),
+        ("cpu", torch.float16, "float16 cannot be used on cpu"),
+        ("mps", "bfloat16", "bfloat16 cannot be used on mps: only float32 can"),
+    ],
+)
+def test_a_precision_that_a_device_lacks_is_refused_by_name(device: str, dtype: str | torch.dtype, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        resolve_dtype(torch.device(device), dtype)
+
+
+def test_a_device_that_does_not_exist_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="tpu"):
         resolve_device("tpu")
 

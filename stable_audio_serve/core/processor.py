@@ -1,0 +1,22 @@
+"""What this machine's processor computes by itself, by Linux's `/proc/cpuinfo`. Knows neither networks nor torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CPU_FACTS = Path("/proc/cpuinfo")
+
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def has_native_bfloat16(facts: Path = CPU_FACTS) -> bool:
+    """Whether the processor multiplies bfloat16 itself (AVX512-bf16 or AMX); without, torch is slower than in float32.
+
+    False where there is no such file.
+    """
+    try:
+        lines = facts.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    return not _BFLOAT16_FLAGS.isdisjoint(flags.split())
