@@ -22,6 +22,7 @@ from benchmarks.simulate.requests import Outcome, Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, Roofline, h200
 from benchmarks.workload import MIXES, Mix
+from stable_audio_serve.engine.windows import window_lengths
 from stable_audio_serve.models.protocol import WindowRule
 from stable_audio_serve.models.windows import audible_windows
 
@@ -77,11 +78,12 @@ def run_simulate_case(settings: CaseSettings, sizes: SimulationSizes | None = No
 def network_shape(network: Network) -> Shape:
     """Returns how a model cuts a clip: without headroom, decoded in the product's windows."""
 
-    def windows(frames: int) -> Sequence[int]:
-        spans = audible_windows(frames, num_audible=frames, rule=WindowRule(_HALOS[network.name]))
-        return [span.stop - span.start for span in spans]
+    rule = WindowRule(_HALOS[network.name])
 
-    return Shape(network.frames, windows)
+    def windows(frames: int) -> Sequence[int]:
+        return window_lengths(audible_windows(frames, num_audible=frames, rule=rule))
+
+    return Shape(network.frames, windows, rule)
 
 
 def count_shapes_of_a_day(mix: str, *, count: int, seeds: Sequence[int]) -> dict[str, int]:

@@ -15,10 +15,12 @@ from benchmarks.simulate.requests import Outcome, Shape
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy, Call, MergedGrid, Packed
 from stable_audio_serve.engine.cost import CostModel, Measurement
+from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
-from stable_audio_serve.engine.windows import count_fitting
+from stable_audio_serve.engine.windows import count_fitting, window_lengths
 from stable_audio_serve.engine.work import Phase, RowWork
+from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
 
 _PROBE_ROWS = (1, 2, 4)
 _PROBE_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the longest clip, as in engine.warmup
@@ -42,6 +44,7 @@ class _Row:
     arrival: Arrival
     work: RowWork
     has_started: bool = False
+    frames_decoded: int = 0
 
 
 class SimulatedEngine:
@@ -66,6 +69,7 @@ class SimulatedEngine:
         grid = 1 if pack else options.frame_grid or 64
         self._cost = fit_cost(device, longest_frames=longest_frames, grid=grid)
         self._policy = self._build_policy(grid)
+        self._pace = WindowPace(self._cost, turn_frames=options.turn_frames, is_fixed=False)
         self._predictor = Predictor(self._cost, self._policy, turn_frames=options.turn_frames)
         limits = SchedulerLimits(
             max_started=options.max_rows,
@@ -133,6 +137,7 @@ class SimulatedEngine:
         calls = self._policy.split(lanes)
         ms = sum(map(self._call_ms, calls))
         self._cost.correct("denoise", [call.shape for call in calls], measured_ms=ms)
+        self._pace.saw_step(ms)
         self._take(ms)
         self.counts.calls += len(calls)
         self.counts.padded_tokens += sum(sum(call.lengths) or call.rows * call.frames for call in calls)
@@ -158,15 +163,27 @@ class SimulatedEngine:
     def _decode(self, rows: Sequence[_Row]) -> None:
         """Each row's next windows; windows of one length share a call, as in `engine.executor`."""
         lengths: list[int] = []
+        others_wait = any(row.work.phase is not Phase.DECODE for row in self._rows.values())
+        most = self._pace.decode_frames(len(rows), others_wait=others_wait)
         for row in rows:
+            self._cut(row, longest=min(most, LONGEST_FRAMES))
             left = row.work.decode_left
-            num = count_fitting(left, self._options.turn_frames)
+            num = count_fitting(left, most)
             lengths += left[:num]
             row.work.decode_left = left[num:]
         for frames, group in groupby(sorted(lengths)):
             windows = len(list(group))
             for start in range(0, windows, self._options.slots):
                 self._take(self._device.decode_ms(min(windows - start, self._options.slots), frames))
+
+    def _cut(self, row: _Row, *, longest: int) -> None:
+        """Cut what is left of the row's clip anew, as `engine.windows.AudioAssembly`; the first window is taken."""
+        if self._shape.rule is None:
+            return
+        frames = row.work.frames
+        spans = cut_windows(row.frames_decoded, frames=frames, rule=self._shape.rule, longest=longest)
+        row.work.decode_left = window_lengths(spans)
+        row.frames_decoded = spans[0].keep_stop
 
     def _take(self, ms: float) -> None:
         self._now += ms / 1000.0

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 from benchmarks.arrivals import Arrival
 from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.models.protocol import WindowRule
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a model cuts a request: its latent `frames`, and the frames of each window of its decoder."""
+    """How a model cuts a request: its latent `frames`, and the frames of each window of its decoder.
+
+    With a `rule` an engine may cut other windows.
+    """
 
     frames: Callable[[float], int]  # of a duration in seconds
     windows: Callable[[int], Sequence[int]]  # of a clip's latent frames
+    rule: WindowRule | None = None
 
     def work(self, arrival: Arrival) -> RowWork:
         """Returns the work of the request; a guided step takes two network rows."""

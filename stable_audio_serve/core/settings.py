@@ -219,6 +219,12 @@ class ModelSettings(Section):
     max_rows: int = Field(
         64, ge=2, description="Most variations in progress on one replica; a quarter is kept free of batch ones."
     )
+    max_memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Device memory for variations in progress on one replica, bytes; others wait; unset = most of what "
+        "is free on CUDA when the model is loaded, no bound on a CPU.",
+    )
     engine: EngineSettings = Field(
         default_factory=lambda: EngineSettings(), description="How a replica shares its device among requests."
     )

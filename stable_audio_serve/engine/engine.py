@@ -32,6 +32,7 @@ from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.loop import EngineLoop
+from stable_audio_serve.engine.memory import RowMemory, memory_budget
 from stable_audio_serve.engine.options import EngineOptions, Mode
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.planner import Planner
@@ -243,7 +244,9 @@ class Engine:
             slack=options.slack,
             max_slack_s=options.max_slack_s,
             batch_share=options.batch_share,
+            max_bytes=memory_budget(options.max_memory_bytes, self._model.device),
         )
+        memory = RowMemory(self._model.spec, max_bytes=limits.max_bytes, is_fixed=self._pace.is_fixed)
         stages = Stages(
             self._model,
             executor,
@@ -263,6 +266,7 @@ class Engine:
             ),
             stages=stages,
             predictor=self._predictor,
+            memory=memory,
             admission=self._admission,
             inbox=self._inbox,
             clock=self._clock,
@@ -279,7 +283,12 @@ class Engine:
         )
         is_steady = self.mode == "strict" and self._model.device.type == "cpu"
         sharing = (steady_threads if is_steady else plain_threads)(options.torch_threads)
-        prepare = warm_up.run if options.warmup_budget_s > 0 else lambda: None
+
+        def prepare() -> None:
+            memory.measure(self._model, self._noise_factory)
+            if options.warmup_budget_s > 0:
+                warm_up.run()
+
         return EngineThread(loop, self._inbox, sharing=sharing, prepare=prepare, clock=self._clock)
 
 

@@ -22,6 +22,7 @@ from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.executor import DEVICE_LOST
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
+from stable_audio_serve.engine.memory import RowMemory
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.request_state import RequestState, late, late_start
 from stable_audio_serve.engine.rows import Row
@@ -43,6 +44,7 @@ class EngineLoop:
         scheduler: Scheduler,
         stages: Stages,
         predictor: Predictor,
+        memory: RowMemory,
         admission: Admission,
         inbox: Inbox,
         clock: Clock,
@@ -52,6 +54,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._stages = stages
         self._predictor = predictor
+        self._memory = memory
         self._admission = admission
         self._inbox = inbox
         self._clock = clock
@@ -90,6 +93,13 @@ class EngineLoop:
 
     def _receive(self, request: RequestState) -> None:
         self._requests[request.id] = request
+        try:
+            for plan, _ in request.plans:
+                self._memory.check(plan, request.request)
+        except InvalidRequestError as error:
+            self._end(request, outcome="failed")
+            request.reply.fail(error)
+            return
         alone_s = sum(self._predictor.alone_ms(work) for _, work in request.plans) / 1000.0
         for index, (plan, work) in enumerate(request.plans):
             row = Row(RowId(next(self._row_ids)), request, index=index, plan=plan, work=work)
@@ -101,6 +111,7 @@ class EngineLoop:
                 arrived_at=request.submitted_at,
                 alone_s=alone_s,
                 priority=request.request.priority,
+                num_bytes=self._memory.row_bytes(plan),
             )
         self._queue_changed = True
 

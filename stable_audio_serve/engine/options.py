@@ -30,6 +30,7 @@ class EngineOptions:
     slots: int = 8  # rows of one strict call on CUDA, dummies included
     frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, on a CPU 1 or, in fast, packed
     turn_frames: int = 512  # a row's latent frames encoded or decoded in one turn (fast; strict: one window)
+    max_memory_bytes: int | None = None  # of rows in progress; on CUDA most of what is free, on a CPU no bound
     prompt_cache_bytes: int = 256 * 2**20
     planning_threads: int = 1  # for requests of each priority
     max_planning: int = 1024  # requests of each priority being planned at once
@@ -41,7 +42,7 @@ class EngineOptions:
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
         least = {"slots": 2, "max_rows": 2}  # a guided row takes two slots; each priority needs a row
         whole = ("max_rows", "max_step_tokens", "slots", "turn_frames", "planning_threads", "max_planning")
-        for name in (*whole, "frame_grid", "torch_threads"):
+        for name in (*whole, "frame_grid", "max_memory_bytes", "torch_threads"):
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):
                 allowed = f">= {least.get(name, 1)}"

@@ -35,6 +35,7 @@ class SchedulerLimits:
     slack: float = 5.0
     max_slack_s: float = 120.0
     batch_share: float = 0.125
+    max_bytes: int | None = None  # device memory of all started rows; None: no bound
 
 
 @dataclass(slots=True, order=True)
@@ -44,6 +45,7 @@ class _Entry:
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
     tokens: int = field(compare=False)  # of the work when it was last counted
+    num_bytes: int = field(compare=False)
     started: bool = field(default=False, compare=False)
 
 
@@ -52,6 +54,8 @@ class _Step:
     entries: list[_Entry] = field(default_factory=list)
     num_new: int = 0
     num_new_batch: int = 0
+    new_bytes: int = 0
+    is_short: bool = False  # a row waits for memory, so that none behind it starts
     tokens: float = 0.0
 
     @property
@@ -79,6 +83,7 @@ class Scheduler:
         self._orders: dict[Priority, list[_Entry]] = {"interactive": [], "batch": []}
         self._entries: dict[RowId, _Entry] = {}
         self._num_started: dict[Priority, int] = dict.fromkeys(self._orders, 0)
+        self._started_bytes = 0
         self._waiting_tokens: dict[Priority, int] = dict.fromkeys(self._orders, 0)
         self._picked: list[_Entry] = []
         self._lent_ms = 0.0  # time that interactive steps gave to batch rows and that is not used yet
@@ -91,12 +96,16 @@ class Scheduler:
         arrived_at: float,
         alone_s: float,
         priority: Priority = "interactive",
+        num_bytes: int = 0,
     ) -> None:
-        """Add a row; `arrived_at` is on the engine's clock, `alone_s` its predicted time on an idle engine."""
+        """Add a row; `arrived_at` is on the engine's clock, `alone_s` its predicted time on an idle engine.
+
+        `num_bytes` is the device memory that it takes from its start to its end.
+        """
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
         slack_s = min(self._limits.slack * alone_s, self._limits.max_slack_s)
-        entry = _Entry(arrived_at + slack_s, row_id, work, priority, work.tokens)
+        entry = _Entry(arrived_at + slack_s, row_id, work, priority, work.tokens, num_bytes)
         self._entries[row_id] = entry
         self._waiting_tokens[priority] += entry.tokens
         insort(self._orders[priority], entry)
@@ -107,12 +116,14 @@ class Scheduler:
         order = self._orders[entry.priority]
         del order[bisect_left(order, entry)]
         self._num_started[entry.priority] -= entry.started
+        self._started_bytes -= entry.num_bytes if entry.started else 0
         self._waiting_tokens[entry.priority] -= entry.tokens
 
     def pick(self) -> list[RowId]:
         """Returns the rows to work on now, earliest deadline first; empty only if no row is left.
 
-        Picked rows count as started until they are removed. No row starts while `max_started` rows are started.
+        Picked rows count as started until they are removed. No row starts while `max_started` rows are started, or
+        while it needs more memory than is left; then no row behind it starts either, so that its turn comes.
         """
         self._count_again()
         step = self._fill("interactive")
@@ -120,9 +131,10 @@ class Scheduler:
             step = self._lend(step)
         else:
             self._lent_ms = 0.0
-            step = self._fill("batch")
+            step = self._fill("batch", is_short=step.is_short)
         for entry in step.entries:
             self._num_started[entry.priority] += not entry.started
+            self._started_bytes += 0 if entry.started else entry.num_bytes
             entry.started = True
         self._picked = step.entries
         return [entry.row_id for entry in step.entries]
@@ -135,9 +147,9 @@ class Scheduler:
                 self._waiting_tokens[entry.priority] += tokens - entry.tokens
                 entry.tokens = tokens
 
-    def _fill(self, priority: Priority) -> _Step:
+    def _fill(self, priority: Priority, *, is_short: bool = False) -> _Step:
         """Returns a step with as many rows of one priority as fit the budget."""
-        step, budget = _Step(), 0.0
+        step, budget = _Step(is_short=is_short), 0.0
         num_left = self._num_started[priority]  # started rows further on
         for entry in self._orders[priority]:
             if not self._may_run(entry, beside=step):
@@ -181,9 +193,15 @@ class Scheduler:
         return step
 
     def _may_run(self, entry: _Entry, *, beside: _Step) -> bool:
-        """Returns whether the row is started, or there is room for one more started row of its priority."""
+        """Returns whether the row is started, or there is room and memory for one more started row of its priority."""
         if entry.started:
             return True
+        if self._limits.max_bytes is not None:
+            taken = self._started_bytes + beside.new_bytes
+            if taken and taken + entry.num_bytes > self._limits.max_bytes:
+                beside.is_short = True
+            if beside.is_short:
+                return False
         most, num_started = self._limits.max_started, self.num_started + beside.num_new
         num_batch = self._num_started["batch"] + beside.num_new_batch
         if entry.priority == "batch":
@@ -226,6 +244,7 @@ class Scheduler:
 def _take(step: _Step, entry: _Entry) -> _Step:
     step.entries.append(entry)
     step.num_new += not entry.started
+    step.new_bytes += 0 if entry.started else entry.num_bytes
     step.num_new_batch += entry.priority == "batch" and not entry.started
     step.tokens += entry.tokens
     return step

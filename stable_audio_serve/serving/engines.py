@@ -43,6 +43,7 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
     return EngineOptions(
         mode=model.mode,
         max_rows=model.max_rows,
+        max_memory_bytes=model.max_memory_bytes,
         max_queue_s=model.max_queue_s,
         torch_threads=threads,
         max_step_tokens=engine.max_step_tokens,

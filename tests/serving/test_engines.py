@@ -45,6 +45,11 @@ def options_of(folder: Path, model: dict[str, Any]) -> EngineOptions:
     return engine_options(parsed, threads=1)
 
 
+def test_a_bound_on_memory_reaches_the_engine(tmp_path: Path) -> None:
+    assert options_of(tmp_path, {"max_memory_bytes": 5 * 10**9}).max_memory_bytes == 5 * 10**9
+    assert options_of(tmp_path, {}).max_memory_bytes is None
+
+
 def test_every_knob_is_known_here() -> None:
     assert KNOBS.keys() == EngineSettings.model_fields.keys()
 

@@ -1,0 +1,221 @@
+"""The memory of rows: counted by hand, measured on a real engine's model, and rows that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.memory import (
+    MemoryUse,
+    RowMemory,
+    RowShape,
+    measure_use,
+    memory_budget,
+    peak_bytes,
+    row_shape,
+)
+from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
+from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.models.protocol import DecodeWindow
+from stable_audio_serve.sampling.noise import SeededNoise
+from tests.factories import ToyModel, make_request
+from tests.goldens import SHARP
+from tests.models.loaded import loaded
+
+MB = 1_000_000
+
+
+def test_a_row_is_its_registers_its_branches_and_its_largest_call() -> None:
+    use = MemoryUse(branch=1000.0, branch_frame=10.0, denoise_frame=50.0, encode_frame=7.0, decode_frame=200.0)
+    shape = RowShape(frames=100, num_registers=2, num_branches=2, encode_window=100, decode_window=64)
+    registers = 4 * 8 * 100 * (2 + 2)  # float32, 8 latent channels; noise and latents beside two registers
+    branches = 2 * (1000 + 10 * 100)
+    assert use.row_bytes(shape, latent_channels=8) == registers + branches + max(2 * 100 * 50, 100 * 7, 64 * 200)
+    assert use.row_bytes(replace(shape, decode_window=10), latent_channels=8) == registers + branches + 2 * 100 * 50
+
+
+def test_temporaries_that_live_together_count_together() -> None:
+    x = torch.zeros(1000)
+
+    def run() -> torch.Tensor:
+        a = x + 1  # 4000 bytes
+        b = a * 2  # 8000 with it
+        del a
+        view = b[:10]  # nothing new
+        view.add_(1)
+        c = torch.cat([b, b])  # 12000 with b
+        return c.sum() + x.sum()
+
+    assert 12_000 <= peak_bytes(run) <= 12_100
+    assert peak_bytes(lambda: x.view(10, 100)) == 0
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_a_layer_takes_what_it_returns(name: str) -> None:
+    layer = torch.nn.Linear(8, 16) if name == "linear" else torch.nn.Conv1d(8, 16, 3, padding=1)
+    x = torch.zeros(1, 50, 8) if name == "linear" else torch.zeros(1, 8, 50)
+    with torch.inference_mode():
+        assert 4 * 16 * 50 <= peak_bytes(lambda: layer(x)) <= 3 * 4 * 16 * 50
+
+
+def test_the_toy_takes_what_its_arithmetic_says() -> None:
+    model = ToyModel(width=16, latent_channels=4, hop=8)
+    with torch.inference_mode():
+        use = measure_use(model, SeededNoise(0))
+    assert use.branch == pytest.approx(4 * 16)  # its context
+    assert use.branch_frame == pytest.approx(4 * 16)  # its local additions
+    assert use.decode_frame >= 4 * 2 * 8  # its audio: float32, two channels, eight samples
+    assert use.denoise_frame >= 4 * 3 * 16  # queries, keys and values
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_what_a_checkpoint_s_small_window_takes_tells_of_long_ones(name: str) -> None:
+    model = loaded(name)
+    latents = torch.zeros(model.spec.card.latent_channels, 256)
+    with torch.inference_mode():
+        use = measure_use(model, SeededNoise(0))
+        taken = peak_bytes(lambda: model.decode([DecodeWindow(latents, 0, SeededNoise(0))]))
+    assert 0.85 * 256 * use.decode_frame <= taken <= 1.02 * 256 * use.decode_frame
+
+
+def test_without_a_bound_nothing_is_measured_and_everything_fits() -> None:
+    memory = RowMemory(ToyModel().spec, max_bytes=None, is_fixed=True)
+    memory.measure(ToyModel(), SeededNoise)
+    (plan,) = ToyModel().plan(make_request())
+    assert memory.row_bytes(plan) == 0
+    memory.check(plan, make_request())
+
+
+def test_a_device_without_an_allocator_to_ask_has_the_bound_it_is_given() -> None:
+    assert memory_budget(None, torch.device("cpu")) is None
+    assert memory_budget(123, torch.device("cpu")) == 123
+
+
+def make_scheduler(max_bytes: int, **limits: object) -> Scheduler:
+    return Scheduler(
+        SchedulerLimits(max_bytes=max_bytes, **limits),  # type: ignore[arg-type]
+        knee_tokens=lambda frames: 1e9,
+        step_ms=lambda works, num_new: 1.0,
+    )
+
+
+def add(scheduler: Scheduler, row_id: int, num_bytes: int, *, at: float = 0.0, priority: str = "interactive") -> None:
+    scheduler.add(
+        RowId(row_id),
+        RowWork(10, branches=[1] * 8),
+        arrived_at=at,
+        alone_s=1.0,
+        priority=priority,  # type: ignore[arg-type]
+        num_bytes=num_bytes,
+    )
+
+
+def test_rows_start_while_their_memory_is_free() -> None:
+    scheduler = make_scheduler(100)
+    for row_id in range(4):
+        add(scheduler, row_id, 40, at=row_id)
+    assert scheduler.pick() == [0, 1]
+    scheduler.remove(RowId(0))
+    assert scheduler.pick() == [1, 2]
+
+
+def test_small_rows_do_not_overtake_one_that_waits_for_memory() -> None:
+    scheduler = make_scheduler(100)
+    add(scheduler, 0, 60)
+    add(scheduler, 1, 90, at=1.0)
+    add(scheduler, 2, 10, at=2.0)
+    add(scheduler, 3, 10, priority="batch")
+    assert scheduler.pick() == [0]
+    scheduler.remove(RowId(0))
+    assert scheduler.pick() == [1, 2]
+    scheduler.remove(RowId(1))
+    assert scheduler.pick() == [2, 3]
+
+
+def test_batch_rows_that_hold_memory_go_on_until_others_fit() -> None:
+    scheduler = make_scheduler(100)
+    add(scheduler, 0, 60, priority="batch")
+    add(scheduler, 1, 60, priority="batch")
+    assert scheduler.pick() == [0]
+    add(scheduler, 2, 60)
+    assert scheduler.pick() == [0]
+    scheduler.remove(RowId(0))
+    assert scheduler.pick() == [2]
+
+
+@settings(max_examples=100)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 100), st.sampled_from(["interactive", "batch"])), min_size=1, max_size=20)
+)
+def test_every_row_ends_within_the_bound(rows: list[tuple[int, str]]) -> None:
+    scheduler = make_scheduler(100, max_started=6)
+    left = {}
+    for row_id, (num_bytes, priority) in enumerate(rows):
+        add(scheduler, row_id, num_bytes, at=row_id / 10, priority=priority)
+        left[RowId(row_id)] = 3
+    for _ in range(10 * len(rows)):
+        for row_id in scheduler.pick():
+            left[row_id] -= 1
+            if not left[row_id]:
+                scheduler.remove(row_id)
+                del left[row_id]
+        started = [row_id for row_id in left if scheduler.is_started(row_id)]
+        assert sum(rows[row_id][0] for row_id in started) <= 100
+    assert not left
+
+
+def bytes_of(request: GenerationRequest) -> int:
+    memory = RowMemory(ToyModel().spec, max_bytes=1, is_fixed=True)
+    with torch.inference_mode():
+        memory.measure(ToyModel(), SeededNoise)
+    return memory.row_bytes(ToyModel().plan(request)[0])
+
+
+def make_engine(max_bytes: int, on_call: Callable[..., None] = lambda name, items: None) -> Engine:
+    options = EngineOptions(mode="fast", warmup_budget_s=0.0, torch_threads=1, max_memory_bytes=max_bytes)
+    return Engine(ToyModel(on_call=on_call), options)
+
+
+async def test_rows_wait_for_memory_rather_than_fail() -> None:
+    requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
+    most = 0
+
+    def on_call(name: str, items: object) -> None:
+        nonlocal most
+        if name == "denoise":
+            most = max(most, len(items))  # type: ignore[arg-type]
+
+    async with make_engine(2 * bytes_of(requests[0]) + 100, on_call) as engine:
+        results = await asyncio.gather(*map(engine.generate, requests))
+    async with make_engine(10**9) as engine:
+        free = await asyncio.gather(*map(engine.generate, requests))
+    assert most == 2
+    for waited, ran in zip(results, free, strict=True):
+        np.testing.assert_allclose(waited.audio[0], ran.audio[0], atol=1e-5)
+
+
+async def test_what_never_fits_is_refused_with_what_does() -> None:
+    most = bytes_of(make_request(duration_s=1.0))
+    async with make_engine(most) as engine:
+        with pytest.raises(InvalidRequestError, match="max_memory_bytes") as refusal:
+            await engine.generate(make_request(duration_s=2.0))
+        assert refusal.value.field == "duration"
+        longest_s = float(str(refusal.value.allowed).removeprefix("0.."))
+        assert longest_s == pytest.approx(1.0, abs=0.05)
+        await engine.generate(make_request(duration_s=longest_s - 0.02))
+
+
+def test_a_fixed_cut_holds_its_own_windows_only() -> None:
+    (plan,) = ToyModel().plan(make_request(duration_s=2.0))
+    assert row_shape(plan, is_fixed=True).decode_window == 32
+    assert row_shape(plan, is_fixed=False).decode_window == plan.frames
