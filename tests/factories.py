@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.protocol import (
+    BranchConditioning,
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
@@ -36,18 +37,6 @@ from stable_audio_serve.sampling.samplers import build_plan
 from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT, build_sigmas
 
 _WINDOW, _OVERLAP, _HALO = 32, 8, 2
-
-
-@dataclass(frozen=True, slots=True)
-class ToyBranch:
-    """Context vector (width,) and local additions (width, F) of one branch."""
-
-    context: Tensor
-    local: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return self.context.nbytes + self.local.nbytes
 
 
 class ToyModel:
@@ -201,32 +190,31 @@ class ToyModel:
         if inpaint_latents is not None and plan.keep_mask is not None:
             keep = plan.keep_mask.to(self.device)
             local_in = torch.cat((keep[:, None], (inpaint_latents * keep).T), dim=1)
-        local = local_in @ self._local.T
+        by_frame = {"local": (local_in @ self._local.T).T}
         seconds = 0.1 * plan.numbers["seconds_total"]
         unconditional = None
         if any(evaluation.guided for evaluation in plan.sampler.evaluations):
             context = torch.zeros_like(self._text[0]) if negative is None else negative.tokens.mean(0)
-            unconditional = ToyBranch(context + seconds, local)
-        return RowConditioning(ToyBranch(prompt.tokens.mean(0) + seconds, local), unconditional)
+            unconditional = BranchConditioning({"context": context + seconds}, by_frame)
+        context = {"context": prompt.tokens.mean(0) + seconds}
+        return RowConditioning(BranchConditioning(context, by_frame), unconditional)
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        self.on_call("denoise", batch.branches)
+        self.on_call("denoise", batch.t.unbind())
         if not batch.frames:
             return self._velocity(batch)
         rows = batch.x[0].split(list(batch.frames), dim=1)
-        alone = [
-            StepBatch(row[None], batch.t[i : i + 1], torch.arange(row.shape[1])[None] < valid, [branch])
-            for i, (row, valid, branch) in enumerate(zip(rows, batch.valid_frames, batch.branches, strict=True))
-        ]
+        alone = []
+        for i, (row, valid) in enumerate(zip(rows, batch.valid_frames, strict=True)):
+            one, own = slice(i, i + 1), row.shape[1]
+            constants = {name: value[one] for name, value in batch.constants.items()}
+            by_frame = {name: value[one, :, :own] for name, value in batch.by_frame.items()}
+            alone.append(StepBatch(row[None], batch.t[one], torch.arange(own)[None] < valid, constants, by_frame))
         return torch.cat([self._velocity(row) for row in alone], dim=2)
 
     def _velocity(self, batch: StepBatch) -> Tensor:
-        count, _, frames = batch.x.shape
         hidden = batch.x.transpose(1, 2) @ self._into.T + (batch.t[:, None] * self._time[:, 0])[:, None]
-        extra = hidden.new_zeros(count, frames, hidden.shape[-1])
-        for row, branch in enumerate(batch.branches):
-            extra[row, : branch.local.shape[0]] = branch.local
-            extra[row] += branch.context
+        extra = batch.by_frame["local"].transpose(1, 2) + batch.constants["context"][:, None]
         mixed = self._attend(hidden + extra, batch.valid)
         velocity = (torch.tanh(hidden + mixed) @ self._out.T).transpose(1, 2) + 0.5 * batch.x
         # Code that reads an invalid frame must fail a test.

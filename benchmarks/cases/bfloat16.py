@@ -46,7 +46,9 @@ class Clip:
         """(rows, 256, 64) float32."""
         x = self._latents.expand(rows, -1, -1)
         valid = torch.ones(rows, _FRAMES, dtype=torch.bool)
-        return self.model.denoise(StepBatch(x, torch.full((rows,), 0.5), valid, [self._branch] * rows))
+        return self.model.denoise(
+            StepBatch.of(x, t=torch.full((rows,), 0.5), valid=valid, branches=[self._branch] * rows)
+        )
 
     def decode(self) -> Tensor:
         """(2, 64 * 4096) float32."""

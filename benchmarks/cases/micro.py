@@ -32,14 +32,13 @@ from stable_audio_serve.engine.options import EngineOptions, Mode
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
 from stable_audio_serve.engine.work import RowWork
-from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.sa3.denoiser import collate
-from stable_audio_serve.models.sa3.model import Branch, Sa3Model
+from stable_audio_serve.models.protocol import DiffusionModel, StepBatch
+from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
 from stable_audio_serve.sampling.noise import SeededNoise
 from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.samplers import build_plan
-from stable_audio_serve.sampling.update import advance, network_input
+from stable_audio_serve.sampling.update import StepTerms, advance, network_input
 
 _MODES: tuple[Mode, ...] = ("fast", "strict")
 _ACTIVE = (8, 32, 256)
@@ -171,8 +170,9 @@ def time_tensors(model: DiffusionModel, rounds: int, *, sizes: MicroSizes) -> di
         return guide(x, times, conditional=velocity, unconditional=unconditional, valid=valid, rows=rows)
 
     def run_update() -> object:
-        network_input(state, evaluations)
-        return advance(state, evaluations, velocity=velocity, noise=noise)
+        terms = StepTerms.of(evaluations)
+        network_input(state, terms)
+        return advance(state, terms, velocity=velocity, noise=noise)
 
     parts: dict[str, Callable[[], object]] = {
         "noise_draw_per_row": lambda: source.step((_CHANNELS, _FRAMES)),
@@ -194,10 +194,10 @@ def prepare_collate(model: Sa3Model) -> Callable[[], object]:
         duration_s = model.spec.card.max_duration_s * (index + 1) / _ROWS
         plan = model.plan(GenerationRequest(prompt="rain on a roof", duration_s=duration_s, seed=index))[0]
         branch = model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None).conditional
-        assert isinstance(branch, Branch)
-        rows.append(branch.conditioning)
+        rows.append(branch)
         longest = max(longest, plan.frames)
-    return lambda: collate(rows, num_frames=longest)
+    x, valid = torch.zeros(_ROWS, 1, longest), torch.ones(_ROWS, longest, dtype=torch.bool)
+    return lambda: StepBatch.of(x, t=torch.zeros(_ROWS), valid=valid, branches=rows)
 
 
 def time_encoders(rounds: int, *, sizes: MicroSizes) -> dict[str, Any]:

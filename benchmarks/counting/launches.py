@@ -22,9 +22,11 @@ from benchmarks.counting import operations
 from stable_audio_serve.models.blocks import Padded
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.parts import WindowNoise
+from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
+from stable_audio_serve.models.sa3.branches import from_batch, to_branch
 from stable_audio_serve.models.sa3.config import Sa3Config, parse_config
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
+from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sa3.random_weights import official_config
 from stable_audio_serve.models.weights import cast_network
 
@@ -147,20 +149,22 @@ def build_denoiser(name: str) -> tuple[Sa3Config, Denoiser]:
 
 def count_denoiser_call(denoiser: Denoiser, config: Sa3Config, *, rows: int, frames: int) -> dict[str, Any]:
     """Returns the figures of one call as the engine makes it, putting its rows' conditioning together included."""
-    row = make_conditioning(denoiser, config)
+    branch = to_branch(make_conditioning(denoiser, config))
     x, times = torch.empty(rows, config.latent_channels, frames, device=META), torch.empty(rows, device=META)
     valid = torch.empty(rows, frames, dtype=torch.bool, device=META)
 
+    def collate() -> StepBatch:
+        return StepBatch.of(x, t=times, valid=valid, branches=[branch] * rows)
+
     def run() -> None:
-        conditioning = collate([row] * rows, num_frames=frames)
-        denoiser(x, times, conditioning=conditioning, valid=valid).float()
+        denoiser(x, times, conditioning=from_batch(collate()), valid=valid).float()
 
     with torch.inference_mode():
         run()  # fills the tables that every later call finds
     with counting() as work, _watching(list(denoiser.transformer.layers), work=work) as layers:
         run()
     with counting() as collating:
-        collate([row] * rows, num_frames=frames)
+        collate()
     largest = max(layers, key=Counter.total)
     return {
         "rows": rows,
@@ -176,7 +180,7 @@ def count_graph_breaks(denoiser: Denoiser, config: Sa3Config) -> int:
     """Returns how often tracing a layer for `torch.compile` has to stop and begin anew; needs no compiler."""
     rows, frames, width = 2, 64, config.denoiser.width
     num_tokens = frames + config.denoiser.num_memory_tokens
-    row = collate([make_conditioning(denoiser, config)] * rows, num_frames=frames)
+    row = make_conditioning(denoiser, config, rows=rows)
     valid = torch.empty(rows, frames, dtype=torch.bool, device=META)
     layout = Padded(frames, num_prefix=config.denoiser.num_memory_tokens, valid=valid)
     with torch.inference_mode():
@@ -191,13 +195,13 @@ def count_graph_breaks(denoiser: Denoiser, config: Sa3Config) -> int:
     return int(explained.graph_break_count)
 
 
-def make_conditioning(denoiser: Denoiser, config: Sa3Config) -> DenoiserConditioning:
-    """Returns the conditioning of a row without a source, on the meta device."""
+def make_conditioning(denoiser: Denoiser, config: Sa3Config, *, rows: int = 1) -> DenoiserConditioning:
+    """Returns the conditioning of rows without a source, on the meta device."""
     width = config.prompt.width
-    context = torch.empty(1, config.prompt.max_length + 1, width, device=META)  # the prompt and the duration
-    local = torch.empty(1, config.denoiser.local_width, 1, device=META)
+    context = torch.empty(rows, config.prompt.max_length + 1, width, device=META)  # the prompt and the duration
+    local = torch.empty(rows, config.denoiser.local_width, 1, device=META)
     with torch.inference_mode():
-        return denoiser.condition(context, torch.empty(1, width, device=META), local=local)
+        return denoiser.condition(context, torch.empty(rows, width, device=META), local=local)
 
 
 def count_decoder_window(autoencoder: AudioAutoencoder, *, rows: int, frames: int) -> dict[str, Any]:

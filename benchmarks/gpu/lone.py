@@ -45,8 +45,8 @@ def make_calls(model: DiffusionModel, request: GenerationRequest) -> StageCalls:
     branches = [branch for branch in (conditioning.conditional, conditioning.unconditional) if branch is not None]
     channels = model.spec.card.latent_channels
     latents = torch.randn(channels, plan.frames, generator=torch.Generator().manual_seed(0)).to(model.device)
-    batch = StepBatch(
-        x=latents.expand(len(branches), -1, -1).contiguous(),
+    batch = StepBatch.of(
+        latents.expand(len(branches), -1, -1).contiguous(),
         t=torch.full((len(branches),), 0.5, device=model.device),
         valid=(torch.arange(plan.frames) < plan.valid_frames).expand(len(branches), -1).to(model.device),
         branches=branches,

@@ -189,7 +189,7 @@ def _compare_slots(bench: Bench, row: ClipRow) -> dict[str, Any]:
         )
         times = torch.tensor([0.5 if index == slot else (index + 1) / 10 for index in range(_SLOTS)])
         valid = torch.arange(frames)[None].expand(_SLOTS, -1) < plan.valid_frames
-        batch = StepBatch(x, times.to(model.device), valid=valid.to(model.device), branches=chosen)
+        batch = StepBatch.of(x, t=times.to(model.device), valid=valid.to(model.device), branches=chosen)
         output = model.denoise(batch)[slot, :, : plan.valid_frames].cpu().contiguous()
         digests.add(hashlib.sha256(output.numpy().tobytes()).hexdigest())
         outputs.append(output)
@@ -240,8 +240,8 @@ def _step_once(model: DiffusionModel, request: GenerationRequest, *, level: floa
     """Returns the network's output (1, D, F) for noise of this deviation at this level."""
     plan = model.plan(request)[0]
     valid = (torch.arange(plan.frames) < plan.valid_frames)[None].to(model.device)
-    batch = StepBatch(
-        x=scale * _noise(model, plan.frames, seed=request.seed)[None],
+    batch = StepBatch.of(
+        scale * _noise(model, plan.frames, seed=request.seed)[None],
         t=torch.full((1,), level, device=model.device),
         valid=valid,
         branches=[_branch(model, request)],

@@ -19,12 +19,13 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.device import open_device
 from stable_audio_serve.engine.engine import resolve_mode
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState
-from stable_audio_serve.engine.rows import Row, row_work
+from stable_audio_serve.engine.rows import Decoding, Row, row_work
 from stable_audio_serve.engine.scheduler import RowId
 from stable_audio_serve.engine.stages import Failures, Stages
 from stable_audio_serve.engine.threads import plain_threads, steady_threads
@@ -42,13 +43,15 @@ class Pipeline:
         """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one."""
         self._model = model
         self._threads = options.torch_threads
-        self._is_steady = resolve_mode(options, model.device) == "strict" and model.device.type == "cpu"
+        device = open_device(model.device, clock=SystemClock())
+        self._is_steady = resolve_mode(options, device) == "strict" and not device.shares_calls
         drawer = ThreadPoolExecutor(1, thread_name_prefix="noise")
-        executor = Executor(model, policy, together=together)
+        executor = Executor(model, policy, device=device, together=together)
         cost = CostModel()
         self._stages = Stages(
             model,
             executor,
+            device=device,
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
             drawers=dict.fromkeys(get_args(Priority), drawer),
@@ -100,6 +103,11 @@ class Pipeline:
             for phase, run in phases.items():
                 while working := [row for row in rows if row.work.phase is phase]:
                     _check(run(working))
+                    self._stages.keep_pace()
+            for row in rows:
+                self._stages.deliver(row)
+            for _ in rows:
+                _check(self._stages.delivered(wait=True)[1])
             return [self._result(state, rows) for state in states]
 
     def _open(self, state: RequestState, index: int) -> Row:
@@ -109,7 +117,7 @@ class Pipeline:
         return row
 
     def _result(self, state: RequestState, rows: Sequence[Row]) -> GenerationResult:
-        audio = [row.audio.audio() for row in rows if row.request is state and row.audio is not None]
+        audio = [row.in_phase(Decoding).audio.audio() for row in rows if row.request is state]
         for row in rows:
             if row.request is state:
                 row.release()

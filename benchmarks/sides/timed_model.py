@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from stable_audio_serve.core.catalog import SA3_FAMILY, ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.protocol import (
+    BranchConditioning,
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
@@ -32,15 +32,6 @@ from stable_audio_serve.sampling.schedules import DEFAULT_SHIFT, build_sigmas
 
 _RATE_HZ, _HOP = 689, 64  # as many latent frames per second as Stable Audio 3, but little audio
 _CHANNELS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Branch:
-    tone: float
-
-    @property
-    def num_bytes(self) -> int:
-        return 8
 
 
 class TimedModel:
@@ -120,11 +111,12 @@ class TimedModel:
         self, plan: RowPlan, *, prompt: TextEmbedding, negative: TextEmbedding | None, inpaint_latents: Tensor | None
     ) -> RowConditioning:
         guided = any(evaluation.guided for evaluation in plan.sampler.evaluations)
-        return RowConditioning(_Branch(float(prompt.tokens)), _Branch(0.0) if guided else None)
+        conditional = BranchConditioning({"tone": prompt.tokens[0, 0]})
+        return RowConditioning(conditional, BranchConditioning({}) if guided else None)
 
     def denoise(self, batch: StepBatch) -> Tensor:
         self._take(self._times.step_ms(len(batch.x), batch.x.shape[-1]))
-        tones = torch.tensor([getattr(branch, "tone", 0.0) for branch in batch.branches])
+        tones = batch.constants["tone"]
         return torch.tanh(2.0 * batch.x) * (0.5 + batch.t)[:, None, None] + tones[:, None, None]
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

@@ -19,7 +19,6 @@ import torch
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import (
-    DeviceUse,
     GenerationRequest,
     GenerationResult,
     Priority,
@@ -29,6 +28,7 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.batching import BatchPolicy, EqualLengths, FixedSlots, MergedGrid, OneRowPerCall, Packed
 from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.loop import EngineLoop
@@ -70,17 +70,19 @@ class Engine:
         noise_factory: Callable[[int], NoiseSource] = SeededNoise,
         policy: BatchPolicy | None = None,
         scheduler: Callable[..., Scheduler] = Scheduler,
+        device: Device | None = None,
     ) -> None:
         """`noise_factory` makes a row's noise from its seed; `policy` None: the one for these options and device.
 
-        `scheduler` is called like the class `Scheduler`.
+        `scheduler` is called like the class `Scheduler`. `device` None: the model's.
         """
         self._model = model
+        self._device = device or open_device(model.device, clock=clock)
         self._clock = clock
         self._metrics = metrics
         self._noise_factory = noise_factory
         self._make_scheduler = scheduler
-        self.mode = resolve_mode(options, model.device)
+        self.mode = resolve_mode(options, self._device)
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share)
         self._inbox = Inbox()
         self._planners: dict[Priority, Planner] = {
@@ -92,7 +94,7 @@ class Engine:
         cost = CostModel()
         policy = policy or resolve_policy(
             options,
-            model.device,
+            self._device,
             cost=cost,
             pads_rows=model.spec.pads_rows,
             packs_rows=model.spec.packs_rows,
@@ -157,7 +159,7 @@ class Engine:
         try:
             state = await self._accept(request, on_progress, frames=frames)
             try:
-                return replace(await state.reply.future, device=self._device_use())
+                return replace(await state.reply.future, device=self._device.use())
             except asyncio.CancelledError:
                 state.cancel()
                 self._inbox.wake()
@@ -224,12 +226,6 @@ class Engine:
             raise
         return state
 
-    def _device_use(self) -> DeviceUse:
-        if self.device.type != "cuda":
-            return DeviceUse(self.device.type)
-        memory = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
-        return DeviceUse("cuda", *memory)
-
     def _ensure_started(self) -> None:
         with self._start_lock:
             if not self._is_started and not self._is_closing:
@@ -237,19 +233,26 @@ class Engine:
                 self._thread.start()
 
     def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
-        executor = Executor(self._model, policy, together=1 if self.mode == "strict" else options.slots)
+        executor = Executor(
+            self._model,
+            policy,
+            device=self._device,
+            together=1 if self.mode == "strict" else options.slots,
+            metrics=self._metrics,
+        )
         limits = SchedulerLimits(
             max_started=options.max_rows,
             max_tokens=0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens,
             slack=options.slack,
             max_slack_s=options.max_slack_s,
             batch_share=options.batch_share,
-            max_bytes=memory_budget(options.max_memory_bytes, self._model.device),
+            max_bytes=memory_budget(options.max_memory_bytes, self._device),
         )
         memory = RowMemory(self._model.spec, max_bytes=limits.max_bytes, is_fixed=self._pace.is_fixed)
         stages = Stages(
             self._model,
             executor,
+            device=self._device,
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
             drawers={priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)},
@@ -277,11 +280,11 @@ class Engine:
             cost,
             policy=policy,
             noise_factory=self._noise_factory,
-            synchronize=executor.synchronize,
+            device=self._device,
             clock=self._clock,
             budget_s=options.warmup_budget_s,
         )
-        is_steady = self.mode == "strict" and self._model.device.type == "cpu"
+        is_steady = self.mode == "strict" and not self._device.shares_calls
         sharing = (steady_threads if is_steady else plain_threads)(options.torch_threads)
 
         def prepare() -> None:
@@ -292,14 +295,14 @@ class Engine:
         return EngineThread(loop, self._inbox, sharing=sharing, prepare=prepare, clock=self._clock)
 
 
-def resolve_mode(options: EngineOptions, device: torch.device) -> Mode:
-    """Returns the mode of `options`, else strict on a CPU (batching gains little there) and fast elsewhere."""
-    return options.mode or ("strict" if device.type == "cpu" else "fast")
+def resolve_mode(options: EngineOptions, device: Device) -> Mode:
+    """Returns the mode of `options`, else the device's own."""
+    return options.mode or device.default_mode
 
 
 def resolve_policy(
     options: EngineOptions,
-    device: torch.device,
+    device: Device,
     *,
     cost: CostModel,
     pads_rows: bool = True,
@@ -307,17 +310,16 @@ def resolve_policy(
 ) -> BatchPolicy:
     """Returns how steps are split into device calls in this mode on this device; `pads_rows`, `packs_rows` as in
     ModelSpec. A grid that the options name is kept."""
-    on_cpu = device.type == "cpu"
-    grid = (options.frame_grid or (1 if on_cpu else 64)) if pads_rows else 1
+    grid = (options.frame_grid or device.frame_grid) if pads_rows else 1
     if resolve_mode(options, device) == "fast":
         knee_tokens = partial(cost.knee_tokens, fixed_share=options.fixed_share)
         if not pads_rows:
             return EqualLengths(knee_tokens)
-        if packs_rows and on_cpu and options.frame_grid is None:
+        if packs_rows and device.prefers_packed and options.frame_grid is None:
             return Packed(knee_tokens)
         return MergedGrid(
             call_ms=lambda rows, frames: cost.call_ms("denoise", rows=rows, frames=frames),
             knee_tokens=knee_tokens,
             grid=grid,
         )
-    return OneRowPerCall(grid) if on_cpu else FixedSlots(options.slots, grid)
+    return FixedSlots(options.slots, grid) if device.shares_calls else OneRowPerCall(grid)

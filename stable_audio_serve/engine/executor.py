@@ -7,32 +7,32 @@ A call that raises runs again item by item, so that only the item that causes th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.engine.arena import FrameArena, HeldFrames, read, write
 from stable_audio_serve.engine.batching import BatchPolicy, Call
+from stable_audio_serve.engine.conditioning import ConditioningArena
+from stable_audio_serve.engine.device import DEVICE_LOST, Device
+from stable_audio_serve.engine.graphs import StepGraphs
 from stable_audio_serve.engine.packing import denoise_packed
-from stable_audio_serve.engine.rows import Row
+from stable_audio_serve.engine.rows import Row, Stepping
+from stable_audio_serve.engine.step import Memories, StepInputs, StepRow, StepShape, run_step
 from stable_audio_serve.models.protocol import (
-    BranchConditioning,
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
     StepBatch,
     TextEmbedding,
 )
-from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
-from stable_audio_serve.sampling.update import Kept, advance, network_input
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-# Errors after which the device itself is unusable: no row caused them and the process must be replaced.
-DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
 
 class Executor:
@@ -41,10 +41,27 @@ class Executor:
     Up to `together` windows or prompts of equal shape share a call; 1 (strict mode) gives each a separate call.
     """
 
-    def __init__(self, model: DiffusionModel, policy: BatchPolicy, *, together: int) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        policy: BatchPolicy,
+        *,
+        device: Device,
+        together: int,
+        metrics: Metrics = NullMetrics(),
+    ) -> None:
         self._model = model
+        self._device = device
         self._policy = policy
         self._together = together
+        self.conditioning = ConditioningArena(device)
+        self._graphs = StepGraphs(device, run=self._run, metrics=metrics)
+        self._moves = 0
+
+    @cached_property
+    def arena(self) -> FrameArena:
+        """The rows' registers. Memory is taken on the engine's thread, with the first row."""
+        return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
         """Returns the prompts' embeddings."""
@@ -65,6 +82,21 @@ class Executor:
         """Returns the device calls in which these rows step now."""
         return self._policy.split([row.lane for row in rows])
 
+    def hold(self, parts: Tensor) -> HeldFrames:
+        """Returns where the parts (N, D, F) float32 of one row are kept: its registers, then what a blend keeps."""
+        num_parts, _, frames = parts.shape
+        held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
+        table = torch.tensor(held.parts, dtype=torch.int32)
+        write(self.arena.memory, self._device.upload(table), values=parts)
+        return held
+
+    def release(self, held: HeldFrames, *, part: int) -> Tensor:
+        """Returns one part (D, F) of what was held, and gives all of it back."""
+        table = self._device.upload(torch.tensor(held.parts[part], dtype=torch.int32))
+        latents = read(self.arena.memory, table, frames=held.frames)
+        held.free()
+        return latents
+
     def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
         """Run one evaluation of every row: network, guidance, update. Returns the rows that failed.
 
@@ -78,19 +110,8 @@ class Executor:
                 if isinstance(outcome, Exception):
                     failures.append((row, outcome))
                 else:
-                    _commit(row, outcome)
+                    _commit(row)
         return failures
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished its queued work, so that measured times are right."""
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Device memory held by tensors; 0 on a CPU."""
-        device = self._model.device
-        return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
     def _by_length(
         self,
@@ -108,48 +129,50 @@ class Executor:
                 outcomes.update(zip(some, run_isolated([windows[i] for i in some], run), strict=True))
         return [outcomes[i] for i in range(len(windows))]
 
-    def _evaluate(self, rows: Sequence[Row], *, call: Call) -> list[Tensor]:
-        """Returns the new registers (R, D, F) of each row after one evaluation, from one call of the network."""
-        device, frames = self._model.device, call.frames
-        evaluations = [row.evaluation for row in rows]
-        state, valid = _gather(rows, frames=frames, device=device)
-        x = network_input(state, evaluations)
-        times = torch.tensor([evaluation.t for evaluation in evaluations], dtype=torch.float32).to(device)
-        lanes, branches = _lanes(rows, 0 if call.lengths else call.rows)
-        picked = torch.tensor(lanes).to(device)
-        batch = StepBatch(x=x[picked], t=times[picked], valid=valid[picked], branches=branches)
-        if call.lengths:
-            plans = [rows[i].plan for i in lanes]
-            own, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
-            output = denoise_packed(self._model, batch, frames=own, valid_frames=seen)
-        else:
-            output = self._model.denoise(batch)
-
-        first = [lanes.index(i) for i in range(len(rows))]
-        velocity = output[torch.tensor(first).to(device)].float()
-        unconditional: Tensor | None = None
-        guided = [i for i, evaluation in enumerate(evaluations) if evaluation.guided]
-        if guided:
-            where = torch.tensor(guided).to(device)
-            unconditional = torch.zeros_like(velocity)
-            unconditional[where] = output[torch.tensor([first[i] + 1 for i in guided]).to(device)].float()
-            velocity[where] = guide(
-                x[where],
-                times[where],
-                conditional=velocity[where],
-                unconditional=unconditional[where],
-                valid=valid[where],
-                rows=GuidanceBatch.of([rows[i].plan.guidance for i in guided], device=device),
-            )
-        moved = advance(
-            state,
-            evaluations,
-            velocity=velocity,
-            unconditional=unconditional,
-            noise=_gather_noise(rows, frames=frames, device=device),
-            kept=_gather_kept(rows, frames=frames, device=device),
+    def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
+        """Advance the registers of every row by one evaluation, from one call of the network. Returns the rows."""
+        told = [_step_row(row) for row in rows]
+        shape = StepShape.of(
+            told,
+            network_rows=sum(len(row.branches) for row in told) if call.lengths else call.rows,
+            frames=call.frames,
+            latent_channels=self._model.spec.card.latent_channels,
         )
-        return [moved[i, : row.plan.sampler.num_registers, :, : row.plan.frames].clone() for i, row in enumerate(rows)]
+        if call.lengths:
+            plans = [row.plan for row, known in zip(rows, told, strict=True) for _ in known.branches]
+            own, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
+            denoise = partial(denoise_packed, self._model, frames=own, valid_frames=seen)
+            self._run(shape, self._device.upload_buffer(shape.write(told, self._device)), denoise=denoise)
+        elif not self._device.can_capture or not self._replay(shape.general(), told):
+            self._run(shape, self._device.upload_buffer(shape.write(told, self._device)))
+        return rows
+
+    def _replay(self, shape: StepShape, rows: Sequence[StepRow]) -> bool:
+        """Run a captured step. Returns whether it is captured."""
+        if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
+            self._graphs.forget()
+            self._moves = moves
+        if shape not in self._graphs:
+            self._graphs.note_miss(shape)
+            return False
+        self._graphs.replay(shape, shape.write(rows, self._device))
+        return True
+
+    def capture_next(self) -> bool:
+        """Capture one more shape of steps, if some are wanted. Returns whether there was one."""
+        return self._graphs.capture_next()
+
+    def _run(self, shape: StepShape, inputs: Tensor, *, denoise: Callable[[StepBatch], Tensor] | None = None) -> None:
+        """`denoise` None: the model's."""
+        step = StepInputs.read(inputs, shape)
+        run_step(denoise or self._model.denoise, step, memories=self._memories(), frames=shape.frames)
+
+    def _memories(self) -> Memories:
+        return Memories(
+            self.arena.memory,
+            constants={name: arena.memory for name, arena in self.conditioning.slots.items()},
+            by_frame={name: arena.memory for name, arena in self.conditioning.frames.items()},
+        )
 
 
 def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
@@ -170,72 +193,28 @@ def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence
     return outcomes
 
 
-def _gather(rows: Sequence[Row], *, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns registers (B, R, D, F) float32 padded with zeros, and which frames are valid (B, F) bool."""
-    states = [_present(row.state) for row in rows]
-    num_registers = max(state.shape[0] for state in states)
-    gathered = torch.zeros(len(rows), num_registers, states[0].shape[1], frames, dtype=torch.float32, device=device)
-    for target, state in zip(gathered, states, strict=True):
-        target[: state.shape[0], :, : state.shape[2]] = state
-    lengths = torch.tensor([row.plan.valid_frames for row in rows])
-    return gathered, (torch.arange(frames)[None] < lengths[:, None]).to(device)
-
-
-def _lanes(rows: Sequence[Row], rows_in_call: int) -> tuple[list[int], list[BranchConditioning]]:
-    """Returns each network row's source row and conditioning; spare slots repeat the first."""
-    lanes: list[int] = []
-    branches: list[BranchConditioning] = []
-    for i, row in enumerate(rows):
-        conditioning = _present(row.conditioning)
-        lanes.append(i)
-        branches.append(conditioning.conditional)
-        if row.evaluation.guided:
-            lanes.append(i)
-            branches.append(_present(conditioning.unconditional))
-    spare = rows_in_call - len(lanes)
-    return lanes + [0] * spare, branches + [branches[0]] * spare
-
-
-def _gather_noise(rows: Sequence[Row], *, frames: int, device: torch.device) -> Tensor | None:
-    """Returns this evaluation's draws (B, D, F) float32, zero where a row has none; None if no row needs any."""
-    draws = {i: _present(row.noise).current() for i, row in enumerate(rows) if any(row.evaluation.c)}
-    if not draws:
-        return None
-    width = _present(rows[0].state).shape[1]
-    gathered = torch.zeros(len(rows), width, frames, dtype=torch.float32)
-    for i, draw in draws.items():
-        gathered[i, :, : rows[i].plan.frames] = _present(draw)
-    return gathered.to(device)
-
-
-def _gather_kept(rows: Sequence[Row], *, frames: int, device: torch.device) -> Kept | None:
-    """Returns what the rows keep, nothing where a row's evaluation has no blend; None if no row's has one."""
-    keeping = {i: _present(row.kept) for i, row in enumerate(rows) if row.evaluation.blend}
-    if not keeping:
-        return None
-    shape = (len(rows), _present(rows[0].state).shape[1], frames)
-    gathered = Kept(
-        mask=torch.zeros(len(rows), frames, dtype=torch.bool, device=device),
-        source=torch.zeros(shape, dtype=torch.float32, device=device),
-        noise=torch.zeros(shape, dtype=torch.float32, device=device),
+def _step_row(row: Row) -> StepRow:
+    stepping, evaluation = row.in_phase(Stepping), row.evaluation
+    noise = stepping.noise.current() if any(evaluation.c) else None
+    numbers = stepping.numbers[row.work.num_done]
+    branches = [stepping.conditioning.conditional]
+    if evaluation.guided:
+        if stepping.conditioning.unconditional is None:
+            raise RuntimeError("a guided row has one branch only")
+        branches.append(stepping.conditioning.unconditional)
+    return StepRow(
+        numbers,
+        row.plan.guidance,
+        guided=evaluation.guided,
+        valid_frames=row.plan.valid_frames,
+        num_registers=row.plan.sampler.num_registers,
+        held=stepping.held,
+        branches=branches,
+        noise=noise,
     )
-    for i, kept in keeping.items():
-        own = rows[i].plan.frames
-        gathered.mask[i, :own] = kept.mask
-        gathered.source[i, :, :own] = kept.source
-        gathered.noise[i, :, :own] = kept.noise
-    return gathered
 
 
-def _commit(row: Row, state: Tensor) -> None:
+def _commit(row: Row) -> None:
     if row.evaluation.draws_noise:
-        _present(row.noise).advance()
-    row.state = state
+        row.in_phase(Stepping).noise.advance()
     row.work.finish_evaluation()
-
-
-def _present(value: Item | None) -> Item:
-    """Returns a field's value, which this phase of a row guarantees."""
-    if value is None:
-        raise RuntimeError("a row was stepped before it was ready")
-    return value

@@ -20,12 +20,12 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.executor import DEVICE_LOST
+from stable_audio_serve.engine.device import DEVICE_LOST
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.memory import RowMemory
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.request_state import RequestState, late, late_start
-from stable_audio_serve.engine.rows import Row
+from stable_audio_serve.engine.rows import Decoding, Row, Waiting
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
 from stable_audio_serve.engine.stages import Failures, Stages
 from stable_audio_serve.engine.work import Phase
@@ -72,7 +72,7 @@ class EngineLoop:
         self._report_positions()
         picked = [self._rows[row_id] for row_id in self._scheduler.pick()]
         if not picked:
-            return False
+            return self._deliver(wait=True) or self._stages.capture(is_idle=True)
         try:
             self._work(picked)
         except DEVICE_LOST:
@@ -80,6 +80,7 @@ class EngineLoop:
         except Exception as error:
             log.exception("a turn of the engine failed")
             self._fail([(row, error) for row in picked])
+        self._deliver()
         self._report(picked)
         return True
 
@@ -137,8 +138,8 @@ class EngineLoop:
         for row in picked:
             row.request.is_started = True
         phases = {row.id: row.work.phase for row in picked}
-        self._fail(self._stages.start([row for row in picked if row.noise is None]))
-        others_wait = any(row.work.phase is not Phase.DECODE for row in self._rows.values())
+        self._fail(self._stages.start([row for row in picked if isinstance(row.phase, Waiting)]))
+        others_wait = any(row.work.phase in (Phase.ENCODE, Phase.DENOISE) for row in self._rows.values())
         for phase, run in (
             (Phase.ENCODE, self._stages.encode),
             (Phase.DENOISE, self._stages.denoise),
@@ -149,14 +150,24 @@ class EngineLoop:
                 self._fail(run(rows))
         for row in picked:
             if row.id in self._rows and row.work.phase is Phase.DONE:
+                self._scheduler.remove(row.id)
+                self._stages.deliver(row)
+        self._stages.keep_pace()
+        self._stages.capture(is_idle=False)
+
+    def _deliver(self, *, wait: bool = False) -> bool:
+        """Finish the rows whose audio has arrived. Returns whether there are any."""
+        arrived, failures = self._stages.delivered(wait=wait)
+        self._fail(failures)
+        for row in arrived:
+            if row.id in self._rows:
                 self._finish(row)
+        return bool(arrived)
 
     def _finish(self, row: Row) -> None:
         """Store a row's finished audio; after a request's last row, send its result."""
         request = row.request
-        if row.audio is None:
-            raise RuntimeError("a row finished without audio")
-        request.audio[row.index] = row.audio.audio()
+        request.audio[row.index] = row.in_phase(Decoding).audio.audio()
         self._drop(row)
         if len(request.audio) < len(request.rows):
             return
@@ -199,13 +210,15 @@ class EngineLoop:
         for row in request.rows:
             if row.id in self._rows:
                 self._drop(self._rows[row.id])
+        request.shared.release()
         self._admission.release(request.id)
         self._metrics.increment("engine_requests", outcome=outcome)
         self._queue_changed = True
 
     def _drop(self, row: Row) -> None:
         del self._rows[row.id]
-        self._scheduler.remove(row.id)
+        if row.id in self._scheduler:  # which knows no row that only waits for its audio
+            self._scheduler.remove(row.id)
         row.release()
 
     def _report(self, picked: Sequence[Row]) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine.device import Device
 from stable_audio_serve.engine.windows import window_lengths
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -31,7 +32,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import NoiseSource
 
-_CUDA_SHARE = 0.85  # of the free memory: the rest is for captured graphs, workspaces and what the allocator splits
+_DEVICE_SHARE = 0.85  # of the free memory: the rest is for captured graphs, workspaces and what the allocator splits
 _DURATION_SHARES = (1 / 64, 1 / 16)  # of the model's maximum duration, to measure
 _WINDOW = 32  # latent frames of the windows that are measured
 _REGISTER_BYTES = 4  # float32
@@ -135,13 +136,11 @@ class RowMemory:
         return max(request.duration_s - (plan.frames - fits) * frame_s, 0.0)
 
 
-def memory_budget(max_bytes: int | None, device: torch.device) -> int | None:
-    """Returns `max_bytes`; without it most of what is free on CUDA now, and None, no bound, elsewhere."""
-    if max_bytes is not None or device.type != "cuda":
+def memory_budget(max_bytes: int | None, device: Device) -> int | None:
+    """Returns `max_bytes`; without it most of the device's own free memory, and None, no bound, if it has none."""
+    if max_bytes is not None or (free := device.free_bytes()) is None:
         return max_bytes
-    free, total = torch.cuda.mem_get_info(device)
-    own = int(torch.cuda.get_per_process_memory_fraction(device) * total) - torch.cuda.memory_reserved(device)
-    return max(int(_CUDA_SHARE * min(free, own)), 1)
+    return max(int(_DEVICE_SHARE * free), 1)
 
 
 def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
@@ -159,8 +158,8 @@ def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
     (frames, few), (more_frames, many) = constants
     per_frame = max(many - few, 0) / max(more_frames - frames, 1)
     channels = spec.card.latent_channels
-    batch = StepBatch(
-        x=torch.zeros(1, channels, more_frames, device=device),
+    batch = StepBatch.of(
+        torch.zeros(1, channels, more_frames, device=device),
         t=torch.full((1,), 0.5, device=device),
         valid=torch.ones(1, more_frames, dtype=torch.bool, device=device),
         branches=[branch],

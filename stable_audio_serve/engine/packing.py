@@ -5,6 +5,7 @@ padded, so that guidance and the registers' update need not know. Knows no rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,14 +20,7 @@ def denoise_packed(
 
     Nothing of the padding is read. For a model whose spec says `packs_rows`.
     """
-    packed = StepBatch(
-        x=pack(batch.x, frames),
-        t=batch.t,
-        valid=None,
-        branches=batch.branches,
-        frames=tuple(frames),
-        valid_frames=tuple(valid_frames),
-    )
+    packed = replace(batch, x=pack(batch.x, frames), valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames))
     return unpack(model.denoise(packed), frames, padded=batch.x.shape[-1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -18,10 +19,11 @@ from stable_audio_serve.core.generation import (
     ProgressCallback,
     StageTimings,
 )
+from stable_audio_serve.engine.conditioning import HeldConditioning
 from stable_audio_serve.engine.scheduler import RowId
 from stable_audio_serve.engine.windows import SourceEncoding
 from stable_audio_serve.engine.work import RowWork
-from stable_audio_serve.models.protocol import RowConditioning, RowPlan, TextEmbedding
+from stable_audio_serve.models.protocol import RowPlan, TextEmbedding
 from stable_audio_serve.sampling.noise import NoiseSource
 
 Message = TypeVar("Message")
@@ -107,6 +109,29 @@ def late_start(request: GenerationRequest) -> StartTimeoutError:
     return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The embeddings of a request's prompt and, where some evaluation is guided with one, its negative prompt."""
+
+    prompt: TextEmbedding
+    negative: TextEmbedding | None
+
+
+@dataclass(slots=True)
+class SharedParts:
+    """What the rows of a request share, made by the first of them that gets so far; None before."""
+
+    prompts: Prompts | None = None
+    sources: dict[str, SourceEncoding] = field(default_factory=dict)  # by stage; unless the encoder draws noise
+    conditioning: HeldConditioning | None = None  # unless it depends on a row's own noise
+
+    def release(self) -> None:
+        """Give back what is kept for rows to come."""
+        if self.conditioning is not None:
+            self.conditioning.free()
+            self.conditioning = None
+
+
 class RequestRow(Protocol):
     """What a request needs to know about each of its rows; `engine.rows.Row` implements it."""
 
@@ -155,10 +180,7 @@ class RequestState:
         self.clock = StageClock(submitted_at)
         self.rows: list[RequestRow] = []
         self.audio: dict[int, npt.NDArray[np.float32]] = {}
-        self.sources: dict[str, SourceEncoding] = {}  # encodings that all rows share
-        self.prompt: TextEmbedding | None = None
-        self.negative: TextEmbedding | None = None
-        self.conditioning: RowConditioning | None = None  # when all rows share it
+        self.shared = SharedParts()
         self.last_position: int | None = None
         self.is_started = False
 

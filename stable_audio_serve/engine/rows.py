@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
+from stable_audio_serve.engine.arena import HeldFrames
 from stable_audio_serve.engine.batching import Lane
+from stable_audio_serve.engine.conditioning import HeldConditioning
+from stable_audio_serve.engine.device import Device
 from stable_audio_serve.engine.noise_ahead import RowNoise
-from stable_audio_serve.engine.request_state import RequestState
+from stable_audio_serve.engine.request_state import Prompts, RequestState
 from stable_audio_serve.engine.scheduler import RowId
 from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
 from stable_audio_serve.engine.work import RowWork
-from stable_audio_serve.models.protocol import RowConditioning, RowPlan
+from stable_audio_serve.models.protocol import RowPlan
+from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation
-from stable_audio_serve.sampling.update import Kept
+from stable_audio_serve.sampling.update import StepNumbers
 
 # The progress at which a row's phases end: rough values that make progress monotone.
 _ENCODED, _DENOISED = 0.05, 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Accepted, or ended: holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Its noise is being drawn and its sources, by stage (init, inpaint), are being encoded."""
+
+    noise: RowNoise
+    prompts: Prompts
+    sources: dict[str, SourceEncoding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping:
+    """Between two evaluations: its registers, and behind them what a blended plan keeps, are `held` on the device."""
+
+    noise: RowNoise
+    conditioning: HeldConditioning
+    numbers: Sequence[StepNumbers]  # of each evaluation
+    held: HeldFrames
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Denoised: `latents` (D, F) float32 on the model's device; `noise` serves the windows."""
+
+    noise: NoiseSource
+    latents: Tensor
+    audio: AudioAssembly
+
+
+RowPhase = Waiting | Encoding | Stepping | Decoding
+OnePhase = TypeVar("OnePhase", Waiting, Encoding, Stepping, Decoding)
 
 
 class Row:
@@ -30,15 +74,15 @@ class Row:
         self.index = index
         self.plan = plan
         self.work = work
-        self.noise: RowNoise | None = None  # set when the row starts
-        self.sources: dict[str, SourceEncoding] = {}  # by stage: init, inpaint
-        self.conditioning: RowConditioning | None = None
-        self.state: Tensor | None = None  # registers (R, D, F) float32 while denoising
-        self.kept: Kept | None = None  # for a blended plan, while denoising
-        self.latents: Tensor | None = None  # (D, F) float32 once denoised
-        self.audio: AudioAssembly | None = None
+        self.phase: RowPhase = Waiting()
         self._encode_total = sum(work.encode_left)
         self._decode_total = sum(work.decode_left)
+
+    def in_phase(self, kind: type[OnePhase]) -> OnePhase:
+        """Returns the phase's value. Raises RuntimeError if the row is in another phase."""
+        if not isinstance(self.phase, kind):
+            raise RuntimeError(f"a row is {type(self.phase).__name__}, not {kind.__name__}")
+        return self.phase
 
     @property
     def evaluation(self) -> Evaluation:
@@ -53,7 +97,7 @@ class Row:
     @property
     def is_conditioned(self) -> bool:
         """Whether the row can run its first step or has run it."""
-        return self.conditioning is not None or self.work.num_done > 0
+        return isinstance(self.phase, Stepping) or self.work.num_done > 0
 
     @property
     def steps_done(self) -> int:
@@ -70,10 +114,12 @@ class Row:
 
     def release(self) -> None:
         """Free the row's tensors and stop its noise."""
-        if self.noise is not None:
-            self.noise.cancel()
-        self.noise = self.conditioning = self.state = self.kept = self.latents = self.audio = None
-        self.sources = {}
+        if isinstance(self.phase, Encoding | Stepping):
+            self.phase.noise.cancel()
+        if isinstance(self.phase, Stepping):
+            self.phase.held.free()
+            self.phase.conditioning.free()
+        self.phase = Waiting()
 
 
 def row_work(plan: RowPlan, *, hop: int) -> RowWork:
@@ -88,10 +134,11 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
     )
 
 
-def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool) -> AudioAssembly:
+def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
     """Returns the empty output of a planned row; `is_fixed`: its windows are those of the plan."""
     return AudioAssembly(
         plan.decode_windows,
+        device=device,
         channels=channels,
         hop=hop,
         valid_frames=plan.valid_frames,

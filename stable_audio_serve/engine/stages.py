@@ -4,8 +4,10 @@ model and the requests' clocks. Knows no scheduler; returns failed rows to the l
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -15,18 +17,34 @@ from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.conditioning import HeldConditioning
 from stable_audio_serve.engine.cost import CostModel, Work
-from stable_audio_serve.engine.executor import DEVICE_LOST, Executor
+from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
+from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.noise_ahead import RowNoise
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.prompt_cache import PromptCache
-from stable_audio_serve.engine.rows import Row, make_assembly
+from stable_audio_serve.engine.request_state import Prompts
+from stable_audio_serve.engine.rows import Decoding, Encoding, Row, Stepping, make_assembly
 from stable_audio_serve.engine.windows import SourceEncoding
 from stable_audio_serve.models.protocol import DiffusionModel, TextEmbedding
-from stable_audio_serve.sampling.update import Kept, start_state
+from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
 Result = TypeVar("Result")
 Failures = list[tuple[Row, Exception]]
+
+_CAPTURE_EVERY_S = 1.0  # at most, while somebody waits: it takes about as long as a few steps
+_CALLS_AHEAD = 2  # of the host, at most: enough that the device always has work, few enough to react soon
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Device work that was asked for, to be compared with its prediction once it has ended."""
+
+    work: Work
+    shapes: Sequence[tuple[int, int]]
+    began: Moment
+    ended: Moment
 
 
 class Stages:
@@ -37,6 +55,7 @@ class Stages:
         model: DiffusionModel,
         executor: Executor,
         *,
+        device: Device,
         cost: CostModel,
         cache: PromptCache,
         drawers: Mapping[Priority, futures.Executor],
@@ -47,32 +66,41 @@ class Stages:
         """Each of `drawers` runs one draw at a time, in order."""
         self._model = model
         self._executor = executor
+        self._device = device
         self._cost = cost
         self._cache = cache
         self._drawers = drawers
         self._pace = pace
         self._clock = clock
         self._metrics = metrics
+        self._measured: deque[_Measured] = deque()
+        self._captured_at = 0.0
+        self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
         """Start rows: noise, prompts, sources. Rows without sources can step afterwards."""
-        failures = [failure for row in rows for failure in _alone(row, self._open_noise)]
-        failures += self._embed([row for row in rows if row.noise is not None])
+        noises: dict[int, RowNoise] = {}
+        failures = [failure for row in rows for failure in _alone(row, lambda row: self._open_noise(row, noises))]
+        failures += self._embed([row for row in rows if row.id in noises])
         failed = {row.id for row, _ in failures}
         for row in rows:
-            if row.id not in failed:
-                self._open_sources(row)
-                if not row.sources:
-                    failures += self._begin(row)
+            prompts = row.request.shared.prompts
+            if row.id in failed or prompts is None:
+                if row.id in noises:
+                    noises[row.id].cancel()
+                continue
+            row.phase = encoding = Encoding(noises[row.id], prompts)
+            self._open_sources(row, encoding)
+            if not encoding.sources:
+                failures += self._begin(row)
         return failures
 
     def encode(self, rows: Sequence[Row]) -> Failures:
         """Encode the next source windows of each row; a row can step after its last window."""
-        pending = {id(source): (source, row) for row in rows for source in row.sources.values() if source.lengths_left}
+        sources = {row.id: row.in_phase(Encoding).sources for row in rows}
+        pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
-        windows = [
-            (source, window) for source, _ in pending.values() for window in source.pending(self._pace.turn_frames)
-        ]
+        windows = [(source, window) for source in pending.values() for window in source.pending(self._pace.turn_frames)]
         if windows:
             shapes = [(1, window.samples.shape[-1] // self._model.spec.hop) for _, window in windows]
             outcomes = self._timed(
@@ -87,8 +115,9 @@ class Stages:
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("source", now)
-            row.work.encode_left = _lengths_left(row)
-            errors = [failed[id(source)] for source in row.sources.values() if id(source) in failed]
+            own = sources[row.id]
+            row.work.encode_left = _lengths_left(own)
+            errors = [failed[id(source)] for source in own.values() if id(source) in failed]
             if errors:
                 failures.append((row, errors[0]))
             elif not row.work.encode_left:
@@ -96,7 +125,7 @@ class Stages:
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
-        """Run one evaluation of every row; after a row's last evaluation, check its latents."""
+        """Run one evaluation of every row; a row can be decoded after its last one."""
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
@@ -110,18 +139,20 @@ class Stages:
         for row in rows:
             row.request.clock.mark("denoise", now)
             if row.work.num_done == len(row.work.branches):
-                failures += self._take_latents(row)
+                self._take_latents(row)
         return failures
 
     def decode(self, rows: Sequence[Row], *, others_wait: bool = False) -> Failures:
         """Decode the next windows of each row into its audio; short ones if other rows wait for it."""
         failpoint("before_decode")
         max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
+        decoding = {row.id: row.in_phase(Decoding) for row in rows}
         windows = [
             (row, window)
             for row in rows
-            if row.audio is not None and row.latents is not None and row.noise is not None
-            for window in row.audio.pending(row.latents, row.noise.source, max_frames=max_frames)
+            for window in decoding[row.id].audio.pending(
+                decoding[row.id].latents, decoding[row.id].noise, max_frames=max_frames
+            )
         ]
         shapes = [(1, window.latents.shape[-1]) for _, window in windows]
         outcomes = self._timed("decode", shapes, run=lambda: self._executor.decode([window for _, window in windows]))
@@ -129,20 +160,69 @@ class Stages:
         for (row, _), outcome in zip(windows, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 failed.setdefault(row.id, (row, outcome))
-            elif row.id not in failed and row.audio is not None:
-                row.audio.put(outcome)
-                row.work.decode_left = row.audio.lengths_left
-                if not row.audio.is_finite:
-                    failed[row.id] = (row, GenerationError("the model made audio that is not a number"))
-        self._metrics.gauge("engine_device_memory_bytes", self._executor.memory_bytes)
+            elif row.id not in failed:
+                audio = decoding[row.id].audio
+                audio.put(outcome)
+                row.work.decode_left = audio.lengths_left
+        self._metrics.gauge("engine_device_memory_bytes", self._device.use().memory_used_bytes or 0)
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("decode", now)
         return list(failed.values())
 
+    def deliver(self, row: Row) -> None:
+        """Note that a row's work is all asked for: `delivered` returns it when its audio is on the host."""
+        self._delivering.append((row, self._device.mark()))
+
+    def delivered(self, *, wait: bool = False) -> tuple[list[Row], Failures]:
+        """Returns the rows whose audio has arrived, and those of them whose audio is not a number.
+
+        With `wait`, at least one row that is on its way is waited for.
+        """
+        arrived: list[Row] = []
+        failures: Failures = []
+        while self._delivering:
+            row, moment = self._delivering[0]
+            if not moment.is_reached():
+                if not wait or arrived:
+                    break
+                moment.wait()
+            self._delivering.popleft()
+            if not isinstance(row.phase, Decoding):
+                continue  # it ended meanwhile
+            arrived.append(row)
+            if not row.phase.audio.is_finite:
+                failures.append((row, GenerationError("the model made audio that is not a number")))
+        return arrived, failures
+
+    def capture(self, *, is_idle: bool) -> bool:
+        """Prepare one more shape of steps to run faster; rarely while others wait. Returns whether there was one."""
+        now = self._clock.monotonic()
+        if not is_idle and now < self._captured_at + _CAPTURE_EVERY_S:
+            return False
+        has_captured = self._executor.capture_next()
+        if has_captured:
+            self._captured_at = self._clock.monotonic()
+        return has_captured
+
+    def keep_pace(self) -> None:
+        """Wait until the device is at most a few calls behind, and learn how long its calls took."""
+        while self._measured:
+            oldest = self._measured[0]
+            if not oldest.ended.is_reached():
+                if len(self._measured) <= _CALLS_AHEAD:
+                    return
+                oldest.ended.wait()
+            self._measured.popleft()
+            ms = oldest.ended.ms_since(oldest.began)
+            if oldest.work == "denoise":
+                self._pace.saw_step(ms)
+            self._cost.correct(oldest.work, oldest.shapes, measured_ms=ms)
+            self._metrics.observe(f"engine_{oldest.work}_ms", ms)
+
     def _embed(self, rows: Sequence[Row]) -> Failures:
         """Set the rows' prompt embeddings: cached ones, and all new ones of this turn encoded together."""
-        rows = [row for row in rows if row.request.prompt is None]
+        rows = [row for row in rows if row.request.shared.prompts is None]
         prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
         known: dict[str, TextEmbedding | Exception] = {
             prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
@@ -167,96 +247,81 @@ class Stages:
                     break
                 embeddings.append(outcome)
             else:
-                row.request.prompt, *negative = embeddings
-                row.request.negative = negative[0] if negative else None
+                prompt, *negative = embeddings
+                row.request.shared.prompts = Prompts(prompt, negative[0] if negative else None)
         return failures
 
-    def _open_noise(self, row: Row) -> None:
+    def _open_noise(self, row: Row, noises: dict[int, RowNoise]) -> None:
         shape = (self._model.spec.card.latent_channels, row.plan.frames)
         source = row.request.noise_factory(row.plan.seed)
         drawer = self._drawers[row.request.request.priority]
-        row.noise = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
+        noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
 
-    def _open_sources(self, row: Row) -> None:
+    def _open_sources(self, row: Row, encoding: Encoding) -> None:
         """Set up the encodings of a row's sources; the request's rows share them unless the encoder draws noise."""
+        shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
-            if plan is None or row.noise is None:
-                continue
-            encoding = row.request.sources.get(stage)
-            if encoding is None:
-                encoding = SourceEncoding(plan, stage=stage, noise=row.noise.source, hop=self._model.spec.hop)
-                if not self._model.spec.noisy_source_encoder:
-                    row.request.sources[stage] = encoding
-            row.sources[stage] = encoding
-        row.work.encode_left = _lengths_left(row)
+            if plan is not None:
+                if stage not in shared:
+                    noise, hop = encoding.noise.source, self._model.spec.hop
+                    shared[stage] = SourceEncoding(plan, stage=stage, noise=noise, hop=hop)
+                encoding.sources[stage] = shared[stage]
+        row.work.encode_left = _lengths_left(encoding.sources)
 
     def _begin(self, row: Row) -> Failures:
         """Set a row's conditioning and registers, after which it can step."""
-        return _alone(row, self._condition, self._set_registers)
-
-    def _condition(self, row: Row) -> None:
-        request = row.request
-        if request.prompt is None:
-            raise RuntimeError("a row was conditioned before its prompt was encoded")
-        if request.conditioning is not None:
-            row.conditioning = request.conditioning
-            return
-        inpaint = None if row.plan.sampler.start_blend else row.sources.get("inpaint")
-        row.conditioning = self._model.condition(
-            row.plan,
-            prompt=request.prompt,
-            negative=request.negative,
-            inpaint_latents=inpaint.latents() if inpaint else None,
-        )
-        if inpaint is None or not self._model.spec.noisy_source_encoder:
-            request.conditioning = row.conditioning
+        return _alone(row, self._set_registers)
 
     def _set_registers(self, row: Row) -> None:
-        if row.noise is None:
-            raise RuntimeError("a row began before its noise was drawn")
-        init = row.sources.get("init")
-        noise = row.noise.initial().to(self._model.device)
-        row.kept = self._keep(row, row.noise)
-        row.state = start_state(row.plan.sampler, noise, source=init.latents() if init else None, kept=row.kept)
-        row.sources = {}
+        encoding, plan = row.in_phase(Encoding), row.plan.sampler
+        init, inpaint = encoding.sources.get("init"), encoding.sources.get("inpaint")
+        kept = None
+        if plan.start_blend is not None:
+            if row.plan.keep_mask is None or inpaint is None:
+                raise RuntimeError("a blended plan keeps nothing")
+            mask, noise = self._device.upload(row.plan.keep_mask == 1.0), self._device.upload(encoding.noise.kept())
+            kept = Kept(mask=mask, source=inpaint.latents().float(), noise=noise)
+        noise = self._device.upload(encoding.noise.initial())
+        registers = start_state(plan, noise, source=init.latents() if init else None, kept=kept)
+        numbers = [StepNumbers.of(evaluation) for evaluation in plan.evaluations]
+        parts = [registers]
+        if kept is not None:
+            parts.append(torch.stack([kept.mask.float().expand_as(kept.source), kept.source, kept.noise]))
+        conditioning = self._condition(row, encoding)
+        row.phase = Stepping(encoding.noise, conditioning, numbers, self._executor.hold(torch.cat(parts)))
 
-    def _keep(self, row: Row, noise: RowNoise) -> Kept | None:
-        """Returns what a row with a blended plan keeps, on the model's device."""
-        if row.plan.sampler.start_blend is None:
-            return None
-        if row.plan.keep_mask is None:
-            raise RuntimeError("a blended plan has no mask")
-        return Kept(
-            mask=(row.plan.keep_mask == 1.0).to(self._model.device),
-            source=row.sources["inpaint"].latents().float(),
-            noise=noise.kept().to(self._model.device),
+    def _condition(self, row: Row, encoding: Encoding) -> HeldConditioning:
+        shared = row.request.shared
+        if shared.conditioning is not None:
+            return shared.conditioning.share()
+        inpaint = None if row.plan.sampler.start_blend else encoding.sources.get("inpaint")
+        conditioning = self._model.condition(
+            row.plan,
+            prompt=encoding.prompts.prompt,
+            negative=encoding.prompts.negative,
+            inpaint_latents=inpaint.latents() if inpaint else None,
         )
+        held = self._executor.conditioning.hold(conditioning)
+        if inpaint is None or not self._model.spec.noisy_source_encoder:
+            shared.conditioning = held.share()
+        return held
 
-    def _take_latents(self, row: Row) -> Failures:
-        """Move a row's result from registers to latents; the row fails if a valid frame is not a number."""
-        if row.state is None:
-            raise RuntimeError("a row ended without registers")
-        latents = row.state[row.plan.sampler.result_register]
-        row.state = row.kept = row.conditioning = None
-        if not bool(torch.isfinite(latents[:, : row.plan.valid_frames]).all()):
-            return [(row, GenerationError("the model made latents that are not numbers"))]
-        row.latents = latents
-        card = self._model.spec.card
-        row.audio = make_assembly(
-            row.plan, hop=self._model.spec.hop, channels=card.channels, is_fixed=self._pace.is_fixed
+    def _take_latents(self, row: Row) -> None:
+        """Move a row's result from registers to latents."""
+        stepping, spec = row.in_phase(Stepping), self._model.spec
+        audio = make_assembly(
+            row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._pace.is_fixed, device=self._device
         )
-        return []
+        latents = self._executor.release(stepping.held, part=row.plan.sampler.result_register)
+        stepping.conditioning.free()
+        row.phase = Decoding(stepping.noise.source, latents, audio)
+        audio.check(latents[:, : row.plan.valid_frames])
 
     def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], *, run: Callable[[], Result]) -> Result:
-        """Run device work and correct the cost model by the measured time of its calls, (rows, frames) each."""
-        started_at = self._clock.monotonic()
+        """Run device work, of calls over (rows, frames) each; `keep_pace` compares its time with the prediction."""
+        began = self._device.mark()
         result = run()
-        self._executor.synchronize()
-        ms = (self._clock.monotonic() - started_at) * 1000.0
-        if work == "denoise":
-            self._pace.saw_step(ms)
-        self._cost.correct(work, shapes, measured_ms=ms)
-        self._metrics.observe(f"engine_{work}_ms", ms)
+        self._measured.append(_Measured(work, shapes, began, self._device.mark()))
         return result
 
 
@@ -278,6 +343,6 @@ def _prompts(row: Row) -> list[str]:
     return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
 
 
-def _lengths_left(row: Row) -> tuple[int, ...]:
+def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
     """Returns the latent frames of each source window still to encode."""
-    return tuple(frames for source in row.sources.values() for frames in source.lengths_left)
+    return tuple(frames for source in sources.values() for frames in source.lengths_left)

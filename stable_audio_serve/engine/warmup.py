@@ -14,6 +14,7 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.batching import BatchPolicy, Lane
 from stable_audio_serve.engine.cost import CallCost, CostModel, Measurement, Work, fit_call_cost
+from stable_audio_serve.engine.device import Device
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
@@ -49,7 +50,7 @@ class WarmUp:
         *,
         policy: BatchPolicy,
         noise_factory: Callable[[int], NoiseSource],
-        synchronize: Callable[[], None],
+        device: Device,
         clock: Clock,
         budget_s: float,
     ) -> None:
@@ -57,7 +58,7 @@ class WarmUp:
         self._cost = cost
         self._policy = policy
         self._noise_factory = noise_factory
-        self._synchronize = synchronize
+        self._device = device
         self._clock = clock
         self._budget_s = budget_s
         self._ends_at = 0.0
@@ -106,8 +107,8 @@ class WarmUp:
     def _batch(self, plan: RowPlan, conditioning: RowConditioning, *, rows: int, frames: int) -> StepBatch:
         device = self._model.device
         valid = (torch.arange(frames) < plan.valid_frames).expand(rows, frames).to(device)
-        return StepBatch(
-            x=torch.zeros(rows, self._model.spec.card.latent_channels, frames, device=device),
+        return StepBatch.of(
+            torch.zeros(rows, self._model.spec.card.latent_channels, frames, device=device),
             t=torch.full((rows,), 0.5, device=device),
             valid=valid,
             branches=[conditioning.conditional] * rows,
@@ -130,8 +131,8 @@ class WarmUp:
     def _time(self, run: Callable[[], object]) -> float:
         """Returns the milliseconds of the second of two runs; the first may include initialisation."""
         run()
-        self._synchronize()
-        started_at = self._clock.monotonic()
+        began = self._device.mark()
         run()
-        self._synchronize()
-        return (self._clock.monotonic() - started_at) * 1000.0
+        ended = self._device.mark()
+        ended.wait()
+        return ended.ms_since(began)

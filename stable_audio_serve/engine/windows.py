@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stable_audio_serve.engine.device import Device
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowRule, WindowSpan
 from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
 from stable_audio_serve.sampling.noise import NoiseSource
@@ -85,12 +86,16 @@ class SourceEncoding:
 
 
 class AudioAssembly:
-    """One row's audio while its windows are decoded: exact length, silent after the valid frames."""
+    """One row's audio while its windows are decoded: exact length, silent after the valid frames.
+
+    The audio is on the host, and `is_finite` right, once the device has done what was asked of it up to the last `put`.
+    """
 
     def __init__(
         self,
         spans: Sequence[WindowSpan],
         *,
+        device: Device,
         channels: int,
         hop: int,
         valid_frames: int,
@@ -98,13 +103,16 @@ class AudioAssembly:
         rule: WindowRule | None = None,
     ) -> None:
         """With a `rule` the frames that `spans` cover are cut anew whenever windows are taken."""
+        self._device = device
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
         self._frames = spans[-1].stop
         self._rule = rule
         self._left = audible_spans(spans, hop=hop, end=self._end)
-        self._audio = torch.zeros(channels, output_samples, dtype=torch.float32)
-        self._finite = True
+        self._audio = device.host_buffer(channels, output_samples, dtype=torch.float32)
+        # Whether the checked latents and the samples so far are finite: on the device, then on the host.
+        self._finite_there: dict[int, Tensor] = {}
+        self._finite = device.host_buffer(2, dtype=torch.bool).fill_(True)
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
@@ -120,20 +128,32 @@ class AudioAssembly:
         for span in take_spans(self._left, max_frames):
             yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
 
+    def check(self, latents: Tensor) -> None:
+        """Note whether these latents are finite: what follows from others may be audio that sounds like nothing."""
+        self._note_finite(0, latents)
+
     def put(self, audio: Tensor) -> None:
-        """Add the next window's audio (C, >= hop * F_window) float32 on any device; windows come in order."""
+        """Add the next window's audio (C, >= hop * F_window) float32 on the device; windows come in order."""
         span = self._left.pop(0)
         start = span.keep_start * self._hop
         stop = min(span.keep_stop * self._hop, self._end)
         offset = span.start * self._hop
-        kept = audio[:, start - offset : stop - offset].to("cpu", torch.float32)
-        self._finite = self._finite and bool(torch.isfinite(kept).all())
-        self._audio[:, start:stop] = kept
+        kept = audio[:, start - offset : stop - offset].float()
+        for channel, target in zip(kept, self._audio[:, start:stop], strict=True):
+            self._device.download(channel, target)
+        self._note_finite(1, kept)
+
+    def _note_finite(self, place: int, values: Tensor) -> None:
+        finite = torch.isfinite(values).all()
+        if place in self._finite_there:
+            finite = finite & self._finite_there[place]
+        self._finite_there[place] = finite
+        self._device.download(finite, self._finite[place])
 
     @property
     def is_finite(self) -> bool:
-        """Whether all samples so far are finite."""
-        return self._finite
+        """Whether all checked latents and all samples so far are finite."""
+        return bool(self._finite.all())
 
     def audio(self) -> npt.NDArray[np.float32]:
         """Returns the finished audio (C, S) float32; a model's peaks may exceed -1..1."""

@@ -6,11 +6,12 @@ Alphabet: B batch rows, C channels, S audio samples, F latent frames, D latent c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
@@ -124,29 +125,32 @@ class DecodeWindow:
     noise: NoiseSource
 
 
-class BranchConditioning(Protocol):
-    """Per-request constants of one denoiser input (context, cross keys and values, local embeddings).
+@dataclass(frozen=True, slots=True)
+class BranchConditioning:
+    """Per-request constants of one denoiser input, by names that mean something to the model only.
 
-    Opaque to the engine, which only passes it back in a StepBatch and reads its size.
+    `constants` have the same shape for every request; `by_frame` are (channels, F) with the row's own F. A name that a
+    branch leaves out stands for zeros.
     """
+
+    constants: Mapping[str, Tensor]
+    by_frame: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Device memory held."""
-        ...
+        """Device memory of all values."""
+        return sum(value.nbytes for value in (*self.constants.values(), *self.by_frame.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class RowConditioning:
-    """The conditional branch and, when some evaluation is guided, the unconditional (or negative) one."""
+    """The conditional branch and, when some evaluation is guided, the unconditional (or negative) one.
+
+    A tensor that both branches have is kept once.
+    """
 
     conditional: BranchConditioning
     unconditional: BranchConditioning | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Device memory held by both branches."""
-        return self.conditional.num_bytes + (self.unconditional.num_bytes if self.unconditional else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +162,41 @@ class StepBatch:
 
     Packed, for a model whose spec says `packs_rows`: `x` (1, D, N) holds the rows' `frames` one after another, of which
     each row's first `valid_frames` are valid; `valid` is None. Equal lengths side by side are faster.
+
+    Either way `constants` (B, ...) and `by_frame` (B, channels, F) hold the branches' values by name; a name that no
+    branch has is missing.
     """
 
     x: Tensor
     t: Tensor
     valid: Tensor | None
-    branches: Sequence[BranchConditioning]
+    constants: Mapping[str, Tensor]
+    by_frame: Mapping[str, Tensor] = field(default_factory=dict)
     frames: tuple[int, ...] = ()
     valid_frames: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, x: Tensor, *, t: Tensor, valid: Tensor, branches: Sequence[BranchConditioning]) -> StepBatch:
+        """Returns a padded batch of rows with their own conditioning each, for callers that keep none on the device."""
+        constants = {name: _stack([branch.constants.get(name) for branch in branches]) for name in _names(branches)}
+        padded = [
+            {name: F.pad(value, (0, x.shape[-1] - value.shape[-1])) for name, value in branch.by_frame.items()}
+            for branch in branches
+        ]
+        by_frame = {
+            name: _stack([values.get(name) for values in padded]) for name in {name for own in padded for name in own}
+        }
+        return cls(x, t, valid, constants, by_frame)
+
+
+def _names(branches: Sequence[BranchConditioning]) -> set[str]:
+    return {name for branch in branches for name in branch.constants}
+
+
+def _stack(values: Sequence[Tensor | None]) -> Tensor:
+    """Returns the values, zeros for missing ones, with a batch axis in front."""
+    like = next(value for value in values if value is not None)
+    return torch.stack([torch.zeros_like(like) if value is None else value for value in values])
 
 
 class DiffusionModel(Protocol):

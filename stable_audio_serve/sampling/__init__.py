@@ -17,7 +17,7 @@ from stable_audio_serve.sampling.schedules import (
     shift_from_config,
     shift_from_override,
 )
-from stable_audio_serve.sampling.update import Kept, advance, network_input, start_state
+from stable_audio_serve.sampling.update import Kept, StepTerms, advance, network_input, start_state
 from stable_audio_serve.sampling.v_samplers import V_SAMPLERS, build_v_plan, v_path
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "SamplerPlan",
     "SeededNoise",
     "SigmaRange",
+    "StepTerms",
     "TimestepShift",
     "advance",
     "angle_path",

@@ -15,33 +15,64 @@ from torch import Tensor
 
 from stable_audio_serve.sampling.plan import Guidance
 
+NUM_GUIDANCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceUse:
+    """Which of the optional parts any row uses, known without looking at the device; the others are skipped."""
+
+    apg: bool = True
+    norm_threshold: bool = True
+    rescale: bool = True
+
+    @classmethod
+    def of(cls, rows: Sequence[Guidance]) -> GuidanceUse:
+        """Returns the use of guided rows."""
+        return cls(
+            apg=any(row.apg_scale != 0.0 for row in rows),
+            norm_threshold=any(row.norm_threshold > 0.0 for row in rows),
+            rescale=any(row.rescale != 0.0 for row in rows),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class GuidanceBatch:
-    """The parameters of B guided rows, each (B, 1, 1) float32, and which of the optional parts any row uses."""
+    """The parameters of B guided rows: `values` (B, NUM_GUIDANCE) float32 on their device."""
 
-    cfg_scale: Tensor
-    apg_scale: Tensor
-    norm_threshold: Tensor
-    rescale: Tensor
-    any_apg: bool
-    any_norm_threshold: bool
-    any_rescale: bool
+    values: Tensor
+    use: GuidanceUse
 
     @classmethod
     def of(cls, rows: Sequence[Guidance], *, device: torch.device | None = None) -> GuidanceBatch:
         """Returns the rows' parameters on `device`, copied in one transfer."""
-        values = [(row.cfg_scale, row.apg_scale, row.norm_threshold, row.rescale) for row in rows]
-        cfg, apg, norm, rescale = torch.tensor(values, dtype=torch.float32).T[..., None, None].to(device)
-        return cls(
-            cfg_scale=cfg,
-            apg_scale=apg,
-            norm_threshold=norm,
-            rescale=rescale,
-            any_apg=any(row.apg_scale != 0.0 for row in rows),
-            any_norm_threshold=any(row.norm_threshold > 0.0 for row in rows),
-            any_rescale=any(row.rescale != 0.0 for row in rows),
-        )
+        values = torch.tensor([guidance_values(row) for row in rows], dtype=torch.float32)
+        return cls(values.to(device), GuidanceUse.of(rows))
+
+    @property
+    def cfg_scale(self) -> Tensor:
+        """(B, 1, 1)."""
+        return self.values[:, 0, None, None]
+
+    @property
+    def apg_scale(self) -> Tensor:
+        """(B, 1, 1)."""
+        return self.values[:, 1, None, None]
+
+    @property
+    def norm_threshold(self) -> Tensor:
+        """(B, 1, 1)."""
+        return self.values[:, 2, None, None]
+
+    @property
+    def rescale(self) -> Tensor:
+        """(B, 1, 1)."""
+        return self.values[:, 3, None, None]
+
+
+def guidance_values(row: Guidance) -> tuple[float, float, float, float]:
+    """Returns a row's numbers in the order in which `GuidanceBatch` reads them."""
+    return row.cfg_scale, row.apg_scale, row.norm_threshold, row.rescale
 
 
 def guide(
@@ -59,14 +90,14 @@ def guide(
     x, t = x.float(), times.float()[:, None, None]
     v_cond = conditional.float()
     difference = unconditional.float() - v_cond
-    if rows.any_norm_threshold:
+    if rows.use.norm_threshold:
         difference = _limit_norm(difference, valid, times=t, threshold=rows.norm_threshold)
-    if rows.any_apg:
+    if rows.use.apg:
         orthogonal = _orthogonal_part(difference, x - t * v_cond, valid=valid)
         mixed = rows.apg_scale * orthogonal + (1.0 - rows.apg_scale) * difference
         difference = torch.where(rows.apg_scale == 0.0, difference, mixed)
     output = v_cond - (rows.cfg_scale - 1.0) * difference
-    if rows.any_rescale:
+    if rows.use.rescale:
         output = _rescale(output, v_cond, amount=rows.rescale)
     return output
 

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stable_audio_serve.sampling.plan import Blend, Evaluation, SamplerPlan
+from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
+
+MAX_REGISTERS = 5
+_NUM_TERMS = MAX_REGISTERS + 3  # the registers, v, v_uncond, noise
+_UNCONDITIONAL = MAX_REGISTERS + 1
+_UPDATE = MAX_REGISTERS * _NUM_TERMS
+_T, _INPUT_REGISTER, _INPUT_SCALE, _BLENDED, _BLEND_SOURCE, _BLEND_NOISE, _GUIDED = range(_UPDATE, _UPDATE + 7)
+NUM_VALUES = _UPDATE + 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,90 @@ class Kept:
     noise: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """All numbers of one evaluation, in the order in which `StepTerms` reads them.
+
+    `used` holds the places of the update's weights that are not 0.
+    """
+
+    values: tuple[float, ...]
+    used: frozenset[int]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> StepNumbers:
+        update = [0.0] * _UPDATE
+        for target, weights in enumerate(evaluation.a):
+            own = [*weights, *[0.0] * (MAX_REGISTERS - len(weights))]
+            own += [evaluation.b[target], evaluation.b_uncond[target], evaluation.c[target]]
+            update[target * _NUM_TERMS : (target + 1) * _NUM_TERMS] = own
+        blend = evaluation.blend
+        blended = (float(blend.register), blend.source, blend.noise) if blend else (-1.0, 0.0, 0.0)
+        register, scale, guided = float(evaluation.input_register), evaluation.input_scale, float(evaluation.guided)
+        values = (*update, evaluation.t, register, scale, *blended, guided)
+        return cls(values, frozenset(place for place, weight in enumerate(update) if weight != 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class TermUse:
+    """What the rows of a step use, known without looking at the device; what no row uses is skipped.
+
+    `somewhere` and `everywhere` are places among the weights that are not 0 in some row, and in every row.
+    """
+
+    somewhere: frozenset[int]
+    everywhere: frozenset[int]
+    scales_input: bool
+    blends: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[StepNumbers]) -> TermUse:
+        """Returns the use of these rows, at least one."""
+        users = [row.used for row in rows]
+        return cls(
+            somewhere=users[0].union(*users),
+            everywhere=users[0].intersection(*users),
+            scales_input=any(row.values[_INPUT_SCALE] != 1.0 for row in rows),
+            blends=any(row.values[_BLENDED] >= 0 for row in rows),
+        )
+
+    @classmethod
+    def of_any(cls, num_registers: int, *, guides: bool, blends: bool) -> TermUse:
+        """Returns the use of whatever rows with so many registers may do; without `guides` none is guided."""
+        outputs = [term for term in range(MAX_REGISTERS, _NUM_TERMS) if guides or term != _UNCONDITIONAL]
+        terms = [*range(num_registers), *outputs]
+        places = frozenset(target * _NUM_TERMS + term for target in range(num_registers) for term in terms)
+        return cls(places, frozenset(), scales_input=True, blends=blends)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTerms:
+    """One evaluation of each of B rows: `values` (B, NUM_VALUES) float32 on the rows' device."""
+
+    values: Tensor
+    use: TermUse
+
+    @classmethod
+    def of(cls, evaluations: Sequence[Evaluation]) -> StepTerms:
+        """Returns the terms on the host."""
+        rows = [StepNumbers.of(evaluation) for evaluation in evaluations]
+        return cls(torch.tensor([row.values for row in rows], dtype=torch.float32), TermUse.of(rows))
+
+    @property
+    def t(self) -> Tensor:
+        """The times (B,)."""
+        return self.values[:, _T]
+
+    @property
+    def guided(self) -> Tensor:
+        """Which rows are guided, (B, 1, 1) bool."""
+        return self.weight(_GUIDED) != 0.0
+
+    def weight(self, place: int) -> Tensor:
+        """One value of each row, (B, 1, 1)."""
+        return self.values[:, place, None, None]
+
+
 def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = None, kept: Kept | None = None) -> Tensor:
     """Returns a row's registers (R, D, F) float32 before its first evaluation, from `noise` and `source` (D, F)."""
     latent = plan.noise_scale * noise.float()
@@ -35,25 +126,29 @@ def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = Non
         latent = plan.source_scale * source.float() + latent
     state = latent.new_zeros(plan.num_registers, *latent.shape)
     state[plan.start_register] = latent
-    if plan.start_blend is not None:
+    blend = plan.start_blend
+    if blend is not None:
         own = _needed(kept)
-        _blend(state[None], [plan.start_blend], kept=Kept(own.mask[None], own.source[None], own.noise[None]))
+        noised = torch.zeros_like(own.source)
+        for weight, part in ((blend.source, own.source), (blend.noise, own.noise)):
+            if weight != 0.0:
+                noised += weight * part
+        state[blend.register] = torch.where(own.mask, noised, state[blend.register])
     return state
 
 
-def network_input(state: Tensor, evaluations: Sequence[Evaluation]) -> Tensor:
+def network_input(state: Tensor, terms: StepTerms) -> Tensor:
     """Returns the network's input: each row's input register, scaled; `state` (B, R, D, F) -> (B, D, F) float32."""
-    registers = torch.tensor([evaluation.input_register for evaluation in evaluations], device=state.device)
-    x = state[torch.arange(len(evaluations), device=state.device), registers]
-    if all(evaluation.input_scale == 1.0 for evaluation in evaluations):
-        return x
-    scales = torch.tensor([evaluation.input_scale for evaluation in evaluations], dtype=torch.float32)
-    return x * scales[:, None, None].to(state.device)
+    chosen = terms.weight(_INPUT_REGISTER)
+    x = state[:, 0]
+    for register in range(1, state.shape[1]):
+        x = torch.where(chosen == register, state[:, register], x)
+    return x * terms.weight(_INPUT_SCALE) if terms.use.scales_input else x
 
 
 def advance(
     state: Tensor,
-    evaluations: Sequence[Evaluation],
+    terms: StepTerms,
     *,
     velocity: Tensor,
     unconditional: Tensor | None = None,
@@ -68,63 +163,46 @@ def advance(
     anything there.
     """
     num_registers = state.shape[1]
-    table = [_coefficients(evaluation, num_registers) for evaluation in evaluations]
-    on_device = torch.tensor(table, dtype=torch.float32).permute(1, 2, 0)[..., None, None].to(state.device)
-    terms: list[Tensor | None] = [*state.unbind(1), velocity, unconditional, noise]
+    missing = [None] * (MAX_REGISTERS - num_registers)
+    parts: list[Tensor | None] = [*state.unbind(1), *missing, velocity, unconditional, noise]
     moved = torch.zeros_like(state)
     for target in range(num_registers):
-        _add_weighted(moved[:, target], terms, table=[row[target] for row in table], weights=on_device[target])
-    blends = [evaluation.blend for evaluation in evaluations]
-    if any(blends):
-        _blend(moved, blends, kept=_needed(kept))
+        for position, part in enumerate(parts):
+            place = target * _NUM_TERMS + position
+            if place not in terms.use.somewhere:
+                continue
+            if part is None:
+                raise ValueError("an evaluation needs the unconditional output or noise, and none was given")
+            in_every_row = place in terms.use.everywhere
+            _add_weighted(moved[:, target], part, weight=terms.weight(place), in_every_row=in_every_row)
+    if terms.use.blends:
+        _blend(moved, terms, kept=_needed(kept))
     return moved
 
 
-def _add_weighted(
-    total: Tensor, terms: Sequence[Tensor | None], *, table: Sequence[Sequence[float]], weights: Tensor
-) -> None:
-    """Add the terms (B, D, F), each weighted per row by `table` (B, T) = `weights` (T, B, 1, 1), to `total` in place.
+def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: bool = False) -> None:
+    """Add `part` (B, D, F), weighted per row by `weight` (B, 1, 1), to `total` in place; weight 0 skips a row.
 
     `total` must begin as +0: adding the +0 of a row that skips a term then changes no bit.
     """
-    product = torch.empty_like(total, memory_format=torch.contiguous_format)
-    for position, term in enumerate(terms):
-        users = sum(row[position] != 0.0 for row in table)
-        if users == 0:
-            continue
-        if term is None:
-            raise ValueError("an evaluation needs the unconditional output or noise, and none was given")
-        torch.mul(term.float(), weights[position], out=product)
-        if users < len(table):
-            product.masked_fill_(weights[position] == 0.0, 0.0)
-        total += product
+    product = part.float() * weight
+    if not in_every_row:
+        product.masked_fill_(weight == 0.0, 0.0)
+    total += product
 
 
-def _blend(registers: Tensor, blends: Sequence[Blend | None], *, kept: Kept) -> None:
+def _blend(registers: Tensor, terms: StepTerms, *, kept: Kept) -> None:
     """Replace, in place, the kept frames of each row's blended register; `registers` (B, R, D, F)."""
-    table = [(blend.source, blend.noise) if blend else (0.0, 0.0) for blend in blends]
-    weights = torch.tensor(table, dtype=torch.float32).T[..., None, None].to(registers.device)
     noised = torch.zeros_like(kept.source)
-    _add_weighted(noised, [kept.source, kept.noise], table=table, weights=weights)
-    blended = torch.tensor([blend.register if blend else -1 for blend in blends]).to(registers.device)
-    for target in {blend.register for blend in blends if blend}:
-        replaced = kept.mask & (blended == target)[:, None]
-        registers[:, target] = torch.where(replaced[:, None], noised, registers[:, target])
+    _add_weighted(noised, kept.source, weight=terms.weight(_BLEND_SOURCE))
+    _add_weighted(noised, kept.noise, weight=terms.weight(_BLEND_NOISE))
+    blended = terms.weight(_BLENDED)
+    for target in range(registers.shape[1]):
+        replaced = kept.mask[:, None] & (blended == target)
+        registers[:, target] = torch.where(replaced, noised, registers[:, target])
 
 
 def _needed(kept: Kept | None) -> Kept:
     if kept is None:
         raise ValueError("a blend needs what the row keeps, and nothing was given")
     return kept
-
-
-def _coefficients(evaluation: Evaluation, num_registers: int) -> list[list[float]]:
-    """Returns, per target register, its weights on every register, then on v, v_uncond and noise."""
-    missing = [0.0] * (num_registers - len(evaluation.b))
-    rows = [
-        [*weights, *missing, v, v_uncond, noise]
-        for weights, v, v_uncond, noise in zip(
-            evaluation.a, evaluation.b, evaluation.b_uncond, evaluation.c, strict=True
-        )
-    ]
-    return rows + [[0.0] * (num_registers + 3) for _ in missing]

@@ -219,7 +219,7 @@ class _GuidedNetwork:
 
     def _run(self, x: Tensor, t: float, *, branches: Sequence[BranchConditioning]) -> Tensor:
         valid = torch.ones(len(x), x.shape[-1], dtype=torch.bool)
-        return self._model.denoise(StepBatch(x=x, t=torch.full((len(x),), t), valid=valid, branches=branches))
+        return self._model.denoise(StepBatch.of(x, t=torch.full((len(x),), t), valid=valid, branches=branches))
 
 
 def _compare_rows(report: Report, goldens: Goldens, *, name: str, results: Sequence[RowResult]) -> None:

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stable_audio_serve.sampling import SAMPLERS, NoiseSource, SamplerPlan, advance, network_input, start_state
+from stable_audio_serve.sampling import (
+    SAMPLERS,
+    NoiseSource,
+    SamplerPlan,
+    StepTerms,
+    advance,
+    network_input,
+    start_state,
+)
 from stable_audio_serve.sampling.v_samplers import OVER_TIME
 
 Network = Callable[[Tensor, float], Tensor]  # x (B, D, F) and the float32 time of all rows -> (B, D, F)
@@ -63,7 +71,7 @@ def walk_plan(
         x, velocities = state[:, plan.start_register], []
         calls = plan.evaluations[start:stop]
         for call in calls:
-            together = [call] * len(noise)
+            together = StepTerms.of([call] * len(noise))
             seen = network_input(state, together)
             velocities.append(network(seen, call.t))
             state = advance(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.engine.batching import (
     BatchPolicy,
     EqualLengths,
@@ -19,6 +20,7 @@ from stable_audio_serve.engine.batching import (
     Packed,
 )
 from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.engine import resolve_policy
 from stable_audio_serve.engine.options import EngineOptions, Mode
 
@@ -78,10 +80,14 @@ def test_packed_rows_share_one_call_with_equal_lengths_side_by_side() -> None:
     assert call.shape == (6, 200)
 
 
+def open_on(device: str) -> Device:
+    return open_device(torch.device(device), clock=SystemClock())
+
+
 def test_rows_are_packed_in_fast_mode_on_a_cpu_unless_a_grid_is_asked_for() -> None:
     def choose(device: str, mode: Mode, grid: int | None = None) -> type[BatchPolicy]:
         options = EngineOptions(mode=mode, frame_grid=grid)
-        return type(resolve_policy(options, torch.device(device), cost=CostModel(), packs_rows=True))
+        return type(resolve_policy(options, open_on(device), cost=CostModel(), packs_rows=True))
 
     assert choose("cpu", "fast") is Packed
     assert choose("cpu", "fast", 64) is choose("cuda", "fast") is MergedGrid
@@ -92,7 +98,7 @@ def test_rows_are_packed_in_fast_mode_on_a_cpu_unless_a_grid_is_asked_for() -> N
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_rows_of_a_network_without_a_mask_are_never_padded(mode: Mode, device: str) -> None:
     options = EngineOptions(mode=mode, frame_grid=64)
-    policy = resolve_policy(options, torch.device(device), cost=CostModel(), pads_rows=False)
+    policy = resolve_policy(options, open_on(device), cost=CostModel(), pads_rows=False)
     step = [Lane(1, 100), Lane(2, 430), Lane(1, 100), Lane(2, 101)]
     for call in policy.split(step):
         assert {step[i].frames for i in call.members} == {call.frames}

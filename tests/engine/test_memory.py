@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.device import open_device
 from stable_audio_serve.engine.memory import (
     MemoryUse,
     RowMemory,
@@ -33,6 +35,7 @@ from tests.goldens import SHARP
 from tests.models.loaded import loaded
 
 MB = 1_000_000
+DEVICE = open_device(torch.device("cpu"), clock=SystemClock())
 
 
 def test_a_row_is_its_registers_its_branches_and_its_largest_call() -> None:
@@ -97,8 +100,8 @@ def test_without_a_bound_nothing_is_measured_and_everything_fits() -> None:
 
 
 def test_a_device_without_an_allocator_to_ask_has_the_bound_it_is_given() -> None:
-    assert memory_budget(None, torch.device("cpu")) is None
-    assert memory_budget(123, torch.device("cpu")) == 123
+    assert memory_budget(None, DEVICE) is None
+    assert memory_budget(123, DEVICE) == 123
 
 
 def make_scheduler(max_bytes: int, **limits: object) -> Scheduler:

@@ -28,11 +28,12 @@ def test_the_network_gets_one_sequence_and_each_rows_lengths() -> None:
             return 2 * batch.x
 
     x = torch.arange(12.0).reshape(2, 2, 3)
-    batch = StepBatch(x, torch.tensor([0.1, 0.2]), torch.ones(2, 3, dtype=torch.bool), branches=["a", "b"])  # type: ignore[list-item]
+    constants = {"tone": torch.tensor([1.0, 2.0])}
+    batch = StepBatch(x, torch.tensor([0.1, 0.2]), torch.ones(2, 3, dtype=torch.bool), constants)
     out = denoise_packed(Doubling(), batch, frames=[3, 2], valid_frames=[2, 2])  # type: ignore[arg-type]
     assert torch.equal(out[0], 2 * x[0])
     assert torch.equal(out[1, :, :2], 2 * x[1, :, :2])
     assert not out[1, :, 2].any()
     (given,) = seen
-    assert (given.frames, given.valid_frames, given.valid, given.branches) == ((3, 2), (2, 2), None, ["a", "b"])
+    assert (given.frames, given.valid_frames, given.valid, given.constants) == ((3, 2), (2, 2), None, constants)
     assert given.x.shape == (1, 2, 5)

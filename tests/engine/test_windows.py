@@ -7,10 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.engine.device import open_device
 from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.protocol import SourcePlan
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import make_windows
+
+DEVICE = open_device(torch.device("cpu"), clock=SystemClock())
 
 
 @given(frames=st.integers(1, 200), chunk=st.integers(1, 100))
@@ -33,7 +37,9 @@ def test_audio_windows_join_trim_and_fall_silent(
     hop, valid = 4, int(frames * valid_share)
     samples = max(1, int(frames * hop * length_share))
     latents = torch.rand(2, frames)
-    audio = AudioAssembly(make_windows(frames), channels=2, hop=hop, valid_frames=valid, output_samples=samples)
+    audio = AudioAssembly(
+        make_windows(frames), device=DEVICE, channels=2, hop=hop, valid_frames=valid, output_samples=samples
+    )
     while audio.lengths_left:
         for window in list(audio.pending(latents, SeededNoise(0), max_frames=chunk)):
             audio.put(window.latents.repeat_interleave(hop, dim=1))
@@ -43,12 +49,12 @@ def test_audio_windows_join_trim_and_fall_silent(
 
 
 def test_windows_behind_the_result_are_not_decoded() -> None:
-    audio = AudioAssembly(make_windows(200), channels=2, hop=4, valid_frames=200, output_samples=50)
+    audio = AudioAssembly(make_windows(200), device=DEVICE, channels=2, hop=4, valid_frames=200, output_samples=50)
     assert audio.lengths_left == (32,)
 
 
 def test_audio_keeps_its_level_and_non_numbers_are_noticed() -> None:
-    audio = AudioAssembly(make_windows(2), channels=1, hop=2, valid_frames=2, output_samples=4)
+    audio = AudioAssembly(make_windows(2), device=DEVICE, channels=1, hop=2, valid_frames=2, output_samples=4)
     audio.put(torch.tensor([[-3.0, 0.5, 3.0, float("nan")]]))
     np.testing.assert_array_equal(audio.audio()[:, :3], [[-3.0, 0.5, 3.0]])
     assert not audio.is_finite

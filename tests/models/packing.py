@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks.packed import Packed, PackedOnDevice
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate_packed
+from stable_audio_serve.models.protocol import StepBatch
+from stable_audio_serve.models.sa3.branches import from_batch, to_branch
+from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
 
 WAYS = ("row by row", "one kernel")
 
@@ -49,10 +52,13 @@ def run_packed(
 ) -> list[Tensor]:
     """The network's output (1, D, F) of each of `rows` (1, D, F), which run as one sequence."""
     frames, num_prefix = [row.shape[-1] for row in rows], net.config.num_memory_tokens
+    branches = [to_branch(condition) for condition in conditions]
+    padded = torch.zeros(len(rows), 1, max(frames))
+    batch = StepBatch.of(padded, t=times, valid=padded[:, 0] > 0, branches=branches)
     out = net(
         torch.cat(list(rows), dim=2),
         times,
-        conditioning=collate_packed(conditions, frames=frames, num_prefix=num_prefix),
+        conditioning=from_batch(replace(batch, frames=tuple(frames)), num_prefix=num_prefix),
         packed=make_layout(way, frames, valid_frames or frames, num_prefix=num_prefix),
     )
     return list(out.split(frames, dim=2))

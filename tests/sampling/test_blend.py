@@ -17,6 +17,7 @@ from stable_audio_serve.sampling import (
     SamplerPlan,
     SeededNoise,
     SigmaRange,
+    StepTerms,
     advance,
     angle_path,
     blend_plan,
@@ -78,10 +79,10 @@ def run(
     batch = None if kept is None else Kept(kept.mask[None], kept.source[None], kept.noise[None])
     for index, evaluation in enumerate(plan.evaluations):
         state = before(state, index)
-        x = network_input(state, [evaluation])
+        x = network_input(state, StepTerms.of([evaluation]))
         drawn = noise.step(shape)[None] if evaluation.draws_noise else None
         v = network(x, evaluation.t)
-        state = advance(state, [evaluation], velocity=v, unconditional=0.9 * v, noise=drawn, kept=batch)
+        state = advance(state, StepTerms.of([evaluation]), velocity=v, unconditional=0.9 * v, noise=drawn, kept=batch)
     return state[0, plan.result_register]
 
 
@@ -96,7 +97,7 @@ def test_the_network_sees_the_kept_frames_at_its_own_noise_level(family: str, sa
         angle = evaluation.t * math.pi / 2
         shares = (math.cos(angle), math.sin(angle)) if family == "v" else (1 - evaluation.t, evaluation.t)
         expected = shares[0] * kept.source + shares[1] * kept.noise
-        seen = network_input(state, [evaluation])[0]
+        seen = network_input(state, StepTerms.of([evaluation]))[0]
         torch.testing.assert_close(seen[:, kept.mask], expected[:, kept.mask], rtol=0, atol=1e-5)
         return state
 
@@ -143,7 +144,7 @@ def test_the_last_evaluation_needs_no_noise_of_kept_frames() -> None:
     last = blend(make_plan("v", "k-dpm-fast"), "v", "k-dpm-fast").evaluations[-1]
     batch = Kept(kept.mask[None], kept.source[None], kept.noise[None])
     zeros = torch.zeros(1, 3, CHANNELS, FRAMES)
-    moved = advance(zeros, [last], velocity=zeros[:, 0], unconditional=zeros[:, 0], kept=batch)
+    moved = advance(zeros, StepTerms.of([last]), velocity=zeros[:, 0], unconditional=zeros[:, 0], kept=batch)
     assert moved.isfinite().all()
 
 
@@ -153,7 +154,7 @@ def test_a_blend_without_a_source_is_an_error() -> None:
         start_state(plan, torch.ones(CHANNELS, FRAMES))
     zeros = torch.zeros(1, 1, CHANNELS, FRAMES)
     with pytest.raises(ValueError, match="blend"):
-        advance(zeros, plan.evaluations[:1], velocity=zeros[:, 0], unconditional=zeros[:, 0])
+        advance(zeros, StepTerms.of(plan.evaluations[:1]), velocity=zeros[:, 0], unconditional=zeros[:, 0])
 
 
 def make_pairs(z: Tensor, noise: Tensor) -> Kept:

@@ -12,6 +12,7 @@ from stable_audio_serve.sampling import (
     Guidance,
     Kept,
     SigmaRange,
+    StepTerms,
     advance,
     blend_plan,
     build_plan,
@@ -59,17 +60,19 @@ def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> N
         if plan.start_blend is None:
             kept.source[index] = float("nan")  # a row without a blend may hold anything
     evaluations = [plan.evaluations[at] for plan, at in rows]
-    together = advance(state, evaluations, velocity=velocity, unconditional=unconditional, noise=noise, kept=kept)
-    inputs = network_input(state, evaluations)
+    together = advance(
+        state, StepTerms.of(evaluations), velocity=velocity, unconditional=unconditional, noise=noise, kept=kept
+    )
+    inputs = network_input(state, StepTerms.of(evaluations))
     for index, (plan, _) in enumerate(rows):
         own = state[index : index + 1, : plan.num_registers]
         one = slice(index, index + 1)
         outputs = {"velocity": velocity[one], "unconditional": unconditional[one], "noise": noise[one]}
         own_kept = Kept(kept.mask[one], kept.source[one], kept.noise[one]) if plan.start_blend else None
-        alone = advance(own, evaluations[one], **outputs, kept=own_kept)
+        alone = advance(own, StepTerms.of(evaluations[one]), **outputs, kept=own_kept)
         assert alone.numpy().tobytes() == together[one, : plan.num_registers].contiguous().numpy().tobytes()
         assert not together[index, plan.num_registers :].any()
-        assert torch.equal(network_input(own, evaluations[one]), inputs[one])
+        assert torch.equal(network_input(own, StepTerms.of(evaluations[one])), inputs[one])
 
 
 def test_a_neighbour_s_nan_and_unused_terms_do_not_spread() -> None:
@@ -78,7 +81,9 @@ def test_a_neighbour_s_nan_and_unused_terms_do_not_spread() -> None:
     state = torch.ones(3, 1, CHANNELS, FRAMES)
     state[1] = float("nan")
     noise = torch.full((3, CHANNELS, FRAMES), float("nan"))
-    result = advance(state, [euler, pingpong, last], velocity=torch.ones(3, CHANNELS, FRAMES), noise=noise)
+    result = advance(
+        state, StepTerms.of([euler, pingpong, last]), velocity=torch.ones(3, CHANNELS, FRAMES), noise=noise
+    )
     assert result[0].isfinite().all()
     assert result[1].isnan().all()
     assert result[2].isfinite().all()  # the last draw of ping-pong has weight 0
@@ -87,4 +92,4 @@ def test_a_neighbour_s_nan_and_unused_terms_do_not_spread() -> None:
 def test_a_missing_term_that_is_needed_is_an_error() -> None:
     pingpong = make_plan("pingpong", 2).evaluations[0]
     with pytest.raises(ValueError, match="noise"):
-        advance(torch.ones(1, 1, 2, 2), [pingpong], velocity=torch.ones(1, 2, 2))
+        advance(torch.ones(1, 1, 2, 2), StepTerms.of([pingpong]), velocity=torch.ones(1, 2, 2))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stable_audio_serve.sampling import NoiseSource, SamplerPlan, advance, network_input
+from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, advance, network_input
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ def run_plan(
     batch = state[None]
     for evaluation in plan.evaluations:
         rows = [evaluation]
-        x = network_input(batch, rows)
+        x = network_input(batch, StepTerms.of(rows))
         v = network(x, evaluation.t)
         v_uncond = unguided(x, evaluation.t) if unguided else None
         drawn = noise.step(tuple(state.shape[1:]))[None] if noise and evaluation.draws_noise else None
-        batch = advance(batch, rows, velocity=v, unconditional=v_uncond, noise=drawn)
+        batch = advance(batch, StepTerms.of(rows), velocity=v, unconditional=v_uncond, noise=drawn)
     return batch[0, plan.result_register]

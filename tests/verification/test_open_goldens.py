@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from stable_audio_serve.models.protocol import BranchConditioning
 from stable_audio_serve.models.sao import conditioners, denoiser, model, receptive_field
 from stable_audio_serve.models.sao.denoiser import GroupedCrossAttention
 from stable_audio_serve.verification.goldens import Goldens
@@ -94,7 +95,11 @@ def unconditional_without_seconds(patch: pytest.MonkeyPatch) -> None:
     def without(self: denoiser.DenoiserConditioning) -> denoiser.DenoiserConditioning:
         return denoiser.DenoiserConditioning(torch.zeros_like(self.global_embed), None)
 
+    def without_all(branch: BranchConditioning) -> BranchConditioning:
+        return BranchConditioning({"global": torch.zeros_like(branch.constants["global"])})
+
     patch.setattr(denoiser.DenoiserConditioning, "without_context", without)
+    patch.setattr(model, "without_context", without_all)
 
 
 def heads_interleaved(patch: pytest.MonkeyPatch) -> None:
@@ -117,7 +122,7 @@ def negative_scaled(patch: pytest.MonkeyPatch) -> None:
 
     def denoise(self: model.SaoModel, batch: Any) -> torch.Tensor:
         output = exact(self, batch)
-        return torch.cat([output[:1], 0.9999 * output[1:]]) if len(batch.branches) == 2 else output
+        return torch.cat([output[:1], 0.9999 * output[1:]]) if len(batch.t) == 2 else output
 
     patch.setattr(model.SaoModel, "denoise", denoise)
 
@@ -138,9 +143,9 @@ def negative_without_seconds(patch: pytest.MonkeyPatch) -> None:
         row = exact(self, plan, **rest)
         if row.unconditional is None:
             return row
-        branch = row.unconditional
-        emptied = replace(branch.conditioning, global_embed=torch.zeros_like(branch.conditioning.global_embed))
-        return replace(row, unconditional=replace(branch, conditioning=emptied))
+        constants = row.unconditional.constants
+        emptied = {**constants, "global": torch.zeros_like(constants["global"])}
+        return replace(row, unconditional=replace(row.unconditional, constants=emptied))
 
     patch.setattr(model.SaoModel, "condition", condition)
 

@@ -8,9 +8,8 @@ Shapes: B rows, D latent channels, F latent frames, M memory tokens, T context t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,6 @@ from stable_audio_serve.models.blocks import (
     RotaryEmbedding,
     RotaryTable,
     SelfAttention,
-    join_local,
 )
 from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
@@ -51,16 +49,6 @@ class DenoiserConditioning:
     global_embed: Tensor
     context: tuple[ContextKeys, ...] | None
     local: tuple[Tensor, ...] | None
-
-    @property
-    def context_bytes(self) -> int:
-        """Memory held by the cross-attention's keys and values."""
-        return sum(key.nbytes + value.nbytes for key, value in self.context or ())
-
-    @property
-    def shared_bytes(self) -> int:
-        """Memory held by what the unconditional branch shares."""
-        return self.global_embed.nbytes + sum(local.nbytes for local in self.local or ())
 
     def without_context(self) -> DenoiserConditioning:
         """Returns the unconditional branch: the same row with all context tokens zero."""
@@ -205,7 +193,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all.
 
-        Packed rows: x and the result are (1, D, sum of F), `conditioning` comes from `collate_packed`.
+        Packed rows: x and the result are (1, D, sum of F), `conditioning` is that of a packed batch.
         """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
@@ -218,60 +206,6 @@ class Denoiser(nn.Module):
     @property
     def _layers(self) -> Sequence[TransformerLayer]:
         return [layer for layer in self.transformer.layers if isinstance(layer, TransformerLayer)]
-
-
-def collate(rows: Sequence[DenoiserConditioning], *, num_frames: int) -> DenoiserConditioning:
-    """Returns one conditioning for rows that step together; local embeddings are zero-padded to `num_frames`.
-
-    Rows without context beside rows with it get zero keys and values, which add exactly zero, so that the shapes of
-    a step depend on nothing but its rows' count and length. Only a batch of such rows alone skips cross-attention.
-    """
-    if len(rows) == 1 and _fits(rows[0], num_frames):
-        return rows[0]
-    return _collate(rows, partial(_stack_local, num_frames=num_frames))
-
-
-def collate_packed(
-    rows: Sequence[DenoiserConditioning], *, frames: Sequence[int], num_prefix: int
-) -> DenoiserConditioning:
-    """Returns one conditioning for packed rows of `frames`; local embeddings are those of all tokens, (1, N, W)."""
-    return _collate(rows, partial(join_local, frames=frames, num_prefix=num_prefix))
-
-
-def _collate(rows: Sequence[DenoiserConditioning], join: Callable[[Sequence[Tensor]], Tensor]) -> DenoiserConditioning:
-    template = next((row.context for row in rows if row.context is not None), None)
-    context = None
-    if template is not None:
-        filled = [row.context or _zeros_like(template) for row in rows]
-        layers = zip(*filled, strict=True)
-        context = tuple(
-            ContextKeys(torch.cat([keys.key for keys in layer]), torch.cat([keys.value for keys in layer]))
-            for layer in layers
-        )
-    local = None
-    if rows[0].local is not None:
-        locals_by_layer = zip(*(row.local or () for row in rows), strict=True)
-        local = tuple(join(layer) for layer in locals_by_layer)
-    return DenoiserConditioning(torch.cat([row.global_embed for row in rows]), context, local)
-
-
-def _fits(row: DenoiserConditioning, num_frames: int) -> bool:
-    return row.local is None or row.local[0].shape[1] in (1, num_frames)
-
-
-def _zeros_like(context: tuple[ContextKeys, ...]) -> tuple[ContextKeys, ...]:
-    zeros = ContextKeys(torch.zeros_like(context[0].key), torch.zeros_like(context[0].value))
-    return (zeros,) * len(context)
-
-
-def _stack_local(rows: Sequence[Tensor], *, num_frames: int) -> Tensor:
-    """Stack rows (1, F or 1, W) into (B, num_frames, W), or (B, 1, W) when no row differs from frame to frame."""
-    if all(row.shape[1] == 1 for row in rows):
-        return torch.cat(list(rows))
-    out = rows[0].new_zeros(len(rows), num_frames, rows[0].shape[2])
-    for target, row in zip(out, rows, strict=True):
-        target[: num_frames if row.shape[1] == 1 else row.shape[1]] = row[0]
-    return out
 
 
 def _mlp(width_in: int, width_out: int, *, bias: bool, hidden: int | None = None) -> nn.Sequential:

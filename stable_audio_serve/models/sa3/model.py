@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +27,15 @@ from stable_audio_serve.models.protocol import (
     WindowRule,
 )
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
+from stable_audio_serve.models.sa3.branches import from_batch, to_branch, with_context, without_context
 from stable_audio_serve.models.sa3.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sa3.config import Sa3Config
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate, collate_packed
+from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.planning import plan_rows
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.sampling.schedules import CONFIG_KEY, shift_from_config
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One denoiser input's constants; `num_bytes` counts what the row's other branch does not already hold."""
-
-    conditioning: DenoiserConditioning
-    num_bytes: int
+from stable_audio_serve.sampling.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +101,7 @@ class Sa3Model:
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width) float32 with the learned vector at padded positions, and which tokens are real."""
-        ids, mask = (tensor.to(self._device) for tensor in self.text.tokenize(prompts))
+        ids, mask = (to_device(tensor, self._device) for tensor in self.text.tokenize(prompts))
         tokens, real = self.prompt(self.text.encode(ids, mask), mask.bool()), mask.bool()
         # Cloned, so that a cached prompt does not hold the whole batch's memory.
         return [TextEmbedding(p, tokens[i].clone(), real[i].clone()) for i, p in enumerate(prompts)]
@@ -117,7 +110,7 @@ class Sa3Model:
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
         """Returns latents (D, F_window) float32 of windows of one length."""
-        audio = torch.stack([window.samples for window in windows]).to(self._device, torch.float32)
+        audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         noise = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
         frames = -(-audio.shape[-1] // self._spec.hop)
         return list(self.autoencoder.encode(audio, noise)[..., :frames].float())
@@ -141,28 +134,26 @@ class Sa3Model:
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
         local = self._local_conditioning(plan, inpaint_latents)
         row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond, local=local)
-        conditional = Branch(row, row.shared_bytes + row.context_bytes)
+        conditional = to_branch(row)
         if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
             return RowConditioning(conditional, None)
         if negative is None:
-            return RowConditioning(conditional, Branch(row.without_context(), 0))
+            return RowConditioning(conditional, without_context(conditional))
         tokens = torch.where(negative.mask[:, None], negative.tokens, torch.zeros_like(negative.tokens))
         away = replace(row, context=self.denoiser.project_context(self._context(tokens, numbers)))
-        return RowConditioning(conditional, Branch(away, away.context_bytes))
+        return RowConditioning(conditional, with_context(conditional, away))
 
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns velocity (B, D, F) float32; row-independent for valid frames."""
-        rows = [branch.conditioning for branch in cast("Sequence[Branch]", batch.branches)]
         if not batch.frames:
-            conditioning = collate(rows, num_frames=batch.x.shape[-1])
-            return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
+            return self.denoiser(batch.x, batch.t, conditioning=from_batch(batch), valid=batch.valid).float()
         num_prefix = self.config.denoiser.num_memory_tokens
-        conditioning = collate_packed(rows, frames=batch.frames, num_prefix=num_prefix)
         packed = packed_layout(
             batch.frames, batch.valid_frames, num_prefix=num_prefix, device=self._device, dtype=self.denoiser.dtype
         )
+        conditioning = from_batch(batch, num_prefix=num_prefix)
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, packed=packed).float()
 
     @torch.inference_mode()
@@ -175,7 +166,7 @@ class Sa3Model:
 
     def _embed_number(self, id_: str, value: float) -> Tensor:
         """(1, width) float32."""
-        return self.numbers[id_](torch.tensor([value], dtype=torch.float32, device=self._device))
+        return self.numbers[id_](to_device(torch.tensor([value], dtype=torch.float32), self._device))
 
     def _context(self, tokens: Tensor, numbers: dict[str, Tensor]) -> Tensor:
         """Prompt tokens (T, width) and numbers (1, width) each, in the config's order -> (1, T', width)."""
@@ -192,7 +183,7 @@ class Sa3Model:
             return torch.zeros(1, self.config.denoiser.local_width, 1, device=self._device)
         parts: dict[str, Tensor] = {}
         if plan.keep_mask is not None and latents is not None:
-            mask = plan.keep_mask.to(self._device)[None]
+            mask = to_device(plan.keep_mask, self._device)[None]
             parts["inpaint_mask"] = mask
             parts["inpaint_masked_input"] = torch.where(mask > 0, latents, torch.zeros_like(latents))
         else:
@@ -202,5 +193,6 @@ class Sa3Model:
             )
         frame_s = self._spec.hop / self._spec.card.sample_rate_hz
         for id_, conditioner in self.config.frame_conditioners.items():
-            parts[id_] = conditioner.features(plan.frames, frame_s=frame_s, numbers=plan.numbers).to(self._device)
+            features = conditioner.features(plan.frames, frame_s=frame_s, numbers=plan.numbers)
+            parts[id_] = to_device(features, self._device)
         return torch.cat([parts[id_] for id_ in self.config.local_ids])[None]

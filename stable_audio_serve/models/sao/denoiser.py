@@ -54,11 +54,6 @@ class DenoiserConditioning:
     global_embed: Tensor
     context: tuple[ContextKeys, ...] | None
 
-    @property
-    def context_bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(part.nbytes for keys in self.context or () for part in keys)
-
     def without_context(self) -> DenoiserConditioning:
         """The unconditional branch: the same row with all context tokens zero."""
         return DenoiserConditioning(self.global_embed, None)
@@ -240,26 +235,6 @@ class Denoiser(nn.Module):
     @property
     def _layers(self) -> Sequence[TransformerLayer]:
         return [layer for layer in self.transformer.layers if isinstance(layer, TransformerLayer)]
-
-
-def collate(rows: Sequence[DenoiserConditioning]) -> DenoiserConditioning:
-    """Returns one conditioning for rows that step together.
-
-    Rows without context beside rows with it get zero keys and values, which add exactly zero. Only a batch of such
-    rows alone skips cross-attention.
-    """
-    if len(rows) == 1:
-        return rows[0]
-    template = next((row.context for row in rows if row.context is not None), None)
-    context = None
-    if template is not None:
-        nothing = (ContextKeys(torch.zeros_like(template[0].key), torch.zeros_like(template[0].value)),) * len(template)
-        layers = zip(*(row.context or nothing for row in rows), strict=True)
-        context = tuple(
-            ContextKeys(torch.cat([keys.key for keys in layer]), torch.cat([keys.value for keys in layer]))
-            for layer in layers
-        )
-    return DenoiserConditioning(torch.cat([row.global_embed for row in rows]), context)
 
 
 def _mlp(width_in: int, width_out: int, *, bias: bool) -> nn.Sequential:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +25,16 @@ from stable_audio_serve.models.protocol import (
     StepBatch,
     TextEmbedding,
 )
+from stable_audio_serve.models.sao.branches import from_batch, to_branch, with_context, without_context
 from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner
 from stable_audio_serve.models.sao.config import SaoConfig
-from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, DenoiserConditioning, collate
+from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import Halos, plan_rows, read_shift
 from stable_audio_serve.models.sao.receptive_field import decoder_halo, encoder_halo
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One denoiser input's constants; `num_bytes` counts what the row's other branch does not already hold."""
-
-    conditioning: DenoiserConditioning
-    num_bytes: int
+from stable_audio_serve.sampling.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +93,7 @@ class SaoModel:
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width) float32, zero at padded positions, and which tokens are real."""
-        ids, mask = (tensor.to(self._device) for tensor in self.text.tokenize(prompts))
+        ids, mask = (to_device(tensor, self._device) for tensor in self.text.tokenize(prompts))
         tokens, real = self.prompt(self.text.encode(ids, mask), mask.bool()), mask.bool()
         # Cloned, so that a cached prompt does not hold the whole batch's memory.
         return [TextEmbedding(p, tokens[i].clone(), real[i].clone()) for i, p in enumerate(prompts)]
@@ -109,7 +102,7 @@ class SaoModel:
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
         """Returns latents (D, F_window) float32 of windows of one length; the bottleneck draws one value for each."""
-        audio = torch.stack([window.samples for window in windows]).to(self._device, torch.float32)
+        audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         shape = (self._spec.card.latent_channels, audio.shape[-1] // self._spec.hop)
         noises = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
         noise = stack_draws(noises, "bottleneck", shape=shape, frame_axis=1, device=self._device)
@@ -133,21 +126,20 @@ class SaoModel:
         numbers = self._embed_numbers(plan.numbers)
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
         row = self.denoiser.condition(self._context(prompt.tokens, numbers), global_cond)
-        conditional = Branch(row, row.global_embed.nbytes + row.context_bytes)
+        conditional = to_branch(row)
         if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
             return RowConditioning(conditional, None)
         if negative is None:
-            return RowConditioning(conditional, Branch(row.without_context(), 0))
+            return RowConditioning(conditional, without_context(conditional))
         others = self._embed_numbers(plan.negative_numbers or plan.numbers)
         away = replace(row, context=self.denoiser.project_context(self._context(negative.tokens, others)))
-        return RowConditioning(conditional, Branch(away, away.context_bytes))
+        return RowConditioning(conditional, with_context(conditional, away))
 
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns v or a velocity, as the objective says, (B, D, F) float32; row-independent for valid frames."""
-        branches = cast("Sequence[Branch]", batch.branches)
-        conditioning = collate([branch.conditioning for branch in branches])
+        conditioning = from_batch(batch)
         if not batch.frames:
             return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
         packed = packed_layout(
@@ -166,7 +158,7 @@ class SaoModel:
     def _embed_numbers(self, values: Mapping[str, float]) -> dict[str, Tensor]:
         """Returns (1, width) float32 by conditioner id."""
         return {
-            id_: number(torch.tensor([values[id_]], dtype=torch.float32, device=self._device))
+            id_: number(to_device(torch.tensor([values[id_]], dtype=torch.float32), self._device))
             for id_, number in self.numbers.items()
         }
 

@@ -7,8 +7,7 @@ Row-independent: everything but the network's steps runs row by row. Gradients a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import (
+    BranchConditioning,
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
@@ -33,16 +33,6 @@ from stable_audio_serve.models.switches import exact
 from stable_audio_serve.sampling.schedules import TimestepShift
 
 _CONTEXT, _CONTEXT_MASK, _PREPENDED = "cross_attn_cond", "cross_attn_mask", "prepend_cond"
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One row's arguments of the network, a batch of one each; `num_bytes` counts what the row's other branch does not
-    already hold.
-    """
-
-    arguments: Mapping[str, Tensor]
-    num_bytes: int
 
 
 class PackageModel:
@@ -116,22 +106,20 @@ class PackageModel:
         network is given is the row's own, as in the package.
         """
         own = self._arguments(prompt, plan.numbers)
-        conditional = Branch(own, sum(value.nbytes for value in own.values()))
+        conditional = BranchConditioning(own)
         if not any(evaluation.guided for evaluation in plan.sampler.evaluations):
             return RowConditioning(conditional, None)
         replaced = {key: torch.zeros_like(own[key]) for key in (_CONTEXT, _PREPENDED) if key in own}
         if negative is not None and _CONTEXT in own:
             other = self._arguments(negative, plan.negative_numbers or plan.numbers)
             replaced[_CONTEXT] = torch.where(other[_CONTEXT_MASK].bool()[..., None], other[_CONTEXT], 0.0)
-        unconditional = Branch({**own, **replaced}, sum(value.nbytes for value in replaced.values()))
-        return RowConditioning(conditional, unconditional)
+        return RowConditioning(conditional, BranchConditioning({**own, **replaced}))
 
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns v or a velocity, as the objective says, (B, D, F) float32; every frame must be valid."""
-        rows = [branch.arguments for branch in cast("Sequence[Branch]", batch.branches)]
-        arguments = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        arguments = {key: value.flatten(0, 1) for key, value in batch.constants.items()}  # each is a batch of one
         output: Tensor = self.wrapper.model(batch.x, batch.t, **arguments, cfg_scale=1.0)
         return output.float()
 

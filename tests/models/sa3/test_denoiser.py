@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning, collate
+from stable_audio_serve.models.protocol import StepBatch
+from stable_audio_serve.models.sa3.branches import from_batch, to_branch
+from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
 from tests.models.packing import WAYS, run_packed
@@ -178,7 +180,8 @@ def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
     for i, row in enumerate(rows):
         x[i, :, : lengths[i]] = row[0]
         valid[i, : lengths[i]] = True
-    together = net(x, UNLIKE_TIMES, conditioning=collate(conditions, num_frames=padded), valid=valid)
+    batch = StepBatch.of(x, t=UNLIKE_TIMES, valid=valid, branches=[to_branch(row) for row in conditions])
+    together = net(x, UNLIKE_TIMES, conditioning=from_batch(batch), valid=valid)
     for i, row in enumerate(run_alone(name)):
         assert_near(together[i : i + 1, :, : lengths[i]], row, within=1e-5)
 

@@ -1,0 +1,132 @@
+"""Device memory for what rows keep from frame to frame, in pages that a call finds by their numbers: so a call's inputs
+stay at fixed addresses, whichever rows take part. Knows no rows and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import torch
+from torch import Tensor
+
+PAGE_FRAMES = 64
+NOTHING, ANYWHERE = 0, 1  # the page of zeros that nobody writes, and the page that nobody reads
+
+Pages = tuple[int, ...]
+
+
+def pages_of(frames: int) -> int:
+    """Returns how many pages hold so many frames."""
+    return -(-frames // PAGE_FRAMES)
+
+
+class FrameArena:
+    """Pages of 64 frames with `channels` values each. Used by one thread.
+
+    It grows when it is full; then `memory` moves, which `num_moves` counts.
+    """
+
+    def __init__(
+        self, channels: int, *, device: torch.device, dtype: torch.dtype = torch.float32, num_pages: int = 64
+    ) -> None:
+        self.memory = torch.zeros(num_pages, channels, PAGE_FRAMES, device=device, dtype=dtype)
+        self.num_moves = 0
+        self._free = list(range(ANYWHERE + 1, num_pages))  # a heap: low numbers first, so that few pages are touched
+
+    def take(self, frames: int) -> Pages:
+        """Returns pages for so many frames; what they hold is left over from others."""
+        count = pages_of(frames)
+        while len(self._free) < count:
+            self._grow()
+        return tuple(heappop(self._free) for _ in range(count))
+
+    def give_back(self, pages: Pages) -> None:
+        """Let others use these pages."""
+        for page in pages:
+            heappush(self._free, page)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be taken without growing."""
+        return len(self._free)
+
+    def _grow(self) -> None:
+        old = len(self.memory)
+        self.memory = torch.cat([self.memory, torch.zeros_like(self.memory)])
+        self.num_moves += 1
+        for page in range(old, 2 * old):
+            heappush(self._free, page)
+
+
+class SlotArena:
+    """Slots for tensors of one shape, slot 0 all zeros. Used by one thread. It grows as a FrameArena does."""
+
+    def __init__(self, like: Tensor, *, num_slots: int = 8) -> None:
+        """`like` has the shape, dtype and device of what will be kept."""
+        self.memory = like.new_zeros(num_slots, *like.shape)
+        self.num_moves = 0
+        self._free = list(range(NOTHING + 1, num_slots))
+
+    def put(self, value: Tensor) -> int:
+        """Keep a copy; returns its slot."""
+        if not self._free:
+            old = len(self.memory)
+            self.memory = torch.cat([self.memory, torch.zeros_like(self.memory)])
+            self.num_moves += 1
+            self._free = list(range(old, 2 * old))
+        slot = heappop(self._free)
+        self.memory[slot] = value
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        """Let another value have this slot."""
+        heappush(self._free, slot)
+
+
+def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
+    """Returns the first `frames` frames of what the pages hold; `table` (..., P) int32 -> (..., D, frames)."""
+    found = memory.index_select(0, table.flatten()).view(*table.shape, *memory.shape[1:])
+    joined = found.movedim(-3, -2).flatten(-2)
+    return joined[..., :frames].contiguous()
+
+
+def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
+    """Write values (..., D, F) to the pages of `table` (..., P) int32, P pages for F frames; the rest becomes 0.
+
+    What belongs to no page (`NOTHING`) is dropped.
+    """
+    room = table.shape[-1] * PAGE_FRAMES
+    padded = torch.nn.functional.pad(values, (0, room - values.shape[-1]))
+    pages = padded.unflatten(-1, (-1, PAGE_FRAMES)).movedim(-2, -3).flatten(0, -3)
+    memory.index_copy_(0, torch.where(table == NOTHING, ANYWHERE, table).flatten().long(), pages)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldFrames:
+    """What one row holds in an arena: several parts, such as registers, of `frames` frames each."""
+
+    arena: FrameArena
+    frames: int
+    parts: tuple[Pages, ...]
+
+    @classmethod
+    def take(cls, arena: FrameArena, *, frames: int, num_parts: int) -> HeldFrames:
+        return cls(arena, frames, tuple(arena.take(frames) for _ in range(num_parts)))
+
+    def free(self) -> None:
+        """Give all pages back; the value must not be used afterwards."""
+        for pages in self.parts:
+            self.arena.give_back(pages)
+
+
+def page_table(parts: Sequence[Sequence[Pages]], *, frames: int, num_parts: int) -> list[int]:
+    """Returns the pages of each row's parts, (rows, num_parts, P) flattened, for a call over `frames` frames."""
+    width = pages_of(frames)
+    table: list[int] = []
+    for row in parts:
+        for part in range(num_parts):
+            pages = row[part] if part < len(row) else ()
+            table += [*pages, *[NOTHING] * (width - len(pages))]
+    return table

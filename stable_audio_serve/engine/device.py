@@ -1,0 +1,211 @@
+"""All that differs by kind of device: memory that copies need not wait for, points in the device's work, what suits it.
+Nothing else in the engine asks which kind it runs on. Knows no rows and no model.
+
+A device works through its queue behind the host. A host that waits for it leaves it idle afterwards, so results come
+back by copies into pinned memory, and are read once the `Moment` marked after them is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.generation import DeviceUse
+from stable_audio_serve.engine.options import Mode
+from stable_audio_serve.sampling.transfer import to_device
+
+# Errors after which the device itself is unusable: no row caused them and the process must be replaced.
+DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+
+
+class Moment(Protocol):
+    """A point in a device's work."""
+
+    def is_reached(self) -> bool:
+        """Whether the device has done everything that was asked of it before."""
+        ...
+
+    def wait(self) -> None:
+        """Block until the point is reached."""
+        ...
+
+    def ms_since(self, earlier: Moment) -> float:
+        """Returns the device's time between two points of the same device, both reached."""
+        ...
+
+
+class Device(Protocol):
+    """One device as the engine thread uses it."""
+
+    torch_device: torch.device
+    default_mode: Mode
+    frame_grid: int  # latent frames: what row lengths are best padded to a multiple of
+    can_capture: bool
+    prefers_packed: bool  # rows of unlike lengths: packed rather than padded
+    shares_calls: bool  # in strict mode: whether several rows fit into one call of fixed shape
+
+    def upload(self, host: Tensor) -> Tensor:
+        """Returns a host tensor's values on the device; does not wait."""
+        ...
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Returns new host memory, zeros, that copies need not wait for."""
+        ...
+
+    def upload_buffer(self, buffer: Tensor) -> Tensor:
+        """Returns the values of a whole `host_buffer` on the device; does not wait."""
+        ...
+
+    def download(self, source: Tensor, target: Tensor) -> None:
+        """Copy a device tensor to contiguous host memory of `host_buffer`; there once a later moment is reached."""
+        ...
+
+    def mark(self) -> Moment:
+        """Returns the point after everything that was asked of the device so far."""
+        ...
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Returns a function that asks the device for the same work again, on the same memory, in a single launch.
+
+        `run` must ask for nothing but device work, and is carried out once or more. Only where `can_capture`.
+        """
+        ...
+
+    def use(self) -> DeviceUse:
+        """Returns the kind of device and its memory in bytes, where that is known."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Returns how much of its own memory this process can still take; None if it has no memory of its own."""
+        ...
+
+
+class WaitingDevice:
+    """A device for which the host waits: a CPU, or one that has no queue to look into."""
+
+    def __init__(self, device: torch.device, *, clock: Clock) -> None:
+        is_cpu = device.type == "cpu"
+        self.torch_device = device
+        self.default_mode: Mode = "strict" if is_cpu else "fast"  # batching gains little on a CPU
+        self.frame_grid = 1 if is_cpu else 64
+        self.shares_calls = not is_cpu
+        self.can_capture = False
+        self.prefers_packed = is_cpu
+        self._clock = clock
+
+    def upload(self, host: Tensor) -> Tensor:
+        return host.to(self.torch_device)
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def upload_buffer(self, buffer: Tensor) -> Tensor:
+        return buffer.to(self.torch_device)
+
+    def download(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source)
+
+    def mark(self) -> Moment:
+        return _Reached(self._clock.monotonic())
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("this device captures nothing")
+
+    def use(self) -> DeviceUse:
+        return DeviceUse(self.torch_device.type)
+
+    def free_bytes(self) -> int | None:
+        return None
+
+
+class _Reached:
+    def __init__(self, at_s: float) -> None:
+        self.at_s = at_s
+
+    def is_reached(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def ms_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, _Reached)
+        return (self.at_s - earlier.at_s) * 1000.0
+
+
+class CudaDevice:
+    """A GPU."""
+
+    default_mode: Mode = "fast"
+    frame_grid = 64
+    shares_calls = True
+    can_capture = True
+    prefers_packed = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
+        self._captures: tuple[torch.cuda.Stream, Any] | None = None
+
+    def upload(self, host: Tensor) -> Tensor:
+        return to_device(host, self.torch_device)
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def upload_buffer(self, buffer: Tensor) -> Tensor:
+        return buffer.to(self.torch_device, non_blocking=True)
+
+    def download(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def mark(self) -> Moment:
+        return _Event(self.torch_device)
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self._captures is None:  # one pool for all: no two captured pieces of work run at once
+            self._captures = torch.cuda.Stream(self.torch_device), torch.cuda.graph_pool_handle()
+        stream, pool = self._captures
+        current = torch.cuda.current_stream(self.torch_device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            run()  # what happens once in a process's life must not happen within the capture
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            run()
+        return graph.replay
+
+    def use(self) -> DeviceUse:
+        device = self.torch_device
+        return DeviceUse("cuda", torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+
+    def free_bytes(self) -> int | None:
+        device = self.torch_device
+        free, total = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+
+
+class _Event:
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(torch.cuda.current_stream(device))
+
+    def is_reached(self) -> bool:
+        return self._event.query()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def ms_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, _Event)
+        return float(earlier._event.elapsed_time(self._event))
+
+
+def open_device(device: torch.device, *, clock: Clock) -> Device:
+    """Returns the engine's view of a torch device."""
+    return CudaDevice(device) if device.type == "cuda" else WaitingDevice(device, clock=clock)

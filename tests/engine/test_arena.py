@@ -1,0 +1,86 @@
+"""Pages of an arena: what was written is read, nothing else is, and a row may be shorter than its call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stable_audio_serve.engine.arena import (
+    ANYWHERE,
+    PAGE_FRAMES,
+    FrameArena,
+    HeldFrames,
+    page_table,
+    pages_of,
+    read,
+    write,
+)
+
+CHANNELS = 3
+
+
+def table_of(held: HeldFrames, *, frames: int, num_parts: int) -> Tensor:
+    table = page_table([held.parts], frames=frames, num_parts=num_parts)
+    return torch.tensor(table, dtype=torch.int32).view(1, num_parts, -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 4)), min_size=1, max_size=12),
+    dropped=st.sets(st.integers(0, 11)),
+    seed=st.integers(0, 100),
+)
+def test_what_a_row_holds_survives_its_neighbours_and_growth(
+    rows: list[tuple[int, int]], dropped: set[int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=4)
+    held: dict[int, tuple[HeldFrames, Tensor]] = {}
+
+    def keep(index: int, frames: int, num_parts: int) -> None:
+        own = HeldFrames.take(arena, frames=frames, num_parts=num_parts)
+        values = torch.randn(1, num_parts, CHANNELS, frames, generator=generator)
+        write(arena.memory, table_of(own, frames=frames, num_parts=num_parts), values=values)
+        held[index] = own, values
+
+    for index, (frames, num_parts) in enumerate(rows):
+        keep(index, frames, num_parts)
+    for index in dropped & held.keys():
+        held.pop(index)[0].free()
+        keep(100 + index, *rows[index])
+    for own, values in held.values():
+        longer, more = own.frames + 70, len(own.parts) + 1
+        found = read(arena.memory, table_of(own, frames=longer, num_parts=more), frames=longer)[0]
+        assert torch.equal(found[:-1, :, : own.frames], values[0])
+        assert not found[:-1, :, own.frames :].any()  # behind the row's own frames
+        assert not found[-1].any()  # a part that it does not have
+    in_use = sum(pages_of(own.frames) * len(own.parts) for own, _ in held.values())
+    assert arena.num_free == len(arena.memory) - in_use - (ANYWHERE + 1)
+
+
+def test_what_is_written_without_a_page_is_dropped() -> None:
+    arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=4)
+    nowhere = torch.zeros(1, 2, dtype=torch.int32)
+    write(arena.memory, nowhere, values=torch.full((1, CHANNELS, 2 * PAGE_FRAMES), float("nan")))
+    assert not read(arena.memory, nowhere, frames=2 * PAGE_FRAMES).any()
+
+
+def test_the_memory_stays_where_it_is_until_the_arena_grows() -> None:
+    arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=4)
+    place = arena.memory.data_ptr()
+    first = HeldFrames.take(arena, frames=2 * PAGE_FRAMES, num_parts=1)
+    first.free()
+    second = HeldFrames.take(arena, frames=PAGE_FRAMES, num_parts=2)
+    assert arena.memory.data_ptr() == place
+    assert arena.num_moves == 0
+    arena.take(1)
+    assert arena.num_moves == 1
+    assert set(second.parts[0]).isdisjoint(second.parts[1])
+
+
+@pytest.mark.parametrize(("frames", "pages"), [(1, 1), (64, 1), (65, 2), (128, 2)])
+def test_pages_hold_64_frames(frames: int, pages: int) -> None:
+    assert pages_of(frames) == pages
