@@ -8,12 +8,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.compare.quiet import describe_quiet, measure_in_quiet
 from benchmarks.metrics import worst_ratio
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
@@ -30,17 +31,21 @@ _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=5
 
 
 class Clip:
-    """One clip's device calls; beside a denoiser in bfloat16 the decoder computes in half precision, too."""
+    """One clip's device calls; beside a denoiser in bfloat16 the decoder has the precision half."""
 
     def __init__(self, precision: str) -> None:
         device = torch.device("cpu")
-        self.model: Sa3Model = build_random_model(_MODEL, device=device, dtype=resolve_dtype(device, precision))
+        self.model: Sa3Model = build_random_model(
+            _MODEL,
+            device=device,
+            dtype=resolve_dtype(device, precision),
+            decode_precision="float32" if precision == "float32" else "half",
+        )
         plan = self.model.plan(_REQUEST)[0]
         prompt = self.model.encode_text([plan.prompt])[0]
         conditioning = self.model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None)
         self._branch: BranchConditioning = conditioning.conditional
         self._latents = torch.randn(256, _FRAMES, generator=torch.Generator().manual_seed(0))
-        self._is_half = precision != "float32"
 
     def step(self, rows: int) -> Tensor:
         """(rows, 256, 64) float32."""
@@ -52,8 +57,7 @@ class Clip:
 
     def decode(self) -> Tensor:
         """(2, 64 * 4096) float32."""
-        with torch.autocast("cpu", torch.bfloat16) if self._is_half else nullcontext():
-            return self.model.decode([DecodeWindow(self._latents, 0, SeededNoise(1))])[0]
+        return self.model.decode([DecodeWindow(self._latents, 0, SeededNoise(1))])[0]
 
 
 def run_bfloat16_case(settings: CaseSettings) -> dict[str, Any]:
@@ -66,7 +70,8 @@ def run_bfloat16_case(settings: CaseSettings) -> dict[str, Any]:
         "rows_step": lambda clip: clip.step(_ROWS),
     }
     outputs = {name: [call(clip) for clip in clips.values()] for name, call in calls.items()}
-    rounds = [_measure(clips, calls) for _ in range(settings.rounds)]
+    measured = [measure_in_quiet(partial(_measure, clips, calls)) for _ in range(settings.rounds)]
+    rounds = [one for one, _ in measured]
     clip_s = [tuple(_STEPS * one[name]["step"] + one[name]["decode"] for name in _PRECISIONS) for one in rounds]
     together = {name: [(_ROWS * one[name]["step"], one[name]["rows_step"]) for one in rounds] for name in _PRECISIONS}
     return {
@@ -84,6 +89,7 @@ def run_bfloat16_case(settings: CaseSettings) -> dict[str, Any]:
             name: [alone / shared for alone, shared in pairs] for name, pairs in together.items()
         },
         "snr_db": {name: _snr_db(half, exact) for name, (exact, half) in outputs.items()},
+        **describe_quiet([watch for _, watch in measured]),
     }
 
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.processor import has_native_bfloat16
 from stable_audio_serve.models.switches import (
     PROCESS,
     bfloat16_processor_products,
@@ -34,7 +35,6 @@ _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {  # of the layers that are split, i
     F.conv1d: (*_FACTORS, "stride", "padding", "dilation", "groups"),
     F.conv_transpose1d: (*_FACTORS, "stride", "padding", "output_padding", "groups", "dilation"),
 }
-_NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")
 _FIRST_WITH_TF32 = 8  # CUDA compute capability, major
 
 
@@ -53,12 +53,6 @@ def resolve_decode_precision(device: torch.device, precision: str | None) -> Dec
     allowed = ", ".join(able)
     message = f"decode_precision {precision!r} {what} {_name(device)}; allowed: {allowed}"
     raise ConfigError(message, field="decode_precision", allowed=allowed)
-
-
-def has_native_bfloat16() -> bool:
-    """Whether this machine's processor multiplies bfloat16 in hardware (AVX512-bf16, AMX)."""
-    capabilities: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in _NATIVE_BFLOAT16)
 
 
 def _able(device: torch.device) -> tuple[DecodePrecision, ...]:

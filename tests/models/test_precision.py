@@ -16,11 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.processor import has_native_bfloat16
+from stable_audio_serve.models import precision
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.precision import (
     SplitProducts,
     decoder_products,
-    has_native_bfloat16,
     resolve_decode_precision,
 )
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, StepBatch
@@ -56,7 +57,7 @@ def test_each_device_has_its_default_and_refuses_what_it_cannot_do(monkeypatch: 
 def test_a_processor_without_bfloat16_computes_in_float32_only(
     is_native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": is_native}, raising=False)
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda: is_native)
     for choice in ("half", "split"):
         if is_native:
             assert resolve_decode_precision(CPU, choice) == choice
@@ -235,7 +236,7 @@ def test_convolutions_are_split(name: str) -> None:
 
 @torch.inference_mode()
 def test_half_stores_the_decoder_s_linear_layers_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda: True)
     entry = resolve_entry("mine", path=str(load_goldens("sharp-s").folder))
     model = load_model(entry, decode_precision="half")
     assert isinstance(model, Sa3Model)
