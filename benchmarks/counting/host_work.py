@@ -194,6 +194,9 @@ class _QueueingDevice(CudaDevice):
     def use(self) -> DeviceUse:
         return DeviceUse(DEVICE.type)
 
+    def free_bytes(self) -> int | None:
+        return None
+
 
 class _Point:
     def __init__(self, stand_in: StandInDevice) -> None:

@@ -287,8 +287,10 @@ class Engine:
         is_steady = self.mode == "strict" and not self._device.shares_calls
         sharing = (steady_threads if is_steady else plain_threads)(options.torch_threads)
 
-        def prepare() -> None:
-            memory.measure(self._model, self._noise_factory)
+        model, noise_factory = self._model, self._noise_factory
+
+        def prepare() -> None:  # which must not hold this engine: a forgotten one ends its thread
+            memory.measure(model, noise_factory)
             if options.warmup_budget_s > 0:
                 warm_up.run()
 
