@@ -21,14 +21,15 @@ from benchmarks.counting.host_work import KINDS, REQUESTS, Family, Setting, coun
 from benchmarks.counting.launches import count_model
 from benchmarks.metrics import worst_ratio
 from benchmarks.settings import CaseSettings
-from benchmarks.simulate.engine import fit_cost
+from benchmarks.simulate.engine import GPU, fit_cost
 from benchmarks.simulate.roofline import SMALL, h200
 from benchmarks.workload import noise_audio
 from stable_audio_serve.audio.encode import AudioFormat, encode_audio, to_pcm16
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.batching import MergedGrid
+from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.policies import resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
 from stable_audio_serve.engine.work import RowWork
@@ -109,17 +110,13 @@ def time_scheduler(rounds: int, repetitions: int) -> dict[str, Any]:
     }
 
 
-def build_policy() -> tuple[MergedGrid, CostModel]:
+def build_policy() -> tuple[BatchPolicy, CostModel]:
     """Returns the fast mode's policy and cost model as they are for small on an H200."""
     network = SMALL
-    cost = fit_cost(h200(network), longest_frames=network.frames(120.0), grid=64)
-    return (
-        MergedGrid(
-            call_ms=lambda rows, frames: cost.call_ms("denoise", rows=rows, frames=frames),
-            knee_tokens=lambda frames: cost.knee_tokens(frames, EngineOptions().fixed_share),
-        ),
-        cost,
-    )
+    cost = CostModel()
+    policy = resolve_policy(EngineOptions(), GPU, cost=cost)
+    fit_cost(cost, h200(network), policy=policy, longest_frames=network.frames(120.0), limits=SchedulerLimits())
+    return policy, cost
 
 
 def draw_works(num_rows: int) -> list[RowWork]:
@@ -135,7 +132,7 @@ def draw_works(num_rows: int) -> list[RowWork]:
     return works
 
 
-def fill_scheduler(num_rows: int, *, policy: MergedGrid, cost: CostModel) -> Scheduler:
+def fill_scheduler(num_rows: int, *, policy: BatchPolicy, cost: CostModel) -> Scheduler:
     """Returns an engine's scheduler with so many rows."""
     options = EngineOptions()
     predictor = Predictor(cost, policy, turn_frames=options.turn_frames)

@@ -1,14 +1,17 @@
-"""The case `simulate`: what the engine's own scheduling makes of the real networks' work on a model of an H200, next to
-a lock server and static batches on the same device; which shapes its calls have over a day.
+"""The case `simulate`: what the engine's own scheduling makes of the real networks' work on a model of an H200, and of
+the demo's on a CPU, next to a lock server and static batches on the same device; which shapes its calls have in a day.
 
-Figures come from arithmetic, not from a GPU. `grid` is how the product batches on CUDA, `packed` how it does where rows
-are packed: rows of all lengths share one call without padding.
+Figures come from arithmetic, not from a device. `grid` is how the product batches on CUDA, `packed` how it does where
+rows are packed: rows of all lengths share one call without padding. On a CPU `strict` steps one row at a time, and
+`fast` packs rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -17,19 +20,22 @@ from benchmarks.arrivals import ArrivalList, draw_arrivals
 from benchmarks.metrics import percentile
 from benchmarks.settings import CaseSettings
 from benchmarks.simulate.day import HOURS, draw_day
-from benchmarks.simulate.engine import Counts, SimulatedEngine
+from benchmarks.simulate.devices import DEMO_ON_A_CPU, DeviceModel
+from benchmarks.simulate.engine import CPU, Counts, SimulatedEngine
 from benchmarks.simulate.requests import Outcome, Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, Roofline, h200
 from benchmarks.workload import MIXES, Mix
+from stable_audio_serve.demo.architecture import FRAME_S, HEADROOM_S
+from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.windows import window_lengths
 from stable_audio_serve.models.protocol import WindowRule
-from stable_audio_serve.models.windows import audible_windows
+from stable_audio_serve.models.windows import audible_windows, chunked_windows
 
 _LOAD_SHARE = 0.8
 _STEADY = (0.15, 0.95)  # of the requests by arrival
 _HALOS = {SMALL.name: 2, MEDIUM.name: 12, OPEN.name: 10}
-_LONGEST_S = {"small": 120.0, "medium": 380.0, "stable-audio-open-1.0": 47.5}
+_LONGEST_S = {"small": 120.0, "medium": 380.0, "stable-audio-open-1.0": 47.5, "demo": 48.0}
 _NETWORKS = {
     "equal-5s": SMALL,
     "small-8": SMALL,
@@ -46,33 +52,44 @@ _TENSORRT_MS = {("small", 5): 17.0, ("small", 30): 22.0, ("medium", 5): 20.0, ("
 
 @dataclass(frozen=True, slots=True)
 class SimulationSizes:
-    """Requests of each list: of the small mixes, of the other ones, of each hour of a day; a list per seed."""
+    """Requests of each list: of the small mixes, of the other ones, of the demo's, of each hour of a day; a list per
+    seed."""
 
     small: int = 2000
     other: int = 400
+    demo: int = 900  # three rounds of 300 are pooled
     hour: int = 400
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
-SHORT = SimulationSizes(small=400, other=200, hour=40)
+SHORT = SimulationSizes(small=400, other=200, demo=300, hour=40)
 
 
 def run_simulate_case(settings: CaseSettings, sizes: SimulationSizes | None = None) -> dict[str, Any]:
     """Ratios of each mix, the worst seed counting; shapes of a day; clips per second over the published pipeline."""
     sizes = sizes or (SimulationSizes() if settings.full else SHORT)
     mixes, days, clips = {}, {}, {}
-    with tqdm(total=len(_NETWORKS) + len(_DAYS) + len(_TENSORRT_MS), desc="simulate", leave=False, disable=None) as bar:
+    total = len(_NETWORKS) + 1 + len(_DAYS) + len(_TENSORRT_MS)
+    with tqdm(total=total, desc="simulate", leave=False, disable=None) as bar:
         for name, network in _NETWORKS.items():
             count = sizes.small if network is SMALL else sizes.other
             mixes[name] = {"num_requests": count, **_worst([_compare(name, count=count, seed=s) for s in sizes.seeds])}
             bar.update()
+        demo = _worst([compare_demo(count=sizes.demo, seed=seed) for seed in sizes.seeds])
+        mixes["demo-wide"] = {"num_requests": sizes.demo, **demo}
+        bar.update()
         for name in _DAYS:
             days[name] = count_shapes_of_a_day(name, count=sizes.hour, seeds=sizes.seeds)
             bar.update()
         for (model, seconds), published_ms in _TENSORRT_MS.items():
             clips[f"{model} {seconds} s"] = _clips_ratio(model, float(seconds), published_ms=published_ms)
             bar.update()
-    return {"device": "H200, arithmetic", "mixes": mixes, "days": days, "clips_over_published_ratio": clips}
+    return {
+        "device": "arithmetic: an H200; a CPU for the demo",
+        "mixes": mixes,
+        "days": days,
+        "clips_over_published_ratio": clips,
+    }
 
 
 def network_shape(network: Network) -> Shape:
@@ -84,6 +101,13 @@ def network_shape(network: Network) -> Shape:
         return window_lengths(audible_windows(frames, num_audible=frames, rule=rule))
 
     return Shape(network.frames, windows, rule)
+
+
+def _demo_frames(duration_s: float) -> int:
+    return 2 * math.ceil((duration_s + HEADROOM_S) / FRAME_S / 2)
+
+
+_DEMO_SHAPE = Shape(_demo_frames, lambda frames: window_lengths(chunked_windows(frames)))
 
 
 def count_shapes_of_a_day(mix: str, *, count: int, seeds: Sequence[int]) -> dict[str, int]:
@@ -112,27 +136,56 @@ def _run_day(mix: str, *, count: int, seed: int, is_captured: bool = True) -> Co
 
 
 def _compare(mix: str, *, count: int, seed: int) -> dict[str, dict[str, float]]:
-    """Ratios of one seed: over the lock server, and capacity over static batches."""
+    """Ratios of one seed on an H200, by batching."""
     network = _NETWORKS[mix]
-    device, shape = h200(network), network_shape(network)
-    burst = _draw(mix, rate_hz=None, count=count, seed=seed)
-    lock_hz = _rate_hz(run_lock(burst, device, shape=shape))
-    static_hz = _rate_hz(run_static(burst, device, shape=shape))
-    replay = _draw(mix, rate_hz=_LOAD_SHARE * lock_hz, count=count, seed=seed)
-    lock = run_lock(replay, device, shape=shape)
-    ratios = {}
-    for batching in ("grid", "packed"):
-        own_hz = _rate_hz(_engine(network, is_packed=batching == "packed").run(burst))
-        own = _engine(network, is_packed=batching == "packed").run(replay)
-        ratios[batching] = {
-            "capacity_over_lock_ratio": own_hz / lock_hz,
-            "capacity_over_static_ratio": own_hz / static_hz,
-            "p95_over_lock_ratio": _p95_ms(own) / _p95_ms(lock),
-        } | {
-            f"p95_{steps}_over_lock_ratio": _p95_ms(own, steps=steps) / _p95_ms(lock, steps=steps)
-            for steps in replay.step_classes
-        }
-    return ratios
+    engines = {name: partial(_engine, network, is_packed=name == "packed") for name in ("grid", "packed")}
+    lists = _Lists.draw(mix, device=h200(network), shape=network_shape(network), count=count, seed=seed)
+    return {name: _ratios(lists, engine) for name, engine in engines.items()}
+
+
+def compare_demo(*, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """Ratios of one seed on a CPU, by mode."""
+    lists = _Lists.draw("demo-wide", device=DEMO_ON_A_CPU, shape=_DEMO_SHAPE, count=count, seed=seed)
+    engine = partial(SimulatedEngine, DEMO_ON_A_CPU, _DEMO_SHAPE, longest_frames=_demo_frames(_LONGEST_S["demo"]))
+    engines = {
+        "strict": partial(engine, options=EngineOptions(mode="strict"), kind=CPU),
+        "fast": partial(engine, options=EngineOptions(mode="fast"), pack=DEMO_ON_A_CPU.packed_step_ms),
+    }
+    return {name: _ratios(lists, engine) for name, engine in engines.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """One seed's requests, at once and at a share of the lock server's capacity, and what the rivals make of them."""
+
+    burst: ArrivalList
+    replay: ArrivalList
+    lock_hz: float
+    static_hz: float
+    lock: list[Outcome]  # of the replay
+
+    @classmethod
+    def draw(cls, mix: str, *, device: DeviceModel, shape: Shape, count: int, seed: int) -> _Lists:
+        """Returns lists of `count` requests each."""
+        burst = _draw(mix, rate_hz=None, count=count, seed=seed)
+        lock_hz = _rate_hz(run_lock(burst, device, shape=shape))
+        static_hz = _rate_hz(run_static(burst, device, shape=shape))
+        replay = _draw(mix, rate_hz=_LOAD_SHARE * lock_hz, count=count, seed=seed)
+        return cls(burst, replay, lock_hz, static_hz, run_lock(replay, device, shape=shape))
+
+
+def _ratios(lists: _Lists, make: Callable[[], SimulatedEngine]) -> dict[str, float]:
+    """Capacity and latencies of an engine over the lock server's, and capacity over static batches."""
+    own_hz = _rate_hz(make().run(lists.burst))
+    own = make().run(lists.replay)
+    return {
+        "capacity_over_lock_ratio": own_hz / lists.lock_hz,
+        "capacity_over_static_ratio": own_hz / lists.static_hz,
+        "p95_over_lock_ratio": _p95_ms(own) / _p95_ms(lists.lock),
+    } | {
+        f"p95_{steps}_over_lock_ratio": _p95_ms(own, steps=steps) / _p95_ms(lists.lock, steps=steps)
+        for steps in lists.replay.step_classes
+    }
 
 
 def _worst(seeds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -168,7 +221,7 @@ def _engine(network: Network, *, is_packed: bool = False, is_captured: bool = Tr
 
 
 def _draw(mix: str, *, rate_hz: float | None, count: int, seed: int) -> ArrivalList:
-    longest_s = _LONGEST_S[_NETWORKS[mix].name]
+    longest_s = _LONGEST_S[_NETWORKS[mix].name if mix in _NETWORKS else "demo"]
     return draw_arrivals(MIXES[mix], rate_hz=rate_hz, count=count, seed=seed, max_duration_s=longest_s)
 
 
@@ -195,5 +248,6 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
             "shapes_of_a_day": results["days"].get(mix, {}).get("num_shapes", ""),
         }
         for mix, figures in results["mixes"].items()
-        for batching in ("grid", "packed")
+        for batching in ("grid", "packed", "strict", "fast")
+        if batching in figures
     ]

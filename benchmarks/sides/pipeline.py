@@ -20,9 +20,9 @@ from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import open_device
-from stable_audio_serve.engine.engine import resolve_mode
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.pace import WindowPace
+from stable_audio_serve.engine.policies import resolve_mode
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState
 from stable_audio_serve.engine.rows import Decoding, Row, row_work

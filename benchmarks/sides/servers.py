@@ -13,7 +13,8 @@ from benchmarks.sides.batcher import Batcher
 from benchmarks.sides.pipeline import Pipeline
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.batching import Call, Lane, OneRowPerCall, round_up
+from stable_audio_serve.engine.batching import Call, Lane, OneRowPerCall
+from stable_audio_serve.engine.call_shapes import round_up
 from stable_audio_serve.models.protocol import DiffusionModel
 
 MAX_BATCH = 32

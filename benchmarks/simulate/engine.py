@@ -13,18 +13,33 @@ from benchmarks.arrivals import Arrival
 from benchmarks.simulate.devices import DeviceModel
 from benchmarks.simulate.requests import Outcome, Shape
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.batching import BatchPolicy, Call, MergedGrid, Packed
-from stable_audio_serve.engine.cost import CostModel, Measurement
+from stable_audio_serve.engine.batching import BatchPolicy, Call, OneRowPerCall, Packed
+from stable_audio_serve.engine.call_cost import Measurement
+from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.engine.pace import WindowPace
+from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
+from stable_audio_serve.engine.warmup import DURATION_SHARES, step_shapes
 from stable_audio_serve.engine.windows import count_fitting, window_lengths
 from stable_audio_serve.engine.work import Phase, RowWork
 from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
 
-_PROBE_ROWS = (1, 2, 4)
-_PROBE_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the longest clip, as in engine.warmup
 _PROBE_WINDOW = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What suits a kind of device, as in `engine.device`."""
+
+    default_mode: Mode
+    frame_grid: int
+    shares_calls: bool
+    prefers_packed: bool = False
+
+
+CPU, GPU = Kind("strict", frame_grid=1, shares_calls=False), Kind("fast", frame_grid=64, shares_calls=True)
 
 
 @dataclass(slots=True)
@@ -48,7 +63,7 @@ class _Row:
 
 
 class SimulatedEngine:
-    """One engine in fast mode. Outcomes are in order of their ends; the clock goes on between two calls of `run`."""
+    """One engine. Outcomes are in order of their ends; the clock goes on between two calls of `run`."""
 
     def __init__(
         self,
@@ -57,6 +72,7 @@ class SimulatedEngine:
         *,
         longest_frames: int,
         options: EngineOptions = EngineOptions(mode="fast"),
+        kind: Kind = GPU,
         pack: Callable[[Sequence[tuple[int, int]]], float] | None = None,
     ) -> None:
         """`longest_frames`: latent frames of the model's longest clip. With `pack` rows are packed, and it prices a
@@ -64,20 +80,25 @@ class SimulatedEngine:
         """
         self._device = device
         self._shape = shape
-        self._options = options
         self._pack = pack
-        grid = 1 if pack else options.frame_grid or 64
-        self._cost = fit_cost(device, longest_frames=longest_frames, grid=grid)
-        self._policy = self._build_policy(grid)
-        self._pace = WindowPace(self._cost, turn_frames=options.turn_frames, is_fixed=False)
-        self._predictor = Predictor(self._cost, self._policy, turn_frames=options.turn_frames)
+        is_strict = resolve_mode(options, kind) == "strict"
+        self._together = 1 if is_strict else options.slots
+        self._cost = CostModel()
+        self._policy: BatchPolicy = (
+            Packed(partial(self._cost.knee_tokens, fixed_share=options.fixed_share))
+            if pack
+            else resolve_policy(options, kind, cost=self._cost)
+        )
+        self._pace = WindowPace(self._cost, turn_frames=options.turn_frames, is_fixed=is_strict)
         limits = SchedulerLimits(
             max_started=options.max_rows,
-            max_tokens=options.max_step_tokens,
+            max_tokens=0 if isinstance(self._policy, OneRowPerCall) else options.max_step_tokens,
             slack=options.slack,
             max_slack_s=options.max_slack_s,
             batch_share=options.batch_share,
         )
+        fit_cost(self._cost, device, policy=self._policy, longest_frames=longest_frames, limits=limits)
+        self._predictor = Predictor(self._cost, self._policy, turn_frames=self._pace.turn_frames)
         self._scheduler = Scheduler(
             limits,
             knee_tokens=lambda frames: frames * self._policy.crowd(1, frames),
@@ -124,8 +145,8 @@ class SimulatedEngine:
 
     def _encode_prompts(self, rows: Sequence[_Row]) -> None:
         missing = list(dict.fromkeys(r.arrival.prompt for r in rows if r.arrival.prompt not in self._prompts))
-        for start in range(0, len(missing), self._options.slots):
-            self._take(self._device.text_ms(len(missing[start : start + self._options.slots])))
+        for start in range(0, len(missing), self._together):
+            self._take(self._device.text_ms(len(missing[start : start + self._together])))
         self._prompts.update(missing)
         for row in rows:
             row.has_started = True
@@ -145,16 +166,6 @@ class SimulatedEngine:
         for row in rows:
             row.work.finish_evaluation()
 
-    def _build_policy(self, grid: int) -> BatchPolicy:
-        knee_tokens = partial(self._cost.knee_tokens, fixed_share=self._options.fixed_share)
-        if self._pack:
-            return Packed(knee_tokens)
-        return MergedGrid(
-            call_ms=lambda rows, frames: self._cost.call_ms("denoise", rows=rows, frames=frames),
-            knee_tokens=knee_tokens,
-            grid=grid,
-        )
-
     def _call_ms(self, call: Call) -> float:
         if self._pack and call.lengths:
             return self._pack([(1, frames) for frames in call.lengths])
@@ -173,12 +184,12 @@ class SimulatedEngine:
             row.work.decode_left = left[num:]
         for frames, group in groupby(sorted(lengths)):
             windows = len(list(group))
-            for start in range(0, windows, self._options.slots):
-                self._take(self._device.decode_ms(min(windows - start, self._options.slots), frames))
+            for start in range(0, windows, self._together):
+                self._take(self._device.decode_ms(min(windows - start, self._together), frames))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
         """Cut what is left of the row's clip anew, as `engine.windows.AudioAssembly`; the first window is taken."""
-        if self._shape.rule is None:
+        if self._shape.rule is None or self._pace.is_fixed:
             return
         frames = row.work.frames
         spans = cut_windows(row.frames_decoded, frames=frames, rule=self._shape.rule, longest=longest)
@@ -189,12 +200,13 @@ class SimulatedEngine:
         self._now += ms / 1000.0
 
 
-def fit_cost(device: DeviceModel, *, longest_frames: int, grid: int) -> CostModel:
-    """A cost model that has seen what the warm-up measures."""
-    cost = CostModel()
-    lengths = sorted({grid * -(-int(longest_frames * share) // grid) or grid for share in _PROBE_SHARES})
-    cost.fit("text", [Measurement(1, 0, device.text_ms(1))])
-    cost.fit("denoise", [Measurement(n, frames, device.step_ms(n, frames)) for frames in lengths for n in _PROBE_ROWS])
-    windows = sorted({min(frames, _PROBE_WINDOW) for frames in lengths})
+def fit_cost(
+    cost: CostModel, device: DeviceModel, *, policy: BatchPolicy, longest_frames: int, limits: SchedulerLimits
+) -> None:
+    """Fit `cost`, which `policy` reads, to what the warm-up measures."""
+    lengths = {max(int(longest_frames * share), 1) for share in DURATION_SHARES}
+    shapes = {shape for frames in lengths for shape in step_shapes(policy, frames, max_tokens=limits.max_tokens)}
+    windows = {min(frames, _PROBE_WINDOW) for frames in lengths}
+    cost.fit("text", [Measurement(n, 0, device.text_ms(n)) for n in (1, 2, 4, 8)])
+    cost.fit("denoise", [Measurement(n, frames, device.step_ms(n, frames)) for n, frames in shapes])
     cost.fit("decode", [Measurement(1, frames, device.decode_ms(1, frames)) for frames in windows])
-    return cost

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
+
+from stable_audio_serve.engine.call_shapes import CallMs, CallShapes, cut, most_rows, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,6 @@ class BatchPolicy(Protocol):
     def crowd(self, branches: int, frames: int) -> int:
         """Returns how many network rows usually share such a row's call when many rows wait."""
         ...
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Returns the smallest multiple of `multiple` that is at least `value`."""
-    return -(-value // multiple) * multiple
 
 
 def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int, list[int]]:
@@ -109,6 +107,32 @@ class FixedSlots:
         return round_up(frames, self.grid)
 
 
+def _fill(
+    shapes: CallShapes, call_ms: CallMs, *, lanes: Sequence[Lane], members: Sequence[int], frames: int
+) -> list[Call]:
+    """Returns the calls of these members, padded to `frames`; both rows of a guided lane are in one call."""
+    _, rooms = cut(shapes, call_ms, rows=sum(lanes[i].branches for i in members), frames=frames)
+    groups: list[list[int]] = [[] for _ in rooms]
+    for i in sorted(members, key=lambda i: -lanes[i].branches):  # single rows fit into any gap that guided ones leave
+        place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
+        if place == len(rooms):  # guided rows leave gaps in calls of an odd size
+            rooms.append(max(most_rows(shapes, frames), lanes[i].branches))
+            groups.append([])
+        groups[place].append(i)
+        rooms[place] -= lanes[i].branches
+    return [
+        Call(tuple(sorted(group)), shapes.least(sum(lanes[i].branches for i in group)), frames)
+        for group in groups
+        if group
+    ]
+
+
+def _crowd(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
+    """Returns the rows of a call of about `knee_tokens` latent frames."""
+    rows = min(int(knee_tokens / frames), most_rows(shapes, frames))
+    return max(shapes.most(rows), shapes.least(branches))
+
+
 @dataclass(frozen=True, slots=True)
 class MergedGrid:
     """Fast mode: rows of different lengths share a call where one padded call is predicted to be faster than two.
@@ -117,20 +141,21 @@ class MergedGrid:
     which a call's fixed cost is a small share of it.
     """
 
-    call_ms: Callable[[int, int], float]
+    call_ms: CallMs
     knee_tokens: Callable[[int], float]
-    grid: int = 64
+    shapes: CallShapes
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns the split with the least predicted time; lanes of equal padded length share a call."""
+        """Returns the split with the least predicted time; lanes of equal padded length share calls."""
         by_length = _by_length(lanes, self.padded)
         lengths = sorted(by_length)
         rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
+        call_ms = cache(self.call_ms)
         # best[stop] = (least predicted ms for the first `stop` lengths, where the last call of that split begins)
         best: list[tuple[float, int]] = [(0.0, 0)]
         for stop in range(1, len(lengths) + 1):
             candidates = [
-                (best[start][0] + self.call_ms(sum(rows[start:stop]), lengths[stop - 1]), start)
+                (best[start][0] + self._cut_ms(call_ms, rows=sum(rows[start:stop]), frames=lengths[stop - 1]), start)
                 for start in range(stop)
             ]
             best.append(min(candidates))
@@ -138,16 +163,20 @@ class MergedGrid:
         stop = len(lengths)
         while stop > 0:
             start = best[stop][1]
-            members = sorted(i for length in lengths[start:stop] for i in by_length[length])
-            calls.append(Call(tuple(members), sum(rows[start:stop]), lengths[stop - 1]))
+            members = [i for length in lengths[start:stop] for i in by_length[length]]
+            frames = lengths[stop - 1]
+            calls = _fill(self.shapes, call_ms, lanes=lanes, members=members, frames=frames) + calls
             stop = start
-        return calls[::-1]
+        return calls
+
+    def _cut_ms(self, call_ms: CallMs, *, rows: int, frames: int) -> float:
+        return cut(self.shapes, call_ms, rows=rows, frames=frames)[0]
 
     def crowd(self, branches: int, frames: int) -> int:
-        return max(branches, int(self.knee_tokens(frames) / frames))
+        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
 
     def padded(self, frames: int) -> int:
-        return round_up(frames, self.grid)
+        return self.shapes.padded(frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +207,22 @@ class Packed:
 class EqualLengths:
     """Fast mode for a network that knows no invalid frames: only rows of one length share a call, without padding.
 
-    `knee_tokens` as in MergedGrid.
+    `call_ms` and `knee_tokens` as in MergedGrid; of `shapes`, the row counts.
     """
 
+    call_ms: CallMs
     knee_tokens: Callable[[int], float]
+    shapes: CallShapes
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        groups = _by_length(lanes, self.padded)
-        return [Call(tuple(i), sum(lanes[j].branches for j in i), frames) for frames, i in groups.items()]
+        return [
+            call
+            for frames, members in _by_length(lanes, self.padded).items()
+            for call in _fill(self.shapes, self.call_ms, lanes=lanes, members=members, frames=frames)
+        ]
 
     def crowd(self, branches: int, frames: int) -> int:
-        return max(branches, int(self.knee_tokens(frames) / frames))
+        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
 
     def padded(self, frames: int) -> int:
         return frames

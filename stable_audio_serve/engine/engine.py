@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from typing import get_args
 
@@ -26,16 +25,17 @@ from stable_audio_serve.core.generation import (
 )
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.batching import BatchPolicy, EqualLengths, FixedSlots, MergedGrid, OneRowPerCall, Packed
+from stable_audio_serve.engine.batching import BatchPolicy, OneRowPerCall
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.loop import EngineLoop
 from stable_audio_serve.engine.memory import RowMemory, memory_budget
-from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.planner import Planner
+from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState, late
@@ -233,13 +233,8 @@ class Engine:
                 self._thread.start()
 
     def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
-        executor = Executor(
-            self._model,
-            policy,
-            device=self._device,
-            together=1 if self.mode == "strict" else options.slots,
-            metrics=self._metrics,
-        )
+        together = 1 if self.mode == "strict" else options.slots
+        executor = Executor(self._model, policy, device=self._device, together=together, metrics=self._metrics)
         limits = SchedulerLimits(
             max_started=options.max_rows,
             max_tokens=0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens,
@@ -279,9 +274,10 @@ class Engine:
             self._model,
             cost,
             policy=policy,
+            max_tokens=limits.max_tokens,
+            max_prompts=together,
             noise_factory=self._noise_factory,
             device=self._device,
-            clock=self._clock,
             budget_s=options.warmup_budget_s,
         )
         is_steady = self.mode == "strict" and not self._device.shares_calls
@@ -295,33 +291,3 @@ class Engine:
                 warm_up.run()
 
         return EngineThread(loop, self._inbox, sharing=sharing, prepare=prepare, clock=self._clock)
-
-
-def resolve_mode(options: EngineOptions, device: Device) -> Mode:
-    """Returns the mode of `options`, else the device's own."""
-    return options.mode or device.default_mode
-
-
-def resolve_policy(
-    options: EngineOptions,
-    device: Device,
-    *,
-    cost: CostModel,
-    pads_rows: bool = True,
-    packs_rows: bool = False,
-) -> BatchPolicy:
-    """Returns how steps are split into device calls in this mode on this device; `pads_rows`, `packs_rows` as in
-    ModelSpec. A grid that the options name is kept."""
-    grid = (options.frame_grid or device.frame_grid) if pads_rows else 1
-    if resolve_mode(options, device) == "fast":
-        knee_tokens = partial(cost.knee_tokens, fixed_share=options.fixed_share)
-        if not pads_rows:
-            return EqualLengths(knee_tokens)
-        if packs_rows and device.prefers_packed and options.frame_grid is None:
-            return Packed(knee_tokens)
-        return MergedGrid(
-            call_ms=lambda rows, frames: cost.call_ms("denoise", rows=rows, frames=frames),
-            knee_tokens=knee_tokens,
-            grid=grid,
-        )
-    return FixedSlots(options.slots, grid) if device.shares_calls else OneRowPerCall(grid)

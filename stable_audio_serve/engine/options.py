@@ -35,7 +35,7 @@ class EngineOptions:
     planning_threads: int = 1  # for requests of each priority
     max_planning: int = 1024  # requests of each priority being planned at once
     torch_threads: int | None = None  # for one call on a CPU; None: torch's default; strict bytes do not depend on it
-    warmup_budget_s: float = 2.0  # no measurement starts that would end after this; 0 skips the warm-up
+    warmup_budget_s: float = 2.0  # of timed calls, besides the first run of each kind; 0 skips the warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):

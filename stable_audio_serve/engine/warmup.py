@@ -4,17 +4,18 @@ also trigger lazy initialisation. Stops at the end of its time budget. Knows no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.batching import BatchPolicy, Lane
-from stable_audio_serve.engine.cost import CallCost, CostModel, Measurement, Work, fit_call_cost
+from stable_audio_serve.engine.call_cost import Measurement
+from stable_audio_serve.engine.cost import CostModel, Work
 from stable_audio_serve.engine.device import Device
+from stable_audio_serve.engine.windows import window_lengths
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
@@ -22,12 +23,23 @@ from stable_audio_serve.models.protocol import (
     RowConditioning,
     RowPlan,
     StepBatch,
+    TextEmbedding,
 )
 from stable_audio_serve.sampling.noise import NoiseSource
 
 _PROMPT = "warm-up"
-_DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the model's maximum duration
-_LONGEST_WINDOW = 128  # latent frames; beyond this the autoencoder's time is proportional
+DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the model's maximum duration
+_CROWDS = (1, 2, 4, 8, 32)  # rows waiting together
+_NUM_RUNS = 3  # of each probe; the shortest counts, because whatever disturbs a run makes it longer
+
+
+def step_shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
+    """Returns the (rows, frames) of the denoiser calls to time for rows of this length: alone, guided, and crowds of
+    up to a whole step's tokens."""
+    crowds = [[Lane(1, frames)], [Lane(2, frames)]]
+    crowds += [[Lane(1, frames)] * count for count in _CROWDS if count * policy.padded(frames) <= max_tokens]
+    calls = [policy.split(lanes)[0] for lanes in crowds]
+    return {(call.rows, call.frames) for call in calls}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,11 @@ class _Probe:
     frames: int
     run: Callable[[], object]
 
+    @property
+    def size(self) -> int:
+        """What the time of a call of this kind is at most proportional to, but for attention."""
+        return self.rows * max(self.frames, 1)
+
 
 class WarmUp:
     """Fits `cost` to a model. Call `run` on the engine thread before the first request."""
@@ -49,90 +66,91 @@ class WarmUp:
         cost: CostModel,
         *,
         policy: BatchPolicy,
+        max_tokens: int,
+        max_prompts: int,
         noise_factory: Callable[[int], NoiseSource],
         device: Device,
-        clock: Clock,
         budget_s: float,
     ) -> None:
+        """`max_tokens` latent frames are in a step at most, and `max_prompts` in a call of the text encoder."""
         self._model = model
         self._cost = cost
         self._policy = policy
+        self._max_tokens = max_tokens
+        self._max_prompts = max_prompts
         self._noise_factory = noise_factory
         self._device = device
-        self._clock = clock
-        self._budget_s = budget_s
-        self._ends_at = 0.0
+        self._left_s = budget_s
         self._measured: dict[Work, list[Measurement]] = {}
 
     def run(self) -> None:
         """Time probes from the smallest to the largest, except those predicted to exceed the budget."""
-        self._ends_at = self._clock.monotonic() + self._budget_s
-        text_ms = self._time(lambda: self._model.encode_text([_PROMPT]))
-        self._measured["text"] = [Measurement(1, 0, text_ms)]
         prompt = self._model.encode_text([_PROMPT])[0]
-        seen: set[int] = set()
-        for share in _DURATION_SHARES:
-            duration_s = self._model.spec.card.max_duration_s * share
-            request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
-            plan = self._model.plan(request)[0]
-            if plan.frames in seen:
-                continue
-            seen.add(plan.frames)
-            conditioning = self._model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None)
-            for probe in self._probes(plan, conditioning):
-                self._measure(probe)
+        probes = {(probe.work, probe.rows, probe.frames): probe for probe in self._probes(prompt)}
+        last: dict[Work, tuple[float, int]] = {}  # milliseconds and size of each kind's last probe
+        for probe in sorted(probes.values(), key=lambda probe: (probe.size, probe.rows)):
+            if probe.work in last:
+                ms, size = last[probe.work]
+                if ms * probe.size / size > 1000.0 * self._left_s:
+                    continue
+            else:
+                self._run_once(probe)  # what is initialised lazily counts neither as time of this shape nor as budget
+            ms = self._best_ms(probe)
+            last[probe.work] = ms, probe.size
+            self._measured.setdefault(probe.work, []).append(Measurement(probe.rows, probe.frames, ms))
         for work, measurements in self._measured.items():
             self._cost.fit(work, measurements)
 
-    def _probes(self, plan: RowPlan, conditioning: RowConditioning) -> Sequence[_Probe]:
+    def _probes(self, prompt: TextEmbedding) -> Iterator[_Probe]:
+        for count in _CROWDS:
+            if count <= self._max_prompts:
+                yield _Probe("text", count, 0, partial(self._model.encode_text, [_PROMPT] * count))
+        for share in DURATION_SHARES:
+            duration_s = self._model.spec.card.max_duration_s * share
+            request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
+            plan = self._model.plan(request)[0]
+            conditioning = self._model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None)
+            yield from self._row_probes(plan, conditioning)
+
+    def _row_probes(self, plan: RowPlan, conditioning: RowConditioning) -> Iterator[_Probe]:
         noise = self._noise_factory(0)
+        for rows, frames in step_shapes(self._policy, plan.frames, max_tokens=self._max_tokens):
+            run = partial(self._denoise, plan, [conditioning] * rows, frames=frames)
+            yield _Probe("denoise", rows, frames, run)
         spec = self._model.spec
-        window = min(plan.frames, _LONGEST_WINDOW)
+        window = max(window_lengths(plan.decode_windows))
         latents = torch.zeros(spec.card.latent_channels, window, device=self._model.device)
         samples = torch.zeros(spec.card.channels, window * spec.hop)
-        decode = DecodeWindow(latents, 0, noise)
+        yield _Probe("decode", 1, window, partial(self._model.decode, [DecodeWindow(latents, 0, noise)]))
         encode = EncodeWindow(samples, 0, "init", noise)
-        crowds = ([Lane(1, plan.frames)], [Lane(2, plan.frames)], [Lane(2, plan.frames)] * 2)
-        calls = [self._policy.split(lanes)[0] for lanes in crowds]
-        shapes = sorted({(call.rows, call.frames) for call in calls})
-        batches = [self._batch(plan, conditioning, rows=rows, frames=frames) for rows, frames in shapes]
-        probes = [
-            _Probe("denoise", rows, frames, partial(self._model.denoise, batch))
-            for (rows, frames), batch in zip(shapes, batches, strict=True)
-        ]
-        probes.append(_Probe("decode", 1, window, partial(self._model.decode, [decode])))
-        probes.append(_Probe("encode", 1, window, partial(self._model.encode_audio, [encode])))
-        return probes
+        yield _Probe("encode", 1, window, partial(self._model.encode_audio, [encode]))
 
-    def _batch(self, plan: RowPlan, conditioning: RowConditioning, *, rows: int, frames: int) -> StepBatch:
+    def _denoise(self, plan: RowPlan, rows: Sequence[RowConditioning], *, frames: int) -> object:
         device = self._model.device
-        valid = (torch.arange(frames) < plan.valid_frames).expand(rows, frames).to(device)
-        return StepBatch.of(
-            torch.zeros(rows, self._model.spec.card.latent_channels, frames, device=device),
-            t=torch.full((rows,), 0.5, device=device),
-            valid=valid,
-            branches=[conditioning.conditional] * rows,
+        batch = StepBatch.of(
+            torch.zeros(len(rows), self._model.spec.card.latent_channels, frames, device=device),
+            t=torch.full((len(rows),), 0.5, device=device),
+            valid=(torch.arange(frames) < plan.valid_frames).expand(len(rows), frames).to(device),
+            branches=[row.conditional for row in rows],
         )
+        return self._model.denoise(batch)
 
-    def _measure(self, probe: _Probe) -> None:
-        measured = self._measured.setdefault(probe.work, [])
-        known = any((m.rows, m.frames) == (probe.rows, probe.frames) for m in measured)
-        if known or not self._fits(measured, probe):
-            return
-        measured.append(Measurement(probe.rows, probe.frames, self._time(probe.run)))
+    def _best_ms(self, probe: _Probe) -> float:
+        """Returns the shortest of up to three runs; no run starts that is predicted to exceed the budget."""
+        best_s = self._run_once(probe)
+        self._left_s -= best_s
+        for _ in range(_NUM_RUNS - 1):
+            if best_s > self._left_s:
+                break
+            run_s = self._run_once(probe)
+            self._left_s -= run_s
+            best_s = min(best_s, run_s)
+        return 1000.0 * best_s
 
-    def _fits(self, measured: Sequence[Measurement], probe: _Probe) -> bool:
-        if not measured:
-            return True
-        fitted: CallCost = fit_call_cost(measured)
-        predicted_s = 2 * fitted.call_ms(probe.rows, probe.frames) / 1000.0
-        return self._clock.monotonic() + predicted_s <= self._ends_at
-
-    def _time(self, run: Callable[[], object]) -> float:
-        """Returns the milliseconds of the second of two runs; the first may include initialisation."""
-        run()
+    def _run_once(self, probe: _Probe) -> float:
+        """Returns the seconds that one run takes the device."""
         began = self._device.mark()
-        run()
+        probe.run()
         ended = self._device.mark()
         ended.wait()
-        return ended.ms_since(began)
+        return ended.ms_since(began) / 1000.0

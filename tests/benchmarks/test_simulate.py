@@ -8,15 +8,15 @@ from statistics import mean
 import pytest
 
 from benchmarks.arrivals import Arrival
-from benchmarks.cases.simulate import SimulationSizes, run_simulate_case
+from benchmarks.cases.simulate import SimulationSizes, compare_demo, run_simulate_case
 from benchmarks.compare.asking import InProcess
 from benchmarks.compare.playing import play
 from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import open_side
 from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.day import draw_day, load_of_hour
-from benchmarks.simulate.devices import LinearDevice
-from benchmarks.simulate.engine import SimulatedEngine
+from benchmarks.simulate.devices import DEMO_ON_A_CPU, LinearDevice
+from benchmarks.simulate.engine import CPU, SimulatedEngine
 from benchmarks.simulate.requests import Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, h200
@@ -127,7 +127,7 @@ async def test_the_simulated_engine_takes_as_long_as_the_real_one() -> None:
         arrive(0.004 * unit_ms * n, (1.0, 5.0, 11.0)[n % 3], steps=8 if n % 4 else 16, guided=not n % 4)
         for n in range(10)
     ]
-    simulated = SimulatedEngine(device, TIMED_SHAPE, longest_frames=216, options=OPTIONS).run(arrivals)
+    simulated = SimulatedEngine(device, TIMED_SHAPE, longest_frames=216, options=OPTIONS, kind=CPU).run(arrivals)
     model = TimedModel(device, max_duration_s=20.0)
     asker = InProcess(open_side("ours", model, options=OPTIONS), model.spec.card)
     await play(asker, [arrive(0, 1, prompt="first")])  # warms up
@@ -156,16 +156,33 @@ def test_a_day_rises_to_more_than_the_capacity_without_a_pause() -> None:
 
 
 def test_a_days_shapes_and_every_ratio_are_stated() -> None:
-    sizes = SimulationSizes(small=120, other=120, hour=6, seeds=(1, 2))
+    sizes = SimulationSizes(small=120, other=120, demo=60, hour=6, seeds=(1, 2))
     results = run_simulate_case(CaseSettings(), sizes)
     assert set(results["days"]) == {"small-mixed", "medium-mixed"}
     for day in results["days"].values():
         assert 0 < day["num_shapes"] <= day["num_calls"]
         assert day["num_shapes_without_graphs"] > 0
     for mix, figures in results["mixes"].items():
-        for batching in ("grid", "packed"):
+        batchings = {"strict", "fast"} if mix == "demo-wide" else {"grid", "packed"}
+        assert figures.keys() - {"num_requests"} == batchings
+        for batching in batchings:
             steps = {f"p95_{steps}_over_lock_ratio" for steps, _ in MIXES[mix].steps}
             assert steps < set(figures[batching])
             assert all(value > 0 for value in figures[batching].values())
+    for mix in results["mixes"].keys() - {"demo-wide"}:
+        figures = results["mixes"][mix]
         assert figures["packed"]["capacity_over_lock_ratio"] >= 0.99 * figures["grid"]["capacity_over_lock_ratio"]
     assert all(ratio["grid"] > 0 for ratio in results["clips_over_published_ratio"].values())
+
+
+def test_one_row_at_a_time_costs_no_capacity_on_a_cpu() -> None:
+    ratios = compare_demo(count=60, seed=1)
+    assert ratios["strict"]["capacity_over_lock_ratio"] == pytest.approx(1.0, rel=0.01)
+    assert ratios["fast"]["capacity_over_lock_ratio"] > 1.1
+
+
+def test_the_demos_device_takes_what_the_demo_takes() -> None:
+    for frames, step_ms, decode_ms in ((16, 3.6, 3.0), (48, 4.9, 8.2), (112, 9.0, 16.6)):
+        assert DEMO_ON_A_CPU.step_ms(1, frames) == pytest.approx(step_ms, rel=0.01)
+        assert DEMO_ON_A_CPU.decode_ms(1, frames) == pytest.approx(decode_ms, rel=0.06)
+    assert DEMO_ON_A_CPU.packed_step_ms([(1, 48), (2, 48)]) == pytest.approx(DEMO_ON_A_CPU.step_ms(3, 48))

@@ -19,19 +19,33 @@ from stable_audio_serve.engine.batching import (
     OneRowPerCall,
     Packed,
 )
+from stable_audio_serve.engine.call_shapes import GRAPH_ROWS, AnyRows, GraphShapes
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.engine import resolve_policy
 from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.policies import resolve_policy
+
+
+def open_on(device: str) -> Device:
+    return open_device(torch.device(device), clock=SystemClock())
+
+
+def call_ms(rows: int, frames: int) -> float:
+    return 3.0 + 0.01 * rows * frames
+
+
+def knee_tokens(frames: int) -> float:
+    return 1000.0
+
 
 POLICIES: dict[str, Callable[[], BatchPolicy]] = {
     "one row": lambda: OneRowPerCall(),
     "slots": lambda: FixedSlots(slots=4, grid=64),
-    "merged": lambda: MergedGrid(
-        call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000
-    ),
-    "packed": lambda: Packed(knee_tokens=lambda frames: 1000),
-    "equal lengths": lambda: EqualLengths(knee_tokens=lambda frames: 1000),
+    "merged": lambda: MergedGrid(call_ms, knee_tokens, AnyRows()),
+    "merged graphs": lambda: MergedGrid(call_ms, knee_tokens, GraphShapes()),
+    "packed": lambda: Packed(knee_tokens),
+    "equal lengths": lambda: EqualLengths(call_ms, knee_tokens, AnyRows()),
+    "equal lengths of graphs": lambda: EqualLengths(call_ms, knee_tokens, GraphShapes()),
 }
 lanes = st.lists(
     st.builds(Lane, branches=st.sampled_from([1, 2]), frames=st.integers(1, 2000)), min_size=1, max_size=12
@@ -57,19 +71,61 @@ def test_strict_shapes_depend_on_the_lane_alone(step: list[Lane]) -> None:
                 assert (alone.rows, alone.frames) == (call.rows, call.frames)
 
 
+@pytest.mark.parametrize("make", [MergedGrid, EqualLengths])
+@pytest.mark.parametrize("max_tokens", [1000, 6000, 16_384])
 @given(step=lanes)
-def test_merging_is_never_slower_than_not_merging(step: list[Lane]) -> None:
-    def call_ms(rows: int, frames: int) -> float:
-        return 3.0 + 0.01 * rows * frames
+def test_calls_have_the_row_counts_of_graphs_and_stay_within_the_budget(
+    make: type[MergedGrid | EqualLengths], max_tokens: int, step: list[Lane]
+) -> None:
+    shapes = GraphShapes(max_tokens=max_tokens)
+    calls = make(call_ms, knee_tokens, shapes).split(step)
+    assert sorted(i for call in calls for i in call.members) == list(range(len(step)))
+    for call in calls:
+        assert call.rows in GRAPH_ROWS
+        assert call.rows >= sum(step[i].branches for i in call.members)
+        assert call.rows * call.frames <= max_tokens or len(call.members) == 1
+        assert call.frames >= max(step[i].frames for i in call.members)
 
-    merged = MergedGrid(call_ms=call_ms, knee_tokens=lambda frames: 1000)
-    cost = sum(call_ms(call.rows, call.frames) for call in merged.split(step))
-    assert cost <= sum(call_ms(lane.branches, merged.padded(lane.frames)) for lane in step) + 1e-9
+
+@pytest.mark.parametrize(
+    ("num_rows", "frames", "sizes"),
+    [
+        (5, 64, [6]),  # one dummy is cheaper than a second call
+        (5, 1000, [4, 1]),
+        (13, 64, [16]),
+        (13, 640, [12, 1]),
+        (40, 64, [32, 8]),
+        (30, 1000, [16, 12, 2]),  # 17 rows would exceed the budget
+    ],
+)
+def test_rows_are_padded_or_cut_whichever_is_faster(num_rows: int, frames: int, sizes: list[int]) -> None:
+    calls = MergedGrid(call_ms, knee_tokens, GraphShapes()).split([Lane(1, frames)] * num_rows)
+    assert sorted((call.rows for call in calls), reverse=True) == sizes
+
+
+def test_rows_of_graphs_are_padded_on_a_grid_that_grows_with_them() -> None:
+    padded = MergedGrid(call_ms, knee_tokens, GraphShapes()).padded
+    assert [padded(frames) for frames in (1, 500, 1000, 1025, 2049, 4092)] == [64, 512, 1024, 1152, 2304, 4096]
+
+
+def test_a_call_on_a_cpu_has_any_number_of_rows() -> None:
+    policy = resolve_policy(EngineOptions(mode="fast"), open_on("cpu"), cost=CostModel())
+    calls = policy.split([Lane(1, 77)] * 13)
+    assert [(call.rows, call.frames) for call in calls] == [(13, 77)]
+
+
+@pytest.mark.parametrize("policy", ["merged", "merged graphs"])
+@given(step=lanes)
+def test_merging_is_never_slower_than_not_merging(policy: str, step: list[Lane]) -> None:
+    merged = POLICIES[policy]()
+    ms = sum(call_ms(call.rows, call.frames) for call in merged.split(step))
+    assert ms <= sum(call_ms(lane.branches, merged.padded(lane.frames)) for lane in step) + 1e-9
 
 
 def test_similar_lengths_merge_and_unlike_ones_do_not() -> None:
-    policy = MergedGrid(call_ms=lambda rows, frames: 3.0 + 0.01 * rows * frames, knee_tokens=lambda frames: 1000)
-    calls = policy.split([Lane(1, 100), Lane(1, 1900), Lane(1, 150), Lane(1, 2000)])
+    calls = MergedGrid(call_ms, knee_tokens, GraphShapes()).split(
+        [Lane(1, 100), Lane(1, 1900), Lane(1, 150), Lane(1, 2000)]
+    )
     assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 2, 192), ((1, 3), 2, 2048)]
 
 
@@ -78,10 +134,6 @@ def test_packed_rows_share_one_call_with_equal_lengths_side_by_side() -> None:
     assert (call.members, call.rows, call.frames) == ((2, 0, 3, 1), 6, 430)
     assert call.lengths == (40, 100, 100, 100, 430, 430)
     assert call.shape == (6, 200)
-
-
-def open_on(device: str) -> Device:
-    return open_device(torch.device(device), clock=SystemClock())
 
 
 def test_rows_are_packed_in_fast_mode_on_a_cpu_unless_a_grid_is_asked_for() -> None:
@@ -105,5 +157,5 @@ def test_rows_of_a_network_without_a_mask_are_never_padded(mode: Mode, device: s
 
 
 def test_rows_of_one_length_share_a_call_without_a_mask() -> None:
-    calls = EqualLengths(knee_tokens=lambda frames: 1000).split([Lane(1, 100), Lane(2, 430), Lane(2, 100)])
+    calls = EqualLengths(call_ms, knee_tokens, AnyRows()).split([Lane(1, 100), Lane(2, 430), Lane(2, 100)])
     assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 3, 100), ((1,), 2, 430)]
