@@ -6,6 +6,9 @@ Knows the limits in the settings, but neither requests nor where files are kept.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NICENESS = 5
+
 
 class AudioWorkers:
     """Decodes at most `api.decode_workers` files and makes at most `api.encode_workers` at a time; others wait."""
@@ -29,7 +34,9 @@ class AudioWorkers:
             num_workers=limits.decode_workers, timeout_s=limits.max_decode_s, own_rates_hz=own_rates_hz
         )
         self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="audio-decode")
-        self._encode_threads = ThreadPoolExecutor(limits.encode_workers, thread_name_prefix="audio-encode")
+        self._encode_threads = ThreadPoolExecutor(
+            limits.encode_workers, thread_name_prefix="audio-encode", initializer=_yield_to_others
+        )
 
     async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
         """Returns the first `max_s` seconds of an open file, see `AudioDecoder.decode`."""
@@ -57,3 +64,14 @@ class AudioWorkers:
         for threads in (self._encode_threads, self._decode_threads):
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         self._decoder.close()
+
+
+def _yield_to_others() -> None:
+    """Give this thread less priority than the event loop and the models, where threads have one of their own.
+
+    On two cores with MP3 for everybody the engine steps 1.08 times as fast and the event loop waits 0.6 times as long
+    for a core. With twice as much the files are what waits.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS, 19))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -67,3 +69,13 @@ async def test_a_file_on_disk_is_decoded(workers: AudioWorkers, tmp_path: Path) 
     with path.open("rb") as file, pytest.raises(InvalidUploadError) as refusal:
         await workers.decode(file, max_s=10.0, field="init_audio")
     assert refusal.value.field == "init_audio"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+async def test_making_files_yields_to_the_event_loop(workers: AudioWorkers) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    assert await workers.run_encoding(niceness) == min(before + 5, 19)
+    assert niceness() == before
