@@ -113,29 +113,44 @@ class StepShape:
         spare = own[:1] or [HeldBranch({}, {})]  # what is left over repeats the first
         held = own + spare * (self.network_rows - len(own))
         pages = [[branch.pages.get(name, ()) for branch in held] for name in self.by_frame]
-        sections: list[list[float]] = [
-            [value for row in rows for value in row.numbers.values],
-            [value for row in rows for value in guidance_values(row.guidance)],
+        sizes = self._sizes
+        values = _join(
+            [
+                [value for row in rows for value in row.numbers.values],
+                [value for row in rows for value in guidance_values(row.guidance)],
+            ],
+            sizes=sizes[:_NUM_FLOAT_SECTIONS],
+        )
+        sections = [
             [row.valid_frames for row in rows],
             [row.held.frames for row in rows],
             [index for index, count in enumerate(branches) for _ in range(count)],
-            [*first],
+            first,
             [place + count - 1 for place, count in zip(first, branches, strict=True)],
-            [*page_table(registers, frames=self.frames, num_parts=self.num_registers)],
-            [*page_table(kept, frames=self.frames, num_parts=_KEPT_PARTS * self.use.blends)],
+            page_table(registers, frames=self.frames, num_parts=self.num_registers),
+            page_table(kept, frames=self.frames, num_parts=_KEPT_PARTS * self.use.blends),
             [branch.slots.get(name, NOTHING) for name in self.constants for branch in held],
-            [*page_table(pages, frames=self.frames, num_parts=self.network_rows)],
+            page_table(pages, frames=self.frames, num_parts=self.network_rows),
         ]
-        *targets, noise = buffer.split(self._sizes)
-        for index, (target, section) in enumerate(zip(targets, sections, strict=True)):
-            is_whole = index >= _NUM_FLOAT_SECTIONS
-            values = torch.tensor(section, dtype=torch.int32 if is_whole else torch.float32)
-            (target.view(torch.int32) if is_whole else target)[: len(section)] = values
+        numbers = _join(sections, sizes=sizes[_NUM_FLOAT_SECTIONS:-1])
+        end = len(values) + len(numbers)
+        buffer[: len(values)] = torch.tensor(values, dtype=torch.float32)
+        buffer[len(values) : end].view(torch.int32)[:] = torch.tensor(numbers, dtype=torch.int32)
         if self.draws:
-            for target, row in zip(noise.view(-1, self.latent_channels, self.frames), rows, strict=False):
+            noise = buffer[end:].view(-1, self.latent_channels, self.frames)
+            for target, row in zip(noise, rows, strict=False):
                 if row.noise is not None:
                     target[:, : row.noise.shape[1]] = row.noise
         return buffer
+
+
+def _join(sections: Sequence[Sequence[float]], *, sizes: Sequence[int]) -> list[float]:
+    """Returns the sections one after another, each filled up with zeros to its size: for rows that are not there."""
+    joined: list[float] = []
+    for section, size in zip(sections, sizes, strict=True):
+        joined += section
+        joined += [0] * (size - len(section))
+    return joined
 
 
 @dataclass(frozen=True, slots=True)

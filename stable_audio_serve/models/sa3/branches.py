@@ -56,7 +56,7 @@ def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning
     if _LOCAL in batch.constants:
         local = batch.constants[_LOCAL].unbind(1)
     if _LOCAL in batch.by_frame:
-        frames = batch.by_frame[_LOCAL].unflatten(1, (-1, embed.shape[-1])).transpose(2, 3).unbind(1)
+        frames = batch.by_frame[_LOCAL].unflatten(1, (-1, embed.shape[-1])).transpose(2, 3).contiguous().unbind(1)
         local = frames if local is None else tuple(map(torch.add, frames, local))
     if local is not None and batch.frames:
         local = tuple(_pack(layer, batch.frames, num_prefix=num_prefix) for layer in local)
