@@ -31,7 +31,8 @@ class FrameArena:
     def __init__(
         self, channels: int, *, device: torch.device, dtype: torch.dtype = torch.float32, num_pages: int = 64
     ) -> None:
-        self.memory = torch.zeros(num_pages, channels, PAGE_FRAMES, device=device, dtype=dtype)
+        self.memory = torch.empty(num_pages, channels, PAGE_FRAMES, device=device, dtype=dtype)
+        self.memory[NOTHING] = 0.0
         self.num_moves = 0
         self._free = list(range(ANYWHERE + 1, num_pages))  # a heap: low numbers first, so that few pages are touched
 
@@ -54,7 +55,7 @@ class FrameArena:
 
     def _grow(self) -> None:
         old = len(self.memory)
-        self.memory = torch.cat([self.memory, torch.zeros_like(self.memory)])
+        self.memory = _doubled(self.memory)
         self.num_moves += 1
         for page in range(old, 2 * old):
             heappush(self._free, page)
@@ -65,7 +66,8 @@ class SlotArena:
 
     def __init__(self, like: Tensor, *, num_slots: int = 8) -> None:
         """`like` has the shape, dtype and device of what will be kept."""
-        self.memory = like.new_zeros(num_slots, *like.shape)
+        self.memory = like.new_empty(num_slots, *like.shape)
+        self.memory[NOTHING] = torch.zeros_like(like)
         self.num_moves = 0
         self._free = list(range(NOTHING + 1, num_slots))
 
@@ -73,7 +75,7 @@ class SlotArena:
         """Keep a copy; returns its slot."""
         if not self._free:
             old = len(self.memory)
-            self.memory = torch.cat([self.memory, torch.zeros_like(self.memory)])
+            self.memory = _doubled(self.memory)
             self.num_moves += 1
             self._free = list(range(old, 2 * old))
         slot = heappop(self._free)
@@ -83,6 +85,13 @@ class SlotArena:
     def give_back(self, slot: int) -> None:
         """Let another value have this slot."""
         heappush(self._free, slot)
+
+
+def _doubled(memory: Tensor) -> Tensor:
+    """Returns twice as much memory with the same contents at its beginning; a CPU commits the rest when it is used."""
+    larger = memory.new_empty(2 * len(memory), *memory.shape[1:])
+    larger[: len(memory)] = memory
+    return larger
 
 
 def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:

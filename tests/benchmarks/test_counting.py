@@ -80,8 +80,8 @@ DENOISE = {
     "plain": 197,
     "guided": 245,
     "variation": 197,
-    "inpaint": 197,
-    "mixed": 264,
+    "inpaint": 198,
+    "mixed": 265,
     "sampler euler": 195,
     "sampler rk4": 205,
     "sampler dpmpp": 203,
@@ -90,7 +90,7 @@ DENOISE = {
 # The two waits are transformers' own, which looks at the mask of a new prompt.
 OTHERS = {"text": (2, 194), "begin": (0, 77), "encode": (0, 192), "finish": (0, 7), "decode": (0, 251)}
 OPEN = {"guided": 136, "inpaint": 153}  # of Stable Audio Open
-STRICT = {**OTHERS, "text": (4, 336), "denoise": (0, 261), "decode": (0, 1230)}
+STRICT = {**OTHERS, "text": (4, 336), "denoise": (0, 262), "decode": (0, 1230)}
 
 
 def _count_by_hand(name: str) -> tuple[tuple[int, ...], list[str]]:
