@@ -28,6 +28,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import CudaDevice, Moment
+from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
 from stable_audio_serve.engine.stages import Stages
@@ -57,7 +58,7 @@ _CALLS = (
     ("text", Stages, "start"),
     ("begin", Stages, "_begin"),
     ("encode", Stages, "encode"),
-    ("denoise", Stages, "denoise"),
+    ("denoise", Executor, "_evaluate"),
     ("finish", Stages, "_take_latents"),
     ("decode", Stages, "decode"),
 )
@@ -233,11 +234,11 @@ def _sections(device: StandInDevice) -> Iterator[None]:
 
     def within(name: str, method: Any) -> Any:
         @wraps(method)
-        def run(stages: Stages, rows: Any, **options: Any) -> Any:
+        def run(owner: Stages | Executor, rows: Any, **options: Any) -> Any:
             if not rows:  # each turn starts rows, even when none are new
-                return method(stages, rows, **options)
+                return method(owner, rows, **options)
             with device.section(name):
-                return method(stages, rows, **options)
+                return method(owner, rows, **options)
 
         return run
 
