@@ -16,6 +16,7 @@ from benchmarks.goals import has_missed, read_standings
 from benchmarks.registry import measure_case, measure_comparison
 from benchmarks.report import format_table
 from benchmarks.settings import CaseSettings
+from stable_audio_serve.core.processor import has_native_bfloat16
 
 _SIDES = ("lock", "static", "ours-strict", "ours-fast")
 _SHORT_RUN_ROUNDS, _SHORT_CASE_ROUNDS = 2, 1
@@ -35,6 +36,7 @@ BENCH_CASES = (
     "scale",
     "overload",
     "cold-start",
+    *(("bfloat16",) if has_native_bfloat16() else ()),
 )
 
 

@@ -4,15 +4,18 @@ computes the same, only slower, which is why the product refuses it there.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import math
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.blocks import RMSNorm
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
@@ -28,6 +31,7 @@ from stable_audio_serve.verification.report import Report
 from stable_audio_serve.verification.sa3 import make_runner
 from stable_audio_serve.verification.sao_networks import compare_denoiser as compare_open_denoiser
 from stable_audio_serve.verification.sao_runs import compare_runs
+from tests.factories import make_request
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP, TINY
 
 OPEN = ("tiny-1.0", "tiny-small")
@@ -84,6 +88,17 @@ def test_every_stored_number_is_near(folder: Path) -> None:
     found = {component: min(values) for component, values in report.found.items() if component in LEAST_DB}
     assert {"denoiser", "denoiser guidance", "end-to-end latents", "end-to-end audio"} <= found.keys()
     assert {component: worst for component, worst in found.items() if worst[0] < LEAST_DB[component]} == {}
+
+
+@pytest.mark.parametrize("folder", [SA3_GOLDENS / "tiny-s", OPEN_GOLDENS / "tiny-small"])
+async def test_a_crowd_changes_no_byte_in_strict(folder: Path) -> None:
+    requests = [make_request(seed=n, duration_s=0.4 + 0.2 * n, steps=2 + n, cfg_scale=1.0 + n) for n in range(3)]
+    options = EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0)
+    async with Engine(load_in_bfloat16(folder), options) as engine:
+        alone = [(await engine.generate(request)).audio[0] for request in requests]
+        crowd = [result.audio[0] for result in await asyncio.gather(*map(engine.generate, requests))]
+    for one, other in zip(alone, crowd, strict=True):
+        np.testing.assert_array_equal(other, one)
 
 
 @pytest.mark.parametrize("folder", [SA3_GOLDENS / "sharp-l", OPEN_GOLDENS / "tiny-small"])
