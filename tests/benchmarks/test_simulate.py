@@ -124,8 +124,8 @@ async def test_the_simulated_engine_takes_as_long_as_the_real_one() -> None:
         coding_per_frame_ms=unit_ms / 300,
     )
     arrivals = [
-        arrive(0.004 * unit_ms * n, (1.0, 5.0, 11.0)[n % 3], steps=8 if n % 4 else 16, guided=not n % 4)
-        for n in range(10)
+        arrive(0.002 * unit_ms * n, (1.0, 5.0, 11.0)[n % 3], steps=4 if n % 4 else 8, guided=not n % 4)
+        for n in range(9)
     ]
     simulated = SimulatedEngine(device, TIMED_SHAPE, longest_frames=216, options=OPTIONS, kind=CPU).run(arrivals)
     model = TimedModel(device, max_duration_s=20.0)
@@ -156,7 +156,7 @@ def test_a_day_rises_to_more_than_the_capacity_without_a_pause() -> None:
 
 
 def test_a_days_shapes_and_every_ratio_are_stated() -> None:
-    sizes = SimulationSizes(small=120, other=120, demo=60, hour=6, seeds=(1, 2))
+    sizes = SimulationSizes(small=80, other=80, demo=60, hour=4, seeds=(1, 2), clips=40)
     results = run_simulate_case(CaseSettings(), sizes)
     assert set(results["days"]) == {"small-mixed", "medium-mixed"}
     for day in results["days"].values():

@@ -1,4 +1,6 @@
-"""All sides as models of one real server, and that server asked in the dialect whose clips are jobs."""
+"""Sides as models of one real server, batches of `@serve.batch` among them, and that server asked in the dialect whose
+clips are jobs. The lock is a replica like the batches; `tests/test_bare_machine.py` has all three in one process.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +19,22 @@ from tests.goldens import SA3_GOLDENS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SIDES = ("lock", "static", "ours")
+SIDES = ("static", "ours")
 
 
-async def test_all_sides_of_one_server(tmp_path: Path) -> None:
+async def test_sides_of_one_server(tmp_path: Path) -> None:
     settings = CaseSettings(model=str(SA3_GOLDENS / "sharp-s"), rounds=1)
     with serving_sides(settings, SIDES, entry=resolve_model(settings.model)) as url:
         async with open_session(url) as http:
             askers: dict[str, Asker] = {name: OverHttp(http, DIALECTS["sa3"], model=name) for name in SIDES}
-            options = RunOptions("demo-fast", SIDES, max_duration_s=4.0, count=6, rounds=1, goodput_trials=1)
+            options = RunOptions("demo-fast", SIDES, max_duration_s=4.0, count=4, rounds=1, goodput_trials=1)
             results = await Run(askers, options, pieces=Pieces(tmp_path / "sides", {}), is_watched=False).measure()
         request = RunRequest(
             "demo-fast", url=url, dialect="aiml", count=2, goodput_trials=0
         )  # whose jobs need a runner
         asked = await run_comparison(settings, request, folder=tmp_path / "aiml")
         assert asked["sides"][URL_SIDE]["latency"]["all"]["p95_ms"] > 0
-    outputs = results["outputs"]
-    assert outputs["ours"]["num_identical"] == outputs["ours"]["num_clips"]  # the lock's bytes
-    assert outputs["static"]["largest_difference"] < 1e-3
+    assert results["outputs"]["ours"]["largest_difference"] < 1e-3
     for name in SIDES:
         assert results["sides"][name]["stages_ms"]["denoise"] > 0
         assert results["sides"][name]["goodput"]["good_rps"] > 0
