@@ -1,0 +1,88 @@
+"""What the warm-up measures, how long it may take, and what it ignores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from stable_audio_serve.engine.batching import BatchPolicy, OneRowPerCall
+from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.device import open_device
+from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.policies import resolve_policy
+from stable_audio_serve.engine.warmup import WarmUp, step_shapes
+from stable_audio_serve.sampling.noise import SeededNoise
+from tests.factories import FakeClock, ToyModel
+
+
+class Timed:
+    """A toy model whose calls take a time on a fake clock: one of rows and frames, longer when disturbed."""
+
+    def __init__(self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0) -> None:
+        """`lazy_s`: what the first call of each kind takes besides; `disturbed`: numbers of calls that take 1 s."""
+        self.clock = FakeClock()
+        self.calls: list[str] = []
+        self._lazy_s, self._disturbed, self._slower = lazy_s, disturbed, slower
+        self.model = ToyModel(on_call=self._take)
+
+    def _take(self, name: str, items: Sequence[object]) -> None:
+        if name == "condition":  # on the host, before the probes
+            return
+        self.clock.now += 0.001 * self._slower * (2.0 + len(items))
+        self.clock.now += self._lazy_s if name not in self.calls else 0.0
+        self.clock.now += 1.0 if len(self.calls) in self._disturbed else 0.0
+        self.calls.append(name)
+
+    def warm_up(self, *, budget_s: float, policy: BatchPolicy | None = None, max_tokens: int = 0) -> CostModel:
+        cost = CostModel()
+        device = open_device(torch.device("cpu"), clock=self.clock)
+        WarmUp(
+            self.model,
+            cost,
+            policy=policy or OneRowPerCall(),
+            max_tokens=max_tokens,
+            max_prompts=4,
+            noise_factory=SeededNoise,
+            device=device,
+            budget_s=budget_s,
+        ).run()
+        return cost
+
+
+def test_lazy_initialisation_counts_neither_as_cost_nor_as_budget() -> None:
+    lazy, plain = Timed(lazy_s=30.0), Timed()
+    costs = [timed.warm_up(budget_s=2.0) for timed in (lazy, plain)]
+    assert lazy.calls == plain.calls
+    for work in ("text", "denoise", "decode", "encode"):
+        first, second = (cost.call_ms(work, rows=1, frames=64) for cost in costs)  # type: ignore[arg-type]
+        assert first == pytest.approx(second)
+
+
+def test_the_best_of_three_runs_counts() -> None:
+    disturbed = Timed(disturbed=range(1, 1000, 3)).warm_up(budget_s=1000.0)
+    alone = Timed().warm_up(budget_s=1000.0)
+    for rows in (1, 2):
+        calls = [cost.call_ms("denoise", rows=rows, frames=64) for cost in (disturbed, alone)]
+        assert calls[0] == pytest.approx(calls[1])
+
+
+def test_no_run_starts_after_the_budget_but_each_kind_is_measured() -> None:
+    timed = Timed(slower=1000.0)
+    cost = timed.warm_up(budget_s=5.0)
+    assert set(timed.calls) == {"encode_text", "denoise", "decode", "encode_audio"}
+    assert timed.clock.now - 1000.0 < 2 * 4 * 4.0  # an untimed and a timed run of each, of 4 s at most
+    assert cost.call_ms("denoise", rows=1, frames=64) > 1000.0
+
+
+def test_steps_are_measured_alone_guided_and_up_to_a_whole_one() -> None:
+    options = EngineOptions(mode="fast", max_step_tokens=2048)
+    cpu = open_device(torch.device("cpu"), clock=FakeClock())
+    assert step_shapes(resolve_policy(options, cpu, cost=CostModel()), 64, max_tokens=2048) == {
+        (rows, 64) for rows in (1, 2, 4, 8, 32)
+    }
+    assert step_shapes(resolve_policy(options, cpu, cost=CostModel()), 256, max_tokens=2048) == {
+        (rows, 256) for rows in (1, 2, 4, 8)
+    }
+    assert step_shapes(OneRowPerCall(), 256, max_tokens=0) == {(1, 256), (2, 256)}
