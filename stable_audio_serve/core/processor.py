@@ -7,6 +7,7 @@ from pathlib import Path
 CPU_FACTS = Path("/proc/cpuinfo")
 
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+_MATRIX_FLAG = "amx_bf16"
 
 
 def has_native_bfloat16(facts: Path = CPU_FACTS) -> bool:
@@ -14,9 +15,17 @@ def has_native_bfloat16(facts: Path = CPU_FACTS) -> bool:
 
     False where there is no such file.
     """
+    return not _BFLOAT16_FLAGS.isdisjoint(_read_flags(facts))
+
+
+def has_matrix_bfloat16(facts: Path = CPU_FACTS) -> bool:
+    """Whether it does so by whole matrices (AMX), many times as fast as float32. False where there is no such file."""
+    return _MATRIX_FLAG in _read_flags(facts)
+
+
+def _read_flags(facts: Path) -> list[str]:
     try:
         lines = facts.read_text().splitlines()
     except OSError:
-        return False
-    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
-    return not _BFLOAT16_FLAGS.isdisjoint(flags.split())
+        return []
+    return next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split()

@@ -76,17 +76,17 @@ def switched(switches: Sequence[Switch]) -> Iterator[None]:
 
 
 def tf32_convolutions() -> list[Switch]:
-    """Returns the switch of cuDNN's convolutions; torch before 2.9 knows the older name only."""
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    return [(torch.backends.cudnn, "allow_tf32", True) if conv is None else (conv, "fp32_precision", "tf32")]
+    """Returns the switch of cuDNN's convolutions."""
+    return [(torch.backends.cudnn, "allow_tf32", True)]
 
 
 def tf32_products() -> list[Switch]:
-    """Returns the switches of convolutions and of cuBLAS's products, which fused attention reads, too."""
-    matmul = torch.backends.cuda.matmul
-    is_new = hasattr(torch.backends.cudnn, "conv")
-    products: Switch = (matmul, "fp32_precision", "tf32") if is_new else (matmul, "allow_tf32", True)
-    return [products, *tf32_convolutions()]
+    """Returns the switches of convolutions and of cuBLAS's products, which fused attention reads, too.
+
+    The names that torch has had from the start also set those of 2.9 (`fp32_precision`); the other way round, whoever
+    reads the older ones meets an error.
+    """
+    return [(torch.backends.cuda.matmul, "allow_tf32", True), *tf32_convolutions()]
 
 
 def bfloat16_processor_products() -> list[Switch]:

@@ -4,26 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from stable_audio_serve.core.processor import has_native_bfloat16
+from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bfloat16
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "is_native", "by_matrices"),
     [
-        ("fpu avx2 avx512f avx512_bf16 avx512_fp16", True),
-        ("fpu avx2 amx_bf16 amx_tile", True),
-        ("fpu avx2 avx512f avx512bw", False),
-        ("avx512_bf16_not", False),
-        ("", False),
+        ("fpu avx2 avx512f avx512_bf16 avx512_fp16", True, False),
+        ("fpu avx2 amx_bf16 amx_tile", True, True),
+        ("fpu avx2 avx512f avx512bw", False, False),
+        ("avx512_bf16_not", False, False),
+        ("", False, False),
     ],
 )
-def test_the_processors_flags_tell(tmp_path: Path, flags: str, expected: bool) -> None:
+def test_the_processors_flags_tell(tmp_path: Path, flags: str, is_native: bool, by_matrices: bool) -> None:
     facts = tmp_path / "cpuinfo"
     facts.write_text(
         f"processor\t: 0\nmodel name\t: avx512_bf16\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t: avx512_bf16\n"
     )
-    assert has_native_bfloat16(facts) is expected
+    assert has_native_bfloat16(facts) is is_native
+    assert has_matrix_bfloat16(facts) is by_matrices
 
 
 def test_where_nothing_tells_there_is_none(tmp_path: Path) -> None:
     assert not has_native_bfloat16(tmp_path / "missing")
+    assert not has_matrix_bfloat16(tmp_path / "missing")
