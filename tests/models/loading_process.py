@@ -35,7 +35,7 @@ def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> int:
 def load(folder: Path, *, dtype: torch.dtype) -> None:
     """Load with the denoiser in `dtype`, which the policy of a server may not choose on a CPU, and use every weight."""
     card = ModelCard("measured", "stable-audio-3")
-    model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype)
+    model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
     for network in (model.denoiser, model.autoencoder):  # what is mapped counts once it is used
         sum(float(tensor.sum()) for tensor in network.state_dict().values())
