@@ -247,7 +247,7 @@ _COUNTED = (
     Goal("P19", "waits in a step", "micro", ("host_waits_per_step",), 0),
     Goal("P19", "asynchronous copies in a step", "micro", ("host_asynchronous_copies_per_step",), 1),
     Goal("P19", "operations that mix devices", "micro", ("host_mix_ups",), 0),
-    Goal("P20", "launches per layer of small", "micro", ("launches_per_layer", "small-music"), 45),
+    Goal("P20", "launches per layer of small", "micro", ("launches_per_layer", "small-music"), 25),
     Goal("P20", "graph breaks per layer of small", "micro", ("graph_breaks_per_layer", "small-music"), 0),
     Goal(
         "P23",

@@ -105,9 +105,8 @@ def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
     for module in (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder):
         move(module)
     model._device = DEVICE
-    if isinstance(model, SaoModel):  # which keeps what follows from its weights, once they are on their device
-        with torch.inference_mode(), StandInDevice():
-            model.autoencoder.resolve_weight_norms()
+    with torch.inference_mode(), StandInDevice():  # it keeps what follows from its weights on their device
+        model.autoencoder.resolve()
     return model
 
 

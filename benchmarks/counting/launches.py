@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from benchmarks.counting import operations
-from stable_audio_serve.models.blocks import Padded
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import StepBatch
@@ -124,6 +123,8 @@ def count_model(
     config, denoiser = build_denoiser(name)
     with META:
         autoencoder = AudioAutoencoder(config.autoencoder)
+    with torch.inference_mode():
+        autoencoder.resolve()  # as after loading
     shapes = DENOISER_SHAPES[name] if calls is None else calls
     of_calls = [count_denoiser_call(denoiser, config, rows=rows, frames=frames) for rows, frames in shapes]
     of_windows = [count_decoder_window(autoencoder, rows=rows, frames=frames) for rows, frames in windows]
@@ -149,16 +150,7 @@ def build_denoiser(name: str) -> tuple[Sa3Config, Denoiser]:
 
 def count_denoiser_call(denoiser: Denoiser, config: Sa3Config, *, rows: int, frames: int) -> dict[str, Any]:
     """Returns the figures of one call as the engine makes it, putting its rows' conditioning together included."""
-    branch = to_branch(make_conditioning(denoiser, config))
-    x, times = torch.empty(rows, config.latent_channels, frames, device=META), torch.empty(rows, device=META)
-    valid = torch.empty(rows, frames, dtype=torch.bool, device=META)
-
-    def collate() -> StepBatch:
-        return StepBatch.of(x, t=times, valid=valid, branches=[branch] * rows)
-
-    def run() -> None:
-        denoiser(x, times, conditioning=from_batch(collate()), valid=valid).float()
-
+    run, collate = prepare_call(denoiser, config, rows=rows, frames=frames)
     with torch.inference_mode():
         run()  # fills the tables that every later call finds
     with counting() as work, _watching(list(denoiser.transformer.layers), work=work) as layers:
@@ -176,22 +168,35 @@ def count_denoiser_call(denoiser: Denoiser, config: Sa3Config, *, rows: int, fra
     }
 
 
+def prepare_call(
+    denoiser: Denoiser, config: Sa3Config, *, rows: int, frames: int
+) -> tuple[Callable[[], Tensor], Callable[[], StepBatch]]:
+    """Returns a function that makes one call as the engine does, and the part of it that puts its rows together."""
+    branch = to_branch(make_conditioning(denoiser, config))
+    x, times = torch.empty(rows, config.latent_channels, frames, device=META), torch.empty(rows, device=META)
+    valid = torch.empty(rows, frames, dtype=torch.bool, device=META)
+
+    def collate() -> StepBatch:
+        return StepBatch.of(x, t=times, valid=valid, branches=[branch] * rows)
+
+    def run() -> Tensor:
+        result: Tensor = denoiser(x, times, conditioning=from_batch(collate()), valid=valid)
+        return result.float()
+
+    return run, collate
+
+
 def count_graph_breaks(denoiser: Denoiser, config: Sa3Config) -> int:
     """Returns how often tracing a layer for `torch.compile` has to stop and begin anew; needs no compiler."""
-    rows, frames, width = 2, 64, config.denoiser.width
-    num_tokens = frames + config.denoiser.num_memory_tokens
-    row = make_conditioning(denoiser, config, rows=rows)
-    valid = torch.empty(rows, frames, dtype=torch.bool, device=META)
-    layout = Padded(frames, num_prefix=config.denoiser.num_memory_tokens, valid=valid)
+    layer = denoiser.transformer.layers[0]
+    run, _ = prepare_call(denoiser, config, rows=2, frames=64)
+    given: list[tuple[Any, Any]] = []
+    hook = layer.register_forward_pre_hook(lambda _, *call: given.append(call), with_kwargs=True)
     with torch.inference_mode():
-        explained = torch._dynamo.explain(denoiser.transformer.layers[0])(
-            torch.empty(rows, num_tokens, width, dtype=denoiser.dtype, device=META),
-            torch.empty(rows, 6 * width, dtype=denoiser.dtype, device=META),
-            layout=layout,
-            rotary=layout.rotary(denoiser.transformer.rotary_pos_emb),
-            context=row.context[0] if row.context is not None else None,
-            local=row.local[0] if row.local is not None else None,
-        )
+        run()
+        hook.remove()
+        args, kwargs = given[0]
+        explained = torch._dynamo.explain(layer)(*args, **kwargs)
     return int(explained.graph_break_count)
 
 

@@ -28,6 +28,9 @@ _NO_KERNEL = (
     "transpose_",
     "unsqueeze_",
 )
+_MASK_STEP = 16  # values
+_UNFUSED_NORM = 8  # kernels of an RMS norm whose gain has another dtype than its input
+_MOST_JOINED = 4  # dimensions of tensors that are not contiguous and still join in one kernel
 _ALLOCATING = ("empty", "new_empty")
 # The host needs a result before it can go on: a value, or how many elements there are.
 _WAITING = (
@@ -69,15 +72,37 @@ def count_launches(operation: OpOverload, args: Sequence[Any]) -> int:
     """Returns how many kernels an operation that is not composite starts on CUDA, all tensors being there.
 
     One, or none for views, for memory without contents and for a copy of data onto itself. Attention under a mask of
-    truth values also converts it.
+    truth values also converts it, norms copy what is not contiguous first, and joining tensors takes a kernel for each
+    when they have too many dimensions.
     """
     name = name_of(operation)
     if name == "copy_" and _are_same_data(args[0], args[1]):
         return 0
     if operation.is_view or name in _NO_KERNEL or name.startswith(_ALLOCATING):
         return 0
-    mask = args[3] if name == "scaled_dot_product_attention" and len(args) > 3 else None
-    return 2 if isinstance(mask, Tensor) and not mask.is_floating_point() else 1
+    return 1 + _count_hidden(name, args)
+
+
+def _count_hidden(name: str, args: Sequence[Any]) -> int:
+    """Returns how many kernels a fused operation starts besides its own."""
+    match name:
+        case "scaled_dot_product_attention":
+            mask = args[3] if len(args) > 3 else None
+            if not isinstance(mask, Tensor):
+                return 0
+            # Kernels read masks in steps of 16 values: others are copied into padded memory, filled first.
+            is_aligned = all(stride % _MASK_STEP == 0 for stride in mask.stride()[:-1])
+            return (not mask.is_floating_point()) + 2 * (not is_aligned)
+        case "rms_norm" | "native_layer_norm":
+            gain = args[2] if len(args) > 2 else None
+            if name == "rms_norm" and isinstance(gain, Tensor) and gain.dtype != args[0].dtype:
+                return _UNFUSED_NORM - 1
+            return int(not args[0].is_contiguous())
+        case "cat":
+            given = [tensor for tensor in args[0] if tensor.numel()]
+            is_joined = given[0].dim() <= _MOST_JOINED or all(tensor.is_contiguous() for tensor in given)
+            return 0 if is_joined else len(given) - 1
+    return 0
 
 
 def waits(operation: OpOverload, args: Sequence[Any]) -> bool:

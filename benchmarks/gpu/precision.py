@@ -27,6 +27,7 @@ from benchmarks.workload import PROMPTS
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.call_shapes import round_up
 from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch
+from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
@@ -143,8 +144,8 @@ def _against_float64(net: nn.Module, run: Network) -> dict[str, dict[str, float 
 
 
 def _resolve_kernels(net: nn.Module) -> None:
-    if isinstance(net, OobleckAutoencoder):  # which keeps kernels that follow from the weights
-        net.resolve_weight_norms()
+    if isinstance(net, AudioAutoencoder | OobleckAutoencoder):  # which keeps kernels that follow from the weights
+        net.resolve()
 
 
 def measure_error(actual: Tensor, expected: Tensor) -> dict[str, float | None]:

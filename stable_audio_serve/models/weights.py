@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.core.errors import CheckpointError, ConfigError
 from stable_audio_serve.core.processor import CPU_FACTS, has_native_bfloat16
-from stable_audio_serve.models.blocks import RMSNorm
 from stable_audio_serve.models.weight_files import drain_weights, read_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -104,7 +103,9 @@ def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tenso
 def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
     """Returns what every key's tensor is to become."""
     casts = {prefix + key: torch.float32 for prefix, module in modules.items() for key in module.state_dict()}
-    return casts | {prefix + key: dtype for prefix, dtype in dtypes.items() for key, _ in _cast_with(modules[prefix])}
+    return casts | {
+        prefix + key: dtype for prefix, dtype in dtypes.items() for key, _ in modules[prefix].named_parameters()
+    }
 
 
 def _check(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:
@@ -159,15 +160,6 @@ def _empty(module: nn.Module) -> list[str]:
 
 
 def cast_network(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network's weights to `dtype`, in place.
-
-    Buffers (rotary frequencies) and the gains of RMS norms stay in float32: both are used in float32 arithmetic.
-    """
-    for _, parameter in _cast_with(module):
+    """Cast a network's weights to `dtype`, in place. Buffers stay in float32: rotary angles are float32 arithmetic."""
+    for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _cast_with(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, part in module.named_modules():
-        if not isinstance(part, RMSNorm):
-            yield from part.named_parameters(prefix=name, recurse=False)

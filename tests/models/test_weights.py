@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
-    """A layer that is cast, a norm and frequencies that are not."""
+    """A layer and a norm that are cast, frequencies that are not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ def test_one_at_a_time_gives_what_casting_the_whole_network_gives(
     net, expected = load(path, dtype=wanted), Net()
     assign_weights({"net.": expected}, weights, source=path)
     cast_network(expected, wanted)
-    assert net.linear.weight.dtype == wanted
-    assert net.norm.gamma.dtype == net.rotary.inv_freq.dtype == torch.float32
+    assert net.linear.weight.dtype == net.norm.gamma.dtype == wanted
+    assert net.rotary.inv_freq.dtype == torch.float32
     assert not net.training
     assert not net.linear.weight.requires_grad
     for key, value in expected.state_dict().items():

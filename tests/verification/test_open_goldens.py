@@ -14,7 +14,6 @@ import torch
 
 from stable_audio_serve.models.protocol import BranchConditioning
 from stable_audio_serve.models.sao import conditioners, denoiser, model, receptive_field
-from stable_audio_serve.models.sao.denoiser import GroupedCrossAttention
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.sao_requests import ReplayedRow, objective_of
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
@@ -103,18 +102,8 @@ def unconditional_without_seconds(patch: pytest.MonkeyPatch) -> None:
 
 
 def heads_interleaved(patch: pytest.MonkeyPatch) -> None:
-    exact = GroupedCrossAttention.forward
-
-    def forward(self: GroupedCrossAttention, x: torch.Tensor, context: Any) -> torch.Tensor:
-        times = self.num_heads // self.num_key_heads
-        shared = [part.repeat(1, times, 1, 1) for part in context]  # k0 k1 k0 k1 instead of k0 k0 k1 k1
-        self.num_key_heads, kept = self.num_heads, self.num_key_heads
-        try:
-            return exact(self, x, denoiser.ContextKeys(*shared))
-        finally:
-            self.num_key_heads = kept
-
-    patch.setattr(GroupedCrossAttention, "forward", forward)
+    # k0 k1 k0 k1 instead of k0 k0 k1 k1
+    patch.setattr(denoiser, "share_heads", lambda context, shared_by: context.repeat(1, 1, 1, shared_by, 1, 1))
 
 
 def negative_scaled(patch: pytest.MonkeyPatch) -> None:

@@ -7,22 +7,24 @@ from stable_audio_serve.models.blocks.attention import (
     CrossAttention,
     SelfAttention,
     attend,
-    attend_band,
 )
-from stable_audio_serve.models.blocks.feedforward import FeedForward, sine
+from stable_audio_serve.models.blocks.band import BandAttention
+from stable_audio_serve.models.blocks.feedforward import FeedForward, add_branch, sine
 from stable_audio_serve.models.blocks.fourier import ExpoFourier
 from stable_audio_serve.models.blocks.layouts import Layout, Padded
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS, DyT, RMSNorm, build_head_norm
 from stable_audio_serve.models.blocks.packed import Packed, join_local, packed_layout
-from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, RotaryTable, rotate
+from stable_audio_serve.models.blocks.rotary import HeadAffine, RotaryEmbedding, RotaryTable, cosines, gather_affine
 
 __all__ = [
     "HEAD_NORMS",
     "Attend",
+    "BandAttention",
     "CrossAttention",
     "DyT",
     "ExpoFourier",
     "FeedForward",
+    "HeadAffine",
     "Layout",
     "Packed",
     "Padded",
@@ -30,11 +32,12 @@ __all__ = [
     "RotaryEmbedding",
     "RotaryTable",
     "SelfAttention",
+    "add_branch",
     "attend",
-    "attend_band",
     "build_head_norm",
+    "cosines",
+    "gather_affine",
     "join_local",
     "packed_layout",
-    "rotate",
     "sine",
 ]

@@ -13,55 +13,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks.norms import build_head_norm
-from stable_audio_serve.models.blocks.rotary import RotaryTable, rotate
+from stable_audio_serve.models.blocks.rotary import RotaryTable, turn, without_affine
 
 # queries, keys (B, H, N, E) and values (B, H, N, E) -> (B, H, N, E)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+_MASK_STEP = 16  # values
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:  # noqa: PLR0917
-    """Softmax attention with scale 1 / sqrt(E); `mask` is bool, broadcastable to (B, H, N, T), true = may be seen.
+    """Softmax attention with scale 1 / sqrt(E); `mask` is added to the scores, in their dtype, broadcastable to
+    (B, H, N, T): 0 = may be seen, -inf = not.
 
     Inference uses the fused kernel. Training on a CPU uses the explicit softmax, because the backward pass of the
     fused CPU kernel is twice as slow.
     """
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(dim=-1) @ v
+        return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_band(q: Tensor, k: Tensor, v: Tensor, *, radius: int, block: int = 64) -> Tensor:  # noqa: PLR0917
-    """Attention in which query i sees keys i - radius ... i + radius, clipped at both ends; memory linear in N.
-
-    Queries are cut into blocks that each see their own keys and a halo of `radius` on both sides under a band mask.
-    """
-    batch, heads, length, width = q.shape
-    block = min(block, length)
-    num_blocks = -(-length // block)
-    tail = num_blocks * block - length
-    span = block + 2 * radius
-
-    def halo(x: Tensor) -> Tensor:  # (B, H, N, E) -> (B * blocks, H, span, E)
-        windows = F.pad(x, (0, 0, radius, radius + tail)).unfold(2, span, block)
-        return windows.permute(0, 2, 1, 4, 3).reshape(batch * num_blocks, heads, span, width)
-
-    queries = F.pad(q, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
-    mask = _band_mask(length, num_blocks=num_blocks, block=block, radius=radius, device=q.device)
-    out = attend(queries, halo(k), halo(v), mask=mask.repeat(batch, 1, 1, 1))
-    return out.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
+    """Returns a mask for `attend` (B, 1, 1, leading + F) that hides frames which are not valid (B, F) bool."""
+    num_keys = leading + valid.shape[1]
+    mask = empty_mask((len(valid), 1, 1, num_keys), dtype=dtype, device=valid.device).zero_()
+    mask[..., leading:].masked_fill_(~valid[:, None, None], float("-inf"))
+    return mask
 
 
-def _band_mask(length: int, *, num_blocks: int, block: int, radius: int, device: torch.device) -> Tensor:
-    """Returns a mask (blocks, 1, block, block + 2 radius) bool: key inside the band and inside the sequence."""
-    query = torch.arange(num_blocks * block, device=device).view(num_blocks, 1, block, 1)
-    first_key = torch.arange(num_blocks, device=device).view(num_blocks, 1, 1, 1) * block - radius
-    key = first_key + torch.arange(block + 2 * radius, device=device)
-    inside = (key >= 0) & (key < length)
-    # A query behind the end would see nothing, and softmax over nothing is NaN; its output is dropped anyway.
-    return ((key - query).abs() <= radius) & (inside | (query >= length))
+def empty_mask(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns memory for a mask whose rows begin where fused kernels can read them, or each call would copy it."""
+    return torch.empty(*shape[:-1], -(-shape[-1] // _MASK_STEP) * _MASK_STEP, dtype=dtype, device=device)[
+        ..., : shape[-1]
+    ]
 
 
 class SelfAttention(nn.Module):
@@ -70,21 +55,26 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, *, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_width = width // num_heads
         self.differential = differential
         self.to_qkv = nn.Linear(width, (5 if differential else 3) * width, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
-        self.q_norm = build_head_norm(head_norm, width // num_heads)
-        self.k_norm = build_head_norm(head_norm, width // num_heads)
+        self.q_norm = build_head_norm(head_norm, self.head_width)
+        self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width)."""
-        parts = self.to_qkv(x).chunk(5 if self.differential else 3, dim=-1)
-        q, k, v, *primed = (split_heads(part, self.num_heads) for part in parts)
-        if primed:
-            q, k = torch.cat([q, primed[0]], dim=1), torch.cat([k, primed[1]], dim=1)
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        out = _subtract(attend_fn(q, k, torch.cat([v, v], dim=1))) if primed else attend_fn(q, k, v)
-        return self.to_out(merge_heads(out))
+        """(B, N, width) -> (B, N, width). `rotary` is of this layer and has its head norms' gain and bias."""
+        parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
+        if not self.differential:
+            normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)
+            q, k = turn(normed, rotary, dtype=parts.dtype).unbind(2)
+            return self.to_out(merge_heads(attend_fn(*map(heads_first, (q, k, parts[:, :, 2])))))
+        # Parts 0, 1 and 3, 4, so that q is followed by q' and k by k'.
+        pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)
+        normed = without_affine(self.q_norm, pairs, rate=rotary.rate).flatten(3, 4)
+        q, k = turn(normed, rotary, dtype=parts.dtype).unbind(2)
+        v = torch.cat([parts[:, :, 2]] * 2, dim=2)
+        return self.to_out(merge_heads(subtract(attend_fn(*map(heads_first, (q, k, v))))))
 
 
 class CrossAttention(nn.Module):
@@ -93,33 +83,35 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, *, context_width: int, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_width = width // num_heads
         self.differential = differential
         self.to_q = nn.Linear(width, (2 if differential else 1) * width, bias=False)
         self.to_kv = nn.Linear(context_width, (3 if differential else 2) * width, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
-        self.q_norm = build_head_norm(head_norm, width // num_heads)
-        self.k_norm = build_head_norm(head_norm, width // num_heads)
+        self.q_norm = build_head_norm(head_norm, self.head_width)
+        self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns normed keys (B, H or 2 H, T, E) and values (B, H, T, E) of a context (B, T, context width)."""
-        *keys, values = self.to_kv(context).chunk(3 if self.differential else 2, dim=-1)
-        key = torch.cat([split_heads(part, self.num_heads) for part in keys], dim=1)
-        return self.k_norm(key), split_heads(values, self.num_heads)
+        """Returns normed keys and values (B, H or 2 H, T, E) of a context (B, T, context width).
+
+        Differential attention's values are there twice, once for each half of the keys.
+        """
+        parts = self.to_kv(context).unflatten(-1, (-1, self.num_heads, self.head_width))
+        keys, values = parts[:, :, :-1].flatten(2, 3), parts[:, :, -1]
+        if self.differential:
+            values = torch.cat([values, values], dim=2)
+        return heads_first(self.k_norm(keys)), heads_first(values)
 
     def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend = attend) -> Tensor:
         """(B, N, width) -> (B, N, width); every context token is seen. Zero keys and values give exactly zero."""
-        queries = self.to_q(x).chunk(2 if self.differential else 1, dim=-1)
-        q = self.q_norm(torch.cat([split_heads(part, self.num_heads) for part in queries], dim=1))
-        if self.differential:
-            out = _subtract(attend_fn(q, key, torch.cat([value, value], dim=1)))
-        else:
-            out = attend_fn(q, key, value)
-        return self.to_out(merge_heads(out))
+        q = self.q_norm(self.to_q(x).unflatten(-1, (-1, self.head_width)))
+        out = attend_fn(heads_first(q), key, value)
+        return self.to_out(merge_heads(subtract(out) if self.differential else out))
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, H * E) -> (B, H, N, E)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def heads_first(x: Tensor) -> Tensor:
+    """(B, N, H, E) -> (B, H, N, E)."""
+    return x.transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -127,7 +119,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _subtract(out: Tensor) -> Tensor:
+def subtract(out: Tensor) -> Tensor:
     """(B, 2 H, N, E), the primed heads last -> (B, H, N, E)."""
     plain, primed = out.chunk(2, dim=1)
     return plain - primed

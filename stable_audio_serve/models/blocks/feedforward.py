@@ -16,7 +16,10 @@ def sine(x: Tensor) -> Tensor:
 
 
 class GatedLinear(nn.Module):
-    """Linear to twice the inner width, split into (value, gate), `value * activation(gate)`."""
+    """Linear to twice the inner width, split into (value, gate), `value * activation(gate)`.
+
+    The activation returns new memory, never its argument.
+    """
 
     def __init__(self, width: int, inner: int, *, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -26,7 +29,8 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., inner)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * self.activation(gate)
+        activated = self.activation(gate)
+        return activated * value if torch.is_grad_enabled() else activated.mul_(value)
 
 
 class FeedForward(nn.Module):
@@ -41,3 +45,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return self.ff(x)
+
+
+def add_branch(h: Tensor, branch: Tensor) -> Tensor:
+    """Returns `h + branch`; without gradients in place, so h must be the caller's own."""
+    return h + branch if torch.is_grad_enabled() else h.add_(branch)

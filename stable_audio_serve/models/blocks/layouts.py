@@ -12,10 +12,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks.attention import attend
-from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, RotaryTable
+from stable_audio_serve.models.blocks.attention import attend, key_mask
 
 
 class Layout(Protocol):
@@ -29,8 +27,8 @@ class Layout(Protocol):
         """Returns the tokens without the prefixes."""
         ...
 
-    def rotary(self, embedding: RotaryEmbedding) -> RotaryTable:
-        """Returns the angles of the tokens; each row's positions begin at 0."""
+    def positions(self, device: torch.device) -> Tensor:
+        """Returns the tokens' positions within their row, (P + F,) or (N,) float32."""
         ...
 
     def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
@@ -55,12 +53,12 @@ class Layout(Protocol):
 
 
 class Padded:
-    """Rows side by side; `valid` (B, F) bool says which frames are keys, None = all."""
+    """Rows side by side; `valid` (B, F) bool says which frames are keys, None = all. `dtype` is the queries'."""
 
-    def __init__(self, num_frames: int, *, num_prefix: int, valid: Tensor | None) -> None:
+    def __init__(self, num_frames: int, *, num_prefix: int, valid: Tensor | None, dtype: torch.dtype) -> None:
         self._num_tokens = num_prefix + num_frames
         self._num_prefix = num_prefix
-        self._mask = None if valid is None else F.pad(valid, (num_prefix, 0), value=True)[:, None, None]
+        self._mask = None if valid is None else key_mask(valid, leading=num_prefix, dtype=dtype)
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         return torch.cat([prefix.expand(len(frames), -1, -1), frames], dim=1)
@@ -68,14 +66,14 @@ class Padded:
     def frames(self, tokens: Tensor) -> Tensor:
         return tokens[:, self._num_prefix :]
 
-    def rotary(self, embedding: RotaryEmbedding) -> RotaryTable:
-        return embedding(self._num_tokens)
+    def positions(self, device: torch.device) -> Tensor:
+        return torch.arange(self._num_tokens, device=device, dtype=torch.float32)
 
     def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
-        return x * scale[:, None] + shift[:, None]
+        return torch.addcmul(shift[:, None], x, scale[:, None])
 
     def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor) -> Tensor:
-        return h + gate[:, None] * update
+        return torch.addcmul(h, gate[:, None], update)
 
     def add_local(self, h: Tensor, local: Tensor) -> None:
         h[:, self._num_prefix :] += local

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 class RMSNorm(nn.Module):
     """`gamma * x / sqrt(mean(x^2) + eps)` over the last axis.
 
-    Statistics and product are taken in float32 whatever the input's dtype, then cast back: in half precision the
-    mean of squares of a wide residual stream overflows.
+    Statistics and product are float32 inside the operation whatever the input's dtype, on every device; in half
+    precision the mean of squares of a wide residual stream would overflow.
     """
 
     def __init__(self, width: int, *, eps: float = 1e-5) -> None:
@@ -21,8 +21,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width); dtype kept."""
-        normed = F.rms_norm(x.float(), (x.shape[-1],), self.gamma.float(), self.eps)
-        return normed.to(x.dtype)
+        # A gain of another dtype than x would keep CUDA from using its fused kernel.
+        return F.rms_norm(x, x.shape[-1:], self.gamma.to(x.dtype), self.eps)
+
+    def without_gain(self, x: Tensor) -> Tensor:
+        """Normalise (..., width) without gamma, which the caller applies; dtype kept."""
+        return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
 class DyT(nn.Module):
@@ -36,7 +40,7 @@ class DyT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Squash (..., width); dtype kept."""
-        return torch.addcmul(self.beta, self.gamma, torch.tanh(self.alpha * x))
+        return torch.addcmul(self.beta, self.gamma, (self.alpha * x).tanh_())
 
 
 HEAD_NORMS = ("none", "rms", "ln", "dyt")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.models.blocks.attention import attend
-from stable_audio_serve.models.blocks.rotary import RotaryEmbedding, RotaryTable
 
 # (queries, keys, values, query offsets, key offsets, longest query, longest key), as torch's function
 VarlenAttention = Callable[..., Any]
@@ -102,12 +101,9 @@ class Packed:
     def frames(self, tokens: Tensor) -> Tensor:
         return _joined([span.tokens(tokens)[:, self.num_prefix :].flatten(0, 1) for span in self._spans])[None]
 
-    def rotary(self, embedding: RotaryEmbedding) -> RotaryTable:
-        table = embedding(max(span.length for span in self._spans))
-        cos, sin = (
-            torch.cat([part[: span.length] for span in self._spans for _ in range(span.count)]) for part in table
-        )
-        return RotaryTable(cos, sin)
+    def positions(self, device: torch.device) -> Tensor:
+        spans = (span for span in self._spans for _ in range(span.count))
+        return torch.cat([torch.arange(span.length, device=device, dtype=torch.float32) for span in spans])
 
     def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
         out = torch.empty_like(x)
@@ -153,7 +149,7 @@ class PackedOnDevice(Packed):
         starts = list(accumulate(lengths, initial=0))
         self._longest, self._most_keys = max(lengths), max(keys)
         self._row_of = _on(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), device)
-        self._positions = _on(torch.cat([torch.arange(length) for length in lengths]), device)
+        self._positions = _on(super().positions(torch.device("cpu")), device)
         self._query_offsets = _on(torch.tensor(starts, dtype=torch.int32), device)
         self._key_offsets = self._query_offsets
         self._keys: Tensor | None = None  # which tokens are keys, None = all
@@ -162,9 +158,8 @@ class PackedOnDevice(Packed):
             ranges = [torch.arange(start, start + count) for start, count in zip(starts, keys, strict=False)]
             self._keys = _on(torch.cat(ranges), device)
 
-    def rotary(self, embedding: RotaryEmbedding) -> RotaryTable:
-        cos, sin = (part[self._positions] for part in embedding(self._longest))
-        return RotaryTable(cos, sin)
+    def positions(self, device: torch.device) -> Tensor:
+        return self._positions
 
     def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
         return torch.addcmul(shift[self._row_of], x, scale[self._row_of])
@@ -194,10 +189,12 @@ class PackedOnDevice(Packed):
 
 
 def join_local(rows: Sequence[Tensor], *, frames: Sequence[int], num_prefix: int) -> Tensor:
-    """Returns local conditioning of packed tokens, (1, N, W), from rows (1, F or 1, W); zero at the prefixes."""
-    nothing = rows[0].new_zeros(num_prefix, rows[0].shape[2])
-    pieces = [part for row, count in zip(rows, frames, strict=True) for part in (nothing, row[0].expand(count, -1))]
-    return torch.cat(pieces)[None]
+    """Returns local conditioning of packed tokens, (1, layers, N, W), from rows (1, layers, F or 1, W); zero at the
+    prefixes."""
+    layers, width = rows[0].shape[1], rows[0].shape[3]
+    nothing = rows[0].new_zeros(layers, num_prefix, width)
+    owns = (row[0].expand(layers, count, width) for row, count in zip(rows, frames, strict=True))
+    return torch.cat([part for own in owns for part in (nothing, own)], dim=1)[None]
 
 
 def _spans(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Iterable[_Span]:

@@ -1,18 +1,40 @@
-"""Rotary positions, half-split form: the first rotated half of a head's channels pairs with the second."""
+"""Rotary positions, half-split form: the first rotated half of a head's channels pairs with the second.
+
+Queries and keys of a layer are normed and turned together, in one table: the gain and the bias of their norms are
+folded into its cosines and sines. Knows nothing of attention.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
+
 
 class RotaryTable(NamedTuple):
-    """Cosines and sines (positions, rotated // 2), float32."""
+    """How one layer (or each of L layers) turns queries and keys u, already normed but without gain and bias:
+    `u * cos + swapped(u) * sin + shift`, where `swapped` exchanges the two rotated halves.
+
+    ([L,] positions, 2 or 1, 1, E) float32, queries first; `shift` is None for norms without bias. `rate` ([L,] 2, 1, 1)
+    is what DyT multiplies by before its tanh, None for other norms.
+    """
 
     cos: Tensor
     sin: Tensor
+    shift: Tensor | None
+    rate: Tensor | None
+    half: int  # channels in each rotated half
+
+    def layer(self, index: int) -> RotaryTable:
+        """Returns the table of one of L layers."""
+        shift = None if self.shift is None else self.shift[index]
+        rate = None if self.rate is None else self.rate[index]
+        return RotaryTable(self.cos[index], self.sin[index], shift, rate, self.half)
 
 
 class RotaryEmbedding(nn.Module):
@@ -25,20 +47,128 @@ class RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, rotated, 2).float() / rotated
         self.register_buffer("inv_freq", 1.0 / base**exponents)
 
-    def forward(self, num_positions: int) -> RotaryTable:
-        """Returns the table for positions 0 ... num_positions - 1."""
-        positions = torch.arange(num_positions, device=self.inv_freq.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq.float())
-        return RotaryTable(angles.cos(), angles.sin())
+    @property
+    def half_width(self) -> int:
+        """Channels in each rotated half."""
+        return len(self.inv_freq)
+
+    def rates(self, width: int) -> Tensor:
+        """Returns radians per position (width,) float32, for the channels of heads of that width.
+
+        Negative in the first half, where `swapped` is subtracted, and zero where channels are not rotated.
+        """
+        rates = self.inv_freq.float()
+        return torch.cat([-rates, rates, rates.new_zeros(width - 2 * len(rates))])
 
 
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate the first `2 * table.cos.shape[-1]` channels of x (..., positions, head width); the rest passes through.
+@dataclass(frozen=True, slots=True)
+class HeadAffine:
+    """What the head norms of L layers (or of one) multiply by and add, with the halves as they are and swapped.
 
-    Computed in float32, returned in x's dtype.
+    ([L,] 1, 2, 1, E) float32, queries first; None where the norms have none. `rate` as in RotaryTable.
     """
-    half = table.cos.shape[-1]
-    low, high, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    low, high = low.float(), high.float()
-    turned = (low * table.cos - high * table.sin, high * table.cos + low * table.sin)
-    return torch.cat([turned[0].to(x.dtype), turned[1].to(x.dtype), rest], dim=-1)
+
+    num_layers: int
+    gain: Tensor | None
+    swapped_gain: Tensor | None
+    bias: Tensor | None
+    swapped_bias: Tensor | None
+    rate: Tensor | None
+    half: int
+
+    def layer(self, index: int) -> HeadAffine:
+        """Returns what belongs to one of L layers."""
+        parts = self.gain, self.swapped_gain, self.bias, self.swapped_bias, self.rate
+        gain, swapped_gain, bias, swapped_bias, rate = (None if part is None else part[index] for part in parts)
+        return HeadAffine(1, gain, swapped_gain, bias, swapped_bias, rate, self.half)
+
+    def turn(self, positions: Tensor, *, rates: Tensor) -> RotaryTable:
+        """Returns the table for `positions` (N,) float32; `rates` ([L,] E), the same for all layers or of each."""
+        return self.fold(*cosines(positions, rates))
+
+    def fold(self, cos: Tensor, sin: Tensor) -> RotaryTable:
+        """Returns the table for `cosines`."""
+        if self.gain is None or self.swapped_gain is None:
+            shape = (self.num_layers, *cos.shape[-4:])
+            return RotaryTable(cos.expand(shape), sin.expand(shape), None, None, self.half)
+        shift = None
+        if self.bias is not None and self.swapped_bias is not None:
+            shift = torch.addcmul(self.bias * cos, self.swapped_bias, sin)
+        return RotaryTable(self.gain * cos, self.swapped_gain * sin, shift, self.rate, self.half)
+
+
+def cosines(positions: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns cosines and sines ([L,] N, 1, 1, E) of positions (N,) times rates ([L,] E), float32."""
+    angles = (positions[:, None] * rates[..., None, :])[..., None, None, :]
+    return angles.cos(), angles.sin()
+
+
+def gather_affine(norms: Sequence[tuple[nn.Module, nn.Module]], *, half: int) -> HeadAffine:
+    """Returns what the head norms of L layers have: one pair for each, of queries and of keys, all of one kind."""
+    flat = [norm for pair in norms for norm in pair]
+    gains, biases = _stack([_gain(norm) for norm in flat]), _stack([_bias(norm) for norm in flat])
+    rates = torch.cat([norm.alpha for norm in flat if isinstance(norm, DyT)]) if isinstance(flat[0], DyT) else None
+    return HeadAffine(
+        num_layers=len(norms),
+        gain=gains,
+        swapped_gain=None if gains is None else swap_halves(gains, half),
+        bias=biases,
+        swapped_bias=None if biases is None else swap_halves(biases, half),
+        rate=None if rates is None else rates.float().view(-1, 2, 1, 1),
+        half=half,
+    )
+
+
+def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor:
+    """Norm queries and keys x (B, N, 2, heads..., E) as `norm` does, but without gain and bias.
+
+    Keeps the dtype, but for DyT, whose tanh is taken and returned in the dtype of `rate`.
+    """
+    if isinstance(norm, RMSNorm):
+        return norm.without_gain(x)
+    if isinstance(norm, nn.LayerNorm):
+        return torch.nn.functional.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
+    if not isinstance(norm, DyT):
+        return x.contiguous()
+    assert rate is not None
+    rate = rate.view(2, *(1,) * (x.dim() - 3))
+    if torch.is_grad_enabled():
+        return (x * rate).contiguous().tanh()
+    return torch.mul(x, rate, out=x.new_empty(x.shape, dtype=rate.dtype)).tanh_()
+
+
+def turn(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
+    """Turn queries and keys x (B, N, 2, H, E) in float32. Returns the same shape in `dtype`."""
+    turned = x * table.cos if table.shift is None else torch.addcmul(table.shift, x, table.cos)
+    if turned.dtype == dtype and not torch.is_grad_enabled():
+        low, high = slice(table.half), slice(table.half, 2 * table.half)
+        turned[..., low].addcmul_(x[..., high], table.sin[..., low])
+        turned[..., high].addcmul_(x[..., low], table.sin[..., high])
+        return turned
+    swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # a kernel joins no more than four dimensions
+    if torch.is_grad_enabled():
+        return torch.addcmul(turned, swapped, table.sin).to(dtype)
+    return torch.addcmul(turned, swapped, table.sin, out=torch.empty_like(x, dtype=dtype))
+
+
+def swap_halves(x: Tensor, half: int) -> Tensor:
+    """Exchange the first two halves of channels of x (..., E); the rest stays."""
+    return torch.cat([x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], dim=-1)
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """(L, 1, 2, 1, E) float32 of 2 L vectors (E,)."""
+    given = [part for part in parts if part is not None]
+    return torch.stack(given).float().unflatten(0, (-1, 1, 2, 1)) if given else None
+
+
+def _gain(norm: nn.Module) -> Tensor | None:
+    if isinstance(norm, RMSNorm | DyT):
+        return norm.gamma
+    return norm.weight if isinstance(norm, nn.LayerNorm) else None
+
+
+def _bias(norm: nn.Module) -> Tensor | None:
+    if isinstance(norm, DyT):
+        return norm.beta
+    return norm.bias if isinstance(norm, nn.LayerNorm) else None

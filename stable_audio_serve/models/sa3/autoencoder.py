@@ -73,12 +73,11 @@ class SoftNorm(nn.Module):
 
     def decode(self, latents: Tensor, noise: Noises) -> Tensor:
         """(B, D, F) -> (B, D, F)."""
-        scaled = latents * self.running_std
-        if noise is None or not self.regularized:
-            return scaled
-        shape = (latents.shape[1], latents.shape[2])
-        drawn = stack_draws(noise, "bottleneck", shape=shape, frame_axis=1, device=latents.device)
-        return scaled + REGULARIZATION * self.running_std * drawn.to(latents.dtype)
+        if noise is not None and self.regularized:
+            shape = (latents.shape[1], latents.shape[2])
+            drawn = stack_draws(noise, "bottleneck", shape=shape, frame_axis=1, device=latents.device)
+            latents = torch.add(latents, drawn.to(latents.dtype), alpha=REGULARIZATION)
+        return latents * self.running_std
 
 
 class AudioAutoencoder(nn.Module):
@@ -115,6 +114,15 @@ class AudioAutoencoder(nn.Module):
     def latent_multiple(self) -> int:
         """Windows must start at a multiple of this many latents."""
         return max(self.encoder.latent_multiple, self.decoder.latent_multiple)
+
+    def resolve(self) -> None:
+        """Keep what follows from the weights as they are now, until then every call computes it.
+
+        Call it after the weights are loaded and moved to their device.
+        """
+        for module in self.modules():
+            if isinstance(module, same.ResamplingBlock):
+                module.resolve()
 
     def encode(self, audio: Tensor, noise: Noises = None) -> Tensor:
         """Returns latents (B, D, F) of audio (B, C, S), F at least S / hop rounded up; row-independent."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from stable_audio_serve.models.blocks.packed import join_local
 from stable_audio_serve.models.protocol import BranchConditioning, StepBatch
-from stable_audio_serve.models.sa3.denoiser import ContextKeys, DenoiserConditioning
+from stable_audio_serve.models.sa3.denoiser import DenoiserConditioning
 
-_KEYS, _VALUES, _GLOBAL, _LOCAL = "context_keys", "context_values", "global", "local"
+_CONTEXT, _GLOBAL, _LOCAL = "context", "global", "local"
 
 
 def to_branch(row: DenoiserConditioning) -> BranchConditioning:
@@ -23,10 +22,9 @@ def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     """
     constants, by_frame = {_GLOBAL: row.global_embed[0]}, {}
     if row.context is not None:
-        constants[_KEYS] = torch.stack([layer.key[0] for layer in row.context])
-        constants[_VALUES] = torch.stack([layer.value[0] for layer in row.context])
+        constants[_CONTEXT] = row.context[0]
     if row.local is not None:
-        local = torch.stack([layer[0] for layer in row.local])  # (layers, F or 1, W)
+        local = row.local[0]  # (layers, F or 1, W)
         if local.shape[1] == 1:
             constants[_LOCAL] = local
         else:
@@ -36,34 +34,27 @@ def to_branch(row: DenoiserConditioning) -> BranchConditioning:
 
 def without_context(branch: BranchConditioning) -> BranchConditioning:
     """Returns the unconditional branch: the same row with all context tokens zero."""
-    kept = {name: value for name, value in branch.constants.items() if name not in (_KEYS, _VALUES)}
-    return replace(branch, constants=kept)
+    return replace(branch, constants={name: value for name, value in branch.constants.items() if name != _CONTEXT})
 
 
 def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
     """Returns the branch with the context of another row."""
-    context = {name: value for name, value in to_branch(other).constants.items() if name in (_KEYS, _VALUES)}
-    return replace(branch, constants={**branch.constants, **context})
+    context = to_branch(other).constants[_CONTEXT]
+    return replace(branch, constants={**branch.constants, _CONTEXT: context})
 
 
 def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning:
     """Returns the conditioning of rows that step together; packed rows have `num_prefix` tokens before their frames."""
-    context = local = None
-    if _KEYS in batch.constants:
-        keys, values = batch.constants[_KEYS].unbind(1), batch.constants[_VALUES].unbind(1)
-        context = tuple(ContextKeys(*layer) for layer in zip(keys, values, strict=True))
-    embed = batch.constants[_GLOBAL]
-    if _LOCAL in batch.constants:
-        local = batch.constants[_LOCAL].unbind(1)
+    embed, local = batch.constants[_GLOBAL], batch.constants.get(_LOCAL)
     if _LOCAL in batch.by_frame:
-        frames = batch.by_frame[_LOCAL].unflatten(1, (-1, embed.shape[-1])).transpose(2, 3).contiguous().unbind(1)
-        local = frames if local is None else tuple(map(torch.add, frames, local))
+        frames = batch.by_frame[_LOCAL].unflatten(1, (-1, embed.shape[-1])).transpose(2, 3).contiguous()
+        local = frames if local is None else frames + local
     if local is not None and batch.frames:
-        local = tuple(_pack(layer, batch.frames, num_prefix=num_prefix) for layer in local)
-    return DenoiserConditioning(embed, context, local)
+        local = _pack(local, batch.frames, num_prefix=num_prefix)
+    return DenoiserConditioning(embed, batch.constants.get(_CONTEXT), local)
 
 
 def _pack(local: Tensor, frames: Sequence[int], *, num_prefix: int) -> Tensor:
-    """(B, F or 1, W) -> the embeddings of all tokens (1, N, W)."""
-    rows = [row[None, : own if len(row) > 1 else 1] for row, own in zip(local, frames, strict=True)]
+    """(B, layers, F or 1, W) -> the embeddings of all tokens (1, layers, N, W)."""
+    rows = [row[None, :, :own] for row, own in zip(local, frames, strict=True)]
     return join_local(rows, frames=frames, num_prefix=num_prefix)

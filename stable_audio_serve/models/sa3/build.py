@@ -72,6 +72,7 @@ def assemble(
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
     """Returns the model of networks that are on their device."""
+    components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(cast("nn.Module", components.autoencoder.decoder), device)
     return Sa3Model(components, config=config, spec=spec, device=device, decode_precision=decode_precision)

@@ -26,33 +26,40 @@ from stable_audio_serve.models.blocks import (
     RotaryEmbedding,
     RotaryTable,
     SelfAttention,
+    add_branch,
+    gather_affine,
 )
 from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
 
-class ContextKeys(NamedTuple):
-    """One layer's cross-attention keys (B, H or 2 H, T, E), normed, and values (B, H, T, E)."""
-
-    key: Tensor
-    value: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class DenoiserConditioning:
-    """What a forward pass needs besides latents and time, for B rows.
+    """What a forward pass needs besides latents and time, for B rows, every layer's share in one tensor.
 
-    `global_embed` (B, W). `context` per layer, or None for rows without cross-attention (the unconditional branch,
-    whose keys and values would all be zero). `local` per layer (B, F, W), or (B, 1, W) when every frame is alike, or
-    None when there is no local conditioning; zeros are not the same as None, because the biases still contribute.
+    `global_embed` (B, W). `context` (B, layers, 2, H or 2 H, T, E): the cross-attention's normed keys, then its values;
+    None for rows without cross-attention (the unconditional branch, whose keys and values would all be zero). `local`
+    (B, layers, F, W), or (B, layers, 1, W) when every frame is alike, or None when there is no local conditioning;
+    zeros are not the same as None, because the biases still contribute.
     """
 
     global_embed: Tensor
-    context: tuple[ContextKeys, ...] | None
-    local: tuple[Tensor, ...] | None
+    context: Tensor | None
+    local: Tensor | None
 
     def without_context(self) -> DenoiserConditioning:
         """Returns the unconditional branch: the same row with all context tokens zero."""
         return DenoiserConditioning(self.global_embed, None, self.local)
+
+
+class Modulation(NamedTuple):
+    """What scales, shifts and gates a layer's two outer branches, each (B, W); a scale has its norm's gain."""
+
+    scale_attn: Tensor
+    shift_attn: Tensor
+    gate_attn: Tensor
+    scale_ff: Tensor
+    shift_ff: Tensor
+    gate_ff: Tensor
 
 
 class TransformerLayer(nn.Module):
@@ -74,30 +81,29 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         h: Tensor,
-        modulation: Tensor,
         *,
+        modulation: Modulation,
         layout: Layout,
         rotary: RotaryTable,
-        context: ContextKeys | None,
+        context: Tensor | None,
         local: Tensor | None,
     ) -> Tensor:
-        """H (B, M + F, W), modulation (B, 6 W), local as `layout` has it -> (B, M + F, W); packed (1, N, W).
+        """H (B, M + F, W), context (B, 2, H or 2 H, T, E), local as `layout` has it -> (B, M + F, W); packed (1, N, W).
 
-        The gates are `sigmoid(1 - gate)`. Local conditioning reaches the frames only, not the memory tokens.
+        Local conditioning reaches the frames only, not the memory tokens.
         """
-        parts = (self.to_scale_shift_gate + modulation).chunk(6, dim=-1)
-        scale_attn, shift_attn, gate_attn, scale_ff, shift_ff, gate_ff = parts
-        modulated = layout.modulate(self.pre_norm(h), scale=1 + scale_attn, shift=shift_attn)
-        attended = self.self_attn(modulated, rotary=rotary, attend_fn=layout.attend)
-        h = layout.add_gated(h, attended, gate=torch.sigmoid(1 - gate_attn))
+        normed = self.pre_norm.without_gain(h)
+        normed = layout.modulate(normed, scale=modulation.scale_attn, shift=modulation.shift_attn)
+        attended = self.self_attn(normed, rotary=rotary, attend_fn=layout.attend)
+        h = layout.add_gated(h, attended, gate=modulation.gate_attn)
         if context is not None:
-            h = h + self.cross_attn(
-                self.cross_attend_norm(h), key=context.key, value=context.value, attend_fn=layout.attend_context
-            )
+            key, value, normed = context[:, 0], context[:, 1], self.cross_attend_norm(h)
+            h = add_branch(h, self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context))
         if local is not None:
             layout.add_local(h, local)  # in place: h is this layer's own sum
-        fed = self.ff(layout.modulate(self.ff_norm(h), scale=1 + scale_ff, shift=shift_ff))
-        return layout.add_gated(h, fed, gate=torch.sigmoid(1 - gate_ff))
+        normed = self.ff_norm.without_gain(h)
+        normed = layout.modulate(normed, scale=modulation.scale_ff, shift=modulation.shift_ff)
+        return layout.add_gated(h, self.ff(normed), gate=modulation.gate_ff)
 
 
 class Transformer(nn.Module):
@@ -107,11 +113,12 @@ class Transformer(nn.Module):
         super().__init__()
         width = config.width
         self.num_memory_tokens = config.num_memory_tokens
+        self.head_width = width // config.num_heads
         if config.num_memory_tokens:
             self.memory_tokens = nn.Parameter(torch.randn(config.num_memory_tokens, width))
         self.project_in = nn.Linear(config.latent_channels, width, bias=False)
         self.project_out = nn.Linear(width, config.latent_channels, bias=False)
-        self.rotary_pos_emb = RotaryEmbedding(max(width // config.num_heads // 2, MIN_ROTATED))
+        self.rotary_pos_emb = RotaryEmbedding(max(self.head_width // 2, MIN_ROTATED))
         self.global_cond_embedder = _mlp(width, 6 * width, hidden=width, bias=True)
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
@@ -120,18 +127,42 @@ class Transformer(nn.Module):
         h = self.project_in(x)
         if self.num_memory_tokens:
             h = layout.join(self.memory_tokens, h)
-        rotary = layout.rotary(self.rotary_pos_emb)
-        modulation = self.global_cond_embedder(global_embed)
+        rotary = self.rotary_table(layout.positions(h.device))
+        modulations = self._modulate(self.global_cond_embedder(global_embed))
+        context, local = conditioning.context, conditioning.local
         for index, layer in enumerate(self.layers):
             h = layer(
                 h,
-                modulation,
+                modulation=modulations[index],
                 layout=layout,
-                rotary=rotary,
-                context=conditioning.context[index] if conditioning.context is not None else None,
-                local=conditioning.local[index] if conditioning.local is not None else None,
+                rotary=rotary.layer(index),
+                context=None if context is None else context[:, index],
+                local=None if local is None else local[:, index],
             )
         return self.project_out(layout.frames(h))
+
+    @property
+    def typed_layers(self) -> Sequence[TransformerLayer]:
+        """The layers."""
+        return [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
+
+    def rotary_table(self, positions: Tensor) -> RotaryTable:
+        """Returns every layer's table for tokens at `positions` (N,) float32."""
+        norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
+        affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
+        return affine.turn(positions, rates=self.rotary_pos_emb.rates(self.head_width))
+
+    def _modulate(self, modulation: Tensor) -> list[Modulation]:
+        """Returns every layer's modulation, from what they share (B, 6 W). The gates are `sigmoid(1 - gate)`."""
+        offsets = torch.stack([layer.to_scale_shift_gate for layer in self.typed_layers])
+        norms = [norm for layer in self.typed_layers for norm in (layer.pre_norm, layer.ff_norm)]
+        gains = torch.stack([norm.gamma for norm in norms]).to(offsets.dtype).unflatten(0, (-1, 1, 2))
+        scale, shift, gate = (offsets[:, None] + modulation).unflatten(-1, (2, 3, -1)).unbind(3)  # (layers, B, 2, W)
+        parts = torch.addcmul(gains, gains, scale), shift, torch.sigmoid(1 - gate)
+        return [
+            Modulation(*(part[index, :, branch] for branch in (0, 1) for part in parts))
+            for index in range(len(offsets))
+        ]
 
 
 class Denoiser(nn.Module):
@@ -168,13 +199,14 @@ class Denoiser(nn.Module):
         embeds = None
         if local is not None:
             frames = local.to(self.dtype).transpose(1, 2)
-            embeds = tuple(layer.to_local_embed(frames) for layer in self._layers)
+            embeds = torch.stack([layer.to_local_embed(frames) for layer in self.transformer.typed_layers], dim=1)
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
 
-    def project_context(self, context: Tensor) -> tuple[ContextKeys, ...]:
-        """Returns every layer's keys and values of a context (B, T, context width)."""
-        tokens = self.to_cond_embed(context.to(self.dtype))
-        return tuple(ContextKeys(*layer.cross_attn.project_context(tokens)) for layer in self._layers)
+    def project_context(self, context: Tensor) -> Tensor:
+        """Returns every layer's keys and values of a context (B, T, context width), as conditioning holds them."""
+        tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
+        parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
+        return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Time t (B,) in 0..1 -> (B, W)."""
@@ -198,14 +230,10 @@ class Denoiser(nn.Module):
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
-        layout = packed or Padded(x.shape[-1], num_prefix=self.config.num_memory_tokens, valid=valid)
+        layout = packed or Padded(x.shape[-1], num_prefix=self.config.num_memory_tokens, valid=valid, dtype=x.dtype)
         out = self.transformer(x.transpose(1, 2), global_embed, conditioning=conditioning, layout=layout)
         out = out.transpose(1, 2)
         return out + self.postprocess_conv(out)
-
-    @property
-    def _layers(self) -> Sequence[TransformerLayer]:
-        return [layer for layer in self.transformer.layers if isinstance(layer, TransformerLayer)]
 
 
 def _mlp(width_in: int, width_out: int, *, bias: bool, hidden: int | None = None) -> nn.Sequential:

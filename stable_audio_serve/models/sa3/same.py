@@ -7,8 +7,8 @@ Module names are the checkpoint's keys below `encoder.` and `decoder.`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,105 +16,22 @@ from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks import (
     Attend,
+    BandAttention,
     DyT,
     FeedForward,
+    HeadAffine,
     RotaryEmbedding,
+    RotaryTable,
     SelfAttention,
+    add_branch,
     attend,
-    attend_band,
+    cosines,
+    gather_affine,
     sine,
 )
-from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
+from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.parts import Noises, register_part, stack_draws
-
-
-@dataclass(frozen=True, slots=True)
-class SameConfig:
-    """Shape of one half. `window_latents` is set for sliding-window attention, otherwise chunks of `chunk_frames`."""
-
-    frame_channels: int
-    latent_channels: int
-    width: int
-    depth: int
-    head_width: int
-    stride: int
-    differential: bool
-    ff_mult: float
-    mapping_kernel: int
-    mask_noise: float
-    shared_token: bool
-    num_sine_layers: int
-    window_latents: int | None
-    chunk_frames: int
-    midpoint_shift: bool
-
-    @property
-    def latent_multiple(self) -> int:
-        """Latents are padded to a multiple of this: a chunk, or one latent where windows slide."""
-        return 1 if self.window_latents is not None else self.chunk_frames // self.stride
-
-    @property
-    def halo_latents(self) -> int:
-        """Latents on each side that can influence a latent's frames, the mapping convolution included.
-
-        Shifted chunks and the convolution reach into the neighbouring chunk; sliding windows reach one window per
-        layer. The result is a multiple of `latent_multiple`, as the edges of windows must be.
-        """
-        convolves = self.mapping_kernel > 1
-        if self.window_latents is None:
-            return self.latent_multiple if self.midpoint_shift or convolves else 0
-        return self.depth * self.window_latents + convolves
-
-
-def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
-    """Parse an encoder's or decoder's config section. Raises CheckpointError naming the key that cannot be used."""
-    config.require(dyt=True, conformer=False, layer_scale=False, soft_clip=False)
-    strides, mults = config.integers("strides"), config.integers("c_mults")
-    depths = config.integers("transformer_depths", at_most=MAX_DEPTH)
-    for key, values in (("strides", strides), ("transformer_depths", depths), ("c_mults", mults)):
-        if len(values) != 1:
-            raise config.unusable(key, "a list of one number: stacked resampling blocks are not supported")
-    stride, chunk_frames = strides[0], config.integer("chunk_size", default=128)
-    width, head_width = config.integer("channels") * mults[0], config.integer("dim_heads", default=128)
-    if width % head_width or head_width % 4:
-        raise config.unusable("dim_heads", f"a multiple of 4 that divides the width ({width})")
-    window, shifted = None, config.flag("chunk_midpoint_shift", default=False)
-    if "sliding_window" in config:
-        sides = config.integers("sliding_window", at_least=0)
-        if len(sides) != 2 or sides[0] != sides[1]:
-            raise config.unusable("sliding_window", "two equal numbers of latents")
-        window = sides[0]
-    elif chunk_frames % stride:
-        raise config.unusable("chunk_size", f"a multiple of the stride ({stride})")
-    elif shifted and (stride + 1) * (chunk_frames // stride) % 2:
-        raise config.unusable("chunk_size", "an even number of tokens, to be shifted by half of them")
-    return SameConfig(
-        frame_channels=config.integer(channels_key),
-        latent_channels=config.integer("latent_dim"),
-        width=width,
-        depth=depths[0],
-        head_width=head_width,
-        stride=stride,
-        differential=config.flag("differential", default=True),
-        ff_mult=config.number("ff_mult", default=3, at_least=0.01),
-        mapping_kernel=3 if config.flag("conv_mapping", default=False) else 1,
-        mask_noise=config.number("mask_noise", default=0.0, at_least=0),
-        shared_token=config.flag("variable_stride", default=False),
-        num_sine_layers=_sine_layers(config, depths[0]),
-        window_latents=window,
-        chunk_frames=chunk_frames,
-        midpoint_shift=shifted,
-    )
-
-
-def _sine_layers(config: ConfigReader, depth: int) -> int:
-    """Layer j of n uses the sine where n - j < sinusoidal_blocks: one layer fewer than the key says."""
-    if "sinusoidal_blocks" not in config:
-        return 0
-    blocks = config.integers("sinusoidal_blocks", at_least=0)
-    if len(blocks) > 1:
-        raise config.unusable("sinusoidal_blocks", "a list of one number: stacked resampling blocks are not supported")
-    return min(max(blocks[0] - 1, 0), depth) if blocks else 0
+from stable_audio_serve.models.sa3.same_config import SameConfig, parse_same
 
 
 class WeightNormConv(nn.Module):
@@ -125,12 +42,20 @@ class WeightNormConv(nn.Module):
         self.weight_v = nn.Parameter(torch.randn(channels_out, channels_in, kernel) / (channels_in * kernel) ** 0.5)
         self.weight_g = nn.Parameter(torch.ones(channels_out, 1, 1))
         self.bias = nn.Parameter(torch.zeros(channels_out))
+        self._kernel: Tensor | None = None
+
+    def resolve(self) -> None:
+        """Keep the kernel as it follows from the weights now; until then every call computes it."""
+        self._kernel = self.kernel()
+
+    def kernel(self) -> Tensor:
+        """The plain kernel."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(1, 2), keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels in, N) -> (B, channels out, N)."""
-        norm = self.weight_v.norm(dim=(1, 2), keepdim=True)
-        weight = self.weight_v * (self.weight_g / norm)
-        return F.conv1d(x, weight, self.bias, padding=weight.shape[-1] // 2)
+        kernel = self.kernel() if self._kernel is None else self._kernel
+        return F.conv1d(x, kernel.to(x.dtype), self.bias, padding=kernel.shape[-1] // 2)
 
 
 class SameLayer(nn.Module):
@@ -146,10 +71,10 @@ class SameLayer(nn.Module):
         self.ff = FeedForward(width, mult=config.ff_mult, activation=sine if uses_sine else F.silu)
         self.rope = RotaryEmbedding(config.head_width // 2)
 
-    def forward(self, x: Tensor, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width); positions count from 0."""
-        x = x + self.self_attn(self.pre_norm(x), rotary=self.rope(x.shape[1]), attend_fn=attend_fn)
-        return x + self.ff(self.ff_norm(x))
+    def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
+        """(B, N, width) -> (B, N, width); `rotary` is of this layer."""
+        x = x + self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn)
+        return add_branch(x, self.ff(self.ff_norm(x)))
 
 
 class ResamplingBlock(nn.Module):
@@ -166,6 +91,15 @@ class ResamplingBlock(nn.Module):
             SameLayer(config, uses_sine=index >= first_sine) for index in range(config.depth)
         )
         self.mapping = mapping
+        self._turning: _Turning | None = None
+        self._chunk_table: RotaryTable | None = None
+
+    def resolve(self) -> None:
+        """Keep what follows from the weights as they are now; until then every call computes it."""
+        self.mapping.resolve()
+        self._turning = self._gather_turning()
+        if self.config.window_latents is None:
+            self._chunk_table = self._turning.all_layers(self._chunk_tokens)
 
     def learned_tokens(self, num_windows: int, num_latents: int, *, noise: Noises) -> Tensor:
         """Returns tokens to insert, (B * F, num_tokens, width); `noise` is added to each, also at inference."""
@@ -174,38 +108,70 @@ class ResamplingBlock(nn.Module):
             return tokens
         shape = (num_latents, self.num_tokens, self.config.width)
         drawn = stack_draws(noise, "tokens", shape=shape, frame_axis=0, device=tokens.device).flatten(0, 1)
-        return tokens + self.config.mask_noise * drawn.to(tokens.dtype)
+        return torch.add(tokens, drawn.to(tokens.dtype), alpha=self.config.mask_noise)
 
     def transform(self, groups: Tensor, num_windows: int) -> Tensor:
-        """Run the layers over groups (B * F, stride + 1, width). Returns the same shape."""
-        group_size = groups.shape[1]
+        """Run the layers over groups (B * F, stride + 1, width). Returns (B, F, stride + 1, width)."""
         x = groups.reshape(num_windows, -1, groups.shape[2])
-        if self.config.window_latents is None:
-            x = self._transform_chunks(x, chunk=self.config.latent_multiple * group_size)
-        else:
-            for layer in self.transformers:
-                x = layer(x, partial(attend_band, radius=self.config.window_latents * group_size))
-        return x.reshape(groups.shape)
+        x = self._transform_chunks(x) if self.config.window_latents is None else self._transform_sliding(x)
+        return x.unflatten(1, (-1, groups.shape[1]))
 
-    def _transform_chunks(self, x: Tensor, *, chunk: int) -> Tensor:
+    @property
+    def _chunk_tokens(self) -> int:
+        return self.config.latent_multiple * (self.config.stride + 1)
+
+    def _transform_sliding(self, x: Tensor) -> Tensor:
+        assert self.config.window_latents is not None
+        radius = self.config.window_latents * (self.config.stride + 1)
+        band = BandAttention(*x.shape[:2], radius=radius)
+        positions = _positions(x.shape[1], x.device)
+        affine, rates = self._turning or self._gather_turning()
+        cos, sin = cosines(positions, rates)
+        for index, layer in enumerate(self.transformers):
+            # One layer at a time: the tables of all layers would be larger than what a layer works on.
+            x = layer(x, rotary=affine.layer(index).fold(cos[index], sin[index]), attend_fn=band)
+        return x
+
+    def _transform_chunks(self, x: Tensor) -> Tensor:
         """Attention inside chunks of tokens; the later half of the layers sees chunks shifted by half of one.
 
         For the shift the sequence is lengthened at both ends by copies of its own half chunks, dropped afterwards.
         """
-        half = chunk // 2
+        half = self._chunk_tokens // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
-        x = self._run_chunked(x, chunk=chunk, first=0, last=middle)
+        table = self._chunk_table or self._gather_turning().all_layers(self._chunk_tokens)
+        x = self._run_chunked(x, table, layers=range(middle))
         if middle == len(self.transformers):
             return x
         x = torch.cat([x[:, :half], x, x[:, -half:]], dim=1)
-        return self._run_chunked(x, chunk=chunk, first=middle, last=len(self.transformers))[:, half:-half]
+        return self._run_chunked(x, table, layers=range(middle, len(self.transformers)))[:, half:-half]
 
-    def _run_chunked(self, x: Tensor, *, chunk: int, first: int, last: int) -> Tensor:
+    def _run_chunked(self, x: Tensor, table: RotaryTable, *, layers: Iterable[int]) -> Tensor:
         shape = x.shape
-        x = x.reshape(-1, chunk, shape[2])
-        for layer in self.transformers[first:last]:
-            x = layer(x, attend)
+        x = x.reshape(-1, self._chunk_tokens, shape[2])
+        for index in layers:
+            x = self.transformers[index](x, rotary=table.layer(index), attend_fn=attend)
         return x.reshape(shape)
+
+    def _gather_turning(self) -> _Turning:
+        layers = [layer for layer in self.transformers if isinstance(layer, SameLayer)]
+        norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in layers]
+        rates = torch.stack([layer.rope.rates(self.config.head_width) for layer in layers])
+        return _Turning(gather_affine(norms, half=layers[0].rope.half_width), rates)
+
+
+class _Turning(NamedTuple):
+    """What the layers' head norms and stored frequencies make of positions; `rates` (layers, head width)."""
+
+    affine: HeadAffine
+    rates: Tensor
+
+    def all_layers(self, num_positions: int) -> RotaryTable:
+        return self.affine.turn(_positions(num_positions, self.rates.device), rates=self.rates)
+
+
+def _positions(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.float32)
 
 
 class SameEncoder(nn.Module):
@@ -229,8 +195,7 @@ class SameEncoder(nn.Module):
         num_windows, num_latents = len(frames), frames.shape[-1] // stride
         mapped = block.mapping(frames).transpose(1, 2).reshape(num_windows * num_latents, stride, -1)
         groups = torch.cat([mapped, block.learned_tokens(num_windows, num_latents, noise=noise)], dim=1)
-        kept = block.transform(groups, num_windows)[:, -1]
-        return out(kept.reshape(num_windows, num_latents, -1)).transpose(1, 2)
+        return out(block.transform(groups, num_windows)[:, :, -1]).transpose(1, 2)
 
 
 class SameDecoder(nn.Module):
@@ -250,12 +215,14 @@ class SameDecoder(nn.Module):
         longer than F."""
         first, block = self.layers["1"], self.layers["3"]
         assert isinstance(block, ResamplingBlock)
-        embedded = F.pad(first(latents.transpose(1, 2)), (0, 0, 0, -latents.shape[-1] % self.latent_multiple))
+        embedded = first(latents.transpose(1, 2))
+        if num_missing := -latents.shape[-1] % self.latent_multiple:
+            embedded = F.pad(embedded, (0, 0, 0, num_missing))
         num_windows, num_latents, width = embedded.shape
         leading = embedded.reshape(num_windows * num_latents, 1, width)
         groups = torch.cat([leading, block.learned_tokens(num_windows, num_latents, noise=noise)], dim=1)
-        kept = block.transform(groups, num_windows)[:, 1:]
-        return block.mapping(kept.reshape(num_windows, -1, width).transpose(1, 2))
+        kept = block.transform(groups, num_windows)[:, :, 1:].flatten(1, 2)
+        return block.mapping(kept.transpose(1, 2))
 
 
 @register_part("encoder", "same", "taae_v2")

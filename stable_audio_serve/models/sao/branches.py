@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from stable_audio_serve.models.protocol import BranchConditioning, StepBatch
-from stable_audio_serve.models.sao.denoiser import ContextKeys, DenoiserConditioning
+from stable_audio_serve.models.sao.denoiser import DenoiserConditioning
 
 _CONTEXT, _GLOBAL = "context", "global"
 
@@ -16,7 +14,7 @@ def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     """Returns a single row's conditioning by name."""
     constants = {_GLOBAL: row.global_embed[0]}
     if row.context is not None:
-        constants[_CONTEXT] = torch.stack([torch.stack([layer.key[0], layer.value[0]]) for layer in row.context])
+        constants[_CONTEXT] = row.context[0]
     return BranchConditioning(constants)
 
 
@@ -32,7 +30,4 @@ def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> Bra
 
 def from_batch(batch: StepBatch) -> DenoiserConditioning:
     """Returns the conditioning of rows that step together."""
-    context = None
-    if _CONTEXT in batch.constants:
-        context = tuple(ContextKeys(*layer.unbind(1)) for layer in batch.constants[_CONTEXT].unbind(1))
-    return DenoiserConditioning(batch.constants[_GLOBAL], context)
+    return DenoiserConditioning(batch.constants[_GLOBAL], batch.constants.get(_CONTEXT))

@@ -50,7 +50,7 @@ def load_sao(
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     modules = checkpoint_modules(components, config)
     load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
-    components.autoencoder.resolve_weight_norms()
+    components.autoencoder.resolve()
     spec = build_spec(card, config)
     return SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 

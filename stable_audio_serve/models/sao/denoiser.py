@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +26,28 @@ from stable_audio_serve.models.blocks import (
     RotaryEmbedding,
     RotaryTable,
     SelfAttention,
+    add_branch,
     build_head_norm,
+    gather_affine,
 )
-from stable_audio_serve.models.blocks.attention import merge_heads, split_heads
+from stable_audio_serve.models.blocks.attention import heads_first, merge_heads
 from stable_audio_serve.models.sao.network_config import MIN_ROTATED, DenoiserConfig
 
 NUM_PREFIX = 1  # the global vector, as a token
 _NORM_EPS = 1e-5
 
 
-class ContextKeys(NamedTuple):
-    """One layer's cross-attention keys, normed, and values, both (B, G, T, E)."""
-
-    key: Tensor
-    value: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class DenoiserConditioning:
     """What a forward pass needs besides latents and time, for B rows.
 
-    `global_embed` (B, W). `context` per layer, or None for rows without cross-attention: the unconditional branch,
-    whose values would all be zero. It keeps the global vector.
+    `global_embed` (B, W). `context` (B, layers, 2, G, T, E): every layer's cross-attention keys, normed, then its
+    values; None for rows without cross-attention: the unconditional branch, whose values would all be zero. It keeps
+    the global vector.
     """
 
     global_embed: Tensor
-    context: tuple[ContextKeys, ...] | None
+    context: Tensor | None
 
     def without_context(self) -> DenoiserConditioning:
         """The unconditional branch: the same row with all context tokens zero."""
@@ -78,18 +73,16 @@ class LearnedFourier(nn.Module):
 
 
 class ScaledLayerNorm(nn.Module):
-    """Layer norm with a learned scale; its shift is a stored buffer, zero in the published files."""
-
-    beta: Tensor
+    """Layer norm with a learned scale; its shift is stored but not learned, and zero in the published files."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
-        self.register_buffer("beta", torch.zeros(width))
+        self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)  # no buffer: it is cast as weights are
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width); dtype kept."""
-        return F.layer_norm(x, x.shape[-1:], self.gamma.to(x.dtype), self.beta.to(x.dtype), _NORM_EPS)
+        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta, _NORM_EPS)
 
 
 class GroupedCrossAttention(nn.Module):
@@ -108,17 +101,15 @@ class GroupedCrossAttention(nn.Module):
         self.q_norm = build_head_norm(config.head_norm, config.head_width)
         self.k_norm = build_head_norm(config.head_norm, config.head_width)
 
-    def project_context(self, context: Tensor) -> ContextKeys:
-        """Keys and values of a context (B, T, key width)."""
-        key, value = (split_heads(part, self.num_key_heads) for part in self.to_kv(context).chunk(2, dim=-1))
-        return ContextKeys(self.k_norm(key), value)
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, T, E) of a context (B, T, key width)."""
+        key, value = self.to_kv(context).unflatten(-1, (2, self.num_key_heads, -1)).unbind(2)
+        return heads_first(self.k_norm(key)), heads_first(value)
 
-    def forward(self, x: Tensor, context: ContextKeys, *, attend_fn: Attend) -> Tensor:
-        """(B, N, W) -> (B, N, W). Zero values give exactly zero."""
-        q = self.q_norm(split_heads(self.to_q(x), self.num_heads))
-        shared_by = self.num_heads // self.num_key_heads
-        key, value = (part.repeat_interleave(shared_by, dim=1) for part in context)
-        return self.to_out(merge_heads(attend_fn(q, key, value)))
+    def forward(self, x: Tensor, context: Tensor, *, attend_fn: Attend) -> Tensor:
+        """(B, N, W) and a context (B, 2, H, T, E) of shared heads -> (B, N, W). Zero values give exactly zero."""
+        q = heads_first(self.q_norm(self.to_q(x).unflatten(-1, (self.num_heads, -1))))
+        return self.to_out(merge_heads(attend_fn(q, context[:, 0], context[:, 1])))
 
 
 class TransformerLayer(nn.Module):
@@ -136,12 +127,13 @@ class TransformerLayer(nn.Module):
         self.ff_norm = ScaledLayerNorm(width)
         self.ff = FeedForward(width, mult=config.ff_mult)
 
-    def forward(self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: ContextKeys | None) -> Tensor:
-        """(B, 1 + F, W) -> (B, 1 + F, W); packed (1, N, W)."""
+    def forward(self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: Tensor | None) -> Tensor:
+        """(B, 1 + F, W) and a context (B, 2, H, T, E) -> (B, 1 + F, W); packed (1, N, W)."""
         h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=layout.attend)
         if context is not None:
-            h = h + self.cross_attn(self.cross_attend_norm(h), context, attend_fn=layout.attend_context)
-        return h + self.ff(self.ff_norm(h))
+            normed = self.cross_attend_norm(h)
+            h = add_branch(h, self.cross_attn(normed, context, attend_fn=layout.attend_context))
+        return add_branch(h, self.ff(self.ff_norm(h)))
 
 
 class Transformer(nn.Module):
@@ -151,6 +143,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.project_in = nn.Linear(config.latent_channels, config.width, bias=False)
         self.project_out = nn.Linear(config.width, config.latent_channels, bias=False)
+        self.head_width = config.head_width
+        self.shared_by = config.width // config.key_width  # heads with the same keys and values
         self.rotary_pos_emb = RotaryEmbedding(max(config.head_width // 2, MIN_ROTATED))
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
@@ -159,16 +153,28 @@ class Transformer(nn.Module):
         x: Tensor,
         *,
         global_embed: Tensor,
-        context: tuple[ContextKeys, ...] | None,
+        context: Tensor | None,
         layout: Layout,
     ) -> Tensor:
         """X (B, F, D), global_embed (B, W) with time added -> (B, F, D)."""
         h = layout.join(global_embed[:, None], self.project_in(x))
-        rotary = layout.rotary(self.rotary_pos_emb)
+        rotary = self.rotary_table(layout.positions(h.device))
+        context = None if context is None else share_heads(context, self.shared_by)
         for index, layer in enumerate(self.layers):
-            keys = context[index] if context is not None else None
-            h = layer(h, layout=layout, rotary=rotary, context=keys)
+            keys = None if context is None else context[:, index]
+            h = layer(h, layout=layout, rotary=rotary.layer(index), context=keys)
         return self.project_out(layout.frames(h))
+
+    def rotary_table(self, positions: Tensor) -> RotaryTable:
+        """Every layer's table for tokens at `positions` (N,) float32."""
+        norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
+        affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
+        return affine.turn(positions, rates=self.rotary_pos_emb.rates(self.head_width))
+
+    @property
+    def typed_layers(self) -> Sequence[TransformerLayer]:
+        """The layers."""
+        return [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
 
 
 class Denoiser(nn.Module):
@@ -201,10 +207,11 @@ class Denoiser(nn.Module):
         keys = None if context is None else self.project_context(context)
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys)
 
-    def project_context(self, context: Tensor) -> tuple[ContextKeys, ...]:
-        """Every layer's keys and values of a context (B, T, context width)."""
-        tokens = self.to_cond_embed(context.to(self.dtype))
-        return tuple(layer.cross_attn.project_context(tokens) for layer in self._layers)
+    def project_context(self, context: Tensor) -> Tensor:
+        """Every layer's keys and values of a context (B, T, context width), as DenoiserConditioning has them."""
+        tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
+        parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
+        return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Time t (B,) in 0..1 -> (B, W)."""
@@ -226,15 +233,16 @@ class Denoiser(nn.Module):
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
         global_embed = conditioning.global_embed + self.embed_time(t)
-        layout = packed or Padded(x.shape[-1], num_prefix=NUM_PREFIX, valid=valid)
+        layout = packed or Padded(x.shape[-1], num_prefix=NUM_PREFIX, valid=valid, dtype=x.dtype)
         out = self.transformer(
             x.transpose(1, 2), global_embed=global_embed, context=conditioning.context, layout=layout
         ).transpose(1, 2)
         return out + self.postprocess_conv(out)
 
-    @property
-    def _layers(self) -> Sequence[TransformerLayer]:
-        return [layer for layer in self.transformer.layers if isinstance(layer, TransformerLayer)]
+
+def share_heads(context: Tensor, shared_by: int) -> Tensor:
+    """(B, layers, 2, G, T, E) -> (B, layers, 2, H, T, E): each head of keys and values serves consecutive ones."""
+    return context if shared_by == 1 else context.repeat_interleave(shared_by, dim=3)
 
 
 def _mlp(width_in: int, width_out: int, *, bias: bool) -> nn.Sequential:

@@ -1,7 +1,7 @@
 """The Oobleck autoencoder of the Stable Audio Open family: stereo audio to latents and back, convolutions only.
 
-Module names are the checkpoint's keys below `pretransform.model.`. Weights are stored as direction and length and are
-resolved on every load into plain kernels (`resolve_weight_norms`). Knows nothing of windows or requests.
+Module names are the checkpoint's keys below `pretransform.model.`. Weights are stored as direction and length,
+activations by logarithms; both are resolved on every load (`resolve`). Knows nothing of windows or requests.
 
 Shapes: B rows, C channels, S audio samples, D latent width, F latent frames.
 """
@@ -27,11 +27,19 @@ class SnakeBeta(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
+        self._resolved: tuple[Tensor, Tensor] | None = None
+
+    def resolve(self) -> None:
+        """Keep rate and amplitude as they follow from the weights now; until then every call computes them."""
+        self._resolved = self._compute()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, S) -> the same."""
-        rate, amplitude = self.alpha.exp()[:, None], 1.0 / (self.beta.exp()[:, None] + _BETA_FLOOR)
-        return x + amplitude * torch.sin(x * rate).square()
+        rate, amplitude = self._compute() if self._resolved is None else self._resolved
+        return torch.addcmul(x, amplitude, (x * rate).sin_().square_())
+
+    def _compute(self) -> tuple[Tensor, Tensor]:
+        return self.alpha.exp()[:, None], 1.0 / (self.beta.exp()[:, None] + _BETA_FLOOR)
 
 
 class NormedConv(nn.Module):
@@ -162,10 +170,13 @@ class OobleckAutoencoder(nn.Module):
         self.encoder = OobleckEncoder(config)
         self.decoder = OobleckDecoder(config)
 
-    def resolve_weight_norms(self) -> None:
-        """Compute every kernel once; call it after the weights are loaded and moved to their device."""
+    def resolve(self) -> None:
+        """Keep what follows from the weights as they are now, until then every call computes it.
+
+        Call it after the weights are loaded and moved to their device.
+        """
         for module in self.modules():
-            if isinstance(module, NormedConv):
+            if isinstance(module, NormedConv | SnakeBeta):
                 module.resolve()
 
     def encode(self, audio: Tensor, noise: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def build_random_model(
     for module in components.modules:
         module.eval().requires_grad_(False)
     cast_network(components.denoiser, dtype)
-    components.autoencoder.resolve_weight_norms()
+    components.autoencoder.resolve()
     spec = build_spec(open_card(card, reader, cap_s=None), config)
     precision = resolve_decode_precision(target, decode_precision)
     return SaoModel(components, config=config, spec=spec, device=target, decode_precision=precision)

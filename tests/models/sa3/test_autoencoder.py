@@ -193,4 +193,5 @@ def test_every_layer_turns_by_its_own_stored_frequencies(name: str) -> None:
     before = net.decode(latents)
     layer = net.decoder.layers["3"].transformers[-1]
     layer.rope.inv_freq.mul_(1.5)
+    net.resolve()
     assert (net.decode(latents) - before).abs().max() > 1e-4

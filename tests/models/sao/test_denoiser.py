@@ -7,7 +7,7 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.config_reader import ConfigReader
-from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, ContextKeys, Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sao.denoiser import NUM_PREFIX, Denoiser, DenoiserConditioning
 from stable_audio_serve.models.sao.network_config import DenoiserConfig, parse_denoiser
 from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.weights import assign_weights
@@ -112,8 +112,7 @@ def test_packed_rows_match_the_reference_whatever_is_beside_them(name: str, way:
     x = torch.cat([torch.full_like(first[..., :24], float("nan")), first, second], dim=-1)
     of_rows = torch.tensor([0, 0, 1])
     conditioning = DenoiserConditioning(
-        rows.global_embed[of_rows],
-        tuple(ContextKeys(keys.key[of_rows], keys.value[of_rows]) for keys in rows.context or ()),
+        rows.global_embed[of_rows], None if rows.context is None else rows.context[of_rows]
     )
     packed = make_layout(way, (24, 40, 40), (24, 40, 40), num_prefix=NUM_PREFIX)
     out = net(x, tensors["dit/t"][of_rows], conditioning=conditioning, packed=packed)

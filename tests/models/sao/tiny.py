@@ -44,5 +44,5 @@ def load_denoiser(name: str) -> Denoiser:
 def load_autoencoder(name: str) -> OobleckAutoencoder:
     net = OobleckAutoencoder(parse_oobleck(ConfigReader(model_values(name), path="model")))
     assign_weights({AUTOENCODER: net}, weights_of(name, AUTOENCODER), source=load_open_goldens(name).folder)
-    net.resolve_weight_norms()
+    net.resolve()
     return net

@@ -1,0 +1,56 @@
+"""Attention within a band around the diagonal, in memory linear in the number of tokens. For inference only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.models.blocks.attention import attend, empty_mask
+
+
+class BandAttention:
+    """Attends in B sequences of N tokens: query i sees keys i - radius ... i + radius, clipped at both ends.
+
+    Queries are cut into blocks that each see their own keys and a halo of `radius` on both sides under a band mask. All
+    sequences lie one behind the other in a buffer, with zeros between them, of which the keys of a block are a view.
+    Serves the layers of one call: mask and buffer are made once.
+    """
+
+    def __init__(self, batch: int, length: int, *, radius: int, block: int = 64) -> None:
+        self._batch, self._length, self._radius, self._block = batch, length, radius, block
+        self._blocks_per_row = -(-(length + radius) // block)
+        self._buffer: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917 - as an Attend
+        """(B, H, N, E) each -> (B, H, N, E)."""
+        buffer = self._prepare(q)
+        rows = buffer[self._radius : len(buffer) - self._radius].unflatten(0, (self._batch, -1))[:, : self._length]
+        for part, values in enumerate((q, k, v)):
+            rows[:, :, part].copy_(values.transpose(1, 2))
+        span = self._block + 2 * self._radius
+        queries = buffer[self._radius : len(buffer) - self._radius, 0].unflatten(0, (-1, self._block)).transpose(1, 2)
+        keys, values = (buffer[:, part].unfold(0, span, self._block).transpose(2, 3) for part in (1, 2))
+        out = attend(queries, keys, values, mask=self._mask).transpose(1, 2)
+        return out.reshape(self._batch, -1, *out.shape[2:])[:, : self._length].transpose(1, 2)
+
+    def _prepare(self, q: Tensor) -> Tensor:
+        """Returns the buffer (tokens, 3, H, E) for queries, keys and values; zeros where no sequence is."""
+        if self._buffer is None:
+            tokens = self._batch * self._blocks_per_row * self._block + 2 * self._radius
+            self._buffer = q.new_zeros(tokens, 3, q.shape[1], q.shape[3])
+            self._mask = self._make_mask(q)
+        return self._buffer
+
+    def _make_mask(self, q: Tensor) -> Tensor:
+        """Returns a mask (B * blocks, 1, block, block + 2 radius): key inside the band and inside the sequence."""
+        blocks, block, radius, device = self._blocks_per_row, self._block, self._radius, q.device
+        query = torch.arange(blocks * block, device=device).view(blocks, 1, block, 1)
+        first_key = torch.arange(blocks, device=device).view(blocks, 1, 1, 1) * block - radius
+        key = first_key + torch.arange(block + 2 * radius, device=device)
+        inside = (key >= 0) & (key < self._length)
+        # A query behind the end would see nothing, and softmax over nothing is NaN; its output is dropped anyway.
+        hidden = ((key - query).abs() > radius) | ~(inside | (query >= self._length))
+        mask = empty_mask((self._batch * blocks, *hidden.shape[1:]), dtype=q.dtype, device=device).zero_()
+        mask.unflatten(0, (self._batch, blocks)).masked_fill_(hidden, float("-inf"))
+        return mask
