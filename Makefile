@@ -15,7 +15,7 @@ PARALLEL := --numprocesses 3 --dist loadfile
 ALONE := tests/api/test_fuzz.py tests/benchmarks/alone tests/chaos tests/demo/test_served.py tests/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz lint fmt type bench bench-gpu docs clean demo-model demo-eval
+.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs clean demo-model demo-eval
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of 
 
 fuzz: install ## ten thousand generated requests to every operation of the API, with another seed each time
 	FUZZ_EXAMPLES=300 $(PY) -m pytest tests/api/test_fuzz.py --hypothesis-seed=$${SEED:-$$RANDOM} --timeout 1800
+
+soak: install ## 2,000 mixed requests to one engine, one in twenty cancelled: right answers, flat memory, nothing left (SEED=0 another mix)
+	SOAK_REQUESTS=2000 SOAK_SEED=$(or $(SEED),0) $(PY) -m pytest -s --timeout 1800 tests/engine/test_soak.py
 
 lint: install ## style, types and import rules
 	$(VENV)/bin/ruff check .

@@ -85,6 +85,7 @@ class Engine:
         self.mode = resolve_mode(options, self._device)
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share)
         self._inbox = Inbox()
+        self._drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
         self._planners: dict[Priority, Planner] = {
             priority: Planner(
                 model, num_threads=options.planning_threads, max_pending=options.max_planning, clock=clock
@@ -131,6 +132,8 @@ class Engine:
             await asyncio.to_thread(self._thread.stop, timeout_s=_STOP_TIMEOUT_S)
         for planner in self._planners.values():
             planner.close()
+        for drawer in self._drawers.values():
+            drawer.shutdown(wait=False, cancel_futures=True)
 
     async def __aenter__(self) -> Engine:
         await self.start()
@@ -250,7 +253,7 @@ class Engine:
             device=self._device,
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
-            drawers={priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)},
+            drawers=self._drawers,
             pace=self._pace,
             clock=self._clock,
             metrics=self._metrics,

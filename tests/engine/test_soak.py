@@ -1,0 +1,76 @@
+"""An engine under many mixed requests and cancels ends as it began. `make soak` sends 2,000 instead of 100."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+
+import pytest
+import structlog
+from rich.progress import Progress
+
+from benchmarks.cases.memory import growth_share
+from tests.engine.soak import CANCEL_SHARE, IN_FLIGHT, Outcome, soak
+
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "100"))
+SEED = int(os.environ.get("SOAK_SEED", "0"))
+SETTLED = 200  # requests until everything that is kept on purpose is there
+MOST_GROWTH = 0.02
+TENSORS_OF_A_ROW = 64  # at most, most of them keys and values of each layer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    logged = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))  # no line per request
+    before = {thread.name for thread in threading.enumerate()}
+    with Progress() as progress:
+        bar = progress.add_task("requests", total=REQUESTS)
+        outcome = asyncio.run(
+            soak(
+                num_requests=REQUESTS,
+                seed=SEED,
+                output_dir=tmp_path_factory.mktemp("outputs"),
+                told=lambda done: progress.update(bar, completed=done),
+            )
+        )
+    ends_at = time.monotonic() + 30
+    while (left := {thread.name for thread in threading.enumerate()} - before) and time.monotonic() < ends_at:
+        time.sleep(0.05)
+    structlog.configure(**logged)
+    assert not left, f"threads that outlive the engine: {left}"
+    return outcome
+
+
+def test_every_answer_is_that_of_the_request_alone(outcome: Outcome) -> None:
+    assert not outcome.wrong
+    assert outcome.answered.total() + outcome.cancelled.total() == REQUESTS
+    assert len(outcome.answered) == 6
+
+
+def test_one_request_in_twenty_is_cancelled(outcome: Outcome) -> None:
+    """Hardly any of them is answered before."""
+    drawn = round(CANCEL_SHARE * REQUESTS)
+    assert drawn / 2 <= outcome.cancelled.total() <= drawn
+
+
+def test_nothing_of_a_request_stays_in_the_engine(outcome: Outcome) -> None:
+    """The engine's thread may still name the request that it saw last, with the two variations it has at most."""
+    first, *later = outcome.kept
+    for kept in later:
+        more = {name: count - first[name] for name, count in kept.items() if count > first[name]}
+        assert more.pop("Tensor", 0) <= 2 * TENSORS_OF_A_ROW
+        assert all(count <= IN_FLIGHT for count in more.values()), more
+
+
+def test_memory_is_flat(outcome: Outcome) -> None:
+    held = [size for done, size in outcome.resident if done >= SETTLED]
+    if len(held) < 4:
+        pytest.skip("too few requests: `make soak`")
+    print(f"resident after {SETTLED} and {REQUESTS} requests: {held[0] / 2**20:.1f} and {held[-1] / 2**20:.1f} MiB")
+    assert growth_share(held) <= MOST_GROWTH
