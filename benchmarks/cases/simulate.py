@@ -20,8 +20,9 @@ from benchmarks.arrivals import ArrivalList, draw_arrivals
 from benchmarks.metrics import percentile
 from benchmarks.settings import CaseSettings
 from benchmarks.simulate.day import HOURS, draw_day
-from benchmarks.simulate.devices import DEMO_ON_A_CPU, DeviceModel
+from benchmarks.simulate.devices import DeviceModel
 from benchmarks.simulate.engine import CPU, Counts, SimulatedEngine
+from benchmarks.simulate.formula import DEMO_ON_A_CPU
 from benchmarks.simulate.requests import Outcome, Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, Roofline, h200

@@ -202,7 +202,8 @@ async def test_the_text_encoder_runs_once_for_each_prompt() -> None:
     assert results["distinct_prompts"] == results["text_encodes"] < 60
     assert results["text_encodes_over_distinct_prompts_ratio"] == 1.0
     assert results["warm_prompts_with_identical_audio"] == 3
-    assert results["text_encodes"] + 3 < len(prompts) <= results["text_encodes"] + 3 + 6  # and warm-ups
+    asked = [prompt for prompt in prompts if prompt != "warm-up"]
+    assert results["text_encodes"] < len(asked) <= results["text_encodes"] + 2 * 3  # the compared ones again, apart
 
 
 def test_a_lone_request_is_compared_by_the_medians_of_the_worse_round() -> None:

@@ -15,8 +15,9 @@ from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import open_side
 from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.day import draw_day, load_of_hour
-from benchmarks.simulate.devices import DEMO_ON_A_CPU, LinearDevice
+from benchmarks.simulate.devices import LinearDevice
 from benchmarks.simulate.engine import CPU, SimulatedEngine
+from benchmarks.simulate.formula import DEMO_ON_A_CPU
 from benchmarks.simulate.requests import Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, h200

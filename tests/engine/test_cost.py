@@ -75,7 +75,7 @@ def test_more_work_never_costs_less_whatever_was_measured(measurements: list[Mea
     for rows, frames in SHAPES:
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows + 1, frames)
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows, frames + 64)
-        assert fitted.call_ms(1000 * rows, frames) > fitted.call_ms(rows, frames)
+        assert fitted.call_ms(1_000_000 * rows, frames) > fitted.call_ms(rows, frames)  # also from a floor on
 
 
 def test_fit_of_exact_times_finds_floor_and_slope() -> None:

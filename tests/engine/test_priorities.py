@@ -20,7 +20,7 @@ _CALL_S = 0.01
 
 
 class Device:
-    """What the engine runs on: every call takes a hundredth of a second, and twice that for a step of several rows.
+    """What the engine runs on: a call takes a hundredth of a second, and half of that more for every further row.
 
     Holds the engine before a denoiser call from `hold` to `release`.
     """
@@ -34,7 +34,7 @@ class Device:
         if name == "denoise" and not self._open.is_set():
             self._reached.set()
             assert self._open.wait(30)
-        self.clock.now += _CALL_S * (2 if len(items) > 1 else 1)
+        self.clock.now += _CALL_S * (1 + len(items)) / 2
 
     def hold(self) -> None:
         self._open.clear()
