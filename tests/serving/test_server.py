@@ -212,7 +212,9 @@ def test_whatever_is_no_model_leaves_models_the_right_of_way(server: LaunchedSer
     for name in ("Ingress", "job-runner"):
         (other,) = server.pids(f"ServeReplica:audio:{name}")
         threads = [int(thread) for thread in os.listdir(f"/proc/{other}/task")]
-        assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {min(own + 5, 19)}
+        niceness = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+        assert min(niceness) == min(own + 5, 19)
+        assert niceness <= {min(own + 5, 19), min(own + 10, 19)}  # threads that make files yield to the event loop, too
 
 
 def test_model_that_cannot_load_is_refused_long_before_the_deadline(server: LaunchedServer) -> None:
