@@ -56,8 +56,12 @@ _ENGINE = (
     Metric("engine_encode_ms", "histogram", "One call of the audio encoder, for uploaded audio.", ("model",)),
     Metric("engine_denoise_ms", "histogram", "One denoising step of all rows in it.", ("model",)),
     Metric("engine_decode_ms", "histogram", "One call of the audio decoder, for several windows.", ("model",)),
-    Metric("engine_graphs", "gauge", "Step shapes that are captured and start in one launch.", ("model",)),
-    Metric("engine_graph_misses", "counter", "Denoising calls that ran without a captured graph.", ("model",)),
+    Metric(
+        "engine_graphs", "gauge", "Step shapes captured on a GPU, which start in one launch.", ("model",), is_rare=True
+    ),
+    Metric(
+        "engine_graph_misses", "counter", "Steps on a GPU that ran without a captured graph.", ("model",), is_rare=True
+    ),
     Metric("engine_rows_per_step", "histogram", "Variations that share a denoising step.", ("model",)),
     Metric("engine_tokens_per_step", "histogram", "Latent frames of a denoising step, both branches.", ("model",)),
     Metric("engine_pad_share", "gauge", "Part of the last step that was padding, 0 to 1.", ("model",)),

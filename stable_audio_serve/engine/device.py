@@ -56,10 +56,6 @@ class Device(Protocol):
         """Returns new host memory, zeros, that copies need not wait for."""
         ...
 
-    def upload_buffer(self, buffer: Tensor) -> Tensor:
-        """Returns the values of a whole `host_buffer` on the device; does not wait."""
-        ...
-
     def download(self, source: Tensor, target: Tensor) -> None:
         """Copy a device tensor to contiguous host memory of `host_buffer`; there once a later moment is reached."""
         ...
@@ -98,13 +94,10 @@ class WaitingDevice:
         self._clock = clock
 
     def upload(self, host: Tensor) -> Tensor:
-        return host.to(self.torch_device)
+        return to_device(host, self.torch_device)
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
-
-    def upload_buffer(self, buffer: Tensor) -> Tensor:
-        return buffer.to(self.torch_device)
 
     def download(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source)
@@ -155,9 +148,6 @@ class CudaDevice:
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
-
-    def upload_buffer(self, buffer: Tensor) -> Tensor:
-        return buffer.to(self.torch_device, non_blocking=True)
 
     def download(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=True)

@@ -1,5 +1,4 @@
-"""Turns rows and windows into calls of the model and hides how those run (eager today; compiled or captured graphs fit
-behind `Executor.denoise`, because the batch policy fixes every shape).
+"""Turns rows and windows into calls of the model and hides how those run: as they are, packed, or as captured graphs.
 
 A call that raises runs again item by item, so that only the item that causes the error fails.
 """
@@ -142,9 +141,9 @@ class Executor:
             plans = [row.plan for row, known in zip(rows, told, strict=True) for _ in known.branches]
             own, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
             denoise = partial(denoise_packed, self._model, frames=own, valid_frames=seen)
-            self._run(shape, self._device.upload_buffer(shape.write(told, self._device)), denoise=denoise)
+            self._run(shape, self._device.upload(shape.write(told, self._device)), denoise=denoise)
         elif not self._device.can_capture or not self._replay(shape.general(), told):
-            self._run(shape, self._device.upload_buffer(shape.write(told, self._device)))
+            self._run(shape, self._device.upload(shape.write(told, self._device)))
         return rows
 
     def _replay(self, shape: StepShape, rows: Sequence[StepRow]) -> bool:

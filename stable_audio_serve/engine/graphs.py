@@ -40,9 +40,6 @@ class StepGraphs:
         self._refused: set[StepShape] = set()
         self._shared: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self._captured)
-
     def __contains__(self, shape: StepShape) -> bool:
         return shape in self._captured
 
@@ -89,3 +86,4 @@ class StepGraphs:
         """Drop all captured steps, because memory that they use has moved."""
         self._captured.clear()
         self._misses.clear()
+        self._metrics.gauge("engine_graphs", 0.0)

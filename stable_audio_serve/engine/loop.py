@@ -160,8 +160,12 @@ class EngineLoop:
         arrived, failures = self._stages.delivered(wait=wait)
         self._fail(failures)
         for row in arrived:
-            if row.id in self._rows:
+            if row.id not in self._rows:
+                continue
+            try:
                 self._finish(row)
+            except Exception as error:  # noqa: BLE001 - the engine's edge: one row's audio must not end the thread
+                self._fail([(row, error)])
         return bool(arrived)
 
     def _finish(self, row: Row) -> None:

@@ -190,6 +190,7 @@ class Stages:
             self._delivering.popleft()
             if not isinstance(row.phase, Decoding):
                 continue  # it ended meanwhile
+            row.request.clock.mark("decode", self._clock.monotonic())  # the device ended later than it was asked
             arrived.append(row)
             if not row.phase.audio.is_finite:
                 failures.append((row, GenerationError("the model made audio that is not a number")))
@@ -287,8 +288,13 @@ class Stages:
         parts = [registers]
         if kept is not None:
             parts.append(torch.stack([kept.mask.float().expand_as(kept.source), kept.source, kept.noise]))
-        conditioning = self._condition(row, encoding)
-        row.phase = Stepping(encoding.noise, conditioning, numbers, self._executor.hold(torch.cat(parts)))
+        held = self._executor.hold(torch.cat(parts))
+        try:
+            conditioning = self._condition(row, encoding)
+        except Exception:
+            held.free()  # no phase of the row has it yet
+            raise
+        row.phase = Stepping(encoding.noise, conditioning, numbers, held)
 
     def _condition(self, row: Row, encoding: Encoding) -> HeldConditioning:
         shared = row.request.shared
@@ -325,11 +331,10 @@ class Stages:
         return result
 
 
-def _alone(row: Row, *actions: Callable[[Row], None]) -> Failures:
-    """Run actions for a single row. Returns the row as failed if one of them raises."""
+def _alone(row: Row, action: Callable[[Row], None]) -> Failures:
+    """Run an action for a single row. Returns the row as failed if it raises."""
     try:
-        for action in actions:
-            action(row)
+        action(row)
     except DEVICE_LOST:
         raise
     except Exception as error:  # noqa: BLE001 - the engine's edge

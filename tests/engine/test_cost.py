@@ -75,7 +75,10 @@ def test_more_work_never_costs_less_whatever_was_measured(measurements: list[Mea
     for rows, frames in SHAPES:
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows + 1, frames)
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows, frames + 64)
-        assert fitted.call_ms(1_000_000 * rows, frames) > fitted.call_ms(rows, frames)  # also from a floor on
+    most_rows, largest = max(m.rows for m in measurements), max(m.rows * m.frames for m in measurements)
+    for rows, frames in SHAPES:  # a floor ends where the measurements do, or soon after
+        more_rows = rows + 16 * max(most_rows, largest // frames)
+        assert fitted.call_ms(more_rows, frames) > fitted.call_ms(rows, frames)
 
 
 def test_fit_of_exact_times_finds_floor_and_slope() -> None:
