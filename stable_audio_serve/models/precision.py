@@ -107,15 +107,22 @@ def _half_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-def store_half(decoder: nn.Module, device: torch.device) -> None:
-    """Cast the weights of a decoder's linear layers once, in place; otherwise every call would cast them.
+def stored_dtypes(decoder: nn.Module, device: torch.device) -> dict[str, torch.dtype]:
+    """Returns the dtype of the layers, by name, that the precision half stores in it, or every call would cast them.
 
-    Norms, learned tokens and what a kernel is computed from stay in float32.
+    These are the layers with a matrix or a kernel of their own. Norms, learned tokens and what a kernel is computed
+    from stay in float32.
     """
-    for part in decoder.modules():
-        if isinstance(part, nn.Linear):
-            for parameter in part.parameters(recurse=False):
-                parameter.data = parameter.data.to(_half_dtype(device))
+    half = _half_dtype(device)
+    weights = {name: getattr(part, "weight", None) for name, part in decoder.named_modules()}
+    return {name: half for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() > 1}
+
+
+def store_half(decoder: nn.Module, device: torch.device) -> None:
+    """Cast a decoder's layers once, in place."""
+    for name, dtype in stored_dtypes(decoder, device).items():
+        for parameter in decoder.get_submodule(name).parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
 
 
 class SplitProducts(TorchFunctionMode):

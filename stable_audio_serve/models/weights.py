@@ -80,9 +80,10 @@ def load_weights(
 ) -> None:
     """Fill `modules` (by key prefix), which may be built on the meta device, from a weight file, one tensor at a time.
 
-    Every parameter and stored buffer goes to `device` as the file has it and becomes float32 there, or for a prefix in
-    `dtypes` what `cast_network` would make of it. On a CPU a tensor that needs no cast stays mapped to the file.
-    Raises CheckpointError naming the first key that is unknown, missing or of another shape, and how many there are.
+    Every parameter and stored buffer goes to `device` as the file has it and becomes float32 there, a parameter whose
+    key begins with one of `dtypes` what `cast_network` would make of it. On a CPU a tensor that needs no cast stays
+    mapped to the file. Raises CheckpointError naming the first key that is unknown, missing or of another shape, and
+    how many there are.
     """
     weights = read_weights(path)
     _check(modules, weights, source=path)
@@ -103,9 +104,8 @@ def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tenso
 def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
     """Returns what every key's tensor is to become."""
     casts = {prefix + key: torch.float32 for prefix, module in modules.items() for key in module.state_dict()}
-    return casts | {
-        prefix + key: dtype for prefix, dtype in dtypes.items() for key, _ in modules[prefix].named_parameters()
-    }
+    parameters = [prefix + key for prefix, module in modules.items() for key, _ in module.named_parameters()]
+    return casts | {key: dtype for prefix, dtype in dtypes.items() for key in parameters if key.startswith(prefix)}
 
 
 def _check(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:

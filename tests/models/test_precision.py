@@ -27,9 +27,11 @@ from stable_audio_serve.models.precision import (
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, StepBatch
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.models.sao.oobleck import NormedConv
 from stable_audio_serve.models.switches import Process, switched, tf32_products
 from stable_audio_serve.sampling.noise import SeededNoise
-from tests.goldens import SHARP, load_goldens
+from tests.goldens import SHARP, load_goldens, load_open_goldens
 from tests.models.loaded import loaded
 from tests.models.precisions import LEAST_DB, noise_ratio_db
 from tests.models.sao.tiny import TINY, load_autoencoder
@@ -260,3 +262,19 @@ def test_half_stores_the_decoder_s_linear_layers_and_nothing_else(monkeypatch: p
         assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32}
     window = DecodeWindow(load_goldens("sharp-s").tensors["ae/latents"][0], 0, SeededNoise(0))
     assert torch.equal(model.decode([window])[0], model_in("half", "sharp-s").decode([window])[0])
+
+
+@torch.inference_mode()
+def test_half_stores_the_convolutions_of_an_open_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda: True)
+    entry = resolve_entry("mine", path=str(load_open_goldens("tiny-1.0").folder))
+    model, exact = (load_model(entry, decode_precision=choice) for choice in ("half", "float32"))
+    assert isinstance(model, SaoModel)
+    assert isinstance(exact, SaoModel)
+    kernels = [part.weight for part in model.autoencoder.decoder.modules() if isinstance(part, NormedConv)]
+    assert {kernel.dtype for kernel in kernels if kernel is not None} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.autoencoder.encoder.parameters()} == {torch.float32}
+    latents = torch.randn(8, 9, generator=torch.Generator().manual_seed(1))
+    (audio,) = model.decode([DecodeWindow(latents, 0, SeededNoise(0))])
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # which casts the kernels in every call
+        assert torch.equal(audio, exact.autoencoder.decode(latents[None])[0].float())

@@ -93,8 +93,9 @@ def test_kernels_are_folded_from_the_file_s_numbers(name: str) -> None:
     for key, conv in convs.items():
         length, direction = (stored[f"pretransform.model.{key}.{part}"] for part in ("weight_g", "weight_v"))
         norm = direction.flatten(1).square().sum(dim=1).sqrt()[:, None, None]
-        assert conv._kernel is not None
-        torch.testing.assert_close(conv._kernel, length * direction / norm, rtol=1e-5, atol=1e-6)
+        assert conv.weight is not None
+        torch.testing.assert_close(conv.weight.detach(), length * direction / norm, rtol=1e-5, atol=1e-6)
+        assert len(list(conv.parameters())) <= 2  # with a bias: what the kernel follows from is let go
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -116,6 +117,16 @@ def test_one_at_a_time_gives_what_casting_the_whole_network_gives(
     for key, value in expected.state_dict().items():
         assert net.state_dict()[key].dtype == value.dtype
         assert torch.equal(net.state_dict()[key], value)
+
+
+def test_a_precision_may_be_of_some_layers(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    weights = write(path)
+    with torch.device("meta"):
+        net = Net()
+    load_weights({"net.": net}, path, device=CPU, dtypes={"net.linear.": torch.bfloat16})
+    assert torch.equal(net.linear.weight, weights["net.linear.weight"].bfloat16())
+    assert net.norm.gamma.dtype == net.rotary.inv_freq.dtype == torch.float32
 
 
 def test_a_pickle_of_before_archives_loads(tmp_path: Path) -> None:

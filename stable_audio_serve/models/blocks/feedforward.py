@@ -42,6 +42,13 @@ class FeedForward(nn.Module):
         gated = GatedLinear(width, inner, activation=activation)
         self.ff = nn.Sequential(gated, nn.Identity(), nn.Linear(inner, width))
 
+    @property
+    def first(self) -> nn.Linear:
+        """The linear layer that reads the input."""
+        gated = self.ff[0]
+        assert isinstance(gated, GatedLinear)
+        return gated.proj
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return self.ff(x)

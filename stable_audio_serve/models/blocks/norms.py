@@ -35,12 +35,29 @@ class DyT(nn.Module):
     def __init__(self, width: int, *, alpha: float = 0.5) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.full((1,), alpha))
-        self.gamma = nn.Parameter(torch.ones(width))
-        self.beta = nn.Parameter(torch.zeros(width))
+        self.gamma: nn.Parameter | None = nn.Parameter(torch.ones(width))
+        self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Squash (..., width); dtype kept."""
-        return torch.addcmul(self.beta, self.gamma, (self.alpha * x).tanh_())
+        squashed = (self.alpha * x).tanh_()
+        if self.gamma is None or self.beta is None:
+            return squashed
+        return torch.addcmul(self.beta, self.gamma, squashed)
+
+    def fold_into(self, layer: nn.Linear) -> None:
+        """Leave gamma and beta to the linear layer behind, the only one that reads this norm; for inference only."""
+        if self.gamma is None or self.beta is None:
+            return
+        weight = layer.weight.float()
+        bias = weight @ self.beta
+        layer.bias = _fixed(bias if layer.bias is None else bias + layer.bias, dtype=layer.weight.dtype)
+        layer.weight = _fixed(weight * self.gamma, dtype=layer.weight.dtype)
+        self.gamma = self.beta = None
+
+
+def _fixed(values: Tensor, *, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(values.to(dtype), requires_grad=False)
 
 
 HEAD_NORMS = ("none", "rms", "ln", "dyt")

@@ -13,7 +13,7 @@ from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
-from stable_audio_serve.models.precision import store_half
+from stable_audio_serve.models.precision import Products, decoder_products, store_half, stored_dtypes
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.conditioners import (
@@ -27,7 +27,7 @@ from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import load_weights, require_exact_float32
 
-DENOISER_KEYS = "model.model."
+DENOISER_KEYS, AUTOENCODER_KEYS = "model.model.", "pretransform.model."
 
 
 def load_sa3(
@@ -57,8 +57,13 @@ def load_sa3(
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     reader.refuse_unread(inert=INERT_KEYS)
     modules = checkpoint_modules(components, config)
-    load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
-    _check_autoencoder(components.autoencoder, device=device, source=folder / CONFIG_FILE)
+    dtypes = {DENOISER_KEYS: dtype}
+    if decode_precision == "half":
+        halves = stored_dtypes(cast("nn.Module", components.autoencoder.decoder), device)
+        dtypes |= {f"{AUTOENCODER_KEYS}decoder.{name}.": half for name, half in halves.items()}
+    load_weights(modules, weights_file, device=device, dtypes=dtypes)
+    products = decoder_products(decode_precision, device)
+    _check_autoencoder(components.autoencoder, products, device=device, source=folder / CONFIG_FILE)
     spec = build_spec(card, config, components=components)
     return assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
@@ -90,12 +95,12 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 
 
 @torch.inference_mode()
-def _check_autoencoder(net: AudioAutoencoder, *, device: torch.device, source: Path) -> None:
+def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: torch.device, source: Path) -> None:
     """Encode and decode one latent, because no single part's config shows whether the parts fit each other."""
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
         latents = net.encode(audio)[..., :1]
-        made = net.decode(latents)[..., : net.hop]
+        made = net.decode(latents, products=products)[..., : net.hop]
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         message = f"{source}: model.pretransform.config describes parts that do not fit each other: {reason}"
@@ -110,7 +115,7 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
     for id_, number in components.numbers.items():
         modules[f"conditioner.conditioners.{id_}."] = number
     modules[DENOISER_KEYS] = components.denoiser
-    modules["pretransform.model."] = components.autoencoder
+    modules[AUTOENCODER_KEYS] = components.autoencoder
     return modules
 
 

@@ -130,7 +130,6 @@ def build_random_model(
     for module in components.modules:
         module.eval().requires_grad_(False)
     cast_network(components.denoiser, dtype)
-    components.autoencoder.resolve()
     spec = build_spec(BUILT_IN[name].card, config, components=components)
     precision = resolve_decode_precision(target, decode_precision)
     return assemble(components, config=config, spec=spec, device=target, decode_precision=precision)

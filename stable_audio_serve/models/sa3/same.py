@@ -71,6 +71,11 @@ class SameLayer(nn.Module):
         self.ff = FeedForward(width, mult=config.ff_mult, activation=sine if uses_sine else F.silu)
         self.rope = RotaryEmbedding(config.head_width // 2)
 
+    def fold_norms(self) -> None:
+        """Let the linear layers apply the gain and bias of the norms before them: two kernels fewer."""
+        self.pre_norm.fold_into(self.self_attn.to_qkv)
+        self.ff_norm.fold_into(self.ff.first)
+
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
         """(B, N, width) -> (B, N, width); `rotary` is of this layer."""
         x = x + self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn)
@@ -97,6 +102,9 @@ class ResamplingBlock(nn.Module):
     def resolve(self) -> None:
         """Keep what follows from the weights as they are now; until then every call computes it."""
         self.mapping.resolve()
+        if self.new_tokens.device.type != "cpu":  # where weights stay in the file's memory, which processes share
+            for layer in self._typed_layers:
+                layer.fold_norms()
         self._turning = self._gather_turning()
         if self.config.window_latents is None:
             self._chunk_table = self._turning.all_layers(self._chunk_tokens)
@@ -115,6 +123,10 @@ class ResamplingBlock(nn.Module):
         x = groups.reshape(num_windows, -1, groups.shape[2])
         x = self._transform_chunks(x) if self.config.window_latents is None else self._transform_sliding(x)
         return x.unflatten(1, (-1, groups.shape[1]))
+
+    @property
+    def _typed_layers(self) -> list[SameLayer]:
+        return [layer for layer in self.transformers if isinstance(layer, SameLayer)]
 
     @property
     def _chunk_tokens(self) -> int:
@@ -154,7 +166,7 @@ class ResamplingBlock(nn.Module):
         return x.reshape(shape)
 
     def _gather_turning(self) -> _Turning:
-        layers = [layer for layer in self.transformers if isinstance(layer, SameLayer)]
+        layers = self._typed_layers
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in layers]
         rates = torch.stack([layer.rope.rates(self.config.head_width) for layer in layers])
         return _Turning(gather_affine(norms, half=layers[0].rope.half_width), rates)

@@ -11,6 +11,7 @@ from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import find_weights
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
+from stable_audio_serve.models.precision import store_half
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sao.conditioners import NumberConditioner, PromptConditioner, load_text_encoder
 from stable_audio_serve.models.sao.config import OBJECTIVE_SAMPLERS, SaoConfig, parse_config
@@ -36,6 +37,8 @@ def load_sao(
 ) -> SaoModel:
     """Load both folders' files strictly: the denoiser in `dtype`, the text encoder in float16, the rest in float32.
 
+    With a `decode_precision` of half the decoder's convolutions are stored so.
+
     Raises CheckpointError naming the file or key that does not fit.
     """
     require_exact_float32()
@@ -50,8 +53,22 @@ def load_sao(
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     modules = checkpoint_modules(components, config)
     load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
-    components.autoencoder.resolve()
     spec = build_spec(card, config)
+    return assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
+
+
+def assemble(
+    components: SaoComponents,
+    *,
+    config: SaoConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    decode_precision: DecodePrecision,
+) -> SaoModel:
+    """Returns the model of networks that are on their device."""
+    components.autoencoder.resolve()
+    if decode_precision == "half":
+        store_half(components.autoencoder.decoder, device)
     return SaoModel(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 
 

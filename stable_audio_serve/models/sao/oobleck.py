@@ -63,22 +63,29 @@ class NormedConv(nn.Module):
         super().__init__()
         first, second = (channels_in, channels_out) if transposed else (channels_out, channels_in)
         self.stride, self.padding, self.dilation, self.transposed = stride, padding, dilation, transposed
-        self.weight_g = nn.Parameter(torch.ones(first, 1, 1))
-        self.weight_v = nn.Parameter(torch.randn(first, second, kernel) / math.sqrt(second * kernel))
+        self.weight_g: nn.Parameter | None = nn.Parameter(torch.ones(first, 1, 1))
+        self.weight_v: nn.Parameter | None = nn.Parameter(
+            torch.randn(first, second, kernel) / math.sqrt(second * kernel)
+        )
         self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
-        self._kernel: Tensor | None = None
+        self.weight: nn.Parameter | None = None
 
     def resolve(self) -> None:
-        """Keep the kernel as it follows from the weights now; until then every call computes it."""
-        self._kernel = self.kernel()
+        """Let the kernel take the place of what it is computed from; until then every call computes it."""
+        if self.weight is None:
+            self.weight = nn.Parameter(self.kernel(), requires_grad=False)
+            self.weight_g = self.weight_v = None
 
     def kernel(self) -> Tensor:
-        """The plain kernel, float32."""
+        """The plain kernel."""
+        if self.weight_g is None or self.weight_v is None:
+            assert self.weight is not None
+            return self.weight
         return self.weight_g * self.weight_v / self.weight_v.norm(dim=(1, 2), keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels in, S) -> (B, channels out, S')."""
-        kernel = self.kernel() if self._kernel is None else self._kernel
+        kernel = self.kernel()
         if self.transposed:
             return F.conv_transpose1d(x, kernel, self.bias, stride=self.stride, padding=self.padding)
         return F.conv1d(x, kernel, self.bias, self.stride, self.padding, self.dilation)

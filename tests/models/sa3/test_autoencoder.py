@@ -12,6 +12,7 @@ from torch import Tensor
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.generation import SourceAudio
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowSpan
+from stable_audio_serve.models.sa3.same import SameLayer
 from stable_audio_serve.models.windows import chunked_windows
 from stable_audio_serve.sampling.noise import ReplayDraw, ReplayNoise, SeededNoise
 from tests.goldens import SHARP, load_goldens
@@ -184,6 +185,18 @@ def test_halo_covers_everything_that_influences_a_window(name: str) -> None:
     hop = model.spec.hop
     before, after = (model.autoencoder.decode(z)[..., start * hop : stop * hop] for z in (latents, changed))
     assert_near(after, before, within=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_norms_that_are_folded_into_linear_layers_are_the_same(name: str) -> None:
+    net = copy.deepcopy(loaded(name).autoencoder)
+    layers = [module for module in net.modules() if isinstance(module, SameLayer)]
+    for layer in layers:
+        layer.fold_norms()
+        layer.fold_norms()  # a second time changes nothing
+    assert layers
+    assert_near(net.decode(g(name, "latents")), g(name, "decode_quiet"), within=quiet(name))
+    assert_near(net.encode(g(name, "audio")), g(name, "encode_quiet"), within=quiet(name))
 
 
 @pytest.mark.parametrize("name", SHARP)

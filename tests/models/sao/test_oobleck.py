@@ -68,7 +68,9 @@ def test_a_window_with_a_halo_decodes_as_the_whole() -> None:
 def test_scale_divides_latents_and_multiplies_them_back() -> None:
     tensors, plain = load_open_goldens("tiny-1.0").tensors, load_autoencoder("tiny-1.0")
     scaled = OobleckAutoencoder(parse(model_values("tiny-1.0")["pretransform"] | {"scale": 2.0}))
+    scaled.resolve()  # as the other's weights are
     scaled.load_state_dict(plain.state_dict())
+    scaled.resolve()
     noise = torch.zeros(2, 8, 10)
     with torch.no_grad():
         latents = scaled.encode(tensors["ae/wave"], noise)
