@@ -59,13 +59,13 @@ class TimedScheduler(Scheduler):
     def remove(self, row_id: RowId) -> None:
         self._timed(partial(super().remove, row_id))
 
-    def pick(self) -> list[RowId]:
+    def pick(self, *, beside: bool = True) -> list[RowId]:
         now = self._clock()
         if self._turn is not None:
             began_at, active, num_picked = self._turn
             self._note(Turn(active, num_picked, self._own_s, now - began_at))
         self._own_s, active = 0.0, len(self)
-        picked: list[RowId] = self._timed(super().pick)
+        picked: list[RowId] = self._timed(partial(super().pick, beside=beside))
         self._turn = (now, active, len(picked)) if picked else None
         return picked
 

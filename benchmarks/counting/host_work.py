@@ -194,6 +194,13 @@ class _QueueingDevice(CudaDevice):
     def mark(self) -> Moment:
         return _Point(self._stand_in)
 
+    @contextmanager
+    def beside(self, *reads: Tensor) -> Iterator[None]:
+        yield
+
+    def follow(self, moment: Moment) -> None:
+        """All work is done when it is asked for."""
+
     def use(self) -> DeviceUse:
         return DeviceUse(DEVICE.type)
 
@@ -225,9 +232,9 @@ class _Together(Scheduler):
         self._num_rows = num_rows
         self._are_there = False
 
-    def pick(self) -> list[RowId]:
+    def pick(self, *, beside: bool = True) -> list[RowId]:
         self._are_there = len(self) >= self._num_rows or (self._are_there and len(self) > 0)
-        return super().pick() if self._are_there else []
+        return super().pick(beside=beside) if self._are_there else []
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import get_args
@@ -95,20 +95,20 @@ class Pipeline:
             for state in states:
                 state.clock.mark("queue", started_at)
             _check(self._stages.start(rows))
-            phases = {
-                Phase.ENCODE: self._stages.encode,
-                Phase.DENOISE: self._stages.denoise,
-                Phase.DECODE: self._stages.decode,
-            }
-            for phase, run in phases.items():
-                while working := [row for row in rows if row.work.phase is phase]:
-                    _check(run(working))
-                    self._stages.keep_pace()
+            self._run_phase(Phase.ENCODE, rows, run=self._stages.encode)
+            _check(self._stages.begin(rows))
+            self._run_phase(Phase.DENOISE, rows, run=self._stages.denoise)
+            self._run_phase(Phase.DECODE, rows, run=self._stages.decode)
             for row in rows:
                 self._stages.deliver(row)
             for _ in rows:
                 _check(self._stages.delivered(wait=True)[1])
             return [self._result(state, rows) for state in states]
+
+    def _run_phase(self, phase: Phase, rows: Sequence[Row], *, run: Callable[[Sequence[Row]], Failures]) -> None:
+        while working := [row for row in rows if row.work.phase is phase]:
+            _check(run(working))
+            self._stages.keep_pace()
 
     def _open(self, state: RequestState, index: int) -> Row:
         plan, work = state.plans[index]

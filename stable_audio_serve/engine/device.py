@@ -2,12 +2,15 @@
 Nothing else in the engine asks which kind it runs on. Knows no rows and no model.
 
 A device works through its queue behind the host. A host that waits for it leaves it idle afterwards, so results come
-back by copies into pinned memory, and are read once the `Moment` marked after them is reached.
+back by copies into pinned memory, and are read once the `Moment` marked after them is reached. A device may have a
+second queue, whose work runs beside that of the first; the rules that keep both from each other's memory are in here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +37,7 @@ class Moment(Protocol):
         ...
 
     def ms_since(self, earlier: Moment) -> float:
-        """Returns the device's time between two points of the same device, both reached."""
+        """Returns the device's time between two points of the same queue, both reached."""
         ...
 
 
@@ -45,6 +48,7 @@ class Device(Protocol):
     default_mode: Mode
     frame_grid: int  # latent frames: what row lengths are best padded to a multiple of
     can_capture: bool
+    has_second_queue: bool  # else what is asked for `beside` runs in order with everything else
     prefers_packed: bool  # rows of unlike lengths: packed rather than padded
     shares_calls: bool  # in strict mode: whether several rows fit into one call of fixed shape
 
@@ -61,13 +65,27 @@ class Device(Protocol):
         ...
 
     def mark(self) -> Moment:
-        """Returns the point after everything that was asked of the device so far."""
+        """Returns the point after everything that was asked of the device so far, within `beside` of both queues."""
+        ...
+
+    def beside(self, *reads: Tensor) -> AbstractContextManager[None]:
+        """Returns a context in which work goes to the second queue, where there is one.
+
+        It begins after everything that was asked for before, and runs beside what the first queue is asked for later.
+        So what it makes may be used by the first queue only behind a `follow`. `reads` are the tensors of the first
+        queue that it uses: their memory is nobody else's before that work is done.
+        """
+        ...
+
+    def follow(self, moment: Moment) -> None:
+        """Let what is asked for from now on begin after that point of the second queue; the host does not wait."""
         ...
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Returns a function that asks the device for the same work again, on the same memory, in a single launch.
 
-        `run` must ask for nothing but device work, and is carried out once or more. Only where `can_capture`.
+        `run` must ask for nothing but device work, and is carried out once or more. Only where `can_capture`. What is
+        captured within `beside` must be asked for within it only: what one queue captures shares memory.
         """
         ...
 
@@ -90,6 +108,7 @@ class WaitingDevice:
         self.frame_grid = 1 if is_cpu else 64
         self.shares_calls = not is_cpu
         self.can_capture = False
+        self.has_second_queue = False
         self.prefers_packed = is_cpu
         self._clock = clock
 
@@ -104,6 +123,12 @@ class WaitingDevice:
 
     def mark(self) -> Moment:
         return _Reached(self._clock.monotonic())
+
+    def beside(self, *reads: Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def follow(self, moment: Moment) -> None:
+        """Everything is done as soon as it is asked for."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("this device captures nothing")
@@ -137,11 +162,16 @@ class CudaDevice:
     frame_grid = 64
     shares_calls = True
     can_capture = True
+    has_second_queue = True
     prefers_packed = False
 
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
-        self._captures: tuple[torch.cuda.Stream, Any] | None = None
+        self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that asks for them
+
+    @cached_property
+    def _second(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.torch_device)
 
     def upload(self, host: Tensor) -> Tensor:
         return to_device(host, self.torch_device)
@@ -155,11 +185,24 @@ class CudaDevice:
     def mark(self) -> Moment:
         return _Event(self.torch_device)
 
+    @contextmanager
+    def beside(self, *reads: Tensor) -> Iterator[None]:
+        # The wait also protects memory that the second queue's work takes again after the first queue has read it.
+        self._second.wait_stream(torch.cuda.current_stream(self.torch_device))
+        for tensor in reads:
+            tensor.record_stream(self._second)
+        with torch.cuda.stream(self._second):
+            yield
+
+    def follow(self, moment: Moment) -> None:
+        assert isinstance(moment, _Event)
+        moment.hold(torch.cuda.current_stream(self.torch_device))
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        if self._captures is None:  # one pool for all: no two captured pieces of work run at once
-            self._captures = torch.cuda.Stream(self.torch_device), torch.cuda.graph_pool_handle()
-        stream, pool = self._captures
         current = torch.cuda.current_stream(self.torch_device)
+        if current not in self._captures:  # one pool for all of a queue: no two of them run at once
+            self._captures[current] = torch.cuda.Stream(self.torch_device), torch.cuda.graph_pool_handle()
+        stream, pool = self._captures[current]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             run()  # what happens once in a process's life must not happen within the capture
@@ -190,6 +233,10 @@ class _Event:
 
     def wait(self) -> None:
         self._event.synchronize()
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Let what the stream is asked for from now on begin after this point."""
+        stream.wait_event(self._event)
 
     def ms_since(self, earlier: Moment) -> float:
         assert isinstance(earlier, _Event)

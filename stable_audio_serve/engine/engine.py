@@ -264,6 +264,7 @@ class Engine:
                 limits,
                 knee_tokens=lambda frames: frames * policy.crowd(1, frames),
                 step_ms=self._predictor.step_ms,
+                has_second_queue=self._device.has_second_queue,
             ),
             stages=stages,
             predictor=self._predictor,

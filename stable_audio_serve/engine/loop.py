@@ -25,7 +25,7 @@ from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.memory import RowMemory
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.request_state import RequestState, late, late_start
-from stable_audio_serve.engine.rows import Decoding, Row, Waiting
+from stable_audio_serve.engine.rows import Decoding, Encoding, Row, Stepping, Waiting
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
 from stable_audio_serve.engine.stages import Failures, Stages
 from stable_audio_serve.engine.work import Phase
@@ -70,7 +70,8 @@ class EngineLoop:
             self._receive(request)
         self._end_unwanted()
         self._report_positions()
-        picked = [self._rows[row_id] for row_id in self._scheduler.pick()]
+        ids = self._scheduler.pick(beside=self._stages.has_room_beside) or self._scheduler.pick()
+        picked = [self._rows[row_id] for row_id in ids]
         if not picked:
             return self._deliver(wait=True) or self._stages.capture(is_idle=True)
         try:
@@ -138,22 +139,35 @@ class EngineLoop:
         for row in picked:
             row.request.is_started = True
         phases = {row.id: row.work.phase for row in picked}
-        self._fail(self._stages.start([row for row in picked if isinstance(row.phase, Waiting)]))
+        new = [row for row in picked if isinstance(row.phase, Waiting)]
+        stepping = [row for row in picked if phases[row.id] is Phase.DENOISE]
+        self._begin([row for row in stepping if isinstance(row.phase, Encoding)])
+        self._fail(self._stages.start(new))
         others_wait = any(row.work.phase in (Phase.ENCODE, Phase.DENOISE) for row in self._rows.values())
+        # What runs beside a step must be asked for before it.
         for phase, run in (
             (Phase.ENCODE, self._stages.encode),
-            (Phase.DENOISE, self._stages.denoise),
             (Phase.DECODE, partial(self._stages.decode, others_wait=others_wait)),
         ):
             rows = [row for row in picked if phases[row.id] is phase and row.id in self._rows]
             if rows:
                 self._fail(run(rows))
+        self._begin(stepping, at_once=not any(isinstance(row.phase, Stepping) for row in stepping))
+        rows = [row for row in stepping if isinstance(row.phase, Stepping)]
+        if rows:
+            self._fail(self._stages.denoise(rows))
         for row in picked:
             if row.id in self._rows and row.work.phase is Phase.DONE:
                 self._scheduler.remove(row.id)
                 self._stages.deliver(row)
         self._stages.keep_pace()
         self._stages.capture(is_idle=False)
+
+    def _begin(self, rows: Sequence[Row], *, at_once: bool = True) -> None:
+        """Let rows step that can; new ones wait for the next turn rather than let others wait for their text."""
+        waiting = [row for row in rows if isinstance(row.phase, Encoding)]
+        if waiting:
+            self._fail(self._stages.begin(waiting, at_once=at_once))
 
     def _deliver(self, *, wait: bool = False) -> bool:
         """Finish the rows whose audio has arrived. Returns whether there are any."""

@@ -21,7 +21,10 @@ class WindowPace:
         self._step_ms = 0.0
 
     def saw_step(self, ms: float) -> None:
-        """Remember how long the last step of the network took."""
+        """Remember how long the last step is predicted to take.
+
+        Its measured time may contain windows that ran beside it, which would make the next ones longer and longer.
+        """
         self._step_ms = ms
 
     def decode_frames(self, num_rows: int, *, others_wait: bool) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stable_audio_serve.engine.arena import HeldFrames
 from stable_audio_serve.engine.batching import Lane
 from stable_audio_serve.engine.conditioning import HeldConditioning
-from stable_audio_serve.engine.device import Device
+from stable_audio_serve.engine.device import Device, Moment
 from stable_audio_serve.engine.noise_ahead import RowNoise
 from stable_audio_serve.engine.request_state import Prompts, RequestState
 from stable_audio_serve.engine.scheduler import RowId
@@ -38,6 +38,7 @@ class Encoding:
 
     noise: RowNoise
     prompts: Prompts
+    ready: Moment  # of the second queue: prompts and the windows that were asked for are there
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
 
 
@@ -58,6 +59,7 @@ class Decoding:
     noise: NoiseSource
     latents: Tensor
     audio: AudioAssembly
+    ready: Moment  # the latents, then the windows that were asked for are there
 
 
 RowPhase = Waiting | Encoding | Stepping | Decoding

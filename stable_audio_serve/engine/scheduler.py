@@ -10,6 +10,9 @@ to a share of the interactive time: a batch row joins an interactive step if tha
 time accumulates until it pays for a separate step. So an interactive row is delayed by at most that share and the
 current step, and a batch row ends at the latest when the engine has worked 1 + 1 / share times as long as this row and
 the batch rows before it take.
+
+Where a device has a second queue, rows that encode or decode are picked besides those of a step and take nothing of its
+budget. All that is said of time above means the device's, which both queues share.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from itertools import chain
 from typing import NewType
 
 from stable_audio_serve.core.generation import Priority
-from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.engine.work import Phase, RowWork
 
 RowId = NewType("RowId", int)
 
@@ -57,6 +60,8 @@ class _Step:
     new_bytes: int = 0
     is_short: bool = False  # a row waits for memory, so that none behind it starts
     tokens: float = 0.0
+    frames_beside: float = 0.0  # latent frames of the rows that run beside the step
+    is_held_back: bool = False  # a row could run, if there were room beside the step
 
     @property
     def works(self) -> list[RowWork]:
@@ -74,9 +79,12 @@ class Scheduler:
         *,
         knee_tokens: Callable[[int], float],
         step_ms: Callable[[Sequence[RowWork], int], float],
+        has_second_queue: bool = False,
     ) -> None:
         """`knee_tokens(frames)` returns how many latent frames make a step of such rows worth its fixed cost;
-        `step_ms(works, num_new)` predicts a step of these rows, `num_new` of which were never picked before."""
+        `step_ms(works, num_new)` predicts a step of these rows, `num_new` of which were never picked before.
+        `has_second_queue`: rows that encode or decode run beside a step."""
+        self._has_second_queue = has_second_queue
         self._limits = limits
         self._knee_tokens = knee_tokens
         self._step_ms = step_ms
@@ -105,7 +113,7 @@ class Scheduler:
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
         slack_s = min(self._limits.slack * alone_s, self._limits.max_slack_s)
-        entry = _Entry(arrived_at + slack_s, row_id, work, priority, work.tokens, num_bytes)
+        entry = _Entry(arrived_at + slack_s, row_id, work, priority, self._tokens(work), num_bytes)
         self._entries[row_id] = entry
         self._waiting_tokens[priority] += entry.tokens
         insort(self._orders[priority], entry)
@@ -119,19 +127,20 @@ class Scheduler:
         self._started_bytes -= entry.num_bytes if entry.started else 0
         self._waiting_tokens[entry.priority] -= entry.tokens
 
-    def pick(self) -> list[RowId]:
+    def pick(self, *, beside: bool = True) -> list[RowId]:
         """Returns the rows to work on now, earliest deadline first; empty only if no row is left.
 
+        Not `beside`: only rows of a step; then it may be empty although others wait for room in the second queue.
         Picked rows count as started until they are removed. No row starts while `max_started` rows are started, or
         while it needs more memory than is left; then no row behind it starts either, so that its turn comes.
         """
         self._count_again()
-        step = self._fill("interactive")
-        if step.entries:
-            step = self._lend(step)
+        step = self._fill("interactive", beside=beside)
+        if step.entries or step.is_held_back:
+            step = self._lend(step, beside=beside)
         else:
             self._lent_ms = 0.0
-            step = self._fill("batch", is_short=step.is_short)
+            step = self._fill("batch", beside=beside, is_short=step.is_short)
         for entry in step.entries:
             self._num_started[entry.priority] += not entry.started
             self._started_bytes += 0 if entry.started else entry.num_bytes
@@ -143,28 +152,50 @@ class Scheduler:
         """Bring the sum of waiting tokens up to date with the last pick's rows."""
         for entry in self._picked:
             if self._entries.get(entry.row_id) is entry:
-                tokens = entry.work.tokens
+                tokens = self._tokens(entry.work)
                 self._waiting_tokens[entry.priority] += tokens - entry.tokens
                 entry.tokens = tokens
 
-    def _fill(self, priority: Priority, *, is_short: bool = False) -> _Step:
-        """Returns a step with as many rows of one priority as fit the budget."""
-        step, budget = _Step(is_short=is_short), 0.0
+    def _runs_beside(self, work: RowWork) -> bool:
+        return self._has_second_queue and work.phase is not Phase.DENOISE
+
+    def _tokens(self, work: RowWork) -> int:
+        """Returns the latent frames that the row adds to a step, nothing if it runs beside one."""
+        return 0 if self._runs_beside(work) else work.tokens
+
+    def _fill(self, priority: Priority, *, beside: bool, is_short: bool = False) -> _Step:
+        """Returns a step with as many rows of one priority as fit the budget, and as many beside it."""
+        step, budget, budget_beside, is_full = _Step(is_short=is_short), 0.0, 0.0, False
         num_left = self._num_started[priority]  # started rows further on
         for entry in self._orders[priority]:
+            if is_full and not num_left:
+                break  # nothing behind can run beside the step before it has run in one
             if not self._may_run(entry, beside=step):
                 if not num_left:
                     break  # no row starts, so none of the others may run either
                 continue
-            if not step.entries:
-                budget = self._budget(priority, entry.work.frames)
-            elif step.tokens >= budget or step.tokens + entry.tokens > self._limits.max_tokens:
-                break
-            _take(step, entry)
             num_left -= entry.started
+            if self._runs_beside(entry.work):
+                step.is_held_back |= not beside
+                budget_beside = budget_beside or self._budget(priority, entry.work.frames)
+                if beside and (not step.frames_beside or step.frames_beside < budget_beside):
+                    _take_beside(step, entry)
+                else:
+                    _reserve(step, entry)  # so that no row behind it starts in its place
+            elif is_full:
+                continue
+            elif not step.tokens:
+                budget = self._budget(priority, entry.work.frames)
+                _take(step, entry)
+            elif step.tokens >= budget or step.tokens + entry.tokens > self._limits.max_tokens:
+                is_full = True
+                if not self._has_second_queue:
+                    break
+            else:
+                _take(step, entry)
         return step
 
-    def _lend(self, step: _Step) -> _Step:
+    def _lend(self, step: _Step, *, beside: bool) -> _Step:
         """Returns the interactive step with the batch rows that may join it, or a batch row whose step is paid for."""
         if not self._orders["batch"]:
             self._lent_ms = 0.0
@@ -175,8 +206,11 @@ class Scheduler:
         for entry in self._orders["batch"]:
             if not self._may_run(entry, beside=step):
                 continue
+            is_beside = self._runs_beside(entry.work)
+            if is_beside and not beside:
+                continue
             new = int(not entry.started)
-            rides = step.tokens + entry.tokens <= self._limits.max_tokens
+            rides = is_beside or step.tokens + entry.tokens <= self._limits.max_tokens
             if not rides and len(step.entries) > num_interactive:
                 break  # its turn comes when those before it are done
             works = [*step.works, entry.work] if rides else [entry.work]
@@ -188,7 +222,7 @@ class Scheduler:
             if not rides:
                 return _take(_Step(), entry)
             ms += costs_ms
-            _take(step, entry)
+            (_take_beside if is_beside else _take)(step, entry)
         self._lent_ms = 0.0  # no batch row waits for time
         return step
 
@@ -243,8 +277,17 @@ class Scheduler:
 
 def _take(step: _Step, entry: _Entry) -> _Step:
     step.entries.append(entry)
+    step.tokens += entry.tokens
+    return _reserve(step, entry)
+
+
+def _reserve(step: _Step, entry: _Entry) -> _Step:
     step.num_new += not entry.started
     step.new_bytes += 0 if entry.started else entry.num_bytes
     step.num_new_batch += entry.priority == "batch" and not entry.started
-    step.tokens += entry.tokens
     return step
+
+
+def _take_beside(step: _Step, entry: _Entry) -> _Step:
+    step.frames_beside += entry.work.frames
+    return _take(step, entry)

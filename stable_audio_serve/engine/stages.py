@@ -1,5 +1,5 @@
-"""The phases of picked rows: encode text and sources, evaluate, decode audio. Times every device call for the cost
-model and the requests' clocks. Knows no scheduler; returns failed rows to the loop, which ends their requests.
+"""The phases of picked rows: encode text and sources, evaluate, decode audio. Everything but evaluations runs beside
+them, where the device can. Knows no scheduler; returns failed rows to the loop, which ends their requests.
 """
 
 from __future__ import annotations
@@ -7,18 +7,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.call_times import CallTimes
 from stable_audio_serve.engine.conditioning import HeldConditioning
-from stable_audio_serve.engine.cost import CostModel, Work
+from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.noise_ahead import RowNoise
@@ -27,24 +28,12 @@ from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Prompts
 from stable_audio_serve.engine.rows import Decoding, Encoding, Row, Stepping, make_assembly
 from stable_audio_serve.engine.windows import SourceEncoding
-from stable_audio_serve.models.protocol import DiffusionModel, TextEmbedding
+from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
-Result = TypeVar("Result")
 Failures = list[tuple[Row, Exception]]
 
 _CAPTURE_EVERY_S = 1.0  # at most, while somebody waits: it takes about as long as a few steps
-_CALLS_AHEAD = 2  # of the host, at most: enough that the device always has work, few enough to react soon
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """Device work that was asked for, to be compared with its prediction once it has ended."""
-
-    work: Work
-    shapes: Sequence[tuple[int, int]]
-    began: Moment
-    ended: Moment
 
 
 class Stages:
@@ -68,17 +57,18 @@ class Stages:
         self._executor = executor
         self._device = device
         self._cost = cost
+        self._times = CallTimes(device, cost=cost, metrics=metrics)
         self._cache = cache
         self._drawers = drawers
         self._pace = pace
         self._clock = clock
         self._metrics = metrics
-        self._measured: deque[_Measured] = deque()
+        self._inputs_ready: Moment | None = None  # all that rows share and that was asked for so far
         self._captured_at = 0.0
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start rows: noise, prompts, sources. Rows without sources can step afterwards."""
+        """Start rows: noise, prompts, sources. Rows without sources can begin afterwards."""
         noises: dict[int, RowNoise] = {}
         failures = [failure for row in rows for failure in _alone(row, lambda row: self._open_noise(row, noises))]
         failures += self._embed([row for row in rows if row.id in noises])
@@ -89,38 +79,52 @@ class Stages:
                 if row.id in noises:
                     noises[row.id].cancel()
                 continue
-            row.phase = encoding = Encoding(noises[row.id], prompts)
+            assert self._inputs_ready is not None
+            row.phase = encoding = Encoding(noises[row.id], prompts, self._inputs_ready)
             self._open_sources(row, encoding)
-            if not encoding.sources:
-                failures += self._begin(row)
         return failures
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """Encode the next source windows of each row; a row can step after its last window."""
+        """Encode the next source windows of each row; a row can begin after its last window."""
         sources = {row.id: row.in_phase(Encoding).sources for row in rows}
         pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
         windows = [(source, window) for source in pending.values() for window in source.pending(self._pace.turn_frames)]
-        if windows:
-            shapes = [(1, window.samples.shape[-1] // self._model.spec.hop) for _, window in windows]
-            outcomes = self._timed(
-                "encode", shapes, run=lambda: self._executor.encode([window for _, window in windows])
-            )
-            for (source, _), outcome in zip(windows, outcomes, strict=True):
+        with self._device.beside():
+            for (source, _), outcome in zip(windows, self._encode([window for _, window in windows]), strict=True):
                 if isinstance(outcome, Exception):
                     failed[id(source)] = outcome
                 elif id(source) not in failed:
                     source.put(outcome)
+            self._inputs_ready = ready = self._device.mark()
         failures: Failures = []
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("source", now)
+            row.phase = replace(row.in_phase(Encoding), ready=ready)
             own = sources[row.id]
             row.work.encode_left = _lengths_left(own)
             errors = [failed[id(source)] for source in own.values() if id(source) in failed]
             if errors:
                 failures.append((row, errors[0]))
-            elif not row.work.encode_left:
+        return failures
+
+    def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
+        if not windows:  # other rows of the request had them encoded
+            return []
+        shapes = [(1, window.samples.shape[-1] // self._model.spec.hop) for window in windows]
+        return self._times.time("encode", shapes, run=lambda: self._executor.encode(windows))
+
+    def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
+        """Set the conditioning and registers of rows whose text and sources are encoded, after which they can step.
+
+        Not `at_once`: only of rows for which the device need not wait.
+        """
+        failures: Failures = []
+        for row in rows:
+            ready = row.in_phase(Encoding).ready
+            if at_once or ready.is_reached():
+                self._device.follow(ready)
                 failures += self._begin(row)
         return failures
 
@@ -130,7 +134,8 @@ class Stages:
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         shapes = [call.shape for call in calls]
-        failures = self._timed("denoise", shapes, run=lambda: self._executor.denoise(rows, calls))
+        self._pace.saw_step(sum(self._cost.call_ms("denoise", rows=count, frames=frames) for count, frames in shapes))
+        failures = self._times.time("denoise", shapes, run=lambda: self._executor.denoise(rows, calls))
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
         self._metrics.observe("engine_tokens_per_step", tokens)
@@ -147,32 +152,37 @@ class Stages:
         failpoint("before_decode")
         max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
         decoding = {row.id: row.in_phase(Decoding) for row in rows}
-        windows = [
-            (row, window)
-            for row in rows
-            for window in decoding[row.id].audio.pending(
-                decoding[row.id].latents, decoding[row.id].noise, max_frames=max_frames
-            )
-        ]
-        shapes = [(1, window.latents.shape[-1]) for _, window in windows]
-        outcomes = self._timed("decode", shapes, run=lambda: self._executor.decode([window for _, window in windows]))
         failed: dict[int, tuple[Row, Exception]] = {}
-        for (row, _), outcome in zip(windows, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                failed.setdefault(row.id, (row, outcome))
-            elif row.id not in failed:
-                audio = decoding[row.id].audio
-                audio.put(outcome)
-                row.work.decode_left = audio.lengths_left
+        with self._device.beside(*(own.latents for own in decoding.values())):
+            windows = [
+                (row, window)
+                for row in rows
+                for window in decoding[row.id].audio.pending(
+                    decoding[row.id].latents, decoding[row.id].noise, max_frames=max_frames
+                )
+            ]
+            shapes = [(1, window.latents.shape[-1]) for _, window in windows]
+            outcomes = self._times.time(
+                "decode", shapes, run=lambda: self._executor.decode([window for _, window in windows])
+            )
+            for (row, _), outcome in zip(windows, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    failed.setdefault(row.id, (row, outcome))
+                elif row.id not in failed:
+                    audio = decoding[row.id].audio
+                    audio.put(outcome)
+                    row.work.decode_left = audio.lengths_left
+            ready = self._device.mark()
         self._metrics.gauge("engine_device_memory_bytes", self._device.use().memory_used_bytes or 0)
         now = self._clock.monotonic()
         for row in rows:
+            row.phase = replace(decoding[row.id], ready=ready)
             row.request.clock.mark("decode", now)
         return list(failed.values())
 
     def deliver(self, row: Row) -> None:
         """Note that a row's work is all asked for: `delivered` returns it when its audio is on the host."""
-        self._delivering.append((row, self._device.mark()))
+        self._delivering.append((row, row.in_phase(Decoding).ready))
 
     def delivered(self, *, wait: bool = False) -> tuple[list[Row], Failures]:
         """Returns the rows whose audio has arrived, and those of them whose audio is not a number.
@@ -206,20 +216,14 @@ class Stages:
             self._captured_at = self._clock.monotonic()
         return has_captured
 
+    @property
+    def has_room_beside(self) -> bool:
+        """Whether more windows may be encoded or decoded beside the next step."""
+        return self._times.has_room_beside
+
     def keep_pace(self) -> None:
         """Wait until the device is at most a few calls behind, and learn how long its calls took."""
-        while self._measured:
-            oldest = self._measured[0]
-            if not oldest.ended.is_reached():
-                if len(self._measured) <= _CALLS_AHEAD:
-                    return
-                oldest.ended.wait()
-            self._measured.popleft()
-            ms = oldest.ended.ms_since(oldest.began)
-            if oldest.work == "denoise":
-                self._pace.saw_step(ms)
-            self._cost.correct(oldest.work, oldest.shapes, measured_ms=ms)
-            self._metrics.observe(f"engine_{oldest.work}_ms", ms)
+        self._times.keep_pace()
 
     def _embed(self, rows: Sequence[Row]) -> Failures:
         """Set the rows' prompt embeddings: cached ones, and all new ones of this turn encoded together."""
@@ -232,7 +236,9 @@ class Stages:
         self._metrics.increment("engine_prompt_cache_hits", len(known))
         self._metrics.increment("engine_prompt_cache_misses", len(missing))
         if missing:
-            outcomes = self._timed("text", [(len(missing), 0)], run=lambda: self._executor.embed(missing))
+            with self._device.beside():
+                outcomes = self._times.time("text", [(len(missing), 0)], run=lambda: self._executor.embed(missing))
+                self._inputs_ready = self._device.mark()
             known.update(zip(missing, outcomes, strict=True))
             for outcome in outcomes:
                 if not isinstance(outcome, Exception):
@@ -270,7 +276,6 @@ class Stages:
         row.work.encode_left = _lengths_left(encoding.sources)
 
     def _begin(self, row: Row) -> Failures:
-        """Set a row's conditioning and registers, after which it can step."""
         return _alone(row, self._set_registers)
 
     def _set_registers(self, row: Row) -> None:
@@ -320,15 +325,8 @@ class Stages:
         )
         latents = self._executor.release(stepping.held, part=row.plan.sampler.result_register)
         stepping.conditioning.free()
-        row.phase = Decoding(stepping.noise.source, latents, audio)
         audio.check(latents[:, : row.plan.valid_frames])
-
-    def _timed(self, work: Work, shapes: Sequence[tuple[int, int]], *, run: Callable[[], Result]) -> Result:
-        """Run device work, of calls over (rows, frames) each; `keep_pace` compares its time with the prediction."""
-        began = self._device.mark()
-        result = run()
-        self._measured.append(_Measured(work, shapes, began, self._device.mark()))
-        return result
+        row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())
 
 
 def _alone(row: Row, action: Callable[[Row], None]) -> Failures:

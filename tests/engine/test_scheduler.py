@@ -23,11 +23,12 @@ def step_ms(works: Sequence[RowWork], num_new: int = 0) -> float:
     return sum(work.tokens for work in works) / 10
 
 
-def make_scheduler(*, knee: float = 250, **limits: float) -> Scheduler:
+def make_scheduler(*, knee: float = 250, has_second_queue: bool = False, **limits: float) -> Scheduler:
     return Scheduler(
         SchedulerLimits(**limits),  # type: ignore[arg-type]
         knee_tokens=lambda frames: knee,
         step_ms=step_ms,
+        has_second_queue=has_second_queue,
     )
 
 
@@ -47,6 +48,55 @@ def add(
 
 def test_nothing_waits_nothing_is_picked() -> None:
     assert make_scheduler().pick() == []
+
+
+def let_decode(work: RowWork, *, frames: int = 100) -> None:
+    """Finish all evaluations; windows of so many latent frames are left."""
+    while work.num_done < len(work.branches):
+        work.finish_evaluation()
+    work.decode_left = (frames,)
+
+
+def test_rows_that_decode_beside_a_step_take_nothing_of_its_budget() -> None:
+    for has_second_queue, picked in ((False, [0, 1, 2]), (True, [0, 1, 2, 3, 4])):
+        scheduler = make_scheduler(knee=300, has_second_queue=has_second_queue)
+        works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(9)]
+        assert scheduler.pick() == [0, 1, 2]
+        for row_id in (0, 2):
+            let_decode(works[row_id])
+        assert scheduler.pick() == picked
+
+
+def test_without_room_beside_only_a_step_is_picked() -> None:
+    scheduler = make_scheduler(has_second_queue=True)
+    works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(2)]
+    scheduler.pick()
+    let_decode(works[0])
+    assert scheduler.pick(beside=False) == [1]
+    assert scheduler.pick() == [0, 1]
+    let_decode(works[1])
+    assert scheduler.pick(beside=False) == []
+    assert scheduler.pick() == [0, 1]
+
+
+def test_a_row_that_waits_for_room_beside_keeps_its_place() -> None:
+    scheduler = make_scheduler(has_second_queue=True, max_started=2)
+    add(scheduler, 0, steps=20)
+    assert scheduler.pick() == [0]
+    edit = RowWork(100, branches=[1], encode_left=(100,))
+    scheduler.add(RowId(1), edit, arrived_at=0.1, alone_s=1.0)
+    add(scheduler, 2, at=0.2)
+    assert scheduler.pick(beside=False) == [0]
+    assert scheduler.pick() == [0, 1]
+
+
+def test_batch_rows_pay_for_what_they_decode_beside_interactive_steps() -> None:
+    scheduler = make_scheduler(has_second_queue=True, batch_share=0.125)
+    let_decode(add(scheduler, 0, priority="batch"), frames=100)
+    assert scheduler.pick() == [0]  # alone
+    add(scheduler, 1, at=1.0, frames=200, steps=99)
+    # a turn of 20 ms lends 2.5 ms: windows of 10 ms are paid for by the fourth
+    assert [scheduler.pick() for _ in range(4)] == [[1], [1], [1], [1, 0]]
 
 
 def test_equal_rows_run_first_come_to_completion() -> None:
