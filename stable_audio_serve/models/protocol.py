@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class ModelSpec:
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
     pads_rows: bool = True  # the network leaves invalid frames out; otherwise rows of equal length only share a call
     packs_rows: bool = False  # the network takes packed batches
+    captures_decode: bool = False  # decoding is device work only, of latents and draws, wherever a window begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,13 @@ class TextEmbedding:
     prompt: str
     tokens: Tensor
     mask: Tensor
+
+    @classmethod
+    def each(cls, prompts: Sequence[str], tokens: Tensor, *, mask: Tensor) -> list[TextEmbedding]:
+        """Returns the prompts' own parts of tokens (B, T, width) and mask (B, T), where B may be larger."""
+        real = mask.bool()
+        # Cloned, so that a cached prompt does not hold the whole batch's memory.
+        return [cls(prompt, tokens[i].clone(), real[i].clone()) for i, prompt in enumerate(prompts)]
 
     @property
     def num_bytes(self) -> int:
@@ -247,4 +255,22 @@ class DiffusionModel(Protocol):
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         """Returns audio (C, hop * F_window) float32 of windows that have one length, not clamped; row-independent."""
+        ...
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """A model whose `encode_text` is host work, then device work only: `tokenize`, then `embed_tokens`."""
+
+    @property
+    def text_size(self) -> tuple[int, int]:
+        """Tokens T of every prompt, padding included, and the width of their embeddings."""
+        ...
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Returns ids and mask, (B, 2, T) int64 on the host."""
+        ...
+
+    def embed_tokens(self, told: Tensor) -> Tensor:
+        """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device; row-independent."""
         ...

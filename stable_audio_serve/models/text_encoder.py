@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError
@@ -37,8 +38,16 @@ class TextEncoder:
         return encoded["input_ids"], encoded["attention_mask"]
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns hidden states (B, T, width) float32; padded positions are never keys, their values arbitrary."""
-        hidden: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        """Returns hidden states (B, T, width) float32; padded positions are never keys, their values arbitrary.
+
+        Device work only: the host is asked for nothing and waits for nothing.
+        """
+        dtype = next(self.encoder.parameters()).dtype
+        # Given two axes, the library asks the device whether there is padding, and waits; it takes four as they are.
+        # Not minus infinity: a prompt without a real token must not become NaN.
+        added = torch.zeros(len(mask), 1, 1, mask.shape[1], device=mask.device, dtype=dtype)
+        added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
+        hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state
         return hidden.float()
 
 

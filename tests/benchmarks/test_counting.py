@@ -102,10 +102,9 @@ DENOISE = {
     "sampler euler": 195,
     "sampler dpmpp": 203,
 }
-# The two waits are transformers' own, which looks at the mask of a new prompt.
-OTHERS = {"text": (2, 194), "begin": (0, 77), "encode": (0, 192), "finish": (0, 7), "decode": (0, 251)}
+OTHERS = {"text": (0, 159), "begin": (0, 77), "encode": (0, 192), "finish": (0, 7), "decode": (0, 251)}
 OPEN = {"guided": 136, "inpaint": 153}  # of Stable Audio Open
-STRICT = {**OTHERS, "text": (4, 336), "denoise": (0, 262), "decode": (0, 1230)}
+STRICT = {**OTHERS, "text": (0, 302), "denoise": (0, 262), "decode": (0, 1230)}
 
 
 def _count_by_hand(name: str) -> tuple[tuple[int, ...], list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.blocks import ExpoFourier
 from stable_audio_serve.models.sa3.config import NumberConfig, PromptConfig
 from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_and_network
@@ -23,8 +24,10 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) ->
     Attention runs in the library's explicit form, because the fused kernels cannot soft-cap the logits.
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5gemma)
-    width = int(encoder.config.encoder.hidden_size)  # type: ignore[union-attr, arg-type]
-    return TextEncoder(tokenizer, encoder.to(device), width=width, max_length=max_length)
+    config: Any = encoder.config.encoder  # type: ignore[union-attr]
+    if max_length > config.sliding_window // 2:  # layers of both kinds are given one mask
+        raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
+    return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)
 
 
 def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:

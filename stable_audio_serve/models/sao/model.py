@@ -89,14 +89,27 @@ class SaoModel:
         """Returns one plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
         return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
 
+    @property
+    def text_size(self) -> tuple[int, int]:
+        """Tokens of every prompt, padding included, and the width of their embeddings."""
+        return self.text.max_length, self.config.prompt.width
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Returns ids and mask, (B, 2, T) int64 on the host."""
+        return torch.stack(self.text.tokenize(prompts), dim=1)
+
     @torch.inference_mode()
     @exact
+    def embed_tokens(self, told: Tensor) -> Tensor:
+        """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device, zero at padded positions."""
+        ids, mask = told.unbind(1)
+        return self.prompt(self.text.encode(ids, mask), mask.bool())
+
+    @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width) float32, zero at padded positions, and which tokens are real."""
-        ids, mask = (to_device(tensor, self._device) for tensor in self.text.tokenize(prompts))
-        tokens, real = self.prompt(self.text.encode(ids, mask), mask.bool()), mask.bool()
-        # Cloned, so that a cached prompt does not hold the whole batch's memory.
-        return [TextEmbedding(p, tokens[i].clone(), real[i].clone()) for i, p in enumerate(prompts)]
+        told = to_device(self.tokenize(prompts), self._device)
+        return TextEmbedding.each(prompts, self.embed_tokens(told), mask=told[:, 1])
 
     @torch.inference_mode()
     @exact

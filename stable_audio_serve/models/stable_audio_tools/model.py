@@ -76,8 +76,7 @@ class PackageModel:
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width), zero at padded positions, and which tokens are real."""
         tokens, mask = self.wrapper.conditioner.conditioners[self.inputs.prompt.id](list(prompts), self._device)
-        # Cloned, so that a cached prompt does not hold the whole batch's memory.
-        return [TextEmbedding(p, tokens[i].clone(), mask[i].bool().clone()) for i, p in enumerate(prompts)]
+        return TextEmbedding.each(prompts, tokens, mask=mask)
 
     @torch.inference_mode()
     @exact

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.sa3.conditioners import load_text_encoder
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
 
@@ -43,6 +45,13 @@ def test_an_empty_prompt_is_finite_padding() -> None:
     (empty,) = loaded("sharp-s").encode_text([""])
     assert not empty.mask.any()
     assert torch.equal(empty.tokens, loaded("sharp-s").prompt.padding_embedding.expand_as(empty.tokens))
+
+
+def test_prompts_longer_than_the_encoder_s_windows_are_refused() -> None:
+    folder = load_goldens("sharp-s").folder / "t5gemma"
+    assert load_text_encoder(folder, max_length=256, device=torch.device("cpu")).max_length == 256
+    with pytest.raises(CheckpointError, match="257 tokens"):
+        load_text_encoder(folder, max_length=257, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", FAMILY)
