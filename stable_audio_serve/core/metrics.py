@@ -57,10 +57,18 @@ _ENGINE = (
     Metric("engine_denoise_ms", "histogram", "One denoising step of all rows in it.", ("model",)),
     Metric("engine_decode_ms", "histogram", "One call of the audio decoder, for several windows.", ("model",)),
     Metric(
-        "engine_graphs", "gauge", "Step shapes captured on a GPU, which start in one launch.", ("model",), is_rare=True
+        "engine_graphs",
+        "gauge",
+        "Shapes of calls captured on a GPU, which start in one launch: denoise, text or decode.",
+        ("kind", "model"),
+        is_rare=True,
     ),
     Metric(
-        "engine_graph_misses", "counter", "Steps on a GPU that ran without a captured graph.", ("model",), is_rare=True
+        "engine_graph_misses",
+        "counter",
+        "Calls on a GPU that ran without a captured graph: denoise, text or decode.",
+        ("kind", "model"),
+        is_rare=True,
     ),
     Metric("engine_rows_per_step", "histogram", "Variations that share a denoising step.", ("model",)),
     Metric("engine_tokens_per_step", "histogram", "Latent frames of a denoising step, both branches.", ("model",)),

@@ -17,11 +17,13 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.arena import FrameArena, HeldFrames, read, write
 from stable_audio_serve.engine.batching import BatchPolicy, Call
 from stable_audio_serve.engine.conditioning import ConditioningArena
+from stable_audio_serve.engine.decode_calls import DecodeCalls
 from stable_audio_serve.engine.device import DEVICE_LOST, Device
-from stable_audio_serve.engine.graphs import StepGraphs
+from stable_audio_serve.engine.graphs import CallMemory, Graphs
 from stable_audio_serve.engine.packing import denoise_packed
 from stable_audio_serve.engine.rows import Row, Stepping
 from stable_audio_serve.engine.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.text_calls import TextCalls
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
@@ -54,7 +56,9 @@ class Executor:
         self._policy = policy
         self._together = together
         self.conditioning = ConditioningArena(device)
-        self._graphs = StepGraphs(device, run=self._run, metrics=metrics)
+        self._graphs = Graphs(device, metrics=metrics)
+        self._text = TextCalls(model, device=device, graphs=self._graphs)
+        self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
         self._moves = 0
 
     @cached_property
@@ -66,7 +70,7 @@ class Executor:
         """Returns the prompts' embeddings."""
         outcomes: list[TextEmbedding | Exception] = []
         for start in range(0, len(prompts), self._together):
-            outcomes += run_isolated(prompts[start : start + self._together], self._model.encode_text)
+            outcomes += run_isolated(prompts[start : start + self._together], self._text.embed)
         return outcomes
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
@@ -75,7 +79,7 @@ class Executor:
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
         """Returns the audio (C, S_window) float32 of windows."""
-        return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._model.decode)
+        return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._decoder.decode)
 
     def calls(self, rows: Sequence[Row]) -> list[Call]:
         """Returns the device calls in which these rows step now."""
@@ -149,22 +153,27 @@ class Executor:
     def _replay(self, shape: StepShape, rows: Sequence[StepRow]) -> bool:
         """Run a captured step. Returns whether it is captured."""
         if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
-            self._graphs.forget()
+            self._graphs.forget("denoise")
             self._moves = moves
-        if shape not in self._graphs:
-            self._graphs.note_miss(shape)
+        captured = self._graphs.find(shape, self._run_on)
+        if captured is None:
             return False
-        self._graphs.replay(shape, shape.write(rows, self._device))
+        captured.memory.inputs.copy_(shape.write(rows, self._device), non_blocking=True)
+        captured.replay()
         return True
 
     def capture_next(self) -> bool:
-        """Capture one more shape of steps, if some are wanted. Returns whether there was one."""
+        """Capture one more shape of calls, if some are wanted. Returns whether there was one."""
         return self._graphs.capture_next()
 
     def _run(self, shape: StepShape, inputs: Tensor, *, denoise: Callable[[StepBatch], Tensor] | None = None) -> None:
         """`denoise` None: the model's."""
         step = StepInputs.read(inputs, shape)
         run_step(denoise or self._model.denoise, step, memories=self._memories(), frames=shape.frames)
+
+    def _run_on(self, shape: StepShape, memory: CallMemory) -> None:
+        """What a step makes is written to the arenas."""
+        self._run(shape, memory.inputs)
 
     def _memories(self) -> Memories:
         return Memories(

@@ -1,5 +1,5 @@
-"""Steps that were captured once and are asked for again in a single launch, by shape. A shape that is not captured yet
-runs step by step, is counted, and is captured later: one at a time, so that nobody waits long. Knows no rows.
+"""Calls that were captured once and are asked for again in a single launch, by shape. A shape that is not captured yet
+runs as it is, is counted, and is captured later: one at a time, so that nobody waits long. Knows no rows and no model.
 """
 
 from __future__ import annotations
@@ -8,82 +8,155 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.device import DEVICE_LOST, Device
-from stable_audio_serve.engine.step import StepShape
 
 log = logging.getLogger(__name__)
 
-MOST_GRAPHS = 128
+Kind = Literal["denoise", "text", "decode"]
+
+MOST_GRAPHS = 192
 _MISSES_TO_CAPTURE = 2  # a shape that is seen once may never come again
+_USES_TO_AGE = 20_000  # counted uses after which all counts are halved: what was asked for long ago matters less
+_WORTH_DROPPING = 2  # how many times more often a shape must be asked for than the one it replaces
+
+
+class Shape(Protocol):
+    """All that a captured call has fixed, as a value."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def size(self) -> int:
+        """Latent frames or tokens, padding included: what the call's time grows with."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[int, torch.dtype]:
+        """How many values the call reads, and their type."""
+        ...
+
+    @property
+    def num_outputs(self) -> int:
+        """How many float32 values the call makes, beside what it writes to other memory."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class _Captured:
-    inputs: Tensor  # on the device, at a fixed address
+class CallMemory:
+    """Where a captured call reads and writes: shared by all calls of a kind, no two of which run at once."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+# Asks the device for a call of a shape on this memory.
+Run = Callable[[Any, CallMemory], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A captured call: write its inputs, `replay`, and copy what is needed of its outputs before the next call."""
+
+    memory: CallMemory
     replay: Callable[[], None]
 
 
-class StepGraphs:
-    """Captured steps of one engine. Used by the engine thread only."""
+class Graphs:
+    """Captured calls of one engine: the most used shapes. Used by the engine thread only."""
 
-    def __init__(self, device: Device, *, run: Callable[[StepShape, Tensor], None], metrics: Metrics) -> None:
-        """`run(shape, inputs)` asks the device for one step, with its inputs on the device already."""
+    def __init__(self, device: Device, *, metrics: Metrics) -> None:
         self._device = device
-        self._run = run
         self._metrics = metrics
-        self._captured: dict[StepShape, _Captured] = {}
-        self._misses: Counter[StepShape] = Counter()
-        self._refused: set[StepShape] = set()
-        self._shared: Tensor | None = None
+        self._captured: dict[Shape, Captured] = {}
+        self._wanted: dict[Shape, Run] = {}
+        self._misses: Counter[Shape] = Counter()
+        self._uses: Counter[Shape] = Counter()
+        self._refused: set[Shape] = set()
+        self._inputs: dict[Kind, Tensor] = {}
+        self._outputs: dict[Kind, Tensor] = {}
 
-    def __contains__(self, shape: StepShape) -> bool:
-        return shape in self._captured
+    def find(self, shape: Shape, run: Run) -> Captured | None:
+        """Returns the captured call of a shape; None, after which the caller runs it as it is, if there is none.
 
-    def replay(self, shape: StepShape, inputs: Tensor) -> None:
-        """Run a captured step with a host buffer's inputs. Raises KeyError for a shape that is not captured."""
-        captured = self._captured[shape]
-        captured.inputs.copy_(inputs, non_blocking=True)
-        captured.replay()
-
-    def note_miss(self, shape: StepShape) -> None:
-        """Count a step that had to run without a graph."""
-        self._metrics.increment("engine_graph_misses")
-        if len(self._captured) < MOST_GRAPHS and shape not in self._refused:
+        `run` is what may be captured later: device work that depends on nothing but the shape and the inputs, which
+        may be zeros.
+        """
+        self._uses[shape] += 1
+        if self._uses.total() > _USES_TO_AGE:
+            self._age()
+        captured = self._captured.get(shape)
+        if captured is None:
+            self._metrics.increment("engine_graph_misses", kind=shape.kind)
             self._misses[shape] += 1
+            self._wanted[shape] = run
+        return captured
 
     def capture_next(self) -> bool:
         """Capture the largest shape that was missed often enough. Returns whether there was one."""
-        wanted = [shape for shape, count in self._misses.items() if count >= _MISSES_TO_CAPTURE]
+        wanted = [shape for shape in self._wanted if self._is_due(shape)]
         if not wanted:
             return False
-        shape = max(wanted, key=lambda shape: (shape.network_rows * shape.frames, shape.network_rows))
+        shape = max(wanted, key=lambda shape: shape.size)
+        self._make_room()
+        run = self._wanted.pop(shape)
         del self._misses[shape]
-        inputs = self._inputs(shape.write((), self._device))
+        num_inputs, dtype = shape.inputs
+        memory = CallMemory(
+            self._fixed(self._inputs, shape.kind, num=num_inputs, dtype=dtype).zero_(),
+            self._fixed(self._outputs, shape.kind, num=shape.num_outputs, dtype=torch.float32),
+        )
         try:
-            self._captured[shape] = _Captured(inputs, self._device.capture(lambda: self._run(shape, inputs)))
+            replay = self._device.capture(lambda: run(shape, memory))
         except DEVICE_LOST:
             raise
         except Exception:
-            log.exception("a step of %d rows and %d frames cannot be captured", shape.network_rows, shape.frames)
+            log.exception("a call cannot be captured: %s", shape)
             self._refused.add(shape)
             return False
-        self._metrics.gauge("engine_graphs", float(len(self._captured)))
+        self._captured[shape] = Captured(memory, replay)
+        self._count(shape.kind)
         return True
 
-    def _inputs(self, host: Tensor) -> Tensor:
-        """Returns the values on the device, where all captured steps have theirs: no two run at once."""
-        if self._shared is None or len(self._shared) < len(host):
-            self._shared = self._device.upload(host)  # steps captured before keep the smaller memory
-        inputs = self._shared[: len(host)]
-        inputs.copy_(host, non_blocking=True)
-        return inputs
+    def forget(self, kind: Kind) -> None:
+        """Drop all captured calls of a kind, because memory that they use has moved."""
+        for shape in [shape for shape in self._captured if shape.kind == kind]:
+            del self._captured[shape]
+        self._count(kind)
 
-    def forget(self) -> None:
-        """Drop all captured steps, because memory that they use has moved."""
-        self._captured.clear()
-        self._misses.clear()
-        self._metrics.gauge("engine_graphs", 0.0)
+    def _is_due(self, shape: Shape) -> bool:
+        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._refused:
+            return False
+        if len(self._captured) < MOST_GRAPHS:
+            return True
+        return self._uses[shape] > _WORTH_DROPPING * self._uses[self._least_used()]
+
+    def _make_room(self) -> None:
+        """Drop the captured call that is asked for least, if there is no room for one more."""
+        if len(self._captured) >= MOST_GRAPHS:
+            dropped = self._least_used()
+            del self._captured[dropped]
+            self._count(dropped.kind)
+
+    def _least_used(self) -> Shape:
+        return min(self._captured, key=lambda shape: self._uses[shape])
+
+    def _age(self) -> None:
+        self._uses = Counter({shape: count // 2 for shape, count in self._uses.items() if count > 1})
+        for shape in [shape for shape in self._wanted if not self._uses[shape]]:
+            del self._wanted[shape], self._misses[shape]
+
+    def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
+        """Returns memory that all calls of a kind have in common; those captured before may keep a smaller one."""
+        if kind not in shared or len(shared[kind]) < num:
+            shared[kind] = torch.zeros(num, dtype=dtype, device=self._device.torch_device)
+        return shared[kind][:num]
+
+    def _count(self, kind: Kind) -> None:
+        self._metrics.gauge("engine_graphs", float(sum(shape.kind == kind for shape in self._captured)), kind=kind)

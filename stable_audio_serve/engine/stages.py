@@ -207,7 +207,7 @@ class Stages:
         return arrived, failures
 
     def capture(self, *, is_idle: bool) -> bool:
-        """Prepare one more shape of steps to run faster; rarely while others wait. Returns whether there was one."""
+        """Prepare one more shape of calls to run faster; rarely while others wait. Returns whether there was one."""
         now = self._clock.monotonic()
         if not is_idle and now < self._captured_at + _CAPTURE_EVERY_S:
             return False

@@ -14,6 +14,7 @@ from torch import Tensor
 from stable_audio_serve.engine.arena import NOTHING, HeldFrames, page_table, pages_of, read, write
 from stable_audio_serve.engine.conditioning import HeldBranch
 from stable_audio_serve.engine.device import Device
+from stable_audio_serve.engine.graphs import Kind
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, GuidanceUse, guidance_values, guide
 from stable_audio_serve.sampling.plan import Guidance
@@ -82,6 +83,23 @@ class StepShape:
             guides=GuidanceUse() if self.guides else None,
             draws=True,
         )
+
+    @property
+    def kind(self) -> Kind:
+        return "denoise"
+
+    @property
+    def size(self) -> int:
+        return self.network_rows * self.frames
+
+    @property
+    def inputs(self) -> tuple[int, torch.dtype]:
+        """Zeros are a step without rows."""
+        return sum(self._sizes), torch.float32
+
+    @property
+    def num_outputs(self) -> int:
+        return 0
 
     @property
     def _sizes(self) -> list[int]:

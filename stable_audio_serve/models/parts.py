@@ -43,6 +43,7 @@ class Pretransform(Protocol):
 
     samples_per_frame: int
     halo_frames: int  # frames on each side that can influence a frame's audio
+    is_placed: bool  # `decode` computes on the host where a window begins, which its noise tells
 
     def encode(self, audio: Tensor) -> Tensor:
         """Audio (B, C, S) -> frames (B, P, ceil(S / samples_per_frame))."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.forwarding import ForwardingModel
-from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, EncodeWindow, RowPlan
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, EncodeWindow, ModelSpec, RowPlan
 from stable_audio_serve.sampling import NoiseSource, ReplayDraw, ReplayNoise
 from stable_audio_serve.verification.cases import Case
 from stable_audio_serve.verification.replay import DrawProbe, SilentWindows, replay_script
@@ -38,6 +38,11 @@ class ObservedModel(ForwardingModel):
         super().__init__(model)
         self.noise: dict[int, NoiseSource] = {}
         self.latents: dict[int, Tensor] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's, but every call of the decoder is made anew, so that it is seen."""
+        return replace(super().spec, captures_decode=False)
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns the model's plans, with the result as long as the latents."""

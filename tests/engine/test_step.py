@@ -14,7 +14,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.arena import FrameArena, HeldFrames
 from stable_audio_serve.engine.conditioning import ConditioningArena
@@ -22,6 +21,7 @@ from stable_audio_serve.engine.device import WaitingDevice
 from stable_audio_serve.engine.step import Memories, StepInputs, StepRow, StepShape, run_step
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.update import StepNumbers
+from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import ToyModel, make_request, make_unlike_requests
 from tests.models.loaded import loaded
 
@@ -140,51 +140,22 @@ def _tensors(memories: Memories) -> list[Tensor]:
     return [memories.registers, *memories.constants.values(), *memories.by_frame.values()]
 
 
-class RecordingDevice(WaitingDevice):
-    """Captures by remembering what to do; everything else as on a CPU."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), clock=SystemClock())
-        self.can_capture = True
-        self.num_replays = 0
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        run()
-
-        def replay() -> None:
-            self.num_replays += 1
-            run()
-
-        return replay
-
-
-class Counting(NullMetrics):
-    def __init__(self) -> None:
-        self.misses = self.graphs = 0.0
-
-    def gauge(self, name: str, value: float, **labels: str) -> None:
-        self.graphs = value if name == "engine_graphs" else self.graphs
-
-    def increment(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        self.misses += amount * (name == "engine_graph_misses")
-
-
 async def test_replayed_steps_give_the_same_audio_and_misses_are_counted() -> None:
     options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
     requests = make_unlike_requests()
     async with Engine(ToyModel(), options) as engine:
         expected = [await engine.generate(request) for request in requests]
-    device, metrics = RecordingDevice(), Counting()
+    device, metrics = RecordingDevice(), GraphCounts()
     async with Engine(ToyModel(), options, device=device, metrics=metrics) as engine:
         await asyncio.gather(*map(engine.generate, requests))
-        num_graphs = -1.0
-        while num_graphs != metrics.graphs:  # an idle engine captures one shape after another
-            num_graphs = metrics.graphs
+        num_graphs = -1
+        while num_graphs != metrics.graphs.total():  # an idle engine captures one shape after another
+            num_graphs = metrics.graphs.total()
             await asyncio.sleep(0.3)
-        before = device.num_replays, metrics.misses
+        before = device.num_replays, metrics.misses.total()
         results = await asyncio.gather(*map(engine.generate, requests))
     assert device.num_replays > before[0]
-    assert metrics.misses - before[1] < device.num_replays - before[0]
+    assert metrics.misses.total() - before[1] < device.num_replays - before[0]
     for result, alone in zip(results, expected, strict=True):
         for left, right in zip(result.audio, alone.audio, strict=True):
             np.testing.assert_array_equal(left, right)

@@ -25,6 +25,7 @@ class OscillatorBankPretransform(nn.Module):
 
     samples_per_frame = FRAME_SAMPLES
     halo_frames = OscillatorBank.halo_frames
+    is_placed = True  # phases
 
     def __init__(self, *, frames_per_latent: int) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ class Patched(nn.Module):
     """Cuts audio into patches: frame channel `c * patch + h` is channel c's sample h of the patch. No weights."""
 
     halo_frames = 0
+    is_placed = False
 
     def __init__(self, channels: int, patch: int) -> None:
         super().__init__()

@@ -136,4 +136,5 @@ def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components)
         default_sampler=config.default_sampler,
         noisy_source_encoder=components.autoencoder.encoder_draws_noise,
         packs_rows=True,
+        captures_decode=not components.autoencoder.pretransform.is_placed,
     )

@@ -109,7 +109,10 @@ class Sa3Model:
     @torch.inference_mode()
     @exact
     def embed_tokens(self, told: Tensor) -> Tensor:
-        """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device, with the learned vector at padded positions."""
+        """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device.
+
+        Padded positions have the learned vector.
+        """
         ids, mask = told.unbind(1)
         return self.prompt(self.text.encode(ids, mask), mask.bool())
 

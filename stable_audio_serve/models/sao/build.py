@@ -102,4 +102,5 @@ def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
         default_sampler=OBJECTIVE_SAMPLERS[config.objective],
         noisy_source_encoder=True,
         packs_rows=True,
+        captures_decode=True,
     )

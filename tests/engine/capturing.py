@@ -1,0 +1,62 @@
+"""A device without graphs that captures by remembering what to do, and metrics that tell of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from threading import Condition
+
+import torch
+
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.metrics import NullMetrics
+from stable_audio_serve.engine.device import WaitingDevice
+
+
+class RecordingDevice(WaitingDevice):
+    """Everything but captures is as on a CPU."""
+
+    def __init__(self, clock: Clock = SystemClock()) -> None:
+        super().__init__(torch.device("cpu"), clock=clock)
+        self.can_capture = True
+        self.num_replays = 0
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+
+        def replay() -> None:
+            self.num_replays += 1
+            run()
+
+        return replay
+
+
+class GraphCounts(NullMetrics):
+    """How many graphs there are and how many calls ran without one, by kind."""
+
+    def __init__(self) -> None:
+        self.graphs: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+        self._changed = Condition()
+
+    async def until_captured(self, *kinds: str) -> None:
+        """Wait until there is a graph of each kind: an idle engine captures one shape after another."""
+
+        def wait() -> None:
+            with self._changed:
+                assert self._changed.wait_for(lambda: all(self.graphs[kind] for kind in kinds), timeout=60.0)
+
+        await asyncio.to_thread(wait)
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        super().gauge(name, value, **labels)
+        if name == "engine_graphs":
+            with self._changed:
+                self.graphs[labels["kind"]] = int(value)
+                self._changed.notify_all()
+
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
+        super().increment(name, value, **labels)
+        if name == "engine_graph_misses":
+            self.misses[labels["kind"]] += int(value)

@@ -1,0 +1,158 @@
+"""Text and windows come out the same whether a call runs as it is, or was recorded once and runs on other values."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.decode_calls import DecodeCalls
+from stable_audio_serve.engine.graphs import Graphs
+from stable_audio_serve.engine.text_calls import TextCalls
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.sampling import SeededNoise
+from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.factories import make_audio, make_request
+from tests.goldens import load_open_goldens
+from tests.models.loaded import loaded
+
+FRAMES = 32
+PROMPTS = ("rain on a roof", "", "a very long prompt " * 20)
+OTHERS = ("dogs", "a bell rings twice")
+
+
+@cache
+def load(name: str) -> Any:
+    if name.startswith("sharp"):
+        return loaded(name)
+    return load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
+
+
+@pytest.fixture(params=["sharp-s", "sharp-l", "tiny-1.0"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return load(request.param)
+
+
+class RecordedDevice(RecordingDevice):
+    """Captures what every operation does to which memory, as a graph would."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        recorded = make_fx(run)()
+
+        def replay() -> None:
+            self.num_replays += 1
+            recorded()
+
+        return replay
+
+
+def windows_of(model: DiffusionModel, *seeds: int) -> list[DecodeWindow]:
+    shape = (model.spec.card.latent_channels, FRAMES)
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return [DecodeWindow(x, 8 * seed, SeededNoise(seed)) for seed, x in zip(seeds, drawn, strict=True)]
+
+
+def addresses(graphs: Graphs) -> list[int]:
+    memory = [(captured.memory.inputs, captured.memory.outputs) for captured in graphs._captured.values()]
+    return [tensor.data_ptr() for pair in memory for tensor in pair]
+
+
+def same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_recorded_text_with_other_prompts_equals_their_own_call_to_the_bit(model: Any) -> None:
+    device, metrics = RecordedDevice(), GraphCounts()
+    graphs = Graphs(device, metrics=metrics)
+    calls = TextCalls(model, device=device, graphs=graphs)
+    with torch.inference_mode():
+        first = [calls.embed(PROMPTS) for _ in range(2)]
+        assert graphs.capture_next()
+        before = addresses(graphs)
+        assert device.num_replays == 0
+        again, others = calls.embed(PROMPTS), calls.embed(OTHERS + PROMPTS[:1])
+        expected = model.encode_text(OTHERS + PROMPTS[:1])
+    assert device.num_replays == 2
+    assert addresses(graphs) == before
+    for found, wanted in ((again, first[0]), (again, first[1]), (others, expected)):
+        assert [embedding.prompt for embedding in found] == [embedding.prompt for embedding in wanted]
+        assert same([embedding.tokens for embedding in found], [embedding.tokens for embedding in wanted])
+        assert same([embedding.mask for embedding in found], [embedding.mask for embedding in wanted])
+    assert (metrics.graphs, metrics.misses) == ({"text": 1}, {"text": 2})
+
+
+def test_recorded_windows_with_other_latents_equal_their_own_call_to_the_bit(model: Any) -> None:
+    device = RecordedDevice()
+    graphs = Graphs(device, metrics=GraphCounts())
+    calls = DecodeCalls(model, device=device, graphs=graphs)
+    with torch.inference_mode():
+        for _ in range(3):  # the first call of a length tells what it draws
+            expected = calls.decode(windows_of(model, 1, 2, 3))
+        assert graphs.capture_next()
+        before = addresses(graphs)
+        again = calls.decode(windows_of(model, 1, 2, 3))
+        others, wanted = calls.decode(windows_of(model, 4, 5, 6)), model.decode(windows_of(model, 4, 5, 6))
+    assert device.num_replays == 2
+    assert addresses(graphs) == before
+    assert same(again, expected)
+    assert same(others, wanted)
+
+
+def test_fewer_windows_or_prompts_than_were_recorded_are_unharmed_by_what_is_left_over() -> None:
+    model, device = load("sharp-s"), RecordedDevice()
+    graphs = Graphs(device, metrics=GraphCounts())
+    decoder, text = DecodeCalls(model, device=device, graphs=graphs), TextCalls(model, device=device, graphs=graphs)
+    with torch.inference_mode():
+        for _ in range(3):
+            decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))
+            text.embed([f"take {take}" for take in range(6)])
+        while graphs.capture_next():
+            pass
+        audio = decoder.decode(windows_of(model, 7, 8, 9, 10, 11))
+        wanted = model.decode(windows_of(model, 7, 8, 9, 10, 11))
+        prompts = [f"take {take}" for take in range(7, 12)]
+        embedded, expected = text.embed(prompts), model.encode_text(prompts)
+    assert device.num_replays == 2
+    for found, right in zip(audio, wanted, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-6, rtol=0)
+    for one, other in zip(embedded, expected, strict=True):
+        torch.testing.assert_close(one.tokens, other.tokens, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sharp-s", "tiny-1.0"])
+async def test_an_engine_that_captures_text_and_windows_gives_the_same_bytes(name: str) -> None:
+    model = load(name)
+    options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1, prompt_cache_bytes=0)
+    requests = [
+        make_request(prompt, duration_s=0.4, seed=seed, steps=2, sampler=None, **fields)
+        for seed, (prompt, fields) in enumerate(
+            [
+                ("rain", {}),
+                ("a dog", {"cfg_scale": 3.0, "negative_prompt": "hiss"}),
+                ("wind", {"init_audio": make_audio(0.4, sample_rate_hz=44_100), "init_noise_level": 0.5}),
+            ]
+        )
+    ]
+    async with Engine(model, options) as engine:
+        expected = [await engine.generate(request) for request in requests]
+    device, metrics = RecordingDevice(), GraphCounts()
+    async with Engine(model, options, device=device, metrics=metrics) as engine:
+        for _ in range(3):
+            await asyncio.gather(*map(engine.generate, requests))
+        await metrics.until_captured("denoise", "text", "decode")
+        before = metrics.misses.copy()
+        results = [await engine.generate(request) for request in requests]
+    assert metrics.misses["text"] == before["text"]
+    assert device.num_replays > 0
+    for result, alone in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result.audio[0], alone.audio[0])
