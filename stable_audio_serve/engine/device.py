@@ -85,7 +85,8 @@ class Device(Protocol):
         """Returns a function that asks the device for the same work again, on the same memory, in a single launch.
 
         `run` must ask for nothing but device work, and is carried out once or more. Only where `can_capture`. What is
-        captured within `beside` must be asked for within it only: what one queue captures shares memory.
+        captured within `beside` must be asked for within it only: what one queue captures shares memory. Raises
+        RuntimeError for work that cannot be captured; the device can be used afterwards.
         """
         ...
 
@@ -208,8 +209,15 @@ class CudaDevice:
             run()  # what happens once in a process's life must not happen within the capture
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            run()
+        try:
+            # What other threads ask of the device meanwhile belongs to them: it neither fails nor is captured.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                run()
+        except DEVICE_LOST as error:
+            torch.cuda.synchronize(self.torch_device)  # raises if the device is lost indeed
+            raise RuntimeError(f"this work cannot be captured: {error}") from error
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
         return graph.replay
 
     def use(self) -> DeviceUse:

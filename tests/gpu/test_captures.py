@@ -1,0 +1,62 @@
+"""Steps that are captured make the same bytes as steps that are not, in every order and crowd."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.sides.captures import Captures
+from benchmarks.sides.servers import wait_for_captures
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.generation import GenerationResult
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.device import open_device
+from tests.engine.test_checkpoint_independence import SUBJECTS, make_neighbours
+from tests.goldens import SHARP
+from tests.gpu.loaded import load_on
+
+pytestmark = pytest.mark.gpu
+
+OPTIONS = EngineOptions(mode="strict", warmup_budget_s=0.0)
+
+
+async def play(engine: Engine, *, in_crowd: bool) -> list[GenerationResult]:
+    if not in_crowd:
+        return [await engine.generate(subject) for subject in SUBJECTS.values()]
+    return await asyncio.gather(*map(engine.generate, (*SUBJECTS.values(), *make_neighbours())))
+
+
+async def play_without(device: torch.device, name: str, dtype: torch.dtype) -> list[GenerationResult]:
+    plain = open_device(device, clock=SystemClock())
+    plain.can_capture = False
+    async with Engine(load_on(device, name, dtype), OPTIONS, device=plain) as engine:
+        return await play(engine, in_crowd=False)
+
+
+@pytest.mark.parametrize("name", SHARP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_captured_steps_make_the_same_bytes(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    if device.type != "cuda" and dtype != torch.float32:
+        pytest.skip("only a GPU is made for it")
+    captures = Captures()
+
+    async def run() -> list[list[GenerationResult]]:
+        async with Engine(load_on(device, name, dtype), OPTIONS, metrics=captures) as engine:
+            for in_crowd in (True, False):  # the crowd first: memory that grows drops all captures
+                await play(engine, in_crowd=in_crowd)
+                await play(engine, in_crowd=in_crowd)
+                await asyncio.wait_for(wait_for_captures(captures), 90.0)
+            missed = captures.num_misses
+            results = [await play(engine, in_crowd=False) for _ in range(2)]
+            assert captures.num_misses == missed
+            return [*results, await play(engine, in_crowd=True)]
+
+    expected = asyncio.run(play_without(device, name, dtype))
+    assert all(np.abs(result.audio[0]).max() > 0.01 for result in expected)
+    for results in asyncio.run(run()):
+        for result, alone in zip(results, expected, strict=False):
+            np.testing.assert_array_equal(result.audio[0], alone.audio[0])
+    assert (captures.num_captured > 0) == (device.type == "cuda")

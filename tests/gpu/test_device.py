@@ -1,0 +1,113 @@
+"""What the engine relies on when it does not wait for the device: memory, order and captured work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.engine.device import Device, open_device
+
+pytestmark = pytest.mark.gpu
+
+_NUMBERS, _TIMES = 20_000, 40
+_BUSY_CYCLES = 200_000_000  # about a tenth of a second, in which the host is far ahead
+
+
+@pytest.fixture
+def opened(device: torch.device) -> Device:
+    return open_device(device, clock=SystemClock())
+
+
+@pytest.fixture
+def capturing(opened: Device) -> Device:
+    if not opened.can_capture:
+        pytest.skip("this device captures nothing")
+    return opened
+
+
+def keep_busy(opened: Device) -> None:
+    if opened.torch_device.type == "cuda":
+        torch.cuda._sleep(_BUSY_CYCLES)
+
+
+def filled(opened: Device, value: float) -> Tensor:
+    return opened.host_buffer(_NUMBERS, dtype=torch.float32).fill_(value)
+
+
+def test_host_memory_is_not_used_again_before_its_copy_is_done(opened: Device) -> None:
+    there = torch.zeros(_TIMES, _NUMBERS, device=opened.torch_device)
+    keep_busy(opened)
+    uploaded = []
+    for turn in range(_TIMES):  # each buffer is forgotten at once, its memory free for the next one
+        uploaded.append(opened.upload(filled(opened, turn)))
+        there[turn].copy_(filled(opened, -turn), non_blocking=True)
+        there[turn, 1:].copy_(filled(opened, turn)[1:], non_blocking=True)
+    for turn, values in enumerate(uploaded):
+        assert values.unique().tolist() == [turn]
+        assert there[turn, 0] == -turn
+        assert there[turn, 1:].unique().tolist() == [turn]
+
+
+def test_memory_that_is_not_pinned_is_copied_before_it_changes(opened: Device) -> None:
+    keep_busy(opened)
+    uploaded = []
+    for turn in range(_TIMES):
+        host = torch.full((_NUMBERS,), float(turn))
+        uploaded.append(opened.upload(host[1:] if turn % 2 else host))
+        if opened.torch_device.type == "cuda":  # elsewhere the values may be the host's own
+            host.zero_()
+    assert [values.unique().tolist() for values in uploaded] == [[turn] for turn in range(_TIMES)]
+
+
+def test_what_was_downloaded_is_there_at_the_next_moment(opened: Device) -> None:
+    target = opened.host_buffer(2, _NUMBERS, dtype=torch.float32)
+    keep_busy(opened)
+    source = torch.arange(_NUMBERS, dtype=torch.float32, device=opened.torch_device)
+    for channel in target:
+        opened.download(source[: _NUMBERS // 2], channel[: _NUMBERS // 2])
+    moment = opened.mark()
+    moment.wait()
+    assert moment.is_reached()
+    assert torch.equal(target[:, : _NUMBERS // 2], torch.arange(_NUMBERS // 2).float().expand(2, -1))
+    assert not target[:, _NUMBERS // 2 :].any()
+
+
+def test_moments_tell_the_devices_own_time(opened: Device) -> None:
+    began = opened.mark()
+    keep_busy(opened)
+    ended = opened.mark()
+    ended.wait()
+    assert ended.ms_since(began) >= (10.0 if opened.torch_device.type == "cuda" else 0.0)
+
+
+def test_captured_work_follows_its_inputs_in_order(capturing: Device) -> None:
+    inputs, state = (torch.zeros(_NUMBERS, device=capturing.torch_device) for _ in range(2))
+
+    def run() -> None:
+        state.mul_(0.5).add_(inputs.sin())
+
+    replay = capturing.capture(run)
+    again = capturing.capture(run)  # shares memory with the first
+    state.zero_()
+    expected = torch.zeros_like(state)
+    keep_busy(capturing)
+    for turn in range(_TIMES):
+        inputs.copy_(filled(capturing, turn), non_blocking=True)
+        (again if turn % 3 else replay)()
+    for turn in range(_TIMES):
+        expected.mul_(0.5).add_(torch.full_like(state, turn).sin())
+    assert torch.equal(state, expected)
+
+
+def test_work_that_waits_for_the_device_is_refused_and_nothing_is_lost(capturing: Device) -> None:
+    device = capturing.torch_device
+    values, current = torch.ones(8, device=device), torch.cuda.current_stream(device)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        capturing.capture(lambda: values.add_(values.sum().item()))  # type: ignore[arg-type, return-value]
+    assert torch.cuda.current_stream(device) == current
+    values.fill_(1.0)
+    capturing.capture(lambda: values.mul_(2.0))()  # type: ignore[arg-type, return-value]
+    # Once before the capture and once by the replay.
+    assert values.tolist() == [4.0] * 8
