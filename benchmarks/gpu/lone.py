@@ -1,5 +1,5 @@
-"""Part 1: one clip on an idle device, by stage and as a whole, what a call of the engine launches, and which attention
-ran. Compared with the published TensorRT pipeline.
+"""Part 1: one clip on an idle device, by stage and as a whole, what a step of the engine launches, eager and captured,
+and which attention ran. Compared with the published TensorRT pipeline.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from benchmarks.gpu.published import CLIPS, ClipRow
 from benchmarks.gpu.record import Done, Measurement
 from benchmarks.gpu.subjects import Bench, make_clip
 from benchmarks.gpu.timing import alternating_ms, forget_peak, median_ms, peak_bytes
-from benchmarks.gpu.tracing import StepWatch
-from benchmarks.gpu.watched import WatchedModel
+from benchmarks.gpu.tracing import StepWatch, Trace
+from benchmarks.gpu.watched import WatchedModel, watch_device
+from benchmarks.sides.captures import Captures
+from benchmarks.sides.servers import wait_for_captures
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, StepBatch
@@ -100,6 +102,7 @@ def summarize(done: Done) -> dict[str, Any]:
         "lone_engine_added_ms": added_ms,
         "lone_engine_over_allowed_worst_ratio": max(over_allowed.values(), default=None),
         "launches_per_engine_call": {model: values["launches_per_engine_call"] for model, values in launches.items()},
+        "captured_steps": {model: values["captured"] for model, values in launches.items()},
         "attention_backends": {model: values["attention_backends"] for model, values in launches.items()},
     }
 
@@ -118,6 +121,10 @@ def _measure_clip(bench: Bench, row: ClipRow) -> dict[str, Any]:
         for name, run in (("text", calls.text), ("step", calls.step), ("decode", calls.decode))
     }
     bare, engine = bench.side(row.model, "lock"), bench.side(row.model, "ours")
+    for _ in range(bench.sizes.clips_before):
+        bench.run(bare.generate(request))
+        bench.run(engine.generate(request))
+    bench.settle()
     forget_peak(bench.device)
     pipeline_ms, engine_ms = alternating_ms(
         lambda: bench.run(bare.generate(request)),
@@ -137,33 +144,57 @@ def _measure_clip(bench: Bench, row: ClipRow) -> dict[str, Any]:
         "ideal_ms": row.ideal_ms,
         "tensorrt_ms": row.tensorrt_ms,
         "peak_gb": peak_bytes(bench.device) / 1e9,
+        "captured": engine.captures.num_captured,
     }
 
 
 def _measure_launches(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Everything between the beginning of one denoiser call and that of the next: network, guidance, update."""
-    model = bench.model(row.model)
+    """Everything between the beginning of one step and that of the next: network, guidance, update."""
+    eager = _watch_steps(bench, row, captures_calls=False)
+    captured = _watch_steps(bench, row, captures_calls=True)
     steps = bench.sizes.watched_steps
-    watch = StepWatch(bench.device, skip=1, steps=steps, per_trace=steps, operators=True)
+    return {
+        "clip": row.name,
+        "counted": eager.counted,
+        "launches_per_engine_call": eager.launches / steps,
+        "copies_to_device_per_engine_call": eager.copies_to_device / steps,
+        "waits_per_engine_call": eager.waits / steps,
+        "attention_backends": eager.attention,
+        "operators_per_engine_call": _per_step(eager.operators.most_common(30), steps),
+        "captured": {
+            "kernels_per_step": captured.launches / steps,
+            "host_launches_per_step": captured.host_launches / steps,
+            "copies_to_device_per_step": captured.copies_to_device / steps,
+            "waits_per_step": captured.waits / steps,
+        },
+    }
+
+
+def _watch_steps(bench: Bench, row: ClipRow, *, captures_calls: bool) -> Trace:
+    """Raises RuntimeError if a request ends before its steps were seen."""
+    model, request, captures = bench.model(row.model), make_clip(bench, row), Captures()
+    watch = StepWatch(
+        bench.device,
+        skip=1,
+        steps=bench.sizes.watched_steps,
+        per_trace=bench.sizes.watched_steps,
+        operators=not captures_calls,
+    )
+    device = watch_device(model, watch, captures_calls=captures_calls)
 
     async def watch_one() -> None:
-        async with Engine(WatchedModel(model, watch), bench.options) as engine:
+        async with Engine(WatchedModel(model, watch), bench.options, device=device, metrics=captures) as engine:
+            if captures_calls:
+                for _ in range(bench.sizes.clips_before):
+                    await engine.generate(request)
+                await wait_for_captures(captures)
             watch.armed.set()
-            await engine.generate(make_clip(bench, row))
+            await engine.generate(request)
 
     bench.run(watch_one())
     if not watch.finished.is_set():
         raise RuntimeError("the request ended before its steps were seen")
-    trace = watch.traces[0]
-    return {
-        "clip": row.name,
-        "counted": trace.counted,
-        "launches_per_engine_call": trace.launches / steps,
-        "copies_to_device_per_engine_call": trace.copies_to_device / steps,
-        "waits_per_engine_call": trace.waits / steps,
-        "attention_backends": trace.attention,
-        "operators_per_engine_call": _per_step(trace.operators.most_common(30), steps),
-    }
+    return watch.traces[0]
 
 
 def _per_step(counts: Sequence[tuple[str, int]], steps: int) -> dict[str, float]:

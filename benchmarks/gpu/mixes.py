@@ -1,6 +1,7 @@
 """Parts 3 and 4: our engine against a lock and static batches in one process, on the same arrival lists: capacity when
-everything comes at once, latency at 0.8 x the lock's capacity, goodput by bisection. Lists are as long as the time
-allows; how long, the results say.
+everything comes at once, latency at 0.8 x the lock's capacity, goodput by bisection, and capacity against a lock that
+captures nothing. Lists are as long as the time allows; how long, the results say. Before it is measured, every side
+has seen a list of the mix and captured what it wants to.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 from benchmarks.arrivals import ArrivalList, draw_arrivals
@@ -20,6 +22,7 @@ from benchmarks.gpu.record import Done, Measurement
 from benchmarks.gpu.subjects import Bench
 
 SIDES = ("lock", "static", "ours")
+EAGER = "eager-lock"
 _LOAD_SHARE = 0.8  # of the lock's capacity, while latencies are taken
 _GOODPUT_RANGE = (0.2, 1.2)  # of a side's own capacity
 _RATIOS = {"capacity": "lock static", "p95": "lock", "p95_8": "lock", "p95_100": "lock", "goodput": "lock static"}
@@ -27,22 +30,42 @@ _RATIOS = {"capacity": "lock static", "p95": "lock", "p95_8": "lock", "p95_100":
 
 @dataclass(frozen=True, slots=True)
 class MixRun:
-    """A mix on a model; `run_s` is what one list is expected to take behind a lock today, in seconds."""
+    """A mix on a model; `run_s` is what one list is expected to take behind a lock, in seconds."""
 
     mix: str
     model: str
     run_s: float
+    eager_s: float | None = None  # what some requests are expected to take if nothing is captured; None: not measured
 
 
-SMALL = (MixRun("equal-5s", "small", 5.0), MixRun("small-8", "small", 5.0), MixRun("small-mixed", "small", 12.0))
-MEDIUM = (MixRun("medium-8", "medium", 8.0), MixRun("medium-mixed", "medium", 35.0), MixRun("sao-100", "open", 35.0))
+SMALL = (
+    MixRun("equal-5s", "small", 5.0),
+    MixRun("small-8", "small", 5.0, eager_s=8.0),
+    MixRun("small-mixed", "small", 12.0),
+)
+MEDIUM = (
+    MixRun("medium-8", "medium", 8.0, eager_s=15.0),
+    MixRun("medium-mixed", "medium", 35.0),
+    MixRun("sao-100", "open", 35.0),
+)
 
 
 def measurements(bench: Bench, done: Done, *, runs: Sequence[MixRun]) -> list[Measurement]:
-    """A pilot of every mix, then round by round, at last goodput."""
+    """Model by model, which is in memory alone: a pilot of every mix, then round by round, at last goodput."""
+    models = [model for model in bench.sizes.models if any(run.model == model for run in runs)]
+    return [
+        measurement
+        for model in models
+        for measurement in _of_one_model(bench, done, runs=[run for run in runs if run.model == model])
+    ]
+
+
+def _of_one_model(bench: Bench, done: Done, *, runs: Sequence[MixRun]) -> list[Measurement]:
     sizes = bench.sizes
-    runs = [run for run in runs if run.model in sizes.models]
-    found = [Measurement(f"{run.mix} pilot", partial(_pilot, bench, run), about_s=15 + 2 * run.run_s) for run in runs]
+    found = [
+        Measurement(f"{run.mix} pilot", partial(_pilot, bench, run), about_s=15 + (2 + len(SIDES)) * run.run_s)
+        for run in runs
+    ]
     for number in range(1, sizes.rounds + 1):
         for run in runs:
             about_s = len(SIDES) * run.run_s
@@ -50,6 +73,10 @@ def measurements(bench: Bench, done: Done, *, runs: Sequence[MixRun]) -> list[Me
             found.append(Measurement(f"{run.mix} burst {number}", burst, about_s=about_s))
             replay = partial(_replay, bench, run, done=done, number=number)
             found.append(Measurement(f"{run.mix} replay {number}", replay, about_s=about_s / _LOAD_SHARE))
+    for run in runs:
+        if run.eager_s is not None:
+            eager = partial(_burst_eager, bench, run, done=done)
+            found.append(Measurement(f"{run.mix} burst {EAGER}", eager, about_s=run.eager_s))
     for side in ("lock", "ours", "static"):
         for run in runs:
             goodput = partial(_goodput, bench, run, done=done, side=side)
@@ -58,7 +85,7 @@ def measurements(bench: Bench, done: Done, *, runs: Sequence[MixRun]) -> list[Me
 
 
 def summarize(done: Done, *, runs: Sequence[MixRun]) -> dict[str, Any]:
-    """P1, P2 and P4 to P6 by mix, the worse round; void sides are named. Mixes without a whole round are missing."""
+    """P1 to P6 by mix, the worse round; void sides are named. Mixes without a whole round are missing."""
     mixes = {run.mix: _summarize_mix(done, run.mix) for run in runs if f"{run.mix} replay 1" in done}
     ratios: dict[str, Any] = {}
     for figure, others in _RATIOS.items():
@@ -68,8 +95,20 @@ def summarize(done: Done, *, runs: Sequence[MixRun]) -> dict[str, Any]:
                 for mix, summary in mixes.items()
                 if summary["ratios"]["ours"][other].get(figure)
             }
+    eager_rps = {run.mix: found["rate_rps"] for run in runs if (found := done.get(f"{run.mix} burst {EAGER}"))}
+    over_eager = {
+        mix: median(mixes[mix]["sides"]["ours"]["capacity_rps"]) / rate_rps
+        for mix, rate_rps in eager_rps.items()
+        if mix in mixes
+    }
     void_sides = {mix: summary["void_sides"] for mix, summary in mixes.items()}
-    return {**ratios, "is_void": any(void_sides.values()), "void_sides": void_sides, "mixes": mixes}
+    return {
+        **ratios,
+        "capacity_over_eager_lock_ratio": over_eager,
+        "is_void": any(void_sides.values()),
+        "void_sides": void_sides,
+        "mixes": mixes,
+    }
 
 
 def _summarize_mix(done: Done, mix: str) -> dict[str, Any]:
@@ -85,6 +124,7 @@ def _summarize_mix(done: Done, mix: str) -> dict[str, Any]:
         "rounds": len(rounds),
         "void_sides": pilot["void_sides"],
         "stages_ms": done[f"{mix} replay {rounds[0]}"]["stages_ms"],
+        "captures": done[f"{mix} replay {rounds[-1]}"]["captures"],
         **summarize_sides(
             SIDES,
             bursts=[_read(done[f"{mix} burst {number}"]) for number in rounds],
@@ -106,9 +146,11 @@ def _pilot(bench: Bench, run: MixRun) -> dict[str, Any]:
         side: max(difference(mine, theirs) for mine, theirs in zip(clips[side], clips["lock"], strict=True))
         for side in SIDES
     }
-    records = bench.run(play(_asker(bench, run, side="lock"), list(arrivals)[: bench.sizes.pilot_requests]))
-    rate_rps = capacity_rps(records)
-    sizes = bench.sizes
+    sizes, pilots = bench.sizes, list(arrivals)[: bench.sizes.pilot_requests]
+    for _ in range(sizes.clips_before):
+        bench.run(play(_asker(bench, run, side="lock"), pilots))
+        bench.settle()
+    rate_rps = capacity_rps(bench.run(play(_asker(bench, run, side="lock"), pilots)))
     return {
         "largest_difference": {side: min(value, 1e9) for side, value in differences.items()},  # 1e9: not finite
         "void_sides": [side for side, value in differences.items() if not value <= LARGEST_HALF_DIFFERENCE],
@@ -133,12 +175,41 @@ def _play_all(bench: Bench, run: MixRun, *, number: int, rate_hz: float | None, 
     count = done[f"{run.mix} pilot"]["requests_per_list"]
     arrivals = _draw(bench, run, count=count, number=number, rate_hz=rate_hz)
     order = SIDES if number % 2 else SIDES[::-1]
-    records = {side: bench.run(play(_asker(bench, run, side=side), arrivals)) for side in order}
+    _warm(bench, run, count=count)
+    misses = {side: bench.side(run.model, side).captures.num_misses for side in SIDES}
+    records: dict[str, list[Record]] = {}
+    for side in order:
+        records[side] = bench.run(play(_asker(bench, run, side=side), arrivals))
+        bench.settle()
+    captures = {side: bench.side(run.model, side).captures for side in SIDES}
     return {
         "rate_hz": rate_hz,
+        "captures": {
+            side: {"captured": own.num_captured, "misses_meanwhile": own.num_misses - misses[side]}
+            for side, own in captures.items()
+        },
         "stages_ms": {side: mean_stages_ms(records[side]) for side in SIDES},
         "records": {side: _write(records[side]) for side in SIDES},
     }
+
+
+def _warm(bench: Bench, run: MixRun, *, count: int) -> None:
+    """Let every side that is open see the mix once in this process."""
+    if run.mix in bench.warmed:
+        return
+    for side in SIDES:
+        bench.run(play(_asker(bench, run, side=side), _draw(bench, run, count=count, number=0, rate_hz=None)))
+        bench.settle()
+    bench.warmed.add(run.mix)
+
+
+def _burst_eager(bench: Bench, run: MixRun, *, done: Done) -> dict[str, Any]:
+    """The beginning of the first list to a lock that captures nothing."""
+    count = done[f"{run.mix} pilot"]["requests_per_list"]
+    arrivals = list(_draw(bench, run, count=count, number=1, rate_hz=None))[: bench.sizes.eager_requests]
+    asker = _asker(bench, run, side=EAGER)
+    bench.run(play(asker, arrivals[:1]))
+    return {"rate_rps": capacity_rps(bench.run(play(asker, arrivals))), "requests": len(arrivals)}
 
 
 def _goodput(bench: Bench, run: MixRun, *, done: Done, side: str) -> dict[str, Any]:
@@ -146,11 +217,13 @@ def _goodput(bench: Bench, run: MixRun, *, done: Done, side: str) -> dict[str, A
     that which the lock took for the same request of the first list."""
     burst = _read(done[f"{run.mix} burst 1"])
     alone_ms = times_alone_ms(burst["lock"])
+    _warm(bench, run, count=len(burst[side]))
     good_rps, bad_rps = (share * capacity_rps(burst[side]) for share in _GOODPUT_RANGE)
     for _ in range(bench.sizes.probes):
         rate_hz = (good_rps + bad_rps) / 2
         arrivals = _draw(bench, run, count=len(burst[side]), number=1, rate_hz=rate_hz)
         records = bench.run(play(_asker(bench, run, side=side), arrivals))
+        bench.settle()
         if is_good(records, alone_ms=lambda record: alone_ms[record.index]):
             good_rps = rate_hz
         else:

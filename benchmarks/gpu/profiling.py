@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from statistics import median
@@ -15,8 +17,9 @@ from benchmarks.gpu.record import Done, Measurement
 from benchmarks.gpu.subjects import Bench, make_clip
 from benchmarks.gpu.timing import forget_peak, held_bytes, median_ms, peak_bytes, reserved_bytes
 from benchmarks.gpu.tracing import StepWatch, top_kernels
-from benchmarks.gpu.watched import WatchedModel
+from benchmarks.gpu.watched import WatchedModel, watch_device
 from benchmarks.metrics import throughput_rps
+from benchmarks.sides.captures import Captures
 from stable_audio_serve.engine import Engine
 
 _BY_NAME = {row.name: row for row in CLIPS}
@@ -82,7 +85,8 @@ def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
     skip = min(_SKIPPED_STEPS, sizes.profiled_steps)
     watch = StepWatch(bench.device, skip=skip, steps=sizes.profiled_steps, per_trace=sizes.steps_per_trace)
     model = WatchedModel(bench.model(row.model), watch)  # built before the event loop runs
-    bench.run(_keep_busy(bench, row, model=model, watch=watch))
+    captures = Captures()
+    misses = bench.run(_keep_busy(bench, row, model=model, watch=watch, captures=captures))
     gaps_ms = watch.gaps_ms()
     busy_us, span_us = (sum(trace.busy_us for trace in watch.traces), sum(trace.span_us for trace in watch.traces))
     steps = sum(watch.steps_in_traces)
@@ -93,40 +97,56 @@ def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
         "host_gap_between_steps_ms": median(gaps_ms) if gaps_ms else None,
         "gaps": len(gaps_ms),
         "step_ms": watch.step_ms(),
-        "launches_per_step": sum(trace.launches for trace in watch.traces) / steps,
+        "captured": captures.num_captured,
+        "misses_meanwhile": misses,
+        "kernels_per_step": sum(trace.launches for trace in watch.traces) / steps,
+        "host_launches_per_step": sum(trace.host_launches for trace in watch.traces) / steps,
         "waits_per_step": sum(trace.waits for trace in watch.traces) / steps,
         "copies_to_device_per_step": sum(trace.copies_to_device for trace in watch.traces) / steps,
         "top_kernels": top_kernels(watch.traces),
     }
 
 
-async def _keep_busy(bench: Bench, row: ClipRow, *, model: WatchedModel, watch: StepWatch) -> None:
+async def _keep_busy(bench: Bench, row: ClipRow, *, model: WatchedModel, watch: StepWatch, captures: Captures) -> int:
+    """Returns how many steps were not captured while the watch was on."""
     seeds = count()
-    async with Engine(model, bench.options) as engine:
+    device = watch_device(model, watch)
+    async with Engine(model, bench.options, device=device, metrics=captures) as engine:
 
         async def repeat() -> None:
             while True:
                 await engine.generate(make_clip(bench, row, seed=next(seeds)))
 
-        watch.armed.set()
         tasks = [asyncio.create_task(repeat()) for _ in range(bench.sizes.active)]
         try:
-            async with asyncio.timeout(_MOST_WAIT_S):
-                while not watch.finished.is_set():
-                    ended, _ = await asyncio.wait(tasks, timeout=0.02, return_when=asyncio.FIRST_COMPLETED)
-                    for task in ended:
-                        task.result()  # it failed: say so
+            ends_at = time.monotonic() + bench.sizes.busy_before_s
+            await _wait(tasks, until=lambda: time.monotonic() >= ends_at)
+            misses = captures.num_misses
+            watch.armed.set()
+            await _wait(tasks, until=watch.finished.is_set)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+    return captures.num_misses - misses
+
+
+async def _wait(tasks: Sequence[asyncio.Task[None]], *, until: Callable[[], bool]) -> None:
+    """Raises what a task raises, and TimeoutError."""
+    async with asyncio.timeout(_MOST_WAIT_S):
+        while not until():
+            ended, _ = await asyncio.wait(tasks, timeout=0.02, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
 
 
 def _measure_alone(bench: Bench, row: ClipRow) -> dict[str, Any]:
     """One clip by itself, and the most memory that it needs."""
     side = bench.side(row.model, "lock")
     request = make_clip(bench, row)
-    bench.run(side.generate(request))
+    for _ in range(bench.sizes.clips_before):
+        bench.run(side.generate(request))
+    bench.settle()
     forget_peak(bench.device)
     taken_ms = median_ms(lambda: bench.run(side.generate(request)), device=bench.device, sizes=bench.sizes)
     return {
@@ -142,7 +162,9 @@ def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
     """Clips that come together, in the engine: each is ideal work for the whole time over their number."""
     side = bench.side(row.model, "ours")
     requests = [make_clip(bench, row, seed=seed) for seed in range(bench.sizes.crowd)]
-    bench.run(send_together(side.generate, requests))
+    for _ in range(bench.sizes.clips_before):
+        bench.run(send_together(side.generate, requests))
+    bench.settle()
     _, finished = bench.run(send_together(side.generate, requests))
     rate_rps = throughput_rps(finished)
     ideal_ms = row.clip_tflop / 790.0 * 1000.0

@@ -45,6 +45,7 @@ class Sizes:
     steps_per_trace: int = 25
     crowd: int = 16  # clips at once where eight rows or more share the device
     active: int = 48  # requests in flight while a busy device is profiled
+    busy_before_s: float = 12.0  # while the engine captures a shape a second
     settled_requests: int = 200
     requests: int = 1000  # over which memory may not grow
     few_rows: tuple[int, int] = (1, 8)
@@ -61,13 +62,15 @@ class Sizes:
     most_steps: int = 1000
     models: tuple[str, ...] = ("small", "medium", "open")  # of which clips are measured
     warmup_s: float = 2.0  # of an engine
+    eager_requests: int = 24  # of a list, for a lock that captures nothing
+    clips_before: int = 3  # of a kind, before it is measured: calls are captured when they come again
 
 
 TINY = Sizes(
     watched_steps=1, repeats=1, repeat_s=0.0, least_repeats=1, profiled_steps=4, steps_per_trace=2, crowd=2, active=2,
     settled_requests=1, requests=2, few_rows=(1, 2), full_rows=3, pilot_requests=1, compared_clips=1, rounds=1,
     run_s=0.0, least_requests=2, most_requests=2, probes=1, soak_s=0.0, duration_share=1 / 100, most_steps=4,
-    warmup_s=0.01, models=("small", "open"),
+    warmup_s=0.01, models=("small", "open"), eager_requests=1, clips_before=1, busy_before_s=0.0,
 )  # fmt: skip
 
 
@@ -80,6 +83,7 @@ class Bench:
     _runner: asyncio.Runner = field(default_factory=asyncio.Runner)
     _loaded: tuple[tuple[str, torch.dtype], DiffusionModel] | None = None
     _sides: dict[str, Side] = field(default_factory=dict)
+    warmed: set[str] = field(default_factory=set)  # mixes that every open side has seen
 
     @classmethod
     def on(cls, device: torch.device) -> Bench:
@@ -115,7 +119,7 @@ class Bench:
         return self._loaded[1]
 
     def side(self, model: str, side: str) -> Side:
-        """Returns lock, static or ours over a model; it stays open until another model is asked for."""
+        """Returns a side over a model; it stays open until another model is asked for."""
         loaded = self.model(model)
         if side not in self._sides:
             self._sides[side] = open_side(side, loaded, options=self.options)
@@ -125,10 +129,16 @@ class Bench:
         """Returns what `work` returns; everything runs on one event loop."""
         return self._runner.run(work)
 
+    def settle(self) -> None:
+        """Wait until no side uses the device: an idle one may capture calls, beside whatever is measured then."""
+        for side in self._sides.values():
+            self.run(side.settle())
+
     def drop(self) -> None:
         """Close what is open and free the device's memory."""
         self.run(_close(list(self._sides.values())))
         self._sides.clear()
+        self.warmed.clear()
         self._loaded = None
         gc.collect()
         if self.device.type == "cuda":

@@ -10,7 +10,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+_ASKS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 _BACKENDS = {
     "_scaled_dot_product_flash_attention": "flash",
@@ -56,6 +58,11 @@ class Trace:
     def counted(self) -> str:
         """What launches are: kernel, or operator where no work of a device was seen."""
         return "kernel" if any(span.kind in _DEVICE_WORK for span in self.spans) else "operator"
+
+    @property
+    def host_launches(self) -> int:
+        """Times the host asked the device for work; a captured step takes one."""
+        return sum(count for name, count in self.host_calls.items() if name.startswith(_ASKS))
 
     @property
     def waits(self) -> int:
@@ -173,6 +180,13 @@ class _Step(NamedTuple):
     follows_step: bool  # nothing else of the model ran since the step before
 
 
+@dataclass(slots=True)
+class Seen:
+    """What was asked for while a watch looked away."""
+
+    has_step: bool = False
+
+
 class StepWatch:
     """Watches the denoiser calls of a running engine once it is `armed`: the first `skip` pass, of the next `steps` the
     gaps are taken, of as many after those the kernels, `per_trace` at a time. `finished` is set in the end."""
@@ -189,13 +203,26 @@ class StepWatch:
         self._began: Any = None
         self._follows = False
         self._tracer: Tracer | None = None
+        self._unwatched: Seen | None = None
         self.traces: list[Trace] = []
         self.steps_in_traces: list[int] = []
         self.armed = threading.Event()
         self.finished = threading.Event()
 
+    @contextmanager
+    def looking_away(self) -> Iterator[Seen]:
+        """Within it calls are not counted, only seen: they are captured, or part of what was. Gives what was seen."""
+        self._unwatched = Seen()
+        try:
+            yield self._unwatched
+        finally:
+            self._unwatched = None
+
     def step_begins(self) -> None:
-        """Before a denoiser call."""
+        """Before a denoiser call, or a captured step."""
+        if self._unwatched is not None:
+            self._unwatched.has_step = True
+            return
         if not self.armed.is_set():
             return
         self._seen += 1
@@ -207,6 +234,8 @@ class StepWatch:
 
     def step_ends(self) -> None:
         """After it; the device may still run."""
+        if self._unwatched is not None:
+            return
         if self._began is not None:
             self._steps.append(_Step(self._began, self._now(), self._follows))
             self._began = None
@@ -217,8 +246,8 @@ class StepWatch:
         self._follows = False
 
     def gaps_ms(self) -> list[float]:
-        """Returns the time on the device from the end of a step to the beginning of the next, guidance and update
-        included, where nothing else of the model was between. Only after `finished`."""
+        """Returns the time on the device from the end of a step to the beginning of the next, with guidance and update
+        unless they were captured too, where nothing else of the model was between. Only after `finished`."""
         pairs = zip(self._steps, self._steps[1:], strict=False)
         return [_elapsed_ms(before.ended, step.began) for before, step in pairs if step.follows_step]
 

@@ -1,12 +1,18 @@
-"""A model that tells a `StepWatch` of its calls; otherwise it is the model."""
+"""A model and its device that tell a `StepWatch` of their work; otherwise they are themselves.
+
+A step that was captured runs without the model's code, so then it is the device that tells.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from benchmarks.gpu.tracing import StepWatch
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -49,3 +55,31 @@ class WatchedModel(ForwardingModel):
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         self._watch.something_else()
         return super().decode(windows)
+
+
+def watch_device(model: DiffusionModel, watch: StepWatch, *, captures_calls: bool = True) -> Device:
+    """Returns the model's device for an engine around a `WatchedModel`; it captures nothing unless told to."""
+    device: Any = open_device(model.device, clock=SystemClock())
+    device.can_capture = captures_calls and device.can_capture
+    capture = device.capture
+
+    def capture_watched(run: Callable[[], None]) -> Callable[[], None]:
+        watch.something_else()
+        with watch.looking_away() as seen:
+            replay = capture(run)
+
+        def replay_watched() -> None:
+            if not seen.has_step:
+                watch.something_else()
+                replay()
+                return
+            watch.step_begins()
+            with watch.looking_away():
+                replay()
+            watch.step_ends()
+
+        return replay_watched
+
+    device.capture = capture_watched
+    watched: Device = device
+    return watched

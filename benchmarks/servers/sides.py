@@ -23,7 +23,7 @@ from stable_audio_serve.serving.engines import first_device
 from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.replica import ModelReplica, ReplicaStatus
 
-_OTHERS = ("lock", "static")
+_OTHERS = ("lock", "eager-lock", "static")
 
 
 class SideReplica:

@@ -1,5 +1,6 @@
 """The pipeline from beginning to end without a scheduler: text, source, every step, decode, for rows that take the same
-steps. It runs the engine's own stages, so that only the order of the work differs between the sides.
+steps. It runs the engine's own stages, and captures calls when the engine would, so that only the order of the work
+differs between the sides.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import get_args
 
 import torch
 
+from benchmarks.sides.captures import Captures
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Priority
-from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.device import open_device
+from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.policies import resolve_mode
@@ -37,16 +38,27 @@ _ALL_WINDOWS = 2**30  # nothing waits between two of them
 
 
 class Pipeline:
-    """One model on one thread. `await run(requests)` makes all of them together; one call at a time."""
+    """One model on one thread. `await run(requests)` makes all of them together; calls take turns, the first first."""
 
-    def __init__(self, model: DiffusionModel, options: EngineOptions, *, policy: BatchPolicy, together: int) -> None:
-        """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one."""
+    def __init__(
+        self,
+        model: DiffusionModel,
+        options: EngineOptions,
+        *,
+        policy: Callable[[Device], BatchPolicy],
+        together: int,
+        captures_calls: bool = True,
+    ) -> None:
+        """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one.
+        `captures_calls`: where the device can."""
         self._model = model
         self._threads = options.torch_threads
+        self.captures = Captures()
         device = open_device(model.device, clock=SystemClock())
+        device.can_capture = self._captures_calls = captures_calls and device.can_capture
         self._is_steady = resolve_mode(options, device) == "strict" and not device.shares_calls
         drawer = ThreadPoolExecutor(1, thread_name_prefix="noise")
-        executor = Executor(model, policy, device=device, together=together)
+        executor = Executor(model, policy(device), device=device, together=together, metrics=self.captures)
         cost = CostModel()
         self._stages = Stages(
             model,
@@ -57,14 +69,39 @@ class Pipeline:
             drawers=dict.fromkeys(get_args(Priority), drawer),
             pace=WindowPace(cost, turn_frames=_ALL_WINDOWS, is_fixed=self._is_steady),
             clock=SystemClock(),
-            metrics=NullMetrics(),
+            metrics=self.captures,
         )
         self._ids = count()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
+        self._turn = asyncio.Lock()
+        self._num_asked = 0
+        self._settling: asyncio.Task[None] | None = None
 
     async def run(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Returns the results in order. Rows must take the same number of evaluations. Raises what the model raises."""
         submitted_at = time.monotonic()
+        self._num_asked += 1
+        try:
+            async with self._turn:
+                return await self._run_now(requests, submitted_at)
+        finally:
+            self._num_asked -= 1
+            if self._captures_calls and not self._num_asked:
+                self._settling = asyncio.create_task(self.settle())
+
+    async def settle(self) -> None:
+        """Capture what came often enough, until something is asked: what an idle engine does."""
+        loop = asyncio.get_running_loop()
+        while not self._num_asked and await loop.run_in_executor(self._thread, self._capture):
+            pass
+
+    def close(self) -> None:
+        """Wait for the call in progress."""
+        if self._settling is not None:
+            self._settling.cancel()
+        self._thread.shutdown()
+
+    async def _run_now(self, requests: Sequence[GenerationRequest], submitted_at: float) -> list[GenerationResult]:
         loop = asyncio.get_running_loop()
         plans = await loop.run_in_executor(self._thread, self._plan, requests)
         states = [
@@ -80,9 +117,9 @@ class Pipeline:
         ]
         return await loop.run_in_executor(self._thread, self._run, states)
 
-    def close(self) -> None:
-        """Wait for the call in progress."""
-        self._thread.shutdown()
+    def _capture(self) -> bool:
+        with torch.inference_mode():
+            return self._captures_calls and self._stages.capture(is_idle=True)
 
     def _plan(self, requests: Sequence[GenerationRequest]) -> list[tuple[RowPlan, ...]]:
         return [self._model.plan(request) for request in requests]
@@ -91,24 +128,34 @@ class Pipeline:
         sharing = (steady_threads if self._is_steady else plain_threads)(self._threads)
         with torch.inference_mode(), sharing:
             rows = [self._open(state, index) for state in states for index in range(len(state.plans))]
-            started_at = time.monotonic()
-            for state in states:
-                state.clock.mark("queue", started_at)
-            _check(self._stages.start(rows))
-            self._run_phase(Phase.ENCODE, rows, run=self._stages.encode)
-            _check(self._stages.begin(rows))
-            self._run_phase(Phase.DENOISE, rows, run=self._stages.denoise)
-            self._run_phase(Phase.DECODE, rows, run=self._stages.decode)
-            for row in rows:
-                self._stages.deliver(row)
-            for _ in rows:
-                _check(self._stages.delivered(wait=True)[1])
-            return [self._result(state, rows) for state in states]
+            try:
+                self._run_rows(states, rows)
+                return [self._result(state, rows) for state in states]
+            finally:
+                for row in rows:
+                    row.release()
+                for state in states:
+                    state.shared.release()
+
+    def _run_rows(self, states: Sequence[RequestState], rows: Sequence[Row]) -> None:
+        started_at = time.monotonic()
+        for state in states:
+            state.clock.mark("queue", started_at)
+        _check(self._stages.start(rows))
+        self._run_phase(Phase.ENCODE, rows, run=self._stages.encode)
+        _check(self._stages.begin(rows))
+        self._run_phase(Phase.DENOISE, rows, run=self._stages.denoise)
+        self._run_phase(Phase.DECODE, rows, run=self._stages.decode)
+        for row in rows:
+            self._stages.deliver(row)
+        for _ in rows:
+            _check(self._stages.delivered(wait=True)[1])
 
     def _run_phase(self, phase: Phase, rows: Sequence[Row], *, run: Callable[[Sequence[Row]], Failures]) -> None:
         while working := [row for row in rows if row.work.phase is phase]:
             _check(run(working))
             self._stages.keep_pace()
+            self._stages.capture(is_idle=False)
 
     def _open(self, state: RequestState, index: int) -> Row:
         plan, work = state.plans[index]
@@ -118,9 +165,6 @@ class Pipeline:
 
     def _result(self, state: RequestState, rows: Sequence[Row]) -> GenerationResult:
         audio = [row.in_phase(Decoding).audio.audio() for row in rows if row.request is state]
-        for row in rows:
-            if row.request is state:
-                row.release()
         card = self._model.spec.card
         return GenerationResult(
             audio=tuple(audio),

@@ -4,6 +4,7 @@ in tests/test_bare_machine.py.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.compare.playing import Record as Played
+from benchmarks.gpu import watched
 from benchmarks.gpu.lone import summarize
 from benchmarks.gpu.mixes import times_alone_ms
 from benchmarks.gpu.precision import measure_error
@@ -21,6 +23,9 @@ from benchmarks.gpu.published import CLIPS, ClipRow
 from benchmarks.gpu.record import Measurement, Record
 from benchmarks.gpu.tracing import Span, StepWatch, Trace, read_trace, top_kernels
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL
+from stable_audio_serve.engine import Engine, EngineOptions
+from tests.engine.test_step import RecordingDevice
+from tests.factories import ToyModel, make_request
 
 ENVIRONMENT = {"commit": "c", "gpu": "g", "cpu": "x", "versions": {"torch": "2"}, "settings": {"device": "cuda:0"}}
 
@@ -171,6 +176,24 @@ def test_gaps_are_only_between_steps_that_follow_each_other() -> None:
     assert len(watch.gaps_ms()) == 2  # four steps are taken, the decode is between two of them
     assert watch.steps_in_traces == [2, 2]
     assert all(trace.launches >= 2 for trace in watch.traces)
+
+
+async def test_captured_steps_are_watched_and_capturing_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = RecordingDevice()
+    monkeypatch.setattr(watched, "open_device", lambda *_, **__: device)
+    watch = StepWatch(torch.device("cpu"), skip=0, steps=3, per_trace=3)
+    model = watched.WatchedModel(ToyModel(), watch)
+    options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
+    async with Engine(model, options, device=watched.watch_device(model, watch)) as engine:
+        await engine.generate(make_request(duration_s=1.0, steps=8))
+        await asyncio.sleep(0.3)  # it captures the step while it is idle
+        watch.armed.set()
+        replays = device.num_replays
+        await engine.generate(make_request(duration_s=1.0, steps=8))
+    assert watch.finished.is_set()
+    assert device.num_replays - replays == 8
+    assert len(watch.gaps_ms()) == 2
+    assert watch.steps_in_traces == [3]
 
 
 def test_errors_are_told_in_decibels() -> None:

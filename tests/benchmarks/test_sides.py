@@ -8,14 +8,17 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.sides import pipeline
 from benchmarks.sides.batcher import Batcher
-from benchmarks.sides.servers import batch_key, open_side
+from benchmarks.sides.servers import batch_key, one_call, open_side
 from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.devices import LinearDevice
 from benchmarks.workload import eight_mixed_requests
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.engine.batching import Lane
+from tests.engine.test_step import RecordingDevice
 from tests.factories import ToyModel, make_request
 
 pytestmark = pytest.mark.slow
@@ -36,6 +39,46 @@ async def test_the_lock_makes_the_engines_bytes() -> None:
         assert np.array_equal(lock.audio[0], ours.audio[0])
         assert (lock.seeds, lock.sample_rate_hz) == (ours.seeds, ours.sample_rate_hz)
         assert lock.timings.total_ms >= lock.timings.queue_ms + lock.timings.denoise_ms > 0
+
+
+@pytest.mark.parametrize("name", ["lock", "static"])
+async def test_where_the_engine_captures_steps_the_others_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = eight_mixed_requests(ToyModel().spec.card)
+    expected = await generate(name, requests)
+    device = RecordingDevice()
+    monkeypatch.setattr(pipeline, "open_device", lambda *_, **__: device)
+    side = open_side(name, ToyModel(), options=STRICT)
+    for _ in range(2):
+        await asyncio.gather(*map(side.generate, requests))
+        await side.settle()
+    replays, misses = device.num_replays, side.captures.num_misses  # memory that grows would drop the captures
+    results = await asyncio.gather(*map(side.generate, requests))
+    await side.close()
+    assert device.num_replays > replays
+    assert side.captures.num_misses == misses
+    assert side.captures.num_captured > 0
+    for result, before in zip(results, expected, strict=True):
+        assert np.abs(result.audio[0] - before.audio[0]).max() < 1e-5
+
+
+async def test_the_eager_lock_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = RecordingDevice()
+    monkeypatch.setattr(pipeline, "open_device", lambda *_, **__: device)
+    side = open_side("eager-lock", ToyModel(), options=STRICT)
+    for seed in range(3):
+        await side.generate(make_request(duration_s=1.0, seed=seed))
+    await side.settle()
+    await side.close()
+    assert (side.captures.num_captured, side.captures.num_misses, device.num_replays) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 6), (33, 48), (64, 64)])
+def test_a_captured_batch_has_one_of_few_shapes(rows: int, size: int) -> None:
+    device = RecordingDevice()
+    device.frame_grid = 64
+    policy = one_call(ToyModel())(device)
+    call = policy.split([Lane(1, 70)] * (rows - 1) + [Lane(1, 130)])[0]
+    assert (call.members, call.rows, call.frames) == (tuple(range(rows)), size, 192)
 
 
 async def test_static_batches_of_like_requests_make_nearly_the_same() -> None:

@@ -36,9 +36,13 @@ class SlowLock(LockServer):
 
     given_ms: ClassVar[list[float]] = []
 
+    def __init__(self, model: TimedModel, options: EngineOptions) -> None:
+        super().__init__(model, options)
+        self._lock = asyncio.Lock()
+
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         async with self._lock:
-            result = (await self._pipeline.run([request]))[0]
+            result = await super().generate(request)
             started_at = time.perf_counter()
             await asyncio.sleep(0.005)
             self.given_ms.append((time.perf_counter() - started_at) * 1000.0)

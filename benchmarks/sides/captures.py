@@ -1,0 +1,24 @@
+"""How many calls of a side were captured on its device, and how many ran without."""
+
+from __future__ import annotations
+
+import time
+
+from stable_audio_serve.core.metrics import NullMetrics
+
+
+class Captures(NullMetrics):
+    """The sink of one side's metrics. `changed_at` on the monotonic clock, in seconds."""
+
+    def __init__(self) -> None:
+        self.num_captured = 0
+        self.num_misses = 0
+        self.changed_at = float("-inf")
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        if name == "engine_graphs":
+            self.num_captured, self.changed_at = int(value), time.monotonic()
+
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
+        if name == "engine_graph_misses":
+            self.num_misses, self.changed_at = self.num_misses + int(value), time.monotonic()
