@@ -22,7 +22,7 @@ _SIDES = ("lock", "static", "ours-strict", "ours-fast")
 _SHORT_RUN_ROUNDS, _SHORT_CASE_ROUNDS = 2, 1
 _SHORT_RUNS = (
     RunRequest("demo-wide", _SIDES, count=30, goodput_trials=3, goodput_of=("lock", "ours-fast")),
-    RunRequest("demo-fast", _SIDES, count=60, goodput_trials=0),
+    RunRequest("demo-fast", _SIDES, count=40, goodput_trials=0),
 )
 _FULL_RUNS = (RunRequest("demo-wide", _SIDES), RunRequest("demo-fast", _SIDES))
 BENCH_CASES = (

@@ -40,8 +40,9 @@ _PROBES = {"health": ("/health", 200), "event_loop": ("/nowhere", 404)}
 _IDLE_PROBES = 100
 _PROBE_EVERY_S = 0.05  # more often, and answering takes time from the model
 _INCLUDES = (
-    "event_loop: a path that does not exist, answered by the event loop itself, with connection, proxy and waiting "
-    "for a processor; health: also the ingress asking the model's replica; both counted from the time each was due"
+    "event_loop: a path that does not exist, answered by the event loop itself, with connection, proxy and their "
+    "waiting for a processor, but not the watcher's; health: also the ingress asking the model's replica; both counted "
+    "from the time each was due"
 )
 _unchecked: list[tuple[Arrival, Answer]] = []  # what lists brought, in the process that sent them
 

@@ -48,7 +48,7 @@ class ScaleLoad:
     requests: int = 60
     same_up_to: int = 4
     alone: int = 10
-    spread: int = 40
+    spread: int = 12
     spread_share: float = 0.25
     model_counts: tuple[int, ...] = (1, 2)
     model_requests: int = 60

@@ -151,7 +151,7 @@ class EngineSettings(Section):
         512, ge=1, le=1_048_576, description="Latent frames encoded or decoded between two steps, in fast mode."
     )
     slack: float = Field(
-        8.0,
+        6.0,
         ge=1,
         le=1000,
         description="A request is due this many times its time alone after it arrived; who is due first goes first.",

@@ -23,7 +23,7 @@ class EngineOptions:
     max_rows: int = 64  # rows holding device state at once, three quarters of them batch rows; others wait as plans
     max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused, batch ones first
     batch_share: float = 0.125  # time for batch rows while interactive ones run, as a share of interactive time
-    slack: float = 8.0  # a row's deadline is its arrival + slack x its predicted time alone ...
+    slack: float = 6.0  # a row's deadline is its arrival + slack x its predicted time alone ...
     max_slack_s: float = 120.0  # ... but at most this far away
     fixed_share: float = 0.15  # a step is large enough when its fixed cost is at most this share of it
     max_step_tokens: int = 16_384  # latent frames of one step, all rows together

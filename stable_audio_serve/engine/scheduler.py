@@ -35,7 +35,7 @@ class SchedulerLimits:
 
     max_started: int = 64  # at least 2: a quarter, but at least one, for interactive rows only; one for batch
     max_tokens: int = 16_384
-    slack: float = 8.0
+    slack: float = 6.0
     max_slack_s: float = 120.0
     batch_share: float = 0.125
     max_bytes: int | None = None  # device memory of all started rows; None: no bound
