@@ -210,14 +210,17 @@ class CudaDevice:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            # What other threads ask of the device meanwhile belongs to them: it neither fails nor is captured.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                run()
+            # Not `torch.cuda.graph`, which waits for the device and gives unused memory back. What other threads ask
+            # of the device meanwhile belongs to them: it neither fails nor is captured.
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
         except DEVICE_LOST as error:
             torch.cuda.synchronize(self.torch_device)  # raises if the device is lost indeed
             raise RuntimeError(f"this work cannot be captured: {error}") from error
-        finally:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
         return graph.replay
 
     def use(self) -> DeviceUse:

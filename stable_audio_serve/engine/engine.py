@@ -237,7 +237,9 @@ class Engine:
 
     def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
         together = 1 if self.mode == "strict" else options.slots
-        executor = Executor(self._model, policy, device=self._device, together=together, metrics=self._metrics)
+        executor = Executor(
+            self._model, policy, device=self._device, together=together, clock=self._clock, metrics=self._metrics
+        )
         limits = SchedulerLimits(
             max_started=options.max_rows,
             max_tokens=0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens,

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.arena import FrameArena, HeldFrames, read, write
 from stable_audio_serve.engine.batching import BatchPolicy, Call
@@ -49,6 +50,7 @@ class Executor:
         *,
         device: Device,
         together: int,
+        clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
     ) -> None:
         self._model = model
@@ -56,7 +58,7 @@ class Executor:
         self._policy = policy
         self._together = together
         self.conditioning = ConditioningArena(device)
-        self._graphs = Graphs(device, metrics=metrics)
+        self._graphs = Graphs(device, clock=clock, metrics=metrics)
         self._text = TextCalls(model, device=device, graphs=self._graphs)
         self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
         self._moves = 0
@@ -162,9 +164,9 @@ class Executor:
         captured.replay()
         return True
 
-    def capture_next(self) -> bool:
-        """Capture one more shape of calls, if some are wanted. Returns whether there was one."""
-        return self._graphs.capture_next()
+    def capture_next(self, *, is_idle: bool) -> bool:
+        """Capture one more shape of calls; few and quick ones while others wait. Returns whether there was one."""
+        return self._graphs.capture_next(is_idle=is_idle)
 
     def _run(self, shape: StepShape, inputs: Tensor, *, denoise: Callable[[StepBatch], Tensor] | None = None) -> None:
         """`denoise` None: the model's."""

@@ -7,14 +7,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.device import DEVICE_LOST, Device
+from stable_audio_serve.engine.capture_pace import CapturePace
+from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +74,10 @@ class Captured:
 class Graphs:
     """Captured calls of one engine: the most used shapes. Used by the engine thread only."""
 
-    def __init__(self, device: Device, *, metrics: Metrics) -> None:
+    def __init__(self, device: Device, *, clock: Clock, metrics: Metrics) -> None:
         self._device = device
+        self._pace = CapturePace(clock)
+        self._measuring: tuple[Shape, Moment, Moment] | None = None  # the last capture, until its time is known
         self._metrics = metrics
         self._captured: dict[Shape, Captured] = {}
         self._wanted: dict[Shape, Run] = {}
@@ -98,12 +103,24 @@ class Graphs:
             self._wanted[shape] = run
         return captured
 
-    def capture_next(self) -> bool:
-        """Capture the largest shape that was missed often enough. Returns whether there was one."""
-        wanted = [shape for shape in self._wanted if self._is_due(shape)]
+    def capture_next(self, *, is_idle: bool) -> bool:
+        """Capture the largest shape that was missed often enough. Returns whether there was one.
+
+        Unless the device `is_idle`, only one that delays others for a short time, and only now and then.
+        """
+        if not self._learn(wait=is_idle) or (self._pace.is_resting and not is_idle):
+            return False
+        wanted = [shape for shape in self._wanted if self._is_due(shape) and (is_idle or self._is_quick(shape))]
         if not wanted:
             return False
         shape = max(wanted, key=lambda shape: shape.size)
+        with nullcontext() if shape.kind == "denoise" else self._device.beside():
+            began = self._device.mark()
+            self._capture(shape)
+            self._measuring = shape, began, self._device.mark()
+        return True
+
+    def _capture(self, shape: Shape) -> None:
         self._make_room()
         run = self._wanted.pop(shape)
         del self._misses[shape]
@@ -119,9 +136,20 @@ class Graphs:
         except Exception:
             log.exception("a call cannot be captured: %s", shape)
             self._refused.add(shape)
-            return False
+            return
         self._captured[shape] = Captured(memory, replay)
         self._count(shape.kind)
+
+    def _learn(self, *, wait: bool) -> bool:
+        """Note how long the last capture took. Returns False if it has not ended."""
+        if self._measuring is not None:
+            shape, began, ended = self._measuring
+            if wait:
+                ended.wait()
+            elif not ended.is_reached():
+                return False
+            self._pace.saw(shape.kind, size=shape.size, ms=ended.ms_since(began))
+            self._measuring = None
         return True
 
     def forget(self, kind: Kind) -> None:
@@ -129,6 +157,9 @@ class Graphs:
         for shape in [shape for shape in self._captured if shape.kind == kind]:
             del self._captured[shape]
         self._count(kind)
+
+    def _is_quick(self, shape: Shape) -> bool:
+        return self._pace.allows(shape.kind, size=shape.size, misses=self._misses[shape])
 
     def _is_due(self, shape: Shape) -> bool:
         if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._refused:

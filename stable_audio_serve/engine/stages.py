@@ -33,8 +33,6 @@ from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
 Failures = list[tuple[Row, Exception]]
 
-_CAPTURE_EVERY_S = 1.0  # at most, while somebody waits: it takes about as long as a few steps
-
 
 class Stages:
     """Advances rows phase by phase. Used by the engine thread only; every phase returns the rows that failed."""
@@ -64,7 +62,6 @@ class Stages:
         self._clock = clock
         self._metrics = metrics
         self._inputs_ready: Moment | None = None  # all that rows share and that was asked for so far
-        self._captured_at = 0.0
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
@@ -208,13 +205,7 @@ class Stages:
 
     def capture(self, *, is_idle: bool) -> bool:
         """Prepare one more shape of calls to run faster; rarely while others wait. Returns whether there was one."""
-        now = self._clock.monotonic()
-        if not is_idle and now < self._captured_at + _CAPTURE_EVERY_S:
-            return False
-        has_captured = self._executor.capture_next()
-        if has_captured:
-            self._captured_at = self._clock.monotonic()
-        return has_captured
+        return self._executor.capture_next(is_idle=is_idle)
 
     @property
     def has_room_beside(self) -> bool:

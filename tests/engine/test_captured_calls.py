@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.decode_calls import DecodeCalls
 from stable_audio_serve.engine.graphs import Graphs
@@ -73,11 +74,11 @@ def same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 def test_recorded_text_with_other_prompts_equals_their_own_call_to_the_bit(model: Any) -> None:
     device, metrics = RecordedDevice(), GraphCounts()
-    graphs = Graphs(device, metrics=metrics)
+    graphs = Graphs(device, clock=SystemClock(), metrics=metrics)
     calls = TextCalls(model, device=device, graphs=graphs)
     with torch.inference_mode():
         first = [calls.embed(PROMPTS) for _ in range(2)]
-        assert graphs.capture_next()
+        assert graphs.capture_next(is_idle=True)
         before = addresses(graphs)
         assert device.num_replays == 0
         again, others = calls.embed(PROMPTS), calls.embed(OTHERS + PROMPTS[:1])
@@ -93,12 +94,12 @@ def test_recorded_text_with_other_prompts_equals_their_own_call_to_the_bit(model
 
 def test_recorded_windows_with_other_latents_equal_their_own_call_to_the_bit(model: Any) -> None:
     device = RecordedDevice()
-    graphs = Graphs(device, metrics=GraphCounts())
+    graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
     calls = DecodeCalls(model, device=device, graphs=graphs)
     with torch.inference_mode():
         for _ in range(3):  # the first call of a length tells what it draws
             expected = calls.decode(windows_of(model, 1, 2, 3))
-        assert graphs.capture_next()
+        assert graphs.capture_next(is_idle=True)
         before = addresses(graphs)
         again = calls.decode(windows_of(model, 1, 2, 3))
         others, wanted = calls.decode(windows_of(model, 4, 5, 6)), model.decode(windows_of(model, 4, 5, 6))
@@ -110,13 +111,13 @@ def test_recorded_windows_with_other_latents_equal_their_own_call_to_the_bit(mod
 
 def test_fewer_windows_or_prompts_than_were_recorded_are_unharmed_by_what_is_left_over() -> None:
     model, device = load("sharp-s"), RecordedDevice()
-    graphs = Graphs(device, metrics=GraphCounts())
+    graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
     decoder, text = DecodeCalls(model, device=device, graphs=graphs), TextCalls(model, device=device, graphs=graphs)
     with torch.inference_mode():
         for _ in range(3):
             decoder.decode(windows_of(model, 1, 2, 3, 4, 5, 6))
             text.embed([f"take {take}" for take in range(6)])
-        while graphs.capture_next():
+        while graphs.capture_next(is_idle=True):
             pass
         audio = decoder.decode(windows_of(model, 7, 8, 9, 10, 11))
         wanted = model.decode(windows_of(model, 7, 8, 9, 10, 11))

@@ -1,0 +1,159 @@
+"""Which shapes are captured, and when: on a clock that only captures move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from stable_audio_serve.engine import graphs as graphs_module
+from stable_audio_serve.engine.graphs import CallMemory, Graphs, Kind
+from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.factories import FakeClock
+
+RATE_MS = 0.1  # of a capture, per latent frame
+
+
+@dataclass(frozen=True, slots=True)
+class AnyShape:
+    size: int
+    kind: Kind = "denoise"
+
+    @property
+    def inputs(self) -> tuple[int, torch.dtype]:
+        return self.size, torch.float32
+
+    @property
+    def num_outputs(self) -> int:
+        return 1
+
+
+class Bench:
+    """Graphs on a device whose captures take time; `taken_ms` are those that happened, by size."""
+
+    def __init__(self) -> None:
+        self.clock, self.metrics = FakeClock(), GraphCounts()
+        self.taken_ms: dict[int, float] = {}
+        self.graphs = Graphs(_SlowDevice(self.clock), clock=self.clock, metrics=self.metrics)
+
+    def run(self, shape: AnyShape, memory: CallMemory) -> None:
+        self.taken_ms[shape.size] = RATE_MS * shape.size
+        self.clock.now += self.taken_ms[shape.size] / 1000.0
+
+    def ask(self, *sizes: int, times: int = 1, kind: Kind = "denoise") -> list[bool]:
+        """Whether each shape is captured already."""
+        shapes = [AnyShape(size, kind) for size in sizes]
+        return [self.graphs.find(shape, self.run) is not None for _ in range(times) for shape in shapes]
+
+    def capture_all(self) -> list[int]:
+        """What an idle engine captures, in order."""
+        before = len(self.taken_ms)
+        while self.graphs.capture_next(is_idle=True):
+            pass
+        return list(self.taken_ms)[before:]
+
+
+class _SlowDevice(RecordingDevice):
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return lambda: None
+
+
+def test_the_largest_shape_that_came_twice_is_captured_first() -> None:
+    bench = Bench()
+    bench.ask(100, 300, 200, times=2)
+    bench.ask(400)
+    assert bench.capture_all() == [300, 200, 100]
+    assert bench.ask(100, 200, 300, 400) == [True, True, True, False]
+    assert (bench.metrics.graphs, bench.metrics.misses) == ({"denoise": 3}, {"denoise": 8})
+
+
+def test_nothing_is_captured_beside_traffic_before_it_is_known_how_long_that_takes() -> None:
+    bench = Bench()
+    bench.ask(100, times=99)
+    assert not bench.graphs.capture_next(is_idle=False)
+    bench.ask(100)  # it is missed so often that a delay is the lesser evil
+    assert bench.graphs.capture_next(is_idle=False)
+
+
+def test_a_capture_beside_traffic_delays_nobody_by_more_than_200_ms() -> None:
+    bench = Bench()
+    bench.ask(1000, times=2)  # 100 ms
+    bench.capture_all()
+    bench.ask(500, 2100, 1900, times=2)  # 50, 210 and 190 ms
+    captured: list[int] = []
+    began = bench.clock.now
+    for _ in range(400):  # turns of 10 ms
+        bench.clock.now += 0.01
+        bench.graphs.capture_next(is_idle=False)
+        captured = list(bench.taken_ms)[1:]
+    assert captured == [1900, 500]
+    assert sum(bench.taken_ms[size] for size in captured) / 1000.0 <= 0.1 * (bench.clock.now - began)
+    assert bench.capture_all() == [2100]
+
+
+def test_captures_have_a_tenth_of_the_time_while_others_wait() -> None:
+    bench = Bench()
+    bench.ask(1000, times=2)
+    bench.capture_all()
+    bench.ask(*range(500, 1000), times=2)  # 50 to 100 ms each
+    before, began = len(bench.taken_ms), bench.clock.now
+    for _ in range(1000):
+        bench.clock.now += 0.01
+        bench.graphs.capture_next(is_idle=False)
+    taken = list(bench.taken_ms.values())[before:]
+    assert sum(taken) / 1000.0 == pytest.approx(0.1 * (bench.clock.now - began), rel=0.15)
+
+
+def test_kinds_are_told_apart() -> None:
+    bench = Bench()
+    bench.ask(100, times=2)
+    bench.ask(100, times=3, kind="text")
+    assert bench.capture_all() == [100]
+    bench.graphs.forget("text")
+    assert bench.ask(100) == [True]
+    assert bench.ask(100, kind="text") == [False]
+    assert (bench.metrics.graphs, bench.metrics.misses) == (
+        {"denoise": 1, "text": 0},
+        {"denoise": 2, "text": 4},
+    )
+
+
+def test_the_most_used_shapes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 2)
+    bench = Bench()
+    bench.ask(100, times=20)
+    bench.ask(200, times=4)
+    bench.capture_all()
+    bench.ask(300, times=8)
+    bench.capture_all()
+    assert bench.ask(100, 200, 300) == [True, True, False]
+    bench.ask(300, times=3)
+    bench.capture_all()
+    assert bench.ask(100, 200, 300) == [True, False, True]
+    assert bench.metrics.graphs == {"denoise": 2}
+
+
+def test_calls_of_a_kind_share_their_memory() -> None:
+    bench = Bench()
+    bench.ask(100, 300, times=2)
+    bench.capture_all()
+    small, large = (bench.graphs.find(AnyShape(size), bench.run) for size in (100, 300))
+    assert small is not None
+    assert large is not None
+    assert small.memory.inputs.data_ptr() == large.memory.inputs.data_ptr()
+
+
+def test_a_shape_that_cannot_be_captured_is_tried_once() -> None:
+    bench = Bench()
+
+    def fail(shape: AnyShape, memory: CallMemory) -> None:
+        bench.taken_ms[len(bench.taken_ms)] = 0.0
+        raise ValueError("not like this")
+
+    for _ in range(5):
+        bench.graphs.find(AnyShape(100), fail)
+        bench.graphs.capture_next(is_idle=True)
+    assert len(bench.taken_ms) == 1
