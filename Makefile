@@ -15,7 +15,7 @@ PARALLEL := --numprocesses 3 --dist loadfile
 ALONE := tests/api/test_fuzz.py tests/benchmarks/alone tests/chaos tests/demo/test_served.py tests/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs clean demo-model demo-eval
+.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs clean demo-model demo-eval check-cluster
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -39,15 +39,18 @@ wheel: install ## the package as one file, in dist/
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 test: install ## everything CI runs: first what needs no Ray, on three processes, then real clusters and what runs alone
-	$(PY) -m pytest $(PARALLEL) --ignore=tests/api/test_fuzz.py -m "not ray and not serial and not gpu and not chaos"
+	$(PY) -m pytest $(PARALLEL) --ignore=tests/api/test_fuzz.py -m "not ray and not serial and not gpu and not chaos and not cluster"
 	$(PY) -m pytest $(ALONE) -m "(ray or serial) and not gpu and not chaos"
 
 test-fast: install ## the fast set: no Ray cluster, under a minute
-	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not slow and not chaos"
+	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not slow and not chaos and not cluster"
 
 # PY=python3 runs both on a machine that has torch, transformers and pytest but no network: nothing is installed there.
 test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device, JUnit XML in OUT=gpu-results (PY=python3 installs nothing)
 	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
+
+check-cluster: install ## the files of cluster/, each by the program that reads it, under 3 minutes; a missing program fails
+	$(PY) -m pytest --numprocesses 2 --dist loadfile -m cluster $(ARGS) tests/cluster
 
 chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800
