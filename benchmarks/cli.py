@@ -5,22 +5,30 @@ server with what people would run instead; `bench` is the short form of everythi
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from benchmarks.bench import BENCH_CASES, run_bench
 from benchmarks.cases.run import DIALECT_NAMES, RunRequest
 from benchmarks.compare.outputs import VoidError
-from benchmarks.compare.run import OutOfTimeError
+from benchmarks.compare.pieces import OtherRunError
+from benchmarks.compare.run import OutOfTimeError, SideFailedError
 from benchmarks.registry import CASES, MODES, measure_case, measure_comparison
 from benchmarks.report import format_table
 from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES
 from benchmarks.workload import MIXES
+from stable_audio_serve.core.errors import StableAudioError
 
 _SETTINGS = frozenset(field.name for field in fields(CaseSettings))
 _RUN = frozenset(field.name for field in fields(RunRequest))
+# What needs no traceback: the words say what to do.
+_TOLD = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
+_INTERRUPTED = 130
 # Options of `run` that change nothing unless another one is there too.
 _NEEDS = {
     "dialect": "--url",
@@ -41,19 +49,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given:
         if refusal := refuse(case, name, given=given):
             parser.error(refusal)
-    settings = CaseSettings(**{name: value for name, value in given.items() if name in _SETTINGS})
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        raise SystemExit(_run_case(case, given, out=out))
+    except _TOLD as error:
+        raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED) from None
+
+
+def _run_case(case: str, given: Mapping[str, object], *, out: Path) -> int:
+    """Returns the exit status. Raises what is to be told and what is a fault."""
+    values: dict[str, Any] = dict(given)
+    settings = CaseSettings(**{name: value for name, value in values.items() if name in _SETTINGS})
     if case == "bench":
-        raise SystemExit(run_bench(settings, rounds=given.get("rounds"), out=out))
+        return run_bench(settings, rounds=values.get("rounds"), out=out)
     if case == "run":
-        asked = {name: value for name, value in given.items() if name in _RUN}
-        try:
-            print(format_table(measure_comparison(settings, _run_request(**asked), out=out)))
-        except (VoidError, OutOfTimeError, ValueError) as error:
-            raise SystemExit(str(error)) from error
-        return
+        asked = {name: value for name, value in values.items() if name in _RUN}
+        print(format_table(measure_comparison(settings, _run_request(**asked), out=out)))
+        return 0
     for name in _chosen(case, given=given):
         print(f"\n{name}")
         print(format_table(measure_case(name, settings, out=out)))
+    return 0
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does: servers that were started are stopped."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    if not callable(interrupt):  # ignored, as in the background of a shell
+        raise KeyboardInterrupt
+    interrupt(signal.SIGINT, frame)
 
 
 def refuse(case: str, option: str, *, given: Mapping[str, object]) -> str | None:
@@ -105,16 +132,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--url-model", help="the model that server is asked for; default: its own choice")
     run.add_argument("--url-key", help="sent to it as a bearer token")
     run.add_argument("--count", type=_positive, help="requests of each list")
-    run.add_argument("--goodput-trials", type=int, help="steps of the search for the highest good rate; 0: none")
+    run.add_argument("--goodput-trials", type=_count, help="steps of the search for the highest good rate; 0: none")
     run.add_argument("--budget-s", type=float, help="after this no new measurement begins")
     return parser
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if (value := _count(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of things")
+    return int(text)
 
 
 def _parse_sides(text: str) -> tuple[str, ...]:

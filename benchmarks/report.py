@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -37,6 +38,16 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "ray", "fastapi")},
         "settings": dict(settings),
     }
+
+
+def hash_sources() -> str:
+    """Returns what tells two states of the code apart, also where no commit is known or files were changed."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for folder in ("stable_audio_serve", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def write_report(folder: Path, case: str, *, settings: Mapping[str, object], results: Mapping[str, Any]) -> Path:

@@ -7,6 +7,7 @@ without Ray and HTTP. With `url` any running server of the five systems is a sid
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,8 +18,9 @@ from typing import Any
 from benchmarks.cases.engine import resolve_model
 from benchmarks.compare.asking import Asker, InProcess
 from benchmarks.compare.outputs import LARGEST_DIFFERENCE
-from benchmarks.compare.pieces import Pieces
+from benchmarks.compare.pieces import Pieces, measuring_into
 from benchmarks.compare.run import Run, RunOptions
+from benchmarks.report import hash_sources
 from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES, open_side
 from benchmarks.workload import MIXES
@@ -29,6 +31,7 @@ from stable_audio_serve.models.registry import ModelEntry, describe_entry
 
 URL_SIDE = "url"
 DIALECT_NAMES = ("sa3", "saos", "vllm", "aiml", "fal")  # of compare.dialects, which needs more packages
+_ADDRESS = re.compile(r"https?://[^/?#\s]+/?")
 _IN_FLIGHT = 4096
 _API = {"max_steps": 1000, "max_duration_s": 600.0}
 _FULL, _SHORT = (300, 6), (60, 0)  # requests of a round, trials of a bisection
@@ -57,6 +60,10 @@ class RunRequest:
         unknown = [side for side in self.against if side not in SIDES]
         if unknown:
             raise ValueError(f"no side is called {unknown[0]!r}; there are {', '.join(SIDES)}")
+        if len(set(self.against)) < len(self.against):
+            raise ValueError(f"a side is named twice: {','.join(self.against)}")
+        if self.url is not None and not _ADDRESS.fullmatch(self.url):
+            raise ValueError(f"--url {self.url} is no address like http://host:8000")
         if self.url is None and len(self.against) < 2:
             raise ValueError("a comparison needs two sides: --against lock,ours or one of them and --url")
 
@@ -67,7 +74,10 @@ class RunRequest:
 
 
 async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
-    """Measure in `folder`, which keeps the lists and every finished piece. Raises VoidError, OutOfTimeError."""
+    """Measure in `folder`, which keeps the lists and every finished piece.
+
+    Raises VoidError, OutOfTimeError, OtherRunError, SideFailedError.
+    """
     entry = resolve_model(settings.model)
     count, goodput_trials = _FULL if settings.full else _SHORT
     options = RunOptions(
@@ -80,8 +90,23 @@ async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder:
         goodput_of=request.goodput_of or request.sides,
         largest_difference=None if request.url else LARGEST_DIFFERENCE,
     )
-    about = {"settings": asdict(settings), "options": asdict(options), "engine_only": request.engine_only}
-    pieces = Pieces(folder, about | {"url": request.url, "dialect": request.dialect})
+    about = {
+        "settings": asdict(settings),
+        "options": asdict(options),
+        "engine_only": request.engine_only,
+        "url": request.url,
+        "url_model": request.url_model,
+        "dialect": request.dialect,
+        "sources_sha256": hash_sources(),
+    }
+    with measuring_into(folder):
+        pieces = Pieces(folder, about)
+        return await _measure(settings, request, entry=entry, options=options, pieces=pieces)
+
+
+async def _measure(
+    settings: CaseSettings, request: RunRequest, *, entry: ModelEntry, options: RunOptions, pieces: Pieces
+) -> dict[str, Any]:
     async with _opened(settings, request, entry=entry) as askers:
         run = Run(
             askers,

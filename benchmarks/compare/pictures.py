@@ -56,8 +56,11 @@ def format_comparison(results: Mapping[str, Any]) -> str:
     said = (
         f"Mix {results['mix']}, {results['num_requests']} requests in {results['rounds']} rounds; latencies at "
         f"{results['rate_hz']:.2f} requests a second, {results['load_share']:g} of the capacity of {reference}; in "
-        f"brackets over {reference}, with the range of the rounds.\n\n"
+        f"brackets over {reference}, with the range of the rounds. No clip is longer than "
+        f"{results['max_duration_s']:g} s.\n\n"
     )
+    if results["is_void"]:
+        said += "**Void**: in some round other programs used more than a tenth of a core each time it was played.\n\n"
     return said + text + "\n"
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -24,7 +25,12 @@ from benchmarks.compare.quiet import Watch, wait_in_quiet
 from benchmarks.compare.summary import summarize_sides
 
 _PROBES_PER_CLASS = 3
+_LEAST_DRAWN = 60  # requests from which probes are chosen: among fewer a class of steps may be missing
 _GOODPUT_RANGE = (0.2, 1.2)  # of the side's own capacity
+
+
+class SideFailedError(RuntimeError):
+    """A side gave another answer than audio, or none; what was measured before is kept."""
 
 
 class OutOfTimeError(RuntimeError):
@@ -114,11 +120,13 @@ class Run:
         with tqdm(total=2 * len(arrivals) * len(self._askers), desc="alone", leave=False, disable=None) as bar:
             for arrival in arrivals:
                 for name, asker in self._askers.items():
-                    clips[name].append((await asker.ask(arrival)).read())
+                    with _failing(name):
+                        clips[name].append((await asker.ask(arrival)).read())
                     bar.update()
             for arrival in arrivals:
                 for name, asker in self._askers.items():
-                    records[name] += await play(asker, [arrival])
+                    with _failing(name):
+                        records[name] += await play(asker, [arrival])
                     bar.update()
         outputs = {}
         if self._options.largest_difference is not None:
@@ -130,7 +138,7 @@ class Run:
 
     def _choose_probes(self) -> list[Arrival]:
         """Returns a few arrivals of each step class, spread over their durations, all due at once."""
-        arrivals = self._draw(0, rate_hz=None)
+        arrivals = self._draw(0, rate_hz=None, count=max(self._options.count, _LEAST_DRAWN))
         chosen = []
         for steps in arrivals.step_classes:
             own = sorted((a for a in arrivals if a.steps == steps), key=lambda a: a.duration_s)
@@ -149,6 +157,8 @@ class Run:
 
         async def play_in_quiet() -> dict[str, Any]:
             records, watch = await wait_in_quiet(play_all) if self._is_watched else (await play_all(), Watch())
+            if not watch.is_quiet:
+                tqdm.write(f"{kind}-{number + 1}: void, others used {watch.foreign_cores:.2f} cores", file=sys.stderr)
             return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
 
         piece = await self._take(f"{kind}-{number + 1}", play_in_quiet)
@@ -173,10 +183,13 @@ class Run:
         return Bracket(good_rps, bad_rps)
 
     async def _play(self, name: str, arrivals: ArrivalList, *, what: str) -> list[Record]:
-        with tqdm(total=len(arrivals), desc=f"{what} {name}", leave=False, disable=None) as bar:
+        with tqdm(total=len(arrivals), desc=f"{what} {name}", leave=False, disable=None) as bar, _failing(name):
             return await play(self._askers[name], arrivals, on_end=bar.update)
 
     async def _take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
+        if name in self._pieces:
+            tqdm.write(f"{name}: kept from an earlier start", file=sys.stderr)
+
         async def measure_in_time() -> Any:
             if time.monotonic() >= self._ends_at:
                 raise OutOfTimeError(f"out of time before {name}: the same command goes on from here")
@@ -187,8 +200,24 @@ class Run:
 
         return await self._pieces.take(name, measure=measure_in_time)
 
-    def _draw(self, number: int, *, rate_hz: float | None) -> ArrivalList:
+    def _draw(self, number: int, *, rate_hz: float | None, count: int | None = None) -> ArrivalList:
         options = self._options
         return draw_arrivals(
-            options.mix, rate_hz=rate_hz, count=options.count, seed=number + 1, max_duration_s=options.max_duration_s
+            options.mix,
+            rate_hz=rate_hz,
+            count=count or options.count,
+            seed=number + 1,
+            max_duration_s=options.max_duration_s,
         )
+
+
+@contextmanager
+def _failing(side: str) -> Iterator[None]:
+    """Errors in it are those of one side: the first of them is told."""
+    try:
+        yield
+    except Exception as error:
+        first: BaseException = error
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise SideFailedError(f"{side} failed: {first or type(first).__name__}") from error

@@ -5,7 +5,6 @@ continue. STABLE_AUDIO_TEST_DEVICE=cpu tries everything out on tiny checkpoints.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.subjects import Bench
 from benchmarks.gpu.tracing import prepare
-from benchmarks.report import describe_environment
+from benchmarks.report import describe_environment, hash_sources
 
 _BUDGET_S = 450.0
 
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench.on(options.device)
         part = PARTS[number]
         environment = describe_environment(
-            {"device": str(options.device), "models_are_tiny": bench.is_tiny, "sources_sha256": _hash_sources()}
+            {"device": str(options.device), "models_are_tiny": bench.is_tiny, "sources_sha256": hash_sources()}
         )
         try:
             record = Record(options.out / f"gpu-{number}-{part.name}.json", environment=environment)
@@ -58,16 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device.type == "cuda":
         print("\n".join(str(standing) for standing in read_standings(options.out, GPU_GOALS)))
     return int(has_failed)
-
-
-def _hash_sources() -> str:
-    """A machine that got a copy of the working tree may not know its commit."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[2]
-    for folder in ("stable_audio_serve", "benchmarks"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 class _SayWithTime:

@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
 
 from stable_audio_serve.models.registry import ModelEntry
@@ -133,13 +134,32 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
         yield server
     finally:
         stopping_at = time.perf_counter()
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        _stop(process)
         server.stopped_s = time.perf_counter() - stopping_at
         reader.join(5.0)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """As an operator would; by force what is left after that, or at once if somebody is impatient."""
+    processes = _descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for left in (*processes, *_descendants(process.pid)):
+            with suppress(psutil.Error):
+                left.kill()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """A process and all that began with it."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 def _search_path() -> str:

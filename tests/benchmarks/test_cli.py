@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.cases.engine import run_engine_case
 from benchmarks.registry import CASES
 from benchmarks.settings import CaseSettings
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = {field.name for field in fields(CaseSettings)}
 
 
@@ -37,6 +39,8 @@ SETTINGS = {field.name for field in fields(CaseSettings)}
         ("run --device cuda", "run does not use --device without --engine-only"),
         ("run --url http://host --mode fast", "run does not use --mode without --against"),
         ("run --rounds 0", "less than 1"),
+        ("run --count x", "x is no number"),
+        ("run --goodput-trials -1", "-1 is no number"),
         ("run --attempts 2", "--attempts"),
     ],
 )
@@ -46,6 +50,28 @@ def test_an_option_without_effect_is_refused_by_name(
     with pytest.raises(SystemExit, match="2"):
         cli.main(command.split())
     assert refused in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("run --against lock,lock", "named twice"),
+        ("run --mix demo-fast --url http://127.0.0.1:9", "url failed: Cannot connect"),
+        ("run --model nothing-known --engine-only", "'nothing-known' is not built in"),
+        ("run --device cuda:99 --engine-only --model stable_audio_serve/demo/checkpoint", "cuda:99"),
+        ("ladder --model nothing-known", "'nothing-known' is not built in"),
+        ("simulate --out setup-is/pyproject.toml/below", "pyproject.toml"),
+    ],
+)
+def test_what_is_not_there_is_told_in_one_line(
+    command: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = command.replace("setup-is/", f"{ROOT}/").split()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path)])
+    assert told in str(raised.value.code)
+    assert "\n" not in str(raised.value.code)
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,13 @@ from benchmarks.compare.figures import (
 )
 from benchmarks.compare.outputs import VoidError, compare, difference
 from benchmarks.compare.pictures import format_comparison, write_plots
-from benchmarks.compare.pieces import Pieces
+from benchmarks.compare.pieces import OtherRunError, Pieces, measuring_into
 from benchmarks.compare.playing import Record
-from benchmarks.compare.run import OutOfTimeError, Run, RunOptions
+from benchmarks.compare.run import OutOfTimeError, Run, RunOptions, SideFailedError
 from benchmarks.sides.servers import open_side
 from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.devices import LinearDevice
+from benchmarks.workload import MIXES
 from stable_audio_serve.engine import EngineOptions
 
 pytestmark = pytest.mark.slow
@@ -141,7 +142,56 @@ async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
     askers = {"lock": in_process("lock", model), "fewer": OneStepFewer(in_process("lock", model))}
     with pytest.raises(VoidError, match="fewer is void"):
         await make_run(tmp_path, askers).measure()
-    assert names(tmp_path) == {"about.json"}
+    assert names(tmp_path) == set()
+
+
+class Failing:
+    """A side that dies after some requests."""
+
+    def __init__(self, asker: Asker, *, after: int) -> None:
+        self._asker = asker
+        self._left = after
+
+    async def ask(self, arrival: Arrival) -> Answer:
+        self._left -= 1
+        if self._left < 0:
+            raise ConnectionResetError("the server went away")
+        return await self._asker.ask(arrival)
+
+
+@pytest.mark.parametrize("after", [1, 15])
+async def test_a_side_that_dies_is_named_and_what_was_measured_is_kept(tmp_path: Path, after: int) -> None:
+    model = TimedModel(QUICK, max_duration_s=10.0)
+    askers = {"lock": in_process("lock", model), "ours": Failing(in_process("ours", model), after=after)}
+    with pytest.raises(SideFailedError, match="ours failed: the server went away"):
+        await make_run(tmp_path, askers).measure()
+    assert ("alone.json" in names(tmp_path)) == (after == 15)
+    assert "capacity-1.json" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("count", [1, 30, 300])
+def test_requests_whose_time_alone_is_known_have_every_number_of_steps(mix: str, count: int, tmp_path: Path) -> None:
+    options = RunOptions(mix, ("lock",), max_duration_s=400.0, count=count)
+    probes = Run({}, options, pieces=Pieces(tmp_path, {}))._choose_probes()
+    assert {probe.steps for probe in probes} == {steps for steps, _ in MIXES[mix].steps}
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path: Path) -> None:
+    with measuring_into(tmp_path), pytest.raises(OtherRunError, match="another run"), measuring_into(tmp_path):
+        pass
+    with measuring_into(tmp_path):
+        pass
+
+
+async def test_pieces_of_another_run_are_refused_by_what_differs(tmp_path: Path) -> None:
+    async def measure() -> int:
+        return 1
+
+    Pieces(tmp_path, {"count": 1, "options": {"mix": "a"}})  # nothing is measured yet
+    await Pieces(tmp_path, {"count": 2, "options": {"mix": "a"}}).take("piece", measure=measure)
+    with pytest.raises(OtherRunError, match=r"other options \(count, mix\)"):
+        Pieces(tmp_path, {"count": 3, "options": {"mix": "b"}})
 
 
 @pytest.mark.parametrize(
@@ -150,6 +200,9 @@ async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
         ({"mix": "other"}, "no mix"),
         ({"mix": "demo-fast", "against": ("lock", "theirs")}, "theirs"),
         ({"mix": "demo-fast", "against": ("lock",)}, "two sides"),
+        ({"mix": "demo-fast", "against": ("lock", "lock")}, "named twice"),
+        ({"mix": "demo-fast", "url": "localhost:8000"}, "http://host:8000"),
+        ({"mix": "demo-fast", "url": "http://host:8000/below"}, "http://host:8000"),
     ],
 )
 def test_a_comparison_of_the_unknown_is_refused_by_name(fields: dict[str, object], message: str) -> None:
