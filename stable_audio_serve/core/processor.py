@@ -23,9 +23,19 @@ def has_matrix_bfloat16(facts: Path = CPU_FACTS) -> bool:
     return _MATRIX_FLAG in _read_flags(facts)
 
 
+def is_amd(facts: Path = CPU_FACTS) -> bool:
+    """Whether AMD made the processor. False where there is no such file."""
+    return _read(facts, "vendor_id") == ["AuthenticAMD"]
+
+
 def _read_flags(facts: Path) -> list[str]:
+    return _read(facts, "flags")
+
+
+def _read(facts: Path, name: str) -> list[str]:
+    """Returns the words behind a name, of the first processor."""
     try:
         lines = facts.read_text().splitlines()
     except OSError:
         return []
-    return next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split()
+    return next((line.partition(":")[2] for line in lines if line.startswith(name)), "").split()

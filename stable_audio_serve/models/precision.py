@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bfloat16
+from stable_audio_serve.models.onednn import linear
 from stable_audio_serve.models.switches import (
     PROCESS,
     bfloat16_processor_products,
@@ -141,6 +142,7 @@ class SplitProducts(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        func = F.linear if func is linear else func
         if func not in _ARGUMENTS or args[0].dtype != torch.float32:
             return func(*args, **kwargs)
         given = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs

@@ -19,6 +19,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.processor import has_native_bfloat16
 from stable_audio_serve.models import precision
 from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.onednn import linear
 from stable_audio_serve.models.precision import (
     SplitProducts,
     decoder_products,
@@ -193,7 +194,7 @@ class RoundedFactors(TorchFunctionMode):
     def __torch_function__(  # as torch calls it
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        count = NUM_FACTORS.get(func, 0)
+        count = NUM_FACTORS.get(F.linear if func is linear else func, 0)
         return func(*map(round_to_tf32, args[:count]), *args[count:], **(kwargs or {}))
 
 

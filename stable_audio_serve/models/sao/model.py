@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.blocks import packed_layout
+from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import (
@@ -65,6 +66,8 @@ class SaoModel:
         device: torch.device,
         decode_precision: DecodePrecision = "float32",
     ) -> None:
+        for network in components.modules:
+            use_onednn(network)
         self.text = components.text
         self.prompt = components.prompt
         self.numbers = components.numbers
