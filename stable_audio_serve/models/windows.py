@@ -48,11 +48,13 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     """Returns windows over the first `num_audible` of `frames` frames and a halo; nothing behind them can be heard.
 
     The cut depends on these lengths alone. Few frames are decoded twice, so the windows are longer where halos are.
+    All windows of a clip have one length: on a GPU calls of one length share graphs, so long ones are on a fine grid.
     """
     heard = min(frames, _round_up(num_audible + rule.halo, multiple=_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
     kept = min(max(kept, WINDOW_FRAMES), LONGEST_FRAMES - 2 * rule.halo)
-    spans = halo_windows(heard, halo=rule.halo, kept=kept, multiple=rule.multiple)
+    grid = _GRID // 2 if kept > WINDOW_FRAMES else 1
+    spans = halo_windows(heard, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
     return tuple(_aligned(span, rule) for span in spans)
 
 

@@ -60,8 +60,8 @@ def redundant(spans: Sequence[WindowSpan], audible: int) -> float:
         (SMALL, 30, 1.585, 1.077),
         (SMALL, 120, 1.387, 1.039),
         (MEDIUM, 30, 1.585, 1.040),
-        (MEDIUM, 120, 1.387, 1.054),
-        (MEDIUM, 380, 1.345, 1.049),
+        (MEDIUM, 120, 1.387, 1.059),
+        (MEDIUM, 380, 1.345, 1.056),
     ],
 )
 def test_little_is_decoded_twice(rule: WindowRule, seconds: int, before: float, after: float) -> None:

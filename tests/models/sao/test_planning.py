@@ -95,7 +95,7 @@ def decoded(plan: RowPlan) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("duration_s", "lengths"), [(0.001, [16]), (2.5, [64]), (6.0, [112]), (11.0, [192]), (47.552, [383, 383])]
+    ("duration_s", "lengths"), [(0.001, [16]), (2.5, [64]), (6.0, [112]), (11.0, [192]), (47.552, [384, 384])]
 )
 def test_only_what_is_heard_is_decoded(duration_s: float, lengths: list[int]) -> None:
     plan = one(duration_s=duration_s)
