@@ -1,0 +1,320 @@
+"""The balancers of `cluster/load_balancer/`, run as they are but for addresses, in front of two servers of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from stable_audio_serve.core.settings import ApiSettings, ProxySettings
+from tests.cluster.tools import CLUSTER, find_program, run_program
+from tests.serving.launched import free_port
+from tests.sockets import listening
+
+pytestmark = pytest.mark.cluster
+
+_FILES = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}
+_PATIENCE_S = 60.0
+_MIB = 1024 * 1024
+
+
+@dataclass
+class Server:
+    """Stands in for one of ours: is ready or not, full or not, and notes what reaches it."""
+
+    is_ready: bool = True
+    refuses: bool = False
+    requests: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        if request.url.path == "/ready":
+            await Response(status_code=200 if self.is_ready else 503)(scope, receive, send)
+            return
+        self.requests.append(f"{request.method} {request.url.path}")
+        async for part in request.stream():
+            self.num_bytes += len(part)
+        await self._answer(request)(scope, receive, send)
+
+    def _answer(self, request: Request) -> Response:
+        if self.refuses:
+            return JSONResponse({"detail": "full"}, 503, {"Retry-After": "7"})
+        if request.url.path == "/events":
+            return StreamingResponse(self._events(), media_type="text/event-stream")
+        return JSONResponse({name: request.headers.get(name) for name in ("host", "x-forwarded-proto")})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        yield b"data: first\n\n"
+        await self.heard.wait()
+        yield b"data: last\n\n"
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """A running balancer with two servers behind it."""
+
+    client: httpx.AsyncClient
+    port: int
+    servers: tuple[Server, Server]
+
+    async def post(self, path: str, num: int = 1) -> list[httpx.Response]:
+        return [await self.client.post(path, json={"prompt": "rain"}) for _ in range(num)]
+
+    async def send(self, text: str) -> bytes:
+        """Send this and nothing more; returns what is said until the balancer ends the connection."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(text.encode())
+        said = b""
+        with suppress(ConnectionError):  # an end like any other
+            async with asyncio.timeout(_PATIENCE_S):
+                while part := await reader.read(65_536):
+                    said += part
+                    if b"413" in said:
+                        break  # it may wait for the body that is not to come
+        writer.close()
+        return said
+
+    async def until_only(self, server: Server, *, path: str = "/who") -> None:
+        """Ask until three answers in a row are of `server`."""
+        for _ in range(200):
+            before = len(server.requests)
+            for _ in range(3):
+                await self.client.get(path)
+            if len(server.requests) == before + 3:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError("requests still go elsewhere")
+
+
+def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, slow_s: float | None = None) -> Path:
+    """A copy of the shipped file with the addresses of this test; `slow_s` replaces its 15 s deadlines."""
+    text = (CLUSTER / "load_balancer" / _FILES[name]).read_text()
+    for number, server_port in enumerate(ports, start=1):
+        text = text.replace(f"server-{number}:8000", f"127.0.0.1:{server_port}")
+    text = text.replace("/tmp/", f"{folder}/").replace("bind :8080", f"bind 127.0.0.1:{port}")
+    text = text.replace("listen 8080;", f"listen 127.0.0.1:{port};")
+    text = text if slow_s is None else text.replace(" 15s", f" {slow_s:g}s")
+    path = folder / _FILES[name]
+    path.write_text(text)
+    return path
+
+
+def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
+    return run_program(name, "-t", "-c", path) if name == "nginx" else run_program(name, "-c", "-f", path)
+
+
+@asynccontextmanager
+async def running(
+    name: str, folder: Path, *, ports: tuple[int, int], slow_s: float | None = None
+) -> AsyncIterator[int]:
+    """The balancer before servers on these `ports`, one of which answers; its own port."""
+    port = free_port()
+    path = configured(name, folder, ports=ports, port=port, slow_s=slow_s)
+    process = _start(name, path)
+    try:
+        async with httpx.AsyncClient() as client, asyncio.timeout(_PATIENCE_S):
+            while not await _answers(client, f"http://127.0.0.1:{port}/who"):
+                assert process.poll() is None, (folder / "said").read_text()
+                await asyncio.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(_PATIENCE_S)
+
+
+def _start(name: str, path: Path) -> subprocess.Popen[bytes]:
+    options = ["-g", "daemon off;", "-c"] if name == "nginx" else ["-db", "-f"]
+    with (path.parent / "said").open("w") as said:
+        return subprocess.Popen([find_program(name), *options, str(path)], stdout=said, stderr=said)
+
+
+@asynccontextmanager
+async def balancing(name: str, folder: Path, *, slow_s: float | None = None) -> AsyncIterator[Balanced]:
+    servers = Server(), Server()
+    async with (
+        listening(servers[0]) as first,
+        listening(servers[1]) as second,
+        running(name, folder, ports=(first, second), slow_s=slow_s) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=_PATIENCE_S) as client,
+    ):
+        for server in servers:
+            server.requests.clear()
+        yield Balanced(client, port, servers)
+
+
+async def _answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url)).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+both = pytest.mark.parametrize("name", sorted(_FILES))
+
+
+@both
+def test_file_is_accepted_without_a_warning(name: str, tmp_path: Path) -> None:
+    checked = check(name, configured(name, tmp_path, ports=(8001, 8002), port=8080))
+    assert checked.returncode == 0, checked.stderr
+    assert not re.search(r"warn|alert|emerg", checked.stderr, flags=re.IGNORECASE), checked.stderr
+
+
+def test_haproxy_starts_while_no_name_is_known(tmp_path: Path) -> None:
+    checked = run_program("haproxy", "-c", "-f", CLUSTER / "load_balancer" / "haproxy.cfg")
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_limits_are_the_servers_own() -> None:
+    api, proxy = ApiSettings(), ProxySettings()
+    nginx, haproxy = ((CLUSTER / "load_balancer" / file).read_text() for file in ("nginx.conf", "haproxy.cfg"))
+    largest = api.max_upload_bytes + api.max_fields_bytes
+    for line in (
+        f"client_header_timeout {proxy.header_timeout_s:g}s;",
+        f"client_max_body_size {largest // _MIB}m;",
+        f"send_timeout {api.send_idle_timeout_s:g}s;",
+        f"proxy_read_timeout {api.max_deadline_s:g}s;",
+        f"client_body_buffer_size {api.max_fields_bytes // _MIB}m;",
+    ):
+        assert f" {line}" in nginx
+    for line in (
+        f"timeout http-request {proxy.header_timeout_s:g}s",
+        f"timeout client {proxy.idle_timeout_s:g}s",
+        f"timeout server {api.max_deadline_s:g}s",
+        f"gt {largest} ",
+    ):
+        assert line in haproxy
+
+
+@both
+async def test_events_pass_as_they_happen(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
+        lines = answer.aiter_lines()
+        assert await anext(lines) == "data: first"
+        for server in balanced.servers:
+            server.heard.set()
+        assert [line async for line in lines if line] == ["data: last"]
+
+
+@both
+async def test_uploads_pass_up_to_the_servers_limit(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced:
+        largest = b"x" * (ApiSettings().max_upload_bytes + ApiSettings().max_fields_bytes)
+        assert (await balanced.client.post("/jobs/inpaint", content=largest)).status_code == 200
+        assert sum(server.num_bytes for server in balanced.servers) == len(largest)
+        head = f"POST /jobs/inpaint HTTP/1.1\r\nHost: a\r\nContent-Length: {len(largest) + 1}\r\n\r\n"
+        refused = await balanced.send(head + "x" * 65_536)
+        assert refused.startswith(b"HTTP/1.1 413 ")
+        assert b"too large" in refused
+
+
+@both
+async def test_half_sent_requests_end_and_reach_nobody(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path, slow_s=1) as balanced:
+        for path, sent in (("/jobs", "X-Long: "), ("/generate", "Content-Length: 1000\r\n\r\n{")):
+            await balanced.send(f"POST {path} HTTP/1.1\r\nHost: a\r\n{sent}")
+        assert not any(server.requests for server in balanced.servers)
+
+
+@both
+async def test_links_are_made_from_what_the_client_called(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced:
+        said = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
+        assert said == {"host": "audio.example.org", "x-forwarded-proto": "http"}
+
+
+@both
+async def test_requests_go_to_whoever_has_the_fewest(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
+        lines = answer.aiter_lines()
+        assert await anext(lines)
+        (busy,) = (server for server in balanced.servers if server.requests)
+        for _ in range(12):
+            await balanced.client.get("/who")
+            await asyncio.sleep(0.02)  # until the end of the connection is noticed, mostly
+        assert len(busy.requests) - 1 <= 3  # by turns it would be six
+        busy.heard.set()
+
+
+@both
+async def test_generation_that_one_server_refuses_is_made_by_the_other(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced:
+        balanced.servers[0].refuses = True
+        answers = await balanced.post("/generate", num=12)
+        assert {answer.status_code for answer in answers} == {200}
+
+
+@both
+async def test_refused_job_is_sent_nowhere_else(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced:
+        balanced.servers[0].refuses = True
+        answers = await balanced.post("/jobs", num=12)
+        assert sum(len(server.requests) for server in balanced.servers) == 12
+        assert {answer.status_code for answer in answers} <= {200, 503}
+
+
+@both
+async def test_where_all_are_full_clients_hear_it_from_a_server(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced:
+        for server in balanced.servers:
+            server.refuses = True
+        for path in ("/jobs", "/generate"):
+            for answer in await balanced.post(path, num=8):
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+
+
+async def test_haproxy_sends_nothing_to_a_server_that_is_not_ready(tmp_path: Path) -> None:
+    async with balancing("haproxy", tmp_path) as balanced:
+        leaving, staying = balanced.servers
+        leaving.is_ready = False
+        await balanced.until_only(staying)
+        leaving.requests.clear()
+        assert {answer.status_code for answer in await balanced.post("/jobs", num=10)} == {200}
+        assert not leaving.requests
+        leaving.is_ready, staying.is_ready = True, False
+        await balanced.until_only(leaving)
+
+
+async def test_haproxy_says_when_to_come_again_where_no_server_is_ready(tmp_path: Path) -> None:
+    async with balancing("haproxy", tmp_path) as balanced:
+        for server in balanced.servers:
+            server.is_ready = False
+        for _ in range(300):
+            if (answer := await balanced.client.get("/who")).status_code != 200:
+                break
+            await asyncio.sleep(0.1)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert "try again" in answer.json()["detail"]
+
+
+async def test_nginx_leaves_a_server_alone_that_refuses(tmp_path: Path) -> None:
+    async with balancing("nginx", tmp_path) as balanced:
+        leaving, staying = balanced.servers
+        leaving.refuses = True
+        await balanced.until_only(staying)
+
+
+@both
+async def test_server_that_is_gone_costs_no_request(name: str, tmp_path: Path) -> None:
+    server = Server()
+    async with (
+        listening(server) as alive,
+        running(name, tmp_path, ports=(alive, free_port())) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=_PATIENCE_S) as client,
+    ):
+        answers = [await client.post("/jobs", json={}) for _ in range(12)]
+        assert {answer.status_code for answer in answers} == {200}
+        assert server.requests.count("POST /jobs") == 12
