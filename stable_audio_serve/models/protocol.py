@@ -138,7 +138,8 @@ class BranchConditioning:
     """Per-request constants of one denoiser input, by names that mean something to the model only.
 
     `constants` have the same shape for every request; `by_frame` are (channels, F) with the row's own F. A name that a
-    branch leaves out stands for zeros.
+    branch leaves out stands for zeros, and takes nothing where all leave it out. So an adapter's low-rank terms,
+    stacked to one rank, can be constants: another adapter is another value, for which no call is captured again.
     """
 
     constants: Mapping[str, Tensor]

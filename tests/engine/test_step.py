@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from stable_audio_serve.engine.arena import FrameArena, HeldFrames
 from stable_audio_serve.engine.conditioning import ConditioningArena
 from stable_audio_serve.engine.device import WaitingDevice
 from stable_audio_serve.engine.step import Memories, StepInputs, StepRow, StepShape, run_step
-from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.protocol import DiffusionModel, RowConditioning, RowPlan, StepBatch
 from stable_audio_serve.sampling.update import StepNumbers
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import ToyModel, make_request, make_unlike_requests
@@ -134,6 +135,68 @@ def test_a_recorded_step_with_other_rows_equals_their_own_step_to_the_bit(bench:
         assert bench.results(second) == expected
         assert bench.results(first) == untouched
         assert [memory.data_ptr() for memory in _tensors(bench.memories)] == addresses
+
+
+class AdaptedModel(ToyModel):
+    """Adds low-rank terms to what it predicts: a branch has those of its request's adapter, stacked to one rank, among
+    its constants, and without an adapter none.
+    """
+
+    RANK = 3
+
+    def terms(self, adapter: str) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(sum(adapter.encode()))
+        shape = (2, self.RANK, self.spec.card.latent_channels)
+        into, out = torch.randn(shape, generator=generator)
+        return {"adapter.into": into, "adapter.out": out}
+
+    def condition(self, plan: RowPlan, **given: Any) -> RowConditioning:
+        own = super().condition(plan, **given)
+        if plan.prompt.startswith("as "):
+            constants = {**own.conditional.constants, **self.terms(plan.prompt)}
+            own = replace(own, conditional=replace(own.conditional, constants=constants))
+        return own
+
+    def denoise(self, batch: StepBatch) -> Tensor:
+        output = super().denoise(batch)
+        if "adapter.into" not in batch.constants:
+            return output
+        into, out = batch.constants["adapter.into"], batch.constants["adapter.out"]
+        return output + out.transpose(1, 2) @ (into @ batch.x)
+
+
+def test_another_adapter_is_a_write_and_not_a_capture() -> None:
+    """The place of low-rank terms: constants of a branch, found by a number in what the step is told."""
+    bench = Bench(AdaptedModel())
+    first = (make_request("as a choir", duration_s=0.6, seed=1), make_request(duration_s=0.4, seed=2))
+    second = (make_request(duration_s=0.5, seed=3), make_request("as a band", duration_s=0.8, seed=4, cfg_scale=3.0))
+    with torch.inference_mode():
+        rows, others = (bench.rows(requests, evaluation=0) for requests in (first, second))
+        general = replace(bench.shape([*rows, *others]).general(), rows=NETWORK_ROWS)
+        told = general.write(rows, DEVICE)
+        recorded: Callable[[], None] = make_fx(lambda: bench.step(general, told))()
+        slot = others[1].branches[0].slots["adapter.out"]
+        outcomes = []
+        for name in ("as a band", "as a bell"):
+            for term, value in AdaptedModel().terms(name).items():
+                bench.conditioning.slots[term].memory[slot] = value
+            before = bench.registers.memory.clone()
+            bench.step(bench.shape(others), bench.shape(others).write(others, DEVICE))
+            expected = bench.results(others)
+            bench.registers.memory.copy_(before)
+            told.copy_(general.write(others, DEVICE))
+            recorded()
+            assert bench.results(others) == expected
+            bench.registers.memory.copy_(before)
+            outcomes.append(expected)
+        assert outcomes[0][0] == outcomes[1][0]  # a row without an adapter
+        assert outcomes[0][1] != outcomes[1][1]
+
+
+def test_without_adapters_a_step_is_told_nothing_of_them() -> None:
+    bench = Bench(AdaptedModel())
+    rows = bench.rows((make_request(duration_s=0.5, seed=3),), evaluation=0)
+    assert bench.shape(rows).constants == ("context",)
 
 
 def _tensors(memories: Memories) -> list[Tensor]:
