@@ -1,0 +1,79 @@
+"""Prometheus' own checks of `cluster/monitoring/`; no alert without a case that fires it and one that does not."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stable_audio_serve.cli.metrics_page import exported_name
+from stable_audio_serve.core.metrics import METRICS
+from stable_audio_serve.serving.placement import INGRESS_NAME
+from tests.cluster.tools import CLUSTER, run_program
+
+pytestmark = pytest.mark.cluster
+
+MONITORING = CLUSTER / "monitoring"
+_SUFFIXES = ("_bucket", "_count", "_sum")  # of a histogram
+_OURS = re.compile(r"\bray_stable_audio_\w+")
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((MONITORING / name).read_text())
+
+
+def rules(kind: str) -> dict[str, str]:
+    """The expressions of all rules that are an `alert` or a `record`, by name."""
+    return {
+        rule[kind]: rule["expr"] for group in load("rules.yaml")["groups"] for rule in group["rules"] if kind in rule
+    }
+
+
+def test_prometheus_accepts_its_configuration() -> None:
+    checked = run_program("promtool", "check", "config", MONITORING / "prometheus.yaml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_alerts_fire_when_they_should() -> None:
+    tested = run_program("promtool", "test", "rules", "rules_test.yaml", cwd=MONITORING)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+def test_no_alert_without_a_case_that_fires_and_one_that_does_not() -> None:
+    cases = defaultdict(set)
+    for test in load("rules_test.yaml")["tests"]:
+        for case in test["alert_rule_test"]:
+            cases[case["alertname"]].add(bool(case["exp_alerts"]))
+    assert cases == {alert: {True, False} for alert in rules("alert")}
+
+
+@pytest.mark.parametrize("expression", ["vector(1) > 1", "vector(1)"])
+def test_cases_notice_an_alert_that_never_fires_or_always(expression: str, tmp_path: Path) -> None:
+    changed = load("rules.yaml")
+    for group in changed["groups"]:
+        group["rules"] = [{**rule, "expr": expression} if "alert" in rule else rule for rule in group["rules"]]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(changed))
+    (tmp_path / "rules_test.yaml").write_text((MONITORING / "rules_test.yaml").read_text())
+    tested = run_program("promtool", "test", "rules", "rules_test.yaml", cwd=tmp_path)
+    failed = set(re.findall(r"alertname: ?(\w+)", tested.stdout + tested.stderr))
+    assert failed == set(rules("alert"))
+
+
+def expressions() -> Iterator[str]:
+    yield from rules("alert").values()
+    yield from rules("record").values()
+
+
+def test_names_are_those_that_are_exported_and_recorded() -> None:
+    exported = {exported_name(metric): metric.kind for metric in METRICS.values()}
+    exported |= {name + suffix: kind for name, kind in exported.items() if kind == "histogram" for suffix in _SUFFIXES}
+    used = {name for expression in expressions() for name in _OURS.findall(expression)}
+    assert used <= set(exported)
+    recorded = {name for expression in expressions() for name in re.findall(r"\bstable_audio:[\w:]+", expression)}
+    assert recorded <= set(rules("record"))
+    assert f'deployment="{INGRESS_NAME}"' in rules("alert")["StableAudioNobodyAnswers"]
