@@ -1,5 +1,6 @@
 """The engine on a virtual clock: the product's own scheduler, batching, predictions and cost model; the device is a
-formula. A turn is that of `engine.loop.EngineLoop`: text of rows that start, one evaluation, the next decode windows.
+formula. A turn is that of `engine.loop.EngineLoop`: text of rows that start and the next decode windows, beside one
+evaluation where the device has two queues.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from itertools import groupby
 
 from benchmarks.arrivals import Arrival
 from benchmarks.simulate.devices import DeviceModel
+from benchmarks.simulate.queues import Queues
 from benchmarks.simulate.requests import Outcome, Shape
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy, Call, OneRowPerCall, Packed
@@ -27,6 +29,7 @@ from stable_audio_serve.engine.work import Phase, RowWork
 from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
 
 _PROBE_WINDOW = 128
+_CALLS_AHEAD = 2  # of the host, as in `engine.call_times`
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,11 @@ class Kind:
     frame_grid: int
     shares_calls: bool
     prefers_packed: bool = False
+    has_second_queue: bool = False
 
 
-CPU, GPU = Kind("strict", frame_grid=1, shares_calls=False), Kind("fast", frame_grid=64, shares_calls=True)
+CPU = Kind("strict", frame_grid=1, shares_calls=False)
+GPU = Kind("fast", frame_grid=64, shares_calls=True, has_second_queue=True)
 
 
 @dataclass(slots=True)
@@ -59,6 +64,7 @@ class _Row:
     arrival: Arrival
     work: RowWork
     has_started: bool = False
+    text: int | None = None  # the second queue's call that its first step waits for
     frames_decoded: int = 0
 
 
@@ -74,10 +80,13 @@ class SimulatedEngine:
         options: EngineOptions = EngineOptions(mode="fast"),
         kind: Kind = GPU,
         pack: Callable[[Sequence[tuple[int, int]]], float] | None = None,
+        gap_ms: float = 0.0,
     ) -> None:
         """`longest_frames`: latent frames of the model's longest clip. With `pack` rows are packed, and it prices a
-        call by the (rows, frames) in it; without they share padded calls.
+        call by the (rows, frames) in it; without they share padded calls. `gap_ms`: of each step, for which windows
+        beside it have the device as well; without, they take of a step's time what they take alone.
         """
+        self._gap_ms = gap_ms
         self._device = device
         self._shape = shape
         self._pack = pack
@@ -103,24 +112,30 @@ class SimulatedEngine:
             limits,
             knee_tokens=lambda frames: frames * self._policy.crowd(1, frames),
             step_ms=self._predictor.step_ms,
+            has_second_queue=kind.has_second_queue,
         )
+        self._has_second_queue = kind.has_second_queue
+        self._queues: Queues[Arrival] = Queues()
         self._rows: dict[RowId, _Row] = {}
         self._prompts: set[str] = set()
-        self._now = 0.0
+        self._last_text = 0
+        self._windows: list[int] = []  # the second queue's calls
         self.counts = Counts()
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """Returns what became of the arrivals, which are due in this order, none before the end of the last call."""
-        outcomes: list[Outcome] = []
-        coming = list(arrivals)
+        queues, coming = self._queues, list(arrivals)
         num_taken = 0
         while num_taken < len(coming) or self._rows:
             if not self._rows:
-                self._now = max(self._now, coming[num_taken].at_s)
-            while num_taken < len(coming) and coming[num_taken].at_s <= self._now:
+                queues.rest(1000.0 * coming[num_taken].at_s)
+            while num_taken < len(coming) and 1000.0 * coming[num_taken].at_s <= queues.now_ms:
                 self._receive(RowId(num_taken), coming[num_taken])
                 num_taken += 1
-            outcomes += self._turn()
+            self._turn()
+        queues.wait(queues.num_asked)
+        outcomes = [Outcome(arrival, ended_ms / 1000.0) for arrival, ended_ms in queues.ended]
+        queues.ended.clear()
         return outcomes
 
     def _receive(self, row_id: RowId, arrival: Arrival) -> None:
@@ -129,27 +144,47 @@ class SimulatedEngine:
         alone_s = self._predictor.alone_ms(work) / 1000.0
         self._scheduler.add(row_id, work, arrived_at=arrival.at_s, alone_s=alone_s)
 
-    def _turn(self) -> list[Outcome]:
-        picked = {row_id: self._rows[row_id] for row_id in self._scheduler.pick()}
-        phases = {row_id: row.work.phase for row_id, row in picked.items()}
-        self._encode_prompts([row for row in picked.values() if not row.has_started])
-        denoising = [row for row_id, row in picked.items() if phases[row_id] is Phase.DENOISE]
-        if denoising:
-            self._denoise(denoising)
-        self._decode([row for row_id, row in picked.items() if phases[row_id] is Phase.DECODE])
+    def _turn(self) -> None:
+        ids = self._scheduler.pick(beside=self._has_room_beside()) or self._scheduler.pick()
+        picked = [self._rows[row_id] for row_id in ids]
+        denoising = [row for row in picked if row.work.phase is Phase.DENOISE]
+        decoding = [row for row in picked if row.work.phase is Phase.DECODE]
+        self._begin(denoising)
+        self._encode_prompts([row for row in picked if not row.has_started])
+        if decoding:
+            self._decode(decoding)
+        if all(row.text is not None for row in denoising) or self._queues.has_ended(self._last_text):
+            self._begin(denoising)
+        stepping = [row for row in denoising if row.text is None]
+        if stepping:
+            self._denoise(stepping)
+        else:
+            self._queues.wait(self._queues.num_asked - _CALLS_AHEAD)
         self.counts.turns += 1
-        ended = [row_id for row_id, row in picked.items() if row.work.phase is Phase.DONE]
-        for row_id in ended:
-            self._scheduler.remove(row_id)
-        return [Outcome(self._rows.pop(row_id).arrival, self._now) for row_id in ended]
+        for row_id in ids:
+            if self._rows[row_id].work.phase is Phase.DONE:
+                self._scheduler.remove(row_id)
+                del self._rows[row_id]
+
+    def _has_room_beside(self) -> bool:
+        self._windows = [number for number in self._windows if not self._queues.has_ended(number)]
+        return len(self._windows) <= _CALLS_AHEAD
+
+    def _begin(self, rows: Sequence[_Row]) -> None:
+        """Let the next step wait for the text of these rows, where it was asked for."""
+        for row in rows:
+            if row.has_started and row.text is not None:
+                self._queues.wait(row.text)
+                row.text = None
 
     def _encode_prompts(self, rows: Sequence[_Row]) -> None:
         missing = list(dict.fromkeys(r.arrival.prompt for r in rows if r.arrival.prompt not in self._prompts))
         for start in range(0, len(missing), self._together):
-            self._take(self._device.text_ms(len(missing[start : start + self._together])))
+            self._last_text = self._ask(self._device.text_ms(len(missing[start : start + self._together])))
         self._prompts.update(missing)
         for row in rows:
             row.has_started = True
+            row.text = self._last_text
 
     def _denoise(self, rows: Sequence[_Row]) -> None:
         lanes = [row.work.lane for row in rows]
@@ -158,8 +193,8 @@ class SimulatedEngine:
         calls = self._policy.split(lanes)
         ms = sum(map(self._call_ms, calls))
         self._cost.correct("denoise", [call.shape for call in calls], measured_ms=ms)
-        self._pace.saw_step(ms)
-        self._take(ms)
+        self._pace.saw_step(sum(self._cost.call_ms("denoise", rows=c.shape[0], frames=c.shape[1]) for c in calls))
+        self._queues.run(ms, gap_ms=self._gap_ms)
         self.counts.calls += len(calls)
         self.counts.padded_tokens += sum(sum(call.lengths) or call.rows * call.frames for call in calls)
         self.counts.shapes.update((call.rows, call.frames) for call in calls if not call.lengths)
@@ -182,10 +217,13 @@ class SimulatedEngine:
             num = count_fitting(left, most)
             lengths += left[:num]
             row.work.decode_left = left[num:]
+        ms = 0.0
         for frames, group in groupby(sorted(lengths)):
             windows = len(list(group))
             for start in range(0, windows, self._together):
-                self._take(self._device.decode_ms(min(windows - start, self._together), frames))
+                ms += self._device.decode_ms(min(windows - start, self._together), frames)
+        ended = [row.arrival for row in rows if row.work.phase is Phase.DONE]
+        self._windows.append(self._ask(ms, *ended))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
         """Cut what is left of the row's clip anew, as `engine.windows.AudioAssembly`; the first window is taken."""
@@ -196,8 +234,12 @@ class SimulatedEngine:
         row.work.decode_left = window_lengths(spans)
         row.frames_decoded = spans[0].keep_stop
 
-    def _take(self, ms: float) -> None:
-        self._now += ms / 1000.0
+    def _ask(self, ms: float, *ended: Arrival) -> int:
+        """Ask for work beside the next step, or before it where the device has one queue. Returns its number."""
+        number = self._queues.ask(ms, *ended)
+        if not self._has_second_queue:
+            self._queues.wait(number)
+        return number
 
 
 def fit_cost(

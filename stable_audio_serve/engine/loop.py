@@ -152,16 +152,22 @@ class EngineLoop:
             rows = [row for row in picked if phases[row.id] is phase and row.id in self._rows]
             if rows:
                 self._fail(run(rows))
+        self._hand_over(picked)
+        self._deliver()  # where the host waited for the windows, their rows need not wait for the step
         self._begin(stepping, at_once=not any(isinstance(row.phase, Stepping) for row in stepping))
         rows = [row for row in stepping if isinstance(row.phase, Stepping)]
         if rows:
             self._fail(self._stages.denoise(rows))
-        for row in picked:
-            if row.id in self._rows and row.work.phase is Phase.DONE:
-                self._scheduler.remove(row.id)
-                self._stages.deliver(row)
+        self._hand_over(rows)
         self._stages.keep_pace()
         self._stages.capture(is_idle=False)
+
+    def _hand_over(self, rows: Sequence[Row]) -> None:
+        """Leave rows that are all asked for to the device."""
+        for row in rows:
+            if row.id in self._scheduler and row.work.phase is Phase.DONE:
+                self._scheduler.remove(row.id)
+                self._stages.deliver(row)
 
     def _begin(self, rows: Sequence[Row], *, at_once: bool = True) -> None:
         """Let rows step that can; new ones wait for the next turn rather than let others wait for their text."""

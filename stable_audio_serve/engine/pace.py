@@ -30,7 +30,8 @@ class WindowPace:
     def decode_frames(self, num_rows: int, *, others_wait: bool) -> int:
         """Returns the most latent frames of each of `num_rows` rows to decode now.
 
-        While others wait, all of them together take no longer than one step, or than a time that nobody notices.
+        While others wait, all of them together take no longer than one step, or than a time that nobody notices;
+        windows of one length share a call.
         """
         if self.is_fixed or not others_wait:
             return self.turn_frames
@@ -38,6 +39,6 @@ class WindowPace:
         fitting = [
             frames
             for frames in _LENGTHS
-            if frames <= self.turn_frames and num_rows * self._cost.call_ms("decode", rows=1, frames=frames) <= most_ms
+            if frames <= self.turn_frames and self._cost.call_ms("decode", rows=num_rows, frames=frames) <= most_ms
         ]
         return fitting[-1] if fitting else min(_LENGTHS[0], self.turn_frames)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -16,8 +17,9 @@ from benchmarks.sides.servers import open_side
 from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.day import draw_day, load_of_hour
 from benchmarks.simulate.devices import LinearDevice
-from benchmarks.simulate.engine import CPU, SimulatedEngine
+from benchmarks.simulate.engine import CPU, GPU, SimulatedEngine
 from benchmarks.simulate.formula import DEMO_ON_A_CPU
+from benchmarks.simulate.queues import Queues
 from benchmarks.simulate.requests import Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, h200
@@ -99,6 +101,34 @@ def test_the_engine_by_hand() -> None:
     assert outcome.ended_at == pytest.approx(0.010 + 2 * (0.010 + 0.0064) + 0.022)  # a row of 10 frames is padded to 64
     assert (engine.counts.turns, engine.counts.calls, engine.counts.shapes) == (3, 2, {(1, 64)})
     assert (engine.counts.tokens, engine.counts.padded_tokens) == (20, 128)
+
+
+def test_two_queues_by_hand() -> None:
+    queues: Queues[str] = Queues()
+    first, second = queues.ask(3.0, "a"), queues.ask(4.0, "b", "c")
+    queues.rest(5.0)
+    assert (queues.ended, queues.has_ended(first), queues.has_ended(second)) == ([("a", 3.0)], True, False)
+    queues.run(10.0)  # behind what the second queue has left: 2 of 4
+    assert queues.now_ms == 17.0
+    assert queues.ended[1:] == [("b", 7.0), ("c", 7.0)]
+    last = queues.ask(6.0)
+    queues.run(10.0, gap_ms=4.0)  # for 4 of its 10 the device is not its own
+    assert queues.now_ms == 17.0 + 6.0 + 10.0 - 4.0
+    queues.wait(last)
+    queues.run(1.0, gap_ms=1.0)
+    assert queues.now_ms == 30.0
+
+
+def test_windows_run_beside_the_steps_of_others_by_hand() -> None:
+    """The first row steps twice, then decodes beside the second one's third step; both have the prompt."""
+    for kind in (GPU, replace(GPU, has_second_queue=False)):
+        engine = SimulatedEngine(DEVICE, SHAPE, longest_frames=128, kind=kind)
+        first, second = engine.run([arrive(0, 1), arrive(0, 1, steps=4)])
+        step_ms, window_ms = 10.0 + 0.1 * 2 * 64, 22.0
+        last_ms = 10.0 + 0.1 * 64
+        assert first.ended_at == pytest.approx((10.0 + 2 * step_ms + window_ms) / 1000.0)
+        assert second.ended_at == pytest.approx((10.0 + 2 * step_ms + 2 * window_ms + 2 * last_ms) / 1000.0)
+        assert engine.counts.turns == 5
 
 
 def test_equal_rows_share_calls_and_packed_rows_need_no_padding() -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
+from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.device import Moment, WaitingDevice
+from stable_audio_serve.models.protocol import DecodeWindow
+from stable_audio_serve.sampling import SeededNoise
 from tests.engine.late_device import LateDevice
-from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
+from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
 
 FAST_TOLERANCE = 1e-5  # as in tests of a crowd's bytes
-PATIENCES = (None, 0, 1, 3)
+PATIENCES = (None, 1)
 
 
 def make_options(mode: str, **fields: object) -> EngineOptions:
@@ -66,5 +74,181 @@ async def test_a_second_queue_that_is_late_changes_nothing(mode: str, patience: 
     device = LateDevice(patience=patience)
     async with Engine(make_model(mode), make_options(mode), device=device) as engine:
         results = await asyncio.gather(*map(engine.generate, crowd))
-    assert device.num_late > 0 or patience == 0
+    assert device.num_late > 0
     assert_same(mode, results, expected)
+
+
+class PoisonedNoise(SeededNoise):
+    """The noise of the row that is to fail, by which its windows are known."""
+
+
+def make_noise(seed: int) -> SeededNoise:
+    return PoisonedNoise(seed) if seed == 666 else SeededNoise(seed)
+
+
+def break_poisoned(name: str, items: Sequence[object]) -> None:
+    if any(item == "poison" or isinstance(getattr(item, "noise", None), PoisonedNoise) for item in items):
+        raise RuntimeError(f"{name} broke")
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        make_request("poison", seed=1),
+        make_request(seed=666, duration_s=1.9),
+        make_request(seed=666, duration_s=1.9, init_audio=make_audio(1.9), init_noise_level=0.5),
+    ],
+    ids=["text", "decode", "encode"],
+)
+async def test_a_row_that_breaks_beside_the_steps_of_others_fails_alone(poison: GenerationRequest) -> None:
+    crowd = make_unlike_requests()
+    expected = await run_alone(crowd, mode="fast")
+    model = ToyModel(noisy_source_encoder=True, on_call=break_poisoned)
+    async with Engine(model, make_options("fast"), device=LateDevice(), noise_factory=make_noise) as engine:
+        *results, failed = await asyncio.gather(*map(engine.generate, [*crowd, poison]), return_exceptions=True)
+    assert isinstance(failed, GenerationError)
+    assert_same("fast", [result for result in results if not isinstance(result, BaseException)], expected)
+
+
+@pytest.mark.parametrize("mode", ["strict", "fast"])
+async def test_rows_cancelled_in_the_second_queue_change_nothing(mode: str) -> None:
+    crowd = make_crowd()
+    expected = await run_alone(crowd, mode=mode)
+    decoding = asyncio.Event()
+    async with Engine(make_model(mode), make_options(mode), device=LateDevice()) as engine:
+        tasks = [
+            asyncio.create_task(
+                engine.generate(request, lambda progress: decoding.set() if progress.fraction > 0.9 else None)
+            )
+            for request in crowd
+        ]
+        await asyncio.wait_for(decoding.wait(), 30)
+        for task in tasks[::2]:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    kept = [(r, alone) for r, alone in zip(results, expected, strict=True) if isinstance(r, GenerationResult)]
+    assert len(kept) >= len(crowd) // 2
+    assert_same(mode, [result for result, _ in kept], [alone for _, alone in kept])
+
+
+async def test_closing_ends_what_is_in_the_second_queue() -> None:
+    decoding = threading.Event()
+    model = ToyModel(on_call=lambda name, items: decoding.set() if name == "decode" else None)
+    async with Engine(model, make_options("fast"), device=LateDevice()) as engine:
+        tasks = [asyncio.create_task(engine.generate(request)) for request in make_crowd()]
+        assert await asyncio.to_thread(decoding.wait, 30)
+        await engine.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert not engine.heartbeat().is_alive
+    ended = [result for result in results if not isinstance(result, GenerationResult)]
+    assert all(isinstance(result, ModelUnavailableError) for result in ended)
+
+
+class TwoQueues(WaitingDevice):
+    """Two queues on a virtual clock. The second goes first where both have work; it begins after what the first was
+    asked for before. Every call of a model takes the current queue what `ms(name, items)` says.
+    """
+
+    def __init__(self, clock: FakeClock, *, ms: Callable[[str, Sequence[object]], float]) -> None:
+        super().__init__(torch.device("cpu"), clock=clock)
+        self.has_second_queue = True
+        self.default_mode = "fast"
+        self.calls: list[tuple[str, float, float]] = []  # name, begin and end in seconds
+        self.gate = threading.Event()
+        self.gate.set()
+        self._time = clock
+        self._ms = ms
+        self._first_free_at = self._second_free_at = 0.0
+        self._busy: list[tuple[float, float]] = []  # the second queue
+        self._is_beside = False
+
+    def __call__(self, name: str, items: Sequence[object]) -> None:
+        assert self.gate.wait(30)
+        took_s = self._ms(name, items) / 1000.0
+        if self._is_beside:
+            began_at = max(self._second_free_at, self._time.now)
+            self._second_free_at = ended_at = began_at + took_s
+            self._busy.append((began_at, ended_at))
+        else:
+            began_at = ended_at = max(self._first_free_at, self._time.now)
+            for busy_from, busy_to in self._busy:
+                free_s = max(busy_from - ended_at, 0.0)
+                if free_s >= took_s:
+                    break
+                took_s -= free_s
+                ended_at = max(ended_at, busy_to)
+            self._first_free_at = ended_at = ended_at + took_s
+        self.calls.append((name, began_at, ended_at))
+
+    @contextmanager
+    def beside(self, *reads: torch.Tensor) -> Iterator[None]:
+        self._second_free_at = max(self._second_free_at, self._first_free_at)
+        self._is_beside = True
+        yield
+        self._is_beside = False
+
+    def mark(self) -> Moment:
+        return VirtualPoint(self._time, self._second_free_at if self._is_beside else self._first_free_at)
+
+    def follow(self, moment: Moment) -> None:
+        assert isinstance(moment, VirtualPoint)
+        self._first_free_at = max(self._first_free_at, moment.at_s)
+
+
+class VirtualPoint:
+    def __init__(self, clock: FakeClock, at_s: float) -> None:
+        self._clock = clock
+        self.at_s = max(at_s, clock.now)
+
+    def is_reached(self) -> bool:
+        return self._clock.now >= self.at_s
+
+    def wait(self) -> None:
+        self._clock.now = max(self._clock.now, self.at_s)
+
+    def ms_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, VirtualPoint)
+        return (self.at_s - earlier.at_s) * 1000.0
+
+
+_STEP_MS = 20.0
+
+
+def take_ms(name: str, items: Sequence[object]) -> float:
+    """A clip of 2.4 s takes 60 ms to decode: three steps."""
+    if name == "decode":
+        return 1.0 + 0.25 * sum(item.latents.shape[-1] for item in items if isinstance(item, DecodeWindow))
+    return {"denoise": _STEP_MS, "encode_text": 4.0, "condition": 0.0}.get(name, 1.0)
+
+
+async def test_a_long_clip_decoded_beside_steps_delays_none_by_more_than_one_window() -> None:
+    clock = FakeClock()
+    device = TwoQueues(clock, ms=take_ms)
+    options = EngineOptions(mode="fast", torch_threads=1, fixed_share=0.001)
+    requests = [make_request("short", duration_s=0.5, steps=40), make_request("long", duration_s=2.4, steps=2)]
+    async with Engine(ToyModel(on_call=device), options, device=device, clock=clock) as engine:
+        device.gate.clear()
+        tasks = []
+        for request in requests:
+            backlog_ms = engine.backlog_ms
+            tasks.append(asyncio.create_task(engine.generate(request)))
+            async with asyncio.timeout(30):
+                while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110 - another thread accepts it
+                    await asyncio.sleep(0.002)
+        num_before = len(device.calls)
+        device.gate.set()
+        results = await asyncio.gather(*tasks)
+    calls = device.calls[num_before:]
+    windows = [(began_at, ended_at) for name, began_at, ended_at in calls if name == "decode"]
+    ends = [ended_at for name, _, ended_at in calls if name == "denoise"]
+    steps_ms = [1000.0 * (later - earlier) for earlier, later in pairwise(ends)]
+    longest_ms = max(1000.0 * (ended_at - began_at) for began_at, ended_at in windows)
+    assert len(windows) >= 3
+    assert longest_ms <= 1.1 * _STEP_MS
+    assert max(steps_ms) <= _STEP_MS + longest_ms + 0.001
+    # The device does nothing twice and never waits: its time is the sum of both queues' work.
+    total_ms = sum(take_ms(name, ()) for name, _, _ in calls if name != "decode")
+    total_ms += sum(1000.0 * (ended_at - began_at) for began_at, ended_at in windows)
+    first, last = min(began_at for _, began_at, _ in calls), max(ended_at for _, _, ended_at in calls)
+    assert 1000.0 * (last - first) == pytest.approx(total_ms, rel=0.02)
+    assert results[1].timings.total_ms < results[0].timings.total_ms

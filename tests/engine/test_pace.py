@@ -25,7 +25,8 @@ def test_a_row_alone_decodes_a_whole_turn() -> None:
         (0.0, 1, 64),  # 10 ms hold 80 frames
         (12.0, 1, 96),  # 12 ms hold 100
         (30.0, 1, 256),  # 280
-        (30.0, 3, 64),  # 10 ms for each of three rows
+        (30.0, 3, 64),  # three rows of 93
+        (22.0, 3, 64),  # of 66: what a call costs besides is paid once
         (30.0, 100, 32),  # never less
         (1000.0, 1, 512),  # never more
     ],
