@@ -2,7 +2,7 @@
 Nothing else in the engine asks which kind it runs on. Knows no rows and no model.
 
 A device works through its queue behind the host. A host that waits for it leaves it idle afterwards, so results come
-back by copies into pinned memory, and are read once the `Moment` marked after them is reached. A device may have a
+back by copies into pinned memory, and are collected once the `Moment` marked after them is reached. A device may have a
 second queue, whose work runs beside that of the first; the rules that keep both from each other's memory are in here.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import DeviceUse
+from stable_audio_serve.engine.landing import LandingRing
 from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.sampling.transfer import to_device
 
 # Errors after which the device itself is unusable: no row caused them and the process must be replaced.
 DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+
+_LANDING_BYTES = 64 * 2**20  # three of the longest windows of stereo audio
 
 
 class Moment(Protocol):
@@ -61,7 +64,11 @@ class Device(Protocol):
         ...
 
     def download(self, source: Tensor, target: Tensor) -> None:
-        """Copy a device tensor to contiguous host memory of `host_buffer`; there once a later moment is reached."""
+        """Copy a device tensor to contiguous host memory of any kind; there once it is collected at a later moment."""
+        ...
+
+    def collect(self) -> None:
+        """Bring everything to its memory that was downloaded before the last moment that is reached."""
         ...
 
     def mark(self) -> Moment:
@@ -122,6 +129,9 @@ class WaitingDevice:
     def download(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
+    def collect(self) -> None:
+        """Everything is there."""
+
     def mark(self) -> Moment:
         return _Reached(self._clock.monotonic())
 
@@ -168,6 +178,8 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
+        pinned = partial(self.host_buffer, dtype=torch.uint8)
+        self._landing = LandingRing(pinned, mark=self.mark, num_bytes=_LANDING_BYTES)
         self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that asks for them
 
     @cached_property
@@ -182,7 +194,10 @@ class CudaDevice:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def download(self, source: Tensor, target: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
+        self._landing.land(source, target)
+
+    def collect(self) -> None:
+        self._landing.collect()
 
     def mark(self) -> Moment:
         return _Event(self.torch_device)

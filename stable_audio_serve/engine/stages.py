@@ -186,6 +186,7 @@ class Stages:
 
         With `wait`, at least one row that is on its way is waited for.
         """
+        self._device.collect()  # in every turn, so that little has to be moved at once
         arrived: list[Row] = []
         failures: Failures = []
         while self._delivering:
@@ -194,6 +195,7 @@ class Stages:
                 if not wait or arrived:
                     break
                 moment.wait()
+            self._device.collect()
             self._delivering.popleft()
             if not isinstance(row.phase, Decoding):
                 continue  # it ended meanwhile

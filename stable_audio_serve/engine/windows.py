@@ -88,7 +88,8 @@ class SourceEncoding:
 class AudioAssembly:
     """One row's audio while its windows are decoded: exact length, silent after the valid frames.
 
-    The audio is on the host, and `is_finite` right, once the device has done what was asked of it up to the last `put`.
+    The audio is on the host, and `is_finite` right, once the device has done what was asked of it up to the last `put`
+    and it is collected.
     """
 
     def __init__(
@@ -109,10 +110,10 @@ class AudioAssembly:
         self._frames = spans[-1].stop
         self._rule = rule
         self._left = audible_spans(spans, hop=hop, end=self._end)
-        self._audio = device.host_buffer(channels, output_samples, dtype=torch.float32)
+        self._audio = torch.zeros(channels, output_samples)
         # Whether the checked latents and the samples so far are finite: on the device, then on the host.
         self._finite_there: dict[int, Tensor] = {}
-        self._finite = device.host_buffer(2, dtype=torch.bool).fill_(True)
+        self._finite = torch.ones(2, dtype=torch.bool)
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
