@@ -181,6 +181,7 @@ class CudaDevice:
         pinned = partial(self.host_buffer, dtype=torch.uint8)
         self._landing = LandingRing(pinned, mark=self.mark, num_bytes=_LANDING_BYTES)
         self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that asks for them
+        self._kept: list[torch.cuda.CUDAGraph] = []
 
     @cached_property
     def _second(self) -> torch.cuda.Stream:
@@ -218,12 +219,20 @@ class CudaDevice:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self.torch_device)
         if current not in self._captures:  # one pool for all of a queue: no two of them run at once
-            self._captures[current] = torch.cuda.Stream(self.torch_device), torch.cuda.graph_pool_handle()
+            self._captures[current] = stream, pool = (
+                torch.cuda.Stream(self.torch_device),
+                torch.cuda.graph_pool_handle(),
+            )
+            # A pool whose last graph is dropped cannot be used again.
+            self._kept.append(self._record(lambda: torch.zeros(1, device=self.torch_device), stream=stream, pool=pool))
         stream, pool = self._captures[current]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             run()  # what happens once in a process's life must not happen within the capture
         current.wait_stream(stream)
+        return self._record(run, stream=stream, pool=pool).replay
+
+    def _record(self, run: Callable[[], object], *, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             # Not `torch.cuda.graph`, which waits for the device and gives unused memory back. What other threads ask
@@ -237,7 +246,7 @@ class CudaDevice:
         except DEVICE_LOST as error:
             torch.cuda.synchronize(self.torch_device)  # raises if the device is lost indeed
             raise RuntimeError(f"this work cannot be captured: {error}") from error
-        return graph.replay
+        return graph
 
     def use(self) -> DeviceUse:
         device = self.torch_device

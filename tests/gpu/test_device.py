@@ -111,3 +111,12 @@ def test_work_that_waits_for_the_device_is_refused_and_nothing_is_lost(capturing
     capturing.capture(lambda: values.mul_(2.0))()  # type: ignore[arg-type, return-value]
     # Once before the capture and once by the replay.
     assert values.tolist() == [4.0] * 8
+
+
+def test_work_is_captured_again_after_all_that_was_captured_is_dropped(capturing: Device) -> None:
+    values = torch.ones(8, device=capturing.torch_device)
+    for _ in range(3):
+        replay = capturing.capture(lambda: values.mul_(2.0))  # type: ignore[arg-type, return-value]
+        replay()
+        del replay
+    assert values.tolist() == [64.0] * 8
