@@ -43,12 +43,12 @@ _NEEDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    parser = _parser()
-    given = vars(parser.parse_args(arguments))
+    command = parser()
+    given = vars(command.parse_args(arguments))
     case, out = given.pop("case"), given.pop("out", Path("bench-results"))
     for name in given:
         if refusal := refuse(case, name, given=given):
-            parser.error(refusal)
+            command.error(refusal)
     signal.signal(signal.SIGTERM, _end)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,21 +110,23 @@ def _run_request(mix: str = "demo-wide", *, against: tuple[str, ...] | None = No
     return RunRequest(mix, against, **asked)  # type: ignore[arg-type]  # as parsed
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """A parser that returns nothing but what was given."""
-    parser = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("case", choices=("bench", "run", *CASES, "all"))
-    parser.add_argument("--out", type=Path, help="folder for the results; default: bench-results")
-    parser.add_argument("--model", help="registered name or checkpoint folder; default: the demo model")
-    parser.add_argument("--device", help="default: cpu")
-    parser.add_argument("--mode", choices=MODES, help="default: both")
-    parser.add_argument("--threads", type=_positive, help="model threads; default: 1")
-    parser.add_argument("--rounds", type=_positive, help="default: 3; of bench without --full: 1 or 2, by case")
-    parser.add_argument("--full", action="store_true", help="as many requests as published figures need")
-    parser.add_argument("--engine-only", action="store_true", help="of run and all: only what needs no Ray and no HTTP")
-    run = parser.add_argument_group("run")
+    command.add_argument("case", choices=("bench", "run", *CASES, "all"))
+    command.add_argument("--out", type=Path, help="folder for the results; default: bench-results")
+    command.add_argument("--model", help="registered name or checkpoint folder; default: the demo model")
+    command.add_argument("--device", help="default: cpu")
+    command.add_argument("--mode", choices=MODES, help="default: both")
+    command.add_argument("--threads", type=_positive, help="model threads; default: 1")
+    command.add_argument("--rounds", type=_positive, help="default: 3; of bench without --full: 1 or 2, by case")
+    command.add_argument("--full", action="store_true", help="as many requests as published figures need")
+    command.add_argument(
+        "--engine-only", action="store_true", help="of run and all: only what needs no Ray and no HTTP"
+    )
+    run = command.add_argument_group("run")
     run.add_argument("--mix", choices=tuple(MIXES), help="default: demo-wide")
     run.add_argument("--against", type=_parse_sides, help=f"sides, the reference first: {','.join(SIDES)}")
     run.add_argument("--url", help="a running server, as a further side or alone")
@@ -134,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--count", type=_positive, help="requests of each list")
     run.add_argument("--goodput-trials", type=_count, help="steps of the search for the highest good rate; 0: none")
     run.add_argument("--budget-s", type=float, help="after this no new measurement begins")
-    return parser
+    return command
 
 
 def _positive(text: str) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from benchmarks.goals import GOALS, Standing, read_standings
 from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.registry import CASES, MODES
 from benchmarks.report import format_cell
+from benchmarks.settings import CaseSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_DEFAULTS = asdict(CaseSettings())
+_RUN_FOLLOWS = ("model", "mode", "threads", "rounds")
 PAGE = ROOT / "docs" / "performance.md"
 
 _HEAD = """# Performance
@@ -30,6 +34,7 @@ byte. A round beside which other programs used more than a tenth of a core is vo
 
 `make bench` measures the short form of everything here in minutes, `make bench FULL=1` the long one. To compare with a
 server of your own: `python -m benchmarks run --mix demo-wide --against lock,ours --url http://host:port --dialect sa3`.
+Each table stands below the command that measures it.
 """
 
 
@@ -66,6 +71,7 @@ def _machine(folder: Path) -> Iterator[str]:
     for name, report in reports.items():
         if name.startswith("run-"):
             yield f"### {name.removeprefix('run-')}: all sides\n"
+            yield _command(run_options(report["results"]), report["environment"]["settings"], followed=_RUN_FOLLOWS)
             yield format_comparison(report["results"])
     for name, case in CASES.items():
         module = importlib.import_module(f"benchmarks.cases.{case.module}")
@@ -73,8 +79,24 @@ def _machine(folder: Path) -> Iterator[str]:
         rows = [row for stem in stems if stem in reports for row in module.rows(reports[stem]["results"])]
         if rows:
             yield f"### {name}\n"
+            settings = next(reports[stem] for stem in stems if stem in reports)["environment"]["settings"]
+            mode = {} if len(stems) == 1 else {"mode": None}  # both of them
+            yield _command(name, {**settings, **mode}, followed=case.options.split())
             yield f"{(module.__doc__ or '').strip()}\n"
             yield _table([list(rows[0])], [list(row.values()) for row in rows])
+
+
+def run_options(results: Mapping[str, Any]) -> str:
+    """Returns the case and the options that compare these sides again."""
+    options = f"run --mix {results['mix']} --against {','.join(results['sides'])} --count {results['count']}"
+    return f"{options} --goodput-trials {results['goodput_trials']}"
+
+
+def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:
+    """Returns what was typed: options that have their default are left out."""
+    given = {name: settings[name] for name in followed if name in settings and settings[name] != _DEFAULTS[name]}
+    flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
+    return f"`{' '.join(['python -m benchmarks', case, *flags])}`\n"
 
 
 def _environment(reports: Mapping[str, Mapping[str, Any]]) -> str:

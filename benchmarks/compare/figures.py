@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare.playing import Record
-from benchmarks.metrics import audio_s_per_s, percentile, steady, summarize, throughput_rps
+from benchmarks.metrics import audio_s_per_s, percentile, steady, summarize
 
 _P95 = 0.95
 _MOST_LATE_SHARE = 0.05  # of requests, while a rate still counts as good
@@ -37,15 +37,16 @@ class Bracket:
 
 
 def capacity_rps(records: Sequence[Record]) -> float:
-    """Requests per second when all came at once."""
-    return throughput_rps([record.finished for record in records])
+    """Finished requests per second when all came at once; refused ones took time, but are no work done."""
+    span_s = max(record.ended_at for record in records) - min(record.due_at for record in records)
+    return sum(not record.refused for record in records) / max(span_s, 1e-9)
 
 
 def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) -> list[float]:
-    """Latencies of the steady part of a list; with `steps` only of requests with so many."""
+    """Latencies of what finished in the steady part of a list; with `steps` only of requests with so many."""
     ordered = sorted(records, key=lambda record: record.due_at)
     due_at = {request.due_at for request in steady([record.finished for record in ordered])}
-    return [r.latency_ms for r in ordered if r.due_at in due_at and steps in (None, r.steps)]
+    return [r.latency_ms for r in ordered if r.due_at in due_at and steps in (None, r.steps) and not r.refused]
 
 
 def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float], *, larger_is_better: bool) -> Ratio:
@@ -102,8 +103,9 @@ def describe_replays(rounds: Sequence[Sequence[Record]], *, step_classes: Sequen
         latencies_ms[str(steps)] = [ms for records in rounds for ms in steady_latencies_ms(records, steps=steps)]
     return {
         "num_requests": len(latencies_ms["all"]),
+        "refused": sum(record.refused for records in rounds for record in records),
         "latency": {name: asdict(summarize(values)) for name, values in latencies_ms.items() if values},
-        "stages_ms": mean_stages_ms([record for records in rounds for record in records]),
+        "stages_ms": mean_stages_ms([r for records in rounds for r in records if not r.refused]),
     }
 
 
@@ -111,7 +113,8 @@ def describe_bursts(rounds: Sequence[Sequence[Record]]) -> dict[str, Any]:
     """Capacity of a side by round."""
     return {
         "capacity_rps": [capacity_rps(records) for records in rounds],
-        "audio_s_per_gpu_s": [audio_s_per_s([record.finished for record in records]) for records in rounds],
+        "audio_s_per_gpu_s": [audio_s_per_s([r.finished for r in records if not r.refused]) for records in rounds],
+        "refused_at_once": [sum(record.refused for record in records) for records in rounds],
     }
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from benchmarks.compare.asking import Audio
 
 # Relative to the root mean square of the reference. Rows that share a call differ by 1e-5 at most in float32, 16-bit
-# files by 1e-4 of a quiet clip; one step fewer changes a clip by more than 1e-2.
-LARGEST_DIFFERENCE = 2e-3
+# files by 1e-4 of a quiet clip. A denoiser in float16 changes a clip by more than 1e-3, a decoder in TF32 by 8e-4, one
+# step fewer by more than 3e-2.
+LARGEST_DIFFERENCE = 5e-4
 LARGEST_HALF_DIFFERENCE = 5e-2  # where the denoiser runs in half precision
 
 

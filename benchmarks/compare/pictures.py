@@ -20,6 +20,7 @@ def format_comparison(results: Mapping[str, Any]) -> str:
     """Returns a Markdown table, one row per side: p95 by steps, and every figure also over the reference's."""
     reference = results["reference"]
     steps = [name for name in next(iter(results["sides"].values()))["latency"] if name != "all"]
+    is_refusing = any(side.get("refused") or any(side.get("refused_at_once", ())) for side in results["sides"].values())
     head = [
         "side",
         "capacity (1/s)",
@@ -28,6 +29,7 @@ def format_comparison(results: Mapping[str, Any]) -> str:
         "p99 (ms)",
         *(f"p95, {n} steps (ms)" for n in steps),
         "goodput (1/s)",
+        *(["refused at once, later"] if is_refusing else []),
     ]
     lines = [head, ["---"] * len(head)]
     for name, side in results["sides"].items():
@@ -50,6 +52,7 @@ def format_comparison(results: Mapping[str, Any]) -> str:
                     for n in steps
                 ),
                 f"{side['goodput']['good_rps']:.2f}{over('goodput')}" if side["goodput"] else "",
+                *([f"{sum(side['refused_at_once'])}, {side['refused']}"] if is_refusing else []),
             ]
         )
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)

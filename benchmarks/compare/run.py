@@ -184,7 +184,10 @@ class Run:
 
     async def _play(self, name: str, arrivals: ArrivalList, *, what: str) -> list[Record]:
         with tqdm(total=len(arrivals), desc=f"{what} {name}", leave=False, disable=None) as bar, _failing(name):
-            return await play(self._askers[name], arrivals, on_end=bar.update)
+            records = await play(self._askers[name], arrivals, on_end=bar.update)
+            if all(record.refused for record in records):
+                raise RuntimeError("it refused every request")
+            return records
 
     async def _take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
         if name in self._pieces:

@@ -128,15 +128,30 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        ready.wait(_READY_TIMEOUT_S)
+        with _interruptible():
+            ready.wait(_READY_TIMEOUT_S)
         if not server.ready_s:
             raise RuntimeError("the server did not start:\n" + "\n".join(server.lines[-30:]))
         yield server
     finally:
         stopping_at = time.perf_counter()
-        _stop(process)
+        with _interruptible():
+            _stop(process)
         server.stopped_s = time.perf_counter() - stopping_at
         reader.join(5.0)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it Ctrl-C ends a wait at once; an event loop that is held up by the wait would only notice it later."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.arrivals import Arrival
+from benchmarks.cases.engine import resolve_model
 from benchmarks.cases.run import RunRequest
-from benchmarks.compare.asking import Answer, Asker, InProcess
+from benchmarks.compare.asking import Answer, Asker, Audio, InProcess, RefusedError
 from benchmarks.compare.figures import (
     Bracket,
     capacity_rps,
+    describe_bursts,
+    describe_replays,
     fit_alone_ms,
     is_good,
     ratio_of_brackets,
@@ -32,6 +36,11 @@ from benchmarks.sides.timed_model import TimedModel
 from benchmarks.simulate.devices import LinearDevice
 from benchmarks.workload import MIXES
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.weights import cast_network
+from tests.factories import make_request
+from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +96,27 @@ def test_figures_by_hand() -> None:
     assert (goodput.value, goodput.low, goodput.high) == (2.0, 1.6, 2.5)
 
 
+def test_what_was_refused_is_no_work_and_no_latency() -> None:
+    burst = [record(0.0, 1.0), record(0.0, 0.01, refused=True), record(0.0, 4.0), record(0.0, 0.01, refused=True)]
+    assert capacity_rps(burst) == 0.5
+    assert steady_latencies_ms(burst) == [1000.0, 4000.0]
+    described = describe_replays([burst], step_classes=(8,))
+    assert (described["num_requests"], described["refused"]) == (2, 2)
+    assert describe_bursts([burst])["refused_at_once"] == [2]
+
+
+async def test_a_side_that_refuses_everything_cannot_be_compared(tmp_path: Path) -> None:
+    class Refusing:
+        async def ask(self, arrival: Arrival) -> Answer:
+            raise RefusedError("full", retry_after_s=1.0)
+
+    run = make_run(tmp_path, {"lock": Refusing()})
+    with pytest.raises(SideFailedError, match="lock failed: full"):
+        await run.measure()
+    with pytest.raises(SideFailedError, match="refused every request"):
+        await run._play("lock", run._draw(0, rate_hz=None), what="burst")
+
+
 def test_a_rate_is_good_while_nineteen_of_twenty_end_in_time() -> None:
     alone_ms = fit_alone_ms([record(0, 0.1, audio_s=1.0), record(0, 0.5, audio_s=5.0)])
     assert alone_ms(record(0, 9.0, audio_s=3.0)) == pytest.approx(300.0)
@@ -106,6 +136,28 @@ def test_unlike_clips_differ() -> None:
     assert compare([clip], {"same": [clip.copy()]})["same"].num_identical == 1
     with pytest.raises(VoidError, match="other is void"):
         compare([clip, clip], {"other": [clip, clip * np.float32(1.1)]})
+
+
+@pytest.mark.parametrize("folder", [SA3_GOLDENS / "sharp-s", OPEN_GOLDENS / "tiny-small"], ids=lambda path: path.name)
+@pytest.mark.parametrize("precision", ["float16 steps", "half decode", "a step fewer of a hundred"])
+async def test_less_exact_work_is_void(folder: Path, precision: str) -> None:
+    entry = resolve_model(str(folder))
+    other = load_model(entry, decode_precision="half" if "decode" in precision else "float32")
+    if "float16" in precision:
+        cast_network(other.denoiser, torch.float16)  # type: ignore[attr-defined]
+    steps = 100 if "hundred" in precision else 8
+    exact = await make_clip(load_model(entry), steps=steps)
+    less = await make_clip(other, steps=steps - ("fewer" in precision))
+    compare([exact], {"the same": [await make_clip(load_model(entry), steps=steps)]})
+    with pytest.raises(VoidError):
+        compare([exact], {"less": [less]})
+
+
+async def make_clip(model: DiffusionModel, *, steps: int) -> Audio:
+    side = open_side("lock", model, options=EngineOptions(mode="strict", torch_threads=1))
+    result = await side.generate(make_request("a low bell", duration_s=1.0, seed=3, steps=steps))
+    await side.close()
+    return result.audio[0]
 
 
 async def test_a_whole_run_states_every_figure_and_goes_on_where_it_was_cut(tmp_path: Path) -> None:
