@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.core.settings import ApiSettings, ProxySettings
-from tests.cluster.tools import CLUSTER, find_program, run_program
+from tests.cluster.balancers import FILES, check, configured, start
+from tests.cluster.tools import CLUSTER, run_program
 from tests.serving.launched import free_port
 from tests.sockets import listening
 
 pytestmark = pytest.mark.cluster
 
-_FILES = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}
 _PATIENCE_S = 60.0
 _MIB = 1024 * 1024
 
@@ -100,23 +99,6 @@ class Balanced:
         raise AssertionError("requests still go elsewhere")
 
 
-def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, slow_s: float | None = None) -> Path:
-    """A copy of the shipped file with the addresses of this test; `slow_s` replaces its 15 s deadlines."""
-    text = (CLUSTER / "load_balancer" / _FILES[name]).read_text()
-    for number, server_port in enumerate(ports, start=1):
-        text = text.replace(f"server-{number}:8000", f"127.0.0.1:{server_port}")
-    text = text.replace("/tmp/", f"{folder}/").replace("bind :8080", f"bind 127.0.0.1:{port}")
-    text = text.replace("listen 8080;", f"listen 127.0.0.1:{port};")
-    text = text if slow_s is None else text.replace(" 15s", f" {slow_s:g}s")
-    path = folder / _FILES[name]
-    path.write_text(text)
-    return path
-
-
-def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
-    return run_program(name, "-t", "-c", path) if name == "nginx" else run_program(name, "-c", "-f", path)
-
-
 @asynccontextmanager
 async def running(
     name: str, folder: Path, *, ports: tuple[int, int], slow_s: float | None = None
@@ -124,7 +106,7 @@ async def running(
     """The balancer before servers on these `ports`, one of which answers; its own port."""
     port = free_port()
     path = configured(name, folder, ports=ports, port=port, slow_s=slow_s)
-    process = _start(name, path)
+    process = start(name, path)
     try:
         async with httpx.AsyncClient() as client, asyncio.timeout(_PATIENCE_S):
             while not await _answers(client, f"http://127.0.0.1:{port}/who"):
@@ -134,12 +116,6 @@ async def running(
     finally:
         process.terminate()
         process.wait(_PATIENCE_S)
-
-
-def _start(name: str, path: Path) -> subprocess.Popen[bytes]:
-    options = ["-g", "daemon off;", "-c"] if name == "nginx" else ["-db", "-f"]
-    with (path.parent / "said").open("w") as said:
-        return subprocess.Popen([find_program(name), *options, str(path)], stdout=said, stderr=said)
 
 
 @asynccontextmanager
@@ -163,7 +139,7 @@ async def _answers(client: httpx.AsyncClient, url: str) -> bool:
         return False
 
 
-both = pytest.mark.parametrize("name", sorted(_FILES))
+both = pytest.mark.parametrize("name", sorted(FILES))
 
 
 @both

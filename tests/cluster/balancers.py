@@ -1,0 +1,35 @@
+"""Copies of the configurations in `cluster/load_balancer/`, and the programs that run them. Knows no server."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.cluster.tools import CLUSTER, find_program, run_program
+
+FILES = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}
+
+
+def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, slow_s: float | None = None) -> Path:
+    """A copy of the shipped file with the addresses of this test; `slow_s` replaces its 15 s deadlines."""
+    text = (CLUSTER / "load_balancer" / FILES[name]).read_text()
+    for number, server_port in enumerate(ports, start=1):
+        text = text.replace(f"server-{number}:8000", f"127.0.0.1:{server_port}")
+    text = text.replace("/tmp/", f"{folder}/").replace("bind :8080", f"bind 127.0.0.1:{port}")
+    text = text.replace("listen 8080;", f"listen 127.0.0.1:{port};")
+    text = text if slow_s is None else text.replace(" 15s", f" {slow_s:g}s")
+    path = folder / FILES[name]
+    path.write_text(text)
+    return path
+
+
+def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """What the program itself says of its configuration."""
+    return run_program(name, "-t", "-c", path) if name == "nginx" else run_program(name, "-c", "-f", path)
+
+
+def start(name: str, path: Path) -> subprocess.Popen[bytes]:
+    """Run it until it is told to end; what it says goes to the file `said` beside its configuration."""
+    options = ["-g", "daemon off;", "-c"] if name == "nginx" else ["-db", "-f"]
+    with (path.parent / "said").open("w") as said:
+        return subprocess.Popen([find_program(name), *options, str(path)], stdout=said, stderr=said)
