@@ -121,6 +121,8 @@ def count_shapes_of_a_day(mix: str, *, count: int, seeds: Sequence[int]) -> dict
     launched = [_run_day(mix, count=count, seed=seed, is_captured=False) for seed in seeds]
     return {
         "num_shapes": len(captured.shapes),
+        "num_text_shapes": len(captured.text_shapes),
+        "num_decode_shapes": len(captured.decode_shapes),
         "num_shapes_without_graphs": max(len(counts.shapes) for counts in launched),
         "num_requests": HOURS * count,
         "num_calls": captured.calls,

@@ -17,16 +17,19 @@ from benchmarks.simulate.requests import Outcome, Shape
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy, Call, OneRowPerCall, Packed
 from stable_audio_serve.engine.call_cost import Measurement
+from stable_audio_serve.engine.call_shapes import round_up
 from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.decode_calls import captured_windows
 from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
+from stable_audio_serve.engine.text_calls import captured_prompts
 from stable_audio_serve.engine.warmup import DURATION_SHARES, step_shapes
 from stable_audio_serve.engine.windows import count_fitting, window_lengths
 from stable_audio_serve.engine.work import Phase, RowWork
-from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
+from stable_audio_serve.models.windows import LONGEST_FRAMES, WINDOW_GRID, cut_windows
 
 _PROBE_WINDOW = 128
 _CALLS_AHEAD = 2  # of the host, as in `engine.call_times`
@@ -57,6 +60,8 @@ class Counts:
     tokens: int = 0
     padded_tokens: int = 0
     shapes: set[tuple[int, int]] = field(default_factory=set)
+    text_shapes: set[int] = field(default_factory=set)  # prompts
+    decode_shapes: set[tuple[int, int]] = field(default_factory=set)  # (windows, frames)
 
 
 @dataclass(slots=True)
@@ -180,7 +185,9 @@ class SimulatedEngine:
     def _encode_prompts(self, rows: Sequence[_Row]) -> None:
         missing = list(dict.fromkeys(r.arrival.prompt for r in rows if r.arrival.prompt not in self._prompts))
         for start in range(0, len(missing), self._together):
-            self._last_text = self._ask(self._device.text_ms(len(missing[start : start + self._together])))
+            num_prompts = len(missing[start : start + self._together])
+            self._last_text = self._ask(self._device.text_ms(num_prompts))
+            self.counts.text_shapes.add(captured_prompts(num_prompts))
         self._prompts.update(missing)
         for row in rows:
             row.has_started = True
@@ -221,9 +228,17 @@ class SimulatedEngine:
         for frames, group in groupby(sorted(lengths)):
             windows = len(list(group))
             for start in range(0, windows, self._together):
-                ms += self._device.decode_ms(min(windows - start, self._together), frames)
+                num_windows = min(windows - start, self._together)
+                ms += self._device.decode_ms(num_windows, frames)
+                self._count_windows(num_windows, frames)
         ended = [row.arrival for row in rows if row.work.phase is Phase.DONE]
         self._windows.append(self._ask(ms, *ended))
+
+    def _count_windows(self, num_windows: int, frames: int) -> None:
+        """Count a call as if clips had the headroom into which the product lengthens a last window."""
+        padded = round_up(frames, WINDOW_GRID)
+        if captured := captured_windows(num_windows, frames=padded):
+            self.counts.decode_shapes.add((captured, padded))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
         """Cut what is left of the row's clip anew, as `engine.windows.AudioAssembly`; the first window is taken."""

@@ -23,6 +23,14 @@ from stable_audio_serve.sampling.noise import NoiseSource
 _MOST_LATENTS = 512
 
 
+def captured_windows(num_windows: int, *, frames: int) -> int:
+    """Returns how many windows of so many latents the call has that is captured for these; 0: none is."""
+    if num_windows > GRAPH_ROWS[-1]:
+        return 0
+    padded = GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_windows)]
+    return padded if padded * frames <= _MOST_LATENTS else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """What a window is given of `NoiseSource.window`: float32 of this shape."""
@@ -82,10 +90,8 @@ class DecodeCalls:
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         """Returns the audio (C, S_window) float32 of windows of one length, from one call."""
         model, num_frames = self._model, windows[0].latents.shape[-1]
-        if not (self._device.can_capture and model.spec.captures_decode and len(windows) <= GRAPH_ROWS[-1]):
-            return model.decode(windows)
-        count = GRAPH_ROWS[bisect_left(GRAPH_ROWS, len(windows))]
-        if count * num_frames > _MOST_LATENTS:
+        count = captured_windows(len(windows), frames=num_frames)
+        if not (count and self._device.can_capture and model.spec.captures_decode):
             return model.decode(windows)
         if num_frames not in self._draws:
             watched = _WatchedNoise(windows[0].noise)

@@ -18,6 +18,11 @@ from stable_audio_serve.engine.graphs import CallMemory, Graphs, Kind
 from stable_audio_serve.models.protocol import DiffusionModel, TextEmbedding, TokenModel
 
 
+def captured_prompts(num_prompts: int) -> int:
+    """Returns how many prompts the call has that is captured for these; 0: none is."""
+    return GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_prompts)] if num_prompts <= GRAPH_ROWS[-1] else 0
+
+
 @dataclass(frozen=True, slots=True)
 class TextShape:
     """A call over `prompts` prompts of T tokens each, whose embeddings are `width` wide."""
@@ -65,8 +70,8 @@ class TextCalls:
         if not isinstance(model, TokenModel):
             return model.encode_text(prompts)
         told = model.tokenize(prompts)
-        if self._device.can_capture and len(prompts) <= GRAPH_ROWS[-1]:
-            shape = TextShape(GRAPH_ROWS[bisect_left(GRAPH_ROWS, len(prompts))], *model.text_size)
+        if self._device.can_capture and (num_prompts := captured_prompts(len(prompts))):
+            shape = TextShape(num_prompts, *model.text_size)
             if captured := self._graphs.find(shape, self._run):
                 buffer = self._device.host_buffer(shape.prompts, 2, shape.tokens, dtype=torch.int64)
                 buffer[: len(told)] = told  # what is left over are prompts of padding

@@ -10,7 +10,7 @@ from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the references' chunked encoding and decoding
 LONGEST_FRAMES = 512  # of a window that follows a rule
 _REDUNDANT_SHARE = 0.05  # what a planned window may decode beside the frames that it keeps, as a share of them
-_GRID = 16  # clips of nearly one length decode windows of one length, which share calls
+WINDOW_GRID = 16  # clips of nearly one length decode windows of one length, which share calls
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
@@ -50,10 +50,10 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     The cut depends on these lengths alone. Few frames are decoded twice, so the windows are longer where halos are.
     All windows of a clip have one length: on a GPU calls of one length share graphs, so long ones are on a fine grid.
     """
-    heard = min(frames, _round_up(num_audible + rule.halo, multiple=_GRID))
+    heard = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
     kept = min(max(kept, WINDOW_FRAMES), LONGEST_FRAMES - 2 * rule.halo)
-    grid = _GRID // 2 if kept > WINDOW_FRAMES else 1
+    grid = WINDOW_GRID // 2 if kept > WINDOW_FRAMES else 1
     spans = halo_windows(heard, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
     return tuple(_aligned(span, rule) for span in spans)
 
@@ -69,7 +69,7 @@ def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> l
         start = max(first - rule.halo, 0)
         stop, keep_stop = start + longest, start + longest - rule.halo
         if stop >= frames:
-            start = max(frames - _round_up(frames - start, multiple=_GRID), 0)
+            start = max(frames - _round_up(frames - start, multiple=WINDOW_GRID), 0)
             stop = keep_stop = frames
         spans.append(_aligned(WindowSpan(start, stop, first, keep_stop), rule))
         first = keep_stop
@@ -78,7 +78,7 @@ def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> l
 
 def shortest_window(rule: WindowRule) -> int:
     """Returns the least length of a window that is cut: it keeps half of its frames, or more."""
-    return _round_up(max(4 * rule.halo, _GRID), multiple=rule.multiple)
+    return _round_up(max(4 * rule.halo, WINDOW_GRID), multiple=rule.multiple)
 
 
 def _aligned(span: WindowSpan, rule: WindowRule) -> WindowSpan:

@@ -25,6 +25,7 @@ from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, h200
 from benchmarks.workload import MIXES
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.engine.graphs import MOST_GRAPHS
 
 SHAPE = Shape(frames=lambda duration_s: math.ceil(10 * duration_s), windows=lambda frames: (frames,))
 TIMED_SHAPE = Shape(frames=lambda duration_s: math.ceil(duration_s * 689 / 64), windows=lambda frames: (frames,))
@@ -193,6 +194,7 @@ def test_a_days_shapes_and_every_ratio_are_stated() -> None:
     for day in results["days"].values():
         assert 0 < day["num_shapes"] <= day["num_calls"]
         assert day["num_shapes_without_graphs"] > 0
+        assert day["num_shapes"] + day["num_text_shapes"] + day["num_decode_shapes"] <= MOST_GRAPHS
     for mix, figures in results["mixes"].items():
         batchings = {"strict", "fast"} if mix == "demo-wide" else {"grid", "packed"}
         assert figures.keys() - {"num_requests"} == batchings
