@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from statistics import mean
 
 import pytest
 
-from benchmarks.arrivals import Arrival
+from benchmarks.arrivals import Arrival, to_request
 from benchmarks.cases.simulate import SimulationSizes, compare_demo, run_simulate_case
 from benchmarks.compare.asking import InProcess
 from benchmarks.compare.playing import play
@@ -24,8 +25,10 @@ from benchmarks.simulate.requests import Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, h200
 from benchmarks.workload import MIXES
-from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.graphs import MOST_GRAPHS
+from tests.engine.two_queues import TwoQueues
+from tests.factories import FakeClock
 
 SHAPE = Shape(frames=lambda duration_s: math.ceil(10 * duration_s), windows=lambda frames: (frames,))
 TIMED_SHAPE = Shape(frames=lambda duration_s: math.ceil(duration_s * 689 / 64), windows=lambda frames: (frames,))
@@ -166,6 +169,39 @@ async def test_the_simulated_engine_takes_as_long_as_the_real_one() -> None:
     records = await play(asker, arrivals)
     assert mean(r.latency_ms for r in records) == pytest.approx(mean(o.latency_ms for o in simulated), rel=0.1)
     assert max(r.ended_at for r in records) == pytest.approx(max(o.ended_at for o in simulated), rel=0.1)
+
+
+async def test_with_two_queues_the_real_engine_takes_as_long_on_a_virtual_clock() -> None:
+    """Everything arrives at once. The real one decides a step or two ahead of its device."""
+    unit_ms = 30.0
+    times = LinearDevice(
+        text_fixed_ms=unit_ms,
+        step_fixed_ms=unit_ms,
+        step_per_frame_ms=unit_ms / 150,
+        coding_fixed_ms=unit_ms,
+        coding_per_frame_ms=unit_ms / 300,
+    )
+    arrivals = [
+        arrive(0, (1.0, 5.0, 11.0)[n % 3], steps=4 if n % 4 else 8, guided=not n % 4, prompt=f"{n}") for n in range(24)
+    ]
+    kind = replace(CPU, has_second_queue=True)
+    simulated = SimulatedEngine(times, TIMED_SHAPE, longest_frames=216, options=OPTIONS, kind=kind).run(arrivals)
+    clock = FakeClock()
+    device = TwoQueues(clock)
+    model = TimedModel(times, max_duration_s=20.0, sleep=device.take)
+    async with Engine(model, OPTIONS, device=device, clock=clock) as engine:
+        device.gate.clear()
+        tasks = []
+        for arrival in arrivals:
+            backlog_ms = engine.backlog_ms
+            tasks.append(asyncio.create_task(engine.generate(to_request(arrival, model.spec.card))))
+            async with asyncio.timeout(30):
+                while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110 - another thread accepts it
+                    await asyncio.sleep(0.002)
+        device.gate.set()
+        latencies_ms = [result.timings.total_ms for result in await asyncio.gather(*tasks)]
+    assert mean(latencies_ms) == pytest.approx(mean(o.latency_ms for o in simulated), rel=0.1)
+    assert max(latencies_ms) == pytest.approx(max(o.latency_ms for o in simulated), rel=0.1)
 
 
 async def host_ms_per_turn() -> float:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from stable_audio_serve.core.errors import GenerationError, ModelUnavailableError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.device import Moment, WaitingDevice
 from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.sampling import SeededNoise
 from tests.engine.late_device import LateDevice
+from tests.engine.two_queues import TwoQueues
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
 
 FAST_TOLERANCE = 1e-5  # as in tests of a crowd's bytes
@@ -144,73 +142,6 @@ async def test_closing_ends_what_is_in_the_second_queue() -> None:
     assert all(isinstance(result, ModelUnavailableError) for result in ended)
 
 
-class TwoQueues(WaitingDevice):
-    """Two queues on a virtual clock. The second goes first where both have work; it begins after what the first was
-    asked for before. Every call of a model takes the current queue what `ms(name, items)` says.
-    """
-
-    def __init__(self, clock: FakeClock, *, ms: Callable[[str, Sequence[object]], float]) -> None:
-        super().__init__(torch.device("cpu"), clock=clock)
-        self.has_second_queue = True
-        self.default_mode = "fast"
-        self.calls: list[tuple[str, float, float]] = []  # name, begin and end in seconds
-        self.gate = threading.Event()
-        self.gate.set()
-        self._time = clock
-        self._ms = ms
-        self._first_free_at = self._second_free_at = 0.0
-        self._busy: list[tuple[float, float]] = []  # the second queue
-        self._is_beside = False
-
-    def __call__(self, name: str, items: Sequence[object]) -> None:
-        assert self.gate.wait(30)
-        took_s = self._ms(name, items) / 1000.0
-        if self._is_beside:
-            began_at = max(self._second_free_at, self._time.now)
-            self._second_free_at = ended_at = began_at + took_s
-            self._busy.append((began_at, ended_at))
-        else:
-            began_at = ended_at = max(self._first_free_at, self._time.now)
-            for busy_from, busy_to in self._busy:
-                free_s = max(busy_from - ended_at, 0.0)
-                if free_s >= took_s:
-                    break
-                took_s -= free_s
-                ended_at = max(ended_at, busy_to)
-            self._first_free_at = ended_at = ended_at + took_s
-        self.calls.append((name, began_at, ended_at))
-
-    @contextmanager
-    def beside(self, *reads: torch.Tensor) -> Iterator[None]:
-        self._second_free_at = max(self._second_free_at, self._first_free_at)
-        self._is_beside = True
-        yield
-        self._is_beside = False
-
-    def mark(self) -> Moment:
-        return VirtualPoint(self._time, self._second_free_at if self._is_beside else self._first_free_at)
-
-    def follow(self, moment: Moment) -> None:
-        assert isinstance(moment, VirtualPoint)
-        self._first_free_at = max(self._first_free_at, moment.at_s)
-
-
-class VirtualPoint:
-    def __init__(self, clock: FakeClock, at_s: float) -> None:
-        self._clock = clock
-        self.at_s = max(at_s, clock.now)
-
-    def is_reached(self) -> bool:
-        return self._clock.now >= self.at_s
-
-    def wait(self) -> None:
-        self._clock.now = max(self._clock.now, self.at_s)
-
-    def ms_since(self, earlier: Moment) -> float:
-        assert isinstance(earlier, VirtualPoint)
-        return (self.at_s - earlier.at_s) * 1000.0
-
-
 _STEP_MS = 20.0
 
 
@@ -223,10 +154,16 @@ def take_ms(name: str, items: Sequence[object]) -> float:
 
 async def test_a_long_clip_decoded_beside_steps_delays_none_by_more_than_one_window() -> None:
     clock = FakeClock()
-    device = TwoQueues(clock, ms=take_ms)
+    device = TwoQueues(clock)
+    names: list[str] = []
+
+    def on_call(name: str, items: Sequence[object]) -> None:
+        names.append(name)
+        device.take(take_ms(name, items) / 1000.0)
+
     options = EngineOptions(mode="fast", torch_threads=1, fixed_share=0.001)
     requests = [make_request("short", duration_s=0.5, steps=40), make_request("long", duration_s=2.4, steps=2)]
-    async with Engine(ToyModel(on_call=device), options, device=device, clock=clock) as engine:
+    async with Engine(ToyModel(on_call=on_call), options, device=device, clock=clock) as engine:
         device.gate.clear()
         tasks = []
         for request in requests:
@@ -238,7 +175,7 @@ async def test_a_long_clip_decoded_beside_steps_delays_none_by_more_than_one_win
         num_before = len(device.calls)
         device.gate.set()
         results = await asyncio.gather(*tasks)
-    calls = device.calls[num_before:]
+    calls = [(name, *call[1:]) for name, call in zip(names, device.calls, strict=True)][num_before:]
     windows = [(began_at, ended_at) for name, began_at, ended_at in calls if name == "decode"]
     ends = [ended_at for name, _, ended_at in calls if name == "denoise"]
     steps_ms = [1000.0 * (later - earlier) for earlier, later in pairwise(ends)]

@@ -1,0 +1,78 @@
+"""A device with two queues on a virtual clock. Knows no engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from stable_audio_serve.engine.device import Moment, WaitingDevice
+from tests.factories import FakeClock
+
+
+class TwoQueues(WaitingDevice):
+    """Two queues on a virtual clock. The second goes first where both have work; it begins after what the first was
+    asked for before. What a model takes of the current queue, it tells by `take`.
+    """
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(torch.device("cpu"), clock=clock)
+        self.has_second_queue = True
+        self.default_mode = "fast"
+        self.calls: list[tuple[bool, float, float]] = []  # whether beside, begin and end in seconds
+        self.gate = threading.Event()
+        self.gate.set()
+        self._time = clock
+        self._first_free_at = self._second_free_at = 0.0
+        self._busy: list[tuple[float, float]] = []  # the second queue
+        self._is_beside = False
+
+    def take(self, took_s: float) -> None:
+        """Ask the current queue for work of so many seconds, once the gate is open."""
+        assert self.gate.wait(30)
+        if self._is_beside:
+            began_at = max(self._second_free_at, self._time.now)
+            self._second_free_at = ended_at = began_at + took_s
+            self._busy.append((began_at, ended_at))
+        else:
+            began_at = ended_at = max(self._first_free_at, self._time.now)
+            for busy_from, busy_to in self._busy:
+                free_s = max(busy_from - ended_at, 0.0)
+                if free_s >= took_s:
+                    break
+                took_s -= free_s
+                ended_at = max(ended_at, busy_to)
+            self._first_free_at = ended_at = ended_at + took_s
+        self.calls.append((self._is_beside, began_at, ended_at))
+
+    @contextmanager
+    def beside(self, *reads: torch.Tensor) -> Iterator[None]:
+        self._second_free_at = max(self._second_free_at, self._first_free_at)
+        self._is_beside = True
+        yield
+        self._is_beside = False
+
+    def mark(self) -> Moment:
+        return VirtualPoint(self._time, self._second_free_at if self._is_beside else self._first_free_at)
+
+    def follow(self, moment: Moment) -> None:
+        assert isinstance(moment, VirtualPoint)
+        self._first_free_at = max(self._first_free_at, moment.at_s)
+
+
+class VirtualPoint:
+    def __init__(self, clock: FakeClock, at_s: float) -> None:
+        self._clock = clock
+        self.at_s = max(at_s, clock.now)
+
+    def is_reached(self) -> bool:
+        return self._clock.now >= self.at_s
+
+    def wait(self) -> None:
+        self._clock.now = max(self._clock.now, self.at_s)
+
+    def ms_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, VirtualPoint)
+        return (self.at_s - earlier.at_s) * 1000.0
