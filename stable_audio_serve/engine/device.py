@@ -60,7 +60,7 @@ class Device(Protocol):
         ...
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Returns new host memory, zeros, that copies need not wait for."""
+        """Returns host memory that copies need not wait for; what it holds is left over from others."""
         ...
 
     def download(self, source: Tensor, target: Tensor) -> None:
@@ -124,7 +124,7 @@ class WaitingDevice:
         return to_device(host, self.torch_device)
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
 
     def download(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source)
@@ -192,7 +192,7 @@ class CudaDevice:
         return to_device(host, self.torch_device)
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def download(self, source: Tensor, target: Tensor) -> None:
         self._landing.land(source, target)

@@ -157,8 +157,11 @@ class StepShape:
         if self.draws:
             noise = buffer[end:].view(-1, self.latent_channels, self.frames)
             for target, row in zip(noise, rows, strict=False):
+                length = 0 if row.noise is None else row.noise.shape[1]
                 if row.noise is not None:
-                    target[:, : row.noise.shape[1]] = row.noise
+                    target[:, :length] = row.noise
+                target[:, length:] = 0.0  # left over memory may hold what is not a number
+            noise[len(rows) :] = 0.0
         return buffer
 
 

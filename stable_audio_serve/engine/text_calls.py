@@ -74,7 +74,8 @@ class TextCalls:
             shape = TextShape(num_prompts, *model.text_size)
             if captured := self._graphs.find(shape, self._run):
                 buffer = self._device.host_buffer(shape.prompts, 2, shape.tokens, dtype=torch.int64)
-                buffer[: len(told)] = told  # what is left over are prompts of padding
+                buffer[: len(told)] = told
+                buffer[len(told) :] = 0  # prompts of padding
                 there = shape.told(captured.memory.inputs)
                 there.copy_(buffer, non_blocking=True)
                 captured.replay()

@@ -62,7 +62,7 @@ def test_memory_that_is_not_pinned_is_copied_before_it_changes(opened: Device) -
 
 
 def test_what_was_downloaded_is_there_at_the_next_moment(opened: Device) -> None:
-    target = opened.host_buffer(2, _NUMBERS, dtype=torch.float32)
+    target = torch.zeros(2, _NUMBERS)
     keep_busy(opened)
     source = torch.arange(_NUMBERS, dtype=torch.float32, device=opened.torch_device)
     for channel in target:
@@ -70,8 +70,37 @@ def test_what_was_downloaded_is_there_at_the_next_moment(opened: Device) -> None
     moment = opened.mark()
     moment.wait()
     assert moment.is_reached()
+    opened.collect()
     assert torch.equal(target[:, : _NUMBERS // 2], torch.arange(_NUMBERS // 2).float().expand(2, -1))
     assert not target[:, _NUMBERS // 2 :].any()
+
+
+def test_more_than_the_ring_holds_arrives_whole(opened: Device) -> None:
+    source = torch.arange(2**20, dtype=torch.float32, device=opened.torch_device)  # 4 MiB
+    targets = torch.zeros(40, len(source))
+    for turn, target in enumerate(targets):
+        opened.download(source + turn, target)
+    opened.mark().wait()
+    opened.collect()
+    for turn, target in enumerate(targets):
+        assert torch.equal(target, torch.arange(2**20).float() + turn)
+
+
+def test_the_second_queue_follows_the_first_and_is_followed_by_it(opened: Device) -> None:
+    device = opened.torch_device
+    for turn in range(_TIMES):
+        given = torch.zeros(_NUMBERS, device=device)
+        keep_busy(opened) if turn % 10 == 0 else None
+        given += turn
+        with opened.beside(given):
+            keep_busy(opened) if turn % 10 == 5 else None
+            made = given * 2.0
+            moment = opened.mark()
+        del given  # its memory is free for the first queue, but not before the second has read it
+        others = [torch.full((_NUMBERS,), -1.0, device=device) for _ in range(4)]
+        opened.follow(moment)
+        assert (made + 1.0).unique().tolist() == [2.0 * turn + 1.0]
+        assert all(bool((other == -1.0).all()) for other in others)
 
 
 def test_moments_tell_the_devices_own_time(opened: Device) -> None:
