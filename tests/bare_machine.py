@@ -1,37 +1,51 @@
-"""A Python where only torch, numpy, transformers, safetensors, pytest and their needs are installed: the installed
-packages without those of the web, Ray, audio files and databases.
-"""
+"""A Python where only torch, numpy, transformers, safetensors, pytest, hypothesis and their needs are installed."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-# httpx stays: transformers' own client of the hub needs it.
+PRESENT = ("torch", "transformers", "numpy", "safetensors", "pytest", "hypothesis")
+# Some of them come with what is present here, and did not there.
 ABSENT = (
     "ray", "fastapi", "starlette", "uvicorn", "pydantic", "soundfile", "soxr", "structlog", "typer", "rich", "psycopg",
-    "pytest_asyncio", "pytest_timeout", "xdist", "boto3", "matplotlib",
+    "pytest_asyncio", "pytest_timeout", "xdist", "boto3", "matplotlib", "psutil", "aiohttp", "scipy", "sqlalchemy",
 )  # fmt: skip
-_HIDDEN = re.compile(
-    rf"(?:_?(?:{'|'.join(ABSENT)})\w*|httptools|multipart|python_multipart|pytest_xdist|stable_audio_serve"
-    r"|__editable__.*)(?:-.*|\..*)?",
-    re.IGNORECASE,
-)
 
 
 def find_packages() -> Iterator[Path]:
-    """Yields what stays of the installed packages."""
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not _HIDDEN.fullmatch(entry.name) and entry.suffix != ".pth":
-            yield entry
+    """Yields what belongs to the packages that are present and to those which they need."""
+    installed = Path(sysconfig.get_paths()["purelib"])
+    names: set[str] = set()
+    for package in PRESENT:
+        _add_needed(package, names)
+    parts = {file.parts[0] for name in names for file in distribution(name).files or ()}
+    for part in sorted(parts - {"..", "__pycache__"}):
+        yield installed / part
+
+
+def _add_needed(package: str, names: set[str]) -> None:
+    name = canonicalize_name(package)
+    if name in names or name in ABSENT:
+        return
+    try:
+        requirements = [Requirement(line) for line in distribution(name).requires or ()]
+    except PackageNotFoundError:
+        return
+    names.add(name)
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            _add_needed(requirement.name, names)
 
 
 class BareMachine:
