@@ -25,7 +25,7 @@ Kind = Literal["denoise", "text", "decode"]
 
 MOST_GRAPHS = 192
 _MISSES_TO_CAPTURE = 2  # a shape that is seen once may never come again
-_USES_TO_AGE = 20_000  # counted uses after which all counts are halved: what was asked for long ago matters less
+_USES_TO_AGE = 20_000  # after so many calls all counts are halved: what was asked for long ago matters less
 _WORTH_DROPPING = 2  # how many times more often a shape must be asked for than the one it replaces
 
 
@@ -83,6 +83,7 @@ class Graphs:
         self._wanted: dict[Shape, Run] = {}
         self._misses: Counter[Shape] = Counter()
         self._uses: Counter[Shape] = Counter()
+        self._num_uses = 0
         self._refused: set[Shape] = set()
         self._inputs: dict[Kind, Tensor] = {}
         self._outputs: dict[Kind, Tensor] = {}
@@ -94,7 +95,8 @@ class Graphs:
         may be zeros.
         """
         self._uses[shape] += 1
-        if self._uses.total() > _USES_TO_AGE:
+        self._num_uses += 1
+        if self._num_uses % _USES_TO_AGE == 0:
             self._age()
         captured = self._captured.get(shape)
         if captured is None:

@@ -12,15 +12,12 @@ import torch
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine.device import WaitingDevice
+from tests.engine.late_device import LateDevice
 
 
-class RecordingDevice(WaitingDevice):
-    """Everything but captures is as on a CPU."""
-
-    def __init__(self, clock: Clock = SystemClock()) -> None:
-        super().__init__(torch.device("cpu"), clock=clock)
-        self.can_capture = True
-        self.num_replays = 0
+class _Capturing:
+    can_capture = True
+    num_replays = 0
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         run()
@@ -30,6 +27,22 @@ class RecordingDevice(WaitingDevice):
             run()
 
         return replay
+
+
+class RecordingDevice(_Capturing, WaitingDevice):
+    """Everything but captures is as on a CPU."""
+
+    def __init__(self, clock: Clock = SystemClock()) -> None:
+        super().__init__(torch.device("cpu"), clock=clock)
+        self.can_capture = True
+
+
+class LateRecordingDevice(_Capturing, LateDevice):
+    """Its second queue works as late as it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.can_capture = True
 
 
 class GraphCounts(NullMetrics):

@@ -22,7 +22,7 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.sampling import SeededNoise
-from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.engine.capturing import GraphCounts, LateRecordingDevice, RecordingDevice
 from tests.factories import make_audio, make_request
 from tests.goldens import load_open_goldens
 from tests.models.loaded import loaded
@@ -130,8 +130,13 @@ def test_fewer_windows_or_prompts_than_were_recorded_are_unharmed_by_what_is_lef
         torch.testing.assert_close(one.tokens, other.tokens, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sharp-s", "tiny-1.0"])
-async def test_an_engine_that_captures_text_and_windows_gives_the_same_bytes(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "make_device"),
+    [("sharp-s", RecordingDevice), ("tiny-1.0", RecordingDevice), ("sharp-s", LateRecordingDevice)],
+)
+async def test_an_engine_that_captures_text_and_windows_gives_the_same_bytes(
+    name: str, make_device: type[RecordingDevice | LateRecordingDevice]
+) -> None:
     model = load(name)
     options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1, prompt_cache_bytes=0)
     requests = [
@@ -146,7 +151,7 @@ async def test_an_engine_that_captures_text_and_windows_gives_the_same_bytes(nam
     ]
     async with Engine(model, options) as engine:
         expected = [await engine.generate(request) for request in requests]
-    device, metrics = RecordingDevice(), GraphCounts()
+    device, metrics = make_device(), GraphCounts()
     async with Engine(model, options, device=device, metrics=metrics) as engine:
         for _ in range(3):
             await asyncio.gather(*map(engine.generate, requests))

@@ -157,3 +157,15 @@ def test_a_shape_that_cannot_be_captured_is_tried_once() -> None:
         bench.graphs.find(AnyShape(100), fail)
         bench.graphs.capture_next(is_idle=True)
     assert len(bench.taken_ms) == 1
+
+
+def test_what_was_asked_for_long_ago_matters_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(graphs_module, "_USES_TO_AGE", 100)
+    bench = Bench()
+    bench.ask(100, times=90)
+    bench.capture_all()
+    bench.ask(200, times=40)  # 45 uses of the first are left after the 100th, 22 after the 200th
+    assert bench.capture_all() == []
+    bench.ask(200, times=90)
+    assert bench.capture_all() == [200]
