@@ -1,0 +1,56 @@
+"""Reads a Dockerfile: its stages, what each inherits, and its instructions. Knows nothing of what they should be."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction, continuation lines joined by a space."""
+
+    name: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What follows one FROM: `base` is an image or another stage."""
+
+    name: str
+    base: str
+    instructions: list[Instruction] = field(default_factory=list)
+
+
+def parse(text: str) -> dict[str, Stage]:
+    """Returns the stages by name. Raises ValueError for a stage without one, or an instruction before the first."""
+    stages: dict[str, Stage] = {}
+    stage: Stage | None = None
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    for line in re.sub(r"\\\n\s*", " ", lines).splitlines():
+        if not line.strip():
+            continue
+        name, _, words = line.strip().partition(" ")
+        if name == "FROM":
+            found = re.fullmatch(r"(\S+) AS (\S+)", words)
+            if found is None:
+                raise ValueError(f"a stage without a name: {line}")
+            stage = stages[found[2]] = Stage(found[2], found[1])
+        elif stage is None:
+            raise ValueError(f"before the first stage: {line}")
+        else:
+            stage.instructions.append(Instruction(name, re.sub(r"\s+", " ", words.strip())))
+    return stages
+
+
+def inherited(stages: dict[str, Stage], name: str) -> list[Instruction]:
+    """Returns all instructions of an image, those of the stages it is built on first."""
+    stage = stages[name]
+    return [*(inherited(stages, stage.base) if stage.base in stages else []), *stage.instructions]
+
+
+def root_image(stages: dict[str, Stage], name: str) -> str:
+    """Returns the image from outside that a stage is built on."""
+    base = stages[name].base
+    return root_image(stages, base) if base in stages else base
