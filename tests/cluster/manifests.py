@@ -1,0 +1,191 @@
+"""What Kubernetes is given: renders an overlay, finds its pods, and tells what they lack to be operated.
+
+`problems` knows our own rules; the schemas of Kubernetes and KubeRay are checked by who calls it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from tests.cluster.tools import CLUSTER, run_program
+
+OVERLAYS = ("demo", "one-gpu", "multi-gpu")
+_SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re.IGNORECASE)
+_PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
+_UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
+_PROBES = {
+    "head": {},  # KubeRay's own: it deploys only to a head that is ready
+    "ingress": {"livenessProbe": "/health", "readinessProbe": "/ready", "startupProbe": "/health"},
+    "gpu": {"readinessProbe": "/ready"},  # without a replica no proxy is there
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The head, or one group of workers, of a RayService."""
+
+    name: str
+    spec: dict[str, Any]
+
+    @property
+    def template(self) -> dict[str, Any]:
+        return self.spec["template"]
+
+    @property
+    def pod(self) -> dict[str, Any]:
+        return self.template["spec"]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return self.template["metadata"]["labels"]
+
+    @property
+    def container(self) -> dict[str, Any]:
+        return self.pod["containers"][0]
+
+
+def render(overlay: str) -> list[dict[str, Any]]:
+    """Returns the documents `kubectl kustomize` makes of an overlay."""
+    result = run_program("kubectl", "kustomize", CLUSTER / "kuberay" / "overlays" / overlay)
+    assert result.returncode == 0, result.stderr
+    return list(yaml.safe_load_all(result.stdout))
+
+
+def of_kind(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Returns the documents of one kind."""
+    return [each for each in documents if each["kind"] == kind]
+
+
+def groups(documents: list[dict[str, Any]]) -> list[Group]:
+    """Returns the head and the groups of workers of the one RayService."""
+    (service,) = of_kind(documents, "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    workers = [Group(each["groupName"], each) for each in cluster["workerGroupSpecs"]]
+    return [Group("head", cluster["headGroupSpec"]), *workers]
+
+
+def serve_config(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what is inside `serveConfigV2`."""
+    (service,) = of_kind(documents, "RayService")
+    return yaml.safe_load(service["spec"]["serveConfigV2"])
+
+
+def problems(documents: list[dict[str, Any]]) -> list[str]:
+    """Returns what the documents lack, in words, naming the group."""
+    found = [*_clear_secrets(documents, place=""), *_cluster_problems(documents)]
+    for group in groups(documents):
+        found += [f"{group.name}: {each}" for each in _group_problems(group, documents)]
+    return found
+
+
+def _clear_secrets(value: Any, *, place: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        if value.get("kind") == "Secret":
+            yield f"{place}: a Secret among the manifests"
+        if "value" in value and _SECRET.search(str(value.get("name", ""))):
+            yield f"{place}: {value['name']} in clear"
+        for key, each in value.items():
+            if isinstance(each, str) and _SECRET.search(key) and key.isupper():
+                yield f"{place}: {key} in clear"
+            if key == "redisPassword" and "value" in each:
+                yield f"{place}: redisPassword in clear"
+            yield from _clear_secrets(each, place=f"{place}.{key}")
+    elif isinstance(value, list):
+        for each in value:
+            yield from _clear_secrets(each, place=place)
+    elif isinstance(value, str) and _PASSWORD_IN_URL.search(value):
+        yield f"{place}: a password in a URL in clear"
+
+
+def _cluster_problems(documents: list[dict[str, Any]]) -> Iterator[str]:
+    (service,) = of_kind(documents, "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    if cluster.get("authOptions", {}).get("mode") != "token":
+        yield "Ray without token authentication"
+    if not service["spec"].get("excludeHeadPodFromServeSvc"):
+        yield "requests go to the head"
+    (policy,) = [each for each in of_kind(documents, "NetworkPolicy") if each["metadata"]["name"] == "stable-audio"]
+    for rule in policy["spec"]["ingress"]:
+        if not rule.get("from") or any(not any(peer.values()) for peer in rule["from"]):
+            yield "a NetworkPolicy that lets everybody in"
+    for budget in of_kind(documents, "PodDisruptionBudget"):
+        if not isinstance(budget["spec"].get("minAvailable"), int):
+            yield f"{budget['metadata']['name']}: not a number of pods, as a custom resource needs"
+
+
+def _group_problems(group: Group, documents: list[dict[str, Any]]) -> Iterator[str]:
+    args = serve_config(documents)["applications"][0]["args"]
+    yield from _probe_problems(group)
+    yield from _stop_problems(group, drain_s=args["drain_s"])
+    yield from _memory_problems(group)
+    yield from _confinement_problems(group)
+    policies = [each["spec"]["podSelector"] for each in of_kind(documents, "NetworkPolicy")]
+    if not any(_selects(each, group.labels) for each in policies):
+        yield "no NetworkPolicy"
+    budgets = [each["spec"] for each in of_kind(documents, "PodDisruptionBudget")]
+    mine = [each for each in budgets if _selects(each["selector"], group.labels)]
+    if group.name != "head" and not mine:
+        yield "no PodDisruptionBudget"
+    if any(each.get("minAvailable", 0) > group.spec["minReplicas"] for each in mine):
+        yield "a PodDisruptionBudget above its least pods"
+    if not any(mount["mountPath"] == "/weights" for mount in group.container["volumeMounts"]):
+        yield "no volume for weights"
+
+
+def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    return selector["matchLabels"].items() <= labels.items()
+
+
+def _probe_problems(group: Group) -> Iterator[str]:
+    for name, path in _PROBES[group.name].items():
+        if group.container.get(name, {}).get("httpGet", {}).get("path") != path:
+            yield f"no {name} on {path}"
+    if group.name == "head" and "readinessProbe" in group.container:
+        yield "a readinessProbe, for which KubeRay would wait before it deploys"
+    elif group.name != "head" and "livenessProbe" not in group.container:
+        yield "no livenessProbe"
+
+
+def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
+    grace = group.pod.get("terminationGracePeriodSeconds", 30)
+    if grace <= drain_s:
+        yield f"terminationGracePeriodSeconds {grace} is not above drain_s {drain_s}"
+    if group.name != "head":
+        words = " ".join(group.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
+        asleep = re.search(r"sleep (\d+); ray stop", words)
+        if asleep is None or not drain_s <= int(asleep[1]) < grace:
+            yield "preStop does not wait for drain_s within the grace period"
+
+
+def _memory_problems(group: Group) -> Iterator[str]:
+    mounted = [mount["name"] for mount in group.container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    volumes = [each.get("emptyDir", {}) for each in group.pod["volumes"] if each["name"] in mounted]
+    if [each.get("medium") for each in volumes] != ["Memory"]:
+        yield "/dev/shm is not in memory"
+        return
+    room, store = parse_bytes(volumes[0]["sizeLimit"]), int(group.spec["rayStartParams"]["object-store-memory"])
+    if room <= store:
+        yield f"/dev/shm of {room} bytes is not above object-store-memory of {store}"
+    if room >= parse_bytes(group.container["resources"]["limits"]["memory"]):
+        yield "/dev/shm could take all memory"
+
+
+def _confinement_problems(group: Group) -> Iterator[str]:
+    pod, container = group.pod["securityContext"], group.container["securityContext"]
+    if not pod.get("runAsNonRoot") or not pod.get("runAsUser"):
+        yield "may run as root"
+    if not container.get("readOnlyRootFilesystem") or container.get("allowPrivilegeEscalation") is not False:
+        yield "may change its root or gain privileges"
+    if "/tmp" not in [mount["mountPath"] for mount in group.container["volumeMounts"]]:
+        yield "no writable /tmp"
+
+
+def parse_bytes(text: str) -> int:
+    """Returns the bytes of a Kubernetes quantity in Mi or Gi."""
+    number, unit = re.fullmatch(r"(\d+)(Mi|Gi|)", text).groups()  # type: ignore[union-attr]
+    return int(number) * _UNITS[unit]

@@ -1,0 +1,88 @@
+"""A schema of KubeRay's RayService, from the list of its fields in `tests/data/kuberay`: unknown keys are refused.
+
+Pods, services and other parts of Kubernetes' own are any objects here; who uses this checks them by its schemas.
+`schema_of_crd` makes the same of an official definition.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FIELDS = Path(__file__).parents[1] / "data" / "kuberay" / "rayservice-fields.tsv"  # of KubeRay 1.7.0
+_ANY_KEY = "*"
+
+
+def own_schema() -> dict[str, Any]:
+    """Returns the schema of a whole RayService."""
+    root: dict[str, Any] = _object()
+    for line in FIELDS.read_text().splitlines()[1:]:
+        path, kind, required = [*line.split("\t"), ""][:3]
+        *parents, name = path.replace("[]", ".[]").split(".")
+        parent = root
+        for step in parents:
+            parent = _child(parent, step)
+        _put(parent, name, schema=_schema(kind))
+        if required:
+            parent.setdefault("required", []).append(name)
+    _close(root)
+    root["properties"] |= {"apiVersion": {"const": "ray.io/v1"}, "kind": {"const": "RayService"}, "metadata": {}}
+    return root
+
+
+def schema_of_crd(definition: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema of version v1 of a CustomResourceDefinition, with unknown keys refused."""
+    (schema,) = (
+        version["schema"]["openAPIV3Schema"] for version in definition["spec"]["versions"] if version["name"] == "v1"
+    )
+    return _strict(schema)
+
+
+def _object() -> dict[str, Any]:
+    return {"type": "object", "properties": {}}
+
+
+def _child(parent: dict[str, Any], step: str) -> dict[str, Any]:
+    if step == "[]":
+        return parent["items"]
+    return parent["properties"][step]
+
+
+def _put(parent: dict[str, Any], name: str, *, schema: dict[str, Any]) -> None:
+    if name == "[]":
+        parent["items"] = schema
+    elif name == _ANY_KEY:
+        parent["additionalProperties"] = schema
+    else:
+        parent["properties"][name] = schema
+
+
+def _schema(kind: str) -> dict[str, Any]:
+    name, _, choices = kind.partition(" one of ")
+    if name == "object":
+        return _object()
+    schema: dict[str, Any] = {"type": name.split("|")}
+    return schema | {"enum": choices.split(",")} if choices else schema
+
+
+def _close(schema: dict[str, Any]) -> None:
+    """Refuse other keys, except in objects of which no key is named: Kubernetes' own."""
+    if schema.get("properties"):
+        schema["additionalProperties"] = False
+    for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:
+        _close(each)
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    made = {key: value for key, value in schema.items() if not key.startswith("x-") and key != "format"}
+    if schema.get("x-kubernetes-int-or-string"):
+        made["type"] = ["integer", "string"]
+    if "properties" in schema:
+        made["properties"] = {key: _strict(value) for key, value in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            made["additionalProperties"] = False
+    elif isinstance(schema.get("additionalProperties"), dict):
+        made["additionalProperties"] = _strict(schema["additionalProperties"])
+    if "items" in schema:
+        made["items"] = _strict(schema["items"])
+    return made

@@ -1,0 +1,242 @@
+"""The overlays for KubeRay: rendered as an operator would, taken by all schemas, operable; what is wrong is seen."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.serving.serve_file import deploy_schema, read_serve_file
+from tests.cluster.fake_gpus import build_on_fake_gpus
+from tests.cluster.manifests import OVERLAYS, Group, groups, of_kind, problems, render, serve_config
+from tests.cluster.rayservice import own_schema, schema_of_crd
+from tests.cluster.tools import CLUSTER, ROOT
+from tests.goldens import SA3_GOLDENS
+from tests.object_storage import ACCESS_KEY_ID, SECRET_ACCESS_KEY, ObjectStorage
+
+pytestmark = pytest.mark.cluster
+
+_KUBERNETES = "1.34"
+Documents = list[dict[str, Any]]
+
+
+@functools.cache
+def _rendered(overlay: str) -> Documents:
+    return render(overlay)
+
+
+def rendered(overlay: str) -> Documents:
+    """A copy that a test may change."""
+    return copy.deepcopy(_rendered(overlay))
+
+
+def validate(documents: Documents) -> None:
+    """By Kubernetes' schemas, ours, and the official one where KUBERAY_CRD names a file."""
+    schemas = [own_schema()]
+    if path := os.environ.get("KUBERAY_CRD"):
+        schemas.append(schema_of_crd(yaml.safe_load(Path(path).read_text())))
+    for document in documents:
+        if document["kind"] != "RayService":
+            kubernetes_validate.validate(document, _KUBERNETES, strict=True)
+            continue
+        for schema in schemas:
+            jsonschema.validate(document, schema)
+        for group in groups(documents):
+            kubernetes_validate.validate(pod_of(group), _KUBERNETES, strict=True)
+
+
+def pod_of(group: Group) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": group.name} | group.template["metadata"]} | {
+        "spec": group.pod
+    }
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_schema_takes_the_overlay(overlay: str) -> None:
+    validate(rendered(overlay))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_can_be_operated(overlay: str) -> None:
+    assert problems(rendered(overlay)) == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_serve_and_our_settings_take_the_config_inside(overlay: str, tmp_path: Path) -> None:
+    check_serve_config(rendered(overlay), tmp_path)
+
+
+def check_serve_config(documents: Documents, folder: Path) -> None:
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(serve_config(documents)))
+    file = read_serve_file(path)
+    schema = deploy_schema(file, host=file.host, port=file.port)
+    assert (schema.http_options.host, schema.http_options.port) == ("0.0.0.0", 8000)
+    Settings.model_validate(file.args)
+
+
+def test_several_gpus_are_those_of_the_config_file() -> None:
+    assert serve_config(rendered("multi-gpu")) == yaml.safe_load((CLUSTER / "serve_config.multi-node.yaml").read_text())
+
+
+def test_images_are_placeholders_that_the_overlay_replaces() -> None:
+    for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda")):
+        images = {group.container["image"] for group in groups(rendered(overlay))}
+        assert images == {f"registry.example.com/stable-audio-serve:{tag}"}
+
+
+def test_groups_have_room_for_every_replica() -> None:
+    _, ingress, gpu = groups(rendered("multi-gpu"))
+    args = serve_config(rendered("multi-gpu"))["applications"][0]["args"]
+    for replicas in ("min", "max"):
+        wanted = sum(model["num_gpus"] * model["replicas"][f"{replicas}_replicas"] for model in args["models"])
+        assert gpu.spec[f"{replicas}Replicas"] * int(gpu.spec["rayStartParams"]["num-gpus"]) >= wanted
+    places = ingress.spec["minReplicas"] * int(ingress.spec["rayStartParams"]["num-cpus"])
+    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # and on each pod one
+
+
+def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
+    (service,) = of_kind(rendered("multi-gpu"), "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert cluster["enableInTreeAutoscaling"] is True
+
+
+def test_configs_of_the_small_overlays_are_built_on_their_nodes(
+    tmp_path: Path, postgres_url: str, object_storage: ObjectStorage
+) -> None:
+    environ = {
+        "STABLE_AUDIO_DATABASE_URL": postgres_url,
+        "STABLE_AUDIO_STORAGE_BUCKET": object_storage.make_bucket(),
+        "STABLE_AUDIO_STORAGE_ENDPOINT_URL": object_storage.proxy.url,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
+    }
+    args = serve_config(rendered("one-gpu"))["applications"][0]["args"]
+    demo = serve_config(rendered("demo"))["applications"][0]["args"]
+    weights = {"path": str(SA3_GOLDENS / "tiny-s")}
+    both = {**args, "models": [*demo["models"], *({**model, **weights} for model in args["models"])]}
+    nodes = [{"num_cpus": 0}, {"num_cpus": 4, "num_gpus": 1}]
+    options = build_on_fake_gpus(both, nodes=nodes, folder=tmp_path, environ=environ)
+    assert options["medium"]["num_gpus"] == 1
+    assert options["demo"]["most"] == 1
+    assert sum(each["num_cpus"] * each["most"] for each in options.values()) <= 4
+
+
+def _service(documents: Documents) -> dict[str, Any]:
+    return of_kind(documents, "RayService")[0]["spec"]
+
+
+def _worker(documents: Documents) -> Group:
+    return groups(documents)[1]
+
+
+Change = Callable[[Documents], Any]
+
+UNKNOWN_KEYS: dict[str, Change] = {
+    "of RayService": lambda d: _service(d).update(serveConfigV3=""),
+    "of the cluster": lambda d: _service(d)["rayClusterConfig"].update(enableAutoscaling=True),
+    "of a group": lambda d: _worker(d).spec.update(minReplica=1),
+    "of the autoscaler": lambda d: _service(d)["rayClusterConfig"]["autoscalerOptions"].update(idleTimeout=1),
+    "of a pod": lambda d: _worker(d).pod.update(terminationGraceSeconds=1),
+    "of a container": lambda d: _worker(d).container.update(readynessProbe={}),
+    "of a PodDisruptionBudget": lambda d: of_kind(d, "PodDisruptionBudget")[0]["spec"].update(minAvailible=1),
+    "of a NetworkPolicy": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"].update(ingres=[]),
+}
+BAD_VALUES: dict[str, Change] = {
+    "a mode": lambda d: _service(d)["rayClusterConfig"].update(authOptions={"mode": "tokens"}),
+    "a parameter that is no text": lambda d: _worker(d).spec["rayStartParams"].update({"num-cpus": 1}),
+    "a missing name": lambda d: _worker(d).spec.pop("groupName"),
+}
+
+
+@pytest.mark.parametrize("change", [*UNKNOWN_KEYS.values(), *BAD_VALUES.values()], ids=[*UNKNOWN_KEYS, *BAD_VALUES])
+def test_schemas_refuse(change: Change) -> None:
+    documents = rendered("multi-gpu")
+    change(documents)
+    with pytest.raises((jsonschema.ValidationError, KeyError)):
+        validate(documents)
+
+
+PROBLEMS: dict[str, Change] = {
+    "no readinessProbe on /ready": lambda d: _worker(d).container.pop("readinessProbe"),
+    "no livenessProbe on /health": lambda d: _worker(d).container.pop("livenessProbe"),
+    "gpu: no livenessProbe": lambda d: groups(d)[2].container.pop("livenessProbe"),
+    "KubeRay would wait": lambda d: groups(d)[0].container.update(readinessProbe={"httpGet": {"path": "/ready"}}),
+    "is not above drain_s": lambda d: _worker(d).pod.update(terminationGracePeriodSeconds=60),
+    "preStop does not wait": lambda d: _worker(d).container.pop("lifecycle"),
+    "is not above object-store-memory": lambda d: (
+        _worker(d).spec["rayStartParams"].update({"object-store-memory": "9000000000"})
+    ),
+    "/dev/shm is not in memory": lambda d: _worker(d).pod["volumes"][1].update(emptyDir={}),
+    "HF_TOKEN in clear": lambda d: _worker(d).container.update(env=[{"name": "HF_TOKEN", "value": "hf_x"}]),
+    "STABLE_AUDIO_DATABASE_URL in clear": lambda d: of_kind(d, "ConfigMap")[0]["data"].update(
+        STABLE_AUDIO_DATABASE_URL="postgresql://host/jobs"
+    ),
+    "a password in a URL": lambda d: of_kind(d, "ConfigMap")[0]["data"].update(
+        ANY="postgresql://user:secret@host/jobs"
+    ),
+    "redisPassword in clear": lambda d: _service(d)["rayClusterConfig"]["gcsFaultToleranceOptions"].update(
+        redisPassword={"value": "secret"}
+    ),
+    "a Secret among": lambda d: d.append({"kind": "Secret", "data": {}}),
+    "without token authentication": lambda d: _service(d)["rayClusterConfig"].pop("authOptions"),
+    "requests go to the head": lambda d: _service(d).pop("excludeHeadPodFromServeSvc"),
+    "lets everybody in": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"]["ingress"].append(
+        {"ports": [{"port": 8265}]}
+    ),
+    "no NetworkPolicy": lambda d: _worker(d).labels.pop("app.kubernetes.io/part-of"),
+    "no PodDisruptionBudget": lambda d: _worker(d).labels.update({"app.kubernetes.io/component": "other"}),
+    "above its least pods": lambda d: _worker(d).spec.update(minReplicas=0),
+    "not a number of pods": lambda d: of_kind(d, "PodDisruptionBudget")[0].update(
+        spec={"maxUnavailable": 1, "selector": of_kind(d, "PodDisruptionBudget")[0]["spec"]["selector"]}
+    ),
+    "may run as root": lambda d: _worker(d).pod["securityContext"].pop("runAsNonRoot"),
+    "may change its root": lambda d: _worker(d).container["securityContext"].pop("readOnlyRootFilesystem"),
+    "no volume for weights": lambda d: _worker(d).container["volumeMounts"].pop(2),
+    "no writable /tmp": lambda d: _worker(d).container["volumeMounts"].pop(0),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_what_cannot_be_operated_is_seen(problem: str) -> None:
+    documents = rendered("multi-gpu")
+    PROBLEMS[problem](documents)
+    assert problem in "\n".join(problems(documents))
+
+
+def test_unknown_setting_inside_the_config_is_refused(tmp_path: Path) -> None:
+    documents = rendered("demo")
+    service = _service(documents)
+    service["serveConfigV2"] = service["serveConfigV2"].replace("drain_s", "drain_seconds")
+    with pytest.raises((ConfigError, ValueError), match="drain_seconds"):
+        check_serve_config(documents, tmp_path)
+
+
+def test_official_definition_refuses_unknown_keys_too() -> None:
+    """Its form as KubeRay publishes it, here with few fields."""
+    spec = {
+        "type": "object",
+        "properties": {"serveConfigV2": {"type": "string"}, "size": {"x-kubernetes-int-or-string": True}},
+    }
+    definition = {"spec": {"versions": [{"name": "v1", "schema": {"openAPIV3Schema": spec}}]}}
+    schema = schema_of_crd(definition)
+    jsonschema.validate({"serveConfigV2": "", "size": "1Gi"}, schema)
+    with pytest.raises(jsonschema.ValidationError, match="other"):
+        jsonschema.validate({"other": 1}, schema)
+
+
+def test_nothing_names_a_real_registry_of_ours() -> None:
+    for path in (ROOT / "cluster").rglob("*"):
+        if path.suffix in {".yaml", ""} and path.is_file():
+            assert "registry." not in path.read_text().replace("registry.example.com", "")
