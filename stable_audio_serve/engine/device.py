@@ -245,6 +245,8 @@ class CudaDevice:
                     graph.capture_end()
         except DEVICE_LOST as error:
             torch.cuda.synchronize(self.torch_device)  # raises if the device is lost indeed
+            # Some versions of torch go on taking the pool for one that is being captured to, and refuse it.
+            self._captures = {queue: own for queue, own in self._captures.items() if own[1] != pool}
             raise RuntimeError(f"this work cannot be captured: {error}") from error
         return graph
 
