@@ -202,6 +202,11 @@ class ModelSettings(Section):
         description="Precision of the decoder's products; split = three in half precision, near float32; unset = tf32 "
         "on CUDA, else float32.",
     )
+    compile: bool = Field(
+        False,
+        description="Compile the denoiser's layers (torch.compile) at the start, in fast mode only; meant for CUDA; "
+        "needs a C++ compiler, on CUDA Triton, too.",
+    )
     mode: Literal["strict", "fast"] | None = Field(
         None, description="strict = same bytes in any company; unset = strict on a CPU, fast on CUDA."
     )
@@ -234,6 +239,14 @@ class ModelSettings(Section):
     def _check_source(self) -> ModelSettings:
         if self.path and (self.repo_id or self.revision):
             raise ValueError("path and repo_id/revision exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> ModelSettings:
+        if self.compile and self.mode == "strict":
+            raise ValueError("compile and mode: strict exclude each other: kernels differ between shapes of calls")
+        if self.compile and self.backend != "native":
+            raise ValueError("compile needs backend: native")
         return self
 
 
@@ -369,6 +382,10 @@ class Settings(Section):
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the first that exists.")
     model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
+    compile_dir: Folder = Field(
+        "~/.cache/stable-audio-serve/compiled",
+        description="Folder of what `compile` makes, kept between starts; nobody else may write to it.",
+    )
     output_dir: Folder = Field("outputs", description="Folder of jobs and, without a bucket, their files.")
     hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")
     drain_s: float = Field(

@@ -16,7 +16,7 @@ from typing import get_args
 import torch
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError
+from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -83,6 +83,9 @@ class Engine:
         self._noise_factory = noise_factory
         self._make_scheduler = scheduler
         self.mode = resolve_mode(options, self._device)
+        if self.mode == "strict" and model.spec.is_compiled:
+            message = "compile cannot be used in strict mode, in which a row's bytes must not depend on a call's shape"
+            raise ConfigError(message, field="compile", allowed="mode: fast")
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share)
         self._inbox = Inbox()
         self._drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}

@@ -5,7 +5,7 @@ also trigger lazy initialisation. Stops at the end of its time budget. Knows no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -86,6 +86,8 @@ class WarmUp:
     def run(self) -> None:
         """Time probes from the smallest to the largest, except those predicted to exceed the budget."""
         prompt = self._model.encode_text([_PROMPT])[0]
+        if self._model.spec.is_compiled:
+            self._compile(prompt)
         probes = {(probe.work, probe.rows, probe.frames): probe for probe in self._probes(prompt)}
         last: dict[Work, tuple[float, int]] = {}  # milliseconds and size of each kind's last probe
         for probe in sorted(probes.values(), key=lambda probe: (probe.size, probe.rows)):
@@ -101,14 +103,28 @@ class WarmUp:
         for work, measurements in self._measured.items():
             self._cost.fit(work, measurements)
 
+    def _compile(self, prompt: TextEmbedding) -> None:
+        """Make once each kind of call that is compiled apart: of one row and of several, without and with a source."""
+        plan = self._plan(DURATION_SHARES[0])
+        latents = torch.zeros(self._model.spec.card.latent_channels, plan.frames, device=self._model.device)
+        inpainting = replace(plan, keep_mask=torch.ones(plan.frames))
+        for own, source in ((plan, None), (inpainting, latents)):
+            conditioning = self._model.condition(own, prompt=prompt, negative=None, inpaint_latents=source)
+            for rows in (1, 2):
+                self._denoise(plan, [conditioning] * rows, frames=self._policy.padded(plan.frames))
+
+    def _plan(self, share: float) -> RowPlan:
+        """Returns the plan of a row whose duration is this share of the longest."""
+        duration_s = self._model.spec.card.max_duration_s * share
+        request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
+        return self._model.plan(request)[0]
+
     def _probes(self, prompt: TextEmbedding) -> Iterator[_Probe]:
         for count in _CROWDS:
             if count <= self._max_prompts:
                 yield _Probe("text", count, 0, partial(self._model.encode_text, [_PROMPT] * count))
         for share in DURATION_SHARES:
-            duration_s = self._model.spec.card.max_duration_s * share
-            request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
-            plan = self._model.plan(request)[0]
+            plan = self._plan(share)
             conditioning = self._model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None)
             yield from self._row_probes(plan, conditioning)
 

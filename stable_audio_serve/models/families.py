@@ -11,6 +11,7 @@ import torch
 
 from stable_audio_serve.core.catalog import OPEN_FAMILY, SA3_FAMILY, DecodePrecision, ModelCard
 from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.models.compiled import compile_layers
 from stable_audio_serve.models.download import download_entry, download_text_encoder
 from stable_audio_serve.models.oscillator import parts as oscillator_parts
 from stable_audio_serve.models.oscillator import timeline
@@ -47,10 +48,12 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     decode_precision: str | None = None,
+    compile_dir: Path | None = None,
     token: str | None = None,
 ) -> DiffusionModel:
     """Load `entry` onto `device`; `dtype` is the denoiser's precision (see `resolve_dtype`), `decode_precision` that of
-    the decoder's products (tf32 by default on CUDA, else float32).
+    the decoder's products (tf32 by default on CUDA, else float32). With a `compile_dir` the denoiser's layers are
+    compiled, and kept there.
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
     ConfigError for a device or precision that cannot be used.
@@ -64,7 +67,8 @@ def load_model(
         require_open_family(card.family)
         load = load_with_package
     text_encoder = download_text_encoder(folder, token=token)
-    return load(card, folder, text_encoder=text_encoder, device=target, dtype=precision, decode_precision=decoding)
+    model = load(card, folder, text_encoder=text_encoder, device=target, dtype=precision, decode_precision=decoding)
+    return model if compile_dir is None else compile_layers(model, folder=compile_dir)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -17,10 +17,10 @@ _LEAST_PRODUCTS = 2**21  # multiplications; oneDNN takes 11 us before it begins
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer for inference on a CPU; with gradients, and for small products, it is torch's own."""
+    """A linear layer for inference on a CPU; with gradients, compiled and for small products it is torch's own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() * self.out_features < _LEAST_PRODUCTS or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() * self.out_features < _LEAST_PRODUCTS:
             return F.linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
 

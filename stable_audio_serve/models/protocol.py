@@ -32,6 +32,7 @@ class ModelSpec:
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
     pads_rows: bool = True  # the network leaves invalid frames out; otherwise rows of equal length only share a call
     packs_rows: bool = False  # the network takes packed batches
+    is_compiled: bool = False  # the first call of a kind takes seconds, and calls of another shape may round otherwise
     captures_decode: bool = False  # decoding is device work only, of latents and draws, wherever a window begins
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
@@ -31,6 +33,7 @@ def load_engine(
         device=model.device or settings.device or first_device(),
         dtype=model.dtype or (None if settings.model_half else "float32"),
         decode_precision=model.decode_precision,
+        compile_dir=Path(settings.compile_dir) if model.compile else None,
         token=settings.hf_token.get_secret_value() if settings.hf_token else None,
     )
     threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)

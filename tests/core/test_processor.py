@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bfloat16
+from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bfloat16, is_amd
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ def test_the_processors_flags_tell(tmp_path: Path, flags: str, is_native: bool, 
 def test_where_nothing_tells_there_is_none(tmp_path: Path) -> None:
     assert not has_native_bfloat16(tmp_path / "missing")
     assert not has_matrix_bfloat16(tmp_path / "missing")
+
+
+def test_the_maker_of_a_processor_is_read(tmp_path: Path) -> None:
+    facts = tmp_path / "facts"
+    assert not is_amd(facts)
+    for vendor, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
+        facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 26\n")
+        assert is_amd(facts) is expected

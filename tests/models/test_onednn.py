@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.models import onednn
 from stable_audio_serve.models.onednn import OneDnnLinear, linear, takes_onednn, use_onednn
 
@@ -104,11 +102,3 @@ def test_modes_see_the_products() -> None:
     with torch.inference_mode(), Seen():
         layer(torch.randn(54, 192))
     assert linear in names
-
-
-def test_the_maker_of_a_processor_is_read(tmp_path: Path) -> None:
-    facts = tmp_path / "facts"
-    assert not is_amd(facts)
-    for vendor, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
-        facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 26\n")
-        assert is_amd(facts) is expected

@@ -1,0 +1,141 @@
+"""Compiled layers: parity with plain ones for every kind of call, one compilation for all, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import ModelSettings
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.compiled import compile_layers
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.forwarding import ForwardingModel
+from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch
+from stable_audio_serve.models.registry import resolve_entry
+from tests.goldens import load_goldens, load_open_goldens
+
+FOLDERS = {"sharp-s": load_goldens, "tiny-1.0": load_open_goldens}
+TRACED = "eager"  # traces the layers and needs no compiler
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that both are afterwards as before
+        monkeypatch.delenv(name)
+    yield
+    torch._dynamo.reset()
+
+
+def load(name: str) -> DiffusionModel:
+    return load_model(resolve_entry("mine", path=str(FOLDERS[name](name).folder)))
+
+
+def branches(model: DiffusionModel, *, seconds: float) -> tuple[int, list[BranchConditioning]]:
+    """The frames of a row, and its branches: with a prompt, without, and with a source."""
+    request = GenerationRequest(prompt="a bell", duration_s=seconds, seed=0, cfg_scale=2.0, steps=2)
+    plan = model.plan(request)[0]
+    prompt = model.encode_text(["a bell"])[0]
+    row = model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None)
+    assert row.unconditional is not None
+    source = torch.ones(model.spec.card.latent_channels, plan.frames)
+    masked = replace(plan, keep_mask=torch.ones(plan.frames))
+    kept = model.condition(masked, prompt=prompt, negative=None, inpaint_latents=source)
+    return plan.frames, [row.conditional, row.unconditional, kept.conditional]
+
+
+def run(model: DiffusionModel, own: list[BranchConditioning], *, frames: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(own))
+    x = torch.randn(len(own), model.spec.card.latent_channels, frames, generator=generator)
+    valid = torch.arange(frames).expand(len(own), frames) < frames - 1
+    return model.denoise(StepBatch.of(x, t=torch.full((len(own),), 0.6), valid=valid, branches=own))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_calls_of_every_kind_are_as_without(name: str, tmp_path: Path) -> None:
+    plain, model = load(name), compile_layers(load(name), folder=tmp_path / "kernels", backend=TRACED)
+    assert model.spec.is_compiled
+    for seconds in (0.5, 0.9):
+        frames, (with_prompt, without, inpainting) = branches(plain, seconds=seconds)
+        for own in ([with_prompt], [inpainting], [with_prompt] * 2, [with_prompt, without, inpainting]):
+            expected, actual = run(plain, own, frames=frames), run(model, own, frames=frames)
+            torch.testing.assert_close(actual[..., :-1], expected[..., :-1], rtol=0, atol=1e-4)
+
+
+def test_layers_and_lengths_share_a_compilation(tmp_path: Path) -> None:
+    counted: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        counted.append(graph)
+        return graph.forward
+
+    model = compile_layers(load("sharp-s"), folder=tmp_path, backend=count)  # type: ignore[arg-type]
+    counted.clear()
+    for seconds in (0.5, 0.7, 0.9):
+        frames, (with_prompt, *_) = branches(model, seconds=seconds)
+        for num_rows in (1, 2, 3):
+            run(model, [with_prompt] * num_rows, frames=frames)
+    assert len(counted) == 2  # of one row and of several
+
+
+def test_an_engine_serves_a_compiled_model_in_fast_mode_only(tmp_path: Path) -> None:
+    model = compile_layers(load("sharp-s"), folder=tmp_path, backend=TRACED)
+    with pytest.raises(ConfigError, match="compile cannot be used in strict mode"):
+        Engine(model)
+
+    async def generate(served: DiffusionModel) -> Tensor:
+        async with Engine(served, EngineOptions(mode="fast", warmup_budget_s=0.1)) as engine:
+            request = GenerationRequest(prompt="a bell", duration_s=0.5, seed=3, batch_size=2)
+            return torch.from_numpy((await engine.generate(request)).audio[1])
+
+    torch.testing.assert_close(asyncio.run(generate(model)), asyncio.run(generate(load("sharp-s"))), rtol=0, atol=2e-4)
+
+
+def test_kernels_are_kept_where_nobody_else_can_write(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "kernels"
+    compile_layers(load("sharp-s"), folder=folder, backend=TRACED)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"compile_dir .* is not this user's alone"):
+        compile_layers(load("sharp-s"), folder=folder, backend=TRACED)
+    folder.chmod(0o700)
+    folder.parent.chmod(0o777)
+    with pytest.raises(ConfigError, match="everybody may write to"):
+        compile_layers(load("sharp-s"), folder=folder, backend=TRACED)
+
+
+def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
+    without = {"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}
+    with (
+        torch._inductor.config.patch(without),
+        pytest.raises(ConfigError, match=r"compile cannot be used on cpu: .*no-such-compiler"),
+    ):
+        compile_layers(load("sharp-s"), folder=tmp_path)
+    with pytest.raises(ConfigError, match="backend: native"):
+        compile_layers(ForwardingModel(load("sharp-s")), folder=tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"mode": "strict"}, {"backend": "stable_audio_tools"}])
+def test_settings_that_exclude_each_other_are_refused(other: dict[str, Any]) -> None:
+    assert not ModelSettings(name="demo").compile
+    with pytest.raises(ValueError, match="compile"):
+        ModelSettings(name="demo", compile=True, **other)
+
+
+def test_kernels_of_this_machine_are_kept(tmp_path: Path) -> None:
+    try:
+        compile_layers(load("sharp-s"), folder=tmp_path)  # compiles something small for real
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert any(tmp_path.rglob("*.so"))
