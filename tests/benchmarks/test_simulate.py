@@ -43,6 +43,17 @@ def arrive(at_s: float, duration_s: float, *, steps: int = 2, guided: bool = Fal
     return Arrival(at_s, prompt, duration_s, seed=int(1000 * at_s + 10 * duration_s), steps=steps, cfg_scale=cfg_scale)
 
 
+def make_times(unit_ms: float) -> LinearDevice:
+    """What a call costs besides, and what 150 frames of a step and 300 of a window cost, is one unit each."""
+    return LinearDevice(
+        text_fixed_ms=unit_ms,
+        step_fixed_ms=unit_ms,
+        step_per_frame_ms=unit_ms / 150,
+        coding_fixed_ms=unit_ms,
+        coding_per_frame_ms=unit_ms / 300,
+    )
+
+
 # Operations of one step of a row and of a whole clip in units of 1e12, from the published checkpoints' dimensions with
 # nothing kept between steps.
 @pytest.mark.parametrize(
@@ -151,13 +162,7 @@ def test_equal_rows_share_calls_and_packed_rows_need_no_padding() -> None:
 @pytest.mark.slow
 async def test_the_simulated_engine_takes_as_long_as_the_real_one() -> None:
     unit_ms = max(30.0, 30.0 * await host_ms_per_turn())  # so that the device's time counts, on a slow machine too
-    device = LinearDevice(
-        text_fixed_ms=unit_ms,
-        step_fixed_ms=unit_ms,
-        step_per_frame_ms=unit_ms / 150,
-        coding_fixed_ms=unit_ms,
-        coding_per_frame_ms=unit_ms / 300,
-    )
+    device = make_times(unit_ms)
     arrivals = [
         arrive(0.002 * unit_ms * n, (1.0, 5.0, 11.0)[n % 3], steps=4 if n % 4 else 8, guided=not n % 4)
         for n in range(9)
@@ -172,26 +177,24 @@ async def test_the_simulated_engine_takes_as_long_as_the_real_one() -> None:
 
 
 async def test_with_two_queues_the_real_engine_takes_as_long_on_a_virtual_clock() -> None:
-    """Everything arrives at once. The real one decides a step or two ahead of its device."""
-    unit_ms = 30.0
-    times = LinearDevice(
-        text_fixed_ms=unit_ms,
-        step_fixed_ms=unit_ms,
-        step_per_frame_ms=unit_ms / 150,
-        coding_fixed_ms=unit_ms,
-        coding_per_frame_ms=unit_ms / 300,
-    )
+    """All but one arrive while that one is begun. The real engine decides a step or two ahead of its device."""
+    times = make_times(30.0)
+    first = arrive(0, 1.0, prompt="first")
     arrivals = [
-        arrive(0, (1.0, 5.0, 11.0)[n % 3], steps=4 if n % 4 else 8, guided=not n % 4, prompt=f"{n}") for n in range(24)
+        arrive(0.001, (1.0, 5.0, 11.0)[n % 3], steps=4 if n % 4 else 8, guided=not n % 4, prompt=f"{n}")
+        for n in range(24)
     ]
     kind = replace(CPU, has_second_queue=True)
-    simulated = SimulatedEngine(times, TIMED_SHAPE, longest_frames=216, options=OPTIONS, kind=kind).run(arrivals)
+    simulator = SimulatedEngine(times, TIMED_SHAPE, longest_frames=216, options=OPTIONS, kind=kind)
+    simulated = [outcome for outcome in simulator.run([first, *arrivals]) if outcome.arrival != first]
     clock = FakeClock()
     device = TwoQueues(clock)
     model = TimedModel(times, max_duration_s=20.0, sleep=device.take)
     async with Engine(model, OPTIONS, device=device, clock=clock) as engine:
         device.gate.clear()
-        tasks = []
+        device.is_asked.clear()
+        tasks = [asyncio.create_task(engine.generate(to_request(first, model.spec.card)))]
+        assert await asyncio.to_thread(device.is_asked.wait, 30)
         for arrival in arrivals:
             backlog_ms = engine.backlog_ms
             tasks.append(asyncio.create_task(engine.generate(to_request(arrival, model.spec.card))))
@@ -199,9 +202,9 @@ async def test_with_two_queues_the_real_engine_takes_as_long_on_a_virtual_clock(
                 while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110 - another thread accepts it
                     await asyncio.sleep(0.002)
         device.gate.set()
-        latencies_ms = [result.timings.total_ms for result in await asyncio.gather(*tasks)]
-    assert mean(latencies_ms) == pytest.approx(mean(o.latency_ms for o in simulated), rel=0.1)
-    assert max(latencies_ms) == pytest.approx(max(o.latency_ms for o in simulated), rel=0.1)
+        latencies_ms = [result.timings.total_ms for result in (await asyncio.gather(*tasks))[1:]]
+    assert mean(latencies_ms) == pytest.approx(mean(o.latency_ms for o in simulated), rel=0.15)
+    assert max(latencies_ms) == pytest.approx(max(o.latency_ms for o in simulated), rel=0.05)
 
 
 async def host_ms_per_turn() -> float:

@@ -24,6 +24,7 @@ class TwoQueues(WaitingDevice):
         self.calls: list[tuple[bool, float, float]] = []  # whether beside, begin and end in seconds
         self.gate = threading.Event()
         self.gate.set()
+        self.is_asked = threading.Event()
         self._time = clock
         self._first_free_at = self._second_free_at = 0.0
         self._busy: list[tuple[float, float]] = []  # the second queue
@@ -31,6 +32,7 @@ class TwoQueues(WaitingDevice):
 
     def take(self, took_s: float) -> None:
         """Ask the current queue for work of so many seconds, once the gate is open."""
+        self.is_asked.set()
         assert self.gate.wait(30)
         if self._is_beside:
             began_at = max(self._second_free_at, self._time.now)
