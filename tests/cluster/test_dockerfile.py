@@ -48,6 +48,8 @@ def problems(text: str, target: str) -> list[str]:
         found.append("TORCH_INDEX_URL is not empty by default")
     environ = " ".join(each.words for each in inherited(parse(text), target) if each.name == "ENV")
     homes = ("HOME=/tmp ", "TRITON_CACHE_DIR=/tmp/", "TORCHINDUCTOR_CACHE_DIR=/tmp/", "HF_HOME=/weights")
+    if "RAY_SERVE_HAPROXY_BINARY_PATH=/usr/local/bin/stable-audio-haproxy" not in environ:
+        found.append("Ray's own HAProxy, without our bounds on clients")
     found.extend(f"writes into its read-only root without {home}" for home in homes if home not in environ)
     return found
 
@@ -66,6 +68,7 @@ def test_image_is_confined_and_can_drain(target: str) -> None:
         ("recommends wget", "recommends curl", "wget"),
         ("recommends gcc libc6-dev", "recommends make", "C compiler"),
         ("ARG TORCH_INDEX_URL=", "ARG TORCH_INDEX_URL=https://example.org", "TORCH_INDEX_URL"),
+        ("/usr/local/bin/stable-audio-haproxy", "/usr/bin/haproxy", "HAProxy"),
         ("HOME=/tmp ", "HOME=/root ", "read-only root"),
         ("python:3.11-slim AS base", "python:3.11 AS base", "base image"),
     ],
