@@ -1,4 +1,7 @@
-"""The bound on accepted work, in predicted seconds: work above it is refused at once, with a predicted time to retry.
+"""The bound on accepted work, in seconds until it is done: work above it is refused at once, with a time to retry.
+That is the predicted device time at the pace at which predicted work was done lately: other programs and what answers
+clients take their share of a machine.
+
 Interactive work is compared with other interactive work only, so that batch work never causes its refusal; batch work
 is compared with all work. Thread-safe bookkeeping; knows no rows and no tensors.
 """
@@ -7,18 +10,49 @@ from __future__ import annotations
 
 import threading
 
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
+_WINDOW_MS = 1000.0  # of being busy, between two looks at the pace
+_NEWEST_WEIGHT = 0.3
+_PACE_RANGE = (0.5, 4.0)
+_MANY = 4  # requests: of fewer the device may not have enough rows to share its calls
+
+
+class Pace:
+    """In how much time a millisecond of predicted work is done while there is much of it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._looked_at: float | None = None  # None: there was nothing to do
+        self._busy_ms = self._done_ms = 0.0
+        self.value = 1.0
+
+    def saw(self, *, done_ms: float, is_deep: bool) -> None:
+        """Note that so much predicted work was done since the last call. Until the next one nothing counts unless
+        `is_deep`: else there is so little left that the device may wait, or have too few rows to share its calls.
+        """
+        now = self._clock.monotonic()
+        if self._looked_at is not None:
+            self._busy_ms += (now - self._looked_at) * 1000.0
+            self._done_ms += done_ms
+        self._looked_at = now if is_deep else None
+        if self._busy_ms >= _WINDOW_MS:
+            low, high = _PACE_RANGE
+            measured = min(max(self._busy_ms / max(self._done_ms, 1e-3), low), high)
+            self.value += _NEWEST_WEIGHT * (measured - self.value)
+            self._busy_ms = self._done_ms = 0.0
 
 
 class Admission:
     """Predicted work by request id. A request is admitted while the work ahead of it is within the bound."""
 
-    def __init__(self, max_queue_s: float, *, batch_share: float = 0.0) -> None:
+    def __init__(self, max_queue_s: float, *, batch_share: float = 0.0, clock: Clock = SystemClock()) -> None:
         """`batch_share`: time given to batch work while interactive work runs, as a share of interactive time."""
         self._max_ms = max_queue_s * 1000.0
+        self._pace = Pace(clock)
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
         self._lock = threading.RLock()
@@ -36,6 +70,7 @@ class Admission:
             is_shared = priority == "interactive" and bool(self._work_ms["batch"])
             if priority == "batch":
                 ahead_ms += self._sum_ms("batch")
+            ahead_ms *= self._pace.value
         if ahead_ms > self._max_ms:
             raise self._refusal(ahead_ms, pace=1.0 + self._batch_share if is_shared else 1.0)
 
@@ -44,19 +79,27 @@ class Admission:
         with self._lock:
             self.check(priority)
             self._work_ms[priority][request_id] = work_ms
+            self._look(done_ms=0.0)
 
     def update(self, request_id: int, work_ms: float) -> None:
         """Replace an admitted request's work by what is left of it."""
         with self._lock:
             for works in self._work_ms.values():
                 if request_id in works:
+                    done_ms = works[request_id] - work_ms
                     works[request_id] = work_ms
+                    self._look(done_ms=done_ms)
 
-    def release(self, request_id: int) -> None:
-        """Remove an ended request. A second call does nothing."""
+    def release(self, request_id: int, *, is_done: bool = False) -> None:
+        """Remove an ended request; `is_done` if all its work was done. A second call does nothing."""
         with self._lock:
             for works in self._work_ms.values():
-                works.pop(request_id, None)
+                if (left_ms := works.pop(request_id, None)) is not None:
+                    self._look(done_ms=left_ms if is_done else 0.0)
+
+    def _look(self, *, done_ms: float) -> None:
+        is_deep = len(self._work_ms["interactive"]) >= _MANY and self._sum_ms("interactive") > self._max_ms / 2
+        self._pace.saw(done_ms=done_ms, is_deep=is_deep)
 
     def _sum_ms(self, priority: Priority) -> float:
         return sum(self._work_ms[priority].values())

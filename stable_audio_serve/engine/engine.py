@@ -86,7 +86,7 @@ class Engine:
         if self.mode == "strict" and model.spec.is_compiled:
             message = "compile cannot be used in strict mode, in which a row's bytes must not depend on a call's shape"
             raise ConfigError(message, field="compile", allowed="mode: fast")
-        self._admission = Admission(options.max_queue_s, batch_share=options.batch_share)
+        self._admission = Admission(options.max_queue_s, batch_share=options.batch_share, clock=clock)
         self._inbox = Inbox()
         self._drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
         self._planners: dict[Priority, Planner] = {

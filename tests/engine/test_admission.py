@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.engine.admission import Admission
+from tests.factories import FakeClock
 
 
 def test_admission_refuses_above_the_bound_and_says_when_to_return() -> None:
@@ -28,6 +29,41 @@ def test_idle_engine_admits_work_of_any_size() -> None:
     with pytest.raises(OverloadedError):
         admission.check()
     admission.release(1)
+    admission.check()
+
+
+@pytest.mark.parametrize("pace", [0.7, 1.0, 1.4])
+def test_bound_and_retry_after_follow_the_pace_at_which_predicted_work_is_done(pace: float) -> None:
+    """One request after another, 100 ms each by prediction, for a minute; then how long a refused caller waits."""
+    clock = FakeClock()
+    admission = Admission(max_queue_s=2.0, clock=clock)
+    waiting: list[int] = []
+    number, advice_s = 0, 0.0
+    for _ in range(600):
+        try:
+            while True:
+                admission.admit(number, 100.0)
+                waiting.append(number)
+                number += 1
+        except OverloadedError as refusal:
+            advice_s = refusal.retry_after_s or 0.0
+        for left_ms in (75.0, 50.0, 25.0):
+            clock.now += 0.025 * pace
+            admission.update(waiting[0], left_ms)
+        clock.now += 0.025 * pace
+        admission.release(waiting.pop(0), is_done=True)
+    assert len(waiting) * 0.1 * pace == pytest.approx(2.0, abs=0.15 * pace)
+    assert advice_s <= max(0.1, 0.1 * pace) * 1.05
+
+
+def test_pace_is_not_learned_from_a_few_requests() -> None:
+    clock = FakeClock()
+    admission = Admission(max_queue_s=2.0, clock=clock)
+    for number in range(60):  # each takes far longer than predicted, because it has the device to itself
+        admission.admit(number, 1_900.0)
+        clock.now += 6.0
+        admission.release(number, is_done=True)
+    admission.admit(0, 1_999.0)
     admission.check()
 
 
