@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from benchmarks.compare.playing import Record as Played
-from benchmarks.gpu import watched
+from benchmarks.gpu import mixes, watched
 from benchmarks.gpu.lone import summarize
-from benchmarks.gpu.mixes import times_alone_ms
+from benchmarks.gpu.mixes import MixRun, times_alone_ms
 from benchmarks.gpu.precision import measure_error
 from benchmarks.gpu.published import CLIPS, ClipRow
 from benchmarks.gpu.record import Measurement, Record
+from benchmarks.gpu.subjects import Bench as Machine
+from benchmarks.gpu.subjects import Sizes
 from benchmarks.gpu.tracing import Span, StepWatch, Trace, read_trace, top_kernels
 from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL
 from stable_audio_serve.engine import Engine, EngineOptions
@@ -209,6 +211,20 @@ def test_behind_a_lock_a_request_takes_from_the_end_of_the_one_before() -> None:
     ends = {0: 2.0, 2: 2.5, 1: 4.0}
     records = [Played(index, 0.0, ended_at, 1.0, 8, {}) for index, ended_at in ends.items()]
     assert times_alone_ms(records) == pytest.approx({0: 2000.0, 2: 500.0, 1: 1500.0})
+
+
+def test_the_first_list_of_a_mix_in_a_process_is_expected_to_take_longer() -> None:
+    runs = [MixRun("small-8", "small", 5.0, eager_s=8.0), MixRun("small-mixed", "small", 12.0)]
+    bench = Machine(torch.device("cuda"), Sizes(rounds=2))
+    done = {f"small-8 {name}": {} for name in ("pilot", "burst 1", "replay 1")}
+    fresh, resumed = (
+        {one.name: one.about_s for one in mixes.measurements(bench, known, runs=runs)} for known in ({}, done)
+    )
+    assert {name: (fresh[name], resumed[name]) for name in fresh if fresh[name] != resumed[name]} == {
+        "small-8 burst 1": (30.0, 15.0),
+        "small-8 burst 2": (15.0, 30.0),
+    }
+    bench.close()
 
 
 def test_a_pipeline_is_compared_with_the_published_row_of_its_clip() -> None:
