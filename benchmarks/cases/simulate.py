@@ -29,6 +29,7 @@ from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, Roofline,
 from benchmarks.workload import MIXES, Mix
 from stable_audio_serve.demo.architecture import FRAME_S, HEADROOM_S
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.engine.batching import Call
 from stable_audio_serve.engine.windows import window_lengths
 from stable_audio_serve.models.protocol import WindowRule
 from stable_audio_serve.models.windows import audible_windows, chunked_windows
@@ -126,15 +127,15 @@ def count_shapes_of_a_day(mix: str, *, count: int, seeds: Sequence[int]) -> dict
         "num_shapes_without_graphs": max(len(counts.shapes) for counts in launched),
         "num_requests": HOURS * count,
         "num_calls": captured.calls,
-        "most_rows": max(rows for rows, _ in captured.shapes),
+        "most_rows": max(rows for rows, *_ in captured.shapes),
     }
 
 
 def _run_day(mix: str, *, count: int, seed: int, is_captured: bool = True) -> Counts:
     network = _NETWORKS[mix]
     burst = _draw(mix, rate_hz=None, count=HOURS * count // 4, seed=seed)
-    capacity_hz = _rate_hz(_engine(network, is_captured=is_captured).run(burst))
-    engine = _engine(network, is_captured=is_captured)
+    capacity_hz = _rate_hz(_engine(network, is_packed=True, is_captured=is_captured).run(burst))
+    engine = _engine(network, is_packed=True, is_captured=is_captured)
     longest_s = _LONGEST_S[network.name]
     engine.run(draw_day(MIXES[mix], capacity_hz=capacity_hz, count=count, seed=seed, max_duration_s=longest_s))
     return engine.counts
@@ -154,7 +155,12 @@ def compare_demo(*, count: int, seed: int) -> dict[str, dict[str, float]]:
     engine = partial(SimulatedEngine, DEMO_ON_A_CPU, _DEMO_SHAPE, longest_frames=_demo_frames(_LONGEST_S["demo"]))
     engines = {
         "strict": partial(engine, options=EngineOptions(mode="strict"), kind=CPU),
-        "fast": partial(engine, options=EngineOptions(mode="fast"), pack=DEMO_ON_A_CPU.packed_step_ms),
+        "fast": partial(
+            engine,
+            options=EngineOptions(mode="fast"),
+            kind=CPU,
+            pack=lambda call: DEMO_ON_A_CPU.packed_step_ms([(1, frames) for frames in call.lengths]),
+        ),
     }
     return {name: _ratios(lists, engine) for name, engine in engines.items()}
 
@@ -221,8 +227,13 @@ def _engine(network: Network, *, is_packed: bool = False, is_captured: bool = Tr
         device,
         network_shape(network),
         longest_frames=network.frames(_LONGEST_S[network.name]),
-        pack=device.packed_step_ms if is_packed else None,
+        pack=partial(_packed_call_ms, device) if is_packed else None,
+        prefix_tokens=network.prefix_tokens,
     )
+
+
+def _packed_call_ms(device: Roofline, call: Call) -> float:
+    return device.packed_step_ms([(1, frames) for frames in call.lengths], num_spare=call.num_spare)
 
 
 def _draw(mix: str, *, rate_hz: float | None, count: int, seed: int) -> ArrivalList:

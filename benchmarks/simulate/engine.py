@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 
 from benchmarks.arrivals import Arrival
@@ -15,9 +14,9 @@ from benchmarks.simulate.devices import DeviceModel
 from benchmarks.simulate.queues import Queues
 from benchmarks.simulate.requests import Outcome, Shape
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.batching import BatchPolicy, Call, OneRowPerCall, Packed
+from stable_audio_serve.engine.batching import BatchPolicy, Call, OneRowPerCall
 from stable_audio_serve.engine.call_cost import Measurement
-from stable_audio_serve.engine.call_shapes import round_up
+from stable_audio_serve.engine.call_shapes import PackedShapes, round_up
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.decode_calls import captured_windows
 from stable_audio_serve.engine.options import Mode
@@ -46,20 +45,21 @@ class Kind:
     has_second_queue: bool = False
 
 
-CPU = Kind("strict", frame_grid=1, shares_calls=False)
+CPU = Kind("strict", frame_grid=1, shares_calls=False, prefers_packed=True)
 GPU = Kind("fast", frame_grid=64, shares_calls=True, has_second_queue=True)
 
 
 @dataclass(slots=True)
 class Counts:
-    """What the turns were like: tokens are latent frames of network rows, `shapes` (rows, frames) of padded calls."""
+    """What the turns were like: tokens are latent frames of network rows; `shapes` of calls that a graph is captured
+    of: (rows, frames) of padded ones, (rows, longest, tokens) of packed ones."""
 
     turns: int = 0
     calls: int = 0
     rows: int = 0
     tokens: int = 0
     padded_tokens: int = 0
-    shapes: set[tuple[int, int]] = field(default_factory=set)
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
     text_shapes: set[int] = field(default_factory=set)  # prompts
     decode_shapes: set[tuple[int, int]] = field(default_factory=set)  # (windows, frames)
 
@@ -84,12 +84,14 @@ class SimulatedEngine:
         longest_frames: int,
         options: EngineOptions = EngineOptions(mode="fast"),
         kind: Kind = GPU,
-        pack: Callable[[Sequence[tuple[int, int]]], float] | None = None,
+        pack: Callable[[Call], float] | None = None,
+        prefix_tokens: int = 0,
         gap_ms: float = 0.0,
     ) -> None:
-        """`longest_frames`: latent frames of the model's longest clip. With `pack` rows are packed, and it prices a
-        call by the (rows, frames) in it; without they share padded calls. `gap_ms`: of each step, for which windows
-        beside it have the device as well; without, they take of a step's time what they take alone.
+        """`longest_frames`: latent frames of the model's longest clip. With `pack`, which prices packed calls, rows may
+        be packed, with `prefix_tokens` tokens before each row's frames; without they share padded calls. `gap_ms`: of
+        each step, for which windows beside it have the device as well; without, they take of a step's time what they
+        take alone.
         """
         self._gap_ms = gap_ms
         self._device = device
@@ -98,10 +100,12 @@ class SimulatedEngine:
         is_strict = resolve_mode(options, kind) == "strict"
         self._together = 1 if is_strict else options.slots
         self._cost = CostModel()
-        self._policy: BatchPolicy = (
-            Packed(partial(self._cost.knee_tokens, fixed_share=options.fixed_share))
-            if pack
-            else resolve_policy(options, kind, cost=self._cost)
+        self._policy: BatchPolicy = resolve_policy(
+            options,
+            kind,
+            cost=self._cost,
+            packs_rows=pack is not None,
+            packed=PackedShapes(prefix_tokens, longest_frames) if pack else None,
         )
         self._pace = WindowPace(self._cost, turn_frames=options.turn_frames, is_fixed=is_strict)
         limits = SchedulerLimits(
@@ -199,18 +203,25 @@ class SimulatedEngine:
         self.counts.tokens += sum(lane.branches * lane.frames for lane in lanes)
         calls = self._policy.split(lanes)
         ms = sum(map(self._call_ms, calls))
-        self._cost.correct("denoise", [call.shape for call in calls], measured_ms=ms)
-        self._pace.saw_step(sum(self._cost.call_ms("denoise", rows=c.shape[0], frames=c.shape[1]) for c in calls))
+        groups = [call.groups for call in calls]
+        self._cost.correct("denoise", groups, measured_ms=ms)
+        self._pace.saw_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
         self._queues.run(ms, gap_ms=self._gap_ms)
         self.counts.calls += len(calls)
-        self.counts.padded_tokens += sum(sum(call.lengths) or call.rows * call.frames for call in calls)
-        self.counts.shapes.update((call.rows, call.frames) for call in calls if not call.lengths)
+        self.counts.padded_tokens += sum(
+            sum(call.lengths) + call.num_spare if call.lengths else call.rows * call.frames for call in calls
+        )
+        self.counts.shapes.update(
+            (call.rows, call.frames, *((call.room.tokens,) if call.room else ()))
+            for call in calls
+            if call.room or not call.lengths
+        )
         for row in rows:
             row.work.finish_evaluation()
 
     def _call_ms(self, call: Call) -> float:
         if self._pack and call.lengths:
-            return self._pack([(1, frames) for frames in call.lengths])
+            return self._pack(call)
         return self._device.step_ms(call.rows, call.frames)
 
     def _decode(self, rows: Sequence[_Row]) -> None:

@@ -58,10 +58,8 @@ class Network:
     def step_operations(self, frames: int, *, is_cached: bool = True) -> float:
         """Returns the operations of one row's step. `is_cached`: keys and values of the context are kept between steps
         and local additions that are zero are left out, as our engine does."""
-        e, tokens = self.width, frames + self.prefix_tokens
-        softmaxes = 2 if self.differential else 1
-        products = ((5 if self.differential else 3) + 1 + softmaxes + 1 + 12) * e**2
-        total: float = 2 * products * tokens
+        e, tokens, softmaxes = self.width, frames + self.prefix_tokens, self._softmaxes
+        total: float = 2 * self._products * tokens
         total += 4 * softmaxes * e * tokens * (tokens + self.context_tokens)
         if not is_cached:
             total += 2 * (softmaxes + 1) * e * self.context_width * self.context_tokens
@@ -71,6 +69,19 @@ class Network:
         if not is_cached:
             total += 2 * (_LATENT_TEXT_WIDTH * e + e**2) * self.context_tokens
         return total
+
+    def spare_operations(self, tokens: int) -> float:
+        """Returns the operations of tokens that are in no row, so that they attend to nothing."""
+        return (2 * self._products * self.depth + 4 * self.latent_channels * self.width) * tokens
+
+    @property
+    def _softmaxes(self) -> int:
+        return 2 if self.differential else 1
+
+    @property
+    def _products(self) -> float:
+        """Weights of a layer that every token meets in every step."""
+        return float(((5 if self.differential else 3) + 1 + self._softmaxes + 1 + 12) * self.width**2)
 
     def step_bytes(self, frames: int) -> float:
         """Returns the activation bytes of one row's step."""
@@ -154,10 +165,13 @@ class Roofline:
     def step_ms(self, rows: int, frames: int) -> float:
         return self.packed_step_ms([(rows, frames)])
 
-    def packed_step_ms(self, lanes: Sequence[tuple[int, int]]) -> float:
-        """Returns the time of one call over rows of several lengths, (rows, frames) each, without padding."""
-        operations = sum(rows * self.network.step_operations(frames) for rows, frames in lanes)
-        moved = self.network.num_weights * _BYTES + sum(r * self.network.step_bytes(f) for r, f in lanes)
+    def packed_step_ms(self, lanes: Sequence[tuple[int, int]], *, num_spare: int = 0) -> float:
+        """Returns the time of one call over rows of several lengths, (rows, frames) each, and `num_spare` tokens that
+        it only has room for."""
+        net = self.network
+        operations = sum(rows * net.step_operations(frames) for rows, frames in lanes) + net.spare_operations(num_spare)
+        moved = net.num_weights * _BYTES + sum(r * net.step_bytes(f) for r, f in lanes)
+        moved += net.step_bytes(num_spare - net.prefix_tokens)
         device_ms = max(operations / self.flops, moved / self.bandwidth) / self.efficiency * 1000.0
         return max(self.host_ms, self.fixed_ms + device_ms)
 

@@ -4,12 +4,23 @@ Pure bookkeeping. All call shapes are chosen here, so that a graph can be captur
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from stable_audio_serve.engine.call_shapes import CallMs, CallShapes, cut, most_rows, round_up
+from stable_audio_serve.engine.call_cost import Groups
+from stable_audio_serve.engine.call_shapes import (
+    PACKED_ROWS,
+    CallMs,
+    CallShapes,
+    PackedRoom,
+    PackedShapes,
+    cut,
+    most_rows,
+    round_up,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +35,24 @@ class Lane:
 class Call:
     """One device call. `members` index the lanes; `rows` includes dummies, `frames` padding.
 
-    A packed call has no padding: `lengths` are the latent frames of each of its rows, `frames` those of the longest.
+    A packed call pads no row: `lengths` are the latent frames of each of its rows, `frames` those of the longest. Where
+    a graph needs a fixed shape it has a `room`, of which `num_spare` tokens are left over.
     """
 
     members: tuple[int, ...]
     rows: int
     frames: int
     lengths: tuple[int, ...] = ()
+    room: PackedRoom | None = None
+    num_spare: int = 0
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """The (rows, frames) to predict the call's time from: packed rows count as equal ones of as many frames."""
-        return self.rows, -(-sum(self.lengths) // self.rows) if self.lengths else self.frames
+    def groups(self) -> Groups:
+        """The rows to predict the call's time from; what is left over counts as if all packed rows were longer."""
+        if not self.lengths:
+            return ((self.rows, self.frames),)
+        longer = -(-self.num_spare // len(self.lengths))
+        return tuple((rows, frames + longer) for frames, rows in Counter(self.lengths).items())
 
 
 class BatchPolicy(Protocol):
@@ -201,6 +218,50 @@ class Packed:
 
     def padded(self, frames: int) -> int:
         return frames
+
+
+@dataclass(frozen=True, slots=True)
+class PackedOrGrid:
+    """Fast mode where a graph can be captured of packed rows: rows are packed into one call, unless padded calls are
+    predicted to be faster, as for a request alone. `groups_ms` predicts the time of a call of several lengths."""
+
+    grid: MergedGrid
+    shapes: PackedShapes
+    groups_ms: Callable[[Groups], float]
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        padded = self.grid.split(lanes)
+        if len(lanes) < 2:
+            return padded
+        packed = self.pack(lanes)
+        return packed if self._ms(packed) < self._ms(padded) else padded
+
+    def pack(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Returns packed calls of at least one lane."""
+        calls: list[Call] = []
+        members: list[int] = []
+        lengths: list[int] = []
+        for i in sorted(range(len(lanes)), key=lambda i: lanes[i].frames):
+            if len(lengths) + lanes[i].branches > PACKED_ROWS:
+                calls.append(self._call(members, lengths))
+                members, lengths = [], []
+            members.append(i)
+            lengths += [lanes[i].frames] * lanes[i].branches
+        return [*calls, self._call(members, lengths)]
+
+    def _call(self, members: Sequence[int], lengths: Sequence[int]) -> Call:
+        room = self.shapes.room(lengths)
+        num_spare = room.tokens - sum(lengths) - self.shapes.prefix * len(lengths)
+        return Call(tuple(members), room.rows, room.longest, tuple(lengths), room, num_spare)
+
+    def _ms(self, calls: Sequence[Call]) -> float:
+        return sum(self.groups_ms(call.groups) for call in calls)
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return self.grid.crowd(branches, frames)
+
+    def padded(self, frames: int) -> int:
+        return self.grid.padded(frames)
 
 
 @dataclass(frozen=True, slots=True)

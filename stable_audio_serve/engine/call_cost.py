@@ -16,6 +16,7 @@ _TERM_PRICE = 4.0  # Akaike's criterion has 2; terms that only explain noise are
 _FIXED, _PER_ROW, _PER_FRAME, _PER_SQUARE = range(4)
 
 Array = npt.NDArray[np.float64]
+Groups = tuple[tuple[int, int], ...]  # the rows of one call: (rows, latent frames of each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class CallCost:
     def call_ms(self, rows: int, frames: int) -> float:
         """Returns the time of a whole call over `rows` rows padded to `frames` latent frames."""
         return max(self.floor_ms, self.fixed_ms + rows * self.row_ms(frames))
+
+    def groups_ms(self, groups: Groups) -> float:
+        """Returns the time of a whole call over rows of several lengths, packed without padding."""
+        return max(self.floor_ms, self.fixed_ms + sum(rows * self.row_ms(frames) for rows, frames in groups))
 
     def worthwhile_ms(self, overhead_share: float) -> float:
         """Returns how long the rows of a call must take, so that what the call takes besides is this share of it."""

@@ -1,11 +1,11 @@
-"""Which shapes a denoiser call may have: its numbers of network rows and its padded lengths. Knows no lanes and no
-device; `batching` fills the calls.
+"""Which shapes a denoiser call may have: its numbers of network rows and its padded lengths, or a packed call's room.
+Knows no lanes and no device; `batching` fills the calls.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CallMs = Callable[[int, int], float]
@@ -71,6 +71,44 @@ class GraphShapes:
 
 
 CallShapes = AnyRows | GraphShapes
+
+
+# A packed call costs what its tokens do, and next to nothing for rows that are not there: so there is one number of
+# rows. A call has room for an eighth more tokens at most, a sixteenth on average; where fewer tokens are hardly faster,
+# because all weights are read anyway, the steps are coarser.
+PACKED_ROWS = 64
+_LEAST_STEP, _STEPS_PER_OCTAVE = 256, 8
+_SHORT = 4  # rooms for rows of any length, and for rows of a quarter of that
+# Beside packed calls, padded ones are for a row alone and for rows alike.
+GRAPH_ROWS_BESIDE_PACKED = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRoom:
+    """What a graph of packed rows has fixed: room for so many `tokens` in so many `rows`, none of them with more latent
+    frames than `longest`."""
+
+    tokens: int
+    rows: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedShapes:
+    """Rooms of packed calls. Each row has `prefix` tokens of its own besides its latent frames."""
+
+    prefix: int
+    longest: int  # latent frames of the longest row there is
+
+    def room(self, lengths: Sequence[int]) -> PackedRoom:
+        """Returns the smallest room that holds rows of so many latent frames each, at most PACKED_ROWS of them."""
+        tokens = sum(lengths) + self.prefix * len(lengths)
+        short = -(-self.longest // _SHORT)
+        return PackedRoom(
+            tokens=round_up(tokens, max(2 ** (tokens.bit_length() - 1) // _STEPS_PER_OCTAVE, _LEAST_STEP)),
+            rows=PACKED_ROWS,
+            longest=short if max(lengths) <= short else self.longest,
+        )
 
 
 def most_rows(shapes: CallShapes, frames: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.call_cost import Groups
 from stable_audio_serve.engine.cost import CostModel, Work
 from stable_audio_serve.engine.device import Device, Moment
 
@@ -23,7 +24,7 @@ class _Asked:
     """Device work to be compared with its prediction once it has ended."""
 
     work: Work
-    shapes: Sequence[tuple[int, int]]
+    calls: Sequence[Groups]
     began: Moment
     ended: Moment
     is_alone: bool  # no work of the other queue ran beside it
@@ -43,11 +44,11 @@ class CallTimes:
         self._steps: deque[_Asked] = deque()
         self._others: deque[_Asked] = deque()
 
-    def time(self, work: Work, shapes: Sequence[tuple[int, int]], *, run: Callable[[], Result]) -> Result:
-        """Run device work, of calls over (rows, frames) each, in the queue that is its own."""
+    def time(self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result]) -> Result:
+        """Run device work, of these calls, in the queue that is its own."""
         began = self._device.mark()
         result = run()
-        asked = _Asked(work, shapes, began, self._device.mark(), is_alone=True)
+        asked = _Asked(work, calls, began, self._device.mark(), is_alone=True)
         if work == "denoise":
             for other in self._others:  # those that are asked for later begin after this one
                 if not other.ended.is_reached():
@@ -80,5 +81,5 @@ class CallTimes:
             calls.popleft()
             ms = oldest.ended.ms_since(oldest.began)
             if oldest.is_alone:
-                self._cost.correct(oldest.work, oldest.shapes, measured_ms=ms)
+                self._cost.correct(oldest.work, oldest.calls, measured_ms=ms)
             self._metrics.observe(f"engine_{oldest.work}_ms", ms)

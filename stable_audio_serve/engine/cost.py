@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from stable_audio_serve.engine.call_cost import CallCost, Measurement, fit_call_cost
+from stable_audio_serve.engine.call_cost import CallCost, Groups, Measurement, fit_call_cost
 
 _MOST_TOKENS = 2.0**20  # the answer where rows cost nothing
 _FIT_WEIGHT = 4  # a fit counts as so many measurements
@@ -41,13 +41,13 @@ class CostModel:
         self._scales[work] = 1.0
         self._num_corrections[work] = _FIT_WEIGHT
 
-    def correct(self, work: Work, calls: Iterable[tuple[int, int]], *, measured_ms: float) -> None:
-        """Move the scale of `work` towards the measured time of these (rows, frames) calls together.
+    def correct(self, work: Work, calls: Iterable[Groups], *, measured_ms: float) -> None:
+        """Move the scale of `work` towards the measured time of these calls together.
 
         The first measurement of a kind that was not fitted is believed; later ones, which may have been disturbed by
         another program, move the scale by a bounded factor.
         """
-        predicted_ms = sum(self._costs[work].call_ms(rows, frames) for rows, frames in calls)
+        predicted_ms = sum(self._costs[work].groups_ms(groups) for groups in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
             return
         surprise = measured_ms / (predicted_ms * self._scales[work])
@@ -59,6 +59,10 @@ class CostModel:
     def call_ms(self, work: Work, *, rows: int, frames: int) -> float:
         """Returns the predicted time of one call."""
         return self._scales[work] * self._costs[work].call_ms(rows, frames)
+
+    def groups_ms(self, work: Work, groups: Groups) -> float:
+        """Returns the predicted time of one call of rows of several lengths."""
+        return self._scales[work] * self._costs[work].groups_ms(groups)
 
     def knee_tokens(self, frames: int, fixed_share: float) -> float:
         """Returns at how many latent frames, in rows of `frames`, a denoiser call is `fixed_share` overhead: its

@@ -26,6 +26,7 @@ from stable_audio_serve.core.generation import (
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.batching import BatchPolicy, OneRowPerCall
+from stable_audio_serve.engine.call_shapes import PackedShapes
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.executor import Executor
@@ -102,6 +103,7 @@ class Engine:
             cost=cost,
             pads_rows=model.spec.pads_rows,
             packs_rows=model.spec.packs_rows,
+            packed=PackedShapes(model.spec.num_prefix, model.spec.max_frames) if model.spec.packs_segments else None,
         )
         self._pace = WindowPace(cost, turn_frames=options.turn_frames, is_fixed=self.mode == "strict")
         self._predictor = Predictor(cost, policy, turn_frames=self._pace.turn_frames)

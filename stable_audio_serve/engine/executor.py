@@ -21,6 +21,7 @@ from stable_audio_serve.engine.conditioning import ConditioningArena
 from stable_audio_serve.engine.decode_calls import DecodeCalls
 from stable_audio_serve.engine.device import DEVICE_LOST, Device
 from stable_audio_serve.engine.graphs import CallMemory, Graphs
+from stable_audio_serve.engine.packed_step import PackedInputs, PackedShape, run_packed_step
 from stable_audio_serve.engine.packing import denoise_packed
 from stable_audio_serve.engine.rows import Row, Stepping
 from stable_audio_serve.engine.step import Memories, StepInputs, StepRow, StepShape, run_step
@@ -29,7 +30,6 @@ from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
-    StepBatch,
     TextEmbedding,
 )
 
@@ -137,22 +137,25 @@ class Executor:
     def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
         """Advance the registers of every row by one evaluation, from one call of the network. Returns the rows."""
         told = [_step_row(row) for row in rows]
-        shape = StepShape.of(
+        is_packed_by_host = bool(call.lengths) and call.room is None
+        own = StepShape.of(
             told,
-            network_rows=sum(len(row.branches) for row in told) if call.lengths else call.rows,
+            network_rows=sum(len(row.branches) for row in told) if is_packed_by_host else call.rows,
             frames=call.frames,
             latent_channels=self._model.spec.card.latent_channels,
         )
-        if call.lengths:
+        shape = own if call.room is None else PackedShape(own, call.room, self._model.spec.num_prefix)
+        if is_packed_by_host:
             plans = [row.plan for row, known in zip(rows, told, strict=True) for _ in known.branches]
-            own, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
-            denoise = partial(denoise_packed, self._model, frames=own, valid_frames=seen)
-            self._run(shape, self._device.upload(shape.write(told, self._device)), denoise=denoise)
+            frames, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
+            inputs = StepInputs.read(self._device.upload(own.write(told, self._device)), own)
+            denoise = partial(denoise_packed, self._model, frames=frames, valid_frames=seen)
+            run_step(denoise, inputs, memories=self._memories(), frames=own.frames)
         elif not self._device.can_capture or not self._replay(shape.general(), told):
             self._run(shape, self._device.upload(shape.write(told, self._device)))
         return rows
 
-    def _replay(self, shape: StepShape, rows: Sequence[StepRow]) -> bool:
+    def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
         """Run a captured step. Returns whether it is captured."""
         if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
             self._graphs.forget("denoise")
@@ -168,12 +171,14 @@ class Executor:
         """Capture one more shape of calls; few and quick ones while others wait. Returns whether there was one."""
         return self._graphs.capture_next(is_idle=is_idle)
 
-    def _run(self, shape: StepShape, inputs: Tensor, *, denoise: Callable[[StepBatch], Tensor] | None = None) -> None:
-        """`denoise` None: the model's."""
-        step = StepInputs.read(inputs, shape)
-        run_step(denoise or self._model.denoise, step, memories=self._memories(), frames=shape.frames)
+    def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
+        denoise, memories = self._model.denoise, self._memories()
+        if isinstance(shape, PackedShape):
+            run_packed_step(denoise, PackedInputs.read(inputs, shape), memories=memories, shape=shape)
+        else:
+            run_step(denoise, StepInputs.read(inputs, shape), memories=memories, frames=shape.frames)
 
-    def _run_on(self, shape: StepShape, memory: CallMemory) -> None:
+    def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
         """What a step makes is written to the arenas."""
         self._run(shape, memory.inputs)
 

@@ -31,8 +31,7 @@ class Predictor:
         """Returns the time of one turn over rows, `num_new` of which are new and need their text encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
         total = self._cost.call_ms("text", rows=num_new, frames=0) if num_new else 0.0
-        shapes = [call.shape for call in self._policy.split(lanes)]
-        total += sum(self._cost.call_ms("denoise", rows=rows, frames=frames) for rows, frames in shapes)
+        total += sum(self._cost.groups_ms("denoise", call.groups) for call in self._policy.split(lanes))
         total += sum(self._coding_ms("encode", work.encode_left) for work in works if work.phase is Phase.ENCODE)
         total += sum(self._coding_ms("decode", work.decode_left) for work in works if work.phase is Phase.DECODE)
         return total

@@ -109,8 +109,8 @@ class Stages:
     def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
         if not windows:  # other rows of the request had them encoded
             return []
-        shapes = [(1, window.samples.shape[-1] // self._model.spec.hop) for window in windows]
-        return self._times.time("encode", shapes, run=lambda: self._executor.encode(windows))
+        calls = [((1, window.samples.shape[-1] // self._model.spec.hop),) for window in windows]
+        return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
 
     def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
         """Set the conditioning and registers of rows whose text and sources are encoded, after which they can step.
@@ -130,13 +130,14 @@ class Stages:
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
-        shapes = [call.shape for call in calls]
-        self._pace.saw_step(sum(self._cost.call_ms("denoise", rows=count, frames=frames) for count, frames in shapes))
-        failures = self._times.time("denoise", shapes, run=lambda: self._executor.denoise(rows, calls))
+        groups = [call.groups for call in calls]
+        self._pace.saw_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
+        failures = self._times.time("denoise", groups, run=lambda: self._executor.denoise(rows, calls))
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
         self._metrics.observe("engine_tokens_per_step", tokens)
-        self._metrics.gauge("engine_pad_share", 1.0 - tokens / sum(count * frames for count, frames in shapes))
+        padded_tokens = sum(count * frames for own in groups for count, frames in own)
+        self._metrics.gauge("engine_pad_share", 1.0 - tokens / padded_tokens)
         now = self._clock.monotonic()
         for row in rows:
             row.request.clock.mark("denoise", now)
@@ -158,9 +159,9 @@ class Stages:
                     decoding[row.id].latents, decoding[row.id].noise, max_frames=max_frames
                 )
             ]
-            shapes = [(1, window.latents.shape[-1]) for _, window in windows]
+            calls = [((1, window.latents.shape[-1]),) for _, window in windows]
             outcomes = self._times.time(
-                "decode", shapes, run=lambda: self._executor.decode([window for _, window in windows])
+                "decode", calls, run=lambda: self._executor.decode([window for _, window in windows])
             )
             for (row, _), outcome in zip(windows, outcomes, strict=True):
                 if isinstance(outcome, Exception):
@@ -230,7 +231,7 @@ class Stages:
         self._metrics.increment("engine_prompt_cache_misses", len(missing))
         if missing:
             with self._device.beside():
-                outcomes = self._times.time("text", [(len(missing), 0)], run=lambda: self._executor.embed(missing))
+                outcomes = self._times.time("text", [((len(missing), 0),)], run=lambda: self._executor.embed(missing))
                 self._inputs_ready = self._device.mark()
             known.update(zip(missing, outcomes, strict=True))
             for outcome in outcomes:

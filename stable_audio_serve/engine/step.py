@@ -21,7 +21,7 @@ from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
 
 _NUM_FLOAT_SECTIONS = 2  # of the buffer: the first ones
-_KEPT_PARTS = 3  # mask, source, noise: behind the registers of a row whose plan blends
+KEPT_PARTS = 3  # mask, source, noise: behind the registers of a row whose plan blends
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class StepShape:
             num,
             num,
             pages * self.num_registers,
-            pages * _KEPT_PARTS * self.use.blends,
+            pages * KEPT_PARTS * self.use.blends,
             self.network_rows * len(self.constants),
             self.network_rows * pages_of(self.frames) * len(self.by_frame),
             num * self.latent_channels * self.frames * self.draws,
@@ -132,7 +132,7 @@ class StepShape:
         held = own + spare * (self.network_rows - len(own))
         pages = [[branch.pages.get(name, ()) for branch in held] for name in self.by_frame]
         sizes = self._sizes
-        values = _join(
+        values = join_sections(
             [
                 [value for row in rows for value in row.numbers.values],
                 [value for row in rows for value in guidance_values(row.guidance)],
@@ -146,11 +146,11 @@ class StepShape:
             first,
             [place + count - 1 for place, count in zip(first, branches, strict=True)],
             page_table(registers, frames=self.frames, num_parts=self.num_registers),
-            page_table(kept, frames=self.frames, num_parts=_KEPT_PARTS * self.use.blends),
+            page_table(kept, frames=self.frames, num_parts=KEPT_PARTS * self.use.blends),
             [branch.slots.get(name, NOTHING) for name in self.constants for branch in held],
             page_table(pages, frames=self.frames, num_parts=self.network_rows),
         ]
-        numbers = _join(sections, sizes=sizes[_NUM_FLOAT_SECTIONS:-1])
+        numbers = join_sections(sections, sizes=sizes[_NUM_FLOAT_SECTIONS:-1])
         end = len(values) + len(numbers)
         buffer[: len(values)] = torch.tensor(values, dtype=torch.float32)
         buffer[len(values) : end].view(torch.int32)[:] = torch.tensor(numbers, dtype=torch.int32)
@@ -165,7 +165,7 @@ class StepShape:
         return buffer
 
 
-def _join(sections: Sequence[Sequence[float]], *, sizes: Sequence[int]) -> list[float]:
+def join_sections(sections: Sequence[Sequence[float]], *, sizes: Sequence[int]) -> list[float]:
     """Returns the sections one after another, each filled up with zeros to its size: for rows that are not there."""
     joined: list[float] = []
     for section, size in zip(sections, sizes, strict=True):
@@ -212,7 +212,7 @@ class StepInputs:
             conditional=conditional,
             unconditional=unconditional,
             registers=registers.view(num, shape.num_registers, -1),
-            kept=kept.view(num, _KEPT_PARTS, -1) if shape.use.blends else None,
+            kept=kept.view(num, KEPT_PARTS, -1) if shape.use.blends else None,
             constants=dict(zip(shape.constants, constants.view(-1, shape.network_rows), strict=True)),
             by_frame={
                 name: pages.view(shape.network_rows, -1)

@@ -39,7 +39,7 @@ def step_shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tup
     crowds = [[Lane(1, frames)], [Lane(2, frames)]]
     crowds += [[Lane(1, frames)] * count for count in _CROWDS if count * policy.padded(frames) <= max_tokens]
     calls = [policy.split(lanes)[0] for lanes in crowds]
-    return {(call.rows, call.frames) for call in calls}
+    return {(len(call.lengths), frames) if call.lengths else (call.rows, call.frames) for call in calls}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,12 @@ class CompiledModel(ForwardingModel):
 
     @property
     def spec(self) -> ModelSpec:
-        """On a CPU rows do not go packed: there each mixture of lengths would be compiled anew."""
+        """On a CPU rows do not go packed, where each mixture of lengths would be compiled anew, and nowhere by
+        segments, which no compiled layer was tried with."""
         spec = self._model.spec
-        return replace(spec, is_compiled=True, packs_rows=spec.packs_rows and self.device.type != "cpu")
+        return replace(
+            spec, is_compiled=True, packs_rows=spec.packs_rows and self.device.type != "cpu", packs_segments=False
+        )
 
 
 def compile_layers(model: DiffusionModel, *, folder: Path, backend: str = "inductor") -> CompiledModel:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 
@@ -32,6 +33,8 @@ class ModelSpec:
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
     pads_rows: bool = True  # the network leaves invalid frames out; otherwise rows of equal length only share a call
     packs_rows: bool = False  # the network takes packed batches
+    packs_segments: bool = False  # ... whose lengths only the device knows, and is fast at it
+    num_prefix: int = 0  # tokens of the network's own before each row's frames
     is_compiled: bool = False  # the first call of a kind takes seconds, and calls of another shape may round otherwise
     captures_decode: bool = False  # decoding is device work only, of latents and draws, wherever a window begins
 
@@ -175,6 +178,10 @@ class StepBatch:
 
     Either way `constants` (B, ...) and `by_frame` (B, channels, F) hold the branches' values by name; a name that no
     branch has is missing.
+
+    With `segments`, for a model whose spec says `packs_segments`: `x` (1, D, N) and `by_frame` (1, channels, N) are by
+    token, zeros where no latent frame is. `constants` (S, ...) are whole memories of such values, and `slots` (B,)
+    int32 by name say which is each row's.
     """
 
     x: Tensor
@@ -184,6 +191,8 @@ class StepBatch:
     by_frame: Mapping[str, Tensor] = field(default_factory=dict)
     frames: tuple[int, ...] = ()
     valid_frames: tuple[int, ...] = ()
+    segments: Segments | None = None
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, x: Tensor, *, t: Tensor, valid: Tensor, branches: Sequence[BranchConditioning]) -> StepBatch:

@@ -7,7 +7,7 @@ nothing of networks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from stable_audio_serve.sampling.plan import Guidance
 
 NUM_GUIDANCE = 4
+
+# Adds up each row of (B, D, F): (B, 1, 1).
+RowSum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,33 @@ def guidance_values(row: Guidance) -> tuple[float, float, float, float]:
     return row.cfg_scale, row.apg_scale, row.norm_threshold, row.rescale
 
 
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """N rows cut into B pages of as many frames, a power of two: how to add up a row as if it lay in one piece."""
+
+    pages: Tensor  # (N, P): each row's pages, in order; B for those that it does not have
+    rows: Tensor  # (B,): each page's row
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns each page's row's sum (B, 1, 1) of (B, D, F), to the bit what an uncut row gives."""
+        own = torch.nn.functional.pad(row_sum(values).flatten(), (0, 1))
+        return _tree_sum(own[self.pages][..., None]).index_select(0, self.rows)
+
+
+def row_sum(values: Tensor) -> Tensor:
+    """Returns the sum of each row of (B, D, F): (B, 1, 1)."""
+    return _tree_sum(_tree_sum(values).transpose(1, 2))
+
+
 def guide(
-    x: Tensor, times: Tensor, *, conditional: Tensor, unconditional: Tensor, valid: Tensor | None, rows: GuidanceBatch
+    x: Tensor,
+    times: Tensor,
+    *,
+    conditional: Tensor,
+    unconditional: Tensor,
+    valid: Tensor | None,
+    rows: GuidanceBatch,
+    add_up: RowSum = row_sum,
 ) -> Tensor:
     """Returns the guided output (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
 
@@ -84,16 +112,17 @@ def guide(
     any output that is linear in the clean estimate; the projection and the threshold, which are defined on that
     estimate, for velocities (x - t v). The formula divides by no time, so it is exact down to t = 0:
     v_c - (s - 1) d, with d = v_u - v_c after projection and threshold. Statistics use only frames where `valid`
-    (B, F) bool is true, all of them if it is None; elsewhere the result is unspecified. A part that no row uses is
+    (B, F) bool is true, all of them if it is None; elsewhere the result is unspecified. `add_up` differs where a row is
+    in several pieces. A part that no row uses is
     skipped, which changes no bit of the others: its weight would be exactly 0 or 1.
     """
     x, t = x.float(), times.float()[:, None, None]
     v_cond = conditional.float()
     difference = unconditional.float() - v_cond
     if rows.use.norm_threshold:
-        difference = _limit_norm(difference, valid, times=t, threshold=rows.norm_threshold)
+        difference = _limit_norm(difference, valid, times=t, threshold=rows.norm_threshold, add_up=add_up)
     if rows.use.apg:
-        orthogonal = _orthogonal_part(difference, x - t * v_cond, valid=valid)
+        orthogonal = _orthogonal_part(difference, x - t * v_cond, valid=valid, add_up=add_up)
         mixed = rows.apg_scale * orthogonal + (1.0 - rows.apg_scale) * difference
         difference = torch.where(rows.apg_scale == 0.0, difference, mixed)
     output = v_cond - (rows.cfg_scale - 1.0) * difference
@@ -102,25 +131,27 @@ def guide(
     return output
 
 
-def _limit_norm(difference: Tensor, valid: Tensor | None, *, times: Tensor, threshold: Tensor) -> Tensor:
+def _limit_norm(
+    difference: Tensor, valid: Tensor | None, *, times: Tensor, threshold: Tensor, add_up: RowSum
+) -> Tensor:
     """Returns the difference of velocities, scaled in rows where the clean estimates' would exceed L2 norm `threshold`.
 
     Clean estimates differ by t times as much; 0 is no threshold.
     """
-    norm = times * _row_sum(_valid_only(difference * difference, valid)).sqrt()
+    norm = times * add_up(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
     return torch.where(threshold > 0.0, limited, difference)
 
 
-def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None) -> Tensor:
+def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None, add_up: RowSum) -> Tensor:
     """Returns `difference` without its projection on `clean`; 0 on invalid frames.
 
     Reference: "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416), without momentum.
     """
     clean = _valid_only(clean, valid)
     floor = 1e-12 if valid is None else 1e-8  # the references' two variants
-    direction = clean / _row_sum(clean * clean).sqrt().clamp(min=floor)
-    along = _row_sum(_valid_only(difference * direction, valid))
+    direction = clean / add_up(clean * clean).sqrt().clamp(min=floor)
+    along = add_up(_valid_only(difference * direction, valid))
     return _valid_only(difference - along * direction, valid)
 
 
@@ -140,11 +171,6 @@ def _channel_std(values: Tensor) -> Tensor:
 def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
     """Returns the values with 0 in invalid frames, even where they hold NaN."""
     return values if valid is None else torch.where(valid[:, None, :], values, 0.0)
-
-
-def _row_sum(values: Tensor) -> Tensor:
-    """Returns the sum of each row of (B, D, F): (B, 1, 1)."""
-    return _tree_sum(_tree_sum(values).transpose(1, 2))
 
 
 def _tree_sum(values: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def test_equal_rows_share_calls_and_packed_rows_need_no_padding() -> None:
     engine.run(arrivals)
     assert engine.counts.shapes == {(8, 64)}
     packed = SimulatedEngine(
-        DEVICE, SHAPE, longest_frames=128, pack=lambda lanes: 10 + 0.1 * sum(rows * frames for rows, frames in lanes)
+        DEVICE, SHAPE, longest_frames=128, kind=CPU, pack=lambda call: 10 + 0.1 * sum(call.lengths)
     )
     outcomes = packed.run(arrivals)
     assert packed.counts.padded_tokens == packed.counts.tokens == 160

@@ -133,7 +133,7 @@ def test_packed_rows_share_one_call_with_equal_lengths_side_by_side() -> None:
     (call,) = Packed(knee_tokens=lambda frames: 1000).split([Lane(1, 100), Lane(2, 430), Lane(1, 40), Lane(2, 100)])
     assert (call.members, call.rows, call.frames) == ((2, 0, 3, 1), 6, 430)
     assert call.lengths == (40, 100, 100, 100, 430, 430)
-    assert call.shape == (6, 200)
+    assert call.groups == ((1, 40), (3, 100), (2, 430))
 
 
 def test_rows_are_packed_in_fast_mode_on_a_cpu_unless_a_grid_is_asked_for() -> None:

@@ -116,13 +116,13 @@ def test_scale_follows_a_slower_device() -> None:
     cost.fit("denoise", measure(CallCost(1.0, 0.0, 0.01)))
     before = cost.call_ms("denoise", rows=1, frames=500)
     for _ in range(200):
-        cost.correct("denoise", [(1, 500)], measured_ms=2.0 * before)
+        cost.correct("denoise", [((1, 500),)], measured_ms=2.0 * before)
     assert cost.call_ms("denoise", rows=1, frames=500) == pytest.approx(2.0 * before, rel=0.01)
 
 
 def test_first_measurement_of_an_unfitted_kind_is_believed() -> None:
     cost = CostModel()
-    cost.correct("decode", [(1, 100)], measured_ms=500.0)
+    cost.correct("decode", [((1, 100),)], measured_ms=500.0)
     assert cost.call_ms("decode", rows=1, frames=100) == pytest.approx(500.0)
 
 
@@ -135,10 +135,10 @@ def test_a_few_disturbed_calls_do_not_change_the_order_of_work(disturbances: lis
     before = cost.call_ms("denoise", rows=1, frames=500)
     for factor in disturbances:
         last = cost.call_ms("denoise", rows=1, frames=500)
-        cost.correct("denoise", [(1, 500)], measured_ms=factor * before)
+        cost.correct("denoise", [((1, 500),)], measured_ms=factor * before)
         assert 0.75 < cost.call_ms("denoise", rows=1, frames=500) / last < 1.3
     for _ in range(60):
-        cost.correct("denoise", [(1, 500)], measured_ms=before)
+        cost.correct("denoise", [((1, 500),)], measured_ms=before)
     assert cost.call_ms("denoise", rows=1, frames=500) == pytest.approx(before, rel=0.5)
 
 

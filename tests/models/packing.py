@@ -1,44 +1,120 @@
-"""Packed rows for tests: rows of several lengths through a network as one sequence, on a CPU and as on CUDA."""
+"""Packed rows for tests: rows of several lengths through a network as one sequence, on a CPU and as on CUDA, with its
+kernel written out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.models.blocks.packed import Packed, PackedOnDevice
+from stable_audio_serve.models.blocks import Layout
+from stable_audio_serve.models.blocks.packed import Packed
+from stable_audio_serve.models.blocks.packed_segments import PackedSegments
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.sa3.branches import from_batch, to_branch
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.segments import Segments
 
 WAYS = ("row by row", "one kernel")
+SPARE_TOKENS, SPARE_ROWS, SPARE_LENGTH = 21, 2, 7
 
 
-def make_layout(way: str, frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Packed:
-    """The layout of a CPU, or CUDA's with its kernel written out."""
-    if way == "row by row":
-        return Packed(frames, valid_frames, num_prefix=num_prefix)
-    device = torch.device("cpu")
-    return PackedOnDevice(frames, valid_frames, num_prefix=num_prefix, device=device, varlen=attend_varlen)
-
-
-def attend_varlen(  # as torch's function
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    seqused_k: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` is documented to do: (tokens, H, E) each, offsets int32."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (len(query), len(key), len(value)) == (cu_seq_q[-1], cu_seq_k[-1], cu_seq_k[-1])
-    assert (cu_seq_q.diff().max(), cu_seq_k.diff().max()) == (max_q, max_k)
-    out = torch.empty_like(query)
-    for row in range(len(cu_seq_q) - 1):
+    """What `torch.nn.attention.varlen.varlen_attn` is documented to do: (tokens, H, E) each, offsets int32.
+
+    Tokens of no row become NaN.
+    """
+    assert seqused_k is not None
+    return torch.ops.tests.attend_varlen(
+        query, key, value, cu_seq_q, cu_seq_k, seqused_k, longest=[max_q, max_k], enable_gqa=enable_gqa
+    )
+
+
+@torch.library.custom_op("tests::attend_varlen", mutates_args={})
+def _attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    seqused_k: Tensor,
+    longest: list[int],
+    enable_gqa: bool,
+) -> Tensor:
+    assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
+    assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1
+    assert cu_seq_q.diff().max() <= longest[0]
+    assert seqused_k.max() <= longest[1]
+    assert key.stride(2) == value.stride(2) == query.stride(2) == 1
+    out = torch.full(query.shape, float("nan"))
+    for row, num_keys in enumerate(seqused_k.tolist()):
         queries = slice(int(cu_seq_q[row]), int(cu_seq_q[row + 1]))
-        keys = slice(int(cu_seq_k[row]), int(cu_seq_k[row + 1]))
+        keys = slice(int(cu_seq_k[row]), int(cu_seq_k[row]) + num_keys)
         q, k, v = (part.transpose(0, 1) for part in (query[queries], key[keys], value[keys]))
-        out[queries] = F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
+        if q.shape[1]:
+            out[queries] = F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa).transpose(0, 1)
     return out
+
+
+@_attend_varlen.register_fake
+def _(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    return torch.empty(query.shape)
+
+
+def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Segments:
+    """With more room than the rows need."""
+    return Segments.of(
+        torch.tensor([*frames, *[0] * SPARE_ROWS], dtype=torch.int32),
+        torch.tensor([*valid_frames, *[0] * SPARE_ROWS], dtype=torch.int32),
+        num_prefix=num_prefix,
+        num_tokens=sum(frames) + num_prefix * len(frames) + SPARE_TOKENS,
+        longest_frames=max(frames) + SPARE_LENGTH,
+    )
+
+
+def to_tokens(rows: Sequence[Tensor], segments: Segments) -> Tensor:
+    """Rows (..., channels, F) each, one after another, and 0 at tokens that are no frames: (..., channels, N)."""
+    joined = torch.cat(list(rows), dim=-1)
+    tokens = joined.new_zeros(*joined.shape[:-1], len(segments.rows))
+    tokens[..., segments.is_frame] = joined
+    return tokens
+
+
+def run_packed_with(
+    run: Callable[[Tensor, Layout | None], Tensor],
+    rows: Sequence[Tensor],
+    *,
+    valid_frames: Sequence[int] | None,
+    num_prefix: int,
+    way: str,
+    slots: Tensor,
+) -> list[Tensor]:
+    """What `run`, given packed rows and their layout, makes of each of `rows` (1, D, F)."""
+    frames = [row.shape[-1] for row in rows]
+    seen = valid_frames or frames
+    if way == "row by row":
+        out = run(torch.cat(list(rows), dim=2), Packed(frames, seen, num_prefix=num_prefix))
+        return list(out.split(frames, dim=2))
+    segments = make_segments(frames, seen, num_prefix=num_prefix)
+    spare = F.pad(slots, (0, SPARE_ROWS))
+    layout = PackedSegments(segments, num_prefix=num_prefix, slots=spare.to(torch.int32), varlen=attend_varlen)
+    out = run(to_tokens(rows, segments), layout)
+    return list(out[..., segments.is_frame].split(frames, dim=2))
 
 
 def run_packed(
@@ -55,10 +131,34 @@ def run_packed(
     branches = [to_branch(condition) for condition in conditions]
     padded = torch.zeros(len(rows), 1, max(frames))
     batch = StepBatch.of(padded, t=times, valid=padded[:, 0] > 0, branches=branches)
-    out = net(
-        torch.cat(list(rows), dim=2),
-        times,
-        conditioning=from_batch(replace(batch, frames=tuple(frames)), num_prefix=num_prefix),
-        packed=make_layout(way, frames, valid_frames or frames, num_prefix=num_prefix),
+    memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)  # the other way round, behind one that nobody reads
+    if way == "row by row":
+        packed, t = replace(batch, frames=tuple(frames)), times
+    else:
+        segments = make_segments(frames, valid_frames or frames, num_prefix=num_prefix)
+        slots = F.pad(memory, (0, SPARE_ROWS))
+        packed, t = (
+            replace(
+                batch,
+                segments=segments,
+                constants={
+                    name: torch.cat([torch.full_like(value[:1], 9.0), value.flip(0)])
+                    for name, value in batch.constants.items()
+                },
+                slots=dict.fromkeys(batch.constants, slots),
+                by_frame={
+                    name: to_tokens([row[None, :, :own] for row, own in zip(value, frames, strict=True)], segments)
+                    for name, value in batch.by_frame.items()
+                },
+            ),
+            F.pad(times, (0, SPARE_ROWS)),
+        )
+    conditioning = from_batch(packed, num_prefix=num_prefix)
+    return run_packed_with(
+        lambda x, layout: net(x, t, conditioning=conditioning, packed=layout),
+        rows,
+        valid_frames=valid_frames,
+        num_prefix=num_prefix,
+        way=way,
+        slots=memory,
     )
-    return list(out.split(frames, dim=2))

@@ -13,7 +13,8 @@ from stable_audio_serve.models.blocks.feedforward import FeedForward, add_branch
 from stable_audio_serve.models.blocks.fourier import ExpoFourier
 from stable_audio_serve.models.blocks.layouts import Layout, Padded
 from stable_audio_serve.models.blocks.norms import HEAD_NORMS, DyT, RMSNorm, build_head_norm
-from stable_audio_serve.models.blocks.packed import Packed, join_local, packed_layout
+from stable_audio_serve.models.blocks.packed import Packed, join_local
+from stable_audio_serve.models.blocks.packed_segments import PackedSegments
 from stable_audio_serve.models.blocks.rotary import HeadAffine, RotaryEmbedding, RotaryTable, cosines, gather_affine
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "HeadAffine",
     "Layout",
     "Packed",
+    "PackedSegments",
     "Padded",
     "RMSNorm",
     "RotaryEmbedding",
@@ -38,6 +40,5 @@ __all__ = [
     "cosines",
     "gather_affine",
     "join_local",
-    "packed_layout",
     "sine",
 ]

@@ -19,6 +19,8 @@ from stable_audio_serve.models.blocks.attention import attend, key_mask
 class Layout(Protocol):
     """Padded: tokens (B, P + F, W). Packed: (1, N, W), N the tokens of all rows together."""
 
+    shares_heads: bool  # a context may have fewer heads than queries: each serves as many consecutive ones
+
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         """Returns the tokens of `frames` with each row's `prefix` (P, W) or (B, P, W) in front of it."""
         ...
@@ -48,12 +50,18 @@ class Layout(Protocol):
         ...
 
     def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """Attention of each row's tokens to the row's own context, keys and values (B, H, T, E)."""
+        """Attention of each row's tokens to the row's own context, keys and values as `context` gives them."""
+        ...
+
+    def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns one layer's keys and values (B, H, T, E) of all layers' (B, layers, 2, H, T, E)."""
         ...
 
 
 class Padded:
     """Rows side by side; `valid` (B, F) bool says which frames are keys, None = all. `dtype` is the queries'."""
+
+    shares_heads = False
 
     def __init__(self, num_frames: int, *, num_prefix: int, valid: Tensor | None, dtype: torch.dtype) -> None:
         self._num_tokens = num_prefix + num_frames
@@ -83,3 +91,6 @@ class Padded:
 
     def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
         return attend(q, key, value)
+
+    def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+        return held[:, layer, 0], held[:, layer, 1]

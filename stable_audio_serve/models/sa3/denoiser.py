@@ -20,7 +20,6 @@ from stable_audio_serve.models.blocks import (
     ExpoFourier,
     FeedForward,
     Layout,
-    Packed,
     Padded,
     RMSNorm,
     RotaryEmbedding,
@@ -85,10 +84,10 @@ class TransformerLayer(nn.Module):
         modulation: Modulation,
         layout: Layout,
         rotary: RotaryTable,
-        context: Tensor | None,
+        context: tuple[Tensor, Tensor] | None,
         local: Tensor | None,
     ) -> Tensor:
-        """H (B, M + F, W), context (B, 2, H or 2 H, T, E), local as `layout` has it -> (B, M + F, W); packed (1, N, W).
+        """H (B, M + F, W), context (keys and values) and local as `layout` has it -> (B, M + F, W); packed (1, N, W).
 
         Local conditioning reaches the frames only, not the memory tokens.
         """
@@ -97,7 +96,7 @@ class TransformerLayer(nn.Module):
         attended = self.self_attn(normed, rotary=rotary, attend_fn=layout.attend)
         h = layout.add_gated(h, attended, gate=modulation.gate_attn)
         if context is not None:
-            key, value, normed = context[:, 0], context[:, 1], self.cross_attend_norm(h)
+            (key, value), normed = context, self.cross_attend_norm(h)
             h = add_branch(h, self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context))
         if local is not None:
             layout.add_local(h, local)  # in place: h is this layer's own sum
@@ -136,7 +135,7 @@ class Transformer(nn.Module):
                 modulation=modulations[index],
                 layout=layout,
                 rotary=rotary.layer(index),
-                context=None if context is None else context[:, index],
+                context=None if context is None else layout.context(context, layer=index),
                 local=None if local is None else local[:, index],
             )
         return self.project_out(layout.frames(h))
@@ -221,7 +220,7 @@ class Denoiser(nn.Module):
         *,
         conditioning: DenoiserConditioning,
         valid: Tensor | None = None,
-        packed: Packed | None = None,
+        packed: Layout | None = None,
     ) -> Tensor:
         """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all.
 

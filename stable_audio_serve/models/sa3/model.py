@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.models.blocks import packed_layout
+from stable_audio_serve.models.batch_layout import packed_layout
+from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.precision import decoder_products
@@ -75,7 +76,13 @@ class Sa3Model:
         self.denoiser = components.denoiser
         self.autoencoder = components.autoencoder
         self.config = config
-        self._spec = spec
+        net = config.denoiser
+        heads = {"num_heads": net.num_heads, "num_key_heads": net.num_heads, "head_width": net.width // net.num_heads}
+        self._spec = replace(
+            spec,
+            packs_segments=has_varlen(device, self.denoiser.dtype, **heads),
+            num_prefix=net.num_memory_tokens,
+        )
         self._device = device
         self._products = decoder_products(decode_precision, device)
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
@@ -166,14 +173,9 @@ class Sa3Model:
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns velocity (B, D, F) float32; row-independent for valid frames."""
-        if not batch.frames:
-            return self.denoiser(batch.x, batch.t, conditioning=from_batch(batch), valid=batch.valid).float()
         num_prefix = self.config.denoiser.num_memory_tokens
-        packed = packed_layout(
-            batch.frames, batch.valid_frames, num_prefix=num_prefix, device=self._device, dtype=self.denoiser.dtype
-        )
-        conditioning = from_batch(batch, num_prefix=num_prefix)
-        return self.denoiser(batch.x, batch.t, conditioning=conditioning, packed=packed).float()
+        conditioning, packed = from_batch(batch, num_prefix=num_prefix), packed_layout(batch, num_prefix=num_prefix)
+        return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from stable_audio_serve.models.batch_layout import CONTEXT
 from stable_audio_serve.models.protocol import BranchConditioning, StepBatch
 from stable_audio_serve.models.sao.denoiser import DenoiserConditioning
 
-_CONTEXT, _GLOBAL = "context", "global"
+_GLOBAL = "global"
 
 
 def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     """Returns a single row's conditioning by name."""
     constants = {_GLOBAL: row.global_embed[0]}
     if row.context is not None:
-        constants[_CONTEXT] = row.context[0]
+        constants[CONTEXT] = row.context[0]
     return BranchConditioning(constants)
 
 
@@ -25,9 +26,12 @@ def without_context(branch: BranchConditioning) -> BranchConditioning:
 
 def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
     """Returns the branch with the context of another row."""
-    return replace(branch, constants={**branch.constants, _CONTEXT: to_branch(other).constants[_CONTEXT]})
+    return replace(branch, constants={**branch.constants, CONTEXT: to_branch(other).constants[CONTEXT]})
 
 
 def from_batch(batch: StepBatch) -> DenoiserConditioning:
-    """Returns the conditioning of rows that step together."""
-    return DenoiserConditioning(batch.constants[_GLOBAL], batch.constants.get(_CONTEXT))
+    """Returns the conditioning of rows that step together; with segments the context is the memory of all contexts."""
+    embed = batch.constants[_GLOBAL]
+    if batch.segments is not None:
+        embed = embed.index_select(0, batch.slots[_GLOBAL])
+    return DenoiserConditioning(embed, batch.constants.get(CONTEXT))

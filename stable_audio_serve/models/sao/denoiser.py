@@ -21,7 +21,6 @@ from stable_audio_serve.models.blocks import (
     Attend,
     FeedForward,
     Layout,
-    Packed,
     Padded,
     RotaryEmbedding,
     RotaryTable,
@@ -106,10 +105,10 @@ class GroupedCrossAttention(nn.Module):
         key, value = self.to_kv(context).unflatten(-1, (2, self.num_key_heads, -1)).unbind(2)
         return heads_first(self.k_norm(key)), heads_first(value)
 
-    def forward(self, x: Tensor, context: Tensor, *, attend_fn: Attend) -> Tensor:
-        """(B, N, W) and a context (B, 2, H, T, E) of shared heads -> (B, N, W). Zero values give exactly zero."""
+    def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend) -> Tensor:
+        """(B, N, W) -> (B, N, W). Zero values give exactly zero."""
         q = heads_first(self.q_norm(self.to_q(x).unflatten(-1, (self.num_heads, -1))))
-        return self.to_out(merge_heads(attend_fn(q, context[:, 0], context[:, 1])))
+        return self.to_out(merge_heads(attend_fn(q, key, value)))
 
 
 class TransformerLayer(nn.Module):
@@ -127,12 +126,14 @@ class TransformerLayer(nn.Module):
         self.ff_norm = ScaledLayerNorm(width)
         self.ff = FeedForward(width, mult=config.ff_mult)
 
-    def forward(self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: Tensor | None) -> Tensor:
-        """(B, 1 + F, W) and a context (B, 2, H, T, E) -> (B, 1 + F, W); packed (1, N, W)."""
+    def forward(
+        self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """(B, 1 + F, W) and keys and values -> (B, 1 + F, W); packed (1, N, W)."""
         h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=layout.attend)
         if context is not None:
-            normed = self.cross_attend_norm(h)
-            h = add_branch(h, self.cross_attn(normed, context, attend_fn=layout.attend_context))
+            (key, value), normed = context, self.cross_attend_norm(h)
+            h = add_branch(h, self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context))
         return add_branch(h, self.ff(self.ff_norm(h)))
 
 
@@ -159,9 +160,10 @@ class Transformer(nn.Module):
         """X (B, F, D), global_embed (B, W) with time added -> (B, F, D)."""
         h = layout.join(global_embed[:, None], self.project_in(x))
         rotary = self.rotary_table(layout.positions(h.device))
-        context = None if context is None else share_heads(context, self.shared_by)
+        if context is not None and not layout.shares_heads:
+            context = share_heads(context, self.shared_by)
         for index, layer in enumerate(self.layers):
-            keys = None if context is None else context[:, index]
+            keys = None if context is None else layout.context(context, layer=index)
             h = layer(h, layout=layout, rotary=rotary.layer(index), context=keys)
         return self.project_out(layout.frames(h))
 
@@ -224,7 +226,7 @@ class Denoiser(nn.Module):
         *,
         conditioning: DenoiserConditioning,
         valid: Tensor | None = None,
-        packed: Packed | None = None,
+        packed: Layout | None = None,
     ) -> Tensor:
         """The model's output (B, D, F) for latents x (B, D, F) at t (B,) float32; valid (B, F) bool, None = all.
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.models.blocks import packed_layout
+from stable_audio_serve.models.batch_layout import packed_layout
+from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.precision import decoder_products
@@ -74,7 +75,14 @@ class SaoModel:
         self.denoiser = components.denoiser
         self.autoencoder = components.autoencoder
         self.config = config
-        self._spec = spec
+        net = config.denoiser
+        heads = {
+            "num_heads": net.num_heads,
+            "num_key_heads": net.key_width // net.head_width,
+            "head_width": net.head_width,
+        }
+        packs_segments = has_varlen(device, self.denoiser.dtype, **heads)
+        self._spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX)
         self._device = device
         self._products = decoder_products(decode_precision, device)
         self._shift = read_shift(config.shift)
@@ -155,13 +163,8 @@ class SaoModel:
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns v or a velocity, as the objective says, (B, D, F) float32; row-independent for valid frames."""
-        conditioning = from_batch(batch)
-        if not batch.frames:
-            return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid).float()
-        packed = packed_layout(
-            batch.frames, batch.valid_frames, num_prefix=NUM_PREFIX, device=self._device, dtype=self.denoiser.dtype
-        )
-        return self.denoiser(batch.x, batch.t, conditioning=conditioning, packed=packed).float()
+        conditioning, packed = from_batch(batch), packed_layout(batch, num_prefix=NUM_PREFIX)
+        return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:

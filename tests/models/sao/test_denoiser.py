@@ -13,7 +13,7 @@ from stable_audio_serve.models.sao.random_weights import OPEN_1_0, OPEN_SMALL
 from stable_audio_serve.models.weights import assign_weights
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from tests.goldens import load_open_goldens
-from tests.models.packing import WAYS, make_layout
+from tests.models.packing import SPARE_ROWS, WAYS, run_packed_with
 from tests.models.sao.tiny import DENOISER, TINY, load_denoiser, model_values, weights_of
 
 TOLERANCE = 2e-5
@@ -109,15 +109,19 @@ def test_padding_and_neighbours_do_not_reach_a_row(name: str) -> None:
 def test_packed_rows_match_the_reference_whatever_is_beside_them(name: str, way: str) -> None:
     tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
     (first, second), rows = tensors["dit/x"].split(1), condition(name)
-    x = torch.cat([torch.full_like(first[..., :24], float("nan")), first, second], dim=-1)
-    of_rows = torch.tensor([0, 0, 1])
-    conditioning = DenoiserConditioning(
-        rows.global_embed[of_rows], None if rows.context is None else rows.context[of_rows]
+    slots = torch.tensor([0, 0, 1])
+    of_rows = slots if way == "row by row" else torch.tensor([0, 0, 1, *[0] * SPARE_ROWS])
+    context = rows.context if way == "one kernel" or rows.context is None else rows.context[of_rows]
+    conditioning = DenoiserConditioning(rows.global_embed[of_rows], context)
+    out = run_packed_with(
+        lambda x, layout: net(x, tensors["dit/t"][of_rows], conditioning=conditioning, packed=layout),
+        [torch.full_like(first[..., :24], float("nan")), first, second],
+        valid_frames=None,
+        num_prefix=NUM_PREFIX,
+        way=way,
+        slots=slots,
     )
-    packed = make_layout(way, (24, 40, 40), (24, 40, 40), num_prefix=NUM_PREFIX)
-    out = net(x, tensors["dit/t"][of_rows], conditioning=conditioning, packed=packed)
-    found = torch.cat(out[..., 24:].split(40, dim=-1))
-    torch.testing.assert_close(found, tensors["dit/out"], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(torch.cat(out[1:]), tensors["dit/out"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(

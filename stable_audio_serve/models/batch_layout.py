@@ -1,0 +1,22 @@
+"""How the rows of a step's batch lie in the tokens of a denoiser. Knows no family."""
+
+from __future__ import annotations
+
+from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
+from stable_audio_serve.models.blocks.varlen import find_varlen
+from stable_audio_serve.models.protocol import StepBatch
+
+CONTEXT = "context"  # among a branch's constants: every layer's keys and values
+
+
+def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
+    """Returns the layout of a packed batch, of rows with `num_prefix` tokens before their frames; None if it is padded.
+
+    Raises RuntimeError for segments where torch has no attention for them.
+    """
+    if batch.segments is not None:
+        varlen = find_varlen()
+        if varlen is None:
+            raise RuntimeError("the installed torch has no attention for packed rows")
+        return PackedSegments(batch.segments, num_prefix=num_prefix, slots=batch.slots.get(CONTEXT), varlen=varlen)
+    return Packed(batch.frames, batch.valid_frames, num_prefix=num_prefix) if batch.frames else None

@@ -1,0 +1,61 @@
+"""The layout of packed rows whose lengths only the device knows: every operation takes all tokens at once, by tables of
+indices, so that a recorded call serves other rows. For inference on one device. Shapes as in `packed`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.models.blocks.varlen import SegmentAttention, VarlenAttention
+from stable_audio_serve.models.segments import Segments
+
+
+class PackedSegments:
+    """Rows as `segments` say. Tokens of no row are not kept from anything but other tokens.
+
+    `slots` (B,): where in a memory of contexts each row's lies; None if no row has one.
+    """
+
+    shares_heads = True
+
+    def __init__(self, segments: Segments, *, num_prefix: int, slots: Tensor | None, varlen: VarlenAttention) -> None:
+        self._segments = segments
+        self._num_prefix = num_prefix
+        self._attention = SegmentAttention(varlen, segments, slots=slots)
+        self.attend = self._attention.within
+        self.attend_context = self._attention.to_context
+
+    def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
+        places = self._segments.positions.clamp(max=self._num_prefix - 1)
+        if prefix.dim() == 3:  # each row's own
+            places = places + self._segments.rows * self._num_prefix
+            prefix = prefix.flatten(0, 1)
+        return torch.where(self._segments.is_frame[:, None], frames, prefix.index_select(0, places).to(frames.dtype))
+
+    def frames(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def positions(self, device: torch.device) -> Tensor:
+        return self._segments.positions.float()
+
+    def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
+        return torch.addcmul(self._by_token(shift), x, self._by_token(scale))
+
+    def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor) -> Tensor:
+        return h.addcmul_(update, self._by_token(gate))
+
+    def add_local(self, h: Tensor, local: Tensor) -> None:
+        """One of all frames of each row (B, 1, W), or of each token (1, N, W)."""
+        if local.shape[1] > 1:
+            h += local
+        else:
+            h.addcmul_(self._by_token(local[:, 0]), self._segments.is_frame[:, None].to(h.dtype))
+
+    def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+        """`held` (S, layers, 2, G, T, E): a memory of S slots."""
+        return self._attention.context(held, layer=layer)
+
+    def _by_token(self, values: Tensor) -> Tensor:
+        """(B, W) -> (N, W)."""
+        return values.index_select(0, self._segments.rows)

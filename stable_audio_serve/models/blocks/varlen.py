@@ -1,0 +1,161 @@
+"""Attention within packed rows in one kernel, where the installed torch and the device have it, and a check that it
+does what packed rows need, which its documentation says only in part. Knows no layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stable_audio_serve.models.segments import Segments
+
+log = logging.getLogger(__name__)
+
+# (queries, keys, values, query offsets, key offsets, most queries, most keys), as torch's function
+VarlenAttention = Callable[..., Any]
+
+_HALF = (torch.float16, torch.bfloat16)
+_TOLERANCE = 0.02  # of half-precision attention to values of a normal distribution
+
+
+@lru_cache(maxsize=1)
+def find_varlen() -> VarlenAttention | None:
+    """Returns torch's function, None where the installed torch does not have it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def has_varlen(
+    device: torch.device, dtype: torch.dtype, *, num_heads: int, num_key_heads: int, head_width: int
+) -> bool:
+    """Whether rows of a network with such heads can be packed on this device in this dtype. Runs it once, and waits.
+
+    No: rows are padded instead, which the log says where the device should be able to.
+    """
+    varlen = find_varlen()
+    if varlen is None or device.type != "cuda" or dtype not in _HALF:
+        return False
+    try:
+        return is_varlen_right(
+            varlen,
+            device=device,
+            dtype=dtype,
+            num_heads=num_heads,
+            num_key_heads=num_key_heads,
+            head_width=head_width,
+        )
+    except (RuntimeError, TypeError, ValueError):  # an older signature, a head width without a kernel
+        log.warning("rows are padded: torch's attention for packed rows does not run here", exc_info=True)
+        return False
+
+
+@torch.inference_mode()
+def is_varlen_right(
+    varlen: VarlenAttention,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_key_heads: int,
+    head_width: int,
+) -> bool:
+    """Whether `varlen` attends as SegmentAttention asks it to: rows that are not there, keys fewer than queries, keys
+    that lie in memory in another order than the rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    lengths, keys = torch.tensor([70, 5, 131, 0, 0]), torch.tensor([70, 3, 100, 0, 0])
+    table = [part.to(device, torch.int32) for part in (lengths, keys, torch.tensor([2, 0, 1, 0, 0]))]
+    segments = Segments.of(*table[:2], num_prefix=0, num_tokens=256, longest_frames=200)
+    attention = SegmentAttention(varlen, segments, slots=table[2])
+    q, k, v = (draw(1, num_heads, 256, head_width) for _ in range(3))
+    own = attention.within(q, k, v)
+    memory = draw(3, 2, 2, num_key_heads, 19, head_width)
+    key, value = attention.context(memory, layer=1)
+    other = attention.to_context(q, key, value)
+    start = 0
+    for row, (length, num_keys) in enumerate(zip(lengths.tolist(), keys.tolist(), strict=True)):
+        if not length:
+            continue
+        queries, seen = slice(start, start + length), slice(start, start + num_keys)
+        expected = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, seen], v[:, :, seen])
+        slot = (2, 0, 1)[row]
+        shared = memory[slot, 1].repeat_interleave(num_heads // num_key_heads, dim=1)
+        expected_other = F.scaled_dot_product_attention(q[:, :, queries], shared[None, 0], shared[None, 1])
+        for got, wanted in ((own, expected), (other, expected_other)):
+            error = (got[:, :, queries] - wanted).abs().max()
+            if not error <= _TOLERANCE:  # NaN is wrong, too
+                log.warning("rows are padded: torch's attention for packed rows is off by %s", float(error))
+                return False
+        start += length
+    return True
+
+
+class SegmentAttention:
+    """Attention of the tokens of packed rows to their own rows, and to contexts that lie in a memory by slots."""
+
+    def __init__(self, varlen: VarlenAttention, segments: Segments, *, slots: Tensor | None) -> None:
+        """`slots` (B,): where in the memory of contexts each row's lies; None if there are none."""
+        self._varlen = varlen
+        self._segments = segments
+        self._slots = slots
+        self._starts: Tensor | None = None
+        self._num_context = 0
+
+    def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+        """(1, H, N, E) each -> (1, H, N, E)."""
+        segments = self._segments
+        out: Tensor = self._varlen(
+            *(part[0].transpose(0, 1) for part in (q, k, v)),
+            segments.offsets,
+            segments.offsets,
+            segments.longest,
+            segments.longest,
+            seqused_k=segments.num_keys,
+        )
+        return out.transpose(0, 1)[None]
+
+    def context(self, memory: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns one layer's keys and values, of a memory (S, layers, 2, G, T, E) of S slots: views of all of it as
+        (tokens, G, E), in which a slot's tokens begin at a multiple of what lies between two slots."""
+        num_slots, num_layers, _, num_heads, num_tokens, width = memory.shape
+        between = num_layers * 2 * num_heads * num_tokens
+        size = (num_slots - 1) * between + num_tokens, num_heads, width
+        stride = width, num_tokens * width, 1
+        if self._starts is None:
+            assert self._slots is not None
+            self._starts = F.pad((self._slots * between).to(torch.int32), (0, 1))
+            self._num_context = num_tokens
+        first = memory.storage_offset() + 2 * layer * num_heads * num_tokens * width
+        key, value = (
+            memory.as_strided(size, stride, first + part * num_heads * num_tokens * width) for part in range(2)
+        )
+        return key, value
+
+    def to_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+        """Q (1, H, N, E), keys and values of `context` -> (1, H, N, E)."""
+        segments, starts = self._segments, self._starts
+        assert starts is not None
+        out: Tensor = self._varlen(
+            q[0].transpose(0, 1),
+            key,
+            value,
+            segments.offsets,
+            starts,
+            segments.longest,
+            self._num_context,
+            seqused_k=torch.full_like(starts[1:], self._num_context),
+            enable_gqa=key.shape[1] != q.shape[1],
+        )
+        return out.transpose(0, 1)[None]

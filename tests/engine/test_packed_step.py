@@ -1,0 +1,193 @@
+"""A step of packed rows, whose lengths are tensors, equals the padded one; recorded once, it serves other rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.arena import ANYWHERE
+from stable_audio_serve.engine.batching import Call, Lane, MergedGrid, PackedOrGrid
+from stable_audio_serve.engine.call_shapes import GraphShapes, PackedRoom, PackedShapes
+from stable_audio_serve.engine.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.step import Memories, StepRow
+from stable_audio_serve.models.blocks.varlen import is_varlen_right
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.registry import resolve_entry
+from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.engine.step_bench import DEVICE, REQUESTS, Bench, tensors_of
+from tests.factories import make_audio, make_request
+from tests.goldens import load_open_goldens
+from tests.models.loaded import loaded
+from tests.models.packing import attend_varlen
+
+ROOM = PackedRoom(tokens=768, rows=16, longest=120)
+TOLERANCE = 2e-5
+FAST_TOLERANCE = 2e-4  # of a whole request, as in the other modes
+
+
+@cache
+def load_open(name: str) -> DiffusionModel:
+    return load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
+
+
+@pytest.fixture(autouse=True)
+def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stable_audio_serve.models.batch_layout.find_varlen", lambda: attend_varlen)
+
+
+@pytest.fixture(params=["sharp-s", "sharp-l"])
+def bench(request: pytest.FixtureRequest) -> Bench:
+    return Bench(loaded(request.param))
+
+
+def pack(bench: Bench, rows: Sequence[StepRow]) -> PackedShape:
+    return PackedShape(bench.shape(rows), ROOM, bench.model.spec.num_prefix)
+
+
+def step(bench: Bench, shape: PackedShape, told: Tensor) -> None:
+    run_packed_step(bench.model.denoise, PackedInputs.read(told, shape), memories=bench.memories, shape=shape)
+
+
+def registers(bench: Bench, rows: Sequence[StepRow]) -> Tensor:
+    return bench.registers.memory[[page for row in rows for part in row.held.parts for page in part]].clone()
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_packed_step_equals_the_padded_one(bench: Bench, kind: str) -> None:
+    with torch.inference_mode():
+        rows, others = bench.rows(REQUESTS[kind], evaluation=1), bench.rows(REQUESTS["plain"], evaluation=0)
+        before, beside = bench.registers.memory.clone(), bench.results(others)
+        shape = bench.shape(rows)
+        bench.step(shape, shape.write(rows, DEVICE))
+        padded = registers(bench, rows)
+        for packed in (pack(bench, rows), pack(bench, rows).general()):
+            bench.registers.memory.copy_(before)
+            step(bench, packed, packed.write(rows, DEVICE))
+            torch.testing.assert_close(registers(bench, rows), padded, rtol=0, atol=TOLERANCE)
+            assert bench.results(others) == beside
+        assert not torch.equal(padded, registers(bench, others)[: len(padded)])
+
+
+@pytest.mark.parametrize(
+    "kinds", [("plain", "plain"), ("guided", "other guidance"), ("many registers", "plain"), ("edited", "plain")]
+)
+def test_a_recorded_packed_step_with_other_rows_equals_their_own_step_to_the_bit(
+    bench: Bench, kinds: tuple[str, str]
+) -> None:
+    with torch.inference_mode():
+        first, second = (bench.rows(REQUESTS[kind], evaluation=evaluation) for evaluation, kind in enumerate(kinds))
+        general = pack(bench, first).general()
+        bench.registers.memory.nan_to_num_()  # pages that nobody took hold anything
+        memories = bench.memories
+        addresses = [memory.data_ptr() for memory in tensors_of(memories)]
+
+        def run(told: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
+            inputs = PackedInputs.read(told, general)
+            run_packed_step(
+                bench.model.denoise, inputs, memories=Memories(registers, constants, by_frame), shape=general
+            )
+
+        before = bench.registers.memory.clone()
+        tensors = memories.registers, dict(memories.constants), dict(memories.by_frame)
+        recorded: Callable[..., None] = make_fx(run)(general.write((), DEVICE), *tensors)
+        own = pack(bench, second)
+        bench.registers.memory.copy_(before)
+        step(bench, own, own.write(second, DEVICE))
+        expected, untouched = bench.results(second), bench.results(first)
+
+        bench.registers.memory.copy_(before)
+        recorded(general.write(first, DEVICE), *tensors)  # what it leaves behind must not matter
+        bench.registers.memory.copy_(before)
+        recorded(general.write(second, DEVICE), *tensors)
+        assert bench.results(second) == expected
+        assert bench.results(first) == untouched
+        assert not bench.registers.memory[[page for page in range(len(before)) if page != ANYWHERE]].isnan().any()
+        assert [memory.data_ptr() for memory in tensors_of(bench.memories)] == addresses
+
+
+def test_a_step_without_rows_touches_no_register(bench: Bench) -> None:
+    with torch.inference_mode():
+        rows = bench.rows(REQUESTS["guided"], evaluation=0)
+        before = bench.registers.memory.clone()
+        shape = pack(bench, rows).general()
+        num_inputs, dtype = shape.inputs
+        step(bench, shape, torch.zeros(num_inputs, dtype=dtype))
+        before[ANYWHERE] = bench.registers.memory[ANYWHERE]
+        assert torch.equal(bench.registers.memory.view(torch.int32), before.view(torch.int32))
+
+
+def test_the_written_out_kernel_passes_the_check_of_the_real_one_and_wrong_ones_do_not() -> None:
+    def check(varlen: Callable[..., Tensor]) -> bool:
+        heads = {"num_heads": 4, "num_key_heads": 2, "head_width": 16}
+        return is_varlen_right(varlen, device=torch.device("cpu"), dtype=torch.float32, **heads)
+
+    def ignoring_keys(*args: Tensor, seqused_k: Tensor, **kwargs: bool) -> Tensor:
+        return attend_varlen(*args, seqused_k=args[3].diff() if args[3] is args[4] else seqused_k, **kwargs)
+
+    def expecting_order(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        return attend_varlen(*args[:4], args[4].sort().values, *args[5:], **kwargs)
+
+    assert check(attend_varlen)
+    assert not check(ignoring_keys)
+    assert not check(expecting_order)
+
+
+class Packing:
+    """All rows are packed into calls of fixed shape."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        grid = MergedGrid(lambda rows, frames: 1.0, lambda frames: 1e9, GraphShapes())
+        shapes = PackedShapes(model.spec.num_prefix, model.spec.max_frames)
+        self._own = PackedOrGrid(grid, shapes, groups_ms=lambda groups: 1.0)
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        return self._own.pack(lanes) if lanes else []
+
+    def padded(self, frames: int) -> int:
+        return self._own.padded(frames)
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return self._own.crowd(branches, frames)
+
+
+CLIP = make_audio(1.2, sample_rate_hz=1000)
+CROWD = [
+    make_request("rain", duration_s=0.2, seed=21, steps=2),
+    make_request("a drone", duration_s=3.5, seed=22, steps=3),
+    make_request("guided", duration_s=0.7, seed=6, steps=3, cfg_scale=3.0, negative_prompt="noise"),
+    make_request("wind", duration_s=1.1, seed=7, steps=3, init_audio=CLIP, init_noise_level=0.6),
+    make_request("birds", duration_s=1.0, seed=8, steps=3, inpaint_audio=CLIP, inpaint_regions_s=((0.3, 0.6),)),
+]
+
+
+async def generate(model: DiffusionModel, requests: Sequence[GenerationRequest], **fields: object) -> list[np.ndarray]:
+    options = EngineOptions(mode="fast", torch_threads=1, warmup_budget_s=0.0, max_queue_s=1e6)
+    async with Engine(model, options, **fields) as engine:  # type: ignore[arg-type]
+        return [result.audio[0] for result in await asyncio.gather(*map(engine.generate, requests))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharp-s", "tiny-1.0", "tiny-small"])
+async def test_a_packed_crowd_sounds_as_its_rows_do_alone_captured_or_not(name: str) -> None:
+    """The Open family shares heads of its context, and what an edit keeps is blended into its registers."""
+    model = loaded(name) if name.startswith("sharp") else load_open(name)
+    alone = [(await generate(model, [request]))[0] for request in CROWD]
+    device, metrics = RecordingDevice(), GraphCounts()
+    options = EngineOptions(mode="fast", torch_threads=1, warmup_budget_s=0.0, max_queue_s=1e6)
+    async with Engine(model, options, policy=Packing(model), device=device, metrics=metrics) as engine:
+        for _ in range(2):
+            results = await asyncio.gather(*map(engine.generate, CROWD))
+            for result, expected in zip(results, alone, strict=True):
+                np.testing.assert_allclose(result.audio[0], expected, rtol=0, atol=FAST_TOLERANCE)
+            await metrics.until_captured("denoise")
+    assert device.num_replays
