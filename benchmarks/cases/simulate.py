@@ -1,9 +1,9 @@
 """The case `simulate`: what the engine's own scheduling makes of the real networks' work on a model of an H200, and of
 the demo's on a CPU, next to a lock server and static batches on the same device; which shapes its calls have in a day.
 
-Figures come from arithmetic, not from a device. `grid` is how the product batches on CUDA, `packed` how it does where
-rows are packed: rows of all lengths share one call without padding. On a CPU `strict` steps one row at a time, and
-`fast` packs rows.
+Figures come from arithmetic, not from a device. `packed` is how the product batches on CUDA in half precision, where
+rows of all lengths share a call with room for a few more tokens; `grid` how it does without: rows are padded. On a CPU
+`strict` steps one row at a time, and `fast` packs rows.
 """
 
 from __future__ import annotations
