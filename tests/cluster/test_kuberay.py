@@ -22,7 +22,7 @@ from tests.cluster.manifests import OVERLAYS, Group, groups, of_kind, problems, 
 from tests.cluster.rayservice import own_schema, schema_of_crd
 from tests.cluster.tools import CLUSTER, ROOT
 from tests.goldens import SA3_GOLDENS
-from tests.object_storage import ACCESS_KEY_ID, SECRET_ACCESS_KEY, ObjectStorage
+from tests.object_storage import ObjectStorage
 
 pytestmark = pytest.mark.cluster
 
@@ -115,13 +115,7 @@ def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
 def test_configs_of_the_small_overlays_are_built_on_their_nodes(
     tmp_path: Path, postgres_url: str, object_storage: ObjectStorage
 ) -> None:
-    environ = {
-        "STABLE_AUDIO_DATABASE_URL": postgres_url,
-        "STABLE_AUDIO_STORAGE_BUCKET": object_storage.make_bucket(),
-        "STABLE_AUDIO_STORAGE_ENDPOINT_URL": object_storage.proxy.url,
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
-        "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
-    }
+    environ = object_storage.environ(object_storage.make_bucket(), STABLE_AUDIO_DATABASE_URL=postgres_url)
     args = serve_config(rendered("one-gpu"))["applications"][0]["args"]
     demo = serve_config(rendered("demo"))["applications"][0]["args"]
     weights = {"path": str(SA3_GOLDENS / "tiny-s")}

@@ -14,7 +14,7 @@ from stable_audio_serve.serving.serve_file import deploy_schema, read_serve_file
 from tests.cluster.fake_gpus import build_on_fake_gpus
 from tests.cluster.tools import CLUSTER
 from tests.goldens import SA3_GOLDENS
-from tests.object_storage import ACCESS_KEY_ID, SECRET_ACCESS_KEY, ObjectStorage
+from tests.object_storage import ObjectStorage
 
 pytestmark = pytest.mark.cluster
 
@@ -71,13 +71,7 @@ def test_several_nodes_need_no_cpu_of_those_with_gpus(
     tmp_path: Path, postgres_url: str, object_storage: ObjectStorage
 ) -> None:
     args = with_tiny_weights(read_serve_file(MULTI_NODE).args)
-    environ = {
-        "STABLE_AUDIO_DATABASE_URL": postgres_url,
-        "STABLE_AUDIO_STORAGE_BUCKET": object_storage.make_bucket(),
-        "STABLE_AUDIO_STORAGE_ENDPOINT_URL": object_storage.proxy.url,
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
-        "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
-    }
+    environ = object_storage.environ(object_storage.make_bucket(), STABLE_AUDIO_DATABASE_URL=postgres_url)
     nodes = [{"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 0, "num_gpus": 4}]
     options = build_on_fake_gpus(args, nodes=nodes, folder=tmp_path, environ=environ)
     assert resources(options, "num_cpus", replicas="most") == 2  # the ingress and nothing else
