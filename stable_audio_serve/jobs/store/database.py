@@ -14,10 +14,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 
 from stable_audio_serve.core.clock import SystemClock
-from stable_audio_serve.core.errors import StorageFullError, StoreMovedError
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.jobs.store import sqlite
 from stable_audio_serve.jobs.store.errors import at_start, at_work, config_error
-from stable_audio_serve.jobs.store.migrations.upgrade import upgrade
+from stable_audio_serve.jobs.store.migrations.upgrade import require_known, upgrade
 from stable_audio_serve.jobs.store.tables import IDENTITY, JOBS
 
 _POOL_SIZE = 8
@@ -135,9 +135,11 @@ class Database:
         """Raises StoreMovedError when another database has replaced the one at the start.
 
         A SQLite file is read without its log, which still holds the former identity.
+        Raises StorageError when its tables were upgraded meanwhile to a revision that this version must not use.
         """
         with at_work():
             self._make_ready()
+            self._require_known_revision()
             with self._kept.connect() as connection:
                 found = find_identity(connection)
             if found is None and not self._is_identity_kept:  # before the first checkpoint
@@ -194,6 +196,14 @@ class Database:
             upgrade(connection)
         else:
             self._require_identity(find_identity(connection))
+            require_known(connection)
+
+    def _require_known_revision(self) -> None:
+        with self._reader.connect() as connection:
+            try:
+                require_known(connection)
+            except ConfigError as error:
+                raise StorageError(error.message, retry_after_s=_RETRY_S) from error
 
     def _require_identity(self, found: str | None) -> None:
         if found != self._identity:

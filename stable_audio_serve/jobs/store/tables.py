@@ -1,5 +1,7 @@
 """The tables of the job store, the same on SQLite and PostgreSQL. All times are Unix seconds.
 
+What is new here is also in a revision of its own in `migrations/versions`, which makes it in databases that exist.
+
 Indexes for waiting or running jobs cover only those, so that the many ended jobs of a week cost them nothing.
 """
 

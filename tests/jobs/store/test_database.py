@@ -17,6 +17,7 @@ from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.migrations.upgrade import newest_revision
 from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.stores import KINDS, add, find, open_database, processes
@@ -142,15 +143,27 @@ class TestStart:
         assert JobStore(database).operators.counts() == {"queued": 6}
         database.close()
 
-    def test_tables_of_a_newer_version_are_refused(self, empty_url: str) -> None:
+    def test_tables_of_a_version_after_the_next_are_refused(self, empty_url: str) -> None:
         database = open_database(empty_url)
         database.prepare()
+        identity = JobStore(database).identity()
+        ours = newest_revision()
+        beyond = f"{int(ours) + 2:04d}"
+        execute(empty_url, f"UPDATE alembic_version SET version_num = '{beyond}'")
+        for words in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
+            assert words in refusal_of(empty_url)
+        with pytest.raises(StorageError, match=f"revision {beyond}"):  # one that runs already, when others upgrade
+            database.require_same()
         database.close()
-        execute(empty_url, "UPDATE alembic_version SET version_num = '9999'")
-        assert "newer version" in refusal_of(empty_url)
-        assert "9999" in refusal_of(empty_url)
-        with pytest.raises(StorageError):  # one that runs already, when another one upgrades
-            JobStore(open_database(empty_url)).operators.counts()
+        late = Database(database_url(empty_url, Path("/nowhere")), identity=identity)  # a replica that starts later
+        with pytest.raises(StorageError):
+            JobStore(late).operators.counts()
+
+    def test_tables_of_another_program_with_revisions_are_refused(self, empty_url: str, tmp_path: Path) -> None:
+        (tmp_path / "new").mkdir()
+        execute(empty_url, "CREATE TABLE alembic_version (version_num varchar(32))")
+        execute(empty_url, "INSERT INTO alembic_version VALUES ('1975ea83b712')")
+        assert "1975ea83b712, which is none of ours" in refusal_of(empty_url)
 
     def test_tables_of_something_else_are_refused(self, tmp_path: Path, empty_url: str) -> None:
         (tmp_path / "new").mkdir()

@@ -1,4 +1,9 @@
-"""Creates and upgrades the tables of jobs by Alembic's revisions. Several processes may do so at once."""
+"""Creates and upgrades the tables of jobs by Alembic's revisions. Several processes may do so at once.
+
+Revisions only add (tables, columns with defaults, indexes that are not unique), so that servers of two successive
+revisions can share a database while one replaces the other: a server works on tables of the next revision too. What
+comes after that one may count on columns that this version does not fill, so this version refuses it.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +14,22 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.store.errors import config_error
 from stable_audio_serve.jobs.store.tables import JOBS
 
-REVISION = "0001"  # the newest one, which this version reads and writes
-
 _LOCK = 0x53415501  # the number of a lock; any that nobody else uses
 _FOLDER = Path(__file__).parent
 
 
-def upgrade(connection: sa.Connection) -> None:
-    """Upgrade in this transaction. Raises ConfigError for tables of a newer version, or of another program."""
+def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
+    """Upgrade in this transaction to the newest revision in `folder`, unless the tables are of it or the next one.
+
+    Raises ConfigError for tables of a still newer version, or of another program.
+    """
     if connection.dialect.name == "postgresql":  # SQLite has one writer anyway
         no_limit = (sa.func.set_config(name, "0", True) for name in ("statement_timeout", "lock_timeout"))
         connection.execute(sa.select(*no_limit))
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-    found = _found_revision(connection)
-    if found == REVISION:
+    found = require_known(connection, folder=folder)
+    if found is not None and int(found) >= int(newest_revision(folder)):
         return
-    if found is not None and not any((_FOLDER / "versions").glob(f"{found}_*.py")):
-        raise config_error(
-            f"the tables were made by a newer version of stable-audio-serve (revision {found}, ours is {REVISION})"
-        )
     if found is None and sa.inspect(connection).has_table(JOBS.name):
         raise config_error(f"there is a table {JOBS.name} that is not ours; use another database")
 
@@ -35,12 +37,32 @@ def upgrade(connection: sa.Connection) -> None:
     from alembic.config import Config
 
     config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
     command.upgrade(config, "head")
 
 
-def _found_revision(connection: sa.Connection) -> str | None:
+def newest_revision(folder: Path = _FOLDER) -> str:
+    """Returns the revision that this version reads and writes: four digits, one more than the one before it."""
+    return max(path.name[:4] for path in (folder / "versions").glob("[0-9]*_*.py"))
+
+
+def require_known(connection: sa.Connection, *, folder: Path = _FOLDER) -> str | None:
+    """Returns the revision of the tables, None where there are none.
+
+    Raises ConfigError unless it is one of `folder` or the next one.
+    """
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     found: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    if found is None:
+        return None
+    if not found.isdecimal():
+        raise config_error(f"its tables are of revision {found}, which is none of ours; use another database")
+    ours = int(newest_revision(folder))
+    if int(found) > ours + 1:
+        raise config_error(
+            f"the tables were made by a newer version of stable-audio-serve (revision {found}); this one knows "
+            f"{ours:04d} and works with {ours + 1:04d} at most: start that newer version, or use the database as it "
+            "was before that upgrade"
+        )
     return found

@@ -1,0 +1,173 @@
+"""The revisions of the job database: what was released stays as it is, and what comes after it only adds.
+
+Servers of two successive revisions share a database while one replaces the other, so the older one must get along with
+the tables of the newer one: no column may vanish, change, or need a value that it does not know of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+
+from stable_audio_serve.jobs.store.migrations import upgrade as migrations
+from stable_audio_serve.jobs.store.tables import METADATA
+from tests.databases import PostgresServer
+from tests.jobs.stores import KINDS, open_database
+
+VERSIONS = Path(migrations.__file__).parent / "versions"
+NAMES = sorted(path.stem for path in VERSIONS.glob("[0-9]*_*.py"))
+
+# SHA-256 of what a revision runs, on SQLite and PostgreSQL. An entry is made once. When a test says that one no longer
+# fits, leave the revision as it was and write another one, which adds.
+RELEASED = {
+    "0001_initial": (
+        "e23c5c6f41fc07d554cc6bc43e3ac3ab5cd5d5effbecbda732164d0e1a6a341d",
+        "bccfe127372c5006f78c3125e93df4785240715993b8527dbc360d4f87f0c78f",
+    ),
+}
+
+_ADDING = (
+    r"CREATE TABLE (?P<made>\w+) \(.*\)",
+    r"CREATE INDEX \w+ ON \w+ .*",
+    r"CREATE UNIQUE INDEX \w+ ON (?P<unique_on>\w+) .*",
+    r"ALTER TABLE \w+ ADD COLUMN \w+ (?P<column>.*)",
+)
+_NO_VALUE_NEEDED = r"(?!.*\b(UNIQUE|CHECK|REFERENCES|PRIMARY)\b)((?!.*NOT NULL)|(?=.*\bDEFAULT\b))"
+
+
+def statements(name: str, dialect: str) -> list[str]:
+    """What a revision runs on an empty database, each on one line."""
+    spec = importlib.util.spec_from_file_location(name, VERSIONS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = io.StringIO()
+    context = MigrationContext.configure(
+        dialect_name=dialect, opts={"as_sql": True, "output_buffer": written, "literal_binds": True}
+    )
+    with Operations.context(context):
+        module.upgrade()
+    lines = (" ".join(statement.split()) for statement in written.getvalue().split(";"))
+    return [line for line in lines if line]
+
+
+def what_takes_away(lines: list[str]) -> list[str]:
+    """The statements after which an older server could fail."""
+    made: set[str] = set()
+    bad = []
+    for line in lines:
+        found = next((match for pattern in _ADDING if (match := re.fullmatch(pattern, line))), None)
+        parts: dict[str, Any] = {} if found is None else found.groupdict()
+        if parts.get("made"):
+            made.add(parts["made"])
+        holds_rows_back = "REFERENCES" in line and "ON DELETE CASCADE" not in line
+        needs_value = parts.get("column") is not None and not re.match(_NO_VALUE_NEEDED, parts["column"])
+        narrows = parts.get("unique_on") is not None and parts["unique_on"] not in made
+        if found is None or holds_rows_back or needs_value or narrows:
+            bad.append(line)
+    return bad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_released_revision_stays_as_it_is(name: str) -> None:
+    found = tuple(
+        hashlib.sha256("\n".join(statements(name, dialect)).encode()).hexdigest()
+        for dialect in ("sqlite", "postgresql")
+    )
+    assert name in RELEASED, f"a new revision: add {name!r}: {found} to RELEASED"
+    assert found == RELEASED[name], f"{name} was changed: leave it as it was, and add what is new by another revision"
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+def test_later_revisions_only_add(dialect: str) -> None:
+    bad = {name: what_takes_away(statements(name, dialect)) for name in NAMES[1:]}
+    assert not any(bad.values()), bad
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE turns",
+        "DROP INDEX jobs_dead",
+        "ALTER TABLE jobs DROP COLUMN eta_s",
+        "ALTER TABLE jobs RENAME COLUMN eta_s TO eta",
+        "ALTER TABLE jobs ALTER COLUMN eta_s SET NOT NULL",
+        "ALTER TABLE jobs ADD COLUMN work_s FLOAT NOT NULL",
+        "ALTER TABLE jobs ADD COLUMN work_s FLOAT DEFAULT 0 CHECK (work_s > 0)",
+        "ALTER TABLE jobs ADD CONSTRAINT one UNIQUE (id)",
+        "CREATE UNIQUE INDEX one ON jobs (id)",
+        "CREATE TABLE sizes (job INTEGER, FOREIGN KEY(job) REFERENCES jobs (seq))",
+        "UPDATE jobs SET eta_s = 0",
+        "CREATE TRIGGER one BEFORE INSERT ON jobs EXECUTE FUNCTION f()",
+    ],
+)
+def test_what_does_more_than_add_is_found(statement: str) -> None:
+    assert what_takes_away([statement]) == [statement]
+
+
+def test_what_adds_is_left_alone() -> None:
+    lines = [
+        "CREATE TABLE sizes (job INTEGER NOT NULL, FOREIGN KEY(job) REFERENCES jobs (seq) ON DELETE CASCADE)",
+        "CREATE UNIQUE INDEX sizes_once ON sizes (job)",
+        "CREATE INDEX jobs_by_work ON jobs (work_s) WHERE state = 'queued'",
+        "ALTER TABLE jobs ADD COLUMN work_s FLOAT DEFAULT 0 NOT NULL",
+        "ALTER TABLE jobs ADD COLUMN note TEXT",
+    ]
+    assert what_takes_away(lines) == []
+
+
+def test_revisions_are_numbered_one_after_another() -> None:
+    """So that a server knows from the number alone whether tables are of the revision after its own."""
+    assert [name[:4] for name in NAMES] == [f"{number:04d}" for number in range(1, len(NAMES) + 1)]
+    assert list(RELEASED) == NAMES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_revisions_together_make_the_tables_that_the_statements_use(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if kind == "sqlite":
+        urls = [f"sqlite:///{tmp_path}/{name}.db" for name in ("migrated", "made")]
+    else:
+        postgres: PostgresServer = request.getfixturevalue("postgres")
+        urls = [postgres.create_database() for _ in range(2)]
+    migrated, made = (open_database(url) for url in urls)
+    migrated.prepare()
+    METADATA.create_all(made.engine)
+    tables = [tables_of(database.engine) for database in (migrated, made)]
+    assert tables[0].keys() == tables[1].keys() == METADATA.tables.keys()
+    for name in METADATA.tables:
+        assert tables[0][name] == tables[1][name]
+    for database in (migrated, made):
+        database.close()
+
+
+def described(index: Mapping[str, Any]) -> str:
+    options = {name: str(option) for name, option in index.get("dialect_options", {}).items()}
+    return repr({**index, "dialect_options": options})
+
+
+def tables_of(engine: sa.Engine) -> dict[str, dict[str, Any]]:
+    """All that a database says of each table, but for the order of its columns."""
+    looked, found = sa.inspect(engine), {}
+    for name in set(looked.get_table_names()) - {"alembic_version"}:
+        columns = {column["name"]: repr(column) for column in looked.get_columns(name)}
+        indexes = {index["name"]: described(index) for index in looked.get_indexes(name)}
+        found[name] = {
+            "columns": columns,
+            "indexes": indexes,
+            "unique": {repr(sorted(each["column_names"])) for each in looked.get_unique_constraints(name)},
+            "keys": [repr(key) for key in (looked.get_pk_constraint(name), *looked.get_foreign_keys(name))],
+        }
+    return found
