@@ -18,11 +18,12 @@ from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import clip_dict
 from stable_audio_serve.core.file_names import content_disposition
+from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.queue import JobQueue
 
-# OpenAPI descriptions of the headers of `clip_headers`.
-CLIP_HEADERS: dict[str, Any] = {
+# OpenAPI descriptions of the headers of `sound_headers`.
+SOUND_HEADERS: dict[str, Any] = {
     name: {"schema": {"type": kind}, "description": text}
     for name, kind, text in (
         ("X-Seed", "integer", "Seed of the first variation."),
@@ -30,6 +31,8 @@ CLIP_HEADERS: dict[str, Any] = {
         ("X-Audio-Peak", "string", "Largest absolute sample of each variation, 1 = full scale."),
         ("X-Audio-Loudness", "string", "Integrated loudness of each, LUFS; null under 0.4 s."),
         ("X-Audio-Silent", "string", "Whether each stays below -70 dBFS: true or false."),
+        ("X-Device", "string", "What made the audio: cuda, mps or cpu; a seed repeats a clip on the same."),
+        ("X-Dtype", "string", "Precision of the denoiser there: float32, float16 or bfloat16."),
     )
 }
 # Headers that a page on another origin may read.
@@ -42,7 +45,7 @@ EXPOSED_HEADERS = (
     "X-Output-Count",
     "X-Request-Id",
     "X-Sample-Rate",
-    *CLIP_HEADERS,
+    *SOUND_HEADERS,
 )
 _STREAM_ABOVE_BYTES = 1_048_576
 
@@ -67,7 +70,7 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool) -> Res
         raise HTTPException(404, "the file is gone") from error
     headers = {
         **attachment(file.file_name),
-        **clip_headers(file.clips),
+        **sound_headers(file.clips, file.made_on),
         "Content-Length": str(file.num_bytes),
         "X-Content-Type-Options": "nosniff",
     }
@@ -84,18 +87,20 @@ def result_headers(output: Output) -> dict[str, str]:
         "X-Model": result.model,
         "X-Sample-Rate": str(result.sample_rate_hz),
         "X-Output-Count": str(len(result.audio)),
-        **clip_headers(output.clips),
+        **sound_headers(output.clips, result.made_on),
         "Server-Timing": _server_timing(output),
     }
 
 
-def clip_headers(clips: Sequence[ClipFacts]) -> dict[str, str]:
-    """Returns headers that describe the audio of a file as JSON values, separated by commas for several variations.
+def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:
+    """Returns headers that describe the audio of a file as JSON values, separated by commas for several variations,
+    and name what it was made on.
 
-    Empty without clips. `X-Seed` is the first variation's seed; `X-Seeds` is there for several only.
+    Without what is not known. `X-Seed` is the first variation's seed; `X-Seeds` is there for several only.
     """
+    told = {"X-Device": made_on.device, "X-Dtype": made_on.dtype} if made_on else {}
     if not clips:
-        return {}
+        return told
     facts = [clip_dict(clip) for clip in clips]
     headers = {
         name: ", ".join(json.dumps(fact[key]) for fact in facts)
@@ -108,7 +113,7 @@ def clip_headers(clips: Sequence[ClipFacts]) -> dict[str, str]:
     }
     if len(clips) == 1:
         del headers["X-Seeds"]
-    return {"X-Seed": str(clips[0].seed), **headers}
+    return {"X-Seed": str(clips[0].seed), **headers, **told}
 
 
 def attachment(file_name: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.sound import ClipFacts
 
@@ -23,8 +24,8 @@ Chunks = Callable[[], Iterable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file at rest, as it was when it was put. `sha256` is hexadecimal; `clips` says what can be heard in it, if
-    known.
+    """One file at rest, as it was when it was put. `sha256` is hexadecimal; `clips` says what can be heard in it and
+    `made_on` where a model made it, if known.
     """
 
     key: ArtifactKey
@@ -33,6 +34,7 @@ class StoredFile:
     num_bytes: int
     sha256: str
     clips: tuple[ClipFacts, ...] = ()
+    made_on: MadeOn | None = None
 
 
 @dataclass(frozen=True, slots=True)

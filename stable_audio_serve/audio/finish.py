@@ -80,6 +80,8 @@ def _make_manifest(
         "steps": request.steps,
         "cfg_scale": request.cfg_scale,
         "sample_rate": result.sample_rate_hz,
+        "device": result.made_on.device,
+        "dtype": result.made_on.dtype,
         "files": [{"name": name, **clip_dict(clip)} for name, clip in zip(names, clips, strict=True)],
     }
     return EncodedFile("application/json", (json.dumps(content, indent=2).encode(),))

@@ -116,13 +116,23 @@ class StageTimings:
 
 
 @dataclass(frozen=True, slots=True)
+class MadeOn:
+    """What audio was made on, which its last bits depend on: `device` is cuda, mps or cpu, `dtype` the precision of the
+    denoiser, float32, float16 or bfloat16."""
+
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceUse:
     """Where a request ran: `kind` is cuda, mps or cpu. Memory in bytes, on CUDA only: in use when the request ended,
-    and the most that the process has ever used."""
+    and the most that the process has ever used. `dtype` is the precision of the denoiser."""
 
     kind: str = "cpu"
     memory_used_bytes: int | None = None
     memory_peak_bytes: int | None = None
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +148,8 @@ class GenerationResult:
     seeds: tuple[int, ...]
     timings: StageTimings = field(default_factory=StageTimings)
     device: DeviceUse = field(default_factory=DeviceUse)
+
+    @property
+    def made_on(self) -> MadeOn:
+        """Returns what to name beside the seed, which repeats the audio there."""
+        return MadeOn(self.device.kind, self.device.dtype)

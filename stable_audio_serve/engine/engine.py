@@ -167,7 +167,8 @@ class Engine:
         try:
             state = await self._accept(request, on_progress, frames=frames)
             try:
-                return replace(await state.reply.future, device=self._device.use())
+                use = replace(self._device.use(), dtype=str(self.spec.dtype).removeprefix("torch."))
+                return replace(await state.reply.future, device=use)
             except asyncio.CancelledError:
                 state.cancel()
                 self._inbox.wake()

@@ -11,6 +11,7 @@ from functools import partial
 from stable_audio_serve.artifacts.keys import file_key, upload_key
 from stable_audio_serve.artifacts.store import ArtifactStore, Chunks, StoredFile
 from stable_audio_serve.core.errors import StableAudioError, StorageError
+from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
@@ -140,13 +141,14 @@ class JobQueue:
         file_name: str,
         file_id: str | None = None,
         clips: tuple[ClipFacts, ...] = (),
+        made_on: MadeOn | None = None,
     ) -> tuple[str, StoredFile]:
         """Store a file for everyone who has its link. Raises StorageError.
 
         Returns the id for the link, which is unguessable unless given, and the file.
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
-        file = replace(file, clips=clips)
+        file = replace(file, clips=clips, made_on=made_on)
         # If this fails the file stays for the sweeper: it may be published, and only the answer was lost.
         return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
 

@@ -36,6 +36,7 @@ class ModelSpec:
     packs_segments: bool = False  # ... whose lengths only the device knows, and is fast at it
     num_prefix: int = 0  # tokens of the network's own before each row's frames
     is_compiled: bool = False  # the first call of a kind takes seconds, and calls of another shape may round otherwise
+    dtype: torch.dtype = torch.float32  # of the denoiser
     captures_decode: bool = False  # decoding is device work only, of latents and draws, wherever a window begins
 
 

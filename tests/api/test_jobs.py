@@ -47,6 +47,8 @@ KEYS = {
     "priority",
     "seeds",
     "clips",
+    "device",
+    "dtype",
 }
 
 ENDS = ("succeeded", "failed", "cancelled")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Request
 from starlette.responses import Response
 
-from stable_audio_serve.api.answers import CLIP_HEADERS
+from stable_audio_serve.api.answers import SOUND_HEADERS
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_order
@@ -42,7 +42,7 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
             "X-Model": {"schema": {"type": "string"}, "description": "Canonical name of the model."},
             "X-Sample-Rate": {"schema": {"type": "integer"}, "description": "Hertz."},
             "X-Output-Count": {"schema": {"type": "integer"}, "description": "Variations."},
-            **CLIP_HEADERS,
+            **SOUND_HEADERS,
             "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds per stage."},
         },
     },

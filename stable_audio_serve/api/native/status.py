@@ -42,6 +42,8 @@ _STATUS: dict[str, Any] = {
     "priority": "interactive",
     "seeds": [3141592653],
     "clips": None,
+    "device": None,
+    "dtype": None,
 }
 
 
@@ -103,6 +105,8 @@ class JobStatus(BaseModel):
     priority: Priority
     seeds: list[int] = Field(description="The seed of each variation, also of those that asked for a random one.")
     clips: list[JobClip] | None = Field(description="Each variation of a job that has succeeded.")
+    device: str | None = Field(description="What its audio was made on: cuda, mps or cpu.")
+    dtype: str | None = Field(description="Precision of the denoiser there: float32, float16 or bfloat16.")
 
 
 class JobPage(BaseModel):
@@ -131,6 +135,7 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
     Blocking: for worker threads. Raises StorageError.
     """
     request, result = job.spec.request, job.result
+    made_on = result.file.made_on if result else None
     return JobStatus(
         id=job.spec.id,
         status=job.state,
@@ -153,6 +158,8 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         priority=job.spec.request.priority,
         seeds=list(request.seeds),
         clips=[JobClip(**clip_dict(clip)) for clip in result.file.clips] if result else None,
+        device=made_on.device if made_on else None,
+        dtype=made_on.dtype if made_on else None,
     )
 
 

@@ -108,7 +108,7 @@ class JobExecutor:
             self._gate.refused(error, num_bytes=file.num_bytes)
             raise
         self._gate.kept()
-        return replace(stored, clips=finished.clips)
+        return replace(stored, clips=finished.clips, made_on=result.made_on)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
         """Returns the request with its time limits. An engine has a queue too, in which a first start can be late."""

@@ -82,6 +82,7 @@ class Sa3Model:
             spec,
             packs_segments=has_varlen(device, self.denoiser.dtype, **heads),
             num_prefix=net.num_memory_tokens,
+            dtype=self.denoiser.dtype,
         )
         self._device = device
         self._products = decoder_products(decode_precision, device)

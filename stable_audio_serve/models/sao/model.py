@@ -82,7 +82,7 @@ class SaoModel:
             "head_width": net.head_width,
         }
         packs_segments = has_varlen(device, self.denoiser.dtype, **heads)
-        self._spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX)
+        self._spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX, dtype=self.denoiser.dtype)
         self._device = device
         self._products = decoder_products(decode_precision, device)
         self._shift = read_shift(config.shift)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ def load_with_package(
     _cast(wrapper.model, dtype)
     spec = build_spec(card, config, wrapper=wrapper)
     return PackageModel(
-        wrapper, inputs=inputs, spec=spec, shift=shift, device=device, decode_precision=decode_precision
+        wrapper,
+        inputs=inputs,
+        spec=replace(spec, dtype=dtype),
+        shift=shift,
+        device=device,
+        decode_precision=decode_precision,
     )
 
 

@@ -25,7 +25,11 @@ async def run(
     output = await service.finish(result, order)
     note(request.scope, num_bytes=output.file.num_bytes)
     file_id, file = await service.jobs.publish(
-        output.file.chunks, media_type=output.file.media_type, file_name=f"{FILE_STEM}.wav", clips=output.clips
+        output.file.chunks,
+        media_type=output.file.media_type,
+        file_name=f"{FILE_STEM}.wav",
+        clips=output.clips,
+        made_on=result.made_on,
     )
     base = base_url(request, service.settings.api)
     return describe_output(file, published_url(base, file_id, file_name=file.file_name))

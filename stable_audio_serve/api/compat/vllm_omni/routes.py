@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
-from stable_audio_serve.api.answers import CLIP_HEADERS, encoded_answer, result_headers
+from stable_audio_serve.api.answers import SOUND_HEADERS, encoded_answer, result_headers
 from stable_audio_serve.api.compat.vllm_omni.convert import make_file, resolve_span, to_request
 from stable_audio_serve.api.compat.vllm_omni.errors import render_error, unknown_model
 from stable_audio_serve.api.compat.vllm_omni.schemas import AudioBody, ErrorBody
@@ -27,7 +27,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The audio file.",
         "content": dict.fromkeys(_MEDIA_TYPES, _BINARY),
-        "headers": CLIP_HEADERS,
+        "headers": SOUND_HEADERS,
     },
     400: {"model": ErrorBody, "description": "A field is missing, of the wrong type or out of range."},
     404: {"model": ErrorBody, "description": "The model is not served."},
