@@ -30,6 +30,7 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import files, merged, pages, server
 from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.core.backend import Backend
+from stable_audio_serve.core.keys import parse_key_hash
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
@@ -91,7 +92,7 @@ def create_app(
         ],
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
-    app.state.keys = ApiKeys(settings.api.key_hashes)
+    app.state.keys = ApiKeys(map(parse_key_hash, settings.api.key_hashes))
     app.state.origins = origins
     app.state.readiness = service.readiness
     app.state.draining = service.draining  # for the code that stops this process

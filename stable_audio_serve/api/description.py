@@ -14,7 +14,7 @@ from pydantic import BaseModel
 _AUTOMATIC = "HTTPValidationError"
 _ERRORS = {
     401: "Keys are configured and none of them was sent.",
-    403: "A web page of another origin asks, or the host it is called by is none of this server's.",
+    403: "The key lacks a scope, a web page of another origin asks, or the host is none of this server's.",
     408: "The body did not arrive in time.",
     413: "The upload or the body is too large.",
     429: "Too much of this caller's waits already; Retry-After says when to come again.",

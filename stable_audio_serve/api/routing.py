@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pydantic_core
@@ -22,8 +22,10 @@ from stable_audio_serve.api.middleware.limits import accept_form
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
 from stable_audio_serve.core.errors import UnauthorizedError
+from stable_audio_serve.core.keys import Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
+Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]  # a key needs one of them; none = any key will do
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _MAX_FILES = 8
@@ -69,17 +71,33 @@ class BoundedRequest(Request):
             raise HTTPException(400, f"body: {error.detail}") from error
 
 
-def route_class(render: ErrorRenderer) -> type[APIRoute]:
+def route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:
     """Returns a route type that answers the errors we expect in one dialect's form; other exceptions pass through.
 
-    Where keys are configured it admits only requests with one. `request.state.client` is the key's client.
+    Where keys are configured it admits only requests with one that has one of `scopes`, before it reads their bodies.
+    `request.state.key` is the key, `request.state.client` its client.
     """
-    return _dialect_route(render, _admit_by_key)
+
+    async def admit(request: Request) -> None:
+        _admit_visitor(request)
+        keys: ApiKeys = request.app.state.keys
+        key = keys.admit(request, scopes(request) if callable(scopes) else scopes)
+        request.state.key, request.state.client = key, key.client
+
+    return _dialect_route(render, admit)
 
 
-def public_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """Returns the same for links that need no key. Without a valid key, `request.state.client` is None."""
-    return _dialect_route(render, _admit_everybody)
+def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ()) -> type[APIRoute]:
+    """Returns the same for links that need no key. Without a valid key that has one of `scopes`,
+    `request.state.client` is None."""
+
+    async def admit(request: Request) -> None:
+        _admit_visitor(request)
+        keys: ApiKeys = request.app.state.keys
+        key = keys.find(request)
+        request.state.client = key.client if key and (key.may(scopes) or not scopes) else None
+
+    return _dialect_route(render, admit)
 
 
 def probe_route_class(render: ErrorRenderer) -> type[APIRoute]:
@@ -94,7 +112,7 @@ def allowed_methods(request: Request) -> list[str]:
     return [name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
-def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> type[APIRoute]:
+def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], Awaitable[None]]) -> type[APIRoute]:
     class DialectRoute(APIRoute):
         render_error = staticmethod(render)
 
@@ -105,7 +123,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
                 request.state.render_error = render  # for unexpected exceptions, see `middleware.observe`
                 bounded = BoundedRequest(request.scope, request.receive)
                 try:
-                    admit(request)
+                    await admit(request)
                     return await handle(bounded)
                 except EXPECTED_ERRORS as error:
                     response = render(request, error)
@@ -120,19 +138,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], None]) -> t
     return DialectRoute
 
 
-def _admit_by_key(request: Request) -> None:
-    _admit_visitor(request)
-    keys: ApiKeys = request.app.state.keys
-    request.state.client = keys.admit(request)
-
-
-def _admit_everybody(request: Request) -> None:
-    _admit_visitor(request)
-    keys: ApiKeys = request.app.state.keys
-    request.state.client = keys.find(request)
-
-
-def _admit_always(_: Request) -> None:
+async def _admit_always(_: Request) -> None:
     pass
 
 

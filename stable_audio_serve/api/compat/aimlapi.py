@@ -146,7 +146,7 @@ def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
     catalog, jobs = service.backend.catalog, service.jobs
     card = catalog.choose(service.settings.dialects.aiml_model, family=OPEN_FAMILY)
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
+    router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
 
     def resolve(name: str) -> ModelCard:
         try:

@@ -1,38 +1,51 @@
-"""Who may use the API: everybody, or clients with one of the configured keys."""
+"""Who may use the API: everybody, or clients with one of the configured keys; and what each key may do."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from starlette.requests import Request
 
-from stable_audio_serve.core.errors import UnauthorizedError
-from stable_audio_serve.core.ids import NO_CLIENT, ClientId
-from stable_audio_serve.core.keys import hash_key, parse_key_hash
+from stable_audio_serve.core.errors import ForbiddenError, UnauthorizedError
+from stable_audio_serve.core.keys import ANYBODY, ApiKey, Scope, hash_key
 
 _SCHEMES = frozenset({"bearer", "key"})
+_MAX_KEY = 4096  # characters; ours have 47
+_NOBODY = hash_key("")
 
 
 class ApiKeys:
-    """Admits requests by their `Authorization` header, `Bearer <key>` or `Key <key>`; without hashes, all of them."""
+    """Admits requests by their `Authorization` header, `Bearer <key>` or `Key <key>`; without keys, all of them."""
 
-    def __init__(self, hashes: Sequence[str]) -> None:
-        self._hashes = [parse_key_hash(text) for text in hashes]
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._keys = {key.digest: key for key in keys}
 
-    def admit(self, request: Request) -> ClientId:
-        """Returns the client of the request's key, '' where no keys are configured. Raises UnauthorizedError."""
-        client = self.find(request)
-        if client is None:
+    def admit(self, request: Request, scopes: tuple[Scope, ...]) -> ApiKey:
+        """Returns the request's key, `ANYBODY` where no keys are configured.
+
+        Raises UnauthorizedError without one, ForbiddenError when it has none of these scopes; empty = any key may.
+        """
+        key = self.find(request)
+        if key is None:
             raise UnauthorizedError("Authorization: a valid API key is required, as `Bearer <key>` or `Key <key>`")
-        return client
+        if scopes and not key.may(scopes):
+            needed = " or ".join(scopes)
+            if key is ANYBODY:
+                raise ForbiddenError(f"this route needs a key with the scope {needed}, and no keys are configured")
+            raise ForbiddenError(f"Authorization: this key has not the scope that this route needs, {needed}")
+        return key
 
-    def find(self, request: Request) -> ClientId | None:
-        """Returns the client like `admit`, but None for a request without a valid key."""
-        if not self._hashes:
-            return NO_CLIENT
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hash_key(key.strip().encode("latin-1"))  # Starlette decoded the header this way
-        # Compares with all of them, so that the time says nothing about the key.
-        matches = [known.client for known in self._hashes if hmac.compare_digest(digest, known.digest)]
-        return matches[0] if matches and scheme.lower() in _SCHEMES else None
+    def find(self, request: Request) -> ApiKey | None:
+        """Returns the key like `admit`, but None for a request without a valid one."""
+        if not self._keys:
+            return ANYBODY
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        sent = sent.strip()
+        if scheme.lower() not in _SCHEMES or len(sent) > _MAX_KEY:
+            return None
+        digest = hash_key(sent.encode("latin-1"))  # Starlette decoded the header this way
+        # The time of the look-up depends on the digest, which says nothing about any other key.
+        known = self._keys.get(digest)
+        is_it = hmac.compare_digest(digest, known.digest if known else _NOBODY)
+        return known if known and is_it else None

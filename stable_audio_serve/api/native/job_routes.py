@@ -61,7 +61,7 @@ _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service, including those of `submission`."""
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
+    router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
     router.include_router(submission.build_router(service))
     jobs, limits = service.jobs, service.settings.api
     path = "/jobs/{job_id:job_id}"
@@ -138,7 +138,7 @@ def build_router(service: Service) -> APIRouter:
 def _build_links(service: Service) -> APIRouter:
     """The routes whose links need no key."""
     jobs = service.jobs
-    links = APIRouter(route_class=public_route_class(render_error))
+    links = APIRouter(route_class=public_route_class(render_error, scopes=("jobs",)))
 
     @links.head("/jobs/{job_id:hex_id}/audio", include_in_schema=False)
     @links.get(

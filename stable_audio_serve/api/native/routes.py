@@ -54,7 +54,9 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG], strict_content_type=False)
+    router = APIRouter(
+        route_class=route_class(render_error, scopes=("generate",)), tags=[TAG], strict_content_type=False
+    )
 
     async def answer(
         request: Request, fields: Controls, *, card: ModelCard, generation: GenerationRequest, started_at: float

@@ -72,7 +72,9 @@ _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
-    router = APIRouter(prefix="/jobs", route_class=route_class(render_error), strict_content_type=False)
+    router = APIRouter(
+        prefix="/jobs", route_class=route_class(render_error, scopes=("jobs",)), strict_content_type=False
+    )
     submit = _Submission(service).submit
 
     @router.post("", summary="Submit Generation", status_code=202, responses=_RESPONSES)

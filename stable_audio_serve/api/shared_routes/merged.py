@@ -65,7 +65,7 @@ class Sa3Body(GenerationBody):
 
 def build_router(service: Service) -> APIRouter:
     """The shared path over one service."""
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG])
+    router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
     schemas = [{"$ref": "#/components/schemas/GenerationBody"}, GenerateBody.model_json_schema()]
     body = {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}
 

@@ -134,7 +134,7 @@ def build_router(service: Service) -> APIRouter:
 
 def build_api_router() -> APIRouter:
     """The API's description and the two pages that show it; they need a key where keys are configured."""
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG])
+    router = APIRouter(route_class=route_class(render_error, scopes=()), tags=[TAG])
 
     @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 401, 500))
     async def openapi(request: Request) -> dict[str, Any]:

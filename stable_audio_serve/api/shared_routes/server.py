@@ -61,6 +61,6 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
         list_models,
         methods=["GET"],
         responses=error_responses(ErrorBody, 401, 500),
-        route_class_override=route_class(render_openai_error),
+        route_class_override=route_class(render_openai_error, scopes=()),
     )
     return router

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -35,11 +34,12 @@ from stable_audio_serve.api.compat.hosted import to_request
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
-from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.routing import Scopes, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.finish import FileOrder
 from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.ids import JobId
+from stable_audio_serve.core.keys import Scope
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec
 from stable_audio_serve.jobs.webhooks.delivery import check_webhook_url
 
@@ -84,16 +84,19 @@ _Logs = Annotated[bool, Query(description="Whether to send the log too.")]
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
-    new_router = partial(APIRouter, route_class=route_class(render_error), strict_content_type=False)
-    hosts = new_router()
-    requests = new_router()
+
+    def new_router(scopes: Scopes, **options: Any) -> APIRouter:
+        return APIRouter(route_class=route_class(render_error, scopes=scopes), strict_content_type=False, **options)
+
+    hosts = new_router(())
+    requests = new_router(("jobs",))
     _add_requests(requests, service)
     for prefix, summary in _HOSTS.items():
-        _add_submission(submission := new_router(), service, summary=summary)
+        _add_submission(submission := new_router(_scopes_of_submission), service, summary=summary)
         hosts.include_router(submission, prefix=prefix)
         hosts.include_router(requests, prefix=prefix, include_in_schema=prefix == "/queue")
     hosts.include_router(build_announcing_router(service))
-    router = new_router(tags=[TAG])
+    router = new_router((), tags=[TAG])
     router.include_router(build_receiving_router(service))
     router.include_router(hosts)
 
@@ -112,6 +115,10 @@ def build_router(service: Service) -> APIRouter:
             openapi_extra={"parameters": [TARGET_PARAMETER]},
         )
     return router
+
+
+def _scopes_of_submission(request: Request) -> tuple[Scope, ...]:
+    return ("jobs",) if targets.means_queue(request) else ("generate",)
 
 
 def _add_submission(router: APIRouter, service: Service, *, summary: str) -> None:

@@ -106,7 +106,7 @@ class Parts(BaseModel):
 def build_announcing_router(service: Service) -> APIRouter:
     """The routes that need a key: tokens, announcements, and uploads in one request."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
-    router = APIRouter(route_class=route_class(render_error), strict_content_type=False)
+    router = APIRouter(route_class=route_class(render_error, scopes=("generate", "jobs")), strict_content_type=False)
 
     @router.post("/storage/auth/token", responses=_KEY_RESPONSES)
     async def make_token(request: Request) -> UploadToken:

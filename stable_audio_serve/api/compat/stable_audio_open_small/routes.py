@@ -28,6 +28,7 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelStatus
+from stable_audio_serve.core.keys import Scope
 
 TAG = "Stable Audio Open Small"
 
@@ -86,7 +87,7 @@ def _schema(form: type[Wire], content_type: str) -> dict[str, Any]:
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service; scans the folder of riffs."""
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG])
+    router = APIRouter(route_class=route_class(render_error, scopes=_scopes_of), tags=[TAG])
     library = RiffLibrary(find_folder(service.settings.dialects.riff_dir))
     model = default_model(service)
 
@@ -155,6 +156,11 @@ def build_health_router(service: Service) -> APIRouter:
         return JSONResponse(body, code)
 
     return router
+
+
+def _scopes_of(request: Request) -> tuple[Scope, ...]:
+    """What makes audio needs a scope; every key may ask what there is."""
+    return ("generate",) if request.method == "POST" else ()
 
 
 async def _status_of(service: Service, model: WindowedModel) -> ModelStatus:

@@ -37,7 +37,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def build_router(service: Service) -> APIRouter:
     """The routes over one service."""
-    router = APIRouter(route_class=route_class(render_error), tags=[TAG])
+    router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
 
     @router.post(
         "/v1/audio/generate",

@@ -1,0 +1,139 @@
+"""What a key may do: every operation of the API, asked with a key of each scope."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.middleware.api_keys import ApiKeys
+from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.core.keys import SCOPES, hash_key, parse_key
+from stable_audio_serve.core.settings import Settings
+from tests.backends import ToneBackend
+
+# Operations that every key may use, and those that need no key at all; of the rest a test below says what they need.
+ANY = {"/v1/models", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}", "/riffs/available", "/model/info"}
+ANY |= {"/api/fal/proxy"}  # what it leads to asks again
+OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
+OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
+STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/storage/upload/initiate-multipart"}
+STORAGE |= {"/files/upload", "/files/upload/multipart"}
+GENERATE = {"/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"}
+GENERATE |= {f"/v1/audio/{what}" for what in ("generations", "variations", "inpaint", "generate")}
+GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    """An application with a key for each scope, called like it, and one with all of them."""
+    tree = {"api": {"key_hashes": [hash_key("old")]}, "output_dir": str(tmp_path_factory.mktemp("outputs"))}
+    app = create_app(ToneBackend(), Settings.model_validate(tree))
+    lines = [f"{scope}:{hash_key(scope)} scope={scope}" for scope in SCOPES]
+    lines += [f"all:{hash_key('all')} scope={','.join(SCOPES)}", f"plain:{hash_key('plain')}"]
+    app.state.keys = ApiKeys(map(parse_key, lines))
+    router = APIRouter(route_class=route_class(render_error, scopes=("admin",)))
+
+    @router.get("/an-admin-route", include_in_schema=False)
+    async def administrate() -> dict[str, str]:
+        return {"done": "yes"}
+
+    app.include_router(router)
+    return app
+
+
+def connect(app: FastAPI, key: str | None) -> httpx.AsyncClient:
+    headers = {} if key is None else {"Authorization": f"Key {key}"}
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", headers=headers)
+
+
+def operations(app: FastAPI) -> Iterator[tuple[str, str, str]]:
+    ids = {"job_id": "0" * 32, "file_id": "0" * 32, "ticket": "a.b", "number": "1"}
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            yield method.upper(), path, re.sub(r"{(\w+)}", lambda match: ids.get(match[1], match[1]), path)
+
+
+def may_use(path: str, key: str) -> bool:
+    """By hand, from the documentation: what makes audio needs `generate`, what is about jobs needs `jobs`."""
+    if path in ANY | OPEN:
+        return True
+    if path in STORAGE:
+        return key != "admin"
+    return key in {"all", "plain", "generate" if path in GENERATE else "jobs"}
+
+
+@pytest.mark.parametrize("key", [*SCOPES, "all", "plain"])
+async def test_every_operation_asks_for_its_scope(app: FastAPI, key: str) -> None:
+    async with connect(app, key) as client:
+        for method, path, url in operations(app):
+            for prefix in ("", *(f"/{name}" for name in ("sa3", "saos", "vllm", "aiml", "fal"))):
+                reply = await client.request(method, prefix + url)
+                if prefix and reply.status_code in (404, 405):
+                    continue
+                is_refused = reply.status_code == 403 and "scope" in reply.text
+                assert is_refused is not may_use(path, key), (method, prefix + path, reply.text)
+                if is_refused:
+                    assert reply.headers["content-type"] == "application/json"
+                    assert re.search("generate|jobs", reply.text)
+
+
+async def test_fals_hosts_decide_which_scope_a_submission_needs(app: FastAPI) -> None:
+    body = {"prompt": "x", "seconds_total": 1}
+    queue = {"Host": "queue.localhost"}
+    for key, now, later in (("generate", 200, 403), ("jobs", 403, 200)):
+        async with connect(app, key) as client:
+            assert (await client.post("/fal-ai/stable-audio", json=body)).status_code == now
+            assert (await client.post("/fal-ai/stable-audio", json=body, headers=queue)).status_code == later
+            for host, expected in (("fal.run", now), ("queue.fal.run", later)):
+                target = {"x-fal-target-url": f"https://{host}/fal-ai/stable-audio"}
+                reply = await client.post("/api/fal/proxy", json=body, headers=target)
+                assert reply.status_code == expected, (key, host)
+
+
+async def test_the_scope_is_asked_for_before_the_body_is_looked_at(app: FastAPI) -> None:
+    async with connect(app, "jobs") as client:
+        assert (await client.post("/v1/audio/generate", content=b"{")).status_code == 403
+
+
+async def test_the_refusal_names_the_scope_in_each_dialects_form(app: FastAPI) -> None:
+    async with connect(app, "admin") as client:
+        native = (await client.post("/v1/audio/generations", json={"prompt": "x"})).json()
+        assert "generate" in native["detail"]
+        small = (await client.post("/saos/generate", json={"prompt": "x"})).json()
+        assert "generate" in small["error"]
+        vllm = (await client.post("/v1/audio/generate", json={"input": "x"})).json()["error"]
+        assert (vllm["code"], vllm["type"]) == (403, "PermissionDeniedError")
+        aiml = (await client.post("/v2/generate/audio", json={"model": "stable-audio", "prompt": "x"})).json()
+        assert aiml["statusCode"] == 403
+        assert "jobs" in aiml["message"]
+        fal = await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})
+        assert fal.json()["error_type"] == "forbidden"
+        assert fal.headers["x-fal-error-type"] == "forbidden"
+
+
+@pytest.mark.parametrize(
+    ("key", "status"), [(None, 401), ("wrong", 401), ("plain", 403), ("generate", 403), ("admin", 200), ("all", 200)]
+)
+async def test_a_route_for_administrators(app: FastAPI, key: str | None, status: int) -> None:
+    async with connect(app, key) as client:
+        reply = await client.get("/an-admin-route")
+        assert reply.status_code == status
+        assert (status != 403) or "admin" in reply.json()["detail"]
+
+
+async def test_without_keys_nobody_is_an_administrator(app: FastAPI) -> None:
+    keys, app.state.keys = app.state.keys, ApiKeys(())
+    try:
+        async with connect(app, "admin") as client:
+            reply = await client.get("/an-admin-route")
+            assert reply.status_code == 403
+            assert "admin" in reply.json()["detail"]
+            assert (await client.get("/v1/models")).status_code == 200
+    finally:
+        app.state.keys = keys
