@@ -16,7 +16,9 @@ from benchmarks.simulate.devices import DeviceModel, LinearDevice
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, StageTimings
+from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 _LEAST_RETRY_S = 0.1
 _RATE_HZ, _HOP = 44_100, 4096
@@ -29,6 +31,13 @@ DEVICE = LinearDevice(
     step_per_frame_ms=0.1,
     coding_fixed_ms=6.0,
     coding_per_frame_ms=0.2,
+)
+PRICES = Prices(
+    row_ms=DEVICE.text_fixed_ms + DEVICE.coding_fixed_ms,
+    evaluation_ms=DEVICE.step_fixed_ms,
+    evaluated_second_ms=DEVICE.step_per_frame_ms * _RATE_HZ / _HOP,
+    audio_second_ms=DEVICE.coding_per_frame_ms * _RATE_HZ / _HOP,
+    default_steps=_DEFAULT_STEPS,
 )
 
 
@@ -134,6 +143,10 @@ class TimedReplica:
         """The same for a streaming handle."""
         yield Progress("denoising", 0.0)
         yield await self.generate(request)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve; a guided step costs a little less than these prices say."""
+        return ReplicaWork.now(self._device.backlog_ms, PRICES).to_dict()
 
     async def status(self) -> object:
         """Returns what it has done and what its device still has to do."""

@@ -76,6 +76,12 @@ _ENGINE = (
     Metric("engine_prompt_cache_hits", "counter", "Prompts whose embedding was there already.", ("model",)),
     Metric("engine_prompt_cache_misses", "counter", "Prompts that had to be embedded.", ("model",)),
     Metric("engine_device_memory_bytes", "gauge", "GPU memory in use by the engine; 0 on a CPU.", ("model",)),
+    Metric(
+        "router_choices",
+        "counter",
+        "Choices of a replica for a call: by predicted work, or by queue where a replica has long said nothing.",
+        ("by", "model"),
+    ),
 )
 _JOBS = (
     Metric("jobs", "counter", "Jobs that have ended.", ("state", "contract")),

@@ -24,6 +24,7 @@ from stable_audio_serve.core.generation import (
     ProgressCallback,
 )
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.batching import BatchPolicy, OneRowPerCall
 from stable_audio_serve.engine.call_shapes import PackedShapes
@@ -38,6 +39,7 @@ from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
+from stable_audio_serve.engine.price_list import PriceList
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState, late
 from stable_audio_serve.engine.rows import row_work
@@ -107,6 +109,7 @@ class Engine:
         )
         self._pace = WindowPace(cost, turn_frames=options.turn_frames, is_fixed=self.mode == "strict")
         self._predictor = Predictor(cost, policy, turn_frames=self._pace.turn_frames)
+        self._price_list = PriceList(model, self._predictor)
         self._thread = self._build_thread(options, policy=policy, cost=cost)
         self._start_lock = threading.Lock()
         self._is_started = False
@@ -192,6 +195,10 @@ class Engine:
     def backlog_ms(self) -> float:
         """Predicted device time of everything accepted and unfinished."""
         return self._admission.backlog_ms
+
+    def prices(self) -> Prices:
+        """Returns what work costs on this engine now, for those who have a request but no engine."""
+        return self._price_list.current()
 
     def heartbeat(self) -> EngineHeartbeat:
         """Returns whether the engine thread is alive and how old its last turn is."""

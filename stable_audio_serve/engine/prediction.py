@@ -19,9 +19,13 @@ class Predictor:
         self._policy = policy
         self._turn_frames = turn_frames
 
+    def text_ms(self, num_prompts: int) -> float:
+        """Returns the time of encoding so many new prompts at once."""
+        return self._cost.call_ms("text", rows=num_prompts, frames=0)
+
     def alone_ms(self, work: RowWork) -> float:
         """Returns the row's remaining time on an otherwise idle engine, text included."""
-        return self._cost.call_ms("text", rows=1, frames=0) + work.predict_ms(self._cost, self._alone_evaluation_ms)
+        return self.text_ms(1) + work.predict_ms(self._cost, self._alone_evaluation_ms)
 
     def share_ms(self, work: RowWork) -> float:
         """Returns the row's remaining device time if it shares its steps with others."""
@@ -30,7 +34,7 @@ class Predictor:
     def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
         """Returns the time of one turn over rows, `num_new` of which are new and need their text encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
-        total = self._cost.call_ms("text", rows=num_new, frames=0) if num_new else 0.0
+        total = self.text_ms(num_new) if num_new else 0.0
         total += sum(self._cost.groups_ms("denoise", call.groups) for call in self._policy.split(lanes))
         total += sum(self._coding_ms("encode", work.encode_left) for work in works if work.phase is Phase.ENCODE)
         total += sum(self._coding_ms("decode", work.decode_left) for work in works if work.phase is Phase.DECODE)

@@ -22,7 +22,8 @@ _REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it
 # More requests than a process can have connections. Serve queues what is over its limit, /health and Serve's own probes
 # included, and answers overflow in plain text: the application itself bounds what costs something.
 _NO_LIMIT = 100_000
-_ROUTER = "stable_audio_serve.serving.routing:FewestInProgressRouter"
+_ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
+_ROUTING_STATS_PERIOD_S = 1.0  # how often a replica says what it has to do
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
 # A replica that is being replaced gets this long to finish its requests and looks this often whether it has.
 _DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
@@ -153,7 +154,11 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         "max_queued_requests": capacity,
         **_DRAIN,
         "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
-        "request_router_config": {"request_router_class": _ROUTER},
+        "request_router_config": {
+            "request_router_class": _ROUTER,
+            "request_router_kwargs": {"model": model.name},
+            "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+        },
         "autoscaling_config": {
             "min_replicas": min_replicas,
             "max_replicas": replicas.max_replicas,

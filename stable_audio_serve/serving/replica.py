@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -16,6 +17,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.serving.logs import configure_logging
+from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,10 @@ class ModelReplica:
             backlog_ms=self._engine.backlog_ms,
             **self._outcomes,
         )
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve every second; the routers of this model's callers hear of it."""
+        return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict()
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises ModelUnavailableError."""

@@ -1,62 +1,69 @@
-"""Which replica of a model gets the next request: the one with the fewest requests in progress from this process.
-
-Serve compares two replicas by cached queue lengths, which lag behind a burst: of 80 requests at once the fuller of two
-replicas got up to 1.3 times its share. Runs in every process that calls a model; imports neither torch nor settings.
+"""Which replica of a model gets the next call: the one with the least predicted work left, as a `WorkLedger` knows it.
+Runs in every process that calls a model; imports neither torch nor settings.
 """
 
 from __future__ import annotations
 
 import random
-import time
-from collections import Counter, defaultdict, deque
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-_SENT_WITHIN_S = 1.0  # a choice that is older was not used: its caller left, or the replica was full
+from stable_audio_serve.serving.metrics import RayMetrics
+from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 
 
-class FewestInProgressRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
-    """Counts what it sent and what ended; equal counts are decided by chance. Requests keep their order."""
+class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
+    """Serve's side of a `WorkLedger`. Of a replica whose words are old nothing is known: as large a share of the calls
+    as there are such replicas goes to the shorter queue of two that are drawn, as Serve does.
 
-    def initialize_state(self, **kwargs: Any) -> None:
-        """Serve's hook for a router's own fields."""
-        self._in_progress: Counter[ReplicaID] = Counter()
-        # When a replica was chosen for requests that are not sent yet: of a burst, all are chosen before one is sent.
-        self._chosen_at: defaultdict[ReplicaID, deque[float]] = defaultdict(deque)
+    Calls keep their order, so one may go where another was to go; then that one goes elsewhere.
+    """
+
+    def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:
+        """Serve's hook for a router's own fields; from `request_router_kwargs`."""
+        self._ledger = WorkLedger(old_after_s=old_after_s)
+        self._metrics = RayMetrics(model=model)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Returns the candidates, one per rank, the least busy first."""
+        """Returns the candidates, one per rank, the one with the least work first; or two to choose from."""
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
-        replicas.sort(key=lambda replica: self._count(replica.replica_id))
-        if replicas:
-            self._chosen_at[replicas[0].replica_id].append(time.monotonic())
+        if not replicas:
+            return []
+        if self._ledger.is_old(_name(replicas[0].replica_id)):
+            self._metrics.increment("router_choices", by="queue")
+            return [replicas[:2]]
+        replicas.sort(key=self._rank)
+        if pending_request is not None:
+            first = _name(replicas[0].replica_id)
+            self._ledger.choose(replica=first, ms=self._ledger.price_ms(first, pending_request.args))
+        self._metrics.increment("router_choices", by="work")
         return [[replica] for replica in replicas]
 
-    def on_send_request(self, replica_id: ReplicaID) -> None:
-        """Serve calls this when a request leaves for a replica."""
-        super().on_send_request(replica_id)
-        waiting = [chosen_at for chosen_at in self._chosen_at.values() if chosen_at]
-        if waiting:  # its own choice, or the oldest: that replica was full or too slow to tell its queue
-            (self._chosen_at[replica_id] or min(waiting)).popleft()
-        self._in_progress[replica_id] += 1
+    def _rank(self, replica: RunningReplica) -> tuple[bool, float]:
+        name = _name(replica.replica_id)
+        return self._ledger.is_old(name), self._ledger.left_ms(name)
+
+    def on_request_routed(  # noqa: PLR0917 - as Serve calls it
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        """Serve calls this when a replica has accepted a request."""
+        super().on_request_routed(pending_request, replica_id, result)
+        replica = _name(replica_id)
+        ms = self._ledger.price_ms(replica, pending_request.args)
+        self._ledger.arrive(replica=replica, request_id=pending_request.metadata.internal_request_id, ms=ms)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve calls this once for each request that left, however it ended."""
-        self._in_progress[replica_id] = max(0, self._in_progress[replica_id] - 1)
+        self._ledger.end(internal_request_id, replica=_name(replica_id))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Serve calls this when replicas come or go."""
+        """Serve calls this when replicas come or go, and when they say something."""
+        self._ledger.update({_name(replica.replica_id): replica.routing_stats for replica in replicas})
         super().update_replicas(replicas)
-        here = {replica.replica_id for replica in replicas}
-        for counts in (self._in_progress, self._chosen_at):
-            for replica_id in [known for known in counts if known not in here]:
-                del counts[replica_id]
 
-    def _count(self, replica_id: ReplicaID) -> int:
-        chosen_at = self._chosen_at[replica_id]
-        while chosen_at and chosen_at[0] < time.monotonic() - _SENT_WITHIN_S:
-            chosen_at.popleft()
-        return self._in_progress[replica_id] + len(chosen_at)
+
+def _name(replica_id: ReplicaID) -> str:
+    return str(replica_id.unique_id)

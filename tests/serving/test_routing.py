@@ -1,33 +1,55 @@
-"""Requests are shared out evenly among replicas, also when all come at once: on real replicas that count their own."""
+"""Calls are shared out by work, also when all come at once: on real replicas that say what they have to do."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
 
 import pytest
 import ray
 from ray import serve
 
-from stable_audio_serve.core.catalog import ModelCatalog
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.core.settings import ModelSettings, ReplicaSettings, Settings
 from stable_audio_serve.serving.placement import model_options, plan_deployments
+from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-REPLICAS, REQUESTS = 3, 36
-_NOTED_S = 0.3  # until the router has noted that an answer is there
+REPLICAS = 2
+PRICES = Prices(row_ms=0.0, evaluation_ms=1.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
+SHORT, MIDDLING, LONG = 10, 100, 600_000  # steps, a millisecond each
+_PAUSE_S = 0.2
+_NEVER_S = 3600.0  # a busy machine's replicas may say nothing for longer than a router waits for
 # After this long without requests Serve asks the replicas for their queues again, and sends a burst's first requests to
 # others than were chosen; Serve's own 10 s would make the test wait.
 _QUEUES_FORGOTTEN_S = 0.1
+_QUEUES_TOLD_S = 10.0  # a busy machine's replicas may take longer than Serve's 0.1 s to tell their queue
 
 
-class Counted:
-    """Takes as long as somebody holds it."""
+class Timed:
+    """Takes a millisecond per step, for one request after another."""
 
-    async def generate(self, seconds: float) -> int:
-        await asyncio.sleep(seconds)
-        return os.getpid()
+    def __init__(self) -> None:
+        self._device = asyncio.Lock()
+        self._left_ms: dict[int, float] = {}
+
+    async def generate(self, request: GenerationRequest) -> tuple[int, float]:
+        """Returns this replica and the request's price."""
+        self._left_ms[request.seed] = ms = PRICES.of_request(request)
+        try:
+            async with self._device:
+                await asyncio.sleep(ms / 1000.0)
+        finally:
+            del self._left_ms[request.seed]
+        return os.getpid(), ms
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        return ReplicaWork.now(sum(self._left_ms.values()), PRICES).to_dict()
 
 
 class Caller:
@@ -35,44 +57,63 @@ class Caller:
 
     def __init__(self, handle: object) -> None:
         self._handle = handle
+        self._seeds = count()
 
-    async def call(self, count: int, seconds: float) -> Counter[int]:
-        return Counter(await asyncio.gather(*(self._handle.generate.remote(seconds) for _ in range(count))))  # type: ignore[attr-defined]
+    def _generate(self, steps: int) -> Any:
+        request = GenerationRequest(prompt="x", duration_s=1.0, seed=next(self._seeds), steps=steps)
+        return self._handle.generate.remote(request)  # type: ignore[attr-defined]
 
-    async def call_beside_long_ones(self, count: int) -> Counter[int]:
-        """Short calls one after another while all replicas but one are busy."""
-        generate = self._handle.generate.remote  # type: ignore[attr-defined]
-        places: Counter[int] = Counter()
-        await asyncio.sleep(_NOTED_S)
-        busy = [generate(60.0) for _ in range(REPLICAS - 1)]
-        for _ in range(count):
-            await asyncio.sleep(_NOTED_S)
-            places[await generate(0.0)] += 1
-        for response in busy:
-            response.cancel()
-        return places
+    async def burst(self, steps: Sequence[int]) -> Counter[int]:
+        """Returns the work that each replica got, milliseconds."""
+        shares: Counter[int] = Counter()
+        for place, ms in await asyncio.gather(*map(self._generate, steps)):
+            shares[place] += round(ms)
+        return shares
+
+    async def beside_a_long_one(self, number: int) -> list[Counter[int]]:
+        """Returns where short calls went while one replica is busy: one after another, and all at once."""
+        busy = self._generate(LONG)
+        try:
+            one_by_one: Counter[int] = Counter()
+            for _ in range(number):
+                await asyncio.sleep(_PAUSE_S)  # together long enough for the replicas to say several times what they do
+                place, _ = await self._generate(SHORT)
+                one_by_one[place] += 1
+            burst = await asyncio.gather(*(self._generate(SHORT) for _ in range(number)))
+        finally:
+            busy.cancel()
+        return [one_by_one, Counter(place for place, _ in burst)]
 
 
-async def test_bursts_after_a_pause_are_shared_out_evenly_and_busy_replicas_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def caller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S", str(_QUEUES_FORGOTTEN_S))
+    for name in ("QUEUE_LENGTH_RESPONSE_DEADLINE_S", "MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"):
+        monkeypatch.setenv(f"RAY_SERVE_{name}", str(_QUEUES_TOLD_S))
     replicas = ReplicaSettings(min_replicas=REPLICAS, max_replicas=REPLICAS)
     plan = plan_deployments(Settings(models=(ModelSettings(name="demo", replicas=replicas, num_cpus=0.0),)))
-    assert isinstance(plan.catalog, ModelCatalog)
     options = model_options(plan, plan.settings.models[0], cluster_gpus=0.0) | {"graceful_shutdown_timeout_s": 0.0}
+    options["request_router_config"]["request_router_kwargs"]["old_after_s"] = _NEVER_S
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"location": "NoServer"})
     try:
-        model = serve.deployment(Counted).options(**options).bind()
-        caller = serve.run(serve.deployment(Caller).options(ray_actor_options={"num_cpus": 0}).bind(model))
-        for _ in range(3):
-            await asyncio.sleep(_NOTED_S)
-            shares = await caller.call.remote(REQUESTS, 1.0)
-            assert len(shares) == REPLICAS
-            assert max(shares.values()) <= REQUESTS / REPLICAS + 2
-        beside = await caller.call_beside_long_ones.remote(10)
-        assert max(beside.values()) >= 9
+        model = serve.deployment(Timed).options(**options).bind()
+        yield serve.run(serve.deployment(Caller).options(ray_actor_options={"num_cpus": 0}).bind(model))
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+async def test_calls_go_to_the_replica_with_the_least_work(caller: Any) -> None:
+    for steps in ([MIDDLING] * 36, [MIDDLING] * 36, [SHORT, SHORT, SHORT, MIDDLING] * 9):
+        await asyncio.sleep(2 * _PAUSE_S)
+        shares = await caller.burst.remote(steps)
+        assert len(shares) == REPLICAS
+        assert max(shares.values()) <= sum(steps) / REPLICAS + 2 * MIDDLING
+    one_by_one, at_once = await caller.beside_a_long_one.remote(20)
+    assert list(one_by_one.values()) == list(at_once.values()) == [20]
+    assert one_by_one.keys() == at_once.keys()
+    for _ in range(100):  # the long one was cancelled; its replica says so within a second or two
+        if len(await caller.burst.remote([SHORT] * 10)) == REPLICAS:
+            return
+    pytest.fail("a replica whose call was cancelled gets nothing any more")
