@@ -1,0 +1,124 @@
+"""Servers of two versions on one job database, while one replaces the other: both run jobs, and none is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from stable_audio_serve.core.settings import JobSettings, Settings
+from stable_audio_serve.jobs.job import Job
+from stable_audio_serve.jobs.open import open_queue
+from stable_audio_serve.jobs.queue import JobQueue
+from tests.jobs.conftest import make_spec
+from tests.jobs.stores import KINDS
+
+pytestmark = pytest.mark.slow
+
+_PATIENCE_S = 60.0
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without any tables."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.db'}"
+    found: str = request.getfixturevalue("postgres_url")
+    return found
+
+
+@contextmanager
+def runner(version: str, url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A runner of `this` or the `next` version, which has said its first word when this returns."""
+    command = [sys.executable, "-m", "tests.jobs.versions", version, url, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def first_word(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    """How many attempts a runner began in its life."""
+    said, _ = process.communicate(timeout=_PATIENCE_S)
+    return int(said)
+
+
+def scalar(queue: JobQueue, query: str) -> int:
+    with queue.store.database.reading() as connection:
+        return int(connection.execute(sa.text(query)).scalar_one())
+
+
+class Customer:
+    """Submits jobs through a server of this version."""
+
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+        self.jobs: list[Job] = []
+
+    async def submit(self, number: int) -> None:
+        self.jobs += [await self._queue.submit(make_spec()) for _ in range(number)]
+
+    async def keep_both_busy(self) -> None:
+        """Submit jobs until the newer runner has had some of them, and an older one too."""
+        before = self._num_of_versions()
+        async with asyncio.timeout(_PATIENCE_S):
+            while any(now < then + 3 for now, then in zip(self._num_of_versions(), before, strict=True)):
+                await self.submit(4)
+                await asyncio.sleep(0.05)
+
+    async def ended(self) -> list[Job]:
+        """All jobs, when every one is over."""
+        async with asyncio.timeout(_PATIENCE_S):
+            while True:
+                found = [await self._queue.get(job.spec.ref) for job in self.jobs]
+                if all(job is not None and job.is_over for job in found):
+                    return [job for job in found if job is not None]
+                await asyncio.sleep(0.1)
+
+    def _num_of_versions(self) -> tuple[int, int]:
+        newer = scalar(self._queue, "SELECT count(*) FROM made_up")
+        return newer, scalar(self._queue, "SELECT count(*) FROM jobs WHERE state = 'succeeded'") - newer
+
+
+async def test_runners_of_two_versions_share_the_jobs_while_one_replaces_the_other(url: str, tmp_path: Path) -> None:
+    queue = open_queue(Settings(output_dir=str(tmp_path), jobs=JobSettings(database_url=url, max_queued=10_000)))
+    customer = Customer(queue)
+    with runner("this", url, tmp_path) as old:
+        assert first_word(old) == "ready"
+        await customer.submit(40)
+        with runner("next", url, tmp_path) as new:  # it upgrades while the older one works
+            assert first_word(new) == "ready"
+            await customer.keep_both_busy()
+            with runner("this", url, tmp_path) as late:  # on tables that are newer than it is
+                assert first_word(late) == "ready"
+                num_old = end(old)
+                await customer.keep_both_busy()
+                jobs = await customer.ended()
+                num_new, num_late = end(new), end(late)
+    assert {(job.state, job.attempts) for job in jobs} == {("succeeded", 1)}
+    assert min(num_old, num_new, num_late) > 0
+    assert num_old + num_new + num_late - len(jobs) in (0, 1, 2)  # those that the old one put back when it ended
+    assert scalar(queue, "SELECT count(*) FROM made_up") == num_new
+    assert (
+        scalar(queue, "SELECT count(*) FROM jobs WHERE made_up_work_s = 0 AND made_up_note IS NULL")
+        == len(jobs) - num_new
+    )
+    while queue.store.retention.purge(age_s=0.0):  # by this version, which knows nothing of what hangs on the jobs
+        pass
+    assert scalar(queue, "SELECT count(*) FROM jobs") == scalar(queue, "SELECT count(*) FROM made_up") == 0
+    await queue.close()
+    print(f"{len(jobs)} jobs: {num_old} by the old one, {num_new} by the new one, {num_late} by the late one")
