@@ -60,6 +60,7 @@ class TimedDevice:
         self._sleep = sleep
         self._turn = asyncio.Lock()  # handed on in order
         self._waiting_ms = 0.0
+        self.accepted_ms = 0.0  # device time of everything ever accepted
         self._free_at = float("-inf")
 
     @property
@@ -77,6 +78,7 @@ class TimedDevice:
         if excess_s > 0:
             raise OverloadedError("the device's queue is full", retry_after_s=max(excess_s, _LEAST_RETRY_S))
         stages = predict_stages(self._times, request)
+        self.accepted_ms += stages.total_ms
         await self._wait_for_turn(stages.total_ms)
         started_at = max(arrived_at, self._free_at)
         self._free_at = started_at + stages.total_ms / 1000.0
@@ -147,6 +149,12 @@ class TimedReplica:
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve; a guided step costs a little less than these prices say."""
         return ReplicaWork.now(self._device.backlog_ms, PRICES).to_dict()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """As the real one."""
+        from stable_audio_serve.serving.autoscaling import replica_stats
+
+        return replica_stats(backlog_ms=self._device.backlog_ms, accepted_ms=self._device.accepted_ms, load_s=0.0)
 
     async def status(self) -> object:
         """Returns what it has done and what its device still has to do."""

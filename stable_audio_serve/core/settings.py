@@ -116,17 +116,19 @@ class AudioSettings(Section):
 
 
 class ReplicaSettings(Section):
-    """How many replicas of a model run and when that changes (Ray Serve's autoscaling)."""
+    """How many replicas of a model run and when that changes (docs/scaling.md)."""
 
     min_replicas: int | None = Field(
         None, ge=0, description="Replicas kept at all times; unset = 1 for preloaded models, 0 for the others."
     )
     max_replicas: int = Field(1, ge=1, description="Most replicas under load.")
-    target_ongoing_requests: float = Field(
-        4.0, gt=0, allow_inf_nan=False, description="Requests per replica that autoscaling aims at."
+    target_wait_s: Seconds = Field(
+        10.0, description="Predicted work per replica that autoscaling aims at, waiting jobs included, seconds."
     )
-    upscale_delay_s: Delay = Field(10.0, description="How long load stays high before a replica is added, seconds.")
-    downscale_delay_s: Delay = Field(300.0, description="How long load stays low before one is removed, seconds.")
+    upscale_delay_s: Delay = Field(3.0, description="How long there is more before replicas are added, seconds.")
+    downscale_delay_s: Delay = Field(
+        300.0, description="How long fewer replicas have been enough before some are removed, seconds."
+    )
 
     @model_validator(mode="after")
     def _check_order(self) -> ReplicaSettings:

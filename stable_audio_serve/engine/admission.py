@@ -56,6 +56,7 @@ class Admission:
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
         self._lock = threading.RLock()
+        self.accepted_ms = 0.0  # of all requests ever admitted, as predicted then
 
     @property
     def backlog_ms(self) -> float:
@@ -79,6 +80,7 @@ class Admission:
         with self._lock:
             self.check(priority)
             self._work_ms[priority][request_id] = work_ms
+            self.accepted_ms += work_ms
             self._look(done_ms=0.0)
 
     def update(self, request_id: int, work_ms: float) -> None:

@@ -200,6 +200,11 @@ class Engine:
         """Returns what work costs on this engine now, for those who have a request but no engine."""
         return self._price_list.current()
 
+    @property
+    def accepted_ms(self) -> float:
+        """Predicted device time of everything ever accepted."""
+        return self._admission.accepted_ms
+
     def heartbeat(self) -> EngineHeartbeat:
         """Returns whether the engine thread is alive and how old its last turn is."""
         return self._thread.heartbeat()

@@ -13,6 +13,7 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
+from stable_audio_serve.serving.scaling import WINDOW_S
 
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
@@ -24,6 +25,10 @@ _REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it
 _NO_LIMIT = 100_000
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
 _ROUTING_STATS_PERIOD_S = 1.0  # how often a replica says what it has to do
+_POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
+# What a policy sees of replicas and callers: how often they report (Serve's variables for that have no effect in 2.60),
+# how long that is kept, and that the most requests at a time count, not their mean.
+_OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": WINDOW_S, "aggregation_function": "max"}
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
 # A replica that is being replaced gets this long to finish its requests and looks this often whether it has.
 _DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
@@ -162,9 +167,16 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         "autoscaling_config": {
             "min_replicas": min_replicas,
             "max_replicas": replicas.max_replicas,
-            "target_ongoing_requests": replicas.target_ongoing_requests,
             "upscale_delay_s": replicas.upscale_delay_s,
-            "downscale_delay_s": replicas.downscale_delay_s,
+            "downscale_delay_s": 0.0,  # the policy waits itself: Serve would go to the number of that one moment
+            **_OBSERVATION,
+            "policy": {
+                "policy_function": _POLICY,
+                "policy_kwargs": {
+                    "target_wait_s": replicas.target_wait_s,
+                    "shrink_after_s": replicas.downscale_delay_s,
+                },
+            },
         },
         "ray_actor_options": {"num_cpus": _num_cpus(model, num_gpus=num_gpus), "num_gpus": num_gpus},
     }

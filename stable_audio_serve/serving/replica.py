@@ -16,6 +16,7 @@ from stable_audio_serve.core.errors import DeadlineExceededError, ModelUnavailab
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
@@ -118,6 +119,14 @@ class ModelReplica:
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every second; the routers of this model's callers hear of it."""
         return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every second, for the policy of this model's replicas."""
+        return replica_stats(
+            backlog_ms=self._engine.backlog_ms,
+            accepted_ms=self._engine.accepted_ms,
+            load_s=sum(self._start_s.values()),
+        )
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises ModelUnavailableError."""

@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
                 "name": "lazy",
                 "path": LAZY,
                 "max_queue_s": 1.0,
-                "replicas": {"max_replicas": 2, "target_ongoing_requests": 3, "downscale_delay_s": 123},
+                "replicas": {"max_replicas": 2, "target_wait_s": 3, "downscale_delay_s": 123},
             },
             {"name": "broken", "path": str(broken)},
         ]
