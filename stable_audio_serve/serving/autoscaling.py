@@ -50,7 +50,7 @@ class WorkPolicy:
         replicas, memory = scaling.decide(
             memory,
             _observe(context),
-            self._goal,
+            goal=self._goal,
             target=context.target_num_replicas,
             now=context.current_time,
         )
@@ -61,7 +61,9 @@ class WorkPolicy:
 def _observe(context: AutoscalingContext) -> scaling.Observed:
     published = context.raw_metrics
     loads = _last_values(published.get(_LOAD, {}))
-    accepted = [[(point.timestamp, point.value) for point in series] for series in published.get(_ACCEPTED, {}).values()]
+    accepted = [
+        [(point.timestamp, point.value) for point in series] for series in published.get(_ACCEPTED, {}).values()
+    ]
     return scaling.Observed(
         backlog_s=sum(_last_values(published.get(_BACKLOG, {}))) / 1000.0,
         arriving=sum(map(scaling.rate, accepted)) / 1000.0,

@@ -11,7 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-WINDOW_S = 10.0  # over which arrivals and rises are observed; a rise is observed for as long as loading takes, if longer
+WINDOW_S = (
+    10.0  # over which arrivals and rises are observed; a rise is observed for as long as loading takes, if longer
+)
 _LONGEST_S = 120.0  # loading times beyond this are no better foreseen
 _USED_SHARE = 0.8  # of a replica's time; with more of it used, requests that come at random wait long
 _SAMPLE_S = 1.0  # between two remembered backlogs
@@ -53,7 +55,7 @@ class Memory:
     decided_at: float = float("-inf")
 
 
-def decide(memory: Memory, seen: Observed, goal: Goal, *, target: int, now: float) -> tuple[int, Memory]:
+def decide(memory: Memory, seen: Observed, *, goal: Goal, target: int, now: float) -> tuple[int, Memory]:
     """Returns the number of replicas to aim at, `target` until now, and what to remember. Bounds are the caller's.
 
     `now` is a time in seconds on any clock, the same for all decisions.
@@ -61,14 +63,14 @@ def decide(memory: Memory, seen: Observed, goal: Goal, *, target: int, now: floa
     load_s = memory.load_s if seen.load_s is None else seen.load_s
     memory = replace(memory, load_s=min(load_s, _LONGEST_S))
     memory = replace(memory, backlogs=_remember(memory, seen.backlog_s, now=now))
-    want = wanted(memory, seen, goal, target=target, now=now)
+    want = wanted(memory, seen, goal=goal, target=target, now=now)
     known = memory.wanted if now - memory.decided_at <= _SILENCE_S else ((now, target),)
     since = tuple((at, number) for at, number in known if at > now - goal.shrink_after_s and number > want)
     memory = replace(memory, wanted=(*since, (now, want)), decided_at=now)
     return max(want, min(target, memory.wanted[0][1])), memory
 
 
-def wanted(memory: Memory, seen: Observed, goal: Goal, *, target: int, now: float) -> int:
+def wanted(memory: Memory, seen: Observed, *, goal: Goal, target: int, now: float) -> int:
     """Returns how many replicas the work of this moment asks for, whatever was asked for before."""
     coming_s = seen.backlog_s + rise_s(memory, seen.backlog_s, now=now)
     more = _up(coming_s / goal.target_wait_s)
@@ -80,7 +82,7 @@ def wanted(memory: Memory, seen: Observed, goal: Goal, *, target: int, now: floa
 
 
 def rise_s(memory: Memory, backlog_s: float, *, now: float) -> float:
-    """Returns by how much the backlog will have risen when a replica asked for now is ready, if it goes on as lately."""
+    """Returns by how much the backlog will rise until a replica asked for now is ready, if it rises as lately."""
     span_s = max(WINDOW_S, memory.load_s)
     before = next((value for at, value in memory.backlogs if at >= now - span_s), backlog_s)
     return max(0.0, backlog_s - before) * memory.load_s / span_s

@@ -17,7 +17,7 @@ class Model:
         self._memory = Memory()
 
     def decide(self, now: float, **seen: float) -> int:
-        self.target, self._memory = decide(self._memory, Observed(**seen), GOAL, target=self.target, now=now)
+        self.target, self._memory = decide(self._memory, Observed(**seen), goal=GOAL, target=self.target, now=now)
         return self.target
 
 
@@ -75,7 +75,7 @@ def test_replicas_go_one_step_at_a_time_down_to_the_most_that_was_wanted_lately(
 
 def test_what_was_wanted_for_a_moment_is_not_asked_for_later() -> None:
     model = Model(target=1)
-    _, memory = decide(Memory(), Observed(backlog_s=95.0), GOAL, target=1, now=0.0)  # Serve waits before it adds any
+    _, memory = decide(Memory(), Observed(backlog_s=95.0), goal=GOAL, target=1, now=0.0)  # Serve waits a little
     model._memory = memory
     assert model.decide(1.0, backlog_s=5.0) == 1
 
