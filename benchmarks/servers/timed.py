@@ -18,6 +18,7 @@ from stable_audio_serve.core.errors import OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, StageTimings
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 _LEAST_RETRY_S = 0.1
@@ -152,8 +153,6 @@ class TimedReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """As the real one."""
-        from stable_audio_serve.serving.autoscaling import replica_stats
-
         return replica_stats(backlog_ms=self._device.backlog_ms, accepted_ms=self._device.accepted_ms, load_s=0.0)
 
     async def status(self) -> object:

@@ -116,7 +116,7 @@ class AudioSettings(Section):
 
 
 class ReplicaSettings(Section):
-    """How many replicas of a model run and when that changes (docs/scaling.md)."""
+    """How many replicas of a model run and when that changes (docs/autoscaling.md)."""
 
     min_replicas: int | None = Field(
         None, ge=0, description="Replicas kept at all times; unset = 1 for preloaded models, 0 for the others."
