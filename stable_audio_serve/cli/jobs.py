@@ -100,7 +100,7 @@ def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -
     with _opened(file) as (store, _):
 
         def retry_one(job: Job) -> str:
-            if store.operators.retry(job.spec.ref) is None:
+            if store.dead_letters.retry_job(job.spec.ref) is None:
                 raise _RefusalError(f"it is no dead letter: it is {job.state}")
             return "queued again"
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.dead_letters import DeadLetters
 from stable_audio_serve.jobs.store.files import PublishedFiles
 from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs
 from stable_audio_serve.jobs.store.retention import Retention
@@ -30,6 +31,7 @@ class JobStore:
         self.clients = ClientJobs(database, limits or JobSettings())
         self.runners = RunnerJobs(database)
         self.operators = OperatorJobs(database)
+        self.dead_letters = DeadLetters(database)
         self.retention = Retention(database)
         self.files = PublishedFiles(database)
 

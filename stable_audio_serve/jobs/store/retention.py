@@ -35,7 +35,7 @@ class Retention:
     def unreferenced(self, keys: Collection[ArtifactKey]) -> list[ArtifactKey]:
         """Returns those of `keys` that no job and no published file needs."""
         with self._database.reading() as connection:
-            return _unreferenced(connection, list(keys))
+            return unreferenced(connection, list(keys))
 
 
 def _delete_some(
@@ -52,10 +52,11 @@ def _delete_some(
     files = connection.execute(old_files.limit(limit).with_for_update(skip_locked=True)).scalars().all()
     delete_files = sa.delete(FILES).where(FILES.c.id.in_(files)).returning(FILES.c.key)
     keys += connection.execute(delete_files).scalars().all()
-    return len(jobs) + len(files), _unreferenced(connection, list(dict.fromkeys(keys)))
+    return len(jobs) + len(files), unreferenced(connection, list(dict.fromkeys(keys)))
 
 
-def _unreferenced(connection: sa.Connection, keys: list[ArtifactKey]) -> list[ArtifactKey]:
+def unreferenced(connection: sa.Connection, keys: list[ArtifactKey]) -> list[ArtifactKey]:
+    """Returns those of `keys` that no job and no published file needs."""
     referenced: set[ArtifactKey] = set()
     for start in range(0, len(keys), _BATCH):
         some = keys[start : start + _BATCH]

@@ -108,7 +108,7 @@ async def test_what_stays_away_makes_a_dead_letter_that_can_be_tried_again(
     assert job.error is not None
     assert (job.state, job.attempts, job.error.code, job.is_dead_letter) == ("failed", 3, error.kind, True)
     assert len(workshop.backend.requests) == 3
-    assert workshop.queue.store.operators.retry(job.spec.ref) is not None
+    assert workshop.queue.store.dead_letters.retry_job(job.spec.ref) is not None
     job = await workshop.until(job, lambda job: job.state == "succeeded")
     assert workshop.backend.last.init_audio is not None
     await wait_for(lambda: len(workshop.files()) == 1)

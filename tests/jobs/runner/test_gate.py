@@ -88,7 +88,7 @@ async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
         settings = Settings(output_dir=str(place), jobs=jobs)
         workshop = Workshop(settings, open_queue(settings))
         dead = workshop.queue.store.operators.list_all(dead_letters=True)
-        job = workshop.queue.store.operators.retry(dead[0].spec.ref) if dead else None
+        job = workshop.queue.store.dead_letters.retry_job(dead[0].spec.ref) if dead else None
         runner = await workshop.start_runner()
         ended = await workshop.finished(job or await workshop.queue.submit(make_spec(duration_s=10.0)))
         assert (ended.state, ended.is_dead_letter) == (state, state == "failed")

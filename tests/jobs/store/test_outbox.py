@@ -111,7 +111,7 @@ class TestOutbox:
             lambda job: store.runners.fail(job, ERROR, is_dead_letter=True),
             lambda job: store.runners.succeed(job, RESULT),
         ):
-            assert store.operators.retry(dead.spec.ref) is not None
+            assert store.dead_letters.retry_job(dead.spec.ref) is not None
             end(lease(store))
             notices.append(claim(outbox))
             outbox.settle(notices[-2])  # the older one arrived only now

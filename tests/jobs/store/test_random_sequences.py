@@ -394,7 +394,7 @@ class StoreMachine(RuleBasedStateMachine):
     def retry(self, back: int) -> None:
         dead = [job for job in self.jobs.values() if job.is_dead_letter]
         job = dead[0] if dead else self.pick(back)
-        retried = self.store.operators.retry(job.spec.ref)
+        retried = self.store.dead_letters.retry_job(job.spec.ref)
         assert (retried is not None) == job.is_dead_letter
         if job.is_dead_letter:
             job.wait()

@@ -98,7 +98,7 @@ class TestRetention:
     def test_a_retried_dead_letter_stays(self, store: JobStore, wall: Wall) -> None:
         dead = dead_letter(store)
         wall.now += 100
-        store.operators.retry(dead.spec.ref)
+        store.dead_letters.retry_job(dead.spec.ref)
         assert store.retention.purge(age_s=60) == []
         assert find(store, dead).state == "queued"
 

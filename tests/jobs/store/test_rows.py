@@ -53,7 +53,7 @@ class TestUnreadableJobs:
         wall.now += LEASE_S
         assert [job.state for job in store.runners.reclaim(max_attempts=1)] == ["failed", "failed"]
         assert [claim(Outbox(store.database)).job.is_readable for _ in range(2)] == [False, True]
-        assert store.operators.retry(bad.spec.ref) is not None
+        assert store.dead_letters.retry_job(bad.spec.ref) is not None
         assert store.clients.cancel(bad.spec.ref)[0] == "removed"
 
     def test_a_result_that_cannot_be_read_is_none(self, store: JobStore) -> None:
