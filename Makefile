@@ -15,7 +15,7 @@ PARALLEL := --numprocesses 3 --dist loadfile
 ALONE := tests/api/test_fuzz.py tests/benchmarks/alone tests/chaos tests/demo/test_served.py tests/serving
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheel test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs clean demo-model demo-eval check-cluster
+.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs clean demo-model demo-eval check-cluster
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -35,8 +35,8 @@ install-stable-audio-tools: install ## also the package that models with `backen
 serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve_config.yaml change it)
 	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) $(if $(PORT),--port $(PORT))
 
-wheel: install ## the package as one file, in dist/
-	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+wheels: install ## the package as one file, and its client by itself, in dist/
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist . ./packaging/client
 
 test: install ## everything CI runs: first what needs no Ray, on three processes, then real clusters and what runs alone
 	$(PY) -m pytest $(PARALLEL) --ignore=tests/api/test_fuzz.py -m "not ray and not serial and not gpu and not chaos and not cluster"

@@ -41,6 +41,7 @@ EXPOSED_HEADERS = (
     "Idempotent-Replayed",
     "Retry-After",
     "Server-Timing",
+    "X-Error-Kind",
     "X-Model",
     "X-Output-Count",
     "X-Request-Id",

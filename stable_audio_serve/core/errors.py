@@ -7,6 +7,7 @@ StableAudioError
 ├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
 ├── UnauthorizedError          unauthorized       keys are configured and the request brought none of them
 ├── ForbiddenError             forbidden          from a web page, or for a host name, that is not allowed
+├── NotFoundError              not_found          there is no such job or file for this caller
 ├── ConflictError              conflict           contradicts what is stored, for example a reused key
 ├── OverloadedError            overloaded         no room now; retry in a few seconds
 │   └── QuotaError             quota              this caller already has too much waiting
@@ -16,6 +17,7 @@ StableAudioError
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── StoppingError              unavailable        the server is stopping and accepts nothing new; retry
 ├── GenerationError            generation_failed  the model produced something unusable
+├── UnreachableError           unreachable        a client got no answer from its server; retry
 ├── StorageError               storage            a file or job cannot be stored or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
 │   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
@@ -94,6 +96,12 @@ class ForbiddenError(StableAudioError):
     kind = "forbidden"
 
 
+class NotFoundError(StableAudioError):
+    """There is no such job or file, or not for this caller."""
+
+    kind = "not_found"
+
+
 class ConflictError(StableAudioError):
     """The request contradicts what is stored: the id or idempotency key has another use, or the job has ended.
 
@@ -153,6 +161,12 @@ class GenerationError(StableAudioError):
     """The model produced something unusable, for example non-finite values."""
 
     kind = "generation_failed"
+
+
+class UnreachableError(StableAudioError):
+    """A client could not reach its server, or lost the connection before the answer came."""
+
+    kind = "unreachable"
 
 
 class StorageError(StableAudioError):

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def build_wheel(folder: Path) -> Path:
-    _pip("wheel", ".", "--no-build-isolation", "--wheel-dir", str(folder))
+def build_wheel(folder: Path, *, project: str = ".") -> Path:
+    _pip("wheel", project, "--no-build-isolation", "--wheel-dir", str(folder))
     (built,) = folder.glob("*.whl")
     return built
 

@@ -11,7 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from stable_audio_serve.api.printable import printable_fault
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
-from stable_audio_serve.core.errors import ConflictError, StableAudioError, UnknownModelError
+from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
+
+ERROR_KIND = "X-Error-Kind"  # of `core.errors`, where the status means several
 
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
 
@@ -65,7 +67,7 @@ def _with_field(error: StableAudioError) -> str:
 
 
 def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Description:
-    return 422, {"detail": faults}, None
+    return 422, {"detail": faults}, {ERROR_KIND: InvalidRequestError.kind}
 
 
 def _answer_http(_: Request, error: HTTPException) -> Description:
@@ -75,7 +77,8 @@ def _answer_http(_: Request, error: HTTPException) -> Description:
 def _answer_error(_: Request, refusal: Refusal[int]) -> Description:
     message = refusal.message if refusal.is_internal else _with_field(refusal.error)
     code = {"code": refusal.error.code} if isinstance(refusal.error, ConflictError) else {}
-    return refusal.row, {"detail": message, **code}, refusal.headers
+    kind = {} if refusal.is_internal else {ERROR_KIND: refusal.error.kind}
+    return refusal.row, {"detail": message, **code}, {**refusal.headers, **kind}
 
 
 _REFUSALS: Refusals[int, dict[str, Any], Description] = Refusals(

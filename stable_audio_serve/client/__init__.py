@@ -1,0 +1,27 @@
+"""Clients of a running server in Python, for programs and for the command line: `Client`, and `AsyncClient`.
+
+Needs httpx and httpx-sse only. Knows the HTTP API from outside, and of this project nothing but its errors.
+"""
+
+from __future__ import annotations
+
+from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Take
+from stable_audio_serve.client.asynchronous import AsyncClient
+from stable_audio_serve.client.calls import Audio, Controls, JobControls
+from stable_audio_serve.client.retrying import Retries
+from stable_audio_serve.client.synchronous import Client
+
+__all__ = [
+    "AsyncClient",
+    "Audio",
+    "Client",
+    "Clip",
+    "Controls",
+    "Job",
+    "JobControls",
+    "JobPage",
+    "JobProgress",
+    "Model",
+    "Retries",
+    "Take",
+]

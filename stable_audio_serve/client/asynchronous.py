@@ -1,0 +1,233 @@
+"""The client for programs with an event loop. Its twin is `synchronous`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from pathlib import Path
+from typing import Unpack
+
+import httpx
+import httpx_sse
+
+from stable_audio_serve.client import answers, calls
+from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Take
+from stable_audio_serve.client.calls import Audio, Call, Controls, EditControls, JobControls, Regions
+from stable_audio_serve.client.connection import STREAM_TIMEOUT, TIMEOUT, Connection
+from stable_audio_serve.client.failures import read_failure, read_lost_connection
+from stable_audio_serve.client.files import whole_file
+from stable_audio_serve.client.following import POLL_S, Following
+from stable_audio_serve.client.retrying import Attempts, Retries
+from stable_audio_serve.core.errors import DeadlineExceededError, OverloadedError
+
+
+class AsyncClient:
+    """A connection to a server. Use it with `async with`, or `close` it; tasks may share it.
+
+    `base_url` and `api_key` default to the environment's STABLE_AUDIO_URL and STABLE_AUDIO_API_KEY, and the server to
+    http://127.0.0.1:8000. Every method raises errors of `stable_audio_serve.core.errors`: what may pass is tried again
+    as `retries` says, and raised after the last attempt.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        retries: Retries | None = None,
+        http: httpx.AsyncClient | None = None,
+    ) -> None:
+        self._connection = Connection.choose(base_url, api_key)
+        self._retries = retries or Retries()
+        self._http = http or httpx.AsyncClient(timeout=TIMEOUT)
+        self.jobs = AsyncJobs(self)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def generate(self, prompt: str, **controls: Unpack[Controls]) -> Take:
+        """Make audio from a text prompt."""
+        return answers.read_take(await self.send(calls.generate(prompt, controls)))
+
+    async def vary(self, audio: Audio, prompt: str, **controls: Unpack[EditControls]) -> Take:
+        """Make a variation of audio. Raises OSError if its file cannot be read."""
+        return answers.read_take(await self.send(calls.vary(audio, prompt, controls=controls)))
+
+    async def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[Controls]) -> Take:
+        """Regenerate `regions`, [start, end) in seconds, and keep the rest. Raises OSError."""
+        return answers.read_take(await self.send(calls.inpaint(audio, prompt, regions=regions, controls=controls)))
+
+    async def extend(
+        self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[Controls]
+    ) -> Take:
+        """Continue audio that is `source_s` long until it is `until_s` long, in seconds. Raises OSError."""
+        controls["duration"] = until_s
+        return await self.inpaint(audio, prompt, regions=[(source_s, until_s)], **controls)
+
+    async def models(self) -> tuple[Model, ...]:
+        """The served models."""
+        return answers.read_models((await self.send(calls.models())).json())
+
+    async def send(self, call: Call) -> httpx.Response:
+        """Send a call, again if need be. Returns its successful answer, read."""
+        attempts = Attempts(self._retries)
+        while True:
+            try:
+                response = await self._http.request(**self._connection.request(call))
+                if response.is_success:
+                    return response
+                failure = read_failure(response)
+            except httpx.TransportError as error:
+                failure = read_lost_connection(error)
+            await asyncio.sleep(attempts.pause_s(failure))
+
+    def open_events(self, job_id: str, following: Following) -> AbstractAsyncContextManager[httpx_sse.EventSource]:
+        """Open a job's event stream."""
+        url = self._connection.url(calls.job_path(job_id, "events"))
+        headers = self._connection.headers(following.headers)
+        return httpx_sse.aconnect_sse(self._http, "GET", str(url), headers=headers, timeout=STREAM_TIMEOUT)
+
+    def open_audio(self, job: Job) -> AbstractAsyncContextManager[httpx.Response]:
+        """Open the download of a job's audio."""
+        if job.lies_in_a_bucket and job.download_url:
+            return self._http.stream("GET", job.download_url)  # another host: the key is not for it
+        url = self._connection.url(calls.job_path(job.id, "audio"))
+        return self._http.stream("GET", url, headers=self._connection.headers())
+
+
+class AsyncJobs:
+    """Work that the server does later: `client.jobs`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
+        """Submit text to audio. Returns the job, which is the same one for the same `idempotency_key`."""
+        return await self._submit(calls.submit(prompt, controls, key=idempotency_key))
+
+    async def submit_variation(
+        self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]
+    ) -> Job:
+        """Submit a variation. Raises OSError."""
+        return await self._submit(calls.submit_variation(audio, prompt, controls=controls, key=idempotency_key))
+
+    async def submit_inpaint(
+        self,
+        audio: Audio,
+        prompt: str,
+        *,
+        regions: Regions,
+        idempotency_key: str | None = None,
+        **controls: Unpack[JobControls],
+    ) -> Job:
+        """Submit the regeneration of `regions`, [start, end) in seconds. Raises OSError."""
+        call = calls.submit_inpaint(audio, prompt, regions=regions, controls=controls, key=idempotency_key)
+        return await self._submit(call)
+
+    async def get(self, job_id: str) -> Job:
+        """The job as it is now."""
+        return answers.read_job((await self._client.send(calls.show_job(job_id))).json())
+
+    async def list(self, *, status: str | None = None, limit: int = 20, cursor: str | None = None) -> JobPage:
+        """A page of the caller's jobs, newest first."""
+        return answers.read_page(
+            (await self._client.send(calls.list_jobs(status=status, limit=limit, cursor=cursor))).json()
+        )
+
+    async def cancel(self, job_id: str) -> Job:
+        """Cancel a job: at once while it waits, within one step while it runs. Raises ConflictError if it is over."""
+        return answers.read_job((await self._client.send(calls.cancel_job(job_id))).json())
+
+    async def follow(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
+        """Yields the job's progress, and at its end the job. Lost connections are made again."""
+        following = Following()
+        pause_s: float | None = 0.0
+        while pause_s is not None:
+            await asyncio.sleep(pause_s)
+            async with aclosing(self._stream(job_id, following)) as stream:
+                async for news in stream:
+                    yield news
+                    if isinstance(news, Job):
+                        return
+            pause_s = following.pause_s()
+        async for news in self._poll(job_id):
+            yield news
+
+    async def wait(
+        self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None = None, timeout_s: float | None = None
+    ) -> Job:
+        """Wait for a job's end. Returns it, whether it succeeded or not. Raises DeadlineExceededError.
+
+        `timeout_s` is looked at whenever something is heard of the job, at least every 30 s.
+        """
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        async with aclosing(self.follow(job_id)) as following:
+            async for news in following:
+                if isinstance(news, Job):
+                    return news
+                if on_progress is not None:
+                    on_progress(news)
+                if ends_at is not None and time.monotonic() > ends_at:
+                    raise DeadlineExceededError(f"the job was not over after {timeout_s:g} s")
+        return await self.get(job_id)
+
+    async def download(self, job: Job | str, path: str | Path) -> Path:
+        """Write a finished job's audio to a file without holding it in memory. Returns its path.
+
+        Raises GenerationError or CancelledRequestError for a job that has none, OSError.
+        """
+        job = await self.get(job) if isinstance(job, str) else job
+        answers.require_success(job)
+        with whole_file(Path(path)) as file:
+            async for chunk in self._chunks(job):
+                file.write(chunk)
+        return Path(path)
+
+    async def _submit(self, call: Call) -> Job:
+        return await self.get((await self._client.send(call)).json()["id"])
+
+    async def _stream(self, job_id: str, following: Following) -> AsyncGenerator[JobProgress | Job]:
+        """Yields what one connection brings, nothing if there can be none now. Raises errors that do not pass."""
+        try:
+            async with self._client.open_events(job_id, following) as source:
+                response = source.response
+                if response.status_code == 204:
+                    yield await self.get(job_id)
+                    return
+                if not response.is_success:
+                    await response.aread()
+                    raise read_failure(response)
+                async for event in source.aiter_sse():
+                    news = following.read(event)
+                    if news is not None:
+                        yield news
+        except (httpx.TransportError, httpx_sse.SSEError, OverloadedError):
+            return
+
+    async def _poll(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
+        while True:
+            job = await self.get(job_id)
+            yield job if job.is_over else job.progress
+            if job.is_over:
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def _chunks(self, job: Job) -> AsyncGenerator[bytes]:
+        try:
+            async with self._client.open_audio(job) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise read_failure(response)
+                async for chunk in response.aiter_bytes():
+                    yield chunk
+        except httpx.TransportError as error:
+            raise read_lost_connection(error) from error

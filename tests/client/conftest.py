@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.client import AsyncClient, Client, Retries
+from tests.api.compat.serving import serve_app
+from tests.backends import ToneBackend
+
+QUICK = Retries(most=3, most_wait_s=20.0, first_pause_s=0.01)
+
+
+@dataclass
+class Served:
+    """An application behind a socket, with a runner for its jobs."""
+
+    url: str
+    backend: ToneBackend
+
+
+@asynccontextmanager
+async def serve(backend: ToneBackend | None = None, **settings: Any) -> AsyncIterator[Served]:
+    async with serve_app(backend, **settings) as (port, backend):
+        yield Served(f"http://127.0.0.1:{port}", backend)
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serve() as served:
+        yield served
+
+
+class Caller:
+    """Calls either client in the same way, so that one test is for both."""
+
+    def __init__(self, client: Client | AsyncClient) -> None:
+        self.client = client
+
+    async def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The result of a method, such as `jobs.get`; of one that yields, the list of what it yields."""
+        target: Any = self.client
+        for part in name.split("."):
+            target = getattr(target, part)
+        if isinstance(self.client, Client):
+            return await asyncio.to_thread(lambda: _list(target(*args, **kwargs)))
+        found = target(*args, **kwargs)
+        return [each async for each in found] if hasattr(found, "__aiter__") else await found
+
+    async def close(self) -> None:
+        if isinstance(self.client, Client):
+            self.client.close()
+        else:
+            await self.client.close()
+
+
+def _list(found: Any) -> Any:
+    return list(found) if hasattr(found, "__next__") else found
+
+
+@pytest.fixture(params=[Client, AsyncClient])
+async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Caller]]:
+    callers = []
+
+    def make(url: str, *, retries: Retries = QUICK, **options: Any) -> Caller:
+        callers.append(Caller(request.param(url, retries=retries, **options)))
+        return callers[-1]
+
+    yield make
+    for caller in callers:
+        await caller.close()

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from stable_audio_serve.client import Audio, Take
+from stable_audio_serve.core import errors
+from tests.audio_files import make_audio_file
+from tests.client.conftest import Caller, Served, serve
+
+pytestmark = pytest.mark.slow
+
+
+def read(content: bytes) -> tuple[np.ndarray, int]:
+    return soundfile.read(io.BytesIO(content), always_2d=True)
+
+
+async def test_text_becomes_a_clip_with_its_facts(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    take: Take = await call("generate", "rain", duration=0.5, seed=7, model="medium")
+    audio, rate_hz = read(take.content)
+    assert (len(audio), rate_hz, take.sample_rate_hz) == (22050, 44100, 44100)
+    assert (take.seed, take.model, take.clips[0].file_name) == (7, "medium", "stable-audio-3-medium.wav")
+    assert take.clips[0].peak == pytest.approx(np.abs(audio).max(), abs=1e-3)
+    assert not take.clips[0].is_silent
+    assert take.timings_ms["denoise"] == 2.0
+    assert served.backend.last.duration_s == 0.5
+
+
+async def test_variations_are_clips_in_order(served: Served, connect: Callable[..., Caller]) -> None:
+    take = await connect(served.url)(
+        "generate", "rain", duration=0.5, seed=7, batch_size=3, response_format="flac", manifest=True
+    )
+    assert [clip.seed for clip in take.clips] == [7, 8, 9]
+    assert [clip.file_name[-7:] for clip in take.clips] == ["01.flac", "02.flac", "03.flac"]
+    for clip in take.clips:
+        audio, rate_hz = read(clip.content)
+        loudest = np.abs(np.fft.rfft(audio[:, 0])).argmax() * rate_hz / len(audio)
+        assert loudest == pytest.approx(100 + clip.seed, abs=2)
+    assert [entry["seed"] for entry in take.manifest["files"]] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "path", "text", "file", "clip"])
+async def test_a_source_may_be_many_things(
+    kind: str, served: Served, connect: Callable[..., Caller], *, tmp_path: Path
+) -> None:
+    call = connect(served.url)
+    path = tmp_path / "source.wav"
+    path.write_bytes(make_audio_file(duration_s=1.0))
+    clip = (await call("generate", "a", duration=1.0)).clips[0]
+    make: dict[str, Callable[[], Audio]] = {
+        "bytes": path.read_bytes,
+        "path": lambda: path,
+        "text": lambda: str(path),
+        "file": lambda: path.open("rb"),
+        "clip": lambda: clip,
+    }
+    source = make[kind]
+    await call("vary", source(), "rain", duration=1.0, init_noise_level=0.25)
+    assert served.backend.last.init_noise_level == 0.25
+    assert served.backend.last.init_audio is not None
+    await call("inpaint", source(), "rain", regions=[(0.25, 0.5), (0.75, 1.0)], duration=1.0)
+    assert served.backend.last.inpaint_regions_s == ((0.25, 0.5), (0.75, 1.0))
+    await call("extend", source(), "rain", source_s=1.0, until_s=2.5, sampler_kwargs={"sampler_type": "euler"})
+    assert served.backend.last.inpaint_regions_s == ((1.0, 2.5),)
+    assert (served.backend.last.duration_s, served.backend.last.sampler) == (2.5, "euler")
+
+
+async def test_models_are_listed(served: Served, connect: Callable[..., Caller]) -> None:
+    models = await connect(served.url)("models")
+    assert [model.name for model in models] == ["small-sfx", "small-music", "medium", "demo"]
+    assert [model.name for model in models if model.is_default] == ["small-sfx"]
+    assert models[2].max_duration_s == served.backend.catalog.resolve("medium").max_duration_s
+
+
+@pytest.mark.parametrize(
+    ("controls", "kind", "field"),
+    [
+        ({"steps": 0}, errors.InvalidRequestError, "steps"),
+        ({"duration": 1e6}, errors.InvalidRequestError, "duration"),
+        ({"model": "gpt"}, errors.InvalidRequestError, "model"),
+        ({"sampler_kwargs": {"prompt": "no"}}, errors.InvalidRequestError, "sampler_kwargs"),
+    ],
+)
+async def test_a_refusal_names_its_field(
+    controls: dict[str, object],
+    kind: type[errors.StableAudioError],
+    field: str,
+    *,
+    served: Served,
+    connect: Callable[..., Caller],
+) -> None:
+    with pytest.raises(kind) as caught:
+        await connect(served.url)("generate", "rain", **controls)
+    assert caught.value.field == field
+    assert field in caught.value.message
+    assert not served.backend.requests
+
+
+async def test_each_kind_of_error_arrives_as_itself(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    for error in (
+        errors.DeadlineExceededError("late"),
+        errors.StartTimeoutError("late"),
+        errors.InvalidUploadError("no audio", field="audio"),
+        errors.GenerationError("not finite"),
+        errors.StorageFullError("no room"),
+    ):
+        served.backend.error = error
+        with pytest.raises(errors.StableAudioError) as caught:
+            await call("generate", "rain", duration=0.1)
+        assert type(caught.value) is type(error) or isinstance(error, errors.StartTimeoutError)
+    assert len(served.backend.requests) == 5
+
+
+async def test_a_key_is_sent_and_a_wrong_one_refused(connect: Callable[..., Caller]) -> None:
+    from stable_audio_serve.core.keys import hash_key, make_key
+
+    key = make_key()
+    async with serve(api={"key_hashes": [hash_key(key)]}) as served:
+        assert (await connect(served.url, api_key=key)("generate", "rain", duration=0.1)).content
+        for wrong in (None, "wrong"):
+            with pytest.raises(errors.UnauthorizedError):
+                await connect(served.url, api_key=wrong)("generate", "rain", duration=0.1)
+
+
+async def test_a_server_may_lie_below_a_path(connect: Callable[..., Caller], served: Served) -> None:
+    with pytest.raises(errors.NotFoundError):
+        await connect(served.url + "/nowhere/")("models")
+    for url in ("ftp://example.org", "localhost:8000", "http://", "http://[::1"):
+        with pytest.raises(ValueError, match="URL"):
+            connect(url)

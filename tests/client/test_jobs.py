@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import soundfile
+from starlette.types import Receive, Scope, Send
+
+from stable_audio_serve.client import Job, JobProgress
+from stable_audio_serve.client.following import Following
+from stable_audio_serve.core import errors
+from tests.audio_files import make_audio_file
+from tests.client.conftest import Caller, Served, serve
+from tests.sockets import listening
+
+pytestmark = pytest.mark.slow
+
+
+async def test_a_job_is_followed_to_its_end_and_fetched(
+    served: Served, connect: Callable[..., Caller], *, tmp_path: Path
+) -> None:
+    call = connect(served.url)
+    heard: list[JobProgress] = []
+    job = await call("jobs.submit", "rain", duration=0.5, seed=11)
+    job = await call("jobs.wait", job.id, on_progress=heard.append)
+    assert (job.status, job.seeds, job.duration_s) == ("succeeded", (11,), 0.5)
+    assert heard
+    assert [news.fraction for news in heard] == sorted(news.fraction for news in heard)
+    path = await call("jobs.download", job, tmp_path / "take.wav")
+    audio, _ = soundfile.read(path)
+    assert len(audio) == 22050
+    take = await call("generate", "rain", duration=0.5, seed=11)
+    assert path.read_bytes() == take.content
+    assert sorted(os.listdir(tmp_path)) == ["take.wav"]
+
+
+async def test_sources_are_uploaded(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    audio = io.BytesIO(make_audio_file(duration_s=1.0))
+    job = await call("jobs.submit_variation", audio.getvalue(), "rain", duration=1.0, init_noise_level=0.5)
+    assert (await call("jobs.wait", job.id)).mode == "audio-to-audio"
+    assert served.backend.last.init_noise_level == 0.5
+    job = await call("jobs.submit_inpaint", audio.getvalue(), "rain", regions=[(0.5, 1.0)], duration=1.0)
+    assert (await call("jobs.wait", job.id)).mode == "inpainting"
+    assert served.backend.last.inpaint_regions_s == ((0.5, 1.0),)
+
+
+async def test_the_same_key_is_the_same_job(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    first = await call("jobs.submit", "rain", duration=0.1, idempotency_key="order-1")
+    again = await call("jobs.submit", "rain", duration=0.1, idempotency_key="order-1")
+    other = await call("jobs.submit", "rain", duration=0.1)
+    assert first.id == again.id != other.id
+    with pytest.raises(errors.ConflictError) as caught:
+        await call("jobs.submit", "hail", duration=0.1, idempotency_key="order-1")
+    assert caught.value.code == "idempotency_key_reused"
+
+
+async def test_jobs_are_listed_cancelled_and_refused(
+    served: Served, connect: Callable[..., Caller], *, tmp_path: Path
+) -> None:
+    call = connect(served.url)
+    served.backend.released.clear()
+    jobs = [await call("jobs.submit", "rain", duration=0.1) for _ in range(3)]
+    page = await call("jobs.list", limit=2)
+    rest = await call("jobs.list", limit=2, cursor=page.next_cursor)
+    assert [job.id for job in (*page.jobs, *rest.jobs)] == [job.id for job in reversed(jobs)]
+    assert rest.next_cursor is None
+    with pytest.raises(errors.ConflictError):
+        await call("jobs.download", jobs[0], tmp_path / "none.wav")
+    await call("jobs.cancel", jobs[0].id)
+    job = await call("jobs.wait", jobs[0].id)
+    assert job.status == "cancelled"
+    with pytest.raises(errors.CancelledRequestError):
+        await call("jobs.download", job, tmp_path / "none.wav")
+    with pytest.raises(errors.ConflictError) as caught:
+        await call("jobs.cancel", jobs[0].id)
+    assert caught.value.code == "job_is_over"
+    with pytest.raises(errors.NotFoundError):
+        await call("jobs.get", "0" * 32)
+    with pytest.raises(errors.NotFoundError):
+        await call("jobs.wait", "0" * 32)
+    with pytest.raises(ValueError, match="badly formed"):
+        await call("jobs.get", "../models")
+    served.backend.released.set()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Caller], *, tmp_path: Path) -> None:
+    call = connect(served.url)
+    served.backend.error = errors.InvalidRequestError("too long", field="duration")
+    job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
+    assert (job.status, "too long" in job.error) == ("failed", True)
+    with pytest.raises(errors.GenerationError, match="too long"):
+        await call("jobs.download", job.id, tmp_path / "none.wav")
+
+
+async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    served.backend.released.clear()
+    job = await call("jobs.submit", "rain", duration=0.1)
+    with pytest.raises(errors.DeadlineExceededError):
+        await call("jobs.wait", job.id, timeout_s=0.0)
+    served.backend.released.set()
+    assert (await call("jobs.wait", job.id)).status == "succeeded"
+
+
+async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable[..., Caller]) -> None:
+    async with serve(ingress={"max_event_streams": 1}) as served, httpx.AsyncClient() as other:
+        call = connect(served.url)
+        served.backend.released.clear()
+        job = await call("jobs.submit", "rain", duration=0.1)
+        async with other.stream("GET", f"{served.url}/jobs/{job.id}/events"):
+            waiting = asyncio.create_task(call("jobs.follow", job.id))
+            await asyncio.sleep(2.0)
+            served.backend.released.set()
+            heard = await waiting
+    assert isinstance(heard[-1], Job)
+    assert heard[-1].status == "succeeded"
+
+
+async def test_a_stream_that_breaks_goes_on_where_it_was(connect: Callable[..., Caller]) -> None:
+    """A proxy that cuts each stream after its first bytes."""
+    last_ids = []
+    async with serve() as served, httpx.AsyncClient(base_url=served.url) as upstream:
+
+        async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                return
+            headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+            body = (await receive()).get("body", b"")
+            async with upstream.stream(scope["method"], scope["path"], headers=headers, content=body) as answer:
+                start = {"type": "http.response.start", "status": answer.status_code}
+                await send(start | {"headers": [(b"content-type", answer.headers["content-type"].encode())]})
+                is_stream = scope["path"].endswith("/events")
+                if is_stream:
+                    last_ids.append(headers.get("last-event-id"))
+                async for chunk in answer.aiter_raw():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    if is_stream and b"event: end" not in chunk:
+                        break
+                await send({"type": "http.response.body"})
+
+        async with listening(proxy, lifespan="off") as port:
+            call = connect(f"http://127.0.0.1:{port}")
+            job = await call("jobs.submit", "rain", duration=0.1)
+            heard = await call("jobs.follow", job.id)
+    assert isinstance(heard[-1], Job)
+    assert heard[-1].status == "succeeded"
+    assert len(set(last_ids)) == len(last_ids)
+
+
+def test_three_streams_without_news_are_enough() -> None:
+    following = Following()
+    assert [following.pause_s() for _ in range(3)] == [0.5, 0.5, None]
+
+
+async def test_an_upload_link_gets_no_key(tmp_path: Path, connect: Callable[..., Caller]) -> None:
+    """A bucket's link leads to another host, which must not learn the key."""
+    seen = []
+
+    async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append({name.decode() for name, _ in scope["headers"]})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"sound"})
+
+    async with serve() as served, listening(bucket, lifespan="off") as port:
+        call = connect(served.url, api_key="secret")
+        job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
+        sent = {**job.sent, "storage_backend": "s3", "download_url": f"http://127.0.0.1:{port}/take.wav"}
+        from stable_audio_serve.client.answers import read_job
+
+        path = await call("jobs.download", read_job(sent), tmp_path / "take.wav")
+    assert path.read_bytes() == b"sound"
+    assert len(seen) == 1
+    assert "authorization" not in seen[0]

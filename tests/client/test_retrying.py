@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from stable_audio_serve.client import Retries
+from stable_audio_serve.client.retrying import Attempts
+from stable_audio_serve.core import errors
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from tests.backends import ToneBackend
+from tests.client.conftest import Caller, serve
+
+Make = Callable[[], errors.StableAudioError]
+
+
+@dataclass
+class Refusing(ToneBackend):
+    """Refuses the first requests."""
+
+    num_refusals: int = 2
+    make: Make = lambda: errors.OverloadedError("full", retry_after_s=1.0)
+
+    async def generate(self, model: str, request: GenerationRequest, **options: object) -> GenerationResult:
+        if self.num_refusals:
+            self.num_refusals -= 1
+            self.requests.append((model, request))
+            raise self.make()
+        return await super().generate(model, request, **options)  # type: ignore[arg-type]
+
+
+def pauses(retries: Retries, failures: list[errors.StableAudioError], *, jitter: float = 0.0) -> list[float]:
+    attempts = Attempts(retries, jitter=lambda: jitter)
+    return [attempts.pause_s(failure) for failure in failures]
+
+
+def test_pauses_are_what_the_server_asks_for_or_double() -> None:
+    lost, full = errors.UnreachableError("gone"), errors.OverloadedError("full", retry_after_s=7.0)
+    assert pauses(Retries(), [lost, lost, lost]) == [0.25, 0.5, 1.0]
+    assert pauses(Retries(), [lost, lost, lost], jitter=1.0) == [0.5, 1.0, 2.0]
+    assert pauses(Retries(), [full, full]) == [7.0, 7.0]
+    assert pauses(Retries(), [full, full], jitter=1.0) == [7.25, 7.5]
+
+
+def test_there_is_an_end_to_it() -> None:
+    full = errors.OverloadedError("full", retry_after_s=7.0)
+    with pytest.raises(errors.OverloadedError):
+        pauses(Retries(most=2), [full] * 3)
+    with pytest.raises(errors.OverloadedError):
+        pauses(Retries(most_wait_s=20.0), [full] * 3)
+    for final in (
+        errors.InvalidRequestError("no"),
+        errors.DeadlineExceededError("late"),
+        errors.StorageFullError("no room"),
+        errors.GenerationError("not finite"),
+    ):
+        with pytest.raises(type(final)):
+            pauses(Retries(), [final])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: errors.OverloadedError("full", retry_after_s=1.0),
+        lambda: errors.QuotaError("yours is full", retry_after_s=1.0),
+        lambda: errors.ModelUnavailableError("its replica died"),
+        lambda: errors.StoppingError("stopping", retry_after_s=1.0),
+    ],
+)
+async def test_what_passes_is_tried_again(make: Make, connect: Callable[..., Caller]) -> None:
+    backend = Refusing(num_refusals=1, make=make)
+    async with serve(backend) as served:
+        take = await connect(served.url)("generate", "rain", duration=0.1, seed=3)
+    assert take.seed == 3
+    assert len(backend.requests) == 2
+
+
+@pytest.mark.slow
+async def test_the_last_failure_is_raised(connect: Callable[..., Caller]) -> None:
+    backend = Refusing(num_refusals=9, make=lambda: errors.ModelUnavailableError("its replica died"))
+    async with serve(backend) as served:
+        with pytest.raises(errors.ModelUnavailableError, match="died"):
+            await connect(served.url)("generate", "rain", duration=0.1)
+    assert len(backend.requests) == 4
+
+
+async def test_a_server_that_is_not_there_yet_is_asked_again(connect: Callable[..., Caller]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    call = connect(f"http://127.0.0.1:{port}", retries=Retries(most=2, first_pause_s=0.01))
+    with pytest.raises(errors.UnreachableError):
+        await call("models")
+
+
+async def test_a_connection_that_breaks_is_made_again(connect: Callable[..., Caller]) -> None:
+    """The first answer stops in the middle, the second is whole."""
+    num_calls = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        await reader.readuntil(b"\r\n\r\n")
+        body = b'{"data": []}'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body))
+        writer.write(body[: 5 if num_calls == 1 else None])
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await connect(f"http://127.0.0.1:{port}")("models") == ()
+    assert num_calls == 2

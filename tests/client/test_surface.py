@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from stable_audio_serve.api.native import schemas
+from stable_audio_serve.client import AsyncClient, Client
+from stable_audio_serve.client.calls import Controls, EditControls, JobControls
+
+
+@pytest.mark.parametrize(
+    ("controls", "bodies"),
+    [
+        (Controls, [schemas.GenerationBody]),
+        (EditControls, [schemas.GenerationBody, schemas.VariationForm]),
+        (JobControls, [schemas.JobBody, schemas.JobVariationForm]),
+    ],
+)
+def test_the_fields_are_those_of_the_api(controls: type, bodies: list[type]) -> None:
+    fields = set().union(*(body.model_fields for body in bodies))  # type: ignore[attr-defined]
+    assert set(controls.__annotations__) == fields - {"prompt", "audio"}
+
+
+def test_both_clients_are_the_same_but_for_waiting() -> None:
+    for one, other in ((Client, AsyncClient), (type(Client("http://a").jobs), type(AsyncClient("http://a").jobs))):
+        public = [name for name in vars(one) if not name.startswith("_")]
+        assert public == [name for name in vars(other) if not name.startswith("_")]
+        for name in public:
+            mine, twin = inspect.signature(getattr(one, name)), inspect.signature(getattr(other, name))
+            assert list(mine.parameters.values()) == list(twin.parameters.values()), name
+            assert inspect.getdoc(getattr(one, name)) == inspect.getdoc(getattr(other, name)), name
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    program = "import sys, stable_audio_serve.client; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    assert {"httpx", "httpx_sse"} <= loaded
+    assert not loaded & {"torch", "ray", "fastapi", "starlette", "pydantic", "numpy", "soundfile", "sqlalchemy"}
+
+
+def test_the_environment_names_server_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stable_audio_serve.client.connection import Connection
+
+    monkeypatch.setenv("STABLE_AUDIO_URL", "https://audio.example.com/sound")
+    monkeypatch.setenv("STABLE_AUDIO_API_KEY", "secret")
+    connection = Connection.choose(None, None)
+    assert str(connection.url("/jobs")) == "https://audio.example.com/sound/jobs"
+    assert connection.headers()["Authorization"] == "Bearer secret"
+    assert Connection.choose("http://other", "mine").headers()["Authorization"] == "Bearer mine"
