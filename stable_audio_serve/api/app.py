@@ -17,7 +17,6 @@ from stable_audio_serve.api.compat import aimlapi, fal
 from stable_audio_serve.api.compat.stable_audio_open_small import routes as open_small
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.description import DescribedAPI
-from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.draining import DrainingMiddleware
 from stable_audio_serve.api.middleware.limits import LimitsMiddleware
 from stable_audio_serve.api.middleware.observe import ObserveMiddleware
@@ -30,7 +29,6 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import files, merged, pages, server
 from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.core.backend import Backend
-from stable_audio_serve.core.keys import parse_key_hash
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
@@ -92,7 +90,7 @@ def create_app(
         ],
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
-    app.state.keys = ApiKeys(map(parse_key_hash, settings.api.key_hashes))
+    app.state.keys = service.keys
     app.state.origins = origins
     app.state.readiness = service.readiness
     app.state.draining = service.draining  # for the code that stops this process

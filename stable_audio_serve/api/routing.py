@@ -81,6 +81,7 @@ def route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:
     async def admit(request: Request) -> None:
         _admit_visitor(request)
         keys: ApiKeys = request.app.state.keys
+        await keys.ring.refresh()
         key = keys.admit(request, scopes(request) if callable(scopes) else scopes)
         request.state.key, request.state.client = key, key.client
 
@@ -94,6 +95,7 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
     async def admit(request: Request) -> None:
         _admit_visitor(request)
         keys: ApiKeys = request.app.state.keys
+        await keys.ring.refresh()
         key = keys.find(request)
         request.state.client = key.client if key and (key.may(scopes) or not scopes) else None
 

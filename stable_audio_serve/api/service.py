@@ -16,7 +16,9 @@ from typing import Literal, TypeVar
 import structlog
 from starlette.datastructures import UploadFile
 
+from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.draining import Draining
+from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamPauses
 from stable_audio_serve.audio.encode import EncodedFile
@@ -80,6 +82,7 @@ class Service:
         self.metrics = metrics or NullMetrics()
         self.clock = clock or SystemClock()
         self.readiness = Readiness()
+        self.keys = ApiKeys(KeyRing(settings.api, metrics=self.metrics, clock=self.clock))
         self.draining = Draining(self.readiness)
         self.streams = EventStreams(
             settings.ingress.max_event_streams, self.draining, metrics=self.metrics, pauses=stream_pauses

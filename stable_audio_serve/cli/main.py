@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from stable_audio_serve import __version__
-from stable_audio_serve.cli import jobs
+from stable_audio_serve.cli import jobs, keys
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured, read_configuration, refusing
 from stable_audio_serve.cli.serving import run_server
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(keys.app, name="keys")
 
 
 def _print_version(asked: bool) -> None:
@@ -53,25 +54,6 @@ def metrics(
     from stable_audio_serve.cli.metrics_page import draw_page
 
     _write(draw_page(), out)
-
-
-@app.command()
-def key(
-    name: Annotated[
-        str | None, typer.Option(help="The client it belongs to: a client's next key finds the jobs of its last one.")
-    ] = None,
-) -> None:
-    """Make an API key. The server needs only its hash: STABLE_AUDIO_API_KEY_HASHES, or `api: {key_hashes: [...]}`."""
-    from stable_audio_serve.core.keys import hash_key, make_key, parse_key_hash
-
-    made = make_key()
-    entry = f"{name}:{hash_key(made)}" if name is not None else hash_key(made)
-    try:
-        parse_key_hash(entry)
-    except ValueError as error:
-        typer.echo(f"error: --name: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(f"key:  {made}\nhash: {entry}")
 
 
 @app.command()

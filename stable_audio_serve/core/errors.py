@@ -16,6 +16,7 @@ StableAudioError
 ├── CancelledRequestError      cancelled          the caller cancelled the request
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── StoppingError              unavailable        the server is stopping and accepts nothing new; retry
+├── KeysUnavailableError       unavailable        the file of keys has never been read, so nobody is known; retry
 ├── GenerationError            generation_failed  the model produced something unusable
 ├── UnreachableError           unreachable        a client got no answer from its server; retry
 ├── StorageError               storage            a file or job cannot be stored or read now; retry
@@ -153,6 +154,12 @@ class ModelUnavailableError(StableAudioError):
 
 class StoppingError(StableAudioError):
     """The server is stopping and accepts nothing new; the same request can be sent again after the restart."""
+
+    kind = "unavailable"
+
+
+class KeysUnavailableError(StableAudioError):
+    """The file of keys has never been read since the start, so nobody is known."""
 
     kind = "unavailable"
 

@@ -36,6 +36,8 @@ _HTTP = (
     Metric("refusals", "counter", "Requests that were refused: the kind of error, or the HTTP status.", ("reason",)),
     Metric("bodies_receiving", "gauge", "Request bodies that are being received, unless they come at once."),
     Metric("event_streams_open", "gauge", "Streams of job events that are open."),
+    Metric("api_keys", "gauge", "Keys that may use the API, where `api.key_file` is set.", is_rare=True),
+    Metric("key_file_broken", "gauge", "1 while `api.key_file` cannot be used: former keys count.", is_rare=True),
     Metric("upload_decode_ms", "histogram", "Time to decode an uploaded file, waiting for its turn included."),
     Metric(
         "file_encode_ms", "histogram", "Time to make the file of a synchronous answer, waiting for its turn included."

@@ -45,6 +45,8 @@ ProxyKind = Literal["auto", "haproxy", "python"]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a folder's path"})]
 
+FileName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a file's path"})]
+
 
 def _without_secrets(url: str | None) -> str | None:
     """Returns a URL without user, password and query: a query may hold passwords too."""

@@ -22,6 +22,7 @@ from stable_audio_serve.core.generation import EditSchedule
 from stable_audio_serve.core.setting_types import (
     Delay,
     Device,
+    FileName,
     Folder,
     Hidden,
     HiddenPassword,
@@ -90,6 +91,9 @@ class ApiSettings(Section):
             repr=False,
         )
     )
+    key_file: FileName | None = Field(
+        None, description="File of further keys, lines as `keys new` prints them, read again when it changes."
+    )
     public_url: Url | None = Field(
         None, description="How clients reach this server, for links in replies; unset = by what each request used."
     )
@@ -103,6 +107,11 @@ class ApiSettings(Section):
         description="Names this server is called by, besides its addresses, localhost, its own name and that in "
         "`public_url`, a list or comma list; * = any. Where keys are configured, none = any.",
     )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether keys are configured: then requests need one."""
+        return bool(self.key_hashes) or self.key_file is not None
 
 
 class AudioSettings(Section):

@@ -32,6 +32,7 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("jobs", "database_url"): ("STABLE_AUDIO_DATABASE_URL",),
     ("jobs", "webhook_secret"): ("STABLE_AUDIO_WEBHOOK_SECRET",),
     ("api", "key_hashes"): ("STABLE_AUDIO_API_KEY_HASHES",),
+    ("api", "key_file"): ("STABLE_AUDIO_API_KEY_FILE",),
     ("api", "public_url"): ("STABLE_AUDIO_PUBLIC_URL",),
     ("api", "cors_origins"): ("STABLE_AUDIO_CORS_ORIGINS",),
     ("api", "allowed_hosts"): ("STABLE_AUDIO_ALLOWED_HOSTS",),

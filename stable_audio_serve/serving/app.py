@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.draining import Draining
+from stable_audio_serve.api.middleware.key_ring import check_key_file
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
@@ -118,6 +119,7 @@ def assemble(
     Raises ConfigError, CheckpointError.
     """
     plan = plan_deployments(load_settings(args))
+    check_key_file(plan.settings.api.key_file)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     require_shared_database(plan.settings, num_nodes=num_nodes)
     # Folders are the same on every node, but another one may have a cache, or a way to the hub, that this one has not.

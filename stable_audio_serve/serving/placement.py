@@ -72,9 +72,17 @@ def plan_deployments(settings: Settings) -> Plan:
     """
     catalog = _catalog(settings)
     check_model_names(settings, catalog)
-    settings = settings.model_copy(update={"output_dir": os.path.abspath(settings.output_dir)})
+    settings = _with_whole_paths(settings)
     check_stores(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
+
+
+def _with_whole_paths(settings: Settings) -> Settings:
+    """Relative ones count from here, not from where a replica's process is."""
+    changes: dict[str, Any] = {"output_dir": os.path.abspath(settings.output_dir)}
+    if settings.api.key_file is not None:
+        changes["api"] = settings.api.model_copy(update={"key_file": os.path.abspath(settings.api.key_file)})
+    return settings.model_copy(update=changes)
 
 
 def describe_models(plan: Plan) -> Plan:

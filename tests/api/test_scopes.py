@@ -11,10 +11,11 @@ from fastapi import APIRouter, FastAPI
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
+from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.routing import route_class
-from stable_audio_serve.core.keys import SCOPES, hash_key, parse_key
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.keys import SCOPES, hash_key
+from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.backends import ToneBackend
 
 # Operations that every key may use, and those that need no key at all; of the rest a test below says what they need.
@@ -32,11 +33,12 @@ GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     """An application with a key for each scope, called like it, and one with all of them."""
-    tree = {"api": {"key_hashes": [hash_key("old")]}, "output_dir": str(tmp_path_factory.mktemp("outputs"))}
-    app = create_app(ToneBackend(), Settings.model_validate(tree))
+    folder = tmp_path_factory.mktemp("scopes")
     lines = [f"{scope}:{hash_key(scope)} scope={scope}" for scope in SCOPES]
     lines += [f"all:{hash_key('all')} scope={','.join(SCOPES)}", f"plain:{hash_key('plain')}"]
-    app.state.keys = ApiKeys(map(parse_key, lines))
+    (folder / "keys").write_text("\n".join(lines))
+    api = {"key_hashes": [hash_key("old")], "key_file": str(folder / "keys")}
+    app = create_app(ToneBackend(), Settings.model_validate({"api": api, "output_dir": str(folder)}))
     router = APIRouter(route_class=route_class(render_error, scopes=("admin",)))
 
     @router.get("/an-admin-route", include_in_schema=False)
@@ -65,10 +67,10 @@ def may_use(path: str, key: str) -> bool:
         return True
     if path in STORAGE:
         return key != "admin"
-    return key in {"all", "plain", "generate" if path in GENERATE else "jobs"}
+    return key in {"all", "plain", "old", "generate" if path in GENERATE else "jobs"}
 
 
-@pytest.mark.parametrize("key", [*SCOPES, "all", "plain"])
+@pytest.mark.parametrize("key", [*SCOPES, "all", "plain", "old"])
 async def test_every_operation_asks_for_its_scope(app: FastAPI, key: str) -> None:
     async with connect(app, key) as client:
         for method, path, url in operations(app):
@@ -128,7 +130,7 @@ async def test_a_route_for_administrators(app: FastAPI, key: str | None, status:
 
 
 async def test_without_keys_nobody_is_an_administrator(app: FastAPI) -> None:
-    keys, app.state.keys = app.state.keys, ApiKeys(())
+    keys, app.state.keys = app.state.keys, ApiKeys(KeyRing(ApiSettings()))
     try:
         async with connect(app, "admin") as client:
             reply = await client.get("/an-admin-route")

@@ -208,10 +208,3 @@ def test_the_stable_audio_3_servers_command_takes_the_file_here_and_refuses_to_r
         2,
         "error: --reload: not supported; restart the server after a change\n",
     )
-
-
-def test_a_name_of_a_key_that_cannot_be_one_is_refused(run: Run) -> None:
-    result = run("key", "--name", "-x")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "--name: a name must be" in result.stderr
-    assert "beginning with a letter or digit" in result.stderr

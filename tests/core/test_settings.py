@@ -291,24 +291,6 @@ def test_two_keys_may_have_one_name_and_a_plain_key_that_is_listed_keeps_its_nam
     assert load(tmp_path, STABLE_AUDIO_API_KEY_HASHES=", ".join(entries)).api.key_hashes == tuple(entries)
 
 
-def test_the_key_command_gives_a_key_a_name() -> None:
-    (_, key), (_, entry) = (
-        line.split() for line in CliRunner().invoke(app, ["key", "--name", "alice"]).output.splitlines()
-    )
-    assert entry == f"alice:{hash_key(key)}"
-    refused = CliRunner().invoke(app, ["key", "--name", "a b"])
-    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
-    assert "--name" in refused.output
-
-
-def test_the_key_command_prints_a_key_and_its_hash() -> None:
-    printed = [line.split() for line in CliRunner().invoke(app, ["key"]).output.splitlines()]
-    (_, key), (_, digest) = printed
-    assert digest == hash_key(key)
-    assert len(key) > 40
-    assert CliRunner().invoke(app, ["key"]).output.split()[1] != key
-
-
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [

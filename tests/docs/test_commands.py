@@ -36,6 +36,7 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 TAGS: dict[str, set[str]] = {
     "architecture.md": set(),
     "jobs.md": {native_jobs.TAG},
+    "keys.md": set(),
     "metrics.md": set(),
     "proxy.md": set(),
     "storage.md": set(),

@@ -48,7 +48,7 @@ class Origins:
 
     def __init__(self, settings: ApiSettings) -> None:
         origins, hosts = settings.cors_origins, settings.allowed_hosts
-        if origins is None and settings.key_hashes:
+        if origins is None and settings.has_keys:
             origins = (ANY,)  # a page needs a key too: there are no cookies that a browser would add
         public_url = settings.public_url
         self.allows_all = origins is not None and ANY in origins
@@ -56,7 +56,7 @@ class Origins:
         listed = origins if origins is not None else [public_url] if public_url else []
         self._allowed = {_parse_origin(_without_path(origin)) for origin in listed} - {None}
         self._allows_null = "null" in listed
-        self._checks_hosts = ANY not in hosts and (bool(hosts) or not settings.key_hashes)
+        self._checks_hosts = ANY not in hosts and (bool(hosts) or not settings.has_keys)
         own_name = socket.gethostname().lower()
         public_name = urlsplit(public_url).hostname if public_url else None
         self._names = {*map(_plain_name, hosts), own_name, own_name.partition(".")[0], public_name} - {"", None}

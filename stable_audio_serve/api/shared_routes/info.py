@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, Field
 
+from stable_audio_serve.api.middleware.key_ring import KeyFileState
 from stable_audio_serve.api.middleware.readiness import Verdict
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
@@ -40,6 +41,13 @@ class JobStoreHealth(BaseModel):
     reason: str | None = Field(description="Why not.")
 
 
+class KeysHealth(BaseModel):
+    """Whether the file of keys can be used."""
+
+    state: KeyFileState = Field(description="unset; ok; broken: the former keys count; unread: there are none.")
+    reason: str | None = Field(description="What is wrong with it.")
+
+
 class Health(BaseModel):
     """The server's state and limits."""
 
@@ -64,6 +72,7 @@ class Health(BaseModel):
     max_batch_size: int
     models: dict[str, ModelHealth]
     job_store: JobStoreHealth
+    key_file: KeysHealth
 
 
 class Ready(BaseModel):
@@ -132,6 +141,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
         max_batch_size=api.max_batch_size,
         models=models,
         job_store=_describe_store(job_store),
+        key_file=KeysHealth(state=service.keys.ring.health.state, reason=service.keys.ring.health.reason),
     )
 
 
@@ -174,6 +184,10 @@ def describe_models(service: Service, *, owned_by: str, created_at: int) -> Mode
 
 def _judge(service: Service, status: Mapping[str, ModelStatus]) -> Verdict:
     default = service.backend.catalog.default.name
+    if service.keys.ring.health.state == "unread":
+        service.readiness.block("keys", "the file of keys cannot be read")
+    else:
+        service.readiness.clear("keys")
     return service.readiness.judge(default, status.get(default, _UNKNOWN))
 
 

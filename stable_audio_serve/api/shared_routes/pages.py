@@ -206,7 +206,7 @@ async def _describe(service: Service, request: Request) -> Card:
     return Card(
         status=ready.status,
         ready=ready.ready,
-        needs_key=bool(service.settings.api.key_hashes),
+        needs_key=service.settings.api.has_keys,
         models=[
             ServedModel(
                 name=card.name,

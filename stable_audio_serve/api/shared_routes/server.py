@@ -6,6 +6,7 @@ Health and readiness never need a key; the others do where keys are configured.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Final
 
 from fastapi import APIRouter
@@ -18,6 +19,8 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.routing import probe_route_class, route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import info
+from stable_audio_serve.core.catalog import ModelStatus
+from stable_audio_serve.jobs.store.health import StoreHealth
 
 TAG = "Server"
 NAME: Final = "stable-audio-serve"
@@ -30,11 +33,17 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(service.clock.time())
 
+    async def look() -> tuple[Mapping[str, ModelStatus], StoreHealth]:
+        status, job_store, _ = await asyncio.gather(
+            service.status(), service.jobs.watch.health(), service.keys.ring.refresh()
+        )
+        return status, job_store
+
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Show health")
     async def health() -> info.Health:
         """What the server, its models and its limits are like; 200 as long as it is alive. Never loads a model."""
-        status, job_store = await asyncio.gather(service.status(), service.jobs.watch.health())
+        status, job_store = await look()
         return info.describe_health(service, status, job_store=job_store)
 
     @router.head("/ready", include_in_schema=False)
@@ -45,7 +54,7 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     )
     async def ready(response: Response) -> info.Ready:
         """Whether to send requests here: 503 until the default model can answer, and while the server stops."""
-        status, job_store = await asyncio.gather(service.status(), service.jobs.watch.health())
+        status, job_store = await look()
         body = info.describe_ready(service, status, job_store=job_store)
         if not body.ready:
             response.status_code = 503

@@ -1,0 +1,130 @@
+"""The keys that count now: those of the settings, and those of a file that is read again while the server runs.
+
+The file's bytes are compared, not its date: links may be swapped (Kubernetes does that to a mounted secret), and two
+changes may fall into one tick of a clock. A file that cannot be used leaves the keys as they were, and says so in the
+log, in health and in a metric.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.key_file import load_key_file, merge_keys, parse_key_file, read_key_file
+from stable_audio_serve.core.keys import ApiKey, parse_key_hash
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.settings import ApiSettings
+
+log = structlog.get_logger("stable_audio_serve.api")
+
+_LOOK_EVERY_S = 1.0
+_PATIENCE_S = 0.5  # then a request is judged by the keys that are known
+_SILENT_AFTER_S = 10.0
+
+KeyFileState = Literal["unset", "ok", "broken", "unread"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFileHealth:
+    """How the file of keys is. Broken: former keys count; unread: there are none yet. `reason` quotes no line."""
+
+    state: KeyFileState = "unset"
+    reason: str | None = None
+
+
+def check_key_file(path: str | None) -> None:
+    """Raises ConfigError for a file that cannot be used."""
+    if path is None:
+        return
+    try:
+        load_key_file(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"api.key_file: {_sentence(error)}", field="api.key_file") from error
+
+
+class KeyRing:
+    """One per application; for one event loop at a time."""
+
+    def __init__(self, settings: ApiSettings, *, metrics: Metrics | None = None, clock: Clock | None = None) -> None:
+        """Reads the file, if there is one."""
+        self._configured = [parse_key_hash(text) for text in settings.key_hashes]
+        self._path = settings.key_file
+        self._metrics = metrics or NullMetrics()
+        self._clock = clock or SystemClock()
+        self._data: bytes | None = None
+        self._looked_at = self._began_at = self._clock.monotonic()
+        self._looking: asyncio.Task[None] | None = None
+        self.keys: Mapping[str, ApiKey] = merge_keys(self._configured, ())
+        self._known = KeyFileHealth("unset" if self._path is None else "unread")
+        if self._path is not None:
+            self._look_once(self._path)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no keys are configured, so that everybody may use the API."""
+        return self._path is None and not self._configured
+
+    @property
+    def health(self) -> KeyFileHealth:
+        """How the file was at the last look."""
+        if self._looking is not None and self._clock.monotonic() - self._began_at > _SILENT_AFTER_S:
+            return KeyFileHealth(self._bad_state, "the file does not answer")
+        return self._known
+
+    async def refresh(self) -> None:
+        """Look at the file again, at most once a second. Waits for a slow disk only for a moment."""
+        if self._path is None:
+            return
+        now = self._clock.monotonic()
+        if self._looking is None:
+            if now - self._looked_at < _LOOK_EVERY_S:
+                return
+            self._began_at = now
+            self._looking = asyncio.create_task(self._look(self._path))
+        left_s = _PATIENCE_S - (now - self._began_at)
+        if left_s > 0:
+            await asyncio.wait({self._looking}, timeout=left_s)
+
+    async def _look(self, path: str) -> None:
+        try:
+            await asyncio.to_thread(self._look_once, path)
+        finally:
+            self._looked_at = self._clock.monotonic()
+            self._looking = None
+
+    @property
+    def _bad_state(self) -> KeyFileState:
+        return "unread" if self._data is None else "broken"
+
+    def _look_once(self, path: str) -> None:
+        """Take over a file that has changed; a bad one is looked at again each time, until it is good."""
+        try:
+            data = read_key_file(path)
+            if data != self._data:
+                self._take(data)
+        except (OSError, ValueError) as error:
+            found = KeyFileHealth(self._bad_state, _sentence(error))
+            if found != self._known:
+                log.error("the key file cannot be used: the former keys count", reason=found.reason)
+        else:
+            found = KeyFileHealth("ok")
+        self._known = found
+        self._metrics.gauge("key_file_broken", float(found.state != "ok"))
+        self._metrics.gauge("api_keys", len(self.keys))
+
+    def _take(self, data: bytes) -> None:
+        before, self.keys = self.keys, merge_keys(self._configured, parse_key_file(data))
+        num_added, num_removed = len(self.keys.keys() - before.keys()), len(before.keys() - self.keys.keys())
+        self._data = data
+        log.info("key file read", num_keys=len(self.keys), num_added=num_added, num_removed=num_removed)
+
+
+def _sentence(error: OSError | ValueError) -> str:
+    """What is wrong, without the path: health shows it to everybody."""
+    return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
