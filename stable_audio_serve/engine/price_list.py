@@ -9,7 +9,8 @@ from stable_audio_serve.engine.rows import row_work
 from stable_audio_serve.engine.work import RowWork
 from stable_audio_serve.models.protocol import DiffusionModel
 
-_SHORT_SHARE = 0.125  # of the longest clip; between the two lengths the prices are exact
+# Shares of the longest clip between which the prices are near: the longest has no room for the headroom behind it.
+_SHORT, _LONG = 0.125, 0.75
 _FEW_STEPS, _MANY_STEPS = 8, 16
 
 
@@ -20,7 +21,7 @@ class PriceList:
         card = model.spec.card
         self._card = card
         self._predictor = predictor
-        self._seconds = (_SHORT_SHARE * card.max_duration_s, card.max_duration_s)
+        self._seconds = (_SHORT * card.max_duration_s, _LONG * card.max_duration_s)
         self._works = {
             (seconds, steps): _plan(model, seconds=seconds, steps=steps)
             for seconds in self._seconds
