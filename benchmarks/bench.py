@@ -34,6 +34,7 @@ BENCH_CASES = (
     "http",
     "formats",
     "scale",
+    "routing",
     "overload",
     "cold-start",
     *(("bfloat16",) if has_native_bfloat16() else ()),

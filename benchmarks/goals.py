@@ -218,6 +218,14 @@ _CPU = (
     ),
     Goal("P15", "2 demo replicas", "scale", ("model", "worst_capacity_over_one", "2"), 1.6, larger_is_better=True),
     Goal(
+        "P25",
+        "small-mixed p95 by predicted work over Serve's router",
+        "routing",
+        ("p95_over_serve_ratio",),
+        0.8,
+        rounds=("p95_over_serve_ratio_rounds",),
+    ),
+    Goal(
         "P16",
         "step rate all MP3 over all WAV",
         "formats",

@@ -234,20 +234,20 @@ def _replicas(settings: CaseSettings, counts: Sequence[int], *, import_path: str
             import_path=import_path,
         )
         with running_server(path) as server, load_generator(server.url) as client:
-            _wait_for_all(server, counts)  # the server is ready with one of each
+            wait_for_replicas(server, {_name(count): count for count in counts})  # the server is ready with one of each
             yield _Side(server, client, entry=entry, is_timed=import_path == _STAND_IN)
 
 
-def _wait_for_all(server: Server, counts: Sequence[int]) -> None:
-    """Wait until every replica runs. Raises RuntimeError if that takes too long."""
+def wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
+    """Wait until every model has so many replicas. Raises RuntimeError if that takes too long."""
     ends_at = time.monotonic() + _START_TIMEOUT_S
     while True:
         models = httpx.get(f"{server.url}/health", trust_env=False).raise_for_status().json()["models"]
-        missing = [count for count in counts if models[_name(count)]["num_replicas"] < count]
+        missing = [name for name, count in counts.items() if models[name]["num_replicas"] < count]
         if not missing:
             return
         if time.monotonic() > ends_at:
-            raise RuntimeError(f"not all of {missing} replicas came up within {_START_TIMEOUT_S:.0f} s")
+            raise RuntimeError(f"not all replicas of {missing} came up within {_START_TIMEOUT_S:.0f} s")
         time.sleep(_LOOK_S)
 
 

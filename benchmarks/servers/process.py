@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,9 +58,12 @@ def write_config(
     *,
     threads: int,
     import_path: str = "stable_audio_serve.serving.app:build",
+    deployments: Sequence[Mapping[str, object]] = (),
     **args: object,
 ) -> Path:
-    """A serve config with one model in one replica, and what else `args` say."""
+    """A serve config with one model in one replica, and what else `args` say. `deployments` overrule what the
+    application says of its deployments, see Ray Serve.
+    """
     model = {"name": entry.card.name, "threads": threads, "replicas": {"max_replicas": 1}}
     if not entry.card.is_demo and entry.folder:
         model["path"] = str(Path(entry.folder).resolve())
@@ -69,6 +72,7 @@ def write_config(
         "route_prefix": "/",
         "import_path": import_path,
         "args": {"models": [model], "output_dir": str(folder / "outputs"), **args},
+        "deployments": [dict(deployment) for deployment in deployments],
     }
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))

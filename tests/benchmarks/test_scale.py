@@ -14,11 +14,21 @@ import pytest
 
 from benchmarks.arrivals import Arrival
 from benchmarks.cases.overload import summarize_overload, times_alone_ms
+from benchmarks.cases.routing import MIX, Side, summarize_rounds
 from benchmarks.cases.scale import ScaleLoad, fullest_over_even, ratios_over_first, worst_over_first
 from benchmarks.http_load import Load, Sent, load_generator, require_clips
 from benchmarks.servers.cpu_times import role_of
-from benchmarks.servers.timed import TimedDevice, TimedReplica, predict_stages
+from benchmarks.servers.timed import DEVICE as STAND_IN_DEVICE
+from benchmarks.servers.timed import (
+    SHORTENED,
+    SHORTENING_DEVICE,
+    TimedDevice,
+    TimedReplica,
+    predict_stages,
+    prices_of,
+)
 from benchmarks.simulate.devices import LinearDevice
+from benchmarks.workload import MIXES
 from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, StageTimings
 from stable_audio_serve.core.settings import ModelSettings, Settings
@@ -230,3 +240,31 @@ def answering(answers: list[tuple[int, str | None]]) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize("fields", [{}, {"steps": 100}, {"steps": 8, "batch_size": 2}])
+def test_a_stand_in_says_what_a_request_costs_it(fields: dict[str, int]) -> None:
+    request = make_request(duration_s=10 * TEN_FRAMES_S, **fields)
+    batch_size = fields.get("batch_size", 1)  # a price counts the text of each variation
+    stages = predict_stages(DEVICE, request)
+    assert prices_of(DEVICE).of_request(request) == pytest.approx(stages.total_ms + (batch_size - 1) * stages.text_ms)
+
+
+def test_short_clips_are_the_same_work_for_the_device_of_short_clips() -> None:
+    """Whole latent frames apart."""
+    for (seconds, _), (short_s, _) in zip(MIXES["small-mixed"].durations_s, MIX.durations_s, strict=True):
+        assert short_s == seconds / SHORTENED
+        long = predict_stages(STAND_IN_DEVICE, make_request(duration_s=seconds, steps=8))
+        short = predict_stages(SHORTENING_DEVICE, make_request(duration_s=short_s, steps=8))
+        assert 8 * short.total_ms == pytest.approx(long.total_ms, rel=0.05)
+
+
+def test_the_worse_round_of_two_routers_counts() -> None:
+    def side(ms: float) -> Side:
+        return Side(ms, 2 * ms, 3 * ms, ms, queue_mean_ms=0.0, client_late_p95_ms=0.0)
+
+    results = summarize_rounds(
+        [{"least-work": side(5.0), "serve": side(10.0)}, {"least-work": side(6.0), "serve": side(8.0)}]
+    )
+    assert results["p95_over_serve_ratio_rounds"] == [0.5, 0.75]
+    assert results["p95_over_serve_ratio"] == 0.75
