@@ -1,10 +1,11 @@
-"""Which replica of a model gets the next call: the one with the least predicted work left, as a `WorkLedger` knows it.
-Runs in every process that calls a model; imports neither torch nor settings.
+"""Which replica of a model gets the next call: the one with the least predicted work left, the call included, as far as
+a `WorkLedger` knows. Runs in every process that calls a model; imports neither torch nor settings.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -35,16 +36,16 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         if self._ledger.is_old(_name(replicas[0].replica_id)):
             self._metrics.increment("router_choices", by="queue")
             return [replicas[:2]]
-        replicas.sort(key=self._rank)
-        if pending_request is not None:
-            first = _name(replicas[0].replica_id)
-            self._ledger.choose(replica=first, ms=self._ledger.price_ms(first, pending_request.args))
+        call = pending_request.args if pending_request else ()
+        replicas.sort(key=lambda replica: self._rank(_name(replica.replica_id), call))
+        first = _name(replicas[0].replica_id)
+        self._ledger.choose(replica=first, ms=self._ledger.price_ms(first, call))
         self._metrics.increment("router_choices", by="work")
         return [[replica] for replica in replicas]
 
-    def _rank(self, replica: RunningReplica) -> tuple[bool, float]:
-        name = _name(replica.replica_id)
-        return self._ledger.is_old(name), self._ledger.left_ms(name)
+    def _rank(self, replica: str, call: Sequence[object]) -> tuple[bool, float]:
+        """A call may cost more on one replica than on another."""
+        return self._ledger.is_old(replica), self._ledger.left_ms(replica) + self._ledger.price_ms(replica, call)
 
     def on_request_routed(  # noqa: PLR0917 - as Serve calls it
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
