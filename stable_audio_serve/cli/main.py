@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from stable_audio_serve import __version__
-from stable_audio_serve.cli import jobs, keys
+from stable_audio_serve.cli import jobs, keys, sound
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured, read_configuration, refusing
 from stable_audio_serve.cli.serving import run_server
 
 app = typer.Typer(no_args_is_help=True)
+app.add_typer(sound.app)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 

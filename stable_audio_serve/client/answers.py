@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.message import Message
 from pathlib import Path
@@ -42,13 +42,16 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """The answer to one request: one clip per variation. `timings_ms` has the milliseconds of each stage."""
+    """The audio of one request or job: one clip per variation.
+
+    `timings_ms` has the milliseconds of each stage; it and `request_id` are empty for a job.
+    """
 
     clips: tuple[Clip, ...]
     model: str
     sample_rate_hz: int
-    request_id: str
-    timings_ms: Mapping[str, float]
+    request_id: str = ""
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
     manifest: Mapping[str, Any] | None = None
 
     @property
@@ -140,6 +143,17 @@ def read_take(response: httpx.Response) -> Take:
         raise GenerationError(f"the server's answer cannot be understood: {error}") from error
 
 
+def read_job_take(job: Job, content: bytes, *, disposition: str) -> Take:
+    """Returns the take that a job's file is. Raises GenerationError if it does not fit the job."""
+    try:
+        clips = [(clip["seed"], clip["peak"], clip["loudness"], clip["silent"]) for clip in job.sent["clips"]]
+        return _make_take(
+            content, _file_name(disposition), clips=clips, model=job.model, rate_hz=job.sent["sample_rate"]
+        )
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise GenerationError(f"the job's file cannot be understood: {error}") from error
+
+
 def read_job(sent: Mapping[str, Any]) -> Job:
     """Returns the job that a JSON object describes."""
     return Job(
@@ -208,25 +222,30 @@ def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
 
 def _read_take(response: httpx.Response) -> Take:
     headers = response.headers
-    if headers["content-type"].startswith("application/zip"):
-        files, manifest = _unzip(response.content)
-    else:
-        files, manifest = {_file_name(headers["content-disposition"]): response.content}, None
-    facts = zip(
+    clips = zip(
         _values(headers.get("x-seeds") or headers["x-seed"]),
         _values(headers["x-audio-peak"]),
         _values(headers["x-audio-loudness"]),
         _values(headers["x-audio-silent"]),
         strict=True,
     )
-    return Take(
-        clips=tuple(Clip(name, content, *clip) for (name, content), clip in zip(files.items(), facts, strict=True)),
+    take = _make_take(
+        response.content,
+        _file_name(headers["content-disposition"]),
+        clips=list(clips),
         model=headers["x-model"],
-        sample_rate_hz=int(headers["x-sample-rate"]),
-        request_id=headers["x-request-id"],
-        timings_ms=_timings(headers["server-timing"]),
-        manifest=manifest,
+        rate_hz=int(headers["x-sample-rate"]),
     )
+    return replace(take, request_id=headers["x-request-id"], timings_ms=_timings(headers["server-timing"]))
+
+
+def _make_take(content: bytes, file_name: str, *, clips: Sequence[tuple[Any, ...]], model: str, rate_hz: int) -> Take:
+    """`clips` are the facts of each variation: seed, peak, loudness, whether it is silent."""
+    files, manifest = {file_name: content}, None
+    if len(clips) > 1:
+        files, manifest = _unzip(content)
+    made = tuple(Clip(name, file, *facts) for (name, file), facts in zip(files.items(), clips, strict=True))
+    return Take(made, model, rate_hz, manifest=manifest)
 
 
 def _unzip(content: bytes) -> tuple[dict[str, bytes], Mapping[str, Any] | None]:

@@ -47,6 +47,17 @@ class EditControls(Controls, total=False):
     edit_schedule: Literal["scaled", "reference"] | None
 
 
+class LoopControls(TypedDict, total=False):
+    """Optional fields of a loop; `bars` unset = as many of 8, 4, 2, 1 as fit."""
+
+    bars: Literal[1, 2, 4, 8] | None
+    loop_type: Literal["auto", "drums", "instruments"]
+    steps: int
+    cfg_scale: float
+    seed: int
+    style_strength: float
+
+
 class JobControls(EditControls, total=False):
     """Optional fields of a job."""
 
@@ -79,6 +90,14 @@ def vary(audio: Audio, prompt: str, *, controls: Mapping[str, Any]) -> Call:
 def inpaint(audio: Audio, prompt: str, *, regions: Regions, controls: Mapping[str, Any]) -> Call:
     """Regenerate regions of the source, and what lies behind its end. Raises OSError."""
     return _upload("/v1/audio/inpaint", audio, fields=_body(prompt, controls) | _times(regions))
+
+
+def loop(prompt: str, *, audio: Audio | None, controls: Mapping[str, Any]) -> Call:
+    """A loop of whole bars at the tempo that the prompt names. Raises OSError."""
+    fields = _body(prompt, controls)
+    if audio is None:
+        return Call("POST", "/saos/generate/loop", json=fields)
+    return _upload("/saos/generate/loop", audio, fields=fields, name="audio_file")
 
 
 def submit(prompt: str, controls: Mapping[str, Any], *, key: str | None) -> Call:
@@ -136,9 +155,16 @@ def _times(regions: Regions) -> dict[str, Any]:
     }
 
 
-def _upload(path: str, audio: Audio, *, fields: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Call:
+def _upload(
+    path: str,
+    audio: Audio,
+    *,
+    fields: Mapping[str, Any],
+    headers: Mapping[str, str] | None = None,
+    name: str = "audio",
+) -> Call:
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-    return Call("POST", path, headers=headers or {}, form=form, files={"audio": _read(audio)})
+    return Call("POST", path, headers=headers or {}, form=form, files={name: _read(audio)})
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:

@@ -41,7 +41,7 @@ def read_failure(response: httpx.Response) -> errors.StableAudioError:
     kind = _BY_KIND.get(response.headers.get("x-error-kind", ""))
     kind = kind or _BY_STATUS.get(response.status_code, errors.StableAudioError)
     body = _json(response)
-    message, field = _read_detail(body.get("detail"))
+    message, field = _read_detail(body.get("detail", body.get("error")))
     message = message or f"the server answered {response.status_code} {response.reason_phrase}".rstrip()
     if issubclass(kind, errors.ConflictError):
         return kind(message, code=str(body.get("code", "conflict")), field=field)
@@ -65,7 +65,7 @@ def _json(response: httpx.Response) -> Mapping[str, Any]:
 
 
 def _read_detail(detail: Any) -> tuple[str, str | None]:
-    """Returns the message and, if one is at fault, the field of our own API's bodies."""
+    """Returns the message and, if one is at fault, the field of a body of our own API, or of the one for loops."""
     if not isinstance(detail, list):
         return str(detail or ""), None
     faults = [fault for fault in detail if isinstance(fault, dict)]

@@ -13,7 +13,7 @@ import httpx_sse
 
 from stable_audio_serve.client import answers, calls
 from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Take
-from stable_audio_serve.client.calls import Audio, Call, Controls, EditControls, JobControls, Regions
+from stable_audio_serve.client.calls import Audio, Call, Controls, EditControls, JobControls, LoopControls, Regions
 from stable_audio_serve.client.connection import STREAM_TIMEOUT, TIMEOUT, Connection
 from stable_audio_serve.client.failures import read_failure, read_lost_connection
 from stable_audio_serve.client.files import whole_file
@@ -71,6 +71,13 @@ class Client:
         """Continue audio that is `source_s` long until it is `until_s` long, in seconds. Raises OSError."""
         controls["duration"] = until_s
         return self.inpaint(audio, prompt, regions=[(source_s, until_s)], **controls)
+
+    def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Take:
+        """Make a loop of whole bars at the tempo that the prompt names, such as 120bpm. Raises OSError.
+
+        With `audio` it is made in the prompt's style from that.
+        """
+        return answers.read_take(self.send(calls.loop(prompt, audio=audio, controls=controls)))
 
     def models(self) -> tuple[Model, ...]:
         """The served models."""
@@ -188,6 +195,19 @@ class Jobs:
             for chunk in self._chunks(job):
                 file.write(chunk)
         return Path(path)
+
+    def fetch(self, job: Job | str) -> Take:
+        """A finished job's audio, in memory. Raises as `download`."""
+        job = self.get(job) if isinstance(job, str) else job
+        answers.require_success(job)
+        try:
+            with self._client.open_audio(job) as response:
+                content = response.read()
+        except httpx.TransportError as error:
+            raise read_lost_connection(error) from error
+        if not response.is_success:
+            raise read_failure(response)
+        return answers.read_job_take(job, content, disposition=response.headers.get("content-disposition", ""))
 
     def _submit(self, call: Call) -> Job:
         return self.get(self._client.send(call).json()["id"])

@@ -72,7 +72,13 @@ _SECRET = (
 
 # Variables with our prefix that are read elsewhere, and those that Docker and Kubernetes set for a service of our name.
 _PREFIX = "STABLE_AUDIO_"
-_OTHER_VARIABLES = ("STABLE_AUDIO_PROXY_HOST", "STABLE_AUDIO_PROXY_BINARY", failpoints.VARIABLE)
+_OTHER_VARIABLES = (
+    "STABLE_AUDIO_URL",  # this and the next one are for clients
+    "STABLE_AUDIO_API_KEY",
+    "STABLE_AUDIO_PROXY_HOST",
+    "STABLE_AUDIO_PROXY_BINARY",
+    failpoints.VARIABLE,
+)
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
 # For these an empty variable is a value; all others count as unset when empty.

@@ -135,3 +135,14 @@ async def test_a_server_may_lie_below_a_path(connect: Callable[..., Caller], ser
     for url in ("ftp://example.org", "localhost:8000", "http://", "http://[::1"):
         with pytest.raises(ValueError, match="URL"):
             connect(url)
+
+
+async def test_loops_have_whole_bars(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    take = await call("loop", "techno drums 120bpm", bars=2, loop_type="drums", seed=4)
+    assert len(read(take.content)[0]) == 4 * 44100
+    assert take.seed == 4
+    await call("loop", "techno 120bpm", audio=make_audio_file(duration_s=1.0), style_strength=0.5)
+    assert served.backend.last.init_audio is not None
+    with pytest.raises(errors.StableAudioError, match="BPM"):
+        await call("loop", "techno drums")

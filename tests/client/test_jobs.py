@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -37,6 +38,12 @@ async def test_a_job_is_followed_to_its_end_and_fetched(
     take = await call("generate", "rain", duration=0.5, seed=11)
     assert path.read_bytes() == take.content
     assert sorted(os.listdir(tmp_path)) == ["take.wav"]
+    (clip,) = (await call("jobs.fetch", job)).clips
+    assert replace(clip, file_name=take.clips[0].file_name) == take.clips[0]
+    several = await call("jobs.submit", "rain", duration=0.5, seed=11, batch_size=2)
+    fetched = await call("jobs.fetch", (await call("jobs.wait", several.id)).id)
+    assert [clip.seed for clip in fetched.clips] == [11, 12]
+    assert fetched.clips[0].content == take.content
 
 
 async def test_sources_are_uploaded(served: Served, connect: Callable[..., Caller]) -> None:

@@ -1,0 +1,129 @@
+"""Where a sound is made: by a server, as a job whose progress is shown, or by the engine in this process."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stable_audio_serve.client import AsyncClient, Client, Job, JobProgress, Take
+from stable_audio_serve.core.errors import ConflictError
+
+if TYPE_CHECKING:
+    from stable_audio_serve.core.backend import Backend
+    from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+    from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
+    from stable_audio_serve.core.settings import Settings
+
+OnProgress = Callable[[JobProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to make. `controls` has the optional fields, without None."""
+
+    kind: Literal["generate", "vary", "inpaint", "loop"]
+    prompt: str
+    audio: bytes | None = None
+    regions: Sequence[tuple[float, float]] = ()
+    controls: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Returns how a client's method of this kind is called."""
+        more: dict[str, Any] = dict(self.controls)
+        if self.kind == "loop":
+            return [self.prompt], {"audio": self.audio, **more}
+        if self.kind == "inpaint":
+            more["regions"] = self.regions
+        return ([self.prompt] if self.audio is None else [self.audio, self.prompt]), more
+
+
+def make_by_server(order: Order, *, url: str | None, on_progress: OnProgress) -> Take:
+    """Returns the take of a job, which is cancelled on Ctrl-C; of a loop, for which there are no jobs, at once.
+
+    Raises errors of `core.errors`.
+    """
+    arguments, more = order.arguments()
+    with Client(url) as client:
+        if order.kind == "loop":
+            return client.loop(*arguments, **more)
+        submit: dict[str, Callable[..., Job]] = {
+            "generate": client.jobs.submit,
+            "vary": client.jobs.submit_variation,
+            "inpaint": client.jobs.submit_inpaint,
+        }
+        key = uuid.uuid4().hex
+        try:
+            job = submit[order.kind](*arguments, idempotency_key=key, **more)
+            return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
+        except KeyboardInterrupt:
+            job = submit[order.kind](*arguments, idempotency_key=key, **more)  # it may not have been told its id yet
+            with suppress(ConflictError):  # it has ended
+                client.jobs.cancel(job.id)
+            raise
+
+
+def make_here(order: Order, *, config: Path | None, on_progress: OnProgress) -> Take:
+    """Returns the take of the same application in this process, over an engine for the asked model only.
+
+    Raises errors of `core.errors`.
+    """
+    import asyncio
+
+    from stable_audio_serve.cli.configuration import load_configured
+
+    return asyncio.run(_make_here(order, load_configured(config), on_progress=on_progress))
+
+
+async def _make_here(order: Order, settings: Settings, *, on_progress: OnProgress) -> Take:
+    import tempfile
+
+    import httpx
+
+    from stable_audio_serve.api.app import create_app
+    from stable_audio_serve.core.settings import Settings as Chosen
+    from stable_audio_serve.serving.engines import load_engine
+    from stable_audio_serve.serving.local import LocalBackend
+    from stable_audio_serve.serving.placement import plan_deployments
+
+    plan = plan_deployments(settings)
+    name = plan.catalog.resolve(order.controls.get("model") or plan.catalog.default.name).name
+    (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
+    on_progress(JobProgress("loading", 0.0, None, None))
+    engine = load_engine(plan.settings, model)
+    arguments, more = order.arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Chosen(output_dir=folder, api=settings.api.model_copy(update={"key_hashes": ()}), audio=settings.audio)
+        async with LocalBackend(plan.catalog, {name: engine}) as backend:
+            app = create_app(_Telling(backend, on_progress), alone)
+            http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
+            async with AsyncClient("http://localhost", http=http) as client:
+                return await getattr(client, order.kind)(*arguments, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class _Telling:
+    """A backend whose progress is told to this process, too."""
+
+    backend: Backend
+    tell: OnProgress
+
+    @property
+    def catalog(self) -> ModelCatalog:
+        return self.backend.catalog
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        def told(progress: Progress) -> None:
+            self.tell(JobProgress(progress.stage, progress.fraction, None, progress.queue_position))
+            if on_progress is not None:
+                on_progress(progress)
+
+        return await self.backend.generate(model, request, on_progress=told)
+
+    async def status(self) -> Mapping[str, ModelStatus]:
+        return await self.backend.status()

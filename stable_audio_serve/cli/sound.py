@@ -1,0 +1,188 @@
+"""`stable-audio-serve generate` and the other commands that make sound: against a server, or with --local here.
+
+Imports what a command needs only when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from stable_audio_serve.cli.endings import said_plainly
+from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, Source, Url, with_options
+
+if TYPE_CHECKING:
+    from stable_audio_serve.client import Take
+
+app = typer.Typer()
+
+_Regions = Annotated[
+    list[str], typer.Option("--region", "-r", metavar="START:END", help="Seconds to make anew; may be given again.")
+]
+_LOOP_HAS_NOT = ("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority")
+
+
+@app.command()
+@with_options()
+def generate(prompt: Prompt, *, options: SoundOptions) -> None:
+    """Make audio from a text prompt."""
+    _make("generate", prompt, options=options)
+
+
+@app.command()
+@with_options()
+def variation(
+    audio: Source,
+    prompt: Prompt,
+    *,
+    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Low keeps more of the source.")] = None,
+    options: SoundOptions,
+) -> None:
+    """Make a variation of audio."""
+    _make("vary", prompt, audio=audio, more={"init_noise_level": noise}, options=options)
+
+
+@app.command()
+@with_options()
+def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, options: SoundOptions) -> None:
+    """Make regions of audio anew and keep the rest."""
+    with said_plainly():
+        spans = [_parse_region(region) for region in regions]
+    _make("inpaint", prompt, audio=audio, regions=spans, options=options)
+
+
+@app.command("continue")
+@with_options(without=["duration"])
+def continue_audio(
+    audio: Source,
+    prompt: Prompt,
+    *,
+    until: Annotated[float, typer.Option("--until", "-u", help="Length of the whole afterwards, seconds.")],
+    start: Annotated[
+        float | None, typer.Option("--from", help="Seconds of the source to keep; default: all of it.")
+    ] = None,
+    options: SoundOptions,
+) -> None:
+    """Continue audio behind its end."""
+    with said_plainly():
+        content = _read(audio)
+        kept_s = _length_s(content) if start is None else start
+    _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more={"duration": until}, options=options)
+
+
+@app.command()
+@with_options(without=_LOOP_HAS_NOT)
+def loop(
+    prompt: Annotated[str, typer.Argument(help="What to hear, with a tempo such as 120bpm.")],
+    *,
+    bars: Annotated[Literal["1", "2", "4", "8"] | None, typer.Option(help="Default: as many as fit.")] = None,
+    kind: Annotated[Literal["auto", "drums", "instruments"], typer.Option(help="What the loop is of.")] = "auto",
+    audio: Annotated[
+        str | None, typer.Option(help="Make it in the prompt's style from this; - is standard input.")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="With --audio: low keeps more of it.")] = None,
+    options: SoundOptions,
+) -> None:
+    """Make a loop of whole bars. A model for loops makes it: see `dialects.saos_model` of the server."""
+    more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
+    _make("loop", prompt, audio=audio, more=more, options=options)
+
+
+@app.command()
+def models(url: Url = None, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the models that a server serves."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from stable_audio_serve.client import Client
+
+    with said_plainly(), Client(url) as client:
+        found = client.models()
+    if as_json:
+        typer.echo(json.dumps([dict(model.sent) for model in found], indent=2))
+        return
+    table = Table("model", "longest", "rate", "channels", "steps", "guidance", "also called")
+    for model in found:
+        name = f"{model.name} (default)" if model.is_default else model.name
+        rate, longest = f"{model.sample_rate_hz:,} Hz", f"{model.max_duration_s:g} s"
+        guidance, aliases = f"{model.default_cfg_scale:g}", ", ".join(model.aliases)
+        table.add_row(name, longest, rate, str(model.channels), str(model.default_steps), guidance, aliases)
+    Console().print(table)
+
+
+def _make(
+    kind: Literal["generate", "vary", "inpaint", "loop"],
+    prompt: str,
+    *,
+    options: SoundOptions,
+    audio: str | bytes | None = None,
+    regions: list[tuple[float, float]] | None = None,
+    more: dict[str, Any] | None = None,
+) -> None:
+    from stable_audio_serve.cli.makers import Order, make_by_server, make_here
+    from stable_audio_serve.cli.progress import shown
+    from stable_audio_serve.cli.saving import STDOUT, save
+
+    with said_plainly():
+        if options.as_json and options.out == STDOUT:
+            raise ValueError("--json and --out - would both write to standard output")
+        if prompt == STDOUT and audio == STDOUT:
+            raise ValueError("either the prompt or the audio can be standard input")
+        prompt = sys.stdin.read().strip() if prompt == STDOUT else prompt
+        source = _read(audio) if isinstance(audio, str) else audio
+        fields = {**options.controls, **(more or {})}
+        controls = {name: value for name, value in fields.items() if value is not None}
+        order = Order(kind, prompt, audio=source, regions=regions or (), controls=controls)
+        with shown(quiet=options.quiet) as show:
+            if options.local:
+                take = make_here(order, config=options.config, on_progress=show)
+            else:
+                take = make_by_server(order, url=options.url, on_progress=show)
+        files = save(take, options.out, prompt=prompt)
+    _report(take, files, as_json=options.as_json)
+
+
+def _report(take: Take, files: list[Path], *, as_json: bool) -> None:
+    if not as_json:
+        for file in files:
+            typer.echo(str(file))
+        return
+    clips = [
+        {
+            "file": str(file),
+            "seed": clip.seed,
+            "peak": clip.peak,
+            "loudness": clip.loudness_lufs,
+            "silent": clip.is_silent,
+        }
+        for file, clip in zip(files, take.clips, strict=True)
+    ]
+    typer.echo(json.dumps({"model": take.model, "sample_rate": take.sample_rate_hz, "clips": clips}, indent=2))
+
+
+def _read(audio: str) -> bytes:
+    return sys.stdin.buffer.read() if audio == "-" else Path(audio).read_bytes()
+
+
+def _length_s(content: bytes) -> float:
+    """Returns the length of an audio file. Raises ValueError."""
+    import io
+
+    import soundfile
+
+    try:
+        return float(soundfile.info(io.BytesIO(content)).duration)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"the audio cannot be read: {error}; --from says how much of it to keep") from error
+
+
+def _parse_region(text: str) -> tuple[float, float]:
+    start, _, end = text.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError as error:
+        raise ValueError(f"--region: {text!r} is not START:END in seconds, such as 2:4.5") from error

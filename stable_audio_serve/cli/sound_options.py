@@ -1,0 +1,92 @@
+"""The options that all commands which make sound share. Imports nothing that makes any."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+Prompt = Annotated[str, typer.Argument(help="What to hear; - reads it from standard input.")]
+Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="The server; default: STABLE_AUDIO_URL, else http://127.0.0.1:8000. The key: STABLE_AUDIO_API_KEY."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoundOptions:
+    """What is not said is the server's or the model's default."""
+
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None
+    duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds.")] = None
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
+    seed: Annotated[int | None, typer.Option("--seed", "-s", help="The same seed gives the same audio.")] = None
+    cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", help="Guidance.")] = None
+    sampler: Annotated[str | None, typer.Option(help="A sampler of the model.")] = None
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid, with guidance above 1.")] = None
+    variations: Annotated[int, typer.Option("--variations", "-n", min=1, help="How many, with seeds that follow.")] = 1
+    format: Annotated[Literal["wav", "flac", "mp3", "ogg", "opus"] | None, typer.Option(help="Kind of file.")] = None
+    priority: Annotated[Literal["interactive", "batch"], typer.Option(help="Batch work lets others go first.")] = (
+        "interactive"
+    )
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="File or folder to write, - for standard output; default: here.")
+    ] = "."
+    as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False
+    url: Url = None
+    local: Annotated[bool, typer.Option("--local", help="Run the model in this process, without a server.")] = False
+    config: Annotated[Path | None, typer.Option("--config", help="With --local: the config file, as for `serve`.")] = (
+        None
+    )
+
+    @property
+    def controls(self) -> dict[str, Any]:
+        """The fields of the request, under the names of the HTTP API."""
+        return {
+            "model": self.model,
+            "duration": self.duration,
+            "steps": self.steps,
+            "seed": self.seed,
+            "cfg_scale": self.cfg_scale,
+            "sampler_kwargs": {"sampler_type": self.sampler} if self.sampler else None,
+            "negative_prompt": self.negative_prompt,
+            "batch_size": self.variations if self.variations > 1 else None,
+            "response_format": self.format,
+            "priority": self.priority if self.priority != "interactive" else None,
+        }
+
+
+def with_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the shared options, all but some, behind its own; they arrive as its argument `options`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shared = [field for field in fields(SoundOptions) if field.name not in without]
+        hints = get_type_hints(SoundOptions, include_extras=True)
+        own = inspect.signature(command, eval_str=True)
+
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            chosen = {field.name: arguments.pop(field.name) for field in shared}
+            command(**arguments, options=SoundOptions(**chosen))
+
+        parameters = [parameter for parameter in own.parameters.values() if parameter.name != "options"]
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in shared
+        ]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate

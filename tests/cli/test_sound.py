@@ -1,0 +1,184 @@
+"""The commands that make sound, as a shell runs them, against a server of the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from stable_audio_serve.cli.saving import slug
+from stable_audio_serve.core.errors import GenerationError, OverloadedError
+from tests.api.compat.serving import serve_app
+from tests.backends import RATE_HZ, ToneBackend
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def _hear_ctrl_c() -> None:
+    """A shell starts what runs in the background deaf to it, and with it these tests and all their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass
+class Shell:
+    """Runs commands in a folder of their own, with a server in their environment."""
+
+    folder: Path
+    url: str
+    backend: ToneBackend
+
+    async def start(self, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "stable_audio_serve.cli", *arguments),
+            cwd=self.folder,
+            env=os.environ | {"STABLE_AUDIO_URL": self.url, "PYTHONPATH": str(ROOT)} | environment,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=_hear_ctrl_c,
+        )
+
+    async def run(self, *arguments: str, stdin: bytes = b"", code: int = 0, **environment: str) -> bytes:
+        """What the command wrote to standard output, or to standard error if it was to fail."""
+        process = await self.start(*arguments, **environment)
+        output, errors = await process.communicate(stdin)
+        assert process.returncode == code, errors.decode()
+        return errors if code else output
+
+    async def files(self) -> list[str]:
+        return sorted(await asyncio.to_thread(os.listdir, self.folder))
+
+    async def read(self, name: str) -> bytes:
+        return await asyncio.to_thread((self.folder / name).read_bytes)
+
+
+@pytest.fixture
+async def shell(tmp_path: Path) -> AsyncIterator[Shell]:
+    async with serve_app() as (port, backend):
+        yield Shell(tmp_path, f"http://127.0.0.1:{port}", backend)
+
+
+def frames(content: bytes) -> int:
+    return soundfile.info(io.BytesIO(content)).frames
+
+
+async def test_files_are_named_after_prompt_and_seed_and_none_is_replaced(shell: Shell) -> None:
+    printed = await shell.run("generate", "Rain on a Tin roof!", "-d", "0.5", "--seed", "7")
+    assert printed == b"rain-on-a-tin-roof-7.wav\n"
+    first = await shell.read("rain-on-a-tin-roof-7.wav")
+    assert frames(first) == RATE_HZ // 2
+    await shell.run("generate", "rain on a tin roof", "-d", "1", "--seed", "7")
+    assert await shell.files() == ["rain-on-a-tin-roof-7-2.wav", "rain-on-a-tin-roof-7.wav"]
+    assert await shell.read("rain-on-a-tin-roof-7.wav") == first
+
+
+async def test_all_options_arrive(shell: Shell) -> None:
+    printed = await shell.run(
+        *("generate", "rain", "-m", "medium", "-d", "0.5", "-s", "3", "-n", "2", "--steps", "5", "--cfg-scale", "2"),
+        *("--sampler", "euler", "--negative-prompt", "hiss", "--format", "flac", "-o", "takes/", "--json"),
+    )
+    request = shell.backend.last
+    assert (request.prompt, request.duration_s, request.seeds, request.steps) == ("rain", 0.5, (3, 4), 5)
+    assert (request.cfg_scale, request.sampler, request.negative_prompt) == (2.0, "euler", "hiss")
+    report = json.loads(printed)
+    assert report["model"] == "medium"
+    assert [clip["file"] for clip in report["clips"]] == ["takes/rain-3.flac", "takes/rain-4.flac"]
+    assert [clip["seed"] for clip in report["clips"]] == [3, 4]
+    assert frames(await shell.read("takes/rain-4.flac")) == RATE_HZ // 2
+
+
+async def test_pipes(shell: Shell) -> None:
+    """A prompt from standard input to audio on standard output, which is the source of the next command."""
+    take = await shell.run("generate", "-", "-d", "1", "-o", "-", stdin=b"rain\n")
+    assert shell.backend.last.prompt == "rain"
+    assert frames(take) == RATE_HZ
+    await shell.run("variation", "-", "hail", "-d", "1", "--noise", "0.25", "-o", "hail.wav", stdin=take)
+    assert shell.backend.last.init_noise_level == 0.25
+    await shell.run("inpaint", "hail.wav", "hail", "-d", "1", "-r", "0.25:0.5", "-r", "0.75:1")
+    assert shell.backend.last.inpaint_regions_s == ((0.25, 0.5), (0.75, 1.0))
+    await shell.run("continue", "hail.wav", "hail", "--until", "2.5", "-o", "long.wav")
+    assert shell.backend.last.inpaint_regions_s == ((1.0, 2.5),)
+    assert frames(await shell.read("long.wav")) == RATE_HZ * 5 // 2
+    await shell.run("loop", "techno 120bpm", "--bars", "2", "--audio", "hail.wav", "-o", "loop.wav")
+    assert frames(await shell.read("loop.wav")) == 4 * RATE_HZ
+
+
+async def test_models_are_listed(shell: Shell) -> None:
+    assert [model["id"] for model in json.loads(await shell.run("models", "--json"))][:2] == [
+        "small-sfx",
+        "small-music",
+    ]
+    assert b"small-sfx (default)" in await shell.run("models", COLUMNS="200")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["generate", "rain", "--steps", "0"], 2, "steps"),
+        (["generate", "rain", "-m", "gpt"], 2, "gpt"),
+        (["generate", ""], 2, "prompt"),
+        (["variation", "missing.wav", "rain"], 2, "missing.wav"),
+        (["inpaint", "-", "rain", "-r", "later"], 2, "START:END"),
+        (["variation", "-", "-"], 2, "standard input"),
+        (["generate", "rain", "-o", "-", "--json"], 2, "standard output"),
+        (["loop", "techno"], 2, "BPM"),
+        (["generate", "rain", "--url", "http://127.0.0.1:9"], 3, "did not answer"),
+        (["generate", "rain", "--url", "nowhere"], 2, "URL"),
+    ],
+)
+async def test_failures_are_a_sentence_and_a_code(arguments: list[str], code: int, *, said: str, shell: Shell) -> None:
+    errors = (await shell.run(*arguments, stdin=b"no audio", code=code)).decode()
+    assert said in errors
+    assert "Traceback" not in errors
+    assert await shell.files() == []
+
+
+async def test_other_endings(shell: Shell) -> None:
+    shell.backend.error = GenerationError("the model made noise")
+    await shell.run("generate", "rain", "-d", "0.1", code=1)
+    shell.backend.error = OverloadedError("full", retry_after_s=100_000)
+    await shell.run("loop", "rain 120bpm", code=5)
+
+
+async def test_ctrl_c_cancels(shell: Shell) -> None:
+    shell.backend.released.clear()
+    process = await shell.start("generate", "rain", "-d", "0.1")
+    async with asyncio.timeout(60):
+        while not shell.backend.num_running:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = await process.communicate()
+        assert process.returncode == 130, errors
+        assert errors.decode().strip() == "error: interrupted"
+        while not shell.backend.num_cancelled:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert await shell.files() == []
+
+
+async def test_without_a_server(shell: Shell) -> None:
+    """The demo model in the command's own process makes what a server with it would make."""
+    for name in ("one.wav", "two.wav"):
+        await shell.run("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "4", "-o", name)
+    assert frames(await shell.read("one.wav")) == RATE_HZ // 2
+    assert await shell.read("one.wav") == await shell.read("two.wav")
+    assert not shell.backend.requests
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [("Rain on a Tin roof!", "rain-on-a-tin-roof"), ("../../etc", "etc"), ("雨 の 音", "雨-の-音"), ("?!", "audio")],
+)
+def test_names(prompt: str, name: str) -> None:
+    assert slug(prompt) == name
+    assert len(slug(prompt * 100)) <= 60
