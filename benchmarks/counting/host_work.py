@@ -32,6 +32,7 @@ from stable_audio_serve.engine.device import CudaDevice, Moment
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
+from stable_audio_serve.engine.share import DeviceMemory
 from stable_audio_serve.engine.stages import Stages
 from stable_audio_serve.engine.thread import EngineThread
 from stable_audio_serve.models.families import load_model
@@ -204,7 +205,7 @@ class _QueueingDevice(CudaDevice):
     def use(self) -> DeviceUse:
         return DeviceUse(DEVICE.type)
 
-    def free_bytes(self) -> int | None:
+    def memory(self) -> DeviceMemory | None:
         return None
 
 

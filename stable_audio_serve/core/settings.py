@@ -226,7 +226,16 @@ class ModelSettings(Section):
     )
     num_cpus: float | None = Field(None, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per replica.")
     num_gpus: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="GPUs Ray reserves per replica; unset = 1 on CUDA, else 0."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="GPUs Ray reserves per replica, a share below 1 or a whole number; unset = 1 on CUDA, else 0.",
+    )
+    memory_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory a replica may use, weights included; unset = `num_gpus` if below 1.",
     )
     max_queue_s: Seconds = Field(
         300.0,
@@ -239,7 +248,7 @@ class ModelSettings(Section):
         None,
         ge=1,
         description="Device memory for variations in progress on one replica, bytes; others wait; unset = most of what "
-        "is free on CUDA when the model is loaded, no bound on a CPU.",
+        "weights leave of `memory_share` on CUDA, no bound on a CPU.",
     )
     engine: EngineSettings = Field(
         default_factory=lambda: EngineSettings(), description="How a replica shares its device among requests."
@@ -250,6 +259,14 @@ class ModelSettings(Section):
     def _check_source(self) -> ModelSettings:
         if self.path and (self.repo_id or self.revision):
             raise ValueError("path and repo_id/revision exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpu(self) -> ModelSettings:
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError("num_gpus must be a whole number above 1")
+        if self.memory_share is not None and (self.num_gpus == 0 or self.device in ("cpu", "mps")):
+            raise ValueError("memory_share is of a GPU's memory, and this model gets no GPU")
         return self
 
     @model_validator(mode="after")

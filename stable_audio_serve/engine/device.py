@@ -20,6 +20,7 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import DeviceUse
 from stable_audio_serve.engine.landing import LandingRing
 from stable_audio_serve.engine.options import Mode
+from stable_audio_serve.engine.share import WHOLE, DeviceMemory, allowed_bytes
 from stable_audio_serve.sampling.transfer import to_device
 
 # Errors after which the device itself is unusable: no row caused them and the process must be replaced.
@@ -101,8 +102,8 @@ class Device(Protocol):
         """Returns the kind of device and its memory in bytes, where that is known."""
         ...
 
-    def free_bytes(self) -> int | None:
-        """Returns how much of its own memory this process can still take; None if it has no memory of its own."""
+    def memory(self) -> DeviceMemory | None:
+        """Returns how its own memory is divided now; None if it has none of its own."""
         ...
 
 
@@ -147,7 +148,7 @@ class WaitingDevice:
     def use(self) -> DeviceUse:
         return DeviceUse(self.torch_device.type)
 
-    def free_bytes(self) -> int | None:
+    def memory(self) -> DeviceMemory | None:
         return None
 
 
@@ -176,8 +177,13 @@ class CudaDevice:
     has_second_queue = True
     prefers_packed = False
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, share: float = WHOLE) -> None:
+        """`share` of its memory, 0..1, is the most that this process's tensors, captured calls included, can take."""
         self.torch_device = device
+        self._share = share
+        if share < WHOLE:  # the allocator fails above it, whatever the engine's own arithmetic says
+            total = torch.cuda.mem_get_info(device)[1]
+            torch.cuda.set_per_process_memory_fraction(allowed_bytes(total, share=share) / total, device)
         pinned = partial(self.host_buffer, dtype=torch.uint8)
         self._landing = LandingRing(pinned, mark=self.mark, num_bytes=_LANDING_BYTES)
         self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that asks for them
@@ -254,11 +260,10 @@ class CudaDevice:
         device = self.torch_device
         return DeviceUse("cuda", torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
 
-    def free_bytes(self) -> int | None:
-        device = self.torch_device
-        free, total = torch.cuda.mem_get_info(device)
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+    def memory(self) -> DeviceMemory | None:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        allowed = allowed_bytes(total, share=self._share)
+        return DeviceMemory(total, allowed, held=torch.cuda.memory_reserved(self.torch_device), free=free)
 
 
 class _Event:
@@ -281,6 +286,6 @@ class _Event:
         return float(earlier._event.elapsed_time(self._event))
 
 
-def open_device(device: torch.device, *, clock: Clock) -> Device:
-    """Returns the engine's view of a torch device."""
-    return CudaDevice(device) if device.type == "cuda" else WaitingDevice(device, clock=clock)
+def open_device(device: torch.device, *, clock: Clock, share: float = WHOLE) -> Device:
+    """Returns the engine's view of a torch device, `share` of whose memory this process may use if it has its own."""
+    return CudaDevice(device, share=share) if device.type == "cuda" else WaitingDevice(device, clock=clock)

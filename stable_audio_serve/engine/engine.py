@@ -33,7 +33,7 @@ from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.loop import EngineLoop
-from stable_audio_serve.engine.memory import RowMemory, memory_budget
+from stable_audio_serve.engine.memory import RowMemory
 from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.planner import Planner
@@ -44,6 +44,7 @@ from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState, late
 from stable_audio_serve.engine.rows import row_work
 from stable_audio_serve.engine.scheduler import Scheduler, SchedulerLimits
+from stable_audio_serve.engine.share import plan_memory
 from stable_audio_serve.engine.stages import Stages
 from stable_audio_serve.engine.thread import EngineHeartbeat, EngineThread
 from stable_audio_serve.engine.threads import plain_threads, steady_threads
@@ -89,6 +90,11 @@ class Engine:
         if self.mode == "strict" and model.spec.is_compiled:
             message = "compile cannot be used in strict mode, in which a row's bytes must not depend on a call's shape"
             raise ConfigError(message, field="compile", allowed="mode: fast")
+        self.memory = plan_memory(
+            self._device.memory(),
+            max_rows_bytes=options.max_memory_bytes,
+            prompt_cache_bytes=options.prompt_cache_bytes,
+        )
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share, clock=clock)
         self._inbox = Inbox()
         self._drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
@@ -121,12 +127,15 @@ class Engine:
     async def start(self) -> None:
         """Start the engine thread and wait for its warm-up.
 
-        Raises ModelUnavailableError if the model fails in it, or if the engine was closed.
+        Raises ModelUnavailableError if the model fails in it, or if the engine was closed, and ConfigError where its
+        memory holds no request.
         """
         self._ensure_started()
         if self._is_closing:
             raise ModelUnavailableError(UNAVAILABLE)
         await asyncio.to_thread(self._thread.wait_ready)
+        if isinstance(self._thread.error, ConfigError):
+            raise self._thread.error
         if self._thread.error is not None:
             raise ModelUnavailableError("the model failed during warm-up") from self._thread.error
 
@@ -256,7 +265,13 @@ class Engine:
     def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
         together = 1 if self.mode == "strict" else options.slots
         executor = Executor(
-            self._model, policy, device=self._device, together=together, clock=self._clock, metrics=self._metrics
+            self._model,
+            policy,
+            device=self._device,
+            together=together,
+            clock=self._clock,
+            metrics=self._metrics,
+            max_capture_bytes=self.memory.captures,
         )
         limits = SchedulerLimits(
             max_started=options.max_rows,
@@ -264,9 +279,14 @@ class Engine:
             slack=options.slack,
             max_slack_s=options.max_slack_s,
             batch_share=options.batch_share,
-            max_bytes=memory_budget(options.max_memory_bytes, self._device),
+            max_bytes=self.memory.rows,
         )
-        memory = RowMemory(self._model.spec, max_bytes=limits.max_bytes, is_fixed=self._pace.is_fixed)
+        memory = RowMemory(
+            self._model.spec,
+            max_bytes=self.memory.rows,
+            is_fixed=self._pace.is_fixed,
+            setting=self.memory.setting,
+        )
         stages = Stages(
             self._model,
             executor,

@@ -52,13 +52,14 @@ class Executor:
         together: int,
         clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
+        max_capture_bytes: int | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._policy = policy
         self._together = together
         self.conditioning = ConditioningArena(device)
-        self._graphs = Graphs(device, clock=clock, metrics=metrics)
+        self._graphs = Graphs(device, clock=clock, metrics=metrics, max_bytes=max_capture_bytes)
         self._text = TextCalls(model, device=device, graphs=self._graphs)
         self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
         self._moves = 0

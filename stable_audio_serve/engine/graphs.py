@@ -17,6 +17,7 @@ from torch import Tensor
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.capture_pace import CapturePace
+from stable_audio_serve.engine.capture_room import CaptureRoom
 from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,10 @@ class Captured:
 class Graphs:
     """Captured calls of one engine: the most used shapes. Used by the engine thread only."""
 
-    def __init__(self, device: Device, *, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, device: Device, *, clock: Clock, metrics: Metrics, max_bytes: int | None = None) -> None:
+        """Once captures have taken `max_bytes` of the device's memory, which they keep, there are no further ones."""
         self._device = device
+        self._room = CaptureRoom(device, max_bytes=max_bytes)
         self._pace = CapturePace(clock)
         self._measuring: tuple[Shape, Moment, Moment] | None = None  # the last capture, until its time is known
         self._metrics = metrics
@@ -110,7 +113,7 @@ class Graphs:
 
         Unless the device `is_idle`, only one that delays others for a short time, and only now and then.
         """
-        if not self._learn(wait=is_idle) or (self._pace.is_resting and not is_idle):
+        if not self._learn(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
             return False
         wanted = [shape for shape in self._wanted if self._is_due(shape) and (is_idle or self._is_quick(shape))]
         if not wanted:
@@ -118,7 +121,8 @@ class Graphs:
         shape = max(wanted, key=lambda shape: shape.size)
         with nullcontext() if shape.kind == "denoise" else self._device.beside():
             began = self._device.mark()
-            self._capture(shape)
+            with self._room.counted():
+                self._capture(shape)
             self._measuring = shape, began, self._device.mark()
         return True
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.device import Device
+from stable_audio_serve.engine.arena import PAGE_FRAMES, pages_of
 from stable_audio_serve.engine.windows import window_lengths
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -32,11 +32,13 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import NoiseSource
 
-_DEVICE_SHARE = 0.85  # of the free memory: the rest is for captured graphs, workspaces and what the allocator splits
 _DURATION_SHARES = (1 / 64, 1 / 16)  # of the model's maximum duration, to measure
 _WINDOW = 32  # latent frames of the windows that are measured
 _REGISTER_BYTES = 4  # float32
 _KEPT_BESIDE = 2  # a draw of noise and the latents, as large as a register each
+# What rows keep from step to step lies in arenas. One that is full doubles: then it is at most twice what they keep,
+# and while it is copied the old one, of half the size, is still there.
+_ARENA_GROWTH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +84,44 @@ class MemoryUse:
 
     def row_bytes(self, shape: RowShape, *, latent_channels: int) -> int:
         """Returns the most that a row takes at any time of its life."""
-        registers = _REGISTER_BYTES * latent_channels * shape.frames * (shape.num_registers + _KEPT_BESIDE)
-        branches = shape.num_branches * (self.branch + self.branch_frame * shape.frames)
+        paged = PAGE_FRAMES * pages_of(shape.frames)
+        frame = _REGISTER_BYTES * latent_channels
+        kept = frame * paged * shape.num_registers + shape.num_branches * (self.branch + self.branch_frame * paged)
+        beside = frame * shape.frames * _KEPT_BESIDE
         largest_call = max(
             shape.num_branches * shape.frames * self.denoise_frame,
             shape.encode_window * self.encode_frame,
             shape.decode_window * self.decode_frame,
         )
-        return math.ceil(registers + branches + largest_call)
+        return math.ceil(_ARENA_GROWTH * kept + beside + largest_call)
 
 
 class RowMemory:
     """The bound on the memory of all started rows together, and how much of it each row takes."""
 
-    def __init__(self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool) -> None:
-        """`max_bytes` None: no bound, and nothing is measured. `is_fixed`: windows are those of the plan."""
+    def __init__(
+        self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
+    ) -> None:
+        """`max_bytes` None: no bound, and nothing is measured. `is_fixed`: windows are those of the plan. `setting`
+        is the operator's that gives `max_bytes`."""
         self._spec = spec
         self._is_fixed = is_fixed
+        self._setting = setting
         self.max_bytes = max_bytes
         self.use = MemoryUse()
 
     def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> None:
-        """Call it on the engine thread before the first request."""
-        if self.max_bytes is not None:
-            self.use = measure_use(model, noise_factory(0))
+        """Call it on the engine thread before the first request. Raises ConfigError if not even a short clip fits."""
+        if self.max_bytes is None:
+            return
+        self.use = measure_use(model, noise_factory(0))
+        shortest = model.plan(_request(self._spec, _DURATION_SHARES[0]))[0]
+        if (needed := self.row_bytes(shortest)) > self.max_bytes:
+            raise ConfigError(
+                f"{self._setting} leaves {self.max_bytes / 1e9:.3g} GB of the device's memory for variations in "
+                f"progress, and the shortest takes {needed / 1e9:.3g} GB: {needed - self.max_bytes} bytes are missing",
+                field=self._setting,
+            )
 
     def row_bytes(self, plan: RowPlan) -> int:
         """Returns the device bytes of a row; 0 without a bound."""
@@ -118,7 +134,7 @@ class RowMemory:
         allowed = f"0..{self._longest_s(plan, request):.4g}"
         message = (
             f"a clip of {request.duration_s:g} s takes {needed / 1e9:.3g} GB of the device's memory, "
-            f"of which max_memory_bytes leaves {self.max_bytes / 1e9:.3g} GB; allowed: {allowed} s"
+            f"of which {self._setting} leaves {self.max_bytes / 1e9:.3g} GB; allowed: {allowed} s"
         )
         raise InvalidRequestError(message, field="duration", allowed=allowed)
 
@@ -136,23 +152,13 @@ class RowMemory:
         return max(request.duration_s - (plan.frames - fits) * frame_s, 0.0)
 
 
-def memory_budget(max_bytes: int | None, device: Device) -> int | None:
-    """Returns `max_bytes`; without it most of the device's own free memory, and None, no bound, if it has none."""
-    if max_bytes is not None or (free := device.free_bytes()) is None:
-        return max_bytes
-    return max(int(_DEVICE_SHARE * free), 1)
-
-
 def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
     """Returns what a model takes, from its prompt constants at two lengths and one small call of each kind."""
     spec, device = model.spec, model.device
     prompt = model.encode_text(["memory"])[0]
     constants: list[tuple[int, int]] = []
     for share in _DURATION_SHARES:
-        request = GenerationRequest(
-            prompt="memory", duration_s=spec.card.max_duration_s * share, seed=0, duration_padding_s=0.0
-        )
-        plan = model.plan(request)[0]
+        plan = model.plan(_request(spec, share))[0]
         branch = model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None).conditional
         constants.append((plan.frames, branch.num_bytes))
     (frames, few), (more_frames, many) = constants
@@ -175,6 +181,12 @@ def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
         encode_frame=peak_bytes(lambda: model.encode_audio([EncodeWindow(samples, 0, "init", noise)])) / _WINDOW,
         decode_frame=peak_bytes(lambda: model.decode([DecodeWindow(latents, 0, noise)])) / _WINDOW,
     )
+
+
+def _request(spec: ModelSpec, share: float) -> GenerationRequest:
+    """Returns a request for this share of the longest clip."""
+    duration_s = spec.card.max_duration_s * share
+    return GenerationRequest(prompt="memory", duration_s=duration_s, seed=0, duration_padding_s=0.0)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -129,7 +129,7 @@ def check_folder(folder: Path) -> None:
     """Raise CheckpointError when a file of a checkpoint folder is missing or is cut short."""
     try:
         encoder = check_layout(read_config(folder), list_folder(folder))
-        weights = [find_weights(folder), *(() if encoder is None else _encoder_weights(folder / encoder))]
+        weights = [find_weights(folder), *(() if encoder is None else encoder_weights(folder / encoder))]
         for path in weights:
             if path.suffix == ".safetensors":
                 _check_header(path)
@@ -168,7 +168,7 @@ def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part for name in (*names, usual) for part in (name, Path(name).name)))
 
 
-def _encoder_weights(folder: Path) -> Iterator[Path]:
+def encoder_weights(folder: Path) -> Iterator[Path]:
     """Yields the encoder's weight file, or all that its index names. Raises CheckpointError when one is missing."""
     if (folder / WEIGHTS_FILE).is_file():
         yield folder / WEIGHTS_FILE

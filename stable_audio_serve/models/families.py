@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from stable_audio_serve.models.sa3.build import load_sa3
 from stable_audio_serve.models.sao.build import load_sao
 from stable_audio_serve.models.stable_audio_tools.build import load_with_package
 from stable_audio_serve.models.stable_audio_tools.package import require_open_family
+from stable_audio_serve.models.weight_sizes import weight_bytes
 from stable_audio_serve.models.weights import resolve_dtype
 
 
@@ -50,10 +51,12 @@ def load_model(
     decode_precision: str | None = None,
     compile_dir: Path | None = None,
     token: str | None = None,
+    check_size: Callable[[int], None] | None = None,
 ) -> DiffusionModel:
     """Load `entry` onto `device`; `dtype` is the denoiser's precision (see `resolve_dtype`), `decode_precision` that of
     the decoder's products (tf32 by default on CUDA, else float32). With a `compile_dir` the denoiser's layers are
-    compiled, and kept there.
+    compiled, and kept there. `check_size` gets the bytes that the weights will take before they are loaded, and may
+    raise.
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
     ConfigError for a device or precision that cannot be used.
@@ -67,6 +70,8 @@ def load_model(
         require_open_family(card.family)
         load = load_with_package
     text_encoder = download_text_encoder(folder, token=token)
+    if check_size is not None:
+        check_size(weight_bytes(folder, text_encoder=text_encoder, dtype=precision))
     model = load(card, folder, text_encoder=text_encoder, device=target, dtype=precision, decode_precision=decoding)
     return model if compile_dir is None else compile_layers(model, folder=compile_dir)
 

@@ -29,6 +29,7 @@ from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.placement import (
     Plan,
+    check_gpu_shares,
     describe_models,
     ingress_options,
     model_options,
@@ -132,6 +133,7 @@ def assemble(
     logger.info(stores.description)
     plan = replace(plan, store_identity=stores.identity)
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
+    check_gpu_shares(plan, cluster_gpus=cluster_gpus)
     models = {
         model.name: _bind(
             by_name.get(model.name, replica),

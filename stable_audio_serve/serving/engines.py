@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.families import load_model
+from stable_audio_serve.engine.device import Device, open_device
+from stable_audio_serve.engine.share import WHOLE, require_share
+from stable_audio_serve.models.families import load_model, resolve_device
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
 
@@ -21,23 +26,41 @@ def load_engine(
     gpu_share: float = 1.0,
     cluster_gpus: float = 0.0,
     metrics: Metrics = NullMetrics(),
+    open_device: Callable[..., Device] = open_device,
 ) -> Engine:
     """Load one configured model; the engine is not started. Raises CheckpointError or ConfigError.
 
-    `gpu_share` below 1 bounds this process's memory on its GPU, because Ray's fractions are bookkeeping only.
+    `gpu_share` is what Ray gave of a GPU: bookkeeping only, so what is below 1 bounds this process's memory there,
+    unless the operator chose another `memory_share`. `open_device` is called like the engine's.
     """
-    if 0 < gpu_share < 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(gpu_share)
+    share = memory_share(model, gpu_share=gpu_share)
+    device = open_device(
+        resolve_device(model.device or settings.device or first_device()), clock=SystemClock(), share=share
+    )
     loaded = load_model(
         model_entry(model),
-        device=model.device or settings.device or first_device(),
+        device=device.torch_device,
         dtype=model.dtype or (None if settings.model_half else "float32"),
         decode_precision=model.decode_precision,
         compile_dir=Path(settings.compile_dir) if model.compile else None,
         token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        check_size=partial(_require_room, model.name, device, share),
     )
     threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
-    return Engine(loaded, engine_options(model, threads=threads), metrics=metrics)
+    return Engine(loaded, engine_options(model, threads=threads), metrics=metrics, device=device)
+
+
+def memory_share(model: ModelSettings, *, gpu_share: float) -> float:
+    """Returns the share of a GPU's memory that a replica with this share of the GPU may use, up to 1."""
+    if model.memory_share is not None:
+        return model.memory_share
+    return gpu_share if 0 < gpu_share < WHOLE else WHOLE
+
+
+def _require_room(name: str, device: Device, share: float, weights_bytes: int) -> None:  # noqa: PLR0917 - partly bound
+    memory = device.memory()
+    if memory is not None:
+        require_share(memory, name=name, weights_bytes=weights_bytes, share=share)
 
 
 def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOptions:

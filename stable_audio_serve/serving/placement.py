@@ -14,6 +14,7 @@ from stable_audio_serve.core.settings_sources import check_model_names, preloade
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 from stable_audio_serve.serving.scaling import WINDOW_S
+from stable_audio_serve.serving.shares import GpuReplicas, check_shares
 
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
@@ -188,6 +189,21 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         },
         "ray_actor_options": {"num_cpus": _num_cpus(model, num_gpus=num_gpus), "num_gpus": num_gpus},
     }
+
+
+def check_gpu_shares(plan: Plan, *, cluster_gpus: float) -> None:
+    """Raise ConfigError for models whose replicas, on one GPU together, would have more than all of its memory."""
+    gpus = {model.name: _num_gpus(plan, model, cluster_gpus=cluster_gpus) for model in plan.settings.models}
+    check_shares(
+        GpuReplicas(
+            model.name,
+            gpu=gpus[model.name],
+            memory=model.memory_share or min(gpus[model.name], 1.0),
+            count=model.replicas.max_replicas,
+        )
+        for model in plan.settings.models
+        if gpus[model.name] <= 1
+    )
 
 
 def _num_cpus(model: ModelSettings, *, num_gpus: float) -> float:

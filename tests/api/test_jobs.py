@@ -140,6 +140,8 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
         "progress": status["progress"],
         "seeds": [11, 12],
         "clips": None,
+        "device": None,
+        "dtype": None,
     }
 
 

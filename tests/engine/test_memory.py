@@ -12,17 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.device import open_device
 from stable_audio_serve.engine.memory import (
     MemoryUse,
     RowMemory,
     RowShape,
     measure_use,
-    memory_budget,
     peak_bytes,
     row_shape,
 )
@@ -35,16 +32,18 @@ from tests.goldens import SHARP
 from tests.models.loaded import loaded
 
 MB = 1_000_000
-DEVICE = open_device(torch.device("cpu"), clock=SystemClock())
 
 
 def test_a_row_is_its_registers_its_branches_and_its_largest_call() -> None:
     use = MemoryUse(branch=1000.0, branch_frame=10.0, denoise_frame=50.0, encode_frame=7.0, decode_frame=200.0)
     shape = RowShape(frames=100, num_registers=2, num_branches=2, encode_window=100, decode_window=64)
-    registers = 4 * 8 * 100 * (2 + 2)  # float32, 8 latent channels; noise and latents beside two registers
-    branches = 2 * (1000 + 10 * 100)
-    assert use.row_bytes(shape, latent_channels=8) == registers + branches + max(2 * 100 * 50, 100 * 7, 64 * 200)
-    assert use.row_bytes(replace(shape, decode_window=10), latent_channels=8) == registers + branches + 2 * 100 * 50
+    # Two pages of 64 frames each; an arena that doubles is three times what it must hold, while it is copied.
+    registers = 3 * 4 * 8 * 128 * 2  # float32, 8 latent channels
+    branches = 3 * 2 * (1000 + 10 * 128)
+    beside = 4 * 8 * 100 * 2  # noise and latents
+    kept = registers + branches + beside
+    assert use.row_bytes(shape, latent_channels=8) == kept + max(2 * 100 * 50, 100 * 7, 64 * 200)
+    assert use.row_bytes(replace(shape, decode_window=10), latent_channels=8) == kept + 2 * 100 * 50
 
 
 def test_temporaries_that_live_together_count_together() -> None:
@@ -97,11 +96,6 @@ def test_without_a_bound_nothing_is_measured_and_everything_fits() -> None:
     (plan,) = ToyModel().plan(make_request())
     assert memory.row_bytes(plan) == 0
     memory.check(plan, make_request())
-
-
-def test_a_device_without_an_allocator_to_ask_has_the_bound_it_is_given() -> None:
-    assert memory_budget(None, DEVICE) is None
-    assert memory_budget(123, DEVICE) == 123
 
 
 def make_scheduler(max_bytes: int, **limits: object) -> Scheduler:
@@ -178,7 +172,7 @@ def test_every_row_ends_within_the_bound(rows: list[tuple[int, str]]) -> None:
 
 
 def bytes_of(request: GenerationRequest) -> int:
-    memory = RowMemory(ToyModel().spec, max_bytes=1, is_fixed=True)
+    memory = RowMemory(ToyModel().spec, max_bytes=10**12, is_fixed=True)
     with torch.inference_mode():
         memory.measure(ToyModel(), SeededNoise)
     return memory.row_bytes(ToyModel().plan(request)[0])

@@ -1,0 +1,34 @@
+"""How many bytes a checkpoint's weights will take once they are loaded, by the shapes in its files; reads no weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stable_audio_serve.models.checkpoint_files import encoder_weights, find_weights, is_open_family
+from stable_audio_serve.models.config_reader import read_config
+from stable_audio_serve.models.weight_files import read_weights
+
+_DENOISER_KEYS = "model.model."  # in both families
+_UNUSED = ("decoder.", "lm_head.")  # of a text encoder's files that hold a whole language model
+_OPEN_TEXT_BYTES = 2  # float16, whatever the files have
+
+
+def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int:
+    """Returns the bytes of a checkpoint's networks and its text encoder's, the denoiser in `dtype`.
+
+    Raises CheckpointError for damaged files.
+    """
+    networks = sum(
+        tensor.numel() * (dtype.itemsize if key.startswith(_DENOISER_KEYS) else torch.float32.itemsize)
+        for key, tensor in read_weights(find_weights(folder)).items()
+    )
+    text_size = _OPEN_TEXT_BYTES if is_open_family(read_config(folder)) else None
+    text = sum(
+        tensor.numel() * (text_size or tensor.element_size())
+        for path in encoder_weights(text_encoder)
+        for key, tensor in read_weights(path).items()
+        if not any(part in key for part in _UNUSED)
+    )
+    return networks + text

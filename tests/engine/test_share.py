@@ -1,0 +1,169 @@
+"""A process that has a share of a device's memory keeps within it: by hand, and on an engine with such a device."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.device import open_device
+from stable_audio_serve.engine.graphs import Graphs
+from stable_audio_serve.engine.share import (
+    CONTEXT_BYTES,
+    DeviceMemory,
+    allowed_bytes,
+    least_share,
+    plan_memory,
+    require_share,
+)
+from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.engine.test_graphs import AnyShape
+from tests.engine.test_memory import bytes_of
+from tests.factories import FakeClock, ToyModel, make_request
+
+GB = 10**9
+CARD = 80 * GB
+
+
+class SharedDevice(RecordingDevice):
+    """A device on the CPU with memory of its own, of which this process has a share; `held` is what it has taken."""
+
+    def __init__(self, total: int, *, share: float = 1.0, held: int = 0, free: int | None = None) -> None:
+        super().__init__()
+        self.default_mode = "fast"
+        self.total, self.share, self.held, self.free = total, share, held, free
+        self.capture_bytes = 0
+
+    def memory(self) -> DeviceMemory:
+        free = self.total - self.held if self.free is None else self.free
+        return DeviceMemory(self.total, allowed_bytes(self.total, share=self.share), self.held, free)
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.held += self.capture_bytes
+        return super().capture(run)
+
+
+def test_four_quarters_and_their_contexts_are_one_card() -> None:
+    quarter = allowed_bytes(CARD, share=0.25)
+    assert quarter == 20 * GB - CONTEXT_BYTES
+    assert 4 * (quarter + CONTEXT_BYTES) == CARD
+    assert allowed_bytes(CARD, share=1.0) == CARD
+    assert allowed_bytes(CONTEXT_BYTES, share=0.5) == 0
+
+
+def test_what_is_left_is_the_share_s_or_the_card_s_whichever_is_less() -> None:
+    assert DeviceMemory(80, allowed=20, held=5, free=60).left == 15
+    assert DeviceMemory(80, allowed=20, held=5, free=3).left == 3  # others have taken more than was theirs
+    assert DeviceMemory(80, allowed=20, held=25, free=60).left == 0
+
+
+def test_weights_and_prompts_come_off_the_share_and_captures_get_the_rest() -> None:
+    memory = DeviceMemory(CARD, allowed=20 * GB, held=4 * GB, free=70 * GB)
+    plan = plan_memory(memory, max_rows_bytes=None, prompt_cache_bytes=1 * GB)
+    assert plan.rows == pytest.approx(0.85 * 15 * GB, abs=1)
+    assert plan.captures is not None
+    assert plan.rows + plan.captures == 15 * GB
+    assert plan.setting == "memory_share"
+
+
+def test_the_operator_s_bound_holds_where_it_can_be_met() -> None:
+    memory = DeviceMemory(CARD, allowed=20 * GB, held=4 * GB, free=70 * GB)
+    plan = plan_memory(memory, max_rows_bytes=15 * GB, prompt_cache_bytes=1 * GB)
+    assert (plan.rows, plan.captures, plan.setting) == (15 * GB, 0, "max_memory_bytes")
+    with pytest.raises(
+        ConfigError, match=r"max_memory_bytes is 15 GB, but .* may take 20 GB, its weights 4 GB"
+    ) as caught:
+        plan_memory(memory, max_rows_bytes=15 * GB + 1, prompt_cache_bytes=1 * GB)
+    assert caught.value.allowed == f"1..{15 * GB}"
+
+
+def test_a_device_without_memory_of_its_own_has_the_bound_it_is_given() -> None:
+    device = open_device(torch.device("cpu"), clock=SystemClock(), share=0.25)
+    assert device.memory() is None
+    assert plan_memory(None, max_rows_bytes=None, prompt_cache_bytes=5).rows is None
+    assert plan_memory(None, max_rows_bytes=123, prompt_cache_bytes=5).rows == 123
+
+
+def test_a_share_too_small_for_the_weights_says_which_is_not() -> None:
+    memory = DeviceMemory(10 * GB, allowed=allowed_bytes(10 * GB, share=0.25), held=0, free=10 * GB)
+    require_share(memory, name="sfx", weights_bytes=memory.allowed, share=0.25)
+    with pytest.raises(ConfigError) as refusal:
+        require_share(memory, name="sfx", weights_bytes=3 * GB, share=0.25)
+    assert refusal.value.field == "memory_share"
+    assert "models.sfx: memory_share 0.25 of the GPU's 10 GB" in refusal.value.message
+    assert "weights take 3 GB" in refusal.value.message
+    assert "at least 0.36" in refusal.value.message  # 3.54 of 10
+    assert allowed_bytes(10 * GB, share=0.36) >= 3 * GB > allowed_bytes(10 * GB, share=0.35)
+
+
+def test_weights_that_fit_no_card_need_a_larger_one() -> None:
+    memory = DeviceMemory(10 * GB, allowed=10 * GB, held=0, free=10 * GB)
+    with pytest.raises(ConfigError, match="a larger GPU"):
+        require_share(memory, name="sfx", weights_bytes=11 * GB, share=1.0)
+    assert least_share(10 * GB, weights_bytes=10 * GB) == 1.0
+
+
+def make_engine(device: SharedDevice, on_call: Callable[..., None] = lambda name, items: None) -> Engine:
+    options = EngineOptions(mode="fast", warmup_budget_s=0.0, torch_threads=1, prompt_cache_bytes=0)
+    return Engine(ToyModel(on_call=on_call), options, device=device)
+
+
+def device_for(rows_bytes: int, *, share: float) -> SharedDevice:
+    """A device whose share leaves this much for variations in progress."""
+    total = int((rows_bytes / 0.85 + CONTEXT_BYTES) / share) + 2
+    return SharedDevice(total, share=share)
+
+
+async def test_an_engine_admits_what_its_share_holds_and_lets_others_wait() -> None:
+    """The card has room for eight, the quarter for two."""
+    requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
+    most = 0
+
+    def on_call(name: str, items: object) -> None:
+        nonlocal most
+        if name == "denoise":
+            most = max(most, len(items))  # type: ignore[arg-type]
+
+    device = device_for(2 * bytes_of(requests[0]) + 100, share=0.25)
+    assert device.total > 8 * bytes_of(requests[0])
+    async with make_engine(device, on_call) as engine:
+        results = await asyncio.gather(*map(engine.generate, requests))
+    assert most == 2
+    async with make_engine(SharedDevice(CARD)) as engine:
+        free = await asyncio.gather(*map(engine.generate, requests))
+    for waited, ran in zip(results, free, strict=True):
+        np.testing.assert_allclose(waited.audio[0], ran.audio[0], atol=1e-5)
+
+
+async def test_what_never_fits_the_share_is_refused_by_name() -> None:
+    async with make_engine(device_for(bytes_of(make_request(duration_s=1.0)) + 9, share=0.5)) as engine:
+        with pytest.raises(InvalidRequestError, match="memory_share leaves") as refusal:
+            await engine.generate(make_request(duration_s=2.0))
+        assert refusal.value.field == "duration"
+        await engine.generate(make_request(duration_s=1.0))
+
+
+async def test_a_share_that_holds_no_request_stops_the_start_and_says_what_is_missing() -> None:
+    engine = make_engine(device_for(1000, share=0.5))
+    with pytest.raises(ConfigError, match=r"memory_share leaves 1e-06 GB .* \d+ bytes are missing"):
+        await engine.start()
+    await engine.close()
+
+
+def test_calls_are_captured_while_their_part_of_the_share_lasts() -> None:
+    device, metrics = SharedDevice(CARD, share=0.25), GraphCounts()
+    device.capture_bytes = 100
+    graphs = Graphs(device, clock=FakeClock(), metrics=metrics, max_bytes=250)
+    for size in range(10, 60, 10):
+        for _ in range(2):
+            assert graphs.find(AnyShape(size), lambda shape, memory: None) is None
+    while graphs.capture_next(is_idle=True):
+        pass
+    assert metrics.graphs == {"denoise": 3}  # the third reaches 300
+    assert device.held == 300

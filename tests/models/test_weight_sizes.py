@@ -1,0 +1,35 @@
+"""What weights will take is what they take once they are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stable_audio_serve.models.download import download_text_encoder
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.weight_sizes import weight_bytes
+from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
+
+
+@pytest.mark.parametrize("folder", [SA3_GOLDENS / "tiny-s", SA3_GOLDENS / "tiny-l", OPEN_GOLDENS / "tiny-1.0"], ids=str)
+def test_sizes_by_header_are_those_of_the_loaded_networks(folder: Path) -> None:
+    sizes: list[int] = []
+    model = load_model(resolve_entry("tiny", path=str(folder)), check_size=sizes.append)
+    networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)  # type: ignore[attr-defined]
+    taken = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    assert sizes == [pytest.approx(taken, rel=0.01)]
+    text_encoder = download_text_encoder(folder)
+    halved = weight_bytes(folder, text_encoder=text_encoder, dtype=torch.float16)
+    denoiser = sum(parameter.nbytes for parameter in model.denoiser.parameters())  # type: ignore[attr-defined]
+    assert sizes[0] - halved == pytest.approx(denoiser / 2, rel=0.01)
+
+
+def test_weights_that_are_refused_are_not_loaded() -> None:
+    def refuse(num_bytes: int) -> None:
+        raise ValueError(num_bytes)
+
+    with pytest.raises(ValueError, match=r"\d+"):
+        load_model(resolve_entry("tiny", path=str(SA3_GOLDENS / "tiny-s")), check_size=refuse)

@@ -1,0 +1,57 @@
+"""A replica's share of a GPU's memory, from its settings to its engine, on a stand-in for a device with memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.engine.share import CONTEXT_BYTES
+from stable_audio_serve.serving.engines import load_engine, memory_share
+from tests.engine.test_share import SharedDevice
+from tests.factories import make_request
+from tests.goldens import SA3_GOLDENS
+
+TINY = str(SA3_GOLDENS / "tiny-s")
+
+
+def open_shared(device: torch.device, *, clock: Clock, share: float, total: int) -> SharedDevice:
+    assert device.type == "cpu"
+    return SharedDevice(total, share=share)
+
+
+def load(total: int, *, gpu_share: float = 0.25, **keys: object) -> object:
+    model = ModelSettings.model_validate({"name": "tiny", "path": TINY, "engine": {"warmup_budget_s": 0}, **keys})
+    settings = Settings(models=(model,))
+    return load_engine(settings, model, gpu_share=gpu_share, open_device=partial(open_shared, total=total))
+
+
+def test_a_replica_s_share_is_its_fraction_of_the_gpu_unless_the_operator_says_otherwise() -> None:
+    assert memory_share(ModelSettings(name="demo"), gpu_share=0.25) == 0.25
+    assert memory_share(ModelSettings(name="demo", memory_share=0.4), gpu_share=0.25) == 0.4
+    assert memory_share(ModelSettings(name="demo"), gpu_share=1.0) == 1.0
+    assert memory_share(ModelSettings(name="demo"), gpu_share=0.0) == 1.0  # on a CPU
+
+
+async def test_a_loaded_model_keeps_to_its_share() -> None:
+    total = 40 * 10**9
+    engine = load(total)
+    assert engine.memory.rows == pytest.approx(0.85 * (total / 4 - CONTEXT_BYTES - 2**28), rel=1e-6)  # type: ignore[attr-defined]
+    async with engine:  # type: ignore[attr-defined]
+        result = await engine.generate(make_request(duration_s=0.5))  # type: ignore[attr-defined]
+    assert result.made_on.device == "cpu"
+
+
+def test_weights_that_its_share_cannot_hold_are_refused_before_they_are_loaded() -> None:
+    with pytest.raises(
+        ConfigError, match=r"models\.tiny: memory_share 0\.25 of the GPU's .* it needs .* at least 0\.5\d"
+    ):
+        load(2 * CONTEXT_BYTES - 10**6)
+
+
+def test_a_larger_share_holds_them() -> None:
+    assert load(2 * CONTEXT_BYTES + 2**29, memory_share=0.9)
