@@ -137,6 +137,14 @@ REFUSALS = sa.Table(
     sa.Column("until", sa.Double, nullable=False),  # then forgotten unless the runner repeats it
 )
 
+# What each client with limits has used of them: `jobs.account` as JSON.
+ACCOUNTS = sa.Table(
+    "accounts",
+    METADATA,
+    sa.Column("client", _Text, primary_key=True),
+    sa.Column("state", _Text, nullable=False),
+)
+
 
 def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
     """SQL: the job waits, or runs. The state is written out because no parameter matches a partial index."""

@@ -34,6 +34,10 @@ RELEASED = {
         "e23c5c6f41fc07d554cc6bc43e3ac3ab5cd5d5effbecbda732164d0e1a6a341d",
         "bccfe127372c5006f78c3125e93df4785240715993b8527dbc360d4f87f0c78f",
     ),
+    "0002_accounts": (
+        "fdf62d27bac94143ef074aa5e953e8f0bfb4f5e4c0cfe1ea83877942f522a8e8",
+        "fdf62d27bac94143ef074aa5e953e8f0bfb4f5e4c0cfe1ea83877942f522a8e8",
+    ),
 }
 
 _ADDING = (
