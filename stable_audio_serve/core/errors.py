@@ -10,6 +10,7 @@ StableAudioError
 ├── NotFoundError              not_found          there is no such job or file for this caller
 ├── ConflictError              conflict           contradicts what is stored, for example a reused key
 ├── OverloadedError            overloaded         no room now; retry in a few seconds
+│   ├── QueueFullError         overloaded         the same from a model's replica, which says what is waiting
 │   └── QuotaError             quota              this caller already has too much waiting
 ├── DeadlineExceededError      deadline_exceeded  the request's own time budget ran out
 │   └── StartTimeoutError      start_timeout      it did not start within the time it allows
@@ -120,6 +121,17 @@ class OverloadedError(StableAudioError):
     """There is no room for this work now; `retry_after_s` says when there should be."""
 
     kind = "overloaded"
+
+
+class QueueFullError(OverloadedError):
+    """A replica's queue is full: `num_ahead` requests wait or run, for another `ahead_s` seconds."""
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, num_ahead: int = 0, ahead_s: float = 0.0
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.num_ahead = num_ahead
+        self.ahead_s = ahead_s
 
 
 class QuotaError(OverloadedError):

@@ -74,6 +74,7 @@ class GenerationRequest:
     deadline_s: float | None = None  # time budget from submission to audio, seconds
     priority: Priority = "interactive"
     start_within_s: float | None = None  # most time from submission to the first step, seconds
+    is_promised: bool = False  # refused before and told to come now: a full queue has some room left for it
     request_id: str = ""
 
     @property

@@ -11,10 +11,12 @@ from __future__ import annotations
 import threading
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.errors import QueueFullError
 from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
+_PROMISED_MS = 2000.0  # above the bound, for those told to come now: they are told whole seconds
+_PROMISED_SHARE = 0.25  # or this share of the bound
 _WINDOW_MS = 1000.0  # of being busy, between two looks at the pace
 _NEWEST_WEIGHT = 0.3
 _PACE_RANGE = (0.5, 4.0)
@@ -64,21 +66,28 @@ class Admission:
         with self._lock:
             return sum(map(self._sum_ms, self._work_ms))
 
-    def check(self, priority: Priority = "interactive") -> None:
-        """Raises OverloadedError with the time until there is room if a request would be refused now."""
+    def check(self, priority: Priority = "interactive", *, is_promised: bool = False) -> None:
+        """Raises QueueFullError with the time until there is room if a request would be refused now.
+
+        `is_promised`: it was refused before and told to come now, when the place may be taken by another.
+        """
+        max_ms = self._max_ms + (max(_PROMISED_MS, _PROMISED_SHARE * self._max_ms) if is_promised else 0.0)
         with self._lock:
-            ahead_ms = self._sum_ms("interactive")
+            ahead_ms, num_ahead = self._sum_ms("interactive"), len(self._work_ms["interactive"])
             is_shared = priority == "interactive" and bool(self._work_ms["batch"])
             if priority == "batch":
-                ahead_ms += self._sum_ms("batch")
+                ahead_ms, num_ahead = ahead_ms + self._sum_ms("batch"), num_ahead + len(self._work_ms["batch"])
             ahead_ms *= self._pace.value
-        if ahead_ms > self._max_ms:
-            raise self._refusal(ahead_ms, pace=1.0 + self._batch_share if is_shared else 1.0)
+        if ahead_ms > max_ms:
+            pace = 1.0 + self._batch_share if is_shared else 1.0
+            raise _refusal(num_ahead, ahead_s=pace * ahead_ms / 1000.0, over_s=pace * (ahead_ms - max_ms) / 1000.0)
 
-    def admit(self, request_id: int, work_ms: float, *, priority: Priority = "interactive") -> None:
-        """Add a request's work. Raises OverloadedError as `check` does."""
+    def admit(
+        self, request_id: int, work_ms: float, *, priority: Priority = "interactive", is_promised: bool = False
+    ) -> None:
+        """Add a request's work. Raises QueueFullError as `check` does."""
         with self._lock:
-            self.check(priority)
+            self.check(priority, is_promised=is_promised)
             self._work_ms[priority][request_id] = work_ms
             self.accepted_ms += work_ms
             self._look(done_ms=0.0)
@@ -106,11 +115,13 @@ class Admission:
     def _sum_ms(self, priority: Priority) -> float:
         return sum(self._work_ms[priority].values())
 
-    def _refusal(self, ahead_ms: float, *, pace: float) -> OverloadedError:
-        """`pace` is the time in which one second of this work is done."""
-        retry_s = max(pace * (ahead_ms - self._max_ms) / 1000.0, _LEAST_RETRY_S)
-        return OverloadedError(
-            f"the model's queue is full (max_queue_s): about {ahead_ms / 1000:.1f} s of work is waiting; "
-            f"retry in {retry_s:.1f} s",
-            retry_after_s=retry_s,
-        )
+
+def _refusal(num_ahead: int, *, ahead_s: float, over_s: float) -> QueueFullError:
+    """`over_s` is how much of the time that the work ahead takes is above the bound."""
+    retry_s = max(over_s, _LEAST_RETRY_S)
+    return QueueFullError(
+        f"the model's queue is full (max_queue_s): about {ahead_s:.1f} s of work is waiting; retry in {retry_s:.1f} s",
+        retry_after_s=retry_s,
+        num_ahead=num_ahead,
+        ahead_s=ahead_s,
+    )

@@ -230,7 +230,7 @@ class Engine:
         """Plan a request, admit it and pass it to the engine thread."""
         submitted_at = self._clock.monotonic()
         priority = request.priority
-        self._admission.check(priority)
+        self._admission.check(priority, is_promised=request.is_promised)
         try:
             async with asyncio.timeout(request.deadline_s):
                 plans = await self._planners[priority].plan(request, frames=frames)
@@ -248,7 +248,8 @@ class Engine:
         )
         if any(work.encode_left for work in works):
             state.clock.mark("source", self._clock.monotonic())  # most of its planning was resampling
-        self._admission.admit(state.id, sum(map(self._predictor.share_ms, works)), priority=priority)
+        work_ms = sum(map(self._predictor.share_ms, works))
+        self._admission.admit(state.id, work_ms, priority=priority, is_promised=request.is_promised)
         try:
             self._inbox.put(state)
         except ModelUnavailableError:

@@ -26,6 +26,7 @@ from stable_audio_serve.core.errors import (
     StableAudioError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
+from stable_audio_serve.serving.overload import OverloadGuard
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
@@ -56,6 +57,7 @@ class RayBackend:
         self._catalog = catalog
         self._handles = handles
         self._application = application
+        self._guards = {card.name: OverloadGuard() for card in catalog}
         self._replicas: dict[str, ReplicaStatus] = {}
         self._snapshot = _Snapshot(float("-inf"), {card.name: ModelStatus(stage="loading") for card in catalog})
         self._refresh: asyncio.Task[None] | None = None
@@ -68,7 +70,25 @@ class RayBackend:
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
-        """Run one request on any replica of the model, see `Backend.generate`."""
+        """Run one request on any replica of the model, see `Backend.generate`.
+
+        While the model is full, interactive requests are refused here; batch ones come from few callers that wait.
+        """
+        if request.priority == "batch":
+            return await self._run(model, request, on_progress=on_progress)
+        guard = self._guards[model]
+        request = guard.enter(request)
+        try:
+            result = await self._run(model, request, on_progress=on_progress)
+        except OverloadedError as error:
+            raise guard.refuse(request, error) from error
+        guard.done()
+        return result
+
+    async def _run(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
+    ) -> GenerationResult:
+        """Run one request, and once more if its replica was lost."""
         loop = asyncio.get_running_loop()
         deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s
         for attempts_left in reversed(range(_ATTEMPTS)):

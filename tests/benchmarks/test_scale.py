@@ -29,7 +29,7 @@ from benchmarks.servers.timed import (
 )
 from benchmarks.simulate.devices import LinearDevice
 from benchmarks.workload import MIXES
-from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.errors import QueueFullError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, StageTimings
 from stable_audio_serve.core.settings import ModelSettings, Settings
 
@@ -133,9 +133,9 @@ async def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     replica._device = make_device(clock, max_queue_s=0.1)
     # 90 ms each: the first two find less than 100 ms ahead of them, the third 180 ms, the least time to wait is 0.1 s.
     answers = await asyncio.gather(*(replica.generate(make_request(steps=4)) for _ in range(3)))
-    assert [type(answer) for answer in answers] == [GenerationResult, GenerationResult, OverloadedError]
-    assert isinstance(answers[2], OverloadedError)
-    assert answers[2].retry_after_s == pytest.approx(0.1)
+    assert [type(answer) for answer in answers] == [GenerationResult, GenerationResult, QueueFullError]
+    assert isinstance(answers[2], QueueFullError)
+    assert (answers[2].retry_after_s, answers[2].num_ahead, answers[2].ahead_s) == pytest.approx((0.1, 2, 0.18))
     assert (replica._outcomes["finished"], replica._outcomes["failed"]) == (2, 1)
     assert isinstance(answers[0], GenerationResult)
     assert answers[0].audio[0].shape == (2, 40_960)

@@ -43,6 +43,7 @@ REQUEST = GenerationRequest(
     deadline_s=12.5,
     priority="batch",
     start_within_s=3.5,
+    is_promised=True,
     request_id="r",
 )
 SPEC = JobSpec(

@@ -1,0 +1,207 @@
+"""What an ingress says of a full model, in a world whose device does one request after another by a clock of ours."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import pytest
+
+from stable_audio_serve.core.errors import OverloadedError, QueueFullError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.serving.overload import OverloadGuard, Promises
+from tests.factories import FakeClock
+
+_ABOVE_S = 2.0  # that engines leave for those told to come now
+
+
+def request(prompt: str = "rain", *, seed: int = 0) -> GenerationRequest:
+    return GenerationRequest(prompt=prompt, duration_s=1.0, seed=seed)
+
+
+def full(retry_after_s: float) -> QueueFullError:
+    """With ten requests a second waiting."""
+    return QueueFullError("full", retry_after_s=retry_after_s, num_ahead=50, ahead_s=5.0)
+
+
+def wait_s(guard: OverloadGuard, prompt: str) -> float:
+    """Returns what a client is told who asks now and is refused without asking a replica."""
+    with pytest.raises(OverloadedError) as refusal:
+        guard.enter(request(prompt))
+    return refusal.value.retry_after_s or 0.0
+
+
+def refused_s(guard: OverloadGuard, prompt: str, *, room_in_s: float, seed: int = 0) -> float:
+    """Returns what a client is told who asks now and whose request a replica refuses."""
+    return guard.refuse(guard.enter(request(prompt, seed=seed)), full(room_in_s)).retry_after_s or 0.0
+
+
+def test_replicas_are_not_asked_until_the_time_that_a_full_one_named_but_after_a_second_they_are() -> None:
+    clock = FakeClock()
+    guard = OverloadGuard(clock)
+    refused_s(guard, "first", room_in_s=0.4)
+    clock.now += 0.3
+    wait_s(guard, "second")
+    clock.now += 0.2
+    refused_s(guard, "third", room_in_s=30.0)
+    clock.now += 0.9
+    wait_s(guard, "fourth")
+    clock.now += 0.2
+    assert not guard.enter(request("fifth")).is_promised
+
+
+def test_each_is_told_a_later_time_than_the_one_before() -> None:
+    guard = OverloadGuard(FakeClock())
+    first = refused_s(guard, "0", room_in_s=0.5)
+    told = [first, *(wait_s(guard, str(number)) for number in range(1, 20))]
+    assert told[0] == pytest.approx(0.5)
+    assert told[19] - told[0] == pytest.approx(19 / 10 / 0.9)
+
+
+def test_who_comes_as_told_is_passed_on_as_promised_once_with_any_seed_even_while_others_are_refused() -> None:
+    clock = FakeClock()
+    guard = OverloadGuard(clock)
+    refused_s(guard, "mine", seed=1, room_in_s=2.0)
+    clock.now += 1.9
+    refused_s(guard, "mine", seed=2, room_in_s=5.0)  # too early
+    clock.now += 0.2
+    wait_s(guard, "another")
+    assert guard.enter(request("mine", seed=3)).is_promised
+    wait_s(guard, "mine")
+
+
+def test_a_promised_one_that_finds_no_room_does_not_wait_behind_those_who_came_later() -> None:
+    clock = FakeClock()
+    guard = OverloadGuard(clock)
+    refused_s(guard, "mine", room_in_s=0.5)
+    for number in range(100):
+        wait_s(guard, str(number))
+    clock.now += 0.6
+    again = refused_s(guard, "mine", room_in_s=0.3)
+    assert again < 1.0
+
+
+def test_those_who_do_not_come_are_no_longer_waited_for() -> None:
+    clock = FakeClock()
+    guard = OverloadGuard(clock)
+    for _ in range(300):
+        guard.refuse(guard.enter(request(str(clock.monotonic()))), full(0.05))
+        clock.now += 0.1
+    told = refused_s(guard, "last", room_in_s=0.05)
+    assert told < 1.0
+
+
+def test_what_is_remembered_of_a_hostile_quantity_is_bounded_and_forgotten() -> None:
+    promises = Promises()
+    for number in range(20_000):
+        promises.add(number % 7, due_at=float(number) / 100.0)
+    assert promises.num_expected <= 10_000
+    promises.forget_late(1000.0)
+    assert promises.num_expected == 0
+    assert not promises.claim(3, now=1000.0)
+
+
+@dataclass
+class World:
+    """Replicas with `max_queue_s` of work each, one request after another; requests go where least is left."""
+
+    guard: OverloadGuard
+    clock: FakeClock
+    work_s: Sequence[float]
+    max_queue_s: float
+    free_at: list[float]
+    events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    order: itertools.count[int] = field(default_factory=itertools.count)
+    told_s: dict[int, float] = field(default_factory=dict)
+    admitted_at: dict[int, float] = field(default_factory=dict)
+    returns: list[bool] = field(default_factory=list)  # of those who came again for the first time: admitted
+    latencies_s: list[float] = field(default_factory=list)
+
+    def run(self, arrivals: Sequence[float], *, is_patient: bool) -> None:
+        for number, at in enumerate(arrivals):
+            self.at(at, lambda number=number: self.ask(number, tries=0, is_patient=is_patient))  # type: ignore[misc]
+        while self.events:
+            at, _, event = heapq.heappop(self.events)
+            self.clock.now = at
+            event()
+
+    def at(self, at: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (at, next(self.order), event))
+
+    def ask(self, number: int, *, tries: int, is_patient: bool) -> None:
+        now = self.clock.monotonic()
+        try:
+            self.serve(number)
+        except OverloadedError as error:
+            told_s = max(1, math.ceil(error.retry_after_s or 0.0))
+            self.told_s.setdefault(number, told_s)
+            if is_patient:
+                self.at(now + told_s, lambda: self.ask(number, tries=tries + 1, is_patient=True))
+        if tries == 1:
+            self.returns.append(number in self.admitted_at)
+
+    def serve(self, number: int) -> None:
+        now = self.clock.monotonic()
+        entered = self.guard.enter(request(str(number)))
+        replica = min(range(len(self.free_at)), key=self.free_at.__getitem__)
+        ahead_s = max(0.0, self.free_at[replica] - now)
+        over_s = ahead_s - self.max_queue_s - (_ABOVE_S if entered.is_promised else 0.0)
+        if over_s > 0:
+            num_ahead = math.ceil(ahead_s / (sum(self.work_s) / len(self.work_s)))
+            error = QueueFullError("full", retry_after_s=over_s, num_ahead=num_ahead, ahead_s=ahead_s)
+            raise self.guard.refuse(entered, error)
+        self.free_at[replica] = now + ahead_s + self.work_s[number]
+        self.admitted_at[number] = now
+        self.latencies_s.append(self.free_at[replica] - now)
+        self.at(self.free_at[replica], self.guard.done)
+
+
+def overload(
+    *,
+    seed: int,
+    max_queue_s: float,
+    factor: float = 3.0,
+    seconds: float = 30.0,
+    replicas: int = 1,
+    is_patient: bool = True,
+) -> tuple[World, list[float]]:
+    """Returns a world after so much more was asked than it can do, with requests of 30 to 150 ms, and the arrivals."""
+    rng = random.Random(seed)
+    arrivals, now = [], 0.0
+    while (now := now + rng.expovariate(factor * replicas / 0.09)) < seconds:
+        arrivals.append(now)
+    clock = FakeClock()
+    clock.now = 0.0
+    work_s = [rng.uniform(0.03, 0.15) for _ in arrivals]
+    world = World(OverloadGuard(clock), clock, work_s, max_queue_s=max_queue_s, free_at=[0.0] * replicas)
+    world.run(arrivals, is_patient=is_patient)
+    return world, arrivals
+
+
+@pytest.mark.parametrize(
+    ("max_queue_s", "factor", "replicas"), [(0.5, 3.0, 1), (5.0, 3.0, 1), (5.0, 1.5, 1), (2.0, 3.0, 3)]
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_clients_that_wait_as_told_are_admitted_and_wait_as_long_as_a_queue_would_take(
+    *, seed: int, max_queue_s: float, factor: float, replicas: int
+) -> None:
+    world, arrivals = overload(seed=seed, max_queue_s=max_queue_s, factor=factor, replicas=replicas)
+    assert len(world.admitted_at) == len(arrivals)
+    assert sum(world.returns) / len(world.returns) >= 0.9
+    # The k-th to arrive would have been the k-th to be admitted.
+    places = sorted(world.admitted_at.values())
+    waits_s = {number: places[number] - arrivals[number] for number in world.told_s}
+    assert median(abs(world.told_s[n] - waits_s[n]) / max(waits_s[n], 0.1) for n in waits_s) <= 0.25
+
+
+def test_nobody_is_kept_waiting_for_those_who_do_not_come_again() -> None:
+    world, arrivals = overload(seed=3, max_queue_s=0.5, is_patient=False)
+    done_s = sum(world.work_s[number] for number in world.admitted_at)
+    assert done_s >= 0.98 * arrivals[-1]  # the device was never idle
+    assert max(world.latencies_s) <= 0.5 + 0.15
+    assert median(list(world.told_s.values())[-100:]) == 1
