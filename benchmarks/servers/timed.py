@@ -181,7 +181,8 @@ class TimedReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """As the real one."""
-        return replica_stats(backlog_ms=self._device.backlog_ms, accepted_ms=self._device.accepted_ms, load_s=0.0)
+        device = self._device
+        return replica_stats(backlog_ms=device.backlog_ms, accepted_ms=device.accepted_ms, load_s=0.0, prices=PRICES)
 
     async def status(self) -> object:
         """Returns what it has done and what its device still has to do."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from stable_audio_serve.artifacts.local import LocalArtifacts
 from stable_audio_serve.artifacts.s3 import S3Artifacts
 from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
@@ -38,13 +39,13 @@ def uses_sqlite(settings: Settings) -> bool:
     return open_store(settings).database.is_sqlite
 
 
-def open_store(settings: Settings, *, identity: str | None = None) -> JobStore:
+def open_store(settings: Settings, *, identity: str | None = None, catalog: ModelCatalog | None = None) -> JobStore:
     """Returns the job store of these settings, which touches nothing yet. Raises ConfigError.
 
     With the `identity` of prepared stores no other database is used, and none is created.
     """
     url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
-    return JobStore(Database(url, identity=identity), settings.jobs)
+    return JobStore(Database(url, identity=identity), settings.jobs, catalog=catalog)
 
 
 def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Metrics | None = None) -> ArtifactStore:
@@ -76,9 +77,10 @@ def open_queue(
     settings: Settings,
     *,
     identity: str | None = None,
+    catalog: ModelCatalog | None = None,
     wake: Callable[[], None] = lambda: None,
     metrics: Metrics | None = None,
 ) -> JobQueue:
     """Returns the job queue of these settings, which touches nothing yet; see `open_store`. Raises ConfigError."""
     artifacts = open_artifacts(settings, is_prepared=identity is not None, metrics=metrics)
-    return JobQueue(open_store(settings, identity=identity), artifacts, wake=wake)
+    return JobQueue(open_store(settings, identity=identity, catalog=catalog), artifacts, wake=wake)

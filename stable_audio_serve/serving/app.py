@@ -62,7 +62,11 @@ class Ingress:
         self._backend = RayBackend(plan.catalog, handles, application=application)
         self._metrics = RayMetrics()
         self._jobs = open_queue(
-            plan.settings, identity=plan.store_identity, wake=RunnerBell(runner).ring, metrics=self._metrics
+            plan.settings,
+            identity=plan.store_identity,
+            catalog=plan.catalog,
+            wake=RunnerBell(runner).ring,
+            metrics=self._metrics,
         )
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for

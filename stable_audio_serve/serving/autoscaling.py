@@ -8,69 +8,122 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from stable_audio_serve.serving import scaling
+from stable_audio_serve.core.pricing import Prices
+from stable_audio_serve.serving import scaling, waiting_board
 from stable_audio_serve.serving.kept_models import kept
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
+    from stable_audio_serve.serving.waiting_board import WaitingJobs
+
 _BACKLOG, _ACCEPTED, _LOAD = "backlog_ms", "accepted_ms", "load_s"
-_MEMORY = "stable_audio_memory"  # beside Serve's own keys
+_MEMORY, _PRICES = "stable_audio_memory", "stable_audio_prices"  # in the policy's state, beside Serve's own keys
 
 
-def replica_stats(*, backlog_ms: float, accepted_ms: float, load_s: float) -> dict[str, float]:
+def replica_stats(*, backlog_ms: float, accepted_ms: float, load_s: float, prices: Prices) -> dict[str, float]:
     """Returns what a replica's `record_autoscaling_stats` returns: predicted device time not spent yet, that of all it
-    ever accepted, and how long it took to load.
+    ever accepted, how long it took to load, and its prices.
     """
-    return {_BACKLOG: backlog_ms, _ACCEPTED: accepted_ms, _LOAD: load_s}
+    return {_BACKLOG: backlog_ms, _ACCEPTED: accepted_ms, _LOAD: load_s, **prices.to_dict()}
 
 
-class WorkPolicy:
-    """Replicas of one model by the predicted work of its engines, one instance per deployment."""
+class _Policy:
+    """Decides, and where that fails leaves the replicas as they are."""
 
-    def __init__(self, *, target_wait_s: float, shrink_after_s: float) -> None:
-        """Serve makes it from JSON."""
-        self._goal = scaling.Goal(target_wait_s=target_wait_s, shrink_after_s=shrink_after_s)
+    def __init__(self) -> None:
         self._has_failed = False
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Returns the replicas to aim at and the state that Serve keeps until the next call."""
         try:
-            return self._decide(context)
-        except Exception:  # an error would end the controller's turn for every model
+            return self.decide(context)
+        except Exception:  # it would end the controller's turn for every model
             if not self._has_failed:
                 logging.getLogger("ray.serve").exception("the autoscaling policy failed; replicas stay as they are")
             self._has_failed = True
             return context.target_num_replicas, dict(context.policy_state)
 
-    def _decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        memory = context.policy_state.get(_MEMORY, scaling.Memory())
+    def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        raise NotImplementedError
+
+
+class WorkPolicy(_Policy):
+    """Replicas of one model by the predicted work of its engines and of jobs that wait, one instance per deployment."""
+
+    def __init__(self, *, target_wait_s: float, shrink_after_s: float) -> None:
+        """Serve makes it from JSON."""
+        super().__init__()
+        self._goal = scaling.Goal(target_wait_s=target_wait_s, shrink_after_s=shrink_after_s)
+
+    def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        state = context.policy_state
+        prices = _prices(context.raw_metrics) or state.get(_PRICES)
+        waiting = waiting_board.read(context.app_name, context.deployment_name, now=context.current_time)
         replicas, memory = scaling.decide(
-            memory,
-            _observe(context),
+            state.get(_MEMORY, scaling.Memory()),
+            _observe(context, prices=prices, waiting=waiting),
             goal=self._goal,
             target=context.target_num_replicas,
             now=context.current_time,
         )
         is_kept = context.deployment_name in kept(context.app_name)
-        return max(replicas, int(is_kept)), {**context.policy_state, _MEMORY: memory}
+        return max(replicas, int(is_kept)), {**state, _MEMORY: memory, _PRICES: prices}
 
 
-def _observe(context: AutoscalingContext) -> scaling.Observed:
+class RunnerPolicy(_Policy):
+    """Leaves the job runners as many as they are: Serve tells only a policy what replicas say, and the models' policies
+    are to know what runners say of jobs that wait.
+    """
+
+    def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        _put_up(context)
+        return context.target_num_replicas, dict(context.policy_state)
+
+
+def _observe(context: AutoscalingContext, *, prices: Prices | None, waiting: WaitingJobs | None) -> scaling.Observed:
     published = context.raw_metrics
-    loads = _last_values(published.get(_LOAD, {}))
+    loads = _last_values(published, _LOAD)
     accepted = [
         [(point.timestamp, point.value) for point in series] for series in published.get(_ACCEPTED, {}).values()
     ]
+    num_waiting = waiting.num_jobs if waiting else 0.0
+    waiting_ms = prices.of(waiting.size) if prices and waiting else 0.0  # before the first price, their number counts
     return scaling.Observed(
-        backlog_s=sum(_last_values(published.get(_BACKLOG, {}))) / 1000.0,
+        backlog_s=(sum(_last_values(published, _BACKLOG)) + waiting_ms) / 1000.0,
         arriving=sum(map(scaling.rate, accepted)) / 1000.0,
-        num_requests=context.total_num_requests,
+        num_requests=context.total_num_requests + num_waiting,
         load_s=max(loads, default=None),
     )
 
 
-def _last_values(series_by_replica: Mapping[Any, Sequence[Any]]) -> list[float]:
-    return [series[-1].value for series in series_by_replica.values() if series]
+def _prices(published: Mapping[str, Mapping[Any, Sequence[Any]]]) -> Prices | None:
+    """Returns the mean of what replicas ask; None while none says it."""
+    found = {field.name: _last_values(published, field.name) for field in fields(Prices)}
+    if not all(found.values()):
+        return None
+    return Prices.from_dict({name: sum(values) / len(values) for name, values in found.items()})
+
+
+def _put_up(context: AutoscalingContext) -> None:
+    """Write the last word of every runner on the board."""
+    said: dict[str, dict[str, Any]] = {}
+    for name, series_by_replica in context.raw_metrics.items():
+        for replica, series in series_by_replica.items():
+            if series:
+                said.setdefault(str(replica), {})[name] = series[-1]
+    words = {
+        runner: waiting_board.Word(
+            max(point.timestamp for point in points.values()),
+            waiting_board.from_stats({name: point.value for name, point in points.items()}),
+        )
+        for runner, points in said.items()
+    }
+    waiting_board.write(context.app_name, words, now=context.current_time)
+
+
+def _last_values(published: Mapping[str, Mapping[Any, Sequence[Any]]], name: str) -> list[float]:
+    return [series[-1].value for series in published.get(name, {}).values() if series]

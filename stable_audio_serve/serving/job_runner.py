@@ -15,12 +15,14 @@ from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.outbox import Outbox
+from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.placement import Plan
+from stable_audio_serve.serving.waiting_board import WaitingJobs, to_stats
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -39,6 +41,7 @@ class JobRunnerReplica:
         settings = plan.settings
         configure_logging(settings.log_level)
         application = serve.get_replica_context().app_name
+        self._models = plan.names
         backend = RayBackend(plan.catalog, handles, application=application)
         metrics = RayMetrics()
         store = open_store(settings, identity=plan.store_identity)
@@ -57,6 +60,14 @@ class JobRunnerReplica:
     async def drain(self) -> int:
         """Put jobs back into the queue, because the server stops. Returns how many are still held."""
         return self._runner.drain()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every second, for the policies of all models."""
+        waiting = self._runner.waiting_work()
+        if waiting is None:
+            return {}
+        found = {model: waiting.get(model, Waiting()) for model in self._models}
+        return to_stats({model: WaitingJobs(each.num_jobs, each.size) for model, each in found.items()})
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises GenerationError."""

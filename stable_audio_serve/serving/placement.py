@@ -27,6 +27,7 @@ _NO_LIMIT = 100_000
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
 _ROUTING_STATS_PERIOD_S = 1.0  # how often a replica says what it has to do
 _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
+_RUNNER_POLICY = "stable_audio_serve.serving.autoscaling:RunnerPolicy"
 # What a policy sees of replicas and callers: how often they report (Serve's variables for that have no effect in 2.60),
 # how long that is kept, and that the most requests at a time count, not their mean.
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": WINDOW_S, "aggregation_function": "max"}
@@ -145,7 +146,12 @@ def runner_options(settings: Settings) -> dict[str, Any]:
     """Deployment options of the job runners, which wait for models rather than compute."""
     return {
         "name": RUNNER_NAME,
-        "num_replicas": settings.jobs.runners,
+        "autoscaling_config": {  # as many as there are, with a policy that hears what they say
+            "min_replicas": settings.jobs.runners,
+            "max_replicas": settings.jobs.runners,
+            **_OBSERVATION,
+            "policy": {"policy_function": _RUNNER_POLICY},
+        },
         "max_ongoing_requests": 1000,  # wake-up calls, over at once
         "health_check_period_s": 2.0,  # how soon a dead one is missed, and its jobs go on
         "graceful_shutdown_timeout_s": 10.0,

@@ -126,6 +126,7 @@ class ModelReplica:
             backlog_ms=self._engine.backlog_ms,
             accepted_ms=self._engine.accepted_ms,
             load_s=sum(self._start_s.values()),
+            prices=self._engine.prices(),
         )
 
     async def check_health(self) -> None:

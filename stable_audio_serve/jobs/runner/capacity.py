@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
+from math import inf
+from types import MappingProxyType
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -71,9 +73,13 @@ class Capacity:
         *,
         ahead_s: Mapping[Priority, float],
         max_running: int,
+        most_ahead_s: Mapping[str, float] = MappingProxyType({}),
         clock: Clock = SystemClock(),
     ) -> None:
-        """Bounds per priority: `ahead_s` seconds of predicted work for each replica of a model, `max_running` jobs."""
+        """Bounds per priority: `ahead_s` seconds of predicted work for each replica of a model, or what `most_ahead_s`
+        has for that model if it is less, and `max_running` jobs.
+        """
+        self._most_ahead_s = most_ahead_s
         self._ahead_s = ahead_s
         self._max_running = max_running
         self._clock = clock
@@ -149,7 +155,7 @@ class Capacity:
         backlog_s = self._predict_all_s(model, jobs)
         if backlog_s is None:
             return len(jobs) < _JOBS_BEFORE_LEARNT * self._replicas[model]
-        return not jobs or backlog_s < self._ahead_s[priority]
+        return not jobs or backlog_s < min(self._ahead_s[priority], self._most_ahead_s.get(model, inf))
 
     def _predict_all_s(self, model: str, jobs: Collection[_RunningJob]) -> float | None:
         """Returns the predicted seconds until these jobs are done; None while too little is known."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import get_args
@@ -25,6 +25,7 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import Job, State
 from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, StopReason, record_end
+from stable_audio_serve.jobs.runner.backlog import WaitingBacklog
 from stable_audio_serve.jobs.runner.capacity import Capacity, work_of
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.gate import StorageGate
@@ -36,11 +37,14 @@ from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.health import Refusals
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import Outlook
+from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
+# Of a model's target wait: jobs that an engine has already count for its replicas, but a new replica does not get them.
+_AHEAD_SHARE = 0.5
 _CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be put back; others are taken over when their leases end
 
 
@@ -80,6 +84,7 @@ class JobRunner:
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
             ahead_s={"interactive": self._settings.work_ahead_s, "batch": self._settings.batch_ahead_s},
+            most_ahead_s={model.name: _AHEAD_SHARE * model.replicas.target_wait_s for model in settings.models},
             max_running=self._settings.max_running,
             clock=clock,
         )
@@ -104,6 +109,8 @@ class JobRunner:
         self._loop_task: asyncio.Task[None] | None = None
         self._counting = Periodic(self._count, pause_s=pauses.count_s, clock=clock)
         self._asking = Periodic(self._ask_replicas, pause_s=pauses.replicas_s, clock=clock)
+        self._backlog = WaitingBacklog(store.waiting.by_model, clock=clock)
+        self._weighing = Periodic(self._backlog.refresh, pause_s=0.0, clock=clock)
         sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
         every_s = self._settings.sweep_every_s
         self._sweeping = Periodic(sweeper.sweep, pause_s=every_s, spread=_SWEEP_SPREAD, first_in_s=every_s, clock=clock)
@@ -120,6 +127,10 @@ class JobRunner:
     def wake(self) -> None:
         """Look for something to do now. Call it on the runner's event loop."""
         self._woken.set()
+
+    def waiting_work(self) -> Mapping[str, Waiting] | None:
+        """Returns how much work waits for each model of any, in the whole store; None while that is not known."""
+        return self._backlog.current()
 
     def check_health(self) -> None:
         """Raises GenerationError when the loop or the heartbeat has ended, which they never should."""
@@ -143,7 +154,7 @@ class JobRunner:
         await _finish({self._loop_task} if self._loop_task else set())
         self.drain()  # also the attempts begun in the last turn of the loop
         await _finish({attempt.task for attempt in self._attempts.values()})
-        for periodic in (self._counting, self._asking, self._sweeping):
+        for periodic in (self._counting, self._weighing, self._asking, self._sweeping):
             await periodic.close()
         await self._reporter.close()
         await self._gate.close()
@@ -258,6 +269,10 @@ class JobRunner:
         self._metrics.gauge("jobs_queued", outlook.num_queued)
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         self._counting.start_if_due()
+        if outlook.num_queued:
+            self._weighing.start_if_due()
+        else:
+            self._backlog.none_waits()
 
     async def _count(self) -> None:
         """Measure how many jobs there are of each state; every runner measures the same."""

@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, StorageError
 from stable_audio_serve.core.ids import ClientId, JobId
+from stable_audio_serve.core.pricing import WorkSize
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State, host_of
 from stable_audio_serve.jobs.store import codec
 from stable_audio_serve.jobs.store.admission import find_no_room, find_same
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.rows import is_job, to_event, to_job
-from stable_audio_serve.jobs.store.tables import EVENTS, JOBS
+from stable_audio_serve.jobs.store.tables import EVENTS, JOBS, WORK
 from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions
 from stable_audio_serve.jobs.store.turns import Turns
 
@@ -47,8 +49,9 @@ class Page:
 class ClientJobs:
     """Jobs of one database as their clients may use them."""
 
-    def __init__(self, database: Database, limits: JobSettings) -> None:
+    def __init__(self, database: Database, limits: JobSettings, *, catalog: ModelCatalog | None = None) -> None:
         self._database = database
+        self._catalog = catalog
         self._limits = limits
         self._transitions = Transitions(database)
         self._turns = Turns(database)
@@ -172,7 +175,14 @@ class ClientJobs:
             "webhook_url": spec.webhook_url,
             "webhook_host": host_of(spec.webhook_url) if spec.webhook_url else None,
         }
+        size = _size_of(spec, self._catalog)
+        values |= {column: getattr(size, name) for column, name in WORK.items()}
         return connection.execute(self._insert_job, values).first()
+
+
+def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
+    card = catalog.resolve(spec.model) if catalog is not None else ModelCard(spec.model, family="")
+    return WorkSize.of(spec.request, default_steps=card.default_steps, default_cfg_scale=card.default_cfg_scale)
 
 
 def _insert_job(database: Database) -> sa.Executable:

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from stable_audio_serve.jobs.store.database import Database
@@ -20,20 +21,24 @@ from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs
 from stable_audio_serve.jobs.store.retention import Retention
 from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
 from stable_audio_serve.jobs.store.tables import IDENTITY
+from stable_audio_serve.jobs.store.waiting import WaitingWork
 
 
 class JobStore:
     """What clients, runners, operators and the sweeper may do with jobs, and the files that links lead to."""
 
-    def __init__(self, database: Database, limits: JobSettings | None = None) -> None:
-        """Touches nothing yet."""
+    def __init__(
+        self, database: Database, limits: JobSettings | None = None, *, catalog: ModelCatalog | None = None
+    ) -> None:
+        """Touches nothing yet. `catalog` knows the defaults of models, which count in the size of jobs."""
         self.database = database
-        self.clients = ClientJobs(database, limits or JobSettings())
+        self.clients = ClientJobs(database, limits or JobSettings(), catalog=catalog)
         self.runners = RunnerJobs(database)
         self.operators = OperatorJobs(database)
         self.dead_letters = DeadLetters(database)
         self.retention = Retention(database)
         self.files = PublishedFiles(database)
+        self.waiting = WaitingWork(database)
 
     def identity(self) -> str:
         """Returns the random name that this database was given at its first use and keeps."""

@@ -7,9 +7,12 @@ Indexes for waiting or running jobs cover only those, so that the many ended job
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
 import sqlalchemy as sa
+
+from stable_audio_serve.core.pricing import WorkSize
 
 METADATA = sa.MetaData()
 
@@ -31,6 +34,9 @@ def storable(text: str) -> str:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
+
+# The columns of a `core.pricing.WorkSize`; 0 in jobs that were added before there were any.
+WORK = {f"work_{field.name}": field.name for field in fields(WorkSize)}
 
 _Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # the only type SQLite counts up by itself
 
@@ -72,6 +78,7 @@ JOBS = sa.Table(
     sa.Column("webhook_at", sa.Double),  # when to try next; none = nothing to deliver
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # by operators, of a dead letter
+    *(sa.Column(name, sa.Double, nullable=False, server_default="0") for name in WORK),
     sa.UniqueConstraint("id", "contract", "client"),  # in this order: operators know ids
     sqlite_autoincrement=True,
 )
@@ -163,6 +170,7 @@ def _index(name: str, *columns: sa.Column[Any], of: sa.ColumnElement[bool], uniq
 _QUEUED, _RUNNING = in_state("queued"), in_state("running")
 _index("jobs_in_line", _jobs.priority, _jobs.model, _jobs.client, _jobs.seq, of=_QUEUED)
 _index("jobs_waiting_of_client", _jobs.client, of=_QUEUED)
+_index("jobs_waiting_work", _jobs.model, *(_jobs[name] for name in WORK), of=_QUEUED)
 _index("jobs_by_delay", _jobs.not_before, of=_QUEUED)
 _index("jobs_by_lateness", _jobs.start_before, of=_jobs.start_before.is_not(None))
 _index("jobs_by_lease", _jobs.lease_until, of=_RUNNING)

@@ -38,6 +38,10 @@ RELEASED = {
         "fdf62d27bac94143ef074aa5e953e8f0bfb4f5e4c0cfe1ea83877942f522a8e8",
         "fdf62d27bac94143ef074aa5e953e8f0bfb4f5e4c0cfe1ea83877942f522a8e8",
     ),
+    "0003_work": (
+        "2c5e131542af8e70e1f36e81b39ba1238bb967adf051822f4ce8972ce9fc51ff",
+        "d751d725e4f63b2174110938cd9662483c0fffbb309e9379c1c5647044495e83",
+    ),
 }
 
 _ADDING = (

@@ -1,0 +1,17 @@
+"""How much work a job is, so that the work of all that wait can be added up, which the index does alone."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+_WORK = ("work_rows", "work_evaluations", "work_evaluated_s", "work_audio_s")
+
+
+def upgrade() -> None:
+    """Add the columns and an index of those that wait."""
+    for name in _WORK:
+        op.add_column("jobs", sa.Column(name, sa.Double, nullable=False, server_default="0"))
+    queued = sa.text("state = 'queued'")
+    op.create_index("jobs_waiting_work", "jobs", ["model", *_WORK], sqlite_where=queued, postgresql_where=queued)

@@ -1,0 +1,151 @@
+"""Run as a program: two Ray nodes with GPUs that do not exist, models on stand-ins whose device is a clock, and a load
+that comes and goes. Prints how many replicas there were one after the other, and what became of requests and jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from benchmarks.servers.timed import TimedReplica
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.open import open_store
+from stable_audio_serve.serving.app import assemble
+from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.placement import plan_deployments
+from tests.jobs.conftest import make_spec
+
+_APPLICATION = "audio"
+_CLIENTS, _JOBS = 30, 500
+_LONGEST_S = 120.0
+_REPLICAS = {"max_replicas": 3, "target_wait_s": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 2}
+
+
+@dataclass
+class Seen:
+    """Numbers of running replicas of one model, each once until it changes, and the nodes that had any."""
+
+    counts: list[int] = field(default_factory=list)
+    nodes: set[str] = field(default_factory=set)
+
+    def note(self, nodes: list[str]) -> None:
+        if not self.counts or self.counts[-1] != len(nodes):
+            self.counts.append(len(nodes))
+        self.nodes.update(nodes)
+
+
+class Observer:
+    """Looks at the replicas of all models again and again."""
+
+    def __init__(self, *models: str) -> None:
+        self.seen = {model: Seen() for model in models}
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def wait_for(self, model: str, count: int) -> None:
+        ends_at = time.monotonic() + _LONGEST_S
+        while self.seen[model].counts[-1:] != [count] and time.monotonic() < ends_at:
+            time.sleep(0.05)
+
+    def _run(self) -> None:
+        while True:
+            deployments = serve.status().applications[_APPLICATION].deployments
+            details = serve.context._get_global_client().get_serve_details()["applications"][_APPLICATION]
+            for model, seen in self.seen.items():
+                if model in deployments:
+                    replicas = details["deployments"][model]["replicas"]
+                    seen.note([replica["node_id"] for replica in replicas if replica["state"] == "RUNNING"])
+            time.sleep(0.1)
+
+
+async def crowd(ask: Callable[[int], object], is_over: Callable[[], bool]) -> list[str]:
+    """The outcomes of clients that ask again and again until it is over."""
+    outcomes: list[str] = []
+
+    async def client(number: int) -> None:
+        while not is_over():
+            try:
+                await ask(number)  # type: ignore[misc]
+                outcomes.append("ok")
+            except Exception as error:  # noqa: BLE001 - it is what is counted
+                outcomes.append(repr(error))
+
+    await asyncio.gather(*map(client, range(_CLIENTS)))
+    return outcomes
+
+
+def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
+    """From zero to three and back, then once more from zero. Returns the outcomes."""
+
+    async def ask(seed: int) -> None:
+        await backend.generate("lazy", GenerationRequest(prompt="", duration_s=1.0, steps=16, seed=seed))
+
+    async def run() -> list[str]:
+        counts = observer.seen["lazy"].counts
+        ends_at = time.monotonic() + _LONGEST_S
+        outcomes = await crowd(ask, lambda: counts[-1:] == [3] or time.monotonic() > ends_at)
+        await asyncio.to_thread(observer.wait_for, "lazy", 0)
+        await ask(0)
+        return outcomes
+
+    return asyncio.run(run())
+
+
+def jobs_wait(settings: Settings, observer: Observer) -> dict[str, int]:
+    """Submits jobs and no request. Returns how many there are of each state in the end."""
+    store = open_store(settings)
+    observer.wait_for("busy", 1)
+    for added in store.clients.add_all([make_spec(model="busy", duration_s=1.0) for _ in range(_JOBS)]):
+        assert not isinstance(added, Exception), added
+    ends_at = time.monotonic() + _LONGEST_S
+    while store.operators.counts().get("succeeded", 0) < _JOBS and time.monotonic() < ends_at:
+        time.sleep(0.2)
+    observer.wait_for("busy", 1)
+    return dict(store.operators.counts())
+
+
+def main(folder: str, database_url: str) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    cluster.add_node(num_cpus=1, num_gpus=2)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    model = {"path": folder, "num_gpus": 0.5, "num_cpus": 0}
+    settings = Settings.model_validate(
+        {
+            "models": [
+                model | {"name": "lazy", "replicas": _REPLICAS | {"min_replicas": 0}},
+                model | {"name": "busy", "replicas": _REPLICAS | {"min_replicas": 1}},
+            ],
+            "jobs": {"database_url": database_url},
+            "output_dir": "out",
+        }
+    )
+    serve.start(proxy_location="Disabled")
+    serve.run(assemble(settings, replica=TimedReplica), name=_APPLICATION)
+    observer = Observer("lazy", "busy")
+    handle = serve.get_deployment_handle("lazy", _APPLICATION)
+    backend = RayBackend(plan_deployments(settings).catalog, {"lazy": handle}, application=_APPLICATION)
+    jobs = jobs_wait(settings, observer)
+    outcomes = load_comes_and_goes(backend, observer)
+    result = {
+        "outcomes": {outcome: outcomes.count(outcome) for outcome in set(outcomes)},
+        "jobs": jobs,
+        **{model: {"counts": seen.counts, "nodes": len(seen.nodes)} for model, seen in observer.seen.items()},
+    }
+    print("seen: " + json.dumps(result))
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,47 @@
+"""Replicas follow the work, on two Ray nodes: requests from zero up and down to zero, and jobs that only wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, Any]:
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.serving.scaled", TINY, postgres.create_database()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("scaled"),
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("seen: "))
+    return json.loads(line.removeprefix("seen: "))
+
+
+def test_load_takes_a_model_from_zero_to_three_replicas_on_two_nodes_and_back_and_no_request_fails(
+    seen: dict[str, Any],
+) -> None:
+    assert seen["lazy"]["counts"][0] == 0
+    assert max(seen["lazy"]["counts"]) == 3
+    assert seen["lazy"]["counts"][-2:] == [0, 1]  # to zero, and one more request
+    assert seen["lazy"]["nodes"] == 2
+    assert list(seen["outcomes"]) == ["ok"]
+
+
+def test_jobs_that_wait_add_replicas_although_nobody_asks_and_all_are_done(seen: dict[str, Any]) -> None:
+    counts = seen["busy"]["counts"]
+    assert (counts[0], max(counts), counts[-1]) == (1, 3, 1)
+    assert seen["jobs"] == {"succeeded": 500}
