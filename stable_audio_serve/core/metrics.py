@@ -104,7 +104,12 @@ _JOBS = (
     Metric("damaged_files", "counter", "Stored files that are not what was stored.", is_rare=True),
 )
 
-GROUPS = {"HTTP": _HTTP, "Engines": _ENGINE, "Jobs and files": _JOBS}
+_SCALING = (
+    Metric("waiting_work_ms", "gauge", "Predicted work of jobs that no runner has started.", ("model",)),
+    Metric("replicas_wanted", "gauge", "Replicas that the work of the moment asks for, without bounds.", ("model",)),
+)
+
+GROUPS = {"HTTP": _HTTP, "Engines": _ENGINE, "Jobs and files": _JOBS, "Autoscaling": _SCALING}
 METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.serving import scaling, waiting_board
 from stable_audio_serve.serving.kept_models import kept
+from stable_audio_serve.serving.metrics import RayMetrics
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
-    from stable_audio_serve.serving.waiting_board import WaitingJobs
-
 _BACKLOG, _ACCEPTED, _LOAD = "backlog_ms", "accepted_ms", "load_s"
+_SHOW_S = 2.0  # between two samples of the metrics
 _MEMORY, _PRICES = "stable_audio_memory", "stable_audio_prices"  # in the policy's state, beside Serve's own keys
 
 
@@ -58,20 +58,33 @@ class WorkPolicy(_Policy):
         """Serve makes it from JSON."""
         super().__init__()
         self._goal = scaling.Goal(target_wait_s=target_wait_s, shrink_after_s=shrink_after_s)
+        self._metrics: RayMetrics | None = None  # made where it is used
+        self._show_at = float("-inf")
 
     def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         state = context.policy_state
         prices = _prices(context.raw_metrics) or state.get(_PRICES)
         waiting = waiting_board.read(context.app_name, context.deployment_name, now=context.current_time)
+        waiting_ms = prices.of(waiting.size) if prices and waiting else 0.0
         replicas, memory = scaling.decide(
             state.get(_MEMORY, scaling.Memory()),
-            _observe(context, prices=prices, waiting=waiting),
+            _observe(context, waiting_ms=waiting_ms, num_waiting=waiting.num_jobs if waiting else 0.0),
             goal=self._goal,
             target=context.target_num_replicas,
             now=context.current_time,
         )
+        self._show(context, waiting_ms=waiting_ms, wanted=memory.wanted[-1][1])
         is_kept = context.deployment_name in kept(context.app_name)
         return max(replicas, int(is_kept)), {**state, _MEMORY: memory, _PRICES: prices}
+
+    def _show(self, context: AutoscalingContext, *, waiting_ms: float, wanted: int) -> None:
+        if context.current_time < self._show_at:
+            return
+        self._show_at = context.current_time + _SHOW_S
+        if self._metrics is None:
+            self._metrics = RayMetrics(model=context.deployment_name)
+        self._metrics.show("waiting_work_ms", waiting_ms)
+        self._metrics.show("replicas_wanted", wanted)
 
 
 class RunnerPolicy(_Policy):
@@ -84,14 +97,13 @@ class RunnerPolicy(_Policy):
         return context.target_num_replicas, dict(context.policy_state)
 
 
-def _observe(context: AutoscalingContext, *, prices: Prices | None, waiting: WaitingJobs | None) -> scaling.Observed:
+def _observe(context: AutoscalingContext, *, waiting_ms: float, num_waiting: float) -> scaling.Observed:
+    """Adds jobs that wait by their work, and by their number, which keeps one replica before any price is known."""
     published = context.raw_metrics
     loads = _last_values(published, _LOAD)
     accepted = [
         [(point.timestamp, point.value) for point in series] for series in published.get(_ACCEPTED, {}).values()
     ]
-    num_waiting = waiting.num_jobs if waiting else 0.0
-    waiting_ms = prices.of(waiting.size) if prices and waiting else 0.0  # before the first price, their number counts
     return scaling.Observed(
         backlog_s=(sum(_last_values(published, _BACKLOG)) + waiting_ms) / 1000.0,
         arriving=sum(map(scaling.rate, accepted)) / 1000.0,

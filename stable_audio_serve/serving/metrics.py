@@ -50,6 +50,11 @@ class RayMetrics:
         metric, labels = self._find(name, "histogram", labels=labels)
         metric.observe(value, tags=labels)
 
+    def show(self, name: str, value: float, **labels: str) -> None:
+        """Set the gauge `name` for a while: where nobody repeats it within 20 s there is none any more."""
+        metric, labels = self._find(name, "gauge", labels=labels)
+        metric.set(value, tags=labels)
+
     def _refresh(self) -> None:
         while True:
             time.sleep(_REFRESH_S)

@@ -210,3 +210,14 @@ def test_a_model_that_is_not_served_any_more_disturbs_nothing(clock: FakeClock) 
     capacity.close("retired", for_s=10.0)
     capacity.end("x")
     assert capacity.open_models("interactive") is None
+
+
+def test_a_model_may_have_less_handed_out_than_others() -> None:
+    ahead_s: dict[Priority, float] = {"interactive": _AHEAD_S, "batch": _BATCH_AHEAD_S}
+    clock = FakeClock()
+    capacity = Capacity(("a", "b"), ahead_s=ahead_s, max_running=64, most_ahead_s={"b": 10.0}, clock=clock)
+    for model in ("a", "b"):
+        run_alone(capacity, clock, work=1.0, seconds=1.0, model=model)
+    assert fill(capacity, work=1.0, model="a") == 30
+    assert fill(capacity, work=1.0, model="b") == 10
+    assert fill(capacity, work=1.0, model="b", priority="batch") == 5
