@@ -181,8 +181,9 @@ class TimedReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """As the real one."""
+        prices = prices_of(self.times)
         device = self._device
-        return replica_stats(backlog_ms=device.backlog_ms, accepted_ms=device.accepted_ms, load_s=0.0, prices=PRICES)
+        return replica_stats(backlog_ms=device.backlog_ms, accepted_ms=device.accepted_ms, load_s=0.0, prices=prices)
 
     async def status(self) -> object:
         """Returns what it has done and what its device still has to do."""
