@@ -78,7 +78,7 @@ class InstantReplica:
         from stable_audio_serve.serving.replica import ReplicaStatus
 
         counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
-        return ReplicaStatus(device="cpu", start_s={}, backlog_ms=0.0, **counts)
+        return ReplicaStatus(device="cpu", start_s={}, backlog_ms=0.0, quality=None, **counts)
 
 
 class RemoteReplica(InstantReplica):

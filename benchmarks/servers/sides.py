@@ -60,7 +60,7 @@ class SideReplica:
     async def status(self) -> ReplicaStatus:
         """Ready; nothing is counted."""
         counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
-        return ReplicaStatus(device=self._device, start_s={}, backlog_ms=0.0, **counts)
+        return ReplicaStatus(device=self._device, start_s={}, backlog_ms=0.0, quality=None, **counts)
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:

@@ -189,7 +189,9 @@ class TimedReplica:
         """Returns what it has done and what its device still has to do."""
         from stable_audio_serve.serving.replica import ReplicaStatus
 
-        return ReplicaStatus(device="timed", start_s={}, backlog_ms=self._device.backlog_ms, **self._outcomes)
+        return ReplicaStatus(
+            device="timed", start_s={}, backlog_ms=self._device.backlog_ms, quality=None, **self._outcomes
+        )
 
 
 class ShorteningReplica(TimedReplica):

@@ -10,6 +10,9 @@ from stable_audio_serve.core.ids import ArtifactKey, JobId
 # The folders of keys: finished jobs at the top, uploads of jobs to come, files that clients have links to.
 FOLDERS = ("", "uploads", "files")
 
+# The folder of what is known of models' sound: no job has a part in it, and no sweeper looks there.
+QUALITY_FOLDER = "quality"
+
 # The file that names the owner of a folder or bucket.
 OWNER_KEY = ArtifactKey(".owner")
 
@@ -17,7 +20,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _HEX = "[0-9a-f]{32}"
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _OURS = re.compile(
-    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}(-[0-9]{{1,6}})?|files/{_HEX}"
+    rf"({_HEX}|{_UUID}(-stable-audio)?)-[A-Za-z0-9._-]{{1,150}}|uploads/{_HEX}(-[0-9]{{1,6}})?|(files|{QUALITY_FOLDER})/{_HEX}"
 )
 
 
@@ -43,6 +46,14 @@ def part_key(upload_id: str, number: int) -> ArtifactKey:
 def file_key() -> ArtifactKey:
     """Returns a key for a file that clients have a link to."""
     return ArtifactKey(f"files/{secrets.token_hex(16)}")
+
+
+def quality_key(name: str) -> ArtifactKey:
+    """Returns the key of a report on a model's sound; `name` has 32 hexadecimal digits. Raises ValueError if not."""
+    key = ArtifactKey(f"{QUALITY_FOLDER}/{name}")
+    if not is_ours(key):
+        raise ValueError(f"not 32 hexadecimal digits: {name[:40]!r}")
+    return key
 
 
 def is_ours(key: str) -> bool:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from stable_audio_serve.artifacts.folder import Folder
-from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, is_ours, upload_key
+from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER, is_ours, upload_key
 from stable_audio_serve.artifacts.store import (
     MAX_LISTED,
     PROBE_BYTES,
@@ -27,7 +27,7 @@ from stable_audio_serve.artifacts.store import (
     StoredObject,
 )
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
-from stable_audio_serve.artifacts.verified import verified
+from stable_audio_serve.artifacts.verified import require_size, verified
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.ids import ArtifactKey
@@ -120,6 +120,18 @@ class LocalArtifacts:
         except OSError as error:
             raise _storage_error(error) from error
 
+    def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
+        path = self._path(key)
+        self._folder.require()
+        try:
+            with path.open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _storage_error(error) from error
+        return require_size(data, max_bytes)
+
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
         self._folder.require()
         try:
@@ -134,7 +146,7 @@ class LocalArtifacts:
         self._folder.require()
         num_removed = 0
         try:
-            for folder in FOLDERS:
+            for folder in (*FOLDERS, QUALITY_FOLDER):
                 for name in filter(_PARTIAL.fullmatch, self._names(folder)):
                     path = self._folder.path / folder / name
                     with suppress(FileNotFoundError):  # finished, or swept by another process

@@ -26,7 +26,7 @@ from stable_audio_serve.artifacts.store import (
     StoredObject,
 )
 from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
-from stable_audio_serve.artifacts.verified import verified
+from stable_audio_serve.artifacts.verified import require_size, verified
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.file_names import content_disposition
@@ -112,6 +112,17 @@ class S3Artifacts:
             is_owned = found["Body"].read() == owner.encode()
         since: float = found["LastModified"].timestamp()
         return since if is_owned else None
+
+    def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
+        with our_errors("fetch"):
+            try:
+                with closing(self._client.get_object(**self._at(key))["Body"]) as body:
+                    data: bytes = body.read(max_bytes + 1)
+            except s3_errors() as error:
+                if is_missing(error):
+                    return None
+                raise
+        return require_size(data, max_bytes)
 
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix

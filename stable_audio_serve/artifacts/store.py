@@ -114,8 +114,15 @@ class ArtifactStore(Protocol):
         """
         ...
 
+    def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
+        """Returns a small file whose digest nobody noted, None if there is none. Blocking.
+
+        Raises StorageError, DamagedFileError for a larger one.
+        """
+        ...
+
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
-        """Returns the files directly in one of `keys.FOLDERS` whose keys are ours. Blocking. Raises StorageError."""
+        """Returns the files directly in a folder of `keys` whose keys are ours. Blocking. Raises StorageError."""
         ...
 
     def sweep_unfinished(self, *, before: float) -> int:

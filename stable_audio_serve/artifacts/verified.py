@@ -38,3 +38,10 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
         raise DamagedFileError("the stored file is damaged")
     if held:
         yield held
+
+
+def require_size(data: bytes, max_bytes: int) -> bytes:
+    """Returns `data`. Raises DamagedFileError when it is larger."""
+    if len(data) > max_bytes:
+        raise DamagedFileError(f"the stored file is larger than {max_bytes} bytes, which none of its kind is")
+    return data

@@ -118,17 +118,41 @@ class ModelCatalog:
         return len(self._cards)
 
 
+# How a replica came through the quality gate: passed; unchecked = there is sound, but nothing to compare it with could
+# be read; fallback = the last good weights serve, because the configured ones failed; off = there was no gate.
+GateOutcome = Literal["passed", "unchecked", "fallback", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelQuality:
+    """What is known of a replica's weights and sound.
+
+    `weights` is their hash, `revision` the commit they are from, None from a folder; `report` is the id of their
+    quality report. `problem` is a sentence for clients, without places of this machine.
+    """
+
+    gate: GateOutcome
+    weights: str | None = None
+    revision: str | None = None
+    report: str | None = None
+    problem: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
     """What one model's replicas are doing.
 
     `stage` is loading, ready, failed, idle (scaled to zero) or waking (from zero, while its first requests are held).
+    `quality` is that of the replica that has the most to say. `refused_update` says why a deployment failed while older
+    replicas go on, else None.
     """
 
     stage: str
     num_replicas: int = 0
     device: str | None = None
     detail: Mapping[str, str] | None = None
+    quality: ModelQuality | None = None
+    refused_update: str | None = None
 
 
 def _key(name: str) -> str:

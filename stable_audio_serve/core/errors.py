@@ -25,6 +25,8 @@ StableAudioError
 │   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
 │   └── DamagedFileError       storage            a stored file has changed or lost bytes
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
+├── QualityError               quality            a loaded model does not sound as it should; ends its start
+├── QualityReportError         quality_report     a stored report of a model's sound is missing or cannot be used
 ├── StartError                 start              Ray, the proxy or the like did not start; ends the start
 └── ConfigError                config             unusable settings; ends the start
 """
@@ -212,6 +214,18 @@ class CheckpointError(StableAudioError):
     """Model files are missing, gated, corrupt or do not fit the network; the message says what to do."""
 
     kind = "checkpoint"
+
+
+class QualityError(StableAudioError):
+    """What a loaded model makes of its golden requests is not what it should be: it must not serve."""
+
+    kind = "quality"
+
+
+class QualityReportError(StableAudioError):
+    """A stored report of what a model sounds like is missing or cannot be used; the message names it."""
+
+    kind = "quality_report"
 
 
 class StartError(StableAudioError):

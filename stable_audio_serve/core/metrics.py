@@ -77,6 +77,19 @@ _ENGINE = (
     Metric("engine_pad_share", "gauge", "Part of the last step that was padding, 0 to 1.", ("model",)),
     Metric("engine_prompt_cache_hits", "counter", "Prompts whose embedding was there already.", ("model",)),
     Metric("engine_prompt_cache_misses", "counter", "Prompts that had to be embedded.", ("model",)),
+    Metric(
+        "quality_gates",
+        "counter",
+        "New replicas at the quality gate: passed, unchecked (nothing to compare with could be read) or failed.",
+        ("outcome", "model"),
+    ),
+    Metric("quality_gate_ms", "histogram", "Time of the golden requests and their comparison.", ("model",)),
+    Metric(
+        "quality_fallback",
+        "gauge",
+        "1 while a replica serves the last good weights, because the configured ones failed.",
+        ("model",),
+    ),
     Metric("engine_device_memory_bytes", "gauge", "GPU memory in use by the engine; 0 on a CPU.", ("model",)),
     Metric(
         "router_choices",
@@ -152,6 +165,32 @@ class NullMetrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         declared(name, "histogram", labels=labels)
+
+
+class QuietMetrics:
+    """A sink that drops counts and distributions until `open`: work of our own is nobody's request."""
+
+    def __init__(self, sink: Metrics) -> None:
+        self._sink = sink
+        self._is_open = False
+
+    def open(self) -> None:
+        """Pass everything on from now on."""
+        self._is_open = True
+
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Add `value` to the counter `name`, if open."""
+        if self._is_open:
+            self._sink.increment(name, value, **labels)
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set the gauge `name`."""
+        self._sink.gauge(name, value, **labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add one sample to the distribution `name`, if open."""
+        if self._is_open:
+            self._sink.observe(name, value, **labels)
 
 
 class Level:

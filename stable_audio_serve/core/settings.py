@@ -138,12 +138,25 @@ class ReplicaSettings(Section):
     downscale_delay_s: Delay = Field(
         300.0, description="How long fewer replicas have been enough before some are removed, seconds."
     )
+    surge: bool | None = Field(
+        None,
+        description="Whether an update starts a new replica before it stops an old one, which takes the resources and "
+        "the memory of one more; unset = where Ray has them to spare when the application is deployed.",
+    )
 
     @model_validator(mode="after")
     def _check_order(self) -> ReplicaSettings:
         if self.min_replicas is not None and self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas must not be above max_replicas")
         return self
+
+
+class QualityGateSettings(Section):
+    """What a new replica must generate before it takes requests (docs/quality.md)."""
+
+    enabled: bool = Field(True, description="Whether there is a gate.")
+    budget_s: Seconds = Field(20.0, description="No golden request begins later than this, but for the first, seconds.")
+    store_wait_s: Seconds = Field(10.0, description="Longest wait for one answer of the report store, seconds.")
 
 
 class EngineSettings(Section):
@@ -254,6 +267,12 @@ class ModelSettings(Section):
         default_factory=lambda: EngineSettings(), description="How a replica shares its device among requests."
     )
     replicas: ReplicaSettings = Field(default_factory=lambda: ReplicaSettings(), description="Replica counts.")
+    quality_report: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{32}$",
+        json_schema_extra={"form": "32 hexadecimal digits"},
+        description="Id of the quality report that this model must sound like, whatever its revision; unset = its own.",
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> ModelSettings:
@@ -422,9 +441,18 @@ class Settings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")
     audio: AudioSettings = Field(default_factory=lambda: AudioSettings(), description="How clips are finished.")
+    quality_gate: QualityGateSettings = Field(
+        default_factory=lambda: QualityGateSettings(), description="The check of new replicas."
+    )
     ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")
     proxy: ProxySettings = Field(default_factory=lambda: ProxySettings(), description="HAProxy's time limits.")
     metrics: MetricsSettings = Field(default_factory=lambda: MetricsSettings(), description="Pages for operators.")
     dialects: DialectSettings = Field(default_factory=lambda: DialectSettings(), description="Foreign dialects.")
     jobs: JobSettings = Field(default_factory=lambda: JobSettings(), description="Durable jobs.")
     storage: StorageSettings = Field(default_factory=lambda: StorageSettings(), description="Job artifacts.")
+
+    @model_validator(mode="after")
+    def _check_pins(self) -> Settings:
+        if not self.quality_gate.enabled and (pinned := [m.name for m in self.models if m.quality_report is not None]):
+            raise ValueError(f"quality_report of {pinned[0]} needs quality_gate: {{enabled: true}}")
+        return self

@@ -63,17 +63,25 @@ def load_model(
     """
     target = resolve_device(device)
     precision, decoding = resolve_dtype(target, dtype), resolve_decode_precision(target, decode_precision)
-    folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
+    folder, text_encoder = find_files(entry, token=token)
     card = describe_entry(replace(entry, folder=str(folder))).card
     load = _LOADERS[card.family]
     if entry.backend == "stable_audio_tools":
         require_open_family(card.family)
         load = load_with_package
-    text_encoder = download_text_encoder(folder, token=token)
     if check_size is not None:
         check_size(weight_bytes(folder, text_encoder=text_encoder, dtype=precision))
     model = load(card, folder, text_encoder=text_encoder, device=target, dtype=precision, decode_precision=decoding)
     return model if compile_dir is None else compile_layers(model, folder=compile_dir)
+
+
+def find_files(entry: ModelEntry, *, token: str | None = None) -> tuple[Path, Path]:
+    """Returns the folders of an entry's checkpoint and of its text encoder; downloads what is missing.
+
+    Raises CheckpointError with one sentence that says what to do.
+    """
+    folder = Path(entry.folder) if entry.folder is not None else download_entry(entry, token=token)
+    return folder, download_text_encoder(folder, token=token)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

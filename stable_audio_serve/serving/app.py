@@ -30,6 +30,7 @@ from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.placement import (
     Plan,
     check_gpu_shares,
+    decide_surge,
     describe_models,
     ingress_options,
     model_options,
@@ -39,6 +40,7 @@ from stable_audio_serve.serving.placement import (
 )
 from stable_audio_serve.serving.preflight import fetch_configs, require_weights
 from stable_audio_serve.serving.replica import ModelReplica
+from stable_audio_serve.serving.surge import node_slots
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -138,6 +140,7 @@ def assemble(
     plan = replace(plan, store_identity=stores.identity)
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
     check_gpu_shares(plan, cluster_gpus=cluster_gpus)
+    plan = decide_surge(plan, node_slots(ray.nodes()), cluster_gpus=cluster_gpus)
     models = {
         model.name: _bind(
             by_name.get(model.name, replica),

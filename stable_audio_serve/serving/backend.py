@@ -8,16 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    RequestCancelledError,
+)
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
-from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.catalog import ModelCatalog, ModelQuality, ModelStatus
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
@@ -41,6 +46,7 @@ _RETRY_AFTER_S = 5.0
 _LOAD_CHECK_S = 1.0  # how often a request that is held looks whether its model can load at all
 _STATUS_TTL_S = 0.5  # older ones are renewed, those who ask meanwhile get the old one at once
 _STATUS_STALE_S = 2.0  # a caller waits for a newer one than that
+_REPLICA_TTL_S = 5.0  # how old the words of replicas on themselves may be
 _STATUS_TIMEOUT_S = 0.8  # the last answer is better than a late one
 
 
@@ -58,7 +64,8 @@ class RayBackend:
         self._handles = handles
         self._application = application
         self._guards = {card.name: OverloadGuard() for card in catalog}
-        self._replicas: dict[str, ReplicaStatus] = {}
+        self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
+        self._asked_at: dict[str, float] = {}
         self._snapshot = _Snapshot(float("-inf"), {card.name: ModelStatus(stage="loading") for card in catalog})
         self._refresh: asyncio.Task[None] | None = None
 
@@ -180,24 +187,38 @@ class RayBackend:
         )
 
     async def _ask_replica(self, name: str) -> None:
-        """Learn a running replica's device once; also opens the connection to it before the first real request."""
-        if name in self._replicas:
+        """Learn what the running replicas say of themselves, again after a while: an update puts others in their place.
+
+        The first time it also opens the connection to one before the first real request.
+        """
+        now = time.monotonic()
+        if now - self._asked_at.get(name, float("-inf")) < _REPLICA_TTL_S:
             return
-        response = self._handles[name].status.remote()
+        handle, is_first = self._handles[name], name not in self._replicas
+        response = handle.status.remote() if is_first else None
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                self._replicas[name] = await response
-        except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError):
-            response.cancel()
+                if response is not None:
+                    self._replicas[name] = (await response,)
+                answers = await handle.broadcast("status").results_async(return_exceptions=True)
+        except (TimeoutError, RayError, RayServeException):
+            if response is not None:
+                response.cancel()
+            return
+        if replicas := tuple(answer for answer in answers if not isinstance(answer, BaseException)):
+            self._replicas[name], self._asked_at[name] = replicas, now
 
     def _model_status(self, name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:
-        replica = self._replicas.get(name)
+        replicas = self._replicas.get(name, ())
+        replica = next(iter(replicas), None)
         deployment = application.deployments.get(name)
         return ModelStatus(
             stage=stage,
             num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
             device=replica.device if replica else None,
             detail={key: f"{seconds:.2f}" for key, seconds in replica.start_s.items()} if replica else None,
+            quality=most_telling(replica.quality for replica in replicas),
+            refused_update=_refused_update(deployment) if deployment else None,
         )
 
 
@@ -233,6 +254,19 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
         return "waking"
     # An unhealthy one has lost its replicas and is about to start others.
     return "loading" if is_starting or deployment.status in ("UPDATING", "UNHEALTHY") else "idle"
+
+
+def most_telling(qualities: Iterable[ModelQuality | None]) -> ModelQuality | None:
+    """Returns the quality that an operator has to hear of first, None where none is known."""
+    order = ("fallback", "unchecked", "off", "passed")
+    return min(filter(None, qualities), key=lambda quality: order.index(quality.gate), default=None)
+
+
+def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
+    """Returns a sentence where new replicas failed to start and older ones answer; the reason is in the log."""
+    if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
+        return None
+    return "the replicas of the last deployment failed to start, the ones before it answer; the server's log says why"
 
 
 def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:

@@ -15,6 +15,9 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.share import WHOLE, require_share
 from stable_audio_serve.models.families import load_model, resolve_device
+from stable_audio_serve.models.precision import resolve_decode_precision
+from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.weights import resolve_dtype
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
 
@@ -27,20 +30,22 @@ def load_engine(
     cluster_gpus: float = 0.0,
     metrics: Metrics = NullMetrics(),
     open_device: Callable[..., Device] = open_device,
+    entry: ModelEntry | None = None,
 ) -> Engine:
     """Load one configured model; the engine is not started. Raises CheckpointError or ConfigError.
 
     `gpu_share` is what Ray gave of a GPU: bookkeeping only, so what is below 1 bounds this process's memory there,
-    unless the operator chose another `memory_share`. `open_device` is called like the engine's.
+    unless the operator chose another `memory_share`. `open_device` is called like the engine's. `entry` is where the
+    files are, if not where the settings say.
     """
     share = memory_share(model, gpu_share=gpu_share)
     device = open_device(
         resolve_device(model.device or settings.device or first_device()), clock=SystemClock(), share=share
     )
     loaded = load_model(
-        model_entry(model),
+        entry or model_entry(model),
         device=device.torch_device,
-        dtype=model.dtype or (None if settings.model_half else "float32"),
+        dtype=_asked_dtype(settings, model),
         decode_precision=model.decode_precision,
         compile_dir=Path(settings.compile_dir) if model.compile else None,
         token=settings.hf_token.get_secret_value() if settings.hf_token else None,
@@ -81,6 +86,20 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         prompt_cache_bytes=engine.prompt_cache_bytes,
         warmup_budget_s=engine.warmup_budget_s,
     )
+
+
+def precisions(settings: Settings, model: ModelSettings, *, device: torch.device) -> dict[str, str]:
+    """Returns the kind of `device`, the denoiser's dtype there and the decoder's precision."""
+    dtype = resolve_dtype(device, _asked_dtype(settings, model))
+    return {
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "decode_precision": resolve_decode_precision(device, model.decode_precision),
+    }
+
+
+def _asked_dtype(settings: Settings, model: ModelSettings) -> str | None:
+    return model.dtype or (None if settings.model_half else "float32")
 
 
 def first_device() -> str:

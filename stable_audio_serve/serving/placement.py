@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 from stable_audio_serve.serving.scaling import WINDOW_S
 from stable_audio_serve.serving.shares import GpuReplicas, check_shares
+from stable_audio_serve.serving.surge import Slot, has_room, slot_of
 
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
@@ -32,6 +34,7 @@ _RUNNER_POLICY = "stable_audio_serve.serving.autoscaling:RunnerPolicy"
 # how long that is kept, and that the most requests at a time count, not their mean.
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": WINDOW_S, "aggregation_function": "max"}
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
+_ONE_REPLICA = 1  # percent, rounded up to whole replicas: an update starts one replica above the target at a time
 # A replica that is being replaced gets this long to finish its requests and looks this often whether it has.
 _DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
 
@@ -174,6 +177,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         "max_queued_requests": capacity,
         **_DRAIN,
         "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
+        "max_surge_percent": _ONE_REPLICA if replicas.surge else 0,
         "request_router_config": {
             "request_router_class": _ROUTER,
             "request_router_kwargs": {"model": model.name},
@@ -210,6 +214,29 @@ def check_gpu_shares(plan: Plan, *, cluster_gpus: float) -> None:
         for model in plan.settings.models
         if gpus[model.name] <= 1
     )
+
+
+def decide_surge(plan: Plan, nodes: Sequence[Slot], *, cluster_gpus: float) -> Plan:
+    """Returns the plan with `replicas.surge` of every model decided: on where `nodes` have room for one more replica of
+    it beside all replicas there may ever be. Raises ConfigError.
+    """
+    slots = {
+        model.name: slot_of(model_options(plan, model, cluster_gpus=cluster_gpus)["ray_actor_options"])
+        for model in plan.settings.models
+    }
+    taken = [slots[model.name] for model in plan.settings.models for _ in range(model.replicas.max_replicas)]
+    taken += [Slot(0.0, plan.settings.ingress.num_cpus)] * plan.settings.ingress.replicas
+    models = tuple(
+        model
+        if model.replicas.surge is not None
+        else model.model_copy(
+            update={
+                "replicas": model.replicas.model_copy(update={"surge": has_room(nodes, taken, extra=slots[model.name])})
+            }
+        )
+        for model in plan.settings.models
+    )
+    return replace(plan, settings=plan.settings.model_copy(update={"models": models}))
 
 
 def _num_cpus(model: ModelSettings, *, num_gpus: float) -> float:

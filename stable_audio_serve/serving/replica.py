@@ -8,17 +8,26 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import ray
+from ray import serve
+from ray.serve.schema import ReplicaState
 
+from stable_audio_serve.core.catalog import ModelQuality
 from stable_audio_serve.core.errors import DeadlineExceededError, ModelUnavailableError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
+from stable_audio_serve.core.metrics import QuietMetrics
 from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.work_ledger import ReplicaWork
+
+if TYPE_CHECKING:
+    from stable_audio_serve.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +49,7 @@ class ReplicaStatus:
     expired: int
     failed: int
     backlog_ms: float
+    quality: ModelQuality | None
 
 
 class ModelReplica:
@@ -49,22 +59,51 @@ class ModelReplica:
         configure_logging(settings.log_level)
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
         self._start_s: dict[str, float] = {}
+        try:
+            self._engine, self._quality = await self._start(settings, model)
+        except StableAudioError as error:
+            # Serve shows the whole chain of a failed start, the cause first: a bare one puts the sentence on top.
+            raise ModelUnavailableError(error.message) from type(error)(error.message)
+        stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
+        logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
+
+    async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
             from stable_audio_serve.serving.engines import load_engine
             from stable_audio_serve.serving.metrics import RayMetrics
-        with self._stage("load"):
-            gpu_share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
-            self._engine = load_engine(
+            from stable_audio_serve.serving.trial import Trial
+        metrics = RayMetrics(model=model.name)
+        quiet = QuietMetrics(metrics)
+        load = partial(
+            load_engine,
+            settings,
+            model,
+            gpu_share=ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0),
+            cluster_gpus=ray.cluster_resources().get("GPU", 0.0),
+            metrics=quiet,
+        )
+        if settings.quality_gate.enabled:
+            artifacts = open_artifacts(settings, is_prepared=True)
+            trial = Trial(
                 settings,
                 model,
-                gpu_share=gpu_share,
-                cluster_gpus=ray.cluster_resources().get("GPU", 0.0),
-                metrics=RayMetrics(model=model.name),
+                artifacts=artifacts,
+                load=lambda entry: load(entry=entry),
+                others_answer=partial(_others_answer, surge=bool(model.replicas.surge)),
+                stage=self._stage,
+                metrics=metrics,
             )
-        with self._stage("warm_up"):
-            await self._engine.start()
-        stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
-        logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
+            started = await trial.run()
+            await artifacts.close()
+            engine, quality = started.engine, started.quality
+        else:
+            with self._stage("load"):
+                engine = load()
+            with self._stage("warm_up"):
+                await engine.start()
+            quality = ModelQuality("off")
+        quiet.open()
+        return engine, quality
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
         """Run one request; `deadline_s` counts from now.
@@ -113,6 +152,7 @@ class ModelReplica:
             device=str(self._engine.device),
             start_s=self._start_s,
             backlog_ms=self._engine.backlog_ms,
+            quality=self._quality,
             **self._outcomes,
         )
 
@@ -141,9 +181,18 @@ class ModelReplica:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started_at = time.monotonic()
-        try:
-            yield
-        except StableAudioError as error:
-            # Serve shows the whole chain of a failed start, the cause first: a bare one puts the sentence on top.
-            raise ModelUnavailableError(error.message) from type(error)(error.message)
-        self._start_s[name] = time.monotonic() - started_at
+        yield
+        self._start_s[name] = self._start_s.get(name, 0.0) + time.monotonic() - started_at
+
+
+async def _others_answer(*, surge: bool) -> bool:
+    """Whether older replicas go on while this one fails: those that an update stops last.
+
+    Without surge they are stopped one after another however the new ones do, so each new one must serve something.
+    """
+    if not surge:
+        return False
+    mine = serve.get_replica_context()
+    status = await asyncio.to_thread(serve.status)
+    states = status.applications[mine.app_name].deployments[mine.deployment].replica_states
+    return bool(states.get(ReplicaState.RUNNING))

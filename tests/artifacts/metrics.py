@@ -6,10 +6,14 @@ from stable_audio_serve.core.metrics import NullMetrics
 
 
 class CountingMetrics(NullMetrics):
-    """Remembers what was counted."""
+    """Remembers what was counted, and every gauge's last level."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.levels: dict[str, float] = {}
 
     def increment(self, name: str, value: float = 1.0, **tags: str) -> None:
         self.counts[name] += int(value)
+
+    def gauge(self, name: str, value: float, **tags: str) -> None:
+        self.levels[name] = value

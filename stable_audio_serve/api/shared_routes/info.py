@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from pydantic import BaseModel, Field
 
 from stable_audio_serve.api.middleware.key_ring import KeyFileState
 from stable_audio_serve.api.middleware.readiness import Verdict
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.core.catalog import ModelCard, ModelStatus
+from stable_audio_serve.core.catalog import GateOutcome, ModelCard, ModelStatus
 from stable_audio_serve.core.settings_sources import preloaded_names
 from stable_audio_serve.jobs.store.health import StoreHealth, StoreState
 
 _UNKNOWN = ModelStatus("loading")
+
+
+class QualityHealth(BaseModel):
+    """Which weights serve, and how they came through the quality gate."""
+
+    gate: GateOutcome = Field(
+        description="passed; unchecked: there is sound, but nothing to compare it with could be read; fallback: the "
+        "last good weights serve, because the configured ones failed; off."
+    )
+    weights: str | None = Field(description="SHA-256 over config, weights and text encoder.")
+    revision: str | None = Field(description="The commit they are from; null from a folder.")
+    report: str | None = Field(description="Id of their quality report, which `quality_report` can name.")
+    problem: str | None = Field(description="What is wrong, if anything is.")
 
 
 class ModelHealth(BaseModel):
@@ -24,6 +38,8 @@ class ModelHealth(BaseModel):
     device: str | None
     num_replicas: int
     detail: dict[str, str]
+    quality: QualityHealth | None = Field(description="Of the replica that has the most to say; null before one runs.")
+    refused_update: str | None = Field(description="Set while older replicas answer because newer ones do not start.")
 
 
 class ModelInfo(BaseModel):
@@ -213,4 +229,6 @@ def _describe_status(card: ModelCard, status: ModelStatus) -> ModelHealth:
         device=status.device,
         num_replicas=status.num_replicas,
         detail=dict(status.detail or {}),
+        quality=QualityHealth(**asdict(status.quality)) if status.quality else None,
+        refused_update=status.refused_update,
     )

@@ -1,0 +1,206 @@
+"""How a replica gets its engine: load, warm up, pass the quality gate, else go back to the last good weights.
+
+Knows nothing of Ray Serve but what it is told: whether others answer requests meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.core.catalog import GateOutcome, ModelQuality
+from stable_audio_serve.core.errors import (
+    CheckpointError,
+    ModelUnavailableError,
+    QualityError,
+    QualityReportError,
+    StableAudioError,
+    StorageError,
+)
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.engine import Engine
+from stable_audio_serve.models.families import find_files
+from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.weight_hash import hash_weights
+from stable_audio_serve.serving.engines import precisions
+from stable_audio_serve.serving.placement import model_entry
+from stable_audio_serve.verification.quality.archive import ReportArchive
+from stable_audio_serve.verification.quality.gate import QualityGate
+from stable_audio_serve.verification.quality.report import LastGood, Setup, Source
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[ModelEntry], Engine]  # blocking; the engine is not started
+Stage = Callable[[str], AbstractContextManager[None]]  # measures a stage of the start by its name
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# What is wrong with weights, or may be, so that others are worth a try; a wrong setting is wrong for them too.
+_FAULTS = (CheckpointError, ModelUnavailableError, QualityError, QualityReportError)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An engine that may serve, and how it came to that."""
+
+    engine: Engine
+    quality: ModelQuality
+
+
+class Trial:
+    """One replica's start."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: ModelSettings,
+        *,
+        artifacts: ArtifactStore,
+        load: Load,
+        others_answer: Callable[[], Awaitable[bool]],
+        stage: Stage,
+        metrics: Metrics,
+    ) -> None:
+        """`others_answer` says whether replicas of this model go on when this one does not start."""
+        self._settings = settings
+        self._model = model
+        self._archive = ReportArchive(artifacts, wait_s=settings.quality_gate.store_wait_s)
+        self._gate = QualityGate(self._archive, budget_s=settings.quality_gate.budget_s)
+        self._load = load
+        self._others_answer = others_answer
+        self._stage = stage
+        self._metrics = metrics
+        self._tried: Source | None = None
+
+    async def run(self) -> Started:
+        """Returns an engine with the configured weights, or with the last good ones where no other replica answers.
+
+        Raises the error of the configured weights where neither can serve.
+        """
+        self._metrics.gauge("quality_fallback", 0)
+        entry = model_entry(self._model)
+        try:
+            started = await self._try(entry, pinned=self._model.quality_report)
+            self._metrics.increment("quality_gates", outcome=started.quality.gate)
+            return started
+        except _FAULTS as error:
+            fault: StableAudioError = type(error)(error.message)  # without the frames that still hold the model
+        self._metrics.increment("quality_gates", outcome="failed")
+        logger.error("a new replica fails: model=%s kind=%s %s", self._model.name, fault.kind, fault.message)
+        _free_memory()
+        if await self._others_answer():
+            raise fault
+        return await self._fall_back(entry, fault)
+
+    async def _fall_back(self, entry: ModelEntry, fault: StableAudioError) -> Started:
+        good = await self._find_last_good(entry, fault)
+        logger.warning("its last good weights are loaded: model=%s %s", self._model.name, good.source)
+        try:
+            started = await self._try(_entry_of(good, entry), expected=good.weights)
+        except _FAULTS as error:
+            message = f"{fault.message}; its last good weights, {good.source}, fail too: {error.message}"
+            raise type(fault)(message) from None
+        self._metrics.gauge("quality_fallback", 1)
+        return replace(started, quality=replace(started.quality, gate="fallback", problem=_for_clients(fault)))
+
+    async def _find_last_good(self, entry: ModelEntry, fault: StableAudioError) -> LastGood:
+        """Returns weights worth a try. Raises the fault, with why there are none."""
+        try:
+            good = await self._archive.last_good(self._model.name)
+        except (StorageError, QualityReportError) as error:
+            raise _hopeless(fault, error.message) from None
+        if good is None:
+            raise _hopeless(fault, "no weights of it have passed yet")
+        if good.source == self._tried:
+            raise _hopeless(fault, f"{good.source} is where they were, and there is no copy")
+        if good.source.folder is None and (good.source.commit is None or good.source.repo_id != entry.repo_id):
+            raise _hopeless(fault, f"{good.source} is not in the configured repository")
+        return good
+
+    async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
+        """Returns a started engine that has passed. Raises one of the faults, ConfigError; no engine is left then.
+
+        `expected` is the hash that the weights must have.
+        """
+        with self._stage("load"):
+            self._tried = None
+            folder, text_encoder = find_files(entry, token=_token(self._settings))
+            self._tried = source = _source(entry, folder)
+            hashing = asyncio.get_running_loop().run_in_executor(None, hash_weights, folder, text_encoder)
+            try:
+                engine = self._load(replace(entry, folder=str(folder), repo_id=None))
+            except BaseException:
+                await asyncio.wait([hashing])
+                raise
+        try:
+            with self._stage("warm_up"):
+                await engine.start()
+            with self._stage("hash"):
+                weights = await hashing
+            if expected not in (None, weights):
+                raise CheckpointError(f"{source} has changed since it passed")
+            with self._stage("quality_gate"):
+                quality = await self._judge(engine, weights, source=source, pinned=pinned)
+        except BaseException:
+            await engine.close()
+            await asyncio.wait([hashing])
+            raise
+        return Started(engine, quality)
+
+    async def _judge(self, engine: Engine, weights: str, *, source: Source, pinned: str | None) -> ModelQuality:
+        began_at = time.monotonic()
+        setup = Setup(self._model.name, weights, **precisions(self._settings, self._model, device=engine.device))
+        passed = await self._gate.judge(engine.spec.card, engine.generate, setup=setup, source=source, pinned=pinned)
+        self._metrics.observe("quality_gate_ms", 1000.0 * (time.monotonic() - began_at))
+        facts = (setup.model, passed.basis, passed.report, weights)
+        logger.info("quality gate passed: model=%s basis=%s report=%s weights=%s", *facts)
+        gate: GateOutcome = "unchecked" if passed.basis == "unchecked" else "passed"
+        problem = (
+            None if passed.problem is None else "nothing could be read to compare it with; the server's log says why"
+        )
+        return ModelQuality(gate, weights, source.commit, passed.report, problem)
+
+
+def _source(entry: ModelEntry, folder: Path) -> Source:
+    """Returns where files are from; the hub's cache names a snapshot's folder by its commit."""
+    if entry.folder is not None or not _COMMIT.fullmatch(folder.name):
+        return Source(folder=str(folder.absolute()))
+    return Source(repo_id=entry.repo_id, commit=folder.name)
+
+
+def _entry_of(good: LastGood, entry: ModelEntry) -> ModelEntry:
+    if good.source.folder is not None:
+        return replace(entry, folder=good.source.folder, repo_id=None, revision=None)
+    return replace(entry, folder=None, revision=good.source.commit)
+
+
+def _token(settings: Settings) -> str | None:
+    return settings.hf_token.get_secret_value() if settings.hf_token else None
+
+
+def _hopeless(fault: StableAudioError, reason: str) -> StableAudioError:
+    return type(fault)(f"{fault.message}; and there are no last good weights to go back to: {reason}")
+
+
+def _for_clients(fault: StableAudioError) -> str:
+    """Returns a sentence without places of this machine, which messages about files name."""
+    why = fault.message if isinstance(fault, QualityError) else "they cannot be loaded"
+    return f"the configured weights failed ({why}); the last good ones serve"
+
+
+def _free_memory() -> None:
+    """Give back what a failed model held, before another one is loaded on the same device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,109 @@
+"""Keeps reports in the artifact store: finds the one for a setup, notes which weights passed last, lists and removes.
+
+Every call ends within a bound of time. A store that does not answer is StorageError, a bad file QualityReportError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+from stable_audio_serve.artifacts.keys import QUALITY_FOLDER, quality_key
+from stable_audio_serve.artifacts.store import ArtifactStore
+from stable_audio_serve.core.errors import DamagedFileError, QualityReportError, StorageError
+from stable_audio_serve.core.ids import ArtifactKey
+from stable_audio_serve.verification.quality.report import (
+    MAX_BYTES,
+    LastGood,
+    Report,
+    dump_last_good,
+    dump_report,
+    last_good_id,
+    parse_last_good,
+    parse_report,
+)
+
+T = TypeVar("T")
+
+
+class ReportArchive:
+    """Reports and last good weights in one artifact store. Writing replaces a file as a whole."""
+
+    def __init__(self, store: ArtifactStore, *, wait_s: float) -> None:
+        """No call takes longer than about `wait_s`."""
+        self._store = store
+        self._wait_s = wait_s
+
+    async def report(self, report_id: str) -> Report | None:
+        """Returns a report, None if there is none. Raises StorageError, QualityReportError."""
+        text, name = await self._fetch(report_id), f"quality report {report_id}"
+        if text is None:
+            return None
+        report = parse_report(text, name=name)
+        if report.setup.report_id != report_id:
+            raise QualityReportError(f"{name} is of another model or setup than its name says")
+        return report
+
+    async def last_good(self, model: str) -> LastGood | None:
+        """Returns the weights a model last passed with, None if unknown. Raises StorageError, QualityReportError."""
+        name = last_good_id(model)
+        text = await self._fetch(name)
+        if text is None:
+            return None
+        good = parse_last_good(text, name=f"quality record {name}, the last good weights of {model}")
+        if good.model != model:
+            raise QualityReportError(f"quality record {name} is of another model than {model}")
+        return good
+
+    async def keep(self, report: Report) -> None:
+        """Write a report. Raises StorageError."""
+        await self._put(report.setup.report_id, dump_report(report))
+
+    async def note_good(self, good: LastGood) -> None:
+        """Write down which weights a model passed with. Raises StorageError."""
+        await self._put(last_good_id(good.model), dump_last_good(good))
+
+    async def forget(self, report_id: str) -> None:
+        """Remove a report, or the record of last good weights, if it is there. Raises StorageError."""
+        await self._bounded(self._store.delete(_key(report_id)))
+
+    async def names(self) -> list[str]:
+        """Returns the names of all reports and records. Raises StorageError."""
+        names: list[str] = []
+        cursor = None
+        while True:
+            page = await self._call(partial(self._store.list_folder, QUALITY_FOLDER, cursor=cursor))
+            names += [item.key.partition("/")[2] for item in page.objects]
+            if (cursor := page.next_cursor) is None:
+                return names
+
+    async def _fetch(self, name: str) -> bytes | None:
+        try:
+            return await self._call(partial(self._store.fetch, _key(name), max_bytes=MAX_BYTES))
+        except DamagedFileError as error:
+            raise QualityReportError(f"quality report {name} cannot be used: {error.message}") from error
+
+    async def _put(self, name: str, data: bytes) -> None:
+        put = self._store.put(_key(name), lambda: [data], media_type="application/json", file_name=f"{name}.json")
+        await self._bounded(put)
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await self._bounded(asyncio.to_thread(work))
+
+    async def _bounded(self, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self._wait_s):
+                return await work
+        except TimeoutError as error:
+            raise StorageError(f"the store of quality reports did not answer within {self._wait_s:g} s") from error
+
+
+def _key(name: str) -> ArtifactKey:
+    try:
+        return quality_key(name)
+    except ValueError as error:
+        raise QualityReportError(
+            f"the name of a quality report has 32 hexadecimal digits, not {name[:40]!r}"
+        ) from error

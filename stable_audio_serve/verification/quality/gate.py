@@ -1,0 +1,163 @@
+"""The gate before a new replica: runs the golden requests, judges them, and keeps the report of what passed.
+
+Knows neither Ray nor where weights come from. Without an answer of the report store the gate still asks whether there
+is sound at all, and lets a model through that passes this: an outage of the store must not become one of the models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import (
+    QualityError,
+    QualityReportError,
+    StableAudioError,
+    StorageError,
+)
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.verification.quality.archive import ReportArchive
+from stable_audio_serve.verification.quality.report import LastGood, Report, Setup, Source
+from stable_audio_serve.verification.quality.requests import golden_requests
+from stable_audio_serve.verification.quality.sound import Clip, describe, difference_from_other, difference_from_same
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[GenerationRequest], Awaitable[GenerationResult]]
+# What the audio was compared with: a pinned report, one of the same weights, one of others, or nothing, because there
+# was nothing yet (new) or what there was could not be read (unchecked).
+Basis = Literal["pinned", "same", "other", "new", "unchecked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """How a model passed. `report` is the id of its own report; `problem` says why nothing could be compared."""
+
+    basis: Basis
+    report: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    basis: Basis
+    report: Report | None = None
+    problem: str | None = None
+    keeps: bool = True  # whether the report of this run is kept
+
+
+class QualityGate:
+    """Judges loaded models, one after another."""
+
+    def __init__(self, archive: ReportArchive, *, budget_s: float, clock: Clock = SystemClock()) -> None:
+        """No golden request begins after `budget_s`, but for the first."""
+        self._archive = archive
+        self._budget_s = budget_s
+        self._clock = clock
+
+    async def judge(
+        self, card: ModelCard, generate: Generate, *, setup: Setup, source: Source, pinned: str | None = None
+    ) -> Passed:
+        """Returns how the model passed. Raises QualityError, saying what is wrong with which request.
+
+        Raises QualityReportError for a pinned report that does not exist or cannot be used.
+        """
+        clips = await self._run(card, generate)
+        reference = await self._find_reference(setup, source, pinned=pinned)
+        _compare(clips, reference)
+        if reference.keeps:
+            await self._keep(Report(setup, source, self._clock.time(), clips))
+        return Passed(reference.basis, setup.report_id, reference.problem)
+
+    async def _run(self, card: ModelCard, generate: Generate) -> Mapping[str, Clip]:
+        clips: dict[str, Clip] = {}
+        ends_at = self._clock.monotonic() + self._budget_s
+        for name, request in golden_requests(card).items():
+            if clips and self._clock.monotonic() >= ends_at:
+                logger.warning("quality gate: model=%s no time for request %s and later ones", card.name, name)
+                break
+            try:
+                result = await generate(request)
+            except StableAudioError as error:
+                raise QualityError(f"golden request {name}: {error.message}") from error
+            clips[name] = _describe(result, request, card=card, name=name)
+        return clips
+
+    async def _find_reference(self, setup: Setup, source: Source, *, pinned: str | None) -> _Reference:
+        try:
+            if pinned is not None:
+                return await self._find_pinned(pinned)
+            report = await self._archive.report(setup.report_id)
+            if report is not None:
+                return _Reference("same", report)
+            return await self._find_other(setup, source)
+        except StorageError as error:
+            problem = f"nothing to compare with: {error.message}"
+            logger.warning("quality gate: model=%s passes without a comparison: %s", setup.model, problem)
+            return _Reference("unchecked", problem=problem, keeps=False)
+        except QualityReportError as error:
+            if pinned is not None:
+                raise
+            logger.error("quality gate: model=%s passes without a comparison: %s", setup.model, error.message)
+            return _Reference("unchecked", problem=error.message, keeps=False)
+
+    async def _find_pinned(self, pinned: str) -> _Reference:
+        report = await self._archive.report(pinned)
+        if report is None:
+            raise QualityReportError(f"quality_report: there is no quality report {pinned} in the artifact store")
+        return _Reference("pinned", report)
+
+    async def _find_other(self, setup: Setup, source: Source) -> _Reference:
+        """Returns the report of the weights that this model last passed with on such a device."""
+        good = await self._archive.last_good(setup.model)
+        if good is None or good.weights == setup.weights:
+            return _Reference("new")
+        if source.commit is not None and good.source == source:
+            raise QualityError(f"the files of {source} are not those that passed before: the cache was changed")
+        report = await self._archive.report(replace(setup, weights=good.weights).report_id)
+        return _Reference("new") if report is None else _Reference("other", report)
+
+    async def _keep(self, report: Report) -> None:
+        """Write that these weights were the last to pass, and their first report: a later one might drift from it."""
+        setup = report.setup
+        try:
+            if await self._archive.report(setup.report_id) is None:
+                await self._archive.keep(report)
+            await self._archive.note_good(LastGood(setup.model, setup.weights, report.source))
+        except (StorageError, QualityReportError) as error:
+            logger.warning("quality gate: model=%s: its report is not kept: %s", report.setup.model, error.message)
+
+
+def _describe(result: GenerationResult, request: GenerationRequest, *, card: ModelCard, name: str) -> Clip:
+    """Returns what is kept of a result. Raises QualityError for what no good model makes."""
+    (audio,) = result.audio
+    num_samples = request.duration_s * result.sample_rate_hz
+    if audio.ndim != 2 or audio.shape[0] != card.channels or abs(audio.shape[1] - num_samples) > 1:
+        shape = "x".join(map(str, audio.shape))
+        raise QualityError(f"golden request {name}: {shape} samples, not {card.channels}x{num_samples:g}")
+    if not np.isfinite(audio).all():
+        raise QualityError(f"golden request {name}: samples that are not finite")
+    clip = describe(audio, result.sample_rate_hz)
+    if clip.is_silent:
+        raise QualityError(f"golden request {name}: silence")
+    return clip
+
+
+def _compare(clips: Mapping[str, Clip], reference: _Reference) -> None:
+    """Raise QualityError for the first clip that differs too much, QualityReportError where none can be compared."""
+    report = reference.report
+    if report is None:
+        return
+    differ = difference_from_other if reference.basis == "other" else difference_from_same
+    common = [name for name in clips if name in report.clips]
+    if not common:
+        raise QualityReportError(f"quality report {report.setup.report_id} has none of the golden requests")
+    for name in common:
+        if fault := differ(clips[name], report.clips[name]):
+            raise QualityError(f"golden request {name}: {fault} (quality report {report.setup.report_id})")

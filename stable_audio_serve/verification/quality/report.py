@@ -1,0 +1,206 @@
+"""Reports of golden requests, and which weights a model last passed with: their values, their form as JSON, their keys.
+
+Whatever a store returns is read as if a stranger had written it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from stable_audio_serve.core.errors import QualityReportError
+from stable_audio_serve.verification.quality.requests import VERSION
+from stable_audio_serve.verification.quality.sound import Clip
+
+MAX_BYTES = 4 * 2**20  # of a report; a real one has about 130 kB
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where weights came from: a folder, or a repository with its commit."""
+
+    folder: str | None = None
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        return self.folder or f"{self.repo_id} at {self.commit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the sound of a golden request depends on, besides the machine: a report is for one of these.
+
+    `weights` is the hash of `models.weight_hash`, `device` cuda, cpu or mps, `dtype` the denoiser's precision.
+    """
+
+    model: str
+    weights: str
+    device: str
+    dtype: str
+    decode_precision: str
+
+    @property
+    def report_id(self) -> str:
+        """32 hexadecimal digits: the name of the report in a store, and what an operator pins."""
+        return _digest({"version": VERSION, **asdict(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the golden requests sounded like when a model with this setup passed, by name."""
+
+    setup: Setup
+    source: Source
+    made_at: float  # Unix time, seconds
+    clips: Mapping[str, Clip]
+
+
+@dataclass(frozen=True, slots=True)
+class LastGood:
+    """The weights with which a model last passed."""
+
+    model: str
+    weights: str
+    source: Source
+
+
+def last_good_id(model: str) -> str:
+    """Returns 32 hexadecimal digits: the name of a model's `LastGood` in a store."""
+    return _digest({"last_good": model})
+
+
+def dump_report(report: Report) -> bytes:
+    """Returns a report as JSON."""
+    clips = {name: _dump_clip(clip) for name, clip in report.clips.items()}
+    return json.dumps(
+        {
+            "kind": "report",
+            "version": VERSION,
+            "setup": asdict(report.setup),
+            "source": asdict(report.source),
+            "made_at": report.made_at,
+            "clips": clips,
+        }
+    ).encode()
+
+
+def parse_report(text: bytes, *, name: str) -> Report:
+    """Returns the report in `text`. Raises QualityReportError, naming `name`, for anything else."""
+    wire = _parse(_WireReport, text, name=name)
+    clips = {key: _parse_clip(clip, name=f"{name}: clip {key[:40]!r}") for key, clip in wire.clips.items()}
+    return Report(Setup(**wire.setup.model_dump()), Source(**wire.source.model_dump()), wire.made_at, clips)
+
+
+def dump_last_good(good: LastGood) -> bytes:
+    """Returns it as JSON."""
+    return json.dumps({"kind": "last good", "version": VERSION, **asdict(good)}).encode()
+
+
+def parse_last_good(text: bytes, *, name: str) -> LastGood:
+    """Returns what `dump_last_good` wrote. Raises QualityReportError, naming `name`, for anything else."""
+    wire = _parse(_WireLastGood, text, name=name)
+    return LastGood(wire.model, wire.weights, Source(**wire.source.model_dump()))
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
+_Size = Annotated[int, Field(ge=1, le=2**24)]
+
+
+class _WireSource(_Wire):
+    folder: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)] | None
+    repo_id: _Name | None
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+
+
+class _WireSetup(_Wire):
+    model: _Name
+    weights: _Hash
+    device: _Name
+    dtype: _Name
+    decode_precision: _Name
+
+
+class _WireClip(_Wire):
+    num_samples: _Size
+    level_db: float
+    shape: Annotated[list[_Size], Field(min_length=3, max_length=3)]
+    spectrum: str
+
+
+def _one_to_sixteen(clips: dict[str, _WireClip]) -> dict[str, _WireClip]:
+    if not 1 <= len(clips) <= 16:
+        raise ValueError("must be 1 to 16 clips")
+    return clips
+
+
+class _WireReport(_Wire):
+    kind: Annotated[str, Field(pattern="^report$")]
+    version: int
+    setup: _WireSetup
+    source: _WireSource
+    made_at: float
+    clips: Annotated[dict[str, _WireClip], AfterValidator(_one_to_sixteen)]
+
+
+class _WireLastGood(_Wire):
+    kind: Annotated[str, Field(pattern="^last good$")]
+    version: int
+    model: _Name
+    weights: _Hash
+    source: _WireSource
+
+
+_Parsed = TypeVar("_Parsed", _WireReport, _WireLastGood)
+
+
+def _parse(wire: type[_Parsed], text: bytes, *, name: str) -> _Parsed:
+    try:
+        parsed = wire.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:40] for part in first["loc"][:6]) or "the file"
+        raise QualityReportError(f"{name} cannot be used: {where}: {first['msg'][:200]}") from None
+    if parsed.version != VERSION:
+        raise QualityReportError(f"{name} cannot be used: it has version {parsed.version}, this server makes {VERSION}")
+    return parsed
+
+
+def _dump_clip(clip: Clip) -> dict[str, Any]:
+    spectrum = np.ascontiguousarray(clip.spectrum, dtype="<f2")
+    return {
+        "num_samples": clip.num_samples,
+        "level_db": clip.level_db,
+        "shape": list(spectrum.shape),
+        "spectrum": base64.b64encode(spectrum.tobytes()).decode(),
+    }
+
+
+def _parse_clip(wire: _WireClip, *, name: str) -> Clip:
+    try:
+        data = base64.b64decode(wire.spectrum, validate=True)
+    except ValueError:
+        raise QualityReportError(f"{name} cannot be used: its spectrum is not base64") from None
+    if len(data) != 2 * math.prod(wire.shape):
+        raise QualityReportError(f"{name} cannot be used: its spectrum has {len(data)} bytes, not those of its shape")
+    spectrum = np.frombuffer(data, dtype="<f2").reshape(wire.shape)
+    if not np.isfinite(spectrum).all():
+        raise QualityReportError(f"{name} cannot be used: its spectrum has values that are not finite")
+    return Clip(wire.num_samples, wire.level_db, spectrum)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,87 @@
+"""What is kept of a golden clip, and how two are compared: level in dB and magnitude spectrum. Knows no model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+LEAST_COSINE = 0.999  # of the spectra of two clips by the same weights
+LEVEL_DB = 0.1  # how far the levels of such clips may be apart
+OTHER_LEVEL_DB = 6.0  # the same for clips by other weights
+SILENCE_DB = -70.0  # relative to full scale; what is below it counts as silent
+
+_WINDOW_S = 0.046  # the nearest power of two samples is used: 2048 at 44.1 kHz
+_BANDS = 128
+_FLOOR = 1e-10  # of a mean square; -100 dB
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One golden clip: its number of samples, its level in dB of full scale, and its spectrum (C, T, 128) float16.
+
+    The spectrum is magnitudes over channels, windows of about 46 ms that overlap by half, and bands of equal width
+    (fewer at low sample rates), scaled to a norm of 1. Both are without the clip's mean: a constant is silence.
+    """
+
+    num_samples: int
+    level_db: float
+    spectrum: npt.NDArray[np.float16]
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing can be heard."""
+        return self.level_db < SILENCE_DB
+
+
+def describe(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Clip:
+    """Returns what is kept of `audio` (C, S) float32, which must be finite and may exceed -1..1."""
+    centred = audio.astype(np.float64)
+    centred -= centred.mean(axis=1, keepdims=True)
+    level_db = 10 * math.log10(max(float(np.mean(centred**2)), _FLOOR))
+    return Clip(audio.shape[1], level_db, _spectrum(centred, window=_window(sample_rate_hz)))
+
+
+def cosine(one: Clip, other: Clip) -> float:
+    """Returns the cosine between two spectra: 1 for equal ones, 0 where one is empty or of another shape."""
+    if one.spectrum.shape != other.spectrum.shape:
+        return 0.0
+    first, second = (clip.spectrum.astype(np.float64).ravel() for clip in (one, other))
+    norm = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / norm if norm > 0 else 0.0
+
+
+def difference_from_same(clip: Clip, reference: Clip) -> str | None:
+    """Returns how a clip differs from one that the same weights made before, None if it does not."""
+    if clip.num_samples != reference.num_samples:
+        return f"{clip.num_samples} samples, {reference.num_samples} before"
+    likeness, louder_db = cosine(clip, reference), clip.level_db - reference.level_db
+    if not likeness >= LEAST_COSINE:
+        return f"spectral cosine {likeness:.4f}, at least {LEAST_COSINE} is asked for"
+    if not abs(louder_db) <= LEVEL_DB:
+        return f"{louder_db:+.2f} dB, at most {LEVEL_DB} dB either way is allowed"
+    return None
+
+
+def difference_from_other(clip: Clip, reference: Clip) -> str | None:
+    """Returns how a clip differs too much from one that other weights made, None if it does not."""
+    louder_db = clip.level_db - reference.level_db
+    if not abs(louder_db) <= OTHER_LEVEL_DB:
+        return f"{louder_db:+.2f} dB beside the last good weights, at most {OTHER_LEVEL_DB:g} dB either way is allowed"
+    return None
+
+
+def _window(sample_rate_hz: int) -> int:
+    return int(2 ** max(4, round(math.log2(_WINDOW_S * sample_rate_hz))))
+
+
+def _spectrum(audio: npt.NDArray[np.float64], *, window: int) -> npt.NDArray[np.float16]:
+    """Returns band magnitudes (C, T, 128) of `audio` (C, S), the root of the power in each, scaled to a norm of 1."""
+    padded = np.pad(audio, ((0, 0), (0, max(0, window - audio.shape[1]))))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)[:, :: window // 2]
+    power = np.abs(np.fft.rfft(frames * np.hanning(window), axis=2)[..., 1:]) ** 2
+    bands = min(_BANDS, power.shape[2])
+    magnitudes = np.sqrt(power.reshape(*power.shape[:2], bands, -1).sum(axis=3))
+    return (magnitudes / max(float(np.linalg.norm(magnitudes)), _FLOOR)).astype(np.float16)

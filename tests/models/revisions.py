@@ -1,0 +1,68 @@
+"""A hub's cache with several revisions of a checkpoint, as the hub's library lays it out, and ways to spoil weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.models.hub import checkpoint_files
+
+GOOD, BAD = "a" * 40, "b" * 40
+
+Spoil = Callable[[dict[str, Tensor]], None]
+_LAST = "pretransform.model.decoder.layers.3.mapping."
+
+
+def scale(weights: dict[str, Tensor], *, factor: float) -> None:
+    """Multiply the audio by a factor: the decoder's last layer has a gain and a bias."""
+    for name in ("weight_g", "bias"):
+        weights[_LAST + name] = weights[_LAST + name] * factor
+
+
+def not_numbers(weights: dict[str, Tensor]) -> None:
+    """One value of one tensor in the middle of the denoiser."""
+    name = next(name for name in weights if name.startswith("model.") and name.endswith("to_out.weight"))
+    weights[name].view(-1)[0] = torch.nan
+
+
+def of_another_model(weights: dict[str, Tensor]) -> None:
+    """Weights of the same shapes and spreads that another training may have led to."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in weights.items():
+        if tensor.ndim > 1 and "denoiser" not in name and "rope" not in name:
+            order = torch.randperm(tensor.numel(), generator=generator)
+            weights[name] = tensor.reshape(-1)[order].reshape(tensor.shape).contiguous()
+
+
+def spoil(folder: Path, change: Spoil) -> None:
+    """Rewrite the weights of a checkpoint's folder."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def copy_checkpoint(source: str | Path, folder: Path) -> Path:
+    """Returns `folder`, to which the checkpoint in `source` was copied without its reference numbers."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("golden*"))
+    return folder
+
+
+def fill_revisions(cache: Path, repo_id: str, folders: Mapping[str, Path], *, main: str) -> None:
+    """Write the cache of a repository: its snapshots by commit, and which of them is `main`."""
+    place = cache / f"models--{repo_id.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "blobs").mkdir()
+    (place / "refs" / "main").write_text(main)
+    for commit, folder in folders.items():
+        for name, content in checkpoint_files(folder).items():
+            blob = place / "blobs" / hashlib.sha256(content).hexdigest()
+            blob.write_bytes(content)
+            link = place / "snapshots" / commit / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)

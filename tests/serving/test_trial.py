@@ -1,0 +1,196 @@
+"""A replica's start with real checkpoints in a hub's cache of two revisions: which weights serve at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from stable_audio_serve.artifacts.local import LocalArtifacts
+from stable_audio_serve.core.errors import CheckpointError, QualityError, QualityReportError, StableAudioError
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.serving.engines import load_engine
+from stable_audio_serve.serving.trial import Started, Trial
+from tests.artifacts.metrics import CountingMetrics
+from tests.goldens import SA3_GOLDENS
+from tests.models.revisions import (
+    BAD,
+    GOOD,
+    copy_checkpoint,
+    fill_revisions,
+    not_numbers,
+    of_another_model,
+    scale,
+    spoil,
+)
+
+TINY = SA3_GOLDENS / "tiny-s"
+DEMO = Path(str(BUILT_IN["demo"].folder))
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1_000_000)
+
+
+def swap_encoder(folder: Path) -> None:
+    (encoder,) = (path.parent for path in folder.glob("*/model.safetensors"))
+    spoil(encoder, of_another_model)
+
+
+# Each is a checkpoint of the same config, and all but the truncated one of the same size.
+POISONS: dict[str, Callable[[Path], None]] = {
+    "a value that is no number": partial(spoil, change=not_numbers),
+    "a truncated file": truncate,
+    "zeros in the decoder": partial(spoil, change=partial(scale, factor=0.0)),
+    "twice as loud": partial(spoil, change=partial(scale, factor=2.0)),
+}
+# These make sound of about the same level, as a new training may: only a pinned report knows that they should not. The
+# tiny checkpoint is not trained, and what its text encoder says changes its sound by less than a report notices.
+LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
+    "weights of another model": (TINY, partial(spoil, change=of_another_model)),
+    "another text encoder": (DEMO, swap_encoder),
+}
+
+
+class Shop:
+    """Starts replicas of one model, one after another, with one store of reports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache, self.outputs = folder / "hub", folder / "outputs"
+        self.metrics = CountingMetrics()
+        self.others_answer = False
+
+    async def start(self, **model: Any) -> Started:
+        settings = Settings.model_validate(
+            {"models": [{"name": "tiny", "engine": {"warmup_budget_s": 0}, **model}], "device": "cpu"}
+        )
+        load = partial(load_engine, settings, settings.models[0])
+
+        async def others_answer() -> bool:
+            return self.others_answer
+
+        @contextmanager
+        def stage(_: str) -> Iterator[None]:
+            yield
+
+        trial = Trial(
+            settings,
+            settings.models[0],
+            artifacts=LocalArtifacts(self.outputs),
+            load=lambda entry: load(entry=entry),
+            others_answer=others_answer,
+            stage=stage,
+            metrics=self.metrics,
+        )
+        started = await trial.run()
+        await started.engine.close()
+        return started
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    shop = Shop(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(shop.cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return shop
+
+
+def fill(shop: Shop, poison: Callable[[Path], None], tmp_path: Path, *, source: Path = TINY) -> None:
+    good, bad = (copy_checkpoint(source, tmp_path / name) for name in ("good", "bad"))
+    poison(bad)
+    fill_revisions(shop.cache, "lab/tiny", {GOOD: good, BAD: bad}, main=BAD)
+
+
+@pytest.mark.parametrize("name", POISONS)
+async def test_poisoned_weights_give_way_to_the_last_good_ones(shop: Shop, name: str, tmp_path: Path) -> None:
+    fill(shop, POISONS[name], tmp_path)
+    good = await shop.start(repo_id="lab/tiny", revision=GOOD)
+    assert (good.quality.gate, good.quality.revision) == ("passed", GOOD)
+    for revision in (BAD, "main"):
+        started = await shop.start(repo_id="lab/tiny", revision=revision)
+        assert (started.quality.gate, started.quality.revision) == ("fallback", GOOD)
+        assert started.quality.weights == good.quality.weights
+        assert started.quality.problem is not None
+        assert str(tmp_path) not in started.quality.problem  # /health is public
+    assert shop.metrics.levels["quality_fallback"] == 1
+    assert (await shop.start(repo_id="lab/tiny", revision=GOOD)).quality.gate == "passed"
+    assert shop.metrics.levels["quality_fallback"] == 0
+
+
+@pytest.mark.parametrize("name", POISONS)
+async def test_poisoned_weights_do_not_start_while_others_answer(shop: Shop, name: str, tmp_path: Path) -> None:
+    fill(shop, POISONS[name], tmp_path)
+    await shop.start(repo_id="lab/tiny", revision=GOOD)
+    shop.others_answer = True
+    with pytest.raises((CheckpointError, QualityError)):
+        await shop.start(repo_id="lab/tiny", revision=BAD)
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+async def test_a_pinned_report_tells_other_weights_from_the_right_ones(shop: Shop, name: str, tmp_path: Path) -> None:
+    source, poison = LOOKALIKES[name]
+    fill(shop, poison, tmp_path, source=source)
+    pinned = (await shop.start(repo_id="lab/tiny", revision=GOOD)).quality.report
+    started = await shop.start(repo_id="lab/tiny", revision=BAD, quality_report=pinned)
+    assert (started.quality.gate, started.quality.revision) == ("fallback", GOOD)
+    assert "spectral cosine" in (started.quality.problem or "")
+
+
+async def test_a_changed_file_of_a_known_commit_is_found(shop: Shop, tmp_path: Path) -> None:
+    """A poisoned cache: the same commit, the same size, other bytes."""
+    fill(shop, lambda _: None, tmp_path)
+    await shop.start(repo_id="lab/tiny", revision=GOOD)
+    weights = shop.cache / "models--lab--tiny" / "snapshots" / GOOD / "model.safetensors"
+    spoiled = copy_checkpoint(TINY, tmp_path / "spoiled")
+    spoil(spoiled, partial(scale, factor=1.5))
+    weights.resolve().write_bytes((spoiled / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"not those that the hub listed.*no copy"):
+        await shop.start(repo_id="lab/tiny", revision=GOOD)
+
+
+async def test_a_folder_that_was_overwritten_has_no_copy(shop: Shop, tmp_path: Path) -> None:
+    folder = copy_checkpoint(TINY, tmp_path / "model")
+    assert (await shop.start(path=str(folder))).quality.gate == "passed"
+    spoil(folder, partial(scale, factor=2.0))
+    with pytest.raises(QualityError, match=r"\+6\.02 dB.*no copy"):
+        await shop.start(path=str(folder))
+    other = copy_checkpoint(TINY, tmp_path / "model-2")
+    assert (await shop.start(path=str(other))).quality.gate == "passed"  # the same weights in another place
+    assert (await shop.start(path=str(folder))).quality.gate == "fallback"
+
+
+async def test_last_good_weights_that_have_changed_do_not_serve(shop: Shop, tmp_path: Path) -> None:
+    first, second = (copy_checkpoint(TINY, tmp_path / name) for name in ("first", "second"))
+    await shop.start(path=str(first))
+    spoil(first, partial(scale, factor=1.2))  # near enough to pass as other weights
+    spoil(second, partial(scale, factor=0.0))
+    with pytest.raises(QualityError, match=r"silence.*fail too: .* has changed since it passed"):
+        await shop.start(path=str(second))
+
+
+async def test_without_any_weights_that_passed_a_poisoned_model_does_not_start(shop: Shop, tmp_path: Path) -> None:
+    fill(shop, POISONS["zeros in the decoder"], tmp_path)
+    with pytest.raises(QualityError, match="no weights of it have passed yet"):
+        await shop.start(repo_id="lab/tiny", revision=BAD)
+
+
+async def test_a_record_of_another_repository_is_not_followed(shop: Shop, tmp_path: Path) -> None:
+    """Whoever can write into the store cannot choose what is loaded."""
+    fill(shop, POISONS["zeros in the decoder"], tmp_path)
+    await shop.start(repo_id="lab/tiny", revision=GOOD)
+    for path in (shop.outputs / "quality").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"lab/tiny", b"evil/one"))
+    with pytest.raises(StableAudioError, match="not in the configured repository"):
+        await shop.start(repo_id="lab/tiny", revision=BAD)
+
+
+async def test_a_pinned_report_that_is_not_there_is_named(shop: Shop, tmp_path: Path) -> None:
+    with pytest.raises(QualityReportError, match=f"quality_report: there is no quality report {'0' * 32}"):
+        await shop.start(path=str(TINY), quality_report="0" * 32)

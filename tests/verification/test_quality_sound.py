@@ -1,0 +1,97 @@
+"""What counts as the same sound: levels and spectra against sines and noise whose figures are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from stable_audio_serve.verification.quality.sound import (
+    cosine,
+    describe,
+    difference_from_other,
+    difference_from_same,
+)
+
+RATE = 44_100
+RNG = np.random.default_rng(3)
+NOISE = RNG.standard_normal((2, RATE)).astype(np.float32) * np.float32(0.1)
+
+
+def sine(hertz: float, *, amplitude: float = 0.5, rate: int = RATE) -> npt.NDArray[np.float32]:
+    wave = amplitude * np.sin(2 * np.pi * hertz * np.arange(rate) / rate)
+    return np.stack([wave, wave]).astype(np.float32)
+
+
+def test_the_level_of_a_sine_is_that_of_the_books() -> None:
+    assert describe(sine(1000.0, amplitude=1.0), RATE).level_db == pytest.approx(-3.01, abs=0.01)
+    assert describe(sine(1000.0, amplitude=0.5), RATE).level_db == pytest.approx(-9.03, abs=0.01)
+
+
+@pytest.mark.parametrize("rate", [1000, 8000, 44_100, 96_000])
+def test_equal_clips_are_equal_at_any_rate(rate: int) -> None:
+    clip = describe(sine(100.0, rate=rate), rate)
+    assert cosine(clip, clip) == pytest.approx(1.0, abs=1e-12)
+    assert difference_from_same(clip, clip) is None
+
+
+@pytest.mark.parametrize(
+    ("factor", "same", "other"),
+    [
+        (1.0, True, True),
+        (1.0115, True, True),
+        (1.0117, False, True),
+        (1.99, False, True),
+        (2.0, False, False),
+        (0.5, False, False),
+    ],
+)
+def test_tenths_of_a_decibel_are_heard_in_the_same_weights_and_six_in_others(
+    factor: float, same: bool, other: bool
+) -> None:
+    """0.1 dB is a factor of 1.01158, 6 dB one of 1.9953."""
+    before, now = describe(NOISE, RATE), describe(NOISE * np.float32(factor), RATE)
+    assert (difference_from_same(now, before) is None) is same
+    assert (difference_from_other(now, before) is None) is other
+
+
+def test_rounding_to_half_precision_and_dither_of_sixteen_bits_pass() -> None:
+    before = describe(NOISE, RATE)
+    dithered = NOISE + RNG.uniform(-1 / 32768, 1 / 32768, NOISE.shape).astype(np.float32)
+    for audio in (NOISE.astype(np.float16).astype(np.float32), dithered):
+        assert difference_from_same(describe(audio, RATE), before) is None
+
+
+def test_another_pitch_another_noise_and_swapped_channels_do_not() -> None:
+    fault = difference_from_same(describe(sine(2000.0), RATE), describe(sine(1000.0), RATE))
+    assert fault is not None
+    assert "spectral cosine" in fault
+    other = RNG.standard_normal(NOISE.shape).astype(np.float32) * np.float32(0.1)
+    assert difference_from_same(describe(other, RATE), describe(NOISE, RATE)) is not None
+    tone_left = np.stack([sine(500.0)[0], NOISE[0]])
+    assert difference_from_same(describe(tone_left[::-1], RATE), describe(tone_left, RATE)) is not None
+
+
+def test_noise_thirty_decibels_below_passes_and_twenty_below_does_not() -> None:
+    """Power adds: a share s of other noise beside a sine leaves a cosine of about 1 / sqrt(1 + s)."""
+    tone = sine(1000.0, amplitude=0.5 * math.sqrt(2))
+    for share_db, passes in ((-30.0, True), (-20.0, False)):
+        disturbed = tone + NOISE * np.float32(0.5 / 0.1 * 10 ** (share_db / 20))
+        assert (cosine(describe(disturbed, RATE), describe(tone, RATE)) >= 0.999) is passes
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, -3.0])
+def test_a_constant_is_silence(value: float) -> None:
+    assert describe(np.full((2, RATE), value, np.float32), RATE).is_silent
+    assert not describe(NOISE + np.float32(value), RATE).is_silent
+
+
+def test_a_clip_of_another_length_is_another_clip() -> None:
+    assert "samples" in (difference_from_same(describe(NOISE[:, :-1], RATE), describe(NOISE, RATE)) or "")
+
+
+def test_a_clip_shorter_than_a_window_has_a_spectrum() -> None:
+    clip = describe(NOISE[:, :100], RATE)
+    assert cosine(clip, clip) == pytest.approx(1.0)
