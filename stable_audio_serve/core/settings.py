@@ -134,7 +134,11 @@ class ReplicaSettings(Section):
     target_wait_s: Seconds = Field(
         10.0, description="Predicted work per replica that autoscaling aims at, waiting jobs included, seconds."
     )
-    upscale_delay_s: Delay = Field(3.0, description="How long there is more before replicas are added, seconds.")
+    upscale_delay_s: Delay = Field(
+        3.0,
+        description="How long there is work for twice as many replicas before some are added, seconds; a third of it "
+        "if for four times as many.",
+    )
     downscale_delay_s: Delay = Field(
         300.0, description="How long fewer replicas have been enough before some are removed, seconds."
     )

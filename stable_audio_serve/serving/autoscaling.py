@@ -54,10 +54,10 @@ class _Policy:
 class WorkPolicy(_Policy):
     """Replicas of one model by the predicted work of its engines and of jobs that wait, one instance per deployment."""
 
-    def __init__(self, *, target_wait_s: float, shrink_after_s: float) -> None:
-        """Serve makes it from JSON."""
+    def __init__(self, **goal: float) -> None:
+        """Serve makes it from JSON, the fields of a `scaling.Goal`."""
         super().__init__()
-        self._goal = scaling.Goal(target_wait_s=target_wait_s, shrink_after_s=shrink_after_s)
+        self._goal = scaling.Goal(**goal)
         self._metrics: RayMetrics | None = None  # made where it is used
         self._show_at = float("-inf")
 

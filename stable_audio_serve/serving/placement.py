@@ -186,13 +186,15 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         "autoscaling_config": {
             "min_replicas": min_replicas,
             "max_replicas": replicas.max_replicas,
-            "upscale_delay_s": replicas.upscale_delay_s,
-            "downscale_delay_s": 0.0,  # the policy waits itself: Serve would go to the number of that one moment
+            # The policy waits itself: Serve waits as long however much there is, and goes to what one moment wants.
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
             **_OBSERVATION,
             "policy": {
                 "policy_function": _POLICY,
                 "policy_kwargs": {
                     "target_wait_s": replicas.target_wait_s,
+                    "grow_after_s": replicas.upscale_delay_s,
                     "shrink_after_s": replicas.downscale_delay_s,
                 },
             },

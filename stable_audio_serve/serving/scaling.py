@@ -1,7 +1,8 @@
 """How many replicas a model's predicted work asks for. Pure arithmetic over what was observed; knows no Ray.
 
-More replicas are asked for as soon as the work in sight would take longer than the target wait, fewer only after less
-was enough for a while. A model that takes long to load is looked at as far ahead as it takes: its work is taken to rise
+More replicas are asked for when the work in sight takes longer than the target wait, the sooner the longer it takes,
+fewer only after fewer were enough for a while. A model that takes long to load is looked at as far ahead as it takes:
+its work is taken to rise
 as it did lately until a replica asked for now is ready.
 """
 
@@ -25,9 +26,12 @@ Samples = Sequence[tuple[float, float]]  # (time, value), oldest first
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What an operator wants: predicted work per replica, and for how long fewer must be enough, both in seconds."""
+    """What an operator wants, in seconds: predicted work per replica, for how long there must be work for twice as many
+    before there are more, and for how long fewer must be enough.
+    """
 
     target_wait_s: float
+    grow_after_s: float
     shrink_after_s: float
 
 
@@ -47,10 +51,15 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is kept from one decision to the next. `wanted` falls: a later, larger number makes earlier ones void."""
+    """What is kept from one decision to the next.
+
+    `pressure_s` is the time for which more were wanted, times the share by which they were more. `wanted` falls: a
+    later, larger number makes earlier ones void.
+    """
 
     load_s: float = 0.0
     backlogs: tuple[tuple[float, float], ...] = ()
+    pressure_s: float = 0.0
     wanted: tuple[tuple[float, int], ...] = ()
     decided_at: float = float("-inf")
 
@@ -66,8 +75,11 @@ def decide(memory: Memory, seen: Observed, *, goal: Goal, target: int, now: floa
     want = wanted(memory, seen, goal=goal, target=target, now=now)
     known = memory.wanted if now - memory.decided_at <= _SILENCE_S else ((now, target),)
     since = tuple((at, number) for at, number in known if at > now - goal.shrink_after_s and number > want)
-    memory = replace(memory, wanted=(*since, (now, want)), decided_at=now)
-    return max(want, min(target, memory.wanted[0][1])), memory
+    pressure_s = _pressure_s(memory, want, target=target, now=now)
+    is_due = want > target and pressure_s >= goal.grow_after_s - _EPSILON
+    pressure_s = 0.0 if is_due else pressure_s
+    memory = replace(memory, wanted=(*since, (now, want)), pressure_s=pressure_s, decided_at=now)
+    return want if is_due else min(target, memory.wanted[0][1]), memory
 
 
 def wanted(memory: Memory, seen: Observed, *, goal: Goal, target: int, now: float) -> int:
@@ -95,6 +107,15 @@ def rate(samples: Samples) -> float:
     last_at, last = samples[-1]
     first_at, first = next(sample for sample in samples if sample[0] >= last_at - WINDOW_S)
     return max(0.0, last - first) / max(last_at - first_at, WINDOW_S)
+
+
+def _pressure_s(memory: Memory, want: int, *, target: int, now: float) -> float:
+    if want <= target:
+        return 0.0
+    if target == 0:
+        return math.inf
+    elapsed_s = now - memory.decided_at
+    return memory.pressure_s + (want / target - 1.0) * (elapsed_s if elapsed_s <= _SILENCE_S else 0.0)
 
 
 def _remember(memory: Memory, backlog_s: float, *, now: float) -> tuple[tuple[float, float], ...]:

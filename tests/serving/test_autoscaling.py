@@ -60,7 +60,7 @@ class Controller:
 
     def __init__(self, *, target: int = 1) -> None:
         self.target = target
-        self._model = WorkPolicy(target_wait_s=1.0, shrink_after_s=10.0)
+        self._model = WorkPolicy(target_wait_s=1.0, grow_after_s=0.0, shrink_after_s=10.0)
         self._runner = RunnerPolicy()
         self._state: dict[str, Any] = {}
 
@@ -156,7 +156,7 @@ def test_a_model_that_an_operator_keeps_stays(monkeypatch: pytest.MonkeyPatch) -
 def test_whatever_is_published_the_policies_leave_things_as_they_are(
     broken: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy, runner = WorkPolicy(target_wait_s=1.0, shrink_after_s=10.0), RunnerPolicy()
+    policy, runner = WorkPolicy(target_wait_s=1.0, grow_after_s=0.0, shrink_after_s=10.0), RunnerPolicy()
     with caplog.at_level(logging.ERROR, "ray.serve"):
         for _ in range(3):
             context = Context(0.0, target_num_replicas=2, raw_metrics=broken, policy_state={"theirs": 1})

@@ -41,11 +41,12 @@ def test_preloading_by_alias_and_preloading_nothing() -> None:
 
 
 def test_operator_decides_replica_counts_and_delays() -> None:
-    counts = {"min_replicas": 2, "max_replicas": 5, "upscale_delay_s": 1}
-    options = make_options(SFX | {"replicas": counts | {"target_wait_s": 3, "downscale_delay_s": 60}})
+    counts = {"min_replicas": 2, "max_replicas": 5}
+    waits = {"target_wait_s": 3, "upscale_delay_s": 1, "downscale_delay_s": 60}
+    options = make_options(SFX | {"replicas": counts | waits})
     scaling = options["small-sfx"]["autoscaling_config"]
     assert {key: scaling[key] for key in counts} == counts
-    assert scaling["policy"]["policy_kwargs"] == {"target_wait_s": 3, "shrink_after_s": 60}
+    assert scaling["policy"]["policy_kwargs"] == {"target_wait_s": 3, "grow_after_s": 1, "shrink_after_s": 60}
 
 
 def test_fence_lets_the_engine_do_admission() -> None:

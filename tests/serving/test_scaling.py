@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from stable_audio_serve.serving.scaling import Goal, Memory, Observed, decide, rate
 
-GOAL = Goal(target_wait_s=10.0, shrink_after_s=30.0)
+GOAL = Goal(target_wait_s=10.0, grow_after_s=0.0, shrink_after_s=30.0)
 
 
 class Model:
     """Decisions about one model, one after the other; what it aims at becomes its target."""
 
-    def __init__(self, *, target: int = 1) -> None:
+    def __init__(self, *, target: int = 1, goal: Goal = GOAL) -> None:
         self.target = target
+        self._goal = goal
         self._memory = Memory()
 
     def decide(self, now: float, **seen: float) -> int:
-        self.target, self._memory = decide(self._memory, Observed(**seen), goal=GOAL, target=self.target, now=now)
+        self.target, self._memory = decide(self._memory, Observed(**seen), goal=self._goal, target=self.target, now=now)
         return self.target
 
 
@@ -73,11 +76,30 @@ def test_replicas_go_one_step_at_a_time_down_to_the_most_that_was_wanted_lately(
     assert seen[40:] == [1] * 20
 
 
-def test_what_was_wanted_for_a_moment_is_not_asked_for_later() -> None:
-    model = Model(target=1)
-    _, memory = decide(Memory(), Observed(backlog_s=95.0), goal=GOAL, target=1, now=0.0)  # Serve waits a little
-    model._memory = memory
-    assert model.decide(1.0, backlog_s=5.0) == 1
+@pytest.mark.parametrize(
+    ("target", "backlog_s", "after_s"), [(1, 15.0, 3.0), (1, 35.0, 1.0), (10, 105.0, 30.0), (10, 200.0, 3.0)]
+)
+def test_the_more_there_is_the_sooner_replicas_are_added(target: int, backlog_s: float, after_s: float) -> None:
+    """Two for one replica is as much too much as twenty for ten."""
+    model = Model(target=target, goal=Goal(target_wait_s=10.0, grow_after_s=3.0, shrink_after_s=30.0))
+    seen = [model.decide(now / 10, backlog_s=backlog_s) for now in range(400)]
+    assert seen.index(math.ceil(backlog_s / 10)) == pytest.approx(after_s * 10, abs=1)
+
+
+def test_work_that_is_done_before_it_counts_adds_no_replica_later() -> None:
+    model = Model(goal=Goal(target_wait_s=10.0, grow_after_s=3.0, shrink_after_s=30.0))
+    for start in range(0, 1000, 20):
+        for tenth in range(20):  # one second of too much, one of enough
+            assert model.decide((start + tenth) / 10, backlog_s=15.0 if tenth < 10 else 5.0) == 1
+
+
+def test_a_model_without_replicas_gets_one_at_once() -> None:
+    assert (
+        Model(target=0, goal=Goal(target_wait_s=10.0, grow_after_s=60.0, shrink_after_s=30.0)).decide(
+            0.0, num_requests=1
+        )
+        == 1
+    )
 
 
 def test_flickering_work_keeps_the_number_it_needs_at_most() -> None:
