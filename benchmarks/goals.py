@@ -226,6 +226,22 @@ _CPU = (
         rounds=("p95_over_serve_ratio_rounds",),
     ),
     Goal(
+        "P26",
+        "bursts, p95 with replicas by predicted work over Serve's policy",
+        "autoscale",
+        ("p95_over_serve_ratio",),
+        0.8,
+        rounds=("p95_over_serve_ratio_rounds",),
+    ),
+    Goal(
+        "P26",
+        "the same, replicas' time",
+        "autoscale",
+        ("replica_s_over_serve_ratio",),
+        1.0,
+        rounds=("replica_s_over_serve_ratio_rounds",),
+    ),
+    Goal(
         "P16",
         "step rate all MP3 over all WAV",
         "formats",

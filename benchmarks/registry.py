@@ -53,6 +53,7 @@ CASES: Mapping[str, Case] = {
     "batch": Case("batch", "run_batch_case", "model threads rounds"),
     "scale": Case("scale", "run_scale_case", "model threads rounds full"),
     "routing": Case("routing", "run_routing_case", "model threads rounds full"),
+    "autoscale": Case("autoscale", "run_autoscale_case", "model threads rounds full"),
     "overload": Case("overload", "run_overload_case", "model threads rounds full"),
     "cold-start": Case("cold_start", "run_cold_start_case", "model device threads rounds"),
     "threads": Case("threads", "run_threads_case", "model rounds", is_bare=True),

@@ -2,8 +2,7 @@
 
 More replicas are asked for when the work in sight takes longer than the target wait, the sooner the longer it takes,
 fewer only after fewer were enough for a while. A model that takes long to load is looked at as far ahead as it takes:
-its work is taken to rise
-as it did lately until a replica asked for now is ready.
+its work is taken to rise as it did lately until a replica asked for now is ready.
 """
 
 from __future__ import annotations
@@ -69,12 +68,13 @@ def decide(memory: Memory, seen: Observed, *, goal: Goal, target: int, now: floa
 
     `now` is a time in seconds on any clock, the same for all decisions.
     """
+    if not 0.0 <= now - memory.decided_at <= _SILENCE_S:  # nobody asked meanwhile, or the clock was set
+        memory = Memory(load_s=memory.load_s, wanted=((now, target),), decided_at=now)
     load_s = memory.load_s if seen.load_s is None else seen.load_s
     memory = replace(memory, load_s=min(load_s, _LONGEST_S))
     memory = replace(memory, backlogs=_remember(memory, seen.backlog_s, now=now))
     want = wanted(memory, seen, goal=goal, target=target, now=now)
-    known = memory.wanted if now - memory.decided_at <= _SILENCE_S else ((now, target),)
-    since = tuple((at, number) for at, number in known if at > now - goal.shrink_after_s and number > want)
+    since = tuple((at, number) for at, number in memory.wanted if at > now - goal.shrink_after_s and number > want)
     pressure_s = _pressure_s(memory, want, target=target, now=now)
     is_due = want > target and pressure_s >= goal.grow_after_s - _EPSILON
     pressure_s = 0.0 if is_due else pressure_s
@@ -114,8 +114,7 @@ def _pressure_s(memory: Memory, want: int, *, target: int, now: float) -> float:
         return 0.0
     if target == 0:
         return math.inf
-    elapsed_s = now - memory.decided_at
-    return memory.pressure_s + (want / target - 1.0) * (elapsed_s if elapsed_s <= _SILENCE_S else 0.0)
+    return memory.pressure_s + (want / target - 1.0) * (now - memory.decided_at)
 
 
 def _remember(memory: Memory, backlog_s: float, *, now: float) -> tuple[tuple[float, float], ...]:

@@ -72,4 +72,6 @@ def write(application: str, words: Mapping[str, Word], *, now: float) -> None:
 def read(application: str, model: str, *, now: float) -> WaitingJobs | None:
     """Returns what waits for a model as a runner said last; None while none has said so lately."""
     latest = max(_heard.get(application, {}).values(), key=lambda heard: heard.at, default=None)
-    return None if latest is None or now - latest.at > OLD_S else latest.word.by_model.get(model)
+    if latest is None or not 0.0 <= now - latest.at <= OLD_S:  # also not if the clock was set back
+        return None
+    return latest.word.by_model.get(model)

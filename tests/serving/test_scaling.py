@@ -136,3 +136,11 @@ def test_the_rate_of_a_count_is_over_the_whole_window() -> None:
     assert rate([(0.0, 5.0)]) == 0.0
     assert rate([(0.0, 5.0), (2.0, 25.0)]) == 2.0  # two seconds of the ten
     assert rate([(0.0, 0.0), (90.0, 100.0), (95.0, 140.0), (100.0, 180.0)]) == 8.0
+
+
+def test_a_clock_that_is_set_back_pins_nothing() -> None:
+    model = Model(target=1)
+    model.decide(10_000.0, backlog_s=95.0)
+    seen = [model.decide(float(now), backlog_s=5.0) for now in range(40)]
+    assert seen[0] == 10
+    assert seen[-1] == 1

@@ -129,8 +129,11 @@ class JobRunner:
         self._woken.set()
 
     def waiting_work(self) -> Mapping[str, Waiting] | None:
-        """Returns how much work waits for each model of any, in the whole store; None while that is not known."""
-        return self._backlog.current()
+        """Returns how much work waits for each model of any, in the whole store; None while that is not known.
+
+        While this runner starts no jobs because their files cannot be kept, nothing waits for a model.
+        """
+        return self._backlog.current() if self._gate.admits(0) else {}
 
     def check_health(self) -> None:
         """Raises GenerationError when the loop or the heartbeat has ended, which they never should."""
