@@ -24,18 +24,22 @@ from stable_audio_serve.api.middleware.origins import Origins, OriginsMiddleware
 from stable_audio_serve.api.native import job_routes as native_jobs
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.operator_routes import admin, status
 from stable_audio_serve.api.routing import allowed_methods
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import files, merged, pages, server
 from stable_audio_serve.api.streams import StreamPauses
+from stable_audio_serve.api.unmanaged import UnmanagedOperations
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.operations import Operations
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
 
 # One for each dialect, in the order of the API page.
 TAGS = [
     {"name": server.TAG, "description": "Health and models, shared by all dialects."},
+    {"name": status.TAG, "description": "The state of the server; with a key that has the scope `admin`, changing it."},
     {"name": native.TAG, "description": "Our own API: the Stable Audio 3 server's."},
     {"name": native_jobs.TAG, "description": "The same requests, accepted now and done later."},
     {"name": pages.TAG, "description": "For browsers: what is served, and this description."},
@@ -55,10 +59,12 @@ def create_app(
     jobs: JobQueue | None = None,
     metrics: Metrics | None = None,
     stream_pauses: StreamPauses | None = None,
+    operations: Operations | None = None,
 ) -> FastAPI:
     """Returns the application over any backend; it knows nothing of Ray.
 
-    Without `jobs` it opens the queue of the settings, whose jobs another process runs.
+    Without `jobs` it opens the queue of the settings, whose jobs another process runs. `operations` are what operators
+    see and do; by default what a backend of one process can tell.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_pauses=stream_pauses)
@@ -108,6 +114,9 @@ def create_app(
     app.include_router(pages.build_router(service))
     app.include_router(pages.build_api_router())
     app.include_router(server.build_router(service))
+    operations = operations or UnmanagedOperations(backend, service.draining)
+    app.include_router(status.build_router(service, operations))
+    app.include_router(admin.build_router(service, operations))
     app.include_router(merged.build_router(service))
     app.include_router(open_small.build_health_router(service), prefix="/saos")
     for name, router in routers.items():  # where two dialects share a path, the first one's route is found

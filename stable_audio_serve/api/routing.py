@@ -71,21 +71,28 @@ class BoundedRequest(Request):
             raise HTTPException(400, f"body: {error.detail}") from error
 
 
-def route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:
+def route_class(
+    render: ErrorRenderer, *, scopes: Scopes, enter: Callable[[Request], None] | None = None
+) -> type[APIRoute]:
     """Returns a route type that answers the errors we expect in one dialect's form; other exceptions pass through.
 
     Where keys are configured it admits only requests with one that has one of `scopes`, before it reads their bodies.
-    `request.state.key` is the key, `request.state.client` its client.
+    `request.state.key` is the key, `request.state.client` its client. `enter` is what every request passes first.
     """
 
     async def admit(request: Request) -> None:
-        _admit_visitor(request)
+        (enter or _admit_visitor)(request)
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         key = keys.admit(request, scopes(request) if callable(scopes) else scopes)
         request.state.key, request.state.client = key, key.client
 
     return _dialect_route(render, admit)
+
+
+def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:
+    """Returns the same for operators, who are answered even while the server drains or stops."""
+    return route_class(render, scopes=scopes, enter=_admit_operator)
 
 
 def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ()) -> type[APIRoute]:
@@ -145,8 +152,19 @@ async def _admit_always(_: Request) -> None:
 
 
 def _admit_visitor(request: Request) -> None:
-    """Checks every request except probes."""
+    """Checks every request except operators' and probes."""
+    _admit_origin(request)
+    draining: Draining = request.app.state.draining
+    draining.admit(request.scope)
+
+
+def _admit_operator(request: Request) -> None:
+    """What operators ask is nothing that a server which drains has to finish."""
+    _admit_origin(request)
+    draining: Draining = request.app.state.draining
+    draining.end(request.scope.get("visit"))
+
+
+def _admit_origin(request: Request) -> None:
     origins: Origins = request.app.state.origins
     origins.admit(request)
-    draining: Draining = request.app.state.draining
-    draining.refuse_new()

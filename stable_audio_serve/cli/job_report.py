@@ -27,21 +27,21 @@ _STYLES: Mapping[State, str] = {
 
 def print_jobs(jobs: Sequence[Job], counts: Mapping[State, int]) -> None:
     """A table of jobs, and how many there are in all."""
-    table = _table("Job", "Client", "State", "Model", "Created", "Attempts", "Progress", "Prompt")
+    table = new_table("Job", "Client", "State", "Model", "Created", "Attempts", "Progress", "Prompt")
     for job in jobs:
         progress = f"{job.stage} {job.fraction:.0%}"
         table.add_row(*_first_cells(job), _when(job.created_at), str(job.attempts), progress, _prompt(job))
-    _print(table)
-    _print(", ".join(f"{count} {state}" for state in _STYLES if (count := counts.get(state))) or "no jobs")
+    print_wide(table)
+    print_wide(", ".join(f"{count} {state}" for state in _STYLES if (count := counts.get(state))) or "no jobs")
 
 
 def print_dead_letters(jobs: Sequence[Job]) -> None:
     """A table of dead letters, with what they failed of."""
-    table = _table("Job", "Client", "State", "Model", "Failed", "Attempts", "Error", "Prompt")
+    table = new_table("Job", "Client", "State", "Model", "Failed", "Attempts", "Error", "Prompt")
     for job in jobs:
         error = plain(job.error.message) if job.error else ""
         table.add_row(*_first_cells(job), _when(job.completed_at), str(job.attempts), error, _prompt(job))
-    _print(table if jobs else "no dead letters")
+    print_wide(table if jobs else "no dead letters")
 
 
 def print_job(job: Job, events: Iterable[JobEvent]) -> None:
@@ -49,12 +49,12 @@ def print_job(job: Job, events: Iterable[JobEvent]) -> None:
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(job).items():
         facts.add_row(Text(name, style="bold"), Text(plain(str(value), limit=None)))
-    _print(facts)
-    table = _table("Event", "At", "Stage", "Done", "Message")
+    print_wide(facts)
+    table = new_table("Event", "At", "Stage", "Done", "Message")
     for event in events:
         message = plain(event.message or "", limit=None)
         table.add_row(str(event.id), _when(event.at), plain(event.stage), f"{event.fraction:.0%}", message)
-    _print(table)
+    print_wide(table)
 
 
 def as_dict(job: Job) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _prompt(job: Job) -> Text:
     return Text(plain(job.spec.request.prompt))
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     """Returns a table whose last column is cut where there is little room."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in columns:
@@ -140,7 +140,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _print(what: Table | str) -> None:
+def print_wide(what: Table | str) -> None:
+    """Print a table or a line; no id in it is cut short."""
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, _LEAST_WIDTH) if console.is_terminal else _PIPE_WIDTH
     console.print(what)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
@@ -144,7 +144,7 @@ class ModelStatus:
 
     `stage` is loading, ready, failed, idle (scaled to zero) or waking (from zero, while its first requests are held).
     `quality` is that of the replica that has the most to say. `refused_update` says why a deployment failed while older
-    replicas go on, else None.
+    replicas go on, else None. `states` counts replicas by Serve's words: running, starting, stopping and so on.
     """
 
     stage: str
@@ -153,6 +153,7 @@ class ModelStatus:
     detail: Mapping[str, str] | None = None
     quality: ModelQuality | None = None
     refused_update: str | None = None
+    states: Mapping[str, int] = field(default_factory=dict)
 
 
 def _key(name: str) -> str:

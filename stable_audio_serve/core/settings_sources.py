@@ -175,6 +175,12 @@ def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...
     return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
 
 
+def least_replicas(name: str, settings: Settings, *, catalog: ModelCatalog) -> int:
+    """Returns how many replicas of a model there are at all times: as configured, by default 1 of preloaded ones."""
+    configured = next((model.replicas.min_replicas for model in settings.models if model.name == name), None)
+    return int(name in preloaded_names(settings, catalog)) if configured is None else configured
+
+
 def _with_plain_key(settings: Settings, key: str) -> Settings:
     hashes = settings.api.key_hashes
     if not key or hash_key(key) in {parse_key_hash(text).digest for text in hashes}:

@@ -179,8 +179,7 @@ class Engine:
         try:
             state = await self._accept(request, on_progress, frames=frames)
             try:
-                use = replace(self._device.use(), dtype=str(self.spec.dtype).removeprefix("torch."))
-                return replace(await state.reply.future, device=use)
+                return replace(await state.reply.future, device=replace(self._device.use(), dtype=self.dtype))
             except asyncio.CancelledError:
                 state.cancel()
                 self._inbox.wake()
@@ -199,6 +198,11 @@ class Engine:
     def device(self) -> torch.device:
         """The device that holds the model."""
         return self._model.device
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the denoiser: float32, float16 or bfloat16."""
+        return str(self.spec.dtype).removeprefix("torch.")
 
     @property
     def backlog_ms(self) -> float:

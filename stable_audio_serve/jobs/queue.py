@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,10 +15,12 @@ from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ClientId, JobId
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import Contract, Job, JobEvent, JobRef, JobSpec, State
+from stable_audio_serve.jobs.overview import JobsWatch
 from stable_audio_serve.jobs.store.client_jobs import Added, CancelOutcome, Page
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.watch import StoreWatch
 
+_DELETED_TOGETHER = 8
 _MOST_TOGETHER = 32  # one transaction then takes about 20 ms
 
 __all__ = ["CancelOutcome", "JobQueue"]
@@ -39,6 +41,7 @@ class JobQueue:
         self.artifacts = artifacts
         self.wake = wake
         self.watch = watch or StoreWatch(store.database, artifacts)
+        self.overview = JobsWatch(store.operators)
         self._submitting: asyncio.Task[None] | None = None
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
@@ -124,6 +127,16 @@ class JobQueue:
             self.wake()
         return outcome, job
 
+    async def forget_dead_letters(self, numbers: Collection[int]) -> Sequence[int]:
+        """Delete dead letters and the files they started from. Returns the numbers of those that were there."""
+        forgotten, keys = await asyncio.to_thread(self.store.dead_letters.delete, numbers)
+        for start in range(0, len(keys), _DELETED_TOGETHER):
+            deletions = map(self.artifacts.delete, keys[start : start + _DELETED_TOGETHER])
+            await asyncio.gather(
+                *deletions, return_exceptions=True
+            )  # what stays is an orphan, which the sweeper deletes
+        return forgotten
+
     async def _drop_upload(self, spec: JobSpec) -> None:
         if spec.upload is not None:
             with suppress(StorageError):  # then it is an orphan, which the sweeper deletes
@@ -163,5 +176,6 @@ class JobQueue:
     async def close(self) -> None:
         """Close the database and start no new work with files."""
         await self.watch.close()
+        await self.overview.close()
         await self.artifacts.close()
         await asyncio.to_thread(self.store.database.close)

@@ -27,6 +27,12 @@ from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.niceness import yield_to_engines
+from stable_audio_serve.serving.operations import (
+    DrainProgress,
+    RayOperations,
+    is_drain_wanted,
+    read_drain_wanted,
+)
 from stable_audio_serve.serving.placement import (
     Plan,
     check_gpu_shares,
@@ -47,7 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.5  # how soon a replica that is being replaced sends the readers of event streams elsewhere
+_LOOK_S = 0.5  # how soon a replica hears of operators, and one that is being replaced sends readers of events elsewhere
 
 
 @serve.ingress()
@@ -62,6 +68,8 @@ class Ingress:
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
         self._backend = RayBackend(plan.catalog, handles, application=application)
+        self._operations = RayOperations(self._backend, runner=runner, application=application)
+        self._application = application
         self._metrics = RayMetrics()
         self._jobs = open_queue(
             plan.settings,
@@ -72,10 +80,15 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
-        app = create_app(self._backend, self._settings, jobs=self._jobs, metrics=self._metrics)
+        app = create_app(
+            self._backend, self._settings, jobs=self._jobs, metrics=self._metrics, operations=self._operations
+        )
         app.add_middleware(_LeaveRequestIdToServe)
         self._draining: Draining = app.state.draining
-        self._leaving = asyncio.get_running_loop().create_task(self._leave_when_replaced())
+        if read_drain_wanted(self._application):
+            self._draining.rest()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(work) for work in (self._leave_when_replaced(), self._follow_operators())]
         return app
 
     async def drain(self) -> int:
@@ -83,13 +96,26 @@ class Ingress:
         self._draining.stop()
         return self._draining.num_in_flight
 
+    async def drain_progress(self) -> DrainProgress:
+        """Returns how many requests are left to finish, when an operator takes the server out."""
+        return DrainProgress(self._draining.is_resting, self._draining.num_from_before)
+
+    async def _follow_operators(self) -> None:
+        while True:
+            is_wanted = is_drain_wanted(self._application)
+            if is_wanted:
+                self._draining.rest()
+            elif is_wanted is not None:
+                self._draining.resume()
+            await asyncio.sleep(_LOOK_S)
+
     async def _leave_when_replaced(self) -> None:
         await replaced(look_every_s=_LOOK_S)
         self._draining.leave()
 
     async def __del__(self) -> None:  # Serve's hook for the end of a replica
-        if hasattr(self, "_leaving"):  # not after a failed start
-            self._leaving.cancel()
+        for task in getattr(self, "_tasks", ()):  # none after a failed start
+            task.cancel()
 
 
 class _LeaveRequestIdToServe:

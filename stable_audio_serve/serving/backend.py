@@ -68,6 +68,7 @@ class RayBackend:
         self._asked_at: dict[str, float] = {}
         self._snapshot = _Snapshot(float("-inf"), {card.name: ModelStatus(stage="loading") for card in catalog})
         self._refresh: asyncio.Task[None] | None = None
+        self._looked_at = float("-inf")
 
     @property
     def catalog(self) -> ModelCatalog:
@@ -171,6 +172,11 @@ class RayBackend:
             await asyncio.wait({self._refresh}, timeout=_STATUS_TIMEOUT_S)
         return self._snapshot.models
 
+    @property
+    def status_age_s(self) -> float:
+        """How long ago the controller said what `status` returns; infinite before it first did."""
+        return time.monotonic() - self._looked_at
+
     async def _take_snapshot(self) -> None:
         try:
             application = (await asyncio.to_thread(serve.status)).applications.get(self._application)
@@ -181,8 +187,9 @@ class RayBackend:
             return
         stages = {card.name: _stage(application, card.name) for card in self._catalog}
         await asyncio.gather(*(self._ask_replica(name) for name, stage in stages.items() if stage == "ready"))
+        self._looked_at = time.monotonic()
         self._snapshot = _Snapshot(
-            time.monotonic(),
+            self._looked_at,
             {name: self._model_status(name, stage, application=application) for name, stage in stages.items()},
         )
 
@@ -219,6 +226,7 @@ class RayBackend:
             detail={key: f"{seconds:.2f}" for key, seconds in replica.start_s.items()} if replica else None,
             quality=most_telling(replica.quality for replica in replicas),
             refused_update=_refused_update(deployment) if deployment else None,
+            states=_states(deployment) if deployment else {},
         )
 
 
@@ -267,6 +275,10 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
     if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
         return None
     return "the replicas of the last deployment failed to start, the ones before it answer; the server's log says why"
+
+
+def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
+    return {state.value.lower(): int(number) for state, number in deployment.replica_states.items() if number}
 
 
 def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:

@@ -21,6 +21,7 @@ from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.niceness import yield_to_engines
+from stable_audio_serve.serving.operations import DrainProgress, is_drain_wanted, read_drain_wanted
 from stable_audio_serve.serving.placement import Plan
 from stable_audio_serve.serving.waiting_board import WaitingJobs, to_stats
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WAKE_TIMEOUT_S = 5.0
+_LOOK_S = 0.5  # how soon it hears of operators
 _PAUSE_S = 0.1  # between two calls: under a flood of jobs each costs ingress and runner more than it brings
 
 
@@ -51,7 +53,11 @@ class JobRunnerReplica:
         self._runner = JobRunner(
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics
         )
+        self._application = application
+        if await asyncio.to_thread(read_drain_wanted, application):
+            self._runner.hold()
         await self._runner.start()
+        self._following = asyncio.create_task(self._follow_operators())
 
     async def wake(self) -> None:
         """Look for jobs now."""
@@ -69,12 +75,26 @@ class JobRunnerReplica:
         found = {model: waiting.get(model, Waiting()) for model in self._models}
         return to_stats({model: WaitingJobs(each.num_jobs, each.size) for model, each in found.items()})
 
+    async def drain_progress(self) -> DrainProgress:
+        """Returns how many jobs are left to finish, when an operator takes the server out."""
+        return DrainProgress(self._runner.is_holding, self._runner.num_held)
+
+    async def _follow_operators(self) -> None:
+        while True:
+            is_wanted = is_drain_wanted(self._application)
+            if is_wanted and not self._runner.is_holding:
+                self._runner.hold()
+            elif is_wanted is False and self._runner.is_holding:
+                self._runner.resume()
+            await asyncio.sleep(_LOOK_S)
+
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises GenerationError."""
         self._runner.check_health()
 
     async def __del__(self) -> None:  # Serve's hook for the end of a replica
-        if hasattr(self, "_runner"):  # not after a failed start
+        if hasattr(self, "_following"):  # not after a failed start
+            self._following.cancel()
             await self._runner.close()
             await self._artifacts.close()
             await asyncio.to_thread(self._store.database.close)

@@ -1,87 +1,31 @@
 """Which models operators keep loaded: at least one replica each, whatever the load, until they let them go.
 
-The names lie in the store of Ray's head (GCS), where all ingress replicas write and the autoscaling policy reads. They
-outlive replicas and the controller, and the head where it has Redis behind it; a server that is started anew begins
-with what its configuration says. Knows neither replicas nor policies, and imports nothing heavy for the controller.
+All ingress replicas write the names and the autoscaling policy reads them. They lie where `notes` are: a server that is
+started anew begins with what its configuration says.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
+from stable_audio_serve.serving import notes
 
-from ray.exceptions import RpcError
-from ray.experimental.internal_kv import internal_kv_get_gcs_client
-
-from stable_audio_serve.core.errors import StorageError
-
-logger = logging.getLogger(__name__)
-
-_NAMESPACE = b"stable-audio-serve"
-_TIMEOUT_S = 2.0
-_LOOK_S = 0.5
+_HEADING = "kept"
 
 
 def keep(model: str, *, application: str) -> None:
     """Keep one replica of the model until `release`. Blocking, two seconds at most. Raises StorageError."""
-    _call("internal_kv_put", _key(application, model), b"", True)
+    notes.note(_HEADING, model, application=application)
 
 
 def release(model: str, *, application: str) -> None:
     """Keep the model no longer. Blocking, two seconds at most. Raises StorageError."""
-    _call("internal_kv_del", _key(application, model), False)
+    notes.erase(_HEADING, model, application=application)
 
 
 def read_kept(application: str) -> frozenset[str]:
     """Returns the names of the models that are kept. Blocking, two seconds at most. Raises StorageError."""
-    prefix = _key(application, "")
-    keys: list[bytes] = _call("internal_kv_keys", prefix)
-    return frozenset(key.removeprefix(prefix).decode() for key in keys)
+    return notes.read(_HEADING, application=application)
 
 
 def kept(application: str) -> frozenset[str]:
-    """Returns `read_kept` as a thread of this process read it, half a second ago; for code that may not wait.
-
-    Before the first reading, a moment after the first call, nothing is kept; while the store is away, what was before.
-    """
-    with _lock:
-        if application not in _watches:
-            _watches[application] = _Watch(application)
-    return _watches[application].models
-
-
-class _Watch:
-    """Reads again and again, for the life of the process."""
-
-    def __init__(self, application: str) -> None:
-        self.models: frozenset[str] = frozenset()
-        self._application = application
-        threading.Thread(target=self._run, daemon=True, name="kept-models").start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                self.models = read_kept(self._application)
-            except StorageError as error:
-                logger.debug("%s", error)
-            time.sleep(_LOOK_S)
-
-
-_watches: dict[str, _Watch] = {}
-_lock = threading.Lock()
-
-
-def _key(application: str, model: str) -> bytes:
-    return f"kept/{application}/{model}".encode()
-
-
-def _call(method: str, *arguments: object) -> list[bytes]:
-    """One call of Ray's store: its answer is of no use but for the list of keys."""
-    client = internal_kv_get_gcs_client()
-    if client is None:
-        raise StorageError("this process has no connection to Ray")
-    try:
-        return getattr(client, method)(*arguments, _NAMESPACE, timeout=_TIMEOUT_S)
-    except RpcError as error:
-        raise StorageError("Ray's head does not answer") from error
+    """Returns `read_kept` as it was half a second ago, without waiting; empty at the first call of a process."""
+    return notes.watched(_HEADING, application=application) or frozenset()

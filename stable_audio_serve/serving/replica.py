@@ -23,6 +23,7 @@ from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import replica_stats
+from stable_audio_serve.serving.heard import ReplicaWords
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
@@ -71,8 +72,9 @@ class ModelReplica:
         with self._stage("import"):
             from stable_audio_serve.serving.engines import load_engine
             from stable_audio_serve.serving.metrics import RayMetrics
+            from stable_audio_serve.serving.step_meter import StepMeter
             from stable_audio_serve.serving.trial import Trial
-        metrics = RayMetrics(model=model.name)
+        metrics = self._meter = StepMeter(RayMetrics(model=model.name))
         quiet = QuietMetrics(metrics)
         load = partial(
             load_engine,
@@ -157,8 +159,14 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve every second; the routers of this model's callers hear of it."""
-        return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict()
+        """Called by Serve every second; the routers of this model's callers hear of it, and through them operators."""
+        words = ReplicaWords(
+            device=str(self._engine.device),
+            dtype=self._engine.dtype,
+            in_flight=self._outcomes["in_flight"],
+            rows_per_step=self._meter.rows_per_step,
+        )
+        return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict() | words.to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve every second, for the policy of this model's replicas."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from stable_audio_serve.serving.heard import hear
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 
@@ -23,6 +24,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:
         """Serve's hook for a router's own fields; from `request_router_kwargs`."""
+        self._model = model
         self._ledger = WorkLedger(old_after_s=old_after_s)
         self._metrics = RayMetrics(model=model)
 
@@ -62,7 +64,9 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve calls this when replicas come or go, and when they say something."""
-        self._ledger.update({_name(replica.replica_id): replica.routing_stats for replica in replicas})
+        words = {_name(replica.replica_id): replica.routing_stats for replica in replicas}
+        self._ledger.update(words)
+        hear(self._model, words)
         super().update_replicas(replicas)
 
 

@@ -106,6 +106,8 @@ class JobRunner:
         self._attempts: dict[LeaseId, Attempt] = {}
         self._woken = asyncio.Event()
         self._is_closing = False
+        self._is_holding = False
+        self._is_leasing = False
         self._loop_task: asyncio.Task[None] | None = None
         self._counting = Periodic(self._count, pause_s=pauses.count_s, clock=clock)
         self._asking = Periodic(self._ask_replicas, pause_s=pauses.replicas_s, clock=clock)
@@ -142,6 +144,25 @@ class JobRunner:
         has_ended = self._loop_task.done() and not self._is_closing
         if has_ended or not self._heartbeat.is_alive:
             raise GenerationError("the job runner's loop has ended")
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether it leases no jobs."""
+        return self._is_holding
+
+    @property
+    def num_held(self) -> int:
+        """The jobs that it leases, and one that it may be about to."""
+        return len(self._attempts) + int(self._is_leasing)
+
+    def hold(self) -> None:
+        """Lease no more jobs until `resume`; those in progress go on."""
+        self._is_holding = True
+
+    def resume(self) -> None:
+        """Lease jobs again."""
+        self._is_holding = False
+        self.wake()
 
     def drain(self) -> int:
         """Lease no more jobs and put back those in progress, which costs no attempt. Returns how many still run."""
@@ -215,18 +236,26 @@ class JobRunner:
         """Lease up to `num_queued` waiting jobs while there is room for them. Returns how many were leased."""
         num_leased = 0
         lease_s = self._settings.lease_s
-        while num_leased < num_queued and not self._is_closing and self._gate.admits(self._capacity.num_running):
+        while num_leased < num_queued and self._may_lease():
             models = self._capacity.open_models(priority)
             if models is not None and not models:
                 break
             lease = partial(self._store.runners.lease, self.owner, lease_s=lease_s, models=models, priority=priority)
-            job = await asyncio.to_thread(lease)
-            if job is None:
-                break
-            failpoint("after_lease")
-            self._begin(job)
+            self._is_leasing = True
+            try:
+                job = await asyncio.to_thread(lease)
+                if job is None:
+                    break
+                failpoint("after_lease")
+                self._begin(job)
+            finally:
+                self._is_leasing = False
             num_leased += 1
         return num_leased
+
+    def _may_lease(self) -> bool:
+        is_open = not self._is_closing and not self._is_holding
+        return is_open and self._gate.admits(self._capacity.num_running)
 
     def _begin(self, job: Job) -> None:
         lease = lease_id(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
@@ -10,9 +11,19 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, State
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.rows import to_job
-from stable_audio_serve.jobs.store.tables import IS_DEAD, JOBS
+from stable_audio_serve.jobs.store.tables import IS_DEAD, JOBS, count, in_state
 
 _jobs = JOBS.c
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """Numbers of jobs. `waited_s` is how long the first of those that wait has been due, seconds; None without one."""
+
+    num_queued: int
+    num_running: int
+    num_dead_letters: int
+    waited_s: float | None
 
 
 class OperatorJobs:
@@ -37,8 +48,22 @@ class OperatorJobs:
         with self._database.reading() as connection:
             return [to_job(row) for row in connection.execute(query)]
 
+    def unfinished(self) -> Unfinished:
+        """Returns what still has to be done, and what was given up. Reads only those jobs, however many have ended."""
+        due = sa.select(sa.func.min(_jobs.not_before)).where(in_state("queued")).scalar_subquery()
+        query = sa.select(
+            count(in_state("queued")).label("queued"),
+            count(in_state("running")).label("running"),
+            count(IS_DEAD).label("dead"),
+            (self._database.now - due).label("waited"),
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(query).one()
+        waited_s = None if row.waited is None else max(0.0, row.waited)
+        return Unfinished(row.queued, row.running, row.dead, waited_s)
+
     def counts(self) -> Mapping[State, int]:
         """Returns the number of jobs in each state that has any."""
         query = sa.select(_jobs.state, sa.func.count()).group_by(_jobs.state)
         with self._database.reading() as connection:
-            return {state: count for state, count in connection.execute(query)}  # noqa: C416
+            return {state: number for state, number in connection.execute(query)}  # noqa: C416

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.api.webhook_bodies import webhook_bodies
+from stable_audio_serve.core.operations import Operations
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
@@ -36,6 +37,7 @@ async def make_app(
     run_jobs: bool = True,
     hasty: bool = False,
     stream_pauses: StreamPauses | None = None,
+    operations: Operations | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
     """An application with `settings`, its jobs in a folder of their own.
@@ -49,7 +51,8 @@ async def make_app(
         if hasty:
             watch = StoreWatch(jobs.store.database, jobs.artifacts, fresh_s=0.0, fresh_if_bad_s=0.0)
             jobs = JobQueue(jobs.store, jobs.artifacts, watch=watch)
-        app = create_app(backend, parsed, jobs=jobs, stream_pauses=stream_pauses)
+        app = create_app(backend, parsed, jobs=jobs, stream_pauses=stream_pauses, operations=operations)
+        app.state.jobs = jobs
         app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
         notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings=parsed.jobs)
         pauses = SHORT_PAUSES if hasty else RunnerPauses()

@@ -1,0 +1,43 @@
+"""`core.operations.Operations` of an application without Ray: its models are there or not, and it is one process."""
+
+from __future__ import annotations
+
+from stable_audio_serve.api.middleware.draining import Draining
+from stable_audio_serve.core.backend import Backend
+from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
+
+
+class UnmanagedOperations:
+    """What a backend says of its models; a drain concerns this process only, and not who runs its jobs."""
+
+    def __init__(self, backend: Backend, draining: Draining) -> None:
+        self._backend = backend
+        self._draining = draining
+
+    async def report(self) -> ServerReport:
+        """See `Operations.report`."""
+        models = {name: ModelReport(status) for name, status in (await self._backend.status()).items()}
+        return ServerReport(models, self._drain_report())
+
+    async def keep(self, model: str) -> None:
+        """Raises ModelUnavailableError."""
+        raise ModelUnavailableError(f"model {model} cannot be loaded on demand: this server runs without Ray Serve")
+
+    async def release(self, model: str) -> None:
+        """Raises ModelUnavailableError."""
+        raise ModelUnavailableError(f"model {model} cannot be unloaded: this server runs without Ray Serve")
+
+    async def drain(self) -> None:
+        """See `Operations.drain`."""
+        self._draining.rest()
+
+    async def resume(self) -> None:
+        """See `Operations.resume`."""
+        self._draining.resume()
+
+    def _drain_report(self) -> DrainReport:
+        num_left = self._draining.num_from_before
+        if not self._draining.is_resting:
+            return DrainReport()
+        return DrainReport("draining" if num_left else "drained", num_left)

@@ -1,0 +1,198 @@
+"""`stable-audio-serve admin`: changes a running server, with a key that has the scope `admin`.
+
+Imports what a command needs only when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from stable_audio_serve.cli.remote import FAILED, KeyFileOption, UrlOption, ask, connected, fail
+
+if TYPE_CHECKING:
+    from stable_audio_serve.client import Client
+
+_PREFIX = "/v1/admin"
+_LETTERS = f"{_PREFIX}/dead-letters"
+_PAGE = 500
+_POLL_S = 0.5
+
+app = typer.Typer(no_args_is_help=True, help="Load and unload models, take the server out, see to dead letters.")
+letters = typer.Typer(
+    no_args_is_help=True, help="Jobs that failed by no fault of their own: list, show, retry, delete."
+)
+app.add_typer(letters, name="dead-letters")
+
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="Its name or one of its aliases.")]
+_Wait = Annotated[float, typer.Option("--wait", min=0, max=86_400, help="Longest time to wait for it, seconds.")]
+_Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
+_Number = Annotated[int, typer.Argument(metavar="NUMBER", min=0, help="As `list` shows it.")]
+_Numbers = Annotated[list[int] | None, typer.Argument(metavar="[NUMBER]...", min=0, help="As `list` shows them.")]
+_All = Annotated[bool, typer.Option("--all", help="All there are, or all of --model.")]
+_OfModel = Annotated[str | None, typer.Option("--model", help="Only those of this model, by its canonical name.")]
+
+
+@app.command()
+def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """Keep one replica of a model until `unload`, whatever the load; with --wait, until it is ready."""
+    with connected(url, key_file) as client:
+        kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/load")
+        deadline = time.monotonic() + wait
+        stage = kept["stage"]
+        while stage not in ("ready", "failed") and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            stage = ask(client, "GET /v1/status")["models"][kept["model"]]["stage"]
+    typer.echo(f"{kept['model']}: kept loaded; it is {stage} now")
+    if stage == "failed" or (wait and stage != "ready"):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """Let a model go to zero replicas once it has had nothing to do for its `downscale_delay_s`."""
+    with connected(url, key_file) as client:
+        kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/unload")
+    typer.echo(f"{kept['model']}: no longer kept; it is {kept['stage']} now")
+
+
+@app.command()
+def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """Take the server out: /ready says 503, new work is refused, what was begun is finished; waits until that is done.
+
+    Jobs that wait are left to other servers. Afterwards stop it, or let it go on with `resume`. Exit code 1: not done
+    in time, it goes on draining.
+    """
+    with connected(url, key_file) as client:
+        state = ask(client, f"POST {_PREFIX}/drain")
+        deadline = time.monotonic() + wait
+        told = None
+        while state["state"] != "drained" and time.monotonic() < deadline:
+            left = _left(state)
+            if left != told:
+                typer.echo(left)
+                told = left
+            time.sleep(_POLL_S)
+            state = ask(client, "GET /v1/status")["draining"]
+    if state["state"] != "drained":
+        raise fail(f"not done after {wait:g} s: {_left(state)}", code=FAILED)
+    typer.echo("drained: nothing is left to finish")
+
+
+@app.command()
+def resume(*, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """Take new work again after `drain`."""
+    with connected(url, key_file) as client:
+        ask(client, f"DELETE {_PREFIX}/drain")
+    typer.echo("takes new work again")
+
+
+@letters.command("list")
+def list_letters(
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Most to list.")] = 50,
+    *,
+    model: _OfModel = None,
+    as_json: _Json = False,
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+) -> None:
+    """Dead letters of all clients, newest first."""
+    with connected(url, key_file) as client:
+        found = [letter for page in _pages(client, model=model, most=limit) for letter in page]
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        from stable_audio_serve.cli.letter_report import print_letters
+
+        print_letters(found)
+
+
+@letters.command()
+def show(number: _Number, *, as_json: _Json = False, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """One dead letter and what happened to it."""
+    with connected(url, key_file) as client:
+        found = ask(client, f"GET {_LETTERS}/{number}")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        from stable_audio_serve.cli.letter_report import print_letter
+
+        print_letter(found)
+
+
+@letters.command()
+def retry(
+    numbers: _Numbers = None,
+    *,
+    everything: _All = False,
+    model: _OfModel = None,
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+) -> None:
+    """Let dead letters wait again, with new attempts."""
+    with connected(url, key_file) as client:
+        chosen = _choose(client, numbers, everything=everything, model=model)
+        _act(client, chosen, action="retry", said="queued again")
+
+
+@letters.command()
+def delete(
+    numbers: _Numbers = None,
+    *,
+    everything: _All = False,
+    model: _OfModel = None,
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+) -> None:
+    """Forget dead letters and the files they started from."""
+    with connected(url, key_file) as client:
+        chosen = _choose(client, numbers, everything=everything, model=model)
+        _act(client, chosen, action="delete", said="deleted")
+
+
+def _choose(
+    client: Client, numbers: Sequence[int] | None, *, everything: bool, model: str | None
+) -> Iterator[Sequence[int]]:
+    """The numbers to act on, in pages. Those that become dead letters meanwhile are not among them."""
+    if bool(numbers) == (everything or model is not None):
+        raise fail("name dead letters by their numbers, or --all, or --model", code=2)
+    if numbers:
+        return iter([numbers[start : start + _PAGE] for start in range(0, len(numbers), _PAGE)])
+    return ([letter["number"] for letter in page] for page in _pages(client, model=model, most=None))
+
+
+def _act(client: Client, chosen: Iterator[Sequence[int]], *, action: str, said: str) -> None:
+    num_done, missing = 0, []
+    for numbers in chosen:
+        outcome = ask(client, f"POST {_LETTERS}/{action}", json={"numbers": list(numbers)})
+        num_done += len(outcome["done"])
+        missing += outcome["not_found"]
+    typer.echo(f"{num_done} {said}")
+    if missing:
+        raise fail(f"no dead letters: {', '.join(map(str, missing[:20]))}{' ...' if missing[20:] else ''}", code=FAILED)
+
+
+def _pages(client: Client, *, model: str | None, most: int | None) -> Iterator[Sequence[dict[str, Any]]]:
+    params = {} if model is None else {"model": model}
+    cursor: int | None = None
+    while True:
+        limit = _PAGE if most is None else min(_PAGE, most)
+        more = {} if cursor is None else {"cursor": str(cursor)}
+        page = ask(client, f"GET {_LETTERS}", params={**params, **more, "limit": str(limit)})
+        cursor = page["next_cursor"]
+        if page["dead_letters"]:
+            yield page["dead_letters"]
+        if most is not None:
+            most -= len(page["dead_letters"])
+        if cursor is None or most == 0:
+            return
+
+
+def _left(state: dict[str, Any]) -> str:
+    requests, jobs = ("?" if state[what] is None else state[what] for what in ("requests", "jobs"))
+    return f"{requests} requests and {jobs} jobs are left to finish"

@@ -1,0 +1,127 @@
+"""`GET /v1/status`: one answer about everything, whatever is busy, broken or away."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from stable_audio_serve.core.catalog import ModelStatus
+from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.operations import DrainReport, ModelReport, ReplicaReport, ServerReport
+from tests.api.compat.serving import make_client
+from tests.api.test_jobs import submit
+from tests.backends import ToneBackend
+
+
+class Told:
+    """Operations that tell what a test says."""
+
+    def __init__(self, report: ServerReport) -> None:
+        self.told = report
+        self.num_asked = 0
+
+    async def report(self) -> ServerReport:
+        self.num_asked += 1
+        return self.told
+
+    async def keep(self, model: str) -> None: ...
+
+    async def release(self, model: str) -> None: ...
+
+    async def drain(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+
+async def test_tells_models_replicas_and_jobs() -> None:
+    replicas = (
+        ReplicaReport("a1", 0.4, "cuda:0", "bfloat16", in_flight=3, backlog_s=1.5, rows_per_step=6.0),
+        ReplicaReport("b2", 9.0, "cuda:1", "bfloat16", in_flight=1, backlog_s=0.5, rows_per_step=2.0),
+        ReplicaReport("c3", 0.1),  # one of another version, which says nothing of all that
+    )
+    ready = ModelStatus("ready", 3, "cuda:0", states={"running": 3, "starting": 1})
+    models = {"medium": ModelReport(ready, is_kept=True, replicas=replicas)}
+    told = Told(ServerReport(models, DrainReport("draining", 2, None), age_s=0.5))
+    settings = {"models": [{"name": "medium", "replicas": {"max_replicas": 4}}, {"name": "small-sfx"}]}
+    async with make_client(operations=told, run_jobs=False, **settings) as (client, _):
+        await submit(client)
+        status = (await client.get("/v1/status")).json()
+    assert status["draining"] == {"state": "draining", "requests": 2, "jobs": None}
+    assert status["backlog_s"] == 2.0
+    medium = status["models"]["medium"]
+    assert medium["replicas"][0] == {
+        "id": "a1",
+        "device": "cuda:0",
+        "dtype": "bfloat16",
+        "requests": 3,
+        "backlog_s": 1.5,
+        "rows_per_step": 6.0,
+        "age_s": 0.4,
+    }
+    assert medium["replicas"][2] == dict.fromkeys(medium["replicas"][2]) | {"id": "c3", "age_s": 0.1}
+    del medium["replicas"]
+    assert medium == {
+        "stage": "ready",
+        "default": False,
+        "kept": True,
+        "min_replicas": 0,
+        "max_replicas": 4,
+        "states": {"running": 3, "starting": 1},
+        "backlog_s": 2.0,
+        "rows_per_step": 4.0,
+    }
+    assert status["models"]["small-sfx"]["min_replicas"] == 1  # the default model is preloaded
+    jobs = status["jobs"]
+    assert 0 <= jobs.pop("waited_s") < 60
+    assert 0 <= jobs.pop("age_s") < 60
+    assert jobs == {
+        "store": {"state": "ok", "reason": None},
+        "queued": 1,
+        "running": 0,
+        "succeeded": 0,
+        "failed": 0,
+        "cancelled": 0,
+        "dead_letters": 0,
+        "reason": None,
+    }
+
+
+async def test_says_why_models_are_not_known() -> None:
+    reason = "Ray Serve's controller does not answer"
+    told = Told(ServerReport({}, age_s=float("inf"), reason=reason))
+    async with make_client(operations=told) as (client, _):
+        status = (await client.get("/v1/status")).json()
+    assert (status["age_s"], status["reason"], status["ready"], status["status"]) == (None, reason, False, "loading")
+    assert {model["stage"] for model in status["models"].values()} == {"loading"}
+
+
+async def test_says_why_jobs_are_not_known(tmp_path: Path) -> None:
+    folder = tmp_path / "outputs"
+    async with make_client(output_dir=str(folder), run_jobs=False, hasty=True) as (client, _):
+        assert (await client.get("/v1/status")).json()["jobs"]["queued"] == 0
+        shutil.rmtree(folder)
+        async with asyncio.timeout(30):
+            while (jobs := (await client.get("/v1/status")).json()["jobs"])["reason"] is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+    assert jobs["store"]["state"] == "moved"
+    assert jobs["queued"] == 0  # as last known
+    assert jobs["age_s"] > 0
+
+
+async def test_a_thousand_questions_count_jobs_once_and_start_nothing() -> None:
+    backend = ToneBackend()
+    async with make_client(backend, run_jobs=False) as (client, _):
+        replies = await asyncio.gather(*(client.get("/v1/status") for _ in range(1000)))
+        ages = [reply.json()["jobs"]["age_s"] for reply in replies]
+    assert {reply.status_code for reply in replies} == {200}
+    assert all(age is not None for age in ages)
+    assert backend.requests == []
+
+
+async def test_needs_a_key_of_any_scope_where_there_are_keys() -> None:
+    hashes = [hash_key("plain")]
+    async with make_client(api={"key_hashes": hashes}) as (client, _):
+        assert (await client.get("/v1/status")).status_code == 401
+        reply = await client.get("/v1/status", headers={"Authorization": "Bearer plain"})
+    assert reply.status_code == 200
