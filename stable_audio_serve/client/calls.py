@@ -35,6 +35,7 @@ class Controls(TypedDict, total=False):
     response_format: str
     deadline_s: float | None
     priority: Literal["interactive", "batch"]
+    exact: bool
     peaks: str | None
     manifest: bool
     sampler_kwargs: Mapping[str, str | float | bool | None]

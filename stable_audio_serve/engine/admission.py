@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import QueueFullError
+from stable_audio_serve.core.errors import OverloadedError, QueueFullError
 from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
@@ -73,24 +73,46 @@ class Admission:
         """
         max_ms = self._max_ms + (max(_PROMISED_MS, _PROMISED_SHARE * self._max_ms) if is_promised else 0.0)
         with self._lock:
-            ahead_ms, num_ahead = self._sum_ms("interactive"), len(self._work_ms["interactive"])
-            is_shared = priority == "interactive" and bool(self._work_ms["batch"])
-            if priority == "batch":
-                ahead_ms, num_ahead = ahead_ms + self._sum_ms("batch"), num_ahead + len(self._work_ms["batch"])
-            ahead_ms *= self._pace.value
+            ahead_ms, num_ahead, pace = self._ahead(priority)
         if ahead_ms > max_ms:
-            pace = 1.0 + self._batch_share if is_shared else 1.0
             raise _refusal(num_ahead, ahead_s=pace * ahead_ms / 1000.0, over_s=pace * (ahead_ms - max_ms) / 1000.0)
 
     def admit(
-        self, request_id: int, work_ms: float, *, priority: Priority = "interactive", is_promised: bool = False
+        self,
+        request_id: int,
+        work_ms: float,
+        *,
+        priority: Priority = "interactive",
+        is_promised: bool = False,
+        within_s: float | None = None,
     ) -> None:
-        """Add a request's work. Raises QueueFullError as `check` does."""
+        """Add a request's work. Raises QueueFullError as `check` does, OverloadedError for what would not be done
+        `within_s`.
+        """
         with self._lock:
             self.check(priority, is_promised=is_promised)
+            if within_s is not None:
+                self._check_end(work_ms, priority, within_s=within_s)
             self._work_ms[priority][request_id] = work_ms
             self.accepted_ms += work_ms
             self._look(done_ms=0.0)
+
+    def _ahead(self, priority: Priority) -> tuple[float, int, float]:
+        """Returns the work ahead, at the pace of lately, in ms, its requests, and the time a second of it takes."""
+        ahead_ms, num_ahead = self._sum_ms("interactive"), len(self._work_ms["interactive"])
+        is_shared = priority == "interactive" and bool(self._work_ms["batch"])
+        if priority == "batch":
+            ahead_ms, num_ahead = ahead_ms + self._sum_ms("batch"), num_ahead + len(self._work_ms["batch"])
+        return ahead_ms * self._pace.value, num_ahead, 1.0 + self._batch_share if is_shared else 1.0
+
+    def _check_end(self, work_ms: float, priority: Priority, *, within_s: float) -> None:
+        ahead_ms, _, pace = self._ahead(priority)
+        ends_in_s = pace * (ahead_ms + work_ms * self._pace.value) / 1000.0
+        if ends_in_s > within_s:
+            raise OverloadedError(
+                f"it would end in {ends_in_s:.1f} s, and deadline_s leaves {within_s:.1f} s",
+                retry_after_s=max(ends_in_s - within_s, _LEAST_RETRY_S),
+            )
 
     def update(self, request_id: int, work_ms: float) -> None:
         """Replace an admitted request's work by what is left of it."""

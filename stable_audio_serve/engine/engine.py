@@ -252,8 +252,11 @@ class Engine:
         )
         if any(work.encode_left for work in works):
             state.clock.mark("source", self._clock.monotonic())  # most of its planning was resampling
+        within_s = None
+        if request.in_time and request.deadline_s is not None:
+            within_s = request.deadline_s - (self._clock.monotonic() - submitted_at)
         work_ms = sum(map(self._predictor.share_ms, works))
-        self._admission.admit(state.id, work_ms, priority=priority, is_promised=request.is_promised)
+        self._admission.admit(state.id, work_ms, priority=priority, is_promised=request.is_promised, within_s=within_s)
         try:
             self._inbox.put(state)
         except ModelUnavailableError:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_ring import check_key_file
+from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
@@ -33,6 +34,7 @@ from stable_audio_serve.serving.operations import (
     is_drain_wanted,
     read_drain_wanted,
 )
+from stable_audio_serve.serving.overflow import OverflowBackend, overflow_catalog, overflow_name
 from stable_audio_serve.serving.placement import (
     Plan,
     check_gpu_shares,
@@ -40,12 +42,14 @@ from stable_audio_serve.serving.placement import (
     describe_models,
     ingress_options,
     model_options,
+    overflow_options,
+    overflowing_models,
     plan_deployments,
     require_shared_database,
     runner_options,
 )
 from stable_audio_serve.serving.preflight import fetch_configs, require_weights
-from stable_audio_serve.serving.replica import ModelReplica
+from stable_audio_serve.serving.replica import ModelReplica, OverflowReplica
 from stable_audio_serve.serving.surge import node_slots
 
 if TYPE_CHECKING:
@@ -61,16 +65,29 @@ class Ingress:
     """Speaks HTTP; the ASGI application is made inside the replica because it holds the model handles."""
 
     def __init__(  # noqa: PLR0917 - Ray passes what was bound, in this order
-        self, plan: Plan, handles: Mapping[str, DeploymentHandle], runner: DeploymentHandle
+        self,
+        plan: Plan,
+        handles: Mapping[str, DeploymentHandle],
+        runner: DeploymentHandle,
+        overflow: Mapping[str, DeploymentHandle] = MappingProxyType({}),
     ) -> None:
+        """`overflow` are handles by model of replicas on CPUs, for models that have some."""
         yield_to_engines()
         configure_logging(plan.settings.log_level)
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
-        self._backend = RayBackend(plan.catalog, handles, application=application)
-        self._operations = RayOperations(self._backend, runner=runner, application=application)
-        self._application = application
         self._metrics = RayMetrics()
+        main = RayBackend(plan.catalog, handles, application=application)
+        self._operations = RayOperations(main, runner=runner, application=application)
+        self._application = application
+        self._backend: Backend = main
+        if overflow:
+            cpus = RayBackend(
+                overflow_catalog(plan.catalog, overflow),
+                {overflow_name(model): handle for model, handle in overflow.items()},
+                application=application,
+            )
+            self._backend = OverflowBackend(main, cpus, metrics=self._metrics)
         self._jobs = open_queue(
             plan.settings,
             identity=plan.store_identity,
@@ -176,8 +193,14 @@ def assemble(
         )
         for model in plan.settings.models
     }
-    runner = _bind(JobRunnerReplica, runner_options(plan.settings), plan, models)
-    return _bind(Ingress, ingress_options(plan.settings), plan, models, runner)
+    overflow = {
+        model.name: _bind(
+            by_name.get(overflow_name(model.name), OverflowReplica), overflow_options(model), plan.settings, model
+        )
+        for model in overflowing_models(plan, cluster_gpus=cluster_gpus)
+    }
+    runner = _bind(JobRunnerReplica, runner_options(plan.settings), plan, models)  # jobs wait rather than overflow
+    return _bind(Ingress, ingress_options(plan.settings), plan, models, runner, overflow)
 
 
 def _bind(deployed: type, options: Mapping[str, Any], *args: object) -> serve.Application:

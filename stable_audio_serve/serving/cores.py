@@ -20,7 +20,10 @@ def choose_threads(settings: Settings, model: ModelSettings, *, device: str, clu
     if device != "cpu" or _is_demo(model):
         return 1
     on_cpu = [other for other in settings.models if not (cluster_gpus and may_use_gpu(settings, other))]
-    return share_cores(usable_cores(), num_replicas=sum(other.replicas.max_replicas for other in on_cpu))
+    num_replicas = sum(other.replicas.max_replicas for other in on_cpu)
+    if cluster_gpus:
+        num_replicas += sum(other.overflow_replicas for other in settings.models if other.overflow)
+    return share_cores(usable_cores(), num_replicas=num_replicas)
 
 
 def share_cores(num_cores: int, *, num_replicas: int) -> int:

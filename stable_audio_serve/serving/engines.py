@@ -49,7 +49,7 @@ def load_engine(
         decode_precision=model.decode_precision,
         compile_dir=Path(settings.compile_dir) if model.compile else None,
         token=settings.hf_token.get_secret_value() if settings.hf_token else None,
-        check_size=partial(_require_room, model.name, device, share),
+        check_size=partial(_require_room, model.name, device, share) if device.memory() else None,
     )
     threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
     return Engine(loaded, engine_options(model, threads=threads), metrics=metrics, device=device)

@@ -14,6 +14,7 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
+from stable_audio_serve.serving.overflow import overflow_name
 from stable_audio_serve.serving.scaling import WINDOW_S
 from stable_audio_serve.serving.shares import GpuReplicas, check_shares
 from stable_audio_serve.serving.surge import Slot, has_room, slot_of
@@ -66,6 +67,9 @@ class Plan:
     def num_cpus(self) -> int:
         """CPU slots an embedded Ray must count so that every replica can be placed on this machine."""
         wanted = sum(_num_cpus(model, num_gpus=0) * model.replicas.max_replicas for model in self.settings.models)
+        wanted += sum(
+            _overflow_cpus(model) * model.overflow_replicas for model in self.settings.models if model.overflow
+        )
         wanted += self.settings.ingress.num_cpus * self.settings.ingress.replicas
         return max(os.cpu_count() or 1, math.ceil(wanted))
 
@@ -170,19 +174,9 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
     min_replicas = replicas.min_replicas
     if min_replicas is None:
         min_replicas = 1 if model.name in plan.preloaded else 0
-    capacity = model.max_rows * _REQUESTS_PER_ROW
     return {
-        "name": model.name,
-        "max_ongoing_requests": capacity,
-        "max_queued_requests": capacity,
-        **_DRAIN,
-        "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
+        **_engine_options(model, name=model.name),
         "max_surge_percent": _ONE_REPLICA if replicas.surge else 0,
-        "request_router_config": {
-            "request_router_class": _ROUTER,
-            "request_router_kwargs": {"model": model.name},
-            "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
-        },
         "autoscaling_config": {
             "min_replicas": min_replicas,
             "max_replicas": replicas.max_replicas,
@@ -201,6 +195,61 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         },
         "ray_actor_options": {"num_cpus": _num_cpus(model, num_gpus=num_gpus), "num_gpus": num_gpus},
     }
+
+
+def overflow_options(model: ModelSettings) -> dict[str, Any]:
+    """Deployment options of a model's replicas on CPUs. They are always there: bursts end before one is loaded."""
+    return {
+        **_engine_options(model, name=overflow_name(model.name)),
+        "num_replicas": model.overflow_replicas,
+        "ray_actor_options": {"num_cpus": _overflow_cpus(model), "num_gpus": 0},
+    }
+
+
+def overflowing_models(plan: Plan, *, cluster_gpus: float) -> list[ModelSettings]:
+    """Returns the models that have replicas on CPUs beside those on GPUs. Raises ConfigError for one that cannot.
+
+    One that runs on a CPU because there is no GPU has none: the same settings serve a laptop.
+    """
+    chosen = []
+    for model in plan.settings.models:
+        if model.overflow is None:
+            continue
+        if not may_use_gpu(plan.settings, model):
+            raise ConfigError(
+                f"models.{model.name}: overflow: cpu is for a model on a GPU, and device is {plan.settings.device}",
+                field="overflow",
+            )
+        if overflow_name(model.name) in plan.names:
+            raise ConfigError(
+                f"models: {overflow_name(model.name)} is the name of what overflow: cpu of {model.name} adds; "
+                "give that model another",
+                field="models",
+            )
+        if _num_gpus(plan, model, cluster_gpus=cluster_gpus):
+            chosen.append(model)
+    return chosen
+
+
+def _engine_options(model: ModelSettings, *, name: str) -> dict[str, Any]:
+    """Deployment options of whatever holds an engine of this model."""
+    capacity = model.max_rows * _REQUESTS_PER_ROW
+    return {
+        "name": name,
+        "max_ongoing_requests": capacity,
+        "max_queued_requests": capacity,
+        **_DRAIN,
+        "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
+        "request_router_config": {
+            "request_router_class": _ROUTER,
+            "request_router_kwargs": {"model": name},
+            "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+        },
+    }
+
+
+def _overflow_cpus(model: ModelSettings) -> float:
+    return float(model.threads or 1)
 
 
 def check_gpu_shares(plan: Plan, *, cluster_gpus: float) -> None:

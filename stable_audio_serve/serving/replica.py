@@ -25,6 +25,8 @@ from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.heard import ReplicaWords
 from stable_audio_serve.serving.logs import configure_logging
+from stable_audio_serve.serving.niceness import yield_to_engines
+from stable_audio_serve.serving.overflow import overflow_name, overflow_settings
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -56,25 +58,28 @@ class ReplicaStatus:
 class ModelReplica:
     """An asyncio actor around one engine; ready only once the model is loaded and warm."""
 
-    async def __init__(self, settings: Settings, model: ModelSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, model: ModelSettings, *, label: str | None = None
+    ) -> None:
+        """`label` is what metrics call the model; None: its name."""
         configure_logging(settings.log_level)
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
         self._start_s: dict[str, float] = {}
         try:
-            self._engine, self._quality = await self._start(settings, model)
+            self._engine, self._quality = await self._start(settings, model, label=label or model.name)
         except StableAudioError as error:
             # Serve shows the whole chain of a failed start, the cause first: a bare one puts the sentence on top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
 
-    async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
+    async def _start(self, settings: Settings, model: ModelSettings, *, label: str) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
             from stable_audio_serve.serving.engines import load_engine
             from stable_audio_serve.serving.metrics import RayMetrics
             from stable_audio_serve.serving.step_meter import StepMeter
             from stable_audio_serve.serving.trial import Trial
-        metrics = self._meter = StepMeter(RayMetrics(model=model.name))
+        metrics = self._meter = StepMeter(RayMetrics(model=label))
         quiet = QuietMetrics(metrics)
         load = partial(
             load_engine,
@@ -204,3 +209,11 @@ async def _others_answer(*, surge: bool) -> bool:
     status = await asyncio.to_thread(serve.status)
     states = status.applications[mine.app_name].deployments[mine.deployment].replica_states
     return bool(states.get(ReplicaState.RUNNING))
+
+
+class OverflowReplica(ModelReplica):
+    """A replica on CPUs for what a model's others refuse; it leaves the cores to everything else first."""
+
+    async def __init__(self, settings: Settings, model: ModelSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        yield_to_engines()
+        await super().__init__(settings, overflow_settings(model), label=overflow_name(model.name))

@@ -90,3 +90,25 @@ def test_backlog_never_exceeds_the_bound_by_more_than_one_request(events: list[t
                 admitted[request_id] = work_ms
         assert admission.backlog_ms == pytest.approx(sum(admitted.values()))
         assert admission.backlog_ms <= 3_000.0 + 5_000.0
+
+
+def test_what_must_end_in_time_is_refused_when_work_ahead_and_its_own_take_longer() -> None:
+    admission = Admission(max_queue_s=100.0)
+    admission.admit(1, 4_000.0)
+    admission.admit(2, 3_000.0, within_s=7.0)  # 4 s before it, 3 s of its own
+    with pytest.raises(OverloadedError, match=r"it would end in 8\.0 s, and deadline_s leaves 7\.9 s") as refusal:
+        admission.admit(3, 1_000.0, within_s=7.9)
+    assert refusal.value.retry_after_s == pytest.approx(0.1)
+    admission.update(1, 2_000.0)
+    admission.admit(3, 1_000.0, within_s=6.0)
+    assert admission.backlog_ms == pytest.approx(6_000.0)
+
+
+def test_interactive_work_that_must_end_in_time_goes_before_batch_work_but_for_its_share() -> None:
+    admission = Admission(max_queue_s=100.0, batch_share=0.5)
+    admission.admit(1, 50_000.0, priority="batch")
+    with pytest.raises(OverloadedError, match=r"would end in 3\.0 s"):
+        admission.admit(2, 2_000.0, within_s=2.9)
+    admission.admit(2, 2_000.0, within_s=3.0)
+    with pytest.raises(OverloadedError, match=r"would end in 53\.0 s"):
+        admission.admit(3, 1_000.0, priority="batch", within_s=52.0)
