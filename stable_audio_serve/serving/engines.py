@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from stable_audio_serve.models.registry import ModelEntry
 from stable_audio_serve.models.weights import resolve_dtype
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
+
+logger = logging.getLogger(__name__)
 
 
 def load_engine(
@@ -52,7 +55,10 @@ def load_engine(
         check_size=partial(_require_room, model.name, device, share) if device.memory() else None,
     )
     threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
-    return Engine(loaded, engine_options(model, threads=threads), metrics=metrics, device=device)
+    engine = Engine(loaded, engine_options(model, threads=threads), metrics=metrics, device=device)
+    if engine.memory.rows is not None:
+        logger.info("memory: model=%s share=%g rows_bytes=%d", model.name, share, engine.memory.rows)
+    return engine
 
 
 def memory_share(model: ModelSettings, *, gpu_share: float) -> float:

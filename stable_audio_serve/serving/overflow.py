@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, QuotaError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, ReplicaSettings
 
 logger = logging.getLogger(__name__)
+
+_HOLD_S = 1.0  # how long a refusal on CPUs counts, so that a flood of requests does not reach them
 
 
 def overflow_name(model: str) -> str:
@@ -42,11 +46,15 @@ def overflow_catalog(catalog: ModelCatalog, models: Mapping[str, object]) -> Mod
 class OverflowBackend:
     """A `Backend` that asks `cpus`, whose models have the names of deployments, where `main` is full."""
 
-    def __init__(self, main: Backend, cpus: Backend, *, metrics: Metrics = NullMetrics()) -> None:
+    def __init__(
+        self, main: Backend, cpus: Backend, *, metrics: Metrics = NullMetrics(), clock: Clock = SystemClock()
+    ) -> None:
         self._main = main
         self._cpus = cpus
         self._metrics = metrics
+        self._clock = clock
         self._names = {card.name for card in cpus.catalog}
+        self._full: dict[str, tuple[float, float]] = {}  # by model: until when, for deadlines up to these seconds
 
     @property
     def catalog(self) -> ModelCatalog:
@@ -60,7 +68,9 @@ class OverflowBackend:
         try:
             return await self._main.generate(model, request, on_progress=on_progress)
         except OverloadedError as refusal:
-            if request.exact or isinstance(refusal, QuotaError) or not await self._is_ready(model):
+            if request.exact or isinstance(refusal, QuotaError) or self._is_full(model, request):
+                raise
+            if not await self._is_ready(model):
                 raise
             request = replace(request, in_time=True)
             return await self._overflow(model, request, on_progress=on_progress, refusal=refusal)
@@ -80,6 +90,7 @@ class OverflowBackend:
             return result
         except (OverloadedError, ModelUnavailableError) as error:
             outcome = "refused"
+            self._full[model] = self._clock.monotonic() + _HOLD_S, _deadline_s(request)
             logger.info("refused on CPUs too: model=%s request_id=%s: %s", model, request.request_id, error)
             raise refusal from error
         finally:
@@ -93,7 +104,16 @@ class OverflowBackend:
             for name, status in main.items()
         }
 
+    def _is_full(self, model: str, request: GenerationRequest) -> bool:
+        """Whether CPUs have just refused a request with at least as much time."""
+        until, deadline_s = self._full.get(model, (0.0, 0.0))
+        return self._clock.monotonic() < until and _deadline_s(request) <= deadline_s
+
     async def _is_ready(self, model: str) -> bool:
         """A request would otherwise wait for a replica that is only loading."""
         name = overflow_name(model)
         return name in self._names and (await self._cpus.status())[name].stage == "ready"
+
+
+def _deadline_s(request: GenerationRequest) -> float:
+    return math.inf if request.deadline_s is None else request.deadline_s

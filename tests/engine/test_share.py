@@ -167,3 +167,19 @@ def test_calls_are_captured_while_their_part_of_the_share_lasts() -> None:
         pass
     assert metrics.graphs == {"denoise": 3}  # the third reaches 300
     assert device.held == 300
+
+
+def test_the_allocator_on_cuda_is_given_the_share_as_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch is asked for, on a machine that need not have a GPU."""
+    fences: list[tuple[float, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, CARD))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GB)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *asked: fences.append(asked))
+    cuda = torch.device("cuda:0")
+    memory = open_device(cuda, clock=SystemClock(), share=0.25).memory()
+    allowed = 20 * GB - CONTEXT_BYTES
+    assert memory == DeviceMemory(CARD, allowed, held=5 * GB, free=60 * GB)
+    assert fences == [(pytest.approx(allowed / CARD), cuda)]
+    whole = open_device(cuda, clock=SystemClock()).memory()
+    assert whole == DeviceMemory(CARD, CARD, held=5 * GB, free=60 * GB)
+    assert len(fences) == 1

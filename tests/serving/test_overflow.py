@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from stable_audio_serve.serving.cores import choose_threads, share_cores, usable
 from stable_audio_serve.serving.overflow import OverflowBackend, overflow_catalog, overflow_name, overflow_settings
 from stable_audio_serve.serving.placement import overflow_options, overflowing_models, plan_deployments
 from tests.backends import ToneBackend, make_catalog
-from tests.factories import make_request
+from tests.factories import FakeClock, make_request
 
 SFX = "small-sfx"
 
@@ -50,10 +51,11 @@ class Pair:
         )
     )
     counts: Counts = field(default_factory=Counts)
+    clock: FakeClock = field(default_factory=FakeClock)
 
-    @property
+    @cached_property
     def backend(self) -> OverflowBackend:
-        return OverflowBackend(self.gpu, self.cpus, metrics=self.counts)
+        return OverflowBackend(self.gpu, self.cpus, metrics=self.counts, clock=self.clock)
 
 
 FULL = OverloadedError("the model's queue is full", retry_after_s=7.0)
@@ -128,6 +130,22 @@ async def test_where_cpus_cannot_help_the_model_s_own_refusal_says_when_to_come_
     assert pair.counts.outcomes == [outcome]
     if seen is OverloadedError:
         assert caught.value is FULL
+
+
+async def test_a_flood_does_not_reach_cpus_that_have_just_refused() -> None:
+    pair = Pair()
+    pair.gpu.error, pair.cpus.error = FULL, OverloadedError("full too", retry_after_s=99.0)
+
+    async def ask(deadline_s: float) -> int:
+        with pytest.raises(OverloadedError):
+            await pair.backend.generate(SFX, make_request(deadline_s=deadline_s))
+        return len(pair.cpus.requests)
+
+    assert [await ask(20.0) for _ in range(1000)][-1] == 1
+    assert await ask(19.0) == 1
+    assert await ask(30.0) == 2  # who has more time may still fit
+    pair.clock.now += 1.1
+    assert await ask(20.0) == 3
 
 
 async def test_the_status_of_a_model_tells_of_its_cpus_and_lists_no_model_more() -> None:
