@@ -17,7 +17,7 @@ _ERRORS = {
     403: "The key lacks a scope, a web page of another origin asks, or the host is none of this server's.",
     408: "The body did not arrive in time.",
     413: "The upload or the body is too large.",
-    429: "Too much of this caller's waits already; Retry-After says when to come again.",
+    429: "A limit of this caller is used up; Retry-After says when to come again.",
     500: "A failure inside.",
     503: "No room now, or the model is not ready; Retry-After says when to come again.",
     504: "The time budget ran out.",

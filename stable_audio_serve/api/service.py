@@ -29,18 +29,23 @@ from stable_audio_serve.core.catalog import ModelCard, ModelStatus
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
+    ForbiddenError,
     GenerationError,
     InvalidUploadError,
     OverloadedError,
+    QuotaError,
     UploadTooLargeError,
 )
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, SourceAudio
+from stable_audio_serve.core.keys import ApiKey
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
-from stable_audio_serve.jobs.job import JobUpload
+from stable_audio_serve.jobs.job import JobSpec, JobUpload
+from stable_audio_serve.jobs.limits.accounts import Accounts
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
+from stable_audio_serve.jobs.store.client_jobs import Added
 
 T = TypeVar("T")
 
@@ -87,6 +92,12 @@ class Service:
         self.streams = EventStreams(
             settings.ingress.max_event_streams, self.draining, metrics=self.metrics, pauses=stream_pauses
         )
+        self.accounts = Accounts(
+            self.jobs.store.database,
+            num_processes=settings.ingress.replicas,
+            metrics=self.metrics,
+            clock=self.clock,
+        )
         self._audio = AudioWorkers(settings.api, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
@@ -95,6 +106,7 @@ class Service:
     async def close(self) -> None:
         """Wait for running work and stop threads and processes."""
         await self._audio.close()
+        await self.accounts.close()
         await self.jobs.close()
 
     async def decode(
@@ -134,8 +146,29 @@ class Service:
         file = await self.jobs.put_upload(chunks, media_type="application/octet-stream", file_name="upload")
         return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 
-    async def generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
-        """Run one request that arrived at `started_at`. Raises errors of `core.errors`."""
+    async def generate(
+        self, card: ModelCard, request: GenerationRequest, *, key: ApiKey, started_at: float
+    ) -> GenerationResult:
+        """Run one request of a key, within its limits, that arrived at `started_at`. Raises errors of `core.errors`."""
+        async with self.accounts.admitted(key, audio_s=_audio_s(request), takes_place=True):
+            return await self._generate(card, request, started_at=started_at)
+
+    async def add_job(self, spec: JobSpec, key: ApiKey) -> Added:
+        """`JobQueue.add` within the limits of a key, whose seconds of audio count now and not when the job runs.
+
+        A repeated request is not charged again.
+        """
+        try:
+            async with self.accounts.admitted(key, audio_s=_audio_s(spec.request), takes_place=False) as admission:
+                added = await self.jobs.add(spec)
+                if not added.is_new:
+                    admission.give_back()
+                return added
+        except (QuotaError, ForbiddenError):
+            await self.jobs.drop(spec)
+            raise
+
+    async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
         budget_s = request.deadline_s or self.settings.api.default_deadline_s
         left_s = budget_s - (self.clock.monotonic() - started_at)
         if left_s <= 0:
@@ -190,6 +223,11 @@ class Service:
         except TimeoutError:
             log.warning("model status did not arrive in time")
         return self._last_status
+
+
+def _audio_s(request: GenerationRequest) -> float:
+    """Returns the seconds of audio that count: of all variations."""
+    return request.duration_s * request.batch_size
 
 
 def _usable_s(card: ModelCard, padding_s: float | None) -> float:

@@ -38,6 +38,20 @@ _HTTP = (
     Metric("event_streams_open", "gauge", "Streams of job events that are open."),
     Metric("api_keys", "gauge", "Keys that may use the API, where `api.key_file` is set.", is_rare=True),
     Metric("key_file_broken", "gauge", "1 while `api.key_file` cannot be used: former keys count.", is_rare=True),
+    Metric(
+        "key_requests",
+        "counter",
+        "Generations and jobs of each named key: admitted, or refused by its limits or later.",
+        ("key", "outcome"),
+        is_rare=True,
+    ),
+    Metric("key_audio_seconds", "counter", "Audio that each named key was charged, seconds.", ("key",), is_rare=True),
+    Metric(
+        "key_limits_alone",
+        "gauge",
+        "1 while the job database is away and each process keeps its share of keys' limits.",
+        is_rare=True,
+    ),
     Metric("upload_decode_ms", "histogram", "Time to decode an uploaded file, waiting for its turn included."),
     Metric(
         "file_encode_ms", "histogram", "Time to make the file of a synchronous answer, waiting for its turn included."

@@ -117,6 +117,14 @@ class Account:
             ready_at = max(now, second + WINDOW_S)
         return ready_at - now
 
+    def give_back_latest(self, audio_s: float, now: float) -> None:
+        """Take back what was charged in the last minute, the latest first."""
+        for second in sorted(self.charges, reverse=True):
+            if second + WINDOW_S > now:
+                taken_s = min(audio_s, self.charges[second])
+                self.charges[second] -= taken_s
+                audio_s -= taken_s
+
     def dump(self) -> str:
         """Returns it as JSON."""
         charges = {str(second): round(audio_s, 6) for second, audio_s in self.charges.items()}

@@ -60,12 +60,12 @@ class JobQueue:
         except StorageError:  # the job may be there nevertheless, and only the answer was lost
             raise
         except StableAudioError:
-            await self._drop_upload(spec)
+            await self.drop(spec)
             raise
         if added.is_new:
             self.wake()
         else:
-            await self._drop_upload(spec)
+            await self.drop(spec)
         return added
 
     async def _add(self, spec: JobSpec) -> Added:
@@ -122,7 +122,7 @@ class JobQueue:
         """
         outcome, job = await asyncio.to_thread(self.store.clients.cancel, ref)
         if outcome == "removed" and job is not None:
-            await self._drop_upload(job.spec)
+            await self.drop(job.spec)
         if outcome in ("removed", "requested"):
             self.wake()
         return outcome, job
@@ -137,7 +137,8 @@ class JobQueue:
             )  # what stays is an orphan, which the sweeper deletes
         return forgotten
 
-    async def _drop_upload(self, spec: JobSpec) -> None:
+    async def drop(self, spec: JobSpec) -> None:
+        """Delete the upload of a job that will not be added."""
         if spec.upload is not None:
             with suppress(StorageError):  # then it is an orphan, which the sweeper deletes
                 await self.artifacts.delete(spec.upload.file.key)

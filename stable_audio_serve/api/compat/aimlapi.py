@@ -133,7 +133,7 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
     **error_responses(AimlError, 401, 408, 413, 500, 503, 507),
-    429: {"model": AimlError, "description": "The queue is full; Retry-After says when to come again."},
+    429: {"model": AimlError, "description": "The queue, or a limit of the key, is full; Retry-After says how long."},
 }
 _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
@@ -161,19 +161,18 @@ def build_router(service: Service) -> APIRouter:
         model = resolve(body.model)
         generation = to_request(body, model, request_id=request.state.request_id)
         note(request.scope, model=model.name, duration_s=generation.duration_s)
-        job = await jobs.submit(
-            JobSpec(
-                id=JobId(f"{uuid.uuid4()}:{MODEL}"),
-                contract="aiml",
-                model=model.name,
-                mode="text-to-audio",
-                request=generation,
-                file_stem="generated",
-                peaks=body.peaks or service.settings.audio.peaks,
-                client=request.state.client,
-            )
+        spec = JobSpec(
+            id=JobId(f"{uuid.uuid4()}:{MODEL}"),
+            contract="aiml",
+            model=model.name,
+            mode="text-to-audio",
+            request=generation,
+            file_stem="generated",
+            peaks=body.peaks or service.settings.audio.peaks,
+            client=request.state.client,
         )
-        return AimlGeneration(id=job.spec.id, status="queued")
+        await service.add_job(spec, request.state.key)
+        return AimlGeneration(id=spec.id, status="queued")
 
     @router.get("/v2/generate/audio", summary="Poll (AIML API)", responses=_POLL_RESPONSES)
     async def poll(

@@ -48,7 +48,7 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     400: {"model": ErrorBody, "description": "The upload, the inpaint times or the model's own limits."},
     422: {"model": ValidationErrors, "description": "A field is missing, of the wrong type or out of range."},
-    **error_responses(ErrorBody, 401, 408, 413, 500, 503, 504),
+    **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 504),
 }
 
 
@@ -124,7 +124,7 @@ async def run(
     started_at: float,
 ) -> Output:
     """Returns the finished file of a request that arrived at `started_at`. Raises errors of `core.errors`."""
-    result = await service.generate(card, generation, started_at=started_at)
+    result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
     output = await service.finish(
         result, file_order(fields, card, generation=generation, settings=service.settings.audio)
     )

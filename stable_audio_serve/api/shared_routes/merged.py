@@ -51,6 +51,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     408: _json_error("The body did not arrive in time."),
     413: _json_error("Body too large."),
     422: _json_error("A field of a Stable Audio 3 request is wrong."),
+    429: _json_error("A limit of the key is used up; Retry-After says when to come again."),
     500: _json_error("A failure inside."),
     503: _json_error("No room now; Retry-After says when to come again."),
     504: _json_error("The time budget ran out."),

@@ -53,7 +53,7 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
     **error_responses(FalError, 401, 408, 413, 500, 503, 507),
-    429: {"model": FalError, "description": "The queue is full; Retry-After says when to come again."},
+    429: {"model": FalError, "description": "The queue, or a limit of the key, is full; Retry-After says how long."},
     504: {"model": FalError, "description": "The time in X-Fal-Request-Timeout ran out before the start."},
 }
 _WATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -158,7 +158,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
             client=request.state.client,
             wire={"base_url": base_url(request, service.settings.api)},
         )
-        job = await service.jobs.submit(spec)
+        job = (await service.add_job(spec, request.state.key)).job
         links = targets.links_of(request, request_id, limits=service.settings.api)
         return make_ticket(job, links, position=await service.jobs.position(job))
 

@@ -48,7 +48,7 @@ async def make_clip(
     """Run a request that arrived at `started_at`. Returns its first `num_samples` as a file at full scale."""
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     asked_at = service.clock.monotonic()
-    result = await service.generate(card, generation, started_at=started_at)
+    result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
     made_at = service.clock.monotonic()
     finished = await service.compute(lambda: _finish(result, num_samples))
     output = Output(finished.file, finished.clips, result, (service.clock.monotonic() - made_at) * 1000)

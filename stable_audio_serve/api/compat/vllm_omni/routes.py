@@ -31,7 +31,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     400: {"model": ErrorBody, "description": "A field is missing, of the wrong type or out of range."},
     404: {"model": ErrorBody, "description": "The model is not served."},
-    **error_responses(ErrorBody, 401, 408, 413, 500, 503, 504),
+    **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 504),
 }
 
 
@@ -55,7 +55,7 @@ def build_router(service: Service) -> APIRouter:
         span = resolve_span(body, cap_s=card.max_duration_s)
         generation = to_request(body, card, span=span, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
-        result = await service.generate(card, generation, started_at=started_at)
+        result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
         encoding_at = service.clock.monotonic()
         finished = await service.compute(
             lambda: make_file(body, span=span, result=result, settings=service.settings.audio)

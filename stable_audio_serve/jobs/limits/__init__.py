@@ -1,0 +1,1 @@
+"""The limits of keys as processes that answer requests keep them."""

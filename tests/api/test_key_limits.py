@@ -1,0 +1,170 @@
+"""The limits of keys over HTTP: two servers on one database, one key, every dialect; and how each dialect refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.store.database import Database
+from tests.backends import ToneBackend
+from tests.jobs.stores import postgres_with_tables, store_url
+
+__all__ = ["postgres_with_tables", "store_url"]
+
+Pair = tuple[httpx.AsyncClient, httpx.AsyncClient]
+
+KEYS = f"""
+alice:{hash_key("alice")} audio-seconds-per-minute=60
+alice:{hash_key("alice-2")} audio-seconds-per-minute=60
+bob:{hash_key("bob")} concurrency=1
+carol:{hash_key("carol")}
+"""
+
+# One request of each dialect, synchronous and for later, for this many seconds of audio.
+ASKS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "sa3": ("/v1/audio/generations", {"prompt": "x", "duration": 2, "batch_size": 2}, 4),
+    "merged": ("/generate", {"prompt": "x", "duration": 3}, 3),
+    "vllm": ("/v1/audio/generate", {"input": "x", "audio_length": 2}, 2),
+    "fal": ("/run/fal-ai/stable-audio", {"prompt": "x", "seconds_total": 5}, 5),
+    "sa3 job": ("/jobs", {"prompt": "x", "duration": 6}, 6),
+    "aiml job": ("/v2/generate/audio", {"model": "stable-audio", "prompt": "x", "seconds_total": 7}, 7),
+    "fal job": ("/queue/fal-ai/stable-audio", {"prompt": "x", "seconds_total": 8}, 8),
+}
+
+
+@pytest.fixture
+def tones() -> ToneBackend:
+    return ToneBackend()
+
+
+@pytest.fixture
+async def pair(store_url: str, tones: ToneBackend, tmp_path: Path) -> AsyncIterator[Pair]:
+    """Two servers of one installation."""
+    (tmp_path / "keys").write_text(KEYS)
+    tree = {
+        "api": {"key_file": str(tmp_path / "keys")},
+        "jobs": {"database_url": store_url},
+        "output_dir": str(tmp_path / "outputs"),
+    }
+    async with AsyncExitStack() as stack:
+        clients = []
+        for _ in range(2):
+            app = create_app(tones, Settings.model_validate(tree))
+            await stack.enter_async_context(app.router.lifespan_context(app))
+            transport = httpx.ASGITransport(app)
+            client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
+            clients.append(await stack.enter_async_context(client))
+        yield clients[0], clients[1]
+
+
+async def ask(client: httpx.AsyncClient, what: str, key: str = "alice") -> httpx.Response:
+    path, body, _ = ASKS[what]
+    return await client.post(path, json=body, headers={"Authorization": f"Key {key}"})
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen within a minute")
+
+
+async def test_one_key_hammered_through_two_servers_gets_its_limit_and_no_more(pair: Pair) -> None:
+    began_at = asyncio.get_running_loop().time()
+    whats = [*ASKS] * 6
+    replies = await asyncio.gather(
+        *(ask(pair[n % 2], what, ("alice", "alice-2")[n % 3 % 2]) for n, what in enumerate(whats))
+    )
+    assert {reply.status_code for reply in replies} <= {200, 202, 429}
+    admitted_s = sum(ASKS[what][2] for what, reply in zip(whats, replies, strict=True) if reply.is_success)
+    assert asyncio.get_running_loop().time() - began_at > 59 or 54 <= admitted_s <= 60
+    others = await asyncio.gather(*(ask(client, "sa3", "carol") for client in pair * 5))
+    assert {reply.status_code for reply in others} == {200}
+
+
+@pytest.mark.parametrize("what", ASKS)
+async def test_each_dialect_refuses_in_its_own_form(pair: Pair, what: str) -> None:
+    for _ in range(10):  # 60 seconds
+        assert (await ask(pair[0], "sa3 job")).status_code == 202
+    reply = await ask(pair[1], what)
+    assert reply.status_code == 429
+    assert 30 <= int(reply.headers["retry-after"]) <= 61
+    body = reply.json()
+    sentence = {
+        "sa3": lambda: body["detail"],
+        "sa3 job": lambda: body["detail"],
+        "merged": lambda: (body["detail"], body["error"])[1],
+        "vllm": lambda: body["error"]["message"],
+        "fal": lambda: body["detail"],
+        "fal job": lambda: body["detail"],
+        "aiml job": lambda: body["message"],
+    }[what]()
+    assert "audio-seconds-per-minute=60" in sentence
+    if what == "vllm":
+        assert body["error"]["type"] == "RateLimitError"
+    if what.startswith("fal"):
+        assert (body["error_type"], reply.headers["x-fal-retryable"]) == ("quota", "true")
+
+
+async def test_the_open_small_routes_count_the_window_they_make(pair: Pair) -> None:
+    headers = {"Authorization": "Bearer alice"}
+    replies = [
+        await pair[n % 2].post("/saos/generate", json={"prompt": "x", "seconds_total": 2}, headers=headers)
+        for n in range(40)
+    ]
+    num_admitted = [reply.status_code for reply in replies].count(200)
+    assert num_admitted in (5, 30)  # windows of 11.9 s, or clips of 2 s, into 60 s
+    assert {reply.status_code for reply in replies[num_admitted:]} == {429}
+    assert "audio-seconds-per-minute" in replies[-1].json()["error"]
+
+
+async def test_a_request_for_more_than_a_minute_holds_is_forbidden(pair: Pair) -> None:
+    body = {"prompt": "x", "duration": 30, "batch_size": 4}
+    for path in ("/v1/audio/generations", "/jobs"):
+        reply = await pair[0].post(path, json=body, headers={"Authorization": "Bearer alice"})
+        assert reply.status_code == 403
+        assert "audio-seconds-per-minute=60" in reply.json()["detail"]
+
+
+async def test_a_second_request_at_a_time_is_refused_on_any_server_and_a_job_is_not(
+    pair: Pair, tones: ToneBackend
+) -> None:
+    tones.released.clear()
+    first = asyncio.create_task(ask(pair[0], "sa3", "bob"))
+    await wait_until(lambda: tones.num_running == 1)
+    refused = await ask(pair[1], "vllm", "bob")
+    assert refused.status_code == 429
+    assert "concurrency=1" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    assert (await ask(pair[1], "sa3 job", "bob")).status_code == 202
+    tones.released.set()
+    assert (await first).status_code == 200
+    assert (await ask(pair[1], "vllm", "bob")).status_code == 200
+
+
+async def test_a_repeated_job_is_charged_once(pair: Pair) -> None:
+    headers = {"Authorization": "Bearer alice", "Idempotency-Key": "one"}
+    for n in range(20):  # of 6 seconds
+        reply = await pair[n % 2].post("/jobs", json=ASKS["sa3 job"][1], headers=headers)
+        assert (reply.status_code, "idempotent-replayed" in reply.headers) == (202, n > 0)
+
+
+async def test_a_database_that_is_away_stops_no_synchronous_request(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Database) -> None:
+        raise OSError("away")
+
+    monkeypatch.setattr(Database, "_make_ready", fail)
+    statuses = [(await ask(pair[0], "sa3")).status_code for _ in range(20)]
+    assert statuses == [200] * 15 + [429] * 5  # one ingress process is configured: it has the whole limit, 60 of 4 s
