@@ -31,6 +31,7 @@ from stable_audio_serve.core.setting_types import (
     Origin,
     PlainUrl,
     ProxyKind,
+    ReportId,
     Seconds,
     Url,
     check_key_hashes,
@@ -279,10 +280,8 @@ class ModelSettings(Section):
         default_factory=lambda: EngineSettings(), description="How a replica shares its device among requests."
     )
     replicas: ReplicaSettings = Field(default_factory=lambda: ReplicaSettings(), description="Replica counts.")
-    quality_report: str | None = Field(
+    quality_report: ReportId | None = Field(
         None,
-        pattern="^[0-9a-f]{32}$",
-        json_schema_extra={"form": "32 hexadecimal digits"},
         description="Id of the quality report that this model must sound like, whatever its revision; unset = its own.",
     )
 
