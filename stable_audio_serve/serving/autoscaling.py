@@ -101,8 +101,10 @@ def _observe(context: AutoscalingContext, *, waiting_ms: float, num_waiting: flo
     """Adds jobs that wait by their work, and by their number, which keeps one replica before any price is known."""
     published = context.raw_metrics
     loads = _last_values(published, _LOAD)
-    accepted = [
-        [(point.timestamp, point.value) for point in series] for series in published.get(_ACCEPTED, {}).values()
+    accepted = [  # Serve keeps as much of them as the window is long
+        [(point.timestamp, point.value) for point in (series[0], series[-1])]
+        for series in published.get(_ACCEPTED, {}).values()
+        if series
     ]
     return scaling.Observed(
         backlog_s=(sum(_last_values(published, _BACKLOG)) + waiting_ms) / 1000.0,

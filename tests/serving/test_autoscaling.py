@@ -84,6 +84,16 @@ def test_the_backlogs_of_all_replicas_add_up() -> None:
     assert Controller().tick(0.0, replicas=(stats(1.2), stats(1.9))) == 4
 
 
+def test_what_replicas_accepted_lately_keeps_as_many_as_do_it() -> None:
+    grown = [Point(0.0, 500.0), Point(4.0, 900.0), Point(10.0, 12_500.0)]  # 1.2 s of work a second, of each of two
+    accepted = {"accepted_ms": {"a": grown, "b": grown}}
+    policy, state = WorkPolicy(target_wait_s=1.0, grow_after_s=0.0, shrink_after_s=10.0), {}
+    for now in range(12):
+        context = Context(float(now), 5, total_num_requests=9.0, raw_metrics=accepted, policy_state=state)
+        replicas, state = policy(context)  # type: ignore[arg-type]
+    assert replicas == 3  # at four fifths of their time
+
+
 def test_jobs_that_wait_count_at_the_prices_of_the_replicas() -> None:
     controller = Controller()
     assert controller.tick(0.0, replicas=(stats(0.5),), runners=publish(waiting(40), at=7.0)) == 3  # 0.5 + 2.16 s
