@@ -104,7 +104,8 @@ def jobs_wait(settings: Settings, observer: Observer) -> dict[str, int]:
     """Submits jobs and no request. Returns how many there are of each state in the end."""
     store = open_store(settings)
     observer.wait_for("busy", 1)
-    for added in store.clients.add_all([make_spec(model="busy", duration_s=1.0) for _ in range(_JOBS)]):
+    request = GenerationRequest(prompt="", duration_s=1.0, steps=5, seed=0)  # half a minute of work in all
+    for added in store.clients.add_all([make_spec(model="busy", request=request) for _ in range(_JOBS)]):
         assert not isinstance(added, Exception), added
     ends_at = time.monotonic() + _LONGEST_S
     while store.operators.counts().get("succeeded", 0) < _JOBS and time.monotonic() < ends_at:
