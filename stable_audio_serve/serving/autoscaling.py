@@ -59,7 +59,7 @@ class WorkPolicy(_Policy):
         super().__init__()
         self._goal = scaling.Goal(**goal)
         self._metrics: RayMetrics | None = None  # made where it is used
-        self._show_at = float("-inf")
+        self._shown_at = float("-inf")
 
     def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         state = context.policy_state
@@ -78,9 +78,9 @@ class WorkPolicy(_Policy):
         return max(replicas, int(is_kept)), {**state, _MEMORY: memory, _PRICES: prices}
 
     def _show(self, context: AutoscalingContext, *, waiting_ms: float, wanted: int) -> None:
-        if context.current_time < self._show_at:
+        if 0.0 <= context.current_time - self._shown_at < _SHOW_S:
             return
-        self._show_at = context.current_time + _SHOW_S
+        self._shown_at = context.current_time
         if self._metrics is None:
             self._metrics = RayMetrics(model=context.deployment_name)
         self._metrics.show("waiting_work_ms", waiting_ms)
