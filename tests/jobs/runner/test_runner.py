@@ -245,6 +245,32 @@ async def test_a_runner_of_a_server_that_stops_gives_its_jobs_back_and_stays_hea
     runner.check_health()
 
 
+@pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
+async def test_a_runner_that_holds_finishes_what_it_leases_and_leaves_the_rest_to_others(workshop: Workshop) -> None:
+    workshop.backend.released.clear()
+    first, second, third = [await workshop.queue.submit(make_spec()) for _ in range(3)]
+    runner = await workshop.start_runner()
+    await workshop.until(first, lambda job: job.state == "running")
+    runner.hold()
+    assert (runner.is_holding, runner.num_held) == (True, 1)
+    workshop.backend.released.set()
+    assert (await workshop.finished(first)).state == "succeeded"
+    await wait_for(lambda: runner.num_held == 0)
+    await asyncio.sleep(0.5)  # several looks
+    runner.check_health()
+    queued = [await workshop.queue.get(job.spec.ref) for job in (second, third)]
+    assert [(job.state, job.attempts) for job in queued if job] == [("queued", 0)] * 2
+    other = await workshop.start_runner()
+    assert (await workshop.finished(second)).state == "succeeded"
+    other.hold()
+    await wait_for(lambda: other.num_held == 0)
+    runner.resume()
+    assert (await workshop.finished(third)).state == "succeeded"
+    last = await workshop.queue.submit(make_spec())
+    runner.wake()
+    assert (await workshop.finished(last)).state == "succeeded"
+
+
 async def test_a_health_check_tells_of_a_loop_that_ended(workshop: Workshop) -> None:
     runner = await workshop.start_runner()
     runner.check_health()

@@ -1,0 +1,117 @@
+"""The state of a server as text: whatever the server says, and whatever it leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.offline import OfflineBackend
+from stable_audio_serve.cli import app, letter_report, status_report
+from stable_audio_serve.core.settings import Settings
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred [bold]b[/bold]\r\nnext"
+
+
+def example() -> dict[str, Any]:
+    replica = {"id": "a1", "device": "cuda:0", "dtype": "bfloat16", "requests": 3, "backlog_s": 1.26, "age_s": 0.4}
+    return {
+        "server": "stable-audio-serve",
+        "version": "1.2",
+        "status": "draining",
+        "ready": False,
+        "reasons": ["an operator is taking this server out"],
+        "draining": {"state": "draining", "requests": 2, "jobs": None},
+        "backlog_s": 1.26,
+        "models": {
+            "medium": {
+                "stage": "ready",
+                "default": True,
+                "kept": True,
+                "min_replicas": 0,
+                "max_replicas": 4,
+                "states": {"running": 1, "starting": 2},
+                "backlog_s": 1.26,
+                "rows_per_step": 6.04,
+                "replicas": [replica | {"rows_per_step": 6.04}, {"id": "b2", "age_s": 9.0}],
+            }
+        },
+        "jobs": {
+            "store": {"state": "unavailable", "reason": "the database is away"},
+            "queued": 12,
+            "running": None,
+            "dead_letters": 4,
+            "waited_s": 61.0,
+            "reason": "the database is away",
+        },
+        "age_s": 0.2,
+        "reason": "Ray Serve's controller does not answer",
+    }
+
+
+def shown(found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    status_report.show(found)
+    return capsys.readouterr().out
+
+
+def test_tells_everything_that_an_operator_looks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(example(), capsys)
+    words = ("medium *", "1 running, 2 starting", "0-4", "yes", "1.3 s", "6.0", "cuda:0", "bfloat16", "9.0 s ago")
+    words += ("2 requests and ? jobs left", "12 queued", "? running", "4 dead letters", "has waited 61.0 s")
+    words += ("an operator is taking this server out", "controller does not answer")
+    assert [word for word in words if word not in text] == []
+    assert text.count("the database is away") == 1
+
+
+@pytest.mark.parametrize("left_out", [*example(), None])
+def test_another_versions_answer_is_shown_too(left_out: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {key: value for key, value in example().items() if key != left_out} if left_out else {}
+    assert "Jobs:" in shown(found, capsys)
+
+
+def test_nothing_reaches_the_terminal_as_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    found = example() | {"reasons": [HOSTILE], "version": HOSTILE}
+    found["models"] = {HOSTILE: found["models"]["medium"] | {"states": {HOSTILE: 1}, "replicas": [{"id": HOSTILE}]}}
+    letter = {"number": 1, "id": HOSTILE, "contract": "sa3", "client": HOSTILE, "model": "m", "failed_at": None}
+    letter |= {"attempts": 3, "error": {"code": "x", "message": HOSTILE}, "prompt": HOSTILE}
+    text = shown(found, capsys)
+    letter_report.print_letters([letter])
+    event = {"at": HOSTILE, "stage": HOSTILE, "fraction": 0.5, "message": HOSTILE}
+    letter_report.print_letter(letter | {"events": [event]})
+    text += capsys.readouterr().out
+    assert "owned" in text
+    assert "[bold]" in text
+    assert not {"\x1b", "\x07", "\r"} & set(text)
+
+
+def test_watching_prints_one_answer_below_the_other_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with status_report.live() as show:
+        show(example())
+        show({"error": "the server did not answer"})
+    text = capsys.readouterr().out
+    assert text.index("medium *") < text.index("did not answer")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["retry"], ["delete"], ["retry", "1", "--all"], ["delete", "1", "--model", "m"], ["retry", "-1"]]
+)
+def test_dead_letters_are_named_one_way(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, ["admin", "dead-letters", *arguments])
+    assert result.exit_code == 2, result.output
+
+
+def test_no_key_is_taken_from_the_command_line() -> None:
+    for command in (["status"], ["admin", "drain"]):
+        help_text = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).output
+        assert "--key-file" in help_text
+        assert "--key " not in help_text
+
+
+def test_the_description_names_every_route() -> None:
+    paths = create_app(OfflineBackend(), Settings()).openapi()["paths"]
+    admin = {path for path in paths if path.startswith("/v1/admin/")}
+    assert {"/v1/admin/drain", "/v1/admin/models/{model}/load", "/v1/admin/models/{model}/unload"} < admin

@@ -1,0 +1,95 @@
+"""Counts of jobs for those who ask often: few questions to the database, and old answers while it is away."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.jobs.job import State
+from stable_audio_serve.jobs.overview import JobsWatch
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs, Unfinished
+from tests.jobs.stores import (
+    ERROR,
+    Wall,
+    add,
+    database,
+    dead_letter,
+    lease,
+    postgres_with_tables,
+    result_of,
+    store,
+    store_url,
+    wall,
+)
+
+__all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
+
+
+class Slow(OperatorJobs):
+    """A database that answers when it is let go, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.released = threading.Event()
+        self.released.set()
+        self.error: StorageError | None = None
+
+    def unfinished(self) -> Unfinished:
+        self.asked["unfinished"] += 1
+        self.released.wait(30)
+        if self.error:
+            raise self.error
+        return Unfinished(1, 2, 3, 4.0)
+
+    def counts(self) -> dict[State, int]:
+        self.asked["counts"] += 1
+        return {"queued": 1}
+
+
+async def test_counts_what_there_is(store: JobStore, wall: Wall) -> None:
+    dead_letter(store)
+    add(store)
+    store.runners.succeed(job := lease(store), result_of(job))
+    add(store)
+    store.runners.fail(lease(store), ERROR)
+    for _ in range(3):
+        add(store)
+    lease(store)
+    wall.now += 7
+    found = await JobsWatch(store.operators).overview()
+    assert found.unfinished == Unfinished(num_queued=2, num_running=1, num_dead_letters=1, waited_s=7.0)
+    assert found.counts == {"queued": 2, "running": 1, "failed": 2, "succeeded": 1}
+    assert (found.reason, found.age_s is not None) == (None, True)
+
+
+async def test_many_who_ask_together_cause_one_question() -> None:
+    jobs = Slow()
+    watch = JobsWatch(jobs, fresh_s=60.0)
+    found = await asyncio.gather(*(watch.overview() for _ in range(500)))
+    assert {overview.unfinished for overview in found} == {Unfinished(1, 2, 3, 4.0)}
+    await watch.overview()
+    assert jobs.asked == {"unfinished": 1, "counts": 1}
+
+
+async def test_a_silent_database_is_asked_once_and_the_last_answer_stands() -> None:
+    jobs = Slow()
+    watch = JobsWatch(jobs, fresh_s=0.0)
+    await watch.overview()
+    jobs.released.clear()
+    for _ in range(2):
+        found = await watch.overview()
+        assert (found.unfinished, found.reason) == (Unfinished(1, 2, 3, 4.0), "the job database does not answer")
+    assert jobs.asked["unfinished"] == 2
+    jobs.released.set()
+    await watch.close()
+    assert (await watch.overview()).reason is None
+
+
+async def test_a_broken_database_says_why() -> None:
+    jobs = Slow()
+    jobs.error = StorageError("the job database is away")
+    found = await JobsWatch(jobs).overview()
+    assert (found.unfinished, found.age_s, found.reason) == (None, None, "the job database is away")

@@ -1,0 +1,48 @@
+"""Rows per step of the last seconds, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stable_audio_serve.core.metrics import NullMetrics
+from stable_audio_serve.serving.step_meter import StepMeter
+
+
+@dataclass
+class Hand:
+    now: float = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_the_mean_of_ten_seconds_with_steps_and_nothing_else() -> None:
+    clock = Hand()
+    meter = StepMeter(NullMetrics(), clock=clock)
+    assert meter.rows_per_step is None
+    meter.observe("engine_tokens_per_step", 1000, model="m")
+    assert meter.rows_per_step is None
+    for rows in (1, 2, 6):
+        meter.observe("engine_rows_per_step", rows, model="m")
+    assert meter.rows_per_step == 3
+    clock.now += 9.5
+    meter.observe("engine_rows_per_step", 11, model="m")
+    assert meter.rows_per_step == 5
+    clock.now += 1
+    assert meter.rows_per_step == 11
+    clock.now += 60
+    assert meter.rows_per_step is None
+
+
+def test_a_hundred_thousand_steps_a_second_are_two_numbers() -> None:
+    clock = Hand()
+    meter = StepMeter(NullMetrics(), clock=clock)
+    for second in range(30):
+        clock.now = 100.0 + second
+        for _ in range(1000):
+            meter.observe("engine_rows_per_step", 4, model="m")
+    assert meter.rows_per_step == 4
+    assert len(meter._seconds) <= 10
