@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from stable_audio_serve import __version__
-from stable_audio_serve.cli import admin, jobs, keys, sound
+from stable_audio_serve.cli import admin, jobs, keys, quality, sound
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured, read_configuration, refusing
 from stable_audio_serve.cli.serving import run_server
 from stable_audio_serve.cli.status import status
@@ -16,6 +16,7 @@ from stable_audio_serve.cli.status import status
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(sound.app)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(quality.app, name="quality")
 app.add_typer(keys.app, name="keys")
 app.add_typer(admin.app, name="admin")
 app.command()(status)

@@ -106,6 +106,12 @@ _ENGINE = (
     ),
     Metric("quality_gate_ms", "histogram", "Time of the golden requests and their comparison.", ("model",)),
     Metric(
+        "model_update_refused",
+        "gauge",
+        "1 while the replicas of the last deployment do not start and older ones answer; every ingress says the same.",
+        ("model",),
+    ),
+    Metric(
         "quality_fallback",
         "gauge",
         "1 while a replica serves the last good weights, because the configured ones failed.",

@@ -77,7 +77,7 @@ class Ingress:
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
         self._metrics = RayMetrics()
-        main = RayBackend(plan.catalog, handles, application=application)
+        main = RayBackend(plan.catalog, handles, application=application, metrics=self._metrics)
         self._operations = RayOperations(main, runner=runner, application=application)
         self._application = application
         self._backend: Backend = main

@@ -31,6 +31,7 @@ from stable_audio_serve.core.errors import (
     StableAudioError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.serving.overload import OverloadGuard
 
 if TYPE_CHECKING:
@@ -59,8 +60,16 @@ class _Snapshot:
 class RayBackend:
     """Runs generations on the deployment named like the model."""
 
-    def __init__(self, catalog: ModelCatalog, handles: Mapping[str, DeploymentHandle], *, application: str) -> None:
+    def __init__(
+        self,
+        catalog: ModelCatalog,
+        handles: Mapping[str, DeploymentHandle],
+        *,
+        application: str,
+        metrics: Metrics = NullMetrics(),
+    ) -> None:
         self._catalog = catalog
+        self._metrics = metrics
         self._handles = handles
         self._application = application
         self._guards = {card.name: OverloadGuard() for card in catalog}
@@ -192,6 +201,8 @@ class RayBackend:
             self._looked_at,
             {name: self._model_status(name, stage, application=application) for name, stage in stages.items()},
         )
+        for name, status in self._snapshot.models.items():
+            self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
 
     async def _ask_replica(self, name: str) -> None:
         """Learn what the running replicas say of themselves, again after a while: an update puts others in their place.

@@ -225,6 +225,7 @@ def hostile() -> dict[str, bytes]:
         "cut short": dump.encode()[: len(dump) // 2],
         "a huge number": dump.replace('"made_at": 0.0', '"made_at": ' + "9" * 10_000).encode(),
         "not a number": dump.replace("0.0", "NaN").encode(),
+        "a time after all times": dump.replace('"made_at": 0.0', '"made_at": 1e300').encode(),
         "infinite": dump.replace('"level_db": 0.0', '"level_db": 1e999').encode(),
         "no spectrum": dump.encode(),
         "a bomb of a shape": dump.replace("[2, 64, 128]", "[16777216, 16777216, 16777216]").encode(),

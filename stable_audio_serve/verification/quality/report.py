@@ -152,7 +152,7 @@ class _WireReport(_Wire):
     version: int
     setup: _WireSetup
     source: _WireSource
-    made_at: float
+    made_at: Annotated[float, Field(ge=0, le=4e9)]
     clips: Annotated[dict[str, _WireClip], AfterValidator(_one_to_sixteen)]
 
 

@@ -1,0 +1,154 @@
+"""`stable-audio-serve quality`: the reports that new replicas are compared with, beside a running server or without.
+
+Imports what a command needs only when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stable_audio_serve.cli.configuration import ConfigOption, load_configured
+
+if TYPE_CHECKING:
+    from stable_audio_serve.core.settings import Settings
+    from stable_audio_serve.verification.quality.archive import ReportArchive
+
+app = typer.Typer(no_args_is_help=True, help="List, make and remove the reports that new replicas are compared with.")
+
+_MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name in the configuration.")]
+_ID = Annotated[str, typer.Argument(metavar="ID", help="32 hexadecimal digits, as of `list`.")]
+
+
+@app.command("list")
+def list_reports(*, file: ConfigOption = None) -> None:
+    """All reports in the configured store, and every model's last good weights."""
+    with _refusing():
+        _run(_list(load_configured(file)))
+
+
+@app.command()
+def check(name: _MODEL, *, file: ConfigOption = None) -> None:
+    """Load a configured model here and let it pass the gate as a new replica does; exit 1 when it fails.
+
+    What passes has a report from then on, whose id `quality_report` can name.
+    """
+    with _refusing():
+        _run(_check(load_configured(file), name))
+
+
+@app.command()
+def forget(report_id: _ID, *, file: ConfigOption = None) -> None:
+    """Remove a report, so that the next replica with these weights makes a new one."""
+    with _refusing():
+        _run(_forget(load_configured(file), report_id))
+
+
+async def _list(settings: Settings) -> None:
+    from stable_audio_serve.cli.job_report import plain
+    from stable_audio_serve.core.errors import QualityReportError
+    from stable_audio_serve.verification.quality.report import last_good_id
+
+    async with _opened(settings) as archive:
+        goods = {last_good_id(model.name): model.name for model in settings.models}
+        for name in sorted(await archive.names(), key=lambda name: name in goods):
+            try:
+                line = await _describe(archive, name, last_good_of=goods.get(name))
+            except QualityReportError as error:
+                line = error.message
+            typer.echo(plain(line, limit=None))
+
+
+async def _describe(archive: ReportArchive, name: str, *, last_good_of: str | None) -> str:
+    from datetime import UTC, datetime
+
+    if last_good_of is not None:
+        good = await archive.last_good(last_good_of)
+        return (
+            f"{name} last good weights of {last_good_of}: {good.weights[:12] if good else '-'} {good and good.source}"
+        )
+    report = await archive.report(name)
+    if report is None:
+        return f"{name} removed meanwhile"
+    setup, made_at = report.setup, datetime.fromtimestamp(report.made_at, UTC)
+    place = f"{setup.device} {setup.dtype} {made_at:%Y-%m-%d %H:%M} {report.source}"
+    return f"{name} {setup.model} weights {setup.weights[:12]} {place}"
+
+
+async def _check(settings: Settings, name: str) -> None:
+    from contextlib import nullcontext
+    from functools import partial
+
+    from stable_audio_serve.core.errors import ConfigError
+    from stable_audio_serve.core.metrics import NullMetrics
+    from stable_audio_serve.jobs.open import open_artifacts
+    from stable_audio_serve.serving.engines import load_engine
+    from stable_audio_serve.serving.trial import Trial
+
+    model = next((model for model in settings.models if model.name == name), None)
+    if model is None:
+        names = ", ".join(model.name for model in settings.models)
+        raise ConfigError(f"no model is called {name[:80]!r}; configured: {names}", field="models")
+
+    async def others_answer() -> bool:
+        return True  # a failure is what is asked for, not older weights
+
+    artifacts = open_artifacts(settings)
+    load = partial(load_engine, settings, model)
+    trial = Trial(
+        settings,
+        model,
+        artifacts=artifacts,
+        load=lambda entry: load(entry=entry),
+        others_answer=others_answer,
+        stage=lambda _: nullcontext(),
+        metrics=NullMetrics(),
+    )
+    try:
+        started = await trial.run()
+        await started.engine.close()
+    finally:
+        await artifacts.close()
+    quality = started.quality
+    typer.echo(f"{name}: {quality.gate}, quality report {quality.report}, weights {quality.weights}")
+    if quality.problem:
+        typer.echo(quality.problem, err=True)
+
+
+async def _forget(settings: Settings, report_id: str) -> None:
+    async with _opened(settings) as archive:
+        await archive.forget(report_id)
+    typer.echo(f"{report_id}: removed")
+
+
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[ReportArchive]:
+    from stable_audio_serve.jobs.open import open_artifacts
+    from stable_audio_serve.verification.quality.archive import ReportArchive
+
+    artifacts = open_artifacts(settings)
+    try:
+        yield ReportArchive(artifacts, wait_s=settings.quality_gate.store_wait_s)
+    finally:
+        await artifacts.close()
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    import asyncio
+
+    asyncio.run(work)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """End the command with one sentence: exit code 2 for settings that cannot be used, 1 for the rest."""
+    from stable_audio_serve.core.errors import ConfigError, StableAudioError
+
+    try:
+        yield
+    except StableAudioError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error

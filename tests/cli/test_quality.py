@@ -1,0 +1,73 @@
+"""`stable-audio-serve quality`: a report is made, listed, compared with, pinned and removed."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from stable_audio_serve.cli.main import app
+from tests.goldens import SA3_GOLDENS
+from tests.models.revisions import copy_checkpoint, scale, spoil
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    copy_checkpoint(SA3_GOLDENS / "tiny-s", tmp_path / "model")
+    configure(tmp_path)
+    return tmp_path
+
+
+def configure(folder: Path, **model: object) -> None:
+    args = {
+        "models": [{"name": "tiny", "path": str(folder / "model"), "engine": {"warmup_budget_s": 0}, **model}],
+        "device": "cpu",
+        "output_dir": str(folder / "outputs"),
+    }
+    application = {"import_path": "stable_audio_serve.serving.app:build", "args": args}
+    (folder / "serve_config.yaml").write_text(json.dumps({"applications": [application]}))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["quality", *arguments])
+
+
+def test_a_report_from_its_making_to_its_end(folder: Path) -> None:
+    assert run("list").stdout == ""
+    made = run("check", "tiny")
+    assert made.exit_code == 0, made.output
+    report_id = made.stdout.partition("quality report ")[2][:32]
+    report, record = run("list").stdout.splitlines()
+    assert report.startswith(f"{report_id} tiny weights ")
+    assert "last good weights of tiny" in record
+    spoil(folder / "model", partial(scale, factor=2.0))
+    failed = run("check", "tiny")
+    assert failed.exit_code == 1
+    assert "+6.02 dB" in failed.output
+    spoil(folder / "model", partial(scale, factor=0.75))
+    assert run("check", "tiny").exit_code == 0  # 3.5 dB: other weights may
+    configure(folder, quality_report=report_id)
+    assert run("check", "tiny").exit_code == 1  # but not those of this report
+    assert run("forget", report_id).exit_code == 0
+    assert report_id not in run("list").stdout
+    missing = run("check", "tiny")
+    assert (missing.exit_code, report_id in missing.output) == (1, True)
+
+
+def test_wrong_names_are_one_sentence(folder: Path) -> None:
+    unknown = run("check", "nobody")
+    assert (unknown.exit_code, "configured: tiny" in unknown.output) == (2, True)
+    assert run("forget", "../../etc/passwd").exit_code == 1
+
+
+def test_a_broken_file_is_listed_by_its_name(folder: Path) -> None:
+    (folder / "outputs" / "quality").mkdir(parents=True)
+    (folder / "outputs" / "quality" / ("0" * 32)).write_text("\x1b[2Jnot a report")
+    listed = run("list")
+    assert listed.exit_code == 0
+    assert "0" * 32 in listed.stdout
+    assert "\x1b" not in listed.stdout

@@ -1,0 +1,24 @@
+"""Run as a program: connects to a server's Ray and deploys its application again with another revision of its models,
+as `serve deploy` does with a changed file.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import ray
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+
+def main(address: str, application: str, revision: str) -> None:
+    ray.init(address=address, log_to_driver=False)
+    client = _get_global_client()
+    config = client.get_serve_details()["applications"][application]["deployed_app_config"]
+    for model in config["args"]["models"]:
+        model["revision"] = revision
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [config]}), _blocking=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,134 @@
+"""A poisoned checkpoint is deployed on a server under load: with a spare slot nobody notices, without one the last
+good weights come back by themselves. Every answer, before and after, is that of the good weights.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.models.revisions import BAD, GOOD, copy_checkpoint, fill_revisions, scale, spoil
+from tests.serving.conftest import TINY
+from tests.serving.launched import LaunchedServer, write_config
+
+pytestmark = pytest.mark.ray
+
+_TIMEOUT_S = 240.0
+_BODY = {"prompt": "rain", "duration": 1.0, "seed": 5, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    """Two models of one repository: an update of `spare` starts the new replica first, one of `tight` cannot."""
+    folder = tmp_path_factory.mktemp("quality")
+    good, bad = (copy_checkpoint(TINY, folder / name) for name in ("good", "bad"))
+    spoil(bad, partial(scale, factor=2.0))  # loads, warms up and makes sound: only who listens can tell
+    fill_revisions(folder / "hub", "lab/tiny", {GOOD: good, BAD: bad}, main=GOOD)
+    model = {"repo_id": "lab/tiny", "revision": GOOD, "max_queue_s": 1e6, "engine": {"warmup_budget_s": 0.2}}
+    args = {
+        "models": [
+            {"name": "spare", **model, "replicas": {"surge": True}},
+            {"name": "tight", **model, "replicas": {"surge": False}},
+        ],
+        "preload_models": ["spare", "tight"],
+        "ingress": {"replicas": 2},
+    }
+    environment = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    launched = LaunchedServer(write_config(folder, args), environment=environment)
+    try:
+        yield launched.wait_until_ready()
+    finally:
+        launched.stop()
+
+
+class Customer:
+    """Asks one model for the same clip again and again, on a connection of its own each time."""
+
+    def __init__(self, server: LaunchedServer, model: str) -> None:
+        self.answers: list[tuple[int, bytes]] = []
+        self._server, self._model = server, model
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.answers.append(generate(self._server, self._model))
+            except httpx.HTTPError as error:
+                self.answers.append((0, repr(error).encode()))
+
+
+def generate(server: LaunchedServer, model: str) -> tuple[int, bytes]:
+    body = _BODY | {"model": model}
+    answer = httpx.post(f"{server.url}/v1/audio/generations", json=body, timeout=_TIMEOUT_S, trust_env=False)
+    return answer.status_code, answer.content
+
+
+def health_of(server: LaunchedServer) -> dict[str, Any]:
+    return dict(httpx.get(f"{server.url}/health", timeout=60, trust_env=False).json()["models"])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def deploy(server: LaunchedServer, revision: str) -> None:
+    with server.look_inside("tests.serving.redeploy", revision) as deploying:
+        assert deploying.wait(_TIMEOUT_S) == 0
+
+
+def test_a_poisoned_checkpoint_never_takes_traffic(updated: LaunchedServer) -> None:
+    wait_for(lambda: all((model["quality"] or {}).get("gate") == "passed" for model in health_of(updated).values()))
+    before = health_of(updated)
+    assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
+    assert "quality_gate" in before["spare"]["detail"]
+    status, clip = generate(updated, "spare")
+    assert status == 200
+    customers = [Customer(updated, model) for model in ("spare", "tight") for _ in range(2)]
+    deploy(updated, BAD)
+
+    def is_over() -> bool:
+        now = health_of(updated)
+        return bool(now["spare"]["refused_update"]) and (now["tight"]["quality"] or {}).get("gate") == "fallback"
+
+    try:
+        wait_for(is_over)
+    finally:
+        for customer in customers:
+            customer.stop()
+    for customer in customers:
+        assert len(customer.answers) > 3
+        assert {status for status, _ in customer.answers} == {200}, customer.answers[-1]
+        assert {audio for _, audio in customer.answers} == {clip}
+    after = health_of(updated)
+    assert {after[name]["stage"] for name in after} == {"ready"}
+    assert after["spare"]["quality"]["gate"] == "passed"
+    assert {after[name]["quality"]["revision"] for name in after} == {GOOD}
+    assert "+6.02 dB" in after["tight"]["quality"]["problem"]
+    assert "+6.02 dB" in updated.output
+    assert generate(updated, "tight") == (200, clip)
+
+
+def test_the_good_revision_deployed_again_clears_what_was_said(updated: LaunchedServer) -> None:
+    deploy(updated, GOOD)
+
+    def is_over() -> bool:
+        now = health_of(updated).values()
+        return all((model["quality"] or {}).get("gate") == "passed" and not model["refused_update"] for model in now)
+
+    wait_for(is_over)
+    assert {generate(updated, name)[0] for name in ("spare", "tight")} == {200}
