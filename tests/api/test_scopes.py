@@ -69,6 +69,8 @@ def may_use(path: str, key: str) -> bool:
         return key != "admin"
     if path.startswith("/v1/admin/"):
         return key in {"all", "admin"}
+    if path.startswith("/v1/admin/"):
+        return key in {"all", "admin"}
     return key in {"all", "plain", "old", "generate" if path in GENERATE else "jobs"}
 
 

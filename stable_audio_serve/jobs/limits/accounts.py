@@ -22,7 +22,6 @@ from stable_audio_serve.core.errors import (
     CancelledRequestError,
     DeadlineExceededError,
     ForbiddenError,
-    QuotaError,
     StartTimeoutError,
     StorageError,
 )
@@ -46,13 +45,13 @@ _MOST_NAMED = 200  # clients that metrics tell apart
 
 @dataclass(slots=True)
 class Admission:
-    """A request that was admitted."""
+    """What became of a request: whether its audio counts."""
 
-    is_returned: bool = False
+    counts: bool = False
 
     def give_back(self) -> None:
         """Let its audio not count: nothing was made of it."""
-        self.is_returned = True
+        self.counts = False
 
 
 class Accounts:
@@ -90,14 +89,11 @@ class Accounts:
         try:
             async with self._held(key, Ask(audio_s, takes_place), admission):
                 yield admission
-        except QuotaError:
-            admission.give_back()
-            raise
         finally:
             if label is not None:
-                outcome = "refused" if admission.is_returned else "admitted"
+                outcome = "admitted" if admission.counts else "refused"
                 self._metrics.increment("key_requests", key=label, outcome=outcome)
-                self._metrics.increment("key_audio_seconds", 0.0 if admission.is_returned else audio_s, key=label)
+                self._metrics.increment("key_audio_seconds", audio_s if admission.counts else 0.0, key=label)
 
     async def close(self) -> None:
         """Tell what is left to tell, within a moment."""
@@ -109,11 +105,9 @@ class Accounts:
 
     @asynccontextmanager
     async def _held(self, key: ApiKey, ask: Ask, admission: Admission) -> AsyncIterator[None]:  # noqa: PLR0917
-        if key.limits == NO_LIMITS:
-            yield
-            return
-        client, charge = await self._admit(key, ask)
+        admitted = None if key.limits == NO_LIMITS else await self._admit(key, ask)
         began_at = self._clock.monotonic()
+        admission.counts = True
         try:
             yield
         except Exception as error:
@@ -122,16 +116,18 @@ class Accounts:
                 admission.give_back()
             raise
         finally:
-            now = self._clock.monotonic()
-            client.note_time(now - began_at)
-            if admission.is_returned:
-                client.give_back(charge, now)
-            is_place = ask.takes_place and client.limits.concurrency is not None
-            client.num_held -= ask.takes_place
-            if admission.is_returned or is_place:
-                self._tell(client)
-        if is_place:
-            await self._told(client)
+            if admitted is not None:
+                self._leave(*admitted, ask, taken_s=self._clock.monotonic() - began_at, counts=admission.counts)
+        if admitted is not None and ask.takes_place and admitted[0].limits.concurrency is not None:
+            await self._told(admitted[0])
+
+    def _leave(self, client: LimitedClient, charge: Charge, ask: Ask, *, taken_s: float, counts: bool) -> None:  # noqa: PLR0917
+        client.note_time(taken_s)
+        client.num_held -= ask.takes_place
+        if not counts:
+            client.give_back(charge, self._clock.monotonic())
+        if not counts or (ask.takes_place and client.limits.concurrency is not None):
+            self._tell(client)
 
     async def _admit(self, key: ApiKey, ask: Ask) -> tuple[LimitedClient, Charge]:
         rate = key.limits.audio_seconds_per_minute

@@ -63,7 +63,7 @@ class Tickets:
     """Writes tickets into addresses and reads them back.
 
     The signature is made from what only the processes of this installation know: the secret of their job database and
-    the digests of the keys. Changing the keys ends all announced uploads.
+    the digests of the configured keys. Changing those ends all announced uploads.
     """
 
     def __init__(self, jobs: JobQueue, key_hashes: Sequence[str]) -> None:

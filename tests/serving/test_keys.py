@@ -1,0 +1,91 @@
+"""Keys on the whole stack: limits over two ingress processes of one server on SQLite, and a file that changes while it
+runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stable_audio_serve.core.keys import hash_key
+from tests.serving.conftest import TINY
+from tests.serving.launched import LaunchedServer, write_config
+
+pytestmark = pytest.mark.ray
+
+_TIMEOUT_S = 60.0
+_LIMITED = f"alice:{hash_key('alice')} audio-seconds-per-minute=20\n"
+_OTHERS = f"bob:{hash_key('bob')}\nops:{hash_key('ops')} scope=admin\n"
+
+
+def put(folder: Path, text: str) -> None:
+    (folder / "new").write_text(text)
+    os.replace(folder / "new", folder / "keys")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    put(folder, _LIMITED + _OTHERS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LaunchedServer]:
+    args = {
+        "models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}],
+        "ingress": {"replicas": 2},
+        "api": {"key_file": "keys"},
+    }
+    launched = LaunchedServer(write_config(folder, args)).wait_until_ready()
+    yield launched
+    launched.stop()
+
+
+def ask(server: LaunchedServer, key: str) -> httpx.Response:
+    """On a connection of its own, so that either ingress process may get it."""
+    body = {"prompt": "rain", "duration": 1, "steps": 1}
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/audio/generations", json=body, headers=headers, timeout=_TIMEOUT_S)
+
+
+def ask_many(server: LaunchedServer, key: str, number: int) -> Sequence[httpx.Response]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda _: ask(server, key), range(number)))
+
+
+def test_two_ingress_processes_admit_one_limit_together(server: LaunchedServer) -> None:
+    began_at = time.monotonic()
+    replies = ask_many(server, "alice", 60)
+    assert len(server.pids("ray::ServeReplica:audio:Ingress")) == 2
+    statuses = [reply.status_code for reply in replies]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) == 20 or time.monotonic() - began_at > 59
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert 1 <= int(refused.headers["retry-after"]) <= 61
+    assert ask(server, "bob").status_code == 200
+
+
+def test_a_removed_key_stops_working_in_every_process_and_a_broken_file_changes_nothing(
+    server: LaunchedServer, folder: Path
+) -> None:
+    assert ask(server, "bob").status_code == 200
+    put(folder, _OTHERS.replace("bob", "carol"))
+    assert ask(server, "ops").status_code == 403
+    deadline = time.monotonic() + _TIMEOUT_S
+    while {reply.status_code for reply in ask_many(server, "alice", 16)} != {401}:
+        assert time.monotonic() < deadline
+    put(folder, "sas-a-plain-key-by-mistake\n")
+    deadline = time.monotonic() + _TIMEOUT_S
+    while (health := server.client.get("/health").json()["key_file"])["state"] != "broken":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert health["reason"].startswith("line 1: ")
+    assert ask(server, "bob").status_code == 200  # its line has another name now
+    assert not re.search("by-mistake|Bearer", server.output)
