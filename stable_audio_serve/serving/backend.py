@@ -289,7 +289,9 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
 
 
 def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
-    return {state.value.lower(): int(number) for state, number in deployment.replica_states.items() if number}
+    # Ray gives the states as text or as their enumeration, which is text too.
+    counts = deployment.replica_states.items()
+    return {ReplicaState(state).value.lower(): int(number) for state, number in counts if number}
 
 
 def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:
