@@ -66,7 +66,10 @@ class Plan:
     @property
     def num_cpus(self) -> int:
         """CPU slots an embedded Ray must count so that every replica can be placed on this machine."""
-        wanted = sum(_num_cpus(model, num_gpus=0) * model.replicas.max_replicas for model in self.settings.models)
+        wanted = sum(
+            _num_cpus(model, num_gpus=0) * (model.replicas.max_replicas + bool(model.replicas.surge))
+            for model in self.settings.models
+        )
         wanted += sum(
             _overflow_cpus(model) * model.overflow_replicas for model in self.settings.models if model.overflow
         )
@@ -276,6 +279,8 @@ def decide_surge(plan: Plan, nodes: Sequence[Slot], *, cluster_gpus: float) -> P
         for model in plan.settings.models
     }
     taken = [slots[model.name] for model in plan.settings.models for _ in range(model.replicas.max_replicas)]
+    for model in plan.settings.models:
+        taken += [Slot(0.0, _overflow_cpus(model))] * (model.overflow_replicas if model.overflow else 0)
     taken += [Slot(0.0, plan.settings.ingress.num_cpus)] * plan.settings.ingress.replicas
     models = tuple(
         model

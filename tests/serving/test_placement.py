@@ -11,7 +11,8 @@ import pytest
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments
+from stable_audio_serve.serving.placement import decide_surge, ingress_options, model_options, plan_deployments
+from stable_audio_serve.serving.surge import Slot
 
 
 def make_options(*models: dict[str, Any], cluster_gpus: float = 0, **settings: Any) -> dict[str, dict[str, Any]]:
@@ -116,3 +117,53 @@ def test_a_database_that_cannot_be_used_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="database_url") as caught:
         make_options({"name": "demo"}, jobs={"database_url": "mysql://u:secret@db/jobs"})
     assert "secret" not in caught.value.message
+
+
+ONE_GPU, TWO_GPUS = Slot(1, 16), Slot(2, 16)
+
+
+def surges(nodes: list[Slot], *models: dict[str, Any], **settings: Any) -> list[bool | None]:
+    plan = plan_deployments(Settings.model_validate({"models": models, **settings}))
+    decided = decide_surge(plan, nodes, cluster_gpus=sum(node.gpus for node in nodes))
+    return [model.replicas.surge for model in decided.settings.models]
+
+
+def test_an_update_starts_the_new_replica_first_where_a_gpu_is_to_spare() -> None:
+    whole = SFX | {"num_gpus": 1}
+    assert surges([ONE_GPU], whole) == [False]
+    assert surges([TWO_GPUS], whole) == [True]
+    assert surges([ONE_GPU, ONE_GPU], whole) == [True]
+    assert surges([TWO_GPUS], whole | {"replicas": {"max_replicas": 2}}) == [False]
+    assert surges([ONE_GPU], SFX | {"num_gpus": 0.5}) == [True]
+    assert surges([ONE_GPU], SFX) == [False]  # its share of one GPU is the whole
+
+
+def test_halves_on_two_gpus_are_no_whole() -> None:
+    halves = {"num_gpus": 0.5, "replicas": {"max_replicas": 1}}
+    assert surges([ONE_GPU, ONE_GPU], SFX | halves, MUSIC | {"num_gpus": 1}) == [True, False]
+
+
+def test_where_not_even_the_replicas_there_may_be_have_room_nothing_is_to_spare() -> None:
+    assert surges([TWO_GPUS], SFX | {"num_gpus": 0.5}, MUSIC | {"num_gpus": 1, "replicas": {"max_replicas": 9}}) == [
+        False,
+        False,
+    ]
+
+
+def test_cpus_are_slots_too_and_the_ingress_takes_its_own() -> None:
+    assert surges([Slot(0, 2)], SFX) == [True]
+    assert surges([Slot(0, 2)], SFX, MUSIC) == [False, False]
+    assert surges([Slot(0, 2)], SFX, ingress={"replicas": 2, "num_cpus": 0.5}) == [False]
+
+
+def test_the_operator_decides_where_nodes_are_added_on_demand() -> None:
+    options = [SFX | {"num_gpus": 1, "replicas": {"surge": surge}} for surge in (True, False)]
+    assert [surges([], option) for option in options] == [[True], [False]]
+    assert surges([TWO_GPUS], options[1]) == [False]
+
+
+def test_a_surge_that_is_asked_for_has_its_cpus_in_an_embedded_ray() -> None:
+    model = SFX | {"num_cpus": 100, "replicas": {"surge": True}}
+    assert plan_deployments(Settings.model_validate({"models": [model]})).num_cpus == 200
+    assert make_options(model)["small-sfx"]["max_surge_percent"] == 1
+    assert make_options(SFX)["small-sfx"]["max_surge_percent"] == 0

@@ -30,7 +30,13 @@ def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer
     good, bad = (copy_checkpoint(TINY, folder / name) for name in ("good", "bad"))
     spoil(bad, partial(scale, factor=2.0))  # loads, warms up and makes sound: only who listens can tell
     fill_revisions(folder / "hub", "lab/tiny", {GOOD: good, BAD: bad}, main=GOOD)
-    model = {"repo_id": "lab/tiny", "revision": GOOD, "max_queue_s": 1e6, "engine": {"warmup_budget_s": 0.2}}
+    model = {
+        "repo_id": "lab/tiny",
+        "revision": GOOD,
+        "max_queue_s": 1e6,
+        "engine": {"warmup_budget_s": 0.2},
+        "num_cpus": 0.5,
+    }
     args = {
         "models": [
             {"name": "spare", **model, "replicas": {"surge": True}},
@@ -107,6 +113,8 @@ def test_a_poisoned_checkpoint_never_takes_traffic(updated: LaunchedServer) -> N
 
     try:
         wait_for(is_over)
+    except AssertionError:
+        raise AssertionError(health_of(updated), updated.output) from None
     finally:
         for customer in customers:
             customer.stop()

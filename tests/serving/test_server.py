@@ -105,7 +105,7 @@ def test_health_knows_what_runs_where(server: LaunchedServer) -> None:
     assert health["preload_models"] == ["tiny"]
     assert "tiny" in health["loaded_models"]
     assert health["models"]["tiny"]["device"] in ("cpu", "cuda:0")
-    assert set(health["models"]["tiny"]["detail"]) == {"import", "load", "warm_up"}
+    assert set(health["models"]["tiny"]["detail"]) == {"import", "load", "warm_up", "hash", "quality_gate"}
 
 
 def test_models_and_pages(server: LaunchedServer) -> None:
