@@ -262,8 +262,24 @@ _CPU = (
         0.9,
         larger_is_better=True,
     ),
+    Goal("P18", "overload refusals p50 (ms)", "overload", ("model", "worst_refusal_p50_ms"), 20.0),
     Goal("P18", "overload refusals p99 (ms)", "overload", ("model", "worst_refusal_p99_ms"), 100.0),
     Goal("P18", "overload normal after (s)", "overload", ("model", "worst_normal_after_s"), 30.0),
+    Goal(
+        "P18",
+        "overload admitted when Retry-After is over (share)",
+        "overload",
+        ("model", "worst_admitted_on_return_share"),
+        0.9,
+        larger_is_better=True,
+    ),
+    Goal(
+        "P18",
+        "overload Retry-After off the true wait (share)",
+        "overload",
+        ("model", "worst_retry_after_error_share"),
+        0.25,
+    ),
 )
 
 # Counted without a GPU.

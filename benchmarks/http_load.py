@@ -24,6 +24,8 @@ Outcome = Literal["finished", "refused", "failed"]
 
 _START_S = 0.1  # until the list begins, so that not even its first request is late
 _AROUND = ("total", "encode", "store")  # what a server says of a request besides the engine's stages
+_MOST_ATTEMPTS = 20
+_NOT_TOLD_S = 1.0
 _SAMPLE_BYTES = 2
 _HEADER_BYTES = 256  # more than any header of a WAV file of ours
 
@@ -105,6 +107,13 @@ class LoadGenerator:
         """Send each at its time, however late the others are, and wait for every answer."""
         return self._pool.submit(_send, self._url, model, tuple(arrivals)).result()
 
+    def send_until_admitted(self, model: str, arrivals: Sequence[Arrival]) -> list[Sequence[Sent]]:
+        """Send each at its time, and again whenever it was refused and the time that it was told has passed.
+
+        Returns all attempts of each; times are on one clock.
+        """
+        return self._pool.submit(_send_again, self._url, model, tuple(arrivals)).result()
+
     def send_alone(self, model: str, arrivals: Sequence[Arrival]) -> list[Sent]:
         """Send one after another, each due when it is sent; times are from the start of each."""
         return [self.send(model, [replace(arrival, at_s=0.0)]).sent[0] for arrival in arrivals]
@@ -128,6 +137,24 @@ def require_clips(load: Load, arrivals: Sequence[Arrival], *, channels: int, sam
 
 def _send(url: str, model: str, arrivals: Sequence[Arrival]) -> Load:  # noqa: PLR0917 - in another process
     return asyncio.run(_send_all(url, model, arrivals=arrivals))
+
+
+def _send_again(url: str, model: str, arrivals: Sequence[Arrival]) -> list[Sequence[Sent]]:  # noqa: PLR0917 - as above
+    return asyncio.run(_send_all_again(url, model, arrivals=arrivals))
+
+
+async def _send_all_again(url: str, model: str, *, arrivals: Sequence[Arrival]) -> list[Sequence[Sent]]:
+    async with open_session(url) as http:
+
+        async def send(arrival: Arrival, now: Now) -> Sequence[Sent]:
+            attempts = [await _send_one(http, model, arrival=arrival, now=now)]
+            while attempts[-1].outcome == "refused" and len(attempts) < _MOST_ATTEMPTS:
+                due_at = attempts[-1].ended_at + (attempts[-1].retry_after_s or _NOT_TOLD_S)
+                await asyncio.sleep(max(0.0, due_at - now()))
+                attempts.append(await _send_one(http, model, arrival=replace(arrival, at_s=due_at), now=now))
+            return attempts
+
+        return await play_open_loop(arrivals, send, due_at=lambda arrival: arrival.at_s, starts_in_s=_START_S)
 
 
 async def _send_all(url: str, model: str, *, arrivals: Sequence[Arrival]) -> Load:

@@ -1,5 +1,5 @@
-"""What a server still does when three times as much is asked of it as it can do, how soon it says no, and how soon it
-is as before: on the real model, and on a stand-in whose device is a clock.
+"""What a server still does when three times as much is asked of it as it can do, how soon it says no, how soon it is as
+before, and how true its Retry-After is: on the real model, and on a stand-in whose device is a clock.
 
 The server has the same model twice: with a queue for everything, which shows what it can do at best, and with one as
 short as an operator would set who wants every accepted request to be in time.
@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.arrivals import Arrival, draw_arrivals
 from benchmarks.cases.engine import resolve_model
 from benchmarks.compare.quiet import describe_quiet, measure_in_quiet
-from benchmarks.http_load import Load, LoadGenerator, load_generator, require_clips
+from benchmarks.http_load import Load, LoadGenerator, Sent, load_generator, require_clips
 from benchmarks.metrics import percentile
 from benchmarks.servers.process import model_args, running_server, write_config
 from benchmarks.settings import CaseSettings
@@ -37,25 +37,29 @@ _ALONE_S = (0.5, 4.0, 13.0)  # clips whose times alone are measured, the others'
 _SHOWS_S = 4.0  # the one that shows whether the server is as before
 _ALONE_CALLS = 5
 _WARM_UP_CALLS = 10
+_LEAST_TRUE_S = 1.0  # what a header field can say at least
 _SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
 class OverloadLoad:
-    """`factor` times the capacity is offered for `seconds`; capacity is that of a burst of `burst` requests. The
-    bounded model accepts `max_queue_s` of predicted work. After the end a lone request is sent again and again for up
-    to `patience_s`. `sides`: the model, or a stand-in whose device is a clock.
+    """`factor` times the capacity is offered for `seconds`; capacity is that of two bursts of `burst` requests, one
+    before and one after, because a shared machine's pace changes. The bounded model accepts `max_queue_s` of predicted
+    work. After the end a lone request is sent again and again for up to `patience_s`. Then as much is offered for
+    `returning_s` by clients that come again as they are told. `sides`: the model, and a stand-in whose device is a
+    clock.
     """
 
     factor: float = 3.0
     seconds: float = 20.0
-    burst: int = 100
+    returning_s: float = 10.0
+    burst: int = 50
     max_queue_s: float = 0.5
     patience_s: float = 60.0
     sides: tuple[str, ...] = ("model",)
 
 
-FULL = OverloadLoad(seconds=300.0, burst=300, sides=("model", "stand_in"))
+FULL = OverloadLoad(seconds=60.0, returning_s=30.0, burst=150, sides=("model", "stand_in"))
 
 
 def run_overload_case(settings: CaseSettings, load: OverloadLoad | None = None) -> dict[str, Any]:
@@ -65,7 +69,14 @@ def run_overload_case(settings: CaseSettings, load: OverloadLoad | None = None) 
     return {
         "load": asdict(load),
         "mix": _MIX,
-        "target": {"goodput_over_peak_ratio": 0.9, "refusal_p99_ms": 100.0, "normal_after_s": 30.0},
+        "target": {
+            "goodput_over_peak_ratio": 0.9,
+            "refusal_p50_ms": 20.0,
+            "refusal_p99_ms": 100.0,
+            "normal_after_s": 30.0,
+            "admitted_on_return_share": 0.9,
+            "retry_after_error_share": 0.25,
+        },
         "is_void": any(figures["is_void"] for figures in sides.values()),
         **sides,
     }
@@ -86,8 +97,11 @@ def _measure(settings: CaseSettings, load: OverloadLoad, *, import_path: str) ->
     return {
         "worst_goodput_over_peak_ratio": min(figures["goodput_over_peak_ratio"] for figures in rounds),
         "worst_finished_over_peak_ratio": min(figures["finished_over_peak_ratio"] for figures in rounds),
+        "worst_refusal_p50_ms": max(figures["refusal_p50_ms"] for figures in rounds),
         "worst_refusal_p99_ms": max(figures["refusal_p99_ms"] for figures in rounds),
         "worst_normal_after_s": max(figures["normal_after_s"] for figures in rounds),
+        "worst_admitted_on_return_share": min(figures["returning"]["admitted_on_return_share"] for figures in rounds),
+        "worst_retry_after_error_share": max(figures["returning"]["retry_after_error_share"] for figures in rounds),
         "other_answers": sum(figures["other_answers"] for figures in rounds),
         "refusals_without_retry_after": sum(figures["refusals_without_retry_after"] for figures in rounds),
         **describe_quiet([watch for _, watch in measured]),
@@ -102,8 +116,7 @@ def _round(client: LoadGenerator, load: OverloadLoad, *, entry: ModelEntry) -> d
 
     burst = draw(load.burst)
     client.send(_PEAK, burst[:_WARM_UP_CALLS])
-    peak = client.send(_PEAK, burst)
-    require_clips(peak, burst, channels=entry.card.channels, sample_rate_hz=entry.card.sample_rate_hz)
+    peak = _burst(client, burst, entry=entry)
     alone_ms = _measure_alone(client, steps=burst[0].steps, longest_s=entry.card.max_duration_s)
     rate_hz = load.factor * peak.rate_hz
     offered = draw(round(rate_hz * load.seconds), rate_hz)
@@ -113,17 +126,27 @@ def _round(client: LoadGenerator, load: OverloadLoad, *, entry: ModelEntry) -> d
     normal_after_s = _wait_until_normal(
         client, lone, limit_ms=_NORMAL_RATIO * lone_ms, since=ended_at, patience_s=load.patience_s
     )
+    peaks = [peak, _burst(client, burst, entry=entry)]
+    returning = client.send_until_admitted(_BOUNDED, draw(round(rate_hz * load.returning_s), rate_hz))
+    burst_work_ms = sum(times_alone_ms(burst, alone_ms))
     return {
-        "peak_rps": peak.rate_hz,
+        "peak_rps": [peak.rate_hz for peak in peaks],
         "offered_rps": rate_hz,
         "alone_p50_ms": alone_ms,
         "normal_after_s": normal_after_s,
         **summarize_overload(
             over,
             work_ms=times_alone_ms(offered, alone_ms),
-            peak_work_ms_per_s=sum(times_alone_ms(burst, alone_ms)) / peak.span_s,
+            peak_work_ms_per_s=sum(burst_work_ms / peak.span_s for peak in peaks) / len(peaks),
         ),
+        "returning": summarize_returns(returning),
     }
+
+
+def _burst(client: LoadGenerator, burst: Sequence[Arrival], *, entry: ModelEntry) -> Load:
+    peak = client.send(_PEAK, burst)
+    require_clips(peak, burst, channels=entry.card.channels, sample_rate_hz=entry.card.sample_rate_hz)
+    return peak
 
 
 def times_alone_ms(arrivals: Sequence[Arrival], measured_ms: Mapping[float, float]) -> list[float]:
@@ -161,6 +184,34 @@ def summarize_overload(load: Load, *, work_ms: Sequence[float], peak_work_ms_per
         "first_other_answer": others[0].error if others else None,
         "client_cores": load.client_cores,
         "client_late_p99_ms": _percentile([sent.late_ms for sent in load.sent], 0.99),
+    }
+
+
+def summarize_returns(clients: Sequence[Sequence[Sent]]) -> dict[str, Any]:
+    """Returns what became of clients that come again as they are told; the attempts of each, in order of arrival.
+
+    A refused client's true wait is what a queue would have taken: until as many had been admitted as had come by then.
+    """
+    refused = [attempts for attempts in clients if attempts[0].outcome == "refused"]
+    returned = [attempts for attempts in refused if len(attempts) > 1]
+    admitted_at = sorted(attempts[-1].sent_at for attempts in clients if attempts[-1].outcome == "finished")
+    first_come = sorted(clients, key=lambda attempts: attempts[0].sent_at)
+    errors, waits_s = [], []
+    for attempts, place_at in zip(first_come, admitted_at, strict=False):
+        if attempts[0].outcome == "refused" and attempts[0].retry_after_s is not None:
+            waits_s.append(place_at - attempts[0].ended_at)
+            errors.append(abs(attempts[0].retry_after_s - waits_s[-1]) / max(waits_s[-1], _LEAST_TRUE_S))
+    return {
+        "clients": len(clients),
+        "refused_at_first": len(refused),
+        "never_admitted": len(clients) - len(admitted_at),
+        "most_attempts": max(len(attempts) for attempts in clients),
+        "admitted_on_return_share": sum(attempts[1].outcome == "finished" for attempts in returned) / len(returned)
+        if returned
+        else 1.0,
+        "retry_after_error_share": median(errors) if errors else 0.0,
+        "true_wait_p50_s": median(waits_s) if waits_s else 0.0,
+        "refusal_p50_ms": _percentile([attempts[0].latency_ms for attempts in refused], 0.5),
     }
 
 
@@ -203,8 +254,11 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
             "side": side,
             "goodput_over_peak": results[side]["worst_goodput_over_peak_ratio"],
             "finished_over_peak": results[side]["worst_finished_over_peak_ratio"],
+            "refusal_p50_ms": results[side]["worst_refusal_p50_ms"],
             "refusal_p99_ms": results[side]["worst_refusal_p99_ms"],
             "normal_after_s": results[side]["worst_normal_after_s"],
+            "admitted_on_return": results[side]["worst_admitted_on_return_share"],
+            "retry_after_error": results[side]["worst_retry_after_error_share"],
             "other_answers": results[side]["other_answers"],
         }
         for side in _SIDES

@@ -18,6 +18,7 @@ _MAX_PROMISES = 10_000
 _LONGEST_WAIT_S = 600.0
 _GRACE_S = 5.0  # after its time a client is waited for: header fields carry whole seconds, and clients are not exact
 _PROMISED_SHARE = 0.9  # of what is done is promised, so that delays do not add up
+_CALM_S = 3.0  # without a refusal: the next overload may be by others, and those promised anything find room
 _RETURN_WEIGHT = 0.02  # of one refused client on what is known of how many come again
 _RATE_WINDOW_S = 2.0  # of a full model, at least, between two looks at how much was done
 _RATE_WINDOW_NUM = 20  # requests, at least
@@ -118,6 +119,7 @@ class OverloadGuard:
         self._rate = _Rate()
         self._room_at = float("-inf")  # when a replica that was full thought to have room
         self._held_until = float("-inf")
+        self._refused_at = float("-inf")
         self._second_try_at = float("-inf")  # of the last one who came as told and found no room
 
     def enter(self, request: GenerationRequest) -> GenerationRequest:
@@ -144,6 +146,9 @@ class OverloadGuard:
         return self._refusal(request, wait_s=wait_s, now=now)
 
     def _refusal(self, request: GenerationRequest, *, wait_s: float, now: float) -> OverloadedError:
+        if now - self._refused_at > _CALM_S:
+            self._promises = Promises()
+        self._refused_at = now
         self._rate.is_full(now)
         if request.is_promised:  # it has waited its turn already
             due_at = max(now + wait_s, self._second_try_at + 1.0 / self._rate.per_s)

@@ -96,6 +96,18 @@ def test_those_who_do_not_come_are_no_longer_waited_for() -> None:
     assert told < 1.0
 
 
+def test_an_overload_after_a_calm_is_judged_by_its_own_clients() -> None:
+    clock = FakeClock()
+    guard = OverloadGuard(clock)
+    for number in range(300):  # none of whom comes again
+        refused_s(guard, f"one {number}", room_in_s=0.05)
+        clock.now += 0.1
+    clock.now += 4.0
+    told = [refused_s(guard, "two 0", room_in_s=0.5), *(wait_s(guard, f"two {number}") for number in range(1, 20))]
+    assert told[0] == pytest.approx(0.5)
+    assert told[19] - told[0] == pytest.approx(19 / 10 / 0.9)
+
+
 def test_what_is_remembered_of_a_hostile_quantity_is_bounded_and_forgotten() -> None:
     promises = Promises()
     for number in range(20_000):
