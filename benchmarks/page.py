@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import scaling
 from benchmarks.compare.pictures import format_comparison
 from benchmarks.goals import GOALS, Standing, read_standings
 from benchmarks.gpu.goals import GPU_GOALS
@@ -53,8 +54,9 @@ def render(results: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write this page and the one on scaling."""
     PAGE.write_text(render())
+    scaling.PAGE.write_text(scaling.render())
 
 
 def _machine(folder: Path) -> Iterator[str]:

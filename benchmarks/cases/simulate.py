@@ -25,7 +25,7 @@ from benchmarks.simulate.engine import CPU, Counts, SimulatedEngine
 from benchmarks.simulate.formula import DEMO_ON_A_CPU
 from benchmarks.simulate.requests import Outcome, Shape
 from benchmarks.simulate.rivals import run_lock, run_static
-from benchmarks.simulate.roofline import MEDIUM, OPEN, SMALL, Network, Roofline, h200
+from benchmarks.simulate.roofline import MEDIUM, OPEN, OPEN_SMALL, SMALL, Network, Roofline, h200
 from benchmarks.workload import MIXES, Mix
 from stable_audio_serve.demo.architecture import FRAME_S, HEADROOM_S
 from stable_audio_serve.engine import EngineOptions
@@ -36,7 +36,7 @@ from stable_audio_serve.models.windows import audible_windows, chunked_windows
 
 _LOAD_SHARE = 0.8
 _STEADY = (0.15, 0.95)  # of the requests by arrival
-_HALOS = {SMALL.name: 2, MEDIUM.name: 12, OPEN.name: 10}
+_HALOS = {SMALL.name: 2, MEDIUM.name: 12, OPEN.name: 10, OPEN_SMALL.name: 10}
 _LONGEST_S = {"small": 120.0, "medium": 380.0, "stable-audio-open-1.0": 47.5, "demo": 48.0}
 _NETWORKS = {
     "equal-5s": SMALL,
@@ -227,12 +227,13 @@ def _engine(network: Network, *, is_packed: bool = False, is_captured: bool = Tr
         device,
         network_shape(network),
         longest_frames=network.frames(_LONGEST_S[network.name]),
-        pack=partial(_packed_call_ms, device) if is_packed else None,
+        pack=partial(packed_call_ms, device) if is_packed else None,
         prefix_tokens=network.prefix_tokens,
     )
 
 
-def _packed_call_ms(device: Roofline, call: Call) -> float:
+def packed_call_ms(device: Roofline, call: Call) -> float:
+    """Returns the time of a call that rows of all lengths share."""
     return device.packed_step_ms([(1, frames) for frames in call.lengths], num_spare=call.num_spare)
 
 

@@ -142,6 +142,7 @@ OPEN = Network(
     decoder="oobleck",
     window_frames=1024,
 )
+OPEN_SMALL = replace(OPEN, name="stable-audio-open-small", width=1024, depth=16, context_tokens=65, window_frames=256)
 
 
 @dataclass(frozen=True, slots=True)
