@@ -126,7 +126,7 @@ class OverloadedError(StableAudioError):
 
 
 class QueueFullError(OverloadedError):
-    """A replica's queue is full: `num_ahead` requests wait or run, for another `ahead_s` seconds."""
+    """A model's queue is full: `num_ahead` requests wait or run, for another `ahead_s` seconds; 0 where unknown."""
 
     def __init__(
         self, message: str, *, retry_after_s: float | None = None, num_ahead: int = 0, ahead_s: float = 0.0

@@ -27,7 +27,7 @@ from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
     ModelUnavailableError,
-    OverloadedError,
+    QueueFullError,
     StableAudioError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
@@ -97,7 +97,7 @@ class RayBackend:
         request = guard.enter(request)
         try:
             result = await self._run(model, request, on_progress=on_progress)
-        except OverloadedError as error:
+        except QueueFullError as error:
             raise guard.refuse(request, error) from error
         guard.done()
         return result
@@ -140,7 +140,7 @@ class RayBackend:
             response.cancel()
             raise
         except BackPressureError as error:
-            raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
+            raise QueueFullError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
         except (DeploymentUnavailableError, RequestCancelledError) as error:
             raise _unloadable(model) from error
         except RayTaskError as error:  # nothing we expect: its text is for the log only

@@ -135,13 +135,13 @@ class OverloadGuard:
         """Note that a request that entered has its audio."""
         self._rate.done()
 
-    def refuse(self, request: GenerationRequest, error: OverloadedError) -> OverloadedError:
+    def refuse(self, request: GenerationRequest, error: QueueFullError) -> OverloadedError:
         """Note that a request that entered was refused. Returns what to tell its client."""
         now = self._clock.monotonic()
         wait_s = error.retry_after_s or 0.0
-        if isinstance(error, QueueFullError):
-            self._room_at = now + wait_s
-            self._held_until = now + min(wait_s, _HOLD_S)
+        self._room_at = now + wait_s
+        self._held_until = now + min(wait_s, _HOLD_S)
+        if error.num_ahead:
             self._rate.guess(error.num_ahead / max(error.ahead_s, _LEAST_AHEAD_S))
         return self._refusal(request, wait_s=wait_s, now=now)
 

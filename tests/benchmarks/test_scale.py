@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from benchmarks.arrivals import Arrival
-from benchmarks.cases.overload import summarize_overload, times_alone_ms
+from benchmarks.cases.overload import summarize_overload, summarize_returns, times_alone_ms
 from benchmarks.cases.routing import MIX, Side, summarize_rounds
 from benchmarks.cases.scale import ScaleLoad, fullest_over_even, ratios_over_first, worst_over_first
 from benchmarks.http_load import Load, Sent, load_generator, require_clips
@@ -186,6 +186,23 @@ def test_overload_counts_what_was_finished_in_time_while_it_lasted() -> None:
     assert (figures["refusals_without_retry_after"], figures["other_answers"]) == (1, 1)
     assert figures["first_other_answer"] == "500"
     assert figures["client_cores"] == pytest.approx(0.1)
+
+
+def test_true_waits_are_those_of_a_queue() -> None:
+
+    def refused(at: float) -> Sent:
+        return Sent(at, at, at, "refused", retry_after_s=3.0)
+
+    clients = [
+        [Sent(0.0, 0.0, 0.5)],
+        [refused(1.0), Sent(4.0, 4.0, 5.0)],  # the second to come; the second was admitted at 4 s
+        [refused(2.0), refused(5.0), Sent(8.0, 8.0, 9.0)],  # the third: at 8 s
+    ]
+    figures = summarize_returns(clients)
+    assert figures["admitted_on_return_share"] == pytest.approx(0.5)
+    assert figures["retry_after_error_share"] == pytest.approx((0.0 + 3 / 6) / 2)
+    assert figures["true_wait_p50_s"] == pytest.approx((3.0 + 6.0) / 2)
+    assert (figures["refused_at_first"], figures["never_admitted"], figures["most_attempts"]) == (2, 0, 3)
 
 
 def test_times_alone_lie_between_those_measured() -> None:

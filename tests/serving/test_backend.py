@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
 
-from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, QueueFullError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.serving.backend import RayBackend
 from tests.backends import make_catalog
@@ -17,11 +18,11 @@ _REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=7)
 _RESULT = GenerationResult((), 44100, "small-sfx", (7,))
 
 
-def backend(*answers: GenerationResult | RayError) -> RayBackend:
+def backend(*answers: GenerationResult | StableAudioError | RayError) -> RayBackend:
     """On a model whose replicas answer one call after another like this."""
     left = list(answers)
 
-    async def generate(_: GenerationRequest) -> GenerationResult:
+    async def generate(_: GenerationRequest) -> GenerationResult | StableAudioError:
         answer = left.pop(0)
         if isinstance(answer, RayError):
             raise answer
@@ -36,3 +37,16 @@ async def test_an_answer_that_is_lost_with_its_node_is_made_again_once(lost: Ray
     assert await backend(lost, _RESULT).generate("small-sfx", _REQUEST) == _RESULT
     with pytest.raises(ModelUnavailableError):
         await backend(lost, lost).generate("small-sfx", _REQUEST)
+
+
+async def test_only_a_full_queue_is_remembered_not_what_one_request_alone_met() -> None:
+    late = OverloadedError("it would end in 9.0 s, and deadline_s leaves 2.0 s", retry_after_s=7.0)
+    model = backend(late, _RESULT, QueueFullError("full", retry_after_s=0.5, num_ahead=5, ahead_s=1.0), _RESULT)
+    with pytest.raises(OverloadedError, match="deadline_s"):
+        await model.generate("small-sfx", _REQUEST)
+    assert await model.generate("small-sfx", _REQUEST) == _RESULT
+    for _ in range(2):  # a replica is asked once
+        with pytest.raises(OverloadedError, match="max_queue_s"):
+            await model.generate("small-sfx", _REQUEST)
+    batch = replace(_REQUEST, priority="batch")
+    assert await model.generate("small-sfx", batch) == _RESULT
