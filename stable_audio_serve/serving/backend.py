@@ -77,6 +77,7 @@ class RayBackend:
         self._asked_at: dict[str, float] = {}
         self._snapshot = _Snapshot(float("-inf"), {card.name: ModelStatus(stage="loading") for card in catalog})
         self._refresh: asyncio.Task[None] | None = None
+        self._refresh_began_at = float("-inf")
         self._looked_at = float("-inf")
 
     @property
@@ -149,7 +150,7 @@ class RayBackend:
         finally:
             watcher.cancel()
         if self._snapshot.models[model].stage != "ready":
-            self._snapshot = replace(self._snapshot, taken_at=float("-inf"))  # the answer proves it out of date
+            self._note_ready(model)
         if isinstance(result, StableAudioError):
             raise result
         return result
@@ -172,13 +173,24 @@ class RayBackend:
                 response.cancel()
                 return
 
+    def _note_ready(self, model: str) -> None:
+        """Count an answer as proof, also while the controller cannot be asked, and ask it soon for the rest."""
+        models = self._snapshot.models
+        known = replace(models[model], stage="ready", num_replicas=max(1, models[model].num_replicas))
+        self._snapshot = _Snapshot(float("-inf"), {**models, model: known})
+
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Returns what each model is doing as the controller sees it, at most `_STATUS_STALE_S` old."""
-        age_s = time.monotonic() - self._snapshot.taken_at
+        """Returns what each model is doing as the controller sees it, at most `_STATUS_STALE_S` old.
+
+        Older where the controller does not answer, as while Ray's head is away: then nobody waits for it for long.
+        """
+        now = time.monotonic()
+        age_s = now - self._snapshot.taken_at
         if age_s > _STATUS_TTL_S and (self._refresh is None or self._refresh.done()):
-            self._refresh = asyncio.create_task(self._take_snapshot())
-        if age_s > _STATUS_STALE_S and self._refresh is not None:
-            await asyncio.wait({self._refresh}, timeout=_STATUS_TIMEOUT_S)
+            self._refresh, self._refresh_began_at = asyncio.create_task(self._take_snapshot()), now
+        patience_s = self._refresh_began_at + _STATUS_TIMEOUT_S - now
+        if age_s > _STATUS_STALE_S and self._refresh is not None and patience_s > 0:
+            await asyncio.wait({self._refresh}, timeout=patience_s)
         return self._snapshot.models
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
 
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, QueueFullError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.serving import backend as module
 from stable_audio_serve.serving.backend import RayBackend
 from tests.backends import make_catalog
 
@@ -50,3 +52,22 @@ async def test_only_a_full_queue_is_remembered_not_what_one_request_alone_met() 
             await model.generate("small-sfx", _REQUEST)
     batch = replace(_REQUEST, priority="batch")
     assert await model.generate("small-sfx", batch) == _RESULT
+
+
+async def test_an_answer_proves_a_model_ready_while_the_controller_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is while Ray's head is away: who asks for readiness must not be told that the model is loading."""
+    head_is_back = threading.Event()
+
+    def silent() -> None:
+        assert head_is_back.wait(60)
+        raise RayError("it was away")
+
+    monkeypatch.setattr(module.serve, "status", silent)
+    asked = backend(_RESULT)
+    try:
+        assert (await asked.status())["small-sfx"].stage == "loading"
+        await asked.generate("small-sfx", _REQUEST)
+        statuses = [await asked.status() for _ in range(1000)]  # of which none waits for the controller again
+        assert {status["small-sfx"].stage for status in statuses} == {"ready"}
+    finally:
+        head_is_back.set()
