@@ -33,7 +33,7 @@ class Kind:
 
 
 # Of the server in `scene`; the database is no process of the server.
-_KINDS: Mapping[Target, Kind] = {
+KINDS: Mapping[Target, Kind] = {
     "engine": Kind("ray::ServeReplica:audio:tiny", 2, "tiny"),
     "runner": Kind("ray::ServeReplica:audio:job-runner", 2, "job-runner"),
     "ingress": Kind("ray::ServeReplica:audio:Ingress", 2, "Ingress"),
@@ -66,7 +66,7 @@ def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
     rng = random.Random(f"strikes/{seed}")
     targets: list[Target] = []
     for _ in range(rounds):
-        targets += rng.sample(list(_KINDS), len(_KINDS))
+        targets += rng.sample(list(KINDS), len(KINDS))
     targets.insert(rng.randrange(1, len(targets)), "database")
     times = [every_s * (index + 1 + rng.uniform(-0.4, 0.4)) for index in range(len(targets))]
     return [Strike(at_s, target) for at_s, target in zip(times, targets, strict=True)]
@@ -98,9 +98,9 @@ async def strike_all(
                 await asyncio.to_thread(crash_database)
                 report(blow := Blow(at, strike.target))
             else:
-                at, pid = await _kill(server, _KINDS[strike.target], rng)
+                at, pid = await _kill(server, KINDS[strike.target], rng)
                 report(blow := Blow(at, strike.target))
-                is_back = partial(_is_back, server, _KINDS[strike.target], pid, census)
+                is_back = partial(_is_back, server, KINDS[strike.target], pid, census)
                 await wait_until_back(strike.target, killed=pid, is_back=is_back)
             blows.append(blow)
     return blows

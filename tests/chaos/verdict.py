@@ -44,7 +44,7 @@ class Verdict:
     num_accepted: int = 0
     num_unanswered: int = 0  # submissions that were repeated
     num_restarted: int = 0  # jobs that took more than one attempt
-    faults: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in _KINDS})
+    faults: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     orders: set[int] = field(default_factory=set)
 
     def add(self, kind: str, sentence: str, *, order: int | None = None) -> None:
@@ -64,7 +64,7 @@ class Verdict:
         return f"{self.num_accepted} of {self.num_orders} orders accepted ({effort}): {counts}{details}"
 
 
-_KINDS = ("lost", "duplicated", "late", "failed", "refused", "wrong", "unnotified", "worn", "unaccounted", "orphaned")
+KINDS = ("lost", "duplicated", "late", "failed", "refused", "wrong", "unnotified", "worn", "unaccounted", "orphaned")
 
 
 def judge(

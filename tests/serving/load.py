@@ -1,0 +1,97 @@
+"""Callers that keep a server busy while a test breaks something, and what became of everything they asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+_OVER = ("succeeded", "failed", "cancelled")
+_PATIENCE_S = 90.0
+_PAUSE_S = 0.1  # between two calls of one caller
+_BODY = {"prompt": "rain", "duration": 2, "steps": 8}
+
+
+def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    """The job, when it has succeeded; fails the test when it ends in another way, or not at all."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        job: dict[str, Any] = client.get(f"/jobs/{job_id}").raise_for_status().json()
+        if job["status"] in _OVER:
+            assert job["status"] == "succeeded", job
+            return job
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+
+
+class Load:
+    """Two callers that submit jobs and come again when they are told to, and two that wait for their audio."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+        self._ended = threading.Event()
+        self.jobs: dict[str, str] = {}  # by the caller's own key
+        self.made: list[float] = []  # seconds that each answered request took
+        self.failures: list[str] = []
+        self.told: list[str] = []  # paths of what was refused with the time to come again
+
+    def __enter__(self) -> Load:
+        self._pool = ThreadPoolExecutor(4)
+        calls = (self._submit, self._submit, self._make, self._make)
+        self._callers = [self._pool.submit(self._repeat, call) for call in calls]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._pool.shutdown()
+        for caller in self._callers:
+            caller.result()
+
+    def __str__(self) -> str:
+        answers = f"{len(self.made)} answers, slowest {max(self.made, default=0.0):.1f} s, {len(self.jobs)} jobs"
+        return f"{answers}; {len(self.failures)} failed, {len(self.told)} told to come again"
+
+    def finished_jobs(self) -> list[dict[str, Any]]:
+        """All submitted jobs, each of which must succeed and be another one."""
+        jobs = [finished(self._client, job_id) for job_id in self.jobs.values()]
+        assert len({job["id"] for job in jobs}) == len(self.jobs)
+        return jobs
+
+    def _repeat(self, call: Callable[[], None]) -> None:
+        while not self._ended.is_set():
+            try:
+                call()
+            except httpx.TransportError as error:
+                self.failures.append(f"{call.__name__}: {error!r}")
+            time.sleep(_PAUSE_S)
+
+    def _submit(self) -> None:
+        key = str(uuid.uuid4())
+        while self._is_told(answer := self._post("/jobs", headers={"Idempotency-Key": key})):
+            time.sleep(float(answer.headers["retry-after"]) / 4)
+        if answer.status_code == 202:
+            self.jobs[key] = answer.json()["id"]
+        else:
+            self.failures.append(f"/jobs: {answer.status_code} {answer.text}")
+
+    def _make(self) -> None:
+        began_at = time.monotonic()
+        answer = self._post("/generate")
+        if answer.status_code == 200:
+            self.made.append(time.monotonic() - began_at)
+        elif not self._is_told(answer):
+            self.failures.append(f"/generate: {answer.status_code} {answer.text}")
+
+    def _is_told(self, answer: httpx.Response) -> bool:
+        is_told = answer.status_code == 503 and "retry-after" in answer.headers
+        if is_told:
+            self.told.append(answer.request.url.path)
+        return is_told
+
+    def _post(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
+        return self._client.post(path, json=_BODY, headers=headers)
