@@ -1,0 +1,131 @@
+"""Run as a program: several Ray nodes on this machine with GPUs that do not exist, and the server on them.
+
+Only the first node has CPUs, and with them the ingress and HAProxy, as `stable-audio-serve serve` starts it; models are
+on the others. It reads one JSON list a line, the name of a method of `Nodes` and its arguments, and answers with one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from contextlib import ExitStack, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.launcher import environment
+from stable_audio_serve.launcher.embedded import apply_environment, private_directory
+from stable_audio_serve.launcher.patience import crowding, start_limits
+
+APPLICATION = "audio"
+
+
+class Nodes:
+    """What a test may do with the cluster. Arguments and answers are JSON."""
+
+    def __init__(self, directory: Path, *, port: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._port = port
+        temporary = str(directory / "ray")
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "temp_dir": temporary})
+
+    def add(self, number: int) -> None:
+        """Start more nodes, each with one GPU."""
+        for _ in range(number):
+            self._cluster.add_node(num_cpus=0, num_gpus=1, wait=False)
+        self._cluster.wait_for_nodes()
+
+    def start_serve(self) -> None:
+        import ray
+        from ray import serve
+
+        ray.init(address=self._cluster.address, log_to_driver=True)
+        serve.start(proxy_location="HeadOnly", http_options={"host": environment.LOOPBACK, "port": self._port})
+
+    def deploy(self, args: dict[str, Any]) -> None:
+        """What `serve deploy` does with a file."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        application = {"name": APPLICATION, "import_path": "stable_audio_serve.serving.app:build", "args": args}
+        config = {
+            "proxy_location": "HeadOnly",
+            "http_options": {"host": environment.LOOPBACK, "port": self._port},
+            "applications": [application | {"route_prefix": "/"}],
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+
+    def look(self) -> dict[str, Any]:
+        """The application's status, and of each deployment its replicas: state, id, node and process."""
+        from ray.serve.context import _get_global_client
+
+        found = _get_global_client().get_serve_details()["applications"].get(APPLICATION)
+        if found is None:
+            return {"status": "NOT_STARTED", "message": "", "deployments": {}}
+        deployments = {
+            name: [
+                {key: replica.get(key) for key in ("state", "replica_id", "node_id", "pid")}
+                for replica in each["replicas"]
+            ]
+            for name, each in found["deployments"].items()
+        }
+        return {"status": found["status"], "message": found["message"], "deployments": deployments}
+
+    def kill_node(self, node_id: str) -> int:
+        """Kill a node's raylet and everything it started, all at once. Returns how many processes that were."""
+        (node,) = (each for each in self._cluster.worker_nodes if each.node_id == node_id)
+        started = [each.process.pid for group in node.all_processes.values() for each in group]
+        victims = {pid: psutil.Process(pid) for pid in started if psutil.pid_exists(pid)}
+        for process in list(victims.values()):
+            victims |= {child.pid: child for child in process.children(recursive=True)}
+        for pid in victims:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._cluster.remove_node(node, allow_graceful=False)
+        return len(victims)
+
+    def kill_gcs(self) -> None:
+        """SIGKILL, as its machine's end would be."""
+        self._cluster.head_node.kill_gcs_server()
+
+    def start_gcs(self) -> None:
+        self._cluster.head_node.start_gcs_server()
+
+    def stop(self) -> None:
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+def main(port: int) -> None:
+    with ExitStack() as stack:
+        directory = stack.enter_context(private_directory())
+        ports = stack.enter_context(environment.claim_ports(environment.LOOPBACK))
+        settings = Settings()
+        variables = environment.base_environment(settings)
+        variables |= environment.haproxy_environment(ports, directory, host=environment.LOOPBACK, settings=settings)
+        apply_environment(variables, defaults=start_limits(crowding()))
+        nodes = Nodes(directory, port=port)
+        print(json.dumps("ready"), file=sys.__stdout__, flush=True)
+        for line in sys.stdin:
+            name, *arguments = json.loads(line)
+            try:
+                answer = getattr(nodes, name)(*arguments)
+            except Exception:  # noqa: BLE001 - told at once: later it may be lost with Ray
+                traceback.print_exc()
+                os._exit(1)  # the folder's guard ends what is left
+            print(json.dumps(answer), file=sys.__stdout__, flush=True)
+
+
+if __name__ == "__main__":
+    with redirect_stdout(sys.stderr):  # where everybody else's lines go
+        main(int(sys.argv[1]))

@@ -1,0 +1,44 @@
+"""A real Redis from this machine's packages, for a Ray that keeps what its head knows outside of it.
+
+Where there is none the tests that need it are skipped with a loud line; under CI=true they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.serving.launched import free_port
+
+_PATIENCE_S = 30.0
+
+
+@contextmanager
+def running_redis(folder: Path) -> Iterator[str]:
+    """`host:port` of a new one, which keeps nothing on disk."""
+    if (program := shutil.which("redis-server")) is None:
+        problem = "it is not installed (Debian and Ubuntu: apt-get install redis-server)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI needs Redis: {problem}")
+        pytest.skip(f"NOT TESTED WITH REDIS: {problem}")
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with (folder / "redis.log").open("w") as said:
+        process = subprocess.Popen([program, *options], stdout=said, stderr=said)
+    try:
+        deadline = time.monotonic() + _PATIENCE_S
+        while "Ready to accept connections" not in (folder / "redis.log").read_text():
+            assert process.poll() is None, (folder / "redis.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(_PATIENCE_S)

@@ -1,0 +1,201 @@
+"""A cluster of several Ray nodes, real but for their GPUs, that loses parts of itself under load: nobody notices.
+
+The tests follow one another on one cluster, because its start takes as long as any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.databases import PostgresServer
+from tests.serving.conftest import TINY
+from tests.serving.launched import free_port
+from tests.serving.load import Load
+from tests.serving.redis_server import running_redis
+
+pytestmark = pytest.mark.ray
+
+_PATIENCE_S = 180.0
+_WARM_S = 2.0  # of load before anything happens, and after
+_AWAY_S = 5.0  # that the head's GCS is gone
+_LONG, _CROWD = {"prompt": "rain", "duration": 2, "steps": 50}, 32
+
+
+@dataclass
+class Cluster:
+    """`nodes.py` in a process of its own; `do` says one of its words."""
+
+    process: subprocess.Popen[str]
+    client: httpx.Client
+    args: dict[str, Any]
+    said: Path
+
+    def do(self, *words: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(words) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.said.read_text()[-5000:]
+        return json.loads(line)
+
+    def deploy(self, **changed: Any) -> None:
+        """Deploy again with other settings of the model."""
+        self.args["models"][0] |= changed
+        self.do("deploy", self.args)
+
+    def replicas(self, deployment: str) -> dict[str, str]:
+        """Nodes of the replicas that run, by replica."""
+        found = self.do("look")["deployments"].get(deployment, [])
+        return {each["replica_id"]: each["node_id"] for each in found if each["state"] == "RUNNING"}
+
+    def wait(self, is_so: Callable[[], bool]) -> float:
+        """Seconds until it is so."""
+        began_at = time.monotonic()
+        while not is_so():
+            assert time.monotonic() - began_at < _PATIENCE_S, (self.do("look"), self.said.read_text()[-5000:])
+            time.sleep(0.25)
+        return time.monotonic() - began_at
+
+    def is_running(self) -> bool:
+        return bool(self.do("look")["status"] == "RUNNING")
+
+
+@pytest.fixture(scope="module")
+def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head with the ingress and two nodes with a GPU and a replica each; two job runners wherever Ray puts them."""
+    folder, port = tmp_path_factory.mktemp("nodes"), free_port()
+    model = {"name": "tiny", "path": TINY, "device": "cpu", "num_gpus": 1, "num_cpus": 0, "threads": 1}
+    replicas = {"min_replicas": 2, "max_replicas": 2}
+    args = {
+        "models": [{**model, "max_queue_s": 1e6, "replicas": replicas}],
+        "jobs": {"database_url": postgres.create_database(), "runners": 2, "lease_s": 5.0, "max_running": 2},
+        "ingress": {"replicas": 2},
+        "output_dir": str(folder / "outputs"),
+    }
+    with (
+        running_redis(folder) as redis,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90) as client,
+        (folder / "said").open("w") as said,
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serving.nodes", str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_REDIS_ADDRESS": redis},
+            start_new_session=True,
+        )
+        try:
+            cluster = Cluster(process, client, args, folder / "said")
+            assert cluster.answer() == "ready"
+            cluster.do("add", 2)
+            cluster.do("start_serve")
+            cluster.deploy()
+            cluster.wait(cluster.is_running)
+            yield cluster
+            cluster.do("stop")
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # the folder's guard ends the rest
+            process.wait()
+
+
+def judge(load: Load, what: str) -> None:
+    """No request failed and no job was lost."""
+    assert load.failures == load.told == []
+    jobs = load.finished_jobs()
+    assert len(load.made) > 10
+    assert len(jobs) > 10
+    print(f"{what}: {load}")
+
+
+@pytest.mark.chaos
+def test_update_under_load_is_not_noticed(cluster: Cluster) -> None:
+    """All replicas are replaced, two on two nodes with room for no third."""
+    before = {name: cluster.replicas(name) for name in ("tiny", "Ingress", "job-runner")}
+    with Load(cluster.client) as load:
+        time.sleep(_WARM_S)
+        cluster.deploy(max_queue_s=1e5)
+        took_s = cluster.wait(
+            lambda: (
+                cluster.is_running()
+                and all(
+                    not before[name].keys() & (now := cluster.replicas(name)).keys() and len(now) == 2
+                    for name in before
+                )
+            )
+        )
+        time.sleep(_WARM_S)
+    judge(load, f"update, {took_s:.0f} s")
+    assert len(set(cluster.replicas("tiny").values())) == 2
+
+
+@pytest.mark.chaos
+def test_head_that_loses_its_memory_for_seconds_finds_it_in_redis(cluster: Cluster) -> None:
+    """Everything goes on meanwhile, and afterwards the cluster grows again."""
+    before = cluster.replicas("tiny")
+    ready: Counter[int] = Counter()
+    with Load(cluster.client) as load:
+        time.sleep(_WARM_S)
+        cluster.do("kill_gcs")
+        until = time.monotonic() + _AWAY_S
+        while time.monotonic() < until:
+            ready[cluster.client.get("/ready").status_code] += 1
+            ready[cluster.client.get("/health").status_code] += 1
+            time.sleep(0.5)
+        num_before = len(load.made)
+        cluster.do("start_gcs")
+        cluster.wait(cluster.is_running)
+        assert cluster.replicas("tiny") == before
+        cluster.do("add", 1)
+        cluster.deploy(replicas={"min_replicas": 2, "max_replicas": 3, "upscale_delay_s": 0.5, "target_wait_s": 0.1})
+        with ThreadPoolExecutor(_CROWD) as crowd:
+            answers = [crowd.submit(cluster.client.post, "/generate", json=_LONG) for _ in range(_CROWD)]
+            took_s = cluster.wait(lambda: len(cluster.replicas("tiny")) == 3)
+    assert {answer.result().status_code for answer in answers} == {200}
+    assert num_before > 0
+    assert set(ready) == {200}
+    judge(load, f"GCS away for {_AWAY_S:g} s, a third replica after {took_s:.0f} s of more load")
+
+
+def test_killed_node_is_not_noticed_and_replaced_where_there_is_room(cluster: Cluster) -> None:
+    """Every process of it at once, with a replica of the model and perhaps a runner in the middle of their work."""
+    cluster.deploy(replicas={"min_replicas": 2, "max_replicas": 2})
+    cluster.do("add", 1)  # the room
+    cluster.wait(lambda: cluster.is_running() and len(cluster.replicas("tiny")) == 2)
+    runners = set(cluster.replicas("job-runner").values())
+    victim = max(cluster.replicas("tiny").values(), key=lambda node: node in runners)
+    with Load(cluster.client) as load:
+        time.sleep(_WARM_S)
+        began_at = time.monotonic()
+        num_killed = cluster.do("kill_node", victim)
+        cluster.wait(
+            lambda: (
+                cluster.is_running()
+                and all(
+                    len(now := cluster.replicas(name)) == 2 and victim not in now.values()
+                    for name in ("tiny", "job-runner")
+                )
+            )
+        )
+        took_s = time.monotonic() - began_at
+        time.sleep(_WARM_S)
+    judge(load, f"{num_killed} processes killed, full strength after {took_s:.0f} s")
