@@ -68,7 +68,7 @@ def _hammer(url: str, holder: str, seconds: float) -> int:
 
 def test_processes_that_race_for_the_last_second_get_it_once(store_url: str, processes: ProcessPoolExecutor) -> None:
     open_database(store_url).prepare()
-    futures: list[Future[int]] = [processes.submit(_hammer, store_url, f"{number}", 2.0) for number in range(3)]
+    futures: list[Future[int]] = [processes.submit(_hammer, store_url, f"{number}", 1.0) for number in range(3)]
     assert sum(future.result() for future in futures) == 100
 
 
