@@ -181,7 +181,8 @@ async def test_readme(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_that_a_page_names_exist(page: str) -> None:
     document = Settings().model_dump()
-    for section, key in re.findall(r"`(api|dialects|ingress|jobs|storage)\.(\w+)`", (DOCS / page).read_text()):
+    sections = "api|audio|dialects|ingress|jobs|metrics|proxy|quality_gate|storage"
+    for section, key in re.findall(rf"`({sections})\.(\w+)`", (DOCS / page).read_text()):
         assert key in document[section], f"{section}.{key}"
 
 

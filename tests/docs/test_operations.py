@@ -1,0 +1,137 @@
+"""What pages for operators name exists: commands with their options, metrics, alerts, figures and files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.core import TyperGroup
+
+from stable_audio_serve.cli.main import app
+from stable_audio_serve.cli.metrics_page import exported_name
+from stable_audio_serve.core.metrics import METRICS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
+PAGES = [
+    "README.md",
+    "cluster/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+]
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+PROGRAM = "stable-audio-serve"
+_BUSY_SHARE = 0.8
+UsageError: Any = typer.BadParameter.__base__  # typer brings a click of its own
+
+
+def commands_of(page: str) -> Iterator[list[str]]:
+    """The arguments of every command of ours on a page: in backticks, or at the beginning of a line of a block."""
+    blocks = re.findall(r"```\w*\n(.*?)```", page, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [line for line in lines if re.match(rf"(\.venv/bin/)?{PROGRAM} ", line)]
+    found += re.findall(rf"(?<!`)`({PROGRAM} [^`\n]+)`(?!`)", page)
+    for line in found:
+        words = shlex.split(re.sub(r"<[\w ]+>", "x", line), comments=True)
+        ends = (i for i, word in enumerate(words) if word in ("|", ">", ">>", "&&"))
+        yield words[1 : next(ends, None)]
+
+
+def complaint(arguments: list[str]) -> str | None:
+    """What is wrong with a command: there is none of that name, or it does not take these options and arguments."""
+    command: Any = typer.main.get_command(app)
+    while isinstance(command, TyperGroup):
+        if not arguments or arguments[0].startswith("--"):  # of all its commands; `--version`
+            return None
+        name, *arguments = arguments
+        if name not in command.commands:
+            return f"no command {name}"
+        command = command.commands[name]
+    if not arguments:  # named, not shown
+        return None
+    try:
+        command.make_context(command.name, list(arguments))
+    except UsageError as error:
+        return str(error.format_message())
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist_and_take_their_options(page: str) -> None:
+    for arguments in commands_of((ROOT / page).read_text()):
+        assert complaint(arguments) is None, shlex.join(arguments)
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    page = f"`{PROGRAM} jobs retry ID`, `{PROGRAM} jobs forget ID`\n```\n{PROGRAM} serve --prot 1 # port\n```"
+    assert [complaint(arguments) is None for arguments in commands_of(page)] == [False, True, False]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_metrics_are_in_the_catalog(page: str) -> None:
+    names = {exported_name(metric) for metric in METRICS.values()}
+    for name in re.findall(r"\bray_stable_audio_\w*[a-z0-9]\b(?!\*)", (ROOT / page).read_text()):
+        plain = re.sub(r"_(bucket|count|sum)$", "", name)
+        assert name in names or plain in names, name
+
+
+def incidents() -> list[list[str]]:
+    """Symptom, metrics and what to do, of every row of the table of incidents."""
+    section = OPERATIONS.split("## When something is wrong")[1]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
+    return rows[1:]
+
+
+def test_metrics_and_alerts_of_incidents_exist() -> None:
+    rules = yaml.safe_load((ROOT / "cluster" / "monitoring" / "rules.yaml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+    metrics = {exported_name(metric).removeprefix("ray_stable_audio_"): metric for metric in METRICS.values()}
+    assert len(incidents()) > 15
+    for symptom, watched, _ in incidents():
+        for name, labels in re.findall(r"`([a-z_]+_[a-z_]+)(?:\{([^}]*)\})?`", watched):
+            if name.startswith(("ray_serve_", "ray_node_")):
+                continue  # Ray's own, which the check of the dashboard finds
+            assert name in metrics, symptom
+            assert {label.partition("=")[0] for label in labels.split(",") if label} <= set(metrics[name].labels), (
+                symptom
+            )
+    assert set(re.findall(r"StableAudio\w+", OPERATIONS)) == alerts  # every alert has a row that says what to do
+
+
+def results_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    return found
+
+
+def clips_a_second() -> list[float]:
+    """What each row of the table of sizes says, from the results."""
+    # The published times that the case compares with, ms (`_TENSORRT_MS` of benchmarks/cases/simulate.py).
+    published_ms = {"small 5 s": 17.0, "small 30 s": 22.0, "medium 5 s": 20.0, "medium 30 s": 50.0}
+    ratios = results_of("simulate")["clips_over_published_ratio"]
+    simulated = [1000 / ms * ratios[clip]["packed"] for clip, ms in published_ms.items()]
+    threads = [1 / median(results_of("threads")["seconds"][number]) for number in ("1", "2")]
+    sides = results_of("run-demo-fast")["sides"]
+    return simulated + threads + [median(sides[side]["capacity_rps"]) for side in ("ours-fast", "ours-strict")]
+
+
+def test_sizes_are_those_of_the_results() -> None:
+    table = OPERATIONS.split("| One replica of |")[1].split("\n\n")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")
+    ]
+    sizes = [[float(cell.replace(",", "")) for cell in (row[2], row[3])] for row in rows if row[2][:1].isdigit()]
+    computed = [[clips, clips * 60 * _BUSY_SHARE] for clips in clips_a_second()]
+    assert sizes == [pytest.approx(row, rel=0.01) for row in computed]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    for link in re.findall(r"\]\(((?!https?://|#)[^)\s]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link.partition("#")[0]).exists(), link

@@ -1,0 +1,140 @@
+"""The backup and the restore of docs/operations.md, run as they stand there, while a server takes and does jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.compat.serving import make_client
+from tests.api.test_jobs import show, submit, wait
+from tests.backends import ToneBackend
+from tests.databases import PostgresServer
+
+pytestmark = pytest.mark.slow
+
+PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
+KINDS = ("sqlite", "postgresql")
+
+
+async def run_block(title: str, folder: Path, **environ: str) -> None:
+    """Run the only block of commands below a heading of the page."""
+    section = PAGE.read_text().split(f"### {title}\n")[1].split("\n#")[0]
+    (commands,) = re.findall(r"```shell\n(.*?)```", section, flags=re.DOTALL)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = await asyncio.create_subprocess_exec(
+        "bash", "-euo", "pipefail", "-c", commands, cwd=folder, env={"PATH": path, **environ}
+    )
+    async with asyncio.timeout(60):
+        assert await process.wait() == 0
+
+
+@pytest.fixture(params=KINDS)
+def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | None]]:
+    """The job database of a server, and an empty one for what is restored; None = the file in its folder."""
+    if request.param == "sqlite":
+        yield None, None
+        return
+    server: PostgresServer = request.getfixturevalue("postgres")
+    made = server.create_database(), server.create_database()
+    yield made
+    for url in made:
+        server.drop_database(url)
+
+
+def private_backup(folder: Path) -> Path:
+    """The one that was made, which nobody else may read."""
+    (backup,) = folder.glob("backup-*")
+    assert not [path for path in (backup, *backup.iterdir()) if stat.S_IMODE(path.stat().st_mode) & 0o077]
+    return backup
+
+
+def remove_files(folder: Path) -> None:
+    """All but the database."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith(("jobs.db", ".owner")):
+            path.unlink()
+
+
+async def keep_submitting(client: httpx.AsyncClient, tickets: list[dict[str, Any]]) -> None:
+    """Until cancelled; every third job has an upload."""
+    while True:
+        tickets.append(await submit(client, "/jobs" if len(tickets) % 3 else "/jobs/variations"))
+
+
+async def audio_of(client: httpx.AsyncClient, ticket: dict[str, Any]) -> bytes:
+    reply = await client.get(f"/jobs/{ticket['id']}/audio")
+    assert reply.status_code == 200, reply.text
+    return reply.content
+
+
+async def test_jobs_come_back_from_a_backup_of_a_working_server(
+    urls: tuple[str | None, str | None], tmp_path: Path
+) -> None:
+    """Finished ones with their audio, the others done anew; those submitted later are gone."""
+    kind = "PostgreSQL" if urls[0] else "SQLite"
+    live: dict[str, Any] = {"output_dir": str(tmp_path / "outputs"), "jobs": {"database_url": urls[0], "lease_s": 1}}
+    backend = ToneBackend()
+    async with make_client(backend, **live) as (client, _):
+        finished = [await submit(client, path) for path in ("/jobs", "/jobs/variations", "/jobs/inpaint")]
+        for ticket in finished:
+            await wait(client, ticket)
+        audio = [await audio_of(client, ticket) for ticket in finished]
+        backend.released.clear()
+        unfinished = [await submit(client, path) for path in ("/jobs", "/jobs/variations", "/jobs/inpaint")]
+        await wait(client, unfinished[0], "running")
+        meanwhile: list[dict[str, Any]] = []
+        busy = asyncio.create_task(keep_submitting(client, meanwhile))
+        await run_block(f"Backup: {kind}", tmp_path, STABLE_AUDIO_DATABASE_URL=urls[0] or "")
+        busy.cancel()
+        with suppress(asyncio.CancelledError):
+            await busy
+        assert len(meanwhile) > 3  # the server went on
+        later = await submit(client)
+        backend.released.set()
+
+    backup = private_backup(tmp_path)
+    shutil.rmtree(tmp_path / "outputs")
+    target = urls[1] or ""
+    await run_block(f"Restore: {kind}", tmp_path, BACKUP=backup.name, STABLE_AUDIO_DATABASE_URL=target)
+    restored = live | {"jobs": {"database_url": urls[1], "lease_s": 1}}
+    async with make_client(**restored) as (client, _):
+        assert [await audio_of(client, ticket) for ticket in finished] == audio
+        for ticket in unfinished:
+            assert (await wait(client, ticket))["status"] == "succeeded"
+            await audio_of(client, ticket)
+        assert (await client.get(later["status_url"])).status_code == 404
+        known = [ticket for ticket in meanwhile if (await client.get(ticket["status_url"])).status_code == 200]
+        for ticket in known:
+            assert (await wait(client, ticket))["status"] == "succeeded"
+        assert (await wait(client, await submit(client)))["status"] == "succeeded"
+
+
+async def test_what_is_said_of_jobs_whose_files_are_lost(tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path / "outputs")}
+    backend = ToneBackend()
+    async with make_client(backend, **settings) as (client, _):
+        finished = await submit(client)
+        await wait(client, finished)
+        backend.released.clear()
+        blocker = await submit(client)
+        await wait(client, blocker, "running")
+    async with make_client(run_jobs=False, **settings) as (client, _):
+        waiting = await submit(client, "/jobs/variations")
+    remove_files(tmp_path / "outputs")
+    async with make_client(**settings) as (client, _):
+        assert (await show(client, finished))["status"] == "succeeded"
+        assert (await client.get(f"/jobs/{finished['id']}/audio")).status_code == 404
+        status = await wait(client, waiting)
+        assert status["status"] == "failed"
+        assert "upload is gone" in status["error"]
