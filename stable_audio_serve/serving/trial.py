@@ -120,8 +120,8 @@ class Trial:
             good = await self._archive.last_good(self._model.name)
         except (StorageError, QualityReportError) as error:
             raise _hopeless(fault, error.message) from None
-        if good is None:
-            raise _hopeless(fault, "no weights of it have passed yet")
+        if good is None:  # it never served here: its fault is the whole story
+            raise fault
         if good.source == self._tried:
             raise _hopeless(fault, f"{good.source} is where they were, and there is no copy")
         if good.source.folder is None and (good.source.commit is None or good.source.repo_id != entry.repo_id):

@@ -177,7 +177,7 @@ async def test_last_good_weights_that_have_changed_do_not_serve(shop: Shop, tmp_
 
 async def test_without_any_weights_that_passed_a_poisoned_model_does_not_start(shop: Shop, tmp_path: Path) -> None:
     fill(shop, POISONS["zeros in the decoder"], tmp_path)
-    with pytest.raises(QualityError, match="no weights of it have passed yet"):
+    with pytest.raises(QualityError, match=r"golden request music: silence$"):
         await shop.start(repo_id="lab/tiny", revision=BAD)
 
 
