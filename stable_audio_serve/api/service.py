@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.draining import Draining
+from stable_audio_serve.api.middleware.key_accounts import Accounts
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamPauses
@@ -42,7 +43,6 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.job import JobSpec, JobUpload
-from stable_audio_serve.jobs.limits.accounts import Accounts
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.client_jobs import Added

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from stable_audio_serve.jobs.account import Account, Charge, Full, Visit
+from stable_audio_serve.jobs.store.account import Account, Charge, Full, Visit
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import ACCOUNTS
 

@@ -144,7 +144,7 @@ REFUSALS = sa.Table(
     sa.Column("until", sa.Double, nullable=False),  # then forgotten unless the runner repeats it
 )
 
-# What each client with limits has used of them: `jobs.account` as JSON.
+# What each client with limits has used of them: `jobs.store.account` as JSON.
 ACCOUNTS = sa.Table(
     "accounts",
     METADATA,

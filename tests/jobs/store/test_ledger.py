@@ -10,7 +10,7 @@ import pytest
 
 from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.core.keys import KeyLimits
-from stable_audio_serve.jobs.account import Ask, Charge, Visit
+from stable_audio_serve.jobs.store.account import Ask, Charge, Visit
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.ledger import Ledger
 from tests.jobs.stores import Wall, database, open_database, postgres_with_tables, processes, store_url, wall

@@ -9,7 +9,7 @@ import pytest
 
 from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.core.keys import KeyLimits
-from stable_audio_serve.jobs.account import Account, Ask, Charge, Full, Visit
+from stable_audio_serve.jobs.store.account import Account, Ask, Charge, Full, Visit
 
 ALICE = ClientId("alice")
 LIMITS = KeyLimits(600.0, 4)

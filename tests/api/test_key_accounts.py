@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stable_audio_serve.api.middleware.key_accounts import Accounts
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     ForbiddenError,
@@ -19,8 +20,7 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.keys import ANYBODY, ApiKey, hash_key, parse_key
 from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.jobs.account import Visit
-from stable_audio_serve.jobs.limits.accounts import Accounts
+from stable_audio_serve.jobs.store.account import Visit
 from stable_audio_serve.jobs.store.ledger import Ledger, Settled
 from tests.databases import PostgresServer
 from tests.jobs.stores import open_database, postgres_with_tables, store_url

@@ -1,5 +1,5 @@
 """What one process knows of one client with limits: the places it holds, what it has to tell the ledger, and when it
-can answer without asking. Never waits: `jobs.limits.accounts` talks to the ledger.
+can answer without asking. Never waits: `key_accounts` talks to the ledger.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from stable_audio_serve.core.errors import QuotaError
 from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.core.keys import KeyLimits
-from stable_audio_serve.jobs.account import WINDOW_S, Account, Ask, Charge, Full, Visit
+from stable_audio_serve.jobs.store.account import WINDOW_S, Account, Ask, Charge, Full, Visit
 from stable_audio_serve.jobs.store.ledger import Settled
 
 LEASE_S = 15.0  # how long the places of a process count that has died

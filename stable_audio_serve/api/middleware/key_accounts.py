@@ -17,6 +17,7 @@ from functools import partial
 
 import structlog
 
+from stable_audio_serve.api.middleware.limited_client import LEASE_S, LimitedClient, Waiting
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import (
     CancelledRequestError,
@@ -28,12 +29,11 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.ids import ClientId
 from stable_audio_serve.core.keys import ANYBODY, NO_LIMITS, ApiKey
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.jobs.account import Ask, Charge, Full
-from stable_audio_serve.jobs.limits.client import LEASE_S, LimitedClient, Waiting
+from stable_audio_serve.jobs.store.account import Ask, Charge, Full
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.ledger import Ledger, Settled
 
-log = structlog.get_logger("stable_audio_serve.jobs")
+log = structlog.get_logger("stable_audio_serve.api")
 
 _RENEW_S = LEASE_S / 3
 _PATIENCE_S = 2.0  # then the ledger is away: long enough for a busy machine, because each process alone admits more

@@ -1,1 +1,0 @@
-"""The limits of keys as processes that answer requests keep them."""
