@@ -75,6 +75,11 @@ def _close_admin_socket(text: str, options: ProxyOptions) -> str:
     return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", replacement=r"\1 600\2")
 
 
+def _send_no_log(text: str, options: ProxyOptions) -> str:
+    """Send nobody a line per request: it would have the request's path, which for files is all that one needs."""
+    return _replace(text, r"^ *log 127\.0\.0\.1:\d+ local0 info\n", replacement="")
+
+
 def _take_many_connections(text: str, options: ProxyOptions) -> str:
     if not options.limits_connections:
         return text
@@ -143,6 +148,7 @@ def _face_clients(text: str, options: ProxyOptions) -> str:
 
 _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _close_admin_socket,
+    _send_no_log,
     _take_many_connections,
     _bound_waiting,
     _answer_in_json,

@@ -38,6 +38,7 @@ _LONG_S = 2.5 * _IDLE_TIMEOUT_S
 _PATIENCE_S = 30.0  # what must end ends sooner, on any machine
 _EDITED = (
     "stats socket",
+    "local0 info",
     "maxconn",
     "timeout client",
     "http-reuse always",

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
+import httpx
 import pytest
 
 from tests.serving.launched import LaunchedServer
-from tests.serving.listeners import listeners_of
+from tests.serving.listeners import Listener, listeners_of
 
 pytestmark = pytest.mark.ray
 
@@ -33,6 +35,19 @@ for path in sys.argv[1:]:
     else:
         print("open")
 """
+
+
+# A method of each service of Ray that runs something or tells something, and who serves it.
+_METHODS = (
+    "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",  # the GCS
+    "ray.rpc.NodeManagerService/GetNodeStats",  # the raylet
+    "ray.rpc.ObjectManagerService/Pull",  # its object store
+    "ray.rpc.CoreWorkerService/PushTask",  # every process with Python in it
+    "ray.rpc.LogService/ListLogs",  # the node's agent
+    "ray.serve.ASGIService/HandleRequest",  # calls between replicas
+)
+_OF_RAY = ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ServeController", "HAProxyManager")
+_PATIENCE_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +103,36 @@ def test_only_calls_between_replicas_are_open_to_other_machines(used: LaunchedSe
         assert one.is_local or one.title.startswith("ray::ServeReplica"), one
     num_replicas = len(used.pids("ray::ServeReplica"))
     assert sum(not one.is_local for one in found) <= num_replicas
+
+
+def answer_without_token(listener: Listener) -> str:
+    """What a listener says to somebody who has no token: refused, open, or numbers (a page of metrics)."""
+    host, port = listener.reachable_at
+    try:
+        reply = httpx.get(f"http://{host}:{port}/", timeout=_PATIENCE_S)
+    except httpx.HTTPError:
+        return _answer_to_calls(f"{host}:{port}")
+    if reply.status_code == 401:
+        return "refused"
+    return "numbers" if reply.text.startswith("# HELP") else "open"
+
+
+def _answer_to_calls(address: str) -> str:
+    said = set()
+    with grpc.insecure_channel(address) as channel:
+        for method in _METHODS:
+            try:
+                channel.unary_unary(f"/{method}")(b"", timeout=_PATIENCE_S)
+            except grpc.RpcError as error:
+                said.add(error.code())
+            else:
+                return "open"
+    return "refused" if grpc.StatusCode.UNAUTHENTICATED in said else "open"
+
+
+def test_without_its_token_ray_does_nothing(used: LaunchedServer) -> None:
+    of_ray = [one for one in listeners_of(used.pids("")) if any(word in one.title for word in _OF_RAY)]
+    assert len(of_ray) >= len(_OF_RAY)
+    assert {answer_without_token(one) for one in of_ray} == {"refused", "numbers"}
+    between_replicas = [one for one in listeners_of(used.pids("ray::ServeReplica")) if not one.is_local]
+    assert {answer_without_token(one) for one in between_replicas} == {"refused"}
