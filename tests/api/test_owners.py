@@ -44,6 +44,7 @@ AUDIO = "/jobs/{job_id}/audio"
 # What names a job, by the contract it belongs to, and what names anything else.
 JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
+OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32}
 
 ALICE, BOB = "alice-1", "bob-1"
 HASHES = [f"alice:{hash_key(ALICE)}", f"alice:{hash_key('alice-2')}", f"bob:{hash_key(BOB)}", hash_key("unnamed")]
