@@ -64,6 +64,7 @@ class RayOperations:
     def __init__(self, backend: RayBackend, *, runner: DeploymentHandle, application: str) -> None:
         self._backend = backend
         self._runner = runner
+        self._ingress: DeploymentHandle | None = None
         self._application = application
         self._drain = DrainReport()
         self._asked_at = float("-inf")
@@ -116,8 +117,9 @@ class RayOperations:
         return self._drain if self._drain.state != "no" else DrainReport("draining", None, None)
 
     async def _ask(self) -> None:
-        ingress = serve.get_deployment_handle(INGRESS_NAME, self._application)
-        requests, jobs = await asyncio.gather(_progress_of(ingress), _progress_of(self._runner))
+        if self._ingress is None:  # there is none before the application is deployed
+            self._ingress = serve.get_deployment_handle(INGRESS_NAME, self._application)
+        requests, jobs = await asyncio.gather(_progress_of(self._ingress), _progress_of(self._runner))
         all_ = (*requests, *jobs)
         is_done = all(one is not None and one.has_begun and not one.num_left for one in all_)
         self._drain = DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))

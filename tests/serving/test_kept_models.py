@@ -58,6 +58,7 @@ print("seen:", json.dumps(seen))
 """
 
 
+@pytest.mark.chaos  # test_admin.py sees the effect of names every time
 def test_names_are_seen_by_every_process_and_remembered_while_the_head_is_away() -> None:
     result = subprocess.run(
         [sys.executable, "-c", _SEE], capture_output=True, text=True, timeout=170, check=False,
