@@ -1,4 +1,5 @@
-"""`stable-audio-serve admin`: changes a running server, with a key that has the scope `admin`.
+"""`stable-audio-serve admin`: changes a running server, with a key that has the scope `admin`. Its `jobs` need the
+store only.
 
 Imports what a command needs only when it runs.
 """
@@ -13,6 +14,7 @@ from urllib.parse import quote
 
 import typer
 
+from stable_audio_serve.cli import store_jobs
 from stable_audio_serve.cli.remote import FAILED, KeyFileOption, UrlOption, ask, connected, fail
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ letters = typer.Typer(
     no_args_is_help=True, help="Jobs that failed by no fault of their own: list, show, retry, delete."
 )
 app.add_typer(letters, name="dead-letters")
+app.add_typer(store_jobs.app, name="jobs")
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Its name or one of its aliases.")]
 _Wait = Annotated[float, typer.Option("--wait", min=0, max=86_400, help="Longest time to wait for it, seconds.")]

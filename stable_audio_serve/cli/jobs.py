@@ -1,4 +1,4 @@
-"""`stable-audio-serve jobs`: an operator's look at the job store, beside a running server or without one.
+"""`stable-audio-serve jobs`: work that a server does later, for whoever's key asks.
 
 Imports what a command needs only when it runs.
 """
@@ -6,188 +6,146 @@ Imports what a command needs only when it runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stable_audio_serve.cli.configuration import ConfigOption, load_configured
+from stable_audio_serve.cli.endings import INTERRUPTED, fail, said_plainly
+from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
+from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, with_options
 
 if TYPE_CHECKING:
-    from stable_audio_serve.core.settings import Settings
-    from stable_audio_serve.jobs.job import Job
-    from stable_audio_serve.jobs.store.job_store import JobStore
+    from stable_audio_serve.client import Job
 
-app = typer.Typer(no_args_is_help=True, help="List, show, cancel and retry jobs in the configured store.")
+app = typer.Typer(no_args_is_help=True, help="Submit, list, watch, fetch and cancel jobs of a server.")
 
-_Limit = Annotated[int, typer.Option(min=1, max=10_000, help="Most jobs to list.")]
+_EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": INTERRUPTED}
+
+_Id = Annotated[str, typer.Argument(metavar="ID", help="As `submit` printed it.")]
+_Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="As `submit` printed them.")]
 _Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
-_State = Annotated[
-    Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, typer.Option(help="Only such jobs.")
-]
-_Name = Annotated[
-    str, typer.Argument(metavar="ID", help="A job's id; sa3/ID, aiml/ID or fal/ID where it is not unique.")
-]
-_Client = Annotated[str | None, typer.Option("--client", help="Whose job, where several clients chose its id.")]
-_Names = Annotated[list[str], typer.Argument(metavar="ID...", help="Jobs' ids, as of `show`.")]
+
+
+@app.command()
+@with_options(without=["out", "local", "config", "quiet"])
+def submit(
+    prompt: Prompt,
+    *,
+    audio: Annotated[str | None, typer.Option(help="Make a variation of this; - is standard input.")] = None,
+    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --audio: low keeps more of it.")] = None,
+    regions: Annotated[
+        list[str] | None,
+        typer.Option("--region", "-r", metavar="START:END", help="With --audio: seconds to make anew, keep the rest."),
+    ] = None,
+    webhook: Annotated[str | None, typer.Option(help="Is told the end of the job.")] = None,
+    key: Annotated[str | None, typer.Option("--idempotency-key", help="The same key finds the same job again.")] = None,
+    options: SoundOptions,
+) -> None:
+    """Submit a job and print its id."""
+    from stable_audio_serve.cli import makers
+    from stable_audio_serve.cli.sound import parse_region, read_audio
+
+    with said_plainly(), open_client(options.url, options.key_file) as client:
+        if audio is None and (regions or noise is not None):
+            raise ValueError("--region and --noise need --audio")
+        spans = [parse_region(region) for region in regions or ()]
+        fields = {**options.controls, "init_noise_level": noise, "webhook_url": webhook}
+        order = makers.Order(
+            "generate" if audio is None else "inpaint" if spans else "vary",
+            typer.get_text_stream("stdin").read().strip() if prompt == "-" else prompt,
+            audio=None if audio is None else read_audio(audio),
+            regions=spans,
+            controls={name: value for name, value in fields.items() if value is not None},
+        )
+        job = makers.submit(order, client, key=key)
+    typer.echo(json.dumps(dict(job.sent), indent=2) if options.as_json else job.id)
 
 
 @app.command("list")
-def list_jobs(state: _State = None, limit: _Limit = 50, *, as_json: _Json = False, file: ConfigOption = None) -> None:
-    """Everybody's jobs, newest first."""
-    from stable_audio_serve.cli import job_report
-
-    with _opened(file) as (store, _):
-        jobs, counts = store.operators.list_all(state=state, limit=limit), store.operators.counts()
+def list_jobs(
+    status: Annotated[
+        Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, typer.Option(help="Only such jobs.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Most jobs to list.")] = 20,
+    *,
+    as_json: _Json = False,
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+) -> None:
+    """Your jobs, newest first."""
+    found: list[Job] = []
+    cursor = None
+    with said_plainly(), open_client(url, key_file) as client:
+        while limit > len(found):
+            page = client.jobs.list(status=status, limit=min(100, limit - len(found)), cursor=cursor)
+            found += page.jobs
+            cursor = page.next_cursor
+            if cursor is None:
+                break
     if as_json:
-        _print_json([job_report.as_dict(job) for job in jobs])
+        typer.echo(json.dumps([dict(job.sent) for job in found], indent=2))
     else:
-        job_report.print_jobs(jobs, counts)
-
-
-@app.command("dead-letters")
-def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, *, file: ConfigOption = None) -> None:
-    """Jobs that failed by no fault of their own and are not tried again by themselves."""
-    from stable_audio_serve.cli import job_report
-
-    with _opened(file) as (store, _):
-        jobs = store.operators.list_all(dead_letters=True, limit=limit)
-    if as_json:
-        _print_json([job_report.as_dict(job) for job in jobs])
-    else:
-        job_report.print_dead_letters(jobs)
+        _print_jobs(found)
 
 
 @app.command()
-def show(name: _Name, client: _Client = None, *, as_json: _Json = False, file: ConfigOption = None) -> None:
-    """One job and its events."""
-    from stable_audio_serve.cli import job_report
-
-    with _opened(file) as (store, _):
-        job = _find(store, name, client=client)
-        events = store.clients.events(job.spec.ref)
-    if as_json:
-        _print_json(job_report.as_dict(job) | {"events": [job_report.event_as_dict(event) for event in events]})
-    else:
-        job_report.print_job(job, events)
+def show(job_id: _Id, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """One job as JSON."""
+    with said_plainly(), open_client(url, key_file) as client:
+        typer.echo(json.dumps(dict(client.jobs.get(job_id).sent), indent=2))
 
 
 @app.command()
-def cancel(names: _Names, client: _Client = None, *, file: ConfigOption = None) -> None:
-    """End jobs that wait, and ask those that run to stop."""
-    import asyncio
+def watch(job_id: _Id, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """Show a job's progress until it is over. Exit code 0: it succeeded. 1: it failed. 130: it was cancelled."""
+    from stable_audio_serve.cli.progress import shown
 
-    from stable_audio_serve.jobs.open import open_artifacts
-    from stable_audio_serve.jobs.queue import JobQueue
-
-    with _opened(file) as (store, settings):
-        queue = JobQueue(store, open_artifacts(settings))  # it also deletes the upload of a job that never began
-
-        def cancel_one(job: Job) -> str:
-            outcome, now = asyncio.run(queue.cancel(job.spec.ref))
-            if outcome == "already_over" and now is not None:
-                raise _RefusalError(f"it is over: {now.state}")
-            return "cancelled" if outcome == "removed" else "asked to stop; it ends within one denoising step"
-
-        _do_each(store, names, client=client, act=cancel_one)
+    with said_plainly(), open_client(url, key_file) as client, shown(quiet=False) as show_progress:
+        job = client.jobs.wait(job_id, on_progress=show_progress)
+    if job.status != "succeeded":
+        raise fail(job.error or f"the job was {job.status}", code=_EXIT_CODES[job.status])
+    typer.echo(job.status)
 
 
 @app.command()
-def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -> None:
-    """Let dead letters wait again, with new attempts."""
-    with _opened(file) as (store, _):
+def fetch(
+    job_id: _Id,
+    out: Annotated[str, typer.Option("--out", "-o", help="File or folder to write, - for standard output.")] = ".",
+    *,
+    as_json: _Json = False,
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+) -> None:
+    """Wait for a job's end and write its audio."""
+    from stable_audio_serve.cli.progress import shown
+    from stable_audio_serve.cli.saving import save
+    from stable_audio_serve.cli.sound import report
 
-        def retry_one(job: Job) -> str:
-            if store.dead_letters.retry_job(job.spec.ref) is None:
-                raise _RefusalError(f"it is no dead letter: it is {job.state}")
-            return "queued again"
-
-        _do_each(store, names, client=client, act=retry_one)
-
-
-class _RefusalError(Exception):
-    """A refused command; the text says why."""
+    with said_plainly(), open_client(url, key_file) as client:
+        with shown(quiet=False) as show_progress:
+            job = client.jobs.wait(job_id, on_progress=show_progress)
+        take = client.jobs.fetch(job)
+        files = save(take, out, prompt=job_id)
+    report(take, files, as_json=as_json)
 
 
-def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
-    """Do the same with several jobs; exit 1 after the last one when it could not be done with all of them."""
+@app.command()
+def cancel(job_ids: _Ids, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
+    """Cancel jobs: at once while they wait, within one step while they run."""
+    with said_plainly(), open_client(url, key_file) as client:
+        for job_id in job_ids:
+            job = client.jobs.cancel(job_id)
+            typer.echo(f"{job.id}: {'cancelled' if job.is_over else 'asked to stop'}")
+
+
+def _print_jobs(jobs: list[Job]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     from stable_audio_serve.cli.job_report import plain
 
-    num_refused = 0
-    for name in names:
-        try:
-            typer.echo(f"{plain(name)}: {act(_find(store, name, client=client))}")
-        except _RefusalError as error:
-            typer.echo(f"error: {plain(name)}: {error}", err=True)
-            num_refused += 1
-    if num_refused:
-        raise typer.Exit(1)
-
-
-def _find(store: JobStore, name: str, *, client: str | None) -> Job:
-    """The job that an operator names, with or without its contract and client. Raises _RefusalError."""
-    from typing import get_args
-
-    from stable_audio_serve.core.ids import JobId
-    from stable_audio_serve.jobs.job import Contract
-
-    contract, _, rest = name.partition("/")
-    is_one_contract = contract in get_args(Contract)
-    jobs = [
-        job
-        for job in store.operators.find_all(JobId(rest if is_one_contract else name))
-        if (job.spec.contract == contract or not is_one_contract) and client in (None, job.spec.client)
-    ]
-    if not jobs:
-        raise _RefusalError("no such job")
-    if len(jobs) > 1:
-        places = (f"{job.spec.contract}/{job.spec.id} --client {job.spec.client!r}" for job in jobs)
-        raise _RefusalError(f"which one? {', '.join(places)}")
-    return jobs[0]
-
-
-@contextmanager
-def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
-    """The configured store. What goes wrong with it is one sentence: exit 2 for settings, 1 for the rest."""
-    from stable_audio_serve.core.errors import ConfigError, StableAudioError
-    from stable_audio_serve.jobs.open import open_store
-
-    _silence_logs()
-    try:
-        settings = load_configured(file)
-        store = open_store(settings)
-        database = store.database
-        if database.is_sqlite and not Path(database.url.database or "").is_file():
-            raise ConfigError(f"there are no jobs yet: {database.url.database} does not exist")
-        database.prepare()
-        try:
-            yield store, settings
-        finally:
-            database.close()
-    except _RefusalError as error:
-        raise _exit(str(error), 1) from error
-    except ConfigError as error:
-        raise _exit(error.message, 2) from error
-    except StableAudioError as error:
-        raise _exit(error.message, 1) from error
-
-
-def _exit(message: str, code: int) -> typer.Exit:
-    typer.echo(f"error: {message}", err=True)
-    return typer.Exit(code)
-
-
-def _silence_logs() -> None:
-    """Keep a server's log lines out of the tables; errors end in one sentence."""
-    import logging
-
-    import structlog
-
-    if not structlog.is_configured():
-        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))  # ASCII: no control character reaches the terminal
+    table = Table("id", "status", "model", "seconds", "created", "error")
+    for job in jobs:
+        created = f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}"
+        table.add_row(job.id, job.status, job.model, f"{job.duration_s:g}", created, plain(job.error or ""))
+    Console().print(table)

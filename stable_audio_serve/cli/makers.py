@@ -41,29 +41,35 @@ class Order:
         return ([self.prompt] if self.audio is None else [self.audio, self.prompt]), more
 
 
-def make_by_server(order: Order, *, url: str | None, on_progress: OnProgress) -> Take:
+def make_by_server(order: Order, client: Client, *, on_progress: OnProgress) -> Take:
     """Returns the take of a job, which is cancelled on Ctrl-C; of a loop, for which there are no jobs, at once.
 
     Raises errors of `core.errors`.
     """
     arguments, more = order.arguments()
-    with Client(url) as client:
-        if order.kind == "loop":
-            return client.loop(*arguments, **more)
-        submit: dict[str, Callable[..., Job]] = {
-            "generate": client.jobs.submit,
-            "vary": client.jobs.submit_variation,
-            "inpaint": client.jobs.submit_inpaint,
-        }
-        key = uuid.uuid4().hex
-        try:
-            job = submit[order.kind](*arguments, idempotency_key=key, **more)
-            return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
-        except KeyboardInterrupt:
-            job = submit[order.kind](*arguments, idempotency_key=key, **more)  # it may not have been told its id yet
-            with suppress(ConflictError):  # it has ended
-                client.jobs.cancel(job.id)
-            raise
+    if order.kind == "loop":
+        return client.loop(*arguments, **more)
+    key = uuid.uuid4().hex
+    try:
+        job = submit(order, client, key=key)
+        return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
+    except KeyboardInterrupt:
+        job = submit(order, client, key=key)  # it may not have been told its id yet
+        with suppress(ConflictError):  # it has ended
+            client.jobs.cancel(job.id)
+        raise
+
+
+def submit(order: Order, client: Client, *, key: str | None) -> Job:
+    """Returns the job of an order that is no loop; with the same key the same one. Raises errors of `core.errors`."""
+    arguments, more = order.arguments()
+    jobs = client.jobs
+    submits: dict[str, Callable[..., Job]] = {
+        "generate": jobs.submit,
+        "vary": jobs.submit_variation,
+        "inpaint": jobs.submit_inpaint,
+    }
+    return submits[order.kind](*arguments, idempotency_key=key, **more)
 
 
 def make_here(order: Order, *, config: Path | None, on_progress: OnProgress) -> Take:

@@ -32,19 +32,15 @@ _TIMEOUT_S = 10.0
 
 @contextmanager
 def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
-    """A client of the server. What goes wrong is one sentence on standard error and an exit code."""
+    """A client that tries once, for what operators ask. What goes wrong is one sentence and an exit code."""
     import httpx
 
-    from stable_audio_serve.client import Client, Retries
+    from stable_audio_serve.client import Retries
     from stable_audio_serve.core.errors import ForbiddenError, StableAudioError, UnauthorizedError, UnreachableError
 
-    load_dotenv()
-    http = httpx.Client(timeout=_TIMEOUT_S)
     try:
-        with Client(url, api_key=_read_key(key_file), retries=Retries(most=0), http=http) as client:
+        with open_client(url, key_file, retries=Retries(most=0), http=httpx.Client(timeout=_TIMEOUT_S)) as client:
             yield client
-    except ValueError as error:
-        raise fail(f"--url (STABLE_AUDIO_URL): {error}", code=2) from error
     except UnreachableError as error:
         raise fail(error.message, code=UNREACHABLE) from error
     except (UnauthorizedError, ForbiddenError) as error:
@@ -52,6 +48,17 @@ def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
         raise fail(f"{error.message}{hint}", code=KEY_REFUSED) from error
     except StableAudioError as error:
         raise fail(error.message, code=FAILED) from error
+
+
+def open_client(url: str | None, key_file: Path | None, **options: Any) -> Client:
+    """Returns a client of the server; `options` are those of `Client`."""
+    from stable_audio_serve.client import Client
+
+    load_dotenv()
+    try:
+        return Client(url, api_key=_read_key(key_file), **options)
+    except ValueError as error:
+        raise fail(f"--url (STABLE_AUDIO_URL): {error}", code=2) from error
 
 
 def ask(client: Client, what: str, **options: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stable_audio_serve.cli.endings import said_plainly
-from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, Source, Url, with_options
+from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
+from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, Source, with_options
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Take
@@ -51,7 +52,7 @@ def variation(
 def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, options: SoundOptions) -> None:
     """Make regions of audio anew and keep the rest."""
     with said_plainly():
-        spans = [_parse_region(region) for region in regions]
+        spans = [parse_region(region) for region in regions]
     _make("inpaint", prompt, audio=audio, regions=spans, options=options)
 
 
@@ -69,7 +70,7 @@ def continue_audio(
 ) -> None:
     """Continue audio behind its end."""
     with said_plainly():
-        content = _read(audio)
+        content = read_audio(audio)
         kept_s = _length_s(content) if start is None else start
     _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more={"duration": until}, options=options)
 
@@ -93,14 +94,17 @@ def loop(
 
 
 @app.command()
-def models(url: Url = None, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def models(
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
     """List the models that a server serves."""
     from rich.console import Console
     from rich.table import Table
 
-    from stable_audio_serve.client import Client
-
-    with said_plainly(), Client(url) as client:
+    with said_plainly(), open_client(url, key_file) as client:
         found = client.models()
     if as_json:
         typer.echo(json.dumps([dict(model.sent) for model in found], indent=2))
@@ -133,7 +137,7 @@ def _make(
         if prompt == STDOUT and audio == STDOUT:
             raise ValueError("either the prompt or the audio can be standard input")
         prompt = sys.stdin.read().strip() if prompt == STDOUT else prompt
-        source = _read(audio) if isinstance(audio, str) else audio
+        source = read_audio(audio) if isinstance(audio, str) else audio
         fields = {**options.controls, **(more or {})}
         controls = {name: value for name, value in fields.items() if value is not None}
         order = Order(kind, prompt, audio=source, regions=regions or (), controls=controls)
@@ -141,12 +145,14 @@ def _make(
             if options.local:
                 take = make_here(order, config=options.config, on_progress=show)
             else:
-                take = make_by_server(order, url=options.url, on_progress=show)
+                with open_client(options.url, options.key_file) as client:
+                    take = make_by_server(order, client, on_progress=show)
         files = save(take, options.out, prompt=prompt)
-    _report(take, files, as_json=options.as_json)
+    report(take, files, as_json=options.as_json)
 
 
-def _report(take: Take, files: list[Path], *, as_json: bool) -> None:
+def report(take: Take, files: list[Path], *, as_json: bool) -> None:
+    """Say what was written, on standard output."""
     if not as_json:
         for file in files:
             typer.echo(str(file))
@@ -164,7 +170,8 @@ def _report(take: Take, files: list[Path], *, as_json: bool) -> None:
     typer.echo(json.dumps({"model": take.model, "sample_rate": take.sample_rate_hz, "clips": clips}, indent=2))
 
 
-def _read(audio: str) -> bytes:
+def read_audio(audio: str) -> bytes:
+    """Returns the content of source audio. Raises OSError."""
     return sys.stdin.buffer.read() if audio == "-" else Path(audio).read_bytes()
 
 
@@ -180,7 +187,8 @@ def _length_s(content: bytes) -> float:
         raise ValueError(f"the audio cannot be read: {error}; --from says how much of it to keep") from error
 
 
-def _parse_region(text: str) -> tuple[float, float]:
+def parse_region(text: str) -> tuple[float, float]:
+    """Returns [start, end) in seconds. Raises ValueError."""
     start, _, end = text.partition(":")
     try:
         return float(start), float(end)

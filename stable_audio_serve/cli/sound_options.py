@@ -11,14 +11,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from stable_audio_serve.cli.remote import KeyFileOption, UrlOption
+
 Prompt = Annotated[str, typer.Argument(help="What to hear; - reads it from standard input.")]
 Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
-Url = Annotated[
-    str | None,
-    typer.Option(
-        help="The server; default: STABLE_AUDIO_URL, else http://127.0.0.1:8000. The key: STABLE_AUDIO_API_KEY."
-    ),
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +38,8 @@ class SoundOptions:
     ] = "."
     as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False
-    url: Url = None
+    url: UrlOption = None
+    key_file: KeyFileOption = None
     local: Annotated[bool, typer.Option("--local", help="Run the model in this process, without a server.")] = False
     config: Annotated[Path | None, typer.Option("--config", help="With --local: the config file, as for `serve`.")] = (
         None

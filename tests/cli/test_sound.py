@@ -18,6 +18,7 @@ import soundfile
 from stable_audio_serve.cli.saving import slug
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
 from tests.api.compat.serving import serve_app
+from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
 
 pytestmark = pytest.mark.slow
@@ -164,6 +165,34 @@ async def test_ctrl_c_cancels(shell: Shell) -> None:
         while not shell.backend.num_cancelled:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert await shell.files() == []
+
+
+async def test_jobs_from_submission_to_file(shell: Shell) -> None:
+    shell.backend.released.clear()
+    job_id = (await shell.run("jobs", "submit", "rain", "-d", "0.5", "-s", "7", "-n", "2")).decode().strip()
+    assert (await shell.run("jobs", "list", COLUMNS="200")).decode().count(job_id) == 1
+    watching = asyncio.create_task(shell.run("jobs", "watch", job_id))
+    shell.backend.released.set()
+    assert await watching == b"succeeded\n"
+    written = (await shell.run("jobs", "fetch", job_id, "-o", "rain/")).decode().split()
+    assert written == [f"rain/{job_id}-7.wav", f"rain/{job_id}-8.wav"]
+    assert frames(await shell.read(written[1])) == RATE_HZ // 2
+    assert json.loads(await shell.run("jobs", "show", job_id))["seeds"] == [7, 8]
+
+
+async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
+    shell.backend.released.clear()
+    take = make_audio_file(duration_s=1.0)
+    submit = ("jobs", "submit", "rain", "-d", "1", "--audio", "-", "--region", "0.25:0.5", "--idempotency-key", "one")
+    first = await shell.run(*submit, stdin=take)
+    assert await shell.run(*submit, stdin=take) == first
+    job_id = first.decode().strip()
+    await shell.run("jobs", "cancel", job_id)
+    assert "cancelled" in (await shell.run("jobs", "watch", job_id, code=130)).decode()
+    assert "over" in (await shell.run("jobs", "cancel", job_id, code=2)).decode()
+    assert "cancelled" in (await shell.run("jobs", "fetch", job_id, code=130)).decode()
+    assert "not found" in (await shell.run("jobs", "show", "0" * 32, code=2)).decode()
+    assert "--audio" in (await shell.run("jobs", "submit", "rain", "-r", "1:2", code=2)).decode()
 
 
 async def test_without_a_server(shell: Shell) -> None:

@@ -70,7 +70,7 @@ def test_commands_exist_and_take_their_options(page: str) -> None:
 
 
 def test_a_command_that_does_not_exist_is_found() -> None:
-    page = f"`{PROGRAM} jobs retry ID`, `{PROGRAM} jobs forget ID`\n```\n{PROGRAM} serve --prot 1 # port\n```"
+    page = f"`{PROGRAM} jobs show ID`, `{PROGRAM} jobs forget ID`\n```\n{PROGRAM} serve --prot 1 # port\n```"
     assert [complaint(arguments) is None for arguments in commands_of(page)] == [False, True, False]
 
 

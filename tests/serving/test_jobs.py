@@ -178,7 +178,7 @@ def test_a_stream_goes_on_at_another_ingress_after_an_operator_cancelled(server:
         told.append(event)
         if event["data"]["stage"] == "denoising":
             break
-    command = [sys.executable, "-m", "stable_audio_serve.cli", "jobs", "cancel", job_id]
+    command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job_id]
     done = subprocess.run(command, cwd=config.parent, capture_output=True, timeout=60, check=True)
     assert b"asked to stop" in done.stdout
     last = next(event["id"] for event in reversed(told) if "id" in event)

@@ -41,11 +41,11 @@ def store(store_url: str) -> Iterator[JobStore]:
 
 @pytest.fixture
 def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`stable-audio-serve jobs`, beside the server that has `store` open."""
+    """`stable-audio-serve admin jobs`, beside the server that has `store` open."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", store_url)
     monkeypatch.setenv("STABLE_AUDIO_OUTPUT_DIR", str(tmp_path / "jobs"))
-    return lambda *arguments: CliRunner().invoke(app, ["jobs", *arguments])
+    return lambda *arguments: CliRunner().invoke(app, ["admin", "jobs", *arguments])
 
 
 def errors(text: str) -> list[str]:
@@ -253,7 +253,7 @@ def test_the_config_file_names_the_store(
 
 def test_as_a_program_of_its_own(store: JobStore, store_url: str, tmp_path: Path) -> None:
     job = add(store)
-    command = [sys.executable, "-m", "stable_audio_serve.cli", "jobs", "cancel", job.spec.id, "nope"]
+    command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job.spec.id, "nope"]
     environment = os.environ | {"STABLE_AUDIO_DATABASE_URL": store_url, "STABLE_AUDIO_OUTPUT_DIR": str(tmp_path)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
