@@ -139,5 +139,6 @@ async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress |
 
 
 def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
-    known = [one.num_left for one in progress if one is not None]
+    """Returns what all have to finish; None while one is silent, or has yet to hear of the drain."""
+    known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None

@@ -1,0 +1,238 @@
+"""Operators before a real server, through their own commands: models loaded and unloaded, its state at every moment,
+dead letters, and a server taken out under load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from stable_audio_serve.cli import app
+from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
+from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.open import open_artifacts, open_store
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from tests.backends import ToneBackend, make_catalog
+from tests.jobs.conftest import SHORT_PAUSES
+from tests.serving.conftest import LAZY, TINY
+from tests.serving.launched import LaunchedServer, write_config
+
+pytestmark = pytest.mark.ray
+
+_PATIENCE_S = 90.0
+_DOWNSCALE_DELAY_S = 2.0
+_BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
+_SECONDS_OF_WORK = _BODY | {"steps": 1000, "batch_size": 2, "duration": 16, "deadline_s": 200}
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("admin")
+
+
+@pytest.fixture(scope="module")
+def operated(folder: Path) -> Iterator[LaunchedServer]:
+    """A server with keys: `tiny` is preloaded, `lazy` is not and leaves soon, `broken` cannot; one job at a time."""
+    broken = folder / "broken"
+    shutil.copytree(TINY, broken)
+    (broken / "model.safetensors").write_bytes(b"nothing of use")
+    keys = folder / "keys"
+    keys.write_text(f"root:{hash_key('admin')} scope=admin,jobs,generate\nstudio:{hash_key('plain')}\n")
+    keys.chmod(0o600)
+    (folder / "admin.key").write_text("admin\n")
+    (folder / "plain.key").write_text("plain\n")
+    soon = {"max_replicas": 1, "downscale_delay_s": _DOWNSCALE_DELAY_S}
+    args = {
+        "models": [
+            {"name": "tiny", "path": TINY, "max_queue_s": 1e6},
+            {"name": "lazy", "path": LAZY, "replicas": soon},
+            {"name": "broken", "path": str(broken)},
+        ],
+        "api": {"key_file": str(keys)},
+        "jobs": {"max_attempts": 1, "max_running": 1},
+    }
+    config = write_config(folder, args)
+    launched = LaunchedServer(config, environment={"STABLE_AUDIO_MAX_STEPS": "1000", "STABLE_AUDIO_MAX_DURATION": "20"})
+    try:
+        launched.wait_until_ready()
+        launched.client.headers["Authorization"] = "Bearer admin"
+        yield launched
+    finally:
+        launched.stop(number=signal.SIGKILL)
+
+
+@pytest.fixture
+def run(operated: LaunchedServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`stable-audio-serve` with a key that may everything; returns what it printed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("STABLE_AUDIO_URL", operated.url)
+
+    def invoke(*arguments: str, code: int = 0, key: str = "admin") -> str:
+        result = CliRunner().invoke(app, [*arguments, "--key-file", f"{key}.key"])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return invoke
+
+
+def status_of(server: LaunchedServer) -> dict[str, Any]:
+    reply = server.client.get("/v1/status")
+    assert reply.status_code == 200
+    found: dict[str, Any] = reply.json()
+    return found
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """What `condition` says once it is true."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not (said := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return said
+
+
+def test_a_loaded_model_stays_until_it_is_unloaded(operated: LaunchedServer, run: Run) -> None:
+    assert status_of(operated)["models"]["lazy"]["stage"] == "idle"
+    run("admin", "load", "lazy", code=4, key="plain")
+    assert "it is ready now" in run("admin", "load", "lazy", "--wait", str(_PATIENCE_S))
+    (replica,) = wait_for(lambda: [r for r in status_of(operated)["models"]["lazy"]["replicas"] if r["device"]])
+    assert (replica["dtype"], replica["requests"], replica["backlog_s"]) == ("float32", 0, 0)
+    until = time.monotonic() + 4 * _DOWNSCALE_DELAY_S
+    while time.monotonic() < until:
+        lazy = status_of(operated)["models"]["lazy"]
+        assert (lazy["kept"], lazy["stage"], lazy["states"]) == (True, "ready", {"running": 1})
+        assert [each["id"] for each in lazy["replicas"]] == [replica["id"]]
+        time.sleep(0.5)
+    run("admin", "unload", "lazy")
+    wait_for(lambda: status_of(operated)["models"]["lazy"]["stage"] == "idle")
+    lazy = wait_for(lambda: (found := status_of(operated)["models"]["lazy"])["states"] == {} and found)
+    assert (lazy["kept"], lazy["replicas"], lazy["backlog_s"]) == (False, [], 0)
+
+
+def test_status_tells_of_work_and_of_a_replica_that_died(operated: LaunchedServer, run: Run) -> None:
+    with ThreadPoolExecutor() as pool:
+        pool.submit(operated.client.post, "/generate", json=_SECONDS_OF_WORK)
+
+        def busy() -> dict[str, Any] | None:
+            (said,) = status_of(operated)["models"]["tiny"]["replicas"] or [{}]
+            return said if said.get("rows_per_step") else None
+
+        replica = wait_for(busy)
+        assert replica["requests"] == 1
+        assert replica["backlog_s"] > 0
+        shown = run("status")
+        assert "tiny *" in shown
+        assert replica["id"] in shown
+        (pid,) = operated.pids("ray::ServeReplica:audio:tiny")
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not status_of(operated)["ready"])
+        assert "loading" in run("status", code=1)
+        wait_for(lambda: status_of(operated)["ready"])
+    (again,) = wait_for(lambda: status_of(operated)["models"]["tiny"]["replicas"])
+    assert again["id"] != replica["id"]
+    found = json.loads(run("status", "--json", key="plain"))
+    assert found["models"]["lazy"]["stage"] == "idle"
+
+
+def test_a_dead_letter_is_tried_again_once(operated: LaunchedServer, run: Run) -> None:
+    ticket = operated.client.post("/jobs", json=_BODY | {"model": "broken"}).json()
+
+    def letters() -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = json.loads(run("admin", "dead-letters", "list", "--json"))
+        return listed
+
+    (letter,) = wait_for(letters)
+    assert (letter["id"], letter["client"], letter["error"]["code"]) == (ticket["id"], "root", "unavailable")
+    number = str(letter["number"])
+    assert status_of(operated)["models"]["broken"]["stage"] == "failed"
+    assert "it is failed now" in run("admin", "load", "broken", "--wait", "60", code=1)
+    run("admin", "unload", "broken")
+    assert "1 queued again" in run("admin", "dead-letters", "retry", number)
+    assert "no dead letters: 999" in run("admin", "dead-letters", "retry", "999", code=1)
+    wait_for(letters)
+    shown = run("admin", "dead-letters", "show", number)
+    assert shown.count("tried again by an operator") == 1
+    assert sum(line.split()[-1:] == ["started"] for line in shown.splitlines()) == 2  # it has run once more
+    assert "1 deleted" in run("admin", "dead-letters", "delete", "--all")
+    assert letters() == []
+    wait_for(lambda: status_of(operated)["jobs"]["dead_letters"] == 0)
+
+
+def test_a_server_taken_out_under_load_finishes_what_it_began(operated: LaunchedServer, run: Run, folder: Path) -> None:
+    client = operated.client
+    jobs = [client.post("/jobs", json=_SECONDS_OF_WORK).json() for _ in range(3)]
+
+    def state(job: dict[str, Any]) -> str:
+        return str(client.get(job["status_url"]).json()["status"])
+
+    with ThreadPoolExecutor() as pool:
+        wait_for(lambda: [state(job) for job in jobs] == ["running", "queued", "queued"])
+        busy = [pool.submit(client.post, "/generate", json=_SECONDS_OF_WORK) for _ in range(2)]
+        wait_for(lambda: status_of(operated)["models"]["tiny"]["replicas"][0]["requests"] == 3)
+        draining = pool.submit(run, "admin", "drain", "--wait", "300")
+        wait_for(lambda: client.get("/ready").status_code == 503)
+        left = wait_for(lambda: (found := status_of(operated)["draining"])["requests"] is not None and found)
+        assert left == {"state": "draining", "requests": 2, "jobs": 1}
+        refused = client.post("/generate", json=_BODY)
+        assert (refused.status_code, int(refused.headers["retry-after"]) >= 1) == (503, True)
+        assert client.post("/jobs", json=_BODY).status_code == 503
+        assert [reply.result().status_code for reply in busy] == [200, 200]
+        assert "drained: nothing is left to finish" in draining.result()
+    assert [state(job) for job in jobs] == ["succeeded", "queued", "queued"]
+    assert client.get(f"{operated.url}/jobs/{jobs[0]['id']}/audio").status_code == 200
+    asyncio.run(finish_elsewhere(folder, lambda: [state(job) for job in jobs] == ["succeeded"] * 3))
+    assert status_of(operated)["draining"]["state"] == "drained"
+    run("admin", "resume")
+    wait_for(lambda: client.get("/ready").status_code == 200)
+    assert client.post("/generate", json=_BODY).status_code == 200
+    last = client.post("/jobs", json=_BODY).json()
+    wait_for(lambda: state(last) == "succeeded")
+
+
+async def finish_elsewhere(folder: Path, is_done: Callable[[], bool]) -> None:
+    """Run jobs of the same database by a runner of another server."""
+    settings = Settings.model_validate({"output_dir": str(folder / "outputs")})
+    store = open_store(settings)
+    tiny = replace(make_catalog().default, name="tiny", aliases=())
+    runner = JobRunner(
+        store,
+        open_artifacts(settings),
+        backend=ToneBackend(ModelCatalog([tiny]), statuses={"tiny": ModelStatus("ready", 1, "cpu")}),
+        settings=settings,
+        pauses=SHORT_PAUSES,
+    )
+    await runner.start()
+    await asyncio.to_thread(wait_for, is_done)
+    await runner.close()
+    store.database.close()
+
+
+def test_a_server_that_is_not_there_has_an_exit_code_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STABLE_AUDIO_URL", "http://127.0.0.1:9")
+    assert "did not answer" in run("status", code=3)
+    monkeypatch.setenv("STABLE_AUDIO_URL", "ftp://nobody")
+    assert "STABLE_AUDIO_URL" in run("status", code=2)
+
+
+def test_without_a_key_it_says_so(operated: LaunchedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STABLE_AUDIO_API_KEY", raising=False)
+    result = CliRunner().invoke(app, ["status", "--url", operated.url])
+    assert (result.exit_code, "STABLE_AUDIO_API_KEY" in result.output) == (4, True)
+    assert httpx.get(f"{operated.url}/v1/status").status_code == 401
