@@ -35,7 +35,6 @@ BENCH_CASES = (
     "formats",
     "scale",
     "routing",
-    "autoscale",
     "overload",
     "cold-start",
     *(("bfloat16",) if has_native_bfloat16() else ()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.prediction import Predictor
@@ -20,10 +22,14 @@ class PriceList:
     def __init__(self, model: DiffusionModel, predictor: Predictor) -> None:
         card = model.spec.card
         self._card = card
+        self._model = model
         self._predictor = predictor
         self._seconds = (_SHORT * card.max_duration_s, _LONG * card.max_duration_s)
-        self._works = {
-            (seconds, steps): _plan(model, seconds=seconds, steps=steps)
+
+    @cached_property
+    def _works(self) -> dict[tuple[float, int], RowWork]:
+        return {
+            (seconds, steps): _plan(self._model, seconds=seconds, steps=steps)
             for seconds in self._seconds
             for steps in (_FEW_STEPS, _MANY_STEPS)
         }

@@ -24,7 +24,7 @@ _COMPLAINT = (
     "serve_config.yaml: applications.0.arg: unknown; did you mean args?; htp_options: unknown; "
     "did you mean http_options?"
 )
-COMMANDS = [["config"], ["jobs", "list"], ["serve"]]
+COMMANDS = [["config"], ["admin", "jobs", "list"], ["serve"]]
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_without_a_file_the_packaged_one_is_used(run: Run, command: list[str]) -
     assert result.stderr.startswith("configuration: the packaged one, which serves the demo model; `stable-audio-serve")
     if command == ["config"]:
         assert [model["name"] for model in yaml.safe_load(result.stdout)["models"]] == ["demo"]
-    if command == ["jobs", "list"]:
+    if command == ["admin", "jobs", "list"]:
         assert "there are no jobs yet" in result.stderr
 
 
@@ -153,7 +153,7 @@ def test_the_version_is_an_option(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "completed"), [("se", "serve"), ("jobs dead", "dead-letters"), ("serve --pro", "--proxy")]
+    ("typed", "completed"), [("se", "serve"), ("admin jobs dead", "dead-letters"), ("serve --pro", "--proxy")]
 )
 def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
     words = {"COMP_WORDS": f"stable-audio-serve {typed}", "COMP_CWORD": str(typed.count(" ") + 1)}

@@ -44,6 +44,8 @@ REQUEST = GenerationRequest(
     priority="batch",
     start_within_s=3.5,
     is_promised=True,
+    exact=True,
+    in_time=True,
     request_id="r",
 )
 SPEC = JobSpec(
