@@ -55,7 +55,7 @@ def build_router(service: Service) -> APIRouter:
             dead_letters=[schemas.DeadLetter(**_describe(letter)) for letter in page[:limit]], next_cursor=last
         )
 
-    @router.get("/{number}", responses=_UNKNOWN)
+    @router.get("/{number:int}", responses=_UNKNOWN)  # words in its place are other routes
     async def show_dead_letter(number: Annotated[int, Path(ge=0, le=_LARGEST)]) -> schemas.DeadLetterDetails:
         """One dead letter and what happened to it."""
         found = await asyncio.to_thread(letters.find, number)
