@@ -107,4 +107,7 @@ async def test_a_burst_is_answered_by_cpus_and_what_must_be_exact_is_told_when_t
             assert status["status"] in ("queued", "running")
             await asyncio.sleep(0.1)
     assert (status["device"], status["dtype"]) == GPU  # it waited rather than overflow
-    assert made_on(await client.post(URL, json=CLIP | {"exact": True})) == GPU
+    async with asyncio.timeout(60):  # what a full model said counts for a second
+        while (reply := await client.post(URL, json=CLIP | {"exact": True})).status_code == 503:  # noqa: ASYNC110  others make the room
+            await asyncio.sleep(0.2)
+    assert made_on(reply) == GPU
