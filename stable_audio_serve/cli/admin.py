@@ -15,7 +15,8 @@ from urllib.parse import quote
 import typer
 
 from stable_audio_serve.cli import store_jobs
-from stable_audio_serve.cli.remote import FAILED, KeyFileOption, UrlOption, ask, connected, fail
+from stable_audio_serve.cli.endings import fail
+from stable_audio_serve.cli.remote import FAILED, KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Client

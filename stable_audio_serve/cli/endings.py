@@ -46,7 +46,8 @@ def said_plainly() -> Iterator[None]:
 
 
 def fail(message: str, *, code: int) -> typer.Exit:
-    """Returns what to raise after one sentence, without what could steer a terminal."""
-    plain = "".join(char if char.isprintable() else " " for char in message)
-    typer.echo(f"error: {plain}", err=True)
+    """Say what went wrong, printable whatever the server wrote. Returns the end of the command."""
+    from stable_audio_serve.cli.job_report import plain
+
+    typer.echo(f"error: {plain(message, limit=None)}", err=True)
     return typer.Exit(code)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stable_audio_serve.cli.configuration import refusing
+from stable_audio_serve.cli.endings import fail
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Client
@@ -67,14 +68,6 @@ def ask(client: Client, what: str, **options: Any) -> Any:
 
     method, path = what.split()
     return client.send(Call(method, path, **options)).json()
-
-
-def fail(message: str, *, code: int) -> typer.Exit:
-    """Say what went wrong, printable whatever the server wrote. Returns the end of the command."""
-    from stable_audio_serve.cli.job_report import plain
-
-    typer.echo(f"error: {plain(message, limit=None)}", err=True)
-    return typer.Exit(code)
 
 
 def load_dotenv() -> None:

@@ -96,10 +96,13 @@ async def test_jobs_come_back_from_a_backup_of_a_working_server(
         meanwhile: list[dict[str, Any]] = []
         busy = asyncio.create_task(keep_submitting(client, meanwhile))
         await run_block(f"Backup: {kind}", tmp_path, STABLE_AUDIO_DATABASE_URL=urls[0] or "")
+        assert meanwhile  # the server went on beside it
+        async with asyncio.timeout(60):
+            while len(meanwhile) <= 3:  # noqa: ASYNC110  and goes on after it
+                await asyncio.sleep(0.05)
         busy.cancel()
         with suppress(asyncio.CancelledError):
             await busy
-        assert meanwhile  # the server went on
         later = await submit(client)
         backend.released.set()
 
