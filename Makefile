@@ -11,11 +11,19 @@ GPU_OUT := $(if $(filter file,$(origin OUT)),gpu-results,$(OUT))
 # Three on two cores: many tests wait for something (a time limit, a database, a child process).
 PARALLEL := --numprocesses 3 --dist loadfile
 
-# Where tests are that need a Ray cluster or run alone: collecting all of them takes a quarter of a minute.
-ALONE := tests/api/test_fuzz.py tests/benchmarks/alone tests/chaos tests/demo/test_served.py tests/serving
+# Two at a time: while one waits for replicas, the other works. In this order, so that none of the long ones is left for the end.
+CLUSTERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Where tests are that need a Ray cluster, and that run alone: collecting all of them takes a quarter of a minute.
+RAY := tests/serving tests/chaos tests/demo/test_served.py tests/benchmarks/alone
+ALONE := tests/api/test_fuzz.py tests/benchmarks/alone
+
+WAVESURFER := 8.0.1
+WAVESURFER_SHA512 := 8743a74564954ea2182d2c37fc856b06db2e9ffc70f4be6ee050376e37d20d314c5ffc6cc15592d49c0ae1f16edee966c515121e0f3340e465eb310d1bdf377a
+VENDOR := stable_audio_serve/api/playground/vendor
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs clean demo-model demo-eval check-cluster
+.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-eval check-cluster
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -38,11 +46,12 @@ serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve
 wheels: install ## the package as one file, and its client by itself, in dist/
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist . ./packaging/client
 
-test: install ## everything CI runs: first what needs no Ray, on three processes, then real clusters and what runs alone
+test: install ## everything CI runs: what needs no Ray on three processes, then real clusters on two, then what runs alone
 	$(PY) -m pytest $(PARALLEL) --ignore=tests/api/test_fuzz.py -m "not ray and not serial and not gpu and not chaos and not cluster"
-	$(PY) -m pytest $(ALONE) -m "(ray or serial) and not gpu and not chaos"
+	$(PY) -m pytest $(CLUSTERS) $(RAY) -m "ray and not serial and not gpu and not chaos and not cluster"
+	$(PY) -m pytest $(ALONE) -m "serial and not gpu and not chaos and not cluster"
 
-test-fast: install ## the fast set: no Ray cluster, under a minute
+test-fast: install ## the fast set: no Ray cluster, nothing slow, about five minutes
 	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not slow and not chaos and not cluster"
 
 # PY=python3 runs both on a machine that has torch, transformers and pytest but no network: nothing is installed there.
@@ -50,7 +59,7 @@ test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device,
 	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
 
 check-cluster: install ## the files of cluster/, each by the program that reads it, under 3 minutes; a missing program fails
-	$(PY) -m pytest --numprocesses 2 --dist loadfile -m cluster $(ARGS) tests/cluster
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m cluster $(ARGS) tests/cluster
 
 chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800
@@ -80,10 +89,23 @@ bench: install ## where we stand: the short form of every goal this machine can 
 bench-gpu: $(if $(filter file,$(origin PY)),install) ## the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one of them; started again it continues)
 	$(PY) -m benchmarks.gpu $(if $(PART),--part $(PART)) --out $(GPU_OUT)
 
-docs: install ## write docs/openapi.json and docs/metrics.md from the application, docs/performance.md from the results
+docs: install ## write docs/openapi.json, docs/openapi.md and docs/metrics.md from the application, docs/performance.md from the results
 	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json
+	$(PY) -m stable_audio_serve.cli routes --out docs/openapi.md
 	$(PY) -m stable_audio_serve.cli metrics --out docs/metrics.md
 	$(PY) -m benchmarks.page
+
+playground-assets: ## fetch the playground's drawing of sound (wavesurfer.js) again, as it was published
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && npm pack --silent wavesurfer.js@$(WAVESURFER) >/dev/null && \
+		echo "$(WAVESURFER_SHA512)  wavesurfer.js-$(WAVESURFER).tgz" | sha512sum --check --quiet && tar xzf *.tgz && \
+		cd package && cp dist/wavesurfer.esm.js dist/plugins/{regions,spectrogram}.esm.js $(CURDIR)/$(VENDOR) && \
+		cp LICENSE $(CURDIR)/$(VENDOR)/wavesurfer.LICENSE && echo "wavesurfer.js $(WAVESURFER) is in $(VENDOR)"
+
+site: install ## build the documentation as a website in site/; any warning (a broken link, a page that is in no menu) fails
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/site docs site
+
+site-serve: site ## the same, and show it on http://127.0.0.1:8001 (PORT= changes it)
+	@exec $(PY) -m http.server --bind 127.0.0.1 --directory site $(or $(PORT),8001)
 
 demo-model: install ## train the demo model from nothing (OUT=demo-run DEVICE=cpu); resumes where it stopped
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
@@ -93,5 +115,5 @@ demo-eval: install ## judge the packaged demo model and write its report
 	$(PY) -m stable_audio_serve.demo.evaluate --json stable_audio_serve/demo/checkpoint/report.json
 
 clean: ## remove everything that can be rebuilt
-	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,7 +6,9 @@ What is late at the client is late in the figures. Judges nothing and knows no c
 from __future__ import annotations
 
 import asyncio
+import io
 import time
+import wave
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -27,15 +29,15 @@ _AROUND = ("total", "encode", "store")  # what a server says of a request beside
 _MOST_ATTEMPTS = 20
 _NOT_TOLD_S = 1.0
 _SAMPLE_BYTES = 2
-_HEADER_BYTES = 256  # more than any header of a WAV file of ours
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
     """One request, times in seconds from the list's start.
 
-    `num_bytes` are those of the audio file, `stages_ms` what the server says of the request, `retry_after_s` what it
-    said when it refused, `error` the text of any other answer than audio.
+    `num_bytes` are those of the audio file, `sample_bytes` those of its samples if it is a WAV file, `stages_ms` what
+    the server says of the request, `retry_after_s` what it said when it refused, `error` the text of any other answer
+    than audio.
     """
 
     due_at: float
@@ -43,6 +45,7 @@ class Sent:
     ended_at: float
     outcome: Outcome = "finished"
     num_bytes: int = 0
+    sample_bytes: int = 0
     stages_ms: Mapping[str, float] = field(default_factory=dict)
     retry_after_s: float | None = None
     error: str = ""
@@ -130,8 +133,8 @@ def require_clips(load: Load, arrivals: Sequence[Arrival], *, channels: int, sam
     """Raise RuntimeError unless every answer is a 16-bit WAV file of the length asked for."""
     for sent, arrival in zip(load.sent, arrivals, strict=True):
         sample_bytes = int(arrival.duration_s * sample_rate_hz) * channels * _SAMPLE_BYTES
-        if sent.outcome != "finished" or not 0 <= sent.num_bytes - sample_bytes <= _HEADER_BYTES:
-            said = f"{sent.outcome}, {sent.num_bytes} bytes {sent.error}"
+        if (sent.outcome, sent.sample_bytes) != ("finished", sample_bytes):
+            said = f"{sent.outcome}, {sent.num_bytes} bytes, {sent.sample_bytes} of samples {sent.error}"
             raise RuntimeError(f"{arrival.duration_s:.3f} s of audio were asked for: {said}")
 
 
@@ -173,9 +176,21 @@ async def _send_one(http: aiohttp.ClientSession, model: str, *, arrival: Arrival
     sent = Sent(due_at=arrival.at_s, sent_at=sent_at, ended_at=sent_at)
     try:
         reply = await StableAudio3().fetch(http, arrival, model=model)
-        sent = replace(sent, num_bytes=len(reply.content), stages_ms=read_stages(reply))
+        size = len(reply.content)
+        samples = _count_sample_bytes(reply.content) if arrival.audio_format == "wav" else 0
+        sent = replace(sent, num_bytes=size, sample_bytes=samples, stages_ms=read_stages(reply))
     except RefusedError as error:
         sent = replace(sent, outcome="refused", retry_after_s=error.retry_after_s)
     except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
         sent = replace(sent, outcome="failed", error=f"{type(error).__name__}: {error}")
     return replace(sent, ended_at=now())
+
+
+def _count_sample_bytes(file: bytes) -> int:
+    """Returns how many bytes of samples a WAV file has, 0 for one that is none or ends before they do."""
+    try:
+        with wave.open(io.BytesIO(file)) as reader:
+            num_bytes = reader.getnframes() * reader.getnchannels() * reader.getsampwidth()
+            return num_bytes if len(reader.readframes(reader.getnframes())) == num_bytes else 0
+    except (wave.Error, EOFError):
+        return 0

@@ -58,6 +58,7 @@ CASES: Mapping[str, Case] = {
     "ingress": Case("ingress", "run_ingress_case", "model threads full"),
     "capacity": Case("capacity", "run_capacity_case", "full", is_bare=True),
     "cold-start": Case("cold_start", "run_cold_start_case", "model device threads rounds"),
+    "playground": Case("playground", "run_playground_case", "model threads rounds"),
     "threads": Case("threads", "run_threads_case", "model rounds", is_bare=True),
     "bfloat16": Case("bfloat16", "run_bfloat16_case", "rounds", is_bare=True),
 }

@@ -151,7 +151,11 @@ def _needs(name: str, figures: Mapping[str, Any], *, costs: Costs) -> list[dict[
 
 
 def _measured(costs: Costs, ingress: Mapping[str, Any]) -> str:
-    one, two = (ingress["ingresses"][count]["answer of 1 s"]["cpu_ms"]["ingress"] for count in ("1", "2"))
+    dearer = [
+        f"{kind} {two['cpu_ms']['ingress']:.1f} ms instead of {one['cpu_ms']['ingress']:.1f}"
+        for kind, one in ingress["ingresses"]["1"].items()
+        for two in (ingress["ingresses"]["2"][kind],)
+    ]
     rate_hz, thousandths = ingress["load"]["rate_hz"], 1000 * costs.ray_cores_per_replica
     rows: list[dict[str, object]] = []
     for count, kinds in ingress["ingresses"].items():
@@ -163,10 +167,9 @@ def _measured(costs: Costs, ingress: Mapping[str, Any]) -> str:
 {_table(rows)}
 Milliseconds of processor time for each request, by what the processes are for, at {rate_hz:g} requests a second; what
 they use anyway is part of it. An answer is a WAV file. A job of 1 s counts from its submission to its stored file, with
-SQLite and a folder, and its runner is part of `ray`. A second ingress replica makes a request little dearer:
-{one:.1f} ms
-with one, {two:.1f} ms with two. While nothing is asked, Ray's own processes use {costs.ray_cores:.2f} cores,
-and {thousandths:.1f}
+SQLite and a folder, and its runner is part of `ray`. With two ingress replicas each request costs the ingress more:
+{"; ".join(dearer)}.
+While nothing is asked, Ray's own processes use {costs.ray_cores:.2f} cores, and {thousandths:.1f}
 thousandths of a core for each replica of a model. A job has a connection to PostgreSQL for about
 {costs.database_ms:.0f} ms:
 submission, lease and end.
@@ -194,7 +197,8 @@ def _advice(models: Mapping[str, Any], costs: Costs) -> str:
   second: if what Ray's processes use for a replica were all the controller's, its one thread would be full at about
   {_controller_limit(costs)} replicas. Before that, and wherever one failure must not reach everybody: several clusters
   behind one load balancer that share the job database and the bucket.
-- **The database.** Only jobs use it. {most_per_s:,.0f} a second keep about {connections} connections busy at the times
+- **The database.** Jobs use it, and requests of keys with limits ([two transactions each](keys.md#limits), which are$
+  not counted here). {most_per_s:,.0f} jobs a second keep about {connections} connections busy at the times
   measured with 100 a second; whether one PostgreSQL server keeps them was not measured. Interactive callers
   have the synchronous
   routes, and tenants can have servers with a database each.

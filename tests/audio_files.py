@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import io
+import wave
 
 import numpy as np
 import soundfile
+
+
+def pcm_of(wav: bytes) -> bytes:
+    """The samples of a WAV file, without what stands before and behind them."""
+    with wave.open(io.BytesIO(wav)) as reader:
+        return reader.readframes(reader.getnframes())
 
 
 def make_audio_file(

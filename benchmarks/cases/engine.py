@@ -15,9 +15,8 @@ from benchmarks.client import Run, send_one_after_another, send_together
 from benchmarks.metrics import Finished, audio_s_per_s, summarize, throughput_rps, worst_ratio
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
-from stable_audio_serve.core.generation import GenerationResult
+from stable_audio_serve.core.generation import GenerationResult, Mode
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_entry

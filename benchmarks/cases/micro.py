@@ -25,10 +25,10 @@ from benchmarks.simulate.engine import GPU, fit_cost
 from benchmarks.simulate.roofline import SMALL, h200
 from benchmarks.workload import noise_audio
 from stable_audio_serve.audio.encode import AudioFormat, encode_audio, to_pcm16
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.generation import GenerationRequest, Mode
 from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.policies import resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits

@@ -23,18 +23,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.counting.stand_in_device import DEVICE, HostWork, StandInDevice, move
-from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, SourceAudio
+from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, Mode, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.call_cost import Measurement
-from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import CudaDevice, Moment
 from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
 from stable_audio_serve.engine.share import DeviceMemory
 from stable_audio_serve.engine.stages import Stages
-from stable_audio_serve.engine.thread import EngineThread
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
@@ -167,17 +163,12 @@ class _StandInEngine(Engine):
     """An engine whose thread works on a stand-in device and begins when `num_rows` rows wait."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
-        self._stand_in = device
         super().__init__(
             model, options, scheduler=partial(_Together, num_rows=num_rows), device=_QueueingDevice(device)
         )
-
-    def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
         # One call is much faster than two, however many of its rows are dummies.
-        cost.fit("denoise", [Measurement(rows, 64, 1000.0) for rows in (1, 32)])
-        thread = super()._build_thread(options, policy=policy, cost=cost)
-        thread._sharing = self._stand_in
-        return thread
+        self._predictor._cost.fit("denoise", [Measurement(rows, 64, 1000.0) for rows in (1, 32)])
+        self._thread._sharing = device
 
 
 class _QueueingDevice(CudaDevice):

@@ -26,9 +26,9 @@ from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.policies import resolve_mode
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState
-from stable_audio_serve.engine.rows import Decoding, Row, row_work
+from stable_audio_serve.engine.rows import Decoding, Failures, Row, row_work
 from stable_audio_serve.engine.scheduler import RowId
-from stable_audio_serve.engine.stages import Failures, Stages
+from stable_audio_serve.engine.stages import Stages
 from stable_audio_serve.engine.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.work import Phase
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan

@@ -13,13 +13,13 @@ from benchmarks.arrivals import Arrival
 from benchmarks.simulate.devices import DeviceModel
 from benchmarks.simulate.queues import Queues
 from benchmarks.simulate.requests import Outcome, Shape
+from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import BatchPolicy, Call, OneRowPerCall
 from stable_audio_serve.engine.call_cost import Measurement
 from stable_audio_serve.engine.call_shapes import PackedShapes, round_up
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.decode_calls import captured_windows
-from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
 from stable_audio_serve.engine.prediction import Predictor

@@ -17,6 +17,7 @@ from stable_audio_serve.api.service import Output
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import clip_dict
+from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.core.file_names import content_disposition
 from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.sound import ClipFacts
@@ -35,6 +36,15 @@ SOUND_HEADERS: dict[str, Any] = {
         ("X-Dtype", "string", "Precision of the denoiser there: float32, float16 or bfloat16."),
     )
 }
+RECIPE = "X-Recipe"
+REPLAY = "X-Replay"
+RECIPE_HEADER: dict[str, Any] = {
+    RECIPE: {
+        "schema": {"type": "string"},
+        "description": "What made the file, as JSON; of several variations one each, with commas. Absent above 4 kB.",
+    }
+}
+_MOST_RECIPE_BYTES = 4096
 # Headers that a page on another origin may read.
 EXPOSED_HEADERS = (
     "Content-Disposition",
@@ -46,6 +56,8 @@ EXPOSED_HEADERS = (
     "X-Output-Count",
     "X-Request-Id",
     "X-Sample-Rate",
+    RECIPE,
+    REPLAY,
     *SOUND_HEADERS,
 )
 _STREAM_ABOVE_BYTES = 1_048_576
@@ -59,8 +71,8 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
     return StreamingResponse(_chunks(file), headers=headers, media_type=file.media_type)
 
 
-async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool) -> Response:
-    """Returns the stored file as a download with its length; for HEAD only its headers.
+async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
+    """Returns the stored file as a download with its length; for HEAD only its headers. `recipes` are of its clips.
 
     Raises HTTPException 404 when the file is gone.
     """
@@ -72,6 +84,7 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool) -> Res
     headers = {
         **attachment(file.file_name),
         **sound_headers(file.clips, file.made_on),
+        **_recipe_header(recipes),
         "Content-Length": str(file.num_bytes),
         "X-Content-Type-Options": "nosniff",
     }
@@ -89,8 +102,16 @@ def result_headers(output: Output) -> dict[str, str]:
         "X-Sample-Rate": str(result.sample_rate_hz),
         "X-Output-Count": str(len(result.audio)),
         **sound_headers(output.clips, result.made_on),
+        **_recipe_header(output.recipes),
         "Server-Timing": _server_timing(output),
     }
+
+
+def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
+    if sum(recipe.num_prompt_chars for recipe in recipes) > _MOST_RECIPE_BYTES:
+        return {}  # known without writing texts of 600 kB each on the event loop
+    text = ", ".join(recipe.to_json() for recipe in recipes)
+    return {RECIPE: text} if text and len(text) <= _MOST_RECIPE_BYTES else {}
 
 
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:

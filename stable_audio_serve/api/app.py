@@ -22,6 +22,7 @@ from stable_audio_serve.api.middleware.limits import LimitsMiddleware
 from stable_audio_serve.api.middleware.observe import ObserveMiddleware
 from stable_audio_serve.api.middleware.origins import Origins, OriginsMiddleware
 from stable_audio_serve.api.native import job_routes as native_jobs
+from stable_audio_serve.api.native import replay
 from stable_audio_serve.api.native import routes as native
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.operator_routes import admin, status
@@ -97,11 +98,13 @@ def create_app(
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
     app.state.keys = service.keys
+    app.state.accounts = service.accounts
     app.state.origins = origins
     app.state.readiness = service.readiness
     app.state.draining = service.draining  # for the code that stops this process
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))
+    sa3.include_router(replay.build_router(service))
     sa3.include_router(native_jobs.build_router(service))
     sa3.include_router(files.build_router(service))
     routers = {

@@ -18,16 +18,18 @@ from starlette.routing import Match
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.api.middleware.limits import accept_form
+from stable_audio_serve.api.middleware.key_accounts import Accounts
+from stable_audio_serve.api.middleware.limits import accept_form, drop_body
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
-from stable_audio_serve.core.errors import UnauthorizedError
+from stable_audio_serve.core.errors import QuotaError, UnauthorizedError
 from stable_audio_serve.core.keys import Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
 Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]  # a key needs one of them; none = any key will do
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_MAKERS = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
@@ -61,7 +63,7 @@ class BoundedRequest(Request):
             raise json.JSONDecodeError(str(error), "", 0) from error
 
     async def _get_form(self, **_: Any) -> FormData:
-        if self.headers.get("content-type", "").lower().startswith("multipart/"):
+        if _has_form(self):
             accept_form(self.scope)
         try:
             return await super()._get_form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
@@ -76,7 +78,8 @@ def route_class(
 ) -> type[APIRoute]:
     """Returns a route type that answers the errors we expect in one dialect's form; other exceptions pass through.
 
-    Where keys are configured it admits only requests with one that has one of `scopes`, before it reads their bodies.
+    Where keys are configured it admits only requests with one that has one of `scopes`, before it reads their bodies;
+    an upload of a key that has used up its limits is refused before it is read, too.
     `request.state.key` is the key, `request.state.client` its client. `enter` is what every request passes first.
     """
 
@@ -84,10 +87,22 @@ def route_class(
         (enter or _admit_visitor)(request)
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
-        key = keys.admit(request, scopes(request) if callable(scopes) else scopes)
+        needed = scopes(request) if callable(scopes) else scopes
+        key = keys.admit(request, needed)
         request.state.key, request.state.client = key, key.client
+        if request.method == "POST" and _MAKERS.intersection(needed) and _has_form(request):
+            accounts: Accounts = request.app.state.accounts
+            try:
+                await accounts.require_room(key, takes_place="generate" in needed)
+            except QuotaError:
+                await drop_body(request.scope)
+                raise
 
     return _dialect_route(render, admit)
+
+
+def _has_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/")
 
 
 def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:

@@ -23,7 +23,8 @@ from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamPauses
 from stable_audio_serve.audio.encode import EncodedFile
-from stable_audio_serve.audio.finish import FileOrder, finish
+from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
+from stable_audio_serve.audio.recipe import Recipe
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCard, ModelStatus
@@ -59,12 +60,14 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished answer: the file to send, facts about its audio, the generation, and how long encoding took."""
+    """A finished answer: the file to send, facts about its audio, the generation, and how long encoding took; the
+    recipe of each variation, if the answer may carry it."""
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
     result: GenerationResult
     encode_ms: float
+    recipes: tuple[Recipe, ...] = ()
 
 
 class Service:
@@ -200,9 +203,14 @@ class Service:
 
     async def finish(self, result: GenerationResult, order: FileOrder) -> Output:
         """Returns the file that a client gets for a result, see `audio.finish.finish`."""
+        return await self.finish_by(result, lambda: finish(result, order))
+
+    async def finish_by(self, result: GenerationResult, make: Callable[[], FinishedFile]) -> Output:
+        """Returns the file of a result that `make` makes, on an encoding thread."""
         started_at = self.clock.monotonic()
-        finished = await self.compute(lambda: finish(result, order))
-        return Output(finished.file, finished.clips, result, (self.clock.monotonic() - started_at) * 1000)
+        finished = await self.compute(make)
+        encode_ms = (self.clock.monotonic() - started_at) * 1000
+        return Output(finished.file, finished.clips, result, encode_ms, finished.recipes)
 
     async def compute(self, function: Callable[[], T]) -> T:
         """Run `function`, which makes a file, on an encoding thread. Returns its result."""

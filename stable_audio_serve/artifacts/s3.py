@@ -115,13 +115,10 @@ class S3Artifacts:
 
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
         with our_errors("fetch"):
-            try:
-                with closing(self._client.get_object(**self._at(key))["Body"]) as body:
-                    data: bytes = body.read(max_bytes + 1)
-            except s3_errors() as error:
-                if is_missing(error):
-                    return None
-                raise
+            if (found := self._open(key)) is None:
+                return None
+            with closing(found) as body:
+                data: bytes = body.read(max_bytes + 1)
         return require_size(data, max_bytes)
 
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
@@ -237,7 +234,7 @@ class S3Artifacts:
         """Raises FileNotFoundError, StorageError."""
         num_read = num_breaks = 0
         with our_errors("read"):
-            while (body := self._open(file, num_read)) is not None:
+            while (body := self._open(file.key, num_read)) is not None:
                 with closing(body):
                     try:
                         for chunk in body.iter_chunks(_CHUNK_BYTES):
@@ -253,11 +250,11 @@ class S3Artifacts:
             raise StorageError("the stored file was removed while it was read")
         raise FileNotFoundError(file.key)
 
-    def _open(self, file: StoredFile, start: int) -> Any:
+    def _open(self, key: ArtifactKey, start: int = 0) -> Any:
         """Returns the body of an object from the byte `start` on, None when the object is gone."""
         options = {"Range": f"bytes={start}-"} if start else {}
         try:
-            return self._client.get_object(**self._at(file.key), **options)["Body"]
+            return self._client.get_object(**self._at(key), **options)["Body"]
         except s3_errors() as error:
             if is_missing(error):
                 return None

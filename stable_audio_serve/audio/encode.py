@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,15 @@ class AudioFormat(StrEnum):
     @property
     def media_type(self) -> str:
         return {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"}.get(self.value, "audio/ogg")
+
+
+@cache
+def name_codecs() -> str:
+    """Returns the libraries that read audio files and write all but WAV, with their versions: bytes depend on them."""
+    import soundfile
+    import soxr
+
+    return f"soundfile {soundfile.__version__}, libsndfile {soundfile.__libsndfile_version__}, soxr {soxr.__version__}"
 
 
 @dataclass(frozen=True, slots=True)

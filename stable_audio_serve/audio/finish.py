@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from stable_audio_serve.audio.encode import AudioFormat, EncodedFile, encode_audio, make_zip
+import numpy as np
+
+from stable_audio_serve.audio.embedded_text import embed_in_file
+from stable_audio_serve.audio.encode import (
+    AudioFormat,
+    EncodedFile,
+    encode_audio,
+    encode_wav,
+    make_zip,
+    to_full_scale_pcm16,
+)
 from stable_audio_serve.audio.loudness import describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, sources_of, write_recipes
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Role
 from stable_audio_serve.core.sound import ClipFacts, Peaks
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 MANIFEST = "manifest.json"
@@ -22,20 +33,36 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class FileOrder:
-    """Which file a client wants. `manifest_of` is the request that the ZIP's manifest describes; None = no manifest."""
+    """Which file a client wants. `origin` is what its recipe begins with; None = there is no recipe."""
 
     peaks: Peaks
     file_format: AudioFormat = AudioFormat.WAV
     stem: str = "audio"
-    manifest_of: GenerationRequest | None = None
+    with_manifest: bool = False  # in the ZIP
+    origin: TakeOrigin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOrigin:
+    """A request, with the hashes of the files that its source audio is from; the audio itself may be gone."""
+
+    request: GenerationRequest
+    sources: Mapping[Role, RecipeSource]
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> TakeOrigin | None:
+        """Returns the origin of a request, None where a source is from no file alone."""
+        sources = sources_of(request)
+        return None if sources is None else cls(request, sources)
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedFile:
-    """A file to deliver, and the facts of each variation in it."""
+    """A file to deliver, and the facts of each variation in it; their recipes, if they have any."""
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
+    recipes: tuple[Recipe, ...] = ()
 
 
 def finish_clip(
@@ -53,14 +80,60 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
         for audio, seed in zip(result.audio, result.seeds, strict=True)
     ]
     clips = tuple(facts for _, facts in finished)
+    recipes = _recipes_of(result, order)
     files = [encode_audio(audio, result.sample_rate_hz, file_format=order.file_format) for audio, _ in finished]
+    files = [_with_recipe(file, recipe) for file, recipe in zip_longest(files, recipes)]
     if len(files) == 1:
-        return FinishedFile(files[0], clips)
+        return FinishedFile(files[0], clips, recipes)
     names = [f"{order.stem}-{number:02d}.{order.file_format}" for number in range(1, len(files) + 1)]
     entries = list(zip(names, files, strict=True))
-    if order.manifest_of is not None:
-        entries.append((MANIFEST, _make_manifest(order.manifest_of, result, names=names, clips=clips)))
-    return FinishedFile(make_zip(entries), clips)
+    if order.with_manifest and order.origin is not None:
+        request = order.origin.request
+        entries.append((MANIFEST, _make_manifest(request, result, names=names, clips=clips, recipes=recipes)))
+    return FinishedFile(make_zip(entries), clips, recipes)
+
+
+def _with_recipe(file: EncodedFile, recipe: Recipe | None) -> EncodedFile:
+    """Returns the file with its recipe inside, unless that is longer than any file is allowed to carry."""
+    text = "" if recipe is None else recipe.to_json()
+    return embed_in_file(file, text=text) if 0 < len(text) <= MOST_BYTES else file
+
+
+def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...]:
+    """Returns the recipe of each variation, none if the order is for none."""
+    if order.origin is None:
+        return ()
+    return write_recipes(
+        order.origin.request,
+        sources=order.origin.sources,
+        model=result.model,
+        seeds=result.seeds,
+        made_on=result.made_on,
+        file_format=order.file_format.value,
+        peaks=order.peaks,
+    )
+
+
+def finish_window(result: GenerationResult, *, num_samples: int | None, origin: TakeOrigin | None) -> FinishedFile:
+    """Returns a WAV file as the Open Small server makes it: the whole generation is divided by its own peak, then cut
+    to `num_samples`."""
+    pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
+    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # as all audio: channel after channel
+    facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
+    file = encode_wav(pcm, result.sample_rate_hz)
+    if origin is None:
+        return FinishedFile(file, (facts,))
+    recipes = write_recipes(
+        origin.request,
+        sources=origin.sources,
+        model=result.model,
+        seeds=result.seeds,
+        made_on=result.made_on,
+        file_format="wav",
+        peaks="full",
+        samples=len(pcm),
+    )
+    return FinishedFile(_with_recipe(file, recipes[0]), (facts,), recipes)
 
 
 def clip_dict(clip: ClipFacts) -> dict[str, Any]:
@@ -70,7 +143,12 @@ def clip_dict(clip: ClipFacts) -> dict[str, Any]:
 
 
 def _make_manifest(
-    request: GenerationRequest, result: GenerationResult, *, names: Sequence[str], clips: Sequence[ClipFacts]
+    request: GenerationRequest,
+    result: GenerationResult,
+    *,
+    names: Sequence[str],
+    clips: Sequence[ClipFacts],
+    recipes: Sequence[Recipe],
 ) -> EncodedFile:
     content = {
         "model": result.model,
@@ -82,6 +160,9 @@ def _make_manifest(
         "sample_rate": result.sample_rate_hz,
         "device": result.made_on.device,
         "dtype": result.made_on.dtype,
-        "files": [{"name": name, **clip_dict(clip)} for name, clip in zip(names, clips, strict=True)],
+        "files": [
+            {"name": name, **clip_dict(clip), "recipe": recipe.model_dump(mode="json")}
+            for name, clip, recipe in zip(names, clips, recipes, strict=True)
+        ],
     }
     return EncodedFile("application/json", (json.dumps(content, indent=2).encode(),))

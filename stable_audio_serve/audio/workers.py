@@ -6,11 +6,13 @@ Knows the limits in the settings, but neither requests nor where files are kept.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sys
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
@@ -39,17 +41,21 @@ class AudioWorkers:
         )
 
     async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
-        """Returns the first `max_s` seconds of an open file, see `AudioDecoder.decode`."""
-        return await self.run_decoding(lambda: self._decoder.decode(file, max_s=max_s, field=field))
+        """Returns the first `max_s` seconds of an open file with its hash, see `AudioDecoder.decode`."""
+        return await self.run_decoding(lambda: self._decode(file, max_s=max_s, field=field))
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
         """Returns the first `max_s` seconds of the file at `path`, see `AudioDecoder.decode`. Raises OSError too."""
 
         def decode() -> SourceAudio:
             with path.open("rb") as file:
-                return self._decoder.decode(file, max_s=max_s)
+                return self._decode(file, max_s=max_s, field="audio")
 
         return await self.run_decoding(decode)
+
+    def _decode(self, file: IO[bytes], *, max_s: float, field: str) -> SourceAudio:
+        audio = self._decoder.decode(file, max_s=max_s, field=field)
+        return replace(audio, sha256=hash_file(file))
 
     async def run_decoding(self, function: Callable[[], T]) -> T:
         """Call `function`, which reads or writes uploads, on a decoding thread. Returns its result."""
@@ -64,6 +70,12 @@ class AudioWorkers:
         for threads in (self._encode_threads, self._decode_threads):
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         self._decoder.close()
+
+
+def hash_file(file: IO[bytes]) -> str:
+    """Returns the SHA-256 of an open file, which recipes know it by. CPU work."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
 
 
 def _yield_to_others() -> None:

@@ -15,8 +15,8 @@ from urllib.parse import quote
 import typer
 
 from stable_audio_serve.cli import store_jobs
-from stable_audio_serve.cli.endings import fail
-from stable_audio_serve.cli.remote import FAILED, KeyFileOption, UrlOption, ask, connected
+from stable_audio_serve.cli.endings import Ending, fail
+from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Client
@@ -53,8 +53,10 @@ def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: K
             time.sleep(_POLL_S)
             stage = ask(client, "GET /v1/status")["models"][kept["model"]]["stage"]
     typer.echo(f"{kept['model']}: kept loaded; it is {stage} now")
-    if stage == "failed" or (wait and stage != "ready"):
-        raise typer.Exit(FAILED)
+    if stage == "failed":
+        raise typer.Exit(Ending.FAILED)
+    if wait and stage != "ready":
+        raise typer.Exit(Ending.OUT_OF_TIME)
 
 
 @app.command()
@@ -69,7 +71,7 @@ def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = No
 def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Take the server out: /ready says 503, new work is refused, what was begun is finished; waits until that is done.
 
-    Jobs that wait are left to other servers. Afterwards stop it, or let it go on with `resume`. Exit code 1: not done
+    Jobs that wait are left to other servers. Afterwards stop it, or let it go on with `resume`. Exit code 6: not done
     in time, it goes on draining.
     """
     with connected(url, key_file) as client:
@@ -84,7 +86,7 @@ def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOptio
             time.sleep(_POLL_S)
             state = ask(client, "GET /v1/status")["draining"]
     if state["state"] != "drained":
-        raise fail(f"not done after {wait:g} s: {_left(state)}", code=FAILED)
+        raise fail(f"not done after {wait:g} s: {_left(state)}", Ending.OUT_OF_TIME)
     typer.echo("drained: nothing is left to finish")
 
 
@@ -164,7 +166,7 @@ def _choose(
 ) -> Iterator[Sequence[int]]:
     """The numbers to act on, in pages. Those that become dead letters meanwhile are not among them."""
     if bool(numbers) == (everything or model is not None):
-        raise fail("name dead letters by their numbers, or --all, or --model", code=2)
+        raise fail("name dead letters by their numbers, or --all, or --model")
     if numbers:
         return iter([numbers[start : start + _PAGE] for start in range(0, len(numbers), _PAGE)])
     return ([letter["number"] for letter in page] for page in _pages(client, model=model, most=None))
@@ -178,7 +180,7 @@ def _act(client: Client, chosen: Iterator[Sequence[int]], *, action: str, said: 
         missing += outcome["not_found"]
     typer.echo(f"{num_done} {said}")
     if missing:
-        raise fail(f"no dead letters: {', '.join(map(str, missing[:20]))}{' ...' if missing[20:] else ''}", code=FAILED)
+        raise fail(f"no dead letters: {', '.join(map(str, missing[:20]))}{' ...' if missing[20:] else ''}")
 
 
 def _pages(client: Client, *, model: str | None, most: int | None) -> Iterator[Sequence[dict[str, Any]]]:

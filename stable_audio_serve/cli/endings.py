@@ -1,33 +1,44 @@
-"""How commands that talk to a server end: one sentence on standard error, and a code that scripts can use.
-
-0 done, 1 the work failed, 2 refused as it was asked, 3 no server, 4 the key, 5 no room, 6 out of time, 130 Ctrl-C.
-"""
+"""How commands end: one sentence on standard error, and a code that scripts can use, as `docs/cli.md` explains it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 
 import typer
 
 from stable_audio_serve.core import errors
 
-INTERRUPTED = 130
-_CODES: tuple[tuple[type[errors.StableAudioError], int], ...] = (
-    (errors.InvalidRequestError, 2),
-    (errors.InvalidUploadError, 2),
-    (errors.UploadTooLargeError, 2),
-    (errors.NotFoundError, 2),
-    (errors.ConflictError, 2),
-    (errors.ConfigError, 2),
-    (errors.UnreachableError, 3),
-    (errors.UnauthorizedError, 4),
-    (errors.ForbiddenError, 4),
-    (errors.OverloadedError, 5),
-    (errors.ModelUnavailableError, 5),
-    (errors.StoppingError, 5),
-    (errors.DeadlineExceededError, 6),
-    (errors.CancelledRequestError, INTERRUPTED),
+
+class Ending(IntEnum):
+    """Every exit code there is."""
+
+    DONE = 0
+    FAILED = 1
+    REFUSED = 2  # as it was asked
+    NO_SERVER = 3
+    KEY = 4
+    NO_ROOM = 5
+    OUT_OF_TIME = 6
+    INTERRUPTED = 130
+
+
+_ENDINGS: tuple[tuple[type[errors.StableAudioError], Ending], ...] = (
+    (errors.InvalidRequestError, Ending.REFUSED),
+    (errors.InvalidUploadError, Ending.REFUSED),
+    (errors.UploadTooLargeError, Ending.REFUSED),
+    (errors.NotFoundError, Ending.REFUSED),
+    (errors.ConflictError, Ending.REFUSED),
+    (errors.ConfigError, Ending.REFUSED),
+    (errors.UnreachableError, Ending.NO_SERVER),
+    (errors.UnauthorizedError, Ending.KEY),
+    (errors.ForbiddenError, Ending.KEY),
+    (errors.OverloadedError, Ending.NO_ROOM),
+    (errors.ModelUnavailableError, Ending.NO_ROOM),
+    (errors.StoppingError, Ending.NO_ROOM),
+    (errors.DeadlineExceededError, Ending.OUT_OF_TIME),
+    (errors.CancelledRequestError, Ending.INTERRUPTED),
 )
 
 
@@ -37,17 +48,18 @@ def said_plainly() -> Iterator[None]:
     try:
         yield
     except errors.StableAudioError as error:
-        code = next((code for kind, code in _CODES if isinstance(error, kind)), 1)
-        raise fail(error.message, code=code) from error
+        ending = next((ending for kind, ending in _ENDINGS if isinstance(error, kind)), Ending.FAILED)
+        hint = "; set STABLE_AUDIO_API_KEY or --key-file" if isinstance(error, errors.UnauthorizedError) else ""
+        raise fail(f"{error.message}{hint}", ending) from error
     except (OSError, ValueError) as error:
-        raise fail(str(error), code=2) from error
+        raise fail(str(error), Ending.REFUSED) from error
     except KeyboardInterrupt as error:
-        raise fail("interrupted", code=INTERRUPTED) from error
+        raise fail("interrupted", Ending.INTERRUPTED) from error
 
 
-def fail(message: str, *, code: int) -> typer.Exit:
+def fail(message: str, ending: Ending = Ending.REFUSED) -> typer.Exit:
     """Say what went wrong, printable whatever the server wrote. Returns the end of the command."""
     from stable_audio_serve.cli.job_report import plain
 
     typer.echo(f"error: {plain(message, limit=None)}", err=True)
-    return typer.Exit(code)
+    return typer.Exit(ending)

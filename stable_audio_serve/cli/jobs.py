@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stable_audio_serve.cli.endings import INTERRUPTED, fail, said_plainly
+from stable_audio_serve.cli.endings import Ending, fail, said_plainly
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, with_options
+from stable_audio_serve.core.errors import ConflictError, NotFoundError
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Job
 
 app = typer.Typer(no_args_is_help=True, help="Submit, list, watch, fetch and cancel jobs of a server.")
 
-_EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": INTERRUPTED}
+_ENDINGS = {"succeeded": Ending.DONE, "failed": Ending.FAILED, "cancelled": Ending.INTERRUPTED}
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `submit` printed it.")]
 _Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="As `submit` printed them.")]
@@ -43,9 +44,10 @@ def submit(
 ) -> None:
     """Submit a job and print its id."""
     from stable_audio_serve.cli import makers
-    from stable_audio_serve.cli.sound import parse_region, read_audio
+    from stable_audio_serve.cli.sound import check_inputs, parse_region, read_audio
 
     with said_plainly(), open_client(options.url, options.key_file) as client:
+        check_inputs(prompt, audio)
         if audio is None and (regions or noise is not None):
             raise ValueError("--region and --noise need --audio")
         spans = [parse_region(region) for region in regions or ()]
@@ -103,7 +105,7 @@ def watch(job_id: _Id, *, url: UrlOption = None, key_file: KeyFileOption = None)
     with said_plainly(), open_client(url, key_file) as client, shown(quiet=False) as show_progress:
         job = client.jobs.wait(job_id, on_progress=show_progress)
     if job.status != "succeeded":
-        raise fail(job.error or f"the job was {job.status}", code=_EXIT_CODES[job.status])
+        raise fail(job.error or f"the job was {job.status}", _ENDINGS[job.status])
     typer.echo(job.status)
 
 
@@ -119,13 +121,15 @@ def fetch(
     """Wait for a job's end and write its audio."""
     from stable_audio_serve.cli.progress import shown
     from stable_audio_serve.cli.saving import save
-    from stable_audio_serve.cli.sound import report
+    from stable_audio_serve.cli.sound import check_outputs, report
 
     with said_plainly(), open_client(url, key_file) as client:
+        check_outputs(out, as_json=as_json)
         with shown(quiet=False) as show_progress:
             job = client.jobs.wait(job_id, on_progress=show_progress)
         take = client.jobs.fetch(job)
-        files = save(take, out, prompt=job_id)
+        told = take.clips[0].recipe or {}
+        files = save(take, out, prompt=str(told.get("prompt") or job.id))
     report(take, files, as_json=as_json)
 
 
@@ -133,9 +137,16 @@ def fetch(
 def cancel(job_ids: _Ids, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Cancel jobs: at once while they wait, within one step while they run."""
     with said_plainly(), open_client(url, key_file) as client:
+        faults = []
         for job_id in job_ids:
-            job = client.jobs.cancel(job_id)
-            typer.echo(f"{job.id}: {'cancelled' if job.is_over else 'asked to stop'}")
+            try:
+                job = client.jobs.cancel(job_id)
+            except (ConflictError, NotFoundError, ValueError) as error:
+                faults.append(f"{job_id}: {error}")
+            else:
+                typer.echo(f"{job.id}: {'cancelled' if job.is_over else 'asked to stop'}")
+        if faults:
+            raise fail("; ".join(faults))
 
 
 def _print_jobs(jobs: list[Job]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -44,11 +44,17 @@ def openapi(
     """Write the OpenAPI description of the HTTP API as JSON."""
     import json
 
-    from stable_audio_serve.api.app import create_app
-    from stable_audio_serve.api.offline import OfflineBackend
-    from stable_audio_serve.core.settings import Settings
+    _write(json.dumps(_describe_api(), indent=2) + "\n", out)
 
-    _write(json.dumps(create_app(OfflineBackend(), Settings()).openapi(), indent=2) + "\n", out)
+
+@app.command()
+def routes(
+    out: Annotated[Path | None, typer.Option(help="File to write; without it standard output.")] = None,
+) -> None:
+    """Write the page of all routes in Markdown."""
+    from stable_audio_serve.cli.routes_page import draw_page
+
+    _write(draw_page(_describe_api()), out)
 
 
 @app.command()
@@ -132,6 +138,14 @@ def verify(
         json_file.write(json.dumps(report.as_dict(), indent=1) + "\n")
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _describe_api() -> dict[str, Any]:
+    from stable_audio_serve.api.app import create_app
+    from stable_audio_serve.api.offline import OfflineBackend
+    from stable_audio_serve.core.settings import Settings
+
+    return create_app(OfflineBackend(), Settings()).openapi()
 
 
 def _write(text: str, out: Path | None) -> None:

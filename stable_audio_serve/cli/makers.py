@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stable_audio_serve.client import AsyncClient, Client, Job, JobProgress, Take
+from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
     from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
     from stable_audio_serve.core.settings import Settings
+    from stable_audio_serve.core.settings_api import DialectSettings
 
 OnProgress = Callable[[JobProgress], None]
 
@@ -25,30 +27,43 @@ OnProgress = Callable[[JobProgress], None]
 class Order:
     """What to make. `controls` has the optional fields, without None."""
 
-    kind: Literal["generate", "vary", "inpaint", "loop"]
-    prompt: str
+    kind: Literal["generate", "vary", "inpaint", "loop", "replay"]
+    prompt: str = ""
     audio: bytes | None = None
     regions: Sequence[tuple[float, float]] = ()
     controls: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # of a replay
+    sources: Sequence[bytes] = ()
+
+    def model(self, catalog: ModelCatalog, *, dialects: DialectSettings) -> str:
+        """Returns the canonical name of the model that makes it. Raises UnknownModelError."""
+        if self.kind == "loop":
+            return catalog.choose(dialects.saos_model, family=OPEN_FAMILY).name
+        name = self.controls.get("model") or self.recipe.get("model") or catalog.default.name
+        return catalog.resolve(str(name)).name
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Returns how a client's method of this kind is called."""
         more: dict[str, Any] = dict(self.controls)
         if self.kind == "loop":
             return [self.prompt], {"audio": self.audio, **more}
+        if self.kind == "replay":
+            return [self.recipe], {"sources": self.sources}
         if self.kind == "inpaint":
             more["regions"] = self.regions
         return ([self.prompt] if self.audio is None else [self.audio, self.prompt]), more
 
 
 def make_by_server(order: Order, client: Client, *, on_progress: OnProgress) -> Take:
-    """Returns the take of a job, which is cancelled on Ctrl-C; of a loop, for which there are no jobs, at once.
+    """Returns the take of a job, which is cancelled on Ctrl-C; of a loop or a replay, which are no jobs, at once.
 
     Raises errors of `core.errors`.
     """
     arguments, more = order.arguments()
     if order.kind == "loop":
         return client.loop(*arguments, **more)
+    if order.kind == "replay":
+        return client.replay(*arguments, **more)
     key = uuid.uuid4().hex
     try:
         job = submit(order, client, key=key)
@@ -91,18 +106,23 @@ async def _make_here(order: Order, settings: Settings, *, on_progress: OnProgres
 
     from stable_audio_serve.api.app import create_app
     from stable_audio_serve.core.settings import Settings as Chosen
-    from stable_audio_serve.serving.engines import load_engine
+    from stable_audio_serve.serving.engines import load_named_engine
     from stable_audio_serve.serving.local import LocalBackend
+    from stable_audio_serve.serving.logs import configure_logging
     from stable_audio_serve.serving.placement import plan_deployments
 
+    configure_logging("warning")  # on standard error: standard output may be a file or JSON
     plan = plan_deployments(settings)
-    name = plan.catalog.resolve(order.controls.get("model") or plan.catalog.default.name).name
+    name = order.model(plan.catalog, dialects=settings.dialects)
     (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
+    # For one take it is not worth measuring first how fast the model is.
+    model = model.model_copy(update={"engine": model.engine.model_copy(update={"warmup_budget_s": 0.0})})
     on_progress(JobProgress("loading", 0.0, None, None))
-    engine = load_engine(plan.settings, model)
+    engine = load_named_engine(plan.settings, model)
     arguments, more = order.arguments()
     with tempfile.TemporaryDirectory() as folder:
-        alone = Chosen(output_dir=folder, api=settings.api.model_copy(update={"key_hashes": ()}), audio=settings.audio)
+        open_to_us = settings.api.model_copy(update={"key_hashes": (), "key_file": None})
+        alone = Chosen(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
         async with LocalBackend(plan.catalog, {name: engine}) as backend:
             app = create_app(_Telling(backend, on_progress), alone)
             http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)

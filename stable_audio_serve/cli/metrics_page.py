@@ -11,7 +11,7 @@ at the start. The port is a free one unless `--metrics-port`, `STABLE_AUDIO_METR
 names one; it listens on loopback unless `STABLE_AUDIO_METRICS_HOST` (`metrics.host`) says otherwise. On a cluster both
 are Ray's: `ray start --metrics-export-port=...`.
 
-```
+```yaml
 scrape_configs:
   - job_name: stable-audio
     static_configs: [{targets: ["localhost:9464"]}] # of a server started with --metrics-port 9464

@@ -5,13 +5,14 @@ Imports what a command needs only when it runs.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured
+from stable_audio_serve.cli.endings import said_plainly
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
@@ -26,7 +27,7 @@ _ID = Annotated[str, typer.Argument(metavar="ID", help="32 hexadecimal digits, a
 @app.command("list")
 def list_reports(*, file: ConfigOption = None) -> None:
     """All reports in the configured store, and every model's last good weights."""
-    with _refusing():
+    with said_plainly():
         _run(_list(load_configured(file)))
 
 
@@ -36,14 +37,14 @@ def check(name: _MODEL, *, file: ConfigOption = None) -> None:
 
     What passes has a report from then on, whose id `quality_report` can name.
     """
-    with _refusing():
+    with said_plainly():
         _run(_check(load_configured(file), name))
 
 
 @app.command()
 def forget(report_id: _ID, *, file: ConfigOption = None) -> None:
     """Remove a report, so that the next replica with these weights makes a new one."""
-    with _refusing():
+    with said_plainly():
         _run(_forget(load_configured(file), report_id))
 
 
@@ -140,15 +141,3 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     import asyncio
 
     asyncio.run(work)
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """End the command with one sentence: exit code 2 for settings that cannot be used, 1 for the rest."""
-    from stable_audio_serve.core.errors import ConfigError, StableAudioError
-
-    try:
-        yield
-    except StableAudioError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error

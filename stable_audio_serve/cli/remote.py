@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stable_audio_serve.cli.configuration import refusing
-from stable_audio_serve.cli.endings import fail
+from stable_audio_serve.cli.endings import fail, said_plainly
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Client
@@ -25,9 +25,6 @@ KeyFileOption = Annotated[
     Path | None, typer.Option("--key-file", help="File with an API key; default: the key in STABLE_AUDIO_API_KEY.")
 ]
 
-# Exit codes, for scripts; 2 is wrong usage, as everywhere.
-FAILED, UNREACHABLE, KEY_REFUSED = 1, 3, 4
-
 _TIMEOUT_S = 10.0
 
 
@@ -37,18 +34,12 @@ def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
     import httpx
 
     from stable_audio_serve.client import Retries
-    from stable_audio_serve.core.errors import ForbiddenError, StableAudioError, UnauthorizedError, UnreachableError
 
-    try:
-        with open_client(url, key_file, retries=Retries(most=0), http=httpx.Client(timeout=_TIMEOUT_S)) as client:
-            yield client
-    except UnreachableError as error:
-        raise fail(error.message, code=UNREACHABLE) from error
-    except (UnauthorizedError, ForbiddenError) as error:
-        hint = "" if isinstance(error, ForbiddenError) else "; set STABLE_AUDIO_API_KEY or --key-file"
-        raise fail(f"{error.message}{hint}", code=KEY_REFUSED) from error
-    except StableAudioError as error:
-        raise fail(error.message, code=FAILED) from error
+    with (
+        said_plainly(),
+        open_client(url, key_file, retries=Retries(most=0), http=httpx.Client(timeout=_TIMEOUT_S)) as client,
+    ):
+        yield client
 
 
 def open_client(url: str | None, key_file: Path | None, **options: Any) -> Client:
@@ -59,7 +50,7 @@ def open_client(url: str | None, key_file: Path | None, **options: Any) -> Clien
     try:
         return Client(url, api_key=_read_key(key_file), **options)
     except ValueError as error:
-        raise fail(f"--url (STABLE_AUDIO_URL): {error}", code=2) from error
+        raise fail(f"--url (STABLE_AUDIO_URL): {error}") from error
 
 
 def ask(client: Client, what: str, **options: Any) -> Any:
@@ -86,7 +77,7 @@ def _read_key(file: Path | None) -> str | None:
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise fail(f"--key-file: {file} cannot be read: {error}", code=2) from error
+        raise fail(f"--key-file: {file} cannot be read: {error}") from error
     if not key or not key.isascii() or not key.isprintable():
-        raise fail(f"--key-file: {file} holds no API key", code=2)
+        raise fail(f"--key-file: {file} holds no API key")
     return key

@@ -5,6 +5,7 @@ Imports what a command needs only when it runs.
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from pathlib import Path
@@ -17,13 +18,20 @@ from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, Source, with_options
 
 if TYPE_CHECKING:
+    from stable_audio_serve.cli.makers import Order
     from stable_audio_serve.client import Take
 
 app = typer.Typer()
 
+STDIN = "-"  # and standard output
+
 _Regions = Annotated[
     list[str], typer.Option("--region", "-r", metavar="START:END", help="Seconds to make anew; may be given again.")
 ]
+_REPLAY_HAS_NOT = (
+    *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
+    "priority",
+)
 _LOOP_HAS_NOT = ("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority")
 
 
@@ -70,6 +78,7 @@ def continue_audio(
 ) -> None:
     """Continue audio behind its end."""
     with said_plainly():
+        check_inputs(prompt, audio)
         content = read_audio(audio)
         kept_s = _length_s(content) if start is None else start
     _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more={"duration": until}, options=options)
@@ -91,6 +100,30 @@ def loop(
     """Make a loop of whole bars. A model for loops makes it: see `dialects.saos_model` of the server."""
     more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
     _make("loop", prompt, audio=audio, more=more, options=options)
+
+
+@app.command()
+@with_options(without=_REPLAY_HAS_NOT)
+def replay(
+    take: Annotated[
+        str, typer.Argument(metavar="FILE", help="An audio file with a recipe, or a recipe; - is standard input.")
+    ],
+    *,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", metavar="AUDIO", help="A file that it was made from; may be repeated."),
+    ] = None,
+    options: SoundOptions,
+) -> None:
+    """Make a take again, the same bytes where it is called exact."""
+    from stable_audio_serve.cli.makers import Order
+
+    with said_plainly():
+        if [take, *(source or ())].count(STDIN) > 1:
+            raise ValueError("only one file can be standard input")
+        recipe = read_recipe(read_audio(take))
+        order = Order("replay", recipe=recipe, sources=[read_audio(each) for each in source or ()])
+    _carry_out(order, options=options)
 
 
 @app.command()
@@ -127,28 +160,46 @@ def _make(
     regions: list[tuple[float, float]] | None = None,
     more: dict[str, Any] | None = None,
 ) -> None:
-    from stable_audio_serve.cli.makers import Order, make_by_server, make_here
-    from stable_audio_serve.cli.progress import shown
-    from stable_audio_serve.cli.saving import STDOUT, save
+    from stable_audio_serve.cli.makers import Order
 
     with said_plainly():
-        if options.as_json and options.out == STDOUT:
-            raise ValueError("--json and --out - would both write to standard output")
-        if prompt == STDOUT and audio == STDOUT:
-            raise ValueError("either the prompt or the audio can be standard input")
-        prompt = sys.stdin.read().strip() if prompt == STDOUT else prompt
+        check_inputs(prompt, audio)
+        check_outputs(options.out, as_json=options.as_json)
+        prompt = sys.stdin.read().strip() if prompt == STDIN else prompt
         source = read_audio(audio) if isinstance(audio, str) else audio
         fields = {**options.controls, **(more or {})}
         controls = {name: value for name, value in fields.items() if value is not None}
-        order = Order(kind, prompt, audio=source, regions=regions or (), controls=controls)
+    _carry_out(Order(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options)
+
+
+def _carry_out(order: Order, *, options: SoundOptions) -> None:
+    """Make what is ordered, write it and say so."""
+    from stable_audio_serve.cli.makers import make_by_server, make_here
+    from stable_audio_serve.cli.progress import shown
+    from stable_audio_serve.cli.saving import save
+
+    with said_plainly():
+        check_outputs(options.out, as_json=options.as_json)
         with shown(quiet=options.quiet) as show:
             if options.local:
                 take = make_here(order, config=options.config, on_progress=show)
             else:
                 with open_client(options.url, options.key_file) as client:
                     take = make_by_server(order, client, on_progress=show)
-        files = save(take, options.out, prompt=prompt)
+        files = save(take, options.out, prompt=order.prompt or str(order.recipe.get("prompt", "")))
     report(take, files, as_json=options.as_json)
+
+
+def check_inputs(prompt: str, audio: str | bytes | None) -> None:
+    """Raises ValueError if two are standard input."""
+    if prompt == STDIN == audio:
+        raise ValueError("either the prompt or the audio can be standard input")
+
+
+def check_outputs(out: str, *, as_json: bool) -> None:
+    """Raises ValueError if two are standard output."""
+    if as_json and out == STDIN:
+        raise ValueError("--json and --out - would both write to standard output")
 
 
 def report(take: Take, files: list[Path], *, as_json: bool) -> None:
@@ -156,6 +207,8 @@ def report(take: Take, files: list[Path], *, as_json: bool) -> None:
     if not as_json:
         for file in files:
             typer.echo(str(file))
+        if take.replay == "close":
+            typer.echo("close: it was made on something else than the first time, its last bits may differ", err=True)
         return
     clips = [
         {
@@ -167,12 +220,36 @@ def report(take: Take, files: list[Path], *, as_json: bool) -> None:
         }
         for file, clip in zip(files, take.clips, strict=True)
     ]
-    typer.echo(json.dumps({"model": take.model, "sample_rate": take.sample_rate_hz, "clips": clips}, indent=2))
+    told = {} if take.replay is None else {"replay": take.replay}
+    typer.echo(json.dumps({"model": take.model, "sample_rate": take.sample_rate_hz, **told, "clips": clips}, indent=2))
 
 
 def read_audio(audio: str) -> bytes:
     """Returns the content of source audio. Raises OSError."""
     return sys.stdin.buffer.read() if audio == "-" else Path(audio).read_bytes()
+
+
+def read_recipe(content: bytes) -> dict[str, Any]:
+    """Returns the recipe that a file is, or that an audio file carries.
+
+    Raises ValueError, and InvalidUploadError for a damaged file.
+    """
+    text: str | bytes | None = content
+    if not content:
+        raise ValueError("the file is empty")
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
+        from stable_audio_serve.audio.embedded_text import MOST_TEXT_BYTES, extract
+
+        text = extract(content, most_bytes=MOST_TEXT_BYTES)
+    if text is None:
+        raise ValueError("the file carries no recipe")
+    try:
+        recipe = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the recipe is nested too deeply") from error
+    if not isinstance(recipe, dict):
+        raise ValueError("the recipe is no JSON object")
+    return recipe
 
 
 def _length_s(content: bytes) -> float:

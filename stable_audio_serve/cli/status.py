@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stable_audio_serve.cli.endings import Ending
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Client
 
-NOT_READY = 1
 _PATH = "/v1/status"
 
 
@@ -32,7 +32,7 @@ def status(
 ) -> None:
     """What a running server does: models, replicas, backlog, jobs.
 
-    Exit code 0: it is ready for requests. 1: it is not, or drains. 2: wrong usage. 3: nobody answers. 4: no valid key.
+    Exit code 0: it is ready for requests. 1: it is not, or drains. 3: nobody answers. 4: no valid key.
     """
     with connected(url, key_file) as client:
         if watch:
@@ -46,7 +46,7 @@ def status(
 
         status_report.show(found)
     if not found["ready"]:
-        raise typer.Exit(NOT_READY)
+        raise typer.Exit(Ending.FAILED)
 
 
 def _watch(client: Client, *, every_s: float, as_json: bool) -> None:

@@ -69,7 +69,7 @@ def _headline(found: Mapping[str, Any]) -> Text:
 
 
 def _models(models: Mapping[str, Any]) -> Table:
-    table = _table("Model", "Stage", "Replicas", "Bounds", "Kept", "Backlog", "Rows/step")
+    table = _table("Model", "Stage", "Replicas", "Bounds", "Kept", "Backlog", "Jobs wait", "Rows/step", "Requests/min")
     for name, model in models.items():
         stage = str(model.get("stage", _UNKNOWN))
         states = ", ".join(f"{number} {state}" for state, number in model.get("states", {}).items())
@@ -80,15 +80,17 @@ def _models(models: Mapping[str, Any]) -> Table:
             f"{_number(model.get('min_replicas'))}-{_number(model.get('max_replicas'))}",
             "yes" if model.get("kept") else "",
             _seconds(model.get("backlog_s")),
+            _seconds(model.get("waiting_jobs_s")),
             _mean(model.get("rows_per_step")),
+            _number(model.get("requests_per_minute")),
         )
     return table
 
 
 def _replicas(models: Mapping[str, Any]) -> Table | None:
-    table = _table("Replica", "Model", "Device", "Precision", "Requests", "Backlog", "Rows/step", "Said")
+    table = _table("Replica", "Model", "Device", "Precision", "Requests", "Per min", "Backlog", "Rows/step", "Said")
     for name, model in models.items():
-        for replica in model.get("replicas", ()):
+        for replica in (*model.get("replicas", ()), *model.get("overflow", ())):
             age_s = replica.get("age_s")
             is_old = age_s is not None and age_s > _OLD_S
             table.add_row(
@@ -97,6 +99,7 @@ def _replicas(models: Mapping[str, Any]) -> Table | None:
                 Text(plain(str(replica.get("device") or _UNKNOWN))),
                 Text(plain(str(replica.get("dtype") or _UNKNOWN))),
                 _number(replica.get("requests")),
+                _number(replica.get("requests_per_minute")),
                 _seconds(replica.get("backlog_s")),
                 _mean(replica.get("rows_per_step")),
                 Text(f"{_seconds(age_s)} ago", style="red" if is_old else ""),

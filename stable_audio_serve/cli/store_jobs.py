@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured
+from stable_audio_serve.cli.endings import Ending, fail, said_plainly
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
@@ -112,7 +113,7 @@ class _RefusalError(Exception):
 
 
 def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
-    """Do the same with several jobs; exit 1 after the last one when it could not be done with all of them."""
+    """Do the same with several jobs; exit 2 after the last one when it could not be done with all of them."""
     from stable_audio_serve.cli.job_report import plain
 
     num_refused = 0
@@ -123,7 +124,7 @@ def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: 
             typer.echo(f"error: {plain(name)}: {error}", err=True)
             num_refused += 1
     if num_refused:
-        raise typer.Exit(1)
+        raise typer.Exit(Ending.REFUSED)
 
 
 def _find(store: JobStore, name: str, *, client: str | None) -> Job:
@@ -150,12 +151,12 @@ def _find(store: JobStore, name: str, *, client: str | None) -> Job:
 
 @contextmanager
 def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
-    """The configured store. What goes wrong with it is one sentence: exit 2 for settings, 1 for the rest."""
-    from stable_audio_serve.core.errors import ConfigError, StableAudioError
+    """The configured store. What goes wrong with it is one sentence and an exit code."""
+    from stable_audio_serve.core.errors import ConfigError
     from stable_audio_serve.jobs.open import open_store
 
     _silence_logs()
-    try:
+    with said_plainly():
         settings = load_configured(file)
         store = open_store(settings)
         database = store.database
@@ -164,19 +165,10 @@ def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
         database.prepare()
         try:
             yield store, settings
+        except _RefusalError as error:
+            raise fail(str(error)) from error
         finally:
             database.close()
-    except _RefusalError as error:
-        raise _exit(str(error), 1) from error
-    except ConfigError as error:
-        raise _exit(error.message, 2) from error
-    except StableAudioError as error:
-        raise _exit(error.message, 1) from error
-
-
-def _exit(message: str, code: int) -> typer.Exit:
-    typer.echo(f"error: {message}", err=True)
-    return typer.Exit(code)
 
 
 def _silence_logs() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Take
 from stable_audio_serve.client.asynchronous import AsyncClient
-from stable_audio_serve.client.calls import Audio, Controls, JobControls
+from stable_audio_serve.client.calls import Audio, Controls, JobControls, Recipe
 from stable_audio_serve.client.retrying import Retries
 from stable_audio_serve.client.synchronous import Client
 
@@ -22,6 +22,7 @@ __all__ = [
     "JobPage",
     "JobProgress",
     "Model",
+    "Recipe",
     "Retries",
     "Take",
 ]

@@ -24,6 +24,7 @@ class Clip:
     """One variation: an audio file with its seed and what it sounds like.
 
     `peak` is the largest absolute sample, 1 = full scale; `loudness_lufs` is None under 0.4 s and without sound.
+    `recipe` is what made it, for `replay`; None where the server did not tell it, but the file may carry it.
     """
 
     file_name: str
@@ -32,6 +33,7 @@ class Clip:
     peak: float
     loudness_lufs: float | None
     is_silent: bool
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def save(self, path: str | Path) -> Path:
         """Write the file. Returns its path. Raises OSError."""
@@ -44,7 +46,8 @@ class Clip:
 class Take:
     """The audio of one request or job: one clip per variation.
 
-    `timings_ms` has the milliseconds of each stage; it and `request_id` are empty for a job.
+    `timings_ms` has the milliseconds of each stage; it and `request_id` are empty for a job. `replay` is set of a take
+    that was made again: exact = the bytes of the first time, close = made on something else.
     """
 
     clips: tuple[Clip, ...]
@@ -53,6 +56,7 @@ class Take:
     request_id: str = ""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     manifest: Mapping[str, Any] | None = None
+    replay: str | None = None
 
     @property
     def content(self) -> bytes:
@@ -146,7 +150,9 @@ def read_take(response: httpx.Response) -> Take:
 def read_job_take(job: Job, content: bytes, *, disposition: str) -> Take:
     """Returns the take that a job's file is. Raises GenerationError if it does not fit the job."""
     try:
-        clips = [(clip["seed"], clip["peak"], clip["loudness"], clip["silent"]) for clip in job.sent["clips"]]
+        facts = [(clip["seed"], clip["peak"], clip["loudness"], clip["silent"]) for clip in job.sent["clips"]]
+        recipes = job.sent.get("recipes") or [None] * len(facts)
+        clips = [(*clip, recipe) for clip, recipe in zip(facts, recipes, strict=True)]
         return _make_take(
             content, _file_name(disposition), clips=clips, model=job.model, rate_hz=job.sent["sample_rate"]
         )
@@ -196,6 +202,14 @@ def read_progress(sent: Mapping[str, Any]) -> JobProgress:
     )
 
 
+def place_file(response: httpx.Response, path: Path) -> Path:
+    """Returns where a downloaded file belongs: `path`, or where that is a folder, in it by the server's name for it."""
+    if not path.is_dir():
+        return path
+    disposition = response.headers.get("content-disposition")
+    return path / (_file_name(disposition) if disposition else Path(response.url.path).name)
+
+
 def read_page(sent: Mapping[str, Any]) -> JobPage:
     """Returns the page that a JSON object describes."""
     return JobPage(tuple(read_job(job) for job in sent["jobs"]), sent["next_cursor"])
@@ -222,11 +236,13 @@ def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
 
 def _read_take(response: httpx.Response) -> Take:
     headers = response.headers
+    seeds = _values(headers.get("x-seeds") or headers["x-seed"])
     clips = zip(
-        _values(headers.get("x-seeds") or headers["x-seed"]),
+        seeds,
         _values(headers["x-audio-peak"]),
         _values(headers["x-audio-loudness"]),
         _values(headers["x-audio-silent"]),
+        _values(headers.get("x-recipe", "")) or [None] * len(seeds),
         strict=True,
     )
     take = _make_take(
@@ -236,11 +252,16 @@ def _read_take(response: httpx.Response) -> Take:
         model=headers["x-model"],
         rate_hz=int(headers["x-sample-rate"]),
     )
-    return replace(take, request_id=headers["x-request-id"], timings_ms=_timings(headers["server-timing"]))
+    return replace(
+        take,
+        request_id=headers["x-request-id"],
+        timings_ms=_timings(headers["server-timing"]),
+        replay=headers.get("x-replay"),
+    )
 
 
 def _make_take(content: bytes, file_name: str, *, clips: Sequence[tuple[Any, ...]], model: str, rate_hz: int) -> Take:
-    """`clips` are the facts of each variation: seed, peak, loudness, whether it is silent."""
+    """`clips` are the facts of each variation: seed, peak, loudness, whether it is silent, recipe."""
     files, manifest = {file_name: content}, None
     if len(clips) > 1:
         files, manifest = _unzip(content)

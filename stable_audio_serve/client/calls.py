@@ -16,6 +16,7 @@ from stable_audio_serve.client.answers import Clip
 
 # Source audio: a file's path or its bytes, an opened file, or a clip that was generated before.
 Audio = bytes | str | Path | BinaryIO | Clip
+Recipe = Mapping[str, Any]  # of a take, as the server tells it
 Regions = Sequence[tuple[float, float]]  # [start, end) in seconds
 
 
@@ -75,7 +76,7 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     json: Mapping[str, Any] | None = None
     form: Mapping[str, str] | None = None
-    files: Mapping[str, tuple[str, bytes]] | None = None
+    files: Sequence[tuple[str, tuple[str, bytes]]] | None = None
 
 
 def generate(prompt: str, controls: Mapping[str, Any]) -> Call:
@@ -99,6 +100,17 @@ def loop(prompt: str, *, audio: Audio | None, controls: Mapping[str, Any]) -> Ca
     if audio is None:
         return Call("POST", "/saos/generate/loop", json=fields)
     return _upload("/saos/generate/loop", audio, fields=fields, name="audio_file")
+
+
+def replay(take: Audio | Recipe, *, sources: Sequence[Audio]) -> Call:
+    """A take again, by its recipe or by its file, which carries one. Raises OSError."""
+    files = [("audio", _read(source)) for source in sources]
+    if not isinstance(take, Mapping):
+        return Call("POST", "/v1/audio/replay", files=[("file", _read(take)), *files])
+    if not files:
+        return Call("POST", "/v1/audio/replay", json=take)
+    recipe = ("recipe.json", json.dumps(take).encode())  # as a file: fields of forms have at most 512 KiB
+    return Call("POST", "/v1/audio/replay", files=[("recipe", recipe), *files])
 
 
 def submit(prompt: str, controls: Mapping[str, Any], *, key: str | None) -> Call:
@@ -165,7 +177,7 @@ def _upload(
     name: str = "audio",
 ) -> Call:
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-    return Call("POST", path, headers=headers or {}, form=form, files={name: _read(audio)})
+    return Call("POST", path, headers=headers or {}, form=form, files=[(name, _read(audio))])
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:

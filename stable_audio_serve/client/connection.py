@@ -14,6 +14,7 @@ from stable_audio_serve.client.calls import Call
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "STABLE_AUDIO_URL"
 KEY_VARIABLE = "STABLE_AUDIO_API_KEY"
+_LAST_PORT = 65535
 USER_AGENT = "stable-audio-serve-client"
 # A generation answers once it is done: how long that takes the server decides, within its own deadlines.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -34,12 +35,16 @@ class Connection:
         text = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
             url = httpx.URL(text)
-        except httpx.InvalidURL as error:
+            is_server = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= _LAST_PORT
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"{text!r} is no URL: {error}") from error
-        if url.scheme not in {"http", "https"} or not url.host:
+        if not is_server:
             raise ValueError(f"{text!r} is no URL of a server, such as {DEFAULT_URL}")
         url = url.copy_with(path=url.path.rstrip("/") + "/", query=None, fragment=None)
-        return cls(url, api_key or os.environ.get(KEY_VARIABLE) or None)
+        key = api_key or os.environ.get(KEY_VARIABLE) or None
+        if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ValueError("the API key has white space around it, or characters that no header can carry")
+        return cls(url, key)
 
     def request(self, call: Call) -> dict[str, Any]:
         """Returns the arguments of httpx's `request` for a call."""

@@ -53,7 +53,16 @@ def read_lost_connection(error: httpx.HTTPError) -> errors.StableAudioError:
     make: Callable[[str], errors.StableAudioError] = errors.UnreachableError
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         make = errors.DeadlineExceededError
-    return make(f"the server did not answer: {error or type(error).__name__}")
+    return make(f"{_server_of(error)} did not answer: {error or type(error).__name__}")
+
+
+def _server_of(error: httpx.HTTPError) -> str:
+    """Returns the server that was asked. Never what was asked for, which may be a link that is a secret."""
+    try:
+        url = error.request.url
+    except RuntimeError:
+        return "the server"
+    return f"the server {url.scheme}://{url.netloc.decode()}"
 
 
 def _json(response: httpx.Response) -> Mapping[str, Any]:
@@ -66,6 +75,8 @@ def _json(response: httpx.Response) -> Mapping[str, Any]:
 
 def _read_detail(detail: Any) -> tuple[str, str | None]:
     """Returns the message and, if one is at fault, the field of a body of our own API, or of the one for loops."""
+    if isinstance(detail, dict):  # as the routes answer that are shared with vLLM-Omni
+        return str(detail.get("message", "")), detail.get("param")
     if not isinstance(detail, list):
         return str(detail or ""), None
     faults = [fault for fault in detail if isinstance(fault, dict)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +12,13 @@ from typing import BinaryIO
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to write: what it is written gets its name only at the end without an error. Raises OSError."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        # Not by `tempfile`, whose files are the owner's alone: to give them a new file's rights the umask would have to
+        # be read, which cannot be done without setting it, for all threads.
+        with temporary.open("xb") as file:
             yield file
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -41,6 +41,11 @@ class Attempts:
         self._num_failed = 0
         self._waited_s = 0.0
 
+    @property
+    def are_several(self) -> bool:
+        """Whether the last attempt had one before it, which the server may have heard."""
+        return self._num_failed > 1
+
     def pause_s(self, failure: StableAudioError) -> float:
         """Returns how long to wait before the next attempt, seconds. Raises the failure if there is no next one."""
         doubling_s = self._retries.first_pause_s * 2.0**self._num_failed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -13,13 +13,22 @@ import httpx_sse
 
 from stable_audio_serve.client import answers, calls
 from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Take
-from stable_audio_serve.client.calls import Audio, Call, Controls, EditControls, JobControls, LoopControls, Regions
+from stable_audio_serve.client.calls import (
+    Audio,
+    Call,
+    Controls,
+    EditControls,
+    JobControls,
+    LoopControls,
+    Recipe,
+    Regions,
+)
 from stable_audio_serve.client.connection import STREAM_TIMEOUT, TIMEOUT, Connection
 from stable_audio_serve.client.failures import read_failure, read_lost_connection
 from stable_audio_serve.client.files import whole_file
 from stable_audio_serve.client.following import POLL_S, Following
 from stable_audio_serve.client.retrying import Attempts, Retries
-from stable_audio_serve.core.errors import DeadlineExceededError, OverloadedError
+from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, OverloadedError, StableAudioError
 
 
 class Client:
@@ -39,7 +48,7 @@ class Client:
         http: httpx.Client | None = None,
     ) -> None:
         self._connection = Connection.choose(base_url, api_key)
-        self._retries = retries or Retries()
+        self.retries = retries or Retries()
         self._http = http or httpx.Client(timeout=TIMEOUT)
         self.jobs = Jobs(self)
 
@@ -79,13 +88,21 @@ class Client:
         """
         return answers.read_take(self.send(calls.loop(prompt, audio=audio, controls=controls)))
 
+    def replay(self, take: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Take:
+        """Make a take again from its recipe, or from its file, which carries one. `replay` of the answer says whether
+        its bytes are those of the first time. Raises OSError.
+
+        `sources` are the files that it was made from; InvalidRequestError names the SHA-256 of one that is missing.
+        """
+        return answers.read_take(self.send(calls.replay(take, sources=sources)))
+
     def models(self) -> tuple[Model, ...]:
         """The served models."""
         return answers.read_models(self.send(calls.models()).json())
 
-    def send(self, call: Call) -> httpx.Response:
-        """Send a call, again if need be. Returns its successful answer, read."""
-        attempts = Attempts(self._retries)
+    def send(self, call: Call, attempts: Attempts | None = None) -> httpx.Response:
+        """Send a call, again if need be, as `attempts` count. Returns its successful answer, read."""
+        attempts = attempts or Attempts(self.retries)
         while True:
             try:
                 response = self._http.request(**self._connection.request(call))
@@ -150,7 +167,16 @@ class Jobs:
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job: at once while it waits, within one step while it runs. Raises ConflictError if it is over."""
-        return answers.read_job(self._client.send(calls.cancel_job(job_id)).json())
+        attempts = Attempts(self._client.retries)
+        try:
+            return answers.read_job(self._client.send(calls.cancel_job(job_id), attempts).json())
+        except ConflictError:
+            if not attempts.are_several:
+                raise
+            job = self.get(job_id)
+            if job.status != "cancelled":  # if it is, by an attempt whose answer was lost
+                raise
+            return job
 
     def follow(self, job_id: str) -> Generator[JobProgress | Job]:
         """Yields the job's progress, and at its end the job. Lost connections are made again."""
@@ -187,27 +213,37 @@ class Jobs:
     def download(self, job: Job | str, path: str | Path) -> Path:
         """Write a finished job's audio to a file without holding it in memory. Returns its path.
 
-        Raises GenerationError or CancelledRequestError for a job that has none, OSError.
+        In a folder that exists the file gets the name that the server gives it, which begins with the job's id. Raises
+        GenerationError or CancelledRequestError for a job that has none, OSError.
         """
         job = self.get(job) if isinstance(job, str) else job
         answers.require_success(job)
-        with whole_file(Path(path)) as file:
-            for chunk in self._chunks(job):
-                file.write(chunk)
-        return Path(path)
+        attempts = Attempts(self._client.retries)
+        while True:
+            try:
+                with self._audio(job) as response:
+                    place = answers.place_file(response, Path(path))
+                    with whole_file(place) as file:
+                        for chunk in response.iter_bytes():
+                            file.write(chunk)
+                    return place
+            except StableAudioError as failure:
+                time.sleep(attempts.pause_s(failure))
 
     def fetch(self, job: Job | str) -> Take:
         """A finished job's audio, in memory. Raises as `download`."""
         job = self.get(job) if isinstance(job, str) else job
         answers.require_success(job)
-        try:
-            with self._client.open_audio(job) as response:
-                content = response.read()
-        except httpx.TransportError as error:
-            raise read_lost_connection(error) from error
-        if not response.is_success:
-            raise read_failure(response)
-        return answers.read_job_take(job, content, disposition=response.headers.get("content-disposition", ""))
+        attempts = Attempts(self._client.retries)
+        while True:
+            try:
+                with self._audio(job) as response:
+                    content = response.read()
+                    return answers.read_job_take(
+                        job, content, disposition=response.headers.get("content-disposition", "")
+                    )
+            except StableAudioError as failure:
+                time.sleep(attempts.pause_s(failure))
 
     def _submit(self, call: Call) -> Job:
         return self.get(self._client.send(call).json()["id"])
@@ -238,12 +274,14 @@ class Jobs:
                 return
             time.sleep(POLL_S)
 
-    def _chunks(self, job: Job) -> Generator[bytes]:
+    @contextmanager
+    def _audio(self, job: Job) -> Generator[httpx.Response]:
+        """Opens the download of a job's audio, whose failures are errors of this project."""
         try:
             with self._client.open_audio(job) as response:
                 if not response.is_success:
                     response.read()
                     raise read_failure(response)
-                yield from response.iter_bytes()
+                yield response
         except httpx.TransportError as error:
             raise read_lost_connection(error) from error

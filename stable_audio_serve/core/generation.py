@@ -14,15 +14,22 @@ if TYPE_CHECKING:
 SEED_LIMIT = 2**63  # seeds are from 0 up to this, exclusive
 # How a flow model's times for an edit are made: those of a run from pure noise, scaled by the level, or as upstream.
 EditSchedule = Literal["scaled", "reference"]
+Role = Literal["init", "inpaint"]  # what source audio is for: a variation, or regions made anew
 Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
 
 
 @dataclass(frozen=True, slots=True)
 class SourceAudio:
-    """Audio that enters a model: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`."""
+    """Audio that enters a model: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`.
+
+    `sha256` is that of the file they were decoded from, hexadecimal, "" where there is none or more was done to them
+    than to mix its channels to one.
+    """
 
     samples: npt.NDArray[np.float32]
     sample_rate_hz: int
+    sha256: str = ""
+    is_mixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class GenerationRequest:
     priority: Priority = "interactive"
     start_within_s: float | None = None  # most time from submission to the first step, seconds
     is_promised: bool = False  # refused before and told to come now: a full queue has some room left for it
+    checkpoint: str | None = None  # hash of the weights that must make it (`models.weight_hash`); None = any
     request_id: str = ""
 
     @property
@@ -118,13 +126,54 @@ class StageTimings:
     total_ms: float = 0.0
 
 
+Mode = Literal["strict", "fast"]  # of an engine: whether a request's bytes depend on its neighbours
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What an engine was loaded from and how, as far as its audio depends on it.
+
+    `checkpoint` is the hash of `models.weight_hash`, None where nobody took it; `networks` is whose code runs.
+    """
+
+    checkpoint: str | None = None
+    decode_precision: str | None = None
+    networks: str = "native"
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How an engine made audio: what the last bits depend on, and what the request left to the model.
+
+    `processor` names the instructions of a CPU or the GPU. `threads` are those of a call where the bytes may depend on
+    their number, else None, and so are the `slots` of a call.
+    """
+
+    version: str  # of this package
+    torch: str
+    mode: Mode
+    processor: str
+    loaded: Loaded
+    threads: int | None = None
+    slots: int | None = None
+    is_compiled: bool = False
+    transformers: str | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    sampler: str | None = None
+    apg_scale: float | None = None
+    duration_padding_s: float | None = None
+    edit_schedule: EditSchedule | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class MadeOn:
     """What audio was made on, which its last bits depend on: `device` is cuda, mps or cpu, `dtype` the precision of the
-    denoiser, float32, float16 or bfloat16."""
+    denoiser, float32, float16 or bfloat16. `making` has the rest, where the engine said it."""
 
     device: str
     dtype: str
+    making: Making | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +200,9 @@ class GenerationResult:
     seeds: tuple[int, ...]
     timings: StageTimings = field(default_factory=StageTimings)
     device: DeviceUse = field(default_factory=DeviceUse)
+    making: Making | None = None
 
     @property
     def made_on(self) -> MadeOn:
         """Returns what to name beside the seed, which repeats the audio there."""
-        return MadeOn(self.device.kind, self.device.dtype)
+        return MadeOn(self.device.kind, self.device.dtype, self.making)

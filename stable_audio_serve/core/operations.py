@@ -15,7 +15,8 @@ DrainState = Literal["no", "draining", "drained"]
 class ReplicaReport:
     """What one replica of a model said `age_s` ago; None = it did not say.
 
-    `backlog_s` is predicted device time not yet spent, `rows_per_step` the mean of its last seconds with steps.
+    `backlog_s` is predicted device time not yet spent, `rows_per_step` the mean of its last seconds with steps,
+    `finished_per_minute` how many requests had their audio in the minute before.
     """
 
     id: str
@@ -25,15 +26,21 @@ class ReplicaReport:
     in_flight: int | None = None
     backlog_s: float | None = None
     rows_per_step: float | None = None
+    finished_per_minute: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model's replicas; `is_kept`: an operator keeps it loaded."""
+    """One model's replicas; `is_kept`: an operator keeps it loaded. `overflow` are those on CPUs beside its GPUs.
+
+    `waiting_jobs_s` is the predicted device time of all jobs that wait for it in the job database; None = not known.
+    """
 
     status: ModelStatus
     is_kept: bool = False
     replicas: tuple[ReplicaReport, ...] = ()
+    overflow: tuple[ReplicaReport, ...] = ()
+    waiting_jobs_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

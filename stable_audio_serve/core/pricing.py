@@ -6,15 +6,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
+
+# How often a sampler asks the network in a step, but perhaps the last; those that are not here ask once.
+EVALUATIONS_PER_STEP: Mapping[str, int] = {"rk4": 4, "k-heun": 2, "k-dpm-2": 2, "k-dpmpp-2s-ancestral": 2}
+
+
+class Defaults(Protocol):
+    """What a model does for requests that do not say: a `ModelCard`, or the `Prices` of one of its engines."""
+
+    @property
+    def default_steps(self) -> int: ...
+    @property
+    def default_cfg_scale(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class WorkSize:
     """What device time grows with; the sizes of several requests add up.
 
-    `rows` are variations. `evaluations` of the network: a step of each variation, twice where it is guided.
+    `rows` are variations. `evaluations` of the network: as many as the sampler makes in each step of each variation,
+    twice where it is guided.
     `evaluated_s` are seconds of audio times evaluations, `audio_s` seconds of audio that are decoded.
     """
 
@@ -24,12 +38,13 @@ class WorkSize:
     audio_s: float = 0.0
 
     @classmethod
-    def of(cls, request: GenerationRequest, *, default_steps: int, default_cfg_scale: float) -> WorkSize:
-        """Returns the size of a request to a model with these defaults."""
-        steps = default_steps if request.steps is None else request.steps
-        cfg_scale = default_cfg_scale if request.cfg_scale is None else request.cfg_scale
+    def of(cls, request: GenerationRequest, *, model: Defaults) -> WorkSize:
+        """Returns the size of a request to this model."""
+        steps = model.default_steps if request.steps is None else request.steps
+        cfg_scale = model.default_cfg_scale if request.cfg_scale is None else request.cfg_scale
         rows = request.batch_size
-        evaluations = rows * steps * (1 if cfg_scale == 1.0 else 2)
+        per_step = EVALUATIONS_PER_STEP.get(request.sampler or "", 1)
+        evaluations = rows * steps * per_step * (1 if cfg_scale == 1.0 else 2)
         return cls(rows, evaluations, evaluations * request.duration_s, rows * request.duration_s)
 
 
@@ -58,8 +73,7 @@ class Prices:
 
     def of_request(self, request: GenerationRequest) -> float:
         """Returns the predicted device time of one request, milliseconds."""
-        defaults = {"default_steps": self.default_steps, "default_cfg_scale": self.default_cfg_scale}
-        return self.of(WorkSize.of(request, **defaults))  # type: ignore[arg-type]
+        return self.of(WorkSize.of(request, model=self))
 
     def to_dict(self) -> dict[str, float]:
         """Returns plain numbers by name."""

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.core.generation import DeviceUse
+from stable_audio_serve.core.generation import DeviceUse, Mode
 from stable_audio_serve.engine.landing import LandingRing
-from stable_audio_serve.engine.options import Mode
 from stable_audio_serve.engine.share import WHOLE, DeviceMemory, allowed_bytes
 from stable_audio_serve.sampling.transfer import to_device
 

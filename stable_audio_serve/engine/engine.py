@@ -1,5 +1,5 @@
 """The engine's public class: asyncio methods around one engine thread. Accepts, plans and bounds requests; starts and
-stops the engine thread. Knows neither Ray nor HTTP.
+stops the engine thread. Knows neither Ray nor HTTP, nor what works on that thread (`build`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from typing import get_args
@@ -20,35 +19,26 @@ from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, O
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
+    Loaded,
     Priority,
     ProgressCallback,
 )
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.batching import BatchPolicy, OneRowPerCall
-from stable_audio_serve.engine.call_shapes import PackedShapes
-from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.batching import BatchPolicy
+from stable_audio_serve.engine.build import build_machinery
 from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
-from stable_audio_serve.engine.loop import EngineLoop
-from stable_audio_serve.engine.memory import RowMemory
+from stable_audio_serve.engine.inbox import UNAVAILABLE
+from stable_audio_serve.engine.making import describe_engine, require_checkpoint, settle
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.planner import Planner
-from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
-from stable_audio_serve.engine.prediction import Predictor
+from stable_audio_serve.engine.policies import resolve_mode
 from stable_audio_serve.engine.price_list import PriceList
-from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState, late
 from stable_audio_serve.engine.rows import row_work
-from stable_audio_serve.engine.scheduler import Scheduler, SchedulerLimits
-from stable_audio_serve.engine.share import plan_memory
-from stable_audio_serve.engine.stages import Stages
-from stable_audio_serve.engine.thread import EngineHeartbeat, EngineThread
-from stable_audio_serve.engine.threads import plain_threads, steady_threads
-from stable_audio_serve.engine.warmup import WarmUp
+from stable_audio_serve.engine.scheduler import Scheduler
+from stable_audio_serve.engine.thread import EngineHeartbeat
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
@@ -75,48 +65,48 @@ class Engine:
         policy: BatchPolicy | None = None,
         scheduler: Callable[..., Scheduler] = Scheduler,
         device: Device | None = None,
+        loaded: Loaded = Loaded(),
     ) -> None:
         """`noise_factory` makes a row's noise from its seed; `policy` None: the one for these options and device.
 
-        `scheduler` is called like the class `Scheduler`. `device` None: the model's.
+        `scheduler` is called like the class `Scheduler`. `device` None: the model's. `loaded` is what results say of
+        the model's files.
         """
         self._model = model
         self._device = device or open_device(model.device, clock=clock)
         self._clock = clock
         self._metrics = metrics
         self._noise_factory = noise_factory
-        self._make_scheduler = scheduler
         self.mode = resolve_mode(options, self._device)
         if self.mode == "strict" and model.spec.is_compiled:
             message = "compile cannot be used in strict mode, in which a row's bytes must not depend on a call's shape"
             raise ConfigError(message, field="compile", allowed="mode: fast")
-        self.memory = plan_memory(
-            self._device.memory(),
-            max_rows_bytes=options.max_memory_bytes,
-            prompt_cache_bytes=options.prompt_cache_bytes,
-        )
+        self._making = describe_engine(model.spec, options, device=model.device, mode=self.mode, loaded=loaded)
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share, clock=clock)
-        self._inbox = Inbox()
-        self._drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
+        machinery = build_machinery(
+            model,
+            options,
+            device=self._device,
+            mode=self.mode,
+            admission=self._admission,
+            noise_factory=noise_factory,
+            policy=policy,
+            scheduler=scheduler,
+            clock=clock,
+            metrics=metrics,
+        )
+        self.memory = machinery.memory
+        self._thread = machinery.thread
+        self._inbox = machinery.inbox
+        self._predictor = machinery.predictor
+        self._drawers = machinery.drawers
+        self._price_list = PriceList(model, self._predictor)
         self._planners: dict[Priority, Planner] = {
             priority: Planner(
                 model, num_threads=options.planning_threads, max_pending=options.max_planning, clock=clock
             )
             for priority in get_args(Priority)
         }
-        cost = CostModel()
-        policy = policy or resolve_policy(
-            options,
-            self._device,
-            cost=cost,
-            pads_rows=model.spec.pads_rows,
-            packs_rows=model.spec.packs_rows,
-            packed=PackedShapes(model.spec.num_prefix, model.spec.max_frames) if model.spec.packs_segments else None,
-        )
-        self._pace = WindowPace(cost, turn_frames=options.turn_frames, is_fixed=self.mode == "strict")
-        self._predictor = Predictor(cost, policy, turn_frames=self._pace.turn_frames)
-        self._price_list = PriceList(model, self._predictor)
-        self._thread = self._build_thread(options, policy=policy, cost=cost)
         self._start_lock = threading.Lock()
         self._is_started = False
         self._is_closing = False
@@ -175,11 +165,14 @@ class Engine:
         self._ensure_started()
         if self._is_closing:
             raise ModelUnavailableError(UNAVAILABLE)
+        require_checkpoint(request, spec=self.spec, loaded=self._making.loaded)
         self._num_in_flight += 1
         try:
             state = await self._accept(request, on_progress, frames=frames)
             try:
-                return replace(await state.reply.future, device=replace(self._device.use(), dtype=self.dtype))
+                result = await state.reply.future
+                making = settle(self._making, request, spec=self.spec)
+                return replace(result, device=replace(self._device.use(), dtype=self.dtype), making=making)
             except asyncio.CancelledError:
                 state.cancel()
                 self._inbox.wake()
@@ -203,6 +196,10 @@ class Engine:
     def dtype(self) -> str:
         """Precision of the denoiser: float32, float16 or bfloat16."""
         return str(self.spec.dtype).removeprefix("torch.")
+
+    def name_checkpoint(self, checkpoint: str) -> None:
+        """Say which weights were loaded, once their hash is known; requests for others are refused from then on."""
+        self._making = replace(self._making, loaded=replace(self._making.loaded, checkpoint=checkpoint))
 
     @property
     def backlog_ms(self) -> float:
@@ -269,77 +266,3 @@ class Engine:
             if not self._is_started and not self._is_closing:
                 self._is_started = True
                 self._thread.start()
-
-    def _build_thread(self, options: EngineOptions, *, policy: BatchPolicy, cost: CostModel) -> EngineThread:
-        together = 1 if self.mode == "strict" else options.slots
-        executor = Executor(
-            self._model,
-            policy,
-            device=self._device,
-            together=together,
-            clock=self._clock,
-            metrics=self._metrics,
-            max_capture_bytes=self.memory.captures,
-        )
-        limits = SchedulerLimits(
-            max_started=options.max_rows,
-            max_tokens=0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens,
-            slack=options.slack,
-            max_slack_s=options.max_slack_s,
-            batch_share=options.batch_share,
-            max_bytes=self.memory.rows,
-        )
-        memory = RowMemory(
-            self._model.spec,
-            max_bytes=self.memory.rows,
-            is_fixed=self._pace.is_fixed,
-            setting=self.memory.setting,
-        )
-        stages = Stages(
-            self._model,
-            executor,
-            device=self._device,
-            cost=cost,
-            cache=PromptCache(options.prompt_cache_bytes),
-            drawers=self._drawers,
-            pace=self._pace,
-            clock=self._clock,
-            metrics=self._metrics,
-        )
-        loop = EngineLoop(
-            self._model.spec,
-            scheduler=self._make_scheduler(
-                limits,
-                knee_tokens=lambda frames: frames * policy.crowd(1, frames),
-                step_ms=self._predictor.step_ms,
-                has_second_queue=self._device.has_second_queue,
-            ),
-            stages=stages,
-            predictor=self._predictor,
-            memory=memory,
-            admission=self._admission,
-            inbox=self._inbox,
-            clock=self._clock,
-            metrics=self._metrics,
-        )
-        warm_up = WarmUp(
-            self._model,
-            cost,
-            policy=policy,
-            max_tokens=limits.max_tokens,
-            max_prompts=together,
-            noise_factory=self._noise_factory,
-            device=self._device,
-            budget_s=options.warmup_budget_s,
-        )
-        is_steady = self.mode == "strict" and not self._device.shares_calls
-        sharing = (steady_threads if is_steady else plain_threads)(options.torch_threads)
-
-        model, noise_factory = self._model, self._noise_factory
-
-        def prepare() -> None:  # which must not hold this engine: a forgotten one ends its thread
-            memory.measure(model, noise_factory)
-            if options.warmup_budget_s > 0:
-                warm_up.run()
-
-        return EngineThread(loop, self._inbox, sharing=sharing, prepare=prepare, clock=self._clock)

@@ -25,9 +25,9 @@ from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
 from stable_audio_serve.engine.memory import RowMemory
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.request_state import RequestState, late, late_start
-from stable_audio_serve.engine.rows import Decoding, Encoding, Row, Stepping, Waiting
+from stable_audio_serve.engine.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
 from stable_audio_serve.engine.scheduler import RowId, Scheduler
-from stable_audio_serve.engine.stages import Failures, Stages
+from stable_audio_serve.engine.stages import Stages
 from stable_audio_serve.engine.work import Phase
 from stable_audio_serve.models.protocol import ModelSpec
 

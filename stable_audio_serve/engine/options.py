@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from stable_audio_serve.core.errors import ConfigError
-
-Mode = Literal["strict", "fast"]
+from stable_audio_serve.core.generation import Mode
 
 
 @dataclass(frozen=True, slots=True)

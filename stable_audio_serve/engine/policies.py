@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
+from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine.batching import (
     BatchPolicy,
     EqualLengths,
@@ -16,7 +17,7 @@ from stable_audio_serve.engine.batching import (
 )
 from stable_audio_serve.engine.call_shapes import GRAPH_ROWS_BESIDE_PACKED, AnyRows, GraphShapes, PackedShapes
 from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.options import EngineOptions
 
 
 class DeviceKind(Protocol):

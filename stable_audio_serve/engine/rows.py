@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from stable_audio_serve.engine.arena import HeldFrames
 from stable_audio_serve.engine.batching import Lane
 from stable_audio_serve.engine.conditioning import HeldConditioning
-from stable_audio_serve.engine.device import Device, Moment
+from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
 from stable_audio_serve.engine.noise_ahead import RowNoise
 from stable_audio_serve.engine.request_state import Prompts, RequestState
 from stable_audio_serve.engine.scheduler import RowId
@@ -122,6 +122,20 @@ class Row:
             self.phase.held.free()
             self.phase.conditioning.free()
         self.phase = Waiting()
+
+
+Failures = list[tuple[Row, Exception]]  # rows and why each failed
+
+
+def run_alone(row: Row, action: Callable[[Row], None]) -> Failures:
+    """Run an action for a single row. Returns the row as failed if it raises."""
+    try:
+        action(row)
+    except DEVICE_LOST:
+        raise
+    except Exception as error:  # noqa: BLE001 - the engine's edge
+        return [(row, error)]
+    return []
 
 
 def row_work(plan: RowPlan, *, hop: int) -> RowWork:

@@ -1,16 +1,16 @@
-"""The phases of picked rows: encode text and sources, evaluate, decode audio. Everything but evaluations runs beside
-them, where the device can. Knows no scheduler; returns failed rows to the loop, which ends their requests.
+"""The phases of picked rows: inputs, evaluations, decoded audio. Everything but evaluations runs beside them, where the
+device can. Knows neither prompts nor how sources are encoded (`inputs` does), and no scheduler; returns failed rows to
+the loop, which ends their requests.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import GenerationError
@@ -20,18 +20,14 @@ from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.call_times import CallTimes
 from stable_audio_serve.engine.conditioning import HeldConditioning
 from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
+from stable_audio_serve.engine.device import Device, Moment
 from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.noise_ahead import RowNoise
+from stable_audio_serve.engine.inputs import RowInputs
 from stable_audio_serve.engine.pace import WindowPace
 from stable_audio_serve.engine.prompt_cache import PromptCache
-from stable_audio_serve.engine.request_state import Prompts
-from stable_audio_serve.engine.rows import Decoding, Encoding, Row, Stepping, make_assembly
-from stable_audio_serve.engine.windows import SourceEncoding
-from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
+from stable_audio_serve.engine.rows import Decoding, Encoding, Failures, Row, Stepping, make_assembly, run_alone
+from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
-
-Failures = list[tuple[Row, Exception]]
 
 
 class Stages:
@@ -56,61 +52,29 @@ class Stages:
         self._device = device
         self._cost = cost
         self._times = CallTimes(device, cost=cost, metrics=metrics)
-        self._cache = cache
-        self._drawers = drawers
         self._pace = pace
         self._clock = clock
         self._metrics = metrics
-        self._inputs_ready: Moment | None = None  # all that rows share and that was asked for so far
+        self._inputs = RowInputs(
+            model,
+            executor,
+            device=device,
+            times=self._times,
+            cache=cache,
+            drawers=drawers,
+            pace=pace,
+            clock=clock,
+            metrics=metrics,
+        )
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
         """Start rows: noise, prompts, sources. Rows without sources can begin afterwards."""
-        noises: dict[int, RowNoise] = {}
-        failures = [failure for row in rows for failure in _alone(row, lambda row: self._open_noise(row, noises))]
-        failures += self._embed([row for row in rows if row.id in noises])
-        failed = {row.id for row, _ in failures}
-        for row in rows:
-            prompts = row.request.shared.prompts
-            if row.id in failed or prompts is None:
-                if row.id in noises:
-                    noises[row.id].cancel()
-                continue
-            assert self._inputs_ready is not None
-            row.phase = encoding = Encoding(noises[row.id], prompts, self._inputs_ready)
-            self._open_sources(row, encoding)
-        return failures
+        return self._inputs.start(rows)
 
     def encode(self, rows: Sequence[Row]) -> Failures:
         """Encode the next source windows of each row; a row can begin after its last window."""
-        sources = {row.id: row.in_phase(Encoding).sources for row in rows}
-        pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
-        failed: dict[int, Exception] = {}
-        windows = [(source, window) for source in pending.values() for window in source.pending(self._pace.turn_frames)]
-        with self._device.beside():
-            for (source, _), outcome in zip(windows, self._encode([window for _, window in windows]), strict=True):
-                if isinstance(outcome, Exception):
-                    failed[id(source)] = outcome
-                elif id(source) not in failed:
-                    source.put(outcome)
-            self._inputs_ready = ready = self._device.mark()
-        failures: Failures = []
-        now = self._clock.monotonic()
-        for row in rows:
-            row.request.clock.mark("source", now)
-            row.phase = replace(row.in_phase(Encoding), ready=ready)
-            own = sources[row.id]
-            row.work.encode_left = _lengths_left(own)
-            errors = [failed[id(source)] for source in own.values() if id(source) in failed]
-            if errors:
-                failures.append((row, errors[0]))
-        return failures
-
-    def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
-        if not windows:  # other rows of the request had them encoded
-            return []
-        calls = [((1, window.samples.shape[-1] // self._model.spec.hop),) for window in windows]
-        return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
+        return self._inputs.encode(rows)
 
     def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
         """Set the conditioning and registers of rows whose text and sources are encoded, after which they can step.
@@ -219,58 +183,8 @@ class Stages:
         """Wait until the device is at most a few calls behind, and learn how long its calls took."""
         self._times.keep_pace()
 
-    def _embed(self, rows: Sequence[Row]) -> Failures:
-        """Set the rows' prompt embeddings: cached ones, and all new ones of this turn encoded together."""
-        rows = [row for row in rows if row.request.shared.prompts is None]
-        prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
-        known: dict[str, TextEmbedding | Exception] = {
-            prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
-        }
-        missing = [prompt for prompt in prompts if prompt not in known]
-        self._metrics.increment("engine_prompt_cache_hits", len(known))
-        self._metrics.increment("engine_prompt_cache_misses", len(missing))
-        if missing:
-            with self._device.beside():
-                outcomes = self._times.time("text", [((len(missing), 0),)], run=lambda: self._executor.embed(missing))
-                self._inputs_ready = self._device.mark()
-            known.update(zip(missing, outcomes, strict=True))
-            for outcome in outcomes:
-                if not isinstance(outcome, Exception):
-                    self._cache.put(outcome)
-        failures: Failures = []
-        now = self._clock.monotonic()
-        for row in rows:
-            row.request.clock.mark("text", now)
-            embeddings: list[TextEmbedding] = []
-            for outcome in (known[prompt] for prompt in _prompts(row)):
-                if isinstance(outcome, Exception):
-                    failures.append((row, outcome))
-                    break
-                embeddings.append(outcome)
-            else:
-                prompt, *negative = embeddings
-                row.request.shared.prompts = Prompts(prompt, negative[0] if negative else None)
-        return failures
-
-    def _open_noise(self, row: Row, noises: dict[int, RowNoise]) -> None:
-        shape = (self._model.spec.card.latent_channels, row.plan.frames)
-        source = row.request.noise_factory(row.plan.seed)
-        drawer = self._drawers[row.request.request.priority]
-        noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
-
-    def _open_sources(self, row: Row, encoding: Encoding) -> None:
-        """Set up the encodings of a row's sources; the request's rows share them unless the encoder draws noise."""
-        shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
-        for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
-            if plan is not None:
-                if stage not in shared:
-                    noise, hop = encoding.noise.source, self._model.spec.hop
-                    shared[stage] = SourceEncoding(plan, stage=stage, noise=noise, hop=hop)
-                encoding.sources[stage] = shared[stage]
-        row.work.encode_left = _lengths_left(encoding.sources)
-
     def _begin(self, row: Row) -> Failures:
-        return _alone(row, self._set_registers)
+        return run_alone(row, self._set_registers)
 
     def _set_registers(self, row: Row) -> None:
         encoding, plan = row.in_phase(Encoding), row.plan.sampler
@@ -321,25 +235,3 @@ class Stages:
         stepping.conditioning.free()
         audio.check(latents[:, : row.plan.valid_frames])
         row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())
-
-
-def _alone(row: Row, action: Callable[[Row], None]) -> Failures:
-    """Run an action for a single row. Returns the row as failed if it raises."""
-    try:
-        action(row)
-    except DEVICE_LOST:
-        raise
-    except Exception as error:  # noqa: BLE001 - the engine's edge
-        return [(row, error)]
-    return []
-
-
-def _prompts(row: Row) -> list[str]:
-    """Returns the row's prompt and, if it has one, its negative prompt."""
-    negative = row.plan.negative_prompt
-    return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
-
-
-def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
-    """Returns the latent frames of each source window still to encode."""
-    return tuple(frames for source in sources.values() for frames in source.lengths_left)

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.audio.recipe import RecipeSource
+from stable_audio_serve.core.generation import GenerationRequest, Role
 from stable_audio_serve.core.ids import NO_CLIENT, ClientId, JobId
 from stable_audio_serve.core.sound import Peaks
 
@@ -31,7 +32,7 @@ class JobUpload:
     """The client's own file that a job starts from, as it was sent; decoded again when the job runs."""
 
     file: StoredFile
-    role: Literal["init", "inpaint"]
+    role: Role
     max_s: float  # what the model can use of it, seconds
     decoded_bytes: int = 0  # memory its samples take
 
@@ -52,6 +53,7 @@ class JobSpec:
     file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
     peaks: Peaks = "limit"
     with_manifest: bool = False  # in the ZIP
+    with_recipe: bool = False  # in its files
     file_prefix: str = ""  # what the name offered for download has before the stem
     upload: JobUpload | None = None
     start_within_s: float | None = None  # not started by then = failed with code `start_timeout`
@@ -61,6 +63,11 @@ class JobSpec:
     idempotency_key: str | None = None  # unique per client and contract
     fingerprint: str = ""  # SHA-256 of what was asked: another one for the same id or key is a conflict
     wire: Mapping[str, Any] = field(default_factory=dict)  # what the dialect needs again later; plain JSON
+
+    @property
+    def sources(self) -> dict[Role, RecipeSource]:
+        """The file it starts from, by what that is for."""
+        return {self.upload.role: RecipeSource(sha256=self.upload.file.sha256)} if self.upload else {}
 
     @property
     def ref(self) -> JobRef:

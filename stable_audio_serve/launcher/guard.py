@@ -32,10 +32,12 @@ def users_of(directory: Path) -> list[int]:
     """Returns the ids of processes with a file open below `directory`; none where there is no /proc."""
     prefix = f"{directory}/"
     found = set()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone meanwhile, or not ours to look at
-            if os.readlink(link).startswith(prefix):
-                found.add(int(link.parts[2]))
+            for link in os.scandir(process / "fd"):
+                with suppress(OSError):
+                    if os.readlink(link.path).startswith(prefix):
+                        found.add(int(process.name))
     return sorted(found)
 
 

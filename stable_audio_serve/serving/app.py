@@ -24,6 +24,7 @@ from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.draining import replaced
+from stable_audio_serve.serving.exchange import PromiseExchange
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
@@ -35,10 +36,10 @@ from stable_audio_serve.serving.operations import (
     read_drain_wanted,
 )
 from stable_audio_serve.serving.overflow import OverflowBackend, overflow_catalog, overflow_name
+from stable_audio_serve.serving.overload import Word
 from stable_audio_serve.serving.placement import (
+    INGRESS_NAME,
     Plan,
-    check_gpu_shares,
-    decide_surge,
     describe_models,
     ingress_options,
     model_options,
@@ -50,6 +51,7 @@ from stable_audio_serve.serving.placement import (
 )
 from stable_audio_serve.serving.preflight import fetch_configs, require_weights
 from stable_audio_serve.serving.replica import ModelReplica, OverflowReplica
+from stable_audio_serve.serving.reservations import check_gpu_shares, decide_surge
 from stable_audio_serve.serving.surge import node_slots
 
 if TYPE_CHECKING:
@@ -77,8 +79,18 @@ class Ingress:
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
         self._metrics = RayMetrics()
-        main = RayBackend(plan.catalog, handles, application=application, metrics=self._metrics)
-        self._operations = RayOperations(main, runner=runner, application=application)
+        main = RayBackend(
+            plan.catalog,
+            handles,
+            application=application,
+            num_callers=plan.settings.ingress.replicas,
+            metrics=self._metrics,
+        )
+        # Of this deployment, which cannot be bound to itself. Unchecked, because it is not deployed yet, and the check
+        # would wait for Serve's controller.
+        ingress = serve.get_deployment_handle(INGRESS_NAME, application, _check_exists=False)
+        self._exchange = PromiseExchange(main, ingress=ingress)
+        self._operations = RayOperations(main, ingress=ingress, runner=runner, application=application)
         self._application = application
         self._backend: Backend = main
         if overflow:
@@ -105,7 +117,10 @@ class Ingress:
         if read_drain_wanted(self._application):
             self._draining.rest()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work) for work in (self._leave_when_replaced(), self._follow_operators())]
+        work = [self._leave_when_replaced(), self._follow_operators()]
+        if self._settings.ingress.replicas > 1:
+            work.append(self._exchange.run())
+        self._tasks = [loop.create_task(each) for each in work]
         return app
 
     async def drain(self) -> int:
@@ -116,6 +131,10 @@ class Ingress:
     async def drain_progress(self) -> DrainProgress:
         """Returns how many requests are left to finish, when an operator takes the server out."""
         return DrainProgress(self._draining.is_resting, self._draining.num_from_before)
+
+    async def hear_promises(self, teller: str, words: Mapping[str, Word]) -> None:
+        """Note whom another ingress replica told to come again; see `PromiseExchange`."""
+        self._exchange.hear(teller, words)
 
     async def _follow_operators(self) -> None:
         while True:
@@ -182,8 +201,8 @@ def assemble(
     logger.info(stores.description)
     plan = replace(plan, store_identity=stores.identity)
     cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
-    check_gpu_shares(plan, cluster_gpus=cluster_gpus)
-    plan = decide_surge(plan, node_slots(ray.nodes()), cluster_gpus=cluster_gpus)
+    check_gpu_shares(plan.settings, cluster_gpus=cluster_gpus)
+    plan = replace(plan, settings=decide_surge(plan.settings, node_slots(ray.nodes()), cluster_gpus=cluster_gpus))
     models = {
         model.name: _bind(
             by_name.get(model.name, replica),

@@ -1,28 +1,21 @@
 """The API's Backend over Ray Serve model handles: deadlines, one retry, errors of ours instead of Ray's.
 
-Runs inside an ingress replica. Never touches a model, and asking how models are never wakes one.
+Runs inside an ingress replica or a job runner. How models are is `model_watch`; who is refused while one is full,
+`overload`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-    RequestCancelledError,
-)
-from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
-from stable_audio_serve.core.catalog import ModelCatalog, ModelQuality, ModelStatus
+from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
 from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
@@ -32,12 +25,11 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.serving.overload import OverloadGuard
+from stable_audio_serve.serving.model_watch import ModelWatch
+from stable_audio_serve.serving.overload import OverloadGuard, Word
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
-
-    from stable_audio_serve.serving.replica import ReplicaStatus
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +37,6 @@ _ATTEMPTS = 2  # generation is pure once the seed is fixed, so one replica's dea
 _DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this is for an engine that cannot
 _RETRY_AFTER_S = 5.0
 _LOAD_CHECK_S = 1.0  # how often a request that is held looks whether its model can load at all
-_STATUS_TTL_S = 0.5  # older ones are renewed, those who ask meanwhile get the old one at once
-_STATUS_STALE_S = 2.0  # a caller waits for a newer one than that
-_REPLICA_TTL_S = 5.0  # how old the words of replicas on themselves may be
-_STATUS_TIMEOUT_S = 0.8  # the last answer is better than a late one
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    taken_at: float
-    models: Mapping[str, ModelStatus]
 
 
 class RayBackend:
@@ -66,19 +48,14 @@ class RayBackend:
         handles: Mapping[str, DeploymentHandle],
         *,
         application: str,
+        num_callers: int = 1,
         metrics: Metrics = NullMetrics(),
     ) -> None:
+        """`num_callers` processes like this one call the models; where there are several, `tell` is called often."""
         self._catalog = catalog
-        self._metrics = metrics
         self._handles = handles
-        self._application = application
-        self._guards = {card.name: OverloadGuard() for card in catalog}
-        self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
-        self._asked_at: dict[str, float] = {}
-        self._snapshot = _Snapshot(float("-inf"), {card.name: ModelStatus(stage="loading") for card in catalog})
-        self._refresh: asyncio.Task[None] | None = None
-        self._refresh_began_at = float("-inf")
-        self._looked_at = float("-inf")
+        self._watch = ModelWatch((card.name for card in catalog), handles, application=application, metrics=metrics)
+        self._guards = {card.name: OverloadGuard(num_processes=num_callers) for card in catalog}
 
     @property
     def catalog(self) -> ModelCatalog:
@@ -102,6 +79,27 @@ class RayBackend:
             raise guard.refuse(request, error) from error
         guard.done()
         return result
+
+    def withdraw(self, model: str, request: GenerationRequest) -> None:
+        """Do not expect the client of a refused request again: it is answered otherwise."""
+        if request.priority != "batch":
+            self._guards[model].withdraw(request)
+
+    def promise(self, model: str, request: GenerationRequest, *, in_s: float) -> None:
+        """Expect the client of a refused request after so many seconds after all."""
+        if request.priority != "batch":
+            self._guards[model].promise(request, in_s=in_s)
+
+    def tell(self) -> Mapping[str, Word]:
+        """Returns what the other callers have to hear by model, empty while no model is full."""
+        words = {name: guard.tell() for name, guard in self._guards.items()}
+        return {name: word for name, word in words.items() if word is not None}
+
+    def hear(self, words: Mapping[str, Word]) -> None:
+        """Note what another caller told; models that are not known here are left out."""
+        for name, word in words.items():
+            if name in self._guards:
+                self._guards[name].hear(word)
 
     async def _run(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
@@ -149,8 +147,7 @@ class RayBackend:
             raise GenerationError("the generation failed") from error
         finally:
             watcher.cancel()
-        if self._snapshot.models[model].stage != "ready":
-            self._note_ready(model)
+        self._watch.note_answer(model)
         if isinstance(result, StableAudioError):
             raise result
         return result
@@ -173,84 +170,14 @@ class RayBackend:
                 response.cancel()
                 return
 
-    def _note_ready(self, model: str) -> None:
-        """Count an answer as proof, also while the controller cannot be asked, and ask it soon for the rest."""
-        models = self._snapshot.models
-        known = replace(models[model], stage="ready", num_replicas=max(1, models[model].num_replicas))
-        self._snapshot = _Snapshot(float("-inf"), {**models, model: known})
-
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Returns what each model is doing as the controller sees it, at most `_STATUS_STALE_S` old.
-
-        Older where the controller does not answer, as while Ray's head is away: then nobody waits for it for long.
-        """
-        now = time.monotonic()
-        age_s = now - self._snapshot.taken_at
-        if age_s > _STATUS_TTL_S and (self._refresh is None or self._refresh.done()):
-            self._refresh, self._refresh_began_at = asyncio.create_task(self._take_snapshot()), now
-        patience_s = self._refresh_began_at + _STATUS_TIMEOUT_S - now
-        if age_s > _STATUS_STALE_S and self._refresh is not None and patience_s > 0:
-            await asyncio.wait({self._refresh}, timeout=patience_s)
-        return self._snapshot.models
+        """See `ModelWatch.status`."""
+        return await self._watch.status()
 
     @property
     def status_age_s(self) -> float:
-        """How long ago the controller said what `status` returns; infinite before it first did."""
-        return time.monotonic() - self._looked_at
-
-    async def _take_snapshot(self) -> None:
-        try:
-            application = (await asyncio.to_thread(serve.status)).applications.get(self._application)
-        except RayError as error:
-            logger.warning("the Serve controller does not answer: %s", error)
-            return
-        if application is None:
-            return
-        stages = {card.name: _stage(application, card.name) for card in self._catalog}
-        await asyncio.gather(*(self._ask_replica(name) for name, stage in stages.items() if stage == "ready"))
-        self._looked_at = time.monotonic()
-        self._snapshot = _Snapshot(
-            self._looked_at,
-            {name: self._model_status(name, stage, application=application) for name, stage in stages.items()},
-        )
-        for name, status in self._snapshot.models.items():
-            self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
-
-    async def _ask_replica(self, name: str) -> None:
-        """Learn what the running replicas say of themselves, again after a while: an update puts others in their place.
-
-        The first time it also opens the connection to one before the first real request.
-        """
-        now = time.monotonic()
-        if now - self._asked_at.get(name, float("-inf")) < _REPLICA_TTL_S:
-            return
-        handle, is_first = self._handles[name], name not in self._replicas
-        response = handle.status.remote() if is_first else None
-        try:
-            async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                if response is not None:
-                    self._replicas[name] = (await response,)
-                answers = await handle.broadcast("status").results_async(return_exceptions=True)
-        except (TimeoutError, RayError, RayServeException):
-            if response is not None:
-                response.cancel()
-            return
-        if replicas := tuple(answer for answer in answers if not isinstance(answer, BaseException)):
-            self._replicas[name], self._asked_at[name] = replicas, now
-
-    def _model_status(self, name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:
-        replicas = self._replicas.get(name, ())
-        replica = next(iter(replicas), None)
-        deployment = application.deployments.get(name)
-        return ModelStatus(
-            stage=stage,
-            num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
-            device=replica.device if replica else None,
-            detail={key: f"{seconds:.2f}" for key, seconds in replica.start_s.items()} if replica else None,
-            quality=most_telling(replica.quality for replica in replicas),
-            refused_update=_refused_update(deployment) if deployment else None,
-            states=_states(deployment) if deployment else {},
-        )
+        """See `ModelWatch.age_s`."""
+        return self._watch.age_s
 
 
 async def _receive(
@@ -269,42 +196,3 @@ async def _receive(
 def _unloadable(model: str) -> ModelUnavailableError:
     """Returns an error without Retry-After: Serve does not restart a failed deployment until it is deployed again."""
     return ModelUnavailableError(f"model {model} failed to load; the server's log says why")
-
-
-def _stage(application: ApplicationStatusOverview, name: str) -> str:
-    deployment = application.deployments.get(name)
-    if deployment is None:
-        return "loading"
-    if _count(deployment, ReplicaState.RUNNING):
-        return "ready"
-    is_starting = _count(deployment, ReplicaState.STARTING) > 0
-    has_failed = deployment.status == "DEPLOY_FAILED" or deployment.status_trigger == "REPLICA_STARTUP_FAILED"
-    if has_failed and not is_starting:
-        return "failed"
-    if deployment.status == "UPSCALING":
-        return "waking"
-    # An unhealthy one has lost its replicas and is about to start others.
-    return "loading" if is_starting or deployment.status in ("UPDATING", "UNHEALTHY") else "idle"
-
-
-def most_telling(qualities: Iterable[ModelQuality | None]) -> ModelQuality | None:
-    """Returns the quality that an operator has to hear of first, None where none is known."""
-    order = ("fallback", "unchecked", "off", "passed")
-    return min(filter(None, qualities), key=lambda quality: order.index(quality.gate), default=None)
-
-
-def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
-    """Returns a sentence where new replicas failed to start and older ones answer; the reason is in the log."""
-    if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
-        return None
-    return "the replicas of the last deployment failed to start, the ones before it answer; the server's log says why"
-
-
-def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
-    # Ray gives the states as text or as their enumeration, which is text too.
-    counts = deployment.replica_states.items()
-    return {ReplicaState(state).value.lower(): int(number) for state, number in counts if number}
-
-
-def _count(deployment: DeploymentStatusOverview, state: ReplicaState) -> int:
-    return int(deployment.replica_states.get(state, 0))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.serving.placement import may_use_gpu, model_entry
+from stable_audio_serve.serving.placement import model_entry
+from stable_audio_serve.serving.reservations import may_use_gpu
 
 _SPARE_FROM = 4  # with so many cores, one is left to everything else
 

@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 
 from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.generation import Loaded
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.share import WHOLE, require_share
-from stable_audio_serve.models.families import load_model, resolve_device
+from stable_audio_serve.models.families import find_files, load_model, resolve_device
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import ModelEntry
+from stable_audio_serve.models.weight_hash import hash_weights
 from stable_audio_serve.models.weights import resolve_dtype
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
@@ -51,14 +53,34 @@ def load_engine(
         dtype=_asked_dtype(settings, model),
         decode_precision=model.decode_precision,
         compile_dir=Path(settings.compile_dir) if model.compile else None,
-        token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        token=settings.hub_token,
         check_size=partial(_require_room, model.name, device, share) if device.memory() else None,
     )
     threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
-    engine = Engine(loaded, engine_options(model, threads=threads), metrics=metrics, device=device)
+    engine = Engine(
+        loaded,
+        engine_options(model, threads=threads),
+        metrics=metrics,
+        device=device,
+        loaded=Loaded(
+            decode_precision=resolve_decode_precision(loaded.device, model.decode_precision), networks=model.backend
+        ),
+    )
     if engine.memory.rows is not None:
         logger.info("memory: model=%s share=%g rows_bytes=%d", model.name, share, engine.memory.rows)
     return engine
+
+
+def load_named_engine(settings: Settings, model: ModelSettings) -> Engine:
+    """`load_engine` for this process alone, with the hash of the weights, which recipes name. Blocking."""
+    engine = load_engine(settings, model)
+    engine.name_checkpoint(hash_model(settings, model))
+    return engine
+
+
+def hash_model(settings: Settings, model: ModelSettings) -> str:
+    """Returns the hash of a configured model's weights, see `hash_weights`. Blocking. Raises CheckpointError."""
+    return hash_weights(*find_files(model_entry(model), token=settings.hub_token))
 
 
 def memory_share(model: ModelSettings, *, gpu_share: float) -> float:

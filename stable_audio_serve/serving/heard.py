@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_audio_serve.core.operations import ReplicaReport
+from stable_audio_serve.core.pricing import Prices
+from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class ReplicaWords:
     dtype: str
     in_flight: int
     rows_per_step: float | None
+    finished_per_minute: int
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what crosses Serve's controller."""
@@ -35,18 +38,28 @@ class _Heard:
 
 
 _heard: dict[str, dict[str, _Heard]] = {}
+_prices: dict[str, Prices] = {}
 _lock = threading.Lock()
 
 
 def hear(model: str, words: Mapping[str, Mapping[str, Any]]) -> None:
     """Note which replicas a model has and what each said last. Others are forgotten."""
     now = time.monotonic()
+    works = map(ReplicaWork.from_dict, words.values())
+    work = next(filter(None, works), None)
     with _lock:
+        if work is not None:
+            _prices[model] = work.prices
         known = _heard.get(model, {})
         _heard[model] = {
             name: known[name] if name in known and known[name].words == word else _Heard(now, word)
             for name, word in words.items()
         }
+
+
+def last_prices(model: str) -> Prices | None:
+    """Returns what a replica of a model asked last, though there may be none any more; None before one has said it."""
+    return _prices.get(model)
 
 
 def reports(model: str) -> tuple[ReplicaReport, ...]:
@@ -68,4 +81,5 @@ def _report(name: str, words: Mapping[str, Any], *, age_s: float) -> ReplicaRepo
         in_flight=words.get("in_flight"),
         backlog_s=None if backlog_ms is None else float(backlog_ms) / 1000.0,
         rows_per_step=None if rows is None else float(rows),
+        finished_per_minute=words.get("finished_per_minute"),
     )

@@ -69,11 +69,15 @@ class JobRunnerReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve every second, for the policies of all models."""
+        return to_stats(await self.waiting_jobs() or {})
+
+    async def waiting_jobs(self) -> Mapping[str, WaitingJobs] | None:
+        """Returns what waits for each model in the job database, as of a second ago; None while that is not known."""
         waiting = self._runner.waiting_work()
         if waiting is None:
-            return {}
+            return None
         found = {model: waiting.get(model, Waiting()) for model in self._models}
-        return to_stats({model: WaitingJobs(each.num_jobs, each.size) for model, each in found.items()})
+        return {model: WaitingJobs(each.num_jobs, each.size) for model, each in found.items()}
 
     async def drain_progress(self) -> DrainProgress:
         """Returns how many jobs are left to finish, when an operator takes the server out."""

@@ -1,4 +1,6 @@
-"""The API's Backend over engines in this process, without Ray: for tests and benchmarks."""
+"""The API's Backend over engines in this process, without Ray: for `--local` of the command line, tests and
+benchmarks.
+"""
 
 from __future__ import annotations
 

@@ -1,27 +1,28 @@
 """`core.operations.Operations` over Ray Serve, in an ingress replica: what is known here already, never a question to
-the models; only while the server drains, one question a second to the processes that have something to finish.
+the models. While somebody looks, one question a second to a job runner, and while the server drains to the processes
+that have something to finish.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
 from stable_audio_serve.serving import notes
+from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
-from stable_audio_serve.serving.heard import reports
+from stable_audio_serve.serving.heard import last_prices, reports
 from stable_audio_serve.serving.kept_models import keep, kept, release
-from stable_audio_serve.serving.placement import INGRESS_NAME
+from stable_audio_serve.serving.overflow import overflow_name
+from stable_audio_serve.serving.waiting_board import WaitingJobs
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OLD_S = 5.0
-_ASK_EVERY_S = 1.0
 _ASK_TIMEOUT_S = 2.0
-_PATIENCE_S = 1.0
 _DRAIN = "drain"
 _WANTED = "wanted"
 
@@ -61,26 +60,35 @@ def read_drain_wanted(application: str) -> bool:
 class RayOperations:
     """One per ingress replica, used on its event loop."""
 
-    def __init__(self, backend: RayBackend, *, runner: DeploymentHandle, application: str) -> None:
+    def __init__(
+        self, backend: RayBackend, *, ingress: DeploymentHandle, runner: DeploymentHandle, application: str
+    ) -> None:
         self._backend = backend
+        self._ingress = ingress
         self._runner = runner
-        self._ingress: DeploymentHandle | None = None
         self._application = application
-        self._drain = DrainReport()
-        self._asked_at = float("-inf")
-        self._asking: asyncio.Task[None] | None = None
+        self._drain = Asked(self._ask_for_drain, first=DrainReport("draining", None, None))
+        self._waiting = Asked(self._ask_for_waiting, first=None)
 
     async def report(self) -> ServerReport:
         """See `Operations.report`."""
-        statuses = await self._backend.status()
+        statuses, waiting, drain = await asyncio.gather(
+            self._backend.status(), self._waiting.answer(), self._drain_report()
+        )
         kept_now = kept(self._application)
         age_s = self._backend.status_age_s
         return ServerReport(
             models={
-                name: ModelReport(status, is_kept=name in kept_now, replicas=reports(name) if status.states else ())
+                name: ModelReport(
+                    status,
+                    is_kept=name in kept_now,
+                    replicas=reports(name) if status.states else (),
+                    overflow=reports(overflow_name(name)),
+                    waiting_jobs_s=_predicted_s(name, waiting),
+                )
                 for name, status in statuses.items()
             },
-            drain=await self._drain_report(),
+            drain=drain,
             age_s=age_s,
             reason="Ray Serve's controller does not answer" if age_s > _OLD_S else None,
         )
@@ -96,34 +104,44 @@ class RayOperations:
     async def drain(self) -> None:
         """See `Operations.drain`. Every process looks for the note twice a second."""
         await asyncio.to_thread(notes.note, _DRAIN, _WANTED, application=self._application)
-        self._forget()
+        self._drain.forget()
 
     async def resume(self) -> None:
         """See `Operations.resume`."""
         await asyncio.to_thread(notes.erase, _DRAIN, _WANTED, application=self._application)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._asked_at = float("-inf")
+        self._drain.forget()
 
     async def _drain_report(self) -> DrainReport:
-        if not is_drain_wanted(self._application):
-            return DrainReport()
-        if self._asking is None or self._asking.done():
-            if time.monotonic() - self._asked_at < _ASK_EVERY_S:
-                return self._drain
-            self._asking = asyncio.create_task(self._ask())
-        await asyncio.wait({self._asking}, timeout=_PATIENCE_S)
-        return self._drain if self._drain.state != "no" else DrainReport("draining", None, None)
+        return await self._drain.answer() if is_drain_wanted(self._application) else DrainReport()
 
-    async def _ask(self) -> None:
-        if self._ingress is None:  # there is none before the application is deployed
-            self._ingress = serve.get_deployment_handle(INGRESS_NAME, self._application)
+    async def _ask_for_drain(self) -> DrainReport:
         requests, jobs = await asyncio.gather(_progress_of(self._ingress), _progress_of(self._runner))
         all_ = (*requests, *jobs)
         is_done = all(one is not None and one.has_begun and not one.num_left for one in all_)
-        self._drain = DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))
-        self._asked_at = time.monotonic()
+        return DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))
+
+    async def _ask_for_waiting(self) -> Mapping[str, WaitingJobs] | None:
+        """What any of the runners says: each knows of the whole job database."""
+        response = self._runner.waiting_jobs.remote()
+        try:
+            async with asyncio.timeout(_ASK_TIMEOUT_S):
+                waiting: Mapping[str, WaitingJobs] | None = await response
+                return waiting
+        except (TimeoutError, RayError, RayServeException) as error:
+            response.cancel()
+            logger.debug("no job runner answers: %s", error)
+            return None
+
+
+def _predicted_s(model: str, waiting: Mapping[str, WaitingJobs] | None) -> float | None:
+    """Returns the device time of the jobs that wait for a model; None while they or its prices are not known."""
+    jobs = None if waiting is None else waiting.get(model)
+    if jobs is None:
+        return None
+    if not jobs.num_jobs:
+        return 0.0
+    prices = last_prices(model)
+    return None if prices is None else prices.of(jobs.size) / 1000.0
 
 
 async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress | None]:

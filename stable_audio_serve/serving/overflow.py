@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.catalog import ModelCatalog, ModelStatus
@@ -43,11 +44,23 @@ def overflow_catalog(catalog: ModelCatalog, models: Mapping[str, object]) -> Mod
     )
 
 
+class PromisingBackend(Backend, Protocol):
+    """A `Backend` that expects those whom it refuses again at the time that it named."""
+
+    def withdraw(self, model: str, request: GenerationRequest) -> None:
+        """Do not expect the client of a refused request again: it is answered otherwise."""
+        ...
+
+    def promise(self, model: str, request: GenerationRequest, *, in_s: float) -> None:
+        """Expect the client of a refused request after so many seconds after all."""
+        ...
+
+
 class OverflowBackend:
     """A `Backend` that asks `cpus`, whose models have the names of deployments, where `main` is full."""
 
     def __init__(
-        self, main: Backend, cpus: Backend, *, metrics: Metrics = NullMetrics(), clock: Clock = SystemClock()
+        self, main: PromisingBackend, cpus: Backend, *, metrics: Metrics = NullMetrics(), clock: Clock = SystemClock()
     ) -> None:
         self._main = main
         self._cpus = cpus
@@ -84,6 +97,8 @@ class OverflowBackend:
         refusal: OverloadedError,
     ) -> GenerationResult:
         outcome = "failed"
+        refused_at = self._clock.monotonic()
+        self._main.withdraw(model, request)
         try:
             result = await self._cpus.generate(overflow_name(model), request, on_progress=on_progress)
             outcome = "answered"
@@ -92,6 +107,8 @@ class OverflowBackend:
             outcome = "refused"
             self._full[model] = self._clock.monotonic() + _HOLD_S, _deadline_s(request)
             logger.info("refused on CPUs too: model=%s request_id=%s: %s", model, request.request_id, error)
+            left_s = (refusal.retry_after_s or 0.0) - (self._clock.monotonic() - refused_at)
+            self._main.promise(model, request, in_s=max(0.0, left_s))
             raise refusal from error
         finally:
             self._metrics.increment("overflowed_requests", outcome=outcome, model=model)

@@ -1,25 +1,24 @@
 """Refusals by the ingress itself while a model is full, so that its replicas hear of few of them, and the times at
 which refused clients are told to come again, each its own. Knows neither Ray nor HTTP. The engine's admission is the
-truth: what a replica said counts for a second at most.
+truth: what a replica said counts for a second at most. Of several processes that call a model each tells the others
+whom it told to come: a client may ask any of them the next time.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import OverloadedError, QueueFullError
 from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.serving.promises import Promises, wish_of
 
 _HOLD_S = 1.0  # a cancelled request or a new replica may make room sooner than a full one thought
-_MAX_PROMISES = 10_000
 _LONGEST_WAIT_S = 600.0
-_GRACE_S = 5.0  # after its time a client is waited for: header fields carry whole seconds, and clients are not exact
 _PROMISED_SHARE = 0.9  # of what is done is promised, so that delays do not add up
-_CALM_S = 3.0  # without a refusal: the next overload may be by others, and those promised anything find room
-_RETURN_WEIGHT = 0.02  # of one refused client on what is known of how many come again
+_CALM_S = 3.0  # without a refusal or one who comes as told: the next overload may be by others
+_ON_THE_WAY_S = 0.3  # at most, of a word to another process: the time that it names is rather too early there
 _RATE_WINDOW_S = 2.0  # of a full model, at least, between two looks at how much was done
 _RATE_WINDOW_NUM = 20  # requests, at least
 _RATE_WEIGHT = 0.3
@@ -29,49 +28,16 @@ _LEAST_WAIT_S = 0.1
 _FULL_S = 1.0  # since the last refusal: then a model still counts as full
 
 
-class Promises:
-    """How many were told to come, and when. Clients are known by what they ask for; those with the same wish may take
-    each other's places.
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What one process tells the others of one model since it did so last: who was told to come in how many seconds, by
+    their wishes, who came, who need not come any more, and how many requests were done while the model was full.
     """
 
-    def __init__(self) -> None:
-        self._dues: defaultdict[int, list[float]] = defaultdict(list)  # by wish; heaps
-        self._order: list[tuple[float, int]] = []  # a heap of all of them, and of some that have come
-        self._return_share = 1.0
-        self._num_open = 0
-
-    @property
-    def num_expected(self) -> float:
-        """How many of them will come, if as many do as did lately."""
-        return self._num_open * self._return_share
-
-    def add(self, wish: int, *, due_at: float) -> None:
-        """Note that a client was told to come at `due_at`; above some thousands nobody is noted."""
-        if self._num_open < _MAX_PROMISES:
-            heapq.heappush(self._dues[wish], due_at)
-            heapq.heappush(self._order, (due_at, wish))
-            self._num_open += 1
-
-    def claim(self, wish: int, *, now: float) -> bool:
-        """Returns whether a client with this wish was told to come now or shortly before. It has come then."""
-        if wish not in self._dues or self._dues[wish][0] > now:
-            return False
-        self._close(wish, has_come=True)
-        return True
-
-    def forget_late(self, now: float) -> None:
-        """Stop waiting for those who did not come."""
-        while self._order and self._order[0][0] < now - _GRACE_S:
-            due_at, wish = heapq.heappop(self._order)
-            if wish in self._dues and self._dues[wish][0] <= due_at:
-                self._close(wish, has_come=False)
-
-    def _close(self, wish: int, *, has_come: bool) -> None:
-        heapq.heappop(self._dues[wish])
-        if not self._dues[wish]:
-            del self._dues[wish]
-        self._num_open -= 1
-        self._return_share += _RETURN_WEIGHT * (has_come - self._return_share)
+    promised: Sequence[tuple[int, float]] = ()
+    came: Sequence[int] = ()
+    withdrawn: Sequence[int] = ()
+    num_done: int = 0
 
 
 class _Rate:
@@ -105,28 +71,45 @@ class _Rate:
             self._measured_per_s = before + _RATE_WEIGHT * (newest - before)
             self._since, self._num_done = now, 0
 
-    def done(self) -> None:
-        """Note that a request has its audio."""
-        self._num_done += 1
+    def is_measured(self, now: float) -> bool:
+        """Whether what is done now counts."""
+        return now <= self._full_until
+
+    def done(self, number: int = 1) -> None:
+        """Note that requests have their audio."""
+        self._num_done += number
+
+
+@dataclass(slots=True)
+class _News:
+    """What the other processes have not been told yet."""
+
+    promised: list[tuple[int, float]] = field(default_factory=list)  # wishes, and when in the time of this process
+    came: list[int] = field(default_factory=list)
+    withdrawn: list[int] = field(default_factory=list)
+    num_done: int = 0
 
 
 class OverloadGuard:
     """One model, as seen by one process that calls it. Used on one event loop."""
 
-    def __init__(self, clock: Clock = SystemClock()) -> None:
+    def __init__(self, clock: Clock = SystemClock(), *, num_processes: int = 1) -> None:
+        """`num_processes` call this model; where there are several, `tell` must be called again and again."""
         self._clock = clock
+        self._num_processes = num_processes
         self._promises = Promises()
+        self._news = _News()
         self._rate = _Rate()
         self._room_at = float("-inf")  # when a replica that was full thought to have room
         self._held_until = float("-inf")
-        self._refused_at = float("-inf")
+        self._calm_at = float("-inf")
         self._second_try_at = float("-inf")  # of the last one who came as told and found no room
 
     def enter(self, request: GenerationRequest) -> GenerationRequest:
         """Returns the request as it is to be passed on. Raises OverloadedError."""
         now = self._clock.monotonic()
         self._promises.forget_late(now)
-        is_promised = self._promises.claim(_wish(request), now=now)
+        is_promised = bool(self._promises.num_open) and self._claim(wish_of(request), now)
         if not is_promised and now < self._held_until:
             raise self._refusal(request, wait_s=self._room_at - now, now=now)
         return replace(request, is_promised=is_promised)
@@ -134,6 +117,7 @@ class OverloadGuard:
     def done(self) -> None:
         """Note that a request that entered has its audio."""
         self._rate.done()
+        self._news.num_done += 1
 
     def refuse(self, request: GenerationRequest, error: QueueFullError) -> OverloadedError:
         """Note that a request that entered was refused. Returns what to tell its client."""
@@ -145,32 +129,71 @@ class OverloadGuard:
             self._rate.guess(error.num_ahead / max(error.ahead_s, _LEAST_AHEAD_S))
         return self._refusal(request, wait_s=wait_s, now=now)
 
+    def promise(self, request: GenerationRequest, *, in_s: float) -> None:
+        """Note that the client is told to come after so many seconds; a refusal says so by itself."""
+        wish, due_at = wish_of(request), self._clock.monotonic() + in_s
+        if self._promises.add(wish, due_at=due_at) and self._is_one_of_many:
+            self._news.promised.append((wish, due_at))
+
+    def withdraw(self, request: GenerationRequest) -> None:
+        """Note that the client is not told to come after all."""
+        wish = wish_of(request)
+        if self._promises.withdraw(wish) and self._is_one_of_many:
+            self._news.withdrawn.append(wish)
+
+    def tell(self) -> Word | None:
+        """Returns what the other processes have to hear now, None where that is nothing."""
+        now = self._clock.monotonic()
+        news, self._news = self._news, _News()
+        if not (news.promised or news.came or news.withdrawn or (news.num_done and self._rate.is_measured(now))):
+            return None
+        promised = [(wish, due_at - now) for wish, due_at in news.promised]
+        return Word(promised, news.came, news.withdrawn, news.num_done)
+
+    def hear(self, word: Word) -> None:
+        """Note what another process told."""
+        now = self._clock.monotonic()
+        if word.promised:
+            self._note_refusal(now)
+        for wish, in_s in word.promised:
+            self._promises.add(wish, due_at=now + in_s - _ON_THE_WAY_S)
+        for wish in word.came:
+            self._promises.claim(wish)
+        for wish in word.withdrawn:
+            self._promises.withdraw(wish)
+        self._rate.done(word.num_done)
+
+    @property
+    def _is_one_of_many(self) -> bool:
+        return self._num_processes > 1
+
+    def _claim(self, wish: int, now: float) -> bool:
+        has_come = self._promises.claim(wish, now=now)
+        if has_come:
+            self._calm_at = now + _CALM_S
+            if self._is_one_of_many:
+                self._news.came.append(wish)
+        return has_come
+
     def _refusal(self, request: GenerationRequest, *, wait_s: float, now: float) -> OverloadedError:
-        if now - self._refused_at > _CALM_S:
-            self._promises = Promises()
-        self._refused_at = now
-        self._rate.is_full(now)
+        self._note_refusal(now)
         if request.is_promised:  # it has waited its turn already
-            due_at = max(now + wait_s, self._second_try_at + 1.0 / self._rate.per_s)
+            due_at = max(now + wait_s, self._second_try_at + self._num_processes / self._rate.per_s)
             self._second_try_at = due_at
         else:
-            due_at = now + wait_s + self._promises.num_expected / (_PROMISED_SHARE * self._rate.per_s)
+            due_at = now + wait_s + self._num_expected() / (_PROMISED_SHARE * self._rate.per_s)
         wait_s = min(max(due_at - now, _LEAST_WAIT_S), _LONGEST_WAIT_S)
-        self._promises.add(_wish(request), due_at=now + wait_s)
+        self.promise(request, in_s=wait_s)
         message = f"the model's queue is full (max_queue_s); retry in {wait_s:.1f} s"
         return OverloadedError(message, retry_after_s=wait_s)
 
+    def _note_refusal(self, now: float) -> None:
+        if now > self._calm_at:
+            self._promises = Promises()
+        self._calm_at = now + _CALM_S
+        self._rate.is_full(now)
 
-def _wish(request: GenerationRequest) -> int:
-    """Returns a number that is the same when a client asks for the same again; the seed may be another one then."""
-    return hash(
-        (
-            request.prompt,
-            request.negative_prompt,
-            request.duration_s,
-            request.steps,
-            request.batch_size,
-            request.init_audio is None,
-            request.inpaint_regions_s,
-        )
-    )
+    def _num_expected(self) -> float:
+        """How many will come before the next one: the others promise as much as this process while nobody tells."""
+        num_untold = (self._num_processes - 1) * len(self._news.promised)
+        return (self._promises.num_open + num_untold) * self._promises.return_share

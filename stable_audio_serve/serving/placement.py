@@ -1,10 +1,11 @@
-"""Settings -> which deployments run, with which resources and replica counts. Pure: no torch, no running Ray."""
+"""Settings -> which deployments run and with which options. What each replica reserves is `reservations`. Pure: no
+torch, no running Ray.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +16,18 @@ from stable_audio_serve.core.settings_sources import check_model_names, preloade
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
 from stable_audio_serve.serving.overflow import overflow_name
+from stable_audio_serve.serving.reservations import (
+    may_use_gpu,
+    overflow_slot,
+    replica_slot,
+    reserved_cpus,
+    reserved_gpus,
+)
 from stable_audio_serve.serving.scaling import WINDOW_S
-from stable_audio_serve.serving.shares import GpuReplicas, check_shares
-from stable_audio_serve.serving.surge import Slot, has_room, slot_of
 
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
 
-_GPU_PRECISION = 10_000  # Ray's own
 _REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it really takes is predicted work
 # More requests than a process can have connections. Serve queues what is over its limit, /health and Serve's own probes
 # included, and answers overflow in plain text: the application itself bounds what costs something.
@@ -67,11 +72,11 @@ class Plan:
     def num_cpus(self) -> int:
         """CPU slots an embedded Ray must count so that every replica can be placed on this machine."""
         wanted = sum(
-            _num_cpus(model, num_gpus=0) * (model.replicas.max_replicas + bool(model.replicas.surge))
+            reserved_cpus(model, num_gpus=0) * (model.replicas.max_replicas + bool(model.replicas.surge))
             for model in self.settings.models
         )
         wanted += sum(
-            _overflow_cpus(model) * model.overflow_replicas for model in self.settings.models if model.overflow
+            overflow_slot(model).cpus * model.overflow_replicas for model in self.settings.models if model.overflow
         )
         wanted += self.settings.ingress.num_cpus * self.settings.ingress.replicas
         return max(os.cpu_count() or 1, math.ceil(wanted))
@@ -172,7 +177,7 @@ def runner_options(settings: Settings) -> dict[str, Any]:
 
 def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> dict[str, Any]:
     """Deployment options of one model on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
-    num_gpus = _num_gpus(plan, model, cluster_gpus=cluster_gpus)
+    slot = replica_slot(plan.settings, model, cluster_gpus=cluster_gpus)
     replicas = model.replicas
     min_replicas = replicas.min_replicas
     if min_replicas is None:
@@ -196,7 +201,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
                 },
             },
         },
-        "ray_actor_options": {"num_cpus": _num_cpus(model, num_gpus=num_gpus), "num_gpus": num_gpus},
+        "ray_actor_options": {"num_cpus": slot.cpus, "num_gpus": slot.gpus},
     }
 
 
@@ -205,7 +210,7 @@ def overflow_options(model: ModelSettings) -> dict[str, Any]:
     return {
         **_engine_options(model, name=overflow_name(model.name)),
         "num_replicas": model.overflow_replicas,
-        "ray_actor_options": {"num_cpus": _overflow_cpus(model), "num_gpus": 0},
+        "ray_actor_options": {"num_cpus": overflow_slot(model).cpus, "num_gpus": 0},
     }
 
 
@@ -229,7 +234,7 @@ def overflowing_models(plan: Plan, *, cluster_gpus: float) -> list[ModelSettings
                 "give that model another",
                 field="models",
             )
-        if _num_gpus(plan, model, cluster_gpus=cluster_gpus):
+        if reserved_gpus(plan.settings, model, cluster_gpus=cluster_gpus):
             chosen.append(model)
     return chosen
 
@@ -249,82 +254,3 @@ def _engine_options(model: ModelSettings, *, name: str) -> dict[str, Any]:
             "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
         },
     }
-
-
-def _overflow_cpus(model: ModelSettings) -> float:
-    return float(model.threads or 1)
-
-
-def check_gpu_shares(plan: Plan, *, cluster_gpus: float) -> None:
-    """Raise ConfigError for models whose replicas, on one GPU together, would have more than all of its memory."""
-    gpus = {model.name: _num_gpus(plan, model, cluster_gpus=cluster_gpus) for model in plan.settings.models}
-    check_shares(
-        GpuReplicas(
-            model.name,
-            gpu=gpus[model.name],
-            memory=model.memory_share or min(gpus[model.name], 1.0),
-            count=model.replicas.max_replicas,
-        )
-        for model in plan.settings.models
-        if gpus[model.name] <= 1
-    )
-
-
-def decide_surge(plan: Plan, nodes: Sequence[Slot], *, cluster_gpus: float) -> Plan:
-    """Returns the plan with `replicas.surge` of every model decided: on where `nodes` have room for one more replica of
-    it beside all replicas there may ever be. Raises ConfigError.
-    """
-    slots = {
-        model.name: slot_of(model_options(plan, model, cluster_gpus=cluster_gpus)["ray_actor_options"])
-        for model in plan.settings.models
-    }
-    taken = [slots[model.name] for model in plan.settings.models for _ in range(model.replicas.max_replicas)]
-    for model in plan.settings.models:
-        taken += [Slot(0.0, _overflow_cpus(model))] * (model.overflow_replicas if model.overflow else 0)
-    taken += [Slot(0.0, plan.settings.ingress.num_cpus)] * plan.settings.ingress.replicas
-    models = tuple(
-        model
-        if model.replicas.surge is not None
-        else model.model_copy(
-            update={
-                "replicas": model.replicas.model_copy(update={"surge": has_room(nodes, taken, extra=slots[model.name])})
-            }
-        )
-        for model in plan.settings.models
-    )
-    return replace(plan, settings=plan.settings.model_copy(update={"models": models}))
-
-
-def _num_cpus(model: ModelSettings, *, num_gpus: float) -> float:
-    """Returns the operator's choice, else the threads if set: unset ones follow the machine, which is unknown here."""
-    if model.num_cpus is not None:
-        return model.num_cpus
-    return 1.0 if num_gpus else float(model.threads or 1)
-
-
-def _num_gpus(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> float:
-    """Returns the operator's choice, else a whole GPU, or an equal share where there are fewer GPUs than models."""
-    if model.num_gpus is not None:
-        return model.num_gpus
-    if not may_use_gpu(plan.settings, model):
-        return 0.0
-    if not cluster_gpus:
-        device = model.device or plan.settings.device
-        if device is None:
-            return 0.0
-        raise ConfigError(
-            f"models.{model.name}: device is {device} but this Ray has no GPU; "
-            "set num_gpus if one will be added by autoscaling",
-            field="device",
-        )
-    rivals = [other for other in plan.settings.models if other.num_gpus is None and may_use_gpu(plan.settings, other)]
-    taken = sum((other.num_gpus or 0) * (other.replicas.min_replicas or 1) for other in plan.settings.models)
-    places = sum(other.replicas.min_replicas or 1 for other in rivals)
-    share = math.floor((cluster_gpus - taken) / places * _GPU_PRECISION) / _GPU_PRECISION
-    return min(1.0, share) if share > 0 else 1.0
-
-
-def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
-    """Whether a model would run on a GPU where there is one."""
-    device = model.device or settings.device
-    return device is None or device.startswith("cuda")

@@ -67,11 +67,10 @@ def _is_described(entry: ModelEntry) -> bool:
 def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[ModelEntry, Future[None]]:
     """Start the check in a thread that can be abandoned. Returns the entry and the check's outcome."""
     entry, done = model_entry(model), Future[None]()
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
 
     def run() -> None:
         try:
-            check(entry, token)
+            check(entry, settings.hub_token)
         except Exception as error:  # noqa: BLE001  # raised again where it is awaited
             done.set_exception(error)
         else:

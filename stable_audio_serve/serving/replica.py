@@ -27,6 +27,7 @@ from stable_audio_serve.serving.heard import ReplicaWords
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.overflow import overflow_name, overflow_settings
+from stable_audio_serve.serving.recent import RecentSum
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MINUTE_S = 60
 _PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
 
 
@@ -64,6 +66,7 @@ class ModelReplica:
         """`label` is what metrics call the model; None: its name."""
         configure_logging(settings.log_level)
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+        self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
         try:
             self._engine, self._quality = await self._start(settings, model, label=label or model.name)
@@ -75,7 +78,7 @@ class ModelReplica:
 
     async def _start(self, settings: Settings, model: ModelSettings, *, label: str) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
-            from stable_audio_serve.serving.engines import load_engine
+            from stable_audio_serve.serving.engines import hash_model, load_engine
             from stable_audio_serve.serving.metrics import RayMetrics
             from stable_audio_serve.serving.step_meter import StepMeter
             from stable_audio_serve.serving.trial import Trial
@@ -106,9 +109,13 @@ class ModelReplica:
         else:
             with self._stage("load"):
                 engine = load()
+            hashing = asyncio.create_task(asyncio.to_thread(hash_model, settings, model))
             with self._stage("warm_up"):
                 await engine.start()
-            quality = ModelQuality("off")
+            with self._stage("hash"):
+                weights = await hashing
+            engine.name_checkpoint(weights)
+            quality = ModelQuality("off", weights)
         quiet.open()
         return engine, quality
 
@@ -141,6 +148,7 @@ class ModelReplica:
         try:
             result = await self._engine.generate(request, on_progress)
             outcome = "finished"
+            self._finished.add()
             return result
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -170,6 +178,7 @@ class ModelReplica:
             dtype=self._engine.dtype,
             in_flight=self._outcomes["in_flight"],
             rows_per_step=self._meter.rows_per_step,
+            finished_per_minute=int(self._finished.total),
         )
         return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict() | words.to_dict()
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-
-from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.serving.recent import RecentSum
 
 _ROWS = "engine_rows_per_step"
 _WINDOW_S = 10
@@ -17,9 +15,8 @@ class StepMeter:
 
     def __init__(self, metrics: Metrics, *, clock: Clock | None = None) -> None:
         self._metrics = metrics
-        self._clock = clock or SystemClock()
-        self._lock = threading.Lock()
-        self._seconds: deque[list[float]] = deque(maxlen=_WINDOW_S)  # [second, steps, rows]
+        self._steps = RecentSum(_WINDOW_S, clock=clock)
+        self._rows = RecentSum(_WINDOW_S, clock=clock)
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         self._metrics.increment(name, value, **labels)
@@ -29,20 +26,12 @@ class StepMeter:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         self._metrics.observe(name, value, **labels)
-        if name != _ROWS:
-            return
-        second = float(int(self._clock.monotonic()))
-        with self._lock:
-            if not self._seconds or self._seconds[-1][0] != second:
-                self._seconds.append([second, 0.0, 0.0])
-            self._seconds[-1][1] += 1
-            self._seconds[-1][2] += value
+        if name == _ROWS:
+            self._steps.add()
+            self._rows.add(value)
 
     @property
     def rows_per_step(self) -> float | None:
         """The mean of the last ten seconds, None without a step."""
-        since = self._clock.monotonic() - _WINDOW_S
-        with self._lock:
-            steps = sum(steps for second, steps, _ in self._seconds if second >= since)
-            rows = sum(rows for second, _, rows in self._seconds if second >= since)
-        return rows / steps if steps else None
+        steps = self._steps.total
+        return self._rows.total / steps if steps else None

@@ -38,11 +38,6 @@ def _place(free: list[list[float]], slot: Slot) -> bool:
     return True
 
 
-def slot_of(options: Mapping[str, float]) -> Slot:
-    """Returns what `ray_actor_options` reserve."""
-    return Slot(options["num_gpus"], options["num_cpus"])
-
-
 def node_slots(nodes: Iterable[Mapping[str, Any]]) -> list[Slot]:
     """Returns what the living ones of `ray.nodes()` have."""
     alive = (node["Resources"] for node in nodes if node["Alive"])

@@ -135,7 +135,7 @@ class Trial:
         """
         with self._stage("load"):
             self._tried = None
-            folder, text_encoder = find_files(entry, token=_token(self._settings))
+            folder, text_encoder = find_files(entry, token=self._settings.hub_token)
             self._tried = source = _source(entry, folder)
             hashing = asyncio.get_running_loop().run_in_executor(None, hash_weights, folder, text_encoder)
             try:
@@ -150,6 +150,7 @@ class Trial:
                 weights = await hashing
             if expected not in (None, weights):
                 raise CheckpointError(f"{source} has changed since it passed")
+            engine.name_checkpoint(weights)
             with self._stage("quality_gate"):
                 quality = await self._judge(engine, weights, source=source, pinned=pinned)
         except BaseException:
@@ -183,10 +184,6 @@ def _entry_of(good: LastGood, entry: ModelEntry) -> ModelEntry:
     if good.source.folder is not None:
         return replace(entry, folder=good.source.folder, repo_id=None, revision=None)
     return replace(entry, folder=None, revision=good.source.commit)
-
-
-def _token(settings: Settings) -> str | None:
-    return settings.hf_token.get_secret_value() if settings.hf_token else None
 
 
 def _hopeless(fault: StableAudioError, reason: str) -> StableAudioError:

@@ -19,6 +19,9 @@ from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.tables import JOBS
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from tests.backends import ToneBackend
+from tests.quick_apps import build_quickly
+
+build_quickly()
 
 
 @pytest.fixture(autouse=True)

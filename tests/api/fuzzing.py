@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import queue
 import threading
@@ -111,6 +112,14 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
         case.body = b"the same each time"
     if not isinstance(case.body, dict):
         return
+    if case.path == "/v1/audio/replay":
+        case.body = case.body if "made_on" in case.body else {"recipe": _RECIPE}
+        for name in case.body.keys() & _SOURCES:
+            del case.body[name]
+        if "seed" in case.body:
+            case.body["seed"] = min(int(case.body["seed"]), 2**63 - 1)
+        if case.body.get("peaks") == "full":
+            case.body["response_format"] = "wav"
     for name, value in list(case.body.items()):
         if name in _DROPPED:
             del case.body[name]
@@ -156,6 +165,19 @@ _MEANINGFUL: dict[str, Any] = {
     "audio_start": 0,
     "stream_format": "audio",
 }
+_RECIPE = json.dumps(
+    {
+        "recipe": 1,
+        "model": "medium",
+        "prompt": "rain",
+        "duration": 1.0,
+        "seed": 1,
+        "response_format": "wav",
+        "peaks": "limit",
+        "made_on": {"device": "cpu", "dtype": "float32"},
+    }
+)
+_SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "sampler", "samples"}
 _DROPPED = {
     "finetune_checkpoint",
     "sampler_type",  # for some models

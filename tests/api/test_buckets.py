@@ -61,6 +61,8 @@ async def test_a_job_ends_with_a_presigned_link_to_its_object(
         direct = await client.post("/v1/audio/generations", json=BODY | {"batch_size": batch_size})
         assert fetched.content == direct.content
         assert (await client.get(f"/jobs/{job_id}/audio")).status_code == 404
+        through = await client.get(f"/jobs/{job_id}/audio", params={"through_server": True})
+        assert (through.content, through.headers["content-type"]) == (direct.content, media_type)
         assert object_storage.keys(bucket) == [status["storage_key"]]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -528,6 +529,10 @@ async def test_a_prompt_is_never_logged_nor_part_of_a_header(
     for changes in ({route.prompt: prompt}, {route.prompt: prompt, "steps": 0}, {route.prompt: prompt, "seed": "x"}):
         reply = await post_good(client, route, **changes)
         route.expect_answer(reply)
+        recipe = reply.headers.pop("X-Recipe", None)
+        if recipe is not None:  # says what made the file, the prompt too, as JSON of printable ASCII characters
+            assert re.fullmatch(r"[ -~]+", recipe)
+            assert json.loads(recipe)["prompt"] == prompt.strip()
         assert MARK not in str(reply.headers.raw)
     if not route.queued:
         assert backend.requests[0][1].prompt == prompt.strip()

@@ -49,6 +49,7 @@ KEYS = {
     "clips",
     "device",
     "dtype",
+    "recipes",
 }
 
 ENDS = ("succeeded", "failed", "cancelled")
@@ -142,6 +143,7 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
         "clips": None,
         "device": None,
         "dtype": None,
+        "recipes": None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -175,11 +176,37 @@ def _empty_visit(key: ApiKey):  # type: ignore[no-untyped-def]
     return Visit(key.client, key.limits)
 
 
+class Gauges(NullMetrics):
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        self.values[name] = value
+
+
+async def test_a_database_that_is_slow_is_waited_for_and_no_more_than_the_limit_is_admitted(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_database(store_url).prepare()
+    servers = [Accounts(open_database(store_url), num_processes=1) for _ in range(2)]
+    key, settle = make_key("audio-seconds-per-minute=20"), Ledger.settle
+
+    def settle_slowly(*args: object, **options: object) -> list[Settled]:
+        time.sleep(2.5)
+        return settle(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Ledger, "settle", settle_slowly)
+    found = await asyncio.gather(*(admit(servers[number % 2], key) for number in range(60)))
+    assert found.count(None) == 20
+    await asyncio.gather(*(accounts.close() for accounts in servers))
+
+
 async def test_a_database_that_hangs_delays_one_request_and_what_it_grants_late_is_returned(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_database(store_url).prepare()
-    accounts = Accounts(open_database(store_url), num_processes=1)
+    sink = Gauges()
+    accounts = Accounts(open_database(store_url), num_processes=1, patience_s=1, metrics=sink)
     key, goes_on, settle = make_key("audio-seconds-per-minute=100"), threading.Event(), Ledger.settle
 
     def hang(*args: object, **options: object) -> list[Settled]:
@@ -189,8 +216,12 @@ async def test_a_database_that_hangs_delays_one_request_and_what_it_grants_late_
     monkeypatch.setattr(Ledger, "settle", hang)
     try:
         assert [await admit(accounts, key) for _ in range(30)] == [None] * 30
+        assert sink.values["key_limits_alone"] == 1.0
     finally:
         goes_on.set()
+    async with asyncio.timeout(60):
+        while sink.values["key_limits_alone"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
     await accounts.close()
     (settled,) = settle(Ledger(open_database(store_url)), "looker", [_empty_visit(key)], lease_s=15)
     assert sum(settled.account.charges.values()) == 30

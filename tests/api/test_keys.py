@@ -22,6 +22,7 @@ PUBLIC = {
     *(("GET", path) for path in ("/files/{file_id}/{file_name}", "/jobs/{job_id}/audio")),
     *(("PUT", path) for path in ("/storage/upload/{ticket}", "/storage/upload/{ticket}/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
+    *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
 }
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
-from tests.backends import ToneBackend
+from tests.backends import ToneBackend, make_catalog
 
 TEXT = "/v1/audio/generations"
 
@@ -51,3 +53,22 @@ async def test_the_setting_of_upload_sizes_is_named(tmp_path: Any) -> None:
             files = {"audio": b"x" * 3000, "audio_file": b"x" * 3000}
             reply = await client.post(path, data={"prompt": "x"}, files=files)
             assert (reply.status_code, "2000 bytes (api.max_upload_bytes)" in reply.text) == (413, True)
+
+
+@pytest.mark.parametrize(("limits", "most", "unset"), [({}, 100, 100), ({"max_steps": 20}, 20, 20)])
+async def test_a_model_may_be_asked_for_its_own_steps_unless_the_operator_sets_a_limit(
+    tmp_path: Any, limits: dict[str, int], most: int, unset: int
+) -> None:
+    backend = ToneBackend(ModelCatalog([replace(make_catalog().default, default_steps=100)]))
+    settings = Settings.model_validate({"output_dir": str(tmp_path), "api": limits})
+    app = create_app(backend, settings)
+    body = {"prompt": "x", "duration": 0.1}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        assert (await client.post(TEXT, json=body)).status_code == 200
+        assert backend.last.steps == unset
+        assert (await client.post(TEXT, json=body | {"steps": most})).status_code == 200
+        refused = await client.post(TEXT, json=body | {"steps": most + 1})
+        assert (refused.status_code, f"at most {most} (api.max_steps)" in refused.text) == (422, True)
+        assert (await client.get("/health")).json()["max_steps"] == most
+        (model,) = (await client.get("/v1/models")).json()["data"]
+        assert (model["default_steps"], model["max_steps"]) == (100, most)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+from starlette.types import Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.middleware.limits import LimitsMiddleware
+from stable_audio_serve.api.middleware.observe import ObserveMiddleware
 from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.backends import ToneBackend
 
 URL = "/v1/audio/generations"
@@ -86,6 +90,46 @@ async def test_requests_refusals_and_audio_are_counted() -> None:
         ("refusals", "overloaded"): 1,
         ("refusals", "404"): 1,
     }
+
+
+@pytest.mark.parametrize(("sent", "status"), [(b"sound", 200), (b"sou", 499)], ids=["all of it", "a part"])
+@pytest.mark.parametrize("is_cancelled_by_the_server", [False, True])
+async def test_a_client_that_leaves_with_the_whole_answer_has_not_left_early(
+    sent: bytes, status: int, *, is_cancelled_by_the_server: bool, lines: list[dict[str, Any]]
+) -> None:
+    """It may go before the handler has noticed the end of what it sends."""
+    has_sent, is_gone = asyncio.Event(), asyncio.Event()
+    requests: list[Message] = [{"type": "http.request"}]
+
+    async def receive() -> Message:
+        if requests:
+            return requests.pop()
+        await has_sent.wait()
+        if is_cancelled_by_the_server:
+            handling.cancel()
+            await asyncio.Event().wait()
+        is_gone.set()
+        return {"type": "http.disconnect"}
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": sent, "more_body": True})
+        has_sent.set()
+        await is_gone.wait()
+        await asyncio.sleep(0.01)  # it looks for more
+        await send({"type": "http.response.body"})
+
+    async def drop(message: Message) -> None:
+        pass
+
+    metrics = NullMetrics()
+    app = ObserveMiddleware(LimitsMiddleware(answer, limits=ApiSettings(), metrics=metrics), metrics=metrics)
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    handling = asyncio.create_task(app(scope, receive, drop))
+    await asyncio.wait({handling}, timeout=30)
+    assert handling.cancelled() is is_cancelled_by_the_server
+    assert [line["status"] for line in lines] == [status]
 
 
 def test_importing_the_api_leaves_logging_alone() -> None:

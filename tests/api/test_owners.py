@@ -29,10 +29,11 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.slow
 
-# Need no key: the start page, probes, and what a link that was handed out leads to.
+# Need no key: the start page and its parts, probes, and what a link that was handed out leads to.
 OPEN = {
     *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
+    *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
     *(("PUT", f"/storage/upload/{{ticket}}{rest}") for rest in ("", "/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),
@@ -44,7 +45,7 @@ AUDIO = "/jobs/{job_id}/audio"
 # What names a job, by the contract it belongs to, and what names anything else.
 JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
-OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32}
+OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32, "path": "main.js"}
 
 ALICE, BOB = "alice-1", "bob-1"
 HASHES = [f"alice:{hash_key(ALICE)}", f"alice:{hash_key('alice-2')}", f"bob:{hash_key(BOB)}", hash_key("unnamed")]

@@ -22,11 +22,12 @@ from tests.backends import ToneBackend
 ANY = {"/v1/models", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}", "/riffs/available", "/model/info"}
 ANY |= {"/v1/status", "/api/fal/proxy"}  # what it leads to asks again
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
+OPEN |= {"/favicon.ico", "/playground/{path}"}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
 STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/storage/upload/initiate-multipart"}
 STORAGE |= {"/files/upload", "/files/upload/multipart"}
 GENERATE = {"/generate", "/generate/loop", "/generate/style-transfer", "/generate/loop-with-riff"}
-GENERATE |= {f"/v1/audio/{what}" for what in ("generations", "variations", "inpaint", "generate")}
+GENERATE |= {f"/v1/audio/{what}" for what in ("generations", "variations", "inpaint", "generate", "replay")}
 GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
 
 

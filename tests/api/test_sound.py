@@ -18,6 +18,7 @@ from tests.api.compat.serving import make_client
 from tests.api.compat.test_aiml import poll_until
 from tests.api.compat.test_aiml import submit as submit_aiml
 from tests.api.test_jobs import submit, wait
+from tests.audio_files import pcm_of
 from tests.backends import ToneBackend
 
 URL = "/v1/audio/generations"
@@ -63,7 +64,7 @@ async def test_the_references_ways_can_be_asked_for(client: httpx.AsyncClient, b
     limited = await client.post(URL, json=BODY | {"peaks": "limit"})
     assert limited.content == (await client.post(URL, json=BODY | {"peaks": None})).content
     backend.level = 0.2
-    quiet = [(await client.post(URL, json=BODY | {"peaks": peaks})).content for peaks in ("limit", "clip")]
+    quiet = [pcm_of((await client.post(URL, json=BODY | {"peaks": peaks})).content) for peaks in ("limit", "clip")]
     assert quiet[0] == quiet[1]
     scaled = await client.post(URL, json=BODY | {"peaks": "scale"})
     assert peak(scaled.content) == pytest.approx(1.0, abs=LAST_BIT)
@@ -167,6 +168,7 @@ async def test_a_manifest_is_added_when_asked_for(client: httpx.AsyncClient, run
         manifest = json.loads(archive.read("manifest.json"))
         assert (manifest["model"], manifest["prompt"], manifest["duration"]) == ("medium", "löwe", 1)
         assert [file.pop("name") for file in manifest["files"]] == plain.namelist()
+        assert [file.pop("recipe") for file in manifest["files"]] == job["recipes"]
         assert manifest["files"] == job["clips"]
         assert [archive.read(name) for name in plain.namelist()] == [plain.read(name) for name in plain.namelist()]
 

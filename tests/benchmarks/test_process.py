@@ -14,7 +14,9 @@ import pytest
 pytestmark = pytest.mark.slow
 
 _PROGRAM = """
-import asyncio, sys
+import asyncio, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore from the start
 from benchmarks import cli
 from benchmarks.servers import process
 

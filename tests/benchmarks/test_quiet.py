@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
 from benchmarks.compare import quiet
-from benchmarks.compare.quiet import Watch, describe_quiet, measure_in_quiet, wait_in_quiet
+from benchmarks.compare.quiet import OwnTime, Watch, describe_quiet, measure_in_quiet, wait_in_quiet
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,34 @@ async def _done(result: tuple[int, Watch]) -> tuple[int, Watch]:
 def test_what_a_failed_measurement_raises_comes_out() -> None:
     with pytest.raises(ZeroDivisionError):
         measure_in_quiet(lambda: 1 // 0)
+
+
+_CHILD = "import time\nwhile time.process_time() < 1: pass\nprint(flush=True)\ninput()"
+_PARENT = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGCHLD, getattr(signal, sys.argv[1]))
+with subprocess.Popen([sys.executable, "-c", {_CHILD!r}], stdin=subprocess.PIPE, text=True) as child:
+    input()
+    child.communicate("\\n")
+print(flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("handler", ["SIG_DFL", "SIG_IGN"])  # as Ray does it: nobody waits for the child
+def test_what_an_ended_child_of_a_child_used_is_counted_once(handler: str) -> None:
+    own = OwnTime()
+    before_s = own.total_s()
+    command = [sys.executable, "-c", _PARENT, handler]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        while_living_s = own.total_s()
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        parent.stdout.readline()
+        ended_s = own.total_s()
+        parent.communicate("\n")
+    assert while_living_s - before_s >= 1.0
+    assert 0.0 <= ended_s - while_living_s < 0.9

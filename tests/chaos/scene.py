@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from stable_audio_serve.artifacts.keys import OWNER_KEY
+from stable_audio_serve.artifacts.keys import OWNER_KEY, QUALITY_FOLDER
 from tests.chaos.verdict import JobRow
 from tests.databases import PostgresServer
 from tests.object_storage import Faults, ObjectStorage, running_object_storage
@@ -25,6 +25,7 @@ _MODEL = {
     "name": "tiny",
     "path": TINY,
     "mode": "strict",
+    "engine": {"warmup_budget_s": 0.2},
     "max_queue_s": 1e6,
     "replicas": {"min_replicas": 2, "max_replicas": 2},
 }
@@ -65,8 +66,10 @@ class Scene:
         return [row["key"] for row in self._select("files")]
 
     def stored(self) -> set[str]:
-        """Keys of all files there are, visible or not; the one that says whose they are is none of them."""
-        return {key.removeprefix(f"{_PREFIX}/") for key in self.storage.keys(self.bucket)} - {OWNER_KEY}
+        """Keys of all files of jobs there are, visible or not: neither the one that says whose they are, nor what is
+        kept of models that passed their quality gate."""
+        keys = {key.removeprefix(f"{_PREFIX}/") for key in self.storage.keys(self.bucket)}
+        return {key for key in keys if key != OWNER_KEY and not key.startswith(f"{QUALITY_FOLDER}/")}
 
     def _select(self, table: str) -> list[Mapping[str, Any]]:
         engine = sa.create_engine(self.database_url.replace("postgresql:", "postgresql+psycopg:"))

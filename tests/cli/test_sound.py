@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from stable_audio_serve.audio.embedded_text import embed, extract
 from stable_audio_serve.cli.saving import slug
+from stable_audio_serve.cli.sound import read_recipe
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
+from stable_audio_serve.models.registry import BUILT_IN
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
@@ -115,6 +118,28 @@ async def test_pipes(shell: Shell) -> None:
     assert frames(await shell.read("loop.wav")) == 4 * RATE_HZ
 
 
+async def test_a_file_is_made_again(shell: Shell) -> None:
+    """From itself, from its recipe and through pipes; what it was made from goes along."""
+    await shell.run("generate", "rain", "-d", "0.5", "-s", "7", "-o", "rain.wav")
+    report = json.loads(await shell.run("replay", "rain.wav", "--json"))
+    assert (report["replay"], report["clips"][0]["file"]) == ("close", "rain-7.wav")
+    rain = await shell.read("rain.wav")
+    assert await shell.read("rain-7.wav") == rain
+    assert await shell.run("replay", "-", "-o", "-", stdin=rain) == rain
+    recipe = extract(rain, most_bytes=10_000)
+    assert recipe is not None
+    assert await shell.run("replay", "-", "-o", "-", stdin=recipe.encode()) == rain
+    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")  # no header holds its recipe
+    assert (await shell.run("replay", "long.wav")).startswith(b"rain-rain-")
+    await shell.run("variation", "rain.wav", "hail", "-d", "0.5", "-o", "hail.flac", "--format", "flac")
+    hail = await shell.read("hail.flac")
+    assert await shell.run("replay", "-", "--source", "rain.wav", "-o", "-", stdin=hail) == hail
+    assert b"SHA-256" in await shell.run("replay", "hail.flac", code=2)
+    for junk, said in ((b"{", b"error"), (b"", b"empty"), (make_audio_file(duration_s=0.1), b"no recipe")):
+        assert said in await shell.run("replay", "-", stdin=junk, code=2)
+    assert b"standard input" in await shell.run("replay", "-", "--source", "-", code=2)
+
+
 async def test_models_are_listed(shell: Shell) -> None:
     assert [model["id"] for model in json.loads(await shell.run("models", "--json"))][:2] == [
         "small-sfx",
@@ -132,6 +157,8 @@ async def test_models_are_listed(shell: Shell) -> None:
         (["variation", "missing.wav", "rain"], 2, "missing.wav"),
         (["inpaint", "-", "rain", "-r", "later"], 2, "START:END"),
         (["variation", "-", "-"], 2, "standard input"),
+        (["continue", "-", "-", "--until", "2"], 2, "standard input"),
+        (["jobs", "submit", "-", "--audio", "-"], 2, "standard input"),
         (["generate", "rain", "-o", "-", "--json"], 2, "standard output"),
         (["loop", "techno"], 2, "BPM"),
         (["generate", "rain", "--url", "http://127.0.0.1:9"], 3, "did not answer"),
@@ -175,8 +202,9 @@ async def test_jobs_from_submission_to_file(shell: Shell) -> None:
     shell.backend.released.set()
     assert await watching == b"succeeded\n"
     written = (await shell.run("jobs", "fetch", job_id, "-o", "rain/")).decode().split()
-    assert written == [f"rain/{job_id}-7.wav", f"rain/{job_id}-8.wav"]
+    assert written == ["rain/rain-7.wav", "rain/rain-8.wav"]
     assert frames(await shell.read(written[1])) == RATE_HZ // 2
+    assert "standard output" in (await shell.run("jobs", "fetch", job_id, "-o", "-", "--json", code=2)).decode()
     assert json.loads(await shell.run("jobs", "show", job_id))["seeds"] == [7, 8]
 
 
@@ -190,6 +218,9 @@ async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
     await shell.run("jobs", "cancel", job_id)
     assert "cancelled" in (await shell.run("jobs", "watch", job_id, code=130)).decode()
     assert "over" in (await shell.run("jobs", "cancel", job_id, code=2)).decode()
+    other = (await shell.run("jobs", "submit", "rain", "-d", "1")).decode().strip()
+    assert job_id in (await shell.run("jobs", "cancel", job_id, "x", other, code=2)).decode()
+    await shell.run("jobs", "watch", other, code=130)
     assert "cancelled" in (await shell.run("jobs", "fetch", job_id, code=130)).decode()
     assert "not found" in (await shell.run("jobs", "show", "0" * 32, code=2)).decode()
     assert "--audio" in (await shell.run("jobs", "submit", "rain", "-r", "1:2", code=2)).decode()
@@ -200,8 +231,26 @@ async def test_without_a_server(shell: Shell) -> None:
     for name in ("one.wav", "two.wav"):
         await shell.run("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "4", "-o", name)
     assert frames(await shell.read("one.wav")) == RATE_HZ // 2
+    assert json.loads(await shell.run("replay", "one.wav", "--local", "-o", "three.wav", "--json"))["replay"] == "exact"
+    assert await shell.read("three.wav") == await shell.read("one.wav")
     assert await shell.read("one.wav") == await shell.read("two.wav")
     assert not shell.backend.requests
+
+
+async def test_without_a_server_its_configuration_holds(shell: Shell) -> None:
+    """The model for loops, recipes in their files, and keys, of which a command has none, stand in it."""
+    demo = str(BUILT_IN["demo"].folder)
+    args = {
+        "models": [{"name": "demo"}, {"name": "loops", "path": demo}],
+        "dialects": {"saos_model": "loops", "recipes": True},
+        "api": {"key_file": str(shell.folder / "keys")},
+    }
+    application = {"import_path": "stable_audio_serve.serving.app:build", "args": args}
+    config = json.dumps({"applications": [application]})
+    await asyncio.to_thread((shell.folder / "serve_config.yaml").write_text, config)
+    loop = ("loop", "kick drum 120bpm", "--bars", "1", "--steps", "2", "--local", "-o", "loop.wav", "--json")
+    assert json.loads(await shell.run(*loop))["model"] == "loops"
+    assert extract(await shell.read("loop.wav"), most_bytes=10_000) is not None
 
 
 @pytest.mark.parametrize(
@@ -211,3 +260,10 @@ async def test_without_a_server(shell: Shell) -> None:
 def test_names(prompt: str, name: str) -> None:
     assert slug(prompt) == name
     assert len(slug(prompt * 100)) <= 60
+
+
+@pytest.mark.parametrize("text", ["[1]", "1", "null", "[" * 100_000, "{"])
+def test_what_a_file_carries_may_be_no_recipe(text: str) -> None:
+    file = embed(make_audio_file(duration_s=0.1), text=text)
+    with pytest.raises(ValueError, match=r"recipe|Expecting"):
+        read_recipe(file)

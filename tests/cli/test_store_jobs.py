@@ -154,13 +154,13 @@ def test_a_name_without_contract_is_enough_where_it_is_unique(store: JobStore, r
         for name in (job.spec.id, f"{job.spec.contract}/{job.spec.id}"):
             assert load(run("show", name, "--json"))["contract"] == job.spec.contract
     other = "aiml" if fal.spec.contract == "fal" else "fal"
-    expect(run("show", f"{other}/{fal.spec.id}"), "no such job", code=1)
+    expect(run("show", f"{other}/{fal.spec.id}"), "no such job", code=2)
 
 
 def test_a_name_of_two_jobs_is_refused(store: JobStore, run: Run) -> None:
     for contract in ("sa3", "fal"):
         add(store, contract=contract, id="a" * 32)
-    expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32} --client '', fal/{'a' * 32} --client ''", code=1)
+    expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32} --client '', fal/{'a' * 32} --client ''", code=2)
     expect(run("cancel", f"fal/{'a' * 32}"), "cancelled")
     assert [job.state for job in store.operators.list_all()] == ["cancelled", "queued"]
 
@@ -171,17 +171,17 @@ def test_the_jobs_of_every_client_are_there_and_told_apart(store: JobStore, run:
     output = expect(run("list"), "alice", "bob")
     assert output.count(f"sa3/{'a' * 32}") == 2
     for name in ("a" * 32, f"sa3/{'a' * 32}"):
-        expect(run("show", name), "--client 'alice'", "--client 'bob'", code=1)
+        expect(run("show", name), "--client 'alice'", "--client 'bob'", code=2)
         assert load(run("show", name, "--client", "bob", "--json"))["client"] == "bob"
     expect(run("cancel", "a" * 32, "--client", "alice"), "cancelled")
-    expect(run("retry", "a" * 32, "--client", "carol"), "no such job", code=1)
+    expect(run("retry", "a" * 32, "--client", "carol"), "no such job", code=2)
     assert {job.spec.client: job.state for job in store.operators.list_all()} == {"alice": "cancelled", "bob": "queued"}
 
 
 @pytest.mark.parametrize("name", ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"])
 @pytest.mark.parametrize("command", ["show", "cancel", "retry"])
 def test_an_unknown_job_is_one_sentence(store: JobStore, run: Run, command: str, name: str) -> None:
-    _, said = expect(run(command, name), "no such job", code=1).splitlines()
+    _, said = expect(run(command, name), "no such job", code=2).splitlines()
     assert said.startswith("error: ")
 
 
@@ -196,14 +196,14 @@ def test_cancelling(store: JobStore, run: Run, tmp_path: Path) -> None:
     assert find(store, waiting).state == "cancelled"
     assert find(store, running).cancel_requested
     assert not upload.exists()
-    expect(run("cancel", waiting.spec.id), "it is over: cancelled", code=1)
+    expect(run("cancel", waiting.spec.id), "it is over: cancelled", code=2)
 
 
 def test_only_a_dead_letter_can_be_tried_again(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
     for name, job in jobs.items():
         if name != "dead":
-            expect(run("retry", job.spec.id), f"it is no dead letter: it is {job.state}", code=1)
+            expect(run("retry", job.spec.id), f"it is no dead letter: it is {job.state}", code=2)
             assert find(store, job) == job
     expect(run("retry", jobs["dead"].spec.id), "queued again")
     again = find(store, jobs["dead"])
@@ -214,7 +214,7 @@ def test_only_a_dead_letter_can_be_tried_again(store: JobStore, run: Run) -> Non
 def test_those_that_can_be_are_also_when_others_cannot(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
     result = run("retry", "nope", jobs["dead"].spec.id)
-    assert (result.exit_code, errors(result.stderr)) == (1, ["error: nope: no such job"])
+    assert (result.exit_code, errors(result.stderr)) == (2, ["error: nope: no such job"])
     assert find(store, jobs["dead"]).state == "queued"
 
 
@@ -258,6 +258,6 @@ def test_as_a_program_of_its_own(store: JobStore, store_url: str, tmp_path: Path
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
-    assert (done.returncode, done.stdout) == (1, f"{job.spec.id}: cancelled\n")
+    assert (done.returncode, done.stdout) == (2, f"{job.spec.id}: cancelled\n")
     assert errors(done.stderr) == ["error: nope: no such job"]
     assert find(store, job).state == "cancelled"

@@ -32,6 +32,32 @@ async def test_text_becomes_a_clip_with_its_facts(served: Served, connect: Calla
     assert served.backend.last.duration_s == 0.5
 
 
+async def test_takes_are_made_again_from_recipes_and_from_files(served: Served, connect: Callable[..., Caller]) -> None:
+    call = connect(served.url)
+    source = make_audio_file(duration_s=1.0)
+    take: Take = await call("vary", source, "rain", duration=0.5, batch_size=2, response_format="flac")
+    job = await call("jobs.submit_variation", source, "rain", duration=0.5, seed=take.seed, response_format="flac")
+    fetched = await call("jobs.fetch", await call("jobs.wait", job.id))
+    assert fetched.clips[0].recipe == take.clips[0].recipe
+    for clip in take.clips:
+        for what in (clip, clip.recipe):
+            again = await call("replay", what, sources=[b"another file", source])
+            assert (again.replay, again.content) == (
+                "close",
+                clip.content,
+            )  # the tests' backend does not say how it works
+            assert again.clips[0].recipe == clip.recipe
+        with pytest.raises(errors.InvalidRequestError, match=clip.recipe["init_audio"]["sha256"]):
+            await call("replay", clip)
+    long = {**take.clips[0].recipe, "prompt": "雨" * 100_000}  # 600 kB in ASCII
+    assert (await call("replay", long, sources=[source])).seed == take.seed
+    text = await call("generate", "rain", duration=0.5)
+    assert (await call("replay", text.clips[0].recipe)).content == text.content
+    assert text.replay is None
+    with pytest.raises(errors.InvalidRequestError, match="recipe"):
+        await call("replay", source)
+
+
 async def test_variations_are_clips_in_order(served: Served, connect: Callable[..., Caller]) -> None:
     take = await connect(served.url)(
         "generate", "rain", duration=0.5, seed=7, batch_size=3, response_format="flac", manifest=True
@@ -125,8 +151,10 @@ async def test_a_key_is_sent_and_a_wrong_one_refused(connect: Callable[..., Call
     async with serve(api={"key_hashes": [hash_key(key)]}) as served:
         assert (await connect(served.url, api_key=key)("generate", "rain", duration=0.1)).content
         for wrong in (None, "wrong"):
-            with pytest.raises(errors.UnauthorizedError):
-                await connect(served.url, api_key=wrong)("generate", "rain", duration=0.1)
+            for method, *arguments in (("generate", "rain"), ("models",), ("jobs.list",), ("loop", "a 120bpm")):
+                with pytest.raises(errors.UnauthorizedError) as caught:
+                    await connect(served.url, api_key=wrong)(method, *arguments)
+                assert caught.value.message[0] not in "{["
 
 
 async def test_a_server_may_lie_below_a_path(connect: Callable[..., Caller], served: Served) -> None:

@@ -13,6 +13,7 @@ import soundfile
 from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.client import Job, JobProgress
+from stable_audio_serve.client.answers import read_job
 from stable_audio_serve.client.following import Following
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
@@ -38,6 +39,9 @@ async def test_a_job_is_followed_to_its_end_and_fetched(
     take = await call("generate", "rain", duration=0.5, seed=11)
     assert path.read_bytes() == take.content
     assert sorted(os.listdir(tmp_path)) == ["take.wav"]
+    path = await call("jobs.download", job, tmp_path)
+    assert path == tmp_path / f"{job.id}-{take.clips[0].file_name}"
+    assert path.read_bytes() == take.content
     (clip,) = (await call("jobs.fetch", job)).clips
     assert replace(clip, file_name=take.clips[0].file_name) == take.clips[0]
     several = await call("jobs.submit", "rain", duration=0.5, seed=11, batch_size=2)
@@ -98,6 +102,34 @@ async def test_jobs_are_listed_cancelled_and_refused(
     assert os.listdir(tmp_path) == []
 
 
+async def test_a_cancel_whose_answer_was_lost_has_cancelled(served: Served, connect: Callable[..., Caller]) -> None:
+    call, num_asked = connect(served.url), 0
+
+    async def lose_the_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        asked = await reader.readuntil(b"\r\n\r\n")
+        there, here = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
+        here.write(asked.replace(b"keep-alive", b"close"))
+        answer = await there.read()
+        here.close()
+        if num_asked == 1:
+            await call("jobs.wait", job.id)
+        else:
+            writer.write(answer)
+        writer.close()
+
+    served.backend.released.clear()
+    async with await asyncio.start_server(lose_the_first, "127.0.0.1", 0) as between:
+        lossy = connect(f"http://127.0.0.1:{between.sockets[0].getsockname()[1]}")
+        job = await call("jobs.submit", "rain", duration=0.1)
+        assert (await lossy("jobs.cancel", job.id)).status == "cancelled"
+        assert num_asked > 1
+        with pytest.raises(errors.ConflictError):
+            await lossy("jobs.cancel", job.id)
+    served.backend.released.set()
+
+
 async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Caller], *, tmp_path: Path) -> None:
     call = connect(served.url)
     served.backend.error = errors.InvalidRequestError("too long", field="duration")
@@ -105,6 +137,30 @@ async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Call
     assert (job.status, "too long" in job.error) == ("failed", True)
     with pytest.raises(errors.GenerationError, match="too long"):
         await call("jobs.download", job.id, tmp_path / "none.wav")
+
+
+async def test_a_download_that_breaks_is_made_again(tmp_path: Path, connect: Callable[..., Caller]) -> None:
+    num_seen = 0
+
+    async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal num_seen
+        num_seen += 1
+        length = b"5" if num_seen % 2 else b"10"  # every second one lies of its length: the connection ends early
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": b"sound"})
+
+    async with serve() as served, listening(bucket, lifespan="off") as port:
+        call = connect(served.url)
+        job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
+        num_seen = 1
+        sent = {**job.sent, "storage_backend": "s3", "download_url": f"http://127.0.0.1:{port}/take.wav?secret"}
+        path = await call("jobs.download", read_job(sent), tmp_path)
+        assert path == tmp_path / "take.wav"
+        assert path.read_bytes() == b"sound"
+        assert os.listdir(tmp_path) == ["take.wav"]
+        num_seen = 1
+        assert (await call("jobs.fetch", read_job(sent))).content == b"sound"
+    assert num_seen == 3
 
 
 async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]) -> None:
@@ -180,8 +236,6 @@ async def test_an_upload_link_gets_no_key(tmp_path: Path, connect: Callable[...,
         call = connect(served.url, api_key="secret")
         job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
         sent = {**job.sent, "storage_backend": "s3", "download_url": f"http://127.0.0.1:{port}/take.wav"}
-        from stable_audio_serve.client.answers import read_job
-
         path = await call("jobs.download", read_job(sent), tmp_path / "take.wav")
     assert path.read_bytes() == b"sound"
     assert len(seen) == 1

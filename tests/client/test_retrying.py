@@ -92,7 +92,7 @@ async def test_a_server_that_is_not_there_yet_is_asked_again(connect: Callable[.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     call = connect(f"http://127.0.0.1:{port}", retries=Retries(most=2, first_pause_s=0.01))
-    with pytest.raises(errors.UnreachableError):
+    with pytest.raises(errors.UnreachableError, match=f"http://127.0.0.1:{port} did not answer"):
         await call("models")
 
 

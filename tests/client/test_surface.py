@@ -50,3 +50,16 @@ def test_the_environment_names_server_and_key(monkeypatch: pytest.MonkeyPatch) -
     assert str(connection.url("/jobs")) == "https://audio.example.com/sound/jobs"
     assert connection.headers()["Authorization"] == "Bearer secret"
     assert Connection.choose("http://other", "mine").headers()["Authorization"] == "Bearer mine"
+
+
+@pytest.mark.parametrize("url", ["nowhere", "ftp://a", "http://", "http://[::1", "http://a:99999", "http://xn--"])
+def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ValueError, match="is no URL"):
+        Client(url)
+
+
+@pytest.mark.parametrize("key", ["secret\n", " secret", "sécret", "sec\x00ret"])
+def test_what_is_no_key_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(ValueError, match="API key") as caught:
+        Client("http://a", api_key=key)
+    assert key.strip() not in str(caught.value)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import yaml
+from ray.scripts.scripts import drain_node
 
 from tests.cluster.tools import CLUSTER, run_program
 
@@ -157,9 +159,25 @@ def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         yield f"terminationGracePeriodSeconds {grace} is not above drain_s {drain_s}"
     if group.name != "head":
         words = " ".join(group.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
+        limit = re.search(r"timeout (\d+) ray", words)
         asleep = re.search(r"sleep (\d+); ray stop", words)
-        if asleep is None or not drain_s <= int(asleep[1]) < grace:
+        longest_s = int(limit[1]) if limit else 0
+        if asleep is None or not drain_s <= int(asleep[1]) < grace - longest_s:
             yield "preStop does not wait for drain_s within the grace period"
+        if not _drains_own_node(words):
+            yield "preStop does not drain its node, so that replicas begin elsewhere"
+        if not limit:
+            yield "preStop may wait for a head that is away"
+
+
+def _drains_own_node(words: str) -> bool:
+    """Whether Ray takes the words for a drain of the node that they are said on, which makes Ray Serve leave it."""
+    found = re.search(r"ray drain-node ([^;]*);", words)
+    try:
+        said = drain_node.make_context("drain-node", found[1].split() if found else []).params
+    except click.UsageError:
+        return False
+    return said["node_id"] is None and said["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
 
 
 def _memory_problems(group: Group) -> Iterator[str]:

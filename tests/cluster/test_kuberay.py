@@ -135,6 +135,12 @@ def _worker(documents: Documents) -> Group:
     return groups(documents)[1]
 
 
+def _change_stop(group: Group, old: str, new: str) -> None:
+    command = group.container["lifecycle"]["preStop"]["exec"]["command"]
+    assert old in command[-1]
+    command[-1] = command[-1].replace(old, new)
+
+
 Change = Callable[[Documents], Any]
 
 UNKNOWN_KEYS: dict[str, Change] = {
@@ -169,6 +175,10 @@ PROBLEMS: dict[str, Change] = {
     "KubeRay would wait": lambda d: groups(d)[0].container.update(readinessProbe={"httpGet": {"path": "/ready"}}),
     "is not above drain_s": lambda d: _worker(d).pod.update(terminationGracePeriodSeconds=60),
     "preStop does not wait": lambda d: _worker(d).container.pop("lifecycle"),
+    "gpu: preStop does not wait": lambda d: _change_stop(groups(d)[2], "timeout 15", "timeout 60"),
+    "ingress: preStop does not drain": lambda d: _change_stop(_worker(d), "drain-node", "status"),
+    "gpu: preStop does not drain": lambda d: _change_stop(groups(d)[2], "PREEMPTION", "PREEMTION"),
+    "ingress: preStop may wait": lambda d: _change_stop(_worker(d), "timeout 15 ", ""),
     "is not above object-store-memory": lambda d: (
         _worker(d).spec["rayStartParams"].update({"object-store-memory": "9000000000"})
     ),

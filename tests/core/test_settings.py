@@ -23,7 +23,7 @@ def load(tmp_path: Path, args: dict[str, Any] | None = None, **environ: str) -> 
 def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     settings = load(tmp_path)
     assert [model.name for model in settings.models] == ["small-sfx", "small-music", "medium"]
-    assert (settings.api.max_duration_s, settings.api.max_steps, settings.api.max_batch_size) == (380.0, 50, 4)
+    assert (settings.api.max_duration_s, settings.api.most_steps(8), settings.api.max_batch_size) == (380.0, 50, 4)
     assert settings.api.max_upload_bytes == 104_857_600
     assert settings.output_dir == "outputs"
     assert settings.model_half is True
@@ -65,6 +65,11 @@ def test_the_newer_default_model_name_wins(tmp_path: Path) -> None:
     assert both.default_model == "small-music"
 
 
+def test_a_model_may_be_asked_for_its_own_default_steps_unless_the_operator_sets_a_limit(tmp_path: Path) -> None:
+    assert load(tmp_path).api.most_steps(100) == 100
+    assert load(tmp_path, STABLE_AUDIO_MAX_STEPS="20").api.most_steps(100) == 20
+
+
 def test_an_empty_preload_list_means_load_on_first_use(tmp_path: Path) -> None:
     assert load(tmp_path, STABLE_AUDIO_PRELOAD_MODELS="").preload_models == ()
     assert load(tmp_path, STABLE_AUDIO_PRELOAD_MODELS="medium, small-sfx,").preload_models == ("medium", "small-sfx")
@@ -73,7 +78,7 @@ def test_an_empty_preload_list_means_load_on_first_use(tmp_path: Path) -> None:
 def test_other_empty_variables_count_as_not_set(tmp_path: Path) -> None:
     settings = load(tmp_path, STABLE_AUDIO_DEVICE="", STABLE_AUDIO_MAX_STEPS=" ", STABLE_AUDIO_STORAGE_PREFIX="")
     assert settings.device is None
-    assert settings.api.max_steps == 50
+    assert settings.api.max_steps is None
     assert settings.storage.prefix == ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         yield server.wait_until_ready().url
     finally:
-        server.stop()
+        server.stop(number=signal.SIGKILL)
 
 
 async def test_fresh_prompts_of_every_kind_meet_the_acceptance_table(url: str) -> None:

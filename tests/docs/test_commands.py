@@ -1,10 +1,11 @@
-"""Every ```bash block of the README, of the dialects' pages and of the one about jobs, run as it stands."""
+"""Every ```bash block of every page, run as it stands against a server; those of one page are one program."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,18 @@ from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
+from tests.docs.blocks import DOCS, ROOT, all_blocks, pages, text_of
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 DIALECTS = DOCS / "dialects"
-PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
-# Whose operations each page shows, every one of them with a command.
+# Pages with commands, and whose operations each of them shows, every one with a command.
 TAGS: dict[str, set[str]] = {
-    "architecture.md": set(),
+    "cli.md": set(),
     "jobs.md": {native_jobs.TAG},
     "keys.md": set(),
-    "metrics.md": set(),
-    "proxy.md": set(),
-    "storage.md": set(),
+    "tutorial.md": set(),
     "dialects/aimlapi.md": {aimlapi.TAG},
     "dialects/fal.md": {fal.TAG, files.TAG},
     "dialects/stable-audio-3.md": {native.TAG, merged.TAG, server.TAG},
@@ -62,6 +59,10 @@ class Run:
         pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
+    def named(self, pattern: str) -> list[str]:
+        """Files of that pattern, where a name has a seed that nobody chose."""
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern)]
+
     def frames(self, name: str) -> int:
         """Samples per channel of an audio file, which is 16-bit stereo at the model's rate unless it is Opus."""
         info = soundfile.info(self.folder / name)
@@ -70,12 +71,8 @@ class Run:
         return info.frames
 
 
-def read_commands(page: Path) -> str:
-    return "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
-
-
 async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
-    commands = read_commands(page)
+    commands = text_of(page, "bash")
     (folder / ".curlrc").write_text('write-out = "%{stderr}%{method} %{url_effective}\\n"')
     async with serve_app(**settings) as (port, backend):
         address = f"127.0.0.1:{port}"
@@ -84,13 +81,18 @@ async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
             "-euo",
             "pipefail",
             "-c",
-            commands.replace(" localhost:8000/", f" {address}/"),
+            re.sub(r"(localhost|127\.0\.0\.1):8000/", f"{address}/", commands),
             cwd=folder,
-            env={"BASE": f"http://{address}", "CURL_HOME": str(folder), "PATH": "/usr/bin:/bin"},
+            env={
+                "BASE": f"http://{address}",
+                "CURL_HOME": str(folder),
+                "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+                "STABLE_AUDIO_URL": f"http://{address}",
+            },
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     calls = re.findall(rf"^([A-Z]+) (?:http://)?{address}(/[^?\n]*)", errors.decode(), flags=re.MULTILINE)
@@ -175,18 +177,40 @@ async def test_readme(tmp_path: Path) -> None:
     assert {name: run.frames(name) for name in names} == {name: seconds * RATE_HZ for name, seconds in names.items()}
     assert (tmp_path / "loops.zip").read_bytes()[:2] == b"PK"
     assert {"POST /jobs", "GET /health", "GET /v1/models"} <= set(run.calls)
+    assert run.frames("kick.wav") == 2 * RATE_HZ
     assert [request.batch_size for _, request in run.backend.requests[:4]] == [1, 3, 1, 1]
 
 
-@pytest.mark.parametrize("page", PAGES)
+async def test_command_line(tmp_path: Path) -> None:
+    (tmp_path / "take.wav").write_bytes(make_audio_file(duration_s=8.0))
+    run = await run_page(DOCS / "cli.md", tmp_path)
+    lengths = {"rain-on-a-tin-roof-7.wav": 4, "again.wav": 4, "wolf.wav": 2, "a-door-slams*": 8, "waves*": 20}
+    assert {name: run.frames(*run.named(name)) for name in lengths} == {n: s * RATE_HZ for n, s in lengths.items()}
+    assert len(run.named("bells/*.flac")) == len(run.named("rain/*.wav")) == 4
+    assert run.frames(*run.named("techno*")) == 4 * 4 * 60 * RATE_HZ // 128
+
+
+async def test_tutorial(tmp_path: Path) -> None:
+    run = await run_page(DOCS / "tutorial.md", tmp_path)
+    lengths = {"a-440-hz-sine-tone-7": 3, "chord": 3, "piano": 3, "mended": 3, "longer": 5, "loop": 4}
+    assert {name: run.frames(f"{name}.wav") for name in lengths} == {n: s * RATE_HZ for n, s in lengths.items()}
+    assert (len(run.named("drums/*.flac")), len(run.named("rain/*.wav"))) == (4, 2)
+    assert "x-seed:" in run.output.lower()
+
+
+async def test_keys(tmp_path: Path) -> None:
+    run = await run_page(DOCS / "keys.md", tmp_path)
+    assert [line.split()[0] for line in run.output.splitlines()] == ["alice", "ops"]
+
+
+@pytest.mark.parametrize("page", pages())
 def test_settings_that_a_page_names_exist(page: str) -> None:
     document = Settings().model_dump()
     sections = "api|audio|dialects|ingress|jobs|metrics|proxy|quality_gate|storage"
-    for section, key in re.findall(rf"`({sections})\.(\w+)`", (DOCS / page).read_text()):
+    for section, key in re.findall(rf"`({sections})\.(\w+)`", (ROOT / page).read_text()):
         assert key in document[section], f"{section}.{key}"
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_page_is_linked_and_run(page: str) -> None:
-    assert f"docs/{page}" in (ROOT / "README.md").read_text()
-    assert page in TAGS or not read_commands(DOCS / page)
+def test_every_page_with_commands_is_run() -> None:
+    with_commands = {block.page for block in all_blocks() if block.language == "bash"}
+    assert with_commands == {f"docs/{page}" for page in TAGS} | {"README.md"}

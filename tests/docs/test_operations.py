@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
 PAGES = [
     "README.md",
-    "cluster/README.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.counting.operations import is_composite
 from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine.device import Moment, WaitingDevice
-from stable_audio_serve.engine.options import Mode
 
 
 class LateDevice(WaitingDevice):

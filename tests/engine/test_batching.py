@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine.batching import (
     BatchPolicy,
     EqualLengths,
@@ -22,7 +23,7 @@ from stable_audio_serve.engine.batching import (
 from stable_audio_serve.engine.call_shapes import GRAPH_ROWS, AnyRows, GraphShapes
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.policies import resolve_policy
 
 

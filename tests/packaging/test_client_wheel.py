@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.client.conftest import serve
-from tests.packaging.wheel import build_wheel
+from tests.docs.blocks import text_of
+from tests.packaging.wheel import ROOT, build_wheel
 
 pytestmark = pytest.mark.slow
 
@@ -46,5 +47,9 @@ async def test_the_client_alone_generates(tmp_path: Path) -> None:
     assert not names & {"torch", "ray", "fastapi", "pydantic", "numpy"}
     async with serve() as served:
         await asyncio.to_thread(lambda: run(python, "-c", PROGRAM, served.url, folder=tmp_path))
+        shown = text_of(ROOT / "packaging" / "client" / "README.md", "python")
+        shown = shown.replace("http://localhost:8000", served.url)
+        await asyncio.to_thread(lambda: run(python, "-c", shown, folder=tmp_path))
+    assert (tmp_path / "rain.wav").exists()
     take, job = (tmp_path / "take.wav"), (tmp_path / "job.wav")
     assert await asyncio.to_thread(take.read_bytes) == await asyncio.to_thread(job.read_bytes) != b""

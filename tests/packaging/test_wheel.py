@@ -1,6 +1,6 @@
 """The wheel alone, without the checkout it was built from: its commands, run in an empty directory.
 
-`tests/serving/test_lifecycle.py` starts one of its servers from it.
+`tests/serving/one_server/test_lifecycle.py` starts one of its servers from it.
 """
 
 from __future__ import annotations

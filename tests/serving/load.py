@@ -38,7 +38,7 @@ class Load:
         self.jobs: dict[str, str] = {}  # by the caller's own key
         self.made: list[float] = []  # seconds that each answered request took
         self.failures: list[str] = []
-        self.told: list[str] = []  # paths of what was refused with the time to come again
+        self.told: list[str] = []  # path and answer of what was refused with the time to come again
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(4)
@@ -90,7 +90,7 @@ class Load:
     def _is_told(self, answer: httpx.Response) -> bool:
         is_told = answer.status_code == 503 and "retry-after" in answer.headers
         if is_told:
-            self.told.append(answer.request.url.path)
+            self.told.append(f"{answer.request.url.path}: {answer.text}")
         return is_told
 
     def _post(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from contextlib import ExitStack, redirect_stdout, suppress
@@ -89,6 +90,17 @@ class Nodes:
                 os.kill(pid, signal.SIGKILL)
         self._cluster.remove_node(node, allow_graceful=False)
         return len(victims)
+
+    def drain_node(self, node_id: str) -> None:
+        """As a pod does with its own node before it stops, see `cluster/kuberay`."""
+        words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *words], check=True)
+
+    def is_alive(self, node_id: str) -> bool:
+        import ray
+
+        return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
     def kill_gcs(self) -> None:
         """SIGKILL, as its machine's end would be."""

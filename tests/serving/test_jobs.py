@@ -25,7 +25,7 @@ from stable_audio_serve.cli.metrics_page import exported_name
 from stable_audio_serve.core.metrics import METRICS
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from tests.audio_files import make_audio_file
-from tests.serving.conftest import TINY
+from tests.serving.conftest import model
 from tests.serving.launched import LaunchedServer, Watcher, free_port, write_config
 
 pytestmark = pytest.mark.ray
@@ -58,7 +58,7 @@ def make_long_body(**overrides: Any) -> dict[str, Any]:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
     args = {
-        "models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}],
+        "models": [model("tiny", max_queue_s=1e6)],
         "jobs": {"webhook_allow_hosts": ["127.0.0.1"], "runners": 2, "max_running": 2, "lease_s": 3.0},
         "ingress": {"replicas": 2},
     }

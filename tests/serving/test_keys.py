@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import httpx
 import pytest
 
 from stable_audio_serve.core.keys import hash_key
-from tests.serving.conftest import TINY
+from tests.serving.conftest import model
 from tests.serving.launched import LaunchedServer, write_config
 
 pytestmark = pytest.mark.ray
@@ -39,13 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LaunchedServer]:
     args = {
-        "models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}],
+        "models": [model("tiny", max_queue_s=1e6)],
         "ingress": {"replicas": 2},
         "api": {"key_file": "keys"},
     }
     launched = LaunchedServer(write_config(folder, args)).wait_until_ready()
     yield launched
-    launched.stop()
+    launched.stop(number=signal.SIGKILL)
 
 
 def ask(server: LaunchedServer, key: str) -> httpx.Response:

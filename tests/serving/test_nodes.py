@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import httpx
 import pytest
 
 from tests.databases import PostgresServer
-from tests.serving.conftest import TINY
+from tests.serving.conftest import model
 from tests.serving.launched import free_port
 from tests.serving.load import Load
 from tests.serving.redis_server import running_redis
@@ -77,17 +78,23 @@ class Cluster:
     def is_running(self) -> bool:
         return bool(self.do("look")["status"] == "RUNNING")
 
+    def answers(self) -> bool:
+        """What runs is known to HAProxy a little later."""
+        with suppress(httpx.TransportError):
+            return self.client.get("/ready").status_code == 200
+        return False
+
 
 @pytest.fixture(scope="module")
 def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head with the ingress and two nodes with a GPU and a replica each; two job runners wherever Ray puts them."""
     folder, port = tmp_path_factory.mktemp("nodes"), free_port()
-    model = {"name": "tiny", "path": TINY, "device": "cpu", "num_gpus": 1, "num_cpus": 0, "threads": 1}
+    tiny = model("tiny", device="cpu", num_gpus=1, num_cpus=0, threads=1)
     replicas = {"min_replicas": 2, "max_replicas": 2}
     args = {
-        "models": [{**model, "max_queue_s": 1e6, "replicas": replicas}],
+        "models": [{**tiny, "max_queue_s": 1e6, "replicas": replicas}],
         "jobs": {"database_url": postgres.create_database(), "runners": 2, "lease_s": 5.0, "max_running": 2},
-        "ingress": {"replicas": 2},
+        "ingress": {"replicas": 2, "num_cpus": 1},  # so on the head, which is not killed here
         "output_dir": str(folder / "outputs"),
     }
     with (
@@ -110,7 +117,7 @@ def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
             cluster.do("add", 2)
             cluster.do("start_serve")
             cluster.deploy()
-            cluster.wait(cluster.is_running)
+            cluster.wait(lambda: cluster.is_running() and cluster.answers())
             yield cluster
             cluster.do("stop")
         finally:
@@ -174,6 +181,30 @@ def test_head_that_loses_its_memory_for_seconds_finds_it_in_redis(cluster: Clust
     assert num_before > 0
     assert set(ready) == {200}
     judge(load, f"GCS away for {_AWAY_S:g} s, a third replica after {took_s:.0f} s of more load")
+
+
+@pytest.mark.chaos
+def test_a_node_that_is_drained_is_left_before_it_goes(cluster: Cluster) -> None:
+    """With room elsewhere: its replica begins there first, and Ray's own process ends when nothing is left to do."""
+    cluster.do("add", 1)
+    cluster.wait(lambda: cluster.is_running() and len(cluster.replicas("tiny")) >= 2)
+    num_replicas = len(cluster.replicas("tiny"))
+    victim = max(cluster.replicas("tiny").values())
+    least = num_replicas
+
+    def has_left() -> bool:
+        nonlocal least
+        least = min(least, len(cluster.replicas("tiny")))
+        return not cluster.do("is_alive", victim)
+
+    with Load(cluster.client) as load:
+        time.sleep(_WARM_S)
+        cluster.do("drain_node", victim)
+        took_s = cluster.wait(has_left)
+        time.sleep(_WARM_S)
+    judge(load, f"node drained, gone after {took_s:.0f} s, {least} of {num_replicas} replicas at least")
+    cluster.wait(lambda: len(cluster.replicas("tiny")) == num_replicas)
+    assert victim not in cluster.replicas("tiny").values()
 
 
 def test_killed_node_is_not_noticed_and_replaced_where_there_is_room(cluster: Cluster) -> None:

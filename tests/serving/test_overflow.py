@@ -17,7 +17,7 @@ from stable_audio_serve.core.errors import (
     QuotaError,
     StableAudioError,
 )
-from stable_audio_serve.core.generation import DeviceUse
+from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import load_settings
@@ -39,11 +39,34 @@ class Counts(NullMetrics):
         self.outcomes.append(labels["outcome"])
 
 
+class Promising(ToneBackend):
+    """Remembers whom it expects."""
+
+    def __init__(self) -> None:
+        super().__init__(device=DeviceUse("cuda", dtype="float16"))
+        self.expected: list[tuple[str, str, float]] = []
+
+    def withdraw(self, model: str, request: GenerationRequest) -> None:
+        self.expected.remove(next(one for one in self.expected if one[:2] == (model, request.prompt)))
+
+    def promise(self, model: str, request: GenerationRequest, *, in_s: float) -> None:
+        self.expected.append((model, request.prompt, in_s))
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        try:
+            return await super().generate(model, request, on_progress=on_progress)
+        except OverloadedError as error:
+            self.promise(model, request, in_s=error.retry_after_s or 0.0)
+            raise
+
+
 @dataclass
 class Pair:
     """A model on a GPU and its replicas on CPUs."""
 
-    gpu: ToneBackend = field(default_factory=lambda: ToneBackend(device=DeviceUse("cuda", dtype="float16")))
+    gpu: Promising = field(default_factory=Promising)
     cpus: ToneBackend = field(
         default_factory=lambda: ToneBackend(
             catalog=overflow_catalog(make_catalog(), {SFX: None}),
@@ -75,6 +98,7 @@ async def test_what_a_full_model_refuses_is_made_on_a_cpu_if_it_ends_in_time() -
     ((name, request),) = pair.cpus.requests
     assert (name, request.in_time, pair.gpu.last.in_time) == (overflow_name(SFX), True, False)
     assert pair.counts.outcomes == ["answered"]
+    assert pair.gpu.expected == []  # nobody keeps a time free for it
 
 
 @pytest.mark.parametrize(
@@ -130,6 +154,7 @@ async def test_where_cpus_cannot_help_the_model_s_own_refusal_says_when_to_come_
     assert pair.counts.outcomes == [outcome]
     if seen is OverloadedError:
         assert caught.value is FULL
+    assert [in_s for _, _, in_s in pair.gpu.expected] == ([7.0] if seen is OverloadedError else [])
 
 
 async def test_a_flood_does_not_reach_cpus_that_have_just_refused() -> None:

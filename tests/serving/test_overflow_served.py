@@ -45,9 +45,17 @@ class FakeGpu(TimedReplica):
 @pytest.fixture(scope="module")
 def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("overflow")
-    model = {"name": "tiny", "path": TINY, "num_gpus": 1, "max_queue_s": 5.0, "overflow": "cpu", "threads": 1}
+    model = {
+        "name": "tiny",
+        "path": TINY,
+        "num_gpus": 1,
+        "max_queue_s": 5.0,
+        "overflow": "cpu",
+        "threads": 1,
+        "engine": {"warmup_budget_s": 0.2},
+    }
     args = {"models": [model], "output_dir": str(folder), "api": {"max_steps": 1000, "max_batch_size": 99}}
-    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
@@ -92,6 +100,10 @@ async def test_a_burst_is_answered_by_cpus_and_what_must_be_exact_is_told_when_t
     await wait_until_full(client)
     assert not occupying.done()
     assert Counter(map(made_on, await burst(client))) == {CPU: BURST}
+    async with asyncio.timeout(50):
+        while not (model := (await client.get("/v1/status")).json()["models"]["tiny"])["requests_per_minute"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert [replica["device"] for replica in model["overflow"]] == ["cpu"]
     for refused in await burst(client, exact=True):
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 60

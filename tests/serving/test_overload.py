@@ -5,7 +5,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,10 +17,12 @@ import pytest
 
 from stable_audio_serve.core.errors import OverloadedError, QueueFullError
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.serving.overload import OverloadGuard, Promises
+from stable_audio_serve.serving.overload import OverloadGuard
+from stable_audio_serve.serving.promises import Promises, wish_of
 from tests.factories import FakeClock
 
 _ABOVE_S = 2.0  # that engines leave for those told to come now
+_EXCHANGE_S, _WAY_S = 0.25, 0.02  # between two words of one process to the others, and how long each is on its way
 
 
 def request(prompt: str = "rain", *, seed: int = 0) -> GenerationRequest:
@@ -112,17 +117,83 @@ def test_what_is_remembered_of_a_hostile_quantity_is_bounded_and_forgotten() -> 
     promises = Promises()
     for number in range(20_000):
         promises.add(number % 7, due_at=float(number) / 100.0)
-    assert promises.num_expected <= 10_000
+    assert promises.num_open == 10_000
     promises.forget_late(1000.0)
-    assert promises.num_expected == 0
+    assert promises.num_open == 0
     assert not promises.claim(3, now=1000.0)
+
+
+def test_a_wish_is_the_same_in_every_process_and_whatever_the_prompt_is() -> None:
+    command = [sys.executable, "-c", "import tests.serving.test_overload as t; print(t.wish_of(t.request('rain')))"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "5"})
+    assert int(said.stdout) == wish_of(request("rain", seed=9))
+    assert wish_of(request("\ud800" * 100_000)) != wish_of(request("rain"))
+
+
+def test_who_is_answered_otherwise_is_not_waited_for_and_the_next_are_told_an_earlier_time() -> None:
+    clock = FakeClock()
+    guard = OverloadGuard(clock)
+    first = refused_s(guard, "0", room_in_s=0.5)
+    for number in range(50):  # each is answered on a CPU
+        wait_s(guard, str(number))
+        guard.withdraw(request(str(number)))
+    assert wait_s(guard, "next") == pytest.approx(first + 1 / 10 / 0.9)
+    clock.now += 1.0
+    assert not guard.enter(request("3")).is_promised
+
+
+def test_who_is_refused_elsewhere_too_is_expected_as_told() -> None:
+    clock = FakeClock()
+    guard = OverloadGuard(clock)
+    told_s = refused_s(guard, "mine", room_in_s=2.0)
+    guard.withdraw(request("mine"))
+    guard.promise(request("mine"), in_s=told_s)
+    clock.now += 2.0
+    assert guard.enter(request("mine")).is_promised
+
+
+def test_of_a_flood_that_is_answered_otherwise_little_is_remembered() -> None:
+    promises = Promises()
+    for number in range(30_000):
+        promises.add(number, due_at=600.0)
+        assert promises.withdraw(number)
+    assert not promises.withdraw(3)
+    assert (promises.num_open, promises.return_share) == (0, 1.0)
+    assert len(promises._order) <= 1001
+
+
+def test_another_process_knows_who_was_told_to_come_and_who_came() -> None:
+    clock = FakeClock()
+    one, other = (OverloadGuard(clock, num_processes=2) for _ in range(2))
+    refused_s(one, "mine", room_in_s=2.0)
+    wait_s(one, "away")
+    one.withdraw(request("away"))
+    word = one.tell()
+    assert word is not None
+    other.hear(word)
+    clock.now += 2.0
+    assert not other.enter(request("away")).is_promised
+    assert other.enter(request("mine")).is_promised
+    word = other.tell()
+    assert word is not None
+    one.hear(word)
+    assert not one.enter(request("mine")).is_promised
+    assert (one.tell(), other.tell()) == (None, None)
+
+
+def test_a_process_of_several_has_nothing_to_tell_while_the_model_is_not_full() -> None:
+    guard = OverloadGuard(FakeClock(), num_processes=2)
+    for _ in range(100):
+        guard.enter(request())
+        guard.done()
+    assert guard.tell() is None
 
 
 @dataclass
 class World:
     """Replicas with `max_queue_s` of work each, one request after another; requests go where least is left."""
 
-    guard: OverloadGuard
+    guards: Sequence[OverloadGuard]  # of the processes that clients ask, any of them each time
     clock: FakeClock
     work_s: Sequence[float]
     max_queue_s: float
@@ -133,10 +204,13 @@ class World:
     admitted_at: dict[int, float] = field(default_factory=dict)
     returns: list[bool] = field(default_factory=list)  # of those who came again for the first time: admitted
     latencies_s: list[float] = field(default_factory=list)
+    rng: random.Random = field(default_factory=lambda: random.Random(7))
 
     def run(self, arrivals: Sequence[float], *, is_patient: bool) -> None:
         for number, at in enumerate(arrivals):
             self.at(at, lambda number=number: self.ask(number, tries=0, is_patient=is_patient))  # type: ignore[misc]
+        if len(self.guards) > 1:
+            self.at(_EXCHANGE_S, self.exchange)
         while self.events:
             at, _, event = heapq.heappop(self.events)
             self.clock.now = at
@@ -144,6 +218,14 @@ class World:
 
     def at(self, at: float, event: Callable[[], None]) -> None:
         heapq.heappush(self.events, (at, next(self.order), event))
+
+    def exchange(self) -> None:
+        for guard in self.guards:
+            if (word := guard.tell()) is not None:
+                others = [other for other in self.guards if other is not guard]
+                self.at(self.clock.now + _WAY_S, lambda others=others, word=word: [o.hear(word) for o in others])  # type: ignore[misc]
+        if self.events:
+            self.at(self.clock.now + _EXCHANGE_S, self.exchange)
 
     def ask(self, number: int, *, tries: int, is_patient: bool) -> None:
         now = self.clock.monotonic()
@@ -159,18 +241,19 @@ class World:
 
     def serve(self, number: int) -> None:
         now = self.clock.monotonic()
-        entered = self.guard.enter(request(str(number)))
+        guard = self.rng.choice(self.guards)
+        entered = guard.enter(request(str(number)))
         replica = min(range(len(self.free_at)), key=self.free_at.__getitem__)
         ahead_s = max(0.0, self.free_at[replica] - now)
         over_s = ahead_s - self.max_queue_s - (_ABOVE_S if entered.is_promised else 0.0)
         if over_s > 0:
             num_ahead = math.ceil(ahead_s / (sum(self.work_s) / len(self.work_s)))
             error = QueueFullError("full", retry_after_s=over_s, num_ahead=num_ahead, ahead_s=ahead_s)
-            raise self.guard.refuse(entered, error)
+            raise guard.refuse(entered, error)
         self.free_at[replica] = now + ahead_s + self.work_s[number]
         self.admitted_at[number] = now
         self.latencies_s.append(self.free_at[replica] - now)
-        self.at(self.free_at[replica], self.guard.done)
+        self.at(self.free_at[replica], guard.done)
 
 
 def overload(
@@ -180,6 +263,7 @@ def overload(
     factor: float = 3.0,
     seconds: float = 30.0,
     replicas: int = 1,
+    processes: int = 1,
     is_patient: bool = True,
 ) -> tuple[World, list[float]]:
     """Returns a world after so much more was asked than it can do, with requests of 30 to 150 ms, and the arrivals."""
@@ -190,7 +274,8 @@ def overload(
     clock = FakeClock()
     clock.now = 0.0
     work_s = [rng.uniform(0.03, 0.15) for _ in arrivals]
-    world = World(OverloadGuard(clock), clock, work_s, max_queue_s=max_queue_s, free_at=[0.0] * replicas)
+    guards = [OverloadGuard(clock, num_processes=processes) for _ in range(processes)]
+    world = World(guards, clock, work_s, max_queue_s=max_queue_s, free_at=[0.0] * replicas)
     world.run(arrivals, is_patient=is_patient)
     return world, arrivals
 
@@ -199,10 +284,13 @@ def overload(
     ("max_queue_s", "factor", "replicas"), [(0.5, 3.0, 1), (5.0, 3.0, 1), (5.0, 1.5, 1), (2.0, 3.0, 3)]
 )
 @pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_clients_that_wait_as_told_are_admitted_and_wait_as_long_as_a_queue_would_take(
-    *, seed: int, max_queue_s: float, factor: float, replicas: int
+    *, seed: int, max_queue_s: float, factor: float, replicas: int, processes: int
 ) -> None:
-    world, arrivals = overload(seed=seed, max_queue_s=max_queue_s, factor=factor, replicas=replicas)
+    world, arrivals = overload(
+        seed=seed, max_queue_s=max_queue_s, factor=factor, replicas=replicas, processes=processes
+    )
     assert len(world.admitted_at) == len(arrivals)
     assert sum(world.returns) / len(world.returns) >= 0.9
     # The k-th to arrive would have been the k-th to be admitted.

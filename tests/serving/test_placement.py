@@ -11,7 +11,8 @@ import pytest
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.serving.placement import decide_surge, ingress_options, model_options, plan_deployments
+from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments
+from stable_audio_serve.serving.reservations import decide_surge
 from stable_audio_serve.serving.surge import Slot
 
 
@@ -124,8 +125,8 @@ ONE_GPU, TWO_GPUS = Slot(1, 16), Slot(2, 16)
 
 def surges(nodes: list[Slot], *models: dict[str, Any], **settings: Any) -> list[bool | None]:
     plan = plan_deployments(Settings.model_validate({"models": models, **settings}))
-    decided = decide_surge(plan, nodes, cluster_gpus=sum(node.gpus for node in nodes))
-    return [model.replicas.surge for model in decided.settings.models]
+    decided = decide_surge(plan.settings, nodes, cluster_gpus=sum(node.gpus for node in nodes))
+    return [model.replicas.surge for model in decided.models]
 
 
 def test_an_update_starts_the_new_replica_first_where_a_gpu_is_to_spare() -> None:

@@ -4,8 +4,11 @@ good weights come back by themselves. Every answer, before and after, is that of
 
 from __future__ import annotations
 
+import io
+import signal
 import threading
 import time
+import wave
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.ray
 
 _TIMEOUT_S = 240.0
 _BODY = {"prompt": "rain", "duration": 1.0, "seed": 5, "steps": 2}
+_PAUSE_S = 0.1  # of a customer: without one, they take the cores that new replicas start on
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer
     try:
         yield launched.wait_until_ready()
     finally:
-        launched.stop()
+        launched.stop(number=signal.SIGKILL)
 
 
 class Customer:
@@ -58,7 +62,8 @@ class Customer:
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
         self.answers: list[tuple[int, bytes]] = []
-        self._server, self._model = server, model
+        self.model = model
+        self._server = server
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -70,9 +75,10 @@ class Customer:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                self.answers.append(generate(self._server, self._model))
+                self.answers.append(generate(self._server, self.model))
             except httpx.HTTPError as error:
                 self.answers.append((0, repr(error).encode()))
+            time.sleep(_PAUSE_S)
 
 
 def generate(server: LaunchedServer, model: str) -> tuple[int, bytes]:
@@ -81,15 +87,29 @@ def generate(server: LaunchedServer, model: str) -> tuple[int, bytes]:
     return answer.status_code, answer.content
 
 
+def clip_of(server: LaunchedServer, model: str) -> bytes:
+    status, clip = generate(server, model)
+    assert status == 200, clip
+    return clip
+
+
+def sound(clip: bytes) -> bytes:
+    """The samples of a WAV file."""
+    with wave.open(io.BytesIO(clip)) as reader:
+        return reader.readframes(reader.getnframes())
+
+
 def health_of(server: LaunchedServer) -> dict[str, Any]:
     return dict(httpx.get(f"{server.url}/health", timeout=60, trust_env=False).json()["models"])
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(server: LaunchedServer, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """What an ingress says of the models once it is so; the other one may know a little later."""
     deadline = time.monotonic() + _TIMEOUT_S
-    while not condition():
+    while not is_so(models := health_of(server)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    return models
 
 
 def deploy(server: LaunchedServer, revision: str) -> None:
@@ -98,21 +118,21 @@ def deploy(server: LaunchedServer, revision: str) -> None:
 
 
 def test_a_poisoned_checkpoint_never_takes_traffic(updated: LaunchedServer) -> None:
-    wait_for(lambda: all((model["quality"] or {}).get("gate") == "passed" for model in health_of(updated).values()))
-    before = health_of(updated)
+    before = wait_for(
+        updated, lambda now: all((model["quality"] or {}).get("gate") == "passed" for model in now.values())
+    )
     assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
     assert "quality_gate" in before["spare"]["detail"]
-    status, clip = generate(updated, "spare")
-    assert status == 200
+    clips = {name: clip_of(updated, name) for name in ("spare", "tight")}  # files name their models: recipes
+    assert sound(clips["spare"]) == sound(clips["tight"])
     customers = [Customer(updated, model) for model in ("spare", "tight") for _ in range(2)]
     deploy(updated, BAD)
 
-    def is_over() -> bool:
-        now = health_of(updated)
+    def is_over(now: dict[str, Any]) -> bool:
         return bool(now["spare"]["refused_update"]) and (now["tight"]["quality"] or {}).get("gate") == "fallback"
 
     try:
-        wait_for(is_over)
+        after = wait_for(updated, is_over)
     except AssertionError:
         raise AssertionError(health_of(updated), updated.output) from None
     finally:
@@ -121,22 +141,21 @@ def test_a_poisoned_checkpoint_never_takes_traffic(updated: LaunchedServer) -> N
     for customer in customers:
         assert len(customer.answers) > 3
         assert {status for status, _ in customer.answers} == {200}, customer.answers[-1]
-        assert {audio for _, audio in customer.answers} == {clip}
-    after = health_of(updated)
+        assert {audio for _, audio in customer.answers} == {clips[customer.model]}
     assert {after[name]["stage"] for name in after} == {"ready"}
     assert after["spare"]["quality"]["gate"] == "passed"
     assert {after[name]["quality"]["revision"] for name in after} == {GOOD}
     assert "+6.02 dB" in after["tight"]["quality"]["problem"]
     assert "+6.02 dB" in updated.output
-    assert generate(updated, "tight") == (200, clip)
+    assert clip_of(updated, "tight") == clips["tight"]
 
 
 def test_the_good_revision_deployed_again_clears_what_was_said(updated: LaunchedServer) -> None:
     deploy(updated, GOOD)
 
-    def is_over() -> bool:
-        now = health_of(updated).values()
-        return all((model["quality"] or {}).get("gate") == "passed" and not model["refused_update"] for model in now)
+    def is_over(now: dict[str, Any]) -> bool:
+        models = now.values()
+        return all((model["quality"] or {}).get("gate") == "passed" and not model["refused_update"] for model in models)
 
-    wait_for(is_over)
+    wait_for(updated, is_over)
     assert {generate(updated, name)[0] for name in ("spare", "tight")} == {200}

@@ -94,7 +94,7 @@ def caller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     plan = plan_deployments(Settings(models=(ModelSettings(name="demo", replicas=replicas, num_cpus=0.0),)))
     options = model_options(plan, plan.settings.models[0], cluster_gpus=0.0) | {"graceful_shutdown_timeout_s": 0.0}
     options["request_router_config"]["request_router_kwargs"]["old_after_s"] = _NEVER_S
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"location": "NoServer"})
     try:
         model = serve.deployment(Timed).options(**options).bind()

@@ -11,14 +11,14 @@ import pytest
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
-from stable_audio_serve.serving.placement import check_gpu_shares, plan_deployments
+from stable_audio_serve.serving.reservations import check_gpu_shares
 from stable_audio_serve.serving.shares import GpuReplicas, check_shares
 
 SFX, MUSIC = "small-sfx", "small-music"
 
 
 def check(*models: dict[str, Any], cluster_gpus: float = 1.0) -> None:
-    check_gpu_shares(plan_deployments(Settings.model_validate({"models": models})), cluster_gpus=cluster_gpus)
+    check_gpu_shares(Settings.model_validate({"models": models}), cluster_gpus=cluster_gpus)
 
 
 def model(name: str, num_gpus: float, memory_share: float | None = None, max_replicas: int = 1) -> dict[str, Any]:

@@ -169,6 +169,7 @@ def build_router(service: Service) -> APIRouter:
             request=generation,
             file_stem="generated",
             peaks=body.peaks or service.settings.audio.peaks,
+            with_recipe=service.settings.dialects.recipes,
             client=request.state.client,
         )
         await service.add_job(spec, request.state.key)

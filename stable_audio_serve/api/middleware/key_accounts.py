@@ -15,8 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
-import structlog
-
+from stable_audio_serve.api.middleware.ledger_watch import RETRY_S, SHORT_PATIENCE_S, LedgerWatch
 from stable_audio_serve.api.middleware.limited_client import LEASE_S, LimitedClient, Waiting
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import (
@@ -33,12 +32,10 @@ from stable_audio_serve.jobs.store.account import Ask, Charge, Full
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.ledger import Ledger, Settled
 
-log = structlog.get_logger("stable_audio_serve.api")
-
 _RENEW_S = LEASE_S / 3
-_PATIENCE_S = 2.0  # then the ledger is away: long enough for a busy machine, because each process alone admits more
+_PATIENCE_S = 10.0  # then the ledger is away: long enough for a busy machine, because each process alone admits more
 _LEAVING_S = 0.05  # longest an answer waits until others may have its place: its client may ask another process next
-_RETRY_S = 1.0
+_LEAST_AUDIO_S = 0.01  # less than anybody asks for
 _MOST_TOGETHER = 100  # clients of one transaction
 _MOST_NAMED = 200  # clients that metrics tell apart
 
@@ -58,13 +55,23 @@ class Accounts:
     """One per application; belongs to one event loop. Clients whose keys have no limits cost nothing."""
 
     def __init__(
-        self, database: Database, *, num_processes: int, metrics: Metrics | None = None, clock: Clock | None = None
+        self,
+        database: Database,
+        *,
+        num_processes: int,
+        metrics: Metrics | None = None,
+        clock: Clock | None = None,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
-        """`num_processes` share a limit while the database is away. Touches nothing yet."""
+        """`num_processes` share a limit while the database is away: after `patience_s` without an answer it is.
+
+        Touches nothing yet.
+        """
         self._ledger = Ledger(database)
         self._num_processes = num_processes
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
+        self._watch = LedgerWatch(self._clock, metrics=self._metrics, patience_s=patience_s)
         self._holder = secrets.token_hex(8)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="accounts")
         self._clients: dict[ClientId, LimitedClient] = {}
@@ -72,9 +79,6 @@ class Accounts:
         self._working: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
         self._renew_at = 0.0
-        self._began_at: float | None = None  # of the transaction in progress
-        self._away_until = float("-inf")
-        self._is_away = False
         self._labels: set[str] = set()
 
     @asynccontextmanager
@@ -95,10 +99,27 @@ class Accounts:
                 self._metrics.increment("key_requests", key=label, outcome=outcome)
                 self._metrics.increment("key_audio_seconds", audio_s if admission.counts else 0.0, key=label)
 
+    async def require_room(self, key: ApiKey, *, takes_place: bool) -> None:
+        """Raise QuotaError if nothing more is admitted for this key now, however little is asked; charges nothing.
+
+        Where that cannot be known soon it is left to `admitted`.
+        """
+        if key.limits == NO_LIMITS:
+            return
+        client, ask = self._client(key), Ask(_LEAST_AUDIO_S, takes_place)
+        full = client.find_full(ask, self._clock.monotonic())
+        if full is None:
+            self._tell(client)
+            await self._told(client, patience_s=SHORT_PATIENCE_S)
+            full = client.find_full_anywhere(ask, self._clock.monotonic(), holder=self._holder)
+        if full is not None:
+            self._metrics.increment("key_requests", key=self._label(key) or "", outcome="refused")
+            raise client.refusal(full)
+
     async def close(self) -> None:
         """Tell what is left to tell, within a moment."""
         if self._working is not None:
-            await asyncio.wait({self._working}, timeout=_RETRY_S)
+            await asyncio.wait({self._working}, timeout=RETRY_S)
             self._working.cancel()
             await asyncio.gather(self._working, return_exceptions=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -119,7 +140,7 @@ class Accounts:
             if admitted is not None:
                 self._leave(*admitted, ask, taken_s=self._clock.monotonic() - began_at, counts=admission.counts)
         if admitted is not None and ask.takes_place and admitted[0].limits.concurrency is not None:
-            await self._told(admitted[0])
+            await self._told(admitted[0], patience_s=_LEAVING_S)
 
     def _leave(self, client: LimitedClient, charge: Charge, ask: Ask, *, taken_s: float, counts: bool) -> None:  # noqa: PLR0917
         client.note_time(taken_s)
@@ -136,30 +157,34 @@ class Accounts:
                 f"{ask.audio_s:g} seconds of audio are more than this key may have in a minute "
                 f"(audio-seconds-per-minute={rate:g})"
             )
-        client = self._clients.setdefault(key.client, LimitedClient(key.client, key.limits))
-        client.limits = key.limits
+        client = self._client(key)
         outcome = client.find_full(ask, self._clock.monotonic()) or await self._ask(client, ask)
         if isinstance(outcome, Full):
             raise client.refusal(outcome)
         return client, outcome
 
+    def _client(self, key: ApiKey) -> LimitedClient:
+        client = self._clients.setdefault(key.client, LimitedClient(key.client, key.limits))
+        client.limits = key.limits
+        return client
+
     async def _ask(self, client: LimitedClient, ask: Ask) -> Charge | Full:
         """Returns the ledger's answer, or this process's own while the ledger does not answer."""
-        now = self._clock.monotonic()
-        is_slow = self._began_at is not None and now - self._began_at > _PATIENCE_S
-        if is_slow or now < self._away_until:
+        if self._watch.is_silent:
             return self._decide_alone(client, ask)
         future: asyncio.Future[Charge | Full | None] = asyncio.get_running_loop().create_future()
         client.waiting.append((ask, future))
         self._tell(client)
         try:
-            await asyncio.wait({future}, timeout=_PATIENCE_S)
+            await asyncio.wait({future}, timeout=self._watch.patience_s)
         except asyncio.CancelledError:
             answer = future.result() if future.done() else None
             future.cancel()
             if isinstance(answer, Charge):
                 self._undo(client, answer, ask)
             raise
+        if not future.done():
+            self._watch.give_up()
         answer = future.result() if future.done() else None
         future.cancel()  # if it is answered after all, that is undone
         return self._decide_alone(client, ask) if answer is None else answer
@@ -175,12 +200,12 @@ class Accounts:
         client.give_back(charge, self._clock.monotonic())
         self._tell(client)
 
-    async def _told(self, client: LimitedClient) -> None:
+    async def _told(self, client: LimitedClient, *, patience_s: float) -> None:
         """Wait until the ledger knows, for a moment."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         client.leaving.append(future)
-        if self._clock.monotonic() >= self._away_until:
-            await asyncio.wait({future}, timeout=_LEAVING_S)
+        if not self._watch.is_silent:
+            await asyncio.wait({future}, timeout=patience_s)
         future.cancel()
 
     def _tell(self, client: LimitedClient) -> None:
@@ -215,23 +240,19 @@ class Accounts:
         ]
         for client in clients:
             client.waiting, client.leaving = [], []
-        self._began_at = self._clock.monotonic()
+        settle = partial(self._ledger.settle, self._holder, visits, lease_s=LEASE_S)
         try:
-            settle = partial(self._ledger.settle, self._holder, visits, lease_s=LEASE_S)
-            settled = await asyncio.get_running_loop().run_in_executor(self._executor, settle)
-        except StorageError as error:
+            with self._watch.transaction():
+                settled = await asyncio.get_running_loop().run_in_executor(self._executor, settle)
+        except StorageError:
             now = self._clock.monotonic()
             for client, visit in zip(clients, visits, strict=True):
                 client.take_back(visit, now)
                 self._telling[client.id] = client
             for _, future in (each for waiting in asked for each in waiting if not each[1].done()):
                 future.set_result(None)
-            self._note_away(error)
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(RETRY_S)
             return
-        finally:
-            self._began_at = None
-        self._note_away(None)
         for each in (future for future in leaving if not future.done()):
             each.set_result(None)
         for client, waiting, one in zip(clients, asked, settled, strict=True):
@@ -247,18 +268,6 @@ class Accounts:
                 future.set_result(outcome)
             elif isinstance(outcome, Charge):
                 self._undo(client, outcome, ask)
-
-    def _note_away(self, error: StorageError | None) -> None:
-        if error is not None:
-            self._away_until = self._clock.monotonic() + _RETRY_S
-        if self._is_away is (error is not None):
-            return
-        self._is_away = error is not None
-        self._metrics.gauge("key_limits_alone", float(self._is_away))
-        if error is not None:
-            log.warning("the limits of keys are kept by each process alone", error=error.message)
-        else:
-            log.info("the limits of keys are shared again")
 
     def _label(self, key: ApiKey) -> str | None:
         """Returns what metrics call the client; a bounded number of names."""

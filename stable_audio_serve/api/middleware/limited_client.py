@@ -57,6 +57,15 @@ class LimitedClient:
                 return Full("audio_seconds_per_minute", ready_in_s)
         return None
 
+    def find_full_anywhere(self, ask: Ask, now: float, *, holder: str) -> Full | None:
+        """Returns the same, with what processes other than `holder` have at work, if the ledger has just said it."""
+        full, seen, concurrency = self.find_full(ask, now), self.seen, self.limits.concurrency
+        if full is not None or seen is None or now - self.seen_at >= _FRESH_S:
+            return full
+        others = sum(count for name, (count, _) in seen.account.places.items() if name != holder)
+        is_full = ask.takes_place and concurrency is not None and others + self.num_held >= concurrency
+        return Full("concurrency") if is_full else None
+
     def decide_alone(self, ask: Ask, now: float, *, num_processes: int) -> Charge | Full:
         """Admit or refuse by this process's share of the limits. The ledger is told later."""
         visit = Visit(self.id, _share(self.limits, num_processes), self.num_held, asks=[ask])

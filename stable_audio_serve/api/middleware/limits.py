@@ -7,6 +7,7 @@ middleware does both under any server.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconne
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DRAIN_S = 10.0
+_MAX_DROPPED_BYTES = 16_777_216
 _MAX_DRAIN_IDLE_S = 1.0
 
 
@@ -67,6 +69,21 @@ def accept_file_body(scope: Scope) -> None:
 def accept_form(scope: Scope) -> None:
     """Let the body of this request be a form with an upload; called before its first byte is read."""
     scope["state"]["connection"].accept_form()
+
+
+async def drop_body(scope: Scope) -> None:
+    """Read and drop some of a body that is refused unread, so that a client which is still sending reads why.
+
+    One that waits to be asked for it (`Expect`) is not asked.
+    """
+    if not any(name == b"expect" for name, _ in scope["headers"]):
+        await scope["state"]["connection"].drop_body()
+
+
+def is_answered(scope: Scope) -> bool:
+    """Whether the last byte of the answer has been passed on: a client that goes now has all of it."""
+    connection = scope["state"].get("connection")
+    return connection is not None and connection.is_answered
 
 
 @dataclass(slots=True)
@@ -141,7 +158,8 @@ class _Connection:
         self._grace_s = limits.receive_grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
-        self._answered = False
+        self._unsent_bytes = math.inf  # of the answer, where its length is known
+        self.is_answered = False
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
 
@@ -159,6 +177,9 @@ class _Connection:
         refusal = f"audio: the upload is larger than {limit} bytes (api.max_upload_bytes)"
         self._body = replace(self._body, max_bytes=limit + self._limits.max_fields_bytes, refusal=refusal)
 
+    async def drop_body(self) -> None:
+        await self._drain({"more_body": self._body.is_there}, max_bytes=_MAX_DROPPED_BYTES)
+
     async def receive(self) -> Message:
         """Returns the next part of the body; at its end, waits for a disconnect. Raises HTTPException 408, 413, 503."""
         if self._watcher is not None or self.is_gone:
@@ -172,12 +193,12 @@ class _Connection:
         self._received_bytes += num_bytes
         self._held.num_bytes += num_bytes
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
-            await self._drain(message)
+            await self._drain(message, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
         if (
             self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes
         ):  # a body that is alone is accepted
-            await self._drain(message)
+            await self._drain(message, max_bytes=2 * self._body.max_bytes)
             reason = "body: too much is being received from others (api.max_bodies_bytes)"
             raise HTTPException(503, reason, headers=_BUSY)
         if not message.get("more_body", False):
@@ -190,10 +211,14 @@ class _Connection:
 
         An answer sent before the whole body has arrived is the connection's last: nobody reads the rest.
         """
-        if message["type"] == "http.response.start" and self._body.is_there and self._watcher is None:
-            MutableHeaders(scope=message)["Connection"] = "close"
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._answered = True
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            self._unsent_bytes = float(headers.get("Content-Length", math.inf))
+            if self._body.is_there and self._watcher is None:
+                headers["Connection"] = "close"
+        else:
+            self._unsent_bytes -= len(message.get("body", b""))
+            self.is_answered = not message.get("more_body", False) or self._unsent_bytes <= 0
         try:
             async with asyncio.timeout(self._limits.send_idle_timeout_s):
                 await self._send(message)
@@ -231,7 +256,7 @@ class _Connection:
 
     async def _take_place(self) -> None:
         if self._held.receiving.value >= self._limits.max_receiving:
-            await self._drain({"more_body": True})
+            await self._drain({"more_body": True}, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(503, "body: too many others are being received (api.max_receiving)", headers=_BUSY)
         self._count(True)
 
@@ -253,11 +278,11 @@ class _Connection:
             self._held.receiving.change(1 if is_receiving else -1)
         self._is_counted = is_receiving
 
-    async def _drain(self, message: Message) -> None:
+    async def _drain(self, message: Message, *, max_bytes: int) -> None:
         """Read and drop the rest as long as it keeps coming: a client that is still sending reads no refusal."""
         deadline_at = asyncio.get_running_loop().time() + _MAX_DRAIN_S
         dropped_bytes = 0
-        while message.get("more_body", False) and dropped_bytes < 2 * self._body.max_bytes:
+        while message.get("more_body", False) and dropped_bytes < max_bytes:
             left_s = deadline_at - asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(min(_MAX_DRAIN_IDLE_S, left_s)):
@@ -269,6 +294,6 @@ class _Connection:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self._answered:  # servers also report the end of a complete answer as a disconnect
+        if not self.is_answered:  # servers also report the end of a complete answer as a disconnect
             self._gone.set()
             self._handler.cancel()

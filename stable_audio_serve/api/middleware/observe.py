@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_serve.api.middleware.limits import ClientGoneError
+from stable_audio_serve.api.middleware.limits import ClientGoneError, is_answered
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
@@ -61,7 +61,7 @@ class ObserveMiddleware:
             except ClientGoneError:
                 status = _CLIENT_GONE_STATUS
             except asyncio.CancelledError:
-                status = _CLIENT_GONE_STATUS
+                status = status if is_answered(scope) else _CLIENT_GONE_STATUS
                 raise
             except Exception as error:
                 if status and isinstance(

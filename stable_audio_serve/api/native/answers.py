@@ -8,7 +8,7 @@ from stable_audio_serve.api.answers import attachment, encoded_answer, result_he
 from stable_audio_serve.api.native.schemas import Controls
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder
+from stable_audio_serve.audio.finish import FileOrder, TakeOrigin
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import AudioSettings
@@ -27,7 +27,8 @@ def file_order(
         fields.peaks or settings.peaks,
         file_format=fields.response_format,
         stem=file_stem(card.name),
-        manifest_of=generation if fields.manifest else None,
+        with_manifest=fields.manifest,
+        origin=TakeOrigin.of(generation),
     )
 
 

@@ -65,13 +65,13 @@ def to_request(
         raise RequestValidationError([_fault("model", error.message, value=fields.model)]) from error
     longest_s = min(limits.max_duration_s, card.max_duration_s)
     duration_s = fields.duration if "duration" in given else min(fields.duration, longest_s)
-    steps = fields.steps if "steps" in given else min(card.default_steps, limits.max_steps)
+    steps = fields.steps if "steps" in given else min(card.default_steps, limits.most_steps(card.default_steps))
     is_model_shorter = card.max_duration_s < limits.max_duration_s
     faults = [
         _fault(name, f"{name} must be at most {limit:g} ({setter})", value=value)
         for name, value, limit, setter in (
             ("duration", duration_s, longest_s, f"the model {card.name}" if is_model_shorter else "api.max_duration_s"),
-            ("steps", steps, limits.max_steps, "api.max_steps"),
+            ("steps", steps, limits.most_steps(card.default_steps), "api.max_steps"),
             ("batch_size", fields.batch_size, limits.max_batch_size, "api.max_batch_size"),
             ("deadline_s", fields.deadline_s or 0, limits.max_deadline_s, "api.max_deadline_s"),
         )

@@ -12,7 +12,7 @@ from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from stable_audio_serve.api.answers import file_answer
+from stable_audio_serve.api.answers import RECIPE_HEADER, SOUND_HEADERS, file_answer
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native import submission
@@ -20,7 +20,7 @@ from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stream_events
 from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
-from stable_audio_serve.api.native.status import JobPage, JobStatus, describe, jobs_base
+from stable_audio_serve.api.native.status import JobPage, JobStatus, brief, describe, jobs_base, recipes_of
 from stable_audio_serve.api.native.submission import CONTRACT
 from stable_audio_serve.api.routing import public_route_class, route_class
 from stable_audio_serve.api.service import Service
@@ -30,6 +30,9 @@ from stable_audio_serve.jobs.job import Job, JobRef, State
 
 TAG = "Stable Audio 3 jobs"
 
+ThroughServer = Annotated[
+    bool, Query(description="Extension: also a file that lies in a bucket; without it such a file is at download_url.")
+]
 _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such job."}}
 _READ_RESPONSES: dict[int | str, dict[str, Any]] = {**_UNKNOWN, **error_responses(ErrorBody, 401, 500, 503)}
 _LIST_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -43,9 +46,14 @@ _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_READ_RESPONSES,
 }
 _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "Its audio, or a ZIP of several variations.", "content": {kind: {} for kind in MEDIA_TYPES}},
+    200: {
+        "description": "Its audio, or a ZIP of several variations.",
+        "content": {kind: {} for kind in MEDIA_TYPES},
+        "headers": {**SOUND_HEADERS, **RECIPE_HEADER},
+    },
     404: {"model": ErrorBody, "description": "No such job, its file is gone, or it lies in a bucket."},
     409: {"model": ErrorBody, "description": "It has no audio, or none yet."},
+    422: {"model": ValidationErrors, "description": "`through_server` is neither true nor false."},
     **error_responses(ErrorBody, 500, 503),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -96,7 +104,8 @@ def build_router(service: Service) -> APIRouter:
         except InvalidRequestError as error:
             fault = {"type": "value_error", "loc": ("query", error.field), "msg": error.message, "input": cursor}
             raise RequestValidationError([fault]) from error
-        return JobPage(jobs=await statuses_of(request, page.jobs), next_cursor=page.next_cursor)
+        statuses = await statuses_of(request, page.jobs)
+        return JobPage(jobs=[brief(status) for status in statuses], next_cursor=page.next_cursor)
 
     @router.get(path, responses=_READ_RESPONSES)
     async def show_job(request: Request, job_id: str) -> JobStatus:
@@ -144,15 +153,16 @@ def _build_links(service: Service) -> APIRouter:
     @links.get(
         "/jobs/{job_id:hex_id}/audio", summary="Download Job Audio", response_class=Response, responses=_AUDIO_RESPONSES
     )
-    async def download(request: Request, job_id: str) -> Response:
+    async def download(request: Request, job_id: str, *, through_server: ThroughServer = False) -> Response:
         """A finished job's file, for whoever has its id; where the client chose that, with its key only."""
-        if jobs.artifacts.backend_name != "local":
+        if jobs.artifacts.backend_name != "local" and not through_server:
             raise HTTPException(404, "the audio lies in a bucket: see download_url of the job")
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
         job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
-        return await file_answer(job.result.file, jobs, is_head=request.method == "HEAD")
+        is_head = request.method == "HEAD"
+        return await file_answer(job.result.file, jobs, is_head=is_head, recipes=recipes_of(job) or ())
 
     return links
 

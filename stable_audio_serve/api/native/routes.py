@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Request
 from starlette.responses import Response
 
-from stable_audio_serve.api.answers import SOUND_HEADERS
+from stable_audio_serve.api.answers import RECIPE_HEADER, SOUND_HEADERS
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_order
@@ -34,7 +34,7 @@ _MULTIPART = Form(media_type="multipart/form-data")
 TIME_FIELDS = {name for name in InpaintForm.model_fields if name.startswith("inpaint_")}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 MEDIA_TYPES = ("audio/wav", "application/zip", "audio/flac", "audio/mpeg", "audio/ogg")
-_AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
+AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One audio file, or a ZIP of several variations.",
         "content": dict.fromkeys(MEDIA_TYPES, _BINARY),
@@ -43,6 +43,7 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
             "X-Sample-Rate": {"schema": {"type": "integer"}, "description": "Hertz."},
             "X-Output-Count": {"schema": {"type": "integer"}, "description": "Variations."},
             **SOUND_HEADERS,
+            **RECIPE_HEADER,
             "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds per stage."},
         },
     },
@@ -70,10 +71,10 @@ def build_router(service: Service) -> APIRouter:
         card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
         return await answer(request, body, card=card, generation=generation, started_at=started_at)
 
-    router.post("/v1/audio/generations", response_class=Response, responses=_AUDIO_RESPONSES)(generate)
+    router.post("/v1/audio/generations", response_class=Response, responses=AUDIO_RESPONSES)(generate)
     router.post("/generate", include_in_schema=False)(generate)
 
-    @router.post("/v1/audio/variations", response_class=Response, responses=_AUDIO_RESPONSES)
+    @router.post("/v1/audio/variations", response_class=Response, responses=AUDIO_RESPONSES)
     async def vary(request: Request, form: Annotated[VariationForm, _MULTIPART]) -> Response:
         """Make a variation of uploaded audio."""
         started_at = service.clock.monotonic()
@@ -84,7 +85,7 @@ def build_router(service: Service) -> APIRouter:
         generation = replace(to_edit(generation, form, card=card), init_audio=source)
         return await answer(request, form, card=card, generation=generation, started_at=started_at)
 
-    @router.post("/v1/audio/inpaint", response_class=Response, responses=_AUDIO_RESPONSES)
+    @router.post("/v1/audio/inpaint", response_class=Response, responses=AUDIO_RESPONSES)
     async def inpaint(request: Request, form: Annotated[InpaintForm, _MULTIPART]) -> Response:
         """Regenerate regions of uploaded audio, or continue it behind its end."""
         started_at = service.clock.monotonic()

@@ -10,10 +10,14 @@ from starlette.requests import Request
 
 from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
+from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import clip_dict
+from stable_audio_serve.audio.recipe import Recipe, write_recipes
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, Mode, State
+
+_MOST_LISTED_CHARS = 4096
 
 _TICKET: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
@@ -44,6 +48,7 @@ _STATUS: dict[str, Any] = {
     "clips": None,
     "device": None,
     "dtype": None,
+    "recipes": None,
 }
 
 
@@ -107,6 +112,10 @@ class JobStatus(BaseModel):
     clips: list[JobClip] | None = Field(description="Each variation of a job that has succeeded.")
     device: str | None = Field(description="What its audio was made on: cuda, mps or cpu.")
     dtype: str | None = Field(description="Precision of the denoiser there: float32, float16 or bfloat16.")
+    recipes: tuple[Recipe, ...] | None = Field(
+        description="What made each variation of a job that has succeeded; in pages and webhooks only where their "
+        f"prompts have at most {_MOST_LISTED_CHARS} characters in all."
+    )
 
 
 class JobPage(BaseModel):
@@ -160,6 +169,31 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         clips=[JobClip(**clip_dict(clip)) for clip in result.file.clips] if result else None,
         device=made_on.device if made_on else None,
         dtype=made_on.dtype if made_on else None,
+        recipes=recipes_of(job),
+    )
+
+
+def brief(status: JobStatus) -> JobStatus:
+    """Returns the status as it stands among many, or where nobody asked for it: each recipe has the whole prompt, so
+    that a page could hold 100 times 100,000 characters of every variation."""
+    is_long = sum(recipe.num_prompt_chars for recipe in status.recipes or ()) > _MOST_LISTED_CHARS
+    return status.model_copy(update={"recipes": None}) if is_long else status
+
+
+def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
+    """Returns what made each file of a job, None of one without audio and of one that an older version ran."""
+    spec, result = job.spec, job.result
+    made_on = result.file.made_on if result else None
+    if result is None or made_on is None or not spec.with_recipe:
+        return None
+    return write_recipes(
+        spec.request,
+        sources=spec.sources,
+        model=spec.model,
+        seeds=result.seeds,
+        made_on=made_on,
+        file_format=AudioFormat(spec.file_format).value,
+        peaks=spec.peaks,
     )
 
 

@@ -167,6 +167,7 @@ class _Submission:
             file_stem=file_stem(card.name),
             peaks=fields.peaks or settings.audio.peaks,
             with_manifest=fields.manifest,
+            with_recipe=True,
             file_prefix=f"{job_id}-",
             upload=upload,
             webhook_url=fields.webhook_url,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stable_audio_serve.api.native.status import describe, iso
+from stable_audio_serve.api.native.status import brief, describe, iso
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.jobs.job import Job
 
@@ -15,5 +15,5 @@ def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
     return {
         "type": f"job.{job.state}",
         "timestamp": iso(job.completed_at or job.created_at),
-        "data": describe(job, files, base=job.spec.wire["base_url"]).model_dump(),
+        "data": brief(describe(job, files, base=job.spec.wire["base_url"])).model_dump(),
     }

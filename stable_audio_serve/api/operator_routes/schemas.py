@@ -41,6 +41,7 @@ class Replica(BaseModel):
     rows_per_step: float | None = Field(
         description="Variations that shared a denoising step, mean of its last ten seconds; null without a step."
     )
+    requests_per_minute: int | None = Field(description="Finished in the minute before it said so.")
     age_s: float
 
 
@@ -55,7 +56,14 @@ class ServedModel(BaseModel):
     states: dict[str, int] = Field(description="Replicas by Ray Serve's words: running, starting, stopping ...")
     backlog_s: float = Field(description="Of all its replicas, seconds.")
     rows_per_step: float | None = Field(description="Mean of its replicas.")
+    waiting_jobs_s: float | None = Field(
+        description="Predicted device time of the jobs that wait for it in the job database, seconds; null: not known."
+    )
+    requests_per_minute: int = Field(
+        description="Finished in the last minute by all replicas there are, also those on CPUs; requests of jobs count."
+    )
     replicas: list[Replica]
+    overflow: list[Replica] = Field(description="On CPUs, for what the others refuse; backlog_s leaves them out.")
 
 
 class Jobs(BaseModel):

@@ -27,6 +27,7 @@ from stable_audio_serve.jobs.store.health import StoreHealth
 
 TAG = "Operators"
 _NAME: Final = "stable-audio-serve"
+_MINUTE_S: Final = 60.0
 _UNKNOWN = ModelReport(ModelStatus("loading"))
 
 
@@ -85,8 +86,16 @@ def _describe_model(service: Service, card: ModelCard, *, report: ModelReport) -
         states=dict(report.status.states),
         backlog_s=sum(replica.backlog_s or 0.0 for replica in report.replicas),
         rows_per_step=fmean(rows) if rows else None,
+        waiting_jobs_s=report.waiting_jobs_s,
+        requests_per_minute=sum(map(_last_minute, (*report.replicas, *report.overflow))),
         replicas=[_describe_replica(replica) for replica in report.replicas],
+        overflow=[_describe_replica(replica) for replica in report.overflow],
     )
+
+
+def _last_minute(replica: ReplicaReport) -> int:
+    """What it finished in the minute before now, of what it finished in the minute before its last word."""
+    return replica.finished_per_minute or 0 if replica.age_s < _MINUTE_S else 0
 
 
 def _describe_replica(replica: ReplicaReport) -> schemas.Replica:
@@ -97,6 +106,7 @@ def _describe_replica(replica: ReplicaReport) -> schemas.Replica:
         requests=replica.in_flight,
         backlog_s=replica.backlog_s,
         rows_per_step=replica.rows_per_step,
+        requests_per_minute=replica.finished_per_minute,
         age_s=replica.age_s,
     )
 

@@ -85,7 +85,7 @@ class Health(BaseModel):
     preload_models: list[str]
     model_duration_limits_seconds: dict[str, float]
     max_duration_seconds: float
-    max_steps: int
+    max_steps: int = Field(description="Of the default model.")
     max_batch_size: int
     models: dict[str, ModelHealth]
     job_store: JobStoreHealth
@@ -121,7 +121,9 @@ class Model(BaseModel):
     sample_rate_hz: int
     channels: int
     default_steps: int
+    max_steps: int = Field(description="Of our own API.")
     default_cfg_scale: float
+    samplers: list[str]
 
 
 class ModelList(BaseModel):
@@ -154,7 +156,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
         preload_models=list(preloaded_names(settings, catalog)),
         model_duration_limits_seconds={card.name: min(api.max_duration_s, card.max_duration_s) for card in catalog},
         max_duration_seconds=api.max_duration_s,
-        max_steps=api.max_steps,
+        max_steps=api.most_steps(catalog.default.default_steps),
         max_batch_size=api.max_batch_size,
         models=models,
         job_store=_describe_store(job_store),
@@ -192,7 +194,9 @@ def describe_models(service: Service, *, owned_by: str, created_at: int) -> Mode
                 sample_rate_hz=card.sample_rate_hz,
                 channels=card.channels,
                 default_steps=card.default_steps,
+                max_steps=service.settings.api.most_steps(card.default_steps),
                 default_cfg_scale=card.default_cfg_scale,
+                samplers=list(card.samplers),
             )
             for card in catalog
         ]

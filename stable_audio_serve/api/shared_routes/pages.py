@@ -1,15 +1,14 @@
-"""Pages for browsers: the page at the root, and the API's description on two interactive pages.
+"""Pages for browsers: the playground at the root, and the API's description on two interactive pages.
 
-Nothing here is loaded from another host: scripts and styles come from the package `fastapi-offline`, and each page's
-Content-Security-Policy allows no more than that page needs.
+Nothing here is loaded from another host: scripts and styles come from the folder `playground` and from the package
+`fastapi-offline`, and each page's Content-Security-Policy allows no more than that page needs.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import secrets
-from html import escape
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -38,16 +37,10 @@ _ASSETS = {
     "redoc.standalone.js": "text/javascript",
     "favicon.png": "image/png",
 }
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
-    "table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .8rem .3rem 0;vertical-align:top;"
-    "border-bottom:1px solid #ddd}pre{background:#f4f4f4;padding:.8rem;white-space:pre-wrap;overflow-wrap:anywhere}"
-    "nav a{margin-right:1rem}"
-)
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+# wavesurfer.js puts its styles into the page by itself, and draws its spectrogram in a worker of its own making.
 _HOME_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'self'; style-src 'self' 'nonce-{nonce}'; media-src 'self' blob:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 # Both pages set styles by script; Swagger plays what it received, ReDoc searches in a worker of its own making.
 _API_POLICY = (
@@ -55,11 +48,11 @@ _API_POLICY = (
     "font-src 'self' data:; connect-src 'self'; media-src 'self' blob:; worker-src blob:; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
+_PLAYGROUND = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _HTML: dict[int | str, dict[str, Any]] = {200: {"description": "A page.", "content": {"text/html": {}}}}
 _API_RESPONSES: dict[int | str, dict[str, Any]] = {**_HTML, **error_responses(ErrorBody, 401, 500)}
 
-_KEYED_LINKS = frozenset({"docs", "redoc", "openapi", "models"})
 _CARD_PATHS = {
     "docs": "/docs",
     "redoc": "/redoc",
@@ -75,6 +68,13 @@ _DIALECTS = {
     "aiml": ("AIML API", "/v2", "/aiml/v2"),
     "fal": ("fal", "", "/fal"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    content: bytes
+    media_type: str
+    etag: str
 
 
 class ServedModel(BaseModel):
@@ -110,6 +110,7 @@ class Card(BaseModel):
 def build_router(service: Service) -> APIRouter:
     """The page at the root, open to everybody: it shows less than health does."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
+    playground = _read_playground()
     responses: dict[int | str, dict[str, Any]] = {
         200: {
             "model": Card,
@@ -121,13 +122,46 @@ def build_router(service: Service) -> APIRouter:
     @router.head("/", include_in_schema=False)
     @router.get("/", summary="Show what is served", response_class=Response, responses=responses)
     async def home(request: Request) -> Response:
-        """What is served and where the rest is: a page, or JSON for a client that accepts nothing but that."""
-        card = await _describe(service, request)
+        """The playground, or for a client that accepts nothing but JSON what is served and where the rest is."""
         accepted = request.headers.get("accept", "")
         if "application/json" in accepted and "text/html" not in accepted:
+            card = await _describe(service, request)
             return JSONResponse(card.model_dump(), headers={"Vary": "Accept"})
-        headers = {**_HEADERS, "Vary": "Accept", "Content-Security-Policy": _HOME_POLICY}
-        return HTMLResponse(_draw(card, base_url(request, service.settings.api)), headers=headers)
+        nonce = secrets.token_urlsafe(16)
+        policy = {"Content-Security-Policy": _HOME_POLICY.format(nonce=nonce)}
+        page = playground["index.html"].content.decode().replace("{nonce}", nonce)
+        return HTMLResponse(page, headers={**_HEADERS, **policy, "Vary": "Accept", "Cache-Control": "no-store"})
+
+    @router.get(
+        "/favicon.ico",
+        summary="Load the playground's mark",
+        response_class=Response,
+        responses={200: {"description": "An image.", "content": {"image/svg+xml": {}}}},
+    )
+    async def icon() -> Response:
+        """Browsers ask for it unasked."""
+        found = playground["icon.svg"]
+        return Response(found.content, media_type=found.media_type, headers={"Cache-Control": "max-age=3600"})
+
+    @router.get(
+        "/playground/{path:path}",
+        summary="Load a part of the playground",
+        response_class=Response,
+        responses={
+            200: {"description": "A script, a style or an image.", "content": {"application/octet-stream": {}}},
+            304: {"description": "It is what the client has."},
+            404: {"model": ErrorBody, "description": "No such file."},
+        },
+    )
+    async def part(request: Request, path: str) -> Response:
+        """What the page at the root loads."""
+        found = playground.get(path)
+        if found is None or path == "index.html":
+            raise HTTPException(404, "file not found")
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache", "ETag": found.etag}
+        if request.headers.get("if-none-match") == found.etag:
+            return Response(status_code=304, headers=headers)
+        return Response(found.content, media_type=found.media_type, headers=headers)
 
     return router
 
@@ -189,6 +223,19 @@ def build_api_router() -> APIRouter:
     return router
 
 
+def _read_playground() -> dict[str, _File]:
+    """Returns the files of the page by their paths below its folder: a few hundred kilobytes, held in memory."""
+    folder = Path(__file__).parents[1] / "playground"
+    found = {}
+    for path in folder.rglob("*"):
+        if path.suffix in {".html", *_PLAYGROUND}:
+            content = path.read_bytes()
+            etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+            media_type = _PLAYGROUND.get(path.suffix, "text/html")
+            found[path.relative_to(folder).as_posix()] = _File(content, media_type, etag)
+    return found
+
+
 def _root(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/")
 
@@ -222,45 +269,3 @@ async def _describe(service: Service, request: Request) -> Card:
         },
         links={name: base + path for name, path in _CARD_PATHS.items()},
     )
-
-
-def _draw(card: Card, base: str) -> str:
-    models = _table(
-        ("Model", "", "Longest clip"),
-        [
-            (
-                model.name,
-                f"{model.description} (default)" if model.is_default else model.description,
-                f"{model.max_duration_s:g} s",
-            )
-            for model in card.models
-        ],
-    )
-    dialects = _table(
-        ("API", "Base URL", "Its own"),
-        [(dialect.name, dialect.base_url, dialect.own_base_url) for dialect in card.dialects.values()],
-    )
-    shut = _KEYED_LINKS if card.needs_key else frozenset()
-    links = "".join(
-        f'<a href="{escape(url)}">{escape(name)}{" (needs a key)" if name in shut else ""}</a>'
-        for name, url in card.links.items()
-    )
-    key = " -H 'Authorization: Bearer KEY'" if card.needs_key else ""
-    command = (
-        f"curl -fsS {base}/v1/audio/generations{key} -H 'Content-Type: application/json' "
-        """-d '{"prompt": "a 440 Hz sine tone", "duration": 3}' -o tone.wav"""
-    )
-    note = "<p>Requests need a key: <code>Authorization: Bearer KEY</code>, the API page included.</p>" if key else ""
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<link rel="icon" href="data:,"><title>{NAME}</title><style>{_STYLE}</style></head><body>'
-        f"<h1>{NAME}</h1><p>Version {escape(card.version)}, {escape(card.status)}.</p><nav>{links}</nav>{note}"
-        f"<h2>Models</h2>{models}<h2>Try it</h2><pre>{escape(command, quote=False)}</pre>"
-        f"<h2>APIs</h2>{dialects}</body></html>"
-    )
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"

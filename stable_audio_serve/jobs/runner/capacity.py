@@ -1,7 +1,8 @@
 """How many jobs a runner leases at a time: of each model as much predicted work as its replicas finish in a given time.
 
-Work is counted in seconds of audio x steps x variations. The cost of a unit of work is learnt from jobs that end, as
-throughput: the time a replica was busy divided by the work it did, so that batching counts. Pure bookkeeping.
+Work is counted in seconds of audio x evaluations of the network, of all variations. The cost of a unit of work is
+learnt from jobs that end, as throughput: the time a replica was busy divided by the work it did, so that batching
+counts. Pure bookkeeping.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, Priority
+from stable_audio_serve.core.pricing import WorkSize
 
 _KEPT = 0.9  # the weight of earlier jobs, for each job that ends
 _APART = 0.1  # jobs ended together unless this share of their expected time lay between their ends
@@ -22,8 +24,8 @@ _LEAST_BUSY_S = 1e-6
 
 
 def work_of(request: GenerationRequest, card: ModelCard) -> float:
-    """Returns seconds of audio x steps x variations."""
-    return request.duration_s * (request.steps or card.default_steps) * request.batch_size
+    """Returns seconds of audio x evaluations of the network, see `WorkSize`."""
+    return WorkSize.of(request, model=card).evaluated_s
 
 
 @dataclass(slots=True)

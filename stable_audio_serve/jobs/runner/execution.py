@@ -12,7 +12,7 @@ from typing import IO
 from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, finish
+from stable_audio_serve.audio.finish import FileOrder, TakeOrigin, finish
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -94,8 +94,13 @@ class JobExecutor:
     async def _store(self, job: Job, result: GenerationResult) -> StoredFile:
         spec = job.spec
         file_format = AudioFormat(spec.file_format)
-        manifest_of = spec.request if spec.with_manifest else None
-        order = FileOrder(spec.peaks, file_format=file_format, stem=spec.file_stem, manifest_of=manifest_of)
+        order = FileOrder(
+            spec.peaks,
+            file_format=file_format,
+            stem=spec.file_stem,
+            with_manifest=spec.with_manifest,
+            origin=TakeOrigin(spec.request, spec.sources) if spec.with_recipe or spec.with_manifest else None,
+        )
         finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file
         name = f"{spec.file_stem}.{file_format}" if len(result.audio) == 1 else f"{spec.file_stem}-batch.zip"

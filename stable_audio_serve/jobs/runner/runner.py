@@ -1,7 +1,7 @@
 """Runs waiting jobs, several at a time, beside any number of other runners of the same store.
 
-Leases jobs while the engines have room, renews the leases and takes over the jobs of runners that died. One attempt at
-a job is `Attempt`. Knows no SQL, no models and no HTTP.
+Leases jobs while the engines have room, renews the leases and takes over the jobs of runners that died. Those that it
+leases are `LeasedJobs`. Knows no SQL, no models and no HTTP.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ import structlog
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import GenerationError, StorageError, UnknownModelError
-from stable_audio_serve.core.failpoints import failpoint
-from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.errors import GenerationError, StorageError
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.jobs.job import Job, State
-from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, StopReason, record_end
+from stable_audio_serve.jobs.job import State
+from stable_audio_serve.jobs.runner.attempt import AttemptContext, record_end
 from stable_audio_serve.jobs.runner.backlog import WaitingBacklog
-from stable_audio_serve.jobs.runner.capacity import Capacity, work_of
+from stable_audio_serve.jobs.runner.capacity import Capacity
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.gate import StorageGate
-from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
+from stable_audio_serve.jobs.runner.leased_jobs import LeasedJobs
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from stable_audio_serve.jobs.runner.periodic import Periodic
 from stable_audio_serve.jobs.runner.reporter import Reporter
@@ -88,8 +86,10 @@ class JobRunner:
             max_running=self._settings.max_running,
             clock=clock,
         )
-        self._reporter = Reporter(store, pause_s=pauses.report_s, on_lost=lambda lost: self._on_heartbeat(lost, ()))
-        self._context = AttemptContext(
+        self._reporter = Reporter(
+            store, pause_s=pauses.report_s, on_lost=lambda lost: self._jobs.stop_changed(lost, ())
+        )
+        self._context = context = AttemptContext(
             store=store,
             artifacts=artifacts,
             executor=self._executor,
@@ -100,14 +100,9 @@ class JobRunner:
             metrics=self._metrics,
             clock=clock,
         )
-        self._heartbeat = LeaseHeartbeat(
-            store, self.owner, lease_s=self._settings.lease_s, on_change=self._on_heartbeat
-        )
-        self._attempts: dict[LeaseId, Attempt] = {}
+        self._jobs = LeasedJobs(context, owner=self.owner, catalog=backend.catalog, gate=self._gate, on_end=self.wake)
         self._woken = asyncio.Event()
         self._is_closing = False
-        self._is_holding = False
-        self._is_leasing = False
         self._loop_task: asyncio.Task[None] | None = None
         self._counting = Periodic(self._count, pause_s=pauses.count_s, clock=clock)
         self._asking = Periodic(self._ask_replicas, pause_s=pauses.replicas_s, clock=clock)
@@ -121,7 +116,7 @@ class JobRunner:
         """Take over from dead runners, then run jobs until `close`."""
         with suppress(StorageError):  # the loop tries again
             await self._reclaim()
-        self._heartbeat.start()
+        self._jobs.heartbeat.start()
         if self._notifier is not None:
             self._notifier.start(on_postponed=self.wake)
         self._loop_task = asyncio.create_task(self._run_loop())
@@ -142,49 +137,47 @@ class JobRunner:
         if self._loop_task is None:
             return
         has_ended = self._loop_task.done() and not self._is_closing
-        if has_ended or not self._heartbeat.is_alive:
+        if has_ended or not self._jobs.heartbeat.is_alive:
             raise GenerationError("the job runner's loop has ended")
 
     @property
     def is_holding(self) -> bool:
         """Whether it leases no jobs."""
-        return self._is_holding
+        return self._jobs.is_paused
 
     @property
     def num_held(self) -> int:
         """The jobs that it leases, and one that it may be about to."""
-        return len(self._attempts) + int(self._is_leasing)
+        return len(self._jobs)
 
     def hold(self) -> None:
         """Lease no more jobs until `resume`; those in progress go on."""
-        self._is_holding = True
+        self._jobs.is_paused = True
 
     def resume(self) -> None:
         """Lease jobs again."""
-        self._is_holding = False
+        self._jobs.is_paused = False
         self.wake()
 
     def drain(self) -> int:
         """Lease no more jobs and put back those in progress, which costs no attempt. Returns how many still run."""
         self._is_closing = True
         self.wake()
-        for attempt in self._attempts.values():
-            attempt.stop("closing")
-        return len(self._attempts)
+        return self._jobs.put_back()
 
     async def close(self) -> None:
         """Stop; jobs in progress are put back and lose no attempt."""
         self.drain()
         await _finish({self._loop_task} if self._loop_task else set())
         self.drain()  # also the attempts begun in the last turn of the loop
-        await _finish({attempt.task for attempt in self._attempts.values()})
+        await _finish(self._jobs.tasks)
         for periodic in (self._counting, self._weighing, self._asking, self._sweeping):
             await periodic.close()
         await self._reporter.close()
         await self._gate.close()
         if self._notifier is not None:
             await self._notifier.close()
-        await asyncio.to_thread(self._heartbeat.close)
+        await asyncio.to_thread(self._jobs.heartbeat.close)
         await self._executor.close()
 
     async def _run_loop(self) -> None:
@@ -211,7 +204,7 @@ class JobRunner:
         self._measure(outlook)
         num_done = 0
         if outlook.num_stops:
-            await asyncio.to_thread(self._heartbeat.beat)
+            await asyncio.to_thread(self._jobs.heartbeat.beat)
         if _is_due(outlook.reclaim_in_s):
             num_done += await self._reclaim()
         if _is_due(outlook.late_in_s):
@@ -223,7 +216,7 @@ class JobRunner:
         if _is_due(outlook.lease_in_s):
             self._asking.start_if_due()
             for priority, num_queued in outlook.queued.items():
-                num_done += await self._lease(priority, num_queued)
+                num_done += await self._jobs.lease(priority, num_queued)
         return num_done
 
     def _wait_s(self, outlook: Outlook, poll_s: float) -> float:
@@ -232,60 +225,9 @@ class JobRunner:
         times.append(self._capacity.opens_in_s())
         return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])
 
-    async def _lease(self, priority: Priority, num_queued: int) -> int:
-        """Lease up to `num_queued` waiting jobs while there is room for them. Returns how many were leased."""
-        num_leased = 0
-        lease_s = self._settings.lease_s
-        while num_leased < num_queued and self._may_lease():
-            models = self._capacity.open_models(priority)
-            if models is not None and not models:
-                break
-            lease = partial(self._store.runners.lease, self.owner, lease_s=lease_s, models=models, priority=priority)
-            self._is_leasing = True
-            try:
-                job = await asyncio.to_thread(lease)
-                if job is None:
-                    break
-                failpoint("after_lease")
-                self._begin(job)
-            finally:
-                self._is_leasing = False
-            num_leased += 1
-        return num_leased
-
-    def _may_lease(self) -> bool:
-        is_open = not self._is_closing and not self._is_holding
-        return is_open and self._gate.admits(self._capacity.num_running)
-
-    def _begin(self, job: Job) -> None:
-        lease = lease_id(job)
-        try:
-            work = work_of(job.spec.request, self._backend.catalog.resolve(job.spec.model))
-        except UnknownModelError:  # the attempt will fail with it
-            work = 0.0
-        self._heartbeat.hold(lease)
-        self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, work=work)
-        self._attempts[lease] = attempt = Attempt(job, self._context)
-        attempt.task.add_done_callback(partial(self._on_attempt_end, lease))
-
-    def _on_attempt_end(self, lease: LeaseId, task: asyncio.Task[None]) -> None:
-        del self._attempts[lease]
-        self._capacity.end(lease)
-        self._heartbeat.release(lease)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a job could not be ended", job_id=lease.ref.id, exc_info=task.exception())
-        self.wake()
-
-    def _on_heartbeat(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:
-        reasons: dict[LeaseId, StopReason] = dict.fromkeys(to_cancel, "cancelled")
-        reasons |= dict.fromkeys(lost, "lost")
-        for lease, reason in reasons.items():
-            if lease in self._attempts:
-                self._attempts[lease].stop(reason)
-
     async def _reclaim(self) -> int:
         """Put back the jobs of dead runners. Returns how many there were."""
-        await asyncio.to_thread(self._heartbeat.beat)  # first, or our own jobs are lost when the store was away
+        await asyncio.to_thread(self._jobs.heartbeat.beat)  # first, or our own jobs are lost when the store was away
         reclaimed = await asyncio.to_thread(
             partial(self._store.runners.reclaim, max_attempts=self._settings.max_attempts)
         )

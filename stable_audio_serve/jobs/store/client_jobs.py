@@ -182,7 +182,7 @@ class ClientJobs:
 
 def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
     card = catalog.resolve(spec.model) if catalog is not None else ModelCard(spec.model, family="")
-    return WorkSize.of(spec.request, default_steps=card.default_steps, default_cfg_scale=card.default_cfg_scale)
+    return WorkSize.of(spec.request, model=card)
 
 
 def _insert_job(database: Database) -> sa.Executable:

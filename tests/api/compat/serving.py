@@ -27,7 +27,10 @@ from stable_audio_serve.jobs.watch import StoreWatch
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from tests.backends import ToneBackend
 from tests.jobs.conftest import SHORT_PAUSES
+from tests.quick_apps import build_quickly
 from tests.sockets import listening
+
+build_quickly()
 
 
 @asynccontextmanager

@@ -33,10 +33,11 @@ def fill(capacity: Capacity, *, work: float, model: str = "a", priority: Priorit
     return count
 
 
-def test_work_is_duration_times_steps_times_variations() -> None:
-    card = ModelCard("a", "f", default_steps=100)
-    assert work_of(make_request(duration_s=3.0, steps=8, batch_size=2), card) == 48
-    assert work_of(make_request(duration_s=3.0, steps=None), card) == 300
+def test_work_is_duration_times_the_network_s_calls() -> None:
+    card = ModelCard("a", "f", default_steps=100, default_cfg_scale=7.0)
+    assert work_of(make_request(duration_s=3.0, steps=8, batch_size=2, cfg_scale=1.0), card) == 48
+    assert work_of(make_request(duration_s=3.0, steps=8, cfg_scale=1.0, sampler="k-heun"), card) == 48
+    assert work_of(make_request(duration_s=3.0, steps=None), card) == 600
 
 
 @pytest.fixture

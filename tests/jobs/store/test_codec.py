@@ -46,6 +46,7 @@ REQUEST = GenerationRequest(
     is_promised=True,
     exact=True,
     in_time=True,
+    checkpoint="c" * 64,
     request_id="r",
 )
 SPEC = JobSpec(

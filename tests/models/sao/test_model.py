@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, Mode, SourceAudio
 from stable_audio_serve.engine.engine import Engine
-from stable_audio_serve.engine.options import EngineOptions, Mode
+from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry

@@ -36,7 +36,7 @@ from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import Scopes, route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.audio.finish import FileOrder
+from stable_audio_serve.audio.finish import FileOrder, TakeOrigin
 from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.keys import Scope
@@ -141,7 +141,9 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
         peaks = body.peaks or service.settings.audio.peaks
         if not targets.means_queue(request):
             generation = replace(generation, start_within_s=start_within_s)
-            return await run(request, service, card=card, generation=generation, order=FileOrder(peaks, stem=FILE_STEM))
+            origin = TakeOrigin.of(generation) if service.settings.dialects.recipes else None
+            order = FileOrder(peaks, stem=FILE_STEM, origin=origin)
+            return await run(request, service, card=card, generation=generation, order=order)
         if fal_webhook is not None:
             allow_hosts = service.settings.jobs.webhook_allow_hosts
             await check_webhook_url(fal_webhook, field="fal_webhook", allow_hosts=allow_hosts)
@@ -153,6 +155,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
             request=replace(generation, priority=targets.priority(request)),
             file_stem=FILE_STEM,
             peaks=peaks,
+            with_recipe=service.settings.dialects.recipes,
             start_within_s=start_within_s,
             webhook_url=fal_webhook,
             client=request.state.client,

@@ -7,16 +7,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.service import Output, Service
-from stable_audio_serve.audio.encode import encode_wav, to_full_scale_pcm16
-from stable_audio_serve.audio.finish import FinishedFile
-from stable_audio_serve.audio.loudness import describe_clip
+from stable_audio_serve.audio.finish import TakeOrigin, finish_window
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 
@@ -50,19 +47,11 @@ async def make_clip(
     asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
     made_at = service.clock.monotonic()
-    finished = await service.compute(lambda: _finish(result, num_samples))
-    output = Output(finished.file, finished.clips, result, (service.clock.monotonic() - made_at) * 1000)
+    origin = TakeOrigin.of(generation) if service.settings.dialects.recipes else None
+    output = await service.finish_by(result, lambda: finish_window(result, num_samples=num_samples, origin=origin))
     note(request.scope, num_bytes=output.file.num_bytes)
     num_available = result.audio[0].shape[1]
     return Clip(output, min(num_samples or num_available, num_available), num_available, made_at - asked_at)
-
-
-def _finish(result: GenerationResult, num_samples: int | None) -> FinishedFile:
-    """Scales as the original does: the whole generation is divided by its own peak, then cut."""
-    pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
-    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # as all audio: channel after channel
-    facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
-    return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))
 
 
 async def answer(

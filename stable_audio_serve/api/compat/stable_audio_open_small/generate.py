@@ -15,6 +15,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import
 )
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.loops import read_tempo
+from stable_audio_serve.audio.mix import to_mono
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 
 
@@ -92,8 +93,3 @@ async def read_upload(service: Service, upload: UploadFile, *, model: WindowedMo
     """
     audio = await service.decode(upload, model.card, padding_s=None, field="audio_file")
     return await service.compute(lambda: to_mono(audio))
-
-
-def to_mono(audio: SourceAudio) -> SourceAudio:
-    """Returns the mean of all channels as one."""
-    return SourceAudio(audio.samples.mean(axis=0, keepdims=True), audio.sample_rate_hz)

@@ -10,8 +10,8 @@ from typing import Any
 import structlog
 
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import NoRiffsError
-from stable_audio_serve.api.compat.stable_audio_open_small.generate import to_mono
 from stable_audio_serve.api.service import Service
+from stable_audio_serve.audio.mix import to_mono
 from stable_audio_serve.audio.stretch import time_stretch
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SourceAudio

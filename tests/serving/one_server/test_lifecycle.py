@@ -23,21 +23,20 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.hub import fill_cache
 from tests.packaging.wheel import build_wheel, install_wheel
-from tests.serving.conftest import TINY
+from tests.serving.conftest import TINY, model
 from tests.serving.launched import LaunchedServer, Watcher, command, free_port, write_config
 
 pytestmark = pytest.mark.ray
 
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
 _LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_s": 30}
-_SECONDS_OF_WORK = _LONG_BODY | {"steps": 300, "deadline_s": 100}
+_SECONDS_OF_WORK = _LONG_BODY | {"steps": 150, "deadline_s": 100}
 _DRAIN_S = 100  # never reached
-_STOP_BOUND_S = 8.0
 _START_BOUND_S = 110.0
 
 
 def make_args(**settings: Any) -> dict[str, Any]:
-    return {"models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}], **settings}
+    return {"models": [model("tiny", max_queue_s=1e6)], **settings}
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +176,11 @@ def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
     replicas = server.pids("ray::Serve")
     stopped = others[name]
     job = stopped.client.post("/jobs", json=_LONG_BODY | {"deadline_s": 250}).json()
+    watcher = Watcher(stopped, "tiny")
     with ThreadPoolExecutor(2) as pool:
         events = pool.submit(stopped.client.get, f"/jobs/{job['id']}/events")
         wait_until(lambda: stopped.client.get(job["status_url"]).json()["status"] == "running")
         busy = pool.submit(stopped.client.post, "/generate", json=_SECONDS_OF_WORK)
-        watcher = Watcher(stopped, "tiny")
         wait_until(lambda: watcher.status()["in_flight"] == 2)  # it and the job
         watcher.close()
         stopped.signal(number)
@@ -195,7 +194,9 @@ def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
         assert len(zipfile.ZipFile(io.BytesIO(busy.result().content)).namelist()) == 4
         answered_at = time.monotonic()
         stopped.wait_until_stopped()
-    assert time.monotonic() - answered_at < _STOP_BOUND_S
+    assert stopped.start_s is not None
+    assert time.monotonic() - answered_at < stopped.start_s  # as fast as this machine is just now
+    assert "cutting off" not in stopped.output
     with closing(sqlite3.connect(database_of(stopped))) as database:  # without costing the job an attempt
         assert database.execute("SELECT state, attempts FROM jobs").fetchall() == [("queued", 0)]
     assert stopped.process.returncode == 0, stopped.output

@@ -1,0 +1,42 @@
+"""How Sphinx makes a website of these pages (`make site`); it knows nothing of the program that they describe.
+
+Sphinx with MyST and furo: kept well for years, they read the Markdown as it stands, warn of every broken link and
+anchor and of every page that no menu leads to, and the site with its search loads nothing from elsewhere. (Material for
+MkDocs is in maintenance only, and its successor Zensical does not miss a page that no menu leads to.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pygments.lexers.special import TextLexer
+from sphinx.addnodes import pending_xref
+
+if TYPE_CHECKING:
+    from docutils import nodes
+    from sphinx.application import Sphinx
+
+project = "stable-audio-serve"
+extensions = ["myst_parser"]
+myst_heading_anchors = 4
+html_theme = "furo"
+html_title = "stable-audio-serve"
+html_copy_source = False
+html_use_index = False
+html_show_copyright = False
+html_show_sphinx = False
+html_theme_options = {"top_of_page_buttons": []}
+
+
+def _leave_folders_unlinked(app: Sphinx, document: nodes.document) -> None:
+    """A link to a folder of the repository leads somewhere there only; in the site its words stay. Files are copied."""
+    for link in list(document.findall(pending_xref)):
+        if link["reftype"] == "myst" and (Path(app.env.doc2path(link["refdoc"])).parent / link["reftarget"]).is_dir():
+            link.replace_self(link.children)
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("doctree-read", _leave_folders_unlinked)
+    app.add_lexer("caddy", TextLexer)  # Pygments has none

@@ -1,0 +1,31 @@
+"""vLLM-Omni with the `openai` package: its list of models, and `/v1/audio/generate`, for which it has no method."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import openai
+
+BASE = os.environ.get("BASE", "http://localhost:8000")
+SECONDS = float(os.environ.get("DURATION", "5"))
+
+
+def main() -> None:
+    """Writes waves.flac."""
+    client = openai.OpenAI(base_url=f"{BASE}/v1", api_key=os.environ.get("VLLM_API_KEY", "any"))
+    model = next(iter(client.models.list())).id
+    body = {"model": model, "input": "ocean waves", "audio_length": SECONDS, "response_format": "flac", "seed": 42}
+    answer = client.post("/audio/generate", body=body, cast_to=openai.HttpxBinaryResponseContent)
+    Path("waves.flac").write_bytes(answer.content)
+    print("waves.flac", model)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except openai.OpenAIError as error:
+        sys.exit(f"error: {BASE}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,93 @@
+"""Receives the server's webhooks: checks the signature, and stores the audio of each job that succeeded, once.
+
+    pip install standardwebhooks
+    export STABLE_AUDIO_WEBHOOK_SECRET=whsec_...   # as the server has it
+    python webhook_receiver.py --port 9000 --out sounds/
+    stable-audio-serve jobs submit "rain on a tin roof" --webhook http://this-machine:9000/
+
+A server delivers to public addresses only, unless `jobs.webhook_allow_hosts` of its settings names this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from stable_audio_serve.client import Client
+from stable_audio_serve.core.errors import StableAudioError
+
+MOST_BYTES = 1_000_000
+
+
+def store(event: dict[str, Any], client: Client, *, folder: Path) -> None:
+    """Download the audio of a job that succeeded. Notices may arrive twice: then it is already there."""
+    job_id = event["data"]["id"]
+    if event["type"] != "job.succeeded":
+        print(f"{event['type']}: {job_id} {event['data']['error'] or ''}", flush=True)
+    elif not any(folder.glob(f"{job_id}-*")):
+        print(client.jobs.download(job_id, folder), flush=True)
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """Answers 204 to what it took; everything else is sent again later."""
+
+    signer: Webhook
+    client: Client
+    folder: Path
+    timeout = 10.0
+
+    def do_POST(self) -> None:
+        self.send_response(self.take())
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def take(self) -> int:
+        """Returns the status to answer with."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MOST_BYTES:
+            return 413
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        try:
+            event = self.signer.verify(self.rfile.read(int(length)), headers)
+        except WebhookVerificationError as error:
+            self.log_error("refused: %s", error)
+            return 401
+        try:
+            store(event, self.client, folder=self.folder)
+        except (StableAudioError, OSError) as error:
+            self.log_error("not stored, to be sent again: %s", error)
+            return 503
+        return 204
+
+
+def main() -> None:
+    """Serves until Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=9000)
+    parser.add_argument("--out", type=Path, default=Path("sounds"), help="folder of the files")
+    arguments = parser.parse_args()
+    secret = os.environ.get("STABLE_AUDIO_WEBHOOK_SECRET")
+    if not secret:
+        raise ValueError("STABLE_AUDIO_WEBHOOK_SECRET is not set")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    Receiver.folder = arguments.out
+    Receiver.signer = Webhook(secret)
+    with Client() as Receiver.client, ThreadingHTTPServer((arguments.host, arguments.port), Receiver) as server:
+        print(f"listens on http://{arguments.host}:{server.server_port}/", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (StableAudioError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,242 @@
+"""Replays of takes: a recipe, or a file that carries one, with the source audio it names, makes the same file again.
+
+A replay is a request like any other; its recipe is hostile input like any other body.
+"""
+
+from __future__ import annotations
+
+import codecs
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pydantic_core
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.responses import Response
+
+from stable_audio_serve.api.answers import RECIPE_HEADER, REPLAY
+from stable_audio_serve.api.middleware.observe import note
+from stable_audio_serve.api.native.answers import audio_answer
+from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
+from stable_audio_serve.api.routing import route_class
+from stable_audio_serve.api.service import Service
+from stable_audio_serve.audio.embedded_text import extract
+from stable_audio_serve.audio.encode import AudioFormat
+from stable_audio_serve.audio.finish import FileOrder, FinishedFile, TakeOrigin, finish, finish_window
+from stable_audio_serve.audio.mix import to_mono
+from stable_audio_serve.audio.recipe import MOST_BYTES, MOST_REGIONS, Recipe, RecipeMaker, RecipeSource, is_exact
+from stable_audio_serve.audio.workers import hash_file
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import (
+    InvalidRequestError,
+    InvalidUploadError,
+    UnknownModelError,
+    UploadTooLargeError,
+)
+from stable_audio_serve.core.generation import GenerationResult, SourceAudio
+
+_PATH = "/v1/audio/replay"
+_MULTIPART = "multipart/form-data"
+_MOST_STEPS = 1000  # of any dialect
+_MOST_REPEATED_CHARS = 200
+_FIELDS = {*Recipe.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_fields}
+
+
+_REPLAY_HEADER: dict[str, Any] = {
+    REPLAY: {
+        "schema": {"type": "string", "enum": ["exact", "close"]},
+        "description": "exact = the bytes of the first time; close = made on something else, so that they may differ.",
+    }
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **AUDIO_RESPONSES,
+    200: AUDIO_RESPONSES[200]
+    | {"description": "The audio file.", "headers": AUDIO_RESPONSES[200]["headers"] | RECIPE_HEADER | _REPLAY_HEADER},
+}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/Recipe"}},
+            _MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "recipe": {"type": "string", "description": "A recipe as JSON, unless `file` carries one."},
+                        "file": {"type": "string", "format": "binary", "description": "An audio file with a recipe."},
+                        "audio": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "The source files that the recipe names by their SHA-256.",
+                        },
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What a body brings: the text of a recipe, and files among which its sources may be."""
+
+    text: str | bytes
+    uploads: tuple[UploadFile, ...] = ()
+
+
+def build_router(service: Service) -> APIRouter:
+    """The route over one service."""
+    router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
+
+    @router.post(_PATH, response_class=Response, responses=_RESPONSES, openapi_extra=_BODY)
+    async def replay(request: Request) -> Response:
+        """Make a take again from its recipe, the same bytes where the answer says exact."""
+        started_at = service.clock.monotonic()
+        sent = await _read(service, request)
+        recipe = _parse(sent.text)
+        card = _require_model(service, recipe)
+        sources = await _find_sources(service, recipe, card=card, uploads=sent.uploads)
+        generation = recipe.to_request(sources=sources, request_id=request.state.request_id)
+        note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
+        try:
+            result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
+        except InvalidRequestError as error:
+            raise _fault(error.field or "recipe", error.message) from error
+        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=TakeOrigin.of(generation)))
+        note(request.scope, num_bytes=output.file.num_bytes)
+        response = audio_answer(output, AudioFormat(recipe.response_format))
+        response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
+        return response
+
+    return router
+
+
+def _finish(result: GenerationResult, recipe: Recipe, *, origin: TakeOrigin | None) -> FinishedFile:
+    """Returns the file that a recipe describes. CPU work."""
+    if recipe.peaks == "full":
+        return finish_window(result, num_samples=recipe.samples, origin=origin)
+    file_format = AudioFormat(recipe.response_format)
+    return finish(result, FileOrder(recipe.peaks, file_format=file_format, origin=origin))
+
+
+async def _read(service: Service, request: Request) -> _Sent:
+    """Returns what the body brings. Raises RequestValidationError, HTTPException, errors of `core.errors`."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != _MULTIPART:
+        return _Sent(await request.body())
+    form = await request.form()
+    uploads = tuple(value for _, value in form.multi_items() if isinstance(value, UploadFile))
+    given = [(name, value) for name, value in form.multi_items() if name in {"recipe", "file"}]
+    if len(given) != 1:
+        raise _fault("recipe", "recipe: one is needed, as the part recipe or inside the audio file of the part file")
+    (name, value) = given[0]
+    if name == "file":
+        return _Sent(await _extract(service, value), uploads)
+    if isinstance(value, UploadFile):
+        return _Sent(await value.read(MOST_BYTES + 1), uploads)
+    return _Sent(value, uploads)
+
+
+async def _extract(service: Service, file: UploadFile | str) -> str:
+    """Returns the recipe that an audio file carries. Raises RequestValidationError, and InvalidUploadError and
+    UploadTooLargeError naming `file`."""
+    if isinstance(file, str) or not file.size:
+        raise InvalidUploadError("file: the uploaded file is empty", field="file")
+    limit = service.settings.api.max_upload_bytes
+    if file.size > limit:
+        message = f"file: the upload is larger than {limit} bytes (api.max_upload_bytes)"
+        raise UploadTooLargeError(message, field="file")
+    try:
+        text = await service.compute(lambda: extract(_whole(file.file), most_bytes=MOST_BYTES))
+    except InvalidUploadError as error:
+        raise InvalidUploadError(f"file: {error.message}", field="file") from error
+    if text is None:
+        raise _fault("file", "file: it carries no recipe")
+    return text
+
+
+def _whole(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _parse(text: str | bytes) -> Recipe:
+    """Returns the recipe that a text is. Raises RequestValidationError naming what is wrong with it."""
+    if len(text) > MOST_BYTES:
+        raise _fault("recipe", f"recipe: longer than {MOST_BYTES} bytes")
+    if isinstance(text, bytes):
+        text = text.removeprefix(codecs.BOM_UTF8)  # some editors and shells begin files with it
+    with suppress(ValueError):  # what is no JSON is worded below
+        _refuse_many_entries(pydantic_core.from_json(text))
+    try:
+        return Recipe.model_validate_json(text)
+    except ValidationError as error:
+        faults = [
+            {**fault, "loc": ("body", *(fault["loc"] or ("recipe",)))} for fault in error.errors(include_url=False)
+        ]
+        raise RequestValidationError([_short(fault) for fault in faults]) from error
+
+
+def _refuse_many_entries(sent: object) -> None:
+    """Raises RequestValidationError for more entries than a recipe has, each of which would be a fault to word: that
+    holds the event loop for seconds. What is not JSON, or lies deeper, is one fault and left to the model."""
+    for name, part in [("recipe", sent), *(sent.items() if isinstance(sent, dict) else ())]:
+        if isinstance(part, list) and len(part) > MOST_REGIONS:
+            raise _fault(name, f"{name}: more than {MOST_REGIONS} entries")
+        if isinstance(part, dict) and len(part) > len(_FIELDS):
+            raise _fault(next(key for key in part if key not in _FIELDS), "Extra inputs are not permitted")
+
+
+def _short(fault: dict[str, Any]) -> dict[str, Any]:
+    """Answers repeat what was wrong, but never a whole recipe."""
+    is_plain = isinstance(fault["input"], int | float | bool | None) or len(str(fault["input"])) <= _MOST_REPEATED_CHARS
+    place = tuple(part[:_MOST_REPEATED_CHARS] if isinstance(part, str) else part for part in fault["loc"])
+    return {**fault, "loc": place, "input": fault["input"] if is_plain else None}
+
+
+def _require_model(service: Service, recipe: Recipe) -> ModelCard:
+    """Returns the model of a recipe, within the limits of this server. Raises RequestValidationError."""
+    try:
+        card = service.backend.catalog.resolve(recipe.model)
+    except UnknownModelError as error:
+        raise _fault("model", error.message) from error
+    limits = service.settings.api
+    longest_s, most_steps = min(limits.max_duration_s, card.max_duration_s), limits.most_steps(card.default_steps)
+    if service.settings.dialects.recipes:  # the limits of other dialects are wider than our own API's
+        longest_s, most_steps = card.max_duration_s, max(most_steps, _MOST_STEPS)
+    for name, value, most in (("duration", recipe.duration, longest_s), ("steps", recipe.steps or 0, most_steps)):
+        if value > most:
+            raise _fault(name, f"{name} must be at most {most:g}")
+    if recipe.sampler is not None and recipe.sampler not in card.samplers:
+        raise _fault("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
+    for start_s, end_s in recipe.inpaint_regions or ():
+        if end_s > recipe.duration:
+            raise _fault("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} is behind the duration")
+    return card
+
+
+async def _find_sources(
+    service: Service, recipe: Recipe, *, card: ModelCard, uploads: tuple[UploadFile, ...]
+) -> dict[str, SourceAudio]:
+    """Returns the decoded sources of a recipe by their hashes. Raises RequestValidationError naming what is missing."""
+    if not recipe.hashes:
+        return {}
+    found = await service.compute(lambda: {hash_file(upload.file): upload for upload in uploads})
+    missing = [sha256 for sha256 in recipe.hashes if sha256 not in found]
+    if missing:
+        raise _fault("audio", f"audio: no part has the SHA-256 {', '.join(missing)} that the recipe names")
+    padding_s = recipe.duration_padding_sec
+    sources = {sha256: await service.decode(found[sha256], card, padding_s=padding_s) for sha256 in recipe.hashes}
+    mixed = {source.sha256 for source in (recipe.init_audio, recipe.inpaint_audio) if source and source.is_mixed}
+    return await service.compute(
+        lambda: {key: to_mono(audio) if key in mixed else audio for key, audio in sources.items()}
+    )
+
+
+def _fault(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": None}])

@@ -1,0 +1,262 @@
+// The form: which fields the chosen model takes, with the ranges that the server states, and what they say. A mistake is
+// shown at the field that the server names.
+
+import { callPatiently } from "./api.js";
+import { formName, readFields } from "./description.js";
+
+const KEYS = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
+const WORDS = new Set(["bpm", "key"]); // a loop's tempo and key are words of its prompt
+const ALWAYS = new Set(["prompt", "batch_size"]); // variations are orders of their own
+const element = (id) => document.getElementById(id);
+
+// A bound that may be typed as it is shown.
+const shown = (most) => Math.floor(most * 100) / 100;
+
+export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+export class Form {
+  constructor({ onSubmit, onSourceFile }) {
+    this.node = element("form");
+    this.models = new Map();
+    this.source = null;
+    this.locked = false;
+    this.node.addEventListener("submit", (event) => {
+      event.preventDefault();
+      onSubmit();
+    });
+    this.node.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.node.requestSubmit();
+    });
+    element("model").addEventListener("change", () => this.showModel());
+    for (const kind of this.node.elements.kind) kind.addEventListener("change", () => this.showKind());
+    element("init_noise_level").addEventListener("input", () => this.showStrength());
+    element("seed-lock").addEventListener("click", () => this.lockSeed(!this.locked));
+    element("source-clear").addEventListener("click", () => this.setSource(null));
+    element("source-file").addEventListener("change", (event) => {
+      const [file] = event.target.files;
+      event.target.value = "";
+      if (file) onSourceFile(file);
+    });
+    this.takeDrops(onSourceFile);
+    const keys = ["any", ...KEYS.flatMap((key) => [`${key} major`, `${key} minor`])];
+    element("key").replaceChildren(...keys.map((key) => new Option(key, key === "any" ? "" : key)));
+  }
+
+  // Reads models and limits. Raises ApiError.
+  async load() {
+    const read = async (path, cache) => (await callPatiently(path, { cache })).json();
+    const [models, limits, description] = await Promise.all([read("v1/models"), read("health"), read("openapi.json", "no-cache")]);
+    this.accepted = readFields(description);
+    this.models = new Map(models.data.map((model) => [model.id, model]));
+    this.limits = limits;
+    const chosen = element("model").value;
+    const options = models.data.map((model) => new Option(model.is_demo ? `${model.id} (demo)` : model.id, model.id));
+    element("model").replaceChildren(...options);
+    element("model").value = this.models.has(chosen) ? chosen : models.data.find((model) => model.is_default).id;
+    this.showModel();
+  }
+
+  get model() {
+    return this.models.get(element("model").value);
+  }
+
+  get kind() {
+    return this.node.elements.kind.value;
+  }
+
+  // The longest clip, seconds.
+  get mostS() {
+    return this.model?.max_duration_s ?? 0;
+  }
+
+  showModel() {
+    const { model } = this;
+    if (Number(element("duration").value) > model.max_duration_s) element("duration").value = shown(model.max_duration_s);
+    element("steps").placeholder = model.default_steps;
+    const samplers = [new Option("the model's own", ""), ...model.samplers.map((name) => new Option(name, name))];
+    const chosen = element("sampler").value;
+    element("sampler").replaceChildren(...samplers);
+    element("sampler").value = model.samplers.includes(chosen) ? chosen : "";
+    this.showKind();
+  }
+
+  // What the route takes that makes this kind of thing: its fields, with their ranges.
+  showKind() {
+    if (!this.model) return; // not loaded yet
+    const isLoop = this.kind === "loop";
+    element("cfg_scale").placeholder = isLoop ? "" : this.model.default_cfg_scale;
+    const accepted = this.accepted[isLoop ? "loop" : this.source ? "vary" : "generate"];
+    for (const box of this.node.querySelectorAll(".field")) {
+      const name = box.dataset.field;
+      const isTaken = ALWAYS.has(name) || (isLoop && WORDS.has(name)) || name in accepted;
+      box.hidden = !isTaken || (name === "init_noise_level" && !this.source);
+      this.bound(box, accepted[name] ?? {});
+    }
+  }
+
+  bound(box, { min, max, text }) {
+    const input = box.querySelector("input[type=number], input[type=range]");
+    const most = { duration: this.model.max_duration_s, steps: this.model.max_steps, batch_size: this.limits.max_batch_size };
+    if (input) {
+      if (min !== undefined) input.min = min;
+      const upper = Math.min(max ?? Infinity, most[box.dataset.field] ?? Infinity);
+      if (upper < Infinity) input.max = upper;
+      const range = box.querySelector(".range");
+      if (range) range.textContent = input.max ? `${input.min || 0} to ${shown(input.max)}` : "";
+    }
+    if (text) box.title = text;
+  }
+
+  showStrength() {
+    this.node.querySelector("output[for=init_noise_level]").value = element("init_noise_level").value;
+  }
+
+  lockSeed(locked) {
+    this.locked = locked;
+    element("seed-lock").setAttribute("aria-pressed", String(locked));
+    if (!locked) element("seed").value = "";
+  }
+
+  // A file, or null; its name is shown.
+  setSource(file, note = "") {
+    this.source = file;
+    element("source-name").textContent = file ? `Source: ${file.name}${note}` : "No source. Drop an audio file here, or use a take.";
+    element("source-clear").hidden = !file;
+    this.showKind();
+  }
+
+  takeDrops(onSourceFile) {
+    const box = element("source-box");
+    const isFile = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+    document.addEventListener("dragover", (event) => {
+      if (!isFile(event)) return;
+      event.preventDefault();
+      box.classList.add("over");
+    });
+    document.addEventListener("dragleave", (event) => event.relatedTarget || box.classList.remove("over"));
+    document.addEventListener("drop", (event) => {
+      if (!isFile(event)) return;
+      event.preventDefault();
+      box.classList.remove("over");
+      const [file] = event.dataTransfer.files;
+      if (file) onSourceFile(file);
+    });
+  }
+
+  // Mistakes that the server would not hear of: text that is no number, how many orders there are, and a loop's tempo,
+  // which is a part of its prompt.
+  faults() {
+    const boxes = [...this.node.querySelectorAll(".field:not([hidden])")].filter((box) => box.querySelector("input[type=number]")?.validity.badInput);
+    const found = boxes.map((box) => ({ field: box.dataset.field, message: "This is no number." }));
+    for (const id of ["batch_size", "bpm"]) {
+      const { validity, min, max } = element(id);
+      if (this.field(id).hidden || validity.valid || validity.badInput) continue;
+      found.push({ field: id, message: `A whole number from ${min} to ${max}.` });
+    }
+    return found;
+  }
+
+  // The orders that the form asks for, one per variation, each with its seed. An empty field is the model's default.
+  orders() {
+    const number = (id) => (element(id).value.trim() === "" ? undefined : element(id).valueAsNumber);
+    const first = number("seed") ?? randomSeed();
+    if (!this.locked) element("seed").value = "";
+    return Array.from({ length: number("batch_size") ?? 1 }, (_, index) => this.order(first + index, number));
+  }
+
+  order(seed, number) {
+    const prompt = element("prompt").value;
+    const shared = { steps: number("steps"), cfg_scale: number("cfg_scale"), seed };
+    if (this.kind === "loop") {
+      const key = element("key").value;
+      const words = `${prompt} ${number("bpm")}bpm${key ? ` in ${key}` : ""}`;
+      const strength = this.source ? { style_strength: number("init_noise_level") } : {};
+      const model = { model_type: "finetune", finetune_repo: this.model.id };
+      const fields = { prompt: words, ...model, loop_type: element("loop_type").value, ...shared, ...strength };
+      if (element("bars").value) fields.bars = Number(element("bars").value);
+      return { kind: "loop", fields: defined(fields), source: this.source };
+    }
+    const sampler = element("sampler").value;
+    const fields = {
+      prompt,
+      model: this.model.id,
+      duration: number("duration"),
+      ...shared,
+      negative_prompt: element("negative_prompt").value || undefined,
+      sampler_kwargs: sampler ? { sampler_type: sampler } : undefined,
+    };
+    if (!this.source) return { kind: "generate", fields: defined(fields) };
+    return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), source: this.source };
+  }
+
+  // Puts a take's settings back. Raises Error if its model is not served.
+  fill(order) {
+    const { fields } = order;
+    const model = fields.finetune_repo ?? fields.model;
+    if (!this.models.has(model)) throw new Error(`The server has no model ${model} any more.`);
+    const set = (id, value) => {
+      element(id).value = value ?? "";
+    };
+    const loop = order.kind === "loop" && /^(.*) ([\d.]+)bpm(?: in (.*))?$/s.exec(fields.prompt);
+    this.node.elements.kind.value = loop ? "loop" : "clip";
+    set("prompt", loop ? loop[1] : fields.prompt);
+    if (loop) {
+      set("bpm", loop[2]);
+      set("key", loop[3]);
+      set("bars", fields.bars);
+      set("loop_type", fields.loop_type);
+    } else {
+      set("duration", fields.duration);
+      set("negative_prompt", fields.negative_prompt);
+    }
+    set("model", model);
+    this.showModel();
+    set("sampler", fields.sampler_kwargs?.sampler_type);
+    set("steps", fields.steps);
+    set("cfg_scale", fields.cfg_scale);
+    set("batch_size", 1);
+    this.lockSeed(true);
+    set("seed", fields.seed);
+    const strength = fields.init_noise_level ?? fields.style_strength;
+    if (strength !== undefined) set("init_noise_level", strength);
+    this.showStrength();
+    this.setSource(order.regions ? null : (order.source ?? null));
+  }
+
+  field(name) {
+    return document.querySelector(`[data-field="${name}"]`);
+  }
+
+  clearFaults() {
+    for (const note of document.querySelectorAll("[data-field] .error")) note.remove();
+    for (const input of document.querySelectorAll("[aria-invalid]")) {
+      input.removeAttribute("aria-invalid");
+      input.removeAttribute("aria-describedby");
+    }
+    element("form-error").hidden = true;
+  }
+
+  // Shows each fault at its field, and moves to the first; the rest below the form.
+  showFaults(faults) {
+    this.clearFaults();
+    const elsewhere = [];
+    for (const { field: named, message } of faults) {
+      const field = named && formName(named);
+      const box = field && /^\w+$/.test(field) ? this.field(field) : null;
+      if (!box || box.hidden) {
+        elsewhere.push(message);
+        continue;
+      }
+      const note = Object.assign(document.createElement("p"), { className: "error", id: `error-${field}`, textContent: message });
+      box.append(note);
+      const input = box.querySelector("input, select, textarea");
+      input?.setAttribute("aria-invalid", "true");
+      input?.setAttribute("aria-describedby", note.id);
+    }
+    element("form-error").textContent = elsewhere.join(" ");
+    element("form-error").hidden = !elsewhere.length;
+    document.querySelector("[aria-invalid]")?.focus();
+  }
+}
+
+export const defined = (fields) => Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined && !Number.isNaN(value)));

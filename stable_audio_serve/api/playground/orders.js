@@ -1,0 +1,101 @@
+// What is asked of the server: a take's settings -> the request that makes it, also as text to copy. An order is
+// {kind, fields, source?, regions?}: `fields` by the API's names, `source` a file, `regions` [[start, end]] in seconds.
+
+import { call, url } from "./api.js";
+
+const ROUTES = { generate: "generations", vary: "variations", inpaint: "inpaint" };
+const JOB_ROUTES = { generate: "jobs", vary: "jobs/variations", inpaint: "jobs/inpaint" };
+
+const ALL_FORMATS = ["wav", "flac", "mp3", "ogg", "opus"];
+export const FORMATS = { generate: ALL_FORMATS, vary: ALL_FORMATS, inpaint: ALL_FORMATS, loop: ["wav"] };
+
+const wire = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
+
+function body(order, more = {}) {
+  const fields = { ...order.fields, ...more };
+  if (order.regions) {
+    fields.inpaint_start_seconds = order.regions.map(([start]) => start);
+    fields.inpaint_end_seconds = order.regions.map(([, end]) => end);
+  }
+  if (!order.source) return { json: fields };
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, wire(value));
+  form.append(order.kind === "loop" ? "audio_file" : "audio", order.source, order.source.name ?? "source.wav");
+  return { form };
+}
+
+const path = (order) => (order.kind === "loop" ? "saos/generate/loop" : `v1/audio/${ROUTES[order.kind]}`);
+
+// Makes it now: the reply is the audio.
+export const make = (order, { format, signal } = {}) =>
+  call(path(order), { method: "POST", signal, ...body(order, format && { response_format: format }) });
+
+// Makes it later: returns the job's id. The same order with the same key is the same job.
+export async function submit(order, idempotencyKey) {
+  const headers = { "Idempotency-Key": idempotencyKey };
+  const reply = await call(JOB_ROUTES[order.kind], { method: "POST", headers, ...body(order) });
+  return (await reply.json()).id;
+}
+
+// Makes a take again from its recipe, else from its order: {reply, verdict}, which is "exact", "close" or unknown.
+export async function repeat(take) {
+  const { recipe } = take.facts;
+  if (!recipe) return { reply: await make(take.order), verdict: null };
+  const form = new FormData();
+  form.append("recipe", new Blob([JSON.stringify(recipe)]), "recipe.json"); // a file, because fields have at most 512 KiB
+  if (take.order.source) form.append("audio", take.order.source, take.order.source.name ?? "source.wav");
+  const reply = await call("v1/audio/replay", { method: "POST", form });
+  return { reply, verdict: reply.headers.get("X-Replay") };
+}
+
+// What the answer's headers say of its one clip.
+export function readFacts(headers) {
+  const value = (name) => JSON.parse(headers.get(name) ?? "null");
+  return {
+    seed: value("X-Seed"),
+    loudness: value("X-Audio-Loudness"),
+    device: headers.get("X-Device"),
+    dtype: headers.get("X-Dtype"),
+    recipe: value("X-Recipe"),
+  };
+}
+
+// The recipe, which POST /v1/audio/replay takes; of a loop, which has none, what was asked for.
+export function asJson({ order, facts }) {
+  if (facts.recipe) return JSON.stringify(facts.recipe, null, 2);
+  const source = order.source && { source: order.source.name ?? "source.wav" };
+  return JSON.stringify({ kind: order.kind, ...order.fields, ...source }, null, 2);
+}
+
+export function asCurl({ order }) {
+  const quoted = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
+  const name = order.source?.name ?? "source.wav";
+  const { json } = body({ ...order, source: null });
+  const sent = order.source
+    ? Object.entries(json).map(([field, value]) => `--form-string ${quoted(`${field}=${wire(value)}`)}`)
+    : ["-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(json))}`];
+  if (order.source) sent.push(`-F ${quoted(`${order.kind === "loop" ? "audio_file" : "audio"}=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
+  return ["curl -fsS", quoted(url(path(order))), `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`, ...sent, "-o take.wav"].join(" \\\n  ");
+}
+
+export function asPython({ order }) {
+  const { prompt, ...fields } = order.fields;
+  const python = (value) => {
+    if (typeof value === "boolean") return value ? "True" : "False";
+    if (value === null || typeof value !== "object") return value === null ? "None" : JSON.stringify(value);
+    return `{${Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each)}`).join(", ")}}`;
+  };
+  const source = JSON.stringify(order.source?.name ?? "source.wav");
+  const first = order.source && order.kind !== "loop" ? [source, python(prompt)] : [python(prompt)];
+  const regions = order.regions ? [`regions=[${order.regions.map((times) => `(${times.join(", ")})`).join(", ")}]`] : [];
+  const audio = order.source && order.kind === "loop" ? [`audio=${source}`] : [];
+  const more = Object.entries(fields).map(([name, value]) => `${name}=${python(value)}`);
+  return [
+    "from stable_audio_serve.client import Client",
+    "",
+    `with Client(${JSON.stringify(url("."))}) as client:`,
+    `    take = client.${order.kind}(${[...first, ...regions, ...audio, ...more].join(", ")})`,
+    '    take.save("take.wav")',
+    "",
+  ].join("\n");
+}

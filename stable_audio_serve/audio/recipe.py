@@ -1,0 +1,287 @@
+"""A take's recipe: everything that made one audio file, and nothing that differs between two equal requests.
+
+Knows neither HTTP nor models. A recipe that comes from outside is hostile input: what it may say at all is checked
+here, what the server and its models allow is checked by whoever replays it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from stable_audio_serve.core.generation import (
+    SEED_LIMIT,
+    EditSchedule,
+    GenerationRequest,
+    MadeOn,
+    Mode,
+    Role,
+    SourceAudio,
+)
+from stable_audio_serve.core.sound import Peaks
+
+MOST_BYTES = 1_048_576  # of a recipe as text
+MOST_REGIONS = 100
+
+
+def _to_whole(value: object) -> object:
+    """JSON has one kind of number: 8.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_to_whole)
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Word = Annotated[str, Field(min_length=1, max_length=200)]
+_S = Annotated[float, Field(ge=0, le=1e6)]  # seconds
+FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # of `audio.encode.AudioFormat`
+
+
+def _unset(description: str | None = None) -> Any:
+    """A field that is left out where it is not set."""
+    return Field(None, description=description, exclude_if=lambda value: value is None)
+
+
+class _Part(BaseModel):
+    """Refuses unknown keys, other types and what is not finite; leaves out what is not set."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), title=None
+    )
+
+
+class RecipeSource(_Part):
+    """Audio that a take was made from."""
+
+    sha256: _Sha256 = Field(description="Of the file as it was sent.")
+    is_mixed: Literal[True] | None = _unset("Whether its channels were mixed to one.")
+
+
+class RecipeMaker(_Part):
+    """What made the take: the last bits of its audio depend on it. What is not known is left out."""
+
+    version: _Word | None = _unset("Of stable-audio-serve.")
+    torch: _Word | None = _unset("Version of PyTorch.")
+    transformers: _Word | None = _unset("Version of Transformers, which reads the prompt.")
+    device: _Word = Field(description="cuda, mps or cpu.")
+    processor: _Word | None = _unset("Instructions of the CPU, such as AVX512, or the name of the GPU.")
+    dtype: _Word = Field(description="Precision of the denoiser: float32, float16 or bfloat16.")
+    decode_precision: _Word | None = _unset("Precision of the decoder.")
+    networks: _Word | None = _unset("Whose networks: native, stable_audio_tools.")
+    mode: Mode | None = _unset("strict = the bytes do not depend on other requests; fast = they may.")
+    threads: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset(
+        "CPU threads of a call; only in fast mode on a CPU."
+    )
+    slots: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset("Rows of a call; only in strict mode on a GPU.")
+    is_compiled: bool | None = _unset("Whether torch.compile compiled it.")
+    codecs: _Word | None = _unset("What read its sources and wrote its file; not of WAV without sources.")
+
+
+class Recipe(_Part):
+    """What made one audio file, under the names of our own API where it has them; as JSON with sorted keys."""
+
+    recipe: Annotated[Literal[1], _WHOLE] = Field(description="Version of this form.")
+    model: _Word
+    checkpoint: _Sha256 | None = _unset("Hash of config, weights and text encoder.")
+    prompt: Annotated[str, Field(max_length=100_000)]
+    negative_prompt: str | None = _unset()
+    duration: Annotated[float, Field(gt=0, le=1e6)] = Field(description="Seconds.")
+    seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT), _WHOLE]
+    steps: Annotated[int, Field(ge=1, le=1000), _WHOLE] | None = _unset()
+    cfg_scale: Annotated[float, Field(ge=0, le=1000)] | None = _unset()
+    sampler: _Word | None = _unset()
+    apg_scale: Annotated[float, Field(ge=0, le=10)] | None = _unset()
+    scale_phi: Annotated[float, Field(ge=0, le=1)] | None = _unset()
+    cfg_norm_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = _unset()
+    sigma_min: Annotated[float, Field(ge=1e-4, le=1e4)] | None = _unset()
+    sigma_max: Annotated[float, Field(ge=1e-4, le=1e4)] | None = _unset()
+    rho: Annotated[float, Field(ge=0.01, le=100)] | None = _unset()
+    duration_padding_sec: Annotated[float, Field(ge=0, le=30)] | None = _unset()
+    chunked_decode: bool | None = _unset()
+    seconds_start: _S | None = _unset("Where the clip starts in a longer piece; for models that know it.")
+    seconds_total: _S | None = _unset("Length of that piece as the model was told it.")
+    init_audio: RecipeSource | None = _unset("Source of a variation.")
+    init_noise_level: Annotated[float, Field(ge=0, le=1000)] | None = _unset(
+        "Share of noise; of samplers over sigma, the sigma."
+    )
+    edit_schedule: EditSchedule | None = _unset()
+    inpaint_audio: RecipeSource | None = _unset("Source whose regions were made anew.")
+    inpaint_regions: Annotated[tuple[tuple[_S, _S], ...], Field(strict=False, max_length=MOST_REGIONS)] | None = _unset(
+        "[start, end) of each region, seconds."
+    )
+    response_format: FileFormat = Field(description="Kind of file.")
+    peaks: Peaks | Literal["full"] = Field(
+        description="What became of its peaks; full = the whole was brought to full scale, then cut to its `samples`."
+    )
+    samples: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = _unset(
+        "How many of the first samples are kept; only with full."
+    )
+    made_on: RecipeMaker
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Recipe:
+        for name, setting in (("init_audio", "init_noise_level"), ("inpaint_audio", "inpaint_regions")):
+            if (getattr(self, name) is None) != (getattr(self, setting) is None):
+                raise ValueError(f"{name} and {setting} belong together")
+        if any(start >= end for start, end in self.inpaint_regions or ()):
+            raise ValueError("inpaint_regions: each must start before its end")
+        is_full = self.peaks == "full"
+        if (is_full and self.response_format != "wav") or (self.samples is not None and not is_full):
+            raise ValueError("peaks: full is of WAV files, and only with full there are samples")
+        return self
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Those of the sources that are needed, each once."""
+        return tuple(dict.fromkeys(source.sha256 for source in (self.init_audio, self.inpaint_audio) if source))
+
+    @property
+    def num_prompt_chars(self) -> int:
+        """Characters of both prompts, which as JSON take from one to six bytes each."""
+        return len(self.prompt) + len(self.negative_prompt or "")
+
+    def to_request(self, *, sources: Mapping[str, SourceAudio], request_id: str) -> GenerationRequest:
+        """Returns the request that repeats the take, with the sources by their hashes. Only the weights that it names
+        may make it, on nothing but the model's own replicas."""
+        return GenerationRequest(
+            prompt=self.prompt,
+            duration_s=self.duration,
+            seed=self.seed,
+            start_s=self.seconds_start or 0.0,
+            conditioned_total_s=self.seconds_total,
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            cfg_scale=self.cfg_scale,
+            sampler=self.sampler,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            rho=self.rho,
+            apg_scale=self.apg_scale,
+            cfg_rescale=self.scale_phi or 0.0,
+            cfg_norm_threshold=self.cfg_norm_threshold or 0.0,
+            duration_padding_s=self.duration_padding_sec,
+            chunked_decode=self.chunked_decode,
+            init_audio=sources[self.init_audio.sha256] if self.init_audio else None,
+            init_noise_level=1.0 if self.init_noise_level is None else self.init_noise_level,
+            edit_schedule=self.edit_schedule,
+            inpaint_audio=sources[self.inpaint_audio.sha256] if self.inpaint_audio else None,
+            inpaint_regions_s=self.inpaint_regions or (),
+            checkpoint=self.checkpoint,
+            exact=True,
+            request_id=request_id,
+        )
+
+    def to_json(self) -> str:
+        """Returns the one text of this recipe: printable ASCII without spaces between parts, with sorted keys."""
+        text = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
+
+
+def write_recipes(
+    request: GenerationRequest,
+    *,
+    sources: Mapping[Role, RecipeSource],
+    model: str,
+    seeds: Sequence[int],
+    made_on: MadeOn,
+    file_format: FileFormat,
+    peaks: Peaks | Literal["full"],
+    samples: int | None = None,
+) -> tuple[Recipe, ...]:
+    """Returns the recipe of each variation of a request, with its seed. `sources` are the files they were made from."""
+    making = made_on.making
+    init, inpaint = sources.get("init"), sources.get("inpaint")
+    first = Recipe.model_construct(
+        recipe=1,
+        model=model,
+        checkpoint=making.loaded.checkpoint if making else None,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        duration=float(request.duration_s),
+        seed=seeds[0],
+        steps=making.steps if making else request.steps,
+        cfg_scale=_real(making.cfg_scale if making else request.cfg_scale),
+        sampler=making.sampler if making else request.sampler,
+        apg_scale=_real(making.apg_scale if making else request.apg_scale),
+        scale_phi=request.cfg_rescale or None,
+        cfg_norm_threshold=request.cfg_norm_threshold or None,
+        sigma_min=request.sigma_min,
+        sigma_max=request.sigma_max,
+        rho=request.rho,
+        duration_padding_sec=_real(making.duration_padding_s if making else request.duration_padding_s),
+        chunked_decode=request.chunked_decode,
+        seconds_start=_real(request.start_s) or None,
+        seconds_total=_real(request.conditioned_total_s),
+        init_audio=init,
+        init_noise_level=_real(request.init_noise_level) if init else None,
+        edit_schedule=making.edit_schedule if making else request.edit_schedule,
+        inpaint_audio=inpaint,
+        inpaint_regions=tuple((float(start), float(end)) for start, end in request.inpaint_regions_s)
+        if inpaint
+        else None,
+        response_format=file_format,
+        peaks=peaks,
+        samples=samples,
+        made_on=write_maker(made_on, codecs=_codecs_of(file_format, sources)),
+    )
+    return (first, *(first.model_copy(update={"seed": seed}) for seed in seeds[1:]))
+
+
+def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
+    """Returns the files that a request's source audio was decoded from, None if it is from no file alone."""
+    given: dict[Role, SourceAudio | None] = {"init": request.init_audio, "inpaint": request.inpaint_audio}
+    found = {role: source for role, source in given.items() if source is not None}
+    if not all(source.sha256 for source in found.values()):
+        return None
+    return {role: RecipeSource(sha256=s.sha256, is_mixed=s.is_mixed or None) for role, s in found.items()}
+
+
+def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
+    """Returns what made a take and, where they had a part in it, with which `codecs`, as its recipe says it."""
+    making = made_on.making
+    if making is None:
+        return RecipeMaker(device=made_on.device, dtype=made_on.dtype)
+    return RecipeMaker(
+        version=making.version,
+        torch=making.torch,
+        transformers=making.transformers,
+        device=made_on.device,
+        processor=making.processor,
+        dtype=made_on.dtype,
+        decode_precision=making.loaded.decode_precision,
+        networks=making.loaded.networks,
+        mode=making.mode,
+        threads=making.threads,
+        slots=making.slots,
+        is_compiled=making.is_compiled,
+        codecs=codecs,
+    )
+
+
+def _codecs_of(file_format: FileFormat, sources: Collection[str]) -> str | None:
+    if not sources and file_format == "wav":
+        return None
+    from stable_audio_serve.audio.encode import name_codecs  # jobs and the queue need recipes, but no NumPy
+
+    return name_codecs()
+
+
+def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
+    """Whether audio that was now made by a recipe has the bytes of the first time: only if strict mode made both, with
+    the same weights, on the same kind of device and processor, by the same versions and with the same precisions."""
+    now = made_on.making
+    codecs = _codecs_of(recipe.response_format, recipe.hashes)
+    return (
+        now is not None
+        and now.mode == "strict"
+        and recipe.checkpoint is not None
+        and recipe.checkpoint == now.loaded.checkpoint
+        and recipe.made_on == write_maker(made_on, codecs=codecs)
+    )
+
+
+def _real(value: float | None) -> float | None:
+    """Numbers that are equal must look equal: 2 and 2.0 do not."""
+    return None if value is None else float(value)

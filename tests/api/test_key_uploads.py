@@ -1,0 +1,104 @@
+"""Uploads of a key that has used up its limits, over real sockets: refused before they are sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.core.settings import Settings
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+from tests.sockets import listening, wait_until
+
+pytestmark = pytest.mark.slow
+
+KEYS = f"""
+alice:{hash_key("alice")} audio-seconds-per-minute=10
+bob:{hash_key("bob")} concurrency=1
+"""
+TEXT, VARIATION, JOB = "/v1/audio/generations", "/v1/audio/variations", "/jobs/variations"
+HUGE_BYTES = 50_000_000
+
+
+@asynccontextmanager
+async def two_servers(folder: Path, backend: ToneBackend) -> AsyncIterator[tuple[int, int]]:
+    """Ports of two servers on one job database."""
+    (folder / "keys").write_text(KEYS)
+    tree = {"api": {"key_file": str(folder / "keys")}, "output_dir": str(folder / "outputs")}
+    apps = [create_app(backend, Settings.model_validate(tree)) for _ in range(2)]
+    async with listening(apps[0], lifespan="on") as one, listening(apps[1], lifespan="on") as other:
+        yield one, other
+
+
+async def send_head(port: int, path: str, key: str) -> bytes:
+    """The whole answer to the beginning of a huge upload whose rest never comes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {HUGE_BYTES}\r\n\r\n"
+    )
+    writer.write(head.encode() + b"--x\r\n")
+    await writer.drain()
+    async with asyncio.timeout(30):
+        answer = await reader.read()  # until the server closes the connection
+    writer.close()
+    return answer
+
+
+async def post(port: int, path: str, key: str, **body: object) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        return await client.post(path, headers={"Authorization": f"Bearer {key}"}, **body)  # type: ignore[arg-type]
+
+
+async def test_used_up_audio_refuses_an_upload_of_any_route_by_its_headers_on_any_server(tmp_path: Path) -> None:
+    async with two_servers(tmp_path, ToneBackend()) as (one, other):
+        assert (await post(one, TEXT, "alice", json={"prompt": "x", "duration": 10})).status_code == 200
+        for port in (one, other):
+            for path in (VARIATION, JOB, "/v1/audio/inpaint"):
+                answer = await send_head(port, path, "alice")
+                assert answer.startswith(b"HTTP/1.1 429 "), (port, path)
+                assert b"audio-seconds-per-minute=10" in answer
+                assert b"connection: close" in answer.lower()
+                assert b"retry-after: " in answer.lower()
+
+
+async def test_a_client_that_sends_before_it_listens_is_told_too(tmp_path: Path) -> None:
+    async with two_servers(tmp_path, ToneBackend()) as (one, other):
+        assert (await post(one, TEXT, "alice", json={"prompt": "x", "duration": 10})).status_code == 200
+        files = {"audio": b"\0" * 5_000_000}
+        replies = [await post(other, VARIATION, "alice", data={"prompt": "x"}, files=files) for _ in range(5)]
+        assert [reply.status_code for reply in replies] == [429] * 5
+
+
+async def test_a_place_in_use_refuses_uploads_but_no_jobs_and_is_not_lost(tmp_path: Path) -> None:
+    backend = ToneBackend()
+    backend.released.clear()
+    files, form = {"audio": make_audio_file(duration_s=0.5)}, {"prompt": "x", "duration": "1"}
+    async with two_servers(tmp_path, backend) as (one, other):
+        first = asyncio.create_task(post(one, TEXT, "bob", json={"prompt": "x", "duration": 1}))
+        await wait_until(lambda: backend.num_running == 1)
+        for port in (one, other):
+            answer = await send_head(port, VARIATION, "bob")
+            assert answer.startswith(b"HTTP/1.1 429 ")
+            assert b"concurrency=1" in answer
+        assert (await post(other, JOB, "bob", data=form, files=files)).status_code == 202
+        backend.released.set()
+        assert (await first).status_code == 200
+        for port in (one, other):
+            assert (await post(port, VARIATION, "bob", data=form, files=files)).status_code == 200
+
+
+async def test_what_is_left_is_not_refused_by_headers_and_looking_charges_nothing(tmp_path: Path) -> None:
+    files = {"audio": make_audio_file(duration_s=0.5)}
+    async with two_servers(tmp_path, ToneBackend()) as (one, other):
+        for port in (one, other) * 5:  # ten of one second into ten seconds
+            reply = await post(port, VARIATION, "alice", data={"prompt": "x", "duration": "1"}, files=files)
+            assert reply.status_code == 200
+        assert (await send_head(other, VARIATION, "alice")).startswith(b"HTTP/1.1 429 ")

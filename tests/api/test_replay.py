@@ -1,0 +1,399 @@
+"""Takes are made again from their recipes, byte for byte, by a real engine with a tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import pytest
+import soundfile
+import transformers
+
+from stable_audio_serve.api.app import create_app
+from stable_audio_serve.audio.embedded_text import extract
+from stable_audio_serve.cli.sound import read_recipe
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.serving.engines import load_named_engine
+from stable_audio_serve.serving.local import LocalBackend
+from stable_audio_serve.serving.placement import plan_deployments
+from tests.api.compat import test_aiml, test_fal_queue
+from tests.api.compat.serving import make_client
+from tests.api.test_jobs import submit, wait
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
+
+TINY = str(SA3_GOLDENS / "tiny-s")
+REPLAY = "/v1/audio/replay"
+Form = dict[str, Any]
+
+
+@asynccontextmanager
+async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an engine with one model, whose recipes all dialects tell."""
+    settings = Settings.model_validate(
+        {
+            "models": [{"name": name, "path": path}],
+            "output_dir": str(output_dir),
+            "dialects": {"recipes": True, "saos_window_s": 3.0},
+        }
+    )
+    plan = plan_deployments(settings)
+    engines = {model.name: load_named_engine(settings, model) for model in settings.models}
+    async with (
+        LocalBackend(plan.catalog, engines) as backend,
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(create_app(backend, settings)), base_url="http://localhost"
+        ) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+async def real(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with serve_model("tiny", TINY, output_dir=tmp_path) as client:
+        yield client
+
+
+def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
+    assert reply.status_code == 200, reply.text
+    return json.loads(f"[{reply.headers['x-recipe']}]")
+
+
+async def test_text_to_audio_is_repeated_to_the_byte(real: httpx.AsyncClient) -> None:
+    take = await real.post("/v1/audio/generations", json={"prompt": "wind", "duration": 1, "steps": 2})
+    (recipe,) = recipes_of(take)
+    again = await real.post(REPLAY, json=recipe)
+    assert (again.status_code, again.headers["x-replay"]) == (200, "exact")
+    assert again.content == take.content
+    assert again.headers["x-recipe"] == take.headers["x-recipe"]
+
+
+async def test_what_a_request_left_to_the_model_is_written_out(real: httpx.AsyncClient) -> None:
+    """So that the take stays the same should a later version have other defaults."""
+    body = {"prompt": "wind", "duration": 1, "seed": 7, "negative_prompt": "hiss"}
+    (recipe,) = recipes_of(take := await real.post("/v1/audio/generations", json=body))
+    left = {name: recipe[name] for name in ("steps", "cfg_scale", "apg_scale", "duration_padding_sec")}
+    explicit = body | left | {"sampler_kwargs": {"sampler_type": recipe["sampler"]}}
+    again = await real.post("/v1/audio/generations", json=explicit)
+    assert again.headers["x-recipe"] == take.headers["x-recipe"]
+    assert again.content == take.content
+
+
+@pytest.mark.parametrize("file_format", ["wav", "flac", "mp3", "ogg", "opus"])
+async def test_the_file_alone_is_enough(real: httpx.AsyncClient, file_format: str) -> None:
+    body = {"prompt": "wind", "duration": 1, "steps": 2, "response_format": file_format}
+    take = await real.post("/v1/audio/generations", json=body)
+    again = await real.post(REPLAY, files={"file": take.content})
+    assert (again.status_code, again.headers["x-replay"]) == (200, "exact")
+    assert again.content == take.content
+
+
+async def test_each_variation_of_a_source_has_a_recipe_of_its_own(real: httpx.AsyncClient) -> None:
+    source = make_audio_file(duration_s=1.0)
+    form = {"prompt": "wind", "duration": "1", "steps": "2", "batch_size": "2", "manifest": "true"}
+    take = await real.post("/v1/audio/variations", data=form, files={"audio": source})
+    archive = zipfile.ZipFile(io.BytesIO(take.content))
+    recipes = recipes_of(take)
+    assert json.loads(archive.read("manifest.json"))["files"][1]["recipe"] == recipes[1]
+    assert recipes[0]["init_audio"] == {"sha256": hashlib.sha256(source).hexdigest()}
+    for name, recipe in zip(archive.namelist()[:2], recipes, strict=True):
+        files = [("audio", ("other", b"other")), ("audio", ("source", source))]
+        again = await real.post(REPLAY, data={"recipe": json.dumps(recipe)}, files=files)
+        assert again.headers["x-replay"] == "exact"
+        assert again.content == archive.read(name)
+
+
+SOURCE = make_audio_file(duration_s=1.5)
+FORMATS = ["wav", "flac", "mp3", "ogg", "opus"]
+
+
+def draw_order(random: Random) -> tuple[str, Form, dict[str, bytes] | None]:
+    """The path, the fields and the upload of a request of any kind."""
+    kind = random.choice(["text", "variation", "inpaint", "continue", "loop", "styled loop", "small"])
+    if kind in {"loop", "styled loop", "small"}:
+        tempo, bars = random.choice([90, 120, 140]), random.choice([1, 2])
+        form: Form = {"prompt": f"beat {tempo}bpm", "steps": random.randint(1, 3), "cfg_scale": random.choice([1, 6])}
+        if kind == "small":
+            return "/saos/generate", form | {"seconds_total": random.randint(1, 3)}, None
+        form |= {"bars": bars, "loop_type": random.choice(["auto", "drums", "instruments"])}
+        return "/saos/generate/loop", form, {"audio_file": SOURCE} if kind == "styled loop" else None
+    form = {
+        "prompt": random.choice(["wind", "Wellen \N{WATER WAVE}", "a\nbell"]),
+        "duration": round(random.uniform(0.2, 1.2), random.randint(0, 6)) or 1.0,
+        "steps": random.randint(1, 4),
+        "response_format": random.choice(FORMATS),
+        "peaks": random.choice(["limit", "scale", "clip"]),
+        "seed": random.choice([-1, 7, 2**63 - 1]),
+    }
+    more: Form = {
+        "cfg_scale": round(random.uniform(0, 9), 2),
+        "negative_prompt": "hiss",
+        "apg_scale": random.choice([0.0, 0.5]),
+        "duration_padding_sec": random.choice([0, 1.5]),
+        "chunked_decode": random.choice([True, False]),
+        "sampler_kwargs": {"sampler_type": random.choice(["euler", "dpmpp", "pingpong", "rk4"]), "scale_phi": 0.3},
+    }
+    form |= {name: value for name, value in more.items() if random.random() < 0.4}
+    if kind == "text":
+        return "/v1/audio/generations", form, None
+    if kind == "variation":
+        form |= {"init_noise_level": round(random.uniform(0.1, 1), 3)}
+        form |= random.choice([{}, {"edit_schedule": "reference"}])
+        return "/v1/audio/variations", form, {"audio": SOURCE}
+    start = 0.1 if kind == "inpaint" else 1.5
+    form |= {"duration": 2.0, "inpaint_start_seconds": start, "inpaint_end_seconds": round(random.uniform(1.6, 2), 3)}
+    return "/v1/audio/inpaint", form, {"audio": SOURCE}
+
+
+async def test_fifty_takes_of_all_kinds_are_repeated_to_the_byte(real: httpx.AsyncClient) -> None:
+    random = Random(20)
+    paths = Counter[str]()
+    for _ in range(50):
+        path, form, files = draw_order(random)
+        paths[path] += 1
+        if files is None:
+            take = await real.post(path, json=form)
+        else:
+            data = {name: value if isinstance(value, str) else json.dumps(value) for name, value in form.items()}
+            take = await real.post(path, data=data, files=files)
+        (recipe,) = recipes_of(take)
+        assert json.loads(extract(take.content, most_bytes=10_000) or "") == recipe
+        given = {"file": take.content} if random.random() < 0.5 else {"recipe": json.dumps(recipe).encode()}
+        sent = [*given.items(), *([("audio", SOURCE)] if files else [])]
+        again = await real.post(REPLAY, files=sent)
+        assert again.headers.get("x-replay") == "exact", (form, again.text[:500])
+        assert again.content == take.content, recipe
+    assert len(paths) == 5
+
+
+def open_orders(sampler: str, **levels: float) -> list[tuple[str, Form]]:
+    """Requests of all kinds to a Stable Audio Open model, whose window is made whole and whose noise has levels."""
+    chosen: Form = {"sampler_kwargs": {"sampler_type": sampler} | levels}
+    text = {"prompt": "a bell", "duration": 2, "steps": 2}
+    return [
+        ("/v1/audio/generations", text),
+        ("/v1/audio/generations", text | chosen),
+        ("/v1/audio/variations", text | {"init_noise_level": 0.4}),
+        ("/v1/audio/variations", text | {"init_noise_level": 0.4} | chosen),
+        ("/v1/audio/inpaint", text | {"inpaint_start_seconds": 1, "inpaint_end_seconds": 1.5} | chosen),
+        ("/saos/generate", {"prompt": "a bell", "steps": 2, "seconds_total": 2, "seconds_start": 1.5}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "orders"),
+    [
+        ("tiny-1.0", open_orders("dpmpp-2m", sigma_min=0.05, sigma_max=90, rho=2)),
+        ("tiny-small", open_orders("euler", sigma_max=0.9)),
+    ],
+)
+async def test_takes_of_stable_audio_open_are_repeated_to_the_byte(
+    name: str, orders: list[tuple[str, Form]], tmp_path: Path
+) -> None:
+    async with serve_model(name, str(OPEN_GOLDENS / name), output_dir=tmp_path) as client:
+        for path, form in orders:
+            data = {key: value if isinstance(value, str) else json.dumps(value) for key, value in form.items()}
+            is_edit = path.endswith(("variations", "inpaint"))
+            take = await client.post(
+                path, **({"data": data, "files": {"audio": SOURCE}} if is_edit else {"json": form})
+            )
+            (recipe,) = recipes_of(take)
+            again = await client.post(REPLAY, data={"recipe": json.dumps(recipe)}, files={"audio": SOURCE})
+            assert again.headers.get("x-replay") == "exact", (form, again.text[:500])
+            assert again.content == take.content, recipe
+            assert recipes_of(again) == [recipe]
+
+
+async def test_a_recipe_is_hostile_input(real: httpx.AsyncClient) -> None:
+    (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
+    text = json.dumps(recipe)
+    sha256 = "0" * 64
+    for bad, field in (
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": "7"}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"duration": 0}, "duration"),
+        ({"duration": 1e6}, "duration"),
+        ({"steps": 1001}, "steps"),
+        ({"sampler": "ddim"}, "sampler"),
+        ({"prompt": "x" * 100_001}, "prompt"),
+        ({"response_format": "pcm"}, "response_format"),
+        ({"init_noise_level": 0.5}, "recipe"),
+        ({"init_audio": {"sha256": sha256}}, "recipe"),
+        ({"init_audio": {"sha256": "../../etc"}, "init_noise_level": 1.0}, "sha256"),
+        ({"inpaint_audio": {"sha256": sha256}, "inpaint_regions": [[0.0, 5.0]]}, "inpaint_regions"),
+        ({"inpaint_audio": {"sha256": sha256}, "inpaint_regions": [[1.0, 0.5]]}, "recipe"),
+        ({"inpaint_audio": {"sha256": sha256}, "inpaint_regions": [[0.0, 0.5]] * 10_000}, "inpaint_regions"),
+        ({"peaks": "full", "response_format": "mp3"}, "recipe"),
+        ({"samples": 5}, "recipe"),
+        ({"made_on": recipe["made_on"] | {"host": "x"}}, "host"),
+        ({f"key{number}": 1 for number in range(10_000)}, "key0"),
+        ({"x" * 500_000: 1}, "x" * 200),
+    ):
+        reply = await real.post(REPLAY, json=recipe | bad)
+        assert reply.status_code == 422, (bad, reply.text[:300])
+        assert len(reply.content) < 10_000
+        assert field in {part for fault in reply.json()["detail"] for part in fault["loc"]}, reply.text[:300]
+    for junk in (
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"[" * 100_000,
+        text.replace("1.0", "NaN").encode(),
+        b"\xff" + text.encode(),
+    ):
+        assert (await real.post(REPLAY, content=junk)).status_code == 422
+    for files in (
+        {"file": b""},
+        {"file": b"RIFF"},
+        {"file": SOURCE},
+        {"audio": SOURCE},
+        {"recipe": b"x" * 1_100_000},
+        [("recipe", text.encode()), ("recipe", text.encode())],
+    ):
+        reply = await real.post(REPLAY, files=files)
+        assert reply.status_code in {400, 422}, reply.text
+    assert (await real.post(REPLAY, json=recipe)).headers["x-replay"] == "exact"
+
+
+async def test_a_recipe_may_begin_with_a_byte_order_mark(client: httpx.AsyncClient) -> None:
+    take = await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1})
+    marked = f"\ufeff{take.headers['x-recipe']}".encode()
+    for again in (await client.post(REPLAY, content=marked), await client.post(REPLAY, files={"recipe": marked})):
+        assert again.content == take.content
+    assert read_recipe(marked) == recipes_of(take)[0]
+
+
+async def test_a_recipe_of_many_faults_is_refused_at_the_first(client: httpx.AsyncClient) -> None:
+    """Each fault takes its share of a second of the event loop, and a megabyte has room for 600,000."""
+    (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))
+    keys = dict.fromkeys(map(str, range(50_000)), 1)
+    for bad, field in (
+        (keys, "0"),
+        ({"made_on": recipe["made_on"] | keys}, "0"),
+        ({"init_audio": keys}, "0"),
+        ({"inpaint_regions": [[]] * 200_000}, "inpaint_regions"),
+        ({"prompt": [1] * 200_000}, "prompt"),
+    ):
+        reply = await client.post(REPLAY, json=recipe | bad)
+        (fault,) = reply.json()["detail"]
+        assert (reply.status_code, fault["loc"][-1], fault["input"]) == (422, field, None)
+
+
+async def test_on_anything_else_a_replay_is_close(real: httpx.AsyncClient) -> None:
+    (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
+    assert recipe["made_on"]["transformers"] == transformers.__version__
+    other = {"device": "cuda", "dtype": "float16", "mode": "fast", "version": "0", "torch": "2.0", "processor": "AVX2"}
+    other |= {"transformers": "4.0"}
+    for name, value in (other | {"threads": 3, "decode_precision": "tf32", "is_compiled": True}).items():
+        reply = await real.post(REPLAY, json=recipe | {"made_on": recipe["made_on"] | {name: value}})
+        assert (reply.status_code, reply.headers["x-replay"]) == (200, "close"), name
+    del recipe["checkpoint"]
+    assert (await real.post(REPLAY, json=recipe)).headers["x-replay"] == "close"
+
+
+async def test_libraries_that_had_a_part_in_a_file_stand_in_its_recipe(real: httpx.AsyncClient) -> None:
+    """Another libsndfile writes other FLAC files, and reads other samples from an MP3 file."""
+    body = {"prompt": "a", "duration": 1, "steps": 1}
+    (plain,) = recipes_of(await real.post("/v1/audio/generations", json=body))
+    (flac,) = recipes_of(await real.post("/v1/audio/generations", json=body | {"response_format": "flac"}))
+    form = {name: str(value) for name, value in body.items()}
+    (varied,) = recipes_of(await real.post("/v1/audio/variations", data=form, files={"audio": SOURCE}))
+    assert "codecs" not in plain["made_on"]
+    for recipe in (flac, varied):
+        assert f"libsndfile {soundfile.__libsndfile_version__}" in recipe["made_on"]["codecs"]
+        for codecs, verdict in ((recipe["made_on"]["codecs"], "exact"), ("libsndfile 1.0", "close")):
+            sent = json.dumps(recipe | {"made_on": recipe["made_on"] | {"codecs": codecs}})
+            again = await real.post(REPLAY, data={"recipe": sent}, files={"audio": SOURCE})
+            assert again.headers["x-replay"] == verdict
+
+
+async def test_what_cannot_be_repeated_is_refused_by_name(real: httpx.AsyncClient) -> None:
+    source = make_audio_file(duration_s=1.0)
+    form = {"prompt": "wind", "duration": "1", "steps": "2", "inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}
+    (recipe,) = recipes_of(await real.post("/v1/audio/inpaint", data=form, files={"audio": source}))
+    sha256 = hashlib.sha256(source).hexdigest()
+    for change, field, said in (
+        ({"checkpoint": "0" * 64}, "checkpoint", recipe["checkpoint"]),
+        ({"model": "gpt"}, "model", "gpt"),
+        ({"recipe": 2}, "recipe", "1"),
+        ({"tempo": 120}, "tempo", "Extra"),
+        ({}, "audio", sha256),
+    ):
+        files = {"audio": source} if change else {"audio": b"other"}
+        reply = await real.post(REPLAY, data={"recipe": json.dumps(recipe | change)}, files=files)
+        (fault,) = reply.json()["detail"]
+        assert (reply.status_code, fault["loc"][-1]) == (422, field)
+        assert said in fault["msg"]
+
+
+async def test_a_long_recipe_is_in_no_header(client: httpx.AsyncClient) -> None:
+    for prompt, is_there in (("x" * 3000, True), ("x" * 4000, False), ("雨" * 700, False)):
+        reply = await client.post("/v1/audio/generations", json={"prompt": prompt, "duration": 1})
+        assert ("x-recipe" in reply.headers) is is_there
+
+
+async def test_a_jobs_audio_comes_with_its_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
+    for number in (1, 2):
+        job = await wait(client, await submit(client, prompt="rain", batch_size=number))
+        audio = await client.get(job["download_url"])
+        assert recipes_of(audio) == job["recipes"]
+        assert (await client.head(job["download_url"])).headers["x-recipe"] == audio.headers["x-recipe"]
+    long = await wait(client, await submit(client, prompt="x" * 4000))
+    assert "x-recipe" not in (await client.get(long["download_url"])).headers
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+async def test_files_of_the_hosted_dialects_carry_recipes_where_the_operator_says_so(is_told: bool) -> None:
+    body = {"model": "stable-audio", "prompt": "rain", "seconds_total": 1, "steps": 2}
+    fal, aiml = "/fal-ai/stable-audio", "/v2/generate/audio"
+    async with make_client(dialects={"recipes": is_told}) as (client, _):
+        outputs = [(await client.post(fal, json=body)).json()]
+        ticket = (await client.post(f"/queue{fal}", json=body)).json()
+        await test_fal_queue.wait_for(client, ticket, "COMPLETED")
+        outputs.append((await client.get(ticket["response_url"])).json())
+        generation_id = (await client.post(aiml, json=body)).json()["id"]
+        outputs.append(await test_aiml.poll_until(client, generation_id, "completed"))
+        for output in outputs:
+            file = (await client.get(output["audio_file"]["url"])).content
+            text = extract(file, most_bytes=10_000)
+            assert (text is not None) == is_told
+            if text is not None:
+                again = await client.post(REPLAY, content=text)
+                assert again.content == file
+
+
+async def test_a_page_of_jobs_has_no_long_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
+    """Nobody asked for them there, and a hundred jobs may have a megabyte of prompts each."""
+    for prompt, is_there in (("x" * 2048, True), ("x" * 2049, False)):
+        job = await wait(client, await submit(client, prompt=prompt, batch_size=2))
+        (listed, *_) = (await client.get("/jobs")).json()["jobs"]
+        assert [recipe["prompt"] for recipe in job["recipes"]] == [prompt, prompt]
+        assert listed == job | {"recipes": job["recipes"] if is_there else None}
+
+
+async def test_other_dialects_tell_no_recipe(client: httpx.AsyncClient) -> None:
+    for path, body in (("/saos/generate", {"prompt": "x", "seconds_total": 1}), ("/v1/audio/generate", {"input": "x"})):
+        reply = await client.post(path, json=body)
+        assert reply.status_code == 200
+        assert "x-recipe" not in reply.headers
+
+
+async def test_what_did_not_say_how_it_works_is_close(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    take = await client.post("/v1/audio/generations", json={"prompt": "x", "duration": 1})
+    again = await client.post(REPLAY, content=take.headers["x-recipe"])
+    assert (again.headers["x-replay"], again.content) == ("close", take.content)
+    assert backend.last.exact

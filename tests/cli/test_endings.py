@@ -1,0 +1,60 @@
+"""One table of exit codes, for every command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from stable_audio_serve.cli.endings import Ending, said_plainly
+from stable_audio_serve.cli.remote import connected
+from stable_audio_serve.core import errors
+
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+def as_sound_does(error: Exception) -> None:
+    with said_plainly():
+        raise error
+
+
+def as_operators_do(error: Exception) -> None:
+    with connected("http://127.0.0.1:9", None):
+        raise error
+
+
+@pytest.mark.parametrize("end", [as_sound_does, as_operators_do])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.StorageError("the disk is full"), 1),
+        (errors.InvalidRequestError("steps: at most 100", field="steps"), 2),
+        (errors.NotFoundError("no such job"), 2),
+        (ValueError("--url: no address"), 2),
+        (errors.UnreachableError("nobody answers"), 3),
+        (errors.UnauthorizedError("a key is required"), 4),
+        (errors.ForbiddenError("not with this key"), 4),
+        (errors.OverloadedError("full"), 5),
+        (errors.QuotaError("used up"), 5),
+        (errors.DeadlineExceededError("too late"), 6),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_goes_wrong_ends_every_command_alike(
+    end: Callable[[BaseException], None], error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        end(error)
+    assert ended.value.exit_code == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert ("STABLE_AUDIO_API_KEY" in said) is isinstance(error, errors.UnauthorizedError)
+
+
+def test_the_page_explains_every_code() -> None:
+    table = PAGE.read_text().partition("## Exit codes")[2]
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == [*Ending]

@@ -1,0 +1,41 @@
+"""The blocks of code on the pages, for the tests that run them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+_BLOCK = re.compile(r"^[ ]*```([^\n`]*)\n(.*?)^[ ]*```[ ]*$", flags=re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of a page, which is named by its path in the repository."""
+
+    page: str
+    language: str
+    text: str
+
+
+def pages() -> list[str]:
+    """Every page of the documentation, and those for users that stand elsewhere."""
+    found = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
+    return ["README.md", "CONTRIBUTING.md", "examples/README.md", "packaging/client/README.md", *found]
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    name = page.relative_to(ROOT).as_posix()
+    return (Block(name, match[1].strip(), match[2]) for match in _BLOCK.finditer(page.read_text()))
+
+
+def all_blocks() -> list[Block]:
+    return [block for page in pages() for block in blocks_of(ROOT / page)]
+
+
+def text_of(page: Path, language: str) -> str:
+    """All blocks of one language on a page, as one program."""
+    return "\n".join(block.text for block in blocks_of(page) if block.language == language)

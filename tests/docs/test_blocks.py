@@ -1,0 +1,180 @@
+"""What the tests of single pages leave of the blocks of code: each is run, or read by what it is written for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standardwebhooks
+import yaml
+from kubernetes_validate import validate
+
+from stable_audio_serve.audio.recipe import Recipe
+from stable_audio_serve.cli.metrics_page import exported_name
+from stable_audio_serve.core.metrics import METRICS
+from stable_audio_serve.core.settings import Settings
+from tests.api.compat.serving import serve_app
+from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, text_of
+
+pytestmark = pytest.mark.slow
+
+# Who runs or reads the blocks of a language, page by page where a page needs a test of its own. `bash` is
+# `test_commands`, `sh` below: commands for a machine, an account or a cluster that tests have not.
+PAGES = {
+    "js": {"docs/dialects/fal.md", "docs/jobs.md"},  # tests/api/compat/test_fal_node_client.py, test_event_reader.py
+    "json": {"docs/jobs.md", "docs/recipes.md"},
+    "nginx": {"docs/proxy.md"},  # tests/cluster/test_pages.py
+    "caddy": {"docs/proxy.md"},
+    "promql": {"docs/operations.md"},  # tests/cluster/test_pages.py
+    "python": {
+        *("README.md", "docs/client.md", "docs/dialects/fal.md", "docs/jobs.md", "docs/tutorial.md"),
+        "packaging/client/README.md",  # tests/packaging/test_client_wheel.py
+    },
+    "shell": {"docs/operations.md"},  # tests/jobs/test_backup.py
+    "yaml": {
+        *("docs/cluster.md", "docs/cpu.md", "docs/keys.md", "docs/metrics.md", "docs/overflow.md", "docs/proxy.md"),
+        "docs/stable-audio-tools.md",
+    },
+}
+NOT_RUN = {"text", "{toctree}", "{image}", "{figure}"}
+PROGRAMS = {"cp", "export", "kubectl", "make", "pip", "stable-audio-serve"}
+
+
+def test_every_block_is_somebodys() -> None:
+    found: dict[str, set[str]] = {}
+    for block in all_blocks():
+        language = block.language.split()[0] if block.language else ""
+        if language not in NOT_RUN | {"bash", "sh"}:
+            found.setdefault(language, set()).add(block.page)
+    assert found == PAGES
+
+
+def commands_in(block: Block) -> list[list[str]]:
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(re.sub(r"<[\w ]+>", "x", line), comments=True))]
+
+
+@pytest.mark.parametrize("block", [block for block in all_blocks() if block.language == "sh"], ids=lambda b: b.page)
+def test_commands_that_are_not_run_could_be(block: Block) -> None:
+    """Our own ones are held to their options by `test_operations`."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for words in commands_in(block):
+        words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+        if words[0] == ".venv/bin/python":
+            assert (ROOT / words[1]).is_file(), words
+            continue
+        assert words[0] in PROGRAMS | {"curl"}, words
+        if words[0] == "make":
+            assert words[1] in targets
+
+
+def yaml_of(page: str) -> Any:
+    return yaml.safe_load(text_of(DOCS / page, "yaml"))
+
+
+@pytest.mark.parametrize("page", ["cpu.md", "overflow.md", "stable-audio-tools.md"])
+def test_settings_are_taken(page: str) -> None:
+    assert Settings.model_validate(yaml_of(page)).models
+
+
+@pytest.mark.parametrize("page", ["cluster.md", "keys.md"])
+def test_parts_of_pods_are_taken(page: str) -> None:
+    parts: dict[str, Any] = yaml_of(page)
+    volumes = parts.pop("volumes", [])
+    container = {"name": "server", "image": "example", **parts}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "server"}}
+    validate(pod | {"spec": {"containers": [container], "volumes": volumes}}, "1.30", strict=True)
+    assert {mount["name"] for mount in parts.get("volumeMounts", [])} == {volume["name"] for volume in volumes}
+
+
+def test_traefiks_router_leads_to_the_server() -> None:
+    http = yaml_of("proxy.md")["http"]
+    assert http.keys() == {"routers", "services"}
+    for router in http["routers"].values():
+        service = http["services"][router["service"]]["loadBalancer"]
+        assert service["servers"] == [{"url": "http://127.0.0.1:8000"}]
+        assert service["healthCheck"]["path"] == "/ready"
+
+
+def test_caddys_blocks_are_closed() -> None:
+    """Caddy itself comes with no package that tests install."""
+    text = text_of(DOCS / "proxy.md", "caddy")
+    depths = [text[: i + 1].count("{") - text[: i + 1].count("}") for i in range(len(text))]
+    assert min(depths) == depths[-1] == 0
+    assert "reverse_proxy 127.0.0.1:8000 {" in text
+
+
+def test_metrics_are_scraped_where_the_page_says() -> None:
+    (job,) = yaml_of("metrics.md")["scrape_configs"]
+    (targets,) = job["static_configs"]
+    assert targets == {"targets": ["localhost:9464"]}
+
+
+def test_queries_name_metrics() -> None:
+    names = {exported_name(metric) for metric in METRICS.values()}
+    parts = {f"{name}_{part}" for name in names for part in ("sum", "count", "bucket")}
+    queries = text_of(DOCS / "operations.md", "promql")
+    named = set(re.findall(r"\bray_stable_audio_\w+", re.sub(r"\{__name__[^}]*\}", "", queries)))
+    assert named
+    assert named <= names | parts
+
+
+def test_a_webhook_is_what_the_page_shows_and_its_receiver_takes_it() -> None:
+    shown = json.loads(text_of(DOCS / "jobs.md", "json"))
+    secret = "whsec_" + "c2VjcmV0" * 4
+    scope: dict[str, Any] = {}
+    exec(text_of(DOCS / "jobs.md", "python").replace("whsec_...", secret), scope)
+    body, now = json.dumps(shown), datetime.now(UTC)
+    signature = standardwebhooks.Webhook(secret).sign("some-job", now, body)
+    headers = {"webhook-id": "some-job", "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        scope["receive"](body.encode(), headers)
+    assert printed.getvalue() == "job.succeeded ...\n"
+    with pytest.raises(standardwebhooks.WebhookVerificationError):
+        scope["receive"](body.replace("succeeded", "failed").encode(), headers)
+
+
+def test_the_recipe_is_one() -> None:
+    shown = json.loads(text_of(DOCS / "recipes.md", "json"))
+    assert json.loads(Recipe.model_validate(shown).to_json()) == shown
+
+
+async def run_python(page: Path, folder: Path) -> str:
+    """What a page's program prints, with a server of the tests as its server."""
+    async with serve_app() as (port, _):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", text_of(page, "python").replace("localhost:8000", f"127.0.0.1:{port}")),
+            cwd=folder,
+            env={"FAL_KEY": "any", "PYTHONPATH": str(ROOT), "STABLE_AUDIO_URL": f"http://127.0.0.1:{port}"},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(240):
+            output, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return output.decode()
+
+
+async def test_the_tutorials_programs(tmp_path: Path) -> None:
+    output = await run_python(DOCS / "tutorial.md", tmp_path)
+    assert output.startswith("7 ")
+    assert "done 100%" in output
+    assert all((tmp_path / name).read_bytes()[:4] == b"RIFF" for name in ("bell.wav", "siren.wav"))
+
+
+async def test_the_program_with_fals_client(tmp_path: Path) -> None:
+    await run_python(DOCS / "dialects" / "fal.md", tmp_path)
+
+
+def test_the_engine_in_process(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(text_of(ROOT / "README.md", "python"), {"__name__": "__main__"})
+    assert capsys.readouterr().out == "(2, 132300) 44100\n"

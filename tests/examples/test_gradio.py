@@ -1,0 +1,96 @@
+"""The Gradio page in the environment that its requirements make, against a server of the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+import httpx
+import pytest
+import soundfile
+
+from tests.api.compat.serving import serve_app
+from tests.examples.programs import EXAMPLES, ROOT, Programs, finish
+from tests.serving.launched import free_port
+
+pytestmark = pytest.mark.slow
+
+
+def without(reason: str) -> None:
+    """Skip where there is no network, but never where everything has to run."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(f"NOT TESTED, the Gradio page: {reason}")
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """Of an environment with Gradio and what our client needs, in the user's cache: the first run installs it."""
+    client = tomllib.loads((ROOT / "packaging" / "client" / "pyproject.toml").read_text())
+    wanted = (EXAMPLES / "gradio_requirements.txt").read_text().split() + client["project"]["dependencies"]
+    digest = hashlib.sha256(repr((wanted, sys.version_info[:2])).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
+    installed = cache / f"gradio-{digest}"
+    if not installed.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=cache)
+        venv = (sys.executable, "-m", "venv", folder)
+        pip = (f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *wanted)
+        for command in (venv, pip):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+            if done.returncode:
+                shutil.rmtree(folder)
+                without(f"it could not be installed: {done.stderr[-500:]}")
+        Path(folder).rename(installed)  # all of it at once
+    return installed / "bin" / "python"
+
+
+async def ask(http: httpx.AsyncClient, data: list[object]) -> tuple[str, object]:
+    """What the page's function answers: the kind of its last event, and that one's data."""
+    call = (await http.post("/gradio_api/call/generate", json={"data": data})).json()["event_id"]
+    events = (await http.get(f"/gradio_api/call/generate/{call}")).text.strip().split("\n\n")
+    kind, _, content = events[-1].partition("\n")
+    return kind.removeprefix("event: "), json.loads(content.removeprefix("data: "))
+
+
+async def until_it_answers(http: httpx.AsyncClient, process: asyncio.subprocess.Process) -> None:
+    async with asyncio.timeout(120):
+        while True:
+            try:
+                await http.get("/gradio_api/info")
+            except httpx.TransportError:
+                assert process.returncode is None
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+
+async def test_the_page_makes_sound(python: Path, tmp_path: Path) -> None:
+    port = free_port()
+    async with serve_app() as (server_port, backend):
+        programs = Programs(tmp_path, f"http://127.0.0.1:{server_port}", python=str(python))
+        process = await programs.start("gradio_app.py", GRADIO_SERVER_PORT=str(port), GRADIO_ANALYTICS_ENABLED="False")
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            await until_it_answers(http, process)
+            kind, data = await ask(http, ["rain", 0.5, 7, None, 0.7])
+            assert kind == "complete"
+            assert isinstance(data, list)
+            clip, seed = data
+            assert seed == 7
+            assert soundfile.info(io.BytesIO((await http.get(clip["url"])).content)).duration == 0.5
+            source = {"path": clip["path"], "meta": {"_type": "gradio.FileData"}}
+            assert (await ask(http, ["hail", 0.5, 7, source, 0.25]))[0] == "complete"
+            assert backend.last.init_noise_level == 0.25
+            assert (await ask(http, ["", 0.5, 7, None, 0.7]))[0] == "error"
+        process.send_signal(signal.SIGINT)
+        await finish(process, 0)

@@ -1,0 +1,133 @@
+"""What is made of sound that is there: regions, longer takes, sources; and loops."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from tests.audio_files import make_audio_file
+from tests.playground.conftest import Page
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_region_is_dragged_and_made_anew(page: Page) -> None:
+    first = page.fill(prompt="a 440 Hz sine tone", duration=2, steps=2).take()
+    page.until(lambda: page.run("return document.querySelector('#wave > div')?.shadowRoot?.querySelector('canvas')"))
+    box = page["wave"].size
+    start = ActionChains(page.browser).move_to_element_with_offset(page["wave"], -box["width"] // 8, -60)
+    start.click_and_hold().move_by_offset(40, 0).move_by_offset(box["width"] // 8, 0).release().perform()
+    page.until(lambda: page["region-tools"].is_displayed())
+    assert "of the take" in page["region-line"].text
+    second = page.take("regenerate")
+    ((start_s, end_s),) = second["order"]["regions"]
+    assert 0 < start_s < end_s < 2
+    assert second["order"]["fields"]["duration"] == 2
+    assert second["bytes"] == first["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "length", "region"),
+    [(2, 3, 3, [2, 3]), (-0.5, 0.25, 2.5, [0, 0.75])],
+    ids=["continued", "extended to the left"],
+)
+def test_a_take_is_made_longer(start: float, end: float, *, length: float, region: list[float], page: Page) -> None:
+    page.fill(prompt="rain", duration=2, steps=2).take()
+    page.click("mark-region")
+    page.fill(**{"region-start": start})
+    page["region-start"].send_keys(Keys.TAB)
+    page.fill(**{"region-end": end})
+    page["region-end"].send_keys(Keys.TAB)
+    take = page.take("regenerate")
+    assert take["order"]["regions"] == [region]
+    assert take["bytes"] == length * 44100 * 4
+
+
+def test_a_take_is_made_longer_by_dragging_over_its_ends(page: Page) -> None:
+    """A drag that begins in the room behind the take, or ends in the one before it, leaves no gap to the take."""
+    second = page["wave"].size["width"] / 4  # there is a second of room on either side
+
+    def drag(start_s: float, end_s: float) -> None:
+        start = ActionChains(page.browser).move_to_element_with_offset(page["wave"], round((start_s - 1) * second), -60)
+        start.click_and_hold().move_by_offset(round((end_s - start_s) * second), 0).release().perform()
+
+    def field(name: str) -> float:
+        return float(page[name].get_attribute("value"))
+
+    drag(0, 1)
+    assert not page["region-tools"].is_displayed()
+    page.fill(prompt="rain", duration=2, steps=2).take()
+    page.until(lambda: page.run("return document.querySelector('#wave > div')?.shadowRoot?.querySelector('canvas')"))
+    drag(-0.7, -0.2)
+    page.until(lambda: "extends it to the left" in page["region-line"].text)
+    assert (field("region-start"), field("region-end")) == (pytest.approx(-0.7, abs=0.1), 0)
+    drag(2.2, 2.8)
+    page.until(lambda: "continues the take" in page["region-line"].text)
+    assert (field("region-start"), field("region-end")) == (2, pytest.approx(2.8, abs=0.1))
+    first = page.take("regenerate")
+    ((start_s, end_s),) = first["order"]["regions"]
+    assert start_s == 2
+    assert end_s == first["order"]["fields"]["duration"] == pytest.approx(2.8, abs=0.1)
+
+
+def test_a_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
+    source = tmp_path / "door.wav"
+    source.write_bytes(make_audio_file(duration_s=1.0))
+    page.run(
+        """
+        const bytes = Uint8Array.from(atob(arguments[0]), (char) => char.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], "door.wav", { type: "audio/wav" }));
+        document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true, bubbles: true }));
+        """,
+        b64encode(source.read_bytes()).decode(),
+    )
+    page.until(lambda: page["source-name"].text == "Source: door.wav, 1.00 s")
+    assert page["init_noise_level"].is_displayed()
+    take = page.fill(prompt="rain", duration=1, steps=2).take()
+    assert take["order"]["kind"] == "vary"
+    assert take["order"]["fields"]["init_noise_level"] == 0.9
+    assert take["order"]["source"] == source.stat().st_size
+    page.click("source-clear")
+    assert page.fill(duration=1).take()["order"]["kind"] == "generate"
+
+
+def test_the_file_that_was_dropped_last_is_the_source(page: Page) -> None:
+    """Also if the one before it takes longer to read."""
+    page.run(
+        """
+        window.numDecoded = 0;
+        const real = OfflineAudioContext.prototype.decodeAudioData;
+        OfflineAudioContext.prototype.decodeAudioData = async function (bytes) {
+          if (!window.numDecoded) window.first ??= new Promise((release) => (window.release = release));
+          const isFirst = !window.asked;
+          window.asked = true;
+          const sound = await real.call(this, bytes);
+          if (isFirst) await window.first;
+          else setTimeout(window.release);
+          setTimeout(() => (window.numDecoded += 1));
+          return sound;
+        };
+        const bytes = Uint8Array.from(atob(arguments[0]), (char) => char.charCodeAt(0));
+        for (const name of ["slow.wav", "last.wav"]) {
+          const data = new DataTransfer();
+          data.items.add(new File([bytes], name, { type: "audio/wav" }));
+          document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true, bubbles: true }));
+        }
+        """,
+        b64encode(make_audio_file(duration_s=1.0)).decode(),
+    )
+    page.until(lambda: page.run("return window.numDecoded") == 2)
+    assert page["source-name"].text == "Source: last.wav, 1.00 s"
+
+
+def test_loops_have_tempo_key_and_bars(page: Page) -> None:
+    page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
+    take = page.fill(prompt="kick drums", bpm=120, bars=1, key="C minor", steps=2).take()
+    assert take["order"]["fields"]["prompt"] == "kick drums 120bpm in C minor"
+    assert take["bytes"] == 2 * 44100 * 4

@@ -1,0 +1,138 @@
+"""The page as a whole: for everybody, by keyboard, on narrow screens, with parts of its own."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from tests.playground.conftest import Page
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2] / "stable_audio_serve" / "api" / "playground"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_for_everybody(scheme: str, page: Page) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    page.open().fill(prompt="rain", duration=0.5, steps=2).take()
+    page.click("mark-region")
+    assert page.findings() == []
+
+
+def test_it_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
+    metrics = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        page.open()
+        page["prompt"].send_keys("rain", Keys.TAB)
+        page.run("document.getElementById('source-file').focus()")
+        assert page.run("return getComputedStyle(document.querySelector('.button')).outlineStyle") == "solid"
+        before = page.shown
+        page.fill(duration=0.5, steps=2)
+        page["steps"].send_keys(Keys.CONTROL, Keys.ENTER)
+        page.until(lambda: page.shown not in (None, before))
+        page.click("mark-region")
+        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert page.run("return [...document.querySelectorAll('button, input, select, textarea')].every("
+                        "(each) => each.getBoundingClientRect().right <= innerWidth + 1)")  # fmt: skip
+        assert page.findings() == []
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_keys_act_wherever_nothing_is_typed(page: Page) -> None:
+    def press(key: str) -> None:
+        ActionChains(page.browser).send_keys(key).perform()
+
+    page.fill(prompt="rain", duration=2, steps=2).take()
+    press(" ")  # the button that was pressed last has given the keys back
+    page.until(lambda: page["play"].text == "Pause")
+    press(" ")
+    page.until(lambda: page["play"].text == "Play")
+    assert len(page.takes) == 1
+    page.fill(prompt="wind").take()
+    page.run("document.getElementById('download').focus()")
+    press("l")
+    page.until(lambda: page["loop"].get_attribute("aria-pressed") == "true")
+    press("b")
+    page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
+    press(Keys.ARROW_RIGHT)
+    page.until(lambda: page["clock"].text == "1.00 / 2.00 s")
+
+
+def test_its_parts_are_its_own_and_small(page: Page, served: str) -> None:
+    page.fill(prompt="rain", duration=0.5, steps=2).take()
+    loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert all(name.startswith((served, "blob:")) for name in loaded)
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) <= 400_000
+    headers = httpx.get(served, headers={"Accept": "text/html"}).headers
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'self';")
+    assert "unsafe" not in policy
+    part = httpx.get(f"{served}/playground/main.js")
+    assert part.headers["content-type"].startswith("text/javascript")
+    fresh = {"If-None-Match": part.headers["etag"]}
+    assert httpx.get(f"{served}/playground/main.js", headers=fresh).status_code == 304
+    for path in ("nothing.js", "../pages.py", "index.html", "vendor/../../app.py"):
+        assert httpx.get(f"{served}/playground/{path}").status_code == 404
+    assert httpx.get(served, headers={"Accept": "application/json"}).json()["name"] == "stable-audio-serve"
+
+
+def test_vendored_parts_are_the_published_ones() -> None:
+    """`make playground-assets` wrote them, which holds the npm package to its hash; these are of the files in it."""
+    hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in (ROOT / "vendor").iterdir()}
+    assert hashes == {
+        "regions.esm.js": "f3b9a81f56d0301affbeb5693dc9c43527efd6e97e534f17329192a7ce7fc4d4",
+        "spectrogram.esm.js": "fd898448381fff57ac50216fef287234e82d892ab8efe108084cb5e50e4be6da",
+        "wavesurfer.LICENSE": "0fc992dc27cc34dde78bfeb024b4cadff6320f0dcbee2f1228efaeb533ca1364",
+        "wavesurfer.esm.js": "079f3b142f37737f975b03ea8fd18652a316dc2120a2629aeca0844a0c08f2b1",
+    }
+    assert re.search(r"BSD 3-Clause", (ROOT / "vendor" / "wavesurfer.LICENSE").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "width"), [("light", "light", 1300), ("dark", "dark", 1300), ("phone", "light", 360)]
+)
+def test_pictures_for_the_page_about_it_can_be_taken(
+    name: str, scheme: str, *, width: int, page: Page, tmp_path: Path
+) -> None:
+    """UPDATE_PICTURES=1 writes them where the page has them."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        page.open()
+        for prompt, seed in (("a 440 Hz sine tone", 1), ("house drum loop at 120 bpm", 7)):
+            page.fill(prompt=prompt, duration=4, steps=8, seed=seed).take()
+        page.click("mark-region")
+        page.until(
+            lambda: (
+                page.run("return document.querySelector('#wave > div')?.shadowRoot?.querySelectorAll('canvas').length")
+                >= 3
+            )
+        )
+        page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#server-models td"))
+        page.run("scrollTo(0, 0)")
+        page.run("document.activeElement.blur()")
+        shot = Image.open(io.BytesIO(page.browser.get_screenshot_as_png())).convert("RGB").quantize(128)
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    folder = ROOT.parents[2] / "docs" / "images" if os.environ.get("UPDATE_PICTURES") else tmp_path
+    folder.mkdir(exist_ok=True)
+    picture = folder / f"playground-{name}.png"
+    shot.save(picture, optimize=True)
+    assert shot.size == (width, 900)
+    assert 5_000 < picture.stat().st_size < 150_000

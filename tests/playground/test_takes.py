@@ -1,0 +1,218 @@
+"""Takes: made, heard to their ends, compared, repeated, and kept by the browser."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import httpx
+import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+
+from tests.playground.conftest import Page
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_take_is_made_and_heard_to_its_end(page: Page) -> None:
+    take = page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).take()
+    assert take["order"]["fields"]["prompt"] == "a 440 Hz sine tone"
+    assert take["bytes"] == 44100 * 4
+    assert page["take-name"].text == "a 440 Hz sine tone"
+    assert f"seed {take['facts']['seed']}, 1.00 s" in page["take-facts"].text
+    assert "cpu float32" in page["take-facts"].text
+    page.run(
+        """
+        window.times = [];
+        const clock = document.getElementById("clock");
+        new MutationObserver(() => times.push(parseFloat(clock.value))).observe(clock, { childList: true });
+        """
+    )
+    page.click("play")
+    page.until(lambda: page["play"].text == "Pause")
+    page.until(lambda: page["play"].text == "Play")
+    assert max(page.run("return times")) > 0.9
+
+
+def test_a_loop_goes_on_until_it_is_stopped(page: Page) -> None:
+    page.fill(prompt="a kick drum", duration=0.5, steps=2).take()
+    page.click("loop")
+    page.click("play")
+    page.run(
+        """
+        window.jumps = 0;
+        let before = 0;
+        const clock = document.getElementById("clock");
+        new MutationObserver(() => {
+          const now = parseFloat(clock.value);
+          if (now < before) jumps += 1;
+          before = now;
+        }).observe(clock, { childList: true });
+        """
+    )
+    page.until(lambda: page.run("return jumps") >= 2)
+    assert page["play"].text == "Pause"
+    page.browser.find_element(By.TAG_NAME, "h1").click()
+    ActionChains(page.browser).send_keys(" ").perform()
+    page.until(lambda: page["play"].text == "Play")
+
+
+def test_a_player_plays_once_however_often_it_is_asked(page: Page) -> None:
+    page.browser.find_element(By.TAG_NAME, "h1").click()  # without which no sound may start
+    num_nodes, num_ticks = page.browser.execute_async_script(
+        """
+        const [done] = arguments;
+        let nodes = 0;
+        let ticks = 0;
+        const Node = window.AudioBufferSourceNode;
+        window.AudioBufferSourceNode = class extends Node {
+          constructor(...all) { super(...all); nodes += 1; }
+        };
+        const frame = () => new Promise(requestAnimationFrame);
+        import("./playground/audio.js").then(async ({ Player }) => {
+          const player = new Player({ onTick: () => (ticks += 1), onEnd: () => {} });
+          player.load([new AudioBuffer({ length: 44100 * 60, sampleRate: 44100 })], [1]);
+          await Promise.all([player.play(), player.play()]);
+          const started = nodes;
+          for (let count = 0; count < 20; count += 1) await player.seek(count);
+          ticks = 0;
+          for (let count = 0; count < 10; count += 1) await frame();
+          player.stop();
+          done([started, ticks]);
+        });
+        """
+    )
+    assert num_nodes == 1
+    assert num_ticks <= 11
+
+
+def test_what_is_made_is_played_at_once(page: Page) -> None:
+    page.click("autoplay")
+    page.fill(prompt='<img src=x onerror="document.title=1">"{nonce}', duration=1, steps=2).take()
+    page.until(lambda: page["play"].text == "Pause")
+    assert page["take-name"].text == '<img src=x onerror="document.title=1">"{nonce}'
+    assert page.browser.title == "stable-audio-serve"
+    page.until(lambda: page["play"].text == "Play")
+
+
+def test_two_takes_are_compared_as_loud_as_each_other(page: Page) -> None:
+    page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).take()
+    page.fill(prompt="rain").take()
+    page.click("ab")
+    page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
+    assert "a 440 Hz sine tone" in page.said
+    page.click("ab")
+    page.until(lambda: page["ab"].get_attribute("aria-pressed") == "false")
+    script = "import('./playground/audio.js').then((audio) => done(audio.equalGains([-10, -16, null])))"
+    gains = page.browser.execute_async_script(f"const [done] = arguments; {script}")
+    assert gains == [pytest.approx(10 ** (-6 / 20)), 1, 1]
+
+
+def test_a_take_repeats_to_the_byte_and_its_settings_come_back(page: Page, served: str) -> None:
+    take = page.fill(prompt="a snare", duration=0.5, steps=3, cfg_scale=2, negative_prompt="hiss", seed=77).take()
+    page.click("repeat")
+    page.until(lambda: page.said.startswith("The same to the byte"))
+    page.fill(prompt="something else", steps=5, seed=1)
+    page.click("load-settings")
+    values = {name: page[name].get_attribute("value") for name in ("prompt", "steps", "seed", "negative_prompt")}
+    assert values == {"prompt": "a snare", "steps": "3", "seed": "77", "negative_prompt": "hiss"}
+    assert page["seed-lock"].get_attribute("aria-pressed") == "true"
+    again = page.take()
+    assert again["order"] == take["order"]
+    reply = httpx.post(f"{served}/v1/audio/generations", json=take["order"]["fields"], timeout=60)
+    digest = sha256(reply.content).hexdigest()
+    page.click("repeat")
+    page.until(lambda: digest in page.said)
+
+
+def test_a_take_is_compared_with_itself_whatever_is_shown_meanwhile(page: Page) -> None:
+    page.fill(prompt="a snare", duration=0.5, steps=2).take()
+    page.fill(prompt="rain").take()
+    page.run(
+        """
+        const real = window.fetch;
+        window.fetch = async (url, options) => {
+          const reply = await real(url, options);
+          if (String(url).endsWith("/replay")) await new Promise((release) => (window.release = release));
+          return reply;
+        };
+        """
+    )
+    page.click("repeat")
+    page.until(lambda: page.run("return Boolean(window.release)"))
+    page.run("document.querySelector('#takes li:last-child button').click()")
+    page.until(lambda: page["take-name"].text == "a snare")
+    page.run("window.release()")
+    page.until(lambda: page.said.startswith("The same to the byte"))
+
+
+def test_the_take_that_was_chosen_last_is_shown(page: Page) -> None:
+    """Also if the one before it takes longer to decode."""
+    page.fill(prompt="a snare", duration=0.5, steps=2).take()
+    page.fill(prompt="rain").take()
+    page.run(
+        """
+        const real = OfflineAudioContext.prototype.decodeAudioData;
+        const released = new Promise((release) => (window.release = release));
+        let numAsked = 0;
+        window.numDecoded = 0;
+        OfflineAudioContext.prototype.decodeAudioData = async function (bytes) {
+          const isFirst = (numAsked += 1) === 1;
+          const sound = await real.call(this, bytes);
+          if (isFirst) await released;
+          setTimeout(() => (window.numDecoded += 1));
+          return sound;
+        };
+        const [latest, first] = document.querySelectorAll("#takes li .what");
+        first.click();
+        latest.click();
+        """
+    )
+    page.until(lambda: page.run("return numDecoded"))
+    page.run("window.release()")
+    page.until(lambda: page.run("return numDecoded") >= 2)
+    assert page["take-name"].text == "rain"
+
+
+def test_settings_of_a_model_that_is_gone_are_not_loaded(page: Page) -> None:
+    """Servers change, and several may have had the same address."""
+    page.fill(prompt="a snare", duration=0.5, steps=2).take()
+    page.browser.execute_async_script(
+        """
+        const [done] = arguments;
+        const open = indexedDB.open("stable-audio-serve");
+        open.onsuccess = () => {
+          const takes = open.result.transaction("takes", "readwrite").objectStore("takes");
+          takes.getAll().onsuccess = ({ target: { result: [take] } }) => {
+            take.order.fields.model = "former";
+            takes.put(take);
+          };
+          takes.transaction.oncomplete = () => { open.result.close(); done(); };
+        };
+        """
+    )
+    page.open()
+    page.run("document.querySelector('#takes li button').click()")
+    page.click("load-settings")
+    page.until(lambda: page["form-error"].text == "The server has no model former any more.")
+    assert page["model"].get_attribute("value") == "demo"
+
+
+def test_a_browser_without_room_keeps_takes_as_long_as_the_page(page: Page) -> None:
+    page.run("IDBObjectStore.prototype.put = function () { throw new DOMException('full', 'QuotaExceededError') }")
+    page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
+    page.until(lambda: "no room" in page.said)
+    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#takes li")) == 1
+    assert page.takes == []
+
+
+def test_two_tabs_have_one_history(page: Page) -> None:
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("tab")
+    second = page.open().browser.current_window_handle
+    page.browser.switch_to.window(first)
+    page.fill(prompt="rain", duration=0.5, steps=2).take()
+    page.browser.switch_to.window(second)
+    page.until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#takes li")) == 1)
+    page.browser.close()
+    page.browser.switch_to.window(first)

@@ -1,0 +1,24 @@
+"""What prices take a sampler to ask of the network is what its plans ask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stable_audio_serve.core.pricing import EVALUATIONS_PER_STEP
+from stable_audio_serve.sampling import SAMPLERS, V_SAMPLERS, Guidance, SigmaRange, build_plan, build_v_plan
+
+
+@pytest.mark.parametrize("sampler", dict.fromkeys([*SAMPLERS, *V_SAMPLERS]))
+@pytest.mark.parametrize("steps", [8, 100])
+def test_prices_know_how_often_a_sampler_asks_the_network(sampler: str, steps: int) -> None:
+    if sampler in V_SAMPLERS:
+        plan = build_v_plan(sampler, steps, span=SigmaRange(0.3, 500.0), guidance=Guidance(), has_source=False)
+    else:
+        plan = build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=Guidance(), has_source=False)
+    per_step = EVALUATIONS_PER_STEP.get(sampler, 1)
+    assert (steps - 1) * per_step < len(plan.evaluations) <= steps * per_step  # the last step may ask less often
+
+
+def test_prices_know_no_other_samplers() -> None:
+    assert EVALUATIONS_PER_STEP.keys() <= {*SAMPLERS, *V_SAMPLERS}

@@ -1,0 +1,68 @@
+"""Our own command and client, as their users have them, against the server as its operator has it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.client import Client, Job
+from tests.serving.launched import LaunchedServer
+
+pytestmark = pytest.mark.ray
+
+_PATIENCE_S = 60.0
+
+
+def _hear_ctrl_c() -> None:
+    """A shell starts what runs in the background deaf to it, and with it these tests and all their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def start(server: LaunchedServer, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "stable_audio_serve.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"STABLE_AUDIO_URL": server.url, "PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hear_ctrl_c,
+    )
+
+
+def find_running(client: Client) -> Job:
+    ends_at = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < ends_at:
+        for job in client.jobs.list(status="running").jobs:
+            return job
+        time.sleep(0.05)
+    raise AssertionError("no job is running")
+
+
+def test_a_command_a_call_and_a_job_make_the_same_file(server: LaunchedServer, tmp_path: Path) -> None:
+    process = start(server, tmp_path, "generate", "a door closes", "-d", "1", "-s", "7", "--steps", "1")
+    output, said = process.communicate(timeout=_PATIENCE_S)
+    assert (process.returncode, output) == (0, "a-door-closes-7.wav\n"), said
+    with Client(server.url) as client:
+        take = client.generate("a door closes", duration=1, seed=7, steps=1)
+        job = client.jobs.submit("a door closes", duration=1, seed=7, steps=1)
+        path = client.jobs.download(client.jobs.wait(job.id, timeout_s=_PATIENCE_S), tmp_path / "job.wav")
+    assert (tmp_path / "a-door-closes-7.wav").read_bytes() == take.content == path.read_bytes()
+
+
+def test_ctrl_c_cancels_what_the_server_is_making(server: LaunchedServer, tmp_path: Path) -> None:
+    long = ("-d", "16", "--steps", "1000", "-n", "4", "--cfg-scale", "3", "--sampler", "rk4")
+    process = start(server, tmp_path, "generate", "a door closes", *long)
+    with Client(server.url) as client:
+        job = find_running(client)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=_PATIENCE_S)
+        assert (process.returncode, said.strip()) == (130, "error: interrupted")
+        assert client.jobs.wait(job.id, timeout_s=_PATIENCE_S).status == "cancelled"
+    assert list(tmp_path.iterdir()) == []
