@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  what is waited for is not ours to signal
-            await asyncio.sleep(0.005)
+from tests.patience import until
 
 
 @asynccontextmanager
@@ -25,7 +21,7 @@ async def listening(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **options)
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve([listener]))
-        await wait_until(lambda: server.started)
+        await until(lambda: server.started)
         try:
             yield listener.getsockname()[1]
         finally:

@@ -20,7 +20,7 @@ from tests.api.compat.serving import make_app
 from tests.api.test_draining import BODY, GENERATE
 from tests.backends import ToneBackend
 from tests.jobs.stores import ERROR
-from tests.sockets import wait_until
+from tests.patience import until
 
 ADMIN = {"Authorization": "Bearer admin"}
 PLAIN = {"Authorization": "Bearer plain"}
@@ -127,7 +127,7 @@ async def test_a_server_that_rests_finishes_tells_and_resumes() -> None:
     async with make_admin(backend, run_jobs=False) as (client, _):
         job = await submit(client)
         busy = asyncio.create_task(client.post(GENERATE, json=BODY, headers=PLAIN))
-        await wait_until(lambda: backend.num_running == 1)
+        await until(lambda: backend.num_running == 1)
         reply = await client.post("/v1/admin/drain")
         assert (reply.status_code, reply.json()["state"], reply.json()["requests"]) == (202, "draining", 1)
         refused = await client.post(GENERATE, json=BODY, headers=PLAIN)

@@ -18,7 +18,8 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.audio_files import make_audio_file, pcm_of
 from tests.backends import ToneBackend
-from tests.sockets import listening, wait_until
+from tests.patience import until
+from tests.sockets import listening
 
 pytestmark = pytest.mark.slow
 
@@ -64,9 +65,9 @@ async def test_a_gone_client_cancels_its_generation() -> None:
     backend = ToneBackend(delay_s=30)
     async with serve(backend) as port:
         writer = await open_request(port, b'{"prompt": "x"}', headers=_JSON + "x-request-disconnect-disabled: ?1\r\n")
-        await wait_until(lambda: backend.num_running == 1)
+        await until(lambda: backend.num_running == 1)
         writer.close()
-        await wait_until(lambda: backend.num_running == 0)
+        await until(lambda: backend.num_running == 0)
     assert backend.num_cancelled == 1
 
 
@@ -77,7 +78,7 @@ async def test_a_hundred_instant_disconnects_leave_nothing_running() -> None:
             writer = await open_request(port, b'{"prompt": "x"}')
             await asyncio.sleep(0.001 * (index % 4))
             writer.transport.abort()
-        await wait_until(lambda: backend.num_running == 0)
+        await until(lambda: backend.num_running == 0)
         assert backend.num_cancelled == len(backend.requests)
         backend.delay_s = 0
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
@@ -302,7 +303,7 @@ async def test_more_generations_than_a_process_takes_are_refused_in_json_and_hea
     async with connect(backend, max_generations=20) as client:
         bodies = [{"prompt": "a", "duration": 0.1, "seed": seed} for seed in range(25)]
         waiting = [asyncio.create_task(client.post(URL, json=body)) for body in bodies]
-        await wait_until(lambda: backend.num_running == 20)
+        await until(lambda: backend.num_running == 20)
         assert (await client.get("/health")).status_code == 200
         answers = await asyncio.gather(*waiting)
     refused = [answer for answer in answers if answer.status_code == 503]
@@ -318,7 +319,7 @@ async def test_more_decoded_audio_than_a_process_holds_is_refused_until_some_is_
     files = {"audio": make_audio_file(duration_s=1.0)}  # 353 kB when decoded
     async with connect(backend, max_source_bytes=500_000) as client:
         first = asyncio.create_task(client.post("/v1/audio/variations", data=form, files=files))
-        await wait_until(lambda: backend.num_running == 1)
+        await until(lambda: backend.num_running == 1)
         second = await client.post("/v1/audio/variations", data=form, files=files)
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
         assert "audio" in second.json()["detail"]

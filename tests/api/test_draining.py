@@ -14,7 +14,7 @@ from stable_audio_serve.api.middleware.draining import Draining
 from tests.api.compat.serving import make_app
 from tests.api.test_jobs import submit
 from tests.backends import ToneBackend
-from tests.sockets import wait_until
+from tests.patience import until
 
 GENERATE = "/v1/audio/generations"
 BODY = {"prompt": "a bell", "duration": 1}
@@ -45,7 +45,7 @@ async def test_new_requests_are_refused_in_their_own_form_and_what_is_in_flight_
     async with make_app(ToneBackend(delay_s=1.0), run_jobs=False) as (app, backend), client_of(app) as client:
         draining = draining_of(app)
         busy = asyncio.create_task(client.post(GENERATE, json=BODY))
-        await wait_until(lambda: backend.num_running == 1)
+        await until(lambda: backend.num_running == 1)
         assert draining.num_in_flight == 1
         draining.stop()
         for method, path, body, place in NEW:
@@ -76,7 +76,7 @@ async def test_event_streams_are_told_to_reconnect_where_a_process_is_only_repla
             queued = await client.post("/queue/fal-ai/stable-audio", json={"prompt": "a bell"})
             path = f"{queued.json()['status_url']}/stream"
         following = asyncio.create_task(client.get(path))
-        await wait_until(lambda: draining_of(app).num_in_flight == 1)
+        await until(lambda: draining_of(app).num_in_flight == 1)
         await asyncio.sleep(0.1)
         assert not following.done()  # its job waits, and would for ever
         draining_of(app).leave()
@@ -124,7 +124,7 @@ async def test_a_request_counts_until_its_last_byte_has_gone() -> None:
             "asgi": {"version": "3.0"},
         }
         answering = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
-        await wait_until(lambda: len(sent) == 2)
+        await until(lambda: len(sent) == 2)
         assert draining_of(app).num_in_flight == 1
         gate.set()
         await answering

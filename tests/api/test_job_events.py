@@ -20,7 +20,7 @@ from tests.api.compat.serving import make_client, serve_app
 from tests.api.test_jobs import submit, wait
 from tests.backends import ToneBackend
 from tests.databases import PostgresServer, postgres, postgres_url
-from tests.sockets import wait_until
+from tests.patience import until
 
 __all__ = ["postgres", "postgres_url"]
 
@@ -44,7 +44,7 @@ def parse(text: str) -> list[dict[str, Any]]:
 async def polls(reads: list[str]) -> None:
     """Waits until a stream, which is the only reader, has looked at its job several times from now on."""
     enough = len(reads) + 5
-    await wait_until(lambda: len(reads) >= enough)
+    await until(lambda: len(reads) >= enough)
 
 
 async def read(client: httpx.AsyncClient, ticket: dict[str, Any], *, after: str | None = None) -> list[dict[str, Any]]:

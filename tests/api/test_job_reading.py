@@ -16,7 +16,7 @@ from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, KEYS, submit, wait
 from tests.backends import ToneBackend
-from tests.sockets import wait_until
+from tests.patience import until
 from tests.webhook_receiver import receiving
 
 pytestmark = pytest.mark.slow
@@ -169,7 +169,7 @@ async def test_a_running_job_is_asked_to_stop(
     backend.delay_s = 30
     ticket = await submit(client)
     await wait(client, ticket, "running")
-    await wait_until(lambda: backend.num_running == 1)
+    await until(lambda: backend.num_running == 1)
     reply = await client.delete(f"/jobs/{ticket['id']}")
     assert (reply.status_code, reply.json()["status"]) == (202, "running")
     assert (await wait(client, ticket))["status"] == "cancelled"

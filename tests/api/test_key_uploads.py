@@ -15,7 +15,8 @@ from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
-from tests.sockets import listening, wait_until
+from tests.patience import until
+from tests.sockets import listening
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +84,7 @@ async def test_a_place_in_use_refuses_uploads_but_no_jobs_and_is_not_lost(tmp_pa
     files, form = {"audio": make_audio_file(duration_s=0.5)}, {"prompt": "x", "duration": "1"}
     async with two_servers(tmp_path, backend) as (one, other):
         first = asyncio.create_task(post(one, TEXT, "bob", json={"prompt": "x", "duration": 1}))
-        await wait_until(lambda: backend.num_running == 1)
+        await until(lambda: backend.num_running == 1)
         for port in (one, other):
             answer = await send_head(port, VARIATION, "bob")
             assert answer.startswith(b"HTTP/1.1 429 ")

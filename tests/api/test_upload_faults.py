@@ -15,7 +15,7 @@ import pytest
 from tests.api.test_connections import connect, open_connection, serve
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
-from tests.sockets import wait_until
+from tests.patience import until
 
 pytestmark = pytest.mark.slow
 
@@ -136,13 +136,13 @@ async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None
             assert (await client.post(VARIATIONS, content=too_much(), headers=multipart)).status_code == 413
         for leave in (True, False):
             reader, writer = await open_connection(port, head, path=VARIATIONS, headers=headers, length=4_000_000)
-            await wait_until(lambda: bool(spooled_files(spool)))
+            await until(lambda: bool(spooled_files(spool)))
             if leave:
                 writer.transport.abort()
             else:
                 assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
                 writer.close()
-            await wait_until(lambda: not spooled_files(spool))
+            await until(lambda: not spooled_files(spool))
     assert not spooled_files(spool)
     assert not os.listdir(spool)
 
@@ -151,7 +151,7 @@ async def test_more_body_bytes_than_a_process_holds_are_refused_until_others_are
     backend = ToneBackend(delay_s=1.0)
     async with connect(backend, max_bodies_bytes=2 * len(WAV)) as client:
         first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # alone, a body is taken
-        await wait_until(lambda: backend.num_running == 1)
+        await until(lambda: backend.num_running == 1)
         second = await upload(client)
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
         assert second.json() == {"detail": "body: too much is being received from others (api.max_bodies_bytes)"}

@@ -20,7 +20,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.backends import ToneBackend
-from tests.sockets import wait_until
+from tests.patience import until
 from tests.webhook_receiver import receiving
 
 pytestmark = pytest.mark.slow
@@ -246,7 +246,7 @@ async def test_a_running_request_is_cancelled(
     backend.delay_s = 30
     ticket = await submit(client)
     await wait_for(client, ticket, "IN_PROGRESS")
-    await wait_until(lambda: backend.num_running == 1)  # a job is in progress before the model is asked
+    await until(lambda: backend.num_running == 1)  # a job is in progress before the model is asked
     reply = await client.put(ticket["cancel_url"], headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
     assert (await wait_for(client, ticket, "COMPLETED"))["error_type"] == "client_cancelled"

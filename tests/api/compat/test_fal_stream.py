@@ -16,7 +16,7 @@ from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.core.errors import GenerationError
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
-from tests.sockets import wait_until
+from tests.patience import until
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ async def test_a_cancelled_request_ends_its_stream(reads: list[str]) -> None:
     async with make_client(ToneBackend(delay_s=30), stream_pauses=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read_stream(client, ticket))
-        await wait_until(lambda: len(reads) >= 3)  # the route's own, then the stream's
+        await until(lambda: len(reads) >= 3)  # the route's own, then the stream's
         await client.put(ticket["cancel_url"])
         events = await following
     assert (events[-1]["status"], events[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
