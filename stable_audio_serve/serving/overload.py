@@ -1,7 +1,8 @@
 """Refusals by the ingress itself while a model is full, so that its replicas hear of few of them, and the times at
 which refused clients are told to come again, each its own. Knows neither Ray nor HTTP. The engine's admission is the
-truth: what a replica said counts for a second at most. Of several processes that call a model each tells the others
-whom it told to come: a client may ask any of them the next time.
+truth: what a replica said counts for a second at most. Until then little more is passed on than the model does. Of
+several processes that call a model each tells the others whom it told to come, since a client may ask any of them the
+next time, and how much it passed on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from stable_audio_serve.serving.promises import Promises, wish_of
 
 _HOLD_S = 1.0  # a cancelled request or a new replica may make room sooner than a full one thought
 _LONGEST_WAIT_S = 600.0
+_PASSED_SHARE = 1.25  # of what is done is passed on to a full model: a replica that did more would not be found out
 _PROMISED_SHARE = 0.9  # of what is done is promised, so that delays do not add up
 _CALM_S = 3.0  # without a refusal or one who comes as told: the next overload may be by others
 _ON_THE_WAY_S = 0.3  # at most, of a word to another process: the time that it names is rather too early there
@@ -37,6 +39,7 @@ class Word:
     promised: Sequence[tuple[int, float]] = ()
     came: Sequence[int] = ()
     withdrawn: Sequence[int] = ()
+    num_entered: int = 0
     num_done: int = 0
 
 
@@ -55,6 +58,11 @@ class _Rate:
         """What was measured, else the guess."""
         per_s = self._guessed_per_s if self._measured_per_s is None else self._measured_per_s
         return max(per_s, _LEAST_RATE)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was ever measured."""
+        return self._measured_per_s is not None
 
     def guess(self, per_s: float) -> None:
         """Say what it may be while nothing is measured."""
@@ -87,6 +95,7 @@ class _News:
     promised: list[tuple[int, float]] = field(default_factory=list)  # wishes, and when in the time of this process
     came: list[int] = field(default_factory=list)
     withdrawn: list[int] = field(default_factory=list)
+    num_entered: int = 0
     num_done: int = 0
 
 
@@ -100,8 +109,8 @@ class OverloadGuard:
         self._promises = Promises()
         self._news = _News()
         self._rate = _Rate()
-        self._room_at = float("-inf")  # when a replica that was full thought to have room
-        self._held_until = float("-inf")
+        self._room_at = float("-inf")  # when there is thought to be room for the next one
+        self._trusted_until = float("-inf")  # what a full replica said
         self._calm_at = float("-inf")
         self._second_try_at = float("-inf")  # of the last one who came as told and found no room
 
@@ -110,8 +119,10 @@ class OverloadGuard:
         now = self._clock.monotonic()
         self._promises.forget_late(now)
         is_promised = bool(self._promises.num_open) and self._claim(wish_of(request), now)
-        if not is_promised and now < self._held_until:
+        if not is_promised and now < min(self._room_at, self._trusted_until):
             raise self._refusal(request, wait_s=self._room_at - now, now=now)
+        self._take_room(now)
+        self._news.num_entered += now < self._trusted_until
         return replace(request, is_promised=is_promised)
 
     def done(self) -> None:
@@ -124,7 +135,7 @@ class OverloadGuard:
         now = self._clock.monotonic()
         wait_s = error.retry_after_s or 0.0
         self._room_at = now + wait_s
-        self._held_until = now + min(wait_s, _HOLD_S)
+        self._trusted_until = now + _HOLD_S
         if error.num_ahead:
             self._rate.guess(error.num_ahead / max(error.ahead_s, _LEAST_AHEAD_S))
         return self._refusal(request, wait_s=wait_s, now=now)
@@ -145,10 +156,11 @@ class OverloadGuard:
         """Returns what the other processes have to hear now, None where that is nothing."""
         now = self._clock.monotonic()
         news, self._news = self._news, _News()
-        if not (news.promised or news.came or news.withdrawn or (news.num_done and self._rate.is_measured(now))):
+        is_silent = not (news.promised or news.came or news.withdrawn or news.num_entered)
+        if is_silent and not (news.num_done and self._rate.is_measured(now)):
             return None
         promised = [(wish, due_at - now) for wish, due_at in news.promised]
-        return Word(promised, news.came, news.withdrawn, news.num_done)
+        return Word(promised, news.came, news.withdrawn, news.num_entered, news.num_done)
 
     def hear(self, word: Word) -> None:
         """Note what another process told."""
@@ -159,9 +171,15 @@ class OverloadGuard:
             self._promises.add(wish, due_at=now + in_s - _ON_THE_WAY_S)
         for wish in word.came:
             self._promises.claim(wish)
+        self._take_room(now, word.num_entered)
         for wish in word.withdrawn:
             self._promises.withdraw(wish)
         self._rate.done(word.num_done)
+
+    def _take_room(self, now: float, number: int = 1) -> None:
+        """Leave the next room of a full model to those who go there now."""
+        if now < self._trusted_until and self._rate.is_known:
+            self._room_at = max(self._room_at, now) + number / (_PASSED_SHARE * self._rate.per_s)
 
     @property
     def _is_one_of_many(self) -> bool:

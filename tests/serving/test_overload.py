@@ -191,19 +191,24 @@ def test_a_process_of_several_has_nothing_to_tell_while_the_model_is_not_full() 
 
 @dataclass
 class World:
-    """Replicas with `max_queue_s` of work each, one request after another; requests go where least is left."""
+    """Replicas with `max_queue_s` of work each, one request after another; requests go where least is left. A replica's
+    refusal takes `way_s` to the process that asked.
+    """
 
     guards: Sequence[OverloadGuard]  # of the processes that clients ask, any of them each time
     clock: FakeClock
     work_s: Sequence[float]
     max_queue_s: float
     free_at: list[float]
+    way_s: float = 0.0
     events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     order: itertools.count[int] = field(default_factory=itertools.count)
     told_s: dict[int, float] = field(default_factory=dict)
     admitted_at: dict[int, float] = field(default_factory=dict)
     returns: list[bool] = field(default_factory=list)  # of those who came again for the first time: admitted
     latencies_s: list[float] = field(default_factory=list)
+    num_refused_by_replicas: int = 0
+    num_refused: int = 0
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
     def run(self, arrivals: Sequence[float], *, is_patient: bool) -> None:
@@ -228,28 +233,39 @@ class World:
             self.at(self.clock.now + _EXCHANGE_S, self.exchange)
 
     def ask(self, number: int, *, tries: int, is_patient: bool) -> None:
-        now = self.clock.monotonic()
-        try:
-            self.serve(number)
-        except OverloadedError as error:
-            told_s = max(1, math.ceil(error.retry_after_s or 0.0))
+        guard = self.rng.choice(self.guards)
+
+        def tell(refusal: OverloadedError) -> None:
+            self.num_refused += 1
+            if tries == 1:
+                self.returns.append(False)
+            told_s = max(1, math.ceil(refusal.retry_after_s or 0.0))
             self.told_s.setdefault(number, told_s)
             if is_patient:
-                self.at(now + told_s, lambda: self.ask(number, tries=tries + 1, is_patient=True))
-        if tries == 1:
-            self.returns.append(number in self.admitted_at)
+                self.at(self.clock.now + told_s, lambda: self.ask(number, tries=tries + 1, is_patient=True))
 
-    def serve(self, number: int) -> None:
+        try:
+            entered = guard.enter(request(str(number)))
+        except OverloadedError as refusal:
+            tell(refusal)
+            return
+        try:
+            self.serve(number, guard, entered)
+        except QueueFullError as error:
+            self.num_refused_by_replicas += 1
+            self.at(self.clock.now + self.way_s, lambda error=error: tell(guard.refuse(entered, error)))  # type: ignore[misc]
+        else:
+            if tries == 1:
+                self.returns.append(True)
+
+    def serve(self, number: int, guard: OverloadGuard, entered: GenerationRequest) -> None:
         now = self.clock.monotonic()
-        guard = self.rng.choice(self.guards)
-        entered = guard.enter(request(str(number)))
         replica = min(range(len(self.free_at)), key=self.free_at.__getitem__)
         ahead_s = max(0.0, self.free_at[replica] - now)
         over_s = ahead_s - self.max_queue_s - (_ABOVE_S if entered.is_promised else 0.0)
         if over_s > 0:
             num_ahead = math.ceil(ahead_s / (sum(self.work_s) / len(self.work_s)))
-            error = QueueFullError("full", retry_after_s=over_s, num_ahead=num_ahead, ahead_s=ahead_s)
-            raise guard.refuse(entered, error)
+            raise QueueFullError("full", retry_after_s=over_s, num_ahead=num_ahead, ahead_s=ahead_s)
         self.free_at[replica] = now + ahead_s + self.work_s[number]
         self.admitted_at[number] = now
         self.latencies_s.append(self.free_at[replica] - now)
@@ -265,6 +281,7 @@ def overload(
     replicas: int = 1,
     processes: int = 1,
     is_patient: bool = True,
+    way_s: float = 0.0,
 ) -> tuple[World, list[float]]:
     """Returns a world after so much more was asked than it can do, with requests of 30 to 150 ms, and the arrivals."""
     rng = random.Random(seed)
@@ -275,7 +292,7 @@ def overload(
     clock.now = 0.0
     work_s = [rng.uniform(0.03, 0.15) for _ in arrivals]
     guards = [OverloadGuard(clock, num_processes=processes) for _ in range(processes)]
-    world = World(guards, clock, work_s, max_queue_s=max_queue_s, free_at=[0.0] * replicas)
+    world = World(guards, clock, work_s, max_queue_s=max_queue_s, free_at=[0.0] * replicas, way_s=way_s)
     world.run(arrivals, is_patient=is_patient)
     return world, arrivals
 
@@ -305,3 +322,16 @@ def test_nobody_is_kept_waiting_for_those_who_do_not_come_again() -> None:
     assert done_s >= 0.98 * arrivals[-1]  # the device was never idle
     assert max(world.latencies_s) <= 0.5 + 0.15
     assert median(list(world.told_s.values())[-100:]) == 1
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 0.2), (2, 0.3)])
+@pytest.mark.parametrize("replicas", [1, 20])
+def test_few_refusals_are_asked_of_replicas_which_are_busy_and_none_of_them_is_idle(
+    *, processes: int, share: float, replicas: int
+) -> None:
+    world, arrivals = overload(
+        seed=4, max_queue_s=0.5, replicas=replicas, processes=processes, seconds=20.0, is_patient=False, way_s=0.06
+    )
+    assert world.num_refused > len(arrivals) / 2
+    assert world.num_refused_by_replicas <= share * world.num_refused
+    assert sum(world.work_s[number] for number in world.admitted_at) >= 0.98 * replicas * arrivals[-1]
