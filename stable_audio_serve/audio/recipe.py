@@ -36,6 +36,7 @@ _WHOLE = BeforeValidator(_to_whole)
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Word = Annotated[str, Field(min_length=1, max_length=200)]
 _S = Annotated[float, Field(ge=0, le=1e6)]  # seconds
+_Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models cut it to what they know
 FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # of `audio.encode.AudioFormat`
 
 
@@ -100,7 +101,7 @@ class Recipe(_Part):
     rho: Annotated[float, Field(ge=0.01, le=100)] | None = _unset()
     duration_padding_sec: Annotated[float, Field(ge=0, le=30)] | None = _unset()
     chunked_decode: bool | None = _unset()
-    seconds_start: _S | None = _unset("Where the clip starts in a longer piece; for models that know it.")
+    seconds_start: _Start | None = _unset("Where the clip starts in a longer piece; for models that know it.")
     seconds_total: _S | None = _unset("Length of that piece as the model was told it.")
     init_audio: RecipeSource | None = _unset("Source of a variation.")
     init_noise_level: Annotated[float, Field(ge=0, le=1000)] | None = _unset(

@@ -188,6 +188,7 @@ def open_orders(sampler: str, **levels: float) -> list[tuple[str, Form]]:
         ("/v1/audio/variations", text | {"init_noise_level": 0.4} | chosen),
         ("/v1/audio/inpaint", text | {"inpaint_start_seconds": 1, "inpaint_end_seconds": 1.5} | chosen),
         ("/saos/generate", {"prompt": "a bell", "steps": 2, "seconds_total": 2, "seconds_start": 1.5}),
+        ("/saos/generate", {"prompt": "a bell", "steps": 2, "seconds_total": 2, "seconds_start": 1e9}),
     ]
 
 
