@@ -112,8 +112,8 @@ class TimedDevice:
         try:
             await self._turn.acquire()
         finally:
-            self._waiting_ms -= work_ms
             self._num_waiting -= 1
+            self._waiting_ms = self._waiting_ms - work_ms if self._num_waiting else 0.0  # no rest of rounding
 
 
 def predict_stages(times: DeviceModel, request: GenerationRequest) -> StageTimings:

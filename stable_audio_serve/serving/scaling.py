@@ -18,7 +18,7 @@ _LONGEST_S = 120.0  # loading times beyond this are no better foreseen
 _USED_SHARE = 0.8  # of a replica's time; with more of it used, requests that come at random wait long
 _SAMPLE_S = 1.0  # between two remembered backlogs
 _SILENCE_S = 5.0  # after which nothing is known of the time between
-_EPSILON = 1e-6
+_EPSILON = 1e-6  # what is less is what rounding left
 
 Samples = Sequence[tuple[float, float]]  # (time, value), oldest first
 
@@ -89,7 +89,7 @@ def wanted(memory: Memory, seen: Observed, *, goal: Goal, target: int, now: floa
     # Work that keeps arriving is not there yet, or already done: it keeps replicas, which are enough for it, but asks
     # for no more. Neither are more of any use than there are requests.
     kept = max(_up(seen.backlog_s / goal.target_wait_s), min(_up(seen.arriving / _USED_SHARE), _up(seen.num_requests)))
-    is_used = seen.backlog_s > 0 or seen.num_requests > 0
+    is_used = max(seen.backlog_s, seen.num_requests) > _EPSILON
     return max(more, min(kept, target), int(is_used))
 
 

@@ -94,6 +94,15 @@ async def test_a_device_does_one_thing_at_a_time_in_order_and_loses_nothing_by_w
     assert device.backlog_ms == pytest.approx(0.0)
 
 
+async def test_a_device_that_has_done_everything_has_nothing_left_not_even_by_rounding() -> None:
+    clock = ManualClock()
+    device = TimedDevice(STAND_IN_DEVICE, clock=clock, sleep=clock.sleep)
+    for steps in range(1, 8):
+        requests = [make_request(steps=steps + more, duration_s=0.3 * steps) for more in range(5)]
+        await asyncio.gather(*map(device.run, requests))
+        assert device.backlog_ms == 0.0
+
+
 async def test_an_idle_device_starts_at_the_arrival() -> None:
     clock = ManualClock()
     device = make_device(clock)

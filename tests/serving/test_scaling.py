@@ -115,6 +115,13 @@ def test_an_idle_model_goes_to_zero_and_a_request_keeps_one() -> None:
     assert seen == [1] * 29 + [0] * 11
 
 
+def test_what_rounding_leaves_of_a_backlog_keeps_no_replica() -> None:
+    model = Model(target=1)
+    left_s = 0.1 + 0.2 - 0.3
+    assert left_s > 0.0
+    assert [model.decide(float(now), backlog_s=left_s) for now in range(40)][-1] == 0
+
+
 def test_a_replica_that_a_held_request_woke_stays_for_a_while_although_nobody_decided_meanwhile() -> None:
     model = Model(target=0)
     model.decide(0.0)
