@@ -22,6 +22,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend, make_catalog
+from tests.patience import PATIENCE_S
 
 RATE_HZ = 8000  # keeps files small: clips are as long as asked for
 MAX_DURATION_S = 48.0
@@ -66,7 +67,7 @@ def run_server(riff_dir: Path) -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    port, stop = started.get(timeout=60)
+    port, stop = started.get(timeout=PATIENCE_S)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -189,7 +190,7 @@ _AT_MOST = {"duration": 40, "steps": 50, "batch_size": 2, "audio_length": 40}
 
 
 def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    reply = requests.post(url, json=body, timeout=30)
+    reply = requests.post(url, json=body, timeout=PATIENCE_S)
     reply.raise_for_status()
     answer: dict[str, Any] = reply.json()
     return answer

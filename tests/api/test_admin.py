@@ -20,7 +20,7 @@ from tests.api.compat.serving import make_app
 from tests.api.test_draining import BODY, GENERATE
 from tests.backends import ToneBackend
 from tests.jobs.stores import ERROR
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 ADMIN = {"Authorization": "Bearer admin"}
 PLAIN = {"Authorization": "Bearer plain"}
@@ -137,7 +137,7 @@ async def test_a_server_that_rests_finishes_tells_and_resumes() -> None:
         assert (await client.get("/ready")).json()["status"] == "draining"
         read = await client.get(f"/jobs/{job['id']}", headers=PLAIN)
         assert read.json()["status"] == "queued"
-        following = await asyncio.wait_for(client.get(f"/jobs/{job['id']}/events", headers=PLAIN), 5)
+        following = await asyncio.wait_for(client.get(f"/jobs/{job['id']}/events", headers=PLAIN), PATIENCE_S)
         assert "retry: " in following.text  # its reader is sent elsewhere
         assert (await client.get("/v1/status")).json()["draining"]["requests"] == 1
         backend.released.set()

@@ -12,6 +12,7 @@ import pytest
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
 from tests.object_storage import Faults, ObjectStorage
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def storage_args(storage: ObjectStorage, bucket: str, **overrides: Any) -> dict[
 
 
 async def finished(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             status: dict[str, Any] = (await client.get(f"/jobs/{job_id}")).json()
             if status["completed_at"]:
@@ -54,7 +55,7 @@ async def test_a_job_ends_with_a_presigned_link_to_its_object(
         assert status["download_content_type"] == media_type
         assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in status["download_url"]
         assert "X-Amz-Expires=3600" in status["download_url"]
-        async with httpx.AsyncClient() as plain:
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as plain:
             fetched = await plain.get(status["download_url"])
         assert (fetched.status_code, fetched.headers["content-type"]) == (200, media_type)
         assert fetched.headers["content-disposition"] == f'attachment; filename="{job_id}-{name}"'
@@ -85,23 +86,24 @@ async def test_links_of_the_foreign_dialects_lead_through_us(object_storage: Obj
 
 
 async def test_an_upload_is_kept_in_the_bucket_until_its_job_ends(object_storage: ObjectStorage, bucket: str) -> None:
-    backend = ToneBackend(delay_s=1.0)
+    backend = ToneBackend()
+    backend.released.clear()
     async with make_client(backend, storage=storage_args(object_storage, bucket)) as (client, _):
         audio = (await client.post("/v1/audio/generations", json=BODY)).content
         ticket = await client.post("/jobs/variations", data={"prompt": "x", "duration": "1"}, files={"audio": audio})
         assert ticket.status_code == 202, ticket.text
         assert [key.split("/")[2] for key in object_storage.keys(bucket)] == ["uploads"]
+        backend.released.set()
         status = await finished(client, ticket.json()["id"])
         assert status["status"] == "succeeded"
-        await asyncio.sleep(0.2)
-        assert object_storage.keys(bucket) == [status["storage_key"]]
+        await until(lambda: object_storage.keys(bucket) == [status["storage_key"]])
 
 
 async def test_a_damaged_object_is_no_download(object_storage: ObjectStorage, bucket: str) -> None:
     """One of a single chunk is refused with a status; a longer one is cut, and its length tells."""
     async with (
         serve_app(storage=storage_args(object_storage, bucket, prefix="")) as (port, _),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         for seconds in (1, 30):
             body = {"prompt": "rain", "seconds_total": seconds}

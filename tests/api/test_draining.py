@@ -14,7 +14,7 @@ from stable_audio_serve.api.middleware.draining import Draining
 from tests.api.compat.serving import make_app
 from tests.api.test_jobs import submit
 from tests.backends import ToneBackend
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 GENERATE = "/v1/audio/generations"
 BODY = {"prompt": "a bell", "duration": 1}
@@ -42,7 +42,8 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 
 
 async def test_new_requests_are_refused_in_their_own_form_and_what_is_in_flight_is_answered() -> None:
-    async with make_app(ToneBackend(delay_s=1.0), run_jobs=False) as (app, backend), client_of(app) as client:
+    async with make_app(ToneBackend(), run_jobs=False) as (app, backend), client_of(app) as client:
+        backend.released.clear()
         draining = draining_of(app)
         busy = asyncio.create_task(client.post(GENERATE, json=BODY))
         await until(lambda: backend.num_running == 1)
@@ -61,6 +62,7 @@ async def test_new_requests_are_refused_in_their_own_form_and_what_is_in_flight_
         for path in ("/health", "/saos/health"):
             assert (await client.get(path)).status_code == 200
         assert draining.num_in_flight == 1  # none of those counts
+        backend.released.set()
         answer = await busy
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         assert answer.content.startswith(b"RIFF")
@@ -80,7 +82,7 @@ async def test_event_streams_are_told_to_reconnect_where_a_process_is_only_repla
         await asyncio.sleep(0.1)
         assert not following.done()  # its job waits, and would for ever
         draining_of(app).leave()
-        stream = await asyncio.wait_for(following, timeout=5)
+        stream = await asyncio.wait_for(following, timeout=PATIENCE_S)
         *told, farewell = stream.text.removesuffix("\n\n").split("\n\n")
         assert told
         assert farewell.startswith("retry: ")

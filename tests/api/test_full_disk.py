@@ -21,6 +21,7 @@ from tests.api.test_jobs import BODY, submit, wait
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.object_storage import Faults, ObjectStorage
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -51,12 +52,6 @@ def last_lease_until(database: sqlite3.Connection) -> float:
     return at or 0.0
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 async def show_all(client: httpx.AsyncClient, tickets: Collection[dict[str, Any]]) -> list[dict[str, Any]]:
     return [(await client.get(f"/jobs/{ticket['id']}")).json() for ticket in tickets]
 
@@ -67,7 +62,7 @@ async def expect_the_queue_survives(
     """However many jobs wait, and however long it takes: hardly any is computed, none fails, and all are done later."""
     make_full()
     tickets = [await submit(client, duration=0.2) for _ in range(NUM_JOBS)]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while await job_store(client) != "full":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     await until(lambda: backend.num_running == 0)

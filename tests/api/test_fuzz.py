@@ -17,6 +17,7 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.offline import OfflineBackend
 from stable_audio_serve.core.settings import Settings
 from tests.api.fuzzing import Known, is_lenient, make_meaningful, run_server
+from tests.patience import PATIENCE_S
 
 # Serial: Schemathesis gives the tests of all operations one name, which pytest-xdist takes for one test.
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
@@ -49,7 +50,7 @@ def test_every_answer_is_the_described_one(case: schemathesis.Case, url: str, kn
     else:
         assume(not is_lenient(case))
     _sent.append(case.path)
-    case.call_and_validate(base_url=url, timeout=60)
+    case.call_and_validate(base_url=url, timeout=PATIENCE_S)
 
 
 def test_there_were_enough_requests() -> None:

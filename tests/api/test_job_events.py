@@ -20,7 +20,7 @@ from tests.api.compat.serving import make_client, serve_app
 from tests.api.test_jobs import submit, wait
 from tests.backends import ToneBackend
 from tests.databases import PostgresServer, postgres, postgres_url
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 __all__ = ["postgres", "postgres_url"]
 
@@ -50,7 +50,7 @@ async def polls(reads: list[str]) -> None:
 async def read(client: httpx.AsyncClient, ticket: dict[str, Any], *, after: str | None = None) -> list[dict[str, Any]]:
     """The stream of a job to its end."""
     headers = {} if after is None else {"Last-Event-ID": after}
-    reply = await client.get(f"/jobs/{ticket['id']}/events", headers=headers, timeout=15)
+    reply = await client.get(f"/jobs/{ticket['id']}/events", headers=headers, timeout=PATIENCE_S)
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["cache-control"] == "no-store"
@@ -153,7 +153,7 @@ async def test_places_in_the_queue_are_told_as_they_change(reads: list[str]) -> 
 
 @asynccontextmanager
 async def open_stream(client: httpx.AsyncClient, ticket: dict[str, Any]) -> AsyncIterator[AsyncIterator[str]]:
-    async with client.stream("GET", f"/jobs/{ticket['id']}/events", timeout=15) as reply:
+    async with client.stream("GET", f"/jobs/{ticket['id']}/events", timeout=PATIENCE_S) as reply:
         assert reply.status_code == 200
         yield reply.aiter_lines()
 
@@ -161,11 +161,11 @@ async def open_stream(client: httpx.AsyncClient, ticket: dict[str, Any]) -> Asyn
 async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> None:
     async with (
         serve_app(ToneBackend(delay_s=30), ingress={"max_event_streams": 2}, stream_pauses=FAST) as (port, _),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         ticket = await submit(client)
         fal = (await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})).json()
-        async with open_stream(client, ticket) as lines, asyncio.timeout(10):
+        async with open_stream(client, ticket) as lines, asyncio.timeout(PATIENCE_S):
             assert (await anext(lines)).startswith("id: ")
             async for line in lines:  # a silent stream carries comments
                 if line.startswith(":"):
@@ -180,7 +180,7 @@ async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> No
                     assert reply.headers["content-type"] == "application/json"
 
         statuses = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while 200 not in statuses:
                 async with client.stream("GET", f"/jobs/{ticket['id']}/events") as reply:
                     statuses.append(reply.status_code)
@@ -189,13 +189,13 @@ async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> No
 async def test_nobody_asks_the_store_for_a_client_that_has_gone(reads: list[str]) -> None:
     async with (
         serve_app(ToneBackend(delay_s=30), stream_pauses=FAST) as (port, _),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         ticket = await submit(client)
         async with open_stream(client, ticket) as lines:
             await anext(lines)
             await polls(reads)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             seen = -1
             while seen != len(reads):
                 seen = len(reads)
@@ -234,7 +234,7 @@ async def test_a_stream_whose_store_stays_away_just_ends(
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     async with make_client(run_jobs=False, jobs={"database_url": url}, stream_pauses=pauses) as (client, _):
         ticket = await submit(client)
-        following = asyncio.create_task(client.get(f"/jobs/{ticket['id']}/events", timeout=15))
+        following = asyncio.create_task(client.get(f"/jobs/{ticket['id']}/events", timeout=PATIENCE_S))
         await polls(reads)
         with closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
             connection.execute("DROP TABLE jobs")

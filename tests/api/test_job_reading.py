@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -140,9 +139,10 @@ async def test_a_status_tells_the_place_in_the_queue() -> None:
 async def test_a_status_tells_progress_and_attempts(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
-    backend.delay_s = 1.0
+    backend.released.clear()
     ticket = await submit(client)
     status = await wait(client, ticket, "running")
+    backend.released.set()
     assert status["attempts"] == 1
     assert status["progress"]["queue_position"] is None
     done = await wait(client, ticket)
@@ -212,9 +212,7 @@ async def test_a_webhook_is_told_the_end(end: str) -> None:
         ticket = await submit(client, webhook_url=receiver.url)
         if end == "cancelled":
             await client.delete(f"/jobs/{ticket['id']}")
-        async with asyncio.timeout(10):
-            while not receiver.requests:  # noqa: ASYNC110  what is waited for is not ours to signal
-                await asyncio.sleep(0.02)
+        await until(lambda: bool(receiver.requests))
         status = (await client.get(ticket["status_url"])).json()
     _, headers, content = receiver.requests[0]
     body = json.loads(content)

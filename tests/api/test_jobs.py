@@ -21,7 +21,7 @@ from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
-from tests.jobs.conftest import wait_for
+from tests.patience import PATIENCE_S, until
 
 BODY = {"prompt": "rain on a roof", "duration": 1.5, "seed": 11}
 REGION = {"inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}
@@ -78,7 +78,7 @@ async def show(client: httpx.AsyncClient, ticket: dict[str, Any]) -> dict[str, A
 
 async def wait(client: httpx.AsyncClient, ticket: dict[str, Any], *words: str) -> dict[str, Any]:
     """The job once its status is one of `words`; without any, once it is over."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (status := await show(client, ticket))["status"] not in (words or ENDS):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return status
@@ -150,12 +150,13 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
 async def test_a_running_job_says_when_it_began(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
-    backend.delay_s = 1.0
+    backend.released.clear()
     ticket = await submit(client)
     status = await wait(client, ticket, "running")
     assert datetime.fromisoformat(status["started_at"]) >= datetime.fromisoformat(status["created_at"])
     assert (status["completed_at"], status["download_url"], status["error"]) == (None, None, None)
     assert (await client.get(f"/jobs/{ticket['id']}/audio")).status_code == 409
+    backend.released.set()
     await wait(client, ticket, "succeeded")
 
 
@@ -259,7 +260,7 @@ async def test_an_upload_is_kept_as_it_was_sent_until_its_job_is_over(path: str)
     async with make_client() as (client, _):
         uploads = _folder(client) / "uploads"
         assert (await wait(client, await submit(client, path)))["status"] == "succeeded"
-        await wait_for(lambda: list(uploads.iterdir()) == [])
+        await until(lambda: list(uploads.iterdir()) == [])
 
 
 def _folder(client: httpx.AsyncClient) -> Path:

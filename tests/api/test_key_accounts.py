@@ -25,6 +25,7 @@ from stable_audio_serve.jobs.store.account import Visit
 from stable_audio_serve.jobs.store.ledger import Ledger, Settled
 from tests.databases import PostgresServer
 from tests.jobs.stores import open_database, postgres_with_tables, store_url
+from tests.patience import PATIENCE_S
 
 __all__ = ["postgres_with_tables", "store_url"]
 
@@ -210,7 +211,7 @@ async def test_a_database_that_hangs_delays_one_request_and_what_it_grants_late_
     key, goes_on, settle = make_key("audio-seconds-per-minute=100"), threading.Event(), Ledger.settle
 
     def hang(*args: object, **options: object) -> list[Settled]:
-        goes_on.wait(60)
+        goes_on.wait(PATIENCE_S)
         return settle(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Ledger, "settle", hang)
@@ -219,7 +220,7 @@ async def test_a_database_that_hangs_delays_one_request_and_what_it_grants_late_
         assert sink.values["key_limits_alone"] == 1.0
     finally:
         goes_on.set()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while sink.values["key_limits_alone"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     await accounts.close()

@@ -21,6 +21,7 @@ from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.backends import ToneBackend
 from tests.factories import FakeClock
+from tests.patience import PATIENCE_S
 
 
 class Site:
@@ -136,7 +137,7 @@ async def test_a_flood_reads_the_file_once_a_second(tmp_path: Path, monkeypatch:
 async def test_a_disk_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path, lines("alice"))
     answers = threading.Event()
-    monkeypatch.setattr(key_ring, "read_key_file", lambda _: answers.wait(60) and b"x")
+    monkeypatch.setattr(key_ring, "read_key_file", lambda _: answers.wait(PATIENCE_S) and b"x")
     try:
         assert await site.statuses("alice") == [200]  # after waiting for a moment
         site.clock.now += 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.store.database import Database
 from tests.backends import ToneBackend
 from tests.jobs.stores import postgres_with_tables, store_url
+from tests.patience import until
 
 __all__ = ["postgres_with_tables", "store_url"]
 
@@ -69,14 +70,6 @@ async def pair(store_url: str, tones: ToneBackend, tmp_path: Path) -> AsyncItera
 async def ask(client: httpx.AsyncClient, what: str, key: str = "alice") -> httpx.Response:
     path, body, _ = ASKS[what]
     return await client.post(path, json=body, headers={"Authorization": f"Key {key}"})
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen within a minute")
 
 
 async def test_one_key_hammered_through_two_servers_gets_its_limit_and_no_more(pair: Pair) -> None:
@@ -144,7 +137,7 @@ async def test_a_second_request_at_a_time_is_refused_on_any_server_and_a_job_is_
 ) -> None:
     tones.released.clear()
     first = asyncio.create_task(ask(pair[0], "sa3", "bob"))
-    await wait_until(lambda: tones.num_running == 1)
+    await until(lambda: tones.num_running == 1)
     refused = await ask(pair[1], "vllm", "bob")
     assert refused.status_code == 429
     assert "concurrency=1" in refused.json()["error"]["message"]

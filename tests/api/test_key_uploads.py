@@ -15,7 +15,7 @@ from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.core.settings import Settings
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
 pytestmark = pytest.mark.slow
@@ -47,14 +47,14 @@ async def send_head(port: int, path: str, key: str) -> bytes:
     )
     writer.write(head.encode() + b"--x\r\n")
     await writer.drain()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         answer = await reader.read()  # until the server closes the connection
     writer.close()
     return answer
 
 
 async def post(port: int, path: str, key: str, **body: object) -> httpx.Response:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
         return await client.post(path, headers={"Authorization": f"Bearer {key}"}, **body)  # type: ignore[arg-type]
 
 

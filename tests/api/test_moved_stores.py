@@ -20,7 +20,8 @@ from tests.api.test_job_stores import expect_body, submissions
 from tests.api.test_jobs import BODY, submit, wait
 from tests.audio_files import make_audio_file
 from tests.backends import open_event
-from tests.jobs.conftest import make_spec, wait_for
+from tests.jobs.conftest import make_spec
+from tests.patience import until
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +85,7 @@ async def test_a_database_that_was_moved_is_refused_until_it_is_back(
         await expect_refusals(client, at_once=4)
         assert (await state_of(client))[0] == "moved"
         held.set()
-        await wait_for(lambda: backend.num_running == 0)
+        await until(lambda: backend.num_running == 0)
         await asyncio.sleep(0.2)  # its runner tries to write its end
         assert snapshot(place) == before
         move(tmp_path / "away", place, names)

@@ -17,6 +17,7 @@ from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 
 URL = "/v1/audio/generations"
 
@@ -127,7 +128,7 @@ async def test_a_client_that_leaves_with_the_whole_answer_has_not_left_early(
     app = ObserveMiddleware(LimitsMiddleware(answer, limits=ApiSettings(), metrics=metrics), metrics=metrics)
     scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     handling = asyncio.create_task(app(scope, receive, drop))
-    await asyncio.wait({handling}, timeout=30)
+    await asyncio.wait({handling}, timeout=PATIENCE_S)
     assert handling.cancelled() is is_cancelled_by_the_server
     assert [line["status"] for line in lines] == [status]
 

@@ -17,6 +17,7 @@ from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import DialectSettings, Settings
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 from tests.sockets import listening
 
 pytestmark = pytest.mark.slow
@@ -237,7 +238,7 @@ async def test_junk_is_answered_in_json_and_never_with_a_failure_of_ours(app: Fa
         async with listening(app, lifespan="off") as port:
             for _ in range(250):
                 request = junk.request()
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(PATIENCE_S):
                     status, answer = await send(port, request)
                 assert status < 500 or status == 503, (request[:2000], answer[:500])
                 if status >= 400 and b"Invalid HTTP request" not in answer:  # that is uvicorn's, of no request at all
@@ -253,10 +254,10 @@ async def test_bytes_that_are_no_http_end_the_connection_and_nothing_else(app: F
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(raw)
         writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await reader.read()
         writer.close()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             assert (await client.get("/health")).status_code == 200
 
 

@@ -16,6 +16,7 @@ from stable_audio_serve.core.operations import DrainReport, ModelReport, Replica
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import submit
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 
 
 class Told:
@@ -40,7 +41,7 @@ class Told:
 
 async def ask_until(client: httpx.AsyncClient, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The first answer whose jobs are so: one about stores that are busy says for now what was known before."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not is_so((status := (await client.get("/v1/status")).json())["jobs"]):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return dict(status)

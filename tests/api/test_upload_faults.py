@@ -15,7 +15,7 @@ import pytest
 from tests.api.test_connections import connect, open_connection, serve
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +126,7 @@ async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None
             yield bytes(65536)
 
     async with serve(ToneBackend(), max_upload_bytes=5_000_000, receive_window_s=0.5) as port:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             assert (await upload(client)).status_code == 200
             assert (await upload(client, b"RIFF----WAVE" + bytes(3_000_000))).status_code == 400
             form = FORM | {"steps": "0"}
@@ -148,7 +148,8 @@ async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None
 
 
 async def test_more_body_bytes_than_a_process_holds_are_refused_until_others_are_done() -> None:
-    backend = ToneBackend(delay_s=1.0)
+    backend = ToneBackend()
+    backend.released.clear()
     async with connect(backend, max_bodies_bytes=2 * len(WAV)) as client:
         first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # alone, a body is taken
         await until(lambda: backend.num_running == 1)
@@ -156,7 +157,8 @@ async def test_more_body_bytes_than_a_process_holds_are_refused_until_others_are
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
         assert second.json() == {"detail": "body: too much is being received from others (api.max_bodies_bytes)"}
         assert (await client.get("/health")).status_code == 200
+        backend.released.set()
         assert (await first).status_code == 200
-        async with asyncio.timeout(30):  # an answer arrives before its request's files are closed
+        async with asyncio.timeout(PATIENCE_S):  # an answer arrives before its request's files are closed
             while (await upload(client)).status_code != 200:  # noqa: ASYNC110  what is waited for is not ours to signal
                 await asyncio.sleep(0.05)

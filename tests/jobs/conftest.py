@@ -21,6 +21,7 @@ from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 
 SHORT_PAUSES = RunnerPauses(
     first_poll_s=0.05,
@@ -67,12 +68,6 @@ class RecordedMetrics:
         self.samples.setdefault((name, *tags.items()), []).append(value)
 
 
-async def wait_for(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 @dataclass
 class Workshop:
     """A queue and a backend in one folder, and as many runners as a test starts, one after another or at once."""
@@ -96,7 +91,7 @@ class Workshop:
         return runner
 
     async def until(self, job: Job, condition: Callable[[Job], bool]) -> Job:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition(job):
                 await asyncio.sleep(0.01)
                 found = await self.queue.get(job.spec.ref)

@@ -20,6 +20,7 @@ from tests.api.compat.serving import make_client
 from tests.api.test_jobs import show, submit, wait
 from tests.backends import ToneBackend
 from tests.databases import PostgresServer
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ async def run_block(title: str, folder: Path, **environ: str) -> None:
     process = await asyncio.create_subprocess_exec(
         "bash", "-euo", "pipefail", "-c", commands, cwd=folder, env={"PATH": path, **environ}
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         assert await process.wait() == 0
 
 
@@ -97,9 +98,7 @@ async def test_jobs_come_back_from_a_backup_of_a_working_server(
         busy = asyncio.create_task(keep_submitting(client, meanwhile))
         await run_block(f"Backup: {kind}", tmp_path, STABLE_AUDIO_DATABASE_URL=urls[0] or "")
         assert meanwhile  # the server went on beside it
-        async with asyncio.timeout(60):
-            while len(meanwhile) <= 3:  # noqa: ASYNC110  and goes on after it
-                await asyncio.sleep(0.05)
+        await until(lambda: len(meanwhile) > 3)  # and goes on after it
         busy.cancel()
         with suppress(asyncio.CancelledError):
             await busy

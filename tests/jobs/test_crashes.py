@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -24,13 +24,13 @@ from stable_audio_serve.jobs.store.tables import FILES
 from tests.databases import postgres, postgres_url
 from tests.jobs.conftest import make_spec
 from tests.jobs.crash_worker import MODEL, make_context, start_worker
+from tests.patience import PATIENCE_S, until
 from tests.webhook_receiver import Receiver, receiving
 
 __all__ = ["postgres", "postgres_url"]
 
 pytestmark = pytest.mark.slow
 
-_TIMEOUT_S = 60.0
 _REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=4)
 
 
@@ -60,13 +60,8 @@ class Site:
             make_spec(model=MODEL, request=_REQUEST, webhook_url=self.receiver.url, wire=wire)
         )
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(_TIMEOUT_S):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-
     async def exit_code(self, worker: BaseProcess) -> int | None:
-        await asyncio.to_thread(worker.join, _TIMEOUT_S)
+        await asyncio.to_thread(worker.join, PATIENCE_S)
         return worker.exitcode
 
     def files(self) -> list[str]:
@@ -106,7 +101,7 @@ def expected(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactor
         queue = open_queue(settings)
         job = await queue.submit(make_spec(model=MODEL, request=_REQUEST))
         worker = start_worker(context, settings)
-        await asyncio.to_thread(worker.join, _TIMEOUT_S)
+        await asyncio.to_thread(worker.join, PATIENCE_S)
         ended = await queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None
@@ -168,7 +163,7 @@ async def test_frozen_past_its_lease_and_thawed_it_changes_nothing(
 ) -> None:
     job = await site.submit()
     frozen = site.work(f"{point}=stop@{tmp_path / 'stopped once'}")
-    await site.until(lambda: is_stopped(frozen))
+    await until(lambda: is_stopped(frozen))
     assert await site.exit_code(site.work()) == 0
     ended, audio = await site.visible(job)
     visible = f"{job.spec.id}-2-audio.wav"

@@ -24,6 +24,7 @@ from tests.jobs.stores import (
     store_url,
     wall,
 )
+from tests.patience import PATIENCE_S
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
@@ -39,7 +40,7 @@ class Slow(OperatorJobs):
 
     def unfinished(self) -> Unfinished:
         self.asked["unfinished"] += 1
-        self.released.wait(30)
+        self.released.wait(PATIENCE_S)
         if self.error:
             raise self.error
         return Unfinished(1, 2, 3, 4.0)

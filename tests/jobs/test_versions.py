@@ -19,10 +19,9 @@ from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from tests.jobs.conftest import make_spec
 from tests.jobs.stores import KINDS
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
-
-_PATIENCE_S = 60.0
 
 
 @pytest.fixture(params=KINDS)
@@ -53,7 +52,7 @@ def first_word(process: subprocess.Popen[str]) -> str:
 
 def end(process: subprocess.Popen[str]) -> int:
     """How many attempts a runner began in its life."""
-    said, _ = process.communicate(timeout=_PATIENCE_S)
+    said, _ = process.communicate(timeout=PATIENCE_S)
     return int(said)
 
 
@@ -75,14 +74,14 @@ class Customer:
     async def keep_both_busy(self) -> None:
         """Submit jobs until the newer runner has had some of them, and an older one too."""
         before = self._num_of_versions()
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while any(now < then + 3 for now, then in zip(self._num_of_versions(), before, strict=True)):
                 await self.submit(4)
                 await asyncio.sleep(0.05)
 
     async def ended(self) -> list[Job]:
         """All jobs, when every one is over."""
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 found = [await self._queue.get(job.spec.ref) for job in self.jobs]
                 if all(job is not None and job.is_over for job in found):

@@ -20,10 +20,10 @@ import httpx
 
 from stable_audio_serve.launcher.environment import is_port_free
 from stable_audio_serve.launcher.guard import users_of
+from tests.patience import PATIENCE_S
 
 APPLICATION = "audio"
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray otherwise takes 127.0.0.1 for another address
-_START_TIMEOUT_S = 120.0
 _FIRST_PORT, _LAST_PORT = 32_000, 32_768  # a server chooses lower ones for its own parts
 
 
@@ -86,9 +86,9 @@ class LaunchedServer:
         return "".join(self.lines)
 
     def wait_until_ready(self) -> LaunchedServer:
-        assert self._ready.wait(_START_TIMEOUT_S), self.output
+        assert self._ready.wait(PATIENCE_S), self.output
         assert self.process.poll() is None, self.output
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
         (self.directory,) = {Path(path) for path in self._open_files() if re.fullmatch(r"/tmp/sas-[^/]+", path)}
         return self
 
@@ -107,12 +107,12 @@ class LaunchedServer:
             self.process.send_signal(number)
 
     def wait_until_stopped(self) -> None:
-        self.process.wait(timeout=120)
-        self._reader.join(timeout=5)
+        self.process.wait(timeout=PATIENCE_S)
+        self._reader.join(timeout=PATIENCE_S)
 
-    def wait_for_output(self, text: str, *, timeout_s: float = 10.0) -> None:
+    def wait_for_output(self, text: str) -> None:
         """Until a line with `text` was printed; Ray brings the lines of its processes a little later."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_S
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
             time.sleep(0.05)
@@ -173,7 +173,7 @@ class Watcher:
     def status(self) -> dict[str, Any]:
         """What the replica says from now on, not what it said before."""
         self._latest = Future()
-        return self._latest.result(timeout=30)
+        return self._latest.result(timeout=PATIENCE_S)
 
     def close(self) -> None:
         self._process.kill()

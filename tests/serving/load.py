@@ -11,22 +11,24 @@ from typing import Any
 
 import httpx
 
+from tests.patience import wait_until
+
 _OVER = ("succeeded", "failed", "cancelled")
-_PATIENCE_S = 90.0
 _PAUSE_S = 0.1  # between two calls of one caller
+_TIMES = 6  # of a load before anything happens, and after
 _BODY = {"prompt": "rain", "duration": 2, "steps": 8}
 
 
 def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
     """The job, when it has succeeded; fails the test when it ends in another way, or not at all."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        job: dict[str, Any] = client.get(f"/jobs/{job_id}").raise_for_status().json()
-        if job["status"] in _OVER:
-            assert job["status"] == "succeeded", job
-            return job
-        assert time.monotonic() < deadline, job
-        time.sleep(0.05)
+
+    def over() -> dict[str, Any]:
+        job = client.get(f"/jobs/{job_id}").raise_for_status().json()
+        return job if job["status"] in _OVER else {}
+
+    job = wait_until(over)
+    assert job["status"] == "succeeded", job
+    return job
 
 
 class Load:
@@ -55,6 +57,11 @@ class Load:
     def __str__(self) -> str:
         answers = f"{len(self.made)} answers, slowest {max(self.made, default=0.0):.1f} s, {len(self.jobs)} jobs"
         return f"{answers}; {len(self.failures)} failed, {len(self.told)} told to come again"
+
+    def go_on(self, times: int = _TIMES) -> None:
+        """Until so many more requests were answered and so many more jobs taken, however fast this machine is."""
+        num_made, num_jobs = len(self.made) + times, len(self.jobs) + times
+        wait_until(lambda: len(self.made) >= num_made and len(self.jobs) >= num_jobs)
 
     def finished_jobs(self) -> list[dict[str, Any]]:
         """All submitted jobs, each of which must succeed and be another one."""

@@ -24,10 +24,10 @@ from stable_audio_serve.serving.app import assemble
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.jobs.conftest import make_spec
+from tests.patience import PATIENCE_S, wait_until
 
 _APPLICATION = "audio"
 _CLIENTS, _JOBS = 30, 500
-_LONGEST_S = 120.0
 _REPLICAS = {"max_replicas": 3, "target_wait_s": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 2}
 
 
@@ -52,16 +52,13 @@ class Observer:
         threading.Thread(target=self._run, daemon=True).start()
 
     def wait_for(self, model: str, count: int) -> None:
-        ends_at = time.monotonic() + _LONGEST_S
-        while self.seen[model].counts[-1:] != [count] and time.monotonic() < ends_at:
-            time.sleep(0.05)
+        wait_until(lambda: self.seen[model].counts[-1:] == [count])
 
     def _run(self) -> None:
         while True:
-            deployments = serve.status().applications[_APPLICATION].deployments
             details = serve.context._get_global_client().get_serve_details()["applications"][_APPLICATION]
             for model, seen in self.seen.items():
-                if model in deployments:
+                if model in details["deployments"]:
                     replicas = details["deployments"][model]["replicas"]
                     seen.note([replica["node_id"] for replica in replicas if replica["state"] == "RUNNING"])
             time.sleep(0.1)
@@ -87,11 +84,11 @@ def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
     """From zero to three and back, then once more from zero. Returns the outcomes."""
 
     async def ask(seed: int) -> None:
-        await backend.generate("lazy", GenerationRequest(prompt="", duration_s=1.0, steps=16, seed=seed))
+        await backend.generate("lazy", GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=seed))
 
     async def run() -> list[str]:
         counts = observer.seen["lazy"].counts
-        ends_at = time.monotonic() + _LONGEST_S
+        ends_at = time.monotonic() + PATIENCE_S
         outcomes = await crowd(ask, lambda: counts[-1:] == [3] or time.monotonic() > ends_at)
         await asyncio.to_thread(observer.wait_for, "lazy", 0)
         await ask(0)
@@ -107,9 +104,7 @@ def jobs_wait(settings: Settings, observer: Observer) -> dict[str, int]:
     request = GenerationRequest(prompt="", duration_s=1.0, steps=5, seed=0)  # half a minute of work in all
     for added in store.clients.add_all([make_spec(model="busy", request=request) for _ in range(_JOBS)]):
         assert not isinstance(added, Exception), added
-    ends_at = time.monotonic() + _LONGEST_S
-    while store.operators.counts().get("succeeded", 0) < _JOBS and time.monotonic() < ends_at:
-        time.sleep(0.2)
+    wait_until(lambda: store.operators.counts().get("succeeded", 0) == _JOBS, every_s=0.2)
     observer.wait_for("busy", 1)
     return dict(store.operators.counts())
 

@@ -28,15 +28,15 @@ from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.backends import ToneBackend, make_catalog
 from tests.jobs.conftest import SHORT_PAUSES
+from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import LAZY, TINY, model
 from tests.serving.launched import LaunchedServer, write_config
 
 pytestmark = pytest.mark.ray
 
-_PATIENCE_S = 90.0
 _DOWNSCALE_DELAY_S = 2.0
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
-_SECONDS_OF_WORK = _BODY | {"steps": 400, "batch_size": 2, "duration": 16, "deadline_s": 200}
+_SECONDS_OF_WORK = _BODY | {"steps": 400, "batch_size": 2, "duration": 16}
 
 Run = Callable[..., str]
 
@@ -103,20 +103,11 @@ def status_of(server: LaunchedServer) -> dict[str, Any]:
     return found
 
 
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """What `condition` says once it is true."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while not (said := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return said
-
-
 def test_a_loaded_model_stays_until_it_is_unloaded(operated: LaunchedServer, run: Run) -> None:
     assert status_of(operated)["models"]["lazy"]["stage"] == "idle"
     run("admin", "load", "lazy", code=4, key="plain")
-    assert "it is ready now" in run("admin", "load", "lazy", "--wait", str(_PATIENCE_S))
-    (replica,) = wait_for(lambda: [r for r in status_of(operated)["models"]["lazy"]["replicas"] if r["device"]])
+    assert "it is ready now" in run("admin", "load", "lazy", "--wait", str(PATIENCE_S))
+    (replica,) = wait_until(lambda: [r for r in status_of(operated)["models"]["lazy"]["replicas"] if r["device"]])
     assert (replica["dtype"], replica["requests"], replica["backlog_s"]) == ("float32", 0, 0)
     until = time.monotonic() + 4 * _DOWNSCALE_DELAY_S
     while time.monotonic() < until:
@@ -125,8 +116,8 @@ def test_a_loaded_model_stays_until_it_is_unloaded(operated: LaunchedServer, run
         assert [each["id"] for each in lazy["replicas"]] == [replica["id"]]
         time.sleep(0.5)
     run("admin", "unload", "lazy")
-    wait_for(lambda: status_of(operated)["models"]["lazy"]["stage"] == "idle")
-    lazy = wait_for(lambda: (found := status_of(operated)["models"]["lazy"])["states"] == {} and found)
+    wait_until(lambda: status_of(operated)["models"]["lazy"]["stage"] == "idle")
+    lazy = wait_until(lambda: (found := status_of(operated)["models"]["lazy"])["states"] == {} and found)
     assert (lazy["kept"], lazy["replicas"], lazy["backlog_s"]) == (False, [], 0)
 
 
@@ -138,7 +129,7 @@ def test_status_tells_of_work_and_of_a_replica_that_died(operated: LaunchedServe
             (said,) = status_of(operated)["models"]["tiny"]["replicas"] or [{}]
             return said if said.get("rows_per_step") else None
 
-        replica = wait_for(busy)
+        replica = wait_until(busy)
         assert replica["requests"] == 1
         assert replica["backlog_s"] > 0
         shown = run("status")
@@ -146,15 +137,15 @@ def test_status_tells_of_work_and_of_a_replica_that_died(operated: LaunchedServe
         assert replica["id"] in shown
         (pid,) = operated.pids("ray::ServeReplica:audio:tiny")
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not status_of(operated)["ready"])
+        wait_until(lambda: not status_of(operated)["ready"])
         assert "loading" in run("status", code=1)
-        wait_for(lambda: status_of(operated)["ready"])
-    (again,) = wait_for(lambda: status_of(operated)["models"]["tiny"]["replicas"])
+        wait_until(lambda: status_of(operated)["ready"])
+    (again,) = wait_until(lambda: status_of(operated)["models"]["tiny"]["replicas"])
     assert again["id"] != replica["id"]
     found = json.loads(run("status", "--json", key="plain"))
     assert found["models"]["lazy"]["stage"] == "idle"
     assert operated.client.post("/generate", json=_BODY).status_code == 200
-    wait_for(lambda: status_of(operated)["models"]["tiny"]["requests_per_minute"])
+    wait_until(lambda: status_of(operated)["models"]["tiny"]["requests_per_minute"])
 
 
 def test_a_dead_letter_is_tried_again_once(operated: LaunchedServer, run: Run) -> None:
@@ -164,21 +155,21 @@ def test_a_dead_letter_is_tried_again_once(operated: LaunchedServer, run: Run) -
         listed: list[dict[str, Any]] = json.loads(run("admin", "dead-letters", "list", "--json"))
         return listed
 
-    (letter,) = wait_for(letters)
+    (letter,) = wait_until(letters)
     assert (letter["id"], letter["client"], letter["error"]["code"]) == (ticket["id"], "root", "unavailable")
     number = str(letter["number"])
     assert status_of(operated)["models"]["broken"]["stage"] == "failed"
-    assert "it is failed now" in run("admin", "load", "broken", "--wait", "60", code=1)
+    assert "it is failed now" in run("admin", "load", "broken", "--wait", str(PATIENCE_S), code=1)
     run("admin", "unload", "broken")
     assert "1 queued again" in run("admin", "dead-letters", "retry", number)
     assert "no dead letters: 999" in run("admin", "dead-letters", "retry", "999", code=2)
-    wait_for(letters)
+    wait_until(letters)
     shown = run("admin", "dead-letters", "show", number)
     assert shown.count("tried again by an operator") == 1
     assert sum(line.split()[-1:] == ["started"] for line in shown.splitlines()) == 2  # it has run once more
     assert "1 deleted" in run("admin", "dead-letters", "delete", "--all")
     assert letters() == []
-    wait_for(lambda: status_of(operated)["jobs"]["dead_letters"] == 0)
+    wait_until(lambda: status_of(operated)["jobs"]["dead_letters"] == 0)
 
 
 def test_a_server_taken_out_under_load_finishes_what_it_began(operated: LaunchedServer, run: Run, folder: Path) -> None:
@@ -189,12 +180,12 @@ def test_a_server_taken_out_under_load_finishes_what_it_began(operated: Launched
         return str(client.get(job["status_url"]).json()["status"])
 
     with ThreadPoolExecutor() as pool:
-        wait_for(lambda: [state(job) for job in jobs] == ["running", "queued", "queued"])
+        wait_until(lambda: [state(job) for job in jobs] == ["running", "queued", "queued"])
         busy = [pool.submit(client.post, "/generate", json=_SECONDS_OF_WORK) for _ in range(2)]
-        wait_for(lambda: status_of(operated)["models"]["tiny"]["replicas"][0]["requests"] == 3)
-        draining = pool.submit(run, "admin", "drain", "--wait", "300")
-        wait_for(lambda: client.get("/ready").status_code == 503)
-        left = wait_for(lambda: None not in (found := status_of(operated)["draining"]).values() and found)
+        wait_until(lambda: status_of(operated)["models"]["tiny"]["replicas"][0]["requests"] == 3)
+        draining = pool.submit(run, "admin", "drain", "--wait", str(PATIENCE_S))
+        wait_until(lambda: client.get("/ready").status_code == 503)
+        left = wait_until(lambda: None not in (found := status_of(operated)["draining"]).values() and found)
         assert left == {"state": "draining", "requests": 2, "jobs": 1}
         refused = client.post("/generate", json=_BODY)
         assert (refused.status_code, int(refused.headers["retry-after"]) >= 1) == (503, True)
@@ -203,15 +194,15 @@ def test_a_server_taken_out_under_load_finishes_what_it_began(operated: Launched
         assert "drained: nothing is left to finish" in draining.result()
     assert [state(job) for job in jobs] == ["succeeded", "queued", "queued"]
     assert client.get(f"{operated.url}/jobs/{jobs[0]['id']}/audio").status_code == 200
-    wait_for(lambda: status_of(operated)["models"]["tiny"]["waiting_jobs_s"])
+    wait_until(lambda: status_of(operated)["models"]["tiny"]["waiting_jobs_s"])
     asyncio.run(finish_elsewhere(folder, lambda: [state(job) for job in jobs] == ["succeeded"] * 3))
     assert status_of(operated)["draining"]["state"] == "drained"
-    wait_for(lambda: status_of(operated)["models"]["tiny"]["waiting_jobs_s"] == 0)
+    wait_until(lambda: status_of(operated)["models"]["tiny"]["waiting_jobs_s"] == 0)
     run("admin", "resume")
-    wait_for(lambda: client.get("/ready").status_code == 200)
+    wait_until(lambda: client.get("/ready").status_code == 200)
     assert client.post("/generate", json=_BODY).status_code == 200
     last = client.post("/jobs", json=_BODY).json()
-    wait_for(lambda: state(last) == "succeeded")
+    wait_until(lambda: state(last) == "succeeded")
 
 
 async def finish_elsewhere(folder: Path, is_done: Callable[[], bool]) -> None:
@@ -227,7 +218,7 @@ async def finish_elsewhere(folder: Path, is_done: Callable[[], bool]) -> None:
         pauses=SHORT_PAUSES,
     )
     await runner.start()
-    await asyncio.to_thread(wait_for, is_done)
+    await asyncio.to_thread(wait_until, is_done)
     await runner.close()
     store.database.close()
 

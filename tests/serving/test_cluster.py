@@ -9,12 +9,14 @@ import sys
 
 import pytest
 
+from stable_audio_serve.launcher.patience import crowding, start_limits
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 
 pytestmark = pytest.mark.ray
 
 _BUILD = """
-import json, os, sys, time
+import json, os, sys
 from ray.cluster_utils import Cluster
 import ray
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -27,12 +29,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 from stable_audio_serve.core.settings import JobSettings, ModelSettings, Settings
 from stable_audio_serve.serving.app import build
+from tests.patience import wait_until
 def wait_for_failure():
-    for _ in range(300):
-        time.sleep(0.2)
-        status = serve.status().applications["audio"]
-        if status.status == "DEPLOY_FAILED":
-            return status.message
+    has_failed = lambda status: status.status == "DEPLOY_FAILED" and status
+    return wait_until(lambda: has_failed(serve.status().applications["audio"])).message
 models = (ModelSettings(name="tiny", path=sys.argv[1]),)
 for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
     try:
@@ -60,8 +60,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
         capture_output=True,
         text=True,
         cwd=tmp_path_factory.mktemp("cluster"),
-        env=os.environ | {"PYTHONPATH": os.getcwd(), "HF_ENDPOINT": "http://127.0.0.1:9"},
-        timeout=120,
+        env=os.environ | start_limits(crowding()) | {"PYTHONPATH": os.getcwd(), "HF_ENDPOINT": "http://127.0.0.1:9"},
+        timeout=PATIENCE_S,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -26,6 +26,7 @@ from fastapi.responses import StreamingResponse
 from stable_audio_serve.core.settings import MetricsSettings, ProxySettings, Settings
 from stable_audio_serve.launcher.environment import PortBlock, claim_ports, haproxy_environment
 from stable_audio_serve.serving.haproxy import ConfigurationChangedError, ProxyOptions, finish
+from tests.patience import PATIENCE_S
 from tests.serving.launched import free_port
 from tests.sockets import listening
 
@@ -35,7 +36,7 @@ _PUBLIC = "127.0.0.2"  # another address than the one that Ray is told
 _HEADER_TIMEOUT_S = 1.0
 _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
-_PATIENCE_S = 30.0  # what must end ends sooner, on any machine
+_END_S = 30.0  # what must end ends sooner, on any machine
 _EDITED = (
     "stats socket",
     "local0 info",
@@ -144,7 +145,7 @@ async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"")
 
     dripping = asyncio.create_task(keep_dripping())
     try:
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(_END_S):
             await reader.read()
     except ConnectionError:
         pass  # it was closed while we were sending: closed is closed
@@ -167,7 +168,7 @@ async def test_half_open_connections_end_and_long_answers_do_not(
     async with (
         listening(app) as backend_port,
         proxying(backend_port, tmp_path, monkeypatch) as proxy,
-        httpx.AsyncClient(base_url=proxy.url, timeout=_PATIENCE_S) as client,
+        httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S) as client,
     ):
         slow, events, *_ = await asyncio.gather(
             client.get("/slow"),
@@ -180,7 +181,7 @@ async def test_half_open_connections_end_and_long_answers_do_not(
 
 async def exchange(port: int, *parts: bytes, awaited: bytes = b"") -> bytes:
     """Everything HAProxy answers to the first part, and to the others once `awaited` has come."""
-    async with asyncio.timeout(_PATIENCE_S):
+    async with asyncio.timeout(PATIENCE_S):
         reader, writer = await asyncio.open_connection(_PUBLIC, port)
         writer.write(parts[0])
         seen = await reader.readuntil(awaited) if awaited else b""
@@ -248,7 +249,7 @@ async def test_clients_are_asked_to_retry_what_nobody_answered_and_nothing_else(
         backend_port = backend.sockets[0].getsockname()[1]
         async with (
             proxying(backend_port, tmp_path, monkeypatch) as proxy,
-            httpx.AsyncClient(base_url=proxy.url, timeout=_PATIENCE_S) as client,
+            httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S) as client,
         ):
             for path in ("/cut", "/text-404", "/text-500", "/text-503", "/cut"):
                 assert is_told_to_retry(await client.get(path)), path
@@ -287,7 +288,7 @@ async def test_a_reload_keeps_every_listener_beside_one_of_ipv6(
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch, public="::1") as proxy:
         await proxy.api.reload()
         for address in (("::1", proxy.port), *(("127.0.0.1", port) for port in _pages(proxy.ports))):
-            socket.create_connection(address, timeout=_PATIENCE_S).close()
+            socket.create_connection(address, timeout=PATIENCE_S).close()
 
 
 def _pages(ports: PortBlock) -> tuple[int, int]:
@@ -344,7 +345,7 @@ def test_without_variables_the_defaults_are_those_of_the_settings() -> None:
 
 def test_it_is_a_program_for_clusters_too() -> None:
     command = [sys.executable, "-m", "stable_audio_serve.serving.haproxy", "-v"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S)
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert shown.stdout.startswith("HAProxy version")
 
 

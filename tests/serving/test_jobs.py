@@ -25,12 +25,12 @@ from stable_audio_serve.cli.metrics_page import exported_name
 from stable_audio_serve.core.metrics import METRICS
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from tests.audio_files import make_audio_file
+from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import model
 from tests.serving.launched import LaunchedServer, Watcher, free_port, write_config
 
 pytestmark = pytest.mark.ray
 
-_TIMEOUT_S = 60.0
 _RAY_LABELS = {
     "Component",
     "NodeAddress",
@@ -92,13 +92,12 @@ def submit(server: LaunchedServer, **fields: Any) -> str:
 
 def wait(server: LaunchedServer, job_id: str, *words: str) -> dict[str, Any]:
     """The job once its status is one of `words`; without any, once it is over."""
-    deadline = time.monotonic() + _TIMEOUT_S
-    while True:
+
+    def there() -> dict[str, Any]:
         job: dict[str, Any] = server.client.get(f"/jobs/{job_id}").json()
-        if job["status"] in (words or _OVER):
-            return job
-        assert time.monotonic() < deadline, job
-        time.sleep(0.05)
+        return job if job["status"] in (words or _OVER) else {}
+
+    return wait_until(there)
 
 
 def test_a_job_runs_and_its_file_lies_below_the_folder_of_the_start(server: LaunchedServer, config: Path) -> None:
@@ -124,16 +123,18 @@ def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer) -> No
         path = f"/queue/fal-ai/stable-audio?fal_webhook={receiver.url}"
         watcher = Watcher(server, "tiny")
         try:
-            watcher.status()
+            before = watcher.status()
             ticket = server.client.post(path, json={"prompt": "x", "seconds_total": 16, "steps": 1000}).json()
             wait_until(lambda: watcher.status()["in_flight"] == 1)
             assert server.client.put(ticket["cancel_url"]).status_code == 202
-            wait_until(lambda: watcher.status()["in_flight"] == 0, timeout_s=3)
+            wait_until(lambda: watcher.status()["in_flight"] == 0)
+            after = watcher.status()
+            assert (after["cancelled"], after["finished"]) == (before["cancelled"] + 1, before["finished"])
         finally:
             watcher.close()
         status = server.client.get(ticket["status_url"]).json()
         assert (status["status"], status["error_type"]) == ("COMPLETED", "client_cancelled")
-        wait_until(lambda: bool(receiver.bodies), timeout_s=5)
+        wait_until(lambda: bool(receiver.bodies))
         assert receiver.bodies[0]["request_id"] == ticket["request_id"]
         assert receiver.bodies[0]["status"] == "ERROR"
 
@@ -179,7 +180,7 @@ def test_a_stream_goes_on_at_another_ingress_after_an_operator_cancelled(server:
         if event["data"]["stage"] == "denoising":
             break
     command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job_id]
-    done = subprocess.run(command, cwd=config.parent, capture_output=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=config.parent, capture_output=True, timeout=PATIENCE_S, check=True)
     assert b"asked to stop" in done.stdout
     last = next(event["id"] for event in reversed(told) if "id" in event)
     *rest, end = read_events(server, job_id, after=last)
@@ -234,7 +235,7 @@ def test_stores_that_were_moved_are_refused_also_by_processes_that_start_then(
         away.rename(outputs)
     assert wait(server, done["id"]) == done
     assert wait(server, submit(server))["status"] == "succeeded"
-    wait_until(lambda: server.client.get("/health").json()["job_store"]["state"] == "ok", timeout_s=15)
+    wait_until(lambda: server.client.get("/health").json()["job_store"]["state"] == "ok")
 
 
 def scrape(port: int) -> dict[str, tuple[str, set[str]]]:
@@ -264,7 +265,7 @@ def test_a_real_run_exports_what_is_declared(server: LaunchedServer, config: Pat
             server.client.get(job["download_url"])
         wanted = {name for name, metric in METRICS.items() if not metric.is_rare} | {"damaged_files"}
         found: dict[str, tuple[str, set[str]]] = {}
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while not {exported_name(METRICS[name]) for name in wanted} <= found.keys() and time.monotonic() < deadline:
             time.sleep(0.5)
             found |= scrape(metrics_port)
@@ -287,10 +288,10 @@ def test_a_replaced_ingress_sends_the_readers_of_events_elsewhere(server: Launch
                 return response.read().decode()
 
         streams = [pool.submit(read_events) for _ in range(4)]  # HAProxy shares them out
-        assert all(opened.acquire(timeout=_TIMEOUT_S) for _ in streams)
+        assert all(opened.acquire(timeout=PATIENCE_S) for _ in streams)
         assert not any(stream.done() for stream in streams)
         with server.look_inside("tests.serving.rescale", "Ingress", "1") as rescaling:
-            assert rescaling.wait(60) == 0
+            assert rescaling.wait(PATIENCE_S) == 0
         wait_until(lambda: len(server.pids("ServeReplica:audio:Ingress")) == 1)
         ended = [stream for stream in streams if stream.done()]
         assert len(ended) == 2
@@ -319,7 +320,7 @@ def test_accepted_jobs_survive_the_death_of_everything(server: LaunchedServer, c
         assert again.client.get(jobs[2]["download_url"]).content == expected
         kept = again.client.get(f"/jobs/{finished['id']}").json()
         assert (kept["status"], kept["completed_at"]) == ("succeeded", finished["completed_at"])
-        wait_until(lambda: list((config.parent / "outputs" / "uploads").iterdir()) == [], timeout_s=5)
+        wait_until(lambda: list((config.parent / "outputs" / "uploads").iterdir()) == [])
         check_that_a_second_signal_stops_at_once(again)
     finally:
         if again.process.poll() is None:
@@ -340,15 +341,8 @@ def check_that_a_second_signal_stops_at_once(server: LaunchedServer) -> None:
         assert server.process.poll() is None
         assert server.stop(number=signal.SIGTERM) < 5
         assert isinstance(busy.exception(), httpx.TransportError)
-    wait_until(lambda: not server.leftovers(), timeout_s=10)
+    wait_until(lambda: not server.leftovers())
     assert not server.directory.exists()
-
-
-def wait_until(condition: Any, *, timeout_s: float = _TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Receiver:

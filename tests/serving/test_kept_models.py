@@ -10,15 +10,18 @@ import sys
 import pytest
 
 from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.launcher.patience import crowding, start_limits
 from stable_audio_serve.serving.kept_models import keep
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.ray
 
 _SEE = """
-import json, os, signal, time
+import json, os, signal
 import psutil, ray
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.serving.kept_models import keep, kept, read_kept, release
+from tests.patience import wait_until
 
 ray.init(address="local", num_cpus=1, include_dashboard=False)
 
@@ -30,10 +33,8 @@ class Other:
         keep(model, application="audio")
 
 def until(expected):
-    deadline = time.monotonic() + 60
-    while (seen := ray.get(other.kept.remote())) != expected and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return seen
+    wait_until(lambda: ray.get(other.kept.remote()) == expected)
+    return expected
 
 other = Other.remote()
 keep("small/one", application="audio")
@@ -61,8 +62,10 @@ print("seen:", json.dumps(seen))
 @pytest.mark.chaos  # test_admin.py sees the effect of names every time
 def test_names_are_seen_by_every_process_and_remembered_while_the_head_is_away() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", _SEE], capture_output=True, text=True, timeout=170, check=False,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.getcwd()},
+        [sys.executable, "-c", _SEE], capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        env=os.environ
+        | start_limits(crowding())
+        | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("seen: "))

@@ -23,6 +23,7 @@ import httpx
 import pytest
 
 from tests.databases import PostgresServer
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import model
 from tests.serving.launched import free_port
 from tests.serving.load import Load
@@ -30,8 +31,6 @@ from tests.serving.redis_server import running_redis
 
 pytestmark = pytest.mark.ray
 
-_PATIENCE_S = 180.0
-_WARM_S = 2.0  # of load before anything happens, and after
 _AWAY_S = 5.0  # that the head's GCS is gone
 _LONG, _CROWD = {"prompt": "rain", "duration": 2, "steps": 50}, 32
 
@@ -71,7 +70,7 @@ class Cluster:
         """Seconds until it is so."""
         began_at = time.monotonic()
         while not is_so():
-            assert time.monotonic() - began_at < _PATIENCE_S, (self.do("look"), self.said.read_text()[-5000:])
+            assert time.monotonic() - began_at < PATIENCE_S, (self.do("look"), self.said.read_text()[-5000:])
             time.sleep(0.25)
         return time.monotonic() - began_at
 
@@ -99,7 +98,7 @@ def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
     }
     with (
         running_redis(folder) as redis,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
         (folder / "said").open("w") as said,
     ):
         process = subprocess.Popen(
@@ -139,7 +138,7 @@ def test_update_under_load_is_not_noticed(cluster: Cluster) -> None:
     """All replicas are replaced, two on two nodes with room for no third."""
     before = {name: cluster.replicas(name) for name in ("tiny", "Ingress", "job-runner")}
     with Load(cluster.client) as load:
-        time.sleep(_WARM_S)
+        load.go_on()
         cluster.deploy(max_queue_s=1e5)
         took_s = cluster.wait(
             lambda: (
@@ -150,7 +149,7 @@ def test_update_under_load_is_not_noticed(cluster: Cluster) -> None:
                 )
             )
         )
-        time.sleep(_WARM_S)
+        load.go_on()
     judge(load, f"update, {took_s:.0f} s")
     assert len(set(cluster.replicas("tiny").values())) == 2
 
@@ -161,14 +160,13 @@ def test_head_that_loses_its_memory_for_seconds_finds_it_in_redis(cluster: Clust
     before = cluster.replicas("tiny")
     ready: Counter[int] = Counter()
     with Load(cluster.client) as load:
-        time.sleep(_WARM_S)
+        load.go_on()
         cluster.do("kill_gcs")
         until = time.monotonic() + _AWAY_S
         while time.monotonic() < until:
             ready[cluster.client.get("/ready").status_code] += 1
             ready[cluster.client.get("/health").status_code] += 1
             time.sleep(0.5)
-        num_before = len(load.made)
         cluster.do("start_gcs")
         cluster.wait(cluster.is_running)
         assert cluster.replicas("tiny") == before
@@ -178,7 +176,6 @@ def test_head_that_loses_its_memory_for_seconds_finds_it_in_redis(cluster: Clust
             answers = [crowd.submit(cluster.client.post, "/generate", json=_LONG) for _ in range(_CROWD)]
             took_s = cluster.wait(lambda: len(cluster.replicas("tiny")) == 3)
     assert {answer.result().status_code for answer in answers} == {200}
-    assert num_before > 0
     assert set(ready) == {200}
     judge(load, f"GCS away for {_AWAY_S:g} s, a third replica after {took_s:.0f} s of more load")
 
@@ -198,10 +195,10 @@ def test_a_node_that_is_drained_is_left_before_it_goes(cluster: Cluster) -> None
         return not cluster.do("is_alive", victim)
 
     with Load(cluster.client) as load:
-        time.sleep(_WARM_S)
+        load.go_on()
         cluster.do("drain_node", victim)
         took_s = cluster.wait(has_left)
-        time.sleep(_WARM_S)
+        load.go_on()
     judge(load, f"node drained, gone after {took_s:.0f} s, {least} of {num_replicas} replicas at least")
     cluster.wait(lambda: len(cluster.replicas("tiny")) == num_replicas)
     assert victim not in cluster.replicas("tiny").values()
@@ -215,7 +212,7 @@ def test_killed_node_is_not_noticed_and_replaced_where_there_is_room(cluster: Cl
     runners = set(cluster.replicas("job-runner").values())
     victim = max(cluster.replicas("tiny").values(), key=lambda node: node in runners)
     with Load(cluster.client) as load:
-        time.sleep(_WARM_S)
+        load.go_on()
         began_at = time.monotonic()
         num_killed = cluster.do("kill_node", victim)
         cluster.wait(
@@ -228,5 +225,5 @@ def test_killed_node_is_not_noticed_and_replaced_where_there_is_room(cluster: Cl
             )
         )
         took_s = time.monotonic() - began_at
-        time.sleep(_WARM_S)
+        load.go_on()
     judge(load, f"{num_killed} processes killed, full strength after {took_s:.0f} s")

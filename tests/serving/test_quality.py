@@ -17,12 +17,12 @@ import httpx
 import pytest
 
 from tests.models.revisions import BAD, GOOD, copy_checkpoint, fill_revisions, scale, spoil
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, write_config
 
 pytestmark = pytest.mark.ray
 
-_TIMEOUT_S = 240.0
 _BODY = {"prompt": "rain", "duration": 1.0, "seed": 5, "steps": 2}
 _PAUSE_S = 0.1  # of a customer: without one, they take the cores that new replicas start on
 
@@ -70,7 +70,7 @@ class Customer:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join(timeout=_TIMEOUT_S)
+        self._thread.join(timeout=PATIENCE_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -83,7 +83,7 @@ class Customer:
 
 def generate(server: LaunchedServer, model: str) -> tuple[int, bytes]:
     body = _BODY | {"model": model}
-    answer = httpx.post(f"{server.url}/v1/audio/generations", json=body, timeout=_TIMEOUT_S, trust_env=False)
+    answer = httpx.post(f"{server.url}/v1/audio/generations", json=body, timeout=PATIENCE_S, trust_env=False)
     return answer.status_code, answer.content
 
 
@@ -100,12 +100,12 @@ def sound(clip: bytes) -> bytes:
 
 
 def health_of(server: LaunchedServer) -> dict[str, Any]:
-    return dict(httpx.get(f"{server.url}/health", timeout=60, trust_env=False).json()["models"])
+    return dict(httpx.get(f"{server.url}/health", timeout=PATIENCE_S, trust_env=False).json()["models"])
 
 
 def wait_for(server: LaunchedServer, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """What an ingress says of the models once it is so; the other one may know a little later."""
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     while not is_so(models := health_of(server)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -114,7 +114,7 @@ def wait_for(server: LaunchedServer, is_so: Callable[[dict[str, Any]], bool]) ->
 
 def deploy(server: LaunchedServer, revision: str) -> None:
     with server.look_inside("tests.serving.redeploy", revision) as deploying:
-        assert deploying.wait(_TIMEOUT_S) == 0
+        assert deploying.wait(PATIENCE_S) == 0
 
 
 def test_a_poisoned_checkpoint_never_takes_traffic(updated: LaunchedServer) -> None:

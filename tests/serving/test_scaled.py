@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from stable_audio_serve.launcher.patience import crowding, start_limits
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(5 * PATIENCE_S)]
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, A
         capture_output=True,
         text=True,
         cwd=tmp_path_factory.mktemp("scaled"),
-        env=os.environ | {"PYTHONPATH": os.getcwd(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
-        timeout=500,
+        env=os.environ
+        | start_limits(crowding())
+        | {"PYTHONPATH": os.getcwd(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+        timeout=4 * PATIENCE_S,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -13,6 +13,8 @@ import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
+from tests.patience import PATIENCE_S
+
 
 def main(address: str, application: str, model: str) -> None:
     ray.init(address=address, log_to_driver=False)
@@ -22,7 +24,7 @@ def main(address: str, application: str, model: str) -> None:
     )
     handle = serve.get_deployment_handle(model, application)
     while True:
-        print(json.dumps(asdict(handle.status.remote().result(timeout_s=30))), flush=True)
+        print(json.dumps(asdict(handle.status.remote().result(timeout_s=PATIENCE_S))), flush=True)
         time.sleep(0.05)
 
 

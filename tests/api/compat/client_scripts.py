@@ -7,15 +7,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tests.patience import PATIENCE_S
+
 ONE_SECOND = 44 + 4 * 44100  # bytes of a WAV file
 
 
-async def run_script(*command: str, environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
+async def run_script(*command: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """What the program printed; it must succeed."""
     client = await asyncio.create_subprocess_exec(
         *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(PATIENCE_S):
         out, err = await client.communicate()
     assert client.returncode == 0, err.decode()
     seen: dict[str, Any] = json.loads(out)

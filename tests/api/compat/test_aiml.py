@@ -15,6 +15,7 @@ from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.api.compat.wav import read_wav
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 
 URL = "/v2/generate/audio"
 BODY = {"model": "stable-audio", "prompt": "lo-fi pop hip-hop ambient music"}
@@ -27,7 +28,7 @@ async def submit(client: httpx.AsyncClient, **changes: Any) -> str:
 
 
 async def poll_until(client: httpx.AsyncClient, generation_id: str, status: str) -> dict[str, Any]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             reply = await client.get(URL, params={"generation_id": generation_id})
             assert reply.status_code == 200, reply.text
@@ -48,9 +49,10 @@ async def test_a_submission_is_answered_with_an_id_and_a_status(client: httpx.As
 async def test_a_generation_goes_from_queued_over_generating_to_completed(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
-    backend.delay_s = 1.0
+    backend.released.clear()
     generation_id = await submit(client)
     await poll_until(client, generation_id, "generating")
+    backend.released.set()
     body = await poll_until(client, generation_id, "completed")
     assert body == await poll_until(client, generation_id, "completed")
     assert "error" not in body

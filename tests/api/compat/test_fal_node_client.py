@@ -17,6 +17,7 @@ import pytest_asyncio
 from tests.api.compat.backends import PromptBackend
 from tests.api.compat.client_scripts import check_output, run_script
 from tests.api.compat.serving import serve_app
+from tests.patience import PATIENCE_S
 
 CLIENT = "@fal-ai/client@1.10.1"
 SCRIPT = Path(__file__).parent / "clients" / "fal_node.cjs"
@@ -41,7 +42,7 @@ def node_path() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=cache)
         command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", folder, CLIENT]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         if done.returncode:
             shutil.rmtree(folder)
             without(f"npm could not install {CLIENT}: {done.stderr[-500:]}")
@@ -56,7 +57,7 @@ async def seen(node_path: Path) -> AsyncIterator[dict[str, Any]]:
     async with serve_app(PromptBackend(), jobs={"max_running": 2}, refusals=refusals) as (port, _):
         base = f"http://localhost:{port}"
         environment = {**os.environ, "NODE_PATH": str(node_path)}
-        yield await run_script("node", str(SCRIPT), base, environment=environment, timeout_s=180) | {
+        yield await run_script("node", str(SCRIPT), base, environment=environment) | {
             "base": base,
             "refusals": refusals,
         }

@@ -10,6 +10,7 @@ import pytest
 
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 
 URL = "/api/fal/proxy"
 APP = "fal-ai/stable-audio"
@@ -34,7 +35,7 @@ async def test_a_queued_request_from_ticket_to_result(client: httpx.AsyncClient,
     ticket = (await call(client, "POST", f"https://queue.fal.run/{APP}", json=BODY)).json()
     requests = f"https://queue.fal.run/{APP}/requests/{ticket['request_id']}"
     assert (await client.get(ticket["status_url"])).status_code in (200, 202)  # links lead to the real routes
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (reply := await call(client, "GET", f"{requests}/status?logs=1")).status_code == 202:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert isinstance(reply.json()["logs"], list)

@@ -52,7 +52,7 @@ async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> 
             }
         base = f"{'https' if is_tls else 'http'}://{address}"
         command = (sys.executable, str(SCRIPT), request.param, base)
-        yield await run_script(*command, environment=environment, timeout_s=120) | {"base": base, "refusals": refusals}
+        yield await run_script(*command, environment=environment) | {"base": base, "refusals": refusals}
 
 
 def test_run(seen: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from tests.api.compat.serving import make_client
 from tests.backends import ToneBackend
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 from tests.webhook_receiver import receiving
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ async def submit(client: httpx.AsyncClient, **headers: str) -> dict[str, Any]:
 
 
 async def wait_for(client: httpx.AsyncClient, ticket: dict[str, Any], status: str, *, logs: str = "1") -> Any:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             reply = await client.get(ticket["status_url"], params={"logs": logs})
             body = reply.json()
@@ -120,12 +120,14 @@ async def test_low_priority_is_batch_work_in_a_line_of_its_own() -> None:
 async def test_a_status_has_the_keys_that_clients_read(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, logs: str | None, has_logs: bool
 ) -> None:
-    backend.delay_s = 1.0
+    backend.delay_s = 0.4
+    backend.released.clear()
     ticket = await submit(client)
     params = {} if logs is None else {"logs": logs}
     await wait_for(client, ticket, "IN_PROGRESS")
     running = (await client.get(ticket["status_url"], params=params)).json()
     assert running.keys() == {"status", "logs", *LINKS}
+    backend.released.set()
     await wait_for(client, ticket, "COMPLETED")
     reply = await client.get(ticket["status_url"], params=params)
     done = reply.json()
@@ -279,9 +281,7 @@ async def test_a_webhook_is_told_the_end(error: Exception | None) -> None:
         reply = await client.post(QUEUE, json=BODY, params={"fal_webhook": receiver.url})
         ticket = reply.json()
         assert ticket["status"] == "IN_QUEUE"
-        async with asyncio.timeout(10):
-            while not receiver.requests:  # noqa: ASYNC110  what is waited for is not ours to signal
-                await asyncio.sleep(0.02)
+        await until(lambda: bool(receiver.requests))
         result = await client.get(ticket["response_url"])
         status = await wait_for(client, ticket, "COMPLETED")
         body = json.loads(receiver.requests[0][2])

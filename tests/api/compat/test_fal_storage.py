@@ -21,6 +21,7 @@ from stable_audio_serve.api.compat.fal.storage import make_signer
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from tests.api.compat.serving import make_app, make_client, serve_app
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -164,7 +165,7 @@ async def test_what_is_larger_than_an_upload_may_be_is_413_while_it_arrives() ->
 
     async with (
         serve_app(api={"max_upload_bytes": 200_000}) as (port, _),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         place = await announce(client)
         parts = await announce(client, "initiate-multipart")

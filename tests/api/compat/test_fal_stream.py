@@ -16,7 +16,7 @@ from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.core.errors import GenerationError
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ async def submit(client: httpx.AsyncClient) -> dict[str, Any]:
 
 async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: str = "?logs=1") -> list[Any]:
     """The events of a stream to its end, each parsed as strictly as the page describes it."""
-    reply = await client.get(f"{ticket['status_url']}/stream{query}", timeout=10)
+    reply = await client.get(f"{ticket['status_url']}/stream{query}", timeout=PATIENCE_S)
     assert reply.status_code == 200
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["x-fal-request-id"] == ticket["request_id"]
@@ -92,7 +92,7 @@ async def test_an_unknown_request_has_no_stream() -> None:
 async def open_stream(path: str, headers: dict[str, str]) -> AsyncIterator[AsyncIterator[str]]:
     async with (
         serve_app(ToneBackend(delay_s=30), stream_pauses=StreamPauses(comment_s=0.2)) as (port, _),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         ticket = await submit(client)
         url = path.format(**ticket)
@@ -115,7 +115,7 @@ async def test_the_first_event_comes_at_once_and_comments_keep_the_connection(
     way: str,
 ) -> None:
     assert StreamPauses().comment_s < 15
-    async with open_stream(*STREAMS[way]) as lines, asyncio.timeout(5):
+    async with open_stream(*STREAMS[way]) as lines, asyncio.timeout(PATIENCE_S):
         first = await anext(lines)
         assert json.loads(first.removeprefix("data: "))["status"] in ("IN_QUEUE", "IN_PROGRESS")
         async for line in lines:

@@ -15,6 +15,7 @@ import requests
 from stable_audio_serve.core.keys import hash_key
 from tests.api.test_connections import serve
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def run_example_client(url: str, file: Path, **options: Any) -> str | None:
     """What the page's script does; None when it wrote a file, else what it would print."""
     payload = {"input": "The sound of a hammer", "audio_length": 10.0, "audio_start": 0.0, "response_format": "wav"}
     payload |= {key: value for key, value in options.items() if value}
-    reply = requests.post(f"{url}/v1/audio/generate", json=payload, timeout=300)
+    reply = requests.post(f"{url}/v1/audio/generate", json=payload, timeout=PATIENCE_S)
     if reply.status_code != 200:
         return reply.text
     file.write_bytes(reply.content)
@@ -68,7 +69,7 @@ async def test_openai_with_keys(locked_url: str) -> None:
     async with openai.AsyncOpenAI(base_url=f"{locked_url}/v1", api_key="wrong", max_retries=0) as client:
         with pytest.raises(openai.AuthenticationError, match="Authorization"):
             await client.models.list()
-    health = await asyncio.to_thread(requests.get, f"{locked_url}/health", timeout=10)
+    health = await asyncio.to_thread(requests.get, f"{locked_url}/health", timeout=PATIENCE_S)
     assert health.status_code == 200
 
 

@@ -23,7 +23,8 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
-from tests.jobs.conftest import Workshop, make_spec, upload, wait_for
+from tests.jobs.conftest import Workshop, make_spec, upload
+from tests.patience import until
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +77,7 @@ async def test_a_failure_of_its_own_is_not_retried(workshop: Workshop, error: St
     assert job.error is not None
     assert (job.state, job.attempts) == ("failed", 1)
     assert (job.error.code, job.error.message, job.error.field) == (error.kind, error.message, error.field)
-    await wait_for(lambda: workshop.files() == [])
+    await until(lambda: workshop.files() == [])
 
 
 async def test_an_unexpected_failure_says_nothing_about_itself(workshop: Workshop) -> None:
@@ -95,7 +96,7 @@ async def test_a_model_that_is_gone_is_tried_again(workshop: Workshop) -> None:
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
     assert (job.state, job.attempts) == ("succeeded", 3)
-    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-3-audio.wav"])
+    await until(lambda: workshop.files() == [f"{job.spec.id}-3-audio.wav"])
 
 
 @pytest.mark.parametrize("error", [ModelUnavailableError("lost its replica"), StorageError("the bucket is away")])
@@ -111,7 +112,7 @@ async def test_what_stays_away_makes_a_dead_letter_that_can_be_tried_again(
     assert workshop.queue.store.dead_letters.retry_job(job.spec.ref) is not None
     job = await workshop.until(job, lambda job: job.state == "succeeded")
     assert workshop.backend.last.init_audio is not None
-    await wait_for(lambda: len(workshop.files()) == 1)
+    await until(lambda: len(workshop.files()) == 1)
 
 
 async def test_a_full_engine_costs_patience_but_no_attempt(workshop: Workshop) -> None:

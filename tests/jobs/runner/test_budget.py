@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from stable_audio_serve.jobs.runner.budget import ByteBudget
+from tests.patience import PATIENCE_S
 
 
 async def take(budget: ByteBudget, num_bytes: int, taken: list[int], *, until: asyncio.Event) -> None:
@@ -26,7 +27,7 @@ async def test_what_fits_is_had_together_and_the_rest_waits_its_turn() -> None:
         await settle()
     assert taken == [60, 40]  # the last one would fit later too, but it came after the third
     done.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(*tasks)
     assert taken == [60, 40, 50, 1]
 
@@ -37,7 +38,7 @@ async def test_more_than_there_is_goes_to_one_who_is_alone() -> None:
     await settle()
     assert taken == [500]
     done.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(*tasks)
 
 
@@ -51,5 +52,5 @@ async def test_whoever_gives_up_or_fails_leaves_nothing_behind() -> None:
         await settle()
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-    async with asyncio.timeout(5), budget.hold(100):
+    async with asyncio.timeout(PATIENCE_S), budget.hold(100):
         pass

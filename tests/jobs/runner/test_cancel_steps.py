@@ -25,6 +25,7 @@ from stable_audio_serve.serving.local import LocalBackend
 from tests.goldens import load_goldens
 from tests.jobs.conftest import make_spec
 from tests.models.loaded import loaded
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ class GatedModel:
     def _pass(self, call: str) -> None:
         if call == self._hold_at:
             self.reached.set()
-            assert self.opened.wait(30)
+            assert self.opened.wait(PATIENCE_S)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -96,7 +97,7 @@ async def running(folder: Path, model: Any) -> AsyncIterator[JobQueue]:
 
 
 async def finish(queue: JobQueue, job: Job) -> Job:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while not job.is_over:
             await asyncio.sleep(0.005)
             job = await queue.get(job.spec.ref) or job
@@ -119,7 +120,7 @@ async def test_it_ends_within_a_step_and_its_neighbours_do_not_notice(tmp_path: 
             model.hold(call)
             victim = await queue.submit(make_spec(model=_NAME, request=make_victim()))
             others = [await queue.submit(make_spec(model=_NAME, request=request)) for request in NEIGHBOURS]
-            assert await asyncio.to_thread(model.reached.wait, 30), call
+            assert await asyncio.to_thread(model.reached.wait, PATIENCE_S), call
             outcome, _ = await queue.cancel(victim.spec.ref)
             assert outcome == "requested", call
             victim = await finish(queue, victim)  # the engine is told by then, and still in its step

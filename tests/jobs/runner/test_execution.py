@@ -12,7 +12,8 @@ import soundfile
 
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
-from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload, wait_for
+from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
+from tests.patience import until
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +75,7 @@ async def test_an_upload_reaches_the_model_and_is_deleted(workshop: Workshop, ro
     assert source is not None
     assert source.samples.shape[1] == 22050
     assert list(sources.values()) == [None]
-    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-audio.wav"])
+    await until(lambda: workshop.files() == [f"{job.spec.id}-audio.wav"])
 
 
 async def test_the_model_is_told_the_job_and_a_time_limit(workshop: Workshop) -> None:

@@ -16,9 +16,10 @@ from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, StoreState, health_of
 from tests.backends import ToneBackend
-from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, upload, wait_for
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, upload
 from tests.jobs.stores import Wall, database, postgres_with_tables, store_url, wall
 from tests.object_storage import Faults, ObjectStorage
+from tests.patience import until
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
 
@@ -68,8 +69,8 @@ async def test_after_a_refusal_one_job_goes_first_and_two_follow(apart: Workshop
     refusals = Refusals(apart.queue.store.database)
     with folder_away(apart):
         jobs = [await apart.queue.submit(make_spec(duration_s=0.1)) for _ in range(12)]
-        await wait_for(lambda: metrics.gauges.get(REFUSED) == 1.0 and backend.num_running == 0)
-        await wait_for(lambda: [health.state for health in refusals.current()] == ["moved"])
+        await until(lambda: metrics.gauges.get(REFUSED) == 1.0 and backend.num_running == 0)
+        await until(lambda: [health.state for health in refusals.current()] == ["moved"])
         assert len([job for job in jobs if apart.queue.store.clients.get(job.spec.ref)]) == 12
         backend.at_work.clear()
         backend.delay_s = 0.05
@@ -114,8 +115,8 @@ async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
 
     monkeypatch.setattr(workshop.queue.artifacts, "probe", count)
     runner = await workshop.start_runner(metrics=metrics)
-    await wait_for(lambda: metrics.gauges.get(REFUSED) == 1.0 and metrics.gauges.get(("jobs_running",)) == 0)
-    await wait_for(lambda: len(probes) >= 3)
+    await until(lambda: metrics.gauges.get(REFUSED) == 1.0 and metrics.gauges.get(("jobs_running",)) == 0)
+    await until(lambda: len(probes) >= 3)
     waiting = workshop.queue.store.operators.list_all(state="queued")
     assert len(waiting) == len(jobs)
     assert sum(job.attempts for job in waiting) <= 4  # what a runner begins before it has seen any end
@@ -132,7 +133,7 @@ async def test_a_runner_that_stops_takes_its_refusal_back(apart: Workshop) -> No
     refusals = Refusals(apart.queue.store.database)
     with folder_away(apart):
         await apart.queue.submit(make_spec())
-        await wait_for(lambda: len(refusals.current()) == 1)
+        await until(lambda: len(refusals.current()) == 1)
         await runner.close()
         assert refusals.current() == []
 

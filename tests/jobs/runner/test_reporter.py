@@ -11,8 +11,8 @@ from stable_audio_serve.jobs.runner.reporter import Reporter
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import Report
-from tests.jobs.conftest import wait_for
 from tests.jobs.stores import RESULT, add, database, find, lease, postgres_with_tables, store, store_url, wall
+from tests.patience import until
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
@@ -41,7 +41,7 @@ async def test_all_jobs_are_written_together_each_as_far_as_it_is(
     for step in range(1, 11):
         for job in jobs:
             reporter.put(Report(job, "denoising", step / 10, eta_s=1.0))
-    await wait_for(lambda: find(store, jobs[0]).fraction == 1.0)
+    await until(lambda: find(store, jobs[0]).fraction == 1.0)
     assert {find(store, job).fraction for job in jobs} == {1.0}
     assert len(commits) == 1
     for job in jobs:
@@ -55,7 +55,7 @@ async def test_a_lost_lease_is_told_and_the_others_are_written(
     store.runners.requeue(jobs[1], delay_s=0.0, attempts=0, message="taken away")
     for job in jobs:
         reporter.put(Report(job, "denoising", 0.5))
-    await wait_for(lambda: bool(lost))
+    await until(lambda: bool(lost))
     assert lost == [lease_id(jobs[1])]
     assert [find(store, job).fraction for job in jobs] == [0.5, 0.0, 0.5]
 
@@ -66,7 +66,7 @@ async def test_what_was_dropped_is_not_written(store: JobStore, reporter: Report
     reporter.put(Report(running, "denoising", 0.5))
     reporter.drop(lease_id(ended))
     store.runners.succeed(ended, RESULT)
-    await wait_for(lambda: find(store, running).fraction == 0.5)
+    await until(lambda: find(store, running).fraction == 0.5)
     assert (find(store, ended).fraction, lost) == (1.0, [])
 
 
@@ -81,8 +81,8 @@ async def test_it_goes_on_when_the_store_was_away(database: Database, store: Job
 
     sa.event.listen(database.engine, "begin", fail)
     reporter.put(Report(job, "denoising", 0.1))
-    await wait_for(lambda: bool(failed))
+    await until(lambda: bool(failed))
     sa.event.remove(database.engine, "begin", fail)
     await asyncio.sleep(0)
     reporter.put(Report(job, "denoising", 0.2))
-    await wait_for(lambda: find(store, job).fraction == 0.2)
+    await until(lambda: find(store, job).fraction == 0.2)

@@ -16,7 +16,8 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
 from tests.backends import ToneBackend
-from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload, wait_for
+from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
+from tests.patience import until
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,7 @@ async def test_a_submission_starts_at_once_however_long_the_runner_would_pause(
 ) -> None:
     looks = count_looks(workshop, monkeypatch)
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
-    await wait_for(lambda: len(looks) == 1)
+    await until(lambda: len(looks) == 1)
     await asyncio.sleep(0.05)
     assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
 
@@ -80,7 +81,7 @@ def count_looks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[flo
 async def test_an_idle_runner_hardly_asks_its_store(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = count_looks(workshop, monkeypatch)
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=0.02, last_poll_s=0.1))
-    await wait_for(lambda: len(looks) > 5)
+    await until(lambda: len(looks) > 5)
     pauses_s = [later - earlier for earlier, later in itertools.pairwise(looks)]
     assert all(pause_s >= least_s for pause_s, least_s in zip(pauses_s, (0.04, 0.08, 0.1, 0.1, 0.1), strict=False))
     assert RunnerPauses().first_poll_s >= 0.1
@@ -92,7 +93,7 @@ async def test_a_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -
     assert (await workshop.queue.cancel(job.spec.ref._replace(client="other")))[0] == "unknown"
     assert (await workshop.queue.cancel(job.spec.ref))[0] == "removed"
     assert (await workshop.queue.cancel(job.spec.ref))[0] == "already_over"
-    await wait_for(lambda: workshop.files() == [])
+    await until(lambda: workshop.files() == [])
     await workshop.start_runner()
     await asyncio.sleep(0.1)
     assert workshop.backend.requests == []
@@ -110,14 +111,14 @@ async def test_a_running_job_is_stopped_at_the_model_at_once(workshop: Workshop)
     assert job.error is not None
     assert (job.state, job.error.code) == ("cancelled", "cancelled")
     assert workshop.backend.num_cancelled == 1
-    await wait_for(lambda: workshop.files() == [])
+    await until(lambda: workshop.files() == [])
 
 
 async def test_cancelling_one_job_leaves_the_others_alone(workshop: Workshop) -> None:
     workshop.backend.released.clear()
     await workshop.start_runner()
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
-    await wait_for(lambda: workshop.backend.num_running == 3)
+    await until(lambda: workshop.backend.num_running == 3)
     await workshop.queue.cancel(jobs[1].spec.ref)
     assert (await workshop.finished(jobs[1])).state == "cancelled"
     workshop.backend.released.set()
@@ -129,14 +130,14 @@ async def test_a_job_that_cannot_start_in_time_fails(workshop: Workshop) -> None
     workshop.backend.released.clear()
     await workshop.start_runner()
     first = await workshop.queue.submit(make_spec())
-    await wait_for(lambda: workshop.backend.num_running == 1)
+    await until(lambda: workshop.backend.num_running == 1)
     late = await workshop.queue.submit(make_spec(start_within_s=0.1, upload=await upload(workshop)))
     late = await workshop.finished(late)
     workshop.backend.released.set()
     assert late.error is not None
     assert (late.state, late.error.code, late.attempts) == ("failed", "start_timeout", 0)
     assert (await workshop.finished(first)).state == "succeeded"
-    await wait_for(lambda: workshop.files() == [f"{first.spec.id}-audio.wav"])
+    await until(lambda: workshop.files() == [f"{first.spec.id}-audio.wav"])
 
 
 async def test_what_a_dead_runner_left_is_done_by_the_next_when_its_lease_ends(workshop: Workshop) -> None:
@@ -145,7 +146,7 @@ async def test_what_a_dead_runner_left_is_done_by_the_next_when_its_lease_ends(w
     await workshop.start_runner()
     job = await workshop.finished(job)
     assert (job.state, job.attempts) == ("succeeded", 2)
-    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
+    await until(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
 
 
 async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> None:
@@ -202,7 +203,7 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
 
     monkeypatch.setattr(store.runners, "look", fail)
     job = await workshop.queue.submit(make_spec())
-    await wait_for(lambda: num_failures >= 3)
+    await until(lambda: num_failures >= 3)
     runner.check_health()
     monkeypatch.setattr(store.runners, "look", look)
     assert (await workshop.finished(job)).state == "succeeded"
@@ -224,7 +225,7 @@ async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monke
         for name in ("look", "reclaim", "renew", "lease"):
             away.setattr(store.runners, name, fail)
         runner = await workshop.start_runner()
-        await wait_for(lambda: num_failures >= 5)
+        await until(lambda: num_failures >= 5)
         runner.check_health()
     assert (await workshop.finished(job)).state == "succeeded"
 
@@ -233,8 +234,8 @@ async def test_a_runner_of_a_server_that_stops_gives_its_jobs_back_and_stays_hea
     workshop.backend = backend = ToneBackend(delay_s=30)
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(2)]
     runner = await workshop.start_runner()
-    await wait_for(lambda: backend.num_running == 2)
-    await wait_for(lambda: not runner.drain())
+    await until(lambda: backend.num_running == 2)
+    await until(lambda: not runner.drain())
     for job in jobs:
         now = workshop.queue.store.clients.get(job.spec.ref)
         assert now is not None
@@ -255,7 +256,7 @@ async def test_a_runner_that_holds_finishes_what_it_leases_and_leaves_the_rest_t
     assert (runner.is_holding, runner.num_held) == (True, 1)
     workshop.backend.released.set()
     assert (await workshop.finished(first)).state == "succeeded"
-    await wait_for(lambda: runner.num_held == 0)
+    await until(lambda: runner.num_held == 0)
     await asyncio.sleep(0.5)  # several looks
     runner.check_health()
     queued = [await workshop.queue.get(job.spec.ref) for job in (second, third)]
@@ -263,7 +264,7 @@ async def test_a_runner_that_holds_finishes_what_it_leases_and_leaves_the_rest_t
     other = await workshop.start_runner()
     assert (await workshop.finished(second)).state == "succeeded"
     other.hold()
-    await wait_for(lambda: other.num_held == 0)
+    await until(lambda: other.num_held == 0)
     runner.resume()
     assert (await workshop.finished(third)).state == "succeeded"
     last = await workshop.queue.submit(make_spec())

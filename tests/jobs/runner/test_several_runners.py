@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +20,9 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.backends import ToneBackend
-from tests.jobs.conftest import SHORT_PAUSES, RecordedMetrics, Workshop, make_spec, wait_for
+from tests.jobs.conftest import SHORT_PAUSES, RecordedMetrics, Workshop, make_spec
 from tests.jobs.stores import Wall, wall
+from tests.patience import PATIENCE_S, until, wait_until
 
 __all__ = ["wall"]
 
@@ -70,15 +70,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) ->
 def outlive_leases(wall: Wall, renewals: list[str]) -> None:
     """Move the clock by several leases, with a renewal in each. Blocks."""
     for _ in range(4):
-        before, deadline = len(renewals), time.monotonic() + 10
-        while len(renewals) <= before + 1:  # the first may have begun earlier
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        enough = len(renewals) + 2  # the first may have begun earlier
+        wait_until(lambda: len(renewals) >= enough, every_s=0.01)  # noqa: B023
         wall.now += 0.8 * _LEASE_S
 
 
 async def running(workshop: Workshop, num_running: int = 1) -> None:
-    await wait_for(lambda: workshop.backend.num_running == num_running)
+    await until(lambda: workshop.backend.num_running == num_running)
 
 
 async def test_runners_share_the_jobs_and_do_each_once(workshop: Workshop) -> None:
@@ -131,8 +129,8 @@ async def test_a_runner_that_lost_its_lease_stops_its_work_and_writes_nothing(wo
     (taken,) = workshop.queue.store.runners.reclaim(max_attempts=3)
     other = workshop.queue.store.runners.lease("another", lease_s=60.0)
     assert other is not None
-    await wait_for(lambda: workshop.backend.num_cancelled == 1)
-    await wait_for(lambda: metrics.counters["job_leases_lost",] == 1)
+    await until(lambda: workshop.backend.num_cancelled == 1)
+    await until(lambda: metrics.counters["job_leases_lost",] == 1)
     now = await workshop.queue.get(job.spec.ref)
     assert now is not None
     assert (now.state, now.attempts, now.lease) == ("running", 2, other.lease)
@@ -148,11 +146,11 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
 
     def late(job: Job, result: JobResult) -> Job | None:
         asleep.set()
-        assert woken.wait(20)
+        assert woken.wait(PATIENCE_S)
         return succeed(job, result)
 
     monkeypatch.setattr(store.runners, "succeed", late)
-    monkeypatch.setattr(store.runners, "renew", lambda *_, **__: woken.wait(20) and [])
+    monkeypatch.setattr(store.runners, "renew", lambda *_, **__: woken.wait(PATIENCE_S) and [])
     metrics = RecordedMetrics()
     runner = JobRunner(
         store,
@@ -165,18 +163,18 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
     workshop.runners.append(runner)
     await runner.start()
     job = await workshop.queue.submit(make_spec())
-    await wait_for(asleep.is_set)
+    await until(asleep.is_set)
     end_leases(workshop)
     await workshop.start_runner()
     ended = await workshop.finished(job)
     assert (ended.state, ended.attempts) == ("succeeded", 2)
     assert workshop.files() == [f"{job.spec.id}-2-audio.wav", f"{job.spec.id}-audio.wav"]
     woken.set()
-    await wait_for(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
+    await until(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
     assert await workshop.queue.get(job.spec.ref) == ended
     assert ended.result is not None
     assert [chunk async for chunk in workshop.queue.read(ended.result.file)]
-    await wait_for(lambda: metrics.counters["job_leases_lost",] == 1)
+    await until(lambda: metrics.counters["job_leases_lost",] == 1)
 
 
 async def test_a_success_whose_answer_got_lost_is_still_one(
@@ -198,7 +196,7 @@ async def test_a_success_whose_answer_got_lost_is_still_one(
     await workshop.start_runner(metrics=metrics)
     job = await workshop.finished(await workshop.queue.submit(make_spec()))
     assert job.state == "succeeded"
-    await wait_for(lambda: bool(metrics.counters["jobs", ("state", "succeeded"), ("contract", "sa3")]))
+    await until(lambda: bool(metrics.counters["jobs", ("state", "succeeded"), ("contract", "sa3")]))
     assert num_calls == 2
     assert workshop.files() == [f"{job.spec.id}-audio.wav"]
 
@@ -224,12 +222,12 @@ async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop, monk
     looks = count_calls(monkeypatch, workshop.queue.store.runners, "look")
     for _ in range(3):
         await workshop.start_runner()
-    await wait_for(lambda: len(looks) > 6)
+    await until(lambda: len(looks) > 6)
     statements: list[str] = []
     engine = workshop.queue.store.database.engine
     sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
     num_before = len(looks)
-    await wait_for(lambda: len(looks) >= num_before + 10)
+    await until(lambda: len(looks) >= num_before + 10)
     num_asked = sum(not statement.startswith(("BEGIN", "COMMIT", "PRAGMA")) for statement in statements)
     num_looks = len(looks) - num_before
     # A look that has begun may not have asked yet, one of each runner.
@@ -279,7 +277,7 @@ async def test_an_operator_can_see_what_happened(workshop: Workshop, wall: Wall)
     workshop.backend = OneFullModel()
     await workshop.start_runner(metrics=metrics)
     await workshop.finished(dead)
-    await wait_for(lambda: metrics.gauges.get(("jobs_by_state", ("state", "failed"))) == 1)
+    await until(lambda: metrics.gauges.get(("jobs_by_state", ("state", "failed"))) == 1)
     assert metrics.counters["jobs", ("state", "succeeded"), ("contract", "sa3")] == 2
     assert metrics.counters["jobs", ("state", "failed"), ("contract", "sa3")] == 1
     assert metrics.counters["jobs_reclaimed", ("state", "queued")] == 1
@@ -340,7 +338,7 @@ async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
 
     monkeypatch.setattr(store.runners, "lease", cut)
     lost = await workshop.queue.submit(make_spec())
-    await wait_for(lambda: was_cut)
+    await until(lambda: was_cut)
     await asyncio.to_thread(outlive_leases, wall, renewals)
     await workshop.until(lost, lambda job: job.attempts == 2)
     now = await workshop.queue.get(long.spec.ref)
@@ -367,7 +365,7 @@ async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(
     await running(workshop)
     wall.now += 2 * _LEASE_S
     runner.wake()
-    await wait_for(lambda: len(reclaims) > 1)
+    await until(lambda: len(reclaims) > 1)
     workshop.backend.released.set()
     ended = await workshop.finished(job)
     assert (ended.state, ended.attempts, len(workshop.backend.requests)) == ("succeeded", 1, 1)
@@ -380,7 +378,7 @@ async def test_a_job_whose_file_is_being_kept_slowly_is_given_back_when_its_runn
 
     def silent() -> Iterator[bytes]:
         begun.set()
-        answered.wait(20)
+        answered.wait(PATIENCE_S)
         raise StorageError("no answer")
         yield b""
 
@@ -388,7 +386,7 @@ async def test_a_job_whose_file_is_being_kept_slowly_is_given_back_when_its_runn
     monkeypatch.setattr(artifacts, "put", lambda key, _, **options: put(key, silent, **options))
     runner = await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
-    await wait_for(begun.is_set)
+    await until(begun.is_set)
     await runner.close()
     answered.set()
     now = await workshop.queue.get(job.spec.ref)

@@ -21,8 +21,9 @@ from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.sweeper import Sweeper, Swept
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
-from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
 from tests.object_storage import Faults, ObjectStorage
+from tests.patience import until
 
 pytestmark = pytest.mark.slow
 
@@ -219,7 +220,7 @@ async def test_what_was_there_before_us_stays(unclaimed: Premises) -> None:
     unclaimed.write(artifact_key("1" * 32, "stable-audio-3-medium.wav", fence=1))
     before = unclaimed.names()
     written_at = int(time.time())
-    await wait_for(lambda: int(time.time()) > written_at)  # buckets count whole seconds
+    await until(lambda: int(time.time()) > written_at)  # buckets count whole seconds
     assert unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity()) is not None
     orphan = await unclaimed.put(file_key())
     unclaimed.late_s = 400 * 24 * HOUR
@@ -280,4 +281,4 @@ async def test_a_runner_sweeps_by_itself(workshop: Workshop) -> None:
     queue.artifacts.claim(queue.store.identity())
     await queue.artifacts.put(file_key(), lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
     await workshop.start_runner()
-    await wait_for(lambda: workshop.files() == [".owner"])
+    await until(lambda: workshop.files() == [".owner"])

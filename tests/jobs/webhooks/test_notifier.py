@@ -16,7 +16,8 @@ from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.webhooks.notifier import RETRY_DELAYS_S, Notifier
-from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec, wait_for
+from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
+from tests.patience import PATIENCE_S, until
 from tests.webhook_receiver import Receiver, receiving
 
 _SECRET = "whsec_" + "c2VjcmV0" * 5
@@ -61,9 +62,9 @@ async def test_the_end_of_a_job_is_told_once(workshop: Workshop, receiver: Recei
     silent = await workshop.queue.submit(make_spec())
     await workshop.finished(told)
     await workshop.finished(silent)
-    await wait_for(lambda: bool(receiver.requests))
+    await until(lambda: bool(receiver.requests))
     await workshop.finished(await workshop.queue.submit(make_spec()))
-    await wait_for(lambda: not is_waiting(workshop))
+    await until(lambda: not is_waiting(workshop))
     assert [json.loads(sent) for _, _, sent in receiver.requests] == [
         {"id": told.spec.id, "state": "succeeded", "prompt": "ä"}
     ]
@@ -73,7 +74,7 @@ async def test_a_notice_can_be_verified_with_the_public_library(workshop: Worksh
     notifier = make_notifier(workshop, settings={"webhook_secret": SecretStr(_SECRET)})
     await workshop.start_runner(notifier=notifier)
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: bool(receiver.requests))
+    await until(lambda: bool(receiver.requests))
     _, headers, sent = receiver.requests[0]
     assert standardwebhooks.Webhook(_SECRET).verify(sent, headers)["id"] == job.spec.id
     assert headers["webhook-id"] == job.spec.id
@@ -86,7 +87,7 @@ async def test_without_a_secret_a_notice_is_named_and_dated_but_not_signed(
 ) -> None:
     await workshop.start_runner(notifier=make_notifier(workshop))
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: bool(receiver.requests))
+    await until(lambda: bool(receiver.requests))
     headers = receiver.requests[0][1]
     assert headers["webhook-id"] == job.spec.id
     assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
@@ -97,7 +98,7 @@ async def test_a_cancelled_job_is_told_too(workshop: Workshop, receiver: Receive
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await workshop.queue.cancel(job.spec.ref)
     await workshop.start_runner(notifier=make_notifier(workshop))
-    await wait_for(lambda: bool(receiver.requests))
+    await until(lambda: bool(receiver.requests))
     assert states(receiver) == ["cancelled"]
 
 
@@ -111,9 +112,9 @@ async def test_a_failed_delivery_is_tried_again_with_a_new_signature_and_the_sam
     )
     await workshop.start_runner(notifier=notifier)
     await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: len(receiver.requests) >= 2)
+    await until(lambda: len(receiver.requests) >= 2)
     receiver.answer = good
-    await wait_for(lambda: not is_waiting(workshop))
+    await until(lambda: not is_waiting(workshop))
     assert len({sent for _, _, sent in receiver.requests}) == 1
     headers = [headers for _, headers, _ in receiver.requests]
     assert len({sent["webhook-id"] for sent in headers}) == 1
@@ -127,7 +128,7 @@ async def test_after_the_last_retry_it_is_given_up(workshop: Workshop, receiver:
     metrics = RecordedMetrics()
     await workshop.start_runner(notifier=make_notifier(workshop, metrics=metrics))
     await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: len(receiver.requests) == 4 and not is_waiting(workshop))
+    await until(lambda: len(receiver.requests) == 4 and not is_waiting(workshop))
     assert metrics.counters == {("webhooks", ("outcome", "failed")): 3, ("webhooks", ("outcome", "given_up")): 1}
 
 
@@ -143,7 +144,7 @@ async def test_what_was_not_delivered_is_delivered_after_a_restart(workshop: Wor
     await first.close()
     assert receiver.requests == []
     await workshop.start_runner(notifier=make_notifier(workshop))
-    await wait_for(lambda: bool(receiver.requests))
+    await until(lambda: bool(receiver.requests))
     assert json.loads(receiver.requests[0][2])["id"] == job.spec.id
 
 
@@ -154,7 +155,7 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
     jobs = [await workshop.queue.submit(make_spec(webhook_url=receiver.url)) for _ in range(20)]
     for job in jobs:
         await workshop.finished(job)
-    await wait_for(lambda: not is_waiting(workshop))
+    await until(lambda: not is_waiting(workshop))
     told = Counter(json.loads(sent)["id"] for _, _, sent in receiver.requests)
     assert told == Counter(job.spec.id for job in jobs)
 
@@ -163,17 +164,17 @@ async def test_a_receiver_that_hangs_delays_no_job_and_no_other_receiver(
     workshop: Workshop, receiver: Receiver
 ) -> None:
     """Its host has a hundred notices before the other's only one."""
-    async with receiving(delay_s=60) as hanging:
-        await workshop.start_runner(notifier=make_notifier(workshop))
+    async with receiving(delay_s=PATIENCE_S) as hanging:
         for _ in range(100):
             job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
             await workshop.queue.cancel(job.spec.ref)
-        await wait_for(lambda: bool(hanging.requests))
+        await workshop.start_runner(notifier=make_notifier(workshop))
+        await until(lambda: bool(hanging.requests))
         elsewhere = receiver.url.replace("127.0.0.1", "localhost")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             job = await workshop.finished(await workshop.queue.submit(make_spec(webhook_url=elsewhere)))
             assert job.state == "succeeded"
-            await wait_for(lambda: bool(receiver.requests))
+            await until(lambda: bool(receiver.requests))
         assert len(hanging.requests) <= 8
 
 
@@ -185,8 +186,8 @@ async def test_a_notice_of_a_process_that_died_over_it_is_tried_again(workshop: 
     assert dead is not None
     assert outbox.claim(for_s=0.5) is None
     await workshop.start_runner(notifier=make_notifier(workshop))
-    await wait_for(lambda: bool(receiver.requests))
-    await wait_for(lambda: not is_waiting(workshop))
+    await until(lambda: bool(receiver.requests))
+    await until(lambda: not is_waiting(workshop))
     outbox.postpone(dead, delay_s=0.0)  # it was not dead after all
     assert outbox.claim(for_s=0.5) is None
 
@@ -194,8 +195,8 @@ async def test_a_notice_of_a_process_that_died_over_it_is_tried_again(workshop: 
 async def test_a_private_target_is_not_called_at_delivery_either(workshop: Workshop, receiver: Receiver) -> None:
     await workshop.start_runner(notifier=make_notifier(workshop, settings={"webhook_allow_hosts": ()}))
     await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: is_waiting(workshop))
-    await wait_for(lambda: not is_waiting(workshop))
+    await until(lambda: is_waiting(workshop))
+    await until(lambda: not is_waiting(workshop))
     assert receiver.num_connections == 0
 
 
@@ -210,7 +211,7 @@ async def test_a_body_that_cannot_be_made_holds_up_no_other(workshop: Workshop, 
     await workshop.start_runner(notifier=make_notifier(workshop, body=sometimes))
     await workshop.queue.submit(broken)
     good = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
-    await wait_for(lambda: bool(receiver.requests))
+    await until(lambda: bool(receiver.requests))
     assert json.loads(receiver.requests[0][2])["id"] == good.spec.id
 
 

@@ -6,17 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from stable_audio_serve.client import Client, Job
+from tests.patience import PATIENCE_S, wait_until
 from tests.serving.launched import LaunchedServer
 
 pytestmark = pytest.mark.ray
-
-_PATIENCE_S = 60.0
 
 
 def _hear_ctrl_c() -> None:
@@ -37,22 +35,18 @@ def start(server: LaunchedServer, folder: Path, *arguments: str) -> subprocess.P
 
 
 def find_running(client: Client) -> Job:
-    ends_at = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < ends_at:
-        for job in client.jobs.list(status="running").jobs:
-            return job
-        time.sleep(0.05)
-    raise AssertionError("no job is running")
+    job, *_ = wait_until(lambda: client.jobs.list(status="running").jobs)
+    return job
 
 
 def test_a_command_a_call_and_a_job_make_the_same_file(server: LaunchedServer, tmp_path: Path) -> None:
     process = start(server, tmp_path, "generate", "a door closes", "-d", "1", "-s", "7", "--steps", "1")
-    output, said = process.communicate(timeout=_PATIENCE_S)
+    output, said = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output) == (0, "a-door-closes-7.wav\n"), said
     with Client(server.url) as client:
         take = client.generate("a door closes", duration=1, seed=7, steps=1)
         job = client.jobs.submit("a door closes", duration=1, seed=7, steps=1)
-        path = client.jobs.download(client.jobs.wait(job.id, timeout_s=_PATIENCE_S), tmp_path / "job.wav")
+        path = client.jobs.download(client.jobs.wait(job.id, timeout_s=PATIENCE_S), tmp_path / "job.wav")
     assert (tmp_path / "a-door-closes-7.wav").read_bytes() == take.content == path.read_bytes()
 
 
@@ -62,7 +56,7 @@ def test_ctrl_c_cancels_what_the_server_is_making(server: LaunchedServer, tmp_pa
     with Client(server.url) as client:
         job = find_running(client)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=_PATIENCE_S)
+        _, said = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, said.strip()) == (130, "error: interrupted")
-        assert client.jobs.wait(job.id, timeout_s=_PATIENCE_S).status == "cancelled"
+        assert client.jobs.wait(job.id, timeout_s=PATIENCE_S).status == "cancelled"
     assert list(tmp_path.iterdir()) == []

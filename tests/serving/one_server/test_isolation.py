@@ -13,6 +13,7 @@ import grpc
 import httpx
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.serving.launched import LaunchedServer
 from tests.serving.listeners import Listener, listeners_of
 
@@ -47,7 +48,6 @@ _METHODS = (
     "ray.serve.ASGIService/HandleRequest",  # calls between replicas
 )
 _OF_RAY = ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ServeController", "HAProxyManager")
-_PATIENCE_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_another_user_gets_nowhere(used: LaunchedServer) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert set(tried.stdout.split()) == {"PermissionError"}
 
@@ -109,7 +109,7 @@ def answer_without_token(listener: Listener) -> str:
     """What a listener says to somebody who has no token: refused, open, or numbers (a page of metrics)."""
     host, port = listener.reachable_at
     try:
-        reply = httpx.get(f"http://{host}:{port}/", timeout=_PATIENCE_S)
+        reply = httpx.get(f"http://{host}:{port}/", timeout=PATIENCE_S)
     except httpx.HTTPError:
         return _answer_to_calls(f"{host}:{port}")
     if reply.status_code == 401:
@@ -122,7 +122,7 @@ def _answer_to_calls(address: str) -> str:
     with grpc.insecure_channel(address) as channel:
         for method in _METHODS:
             try:
-                channel.unary_unary(f"/{method}")(b"", timeout=_PATIENCE_S)
+                channel.unary_unary(f"/{method}")(b"", timeout=PATIENCE_S)
             except grpc.RpcError as error:
                 said.add(error.code())
             else:

@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -23,16 +23,16 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.hub import fill_cache
 from tests.packaging.wheel import build_wheel, install_wheel
+from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import TINY, model
 from tests.serving.launched import LaunchedServer, Watcher, command, free_port, write_config
 
 pytestmark = pytest.mark.ray
 
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
-_LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_s": 30}
-_SECONDS_OF_WORK = _LONG_BODY | {"steps": 150, "deadline_s": 100}
-_DRAIN_S = 100  # never reached
-_START_BOUND_S = 110.0
+_LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16}
+_SECONDS_OF_WORK = _LONG_BODY | {"steps": 150}
+_DRAIN_S = PATIENCE_S  # never reached
 
 
 def make_args(**settings: Any) -> dict[str, Any]:
@@ -86,18 +86,11 @@ def database_of(launched: LaunchedServer) -> str:
     return kept[1]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def probe_start(url: str) -> list[tuple[httpx.Response, int]]:
     """What a server that starts says of its health, and right after it whether it is ready, until it is."""
     answers: list[tuple[httpx.Response, int]] = []
-    deadline = time.monotonic() + _START_BOUND_S
-    with httpx.Client(base_url=url, timeout=5) as client:
+    deadline = time.monotonic() + PATIENCE_S
+    with httpx.Client(base_url=url, timeout=30) as client:  # what began to listen and went has no answer
         while time.monotonic() < deadline and not (answers and answers[-1][1] == 200):
             time.sleep(0.05)
             with suppress(httpx.TransportError):  # nobody listens yet, or nobody whom a proxy could ask
@@ -175,7 +168,7 @@ def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
 ) -> None:
     replicas = server.pids("ray::Serve")
     stopped = others[name]
-    job = stopped.client.post("/jobs", json=_LONG_BODY | {"deadline_s": 250}).json()
+    job = stopped.client.post("/jobs", json=_LONG_BODY).json()
     watcher = Watcher(stopped, "tiny")
     with ThreadPoolExecutor(2) as pool:
         events = pool.submit(stopped.client.get, f"/jobs/{job['id']}/events")
@@ -220,7 +213,7 @@ def failed_start(config: Path, *options: str, **variables: str) -> str:
         text=True,
         cwd=config.parent,
         env=os.environ | {"PYTHONPATH": os.getcwd()} | variables,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert result.returncode == 2, result.stdout + result.stderr
@@ -239,7 +232,7 @@ def test_a_ray_that_does_not_come_up_is_told_in_one_sentence(tmp_path: Path) -> 
         env=os.environ | {"PYTHONPATH": os.getcwd()} | dict.fromkeys(limits, "2"),
     ) as launcher:
         freeze_child(launcher, "gcs_server")  # as a starved one looks to the others
-        said, _ = launcher.communicate(timeout=100)
+        said, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 2
     assert "Traceback" not in said
     (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))

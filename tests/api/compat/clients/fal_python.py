@@ -49,7 +49,7 @@ def subscribe() -> Any:
         with_logs=True,
         on_enqueue=ids.append,
         on_queue_update=lambda status: seen.append(type(status).__name__),
-        start_timeout=30,
+        start_timeout=300,
     )
     return {"result": result, "num_ids": len(ids), "last": seen[-1]}
 
