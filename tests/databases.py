@@ -20,9 +20,10 @@ from typing import Any, Literal
 import psycopg
 import pytest
 
+from tests.patience import PATIENCE_S
+
 _PACKAGES = Path("/usr/lib/postgresql")  # Debian and Ubuntu keep versions side by side, and none of them on PATH
 _SYSTEM_USER = "postgres"  # the server refuses to run as root
-_START_TIMEOUT_S = 60
 _START_ATTEMPTS = 3  # somebody else may take the port between finding and using it
 
 __all__ = ["PostgresServer", "postgres", "postgres_url", "running_postgres"]
@@ -75,7 +76,8 @@ class PostgresServer:
         self.start()
 
     def _control(self, *arguments: str) -> None:
-        _run(self.folder, self.programs / "pg_ctl", "--pgdata", "data", "--wait", "--timeout", "60", *arguments)
+        patience = ("--wait", "--timeout", f"{PATIENCE_S:.0f}")
+        _run(self.folder, self.programs / "pg_ctl", "--pgdata", "data", *patience, *arguments)
 
 
 @contextmanager
@@ -178,7 +180,7 @@ def _run(folder: Path, *command: str | Path) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=_START_TIMEOUT_S * 2,
+                timeout=PATIENCE_S + 60,  # it gives up first
                 check=False,
                 **_as_system_user(folder),
             )

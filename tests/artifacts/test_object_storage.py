@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.object_storage import Faults, ObjectStorage
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -17,7 +18,9 @@ def url(object_storage: ObjectStorage) -> str:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with httpx.Client(headers={"x-amz-acl": "public-read"}) as client:  # or GET would need a signature
+    with httpx.Client(
+        headers={"x-amz-acl": "public-read"}, timeout=PATIENCE_S
+    ) as client:  # or GET would need a signature
         yield client
 
 

@@ -20,6 +20,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.core.errors import DamagedFileError
 from tests.artifacts.metrics import CountingMetrics
 from tests.object_storage import ObjectStorage
+from tests.patience import PATIENCE_S
 
 MIB = 1_048_576
 KEY = artifact_key("0" * 32, "a.wav", fence=1)
@@ -135,12 +136,12 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
         nonlocal num_taken
         yield bytes(size)
         begun.set()
-        go_on.wait(5)
+        go_on.wait(PATIENCE_S)
         for num_taken in range(10):  # noqa: B007  counts
             yield bytes(size)
 
     task = asyncio.create_task(place.store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav"))
-    await asyncio.to_thread(begun.wait, 5)
+    await asyncio.to_thread(begun.wait, PATIENCE_S)
     task.cancel()
     asyncio.get_running_loop().call_later(0.05, go_on.set)
     with pytest.raises(asyncio.CancelledError):

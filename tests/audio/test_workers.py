@@ -13,6 +13,7 @@ from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.errors import InvalidUploadError
 from stable_audio_serve.core.settings import ApiSettings
 from tests.audio_files import make_audio_file
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ async def test_as_many_files_are_made_at_a_time_as_may_and_no_more(workers: Audi
         with lock:
             num_running += 1
             most_running = max(most_running, num_running)
-        pair.wait(10)
+        pair.wait(PATIENCE_S)
         with lock:
             num_running -= 1
 
@@ -46,13 +47,13 @@ async def test_files_to_decode_wait_for_the_one_before_and_not_for_those_being_m
 
     def read() -> None:
         started.set()
-        released.wait(10)
+        released.wait(PATIENCE_S)
         order.append("first")
 
-    making = [asyncio.create_task(workers.run_encoding(lambda: released.wait(10))) for _ in range(4)]
+    making = [asyncio.create_task(workers.run_encoding(lambda: released.wait(PATIENCE_S))) for _ in range(4)]
     reading = asyncio.create_task(workers.run_decoding(read))
     waiting = asyncio.create_task(workers.run_decoding(lambda: order.append("second")))
-    assert await asyncio.to_thread(started.wait, 10)
+    assert await asyncio.to_thread(started.wait, PATIENCE_S)
     released.set()
     await asyncio.gather(reading, waiting)
     assert order == ["first", "second"]

@@ -22,6 +22,7 @@ from benchmarks.compare.playing import play
 from benchmarks.http_load import Load, load_generator, require_clips
 from benchmarks.servers.process import Server, running_instant_app
 from benchmarks.settings import CaseSettings
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +104,7 @@ def test_a_list_in_every_format_is_sent_and_decoded(server: Server) -> None:
 
 
 def test_the_instant_engine_answers_every_route_of_the_overhead_case(server: Server) -> None:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S, trust_env=False) as client:
         for route in ROUTES:
             figures = measure_route({"app": client, "serve": client}, route, rounds=1, calls=2)
             assert 0 < figures["worst_round_p50_ms"]["app"] <= figures["latency"]["app"]["p95_ms"], route.name

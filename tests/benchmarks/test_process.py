@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.patience import PATIENCE_S, wait_until
+
 pytestmark = pytest.mark.slow
 
 _PROGRAM = """
@@ -23,7 +25,7 @@ from benchmarks.servers import process
 async def wait():
     # Begins a process of its own, never says that it is ready and does not mind Ctrl-C.
     sleeper = "import signal, subprocess, sys, time; signal.signal(2, signal.SIG_IGN)"
-    sleeper += "; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(600)"
+    sleeper += "; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)']); time.sleep(3600)"
     process._STOP_TIMEOUT_S = 0.2
     print("begins", flush=True)
     with process._running(("-c", sleeper), port=1):
@@ -41,13 +43,11 @@ def test_what_a_stopped_benchmark_began_ends_with_it(number: signal.Signals, tmp
     )
     assert began.stdout is not None
     assert began.stdout.readline() == "begins\n"
-    deadline = time.monotonic() + 60
-    while len(left := psutil.Process(began.pid).children(recursive=True)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(psutil.Process(began.pid).children(recursive=True)) == 2)
+    left = psutil.Process(began.pid).children(recursive=True)
     time.sleep(0.2)
     began.send_signal(number)
-    assert began.wait(60) == 130
-    gone, alive = psutil.wait_procs(left, timeout=30)
+    assert began.wait(PATIENCE_S) == 130
+    gone, alive = psutil.wait_procs(left, timeout=PATIENCE_S)
     assert not alive
     assert len(gone) == 2

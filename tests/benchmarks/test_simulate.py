@@ -29,6 +29,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.graphs import MOST_GRAPHS
 from tests.engine.two_queues import TwoQueues
 from tests.factories import FakeClock
+from tests.patience import PATIENCE_S
 
 SHAPE = Shape(frames=lambda duration_s: math.ceil(10 * duration_s), windows=lambda frames: (frames,))
 TIMED_SHAPE = Shape(frames=lambda duration_s: math.ceil(duration_s * 689 / 64), windows=lambda frames: (frames,))
@@ -194,11 +195,11 @@ async def test_with_two_queues_the_real_engine_takes_as_long_on_a_virtual_clock(
         device.gate.clear()
         device.is_asked.clear()
         tasks = [asyncio.create_task(engine.generate(to_request(first, model.spec.card)))]
-        assert await asyncio.to_thread(device.is_asked.wait, 30)
+        assert await asyncio.to_thread(device.is_asked.wait, PATIENCE_S)
         for arrival in arrivals:
             backlog_ms = engine.backlog_ms
             tasks.append(asyncio.create_task(engine.generate(to_request(arrival, model.spec.card))))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110 - another thread accepts it
                     await asyncio.sleep(0.002)
         device.gate.set()

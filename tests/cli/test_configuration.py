@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from stable_audio_serve import __version__
 from stable_audio_serve.cli import app, stable_audio_api
+from tests.patience import PATIENCE_S
 from tests.serving.launched import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(r
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 2

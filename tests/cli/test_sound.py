@@ -23,6 +23,7 @@ from stable_audio_serve.models.registry import BUILT_IN
 from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -182,15 +183,13 @@ async def test_other_endings(shell: Shell) -> None:
 async def test_ctrl_c_cancels(shell: Shell) -> None:
     shell.backend.released.clear()
     process = await shell.start("generate", "rain", "-d", "0.1")
-    async with asyncio.timeout(60):
-        while not shell.backend.num_running:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+    await until(lambda: shell.backend.num_running)
+    process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(PATIENCE_S):
         _, errors = await process.communicate()
-        assert process.returncode == 130, errors
-        assert errors.decode().strip() == "error: interrupted"
-        while not shell.backend.num_cancelled:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+    assert process.returncode == 130, errors
+    assert errors.decode().strip() == "error: interrupted"
+    await until(lambda: shell.backend.num_cancelled)
     assert await shell.files() == []
 
 

@@ -20,6 +20,7 @@ from stable_audio_serve.jobs.job import Job, JobError, JobUpload
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.databases import postgres
 from tests.jobs.stores import RESULT, add, find, lease, open_database, postgres_with_tables, report, store_url
+from tests.patience import PATIENCE_S
 
 __all__ = ["postgres", "postgres_with_tables", "store_url"]
 
@@ -256,7 +257,7 @@ def test_as_a_program_of_its_own(store: JobStore, store_url: str, tmp_path: Path
     command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job.spec.id, "nope"]
     environment = os.environ | {"STABLE_AUDIO_DATABASE_URL": store_url, "STABLE_AUDIO_OUTPUT_DIR": str(tmp_path)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (done.returncode, done.stdout) == (2, f"{job.spec.id}: cancelled\n")
     assert errors(done.stderr) == ["error: nope: no such job"]

@@ -18,6 +18,7 @@ from stable_audio_serve.client.following import Following
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
 from tests.client.conftest import Caller, Served, serve
+from tests.patience import PATIENCE_S
 from tests.sockets import listening
 
 pytestmark = pytest.mark.slow
@@ -174,7 +175,7 @@ async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]
 
 
 async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable[..., Caller]) -> None:
-    async with serve(ingress={"max_event_streams": 1}) as served, httpx.AsyncClient() as other:
+    async with serve(ingress={"max_event_streams": 1}) as served, httpx.AsyncClient(timeout=PATIENCE_S) as other:
         call = connect(served.url)
         served.backend.released.clear()
         job = await call("jobs.submit", "rain", duration=0.1)
@@ -190,7 +191,7 @@ async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable
 async def test_a_stream_that_breaks_goes_on_where_it_was(connect: Callable[..., Caller]) -> None:
     """A proxy that cuts each stream after its first bytes."""
     last_ids = []
-    async with serve() as served, httpx.AsyncClient(base_url=served.url) as upstream:
+    async with serve() as served, httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
 
         async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":

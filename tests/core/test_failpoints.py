@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stable_audio_serve.core.failpoints import VARIABLE, activate
+from tests.patience import PATIENCE_S
 
 _PROGRAM = """
 from stable_audio_serve.core.failpoints import failpoint
@@ -17,7 +18,7 @@ failpoint("mid_upload")
 
 
 def run(failpoints: str) -> int:
-    return subprocess.run([sys.executable, "-c", _PROGRAM], env={VARIABLE: failpoints}, timeout=30).returncode
+    return subprocess.run([sys.executable, "-c", _PROGRAM], env={VARIABLE: failpoints}, timeout=PATIENCE_S).returncode
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from stable_audio_serve.core.generation import Progress, Stage
 from stable_audio_serve.core.progress import ProgressFeed
 from tests.factories import FakeClock
+from tests.patience import PATIENCE_S
 
 
 def make_progress(fraction: float, stage: Stage = "denoising") -> Progress:
@@ -19,7 +20,7 @@ async def collect(feed: ProgressFeed[Progress]) -> Sequence[Progress]:
 async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
     feed = ProgressFeed[Progress](3600.0)
     stages: list[Stage] = ["queued", "encoding", "denoising", "decoding", "done"]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         collecting = asyncio.create_task(collect(feed))
         for stage in stages:
             await asyncio.sleep(0.01)
@@ -41,7 +42,7 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
         while tuple(received) != fractions:  # noqa: ASYNC110 - a feed has no event for what was read from it
             await asyncio.sleep(0.001)
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         receiving = asyncio.create_task(receive())
         feed.put(make_progress(0.1))
         await has_received(0.1)
@@ -61,12 +62,12 @@ async def test_what_is_left_at_the_end_is_handed_out_without_waiting() -> None:
     for progress in (make_progress(0.1), make_progress(0.2), make_progress(0.3, "decoding")):
         feed.put(progress)
     feed.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert await collect(feed) == [make_progress(0.2), make_progress(0.3, "decoding")]
 
 
 async def test_a_feed_that_was_told_nothing_just_ends() -> None:
     feed = ProgressFeed[Progress](1.0)
     feed.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert await collect(feed) == []

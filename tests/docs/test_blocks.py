@@ -24,6 +24,7 @@ from stable_audio_serve.core.metrics import METRICS
 from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, text_of
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +159,7 @@ async def run_python(page: Path, folder: Path) -> str:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        async with asyncio.timeout(240):
+        async with asyncio.timeout(PATIENCE_S):
             output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     return output.decode()

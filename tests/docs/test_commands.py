@@ -26,6 +26,7 @@ from tests.api.compat.serving import serve_app
 from tests.audio_files import make_audio_file
 from tests.backends import RATE_HZ, ToneBackend
 from tests.docs.blocks import DOCS, ROOT, all_blocks, pages, text_of
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +93,7 @@ async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        async with asyncio.timeout(240):
+        async with asyncio.timeout(PATIENCE_S):
             output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     calls = re.findall(rf"^([A-Z]+) (?:http://)?{address}(/[^?\n]*)", errors.decode(), flags=re.MULTILINE)

@@ -17,6 +17,7 @@ import pytest
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.serving import serve_app
 from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ async def test_it_reads_to_the_end_with_a_key_and_across_a_lost_connection(tmp_p
     (snippet,) = re.findall(r"```js\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     backend = ToneBackend(delay_s=1.5)
     async with serve_app(backend, api={"key_hashes": [hash_key(KEY)]}) as (port, _), cut_once(port) as cut:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             headers = {"Authorization": f"Bearer {KEY}"}
             job = (await client.post("/jobs", json={"prompt": "x", "duration": 1}, headers=headers)).json()["id"]
         script = tmp_path / "reader.mjs"
@@ -70,7 +71,7 @@ async def test_it_reads_to_the_end_with_a_key_and_across_a_lost_connection(tmp_p
         process = await asyncio.create_subprocess_exec(
             node, str(script), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
     events = [json.loads(line) for line in out.decode().splitlines()]

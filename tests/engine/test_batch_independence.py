@@ -13,6 +13,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.batching import FixedSlots
 from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
+from tests.patience import PATIENCE_S
 
 # Largest difference seen in fast mode with the toy model on a CPU: 3e-7. PCM16's last bit is 3e-5.
 FAST_TOLERANCE = 1e-5
@@ -52,7 +53,7 @@ async def run_after_some_steps(
         asyncio.create_task(engine.generate(r, lambda progress: moving.set() if progress.steps_done else None))
         for r in crowd
     ]
-    await asyncio.wait_for(moving.wait(), 30)
+    await asyncio.wait_for(moving.wait(), PATIENCE_S)
     return tasks
 
 

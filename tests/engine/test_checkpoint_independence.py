@@ -15,6 +15,7 @@ from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from tests.factories import make_audio, make_request
 from tests.goldens import SHARP, load_goldens
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,7 @@ async def test_crowd_changes_nothing(name: str, mode: str) -> None:
         request = make_request("gone", duration_s=3.0, steps=30)
         cancelled = asyncio.create_task(engine.generate(request, lambda p: moving.set() if p.steps_done else None))
         crowded = asyncio.gather(*map(engine.generate, SUBJECTS.values()))
-        await asyncio.wait_for(moving.wait(), 60)
+        await asyncio.wait_for(moving.wait(), PATIENCE_S)
         cancelled.cancel()
         results = await crowded
         await asyncio.gather(*neighbours)

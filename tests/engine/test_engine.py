@@ -27,6 +27,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.sampling import SeededNoise
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
+from tests.patience import PATIENCE_S, until
 
 OnCall = Callable[[str, Sequence[object]], None]
 
@@ -58,7 +59,7 @@ class Gate:
         self.calls[name] += 1
         if name == "denoise" and self.calls[name] == self._at:
             self._reached.set()
-            assert self._open.wait(30)
+            assert self._open.wait(PATIENCE_S)
 
     def arm(self) -> None:
         """From here on, hold the next denoiser call."""
@@ -66,7 +67,7 @@ class Gate:
         self._at = 1
 
     async def reached(self) -> None:
-        assert await asyncio.to_thread(self._reached.wait, 30)
+        assert await asyncio.to_thread(self._reached.wait, PATIENCE_S)
 
     def open(self) -> None:
         self._open.set()
@@ -81,14 +82,8 @@ class SlowPlanner(ToyModel):
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
         self.is_planning.set()
-        assert self.released.wait(30)
+        assert self.released.wait(PATIENCE_S)
         return super().plan(request, frames=frames)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - the condition is another thread's
-            await asyncio.sleep(0.002)
 
 
 async def submit(
@@ -235,7 +230,7 @@ async def test_full_queue_refuses_at_once_with_an_honest_retry() -> None:
         running = asyncio.create_task(engine.generate(make_request(steps=100, duration_s=2.0)))
         await gate.reached()
         with pytest.raises(OverloadedError) as refusal:
-            await asyncio.wait_for(engine.generate(make_request()), 10)
+            await asyncio.wait_for(engine.generate(make_request()), PATIENCE_S)
         assert refusal.value.retry_after_s is not None
         assert refusal.value.retry_after_s == pytest.approx(max(0.1, engine.backlog_ms / 1000 - 0.001), rel=0.2)
         gate.open()
@@ -257,7 +252,7 @@ async def test_deadline_counts_while_others_are_planned() -> None:
     model = SlowPlanner()
     async with Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)) as engine:
         tasks = [asyncio.create_task(engine.generate(make_request(deadline_s=0.05))) for _ in range(3)]
-        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE_S)
         assert all(isinstance(outcome, DeadlineExceededError) for outcome in outcomes)
         model.released.set()
         assert (await engine.generate(make_request(deadline_s=30.0))).seeds == (1,)
@@ -267,7 +262,7 @@ async def test_closing_fails_what_is_being_planned_as_unavailable() -> None:
     model = SlowPlanner()
     engine = Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0))
     tasks = [asyncio.create_task(engine.generate(make_request(seed=i))) for i in range(3)]
-    assert await asyncio.to_thread(model.is_planning.wait, 30)
+    assert await asyncio.to_thread(model.is_planning.wait, PATIENCE_S)
     await engine.close()
     model.released.set()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -281,7 +276,7 @@ async def test_a_closed_engine_does_not_start(started: bool) -> None:
         await engine.start()
     await engine.close()
     with pytest.raises(ModelUnavailableError):
-        await asyncio.wait_for(engine.start(), 30)
+        await asyncio.wait_for(engine.start(), PATIENCE_S)
 
 
 async def test_invalid_request_is_refused_as_the_model_says() -> None:

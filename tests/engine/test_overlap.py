@@ -19,6 +19,7 @@ from stable_audio_serve.sampling import SeededNoise
 from tests.engine.late_device import LateDevice
 from tests.engine.two_queues import TwoQueues
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
+from tests.patience import PATIENCE_S
 
 FAST_TOLERANCE = 1e-5  # as in tests of a crowd's bytes
 PATIENCES = (None, 1)
@@ -120,7 +121,7 @@ async def test_rows_cancelled_in_the_second_queue_change_nothing(mode: str) -> N
             )
             for request in crowd
         ]
-        await asyncio.wait_for(decoding.wait(), 30)
+        await asyncio.wait_for(decoding.wait(), PATIENCE_S)
         for task in tasks[::2]:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -134,7 +135,7 @@ async def test_closing_ends_what_is_in_the_second_queue() -> None:
     model = ToyModel(on_call=lambda name, items: decoding.set() if name == "decode" else None)
     async with Engine(model, make_options("fast"), device=LateDevice()) as engine:
         tasks = [asyncio.create_task(engine.generate(request)) for request in make_crowd()]
-        assert await asyncio.to_thread(decoding.wait, 30)
+        assert await asyncio.to_thread(decoding.wait, PATIENCE_S)
         await engine.close()
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert not engine.heartbeat().is_alive
@@ -169,7 +170,7 @@ async def test_a_long_clip_decoded_beside_steps_delays_none_by_more_than_one_win
         for request in requests:
             backlog_ms = engine.backlog_ms
             tasks.append(asyncio.create_task(engine.generate(request)))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110 - another thread accepts it
                     await asyncio.sleep(0.002)
         num_before = len(device.calls)

@@ -14,6 +14,7 @@ from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
 from stable_audio_serve.engine import Engine, EngineOptions
 from tests.factories import FakeClock, ToyModel, make_request
+from tests.patience import PATIENCE_S
 
 _STEPS = 16
 _CALL_S = 0.01
@@ -33,14 +34,14 @@ class Device:
     def __call__(self, name: str, items: Sequence[object]) -> None:
         if name == "denoise" and not self._open.is_set():
             self._reached.set()
-            assert self._open.wait(30)
+            assert self._open.wait(PATIENCE_S)
         self.clock.now += _CALL_S * (1 + len(items)) / 2
 
     def hold(self) -> None:
         self._open.clear()
 
     async def reached(self) -> None:
-        assert await asyncio.to_thread(self._reached.wait, 30)
+        assert await asyncio.to_thread(self._reached.wait, PATIENCE_S)
 
     def release(self) -> None:
         self._open.set()
@@ -63,7 +64,7 @@ async def hand_over(engine: Engine, requests: Sequence[GenerationRequest]) -> li
     for request in requests:
         backlog_ms = engine.backlog_ms
         tasks.append(asyncio.create_task(engine.generate(request)))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110 - the planner's threads change it
                 await asyncio.sleep(0.002)
     return tasks
@@ -127,7 +128,7 @@ async def test_planning_batch_requests_holds_up_no_interactive_one() -> None:
 
     class SlowPlanner(ToyModel):
         def plan(self, request: GenerationRequest, *, frames: int | None = None):  # type: ignore[no-untyped-def]
-            assert request.priority == "interactive" or released.wait(30)
+            assert request.priority == "interactive" or released.wait(PATIENCE_S)
             return super().plan(request, frames=frames)
 
     options = EngineOptions(max_planning=2, torch_threads=1, warmup_budget_s=0.0)
@@ -147,7 +148,7 @@ async def test_positions_count_rows_of_higher_priority_first() -> None:
         for name, request in (("batch", make_batch(2)), ("interactive", make_request(steps=_STEPS))):
             backlog_ms, told[name] = engine.backlog_ms, []
             tasks.append(asyncio.create_task(engine.generate(request, told[name].append)))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110
                     await asyncio.sleep(0.002)
         device.release()

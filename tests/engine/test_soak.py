@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from benchmarks.cases.memory import growth_share
 from tests.engine.soak import CANCEL_SHARE, IN_FLIGHT, Outcome, soak
+from tests.patience import PATIENCE_S
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
@@ -39,7 +40,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
                 told=lambda done: progress.update(bar, completed=done),
             )
         )
-    ends_at = time.monotonic() + 30
+    ends_at = time.monotonic() + PATIENCE_S
     while (left := {thread.name for thread in threading.enumerate()} - before) and time.monotonic() < ends_at:
         time.sleep(0.05)
     structlog.configure(**logged)

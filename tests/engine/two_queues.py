@@ -10,6 +10,7 @@ import torch
 
 from stable_audio_serve.engine.device import Moment, WaitingDevice
 from tests.factories import FakeClock
+from tests.patience import PATIENCE_S
 
 
 class TwoQueues(WaitingDevice):
@@ -33,7 +34,7 @@ class TwoQueues(WaitingDevice):
     def take(self, took_s: float) -> None:
         """Ask the current queue for work of so many seconds, once the gate is open."""
         self.is_asked.set()
-        assert self.gate.wait(30)
+        assert self.gate.wait(PATIENCE_S)
         if self._is_beside:
             began_at = max(self._second_free_at, self._time.now)
             self._second_free_at = ended_at = began_at + took_s

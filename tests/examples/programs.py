@@ -12,6 +12,8 @@ from pathlib import Path
 
 import soundfile
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
@@ -62,7 +64,7 @@ class Programs:
 
 
 async def finish(process: asyncio.subprocess.Process, code: int) -> str:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE_S):
         output, errors = await process.communicate()
     said = errors.decode()
     assert process.returncode == code, said
@@ -73,7 +75,7 @@ async def finish(process: asyncio.subprocess.Process, code: int) -> str:
 async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes = b"\n") -> str:
     """The line of standard output that has `text`."""
     assert process.stdout is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while text not in (line := (await process.stdout.readuntil(end)).decode()):
             pass
     return line

@@ -16,6 +16,7 @@ import standardwebhooks
 from stable_audio_serve.client import AsyncClient
 from tests.examples.conftest import SECRET
 from tests.examples.programs import EXAMPLES, Programs, find_examples, finish, wait_for
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 module_loop = pytest.mark.asyncio(loop_scope="module")  # of the server
@@ -124,7 +125,7 @@ async def test_rows_that_fail_are_told_and_hold_up_no_other(programs: Programs) 
 async def test_webhooks_are_checked_and_stored_once(programs: Programs) -> None:
     process = await programs.start("webhook_receiver.py", "--port", "0", STABLE_AUDIO_WEBHOOK_SECRET=SECRET)
     url = (await wait_for(process, "listens on")).split()[-1]
-    async with AsyncClient(programs.url) as client, httpx.AsyncClient() as http:
+    async with AsyncClient(programs.url) as client, httpx.AsyncClient(timeout=PATIENCE_S) as http:
         job = await client.jobs.submit("rain", duration=0.5, webhook_url=url)
         assert job.id in await wait_for(process, ".wav")
         (stored,) = programs.seconds()
@@ -190,7 +191,7 @@ async def test_ctrl_c_ends_them_without_a_traceback(name: str, tmp_path: Path) -
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
         programs = Programs(tmp_path, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         process = await programs.start(name, *ARGUMENTS_TO_START.get(name, []))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await connected.wait()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         killed = -signal.SIGINT if name.endswith(".sh") else 130  # for a shell that is 130, too

@@ -21,6 +21,7 @@ import soundfile
 
 from tests.api.compat.serving import serve_app
 from tests.examples.programs import EXAMPLES, ROOT, Programs, finish
+from tests.patience import PATIENCE_S
 from tests.serving.launched import free_port
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ def python() -> Path:
         venv = (sys.executable, "-m", "venv", folder)
         pip = (f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *wanted)
         for command in (venv, pip):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
             if done.returncode:
                 shutil.rmtree(folder)
                 without(f"it could not be installed: {done.stderr[-500:]}")
@@ -64,7 +65,7 @@ async def ask(http: httpx.AsyncClient, data: list[object]) -> tuple[str, object]
 
 
 async def until_it_answers(http: httpx.AsyncClient, process: asyncio.subprocess.Process) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 await http.get("/gradio_api/info")
@@ -80,7 +81,7 @@ async def test_the_page_makes_sound(python: Path, tmp_path: Path) -> None:
     async with serve_app() as (server_port, backend):
         programs = Programs(tmp_path, f"http://127.0.0.1:{server_port}", python=str(python))
         process = await programs.start("gradio_app.py", GRADIO_SERVER_PORT=str(port), GRADIO_ANALYTICS_ENABLED="False")
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http:
             await until_it_answers(http, process)
             kind, data = await ask(http, ["rain", 0.5, 7, None, 0.7])
             assert kind == "complete"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from stable_audio_serve.launcher.guard import guarded, users_of
+from tests.patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 
@@ -20,33 +20,25 @@ from stable_audio_serve.launcher.guard import guarded
 directory = Path(sys.argv[1])
 with guarded(directory):
     log = open(directory / "log", "w")
-    print(subprocess.Popen(["sleep", "60"], stdout=log, start_new_session=True).pid, flush=True)
+    print(subprocess.Popen(["sleep", "3600"], stdout=log, start_new_session=True).pid, flush=True)
     os.kill(os.getpid(), 9)
 """
-
-
-def wait_until(condition: object, timeout_s: float = 5.0) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_processes_using_the_folder_end_with_the_context(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     directory.mkdir()
     with guarded(directory), (directory / "log").open("w") as log:
-        child = subprocess.Popen(["sleep", "60"], stdout=log)
+        child = subprocess.Popen(["sleep", "3600"], stdout=log)
         wait_until(lambda: child.pid in users_of(directory))
-    assert child.wait(timeout=1) == -9
+    assert child.wait(timeout=PATIENCE_S) == -9
     assert not directory.exists()
 
 
 def test_processes_elsewhere_are_left_alone(tmp_path: Path) -> None:
     directory, elsewhere = tmp_path / "run", tmp_path / "run-2"
     directory.mkdir()
-    with elsewhere.open("w") as log, subprocess.Popen(["sleep", "60"], stdout=log) as other:
+    with elsewhere.open("w") as log, subprocess.Popen(["sleep", "3600"], stdout=log) as other:
         with guarded(directory):
             pass
         assert other.poll() is None

@@ -5,25 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from stable_audio_serve.launcher.patience import advice, crowding, start_limits
-
-_BUSY_FOR_S = 10
+from tests.patience import PATIENCE_S, wait_until
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no /proc")
 def test_programs_that_want_to_run_are_noticed_at_once() -> None:
     cores = os.cpu_count() or 1
-    loop = f"import time; end = time.monotonic() + {_BUSY_FOR_S}\nwhile time.monotonic() < end: pass"
+    loop = f"import time; end = time.monotonic() + {PATIENCE_S}\nwhile time.monotonic() < end: pass"
     programs = [subprocess.Popen([sys.executable, "-S", "-c", loop]) for _ in range(6 * cores)]
     try:
-        deadline = time.monotonic() + _BUSY_FOR_S
-        while crowding() < 5 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert crowding() >= 5
+        wait_until(lambda: crowding() >= 5)
     finally:
         for program in programs:
             program.kill()

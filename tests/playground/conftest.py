@@ -24,8 +24,8 @@ from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.local import LocalBackend
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.api.compat.serving import serve_app
+from tests.patience import PATIENCE_S
 
-PATIENCE_S = 60.0
 MODELS = [{"name": "demo", "threads": 1}]
 
 

@@ -17,6 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
 from tests.audio_files import make_audio_file
+from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ def test_a_take_is_downloaded_in_the_format_that_is_chosen(page: Page, served: s
         page.click("download")
         file = tmp_path / f"a-snare-5.{form}"
         page.until(file.exists)
-        reply = httpx.post(f"{served}/v1/audio/generations", json=asked | {"response_format": form}, timeout=60)
+        reply = httpx.post(f"{served}/v1/audio/generations", json=asked | {"response_format": form}, timeout=PATIENCE_S)
         page.until(lambda file=file, reply=reply: file.read_bytes() == reply.content)
 
 
@@ -67,8 +68,8 @@ def test_what_is_copied_makes_the_same(page: Page, served: str, tmp_path: Path) 
     assert (recipe["seed"], recipe["prompt"]) == (5, 'it\'s a "snare"')
     asked = {"prompt": 'it\'s a "snare"', "model": "demo", "duration": 0.5, "steps": 2, "seed": 5}
     made = [
-        httpx.post(f"{served}/v1/audio/replay", json=recipe, timeout=60).content,
-        httpx.post(f"{served}/v1/audio/generations", json=asked, timeout=60).content,
+        httpx.post(f"{served}/v1/audio/replay", json=recipe, timeout=PATIENCE_S).content,
+        httpx.post(f"{served}/v1/audio/generations", json=asked, timeout=PATIENCE_S).content,
     ]
     assert [*made, *run_copied(page, tmp_path)] == [made[0]] * 4
 

@@ -9,6 +9,7 @@ import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 
+from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
 
 pytestmark = pytest.mark.slow
@@ -119,7 +120,7 @@ def test_a_take_repeats_to_the_byte_and_its_settings_come_back(page: Page, serve
     assert page["seed-lock"].get_attribute("aria-pressed") == "true"
     again = page.take()
     assert again["order"] == take["order"]
-    reply = httpx.post(f"{served}/v1/audio/generations", json=take["order"]["fields"], timeout=60)
+    reply = httpx.post(f"{served}/v1/audio/generations", json=take["order"]["fields"], timeout=PATIENCE_S)
     digest = sha256(reply.content).hexdigest()
     page.click("repeat")
     page.until(lambda: digest in page.said)

@@ -25,6 +25,7 @@ from stable_audio_serve.verification.quality.gate import Passed, QualityGate
 from stable_audio_serve.verification.quality.report import MAX_BYTES, Setup, Source, last_good_id
 from tests.factories import FakeClock
 from tests.object_storage import ObjectStorage
+from tests.patience import PATIENCE_S
 
 CARD = ModelCard("m", "stable-audio-3", max_duration_s=20.0, sample_rate_hz=8000)
 FIRST = Setup("m", "1" * 64, "cpu", "float32", "float32")
@@ -274,7 +275,7 @@ class _Silent(LocalArtifacts):
         self.released = threading.Event()
 
     def fetch(self, key: Any, *, max_bytes: int) -> bytes | None:
-        self.released.wait(60)
+        self.released.wait(PATIENCE_S)
         return None
 
 
