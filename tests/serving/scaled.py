@@ -1,5 +1,6 @@
 """Run as a program: two Ray nodes with GPUs that do not exist, models on stand-ins whose device is a clock, and a load
-that comes and goes. Prints how many replicas there were one after the other, and what became of requests and jobs.
+that comes and goes. Prints how many replicas there were one after the other, what became of requests and jobs, and what
+is said of settings that such a cluster cannot be started with.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from dataclasses import dataclass, field
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.servers.timed import TimedReplica
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_store
-from stable_audio_serve.serving.app import assemble
+from stable_audio_serve.serving.app import assemble, build
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.placement import plan_deployments
 from tests.jobs.conftest import make_spec
 from tests.patience import PATIENCE_S, wait_until
 
 _APPLICATION = "audio"
-_CLIENTS, _JOBS = 30, 500
+_REFUSED = "refused"
+_CLIENTS = 30
+_WORK_STEPS = 2500  # of all jobs together: half a minute
 _REPLICAS = {"max_replicas": 3, "target_wait_s": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 2}
 
 
@@ -97,23 +102,50 @@ def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
     return asyncio.run(run())
 
 
-def jobs_wait(settings: Settings, observer: Observer) -> dict[str, int]:
+def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, int]:
     """Submits jobs and no request. Returns how many there are of each state in the end."""
     store = open_store(settings)
     observer.wait_for("busy", 1)
-    request = GenerationRequest(prompt="", duration_s=1.0, steps=5, seed=0)  # half a minute of work in all
-    for added in store.clients.add_all([make_spec(model="busy", request=request) for _ in range(_JOBS)]):
+    request = GenerationRequest(prompt="", duration_s=1.0, steps=_WORK_STEPS // number, seed=0)
+    for added in store.clients.add_all([make_spec(model="busy", request=request) for _ in range(number)]):
         assert not isinstance(added, Exception), added
-    wait_until(lambda: store.operators.counts().get("succeeded", 0) == _JOBS, every_s=0.2)
+    wait_until(lambda: store.operators.counts().get("succeeded", 0) == number, every_s=0.2)
     observer.wait_for("busy", 1)
     return dict(store.operators.counts())
 
 
-def main(folder: str, database_url: str) -> None:
+def refused_databases(folder: str) -> list[str]:
+    """What is said of jobs in a file, which each node would have for itself, and in a database that is not there."""
+    said = []
+    for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
+        settings = {"models": [{"name": "tiny", "path": folder}], "jobs": {"database_url": url}}
+        try:
+            build(Settings.model_validate(settings))
+        except RayServeException as error:
+            said.append(str(error))
+    return said
+
+
+def failed_deployments() -> list[str]:
+    """What Serve tells of a model whose files are nowhere, and of a setting that is none; on one node."""
+    told = []
+    for args in ({"models": [{"name": "lab", "repo_id": "lab/model"}]}, {"modles": []}):
+        application = {"name": _REFUSED, "import_path": "stable_audio_serve.serving.app:build", "args": args}
+        schema = ServeDeploySchema.model_validate({"applications": [application | {"route_prefix": "/refused"}]})
+        serve.context._get_global_client().deploy_apps(schema)
+        wait_until(lambda: serve.status().applications[_REFUSED].status == "DEPLOY_FAILED", every_s=0.2)
+        told.append(serve.status().applications[_REFUSED].message)
+    return told
+
+
+def main(folder: str, database_url: str, num_jobs: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    ray.init(address=cluster.address, log_to_driver=False)
+    serve.start(proxy_location="Disabled")
+    failed = failed_deployments()
     cluster.add_node(num_cpus=1, num_gpus=2)
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
+    refused = refused_databases(folder)
     model = {"path": folder, "num_gpus": 0.5, "num_cpus": 0}
     settings = Settings.model_validate(
         {
@@ -125,16 +157,17 @@ def main(folder: str, database_url: str) -> None:
             "output_dir": "out",
         }
     )
-    serve.start(proxy_location="Disabled")
     serve.run(assemble(settings, replica=TimedReplica), name=_APPLICATION)
     observer = Observer("lazy", "busy")
     handle = serve.get_deployment_handle("lazy", _APPLICATION)
     backend = RayBackend(plan_deployments(settings).catalog, {"lazy": handle}, application=_APPLICATION)
-    jobs = jobs_wait(settings, observer)
+    jobs = jobs_wait(settings, observer, int(num_jobs))
     outcomes = load_comes_and_goes(backend, observer)
     result = {
         "outcomes": {outcome: outcomes.count(outcome) for outcome in set(outcomes)},
         "jobs": jobs,
+        "refused": refused,
+        "failed": failed,
         **{model: {"counts": seen.counts, "nodes": len(seen.nodes)} for model, seen in observer.seen.items()},
     }
     print("seen: " + json.dumps(result))

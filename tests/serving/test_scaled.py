@@ -1,4 +1,6 @@
-"""Replicas follow the work, on two Ray nodes: requests from zero up and down to zero, and jobs that only wait."""
+"""What two Ray nodes change: replicas follow the work on both, requests from zero up and down to zero and jobs that
+only wait; what cannot work there is refused. `make soak` has as many jobs as a night's batch.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,20 @@ from tests.serving.conftest import TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(5 * PATIENCE_S)]
 
+JOBS = int(os.environ.get("SOAK_JOBS", "100"))
+
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, Any]:
     result = subprocess.run(
-        [sys.executable, "-m", "tests.serving.scaled", TINY, postgres.create_database()],
+        [sys.executable, "-m", "tests.serving.scaled", TINY, postgres.create_database(), str(JOBS)],
         capture_output=True,
         text=True,
         cwd=tmp_path_factory.mktemp("scaled"),
         env=os.environ
         | start_limits(crowding())
-        | {"PYTHONPATH": os.getcwd(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+        | {"PYTHONPATH": os.getcwd(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        | {"HF_ENDPOINT": "http://127.0.0.1:9"},
         timeout=4 * PATIENCE_S,
         check=False,
     )
@@ -48,4 +53,17 @@ def test_load_takes_a_model_from_zero_to_three_replicas_on_two_nodes_and_back_an
 def test_jobs_that_wait_add_replicas_although_nobody_asks_and_all_are_done(seen: dict[str, Any]) -> None:
     counts = seen["busy"]["counts"]
     assert (counts[0], max(counts), counts[-1]) == (1, 3, 1)
-    assert seen["jobs"] == {"succeeded": 500}
+    assert seen["jobs"] == {"succeeded": JOBS}
+
+
+def test_sqlite_is_refused_on_two_nodes_and_postgresql_is_not_for_that(seen: dict[str, Any]) -> None:
+    in_file, elsewhere = seen["refused"]
+    assert "2 nodes" in in_file
+    assert "jobs.database_url" in in_file
+    assert "nodes" not in elsewhere  # whether that server can be reached is another question
+
+
+def test_what_keeps_a_deployment_from_starting_is_the_first_line_after_the_one_of_ray(seen: dict[str, Any]) -> None:
+    (_, missing), (_, unknown) = (message.splitlines() for message in seen["failed"])
+    assert missing.startswith("model lab: lab/model is not complete in")
+    assert unknown == "modles: unknown; did you mean models?"
