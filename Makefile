@@ -18,6 +18,9 @@ CLUSTERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 RAY := tests/serving tests/chaos tests/demo/test_served.py tests/benchmarks/alone
 ALONE := tests/api/test_fuzz.py tests/benchmarks/alone
 
+# Tests that are short in `make test`.
+SOAK := tests/engine/test_soak.py tests/serving/test_scaled.py tests/api/test_replay.py
+
 WAVESURFER := 8.0.1
 WAVESURFER_SHA512 := 8743a74564954ea2182d2c37fc856b06db2e9ffc70f4be6ee050376e37d20d314c5ffc6cc15592d49c0ae1f16edee966c515121e0f3340e465eb310d1bdf377a
 VENDOR := stable_audio_serve/api/playground/vendor
@@ -46,6 +49,9 @@ serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve
 wheels: install ## the package as one file, and its client by itself, in dist/
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist . ./packaging/client
 
+# Modules compiled once serve the hundreds of processes that tests start, also where Python is told to keep none.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
+
 test: install ## everything CI runs: what needs no Ray on three processes, then real clusters on two, then what runs alone
 	$(PY) -m pytest $(PARALLEL) --ignore=tests/api/test_fuzz.py -m "not ray and not serial and not gpu and not chaos and not cluster"
 	$(PY) -m pytest $(CLUSTERS) $(RAY) -m "ray and not serial and not gpu and not chaos and not cluster"
@@ -67,8 +73,8 @@ chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of 
 fuzz: install ## ten thousand generated requests to every operation of the API, with another seed each time
 	FUZZ_EXAMPLES=300 $(PY) -m pytest tests/api/test_fuzz.py --hypothesis-seed=$${SEED:-$$RANDOM} --timeout 1800
 
-soak: install ## 2,000 mixed requests to one engine, one in twenty cancelled: right answers, flat memory, nothing left (SEED=0 another mix)
-	SOAK_REQUESTS=2000 SOAK_SEED=$(or $(SEED),0) $(PY) -m pytest -s --timeout 1800 tests/engine/test_soak.py
+soak: install ## 2,000 mixed requests to one engine, one in twenty cancelled, 500 jobs on two nodes, 500 takes made again (SEED=0 another mix)
+	SOAK_REQUESTS=2000 SOAK_JOBS=500 SOAK_TAKES=500 SOAK_SEED=$(or $(SEED),0) $(PY) -m pytest -s --timeout 1800 $(SOAK)
 
 lint: install ## style, types and import rules
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""An engine under many mixed requests and cancels ends as it began. `make soak` sends 2,000 instead of 100."""
+"""An engine under many mixed requests and cancels ends as it began. `make soak` sends 2,000 instead of 48."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.cases.memory import growth_share
 from tests.engine.soak import CANCEL_SHARE, IN_FLIGHT, Outcome, soak
 from tests.patience import PATIENCE_S
 
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "100"))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "48"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 SETTLED = 200  # requests until everything that is kept on purpose is there
 MOST_GROWTH = 0.02

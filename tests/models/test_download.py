@@ -90,8 +90,8 @@ def test_only_what_is_needed_is_fetched_and_only_once(tmp_path: Path) -> None:
         assert hub.fetched == ["model_config.json"]
         first = download(tmp_path, endpoint=hub.url, revision="v1")
         fetched, num_requests = sorted(hub.fetched), hub.requests
-        again = download(tmp_path, endpoint=hub.url, revision="v1")
-        assert check(tmp_path, endpoint=hub.url, revision="v1") is None
+        again, checked = run("download check", tmp_path, endpoint=hub.url, revision="v1")
+        assert checked == {"folder": "None"}
         assert (sorted(hub.fetched), hub.requests) == (fetched, num_requests)
     folder = Path(first["folder"])
     assert folder.name == COMMIT

@@ -493,7 +493,7 @@ def databases(store_url: str) -> Iterator[tuple[tuple[Database, Database], Wall]
 
 @pytest.mark.slow
 def test_no_sequence_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
-    run_sequences(databases, count=100, steps=25)
+    run_sequences(databases, count=50, steps=25)
 
 
 @pytest.mark.chaos
