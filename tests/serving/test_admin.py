@@ -31,6 +31,7 @@ from tests.jobs.conftest import SHORT_PAUSES
 from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import LAZY, TINY, model
 from tests.serving.launched import LaunchedServer, write_config
+from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began
 
 pytestmark = pytest.mark.ray
 
@@ -66,6 +67,7 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
         ],
         "api": {"key_file": str(keys)},
         "jobs": {"max_attempts": 1, "max_running": 1},
+        "drain_s": DRAIN_S,
     }
     config = write_config(folder, args)
     environment = {
@@ -79,7 +81,8 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
         launched.client.headers["Authorization"] = "Bearer admin"
         yield launched
     finally:
-        launched.stop(number=signal.SIGKILL)
+        if launched.process.poll() is None:
+            launched.stop(number=signal.SIGKILL)
 
 
 @pytest.fixture
@@ -236,3 +239,8 @@ def test_without_a_key_it_says_so(operated: LaunchedServer, monkeypatch: pytest.
     result = CliRunner().invoke(app, ["status", "--url", operated.url])
     assert (result.exit_code, "STABLE_AUDIO_API_KEY" in result.output) == (4, True)
     assert httpx.get(f"{operated.url}/v1/status").status_code == 401
+
+
+def test_ctrl_c_stops_it_when_it_has_finished_what_it_began(operated: LaunchedServer) -> None:
+    """Behind HAProxy; `one_server` has the same behind the Python proxy."""
+    check_that_it_finishes_what_it_began(operated, signal.SIGINT)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 
+import httpx
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import LAZY, TINY, model
 from tests.serving.launched import LaunchedServer, write_config
 
@@ -15,12 +20,16 @@ from tests.serving.launched import LaunchedServer, write_config
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
     """One server in HAProxy mode: `tiny` is preloaded, `lazy` starts at zero, and takes little, `broken` cannot."""
+    folder = tmp_path_factory.mktemp("server")
     broken = tmp_path_factory.mktemp("models") / "broken"
     shutil.copytree(TINY, broken)
     (broken / "model.safetensors").write_bytes(b"nothing of use")
     args = {
         "models": [
-            model("tiny", aliases=["little"], max_queue_s=1e6, replicas={"max_replicas": 1}),
+            # A relative path is relative to where the server is started.
+            model(
+                "tiny", os.path.relpath(TINY, folder), aliases=["little"], max_queue_s=1e6, replicas={"max_replicas": 1}
+            ),
             model(
                 "lazy",
                 LAZY,
@@ -30,9 +39,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
             model("broken", str(broken)),
         ]
     }
-    config = write_config(tmp_path_factory.mktemp("server"), args)
     launched = LaunchedServer(
-        config,
+        write_config(folder, args),
         environment={
             "STABLE_AUDIO_MAX_STEPS": "1000",
             "STABLE_AUDIO_MAX_DURATION": "20",
@@ -41,6 +49,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
         },
     )
     try:
+        launched.probes = probe_start(launched)
         yield launched.wait_until_ready()
     finally:
         launched.stop(number=signal.SIGKILL)
+
+
+def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
+    """What a server that starts says of its health, and right after it whether it is ready, until it is."""
+    answers: list[tuple[httpx.Response, int]] = []
+    deadline = time.monotonic() + PATIENCE_S
+    with httpx.Client(base_url=launched.url, timeout=30) as client:  # what began to listen and went has no answer
+        while time.monotonic() < deadline and not (answers and answers[-1][1] == 200):
+            if launched.process.poll() is not None:
+                break
+            time.sleep(0.05)
+            with suppress(httpx.TransportError):  # nobody listens yet, or nobody whom a proxy could ask
+                health, ready = client.get("/health"), client.get("/ready").status_code
+                if "loaded_models" in health.text:  # else it is a proxy that has nobody to ask yet
+                    answers.append((health, ready))
+    return answers

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import time
-import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.models.hub import fill_cache
 from tests.packaging.wheel import build_wheel, install_wheel
-from tests.patience import PATIENCE_S, wait_until
+from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY, model
-from tests.serving.launched import LaunchedServer, Watcher, command, free_port, write_config
+from tests.serving.launched import LaunchedServer, command, free_port, write_config
+from tests.serving.one_server.conftest import probe_start
+from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began
 
 pytestmark = pytest.mark.ray
 
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
-_LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16}
-_SECONDS_OF_WORK = _LONG_BODY | {"steps": 150}
-_DRAIN_S = PATIENCE_S  # never reached
+_LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_s": 0.5}
 
 
 def make_args(**settings: Any) -> dict[str, Any]:
@@ -40,161 +34,102 @@ def make_args(**settings: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def others(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LaunchedServer]]:
-    """Two more servers on the machine, told where to find the first one's Ray: they must not care.
+def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    """One more server on the machine, told where to find the first one's Ray: it must not care.
 
-    The first has the model from a folder. The second has it from a cache whose hub is gone, and is served by the wheel
-    of this checkout instead of the checkout itself.
+    It has the same model from a cache whose hub is gone, behind the Python proxy, and is served by the wheel of this
+    checkout instead of the checkout itself.
     """
     address, token = server.ray()
-    foreign = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    folder = tmp_path_factory.mktemp("others")
+    folder = tmp_path_factory.mktemp("other")
     (folder / ".env").write_text("STABLE_AUDIO_MAX_STEPS=1000\nSTABLE_AUDIO_MAX_BATCH_SIZE=9\n")
     fill_cache(folder / "hub", "lab/tiny", Path(TINY))
-    foreign |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub")}
-    # A relative path is relative to where the server is started.
-    places = {"haproxy": {"path": os.path.relpath(TINY, folder / "haproxy")}, "python": {"repo_id": "lab/tiny"}}
+    tiny = {"name": "tiny", "aliases": ["little"], "max_queue_s": 1e6, "repo_id": "lab/tiny"}
     lacking = [{"name": "absent", "path": "/absent"}, {"name": "away", "repo_id": "lab/model"}]
+    config = write_config(folder, {"models": [tiny, *lacking], "drain_s": DRAIN_S})
     installed = install_wheel(build_wheel(folder), folder / "installed")
-    servers = {}
-    for name, place in places.items():
-        (folder / name).mkdir()
-        models = [{"name": "tiny", "max_queue_s": 1e6, **place}, *lacking]
-        config = write_config(folder / name, {"models": models, "drain_s": _DRAIN_S})
-        environment = foreign | {"STABLE_AUDIO_PROXY": name}
-        if name == "haproxy":
-            servers[name] = LaunchedServer(config, environment=environment)
-        else:
-            program = [str(installed / "bin" / "stable-audio-serve"), "serve", "--config", str(config)]
-            environment |= {"PYTHONPATH": str(installed)}
-            servers[name] = LaunchedServer(config, program=program, environment=environment)
+    launched = LaunchedServer(
+        config,
+        program=[str(installed / "bin" / "stable-audio-serve"), "serve", "--config", str(config)],
+        environment={
+            "RAY_ADDRESS": address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(folder / "hub"),
+            "STABLE_AUDIO_PROXY": "python",
+            "PYTHONPATH": str(installed),
+        },
+    )
     try:
-        with ThreadPoolExecutor() as pool:
-            probes = {name: pool.submit(probe_start, launched.url) for name, launched in servers.items()}
-            for name, launched in servers.items():
-                launched.wait_until_ready().probes = probes[name].result()
-        yield servers
+        launched.probes = probe_start(launched)
+        yield launched.wait_until_ready()
     finally:
-        for launched in servers.values():
-            if launched.process.poll() is None:
-                launched.stop(number=signal.SIGKILL)
+        if launched.process.poll() is None:
+            launched.stop(number=signal.SIGKILL)
 
 
-def database_of(launched: LaunchedServer) -> str:
-    kept = re.search(r"jobs are kept in SQLite (\S+),", launched.output)
-    assert kept is not None
-    return kept[1]
+def test_a_server_that_starts_is_alive_long_before_it_is_ready(server: LaunchedServer, other: LaunchedServer) -> None:
+    """Behind HAProxy and behind the Python proxy."""
+    for launched in (server, other):
+        *loading, last = launched.probes
+        assert len(loading) > 1  # the ingress takes less time than the model
+        assert {ready for _, ready in loading} == {503}
+        assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
+            (200, "loading", False)
+        }
+        assert last[1] == 200
+        assert launched.client.get("/health").json()["device"] in ("cpu", "cuda:0")
 
 
-def probe_start(url: str) -> list[tuple[httpx.Response, int]]:
-    """What a server that starts says of its health, and right after it whether it is ready, until it is."""
-    answers: list[tuple[httpx.Response, int]] = []
-    deadline = time.monotonic() + PATIENCE_S
-    with httpx.Client(base_url=url, timeout=30) as client:  # what began to listen and went has no answer
-        while time.monotonic() < deadline and not (answers and answers[-1][1] == 200):
-            time.sleep(0.05)
-            with suppress(httpx.TransportError):  # nobody listens yet, or nobody whom a proxy could ask
-                health, ready = client.get("/health"), client.get("/ready").status_code
-                if "loaded_models" in health.text:  # else it is a proxy that has nobody to ask yet
-                    answers.append((health, ready))
-    return answers
-
-
-@pytest.mark.parametrize("name", ["haproxy", "python"])
-def test_a_server_that_starts_is_alive_long_before_it_is_ready(others: dict[str, LaunchedServer], name: str) -> None:
-    *loading, last = others[name].probes
-    assert len(loading) > 1  # the ingress takes less time than the model
-    assert {ready for _, ready in loading} == {503}
-    assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
-        (200, "loading", False)
-    }
-    assert last[1] == 200
-    assert others[name].client.get("/health").json()["device"] in ("cpu", "cuda:0")
-
-
-@pytest.mark.parametrize("name", ["haproxy", "python"])
-def test_servers_side_by_side_give_the_same_audio(
-    server: LaunchedServer, others: dict[str, LaunchedServer], name: str
-) -> None:
+def test_servers_side_by_side_give_the_same_audio(server: LaunchedServer, other: LaunchedServer) -> None:
     expected = server.client.post("/generate", json=_BODY)
-    response = others[name].client.post("/generate", json=_BODY)
+    response = other.client.post("/generate", json=_BODY)
     assert response.status_code == 200
     assert response.content == expected.content
 
 
 def test_clients_are_told_the_same_of_a_model_in_the_cache_as_of_one_in_a_folder(
-    others: dict[str, LaunchedServer],
+    server: LaunchedServer, other: LaunchedServer
 ) -> None:
-    told = {name: launched.client.get("/v1/models").json()["data"] for name, launched in others.items()}
-    in_folder, in_cache = (
-        {key: value for key, value in told[name][0].items() if key != "created"} for name in ("haproxy", "python")
-    )
+    told = [launched.client.get("/v1/models").json()["data"][0] for launched in (server, other)]
+    in_folder, in_cache = ({key: value for key, value in one.items() if key != "created"} for one in told)
     assert in_cache == in_folder
     assert in_cache["sample_rate_hz"] == 1000
 
 
-def test_proxies_are_what_was_asked_for(others: dict[str, LaunchedServer]) -> None:
-    assert others["haproxy"].pids("bin/haproxy ")
-    assert "Python proxy" not in others["haproxy"].output
-    assert not others["python"].pids("bin/haproxy ")
-    assert "using Ray Serve's Python proxy" in others["python"].output
+def test_proxies_are_what_was_asked_for(server: LaunchedServer, other: LaunchedServer) -> None:
+    assert server.pids("bin/haproxy ")
+    assert "Python proxy" not in server.output
+    assert not other.pids("bin/haproxy ")
+    assert "using Ray Serve's Python proxy" in other.output
 
 
-@pytest.mark.parametrize("name", ["haproxy", "python"])
-def test_models_without_files_are_told_and_stop_no_start(others: dict[str, LaunchedServer], name: str) -> None:
-    output = others[name].output
+def test_models_without_files_are_told_and_stop_no_start(other: LaunchedServer) -> None:
+    output = other.output
     assert output.count("warning: model absent cannot be loaded: /absent/model_config.json") == 1
     assert output.count("warning: model away cannot be loaded: lab/model is not complete in") == 1
-    assert set(others[name].client.get("/health").json()["available_models"]) == {"tiny", "absent", "away"}
+    assert set(other.client.get("/health").json()["available_models"]) == {"tiny", "absent", "away"}
 
 
-@pytest.mark.parametrize("name", ["haproxy", "python"])
-def test_dotenv_reaches_the_limits(others: dict[str, LaunchedServer], name: str) -> None:
-    assert others[name].client.get("/health").json()["max_batch_size"] == 9
+def test_dotenv_reaches_the_limits(other: LaunchedServer) -> None:
+    assert other.client.get("/health").json()["max_batch_size"] == 9
 
 
-def test_python_proxy_keeps_deadlines_and_errors(others: dict[str, LaunchedServer]) -> None:
-    client = others["python"].client
-    assert client.post("/generate", json=_LONG_BODY | {"deadline_s": 0.5}).status_code == 504
+def test_python_proxy_keeps_deadlines_and_errors(other: LaunchedServer) -> None:
+    client = other.client
+    assert client.post("/generate", json=_LONG_BODY).status_code == 504
     refused = client.post("/generate", json=_BODY | {"model": "other"})
     assert refused.status_code == 422
     assert refused.json()["detail"][0]["loc"] == ["body", "model"]
     assert client.post("/generate", json=_BODY | {"batch_size": 2}).headers["content-type"] == "application/zip"
 
 
-@pytest.mark.parametrize(("name", "number"), [("haproxy", signal.SIGINT), ("python", signal.SIGTERM)])
 def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
-    server: LaunchedServer, others: dict[str, LaunchedServer], name: str, number: int
+    server: LaunchedServer, other: LaunchedServer
 ) -> None:
     replicas = server.pids("ray::Serve")
-    stopped = others[name]
-    job = stopped.client.post("/jobs", json=_LONG_BODY).json()
-    watcher = Watcher(stopped, "tiny")
-    with ThreadPoolExecutor(2) as pool:
-        events = pool.submit(stopped.client.get, f"/jobs/{job['id']}/events")
-        wait_until(lambda: stopped.client.get(job["status_url"]).json()["status"] == "running")
-        busy = pool.submit(stopped.client.post, "/generate", json=_SECONDS_OF_WORK)
-        wait_until(lambda: watcher.status()["in_flight"] == 2)  # it and the job
-        watcher.close()
-        stopped.signal(number)
-        wait_until(lambda: stopped.client.get("/ready").status_code == 503)
-        refused = stopped.client.post("/generate", json=_BODY)
-        assert (refused.status_code, refused.headers["content-type"]) == (503, "application/json")
-        assert int(refused.headers["retry-after"]) >= 1
-        assert stopped.client.get("/health").status_code == 200
-        assert not busy.done()
-        assert events.result().text.split("\n")[-3].startswith("retry: ")
-        assert len(zipfile.ZipFile(io.BytesIO(busy.result().content)).namelist()) == 4
-        answered_at = time.monotonic()
-        stopped.wait_until_stopped()
-    assert stopped.start_s is not None
-    assert time.monotonic() - answered_at < stopped.start_s  # as fast as this machine is just now
-    assert "cutting off" not in stopped.output
-    with closing(sqlite3.connect(database_of(stopped))) as database:  # without costing the job an attempt
-        assert database.execute("SELECT state, attempts FROM jobs").fetchall() == [("queued", 0)]
-    assert stopped.process.returncode == 0, stopped.output
-    assert stopped.leftovers() == []
-    assert not stopped.directory.exists()
+    check_that_it_finishes_what_it_began(other, signal.SIGTERM)
     assert server.pids("ray::Serve") == replicas
     assert server.client.post("/generate", json=_BODY).status_code == 200
 

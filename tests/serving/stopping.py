@@ -1,0 +1,57 @@
+"""What a server does between the signal that stops it and its end, whoever signals and whichever proxy is in front."""
+
+from __future__ import annotations
+
+import io
+import re
+import sqlite3
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+from tests.patience import PATIENCE_S, wait_until
+from tests.serving.launched import LaunchedServer, Watcher
+
+DRAIN_S = PATIENCE_S  # for servers that are stopped here; never reached
+_BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
+_LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16}
+_SECONDS_OF_WORK = _LONG_BODY | {"steps": 300}
+
+
+def check_that_it_finishes_what_it_began(stopped: LaunchedServer, number: int) -> None:
+    """Send the signal while its model `tiny` makes a clip and a job; nothing else may go on there."""
+    job = stopped.client.post("/jobs", json=_LONG_BODY).json()
+    watcher = Watcher(stopped, "tiny")
+    with ThreadPoolExecutor(2) as pool:
+        events = pool.submit(stopped.client.get, f"/jobs/{job['id']}/events")
+        wait_until(lambda: stopped.client.get(job["status_url"]).json()["status"] == "running")
+        busy = pool.submit(stopped.client.post, "/generate", json=_SECONDS_OF_WORK)
+        wait_until(lambda: watcher.status()["in_flight"] == 2)  # it and the job
+        watcher.close()
+        stopped.signal(number)
+        wait_until(lambda: stopped.client.get("/ready").status_code == 503)
+        assert not busy.done()
+        refused = stopped.client.post("/generate", json=_BODY)
+        assert (refused.status_code, refused.headers["content-type"]) == (503, "application/json")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert stopped.client.get("/health").status_code == 200
+        assert events.result().text.split("\n")[-3].startswith("retry: ")
+        assert len(zipfile.ZipFile(io.BytesIO(busy.result().content)).namelist()) == 4
+        answered_at = time.monotonic()
+        stopped.wait_until_stopped()
+    assert stopped.start_s is not None
+    assert time.monotonic() - answered_at < stopped.start_s  # as fast as this machine is just now
+    assert "cutting off" not in stopped.output
+    with closing(sqlite3.connect(_database_of(stopped))) as database:  # without costing the job an attempt
+        kept = database.execute("SELECT state, attempts FROM jobs WHERE id = ?", (job["id"],)).fetchall()
+        assert kept == [("queued", 0)]
+    assert stopped.process.returncode == 0, stopped.output
+    assert stopped.leftovers() == []
+    assert not stopped.directory.exists()
+
+
+def _database_of(launched: LaunchedServer) -> str:
+    kept = re.search(r"jobs are kept in SQLite (\S+),", launched.output)
+    assert kept is not None
+    return kept[1]
