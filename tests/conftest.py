@@ -23,13 +23,14 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_SHARING = ("/one_server", "/one_ray", "/playground")  # one server, one Ray, one browser for all files of the folder
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist loadfile`, but the files that share one server go to one process."""
+    """`--dist loadfile`, but the files of some folders go to one process."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -37,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             folder, _, _ = nodeid.partition("/test_")
-            return folder if folder.endswith("/one_server") else super()._split_scope(nodeid)
+            return folder if folder.endswith(_SHARING) else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
 import pytest
-import ray
 from ray import serve
 
 from stable_audio_serve.core.generation import GenerationRequest
@@ -25,10 +24,6 @@ PRICES = Prices(row_ms=0.0, evaluation_ms=1.0, evaluated_second_ms=0.0, audio_se
 SHORT, MIDDLING, LONG = 10, 100, 600_000  # steps, a millisecond each
 _PAUSE_S = 0.2
 _NEVER_S = 3600.0  # a busy machine's replicas may say nothing for longer than a router waits for
-# After this long without requests Serve asks the replicas for their queues again, and sends a burst's first requests to
-# others than were chosen; Serve's own 10 s would make the test wait.
-_QUEUES_FORGOTTEN_S = 0.1
-_QUEUES_TOLD_S = 10.0  # a busy machine's replicas may take longer than Serve's 0.1 s to tell their queue
 
 
 class Timed:
@@ -86,22 +81,13 @@ class Caller:
 
 
 @pytest.fixture
-def caller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setenv("RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S", str(_QUEUES_FORGOTTEN_S))
-    for name in ("QUEUE_LENGTH_RESPONSE_DEADLINE_S", "MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"):
-        monkeypatch.setenv(f"RAY_SERVE_{name}", str(_QUEUES_TOLD_S))
+def caller(running_serve: None) -> Any:
     replicas = ReplicaSettings(min_replicas=REPLICAS, max_replicas=REPLICAS)
     plan = plan_deployments(Settings(models=(ModelSettings(name="demo", replicas=replicas, num_cpus=0.0),)))
     options = model_options(plan, plan.settings.models[0], cluster_gpus=0.0) | {"graceful_shutdown_timeout_s": 0.0}
     options["request_router_config"]["request_router_kwargs"]["old_after_s"] = _NEVER_S
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"location": "NoServer"})
-    try:
-        model = serve.deployment(Timed).options(**options).bind()
-        yield serve.run(serve.deployment(Caller).options(ray_actor_options={"num_cpus": 0}).bind(model))
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    model = serve.deployment(Timed).options(**options).bind()
+    return serve.run(serve.deployment(Caller).options(ray_actor_options={"num_cpus": 0}).bind(model))
 
 
 async def test_calls_go_to_the_replica_with_the_least_work(caller: Any) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import ray
 from ray import serve
 
 from stable_audio_serve.core.errors import OverloadedError, QueueFullError
@@ -65,16 +64,10 @@ class Asked:
 
 
 @pytest.fixture
-def ingress() -> Iterator[Any]:
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"location": "NoServer"})
-    try:
-        options = {"name": INGRESS_NAME, "num_replicas": 2, "ray_actor_options": {"num_cpus": 0}}
-        options["graceful_shutdown_timeout_s"] = 0.0
-        yield serve.run(serve.deployment(Asked).options(**options).bind(), name=APPLICATION, route_prefix=None)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+def ingress(running_serve: None) -> Any:
+    options = {"name": INGRESS_NAME, "num_replicas": 2, "ray_actor_options": {"num_cpus": 0}}
+    options["graceful_shutdown_timeout_s"] = 0.0
+    return serve.run(serve.deployment(Asked).options(**options).bind(), name=APPLICATION, route_prefix=None)
 
 
 async def test_who_was_refused_by_one_is_expected_by_the_other(ingress: Any) -> None:
