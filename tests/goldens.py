@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SA3_GOLDENS = Path(__file__).parent / "data" / "goldens" / "sa3"
 OPEN_GOLDENS = SA3_GOLDENS.with_name("sao")
@@ -29,15 +29,17 @@ class Goldens:
 @cache
 def load_goldens(name: str) -> Goldens:
     """The folder `name` of the Stable Audio 3 goldens: common, sharp-s, sharp-l, tiny-s or tiny-l."""
-    folder = SA3_GOLDENS / name
-    stem = "common" if name == "common" else "golden"
-    facts = json.loads((folder / f"{stem}.json").read_text())
-    return Goldens(folder=folder, facts=facts, tensors=load_file(folder / f"{stem}.safetensors"))
+    return _load(SA3_GOLDENS / name, stem="common" if name == "common" else "golden")
 
 
 @cache
 def load_open_goldens(name: str) -> Goldens:
     """The folder `name` of the Stable Audio Open goldens."""
-    folder = OPEN_GOLDENS / name
-    facts = json.loads((folder / "golden.json").read_text())
-    return Goldens(folder=folder, facts=facts, tensors=load_file(folder / "golden.safetensors"))
+    return _load(OPEN_GOLDENS / name, stem="golden")
+
+
+def _load(folder: Path, *, stem: str) -> Goldens:
+    from safetensors.torch import load_file  # seconds of torch, which most tests do without: they need a folder's path
+
+    facts = json.loads((folder / f"{stem}.json").read_text())
+    return Goldens(folder=folder, facts=facts, tensors=load_file(folder / f"{stem}.safetensors"))
