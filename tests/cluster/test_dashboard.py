@@ -19,7 +19,7 @@ import yaml
 from tests.audio_files import make_audio_file
 from tests.cluster.test_monitoring import MONITORING, rules
 from tests.cluster.tools import find_program
-from tests.serving.conftest import TINY
+from tests.serving.conftest import model
 from tests.serving.launched import LaunchedServer, free_port, write_config
 
 pytestmark = pytest.mark.cluster
@@ -44,7 +44,7 @@ def queries() -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedServer, int]]:
     """A server and the port of its metrics."""
-    config = write_config(tmp_path_factory.mktemp("server"), {"models": [{"name": "tiny", "path": TINY}]})
+    config = write_config(tmp_path_factory.mktemp("server"), {"models": [model("tiny")]})
     port = free_port()
     # Not shorter: Ray forgets a gauge that is not set for two of these, and sets some of its own every few seconds.
     launched = LaunchedServer(

@@ -17,12 +17,9 @@ import yaml
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.serve_file import deploy_schema, read_serve_file
-from tests.cluster.fake_gpus import build_on_fake_gpus
 from tests.cluster.manifests import OVERLAYS, Group, groups, of_kind, problems, render, serve_config
 from tests.cluster.rayservice import own_schema, schema_of_crd
 from tests.cluster.tools import CLUSTER, ROOT
-from tests.goldens import SA3_GOLDENS
-from tests.object_storage import ObjectStorage
 
 pytestmark = pytest.mark.cluster
 
@@ -110,21 +107,6 @@ def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert cluster["enableInTreeAutoscaling"] is True
-
-
-def test_configs_of_the_small_overlays_are_built_on_their_nodes(
-    tmp_path: Path, postgres_url: str, object_storage: ObjectStorage
-) -> None:
-    environ = object_storage.environ(object_storage.make_bucket(), STABLE_AUDIO_DATABASE_URL=postgres_url)
-    args = serve_config(rendered("one-gpu"))["applications"][0]["args"]
-    demo = serve_config(rendered("demo"))["applications"][0]["args"]
-    weights = {"path": str(SA3_GOLDENS / "tiny-s")}
-    both = {**args, "models": [*demo["models"], *({**model, **weights} for model in args["models"])]}
-    nodes = [{"num_cpus": 0}, {"num_cpus": 4, "num_gpus": 1}]
-    options = build_on_fake_gpus(both, nodes=nodes, folder=tmp_path, environ=environ)
-    assert options["medium"]["num_gpus"] == 1
-    assert options["demo"]["most"] == 1
-    assert sum(each["num_cpus"] * each["most"] for each in options.values()) <= 4
 
 
 def _service(documents: Documents) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from tests.cluster.balancers import configured, start
 from tests.databases import PostgresServer
 from tests.object_storage import ObjectStorage
-from tests.serving.conftest import TINY
+from tests.serving.conftest import model
 from tests.serving.launched import LaunchedServer, free_port, write_config
 from tests.serving.load import Load, finished
 
@@ -27,7 +27,7 @@ def servers(
     postgres: PostgresServer, _object_storage: ObjectStorage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Sequence[LaunchedServer]]:
     args = {
-        "models": [{"name": "tiny", "path": TINY, "max_queue_s": 1e6}],
+        "models": [model("tiny", max_queue_s=1e6)],
         "jobs": {"database_url": postgres.create_database(), "lease_s": 5.0, "max_running": 2},
     }
     environment = _object_storage.environ(_object_storage.make_bucket())
