@@ -68,7 +68,7 @@ test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device,
 	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
 
 check-cluster: install ## the files of cluster/, each by the program that reads it, under 3 minutes; a missing program fails
-	$(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m cluster $(ARGS) $(LONG_CLUSTER) tests/cluster
+	$(PY) -m pytest $(CLUSTERS) -m cluster $(ARGS) $(LONG_CLUSTER) tests/cluster
 
 chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800
