@@ -36,7 +36,7 @@ from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 
 TINY = str(SA3_GOLDENS / "tiny-s")
 REPLAY = "/v1/audio/replay"
-TAKES = int(os.environ.get("SOAK_TAKES", "20"))
+TAKES = int(os.environ.get("SOAK_TAKES", "50"))
 Form = dict[str, Any]
 
 

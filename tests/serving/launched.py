@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,19 @@ class LaunchedServer:
     def pids(self, title: str) -> list[int]:
         """Processes of this server whose command line contains `title`."""
         return [pid for pid in users_of(self.directory) if title in _read_process(pid, "cmdline")]
+
+    @contextmanager
+    def suspended(self, title: str) -> Iterator[None]:
+        """Its processes with this title stand still meanwhile: what they do does not end."""
+        pids = self.pids(title)
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def ray(self) -> tuple[str, str]:
         """Address and token of its Ray, which nobody else is told."""
