@@ -108,6 +108,7 @@ def _stop(late_exit_code: int) -> None:
 
     if ray.is_initialized():
         _stop_serve()
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Serve's own thread may ask a Ray that is gone
         ray.shutdown()
     watchdog.cancel()
 

@@ -155,6 +155,7 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Serve's that asks after the end would start another Ray
         "RAY_DEDUP_LOGS": "0",
         "RAY_memory_monitor_refresh_ms": "0",  # what other programs use must not kill our replicas
         "RAY_worker_niceness": "0",  # replicas answer people: they are not batch work that yields to everything

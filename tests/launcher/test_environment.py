@@ -16,6 +16,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.launcher import environment
 from stable_audio_serve.launcher.environment import claim_ports, haproxy_environment, is_port_free, require_free_port
 from stable_audio_serve.serving import haproxy
+from tests.patience import PATIENCE_S
 
 _HOST = "127.0.0.1"
 _PROGRAM = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -54,6 +55,23 @@ def test_every_haproxy_listener_and_file_is_the_servers_own(tmp_path: Path) -> N
     files = [value for name, value in variables.items() if "/" in value and name != haproxy.BINARY]
     assert len(files) == 6
     assert all(value.startswith(str(tmp_path)) for value in files)
+
+
+def test_whoever_asks_a_ray_that_has_stopped_starts_none() -> None:
+    program = """
+import os
+from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.launcher.environment import base_environment
+os.environ.update(base_environment(Settings()))
+import ray
+try:
+    ray.get_actor("anybody")
+except ray.exceptions.RaySystemError as error:
+    print(error, ray.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert "has not been started" in done.stdout
+    assert done.stdout.endswith(" False\n")
 
 
 def test_a_temporary_folder_without_programs_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
