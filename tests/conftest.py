@@ -40,6 +40,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             folder, _, _ = nodeid.partition("/test_")
             return folder if folder.endswith(_SHARING) else super()._split_scope(nodeid)
 
+        def _reschedule(self, node: Any) -> None:
+            # A process gets its next file when one test is left of its last, not two, which may take minutes.
+            if self._pending_of(self.assigned_work[node]) <= 1:
+                super()._reschedule(node)
+
     return Scheduling(config, log)
 
 

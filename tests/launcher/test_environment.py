@@ -69,7 +69,9 @@ try:
 except ray.exceptions.RaySystemError as error:
     print(error, ray.is_initialized())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     assert "has not been started" in done.stdout
     assert done.stdout.endswith(" False\n")
 
