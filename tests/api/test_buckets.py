@@ -87,9 +87,9 @@ async def test_links_of_the_foreign_dialects_lead_through_us(object_storage: Obj
 
 async def test_an_upload_is_kept_in_the_bucket_until_its_job_ends(object_storage: ObjectStorage, bucket: str) -> None:
     backend = ToneBackend()
-    backend.released.clear()
     async with make_client(backend, storage=storage_args(object_storage, bucket)) as (client, _):
         audio = (await client.post("/v1/audio/generations", json=BODY)).content
+        backend.released.clear()
         ticket = await client.post("/jobs/variations", data={"prompt": "x", "duration": "1"}, files={"audio": audio})
         assert ticket.status_code == 202, ticket.text
         assert [key.split("/")[2] for key in object_storage.keys(bucket)] == ["uploads"]

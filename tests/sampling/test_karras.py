@@ -19,10 +19,11 @@ POLYEXPONENTIAL = sorted(name for name in COMMON.facts["schedules"] if name.star
 
 
 @pytest.mark.parametrize("name", POLYEXPONENTIAL)
-def test_polyexponential_levels_are_the_reference_s_to_the_bit(name: str) -> None:
+def test_polyexponential_levels_are_the_reference_s_to_the_last_bits(name: str) -> None:
     case = COMMON.facts["schedules"][name]
     span = SigmaRange(case["sigma_min"], case["sigma_max"], case["rho"])
-    assert torch.equal(polyexponential_sigmas(case["steps"], span), COMMON.tensors[name])
+    levels = polyexponential_sigmas(case["steps"], span)
+    torch.testing.assert_close(levels, COMMON.tensors[name], rtol=4e-7, atol=0)  # exp differs between processors
 
 
 def test_rho_1_is_the_exponential_grid() -> None:

@@ -54,7 +54,7 @@ def test_prompts_become_the_reference_s_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(
-    ("dtype", "key", "bound"), [(torch.float32, "cond/t5_fp32", 2e-5), (torch.float16, "cond/t5", 2e-3)]
+    ("dtype", "key", "bound"), [(torch.float32, "cond/t5_fp32", 5e-5), (torch.float16, "cond/t5", 8e-3)]
 )
 def test_prompt_embeddings_match_the_reference(name: str, dtype: torch.dtype, key: str, bound: float) -> None:
     goldens = load_open_goldens(name)
