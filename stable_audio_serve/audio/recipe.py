@@ -73,7 +73,7 @@ class RecipeMaker(_Part):
     networks: _Word | None = _unset("Whose networks: native, stable_audio_tools.")
     mode: Mode | None = _unset("strict = the bytes do not depend on other requests; fast = they may.")
     threads: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset(
-        "CPU threads of a call; only in fast mode on a CPU."
+        "CPU threads of a call; only on a CPU, in fast mode or if not AMD made it."
     )
     slots: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset("Rows of a call; only in strict mode on a GPU.")
     is_compiled: bool | None = _unset("Whether torch.compile compiled it.")

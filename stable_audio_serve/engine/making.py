@@ -33,13 +33,15 @@ def describe_engine(
 ) -> Making:
     """Returns what all of an engine's audio has in common."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
+    # MKL, which multiplies where oneDNN does not, and AMX divide a large product among threads by their number.
+    depends_on_threads = is_cpu and (is_fast or not is_amd())
     return Making(
         version=__version__,
         torch=torch.__version__,
         mode=mode,
         processor=name_processor(device),
         loaded=loaded,
-        threads=(options.torch_threads or torch.get_num_threads()) if is_cpu and is_fast else None,
+        threads=(options.torch_threads or torch.get_num_threads()) if depends_on_threads else None,
         slots=None if is_cpu or is_fast else options.slots,
         is_compiled=spec.is_compiled,
         transformers=version("transformers"),

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
-from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Loaded
+from stable_audio_serve.core.processor import is_amd
+from stable_audio_serve.engine import Engine, EngineOptions, making
 from stable_audio_serve.engine.threads import steady_threads
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.registry import BUILT_IN
@@ -28,6 +29,7 @@ from tests.factories import make_audio, make_request
 from tests.models.loaded import FAMILY, loaded
 
 THREADS = (1, 2, 4)
+steady = pytest.mark.skipif(not is_amd(), reason="large products depend on the threads here: recipes name their number")
 PRECISIONS = (torch.float32, torch.bfloat16)
 
 
@@ -73,7 +75,7 @@ def make_wide_model() -> Sa3Model:
     return Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", [*FAMILY, "wide"])
+@pytest.mark.parametrize("name", [*FAMILY, pytest.param("wide", marks=steady)])
 async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
     model = make_wide_model() if name == "wide" else loaded(name)
     requests = make_requests(model.spec.card.sample_rate_hz)
@@ -100,6 +102,17 @@ async def _check_threads(model: Sa3Model, requests: Mapping[str, GenerationReque
                 np.testing.assert_array_equal(audio, one, err_msg=f"{kind} on {num_threads} threads")
 
 
+@pytest.mark.parametrize(("is_made_by_amd", "threads"), [(True, None), (False, 3)])
+def test_a_recipe_names_the_threads_where_bytes_depend_on_them(
+    monkeypatch: pytest.MonkeyPatch, *, is_made_by_amd: bool, threads: int | None
+) -> None:
+    monkeypatch.setattr(making, "is_amd", lambda: is_made_by_amd)
+    model, options = loaded("tiny-s"), EngineOptions(mode="strict", torch_threads=3)
+    described = making.describe_engine(model.spec, options, device=model.device, mode="strict", loaded=Loaded())
+    assert described.threads == threads
+
+
+@steady
 @pytest.mark.parametrize("rows", [1, 5, 63, 64, 65, 139, 257, 431])
 @pytest.mark.parametrize(("width", "out"), [(1024, 1024), (1024, 8192), (4096, 1024), (768, 6144), (72, 72), (16, 24)])
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
