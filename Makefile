@@ -24,7 +24,7 @@ SOAK := tests/engine/test_soak.py tests/serving/test_scaled.py tests/api/test_re
 # The longest begin before the others: servers that wait, and pip, which works. pytest forgets the order of files that are
 # named beside their folder.
 LONG_CLUSTER := $(addprefix tests/cluster/,test_two_servers.py test_dockerfile.py test_dashboard.py)
-CLUSTER := $(LONG_CLUSTER) $(filter-out $(LONG_CLUSTER),$(wildcard tests/cluster/test_*.py))
+CLUSTER_FILES := $(LONG_CLUSTER) $(filter-out $(LONG_CLUSTER),$(wildcard tests/cluster/test_*.py))
 
 WAVESURFER := 8.0.1
 WAVESURFER_SHA512 := 8743a74564954ea2182d2c37fc856b06db2e9ffc70f4be6ee050376e37d20d314c5ffc6cc15592d49c0ae1f16edee966c515121e0f3340e465eb310d1bdf377a
@@ -70,7 +70,7 @@ test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device,
 	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
 
 check-cluster: install ## the files of cluster/, each by the program that reads it, under 3 minutes; a missing program fails
-	$(PY) -m pytest $(CLUSTERS) -m cluster $(ARGS) $(CLUSTER)
+	$(PY) -m pytest $(CLUSTERS) -m cluster $(ARGS) $(CLUSTER_FILES)
 
 chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800
