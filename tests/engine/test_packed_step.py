@@ -23,6 +23,7 @@ from stable_audio_serve.models.blocks.varlen import is_varlen_right
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.verification.bounds import BOUNDS
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, REQUESTS, Bench, tensors_of
 from tests.factories import make_audio, make_request
@@ -31,7 +32,7 @@ from tests.models.loaded import loaded
 from tests.models.packing import attend_varlen
 
 ROOM = PackedRoom(tokens=768, rows=16, longest=120)
-TOLERANCE = 5e-5
+TOLERANCE = BOUNDS["denoiser"]
 FAST_TOLERANCE = 2e-4  # of a whole request, as in the other modes
 
 

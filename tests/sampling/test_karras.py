@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.sampling.karras import (
     SigmaRange,
     exponential_sigmas,
@@ -19,11 +20,11 @@ POLYEXPONENTIAL = sorted(name for name in COMMON.facts["schedules"] if name.star
 
 
 @pytest.mark.parametrize("name", POLYEXPONENTIAL)
-def test_polyexponential_levels_are_the_reference_s_to_the_last_bits(name: str) -> None:
+def test_polyexponential_levels_are_the_reference_s_to_the_bit(name: str) -> None:
     case = COMMON.facts["schedules"][name]
     span = SigmaRange(case["sigma_min"], case["sigma_max"], case["rho"])
-    levels = polyexponential_sigmas(case["steps"], span)
-    torch.testing.assert_close(levels, COMMON.tensors[name], rtol=4e-7, atol=0)  # exp differs between processors
+    rtol = 0.0 if is_amd() else 2.5e-7  # exp differs in its last bits between processors
+    torch.testing.assert_close(polyexponential_sigmas(case["steps"], span), COMMON.tensors[name], rtol=rtol, atol=0)
 
 
 def test_rho_1_is_the_exponential_grid() -> None:

@@ -81,7 +81,7 @@ def test_a_removed_key_stops_working_in_every_process_and_a_broken_file_changes_
     assert ask(server, "ops").status_code == 403
     wait_until(lambda: {reply.status_code for reply in ask_many(server, "alice", 16)} == {401})
     put(folder, "sas-a-plain-key-by-mistake\n")
-    wait_until(lambda: server.client.get("/health").json()["key_file"]["state"] == "broken")
-    assert server.client.get("/health").json()["key_file"]["reason"].startswith("line 1: ")
+    broken = wait_until(lambda: (told := server.client.get("/health").json()["key_file"])["state"] == "broken" and told)
+    assert broken["reason"].startswith("line 1: ")  # of one answer: the next may come from the other process
     assert ask(server, "bob").status_code == 200  # its line has another name now
     assert not re.search("by-mistake|Bearer", server.output)

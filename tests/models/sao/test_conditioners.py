@@ -18,6 +18,7 @@ from stable_audio_serve.models.sao.conditioners import (
 from stable_audio_serve.models.sao.config import PromptConfig, SaoConfig, parse_config
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import assign_weights
+from stable_audio_serve.verification.bounds import BOUNDS
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY, weights_of
 
@@ -54,7 +55,8 @@ def test_prompts_become_the_reference_s_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(
-    ("dtype", "key", "bound"), [(torch.float32, "cond/t5_fp32", 5e-5), (torch.float16, "cond/t5", 8e-3)]
+    ("dtype", "key", "bound"),
+    [(torch.float32, "cond/t5_fp32", BOUNDS["text"]), (torch.float16, "cond/t5", BOUNDS["text in float16"])],
 )
 def test_prompt_embeddings_match_the_reference(name: str, dtype: torch.dtype, key: str, bound: float) -> None:
     goldens = load_open_goldens(name)
