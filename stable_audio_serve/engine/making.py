@@ -37,7 +37,7 @@ def describe_engine(
     depends_on_threads = is_cpu and (is_fast or not is_amd())
     return Making(
         version=__version__,
-        torch=torch.__version__,
+        torch=str(torch.__version__),  # a class of its own, which its readers would load torch for
         mode=mode,
         processor=name_processor(device),
         loaded=loaded,

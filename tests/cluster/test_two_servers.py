@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +12,12 @@ import pytest
 from tests.cluster.balancers import configured, start
 from tests.databases import PostgresServer
 from tests.object_storage import ObjectStorage
+from tests.patience import wait_until
 from tests.serving.conftest import model
 from tests.serving.launched import LaunchedServer, free_port, write_config
 from tests.serving.load import Load, finished
 
 pytestmark = pytest.mark.cluster
-
-_PATIENCE_S = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +49,18 @@ def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Ite
     process = start(name, configured(name, folder / name, ports=(first, second), port=port))
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            wait_until_there(client)
+            wait_until(lambda: is_there(client))
             yield client
     finally:
         process.terminate()
         process.wait(30)
 
 
-def wait_until_there(client: httpx.Client) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            if client.get("/ready").status_code == 200:  # HAProxy answers before it has asked its servers
-                return
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def is_there(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ready").status_code == 200  # HAProxy answers before it has asked its servers
+    except httpx.TransportError:
+        return False
 
 
 def test_job_of_one_server_is_read_from_the_other(servers: Sequence[LaunchedServer]) -> None:
@@ -95,18 +88,16 @@ def test_server_that_is_stopped_under_load_loses_nothing(servers: Sequence[Launc
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:
         with Load(one) as by_nginx, Load(other) as by_haproxy:
-            time.sleep(3)  # both have work
+            by_nginx.go_on()
+            by_haproxy.go_on()
             leaving.stop()
-            num_before = [len(load.made) for load in (by_nginx, by_haproxy)]
-            time.sleep(3)  # and one goes on
-        for load, number in zip((by_nginx, by_haproxy), num_before, strict=True):
+            by_nginx.go_on()  # to the one that stands
+            by_haproxy.go_on()
+        for load in (by_nginx, by_haproxy):
             print(load)
             assert load.failures == []
             assert all(told.startswith("/jobs: ") for told in load.told), load.told
-            assert len(load.made) > number > 0
-            jobs = load.finished_jobs()
-            assert len(jobs) > 10
-            for job in jobs:
+            for job in load.finished_jobs():
                 assert httpx.get(job["download_url"]).raise_for_status().content.startswith(b"RIFF")
     for server in servers:
         server.wait_for_output("route=/generate status=200")  # each had work

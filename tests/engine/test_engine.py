@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -102,6 +105,18 @@ class PoisonedNoise(SeededNoise):
 
 def make_noise(seed: int) -> SeededNoise:
     return PoisonedNoise(seed) if seed == 666 else SeededNoise(seed)
+
+
+async def test_results_are_read_without_torch() -> None:
+    """Ingress and job runner get them pickled; torch alone takes longer to load than most requests take."""
+    progress: list[Progress] = []
+    async with make_engine() as engine:
+        result = await engine.generate(make_request(), progress.append)
+    read = "import pickle, sys; pickle.load(sys.stdin.buffer); sys.exit('torch' in sys.modules)"
+    for each in (result, progress[0]):
+        reader = await asyncio.create_subprocess_exec(sys.executable, "-c", read, stdin=subprocess.PIPE)
+        await reader.communicate(pickle.dumps(each))
+        assert reader.returncode == 0
 
 
 async def test_works_without_being_started() -> None:

@@ -15,8 +15,9 @@ from tests.patience import wait_until
 
 _OVER = ("succeeded", "failed", "cancelled")
 _PAUSE_S = 0.1  # between two calls of one caller
+_PAUSE_OF_JOBS_S = 0.5  # taken faster than they are done, but not by so many that a test waits for them longest
 _TIMES = 6  # of a load before anything happens, and after
-_BODY = {"prompt": "rain", "duration": 2, "steps": 8}
+_BODY = {"prompt": "rain", "duration": 1, "steps": 4}
 
 
 def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
@@ -44,8 +45,8 @@ class Load:
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(4)
-        calls = (self._submit, self._submit, self._make, self._make)
-        self._callers = [self._pool.submit(self._repeat, call) for call in calls]
+        calls = [(self._submit, _PAUSE_OF_JOBS_S), (self._make, _PAUSE_S)] * 2
+        self._callers = [self._pool.submit(self._repeat, call, pause_s) for call, pause_s in calls]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,13 +70,13 @@ class Load:
         assert len({job["id"] for job in jobs}) == len(self.jobs)
         return jobs
 
-    def _repeat(self, call: Callable[[], None]) -> None:
+    def _repeat(self, call: Callable[[], None], pause_s: float) -> None:
         while not self._ended.is_set():
             try:
                 call()
             except httpx.TransportError as error:
                 self.failures.append(f"{call.__name__}: {error!r}")
-            time.sleep(_PAUSE_S)
+            time.sleep(pause_s)
 
     def _submit(self) -> None:
         key = str(uuid.uuid4())

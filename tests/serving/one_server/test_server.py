@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ import pytest
 
 from tests.patience import PATIENCE_S, wait_until
 from tests.serving.launched import LaunchedServer, Watcher
+from tests.serving.load import finished
 
 pytestmark = pytest.mark.ray
 
@@ -215,6 +217,14 @@ def test_whatever_is_no_model_leaves_models_the_right_of_way(server: LaunchedSer
         niceness = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
         assert min(niceness) == min(own + 5, 19)
         assert niceness <= {min(own + 5, 19), min(own + 10, 19)}  # threads that make files yield to the event loop, too
+
+
+def test_only_what_runs_models_loads_torch(server: LaunchedServer) -> None:
+    read_wav(server.client.post("/generate", json=make_body()))
+    finished(server.client, server.client.post("/jobs", json=make_body()).json()["id"])
+    for name, runs_models in (("tiny", True), ("Ingress", False), ("job-runner", False)):
+        (pid,) = server.pids(f"ServeReplica:audio:{name}")
+        assert ("libtorch" in Path(f"/proc/{pid}/maps").read_text()) == runs_models, name
 
 
 def test_model_that_cannot_load_is_refused_long_before_the_deadline(server: LaunchedServer) -> None:
