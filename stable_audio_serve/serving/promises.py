@@ -11,7 +11,9 @@ from stable_audio_serve.core.generation import GenerationRequest
 MAX_PROMISES = 10_000
 
 _GRACE_S = 5.0  # after its time a client is waited for: header fields carry whole seconds, and clients are not exact
-_RETURN_WEIGHT = 0.02  # of one refused client on what is known of how many come again
+# Of one refused client on what is known of how many come again. Who was expected and stays away leaves a place that
+# others take; who comes unexpected finds none: so it is rather thought that they come.
+_CAME_WEIGHT, _STAYED_AWAY_WEIGHT = 0.1, 0.03
 _MAX_GONE = 1000  # entries of `_order` beyond those that are open, before they are cleared away
 
 
@@ -72,7 +74,8 @@ class Promises:
     def _close(self, wish: int, *, has_come: bool) -> None:
         heapq.heappop(self._dues[wish])
         self._note_closed(wish)
-        self._return_share += _RETURN_WEIGHT * (has_come - self._return_share)
+        weight = _CAME_WEIGHT if has_come else _STAYED_AWAY_WEIGHT
+        self._return_share += weight * (has_come - self._return_share)
 
     def _note_closed(self, wish: int) -> None:
         if not self._dues[wish]:

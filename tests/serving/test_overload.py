@@ -11,7 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from functools import partial
+from statistics import fmean, median
 
 import pytest
 
@@ -211,9 +212,9 @@ class World:
     num_refused: int = 0
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
-    def run(self, arrivals: Sequence[float], *, is_patient: bool) -> None:
-        for number, at in enumerate(arrivals):
-            self.at(at, lambda number=number: self.ask(number, tries=0, is_patient=is_patient))  # type: ignore[misc]
+    def run(self, arrivals: Sequence[float], *, are_patient: Sequence[bool]) -> None:
+        for number, (at, is_patient) in enumerate(zip(arrivals, are_patient, strict=True)):
+            self.at(at, partial(self.ask, number, tries=0, is_patient=is_patient))
         if len(self.guards) > 1:
             self.at(_EXCHANGE_S, self.exchange)
         while self.events:
@@ -280,20 +281,24 @@ def overload(
     seconds: float = 30.0,
     replicas: int = 1,
     processes: int = 1,
-    is_patient: bool = True,
+    patient_share: float = 1.0,
+    impatient_s: float = 0.0,
+    work_range_s: tuple[float, float] = (0.03, 0.15),
     way_s: float = 0.0,
 ) -> tuple[World, list[float]]:
-    """Returns a world after so much more was asked than it can do, with requests of 30 to 150 ms, and the arrivals."""
+    """Returns a world after so much more was asked than it can do, and the arrivals. `patient_share` of the clients
+    come again as they are told, after `impatient_s` in which none of them does."""
     rng = random.Random(seed)
     arrivals, now = [], 0.0
-    while (now := now + rng.expovariate(factor * replicas / 0.09)) < seconds:
+    while (now := now + rng.expovariate(factor * replicas / fmean(work_range_s))) < impatient_s + seconds:
         arrivals.append(now)
     clock = FakeClock()
     clock.now = 0.0
-    work_s = [rng.uniform(0.03, 0.15) for _ in arrivals]
+    work_s = [rng.uniform(*work_range_s) for _ in arrivals]
+    are_patient = [at >= impatient_s and rng.random() < patient_share for at in arrivals]
     guards = [OverloadGuard(clock, num_processes=processes) for _ in range(processes)]
     world = World(guards, clock, work_s, max_queue_s=max_queue_s, free_at=[0.0] * replicas, way_s=way_s)
-    world.run(arrivals, is_patient=is_patient)
+    world.run(arrivals, are_patient=are_patient)
     return world, arrivals
 
 
@@ -316,8 +321,26 @@ def test_clients_that_wait_as_told_are_admitted_and_wait_as_long_as_a_queue_woul
     assert median(abs(world.told_s[n] - waits_s[n]) / max(waits_s[n], 0.1) for n in waits_s) <= 0.25
 
 
+@pytest.mark.parametrize(("patient_share", "impatient_s"), [(1.0, 60.0), (0.8, 0.0), (0.5, 0.0)])
+def test_patient_clients_are_admitted_beside_and_after_others_who_do_not_come_again(
+    *, patient_share: float, impatient_s: float
+) -> None:
+    returns: list[bool] = []
+    for seed in range(1, 7):
+        world, _ = overload(
+            seed=seed,
+            max_queue_s=1.0,
+            processes=2,
+            work_range_s=(0.25, 0.35),
+            patient_share=patient_share,
+            impatient_s=impatient_s,
+        )
+        returns += world.returns
+    assert sum(returns) / len(returns) >= 0.9
+
+
 def test_nobody_is_kept_waiting_for_those_who_do_not_come_again() -> None:
-    world, arrivals = overload(seed=3, max_queue_s=0.5, is_patient=False)
+    world, arrivals = overload(seed=3, max_queue_s=0.5, patient_share=0.0)
     done_s = sum(world.work_s[number] for number in world.admitted_at)
     assert done_s >= 0.98 * arrivals[-1]  # the device was never idle
     assert max(world.latencies_s) <= 0.5 + 0.15
@@ -330,7 +353,7 @@ def test_few_refusals_are_asked_of_replicas_which_are_busy_and_none_of_them_is_i
     *, processes: int, share: float, replicas: int
 ) -> None:
     world, arrivals = overload(
-        seed=4, max_queue_s=0.5, replicas=replicas, processes=processes, seconds=20.0, is_patient=False, way_s=0.06
+        seed=4, max_queue_s=0.5, replicas=replicas, processes=processes, seconds=20.0, patient_share=0.0, way_s=0.06
     )
     assert world.num_refused > len(arrivals) / 2
     assert world.num_refused_by_replicas <= share * world.num_refused
