@@ -72,8 +72,8 @@ test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device,
 check-cluster: install ## the files of cluster/, each by the program that reads it, under 3 minutes; a missing program fails
 	$(PY) -m pytest $(CLUSTERS) -m cluster $(ARGS) $(CLUSTER_FILES)
 
-chaos: install ## kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
-	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800
+chaos: install ## for over an hour: kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
+	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800 $(ARGS)
 
 fuzz: install ## ten thousand generated requests to every operation of the API, with another seed each time
 	FUZZ_EXAMPLES=300 $(PY) -m pytest tests/api/test_fuzz.py --hypothesis-seed=$${SEED:-$$RANDOM} --timeout 1800

@@ -184,11 +184,11 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
 def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
     """Wait until every preloaded replica runs and the HTTP path says so. Returns the body of /health."""
-    from ray import serve
+    from stable_audio_serve.serving.serve_status import read_application
 
     next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
     while True:
-        application = serve.status().applications.get(file.application)
+        application = read_application(file.application)
         if application is not None:
             _raise_if_failed(application)
             if application.status == "RUNNING" and (health := _health(url, plan)):

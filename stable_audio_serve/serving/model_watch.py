@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
 from stable_audio_serve.core.catalog import ModelQuality, ModelStatus
 from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.serving.serve_status import read_application
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -87,7 +87,7 @@ class ModelWatch:
 
     async def _take_snapshot(self) -> None:
         try:
-            application = (await asyncio.to_thread(serve.status)).applications.get(self._application)
+            application = await asyncio.to_thread(read_application, self._application)
         except RayError as error:
             logger.warning("the Serve controller does not answer: %s", error)
             return

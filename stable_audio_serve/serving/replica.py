@@ -28,6 +28,7 @@ from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.overflow import overflow_name, overflow_settings
 from stable_audio_serve.serving.recent import RecentSum
+from stable_audio_serve.serving.serve_status import read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -215,9 +216,9 @@ async def _others_answer(*, surge: bool) -> bool:
     if not surge:
         return False
     mine = serve.get_replica_context()
-    status = await asyncio.to_thread(serve.status)
-    states = status.applications[mine.app_name].deployments[mine.deployment].replica_states
-    return bool(states.get(ReplicaState.RUNNING))
+    application = await asyncio.to_thread(read_application, mine.app_name)
+    deployment = application.deployments.get(mine.deployment) if application else None
+    return bool(deployment and deployment.replica_states.get(ReplicaState.RUNNING))
 
 
 class OverflowReplica(ModelReplica):

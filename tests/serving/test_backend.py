@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray import serve
 from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
 
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, QueueFullError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.serving import model_watch
 from stable_audio_serve.serving.backend import RayBackend
 from tests.backends import make_catalog
 
@@ -58,11 +58,11 @@ async def test_an_answer_proves_a_model_ready_while_the_controller_is_silent(mon
     """As it is while Ray's head is away: who asks for readiness must not be told that the model is loading."""
     head_is_back = threading.Event()
 
-    def silent() -> None:
+    def silent(application: str) -> None:
         assert head_is_back.wait(60)
         raise RayError("it was away")
 
-    monkeypatch.setattr(serve, "status", silent)
+    monkeypatch.setattr(model_watch, "read_application", silent)
     asked = backend(_RESULT)
     try:
         assert (await asked.status())["small-sfx"].stage == "loading"
