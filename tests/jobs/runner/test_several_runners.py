@@ -137,6 +137,7 @@ async def test_a_runner_that_lost_its_lease_stops_its_work_and_writes_nothing(wo
     assert (taken.state, workshop.files()) == ("queued", [])
 
 
+@pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])  # no room to lease its own job again
 async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
