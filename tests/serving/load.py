@@ -15,7 +15,7 @@ from tests.patience import wait_until
 
 _OVER = ("succeeded", "failed", "cancelled")
 _PAUSE_S = 0.1  # between two calls of one caller
-_PAUSE_OF_JOBS_S = 0.5  # taken faster than they are done, but not by so many that a test waits for them longest
+_PAUSE_OF_JOBS_S = 1.0  # taken faster than they are done, but not by so many that a test waits for them longest
 _TIMES = 6  # of a load before anything happens, and after
 _BODY = {"prompt": "rain", "duration": 1, "steps": 4}
 
