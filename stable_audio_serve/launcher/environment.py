@@ -33,6 +33,7 @@ _LAST_PORT = 32000
 _BLOCK = 32  # stats, metrics, two fallback proxies, and the ingress replicas
 _ATTEMPTS = 50
 LOOPBACK = "127.0.0.1"
+_LOCAL_NAMES = "localhost,127.0.0.1,::1"
 _ALL_IPV4 = "0.0.0.0"
 _MOST_FILES = 65_536  # more would only cost memory where a process sizes its tables by the limit
 _BINARY_CHECK_TIMEOUT_S = 5.0
@@ -158,6 +159,8 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Serve's that asks after the end would start another Ray
         "RAY_DEDUP_LOGS": "0",
         "RAY_memory_monitor_refresh_ms": "0",  # what other programs use must not kill our replicas
+        # gRPC would send Ray's metrics on this machine to a proxy that is meant for the outside world.
+        "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
         "RAY_worker_niceness": "0",  # replicas answer people: they are not batch work that yields to everything
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
