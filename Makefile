@@ -8,30 +8,24 @@ OUT ?= demo-run
 DEVICE ?= cpu
 GPU_OUT := $(if $(filter file,$(origin OUT)),gpu-results,$(OUT))
 
-# Three on two cores: many tests wait for something (a time limit, a database, a child process).
-PARALLEL := --numprocesses 3 --dist loadfile
+# Three processes on two cores, because many tests wait for another process. A file stays in one process, and so do
+# the folders whose files share a server (tests/conftest.py).
+PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
+ELSEWHERE := not gpu and not chaos and not cluster
 
-# Two at a time: while one waits for replicas, the other works. In this order, so that none of the long ones is left for the end.
-CLUSTERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-
-# Where tests are that need a Ray cluster, and that run alone: collecting all of them takes a quarter of a minute.
-RAY := tests/serving tests/chaos tests/demo/test_served.py tests/benchmarks/alone
-ALONE := tests/api/test_fuzz.py tests/benchmarks/alone
-
-# Tests that are short in `make test`.
-SOAK := tests/engine/test_soak.py tests/serving/test_scaled.py tests/api/test_replay.py
-
-# The longest begin before the others: servers that wait, and pip, which works. pytest forgets the order of files that are
-# named beside their folder.
+# The files of tests/cluster in the order of their length, so that two processes end together.
 LONG_CLUSTER := $(addprefix tests/cluster/,test_two_servers.py test_dockerfile.py test_dashboard.py)
 CLUSTER_FILES := $(LONG_CLUSTER) $(filter-out $(LONG_CLUSTER),$(wildcard tests/cluster/test_*.py))
+
+# Tests that `make soak` repeats for longer.
+SOAK := tests/engine/test_soak.py tests/serving/test_scaled.py tests/api/test_replay.py
 
 WAVESURFER := 8.0.1
 WAVESURFER_SHA512 := 8743a74564954ea2182d2c37fc856b06db2e9ffc70f4be6ee050376e37d20d314c5ffc6cc15592d49c0ae1f16edee966c515121e0f3340e465eb310d1bdf377a
 VENDOR := stable_audio_serve/api/playground/vendor
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-eval check-cluster
+.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-all test-all-1 test-all-2 test-all-3 test-all-4 test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-eval check-cluster
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -54,23 +48,29 @@ serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve
 wheels: install ## the package as one file, and its client by itself, in dist/
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist . ./packaging/client
 
-# Modules compiled once serve the hundreds of processes that tests start, also where Python is told to keep none.
-test test-fast: export PYTHONDONTWRITEBYTECODE :=
+# Compiled modules serve the processes that tests start, also where Python is told to write none.
+test test-fast test-all: export PYTHONDONTWRITEBYTECODE :=
 
-test: install ## everything CI runs: what needs no Ray on three processes, then real clusters on two, then what runs alone
-	$(PY) -m pytest $(PARALLEL) --ignore=tests/api/test_fuzz.py -m "not ray and not serial and not gpu and not chaos and not cluster"
-	$(PY) -m pytest $(CLUSTERS) $(RAY) -m "ray and not serial and not gpu and not chaos and not cluster"
-	$(PY) -m pytest $(ALONE) -m "serial and not gpu and not chaos and not cluster"
+test-fast: install ## before each commit, 90 s: units, golden numbers, the API in one process
+	$(PYTEST) 3 -m "not server and not slow and $(ELSEWHERE)"
 
-test-fast: install ## the fast set: no Ray cluster, nothing slow, about five minutes
-	$(PY) -m pytest $(PARALLEL) -m "not ray and not gpu and not slow and not chaos and not cluster"
+test: install ## what CI runs, 6 minutes: also a real Ray server, PostgreSQL, S3, Chromium and the clients of each dialect
+	$(PYTEST) 4 -m "not slow and $(ELSEWHERE)"
+
+test-all: $(if $(PART),test-all-$(PART),test-all-1 test-all-2 test-all-3 test-all-4) ## everything, under an hour (PART=1 to 4 for one quarter): long forms, nodes, scaling, redeploys
+test-all-1: test
+test-all-2: install
+	$(PYTEST) 3 --hypothesis-profile long -m "(slow or hypothesis) and not server and $(ELSEWHERE)"
+test-all-3: install
+	$(PYTEST) 2 -m "slow and server and $(ELSEWHERE)"
+test-all-4: check-cluster
 
 # PY=python3 runs both on a machine that has torch, transformers and pytest but no network: nothing is installed there.
 test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device, JUnit XML in OUT=gpu-results (PY=python3 installs nothing)
 	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
 
 check-cluster: install ## the files of cluster/, each by the program that reads it, under 3 minutes; a missing program fails
-	$(PY) -m pytest $(CLUSTERS) -m cluster $(ARGS) $(CLUSTER_FILES)
+	$(PYTEST) 2 -m cluster $(ARGS) $(CLUSTER_FILES)
 
 chaos: install ## for over an hour: kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800 $(ARGS)

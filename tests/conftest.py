@@ -4,6 +4,8 @@ Hypothesis example, because a busy machine is not a bug.
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -23,9 +25,22 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_SHARING = ("/one_server", "/one_ray", "/playground")  # one server, one Ray, one browser for all files of the folder
-settings.register_profile("default", deadline=None)
+_SHARING = ("/served", "/one_ray", "/playground")  # one server, one Ray, one browser for all files of the folder
+settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
+settings.register_profile("long", deadline=None, max_examples=500)  # `make test-all`
 settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: the shared server, then other tests that start programs."""
+    items.sort(key=lambda item: (not item.nodeid.startswith("tests/served/"), not item.get_closest_marker("server")))
+
+
+def pytest_collection_finish() -> None:
+    """Search less often for garbage, and not among what was loaded: it took a fifth of the time of tests of the API."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 10, 30)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,9 +64,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _logs_as_they_were() -> Iterator[None]:
+def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what commands and replicas do to the logs of their process. Cached loggers would keep a configuration."""
+    configure = structlog.configure
+
+    def configure_uncached(*processors: Any, **options: Any) -> None:
+        configure(*processors, **options | {"cache_logger_on_first_use": False})
+
+    monkeypatch.setattr(structlog, "configure", configure_uncached)
+    ours = logging.getLogger("stable_audio_serve")
+    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
     yield
-    structlog.reset_defaults()  # the command line silences them, for its process
+    ours.handlers, ours.propagate = handlers, propagate
+    ours.setLevel(level)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,25 @@
+"""Long lists of parameters, of which `make test` runs some."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def some(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
+    """Mark all values but those in `always` as slow. A tuple is one value per argument."""
+    return [value if value in always else slow(*_arguments(value)) for value in values]
+
+
+def few(values: Iterable[Any], *, number: int = 2) -> list[Any]:
+    """Mark all but the first `number` values as slow. A tuple is one value per argument."""
+    return [value if index < number else slow(*_arguments(value)) for index, value in enumerate(values)]
+
+
+def _arguments(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
