@@ -1,4 +1,4 @@
-"""Nothing accepted is lost and nothing appears twice, whatever is killed: 30 jobs always, 300 on demand."""
+"""Nothing accepted is lost and nothing appears twice, whatever is killed: 30 jobs, and 300."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _LARGE = ChaosPlan(
 )
 
 
-@pytest.mark.ray
+@pytest.mark.server
+@pytest.mark.slow
 def test_thirty_jobs_survive_one_kill_of_every_process(tmp_path: Path, postgres: PostgresServer) -> None:
     run(_SMALL, tmp_path, postgres)
 

@@ -26,8 +26,6 @@ from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, text_of
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
-
 # Who runs or reads the blocks of a language, page by page where a page needs a test of its own. `bash` is
 # `test_commands`, `sh` below: commands for a machine, an account or a cluster that tests have not.
 PAGES = {
@@ -165,6 +163,8 @@ async def run_python(page: Path, folder: Path) -> str:
     return output.decode()
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_the_tutorials_programs(tmp_path: Path) -> None:
     output = await run_python(DOCS / "tutorial.md", tmp_path)
     assert output.startswith("7 ")
@@ -172,10 +172,13 @@ async def test_the_tutorials_programs(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes()[:4] == b"RIFF" for name in ("bell.wav", "siren.wav"))
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_the_program_with_fals_client(tmp_path: Path) -> None:
     await run_python(DOCS / "dialects" / "fal.md", tmp_path)
 
 
+@pytest.mark.server
 def test_the_engine_in_process(capsys: pytest.CaptureFixture[str]) -> None:
     exec(text_of(ROOT / "README.md", "python"), {"__name__": "__main__"})
     assert capsys.readouterr().out == "(2, 132300) 44100\n"

@@ -13,7 +13,7 @@ import soundfile
 from tests.api.compat.serving import serve_app
 from tests.backends import RATE_HZ
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "client.md"
 

@@ -28,8 +28,6 @@ from tests.backends import RATE_HZ, ToneBackend
 from tests.docs.blocks import DOCS, ROOT, all_blocks, pages, text_of
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
-
 DIALECTS = DOCS / "dialects"
 
 # Pages with commands, and whose operations each of them shows, every one with a command.
@@ -118,6 +116,8 @@ def expect_complete(run: Run, page: str, operations: dict[str, set[str]]) -> Non
     assert not [operation for operation in wanted if not run.has_called(operation)]
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "stable-audio-3.md", tmp_path)
     expect_complete(run, "dialects/stable-audio-3.md", operations)
@@ -129,6 +129,8 @@ async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -
     assert '"small-sfx"' in run.output
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     (tmp_path / "take.wav").write_bytes(make_audio_file(duration_s=2.0))
     run = await run_page(DOCS / "jobs.md", tmp_path)
@@ -139,6 +141,8 @@ async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     assert first == again
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # with the riffs that come with the server
     expect_complete(run, "dialects/stable-audio-open-small.md", operations)
@@ -149,6 +153,8 @@ async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set
     assert json.loads((tmp_path / "bass.json").read_text())["success"] is True
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_vllm_omni(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "vllm-omni.md", tmp_path)
     expect_complete(run, "dialects/vllm-omni.md", operations)
@@ -157,12 +163,16 @@ async def test_vllm_omni(tmp_path: Path, operations: dict[str, set[str]]) -> Non
     assert '"small-sfx"' in run.output
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_aimlapi(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "aimlapi.md", tmp_path)
     expect_complete(run, "dialects/aimlapi.md", operations)
     assert run.frames("generated.wav") == 2 * RATE_HZ
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_fal(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "fal.md", tmp_path)
     expect_complete(run, "dialects/fal.md", operations)
@@ -172,6 +182,7 @@ async def test_fal(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     assert '"CANCELLATION_REQUESTED"' in run.output or '"ALREADY_COMPLETED"' in run.output
 
 
+@pytest.mark.server
 async def test_readme(tmp_path: Path) -> None:
     run = await run_page(ROOT / "README.md", tmp_path)
     names = {"tone.wav": 3, "variation.wav": 3, "longer.wav": 5}
@@ -182,6 +193,8 @@ async def test_readme(tmp_path: Path) -> None:
     assert [request.batch_size for _, request in run.backend.requests[:4]] == [1, 3, 1, 1]
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_command_line(tmp_path: Path) -> None:
     (tmp_path / "take.wav").write_bytes(make_audio_file(duration_s=8.0))
     run = await run_page(DOCS / "cli.md", tmp_path)
@@ -191,6 +204,8 @@ async def test_command_line(tmp_path: Path) -> None:
     assert run.frames(*run.named("techno*")) == 4 * 4 * 60 * RATE_HZ // 128
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_tutorial(tmp_path: Path) -> None:
     run = await run_page(DOCS / "tutorial.md", tmp_path)
     lengths = {"a-440-hz-sine-tone-7": 3, "chord": 3, "piano": 3, "mended": 3, "longer": 5, "loop": 4}
@@ -199,17 +214,23 @@ async def test_tutorial(tmp_path: Path) -> None:
     assert "x-seed:" in run.output.lower()
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_keys(tmp_path: Path) -> None:
     run = await run_page(DOCS / "keys.md", tmp_path)
     assert [line.split()[0] for line in run.output.splitlines()] == ["alice", "ops"]
 
 
-@pytest.mark.parametrize("page", pages())
-def test_settings_that_a_page_names_exist(page: str) -> None:
+def test_settings_that_pages_name_exist() -> None:
     document = Settings().model_dump()
     sections = "api|audio|dialects|ingress|jobs|metrics|proxy|quality_gate|storage"
-    for section, key in re.findall(rf"`({sections})\.(\w+)`", (ROOT / page).read_text()):
-        assert key in document[section], f"{section}.{key}"
+    unknown = [
+        f"{page}: {section}.{key}"
+        for page in pages()
+        for section, key in re.findall(rf"`({sections})\.(\w+)`", (ROOT / page).read_text())
+        if key not in document[section]
+    ]
+    assert not unknown
 
 
 def test_every_page_with_commands_is_run() -> None:

@@ -19,7 +19,7 @@ from tests.api.compat.serving import serve_app
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "jobs.md"
 KEY = "secret"

@@ -90,6 +90,7 @@ def test_keys_without_effect_are_those_of_the_code() -> None:
     assert {key for row in INERT.splitlines() for key in keys_of(row)} == INERT_KEYS
 
 
+@pytest.mark.server
 def test_every_key_on_the_page_is_looked_at_and_no_other() -> None:
     """A key that is known is refused for its value."""
     config = json.loads((load_goldens("sharp-s").folder / "model_config.json").read_text())

@@ -63,6 +63,7 @@ def complaint(arguments: list[str]) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.server
 def test_commands_exist_and_take_their_options(page: str) -> None:
     for arguments in commands_of((ROOT / page).read_text()):
         assert complaint(arguments) is None, shlex.join(arguments)

@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup
 
 from tests.docs.blocks import DOCS, ROOT, pages
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
 

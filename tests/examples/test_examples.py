@@ -18,7 +18,7 @@ from tests.examples.conftest import SECRET
 from tests.examples.programs import EXAMPLES, Programs, find_examples, finish, wait_for
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 module_loop = pytest.mark.asyncio(loop_scope="module")  # of the server
 
 # What each client of another system writes, in seconds.

@@ -24,7 +24,7 @@ from tests.examples.programs import EXAMPLES, ROOT, Programs, finish
 from tests.patience import PATIENCE_S
 from tests.serving.launched import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def without(reason: str) -> None:

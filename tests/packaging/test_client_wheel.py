@@ -13,7 +13,7 @@ from tests.client.conftest import serve
 from tests.docs.blocks import text_of
 from tests.packaging.wheel import ROOT, build_wheel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 PROGRAM = """
 import sys

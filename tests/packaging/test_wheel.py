@@ -1,6 +1,6 @@
 """The wheel alone, without the checkout it was built from: its commands, run in an empty directory.
 
-`tests/serving/one_server/test_lifecycle.py` starts one of its servers from it.
+`tests/serving/test_lifecycle.py` starts one of its servers from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from tests.packaging.wheel import ROOT, build_wheel, install_wheel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from tests.audio_files import make_audio_file
 from tests.playground.conftest import Page
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 def test_a_region_is_dragged_and_made_anew(page: Page) -> None:
@@ -36,6 +36,7 @@ def test_a_region_is_dragged_and_made_anew(page: Page) -> None:
     [(2, 3, 3, [2, 3]), (-0.5, 0.25, 2.5, [0, 0.75])],
     ids=["continued", "extended to the left"],
 )
+@pytest.mark.slow
 def test_a_take_is_made_longer(start: float, end: float, *, length: float, region: list[float], page: Page) -> None:
     page.fill(prompt="rain", duration=2, steps=2).take()
     page.click("mark-region")
@@ -48,6 +49,7 @@ def test_a_take_is_made_longer(start: float, end: float, *, length: float, regio
     assert take["bytes"] == length * 44100 * 4
 
 
+@pytest.mark.slow
 def test_a_take_is_made_longer_by_dragging_over_its_ends(page: Page) -> None:
     """A drag that begins in the room behind the take, or ends in the one before it, leaves no gap to the take."""
     second = page["wave"].size["width"] / 4  # there is a second of room on either side
@@ -75,6 +77,7 @@ def test_a_take_is_made_longer_by_dragging_over_its_ends(page: Page) -> None:
     assert end_s == first["order"]["fields"]["duration"] == pytest.approx(2.8, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
     source = tmp_path / "door.wav"
     source.write_bytes(make_audio_file(duration_s=1.0))
@@ -97,6 +100,7 @@ def test_a_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
     assert page.fill(duration=1).take()["order"]["kind"] == "generate"
 
 
+@pytest.mark.slow
 def test_the_file_that_was_dropped_last_is_the_source(page: Page) -> None:
     """Also if the one before it takes longer to read."""
     page.run(
@@ -126,6 +130,7 @@ def test_the_file_that_was_dropped_last_is_the_source(page: Page) -> None:
     assert page["source-name"].text == "Source: last.wav, 1.00 s"
 
 
+@pytest.mark.slow
 def test_loops_have_tempo_key_and_bars(page: Page) -> None:
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
     take = page.fill(prompt="kick drums", bpm=120, bars=1, key="C minor", steps=2).take()

@@ -20,11 +20,12 @@ from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[2] / "stable_audio_serve" / "api" / "playground"
 
 
+@pytest.mark.slow
 def test_a_take_is_downloaded_in_the_format_that_is_chosen(page: Page, served: str, tmp_path: Path) -> None:
     page.fill(prompt="a snare", duration=0.5, steps=2, seed=5).take()
     behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
@@ -62,6 +63,7 @@ def run_copied(page: Page, folder: Path) -> list[bytes]:
     return made
 
 
+@pytest.mark.slow
 def test_what_is_copied_makes_the_same(page: Page, served: str, tmp_path: Path) -> None:
     page.fill(prompt='it\'s a "snare"', duration=0.5, steps=2, seed=5).take()
     recipe = json.loads(copy(page, "json"))
@@ -74,6 +76,7 @@ def test_what_is_copied_makes_the_same(page: Page, served: str, tmp_path: Path) 
     assert [*made, *run_copied(page, tmp_path)] == [made[0]] * 4
 
 
+@pytest.mark.slow
 def test_what_is_copied_of_an_edit_and_of_a_loop_makes_the_same(page: Page, tmp_path: Path) -> None:
     def expect_the_same() -> tuple[bytes, bytes]:
         """Returns the take's file and its source's."""
@@ -110,6 +113,7 @@ def test_what_is_copied_of_an_edit_and_of_a_loop_makes_the_same(page: Page, tmp_
     expect_the_same()
 
 
+@pytest.mark.slow
 def test_a_wav_made_in_the_browser_is_the_same_sound(page: Page) -> None:
     audio = make_audio_file(duration_s=0.5)
     encoded = page.browser.execute_async_script(

@@ -12,7 +12,7 @@ from selenium.webdriver.common.keys import Keys
 from stable_audio_serve.core.keys import hash_key, make_key
 from tests.playground.conftest import Page, serve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 def test_a_mistake_is_shown_at_its_field(page: Page) -> None:
@@ -28,6 +28,7 @@ def test_a_mistake_is_shown_at_its_field(page: Page) -> None:
     page.messages()  # browsers report every refused request
 
 
+@pytest.mark.slow
 def test_a_mistake_that_is_not_sent_is_shown_too(page: Page) -> None:
     page.fill(prompt="rain", steps=2, duration=0.5, batch_size=99).click("generate")
     page.until(page.faults)
@@ -40,11 +41,13 @@ def test_a_mistake_that_is_not_sent_is_shown_too(page: Page) -> None:
     assert not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #takes li")
 
 
+@pytest.mark.slow
 def test_ranges_are_shown_so_that_their_ends_can_be_typed(page: Page) -> None:
     shown = page.browser.find_element(By.CSS_SELECTOR, "[data-field=duration] .range").text
     assert re.fullmatch(r"0 to \d+(\.\d\d?)?", shown)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_hundred_thousand_characters_leave_the_page_usable(page: Page) -> None:
     page.fill(duration=0.5, steps=2)
     page.run("for (const id of ['prompt', 'negative_prompt']) document.getElementById(id).value = '雨'.repeat(100_000)")
@@ -57,6 +60,7 @@ def test_prompts_of_a_hundred_thousand_characters_leave_the_page_usable(page: Pa
     page.until(lambda: page.said.startswith("The same to the byte"))
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(page: Page, tmp_path: Path) -> None:
     key = make_key()
     (tmp_path / "keys").write_text(f"alice:{hash_key(key)} audio-seconds-per-minute=2\n")

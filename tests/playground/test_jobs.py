@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 
 from tests.playground.conftest import Page
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 def test_jobs_outlive_a_reload_and_can_be_cancelled(page: Page) -> None:
@@ -29,6 +29,7 @@ def test_jobs_outlive_a_reload_and_can_be_cancelled(page: Page) -> None:
     page.messages()  # a job that had just ended could not be cancelled
 
 
+@pytest.mark.slow
 def test_many_jobs_leave_connections_for_everything_else(page: Page) -> None:
     """A browser has six to a server; a stream of events holds one as long as its job lasts."""
     page.fill(prompt="rain", duration=20, steps=50, batch_size=4)
@@ -46,6 +47,7 @@ def test_many_jobs_leave_connections_for_everything_else(page: Page) -> None:
     page.messages()  # a job that had just ended could not be cancelled
 
 
+@pytest.mark.slow
 def test_the_jobs_that_have_no_stream_are_asked_for_one_after_another(page: Page) -> None:
     """However many there are: thousands may be left over from the page before."""
     asked_at_ms = page.browser.execute_async_script(
@@ -66,6 +68,7 @@ def test_the_jobs_that_have_no_stream_are_asked_for_one_after_another(page: Page
     assert np.diff(asked_at_ms).min() > 200
 
 
+@pytest.mark.slow
 def test_a_take_whose_download_broke_is_fetched_after_a_reload(page: Page) -> None:
     page.run(
         """
@@ -83,6 +86,7 @@ def test_a_take_whose_download_broke_is_fetched_after_a_reload(page: Page) -> No
     page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
 
 
+@pytest.mark.slow
 def test_a_job_whose_acceptance_was_never_heard_of_is_found_again(page: Page, served: str) -> None:
     page.run(
         """
@@ -104,6 +108,7 @@ def test_a_job_whose_acceptance_was_never_heard_of_is_found_again(page: Page, se
     assert len([job for job in jobs if "nobody heard of" in json.dumps(job)]) == 1
 
 
+@pytest.mark.slow
 def test_the_server_panel_asks_once_at_a_time_and_keeps_the_focus(page: Page) -> None:
     num_asked = page.browser.execute_async_script(
         """

@@ -17,7 +17,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.playground.conftest import Page
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[2] / "stable_audio_serve" / "api" / "playground"
 
@@ -52,6 +52,7 @@ def test_it_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.slow
 def test_keys_act_wherever_nothing_is_typed(page: Page) -> None:
     def press(key: str) -> None:
         ActionChains(page.browser).send_keys(key).perform()
@@ -72,6 +73,7 @@ def test_keys_act_wherever_nothing_is_typed(page: Page) -> None:
     page.until(lambda: page["clock"].text == "1.00 / 2.00 s")
 
 
+@pytest.mark.slow
 def test_its_parts_are_its_own_and_small(page: Page, served: str) -> None:
     page.fill(prompt="rain", duration=0.5, steps=2).take()
     loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
@@ -105,6 +107,7 @@ def test_vendored_parts_are_the_published_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "scheme", "width"), [("light", "light", 1300), ("dark", "dark", 1300), ("phone", "light", 360)]
 )
+@pytest.mark.slow
 def test_pictures_for_the_page_about_it_can_be_taken(
     name: str, scheme: str, *, width: int, page: Page, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from selenium.webdriver.common.by import By
 from tests.patience import PATIENCE_S
 from tests.playground.conftest import Page
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 def test_a_take_is_made_and_heard_to_its_end(page: Page) -> None:
@@ -35,6 +35,7 @@ def test_a_take_is_made_and_heard_to_its_end(page: Page) -> None:
     assert max(page.run("return times")) > 0.9
 
 
+@pytest.mark.slow
 def test_a_loop_goes_on_until_it_is_stopped(page: Page) -> None:
     page.fill(prompt="a kick drum", duration=0.5, steps=2).take()
     page.click("loop")
@@ -58,6 +59,7 @@ def test_a_loop_goes_on_until_it_is_stopped(page: Page) -> None:
     page.until(lambda: page["play"].text == "Play")
 
 
+@pytest.mark.slow
 def test_a_player_plays_once_however_often_it_is_asked(page: Page) -> None:
     page.browser.find_element(By.TAG_NAME, "h1").click()  # without which no sound may start
     num_nodes, num_ticks = page.browser.execute_async_script(
@@ -87,6 +89,7 @@ def test_a_player_plays_once_however_often_it_is_asked(page: Page) -> None:
     assert num_ticks <= 11
 
 
+@pytest.mark.slow
 def test_what_is_made_is_played_at_once(page: Page) -> None:
     page.click("autoplay")
     page.fill(prompt='<img src=x onerror="document.title=1">"{nonce}', duration=1, steps=2).take()
@@ -96,6 +99,7 @@ def test_what_is_made_is_played_at_once(page: Page) -> None:
     page.until(lambda: page["play"].text == "Play")
 
 
+@pytest.mark.slow
 def test_two_takes_are_compared_as_loud_as_each_other(page: Page) -> None:
     page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).take()
     page.fill(prompt="rain").take()
@@ -109,6 +113,7 @@ def test_two_takes_are_compared_as_loud_as_each_other(page: Page) -> None:
     assert gains == [pytest.approx(10 ** (-6 / 20)), 1, 1]
 
 
+@pytest.mark.slow
 def test_a_take_repeats_to_the_byte_and_its_settings_come_back(page: Page, served: str) -> None:
     take = page.fill(prompt="a snare", duration=0.5, steps=3, cfg_scale=2, negative_prompt="hiss", seed=77).take()
     page.click("repeat")
@@ -126,6 +131,7 @@ def test_a_take_repeats_to_the_byte_and_its_settings_come_back(page: Page, serve
     page.until(lambda: digest in page.said)
 
 
+@pytest.mark.slow
 def test_a_take_is_compared_with_itself_whatever_is_shown_meanwhile(page: Page) -> None:
     page.fill(prompt="a snare", duration=0.5, steps=2).take()
     page.fill(prompt="rain").take()
@@ -147,6 +153,7 @@ def test_a_take_is_compared_with_itself_whatever_is_shown_meanwhile(page: Page) 
     page.until(lambda: page.said.startswith("The same to the byte"))
 
 
+@pytest.mark.slow
 def test_the_take_that_was_chosen_last_is_shown(page: Page) -> None:
     """Also if the one before it takes longer to decode."""
     page.fill(prompt="a snare", duration=0.5, steps=2).take()
@@ -175,6 +182,7 @@ def test_the_take_that_was_chosen_last_is_shown(page: Page) -> None:
     assert page["take-name"].text == "rain"
 
 
+@pytest.mark.slow
 def test_settings_of_a_model_that_is_gone_are_not_loaded(page: Page) -> None:
     """Servers change, and several may have had the same address."""
     page.fill(prompt="a snare", duration=0.5, steps=2).take()
@@ -199,6 +207,7 @@ def test_settings_of_a_model_that_is_gone_are_not_loaded(page: Page) -> None:
     assert page["model"].get_attribute("value") == "demo"
 
 
+@pytest.mark.slow
 def test_a_browser_without_room_keeps_takes_as_long_as_the_page(page: Page) -> None:
     page.run("IDBObjectStore.prototype.put = function () { throw new DOMException('full', 'QuotaExceededError') }")
     page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
@@ -207,6 +216,7 @@ def test_a_browser_without_room_keeps_takes_as_long_as_the_page(page: Page) -> N
     assert page.takes == []
 
 
+@pytest.mark.slow
 def test_two_tabs_have_one_history(page: Page) -> None:
     first = page.browser.current_window_handle
     page.browser.switch_to.new_window("tab")

@@ -33,7 +33,7 @@ from tests.serving.conftest import LAZY, TINY, model
 from tests.serving.launched import LaunchedServer, write_config
 from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _DOWNSCALE_DELAY_S = 2.0
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
@@ -242,5 +242,5 @@ def test_without_a_key_it_says_so(operated: LaunchedServer, monkeypatch: pytest.
 
 
 def test_ctrl_c_stops_it_when_it_has_finished_what_it_began(operated: LaunchedServer) -> None:
-    """Behind HAProxy; `one_server` has the same behind the Python proxy."""
+    """Behind HAProxy; `test_lifecycle.py` has the same behind the Python proxy."""
     check_that_it_finishes_what_it_began(operated, signal.SIGINT)

@@ -174,6 +174,7 @@ def test_whatever_is_published_the_policies_leave_things_as_they_are(
     assert len(caplog.records) == 2  # once each, not ten times a second
 
 
+@pytest.mark.server
 def test_the_policies_import_nothing_heavy() -> None:
     code = (
         "import sys; before = set(sys.modules)\n"

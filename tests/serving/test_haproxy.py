@@ -30,7 +30,10 @@ from tests.patience import PATIENCE_S
 from tests.serving.launched import free_port
 from tests.sockets import listening
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux")
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux"),
+]
 
 _PUBLIC = "127.0.0.2"  # another address than the one that Ray is told
 _HEADER_TIMEOUT_S = 1.0

@@ -14,7 +14,7 @@ from stable_audio_serve.launcher.patience import crowding, start_limits
 from stable_audio_serve.serving.kept_models import keep
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _SEE = """
 import json, os, signal

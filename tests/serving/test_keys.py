@@ -19,7 +19,7 @@ from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import model
 from tests.serving.launched import LaunchedServer, write_config
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _LIMITED = f"alice:{hash_key('alice')} audio-seconds-per-minute=20\n"
 _OTHERS = f"bob:{hash_key('bob')}\nops:{hash_key('ops')} scope=admin\n"

@@ -37,6 +37,7 @@ def test_a_replica_s_share_is_its_fraction_of_the_gpu_unless_the_operator_says_o
     assert memory_share(ModelSettings(name="demo"), gpu_share=0.0) == 1.0  # on a CPU
 
 
+@pytest.mark.slow
 async def test_a_loaded_model_keeps_to_its_share() -> None:
     total = 40 * 10**9
     engine = load(total)

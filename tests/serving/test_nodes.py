@@ -29,7 +29,7 @@ from tests.serving.launched import free_port
 from tests.serving.load import Load
 from tests.serving.redis_server import running_redis
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _AWAY_S = 5.0  # that the head's GCS is gone
 _LONG, _CROWD = {"prompt": "rain", "duration": 2, "steps": 50}, 32

@@ -33,7 +33,7 @@ RATE_HZ = 1000
 WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}  # 524288 samples at 44100 Hz bound the second one's 11.904
 PROMPT = "warm house synth loop 120 bpm"
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]
 
 
 @dataclass(frozen=True, slots=True)

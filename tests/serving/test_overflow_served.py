@@ -23,7 +23,7 @@ from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 from tests.serving.launched import free_port
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 URL = "/v1/audio/generations"
 CLIP = {"prompt": "rain", "duration": 0.5, "steps": 2}

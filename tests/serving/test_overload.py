@@ -21,6 +21,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.serving.overload import OverloadGuard
 from stable_audio_serve.serving.promises import Promises, wish_of
 from tests.factories import FakeClock
+from tests.parameters import slow
 
 _ABOVE_S = 2.0  # that engines leave for those told to come now
 _EXCHANGE_S, _WAY_S = 0.25, 0.02  # between two words of one process to the others, and how long each is on its way
@@ -124,6 +125,7 @@ def test_what_is_remembered_of_a_hostile_quantity_is_bounded_and_forgotten() -> 
     assert not promises.claim(3, now=1000.0)
 
 
+@pytest.mark.server
 def test_a_wish_is_the_same_in_every_process_and_whatever_the_prompt_is() -> None:
     command = [sys.executable, "-c", "import tests.serving.test_overload as t; print(t.wish_of(t.request('rain')))"]
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "5"})
@@ -303,10 +305,10 @@ def overload(
 
 
 @pytest.mark.parametrize(
-    ("max_queue_s", "factor", "replicas"), [(0.5, 3.0, 1), (5.0, 3.0, 1), (5.0, 1.5, 1), (2.0, 3.0, 3)]
+    ("max_queue_s", "factor", "replicas"), [(5.0, 3.0, 1), (2.0, 3.0, 3), slow(0.5, 3.0, 1), slow(5.0, 1.5, 1)]
 )
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("seed", [1, slow(2)])
+@pytest.mark.parametrize("processes", [2, slow(1), slow(4)])
 def test_clients_that_wait_as_told_are_admitted_and_wait_as_long_as_a_queue_would_take(
     *, seed: int, max_queue_s: float, factor: float, replicas: int, processes: int
 ) -> None:
@@ -321,7 +323,7 @@ def test_clients_that_wait_as_told_are_admitted_and_wait_as_long_as_a_queue_woul
     assert median(abs(world.told_s[n] - waits_s[n]) / max(waits_s[n], 0.1) for n in waits_s) <= 0.25
 
 
-@pytest.mark.parametrize(("patient_share", "impatient_s"), [(1.0, 60.0), (0.8, 0.0), (0.5, 0.0)])
+@pytest.mark.parametrize(("patient_share", "impatient_s"), [(1.0, 60.0), slow(0.8, 0.0), (0.5, 0.0)])
 def test_patient_clients_are_admitted_beside_and_after_others_who_do_not_come_again(
     *, patient_share: float, impatient_s: float
 ) -> None:
@@ -347,8 +349,8 @@ def test_nobody_is_kept_waiting_for_those_who_do_not_come_again() -> None:
     assert median(list(world.told_s.values())[-100:]) == 1
 
 
-@pytest.mark.parametrize(("processes", "share"), [(1, 0.2), (2, 0.3)])
-@pytest.mark.parametrize("replicas", [1, 20])
+@pytest.mark.parametrize(("processes", "share"), [slow(1, 0.2), (2, 0.3)])
+@pytest.mark.parametrize("replicas", [slow(1), 20])
 def test_few_refusals_are_asked_of_replicas_which_are_busy_and_none_of_them_is_idle(
     *, processes: int, share: float, replicas: int
 ) -> None:

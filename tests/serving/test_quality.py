@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, write_config
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _BODY = {"prompt": "rain", "duration": 1.0, "seed": 5, "steps": 2}
 _PAUSE_S = 0.1  # of a customer: without one, they take the cores that new replicas start on

@@ -16,7 +16,7 @@ from stable_audio_serve.launcher.patience import crowding, start_limits
 from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(5 * PATIENCE_S)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(5 * PATIENCE_S)]
 
 JOBS = int(os.environ.get("SOAK_JOBS", "100"))
 

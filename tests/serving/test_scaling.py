@@ -130,6 +130,7 @@ def test_a_replica_that_a_held_request_woke_stays_for_a_while_although_nobody_de
     assert model.decide(89.0) == 1
 
 
+@pytest.mark.slow
 def test_the_memory_stays_small() -> None:
     model = Model()
     for now in range(20_000):

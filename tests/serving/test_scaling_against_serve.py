@@ -29,6 +29,7 @@ def bursts(*, on_s: float, off_s: float, seed: int) -> list[tuple[float, float]]
 
 @pytest.mark.parametrize(("on_s", "off_s"), [(30.0, 30.0), (20.0, 40.0), (60.0, 60.0)])
 @pytest.mark.parametrize("load_s", [2.0, 8.0])
+@pytest.mark.slow
 def test_bursts_wait_less_and_cost_no_more(on_s: float, off_s: float, load_s: float) -> None:
     p95, time = [], []
     for seed in (1, 2, 3):

@@ -95,6 +95,7 @@ def test_the_fullest_gpu_is_found_among_all_that_can_be() -> None:
             check_shares(models)
 
 
+@pytest.mark.slow
 def test_thousands_of_tiny_replicas_are_counted() -> None:
     models = [GpuReplicas(f"m{number}", 0.0001 * (number + 1), 0.001, 10**9) for number in range(10)]
     with pytest.raises(ConfigError, match="together 10 of its memory"):

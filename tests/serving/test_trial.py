@@ -30,6 +30,9 @@ from tests.models.revisions import (
     scale,
     spoil,
 )
+from tests.parameters import few
+
+pytestmark = pytest.mark.server
 
 TINY = SA3_GOLDENS / "tiny-s"
 DEMO = Path(str(BUILT_IN["demo"].folder))
@@ -108,7 +111,7 @@ def fill(shop: Shop, poison: Callable[[Path], None], tmp_path: Path, *, source: 
     fill_revisions(shop.cache, "lab/tiny", {GOOD: good, BAD: bad}, main=BAD)
 
 
-@pytest.mark.parametrize("name", POISONS)
+@pytest.mark.parametrize("name", few(POISONS, number=1))
 async def test_poisoned_weights_give_way_to_the_last_good_ones(shop: Shop, name: str, tmp_path: Path) -> None:
     fill(shop, POISONS[name], tmp_path)
     good = await shop.start(repo_id="lab/tiny", revision=GOOD)
@@ -124,7 +127,8 @@ async def test_poisoned_weights_give_way_to_the_last_good_ones(shop: Shop, name:
     assert shop.metrics.levels["quality_fallback"] == 0
 
 
-@pytest.mark.parametrize("name", POISONS)
+@pytest.mark.parametrize("name", few(POISONS, number=1))
+@pytest.mark.slow
 async def test_poisoned_weights_do_not_start_while_others_answer(shop: Shop, name: str, tmp_path: Path) -> None:
     fill(shop, POISONS[name], tmp_path)
     await shop.start(repo_id="lab/tiny", revision=GOOD)
@@ -133,7 +137,7 @@ async def test_poisoned_weights_do_not_start_while_others_answer(shop: Shop, nam
         await shop.start(repo_id="lab/tiny", revision=BAD)
 
 
-@pytest.mark.parametrize("name", LOOKALIKES)
+@pytest.mark.parametrize("name", few(LOOKALIKES, number=1))
 async def test_a_pinned_report_tells_other_weights_from_the_right_ones(shop: Shop, name: str, tmp_path: Path) -> None:
     source, poison = LOOKALIKES[name]
     fill(shop, poison, tmp_path, source=source)
@@ -155,6 +159,7 @@ async def test_a_changed_file_of_a_known_commit_is_found(shop: Shop, tmp_path: P
         await shop.start(repo_id="lab/tiny", revision=GOOD)
 
 
+@pytest.mark.slow
 async def test_a_folder_that_was_overwritten_has_no_copy(shop: Shop, tmp_path: Path) -> None:
     folder = copy_checkpoint(TINY, tmp_path / "model")
     assert (await shop.start(path=str(folder))).quality.gate == "passed"
@@ -166,6 +171,7 @@ async def test_a_folder_that_was_overwritten_has_no_copy(shop: Shop, tmp_path: P
     assert (await shop.start(path=str(folder))).quality.gate == "fallback"
 
 
+@pytest.mark.slow
 async def test_last_good_weights_that_have_changed_do_not_serve(shop: Shop, tmp_path: Path) -> None:
     first, second = (copy_checkpoint(TINY, tmp_path / name) for name in ("first", "second"))
     await shop.start(path=str(first))

@@ -188,6 +188,7 @@ def test_a_burst_of_10_000_is_shared_out_by_its_work(ledger: Ledger) -> None:
     assert ledger.left() == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.server
 def test_routers_and_what_they_import_are_light() -> None:
     """The controller and the ingress import them; in a process of its own."""
     check = "import sys, stable_audio_serve.serving.routing; print({'torch', 'numpy', 'scipy'} & set(sys.modules))"

@@ -18,7 +18,7 @@ from stable_audio_serve.serving.overload import Word
 from stable_audio_serve.serving.placement import INGRESS_NAME
 from tests.backends import make_catalog
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 APPLICATION, MODEL = "audio", "small-sfx"
 ROOM_IN_S = 30.0

@@ -18,7 +18,7 @@ from stable_audio_serve.core.settings import ModelSettings, ReplicaSettings, Set
 from stable_audio_serve.serving.placement import model_options, plan_deployments
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 REPLICAS = 2
 PRICES = Prices(row_ms=0.0, evaluation_ms=1.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
 SHORT, MIDDLING, LONG = 10, 100, 600_000  # steps, a millisecond each

@@ -7,7 +7,7 @@ from ray import serve
 
 from stable_audio_serve.serving.serve_status import read_application
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 class Model:

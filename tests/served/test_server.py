@@ -1,4 +1,4 @@
-"""The whole stack over real HTTP in HAProxy mode: one shared server with tiny checkpoints."""
+"""The whole stack over HTTP, behind HAProxy."""
 
 from __future__ import annotations
 
@@ -6,42 +6,22 @@ import io
 import json
 import os
 import resource
-import signal
 import socket
 import time
 import wave
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.patience import PATIENCE_S, wait_until
+from tests.served.conftest import make_body, make_long_body
 from tests.serving.launched import LaunchedServer, Watcher
 from tests.serving.load import finished
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def watcher(server: LaunchedServer) -> Iterator[Watcher]:
-    watcher = Watcher(server, "tiny")
-    yield watcher
-    watcher.close()
-
-
-def make_body(**overrides: Any) -> dict[str, Any]:
-    return {"prompt": "rain on a tin roof", "duration": 2, "seed": 1, "steps": 2} | overrides
-
-
-def make_long_body(**overrides: Any) -> dict[str, Any]:
-    """Minutes of work for the tiny model."""
-    rk4 = {"sampler_type": "rk4"}
-    return make_body(steps=1000, batch_size=4, cfg_scale=3, duration=16, sampler_kwargs=rk4) | overrides
+pytestmark = pytest.mark.server
 
 
 def make_wav() -> bytes:
@@ -57,6 +37,17 @@ def make_wav() -> bytes:
 def read_wav(response: httpx.Response) -> wave.Wave_read:
     assert response.status_code == 200, response.text
     return wave.open(io.BytesIO(response.content))
+
+
+def test_a_starting_server_is_alive_before_it_is_ready(server: LaunchedServer) -> None:
+    *loading, last = server.probes
+    assert len(loading) > 1  # the ingress takes less time than the models
+    assert {ready for _, ready in loading} == {503}
+    assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
+        (200, "loading", False)
+    }
+    assert last[1] == 200
+    assert server.client.get("/health").json()["device"] in ("cpu", "cuda:0")
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/generations", "/generate", "/sa3/v1/audio/generations"])
@@ -105,14 +96,14 @@ def test_audio_becomes_audio(server: LaunchedServer, path: str, fields: dict[str
 def test_health_knows_what_runs_where(server: LaunchedServer) -> None:
     health = server.client.get("/health").json()
     assert health["status"] == "ok"
-    assert health["preload_models"] == ["tiny"]
+    assert health["preload_models"] == ["tiny", "demo"]
     assert "tiny" in health["loaded_models"]
     assert health["models"]["tiny"]["device"] in ("cpu", "cuda:0")
     assert set(health["models"]["tiny"]["detail"]) == {"import", "load", "warm_up", "hash", "quality_gate"}
 
 
 def test_models_and_pages(server: LaunchedServer) -> None:
-    assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["tiny", "lazy", "broken"]
+    assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["tiny", "demo"]
     assert "/v1/audio/inpaint" in server.client.get("/openapi.json").json()["paths"]
     assert server.client.get("/docs").status_code == 200
 
@@ -170,6 +161,7 @@ def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, wat
     assert after["backlog_ms"] == 0
 
 
+@pytest.mark.slow
 def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> None:
     head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     part = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n'
@@ -192,28 +184,13 @@ def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> N
     assert all(b"\r\nretry-after: 5\r\n" in answer for answer in refused)
 
 
-def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None:
-    assert server.client.get("/health").json()["models"]["lazy"]["stage"] == "idle"
-    assert server.pids("ServeReplica:audio:lazy") == []  # asking did not wake it
-    with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(server.client.post, "/generate", json=make_body(model="lazy"))
-        stages = set()
-        while not held.done():
-            stages.add(server.client.get("/health").json()["models"]["lazy"]["stage"])
-            time.sleep(0.1)
-    assert "waking" in stages
-    assert stages <= {"idle", "waking", "ready"}  # never "loading": this server can take requests all the time
-    assert read_wav(held.result()).getnframes() > 0
-    assert "lazy" in server.client.get("/health").json()["loaded_models"]
-
-
 def test_whatever_is_no_model_leaves_models_the_right_of_way(server: LaunchedServer) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     (model,) = server.pids("ServeReplica:audio:tiny")
     assert os.getpriority(os.PRIO_PROCESS, model) == own  # not Ray's default, below everything else on the machine
     for name in ("Ingress", "job-runner"):
-        (other,) = server.pids(f"ServeReplica:audio:{name}")
-        threads = [int(thread) for thread in os.listdir(f"/proc/{other}/task")]
+        pids = server.pids(f"ServeReplica:audio:{name}")
+        threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]
         niceness = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
         assert min(niceness) == min(own + 5, 19)
         assert niceness <= {min(own + 5, 19), min(own + 10, 19)}  # threads that make files yield to the event loop, too
@@ -223,48 +200,5 @@ def test_only_what_runs_models_loads_torch(server: LaunchedServer) -> None:
     read_wav(server.client.post("/generate", json=make_body()))
     finished(server.client, server.client.post("/jobs", json=make_body()).json()["id"])
     for name, runs_models in (("tiny", True), ("Ingress", False), ("job-runner", False)):
-        (pid,) = server.pids(f"ServeReplica:audio:{name}")
-        assert ("libtorch" in Path(f"/proc/{pid}/maps").read_text()) == runs_models, name
-
-
-def test_model_that_cannot_load_is_refused_long_before_the_deadline(server: LaunchedServer) -> None:
-    for _ in range(2):
-        response = server.client.post("/generate", json=make_body(model="broken"))
-        assert response.status_code == 503
-        assert "broken failed to load; the server's log says why" in response.json()["detail"]
-        assert "retry-after" not in response.headers  # it stays as it is, whenever the client comes again
-    health = server.client.get("/health").json()
-    assert health["models"]["broken"]["stage"] == "failed"
-    assert health["status"] == "ok"
-
-
-def test_overload_is_a_503_that_says_when_to_retry(server: LaunchedServer) -> None:
-    def ask(seed: int) -> httpx.Response:
-        return server.client.post("/generate", json=make_body(model="lazy", duration=20, steps=300, seed=seed))
-
-    with ThreadPoolExecutor(30) as pool:
-        responses = list(pool.map(ask, range(30)))
-    assert {response.status_code for response in responses} == {200, 503}
-    refused = [response for response in responses if response.status_code == 503]
-    assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
-    assert all(response.json()["detail"] for response in refused)
-
-
-def test_autoscaling_settings_reach_serve(watcher: Watcher) -> None:
-    tiny, lazy = (watcher.settings[name]["autoscaling_config"] for name in ("tiny", "lazy"))
-    assert (tiny["min_replicas"], tiny["max_replicas"]) == (1, 1)
-    assert (lazy["min_replicas"], lazy["max_replicas"]) == (0, 2)
-    assert lazy["policy"]["policy_kwargs"] == {"target_wait_s": 3, "grow_after_s": 3, "shrink_after_s": 123}
-
-
-def test_request_survives_the_death_of_its_replica(server: LaunchedServer) -> None:
-    alone = server.client.post("/generate", json=make_body(steps=200))
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(server.client.post, "/generate", json=make_body(steps=200))
-        time.sleep(0.2)
-        (pid,) = server.pids("ServeReplica:audio:tiny")
-        os.kill(pid, signal.SIGKILL)
-        response = running.result()
-    assert response.status_code == 200
-    assert response.content == alone.content
-    assert server.pids("ServeReplica:audio:tiny") != [pid]
+        for pid in server.pids(f"ServeReplica:audio:{name}"):
+            assert ("libtorch" in Path(f"/proc/{pid}/maps").read_text()) == runs_models, name

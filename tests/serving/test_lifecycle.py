@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from tests.models.hub import fill_cache
 from tests.packaging.wheel import build_wheel, install_wheel
 from tests.patience import PATIENCE_S
+from tests.served.conftest import probe_start
 from tests.serving.conftest import TINY, model
 from tests.serving.launched import LaunchedServer, command, free_port, write_config
-from tests.serving.one_server.conftest import probe_start
 from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
 _LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_s": 0.5}
@@ -31,6 +31,16 @@ _LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_
 
 def make_args(**settings: Any) -> dict[str, Any]:
     return {"models": [model("tiny", max_queue_s=1e6)], **settings}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    launched = LaunchedServer(write_config(tmp_path_factory.mktemp("server"), make_args()))
+    try:
+        launched.probes = probe_start(launched)
+        yield launched.wait_until_ready()
+    finally:
+        launched.stop(number=signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from stable_audio_serve.client import Client, Job
 from tests.patience import PATIENCE_S, wait_until
 from tests.serving.launched import LaunchedServer
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.server
 
 
 def _hear_ctrl_c() -> None:

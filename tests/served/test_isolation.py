@@ -17,7 +17,7 @@ from tests.patience import PATIENCE_S
 from tests.serving.launched import LaunchedServer
 from tests.serving.listeners import Listener, listeners_of
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.server
 
 _BODY = {"prompt": "a door closes", "duration": 1, "seed": 5, "steps": 1}
 _TRY = """

@@ -1,0 +1,107 @@
+"""The one server that all files of this folder share: they run in one process, and it ends with the last of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.patience import PATIENCE_S, wait_until
+from tests.serving.conftest import TINY, model
+from tests.serving.launched import LaunchedServer, Watcher, free_port, write_config
+
+OVER = ("succeeded", "failed", "cancelled")
+_JOBS = {"webhook_allow_hosts": ["127.0.0.1"], "lease_s": 3.0}
+
+
+@pytest.fixture(scope="package")
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[LaunchedServer]:
+    """HAProxy, two ingress replicas, a job runner, the models `tiny` (the default) and `demo`; no keys."""
+    folder = tmp_path_factory.mktemp("server")
+    # A relative path is relative to where the server is started.
+    tiny = model(
+        "tiny", os.path.relpath(TINY, folder), aliases=["little"], max_queue_s=1e6, replicas={"max_replicas": 1}
+    )
+    demo = {"name": "demo", "threads": 1, "max_queue_s": 1e6, "replicas": {"max_replicas": 1}}
+    args = {
+        "models": [tiny, demo],
+        "preload_models": ["tiny", "demo"],
+        "ingress": {"replicas": 2},
+        "jobs": _JOBS,
+    }
+    launched = LaunchedServer(
+        write_config(folder, args),
+        *("--metrics-port", str(metrics_port)),
+        environment={
+            "STABLE_AUDIO_MAX_STEPS": "1000",
+            "STABLE_AUDIO_MAX_DURATION": "20",
+            "RAY_metrics_report_interval_ms": "1000",
+            "http_proxy": "http://127.0.0.1:9",  # meant for the outside world: must not matter on this machine
+        },
+    )
+    try:
+        launched.probes = probe_start(launched)
+        yield launched.wait_until_ready()
+    finally:
+        launched.stop(number=signal.SIGKILL)
+
+
+@pytest.fixture(scope="package")
+def watcher(server: LaunchedServer) -> Iterator[Watcher]:
+    watcher = Watcher(server, "tiny")
+    yield watcher
+    watcher.close()
+
+
+def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
+    """Answers of `/health`, each with the status of `/ready` right after it, until the server is ready."""
+    answers: list[tuple[httpx.Response, int]] = []
+    deadline = time.monotonic() + PATIENCE_S
+    with httpx.Client(base_url=launched.url, timeout=30) as client:
+        while time.monotonic() < deadline and not (answers and answers[-1][1] == 200):
+            if launched.process.poll() is not None:
+                break
+            time.sleep(0.05)
+            with suppress(httpx.TransportError):  # nothing listens yet
+                health, ready = client.get("/health"), client.get("/ready").status_code
+                if "loaded_models" in health.text:  # else HAProxy answered without an ingress
+                    answers.append((health, ready))
+    return answers
+
+
+def make_body(**overrides: Any) -> dict[str, Any]:
+    return {"prompt": "rain on a tin roof", "duration": 2, "seed": 1, "steps": 2} | overrides
+
+
+def make_long_body(**overrides: Any) -> dict[str, Any]:
+    """Minutes of work for the tiny model."""
+    rk4 = {"sampler_type": "rk4"}
+    return make_body(steps=1000, batch_size=4, cfg_scale=3, duration=16, sampler_kwargs=rk4) | overrides
+
+
+def submit(server: LaunchedServer, body: Mapping[str, Any]) -> str:
+    reply = server.client.post("/jobs", json=body)
+    assert reply.status_code == 202, reply.text
+    job_id: str = reply.json()["id"]
+    return job_id
+
+
+def wait(server: LaunchedServer, job_id: str, *statuses: str) -> dict[str, Any]:
+    """The job once it has one of `statuses`; without any, once it is over."""
+
+    def read() -> dict[str, Any]:
+        job: dict[str, Any] = server.client.get(f"/jobs/{job_id}").json()
+        return job if job["status"] in (statuses or OVER) else {}
+
+    return wait_until(read)

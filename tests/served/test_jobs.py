@@ -1,0 +1,157 @@
+"""Durable jobs over HTTP: their files, progress, events, cancellation, webhooks and metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stable_audio_serve.cli.metrics_page import exported_name
+from stable_audio_serve.core.metrics import METRICS
+from tests.audio_files import make_audio_file
+from tests.patience import PATIENCE_S, wait_until
+from tests.served.conftest import OVER, make_body, make_long_body, submit, wait
+from tests.serving.launched import LaunchedServer, Watcher
+from tests.serving.webhooks import Receiver
+
+pytestmark = pytest.mark.server
+
+_RAY_LABELS = {
+    "Component",
+    "NodeAddress",
+    "SessionName",
+    "Version",
+    "WorkerId",
+    "otel_scope_name",
+    "otel_scope_schema_url",
+    "otel_scope_version",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(server: LaunchedServer) -> Path:
+    """Where the server was started."""
+    return Path(f"/proc/{server.process.pid}/cwd").resolve()
+
+
+def test_a_job_runs_and_its_file_lies_below_the_folder_of_the_start(server: LaunchedServer, folder: Path) -> None:
+    job = wait(server, submit(server, make_body()))
+    assert job["status"] == "succeeded", job
+    assert job["download_url"] == f"{server.url}/jobs/{job['id']}/audio"
+    audio = server.client.get(job["download_url"]).content
+    assert audio == server.client.post("/generate", json=make_body(model="tiny")).content
+    assert (folder / "outputs" / f"{job['id']}-stable-audio-3-tiny.wav").read_bytes() == audio
+    assert (folder / "outputs" / "jobs.db").is_file()
+
+
+def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer, watcher: Watcher) -> None:
+    with Receiver() as receiver:
+        path = f"/queue/fal-ai/stable-audio?fal_webhook={receiver.url}"
+        before = watcher.status()
+        ticket = server.client.post(path, json={"prompt": "x", "seconds_total": 16, "steps": 1000}).json()
+        wait_until(lambda: watcher.status()["in_flight"] == 1)
+        assert server.client.put(ticket["cancel_url"]).status_code == 202
+        wait_until(lambda: watcher.status()["in_flight"] == 0)
+        after = watcher.status()
+        assert (after["cancelled"], after["finished"]) == (before["cancelled"] + 1, before["finished"])
+        status = server.client.get(ticket["status_url"]).json()
+        assert (status["status"], status["error_type"]) == ("COMPLETED", "client_cancelled")
+        wait_until(lambda: bool(receiver.bodies))
+        assert receiver.bodies[0]["request_id"] == ticket["request_id"]
+        assert receiver.bodies[0]["status"] == "ERROR"
+
+
+def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
+    job_id = submit(server, make_body(steps=500, duration=4))
+    seen = []
+    while not seen or seen[-1]["status"] not in OVER:
+        seen.append(wait(server, job_id, "queued", "running", *OVER))
+        time.sleep(0.05)
+    denoising = [job["progress"] for job in seen if job["progress"]["stage"] == "denoising"]
+    fractions = [progress["fraction"] for progress in denoising]
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) > 1
+    assert any(progress["eta_seconds"] for progress in denoising)
+    assert seen[-1]["progress"] == {"stage": "done", "fraction": 1.0, "eta_seconds": None, "queue_position": None}
+    with server.client.stream("GET", f"/jobs/{job_id}/events") as reply:
+        events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    stages = [event["stage"] for event in events if "stage" in event]
+    assert (stages[0], stages[-1]) == ("queued", "done")
+    assert {"started", "denoising"} <= set(stages)
+
+
+def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Iterator[dict[str, Any]]:
+    """The events of a job as they arrive: id, event and data."""
+    event: dict[str, Any] = {}
+    with server.client.stream("GET", f"/jobs/{job_id}/events", headers={"Last-Event-ID": after}) as reply:
+        assert reply.status_code == 200
+        for line in reply.iter_lines():
+            name, _, value = line.partition(": ")
+            if not line and event:
+                yield event
+                event = {}
+            elif name:
+                event[name] = json.loads(value) if name == "data" else value
+
+
+def test_a_stream_goes_on_at_another_ingress_after_an_operator_cancelled(server: LaunchedServer, folder: Path) -> None:
+    job_id = submit(server, make_long_body())
+    told = []
+    for event in read_events(server, job_id):  # its connection is given up in the middle
+        told.append(event)
+        if event["data"]["stage"] == "denoising":
+            break
+    command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job_id]
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=PATIENCE_S, check=True)
+    assert b"asked to stop" in done.stdout
+    last = next(event["id"] for event in reversed(told) if "id" in event)
+    *rest, end = read_events(server, job_id, after=last)
+    assert (end["id"], end["event"], end["data"]["status"]) == ("end", "end", "cancelled")
+    assert all(int(event["id"]) > int(last) for event in rest if "id" in event)
+    assert rest[-1]["data"]["message"] == "cancelled"
+    assert server.client.delete(f"/jobs/{job_id}").json()["code"] == "job_is_over"
+
+
+def scrape(port: int) -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of each of our metrics on Ray's page, the labels that Ray adds to all of them left out."""
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    types = dict(re.findall(r"^# TYPE (ray_stable_audio_\w+) (\w+)$", page, flags=re.MULTILINE))
+    found = {}
+    for name, kind in types.items():
+        sample = re.search(rf"^{name}(?:_count)?{{(.*?)}} ", page, flags=re.MULTILINE)
+        assert sample is not None, name
+        found[name] = (kind, set(re.findall(r'(\w+)="', sample[1])) - _RAY_LABELS)
+    return found
+
+
+def test_a_real_run_exports_what_is_declared(server: LaunchedServer, folder: Path, metrics_port: int) -> None:
+    assert f"metrics: http://127.0.0.1:{metrics_port}/metrics" in server.output
+    with Receiver() as receiver:
+        job = wait(server, submit(server, make_body(webhook_url=receiver.url)))
+        server.client.get(f"/jobs/{job['id']}/events")
+        for _ in range(2):  # the second finds its prompt in the cache
+            server.client.post("/generate", json=make_body(model="tiny"))
+        server.client.post("/generate", json=make_body(model="nope"))
+        form, upload = {"prompt": "x", "duration": "2", "steps": "2"}, make_audio_file(duration_s=1.0)
+        assert server.client.post("/v1/audio/variations", data=form, files={"audio": upload}).status_code == 200
+        (folder / "outputs" / f"{job['id']}-stable-audio-3-tiny.wav").write_bytes(b"damaged")
+        with suppress(httpx.HTTPError):
+            server.client.get(job["download_url"])
+        wanted = {name for name, metric in METRICS.items() if not metric.is_rare} | {"damaged_files"}
+        found: dict[str, tuple[str, set[str]]] = {}
+        deadline = time.monotonic() + PATIENCE_S
+        while not {exported_name(METRICS[name]) for name in wanted} <= found.keys() and time.monotonic() < deadline:
+            time.sleep(0.5)
+            found |= scrape(metrics_port)
+    declared = {exported_name(metric): (metric.kind, set(metric.labels)) for metric in METRICS.values()}
+    assert {name: declared.get(name) for name in found} == found
+    assert {exported_name(METRICS[name]) for name in wanted} <= found.keys()

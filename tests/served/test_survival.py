@@ -1,0 +1,44 @@
+"""Killed processes under load: the last file of this folder, because it damages the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.patience import wait_until
+from tests.served.conftest import make_body, submit, wait
+from tests.serving.launched import LaunchedServer
+from tests.serving.load import Load
+
+pytestmark = pytest.mark.server
+
+
+def kill(server: LaunchedServer, title: str) -> None:
+    """Kill the only process with this title and wait for its replacement."""
+    (pid,) = server.pids(title)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: len(pids := server.pids(title)) == 1 and pids != [pid])
+
+
+def test_killed_runner_and_replica_lose_nothing(server: LaunchedServer) -> None:
+    body = make_body(steps=200, duration=4)
+    alone = server.client.post("/generate", json=body)
+    assert alone.status_code == 200
+    with Load(server.client) as load, ThreadPoolExecutor(1) as pool:
+        load.go_on()
+        interrupted = submit(server, make_body(steps=500, duration=4))
+        wait(server, interrupted, "running")
+        kill(server, "ServeReplica:audio:job-runner")
+        load.go_on()
+        running = pool.submit(server.client.post, "/generate", json=body)
+        kill(server, "ServeReplica:audio:tiny")
+        load.go_on()
+        answer = running.result()
+    assert load.failures == []
+    assert wait(server, interrupted)["status"] == "succeeded"
+    assert len(load.finished_jobs()) >= 10
+    assert answer.status_code == 200
+    assert answer.content == alone.content

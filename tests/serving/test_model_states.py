@@ -1,0 +1,93 @@
+"""Models that start at zero replicas, cannot load or are full, on a real server."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.served.conftest import make_body
+from tests.serving.conftest import LAZY, TINY, model
+from tests.serving.launched import LaunchedServer, Watcher, write_config
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    """`tiny` is preloaded, `lazy` starts at zero and has a short queue, `broken` cannot load."""
+    folder = tmp_path_factory.mktemp("server")
+    broken = tmp_path_factory.mktemp("models") / "broken"
+    shutil.copytree(TINY, broken)
+    (broken / "model.safetensors").write_bytes(b"nothing of use")
+    scaling = {"max_replicas": 2, "target_wait_s": 3, "downscale_delay_s": 123}
+    args = {
+        "models": [
+            model("tiny", max_queue_s=1e6, replicas={"max_replicas": 1}),
+            model("lazy", LAZY, max_queue_s=1.0, replicas=scaling),
+            model("broken", str(broken)),
+        ]
+    }
+    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # a broken model fails every time
+    launched = LaunchedServer(write_config(folder, args), environment={"STABLE_AUDIO_MAX_STEPS": "1000"} | once)
+    try:
+        yield launched.wait_until_ready()
+    finally:
+        launched.stop(number=signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def watcher(server: LaunchedServer) -> Iterator[Watcher]:
+    watcher = Watcher(server, "tiny")
+    yield watcher
+    watcher.close()
+
+
+def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None:
+    assert server.client.get("/health").json()["models"]["lazy"]["stage"] == "idle"
+    assert server.pids("ServeReplica:audio:lazy") == []  # asking did not wake it
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(server.client.post, "/generate", json=make_body(model="lazy"))
+        stages = set()
+        while not held.done():
+            stages.add(server.client.get("/health").json()["models"]["lazy"]["stage"])
+            time.sleep(0.1)
+    assert "waking" in stages
+    assert stages <= {"idle", "waking", "ready"}  # never "loading": this server can take requests all the time
+    assert held.result().status_code == 200
+    assert "lazy" in server.client.get("/health").json()["loaded_models"]
+
+
+def test_model_that_cannot_load_is_refused_long_before_the_deadline(server: LaunchedServer) -> None:
+    for _ in range(2):
+        response = server.client.post("/generate", json=make_body(model="broken"))
+        assert response.status_code == 503
+        assert "broken failed to load; the server's log says why" in response.json()["detail"]
+        assert "retry-after" not in response.headers  # it stays as it is, whenever the client comes again
+    health = server.client.get("/health").json()
+    assert health["models"]["broken"]["stage"] == "failed"
+    assert health["status"] == "ok"
+
+
+def test_overload_is_a_503_that_says_when_to_retry(server: LaunchedServer) -> None:
+    def ask(seed: int) -> httpx.Response:
+        return server.client.post("/generate", json=make_body(model="lazy", duration=20, steps=300, seed=seed))
+
+    with ThreadPoolExecutor(30) as pool:
+        responses = list(pool.map(ask, range(30)))
+    assert {response.status_code for response in responses} == {200, 503}
+    refused = [response for response in responses if response.status_code == 503]
+    assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
+    assert all(response.json()["detail"] for response in refused)
+
+
+def test_autoscaling_settings_reach_serve(watcher: Watcher) -> None:
+    tiny, lazy = (watcher.settings[name]["autoscaling_config"] for name in ("tiny", "lazy"))
+    assert (tiny["min_replicas"], tiny["max_replicas"]) == (1, 1)
+    assert (lazy["min_replicas"], lazy["max_replicas"]) == (0, 2)
+    assert lazy["policy"]["policy_kwargs"] == {"target_wait_s": 3, "grow_after_s": 3, "shrink_after_s": 123}
