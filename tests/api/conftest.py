@@ -59,15 +59,20 @@ async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> As
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of jobs that anything has read, in order; an event stream reads its job at each poll."""
+    """The ids of jobs that were read or whose position was asked; an event stream does either at each poll."""
     ids: list[str] = []
-    get = JobQueue.get
+    get, position = JobQueue.get, JobQueue.position
 
     async def get_and_count(jobs: JobQueue, ref: JobRef) -> Job | None:
         ids.append(ref.id)
         return await get(jobs, ref)
 
+    async def position_and_count(jobs: JobQueue, job: Job) -> int | None:
+        ids.append(job.spec.ref.id)
+        return await position(jobs, job)
+
     monkeypatch.setattr(JobQueue, "get", get_and_count)
+    monkeypatch.setattr(JobQueue, "position", position_and_count)
     return ids
 
 

@@ -14,7 +14,7 @@ from tests.backends import ToneBackend
 from tests.object_storage import Faults, ObjectStorage
 from tests.patience import PATIENCE_S, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 BODY = {"prompt": "rain", "duration": 1, "seed": 7}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from stable_audio_serve.api.answers import attachment
 from stable_audio_serve.api.links import published_url
 from stable_audio_serve.core.keys import hash_key
 from stable_audio_serve.jobs.queue import JobQueue
@@ -82,3 +83,8 @@ async def test_a_link_needs_no_key() -> None:
         reply = await client.get(file["url"])
         assert reply.status_code == 200
         assert len(reply.content) == file["file_size"]
+
+
+def test_only_plain_ascii_names_a_download() -> None:
+    header = attachment('a"\\\r\nX-Evil: 1;\u017f\x00.wav')["Content-Disposition"]
+    assert header == 'attachment; filename="a____X-Evil: 1;__.wav"'

@@ -23,7 +23,7 @@ from tests.backends import ToneBackend
 from tests.object_storage import Faults, ObjectStorage
 from tests.patience import PATIENCE_S, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 NUM_JOBS = 12
 _AT_ONCE = 4  # jobs of a model that a runner begins before it has seen any end
@@ -95,6 +95,7 @@ async def test_the_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -
         assert len(names(tiny_disk)) == NUM_JOBS
 
 
+@pytest.mark.server
 async def test_the_queue_survives_a_full_bucket(object_storage: ObjectStorage) -> None:
     full = Faults(answer=(507, "InsufficientStorage"), only="PUT")
     bucket, proxy = object_storage.make_bucket(), object_storage.proxy

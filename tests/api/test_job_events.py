@@ -24,8 +24,6 @@ from tests.patience import PATIENCE_S, until
 
 __all__ = ["postgres", "postgres_url"]
 
-pytestmark = pytest.mark.slow
-
 FAST = StreamPauses(first_poll_s=0.02, last_poll_s=0.05, comment_s=0.2)
 PROGRESS = {"stage", "fraction", "eta_seconds", "queue_position", "message", "at"}
 
@@ -69,7 +67,7 @@ def ids(events: list[dict[str, Any]]) -> list[int]:
 
 
 async def test_everything_is_told_in_order_until_the_end() -> None:
-    async with make_client(ToneBackend(delay_s=0.7), jobs={"max_running": 1}) as (client, _):
+    async with make_client(ToneBackend(delay_s=0.3), jobs={"max_running": 1}, stream_pauses=FAST) as (client, _):
         first, second = await submit(client), await submit(client)
         events = await read(client, second)
         assert events[-1]["data"] == (await client.get(second["status_url"])).json()
@@ -89,7 +87,7 @@ async def test_everything_is_told_in_order_until_the_end() -> None:
 
 
 async def test_a_broken_stream_goes_on_where_it_broke_off() -> None:
-    async with make_client() as (client, _):
+    async with make_client(stream_pauses=FAST) as (client, _):
         ticket = await submit(client)
         await wait(client, ticket)
         everything = await read(client, ticket)
@@ -103,7 +101,7 @@ async def test_a_broken_stream_goes_on_where_it_broke_off() -> None:
 
 
 async def test_a_stream_that_has_ended_does_not_begin_again() -> None:
-    async with make_client() as (client, _):
+    async with make_client(stream_pauses=FAST) as (client, _):
         ticket = await submit(client)
         await read(client, ticket)
         reply = await client.get(f"/jobs/{ticket['id']}/events", headers={"Last-Event-ID": "end"})
@@ -127,7 +125,7 @@ async def test_an_unknown_job_has_no_events(client: httpx.AsyncClient, job_id: s
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
 async def test_every_end_ends_the_stream(state: str) -> None:
     backend = ToneBackend(delay_s=30 if state == "cancelled" else 0, error=GenerationError("silence"))
-    async with make_client(backend) as (client, _):
+    async with make_client(backend, stream_pauses=FAST) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
         if state == "cancelled":
@@ -208,10 +206,11 @@ async def test_a_stream_wants_a_key_where_there_are_some() -> None:
     assert reply.status_code == 401
 
 
+@pytest.mark.server
 async def test_a_stream_outlives_a_restart_of_its_database(
     postgres: PostgresServer, postgres_url: str, reads: list[str]
 ) -> None:
-    pauses = StreamPauses(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=300)
+    pauses = StreamPauses(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)  # however long a restart takes
     async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_pauses=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
@@ -247,8 +246,8 @@ async def test_a_stream_whose_store_stays_away_just_ends(
 async def test_any_replica_tells_of_any_job(tmp_path: Path) -> None:
     folder = str(tmp_path)
     async with (
-        make_client(run_jobs=False, output_dir=folder) as (one, _),
-        make_client(output_dir=folder) as (other, _),
+        make_client(run_jobs=False, output_dir=folder, stream_pauses=FAST) as (one, _),
+        make_client(output_dir=folder, stream_pauses=FAST) as (other, _),
     ):
         ticket = await submit(one)
         events = await read(other, ticket)

@@ -11,14 +11,22 @@ import standardwebhooks
 
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.keys import hash_key
+from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.tables import JOBS
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import BODY, KEYS, submit, wait
 from tests.backends import ToneBackend
 from tests.patience import until
 from tests.webhook_receiver import receiving
 
-pytestmark = pytest.mark.slow
+
+@pytest.fixture
+def alone(client: httpx.AsyncClient, jobs: JobQueue) -> httpx.AsyncClient:
+    """A client of the shared application, in which nobody has submitted anything before."""
+    with jobs.store.database.writing() as connection:
+        connection.execute(JOBS.delete())
+    return client
 
 
 async def read_pages(client: httpx.AsyncClient, **query: Any) -> list[list[str]]:
@@ -36,35 +44,32 @@ async def read_pages(client: httpx.AsyncClient, **query: Any) -> list[list[str]]
         query["cursor"] = page["next_cursor"]
 
 
-async def test_a_list_is_newest_first_in_pages() -> None:
-    async with make_client(run_jobs=False) as (client, _):
-        assert await read_pages(client) == [[]]
-        ids = [(await submit(client))["id"] for _ in range(5)]
-        newest = ids[::-1]
-        assert await read_pages(client) == [newest]
-        assert await read_pages(client, limit=2) == [newest[:2], newest[2:4], newest[4:]]
-        assert await read_pages(client, limit=5) == [newest]
-        page = (await client.get("/jobs")).json()["jobs"]
-        assert page[0]["status"] == "queued"
+async def test_a_list_is_newest_first_in_pages(alone: httpx.AsyncClient) -> None:
+    assert await read_pages(alone) == [[]]
+    ids = [(await submit(alone))["id"] for _ in range(5)]
+    newest = ids[::-1]
+    assert await read_pages(alone) == [newest]
+    assert await read_pages(alone, limit=2) == [newest[:2], newest[2:4], newest[4:]]
+    assert await read_pages(alone, limit=5) == [newest]
+    page = (await alone.get("/jobs")).json()["jobs"]
+    assert page[0]["status"] == "queued"
 
 
-async def test_pages_do_not_shift_while_jobs_arrive() -> None:
-    async with make_client(run_jobs=False) as (client, _):
-        ids = [(await submit(client))["id"] for _ in range(6)]
-        first = (await client.get("/jobs", params={"limit": 3})).json()
-        for _ in range(4):
-            await submit(client)
-        rest = (await client.get("/jobs", params={"limit": 3, "cursor": first["next_cursor"]})).json()
-        assert [job["id"] for job in first["jobs"] + rest["jobs"]] == ids[::-1]
+async def test_pages_do_not_shift_while_jobs_arrive(alone: httpx.AsyncClient) -> None:
+    ids = [(await submit(alone))["id"] for _ in range(6)]
+    first = (await alone.get("/jobs", params={"limit": 3})).json()
+    for _ in range(4):
+        await submit(alone)
+    rest = (await alone.get("/jobs", params={"limit": 3, "cursor": first["next_cursor"]})).json()
+    assert [job["id"] for job in first["jobs"] + rest["jobs"]] == ids[::-1]
 
 
-async def test_a_list_of_one_status() -> None:
-    async with make_client(run_jobs=False) as (client, _):
-        kept, gone = [(await submit(client))["id"] for _ in range(2)]
-        await client.delete(f"/jobs/{gone}")
-        assert await read_pages(client, status="cancelled") == [[gone]]
-        assert await read_pages(client, status="queued") == [[kept]]
-        assert await read_pages(client, status="succeeded") == [[]]
+async def test_a_list_of_one_status(alone: httpx.AsyncClient) -> None:
+    kept, gone = [(await submit(alone))["id"] for _ in range(2)]
+    await alone.delete(f"/jobs/{gone}")
+    assert await read_pages(alone, status="cancelled") == [[gone]]
+    assert await read_pages(alone, status="queued") == [[kept]]
+    assert await read_pages(alone, status="succeeded") == [[]]
 
 
 @pytest.mark.parametrize(
@@ -116,24 +121,23 @@ async def test_a_key_may_only_have_so_many_jobs_waiting_in_any_dialect() -> None
         await submit(client)
 
 
-async def test_a_status_tells_the_place_in_the_queue() -> None:
-    async with make_client(run_jobs=False) as (client, _):
-        batch = await submit(client, priority="batch")
-        tickets = [await submit(client) for _ in range(2)]
-        for ticket, position, priority in (
-            (tickets[0], 0, "interactive"),
-            (tickets[1], 1, "interactive"),
-            (batch, 0, "batch"),
-        ):
-            status = (await client.get(ticket["status_url"])).json()
-            assert status["priority"] == priority
-            assert status["attempts"] == 0
-            assert status["progress"] == {
-                "stage": "queued",
-                "fraction": 0.0,
-                "eta_seconds": None,
-                "queue_position": position,
-            }
+async def test_a_status_tells_the_place_in_the_queue(alone: httpx.AsyncClient) -> None:
+    batch = await submit(alone, priority="batch")
+    tickets = [await submit(alone) for _ in range(2)]
+    for ticket, position, priority in (
+        (tickets[0], 0, "interactive"),
+        (tickets[1], 1, "interactive"),
+        (batch, 0, "batch"),
+    ):
+        status = (await alone.get(ticket["status_url"])).json()
+        assert status["priority"] == priority
+        assert status["attempts"] == 0
+        assert status["progress"] == {
+            "stage": "queued",
+            "fraction": 0.0,
+            "eta_seconds": None,
+            "queue_position": position,
+        }
 
 
 async def test_a_status_tells_progress_and_attempts(
@@ -149,18 +153,17 @@ async def test_a_status_tells_progress_and_attempts(
     assert (done["progress"]["stage"], done["progress"]["fraction"]) == ("done", 1.0)
 
 
-async def test_a_waiting_job_is_cancelled_at_once() -> None:
-    async with make_client(run_jobs=False) as (client, _):
-        ticket = await submit(client)
-        reply = await client.delete(f"/jobs/{ticket['id']}")
-        assert reply.status_code == 200
-        status = reply.json()
-        assert status == (await client.get(ticket["status_url"])).json()
-        assert (status["status"], status["error"]) == ("cancelled", "the job was cancelled")
-        assert status["completed_at"] is not None
-        again = await client.delete(f"/jobs/{ticket['id']}")
-        assert (again.status_code, again.json()["code"]) == (409, "job_is_over")
-        assert (await client.get(f"/jobs/{ticket['id']}/audio")).status_code == 409
+async def test_a_waiting_job_is_cancelled_at_once(alone: httpx.AsyncClient) -> None:
+    ticket = await submit(alone)
+    reply = await alone.delete(f"/jobs/{ticket['id']}")
+    assert reply.status_code == 200
+    status = reply.json()
+    assert status == (await alone.get(ticket["status_url"])).json()
+    assert (status["status"], status["error"]) == ("cancelled", "the job was cancelled")
+    assert status["completed_at"] is not None
+    again = await alone.delete(f"/jobs/{ticket['id']}")
+    assert (again.status_code, again.json()["code"]) == (409, "job_is_over")
+    assert (await alone.get(f"/jobs/{ticket['id']}/audio")).status_code == 409
 
 
 async def test_a_running_job_is_asked_to_stop(

@@ -21,14 +21,15 @@ from tests.audio_files import pcm_of
 from tests.databases import postgres
 from tests.jobs.stores import postgres_with_tables, store_url
 
-__all__ = ["postgres", "postgres_with_tables", "store_url"]
+pytestmark = pytest.mark.server
 
-pytestmark = pytest.mark.slow
+__all__ = ["postgres", "postgres_with_tables", "store_url"]
 
 FAL = "/queue/fal-ai/stable-audio"
 AIML = "/v2/generate/audio"
 
 
+@pytest.mark.slow  # on SQLite: test_job_repeats.py
 @pytest.mark.parametrize("path", ["/jobs", "/jobs/inpaint"])
 async def test_fifty_at_once_are_one_job(store_url: str, path: str) -> None:
     async with make_client(run_jobs=False, jobs={"database_url": store_url}) as (client, _):
@@ -39,6 +40,7 @@ async def test_fifty_at_once_are_one_job(store_url: str, path: str) -> None:
         expect_conflict(await post(client, path, key="fifty", seed=12), "idempotency_key_reused", "Idempotency-Key")
 
 
+@pytest.mark.slow  # on SQLite: test_job_repeats.py
 async def test_races_for_one_id_have_one_winner(store_url: str) -> None:
     async with make_client(run_jobs=False, jobs={"database_url": store_url}) as (client, _):
         bodies = [BODY | {"seed": number % 5} for number in range(30)]

@@ -252,6 +252,7 @@ async def test_the_model_is_asked_the_same_as_by_the_synchronous_route(
 
 
 @pytest.mark.parametrize("path", ["/jobs/variations", "/jobs/inpaint"])
+@pytest.mark.server
 async def test_an_upload_is_kept_as_it_was_sent_until_its_job_is_over(path: str) -> None:
     async with make_client(run_jobs=False) as (client, _):
         uploads = _folder(client) / "uploads"

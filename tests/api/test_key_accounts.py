@@ -27,6 +27,8 @@ from tests.databases import PostgresServer
 from tests.jobs.stores import open_database, postgres_with_tables, store_url
 from tests.patience import PATIENCE_S
 
+pytestmark = pytest.mark.server
+
 __all__ = ["postgres_with_tables", "store_url"]
 
 
@@ -144,6 +146,8 @@ async def test_names_and_keys_without_limits_have_accounts_of_their_own(tmp_path
     await accounts.close()
 
 
+@pytest.mark.server
+@pytest.mark.slow
 async def test_while_the_database_is_away_each_process_keeps_its_share(postgres: PostgresServer) -> None:
     url = postgres.create_database()
     open_database(url).prepare()

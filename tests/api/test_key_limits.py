@@ -19,6 +19,8 @@ from tests.backends import ToneBackend
 from tests.jobs.stores import postgres_with_tables, store_url
 from tests.patience import until
 
+pytestmark = pytest.mark.server
+
 __all__ = ["postgres_with_tables", "store_url"]
 
 Pair = tuple[httpx.AsyncClient, httpx.AsyncClient]

@@ -18,7 +18,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server  # two of them, with decoders
 
 KEYS = f"""
 alice:{hash_key("alice")} audio-seconds-per-minute=10
@@ -61,13 +61,13 @@ async def post(port: int, path: str, key: str, **body: object) -> httpx.Response
 async def test_used_up_audio_refuses_an_upload_of_any_route_by_its_headers_on_any_server(tmp_path: Path) -> None:
     async with two_servers(tmp_path, ToneBackend()) as (one, other):
         assert (await post(one, TEXT, "alice", json={"prompt": "x", "duration": 10})).status_code == 200
-        for port in (one, other):
-            for path in (VARIATION, JOB, "/v1/audio/inpaint"):
-                answer = await send_head(port, path, "alice")
-                assert answer.startswith(b"HTTP/1.1 429 "), (port, path)
-                assert b"audio-seconds-per-minute=10" in answer
-                assert b"connection: close" in answer.lower()
-                assert b"retry-after: " in answer.lower()
+        ways = [(port, path) for port in (one, other) for path in (VARIATION, JOB, "/v1/audio/inpaint")]
+        answers = await asyncio.gather(*(send_head(port, path, "alice") for port, path in ways))
+        for way, answer in zip(ways, answers, strict=True):
+            assert answer.startswith(b"HTTP/1.1 429 "), way
+            assert b"audio-seconds-per-minute=10" in answer, way
+            assert b"connection: close" in answer.lower(), way
+            assert b"retry-after: " in answer.lower(), way
 
 
 async def test_a_client_that_sends_before_it_listens_is_told_too(tmp_path: Path) -> None:
@@ -85,8 +85,7 @@ async def test_a_place_in_use_refuses_uploads_but_no_jobs_and_is_not_lost(tmp_pa
     async with two_servers(tmp_path, backend) as (one, other):
         first = asyncio.create_task(post(one, TEXT, "bob", json={"prompt": "x", "duration": 1}))
         await until(lambda: backend.num_running == 1)
-        for port in (one, other):
-            answer = await send_head(port, VARIATION, "bob")
+        for answer in await asyncio.gather(*(send_head(port, VARIATION, "bob") for port in (one, other))):
             assert answer.startswith(b"HTTP/1.1 429 ")
             assert b"concurrency=1" in answer
         assert (await post(other, JOB, "bob", data=form, files=files)).status_code == 202

@@ -50,6 +50,7 @@ def operations(app: FastAPI) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+@pytest.mark.server
 async def test_every_route_but_the_public_ones_wants_a_key(locked: FastAPI, headers: dict[str, str]) -> None:
     public = {(method, _fill(path)) for method, path in PUBLIC}
     async with connect(locked, **headers) as client:

@@ -18,7 +18,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.serving.local import LocalBackend
 from tests.factories import ToyModel
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 RATE_HZ = ToyModel().spec.card.sample_rate_hz
 LONGEST_S = ToyModel().spec.card.max_duration_s
@@ -35,7 +35,7 @@ async def toy_client() -> AsyncIterator[httpx.AsyncClient]:
             yield client
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     duration_s=st.floats(1 / RATE_HZ, LONGEST_S) | st.integers(1, int(LONGEST_S * 100)).map(lambda n: n / 100),
     padding_s=st.floats(0, 30),

@@ -2,53 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.jobs.open import open_queue
+from tests.api.compat.serving import connect_anew, keep_app
 from tests.backends import ToneBackend, make_catalog
 
 TEXT = "/v1/audio/generations"
 
 
+LIMITS = {"max_steps": 9, "max_batch_size": 2, "max_duration_s": 60, "max_deadline_s": 30}
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[tuple[FastAPI, ToneBackend]]:
+    with keep_app(api=LIMITS | {"max_fields_bytes": 2048, "max_upload_bytes": 2000}, jobs={"max_queued": 1}) as limited:
+        yield limited
+
+
 @pytest.mark.parametrize(
-    ("limits", "path", "fields", "status", "named"),
+    ("path", "fields", "status", "named"),
     [
-        ({"max_steps": 9}, TEXT, {"steps": 10}, 422, "steps must be at most 9 (api.max_steps)"),
-        ({"max_steps": 9}, "/generate", {"steps": 10, "model": "demo"}, 422, "(api.max_steps)"),
-        ({"max_batch_size": 2}, "/jobs", {"batch_size": 3}, 422, "at most 2 (api.max_batch_size)"),
-        ({"max_duration_s": 60}, TEXT, {"duration": 61}, 422, "at most 60 (api.max_duration_s)"),
-        ({"max_duration_s": 60}, TEXT, {"duration": 6, "model": "demo"}, 422, "at most 5 (the model demo)"),
-        ({}, TEXT, {"duration": 121}, 422, "at most 120 (the model small-sfx)"),
-        ({"max_deadline_s": 30}, TEXT, {"deadline_s": 31}, 422, "at most 30 (api.max_deadline_s)"),
-        ({"max_fields_bytes": 2048}, TEXT, {"prompt": "x" * 3000}, 413, "2048 bytes (api.max_fields_bytes)"),
-        ({"max_queued": 1}, "/jobs", {}, 503, "(jobs.max_queued)"),
+        (TEXT, {"steps": 10}, 422, "steps must be at most 9 (api.max_steps)"),
+        ("/generate", {"steps": 10, "model": "demo"}, 422, "(api.max_steps)"),
+        ("/jobs", {"batch_size": 3}, 422, "at most 2 (api.max_batch_size)"),
+        (TEXT, {"duration": 61}, 422, "at most 60 (api.max_duration_s)"),
+        (TEXT, {"duration": 6, "model": "demo"}, 422, "at most 5 (the model demo)"),
+        (TEXT, {"deadline_s": 31}, 422, "at most 30 (api.max_deadline_s)"),
+        (TEXT, {"prompt": "x" * 3000}, 413, "2048 bytes (api.max_fields_bytes)"),
     ],
 )
 async def test_the_setting_is_named(
-    tmp_path: Any, limits: dict[str, Any], path: str, fields: dict[str, Any], status: int, named: str
+    limited: tuple[FastAPI, ToneBackend], path: str, fields: dict[str, Any], status: int, named: str
 ) -> None:
-    tree: dict[str, Any] = {"output_dir": str(tmp_path)}
-    settings = Settings.model_validate(tree | ({"jobs": limits} if "max_queued" in limits else {"api": limits}))
-    app = create_app(ToneBackend(), settings, jobs=open_queue(settings))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
-        if "max_queued" in limits:
-            assert (await client.post(path, json={"prompt": "x"})).status_code == 202
+    async with connect_anew(limited) as (client, _):
         reply = await client.post(path, json={"prompt": "x", **fields})
     assert reply.status_code == status
     assert named in reply.text
 
 
-async def test_the_setting_of_upload_sizes_is_named(tmp_path: Any) -> None:
-    settings = Settings.model_validate({"output_dir": str(tmp_path), "api": {"max_upload_bytes": 2000}})
-    app = create_app(ToneBackend(), settings, jobs=open_queue(settings))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+async def test_the_model_is_named_where_the_setting_allows_more(client: httpx.AsyncClient) -> None:
+    reply = await client.post(TEXT, json={"prompt": "x", "duration": 121})
+    assert (reply.status_code, "at most 120 (the model small-sfx)" in reply.text) == (422, True)
+
+
+async def test_the_settings_of_queues_and_of_upload_sizes_are_named(limited: tuple[FastAPI, ToneBackend]) -> None:
+    async with connect_anew(limited) as (client, _):
+        assert (await client.post("/jobs", json={"prompt": "x"})).status_code == 202
+        reply = await client.post("/jobs", json={"prompt": "x"})
+        assert (reply.status_code, "(jobs.max_queued)" in reply.text) == (503, True)
         for path in ("/v1/audio/variations", "/generate/style-transfer"):
             files = {"audio": b"x" * 3000, "audio_file": b"x" * 3000}
             reply = await client.post(path, data={"prompt": "x"}, files=files)

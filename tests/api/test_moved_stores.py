@@ -23,7 +23,7 @@ from tests.backends import open_event
 from tests.jobs.conftest import make_spec
 from tests.patience import until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 FILES = ("jobs.db", "jobs.db-wal", "jobs.db-shm")
 
@@ -112,7 +112,7 @@ async def test_another_database_in_its_place_is_neither_read_nor_written(place: 
         assert (await wait(client, done))["status"] == "succeeded"
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES[:2], pytest.param(FILES[2], marks=pytest.mark.slow)])
 async def test_what_was_deleted_is_missed_and_a_restart_begins_anew(place: Path, name: str) -> None:
     async with make_hasty_client(**settings_of(place)) as (client, _):
         ticket = await submit(client)

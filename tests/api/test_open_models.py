@@ -4,25 +4,33 @@ pass in silence."""
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-import pytest_asyncio
+from fastapi import FastAPI
 
 from stable_audio_serve.core.catalog import V_SAMPLERS, ModelCard, ModelCatalog
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import connect_anew, keep_app
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
+
+pytestmark = pytest.mark.server
 
 OPEN = ModelCard("open", "stable-audio-open", max_duration_s=47.0, objective="v", samplers=V_SAMPLERS)
 FLOW = ModelCard("flow", "stable-audio-3")
 NAMED = ModelCard("stable-audio-open-small", "stable-audio-open")
 
 
-@pytest_asyncio.fixture
-async def served() -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    async with make_client(ToneBackend(catalog=ModelCatalog([OPEN, FLOW, NAMED]))) as pair:
+@pytest.fixture(scope="module")
+def kept() -> Iterator[tuple[FastAPI, ToneBackend]]:
+    with keep_app(ToneBackend(catalog=ModelCatalog([OPEN, FLOW, NAMED]))) as kept:
+        yield kept
+
+
+@pytest.fixture
+async def served(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
+    async with connect_anew(kept) as pair:
         yield pair
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from tests.api.compat.serving import make_client
 from tests.api.test_jobs import wait
 from tests.backends import ToneBackend
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 # Need no key: the start page and its parts, probes, and what a link that was handed out leads to.
 OPEN = {
@@ -128,6 +128,10 @@ class Site:
         reply = await self.client.put(f"/jobs/{self.num_jobs:032x}", json=BODY, headers=headers)
         return str(reply.json()["id"])
 
+    def forget_jobs(self) -> None:
+        with self.jobs.store.database.writing() as connection:
+            connection.execute(sa.text("DELETE FROM jobs"))
+
 
 @pytest.fixture(scope="module")
 def app_and_jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[FastAPI, JobQueue]:
@@ -150,8 +154,7 @@ async def site(app_and_jobs: tuple[FastAPI, JobQueue]) -> AsyncIterator[Site]:
         sa.event.listen(engine, "before_cursor_execute", record)
         yield site
         sa.event.remove(engine, "before_cursor_execute", record)
-        with jobs.store.database.writing() as connection:
-            connection.execute(sa.text("DELETE FROM jobs"))
+        site.forget_jobs()
 
 
 def seen(reply: httpx.Response, job_id: str) -> tuple[object, ...]:
@@ -167,47 +170,73 @@ def test_there_are_routes_of_each_kind() -> None:
     assert {_without_prefix(route.path) for route in OWNED if route.is_audio} == {AUDIO}
 
 
-@pytest.mark.parametrize("route", [route for route in ROUTES if not route.is_open], ids=str)
-async def test_without_a_good_key_a_job_that_is_there_is_like_one_that_is_not(site: Site, route: Route) -> None:
-    job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
-    for key in (None, "bad"):
-        reply = await site.ask(route, key, job_id)
-        assert reply.status_code == (404 if route.is_audio else 401)
-        assert seen(reply, job_id) == seen(await site.ask(route, key, missing), missing)
+Check = Callable[[Site, Route], Awaitable[None]]
 
 
-@pytest.mark.parametrize("route", OWNED, ids=str)
-async def test_anothers_job_is_like_one_that_is_not_there(site: Site, route: Route) -> None:
-    job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
-    before = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
-    del site.statements[:]
-    reply = await site.ask(route, BOB, job_id)
-    statements, site.statements[:] = tuple(site.statements), ()
-    unknown = await site.ask(route, BOB, missing)
-    assert seen(reply, job_id) == seen(unknown, missing)
-    assert statements == tuple(site.statements)  # so that its time tells nothing either
-    after = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
-    assert [job for job in after if job.spec.client == "alice"] == before
+async def failures_at(site: Site, routes: Iterable[Route], check: Check) -> list[str]:
+    """What each route does wrong."""
+    failures = []
+    for route in routes:
+        try:
+            await check(site, route)
+        except AssertionError as error:
+            failures.append(f"{route}: {error}")
+    return failures
 
 
-@pytest.mark.parametrize("key", [ALICE, "alice-2"])
-@pytest.mark.parametrize("route", OWNED, ids=str)
-async def test_ones_own_job_is_found_by_each_of_ones_keys(site: Site, route: Route, key: str) -> None:
-    job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
-    if route.path.endswith(("/events", "/stream")):  # which ends with its job
-        (job,) = site.jobs.store.operators.find_all(job_id)
-        await site.jobs.cancel(job.spec.ref)
-    reply = await site.ask(route, key, job_id)
-    assert reply.status_code not in (401, 403, 404, 500)
-    assert seen(reply, job_id) != seen(await site.ask(route, key, missing), missing)
+async def test_without_a_good_key_a_job_that_is_there_is_like_one_that_is_not(site: Site) -> None:
+    async def check(site: Site, route: Route) -> None:
+        job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
+        for key in (None, "bad"):
+            reply = await site.ask(route, key, job_id)
+            assert reply.status_code == (404 if route.is_audio else 401)
+            assert seen(reply, job_id) == seen(await site.ask(route, key, missing), missing)
+
+    assert not await failures_at(site, [route for route in ROUTES if not route.is_open], check)
 
 
-@pytest.mark.parametrize("route", [route for route in ROUTES if not route.contract], ids=str)
-async def test_what_is_nobodys_is_the_same_for_every_good_key(site: Site, route: Route) -> None:
-    without, bad, *good = [(await site.ask(route, key, "")).status_code for key in (None, "bad", ALICE, BOB, "unnamed")]
-    assert len(set(good)) == 1
-    assert good[0] not in (401, 500)
-    assert {without, bad} == ({good[0]} if route.is_open else {401})
+async def test_anothers_job_is_like_one_that_is_not_there(site: Site) -> None:
+    async def check(site: Site, route: Route) -> None:
+        job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
+        before = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
+        del site.statements[:]
+        reply = await site.ask(route, BOB, job_id)
+        statements, site.statements[:] = tuple(site.statements), ()
+        unknown = await site.ask(route, BOB, missing)
+        assert seen(reply, job_id) == seen(unknown, missing)
+        assert statements == tuple(site.statements)  # so that its time tells nothing either
+        after = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
+        assert [job for job in after if job.spec.client == "alice"] == before
+        site.forget_jobs()
+
+    assert not await failures_at(site, OWNED, check)
+
+
+async def test_ones_own_job_is_found_by_each_of_ones_keys(site: Site) -> None:
+    async def check(site: Site, route: Route) -> None:
+        for key in (ALICE, "alice-2"):
+            job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
+            if route.path.endswith(("/events", "/stream")):  # which ends with its job
+                (job,) = site.jobs.store.operators.find_all(job_id)
+                await site.jobs.cancel(job.spec.ref)
+            reply = await site.ask(route, key, job_id)
+            assert reply.status_code not in (401, 403, 404, 500)
+            assert seen(reply, job_id) != seen(await site.ask(route, key, missing), missing)
+            site.forget_jobs()
+
+    assert not await failures_at(site, OWNED, check)
+
+
+async def test_what_is_nobodys_is_the_same_for_every_good_key(site: Site) -> None:
+    async def check(site: Site, route: Route) -> None:
+        without, bad, *good = [
+            (await site.ask(route, key, "")).status_code for key in (None, "bad", ALICE, BOB, "unnamed")
+        ]
+        assert len(set(good)) == 1
+        assert good[0] not in (401, 500)
+        assert {without, bad} == ({good[0]} if route.is_open else {401})
+
+    assert not await failures_at(site, [route for route in ROUTES if not route.contract], check)
 
 
 async def test_an_id_that_one_client_chose_is_free_for_another(site: Site) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 import soundfile
 import transformers
 
@@ -34,6 +35,8 @@ from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 
+pytestmark = pytest.mark.server
+
 TINY = str(SA3_GOLDENS / "tiny-s")
 REPLAY = "/v1/audio/replay"
 TAKES = int(os.environ.get("SOAK_TAKES", "50"))
@@ -45,7 +48,7 @@ async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterato
     """A client of an engine with one model, whose recipes all dialects tell."""
     settings = Settings.model_validate(
         {
-            "models": [{"name": name, "path": path}],
+            "models": [{"name": name, "path": path, "threads": 1}],  # several wait for each other on a busy machine
             "output_dir": str(output_dir),
             "dialects": {"recipes": True, "saos_window_s": 3.0},
         }
@@ -61,10 +64,13 @@ async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterato
         yield client
 
 
-@pytest.fixture
-async def real(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with serve_model("tiny", TINY, output_dir=tmp_path) as client:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    async with serve_model("tiny", TINY, output_dir=tmp_path_factory.mktemp("outputs")) as client:
         yield client
+
+
+in_its_loop = pytest.mark.asyncio(loop_scope="module")  # the real engine's
 
 
 def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
@@ -72,6 +78,8 @@ def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
     return json.loads(f"[{reply.headers['x-recipe']}]")
 
 
+@in_its_loop
+@pytest.mark.slow
 async def test_text_to_audio_is_repeated_to_the_byte(real: httpx.AsyncClient) -> None:
     take = await real.post("/v1/audio/generations", json={"prompt": "wind", "duration": 1, "steps": 2})
     (recipe,) = recipes_of(take)
@@ -81,6 +89,7 @@ async def test_text_to_audio_is_repeated_to_the_byte(real: httpx.AsyncClient) ->
     assert again.headers["x-recipe"] == take.headers["x-recipe"]
 
 
+@in_its_loop
 async def test_what_a_request_left_to_the_model_is_written_out(real: httpx.AsyncClient) -> None:
     """So that the take stays the same should a later version have other defaults."""
     body = {"prompt": "wind", "duration": 1, "seed": 7, "negative_prompt": "hiss"}
@@ -92,6 +101,7 @@ async def test_what_a_request_left_to_the_model_is_written_out(real: httpx.Async
     assert again.content == take.content
 
 
+@in_its_loop
 @pytest.mark.parametrize("file_format", ["wav", "flac", "mp3", "ogg", "opus"])
 async def test_the_file_alone_is_enough(real: httpx.AsyncClient, file_format: str) -> None:
     body = {"prompt": "wind", "duration": 1, "steps": 2, "response_format": file_format}
@@ -101,6 +111,7 @@ async def test_the_file_alone_is_enough(real: httpx.AsyncClient, file_format: st
     assert again.content == take.content
 
 
+@in_its_loop
 async def test_each_variation_of_a_source_has_a_recipe_of_its_own(real: httpx.AsyncClient) -> None:
     source = make_audio_file(duration_s=1.0)
     form = {"prompt": "wind", "duration": "1", "steps": "2", "batch_size": "2", "manifest": "true"}
@@ -120,9 +131,11 @@ SOURCE = make_audio_file(duration_s=1.5)
 FORMATS = ["wav", "flac", "mp3", "ogg", "opus"]
 
 
-def draw_order(random: Random) -> tuple[str, Form, dict[str, bytes] | None]:
-    """The path, the fields and the upload of a request of any kind."""
-    kind = random.choice(["text", "variation", "inpaint", "continue", "loop", "styled loop", "small"])
+KINDS = ("text", "variation", "inpaint", "continue", "loop", "styled loop", "small")
+
+
+def draw_order(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] | None]:
+    """The path, the fields and the upload of a request."""
     if kind in {"loop", "styled loop", "small"}:
         tempo, bars = random.choice([90, 120, 140]), random.choice([1, 2])
         form: Form = {"prompt": f"beat {tempo}bpm", "steps": random.randint(1, 3), "cfg_scale": random.choice([1, 6])}
@@ -158,11 +171,13 @@ def draw_order(random: Random) -> tuple[str, Form, dict[str, bytes] | None]:
     return "/v1/audio/inpaint", form, {"audio": SOURCE}
 
 
-async def test_takes_of_all_kinds_are_repeated_to_the_byte(real: httpx.AsyncClient) -> None:
+@in_its_loop
+@pytest.mark.parametrize("num_takes", [len(KINDS), pytest.param(TAKES, marks=pytest.mark.slow)])
+async def test_takes_of_all_kinds_are_repeated_to_the_byte(real: httpx.AsyncClient, num_takes: int) -> None:
     random = Random(20)
     paths = Counter[str]()
-    for _ in range(TAKES):
-        path, form, files = draw_order(random)
+    for number in range(num_takes):
+        path, form, files = draw_order(random, KINDS[number % len(KINDS)])
         paths[path] += 1
         if files is None:
             take = await real.post(path, json=form)
@@ -197,10 +212,11 @@ def open_orders(sampler: str, **levels: float) -> list[tuple[str, Form]]:
 @pytest.mark.parametrize(
     ("name", "orders"),
     [
-        ("tiny-1.0", open_orders("dpmpp-2m", sigma_min=0.05, sigma_max=90, rho=2)),
+        ("tiny-1.0", open_orders("dpmpp-2m", sigma_min=0.05, sigma_max=90, rho=2)[2:5]),
         ("tiny-small", open_orders("euler", sigma_max=0.9)),
     ],
 )
+@pytest.mark.slow
 async def test_takes_of_stable_audio_open_are_repeated_to_the_byte(
     name: str, orders: list[tuple[str, Form]], tmp_path: Path
 ) -> None:
@@ -218,6 +234,7 @@ async def test_takes_of_stable_audio_open_are_repeated_to_the_byte(
             assert recipes_of(again) == [recipe]
 
 
+@in_its_loop
 async def test_a_recipe_is_hostile_input(real: httpx.AsyncClient) -> None:
     (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
     text = json.dumps(recipe)
@@ -296,6 +313,7 @@ async def test_a_recipe_of_many_faults_is_refused_at_the_first(client: httpx.Asy
         assert (reply.status_code, fault["loc"][-1], fault["input"]) == (422, field, None)
 
 
+@in_its_loop
 async def test_on_anything_else_a_replay_is_close(real: httpx.AsyncClient) -> None:
     (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
     assert recipe["made_on"]["transformers"] == transformers.__version__
@@ -308,6 +326,7 @@ async def test_on_anything_else_a_replay_is_close(real: httpx.AsyncClient) -> No
     assert (await real.post(REPLAY, json=recipe)).headers["x-replay"] == "close"
 
 
+@in_its_loop
 async def test_libraries_that_had_a_part_in_a_file_stand_in_its_recipe(real: httpx.AsyncClient) -> None:
     """Another libsndfile writes other FLAC files, and reads other samples from an MP3 file."""
     body = {"prompt": "a", "duration": 1, "steps": 1}
@@ -324,6 +343,7 @@ async def test_libraries_that_had_a_part_in_a_file_stand_in_its_recipe(real: htt
             assert again.headers["x-replay"] == verdict
 
 
+@in_its_loop
 async def test_what_cannot_be_repeated_is_refused_by_name(real: httpx.AsyncClient) -> None:
     source = make_audio_file(duration_s=1.0)
     form = {"prompt": "wind", "duration": "1", "steps": "2", "inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from stable_audio_serve.core.catalog import ModelStatus
 from stable_audio_serve.core.keys import hash_key
@@ -17,6 +18,8 @@ from tests.api.compat.serving import make_client
 from tests.api.test_jobs import submit
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S
+
+pytestmark = pytest.mark.server
 
 
 class Told:
@@ -131,12 +134,12 @@ async def test_says_why_jobs_are_not_known(tmp_path: Path) -> None:
     assert jobs["age_s"] > 0
 
 
-async def test_a_thousand_questions_count_jobs_once_and_start_nothing() -> None:
+async def test_many_questions_at_once_count_jobs_once_and_start_nothing() -> None:
     backend = ToneBackend()
     async with make_client(backend, run_jobs=False) as (client, _):
         # What is known then is old where a busy machine is late with something newer.
         await ask_until(client, lambda jobs: jobs["queued"] is not None)
-        replies = await asyncio.gather(*(client.get("/v1/status") for _ in range(1000)))
+        replies = await asyncio.gather(*(client.get("/v1/status") for _ in range(200)))
         ages = [reply.json()["jobs"]["age_s"] for reply in replies]
     assert {reply.status_code for reply in replies} == {200}
     assert all(age is not None for age in ages)

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import pytest_asyncio
+from fastapi import FastAPI
 
+from stable_audio_serve.api.streams import StreamPauses
 from stable_audio_serve.client import AsyncClient, Client, Retries
-from tests.api.compat.serving import serve_app
+from stable_audio_serve.jobs.store.tables import JOBS
+from tests.api.compat.serving import make_app, serve_app
 from tests.backends import ToneBackend
+from tests.sockets import listening
 
+POLLS = StreamPauses(first_poll_s=0.05, last_poll_s=0.1)
 QUICK = Retries(most=3, most_wait_s=20.0, first_pause_s=0.01)
 
 
@@ -25,14 +31,27 @@ class Served:
 
 @asynccontextmanager
 async def serve(backend: ToneBackend | None = None, **settings: Any) -> AsyncIterator[Served]:
-    async with serve_app(backend, **settings) as (port, backend):
+    async with serve_app(backend, stream_pauses=POLLS, **settings) as (port, backend):
         yield Served(f"http://127.0.0.1:{port}", backend)
 
 
-@pytest.fixture
-async def served() -> AsyncIterator[Served]:
-    async with serve() as served:
-        yield served
+IN_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # of a module's tests and of the server that they share
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def _server() -> AsyncIterator[tuple[FastAPI, Served]]:
+    async with make_app(stream_pauses=POLLS) as (app, backend), listening(app, lifespan="off") as port:
+        yield app, Served(f"http://127.0.0.1:{port}", backend)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def served(_server: tuple[FastAPI, Served]) -> Served:
+    """The module's server: its backend as new, and without jobs."""
+    app, served = _server
+    with app.state.jobs.store.database.writing() as connection:
+        connection.execute(JOBS.delete())
+    vars(served.backend).update(vars(ToneBackend()))
+    return served
 
 
 class Caller:
@@ -62,7 +81,7 @@ def _list(found: Any) -> Any:
     return list(found) if hasattr(found, "__next__") else found
 
 
-@pytest.fixture(params=[Client, AsyncClient])
+@pytest_asyncio.fixture(params=[Client, AsyncClient], loop_scope="module")
 async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Caller]]:
     callers = []
 

@@ -11,9 +11,9 @@ import soundfile
 from stable_audio_serve.client import Audio, Take
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
-from tests.client.conftest import Caller, Served, serve
+from tests.client.conftest import IN_ONE_LOOP, Caller, Served, serve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 
 def read(content: bytes) -> tuple[np.ndarray, int]:

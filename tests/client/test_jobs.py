@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from stable_audio_serve.client.answers import read_job
 from stable_audio_serve.client.following import Following
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
-from tests.client.conftest import Caller, Served, serve
-from tests.patience import PATIENCE_S
+from tests.client.conftest import IN_ONE_LOOP, Caller, Served, serve
+from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 
 async def test_a_job_is_followed_to_its_end_and_fetched(
@@ -140,7 +141,9 @@ async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Call
         await call("jobs.download", job.id, tmp_path / "none.wav")
 
 
-async def test_a_download_that_breaks_is_made_again(tmp_path: Path, connect: Callable[..., Caller]) -> None:
+async def test_a_download_that_breaks_is_made_again(
+    served: Served, tmp_path: Path, connect: Callable[..., Caller]
+) -> None:
     num_seen = 0
 
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,7 +153,7 @@ async def test_a_download_that_breaks_is_made_again(tmp_path: Path, connect: Cal
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
         await send({"type": "http.response.body", "body": b"sound"})
 
-    async with serve() as served, listening(bucket, lifespan="off") as port:
+    async with listening(bucket, lifespan="off") as port:
         call = connect(served.url)
         job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
         num_seen = 1
@@ -175,23 +178,28 @@ async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]
 
 
 async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable[..., Caller]) -> None:
-    async with serve(ingress={"max_event_streams": 1}) as served, httpx.AsyncClient(timeout=PATIENCE_S) as other:
+    refusals = Counter[int]()
+    async with (
+        serve(ingress={"max_event_streams": 1}, refusals=refusals) as served,
+        httpx.AsyncClient(timeout=PATIENCE_S) as other,
+    ):
         call = connect(served.url)
         served.backend.released.clear()
         job = await call("jobs.submit", "rain", duration=0.1)
         async with other.stream("GET", f"{served.url}/jobs/{job.id}/events"):
             waiting = asyncio.create_task(call("jobs.follow", job.id))
-            await asyncio.sleep(2.0)
+            await until(lambda: refusals[503])
+            await asyncio.sleep(0.3)  # it asks for the status meanwhile
             served.backend.released.set()
             heard = await waiting
     assert isinstance(heard[-1], Job)
     assert heard[-1].status == "succeeded"
 
 
-async def test_a_stream_that_breaks_goes_on_where_it_was(connect: Callable[..., Caller]) -> None:
+async def test_a_stream_that_breaks_goes_on_where_it_was(served: Served, connect: Callable[..., Caller]) -> None:
     """A proxy that cuts each stream after its first bytes."""
     last_ids = []
-    async with serve() as served, httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
+    async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
 
         async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
@@ -219,12 +227,12 @@ async def test_a_stream_that_breaks_goes_on_where_it_was(connect: Callable[..., 
     assert len(set(last_ids)) == len(last_ids)
 
 
-def test_three_streams_without_news_are_enough() -> None:
+async def test_three_streams_without_news_are_enough() -> None:
     following = Following()
     assert [following.pause_s() for _ in range(3)] == [0.5, 0.5, None]
 
 
-async def test_an_upload_link_gets_no_key(tmp_path: Path, connect: Callable[..., Caller]) -> None:
+async def test_an_upload_link_gets_no_key(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:
     """A bucket's link leads to another host, which must not learn the key."""
     seen = []
 
@@ -233,7 +241,7 @@ async def test_an_upload_link_gets_no_key(tmp_path: Path, connect: Callable[...,
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"sound"})
 
-    async with serve() as served, listening(bucket, lifespan="off") as port:
+    async with listening(bucket, lifespan="off") as port:
         call = connect(served.url, api_key="secret")
         job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
         sent = {**job.sent, "storage_backend": "s3", "download_url": f"http://127.0.0.1:{port}/take.wav"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,30 @@ async def make_client(
         make_app(backend, **options) as (app, backend),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
     ):
+        yield client, backend
+
+
+@contextmanager
+def keep_app(backend: ToneBackend | None = None, **settings: Any) -> Iterator[tuple[FastAPI, ToneBackend]]:
+    """An application for all tests of a module (`connect_anew`), without a runner: building it is the slow part."""
+    backend = backend or ToneBackend()
+    with tempfile.TemporaryDirectory() as folder:
+        app = create_app(backend, Settings.model_validate({"output_dir": folder, **settings}))
+        yield app, backend
+
+        async def run_lifespan() -> None:
+            async with app.router.lifespan_context(app):
+                pass
+
+        asyncio.run(run_lifespan())
+
+
+@asynccontextmanager
+async def connect_anew(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
+    """A client of an application that other tests used before, with its backend as new."""
+    app, backend = kept
+    vars(backend).update(vars(type(backend)(catalog=backend.catalog)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         yield client, backend
 
 

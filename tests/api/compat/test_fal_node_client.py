@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 
 CLIENT = "@fal-ai/client@1.10.1"
 SCRIPT = Path(__file__).parent / "clients" / "fal_node.cjs"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 def without(reason: str) -> None:

@@ -18,7 +18,7 @@ from tests.api.compat.client_scripts import check_output, run_script
 from tests.api.compat.serving import serve_app
 
 SCRIPT = Path(__file__).parent / "clients" / "fal_python.py"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["environment", "formats"])
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=["environment", pytest.param("formats", marks=pytest.mark.slow)]
+)
 async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> AsyncIterator[dict[str, Any]]:
     """What the client saw: with TLS through its environment, or over plain HTTP through its URL formats."""
     is_tls = request.param == "environment"

@@ -18,12 +18,10 @@ from stable_audio_serve.core.errors import (
     ModelUnavailableError,
 )
 from stable_audio_serve.jobs.runner.runner import JobRunner
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import make_client, make_hasty_client
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.webhook_receiver import receiving
-
-pytestmark = pytest.mark.slow
 
 APP = "/fal-ai/stable-audio"
 QUEUE = f"/queue{APP}"
@@ -114,35 +112,38 @@ async def test_low_priority_is_batch_work_in_a_line_of_its_own() -> None:
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["header", "x-fal-queue-priority"])
 
 
-@pytest.mark.parametrize(
-    ("logs", "has_logs"), [(None, False), ("0", False), ("false", False), ("1", True), ("true", True)]
-)
+LOGS = {None: False, "0": False, "false": False, "1": True, "true": True}  # the parameter, and whether there are some
+
+
 async def test_a_status_has_the_keys_that_clients_read(
-    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, logs: str | None, has_logs: bool
+    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
+    async def ask(logs: str | None) -> httpx.Response:
+        return await client.get(ticket["status_url"], params={} if logs is None else {"logs": logs})
+
     backend.delay_s = 0.4
     backend.released.clear()
     ticket = await submit(client)
-    params = {} if logs is None else {"logs": logs}
     await wait_for(client, ticket, "IN_PROGRESS")
-    running = (await client.get(ticket["status_url"], params=params)).json()
-    assert running.keys() == {"status", "logs", *LINKS}
+    running = {logs: (await ask(logs)).json() for logs in LOGS}
     backend.released.set()
     await wait_for(client, ticket, "COMPLETED")
-    reply = await client.get(ticket["status_url"], params=params)
-    done = reply.json()
-    assert done.keys() == {"status", "logs", "metrics", *LINKS}
-    assert done["metrics"]["inference_time"] >= 0.3
-    assert isinstance(done["logs"], list) is has_logs
-    assert isinstance(running["logs"], list) is has_logs
-    assert all(done[name] == ticket[name] for name in LINKS)
-    assert reply.headers["x-fal-request-id"] == ticket["request_id"]
-    if has_logs:
-        assert done["logs"][: len(running["logs"])] == running["logs"]
-        for entry in done["logs"]:
-            assert entry.keys() == {"message", "level", "source", "timestamp"}
-            assert (entry["level"], entry["source"]) == ("INFO", "USER")
-            assert datetime.fromisoformat(entry["timestamp"]).tzinfo is not None
+    for logs, has_logs in LOGS.items():
+        assert running[logs].keys() == {"status", "logs", *LINKS}
+        reply = await ask(logs)
+        done = reply.json()
+        assert done.keys() == {"status", "logs", "metrics", *LINKS}
+        assert done["metrics"]["inference_time"] >= 0.3
+        assert isinstance(done["logs"], list) is has_logs, logs
+        assert isinstance(running[logs]["logs"], list) is has_logs, logs
+        assert all(done[name] == ticket[name] for name in LINKS)
+        assert reply.headers["x-fal-request-id"] == ticket["request_id"]
+        if has_logs:
+            assert done["logs"][: len(running[logs]["logs"])] == running[logs]["logs"]
+            for entry in done["logs"]:
+                assert entry.keys() == {"message", "level", "source", "timestamp"}
+                assert (entry["level"], entry["source"]) == ("INFO", "USER")
+                assert datetime.fromisoformat(entry["timestamp"]).tzinfo is not None
 
 
 async def test_a_waiting_request_has_a_position(client: httpx.AsyncClient) -> None:
@@ -150,17 +151,17 @@ async def test_a_waiting_request_has_a_position(client: httpx.AsyncClient) -> No
     assert body.keys() == {"status", "queue_position", *LINKS}
 
 
-@pytest.mark.parametrize("prefix", ["", "/queue", "/run", "/fal", "/fal/queue"])
-@pytest.mark.parametrize("suffix", ["", "/response"])
-async def test_the_result_is_the_output(client: httpx.AsyncClient, runner: JobRunner, prefix: str, suffix: str) -> None:
+async def test_the_result_is_the_output(client: httpx.AsyncClient, runner: JobRunner) -> None:
     ticket = await submit(client)
     await wait_for(client, ticket, "COMPLETED")
-    reply = await client.get(f"{prefix}{APP}/requests/{ticket['request_id']}{suffix}")
-    assert reply.status_code == 200
-    assert reply.headers["x-fal-request-id"] == ticket["request_id"]
-    file = reply.json()["audio_file"]
-    assert (file["content_type"], file["file_name"]) == ("audio/wav", "stable-audio.wav")
-    assert len((await client.get(file["url"])).content) == file["file_size"] == 44 + 4 * 44100
+    for prefix in ("", "/queue", "/run", "/fal", "/fal/queue"):
+        for suffix in ("", "/response"):
+            reply = await client.get(f"{prefix}{APP}/requests/{ticket['request_id']}{suffix}")
+            assert reply.status_code == 200, (prefix, suffix)
+            assert reply.headers["x-fal-request-id"] == ticket["request_id"]
+            file = reply.json()["audio_file"]
+            assert (file["content_type"], file["file_name"]) == ("audio/wav", "stable-audio.wav")
+            assert len((await client.get(file["url"])).content) == file["file_size"] == 44 + 4 * 44100
 
 
 async def test_a_result_that_is_not_there_yet_is_400(client: httpx.AsyncClient) -> None:
@@ -195,24 +196,25 @@ FAILURES: list[tuple[Exception, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "status", "error_type"), FAILURES)
-async def test_a_failure_keeps_its_status_and_body(error: Exception, status: int, error_type: str) -> None:
-    async with make_client(ToneBackend(error=error), jobs={"max_attempts": 1}) as (client, _):
-        ticket = await submit(client)
-        body = await wait_for(client, ticket, "COMPLETED")
-        assert body["error_type"] == error_type
-        assert body["error"]
-        assert body["metrics"] == {"inference_time": None}
-        reply = await client.get(ticket["response_url"])
-        assert reply.status_code == status
-        assert reply.headers["x-fal-request-id"] == ticket["request_id"]
-        assert reply.headers["x-fal-retryable"] in ("false", "true")
-        assert "secret" not in body["error"] + reply.text
-        if status == 422:
-            assert reply.json()["detail"][0]["loc"] == ["body", "steps"]
-        else:
-            assert reply.json() == {"detail": body["error"], "error_type": error_type}
-            assert reply.headers["x-fal-error-type"] == error_type
+async def test_a_failure_keeps_its_status_and_body() -> None:
+    async with make_hasty_client(jobs={"max_attempts": 1}) as (client, backend):
+        for error, status, error_type in FAILURES:
+            backend.error = error
+            ticket = await submit(client)
+            body = await wait_for(client, ticket, "COMPLETED")
+            assert body["error_type"] == error_type, error
+            assert body["error"]
+            assert body["metrics"] == {"inference_time": None}
+            reply = await client.get(ticket["response_url"])
+            assert reply.status_code == status, error
+            assert reply.headers["x-fal-request-id"] == ticket["request_id"]
+            assert reply.headers["x-fal-retryable"] in ("false", "true")
+            assert "secret" not in body["error"] + reply.text
+            if status == 422:
+                assert reply.json()["detail"][0]["loc"] == ["body", "steps"]
+            else:
+                assert reply.json() == {"detail": body["error"], "error_type": error_type}
+                assert reply.headers["x-fal-error-type"] == error_type
 
 
 async def test_a_request_that_cannot_start_in_its_time() -> None:
@@ -272,32 +274,30 @@ async def test_a_full_queue_asks_to_come_again() -> None:
     assert int(reply.headers["retry-after"]) >= 1
 
 
-@pytest.mark.parametrize("error", [None, GenerationError("silence"), InvalidRequestError("steps: no", field="steps")])
-async def test_a_webhook_is_told_the_end(error: Exception | None) -> None:
-    async with (
-        receiving() as receiver,
-        make_client(ToneBackend(error=error), jobs={"webhook_allow_hosts": ["127.0.0.1"]}) as (client, _),
-    ):
-        reply = await client.post(QUEUE, json=BODY, params={"fal_webhook": receiver.url})
-        ticket = reply.json()
-        assert ticket["status"] == "IN_QUEUE"
-        await until(lambda: bool(receiver.requests))
-        result = await client.get(ticket["response_url"])
-        status = await wait_for(client, ticket, "COMPLETED")
-        body = json.loads(receiver.requests[0][2])
-        assert body.pop("error", None) == status.get("error")
-    assert body == {
-        "request_id": ticket["request_id"],
-        "gateway_request_id": ticket["request_id"],
-        "status": "OK" if error is None else "ERROR",
-        "payload": result.json(),
-    }
+async def test_a_webhook_is_told_the_end() -> None:
+    errors = (None, GenerationError("silence"), InvalidRequestError("steps: no", field="steps"))
+    async with receiving() as receiver, make_client(jobs={"webhook_allow_hosts": ["127.0.0.1"]}) as (client, backend):
+        for number, error in enumerate(errors):
+            backend.error = error
+            reply = await client.post(QUEUE, json=BODY, params={"fal_webhook": receiver.url})
+            ticket = reply.json()
+            assert ticket["status"] == "IN_QUEUE"
+            await until(lambda told=number: len(receiver.requests) > told)  # type: ignore[misc]
+            result = await client.get(ticket["response_url"])
+            status = await wait_for(client, ticket, "COMPLETED")
+            body = json.loads(receiver.requests[number][2])
+            assert body.pop("error", None) == status.get("error")
+            assert body == {
+                "request_id": ticket["request_id"],
+                "gateway_request_id": ticket["request_id"],
+                "status": "OK" if error is None else "ERROR",
+                "payload": result.json(),
+            }
 
 
 @pytest.mark.parametrize(
     "url", ["http://10.0.0.1/", "http://[::1]/", "ftp://example.org/", "no url", "http://metadata.internal/"]
 )
-async def test_webhooks_inside_our_network_are_refused(url: str) -> None:
-    async with make_client(run_jobs=False) as (client, _):
-        reply = await client.post(QUEUE, json=BODY, params={"fal_webhook": url})
+async def test_webhooks_inside_our_network_are_refused(client: httpx.AsyncClient, url: str) -> None:
+    reply = await client.post(QUEUE, json=BODY, params={"fal_webhook": url})
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["query", "fal_webhook"])

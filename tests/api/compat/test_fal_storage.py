@@ -20,10 +20,11 @@ from itsdangerous import TimestampSigner, URLSafeTimedSerializer
 from stable_audio_serve.api.compat.fal.storage import make_signer
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
-from tests.api.compat.serving import make_app, make_client, serve_app
+from stable_audio_serve.jobs.queue import JobQueue
+from tests.api.compat.serving import make_client, serve_app
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 DATA = bytes(range(256)) * 40
 KEY = "sas-test"
@@ -182,8 +183,10 @@ async def test_what_is_larger_than_an_upload_may_be_is_413_while_it_arrives() ->
         assert (reply.status_code, "parts" in reply.json()["detail"]) == (413, True)
 
 
-async def test_with_keys_only_addresses_that_were_handed_out_need_none() -> None:
+async def test_with_keys_only_addresses_that_were_handed_out_need_none(client: httpx.AsyncClient) -> None:
+    other = httpx.URL((await announce(client))["upload_url"]).path  # of another server
     async with make_client(**KEYS) as (client, _):
+        assert (await client.put(other, content=DATA)).status_code == 403
         for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
             assert (await client.post(path, json={})).status_code == 401
         place = await announce(client)
@@ -193,12 +196,6 @@ async def test_with_keys_only_addresses_that_were_handed_out_need_none() -> None
         headers = {"authorization": f"{token['token_type']} {token['token']}", "content-type": "audio/wav"}
         reply = await client.post("/files/upload", content=DATA, headers=headers)
         await check_file(client, reply.json()["access_url"])
-
-
-async def test_an_address_of_another_server_is_refused() -> None:
-    async with make_client() as (open_client, _), make_client(**KEYS) as (client, _):
-        path = httpx.URL((await announce(open_client))["upload_url"]).path
-        assert (await client.put(path, content=DATA)).status_code == 403
 
 
 SHAPES: list[Any] = [
@@ -230,14 +227,9 @@ async def receiving(client: httpx.AsyncClient, ticket: str) -> list[httpx.Respon
 
 
 @pytest.fixture
-async def own_signer() -> AsyncIterator[tuple[httpx.AsyncClient, TimestampSigner]]:
+def own_signer(client: httpx.AsyncClient, jobs: JobQueue) -> tuple[httpx.AsyncClient, TimestampSigner]:
     """A server, and what signs as it does."""
-    async with make_app(run_jobs=False) as (app, _):
-        jobs = open_queue(Settings(output_dir=app.state.output_dir))
-        signer = make_signer(jobs.store.secret(), [])
-        await jobs.close()
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
-            yield client, signer
+    return client, make_signer(jobs.store.secret(), [])
 
 
 async def test_what_was_signed_but_is_no_ticket_is_refused(
@@ -265,7 +257,7 @@ async def test_an_address_too_long_is_refused_also_when_it_is_ours(
         assert (await client.put(f"/storage/upload/{signed}", content=DATA)).status_code == status
 
 
-async def test_without_keys_too_nobody_else_can_sign() -> None:
+async def test_without_keys_too_nobody_else_can_sign(client: httpx.AsyncClient) -> None:
     names = ["0" * 32, "take.wav", "audio/wav"]
     body = json.dumps(dict(zip(("file_id", "file_name", "media_type"), names, strict=True))).encode()
     forged = [URLSafeTimedSerializer("", salt="fal-upload").dumps(names)]
@@ -273,7 +265,7 @@ async def test_without_keys_too_nobody_else_can_sign() -> None:
         signer.sign(base64.urlsafe_b64encode(body).rstrip(b"=")).decode()
         for signer in (make_signer("", []), TimestampSigner("", salt="fal-upload", digest_method=hashlib.sha256))
     ]
-    async with make_client() as (client, _), make_client() as (other, _):
+    async with make_client() as (other, _):
         for ticket in [*forged, httpx.URL((await announce(other))["upload_url"]).path.rpartition("/")[2]]:
             assert {reply.status_code for reply in await receiving(client, ticket)} == {403}
 

@@ -18,9 +18,10 @@ from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 QUEUE = "/queue/fal-ai/stable-audio"
+QUICK = StreamPauses(first_poll_s=0.05)
 BODY = {"prompt": "Trömmelwirbel", "seconds_total": 1}
 
 
@@ -41,7 +42,7 @@ async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: 
 
 
 async def test_every_change_is_told_until_the_end() -> None:
-    async with make_client(ToneBackend(delay_s=1.0), jobs={"max_running": 1}) as (client, _):
+    async with make_client(ToneBackend(delay_s=0.4), jobs={"max_running": 1}, stream_pauses=QUICK) as (client, _):
         first, second = await submit(client), await submit(client)
         events = await read_stream(client, second)
         assert [event["status"] for event in events][:1] == ["IN_QUEUE"]
@@ -55,16 +56,13 @@ async def test_every_change_is_told_until_the_end() -> None:
     assert all(event["status_url"] == second["status_url"] for event in events)
 
 
-@pytest.mark.parametrize("query", ["", "?logs=0", "?logs=false"])
-async def test_without_logs_the_key_is_there_and_empty(query: str) -> None:
-    async with make_client() as (client, _):
-        events = await read_stream(client, await submit(client), query)
-    assert all(event["logs"] is None for event in events if event["status"] != "IN_QUEUE")
-    assert events[-1]["metrics"]["inference_time"] >= 0
-
-
-async def test_a_request_that_is_over_is_one_event() -> None:
-    async with make_client(ToneBackend(error=GenerationError("silence"))) as (client, _):
+async def test_streams_without_logs_and_of_ended_requests() -> None:
+    async with make_client(stream_pauses=QUICK) as (client, backend):
+        for query in ("", "?logs=0", "?logs=false"):
+            events = await read_stream(client, await submit(client), query)
+            assert all(event["logs"] is None for event in events if event["status"] != "IN_QUEUE"), query
+            assert events[-1]["metrics"]["inference_time"] >= 0, query
+        backend.error = GenerationError("silence")
         ticket = await submit(client)
         await read_stream(client, ticket)
         (event,) = await read_stream(client, ticket)
@@ -72,8 +70,7 @@ async def test_a_request_that_is_over_is_one_event() -> None:
 
 
 async def test_a_cancelled_request_ends_its_stream(reads: list[str]) -> None:
-    pauses = StreamPauses(first_poll_s=0.05)
-    async with make_client(ToneBackend(delay_s=30), stream_pauses=pauses) as (client, _):
+    async with make_client(ToneBackend(delay_s=30), stream_pauses=QUICK) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read_stream(client, ticket))
         await until(lambda: len(reads) >= 3)  # the route's own, then the stream's
@@ -82,9 +79,8 @@ async def test_a_cancelled_request_ends_its_stream(reads: list[str]) -> None:
     assert (events[-1]["status"], events[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
 
 
-async def test_an_unknown_request_has_no_stream() -> None:
-    async with make_client(run_jobs=False) as (client, _):
-        reply = await client.get(f"{QUEUE}/requests/{uuid.uuid4()}/status/stream")
+async def test_an_unknown_request_has_no_stream(client: httpx.AsyncClient) -> None:
+    reply = await client.get(f"{QUEUE}/requests/{uuid.uuid4()}/status/stream")
     assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
 
 

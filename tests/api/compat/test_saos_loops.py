@@ -164,7 +164,7 @@ async def test_tempo_of_the_prompt(client: httpx.AsyncClient, prompt: str, tempo
     assert metadata["detected_bpm"] == tempo
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tempo=st.integers(1, 400),
     bars=st.sampled_from([None, 1, 2, 4, 8]),

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import structlog
+from fastapi import FastAPI
 
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary
 from stable_audio_serve.api.service import resolve_seed
 from tests.api.compat.saos import RIFF_KEYS, expect_base64, expect_refusal, expect_wav
-from tests.api.compat.serving import make_client
+from tests.api.compat.serving import connect_anew, keep_app, make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
-
-pytestmark = pytest.mark.slow
 
 URL = "/generate/loop-with-riff"
 
@@ -62,10 +61,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def kept(folder: Path) -> Iterator[tuple[FastAPI, ToneBackend]]:
+    with keep_app(dialects={"riff_dir": str(folder)}) as kept:
+        yield kept
+
+
 @pytest.fixture
-async def served(folder: Path) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    async with make_client(dialects={"riff_dir": str(folder)}) as (client, backend):
-        yield client, backend
+async def served(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
+    async with connect_anew(kept) as pair:
+        yield pair
 
 
 def pitch_hz(samples: np.ndarray, rate_hz: int) -> float:
@@ -176,10 +181,10 @@ async def test_metadata(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "hz", "own_bpm", "own_s", "rate_hz"),
-    [(0, 500, 60, 12.0, 22_050), (1, 300, 91, 4.0, 44_100), (5, 400, 110, 30.0, 44_100)],
+    ("seed", "hz", "own_bpm", "own_s", "rate_hz", "bpm"),
+    [(0, 500, 60, 12.0, 22_050, 170), (1, 300, 91, 4.0, 44_100, 70), (5, 400, 110, 30.0, 44_100, 100)],
 )
-@pytest.mark.parametrize("bpm", [70, 100, 170])
+@pytest.mark.server
 async def test_the_seed_chooses_and_the_pitch_stays(
     served: tuple[httpx.AsyncClient, ToneBackend],
     seed: int,
@@ -226,6 +231,17 @@ async def test_a_tempo_no_riff_can_follow(served: tuple[httpx.AsyncClient, ToneB
         expect_refusal(reply, "prompt: 8 bars at 1000000000bpm are shorter than one sample")
     else:
         expect_refusal(reply, f"prompt: a riff of 120bpm can be played at 7.5 to 1920bpm, not {bpm}")
+
+
+@pytest.mark.parametrize(
+    ("key", "status"), [("GSHARP", 200), ("g\u017fharp", 400), ("\uff46", 400), ("f\x00", 400), ("f\r\nx: y", 400)]
+)
+async def test_a_key_in_other_letters_is_no_key(
+    served: tuple[httpx.AsyncClient, ToneBackend], key: str, status: int
+) -> None:
+    reply = await served[0].post(URL, data={"prompt": "x 120bpm", "key": key})
+    assert reply.status_code == status, reply.text
+    assert "x" not in reply.headers
 
 
 async def test_a_riff_that_cannot_be_read_is_the_servers_fault(tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from tests.api.test_connections import serve
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 async def url() -> AsyncIterator[str]:

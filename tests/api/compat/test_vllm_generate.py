@@ -160,7 +160,7 @@ async def test_the_route_is_also_under_its_prefix(client: httpx.AsyncClient) -> 
         ({"audio_length": 0.3333}, 0, int(0.3333 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": 1.5}, int(1.5 * RATE_HZ), int(3.5 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": None}, 0, 2 * RATE_HZ),
-        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5, 600)),  # only used with a length
+        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),  # only used with a length
         ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends behind the model's longest
         ({"audio_length": 120}, 0, 120 * RATE_HZ),
         ({"audio_length": 1e-9}, 0, 1),
@@ -204,7 +204,7 @@ async def test_lengths_are_bounded_by_the_model_and_not_by_our_own_apis_limits(b
 # Speed.
 
 
-@pytest.mark.parametrize("speed", [0.25, 0.5, 0.9, 1, 1.0, 1.3, 2, 4])
+@pytest.mark.parametrize("speed", [0.25, 0.9, 1, 1.3, 4])
 async def test_speed_changes_the_length_and_keeps_the_pitch(client: httpx.AsyncClient, speed: float) -> None:
     audio = read_wav((await generate(client, audio_length=2, seed=300, speed=speed)).content)
     assert len(audio) == round(2 * RATE_HZ / speed)

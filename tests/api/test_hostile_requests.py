@@ -1,0 +1,605 @@
+"""One table of hostile requests, each tried at every route that it concerns: every one is answered in the form of its
+dialect, never with a 500, never after a hang, never with a word of a prompt in the log or a header.
+
+Hostile audio is in test_hostile_uploads.py; test_fuzz.py generates requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+from fastapi import FastAPI
+
+from tests.audio_files import make_audio_file
+from tests.backends import ToneBackend
+from tests.patience import PATIENCE_S
+from tests.sockets import listening
+
+pytestmark = pytest.mark.server
+
+JSON = {"content-type": "application/json"}
+MULTIPART = {"content-type": "multipart/form-data; boundary=B"}
+URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
+WAV = make_audio_file(duration_s=0.2)
+MARK = "zyxwv"  # what no log line, header or path may show
+HANG_S = 60.0  # no refusal takes so long, on any machine
+
+
+def check_sa3(body: Any) -> None:
+    detail = body["detail"]
+    assert detail
+    if not isinstance(detail, str):
+        assert all({"type", "loc", "msg", "input"} <= set(item) for item in detail)
+
+
+def check_vllm(body: Any) -> None:
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    assert body["error"]["param"]
+
+
+def check_saos(body: Any) -> None:
+    assert body["error"]
+    assert isinstance(body["error"], str)
+
+
+def check_merged(body: Any) -> None:
+    check_saos(body)
+    assert body["detail"]
+
+
+def check_aiml(body: Any) -> None:
+    assert {"statusCode", "message", "error", "path", "meta"} <= set(body)
+    assert body["message"]
+    assert all({"path", "message", "code"} <= set(fault) for fault in body["meta"])
+
+
+def check_fal(body: Any) -> None:
+    detail = body["detail"]
+    assert detail
+    if not isinstance(detail, str):
+        assert all({"loc", "msg", "type"} <= set(item) for item in detail)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way in: what a good request holds, and how the dialect says no."""
+
+    path: str
+    check_error: Callable[[Any], None]
+    good: dict[str, Any]
+    prompt: str = "prompt"
+    numbers: tuple[str, ...] = ("duration", "steps", "seed", "cfg_scale")
+    file: str | None = None  # the form field of the upload; None for JSON routes
+    queued: bool = False  # the engine is asked later
+    prompt_end: str = ""  # what every prompt needs
+    may_be_blank: frozenset[str] = frozenset()  # numbers whose empty text means that they are absent
+    refused: frozenset[int] = field(default=frozenset({400, 413, 422}))
+
+    def json(self, **changes: Any) -> bytes:
+        return json.dumps(self.good | changes).encode()
+
+    def raw(self, name: str, literal: bytes) -> bytes:
+        """A JSON body with one value spelled out."""
+        rest = {key: value for key, value in self.good.items() if key != name}
+        return json.dumps(rest).encode().removesuffix(b"}") + b', "' + name.encode() + b'": ' + literal + b"}"
+
+    def expect_refusal(self, reply: httpx.Response) -> None:
+        assert reply.status_code in self.refused, (reply.status_code, reply.text[:500])
+        assert reply.headers["content-type"] == "application/json"
+        assert "Traceback" not in reply.text
+        assert "site-packages" not in reply.text
+        assert len(reply.content) < 20_000
+        self.check_error(reply.json())
+
+    def expect_answer(self, reply: httpx.Response) -> None:
+        if reply.status_code not in (200, 202):
+            self.expect_refusal(reply)
+
+
+_SA3 = {"prompt": "rain", "duration": 0.1}
+_SA3_INPAINT = {"prompt": "rain", "duration": 1, "inpaint_start_seconds": 0, "inpaint_end_seconds": 0.5}
+_SAOS = {"prompt": "rain", "seconds_total": 1}
+_SAOS_NUMBERS = ("seconds_total", "steps", "cfg_scale", "seed")
+_SAOS_REFUSED = frozenset({400, 413})
+_LOOP = {"prompt": "rain 300bpm", "bars": 1}
+_LOOP_NUMBERS = ("bars", "steps", "cfg_scale", "seed", "style_strength")
+_FAL = {"prompt": "rain", "seconds_total": 1}
+_FAL_NUMBERS = ("seconds_total", "seconds_start", "steps")
+ROUTES = [
+    Route("/v1/audio/generations", check_sa3, _SA3),
+    Route("/sa3/generate", check_sa3, _SA3),
+    Route("/v1/audio/variations", check_sa3, _SA3, file="audio"),
+    Route("/v1/audio/inpaint", check_sa3, _SA3_INPAINT, file="audio"),
+    Route("/jobs", check_sa3, _SA3, queued=True),
+    Route("/jobs/variations", check_sa3, _SA3, file="audio", queued=True),
+    Route("/jobs/inpaint", check_sa3, _SA3_INPAINT, file="audio", queued=True),
+    Route(
+        "/v1/audio/generate",
+        check_vllm,
+        {"input": "rain", "audio_length": 0.1},
+        prompt="input",
+        numbers=("audio_length", "audio_start", "speed", "guidance_scale", "num_inference_steps", "seed"),
+        refused=frozenset({400, 413}),
+    ),
+    Route("/saos/generate", check_saos, _SAOS, numbers=_SAOS_NUMBERS, refused=_SAOS_REFUSED),
+    Route("/generate", check_merged, _SAOS, numbers=_SAOS_NUMBERS, refused=_SAOS_REFUSED),
+    Route(
+        "/saos/generate/loop",
+        check_saos,
+        _LOOP,
+        numbers=_LOOP_NUMBERS,
+        refused=_SAOS_REFUSED,
+        prompt_end=" 300bpm",
+        may_be_blank=frozenset({"bars"}),
+    ),
+    Route(
+        "/generate/loop",
+        check_saos,
+        _LOOP,
+        numbers=_LOOP_NUMBERS,
+        refused=_SAOS_REFUSED,
+        file="audio_file",
+        prompt_end=" 300bpm",
+    ),
+    Route(
+        "/generate/style-transfer",
+        check_saos,
+        {"prompt": "rain"},
+        numbers=("steps", "cfg_scale", "seed", "style_strength"),
+        refused=_SAOS_REFUSED,
+        file="audio_file",
+    ),
+    Route(
+        "/v2/generate/audio",
+        check_aiml,
+        {"model": "stable-audio", "prompt": "rain", "seconds_total": 1},
+        numbers=("seconds_total", "seconds_start", "steps"),
+        refused=frozenset({400, 413}),
+        queued=True,
+    ),
+    Route("/fal-ai/stable-audio", check_fal, _FAL, numbers=_FAL_NUMBERS, refused=frozenset({413, 422})),
+    Route(
+        "/queue/fal-ai/stable-audio",
+        check_fal,
+        _FAL,
+        numbers=_FAL_NUMBERS,
+        refused=frozenset({413, 422}),
+        queued=True,
+    ),
+]
+
+Request = dict[str, Any]  # the arguments of httpx's `post` but for the path
+Sent = tuple[str, Request]  # and a name for it
+
+
+def good(route: Route, changes: dict[str, Any] | None = None, *, upload: Any = ("a.wav", WAV)) -> Request:
+    """What the route takes, but for `changes`."""
+    if route.file is None:
+        return {"content": route.json(**(changes or {})), "headers": JSON}
+    return {"data": route.good | (changes or {}), "files": {route.file: upload}}
+
+
+# Which requests a case makes at a route.
+
+
+def json_bodies(*bodies: bytes) -> Callable[[Route], Iterator[Sent]]:
+    def requests(route: Route) -> Iterator[Sent]:
+        if route.file is None:
+            yield from ((repr(body[:40]), {"content": body, "headers": JSON}) for body in bodies)
+
+    return requests
+
+
+def prompts(*literals: bytes) -> Callable[[Route], Iterator[Sent]]:
+    return lambda route: json_bodies(*(route.raw(route.prompt, literal) for literal in literals))(route)
+
+
+def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iterator[Sent]]:
+    """In place of the route's numbers, or of the first ones."""
+
+    def requests(route: Route) -> Iterator[Sent]:
+        for name in route.numbers[:most]:
+            for literal in literals:
+                label = f"{name}={literal[:20]!r}"
+                if route.file is None:
+                    yield label, {"content": route.raw(name, literal), "headers": JSON}
+                elif literal != b'""':  # an empty form field is one that was left out
+                    yield label, good(route, {name: literal.decode().strip('"')})
+
+    return requests
+
+
+def blank_numbers(route: Route) -> Iterator[Sent]:
+    for label, request in numbers(b'""')(route):
+        if label.partition("=")[0] not in route.may_be_blank:
+            yield label, request
+
+
+def forms(*bodies: bytes, headers: dict[str, str] = MULTIPART) -> Callable[[Route], Iterator[Sent]]:
+    def requests(route: Route) -> Iterator[Sent]:
+        if route.file is not None:
+            yield from ((repr(body[:60]), {"content": body, "headers": headers}) for body in bodies)
+
+    return requests
+
+
+def uploads(*contents: bytes) -> Callable[[Route], Iterator[Sent]]:
+    def requests(route: Route) -> Iterator[Sent]:
+        if route.file is not None:
+            yield from ((repr(content[:20]), good(route, upload=("a.wav", content))) for content in contents)
+
+    return requests
+
+
+def what_json_allows(route: Route) -> Iterator[Sent]:
+    body, prompt = route.json(), f'"{route.prompt}": '.encode()
+    odd_text = b'"\\ud83c\\udfa7 \xf0\x9f\x8e\xa7 \\u0000 \\u202e' + route.prompt_end.encode() + b'"'
+    yield from json_bodies(
+        b"\xef\xbb\xbf" + body,
+        b" \r\n\t" + body + b"\n ",
+        body.replace(prompt, prompt + b'"first", ' + prompt),
+        body.removesuffix(b"}") + b', "unknown": {"a": [1, null, {"b": NaN}]}}',
+        body.removesuffix(b"}") + b', "": 1, "__proto__": {}, "__class__": 2, "self": 3}',
+        route.raw(route.prompt, odd_text),
+    )(route)
+
+
+async def _stream(num_bytes: int) -> AsyncIterator[bytes]:
+    for _ in range(0, num_bytes, 65536):
+        yield bytes(65536)
+
+
+def too_large(route: Route) -> Iterator[Sent]:
+    headers = JSON if route.file is None else URLENCODED
+    yield "declared", {"content": bytes(2_000_000), "headers": headers}
+    yield "streamed", {"content": _stream(2_000_000), "headers": headers}
+
+
+def lying_lengths(route: Route) -> Iterator[Sent]:
+    content, headers = (route.json(), JSON) if route.file is None else (b"--B--\r\n", MULTIPART)
+    for length in ("-1", "1e3", "0x10", "99999999999999999999999", "", "+5", "ten"):
+        yield length, {"content": content, "headers": headers | {"content-length": length}}
+
+
+CONTENT_TYPES = [
+    "",
+    "text/plain",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data",
+    "multipart/form-data; boundary=",
+    "multipart/form-data; boundary=" + "b" * 5000,
+    "multipart/form-data; boundary=\xff",
+    "multipart/mixed; boundary=B",
+    "application/json; charset=utf-16",
+    "application/json;" * 500,
+    ";;;",
+    "é",
+    *(f"multipart/form-data; boundary=B; charset={charset}" for charset in ("utf-7", "hex", "idna", "nope")),
+]
+
+
+def other_types(route: Route) -> Iterator[Sent]:
+    for content_type in CONTENT_TYPES:
+        for content in (route.json(), part(b"prompt", b"+2AA-\xff") + END):
+            headers = [(b"content-type", content_type.encode("latin-1"))]
+            yield f"{content_type[:60]} {content[:20]!r}", {"content": content, "headers": headers}
+
+
+def text_for_a_file(route: Route) -> Iterator[Sent]:
+    if route.file is not None:
+        fields = {name: (None, str(value)) for name, value in route.good.items()}
+        yield route.file, {"files": fields | {route.file: (None, b"RIFF....WAVE")}}
+
+
+def a_file_for_text(route: Route) -> Iterator[Sent]:
+    if route.file is not None:
+        files = {name: ("f.txt", str(value).encode()) for name, value in route.good.items()}
+        yield route.prompt, {"files": files | {route.file: ("a.wav", WAV)}}
+
+
+def fields_given_twice(route: Route) -> Iterator[Sent]:
+    if route.file is not None:
+        fields = [(name, (None, str(value))) for name, value in route.good.items()] * 2
+        upload, text = (route.file, ("a.wav", WAV)), (route.file, (None, b"text"))
+        for label, pair in (("uploads", [upload, upload]), ("upload, text", [upload, text]), ("text", [text, upload])):
+            yield label, {"files": fields + pair}
+
+
+def file_names(*names: str) -> Callable[[Route], Iterator[Sent]]:
+    def requests(route: Route) -> Iterator[Sent]:
+        if route.file is not None:
+            yield from ((repr(name[:20]), good(route, upload=(name, WAV, "text/html"))) for name in names)
+
+    return requests
+
+
+def part(name: bytes, value: bytes, *, rest: bytes = b"") -> bytes:
+    return b'--B\r\nContent-Disposition: form-data; name="' + name + b'"' + rest + b"\r\n\r\n" + value + b"\r\n"
+
+
+END = b"--B--\r\n"
+LONG = b"n" * 1_000_000
+NAMELESS = (
+    b"--B\r\n\r\nx\r\n" + END,
+    b"--B\r\nContent-Disposition: form-data\r\n\r\nx\r\n" + END,
+    b"--B\r\nContent-Disposition: ;;;\r\n\r\nx\r\n" + END,
+    part(b"", b"x") + END,
+)
+OTHER_BOUNDARIES = (
+    part(b"prompt", b"x").replace(b"--B", b"--C") + b"--C--\r\n",
+    b"--B--B--B\r\n" + END,
+    part(b"prompt", b"x").replace(b"\r\n", b"\n") + b"--B--\n",
+    bytes(1000),
+    b"B\r\n" * 1000,
+)
+PART_HEADERS = (b"X-A: b\r\n" * 100_000, b"X-A: " + LONG + b"\r\n", b"No-Colon\r\n")
+BOMBS = (b"a&" * 500_000, b"a=" + b"x" * 1_000_000, b"%" * 1_000_000, b"&" * 1_000_000, b"a=b;" * 200_000)
+
+
+# What has to come back.
+
+
+def refused(route: Route, _: str, reply: httpx.Response) -> None:
+    assert reply.status_code in route.refused, (reply.status_code, reply.text[:500])
+    assert reply.headers["content-type"] == "application/json"
+    assert "Traceback" not in reply.text
+    assert "site-packages" not in reply.text
+    assert len(reply.content) < 20_000
+    route.check_error(reply.json())
+
+
+def refused_by_name(route: Route, label: str, reply: httpx.Response) -> None:
+    refused(route, label, reply)
+    assert label.partition("=")[0] in reply.text
+
+
+def refused_as_too_large(route: Route, label: str, reply: httpx.Response) -> None:
+    refused(route, label, reply)
+    assert reply.status_code == 413 or (label == "streamed" and route.file is not None)
+
+
+def taken(_: Route, __: str, reply: httpx.Response) -> None:
+    assert reply.status_code in (200, 202), reply.text[:500]
+    assert "x-evil" not in reply.headers
+    assert "passwd" not in str(reply.headers)
+
+
+def answered(route: Route, label: str, reply: httpx.Response) -> None:
+    if reply.status_code not in (200, 202):
+        refused(route, label, reply)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    requests: Callable[[Route], Iterable[Sent]]
+    expect: Callable[[Route, str, httpx.Response], None] = refused
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("a good request", lambda route: [("good", good(route))], taken),
+    # JSON
+    Case("an empty body", json_bodies(b"", b" \r\n\t ")),
+    Case("cut JSON", json_bodies(b"{", b"}", b'{"prompt": "rai')),
+    Case("no object", json_bodies(b"null", b"[]", b'[{"prompt": "x"}]', b"1", b'"x"', b"true", b"NaN")),
+    Case("two objects", json_bodies(b'{"prompt": "x"} {}')),
+    Case("loose JSON", json_bodies(b'{"prompt": "x",}', b"{'prompt': 'x'}", b'{"prompt": "x" /* y */}')),
+    Case("no text", json_bodies(b"\x00", b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00.", b"\x1f\x8b\x08" + bytes(5))),
+    Case("a form for JSON", json_bodies(b"prompt=x&duration=1")),
+    Case("wide characters", json_bodies(*('{"prompt": "x"}'.encode(f"utf-{kind}") for kind in ("16", "16-be", "32")))),
+    Case("two byte order marks", json_bodies(b'\xef\xbb\xbf\xef\xbb\xbf{"prompt": "x"}')),
+    Case("deep lists", json_bodies(b'{"prompt": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"[" * 500_000)),
+    Case("deep objects", json_bodies(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)),
+    Case("what JSON allows", what_json_allows, taken),
+    # Prompts
+    Case("half characters", prompts(b'"\\ud800"', b'"a\\udc00b"', b'"\\udc00\\ud800"')),
+    Case("bad UTF-8", prompts(b'"\xff"', b'"\xe2\x82"', b'"\xc0\xaf"', b'"\xed\xa0\x80"')),
+    Case("bad escapes", prompts(b'"a\nb"', b'"\\x41"')),
+    Case("a prompt of a megabyte", prompts(b'"' + b"x" * 1_000_000 + b'"')),
+    Case("a blank prompt", prompts(b'""', b'" \\n\\t\\u00a0\\u2003 "')),
+    Case("a prompt that is no text", prompts(b"1", b"true", b"null", b'["x"]', b'{"a": "x"}')),
+    # Numbers
+    Case("endless numbers", numbers(b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400"), refused_by_name),
+    Case("endless numbers as text", numbers(b'"nan"', b'"Infinity"'), refused_by_name),
+    Case("words for numbers", numbers(b'"many"', b"[1]", b'{"a": 1}'), refused_by_name),
+    Case("blanks for numbers", blank_numbers, refused_by_name),
+    Case("long numbers", numbers(b"1" + b"0" * 5000)),
+    Case("a megabyte of digits", numbers(b"9" * 1_000_000, most=1)),
+    Case("odd sizes", numbers(b"1" + b"0" * 400, b"-0.0", b"1e308"), answered),
+    Case("odd spellings", numbers(b"true", '"\u0663"'.encode(), b'"1_0"'), answered),
+    # Bodies
+    Case("a body above its limit", too_large, refused_as_too_large),
+    Case("lengths that lie", lying_lengths, answered),
+    Case("other types", other_types, answered),
+    # Forms
+    Case("cut forms", forms(b"", END, b"--B\r\n", part(b"prompt", b"x")[:-3])),
+    Case("parts without a name", forms(*NAMELESS)),
+    Case("other boundaries", forms(*OTHER_BOUNDARIES)),
+    Case("many fields", forms(*(part(b"f", b"x") * number + END for number in (65, 10_000)))),
+    Case("many files", forms(part(b"f", b"x", rest=b'; filename="f"') * 9 + END)),
+    Case("a field of 5 MB", forms(part(b"prompt", b"x" * 5_000_000) + END)),
+    Case("names of 1 MB", forms(part(LONG, b"x") + END, part(b"audio", WAV, rest=b'; filename="' + LONG + b'"') + END)),
+    Case("headers of parts", forms(*(b"--B\r\n" + lines + b"\r\nx\r\n" + END for lines in PART_HEADERS))),
+    Case(
+        "base64",
+        forms(part(b"audio", b"UklGRg==", rest=b'; filename="a.wav"\r\nContent-Transfer-Encoding: base64') + END),
+    ),
+    Case("urlencoded bombs", forms(*BOMBS, headers=URLENCODED)),
+    Case("text for a file", text_for_a_file, refused_by_name),
+    Case("a file for text", a_file_for_text, refused_by_name),
+    Case("fields given twice", fields_given_twice, answered),
+    Case(
+        "file names",
+        file_names("../../etc/passwd", "/dev/zero", "a\x00b.wav", "a" * 3000, "a.wav\r\nX-Evil: 1", "%00"),
+        taken,
+    ),
+    Case("no file name", file_names(""), answered),
+    Case("damaged audio", uploads(b"", b"not audio", WAV[:20], bytes(5000), b"PK\x03\x04" + bytes(100))),
+]
+
+
+async def failures_of(client: httpx.AsyncClient, case: Case) -> list[str]:
+    """Every route, and which of the case's requests, that got another answer than the right one."""
+    failures = []
+    for route in ROUTES:
+        for label, request in case.requests(route):
+            try:
+                async with asyncio.timeout(HANG_S):
+                    reply = await client.post(route.path, **request)
+                case.expect(route, label, reply)
+            except Exception as error:  # noqa: BLE001  whatever came instead of an answer belongs in the list
+                failures.append(f"{route.path}, {label}: {type(error).__name__} {error}"[:1000])
+    return failures
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+async def test_every_route_answers_hostile_requests(client: httpx.AsyncClient, case: Case) -> None:
+    assert any(list(case.requests(route)) for route in ROUTES)
+    failures = await failures_of(client, case)
+    assert not failures, "\n".join(failures)
+
+
+HOSTILE_PROMPTS = [
+    f"{MARK}\r\nSet-Cookie: {MARK}=1\r\n\r\n{MARK}",
+    f'{MARK}"; filename="{MARK}.sh',
+    f"..\\{MARK}\x00.wav",
+    f"${{jndi:ldap://{MARK}}} $({MARK}) `{MARK}` %s %n {{{MARK}}} {{{{7*7}}}}",
+    f"\x1b[2J{MARK}\x07\x08\x7f",
+    f"{MARK}\u2028level=error\u2029\x85",
+]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
+    """All that is logged at info or above, by structlog and by the standard library."""
+    caplog.set_level(logging.INFO)
+    with structlog.testing.capture_logs() as lines:
+        yield lambda: str([line for line in lines if line["log_level"] != "debug"]) + caplog.text
+
+
+async def test_a_prompt_is_never_logged_nor_part_of_a_header(
+    client: httpx.AsyncClient, backend: ToneBackend, log: Callable[[], str]
+) -> None:
+    def check(route: Route, prompt: str, reply: httpx.Response) -> None:
+        answered(route, prompt, reply)
+        recipe = reply.headers.pop("X-Recipe", None)
+        if recipe is not None:  # says what made the file, the prompt too, as JSON of printable ASCII characters
+            assert re.fullmatch(r"[ -~]+", recipe)
+            assert json.loads(recipe)["prompt"] == prompt.strip()
+        assert MARK not in str(reply.headers.raw)
+        if reply.status_code == 200 and not route.queued:
+            assert backend.last.prompt == prompt.strip()
+
+    def requests(route: Route) -> Iterator[Sent]:
+        for prompt in (hostile + route.prompt_end for hostile in HOSTILE_PROMPTS):
+            yield prompt, good(route, {route.prompt: prompt})
+        for wrong in ({"steps": 0}, {"seed": "x"}):
+            yield prompt, good(route, {route.prompt: prompt, **wrong})
+
+    failures = await failures_of(client, Case("prompts", requests, check))
+    assert not failures, "\n".join(failures)
+    assert "request" in log()
+    assert MARK not in log()
+
+
+# Over a real socket: what no HTTP client would send.
+
+NO_HTTP = [b"", b"\r\n", b"\x16\x03\x01" * 100, b"GET / HTTP/9.9\r\n\r\n", b"A" * 70_000, b"\x00"]
+HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+LIES = [
+    HEAD + b"Content-Length: 100\r\n\r\n{}",
+    HEAD + b"Content-Length: 1\r\n\r\n{}",
+    HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n{}",
+    HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+]
+ODD_TEXTS = ["%00", "%ff", "%0d%0a", "%2e%2e%2f", "a" * 5000, "99999999999999999999", "\xe9", "%%%"]
+ODD_HEADERS = {
+    "x-fal-request-timeout": ["nan", "-1", "1e400", "\xff"],
+    "x-fal-queue-priority": ["x", "\xff", "", "-1"],
+    "x-fal-target-url": ["http://[", "https://fal.run/%ff%00/../x?%%%", "\xff", "file:///etc/passwd"],
+    "x-forwarded-proto": ["javascript", "\xff", '"', "https,http"],
+    "x-forwarded-host": ["", 'evil"x', "\xff", "["],
+    "x-request-id": ["\xff", "a" * 5000, "", "%0d%0a"],
+    "authorization": ["Bearer", "Basic \xff", "Key ", "Bearer " + "a" * 5000],
+    "range": ["bytes=9-1", "x", "bytes=-", "\xff"],
+    "content-encoding": ["gzip", "br", "\xff", ""],
+    "last-event-id": ["\xff", "-1", "9" * 30, "nan"],
+    "idempotency-key": ["\xff", "a" * 5000, "", "a b"],
+    "origin": ["null", "http://[", "\xff", ""],
+    "host": ["", ":", 'evil"x', "[::1"],
+    "content-type": ["\xff", ";;;", "multipart/form-data; boundary=\xff", ""],
+}
+
+
+async def send(port: int, request: bytes, *, is_all: bool = False) -> bytes:
+    """Everything that comes back, of a stream only its beginning."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        if is_all:
+            writer.write_eof()
+        async with asyncio.timeout(HANG_S):
+            begin = await reader.read(65536)
+            return begin if b"text/event-stream" in begin else begin + await reader.read()
+    finally:
+        writer.transport.abort()
+
+
+async def test_raw_junk_ends_its_connection_and_nothing_else(shared: tuple[FastAPI, ToneBackend]) -> None:
+    lies = [lie.replace(b"%s", route.path.encode()) for lie in LIES for route in ROUTES]
+    async with listening(shared[0], lifespan="off") as port:
+        for raw in NO_HTTP + lies:
+            answer = await send(port, raw, is_all=True)
+            assert not answer or answer.startswith(b"HTTP/1.1 4"), (raw[:200], answer[:500])
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+            assert (await client.get("/health")).status_code == 200
+
+
+def odd_requests(app: FastAPI) -> Iterator[bytes]:
+    """Every operation with odd names in its path and its query, and with odd headers."""
+    operations = [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
+    for method, path in [*operations, ("GET", "/api/fal/proxy"), ("POST", "/api/fal/proxy")]:
+        for text in ODD_TEXTS if "{" in path else ODD_TEXTS[:2]:
+            query = f"?generation_id={text}&fal_webhook={text}&logs={text}&cursor={text}"
+            yield _raw(method, re.sub(r"\{[^}]*\}", text, path) + query, {"Host": "localhost"})
+        for number in range(4):
+            headers = {name: values[number] for name, values in ODD_HEADERS.items()}
+            yield _raw(method, re.sub(r"\{[^}]*\}", "x", path), headers)
+            del headers["host"]
+            yield _raw(method, re.sub(r"\{[^}]*\}", "x", path), {"Host": "localhost", **headers})
+
+
+def _raw(method: str, path: str, headers: dict[str, str]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"{method} {path} HTTP/1.1\r\n{lines}Connection: close\r\nContent-Length: 2\r\n\r\n{{}}".encode("latin-1")
+
+
+async def test_odd_paths_queries_and_headers_are_never_our_failure(shared: tuple[FastAPI, ToneBackend]) -> None:
+    failures = []
+    with structlog.testing.capture_logs() as lines:
+        async with listening(shared[0], lifespan="off") as port:
+            for request in odd_requests(shared[0]):
+                answer = await send(port, request)
+                status = int(answer.split()[1]) if answer else 0
+                is_json = b"content-type: application/json" in answer.lower() or b"Invalid HTTP request" in answer
+                if not (200 <= status < 500 or status == 503) or (status >= 400 and not is_json):
+                    failures.append(f"{request[:300]!r}: {answer[:300]!r}")
+    assert not failures, "\n".join(failures)
+    assert not [line for line in lines if line["log_level"] == "error"]
