@@ -35,7 +35,9 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A running server, reached over TCP with a password, as in production. Its disk writes are durable."""
+    """A running server, reached over TCP with a password, as in production. What was committed survives a crash of the
+    server, but not of the machine.
+    """
 
     programs: Path
     folder: Path
@@ -103,6 +105,7 @@ def running_postgres() -> Iterator[PostgresServer]:
         _run(folder, programs / "initdb", "--no-sync", "--pgdata", "data", *access, *encoding)
         with (folder / "data" / "postgresql.conf").open("a") as file:
             file.write(f"listen_addresses = '127.0.0.1'\nunix_socket_directories = '{folder}'\nmax_connections = 200\n")
+            file.write("fsync = off\nfull_page_writes = off\n")
         yield _start(programs, folder, user=user, password=password)
 
 

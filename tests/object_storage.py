@@ -5,6 +5,7 @@ Everything in one process shares moto's memory: a test makes a bucket of its own
 
 from __future__ import annotations
 
+import functools
 import http.client
 import itertools
 import json
@@ -22,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import boto3
+import botocore.loaders
+import botocore.session
 import httpx
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
@@ -29,6 +32,9 @@ from moto.server import ThreadedMotoServer
 from stable_audio_serve.core.settings import StorageSettings
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "test-key", "test-secret"
+
+# Every client reads and parses the description of S3 anew, but those of one loader.
+botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
 _ANSWERS = ((500, "InternalError"), (503, "SlowDown"))
 _NUMBERS = itertools.count()

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+from botocore.retries.standard import ExponentialBackoff
 
 from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key, upload_key
 from stable_audio_serve.artifacts.s3 import S3Artifacts
@@ -26,7 +27,7 @@ from stable_audio_serve.core.settings import StorageSettings
 from tests.object_storage import SECRET_ACCESS_KEY, Faults, ObjectStorage
 from tests.patience import PATIENCE_S, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 MIB = 1_048_576
 KEY = artifact_key("0" * 32, "a.wav", fence=1)
@@ -86,8 +87,10 @@ async def test_only_large_files_go_in_parts(object_storage: ObjectStorage, store
 
 
 async def test_errors_and_cut_connections_cost_nothing_but_time(
-    object_storage: ObjectStorage, store: S3Artifacts
+    object_storage: ObjectStorage, store: S3Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    delay_s = ExponentialBackoff.delay_amount
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *args: 0.05 * delay_s(*args))
     proxy = object_storage.proxy
     num_before = proxy.num_errors, proxy.num_cuts
     proxy.faults = Faults(errors=0.05, cuts=0.02)

@@ -61,7 +61,7 @@ def s3_place(storage: ObjectStorage) -> Place:
     return Place(S3Artifacts(storage.settings(bucket, prefix="a/b"), metrics=metrics), metrics, names, write)
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server)])
 async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
     if request.param == "local":
         made = local_place(tmp_path / "not" / "there" / "yet")

@@ -234,6 +234,7 @@ def test_a_machine_without_room_for_a_process_is_busy_not_broken(monkeypatch: py
     decoder.close()
 
 
+@pytest.mark.server
 def test_a_file_that_takes_too_long_is_given_up(own_pids: Callable[[], list[int]]) -> None:
     began_at = time.monotonic()
     with closing(AudioDecoder(timeout_s=PATIENCE_S)) as first:
@@ -248,6 +249,7 @@ def test_a_file_that_takes_too_long_is_given_up(own_pids: Callable[[], list[int]
     decoder.close()
 
 
+@pytest.mark.server
 def test_the_process_ends_with_its_parent() -> None:
     script = (
         "import tempfile, os\n"
@@ -269,6 +271,7 @@ def test_the_process_ends_with_its_parent() -> None:
     wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
+@pytest.mark.server
 def test_the_process_starts_quickly_and_knows_no_heavy_package() -> None:
     script = "import sys, stable_audio_serve.audio.decode_worker; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

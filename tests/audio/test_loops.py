@@ -6,7 +6,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stable_audio_serve.audio.loops import Loop, plan_loop, read_tempo
@@ -67,7 +67,6 @@ def scan_tempo(prompt: str) -> int | None:
     return None
 
 
-@settings(max_examples=1000)
 @given(
     st.lists(st.sampled_from(["bpm", "BPM", "Bpm", " ", "  ", "\n", "0", "1", "98", "120", ".", "b", "pm", "x", "-"]))
 )
@@ -86,7 +85,6 @@ def plan_exactly(tempo: int, bars: int | None, window_s: float) -> tuple[int, Fr
     return bars, Fraction(240 * bars, tempo)
 
 
-@settings(max_examples=1000)
 @given(
     tempo=st.integers(1, 400) | st.integers(1, 10**7),
     bars=st.sampled_from([None, 1, 2, 4, 8]),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pyloudnorm
 import pytest
 
 from stable_audio_serve.audio.loudness import describe_clip, measure_loudness
+from tests.parameters import some
 
 
 def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.float32]:
@@ -17,7 +20,7 @@ def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.floa
     return np.tile(levels * tone, (2, 1)).astype(np.float32)
 
 
-@pytest.mark.parametrize("rate_hz", [44_100, 48_000])
+@pytest.mark.parametrize("rate_hz", some((44_100, 48_000), (48_000,)))
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
@@ -31,9 +34,13 @@ def test_the_compliance_signals(rate_hz: int, parts: list[tuple[float, float]], 
     assert measure_loudness(make_tones(rate_hz, *parts), rate_hz) == pytest.approx(expected, abs=0.1)
 
 
-@pytest.mark.parametrize("rate_hz", [8000, 22_050, 44_100, 48_000, 96_000])
-@pytest.mark.parametrize("seconds", [0.4, 0.44, 0.46, 1.0, 3.33])
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(
+    ("rate_hz", "seconds", "channels"),
+    some(
+        itertools.product((8000, 22_050, 44_100, 48_000, 96_000), (0.4, 0.44, 0.46, 1.0, 3.33), (1, 2)),
+        ((8000, 3.33, 1), (44_100, 0.4, 2), (44_100, 0.44, 2), (44_100, 0.46, 1), (96_000, 1.0, 2)),
+    ),
+)
 def test_pyloudnorm_measures_the_same(rate_hz: int, seconds: float, channels: int) -> None:
     rng = np.random.default_rng(0)
     meter = pyloudnorm.Meter(rate_hz, filter_class="DeMan")

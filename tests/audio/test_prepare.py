@@ -3,15 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.audio.prepare import fix_channels, prepare_source
 from stable_audio_serve.core.errors import InvalidUploadError
 from stable_audio_serve.core.generation import SourceAudio
 from tests.goldens import load_goldens
-
-pytestmark = pytest.mark.slow
 
 COMMON = load_goldens("common").tensors
 STEREO = COMMON["audio/prepare/in_stereo"]
@@ -44,7 +42,6 @@ def test_channels_for_a_mono_model_are_averaged_and_too_few_are_refused() -> Non
         fix_channels(STEREO, 6)
 
 
-@settings(max_examples=1000)
 @given(
     rate_hz=st.sampled_from([8000, 11025, 22050, 44056, 44100, 48000, 96000, 192_000]),
     model_rate_hz=st.sampled_from([16000, 32000, 44100, 48000]),

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.audio.stretch import time_stretch
-
-pytestmark = pytest.mark.slow
+from tests.parameters import some
 
 RATE_HZ = 44100
 SPEEDS = (0.25, 0.4, 0.5, 0.8, 1.0, 1.1, 2.0, 3.0, 4.0)
+
+
+TONES = ((0.25, 440.0), (0.8, 55.0), (1.0, 440.0), (1.1, 3000.0), (4.0, 440.0))
 
 
 def make_sine(frequency_hz: float, *, duration_s: float = 1.5, rate_hz: int = RATE_HZ) -> npt.NDArray[np.float32]:
@@ -26,8 +30,7 @@ def measure_pitch(tone: npt.NDArray[np.float32], rate_hz: int = RATE_HZ) -> floa
     return float(np.abs(np.fft.rfft(tone * np.hanning(len(tone)), size)).argmax()) * rate_hz / size
 
 
-@pytest.mark.parametrize("frequency_hz", [55.0, 440.0, 3000.0])
-@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize(("speed", "frequency_hz"), some(itertools.product(SPEEDS, (55.0, 440.0, 3000.0)), TONES))
 def test_pitch_level_and_length_are_kept(speed: float, frequency_hz: float) -> None:
     audio = make_sine(frequency_hz)
     stretched = time_stretch(audio, RATE_HZ, speed=speed)
@@ -38,7 +41,7 @@ def test_pitch_level_and_length_are_kept(speed: float, frequency_hz: float) -> N
     assert inner.std() == pytest.approx(audio[0].std(), rel=0.1)
 
 
-@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("speed", some(SPEEDS, (0.25, 1.1, 4.0)))
 def test_attacks_stay_where_they_belong(speed: float) -> None:
     positions = [0, 30_000, 66_150, 110_250, 150_000]
     audio = np.zeros((2, 4 * RATE_HZ), np.float32)
@@ -51,7 +54,7 @@ def test_attacks_stay_where_they_belong(speed: float) -> None:
         assert abs(found - expected) / RATE_HZ < 0.002, f"the click at {position}"
 
 
-@pytest.mark.parametrize("speed", [0.25, 0.8, 1.25, 4.0])
+@pytest.mark.parametrize("speed", [0.25, 1.25])
 def test_the_stereo_image_is_kept(speed: float) -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, 2 * RATE_HZ).astype(np.float32)
     left, right = time_stretch(np.stack([noise, -0.5 * noise]), RATE_HZ, speed=speed)
@@ -65,13 +68,12 @@ def test_the_same_input_gives_the_same_samples() -> None:
     )
 
 
-@pytest.mark.parametrize("rate_hz", [8000, 16000, 48000, 96000])
+@pytest.mark.parametrize("rate_hz", [8000, 96000])
 def test_other_rates(rate_hz: int) -> None:
     stretched = time_stretch(make_sine(440, rate_hz=rate_hz), rate_hz, speed=1.3)
     assert measure_pitch(stretched[0], rate_hz) == pytest.approx(440, rel=0.005)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 5000), st.integers(1, 2), st.floats(0.25, 4.0))
 def test_any_length_is_exact_and_finite(samples: int, channels: int, speed: float) -> None:
     audio = np.random.default_rng(samples).uniform(-1, 1, (channels, samples)).astype(np.float32)

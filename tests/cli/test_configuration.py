@@ -63,7 +63,7 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
     assert result.stderr == f"configuration: serve_config.yaml\nerror: {_COMPLAINT}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.server
 def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(run: Run, tmp_path: Path) -> None:
     """Without `args` the settings are the defaults, whose weights are not here. Ray reads the environment of a start
     when it is imported, so this start is a process of its own."""
@@ -153,6 +153,7 @@ def test_the_version_is_an_option(run: Run) -> None:
     assert run("--version").stdout == f"{__version__}\n"
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("typed", "completed"), [("se", "serve"), ("admin jobs dead", "dead-letters"), ("serve --pro", "--proxy")]
 )
@@ -173,6 +174,8 @@ def test_the_proxy_may_be_chosen_in_every_place_of_settings(run: Run, tmp_path: 
     assert yaml.safe_load(run("config").stdout)["proxy"]["kind"] == "python"
 
 
+@pytest.mark.server
+@pytest.mark.slow
 def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run, tmp_path: Path) -> None:
     """Without weights and a hub it ends where it would begin to serve them, for all that `.env` says."""
     (tmp_path / ".env").write_text(

@@ -36,6 +36,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["quality", *arguments])
 
 
+@pytest.mark.server  # loads a model six times
 def test_a_report_from_its_making_to_its_end(folder: Path) -> None:
     assert run("list").stdout == ""
     made = run("check", "tiny")

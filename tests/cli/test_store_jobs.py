@@ -18,13 +18,12 @@ from stable_audio_serve.cli import app
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.jobs.job import Job, JobError, JobUpload
 from stable_audio_serve.jobs.store.job_store import JobStore
-from tests.databases import postgres
 from tests.jobs.stores import RESULT, add, find, lease, open_database, postgres_with_tables, report, store_url
 from tests.patience import PATIENCE_S
 
-__all__ = ["postgres", "postgres_with_tables", "store_url"]
+pytestmark = pytest.mark.server
 
-pytestmark = pytest.mark.slow
+__all__ = ["postgres_with_tables", "store_url"]
 
 DEAD = JobError("unavailable", "the model lost its replica too often")
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J \u202egnp.exe [bold]b[/bold] :smile:\r\nnext \ud83c " + "long " * 50
@@ -96,12 +95,12 @@ def test_a_list_is_newest_first_with_the_number_of_each(store: JobStore, run: Ru
     assert [row.split()[1] for row in rows] == [job.state for job in list(jobs.values())[::-1]]
 
 
-@pytest.mark.parametrize("state", ["queued", "running", "succeeded", "failed", "cancelled"])
-def test_a_list_of_one_state(store: JobStore, run: Run, state: str) -> None:
+def test_a_list_of_one_state(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
-    listed = load(run("list", "--state", state, "--json"))
-    assert [job["id"] for job in listed] == [job.spec.id for job in list(jobs.values())[::-1] if job.state == state]
-    assert {job["state"] for job in listed} == {state}
+    for state in ("queued", "running", "succeeded", "failed", "cancelled"):
+        listed = load(run("list", "--state", state, "--json"))
+        assert [job["id"] for job in listed] == [job.spec.id for job in list(jobs.values())[::-1] if job.state == state]
+        assert {job["state"] for job in listed} == {state}
 
 
 def test_a_list_has_a_limit(store: JobStore, run: Run) -> None:
@@ -179,11 +178,12 @@ def test_the_jobs_of_every_client_are_there_and_told_apart(store: JobStore, run:
     assert {job.spec.client: job.state for job in store.operators.list_all()} == {"alice": "cancelled", "bob": "queued"}
 
 
-@pytest.mark.parametrize("name", ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"])
-@pytest.mark.parametrize("command", ["show", "cancel", "retry"])
-def test_an_unknown_job_is_one_sentence(store: JobStore, run: Run, command: str, name: str) -> None:
-    _, said = expect(run(command, name), "no such job", code=2).splitlines()
-    assert said.startswith("error: ")
+def test_an_unknown_job_is_one_sentence(store: JobStore, run: Run) -> None:
+    names = ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"]
+    calls = [("show", name) for name in names] + [("cancel", "x"), ("retry", "x")]
+    for command, name in calls:
+        _, said = expect(run(command, name), "no such job", code=2).splitlines()
+        assert said.startswith("error: "), (command, name)
 
 
 def test_cancelling(store: JobStore, run: Run, tmp_path: Path) -> None:
@@ -252,6 +252,7 @@ def test_the_config_file_names_the_store(
     expect(run("list", "--config", "mine.yaml"), "mine.yaml", code=2)
 
 
+@pytest.mark.server
 def test_as_a_program_of_its_own(store: JobStore, store_url: str, tmp_path: Path) -> None:
     job = add(store)
     command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job.spec.id, "nope"]

@@ -21,6 +21,7 @@ def run(failpoints: str) -> int:
     return subprocess.run([sys.executable, "-c", _PROGRAM], env={VARIABLE: failpoints}, timeout=PATIENCE_S).returncode
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("failpoints", "code"), [("", 0), ("after_commit=kill", 0), ("mid_upload=kill", -signal.SIGKILL)]
 )
@@ -28,6 +29,7 @@ def test_a_process_dies_where_it_is_told_to(failpoints: str, code: int) -> None:
     assert run(failpoints) == code
 
 
+@pytest.mark.server
 def test_with_a_file_it_dies_once(tmp_path: Path) -> None:
     markers = [tmp_path / name for name in ("a", "b")]
     failpoints = f"after_lease=kill@{markers[0]}, mid_upload=kill@{markers[1]}"

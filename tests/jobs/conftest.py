@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import multiprocessing
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,13 @@ async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
     data = make_audio_file(duration_s=0.5)
     file = await workshop.queue.put_upload(lambda: [data], media_type="audio/wav", file_name="a.wav")
     return JobUpload(file, role, max_s=10.0, decoded_bytes=2 * 22050 * 4)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Three other processes."""
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.fixture

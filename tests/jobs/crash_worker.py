@@ -10,10 +10,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -75,20 +76,24 @@ async def _work(settings: Settings) -> None:
 
 
 def _freeze_between_transactions(database: Database) -> None:
-    """SQLite has one writer: frozen in the middle of a transaction, it would hold up everybody else."""
-    lock = threading.Lock()
-    writing, kill = database.writing, os.kill
+    """Never freeze while SQLite is used: a frozen writer, or a connection being opened, holds up everybody else."""
+    lock = threading.RLock()
+    kill = os.kill
 
-    @contextmanager
-    def writing_alone() -> Iterator[sa.Connection]:
-        with lock, writing() as connection:
-            yield connection
+    def alone(use: Callable[[], AbstractContextManager[sa.Connection]]) -> Callable[[], Any]:
+        @contextmanager
+        def used_alone() -> Iterator[sa.Connection]:
+            with lock, use() as connection:
+                yield connection
+
+        return used_alone
 
     def kill_alone(pid: int, number: int) -> None:
         with lock if number == signal.SIGSTOP else nullcontext():
             kill(pid, number)
 
-    database.writing = writing_alone  # type: ignore[method-assign]
+    database.writing = alone(database.writing)  # type: ignore[method-assign]
+    database.reading = alone(database.reading)  # type: ignore[method-assign]
     os.kill = kill_alone
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
 
-__all__ = ["database", "postgres_with_tables", "processes", "store", "store_url", "wall"]
+__all__ = ["contract_store_url", "database", "postgres_with_tables", "store", "store_url", "wall"]
 
-KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
+KINDS = ("sqlite", pytest.param("postgresql", marks=[pytest.mark.server, pytest.mark.slow]))
+CONTRACT_KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.server))  # both always: what a store promises
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
 RESULT = JobResult(FILE, "f" * 32, 44100, (7,), 1.5)
@@ -47,31 +47,37 @@ def wall() -> Wall:
     return Wall()
 
 
-@pytest.fixture(scope="module")
-def postgres_with_tables(postgres: PostgresServer) -> Iterator[str]:
-    """One database for the tests of a module, which `empty` clears faster than another one is made."""
+@functools.cache
+def _make_tables(postgres: PostgresServer) -> str:
     url = postgres.create_database()
-    postgres.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET synchronous_commit = off")  # no crash is tested here
     open_database(url).prepare()
-    yield url
-    postgres.drop_database(url)
+    return url
 
 
 @pytest.fixture(scope="session")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    """Three other processes."""
-    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
+def postgres_with_tables(postgres: PostgresServer) -> str:
+    """One database for all tests of this process, which `empty` clears faster than another one is made."""
+    return _make_tables(postgres)
+
+
+def _url_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
+    if kind == "sqlite":
+        return f"sqlite:///{folder / 'jobs' / 'jobs.db'}"
+    url: str = request.getfixturevalue("postgres_with_tables")
+    empty(url)
+    return url
 
 
 @pytest.fixture(params=KINDS)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a test's jobs are, with nothing in it."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'jobs' / 'jobs.db'}"
-    url: str = request.getfixturevalue("postgres_with_tables")
-    empty(url)
-    return url
+    return _url_of(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=CONTRACT_KINDS)
+def contract_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The same for the contract suite: imported `as store_url`."""
+    return _url_of(request.param, request, tmp_path)
 
 
 @pytest.fixture

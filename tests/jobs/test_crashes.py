@@ -21,15 +21,12 @@ from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
 from stable_audio_serve.jobs.store.tables import FILES
-from tests.databases import postgres, postgres_url
 from tests.jobs.conftest import make_spec
 from tests.jobs.crash_worker import MODEL, make_context, start_worker
 from tests.patience import PATIENCE_S, until
 from tests.webhook_receiver import Receiver, receiving
 
-__all__ = ["postgres", "postgres_url"]
-
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 _REQUEST = GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=4)
 
@@ -125,7 +122,10 @@ ON_POSTGRESQL = ("after_lease", "after_upload", "after_commit")
 
 @pytest.mark.parametrize(
     ("site", "point"),
-    [("sqlite", point) for point in POINTS] + [("postgresql", point) for point in ON_POSTGRESQL],
+    [
+        *[("sqlite", point) for point in POINTS],
+        *[pytest.param("postgresql", point, marks=pytest.mark.slow) for point in ON_POSTGRESQL],
+    ],
     indirect=["site"],
 )
 async def test_killed_there_it_leaves_one_file_and_one_webhook(site: Site, point: Failpoint, expected: bytes) -> None:
@@ -153,8 +153,8 @@ async def test_a_job_that_kills_everybody_ends_as_a_dead_letter(site: Site) -> N
     ("site", "point", "left"),
     [
         ("sqlite", "between_steps", []),
-        ("sqlite", "after_upload", ["{}-audio.wav"]),
-        ("postgresql", "after_upload", ["{}-audio.wav"]),
+        pytest.param("sqlite", "after_upload", ["{}-audio.wav"], marks=pytest.mark.slow),
+        pytest.param("postgresql", "after_upload", ["{}-audio.wav"], marks=pytest.mark.slow),
     ],
     indirect=["site"],
 )

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from collections import Counter
 
+import pytest
+
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.job import State
 from stable_audio_serve.jobs.overview import JobsWatch
@@ -75,6 +77,7 @@ async def test_many_who_ask_together_cause_one_question() -> None:
     assert jobs.asked == {"unfinished": 1, "counts": 1}
 
 
+@pytest.mark.server
 async def test_a_silent_database_is_asked_once_and_the_last_answer_stands() -> None:
     jobs = Slow()
     watch = JobsWatch(jobs, fresh_s=0.0)

@@ -21,7 +21,7 @@ from tests.jobs.conftest import make_spec
 from tests.jobs.stores import KINDS
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 @pytest.fixture(params=KINDS)

@@ -26,8 +26,6 @@ from tests.backends import ToneBackend
 from tests.jobs.conftest import Workshop, make_spec, upload
 from tests.patience import until
 
-pytestmark = pytest.mark.slow
-
 
 class FailingBackend(ToneBackend):
     """Raises these errors one after another, then works."""

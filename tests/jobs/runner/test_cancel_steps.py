@@ -27,8 +27,6 @@ from tests.jobs.conftest import make_spec
 from tests.models.loaded import loaded
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
-
 _NAME = "tiny-s"
 _STEPS = 6
 _VICTIM_S = 3.0  # longer than the others, which is how the gate knows it
@@ -109,6 +107,7 @@ async def audio_of(queue: JobQueue, job: Job) -> bytes:
     return b"".join([chunk async for chunk in queue.read(job.result.file)])
 
 
+@pytest.mark.server
 async def test_it_ends_within_a_step_and_its_neighbours_do_not_notice(tmp_path: Path) -> None:
     model = GatedModel()
     async with running(tmp_path, model) as queue:

@@ -23,8 +23,6 @@ from tests.patience import until
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
 
-pytestmark = pytest.mark.slow
-
 REFUSED = ("job_files_refused",)
 
 
@@ -97,6 +95,7 @@ async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
         await workshop.queue.close()
 
 
+@pytest.mark.server
 async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
     object_storage: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

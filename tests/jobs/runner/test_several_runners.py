@@ -24,9 +24,9 @@ from tests.jobs.conftest import SHORT_PAUSES, RecordedMetrics, Workshop, make_sp
 from tests.jobs.stores import Wall, wall
 from tests.patience import PATIENCE_S, until, wait_until
 
-__all__ = ["wall"]
+pytestmark = pytest.mark.server
 
-pytestmark = pytest.mark.slow
+__all__ = ["wall"]
 
 _LEASE_S = 0.3  # by a clock that stands still until a test moves it; renewed every 0.1 s of real time
 

@@ -25,8 +25,6 @@ from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
 from tests.object_storage import Faults, ObjectStorage
 from tests.patience import until
 
-pytestmark = pytest.mark.slow
-
 HOUR = 3600.0
 LIMITS = JobSettings(retention_s=7 * 24 * HOUR, orphan_after_s=24 * HOUR, sweep_every_s=600)
 
@@ -111,7 +109,7 @@ class Bucket(Premises):
         self.storage.client.create_multipart_upload(Bucket=self.bucket, Key=f"p/{key}")
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server)])
 async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Premises]:
     """A place that nobody has used yet."""
     made = make_folder(tmp_path) if request.param == "local" else make_bucket(request, tmp_path)

@@ -28,9 +28,9 @@ from tests.jobs.stores import (
     ref,
     report,
     store,
-    store_url,
     wall,
 )
+from tests.jobs.stores import contract_store_url as store_url
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 

@@ -28,17 +28,21 @@ from tests.jobs.stores import (
     lease,
     open_database,
     postgres_with_tables,
-    processes,
     result_of,
-    store_url,
     wall,
 )
+from tests.jobs.stores import contract_store_url as store_url
 
-pytestmark = pytest.mark.slow
-
-__all__ = ["postgres_with_tables", "processes", "store_url", "wall"]
+__all__ = ["postgres_with_tables", "store_url", "wall"]
 
 _MANY = JobSettings(max_queued=10_000)
+
+# SQLite has one writer at a time.
+on_postgresql = pytest.mark.parametrize(
+    "store_url",
+    [pytest.param("sqlite", marks=pytest.mark.slow), pytest.param("postgresql", marks=pytest.mark.server)],
+    indirect=True,
+)
 
 
 @pytest.fixture
@@ -98,6 +102,7 @@ def test_threads_never_lease_the_same_job(database: Database) -> None:
     assert set(ids) == expected
 
 
+@on_postgresql
 def test_many_runners_give_every_client_its_turns(database: Database) -> None:
     store = JobStore(database, _MANY)
     for _ in range(30):
@@ -112,6 +117,7 @@ def test_many_runners_give_every_client_its_turns(database: Database) -> None:
     assert {client: clients.count(client) for client in "klmno"} == dict.fromkeys("klmno", 12)
 
 
+@pytest.mark.server
 def test_processes_never_lease_the_same_job(database: Database, store_url: str, processes: ProcessPoolExecutor) -> None:
     store = JobStore(database, _MANY)
     expected = {add(store).spec.id for _ in range(150)}
@@ -121,6 +127,7 @@ def test_processes_never_lease_the_same_job(database: Database, store_url: str, 
     assert set(ids) == expected
 
 
+@on_postgresql
 def test_changes_to_many_jobs_never_wait_for_each_other_in_a_circle(database: Database) -> None:
     store = JobStore(database, _MANY)
     jobs = [lease(store) for job in [add(store) for _ in range(20)]]
@@ -145,6 +152,7 @@ def test_fifty_identical_requests_at_once_make_one_job(database: Database, by: s
     assert store.operators.counts() == {"queued": 1}
 
 
+@pytest.mark.server
 def test_identical_requests_of_many_processes_make_one_job(
     database: Database, store_url: str, processes: ProcessPoolExecutor
 ) -> None:
@@ -153,6 +161,7 @@ def test_identical_requests_of_many_processes_make_one_job(
     assert JobStore(database).operators.counts() == {"queued": 1}
 
 
+@on_postgresql
 def test_two_requests_with_one_key_at_once_make_one_job(database: Database) -> None:
     store = JobStore(database, _MANY)
     specs = [make_spec(idempotency_key="k", fingerprint=fingerprint) for fingerprint in "ab" * 10]
@@ -210,6 +219,7 @@ def test_a_cancelled_job_never_starts_and_a_started_one_hears_of_it(database: Da
             store.runners.stop(leased)
 
 
+@on_postgresql
 def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database) -> None:
     store = JobStore(database, _MANY)
     for _ in range(8):
@@ -223,6 +233,7 @@ def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database
         store.clients.cancel(job.spec.ref)
 
 
+@on_postgresql
 def test_whatever_runners_do_every_job_ends_once(store_url: str, wall: Wall) -> None:
     """Some fall silent, some wake up after their jobs were given away, some end them twice."""
     num_jobs = 60

@@ -20,14 +20,10 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.migrations.upgrade import newest_revision
 from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
-from tests.jobs.stores import KINDS, add, find, open_database, processes
-
-pytestmark = pytest.mark.slow
-
-__all__ = ["processes"]
+from tests.jobs.stores import CONTRACT_KINDS, add, find, open_database
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=CONTRACT_KINDS)
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database without any tables."""
     if request.param == "sqlite":
@@ -136,7 +132,8 @@ class TestStart:
         assert find(store, job) == job
         database.close()
 
-    @pytest.mark.parametrize("_", range(5))
+    @pytest.mark.server
+    @pytest.mark.parametrize("_", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in range(1, 5))])
     def test_many_processes_may_start_at_once(self, empty_url: str, processes: ProcessPoolExecutor, _: int) -> None:
         list(processes.map(prepare, [empty_url] * 6, "abcdef"))
         database = open_database(empty_url)
@@ -187,23 +184,28 @@ class TestStart:
     def test_a_host_that_is_not_there(self) -> None:
         assert "nowhere.invalid" in refusal_of("postgresql://user:secret@nowhere.invalid/jobs")
 
+    @pytest.mark.server  # takes two seconds, as short as libpq can wait
     def test_a_server_that_never_answers(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             assert "timeout" in refusal_of(f"postgresql://user:secret@127.0.0.1:{port}/jobs?connect_timeout=2")
 
+    @pytest.mark.server
     def test_a_wrong_password(self, postgres: PostgresServer) -> None:
         url = postgres.url().replace(postgres.password, "wrong-password")
         assert "password authentication failed" in refusal_of(url)
 
+    @pytest.mark.server
     def test_an_unknown_database(self, postgres: PostgresServer) -> None:
         assert '"other" does not exist' in refusal_of(postgres.url("other"))
 
+    @pytest.mark.server
     def test_a_user_who_may_make_no_tables(self, postgres: PostgresServer, postgres_url: str) -> None:
         postgres.execute("CREATE ROLE guest LOGIN PASSWORD 'guest-secret'")
         url = postgres_url.replace(f"{postgres.user}:{postgres.password}", "guest:guest-secret")
         assert "permission denied" in refusal_of(url)
 
+    @pytest.mark.server
     def test_a_server_that_takes_no_writes(self, tmp_path: Path, postgres_url: str) -> None:
         database = open_database(postgres_url)
         database.prepare()
@@ -218,6 +220,7 @@ class TestStart:
 class TestFaults:
     """What fails while jobs are served is an error to try again, and passes."""
 
+    @pytest.mark.server
     def test_a_restarted_server_is_used_again(self, postgres: PostgresServer, postgres_url: str) -> None:
         database = open_database(postgres_url)
         store = JobStore(database)
@@ -228,6 +231,7 @@ class TestFaults:
             add(store)
         database.close()
 
+    @pytest.mark.server
     def test_a_server_that_is_away_is_a_storage_error_until_it_is_back(
         self, postgres: PostgresServer, postgres_url: str
     ) -> None:
@@ -248,6 +252,7 @@ class TestFaults:
         assert store.operators.counts() == {"queued": 1}
         database.close()
 
+    @pytest.mark.server
     def test_a_connection_lost_in_the_middle_changes_nothing(self, postgres: PostgresServer, postgres_url: str) -> None:
         database = open_database(postgres_url)
         store = JobStore(database)
@@ -265,6 +270,7 @@ class TestFaults:
         assert store.operators.counts() == {"queued": 1}
         database.close()
 
+    @pytest.mark.server
     def test_a_process_frozen_in_a_transaction_loses_its_locks(self, postgres_url: str) -> None:
         database = open_database(postgres_url)
         with database.writing() as connection:
@@ -287,6 +293,7 @@ class TestFaults:
         add(store)
         database.close()
 
+    @pytest.mark.server
     def test_a_full_disk_of_the_server_too(self, postgres_url: str) -> None:
         database = open_database(postgres_url)
         store = JobStore(database)

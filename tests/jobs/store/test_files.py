@@ -8,14 +8,8 @@ import pytest
 
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.job_store import JobStore
-from tests.jobs.stores import (
-    FILE,
-    database,
-    postgres_with_tables,
-    store,
-    store_url,
-    wall,
-)
+from tests.jobs.stores import FILE, database, postgres_with_tables, store, wall
+from tests.jobs.stores import contract_store_url as store_url
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
-from tests.jobs.stores import (
-    database,
-    postgres_with_tables,
-    store,
-    store_url,
-    wall,
-)
+from tests.jobs.stores import database, postgres_with_tables, store, store_url, wall
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 

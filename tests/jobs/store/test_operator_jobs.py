@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from stable_audio_serve.jobs.store.job_store import JobStore
-from tests.jobs.stores import (
-    ERROR,
-    add,
-    database,
-    dead_letter,
-    lease,
-    postgres_with_tables,
-    store,
-    store_url,
-    wall,
-)
+from tests.jobs.stores import ERROR, add, database, dead_letter, lease, postgres_with_tables, store, wall
+from tests.jobs.stores import contract_store_url as store_url
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 

@@ -23,9 +23,9 @@ from tests.jobs.stores import (
     postgres_with_tables,
     result_of,
     store,
-    store_url,
     wall,
 )
+from tests.jobs.stores import contract_store_url as store_url
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 

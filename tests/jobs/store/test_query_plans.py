@@ -18,14 +18,14 @@ from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import ERROR, KINDS, add, lease, open_database, ref, report, result_of
+from tests.jobs.stores import CONTRACT_KINDS, ERROR, add, lease, open_database, ref, report, result_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 _NUM_JOBS, _NUM_CLIENTS = 10_000, 10
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=CONTRACT_KINDS)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobStore]:
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('plans') / 'jobs.db'}"
@@ -127,6 +127,7 @@ def test_uses_indexes(store: JobStore, name: str) -> None:
         assert not faults(plan, is_sqlite=store.database.is_sqlite), f"{statement}\n{plan}"
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("before", [{"queued": 30}, {"queued": 0, "succeeded": _NUM_JOBS}], ids=["short", "empty"])
 def test_a_queue_that_fills_faster_than_statistics_is_not_sorted(postgres_url: str, before: dict[str, int]) -> None:
     """PostgreSQL keeps plans, and counts rows once a minute; few rows are best read as a whole."""

@@ -491,9 +491,14 @@ def databases(store_url: str) -> Iterator[tuple[tuple[Database, Database], Wall]
         database.close()
 
 
-@pytest.mark.slow
+@pytest.mark.server
 def test_no_sequence_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
-    run_sequences(databases, count=50, steps=25)
+    run_sequences(databases, count=20, steps=25)
+
+
+@pytest.mark.slow
+def test_none_of_many_sequences_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
+    run_sequences(databases, count=200, steps=25)
 
 
 @pytest.mark.chaos

@@ -22,7 +22,7 @@ from alembic.operations import Operations
 from stable_audio_serve.jobs.store.migrations import upgrade as migrations
 from stable_audio_serve.jobs.store.tables import METADATA
 from tests.databases import PostgresServer
-from tests.jobs.stores import KINDS, open_database
+from tests.jobs.stores import CONTRACT_KINDS, open_database
 
 VERSIONS = Path(migrations.__file__).parent / "versions"
 NAMES = sorted(path.stem for path in VERSIONS.glob("[0-9]*_*.py"))
@@ -141,7 +141,7 @@ def test_revisions_are_numbered_one_after_another() -> None:
     assert list(RELEASED) == NAMES
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONTRACT_KINDS)
 def test_all_revisions_together_make_the_tables_that_the_statements_use(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -24,9 +24,9 @@ from tests.jobs.stores import (
     report,
     result_of,
     store,
-    store_url,
     wall,
 )
+from tests.jobs.stores import contract_store_url as store_url
 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 

@@ -15,7 +15,8 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.tables import JOBS
 from stable_audio_serve.jobs.store.waiting import Waiting
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import add_spec, database, lease, postgres_with_tables, store_url, wall
+from tests.jobs.stores import add_spec, database, lease, postgres_with_tables, wall
+from tests.jobs.stores import contract_store_url as store_url
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
 

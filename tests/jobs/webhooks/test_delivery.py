@@ -120,12 +120,18 @@ PRIVATE = [
 ]
 
 
-@pytest.mark.parametrize("host", PRIVATE)
-@pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_private_addresses_are_refused_in_every_spelling(host: str, scheme: str) -> None:
-    with pytest.raises(InvalidRequestError, match="fal_webhook") as caught:
-        await check_webhook_url(f"{scheme}://{host}:8080/hook", field="fal_webhook")
-    assert caught.value.field == "fal_webhook"
+async def test_private_addresses_are_refused_in_every_spelling() -> None:
+    accepted = []
+    for url in (f"{scheme}://{host}:8080/hook" for scheme in ("http", "https") for host in PRIVATE):
+        try:
+            await check_webhook_url(url, field="fal_webhook")
+        except InvalidRequestError as error:
+            named = (error.field, "fal_webhook" in error.message)
+        else:
+            named = (None, False)
+        if named != ("fal_webhook", True):
+            accepted.append(url)
+    assert accepted == []
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "[2606:4700:4700::1111]", "93.184.216.34:8443", "[::ffff:8.8.8.8]"])

@@ -20,6 +20,8 @@ from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
 from tests.patience import PATIENCE_S, until
 from tests.webhook_receiver import Receiver, receiving
 
+pytestmark = pytest.mark.server
+
 _SECRET = "whsec_" + "c2VjcmV0" * 5
 _FAILURE = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
 
