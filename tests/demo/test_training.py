@@ -53,6 +53,7 @@ def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> Non
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
 
 
+@pytest.mark.slow
 def test_stage_three_changes_the_decoder_and_nothing_else(untrained: Autoencoder) -> None:
     before = {name: value.clone() for name, value in untrained.state_dict().items()}
     config = DecoderTrainingConfig(steps=2, clips=ClipConfig(batch_latents=60, longest_s=1.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,7 +27,6 @@ def table_of(held: HeldFrames, *, frames: int, num_parts: int) -> Tensor:
     return torch.tensor(table, dtype=torch.int32).view(1, num_parts, -1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 4)), min_size=1, max_size=12),
     dropped=st.sets(st.integers(0, 11)),

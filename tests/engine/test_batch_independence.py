@@ -72,55 +72,54 @@ def assert_same(mode: str, result: GenerationResult, alone: GenerationResult) ->
     assert largest_difference(result, alone) <= (0.0 if mode == "strict" else FAST_TOLERANCE)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-async def test_crowd_of_unlike_neighbours_changes_nothing(mode: str, subject: str) -> None:
-    options = make_options(mode)
-    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
-    async with Engine(make_model(mode), options) as engine:
+async def run_each_alone(mode: str, **fields: object) -> list[GenerationResult]:
+    options = make_options(mode, **fields)
+    return [await run_alone(subject, options=options, mode=mode) for subject in SUBJECTS.values()]
+
+
+def assert_all_same(mode: str, results: Sequence[GenerationResult], alone: Sequence[GenerationResult]) -> None:
+    for result, own in zip(results, alone, strict=True):
+        assert_same(mode, result, own)
+
+
+async def test_a_crowd_of_unlike_neighbours_changes_nothing(mode: str) -> None:
+    async with Engine(make_model(mode), make_options(mode)) as engine:
         crowd = make_unlike_requests()
-        results = await asyncio.gather(*map(engine.generate, [*crowd[:4], SUBJECTS[subject], *crowd[4:]]))
-    assert_same(mode, results[4], alone)
+        results = await asyncio.gather(*map(engine.generate, [*crowd[:4], *SUBJECTS.values(), *crowd[4:]]))
+    assert_all_same(mode, results[4 : 4 + len(SUBJECTS)], await run_each_alone(mode))
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-async def test_late_joiner_gets_same_audio_as_alone(mode: str, subject: str) -> None:
-    options = make_options(mode)
-    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
-    async with Engine(make_model(mode), options) as engine:
+async def test_late_joiners_get_the_same_audio_as_alone(mode: str) -> None:
+    async with Engine(make_model(mode), make_options(mode)) as engine:
         tasks = await run_after_some_steps(engine, make_unlike_requests())
-        result = await engine.generate(SUBJECTS[subject])
+        results = await asyncio.gather(*map(engine.generate, SUBJECTS.values()))
         await asyncio.gather(*tasks)
-    assert_same(mode, result, alone)
+    assert_all_same(mode, results, await run_each_alone(mode))
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-async def test_neighbours_cancelled_mid_way_change_nothing(mode: str, subject: str) -> None:
-    options = make_options(mode)
-    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
-    async with Engine(make_model(mode), options) as engine:
+async def test_neighbours_cancelled_mid_way_change_nothing(mode: str) -> None:
+    async with Engine(make_model(mode), make_options(mode)) as engine:
         tasks = await run_after_some_steps(engine, make_unlike_requests())
-        own = asyncio.create_task(engine.generate(SUBJECTS[subject]))
+        own = [asyncio.create_task(engine.generate(subject)) for subject in SUBJECTS.values()]
         await asyncio.sleep(0)
         for task in tasks[::2]:
             task.cancel()
-        result = await own
+        results = await asyncio.gather(*own)
         await asyncio.gather(*tasks, return_exceptions=True)
-    assert_same(mode, result, alone)
+    assert_all_same(mode, results, await run_each_alone(mode))
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-async def test_priority_does_not_change_the_audio(mode: str, subject: str) -> None:
+async def test_priority_does_not_change_the_audio(mode: str) -> None:
     """Rows join the steps of others, wait for others and have separate steps."""
-    options = make_options(mode, max_rows=4, batch_share=0.5)
-    alone = await run_alone(SUBJECTS[subject], options=options, mode=mode)
-    own = replace(SUBJECTS[subject], priority="batch")
+    fields = {"max_rows": 4, "batch_share": 0.5}
+    own = [replace(subject, priority="batch") for subject in SUBJECTS.values()]
     batch = [replace(request, priority="batch") for request in make_unlike_requests()]
-    async with Engine(make_model(mode), options) as engine:
+    async with Engine(make_model(mode), make_options(mode, **fields)) as engine:
         tasks = await run_after_some_steps(engine, batch)
-        results = await asyncio.gather(*map(engine.generate, [own, SUBJECTS[subject], *make_unlike_requests()]))
+        results = await asyncio.gather(*map(engine.generate, [*own, *SUBJECTS.values(), *make_unlike_requests()]))
         await asyncio.gather(*tasks)
-    assert_same(mode, results[0], alone)
-    assert_same(mode, results[1], alone)
+    alone = await run_each_alone(mode, **fields)
+    assert_all_same(mode, results[: 2 * len(own)], [*alone, *alone])
 
 
 @pytest.mark.parametrize("mode", ["fast", "packed"])

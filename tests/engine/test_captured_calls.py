@@ -26,6 +26,7 @@ from tests.engine.capturing import MOST_ROUNDS, GraphCounts, LateRecordingDevice
 from tests.factories import make_audio, make_request
 from tests.goldens import load_open_goldens
 from tests.models.loaded import loaded
+from tests.parameters import slow
 
 FRAMES = 32
 PROMPTS = ("rain on a roof", "", "a very long prompt " * 20)
@@ -39,7 +40,7 @@ def load(name: str) -> Any:
     return load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
 
 
-@pytest.fixture(params=["sharp-s", "sharp-l", "tiny-1.0"])
+@pytest.fixture(params=["sharp-s", slow("sharp-l"), slow("tiny-1.0")])
 def model(request: pytest.FixtureRequest) -> Any:
     return load(request.param)
 
@@ -72,6 +73,7 @@ def same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.server
 def test_recorded_text_with_other_prompts_equals_their_own_call_to_the_bit(model: Any) -> None:
     device, metrics = RecordedDevice(), GraphCounts()
     graphs = Graphs(device, clock=SystemClock(), metrics=metrics)
@@ -92,6 +94,7 @@ def test_recorded_text_with_other_prompts_equals_their_own_call_to_the_bit(model
     assert (metrics.graphs, metrics.misses) == ({"text": 1}, {"text": 2})
 
 
+@pytest.mark.server
 def test_recorded_windows_with_other_latents_equal_their_own_call_to_the_bit(model: Any) -> None:
     device = RecordedDevice()
     graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
@@ -109,6 +112,7 @@ def test_recorded_windows_with_other_latents_equal_their_own_call_to_the_bit(mod
     assert same(others, wanted)
 
 
+@pytest.mark.slow
 def test_fewer_windows_or_prompts_than_were_recorded_are_unharmed_by_what_is_left_over() -> None:
     model, device = load("sharp-s"), RecordedDevice()
     graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
@@ -132,7 +136,7 @@ def test_fewer_windows_or_prompts_than_were_recorded_are_unharmed_by_what_is_lef
 
 @pytest.mark.parametrize(
     ("name", "make_device"),
-    [("sharp-s", RecordingDevice), ("tiny-1.0", RecordingDevice), ("sharp-s", LateRecordingDevice)],
+    [slow("sharp-s", RecordingDevice), slow("tiny-1.0", RecordingDevice), ("sharp-s", LateRecordingDevice)],
 )
 async def test_an_engine_that_captures_text_and_windows_gives_the_same_bytes(
     name: str, make_device: type[RecordingDevice | LateRecordingDevice]

@@ -30,6 +30,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.sampling import SeededNoise
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
+from tests.parameters import slow
 from tests.patience import PATIENCE_S, until
 
 OnCall = Callable[[str, Sequence[object]], None]
@@ -107,6 +108,7 @@ def make_noise(seed: int) -> SeededNoise:
     return PoisonedNoise(seed) if seed == 666 else SeededNoise(seed)
 
 
+@pytest.mark.server
 async def test_results_are_read_without_torch() -> None:
     """Ingress and job runner get them pickled; torch alone takes longer to load than most requests take."""
     progress: list[Progress] = []
@@ -319,7 +321,7 @@ def break_on(prompt: str, stage: str) -> OnCall:
     return on_call
 
 
-@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("mode", ["fast", slow("strict")])
 @pytest.mark.parametrize("stage", ["encode_text", "encode_audio", "condition", "decode"])
 async def test_row_that_breaks_a_stage_fails_alone(mode: str, stage: str) -> None:
     poison = make_request("poison", seed=666, init_audio=make_audio(), init_noise_level=0.5)
@@ -332,7 +334,7 @@ async def test_row_that_breaks_a_stage_fails_alone(mode: str, stage: str) -> Non
         engine.check_health()
 
 
-@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("mode", ["fast", slow("strict")])
 @pytest.mark.parametrize("when", ["made", "drawn"])
 async def test_row_whose_noise_breaks_fails_alone(mode: str, when: str) -> None:
     class Broken(SeededNoise):
@@ -370,7 +372,7 @@ async def test_row_that_breaks_the_denoiser_fails_alone(mode: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("mode", ["fast", slow("strict")])
 @pytest.mark.parametrize("where", ["denoise", "decode"])
 async def test_row_that_turns_non_finite_fails_alone(mode: str, where: str) -> None:
     class Unstable(ToyModel):

@@ -17,6 +17,7 @@ from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow
 from stable_audio_serve.sampling import SAMPLERS
 from tests.engine.test_batch_independence import assert_same, make_options
 from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
+from tests.parameters import slow
 
 HOP, RATE_HZ = 8, 800
 DURATION_S = 0.6
@@ -52,7 +53,7 @@ def make_model() -> ToyModel:
     return ToyModel(noisy_source_encoder=True, blends=True)
 
 
-@pytest.fixture(params=["strict", "fast"])
+@pytest.fixture(params=["strict", slow("fast")])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.core.errors import InvalidRequestError
@@ -150,7 +150,6 @@ def test_batch_rows_that_hold_memory_go_on_until_others_fit() -> None:
     assert scheduler.pick() == [2]
 
 
-@settings(max_examples=100)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 100), st.sampled_from(["interactive", "batch"])), min_size=1, max_size=20)
 )

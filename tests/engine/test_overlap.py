@@ -19,6 +19,7 @@ from stable_audio_serve.sampling import SeededNoise
 from tests.engine.late_device import LateDevice
 from tests.engine.two_queues import TwoQueues
 from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
+from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
 FAST_TOLERANCE = 1e-5  # as in tests of a crowd's bytes
@@ -65,8 +66,10 @@ def assert_same(mode: str, results: Sequence[GenerationResult], expected: Sequen
             np.testing.assert_allclose(audio, other, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("patience", PATIENCES)
-@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize(
+    ("mode", "patience"),
+    [("strict", PATIENCES[0]), slow("fast", PATIENCES[1]), slow("strict", PATIENCES[1]), slow("fast", PATIENCES[0])],
+)
 async def test_a_second_queue_that_is_late_changes_nothing(mode: str, patience: int | None) -> None:
     crowd = make_crowd()
     expected = await run_alone(crowd, mode=mode)
@@ -109,7 +112,7 @@ async def test_a_row_that_breaks_beside_the_steps_of_others_fails_alone(poison: 
     assert_same("fast", [result for result in results if not isinstance(result, BaseException)], expected)
 
 
-@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("mode", ["strict", slow("fast")])
 async def test_rows_cancelled_in_the_second_queue_change_nothing(mode: str) -> None:
     crowd = make_crowd()
     expected = await run_alone(crowd, mode=mode)

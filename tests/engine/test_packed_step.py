@@ -30,6 +30,7 @@ from tests.factories import make_audio, make_request
 from tests.goldens import load_open_goldens
 from tests.models.loaded import loaded
 from tests.models.packing import attend_varlen
+from tests.parameters import slow
 
 ROOM = PackedRoom(tokens=768, rows=16, longest=120)
 TOLERANCE = BOUNDS["denoiser"]
@@ -46,7 +47,7 @@ def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stable_audio_serve.models.batch_layout.find_varlen", lambda: attend_varlen)
 
 
-@pytest.fixture(params=["sharp-s", "sharp-l"])
+@pytest.fixture(params=["sharp-s", slow("sharp-l")])
 def bench(request: pytest.FixtureRequest) -> Bench:
     return Bench(loaded(request.param))
 
@@ -80,8 +81,15 @@ def test_a_packed_step_equals_the_padded_one(bench: Bench, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds", [("plain", "plain"), ("guided", "other guidance"), ("many registers", "plain"), ("edited", "plain")]
+    "kinds",
+    [
+        ("guided", "other guidance"),
+        slow(("edited", "plain")),
+        slow(("plain", "plain")),
+        slow(("many registers", "plain")),
+    ],
 )
+@pytest.mark.server
 def test_a_recorded_packed_step_with_other_rows_equals_their_own_step_to_the_bit(
     bench: Bench, kinds: tuple[str, str]
 ) -> None:
@@ -177,8 +185,10 @@ async def generate(model: DiffusionModel, requests: Sequence[GenerationRequest],
         return [result.audio[0] for result in await asyncio.gather(*map(engine.generate, requests))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sharp-s", "tiny-1.0", "tiny-small"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny-small", slow("sharp-s"), slow("tiny-1.0")],
+)
 async def test_a_packed_crowd_sounds_as_its_rows_do_alone_captured_or_not(name: str) -> None:
     """The Open family shares heads of its context, and what an edit keeps is blended into its registers."""
     model = loaded(name) if name.startswith("sharp") else load_open(name)

@@ -14,6 +14,7 @@ from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
 from stable_audio_serve.engine import Engine, EngineOptions
 from tests.factories import FakeClock, ToyModel, make_request
+from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
 _STEPS = 16
@@ -70,7 +71,7 @@ async def hand_over(engine: Engine, requests: Sequence[GenerationRequest]) -> li
     return tasks
 
 
-@pytest.mark.parametrize("mode", ["strict", "fast"])
+@pytest.mark.parametrize("mode", ["strict", slow("fast")])
 async def test_an_interactive_request_takes_little_longer_than_alone_behind_thirty_batch_jobs(mode: str) -> None:
     device = Device()
     async with make_engine(device, mode=mode, max_rows=8) as engine:

@@ -332,19 +332,27 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(picked) <= 1 or sum(tokens) <= self.limits.max_tokens
         # No row waits forever: of the rows of a priority that may run, the earliest deadline runs first.
         batch = {row_id for row_id in self.works if self.priorities[row_id] == "batch"}
+        interactive = set(self.works) - batch
         room = self.limits.max_started - len(started)
-        for line, places in (
-            (set(self.works) - batch, room - (bool(batch) and not started & batch)),
-            (batch, min(room - len(set(picked) - batch - started), 3 - len(started & batch))),
-        ):
-            eligible = line if places > 0 else line & started
-            if line.intersection(picked):
-                assert min(eligible, key=lambda row_id: (self.deadlines[row_id], row_id)) in picked
+        self.check_order(picked, interactive, interactive & started, room - (bool(batch) and not started & batch))
+        places = min(room - len(set(picked) - batch - started), 3 - len(started & batch))
+        if interactive - started and not interactive.intersection(picked):
+            # A step lent to batch rows: interactive rows that start in the next one may hold the places.
+            places = 0 if started.intersection(picked) else places
+        self.check_order(picked, batch, batch & started, places)
         self.clock.now += 0.01 * sum(tokens) / 100
         for row_id in picked:
             self.works[row_id].finish_evaluation()
             if self.works[row_id].phase is Phase.DONE:
                 self.end(row_id)
+
+    def order(self, row_id: int) -> tuple[float, int]:
+        return self.deadlines[row_id], row_id
+
+    def check_order(self, picked: list[RowId], line: set[int], started: set[int], places: int) -> None:
+        """The earliest deadline of a priority is picked: of all its rows if there are places, else of the started."""
+        if line.intersection(picked):
+            assert min(line if places > 0 else started, key=self.order) in picked
 
     def end(self, row_id: int) -> None:
         self.scheduler.remove(RowId(row_id))
@@ -366,5 +374,5 @@ class EngineSimulation(RuleBasedStateMachine):
         assert sorted(self.ended) == list(range(self.num_added))
 
 
-EngineSimulation.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+EngineSimulation.TestCase.settings = settings(stateful_step_count=40)
 TestEngineSimulation = EngineSimulation.TestCase

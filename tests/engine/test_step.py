@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product, starmap
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,25 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine import Engine, EngineOptions, executor
+from stable_audio_serve.engine.arena import FrameArena
 from stable_audio_serve.engine.step import Memories, StepInputs, run_step
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBatch
-from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, NETWORK_ROWS, PADDED, REQUESTS, Bench, tensors_of
 from tests.factories import ToyModel, make_request, make_unlike_requests
 from tests.models.loaded import loaded
+from tests.parameters import slow
+
+KINDS = (("plain", "plain"), ("guided", "other guidance"), ("many registers", "plain"))
+SHORT = [("toy", kinds) for kinds in KINDS]
+LONG = [one for one in product(("sharp-s", "sharp-l"), KINDS) if one not in SHORT]
 
 
-@pytest.fixture(params=["toy", "sharp-s", "sharp-l"])
-def bench(request: pytest.FixtureRequest) -> Bench:
-    return Bench(ToyModel() if request.param == "toy" else loaded(request.param))
-
-
-@pytest.mark.parametrize("kinds", [("plain", "plain"), ("guided", "other guidance"), ("many registers", "plain")])
-def test_a_recorded_step_with_other_rows_equals_their_own_step_to_the_bit(bench: Bench, kinds: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("name", "kinds"), [*SHORT, *starmap(slow, LONG)])
+@pytest.mark.server
+def test_a_recorded_step_with_other_rows_equals_their_own_step_to_the_bit(name: str, kinds: tuple[str, str]) -> None:
+    bench = Bench(ToyModel() if name == "toy" else loaded(name))
     with torch.inference_mode():
         first, second = (bench.rows(REQUESTS[kind], evaluation=evaluation) for evaluation, kind in enumerate(kinds))
         general = bench.shape(first).general()
@@ -136,3 +140,30 @@ async def test_replayed_steps_give_the_same_audio_and_misses_are_counted() -> No
     for result, alone in zip(results, expected, strict=True):
         for left, right in zip(result.audio, alone.audio, strict=True):
             np.testing.assert_array_equal(left, right)
+
+
+async def test_captures_are_forgotten_when_memory_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    arenas: list[FrameArena] = []
+
+    class NotedArena(FrameArena):
+        def __init__(self, channels: int, **options: Any) -> None:
+            super().__init__(channels, **options)
+            arenas.append(self)
+
+    monkeypatch.setattr(executor, "FrameArena", NotedArena)
+    options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
+    request = make_request(duration_s=0.5, steps=4)
+    device, metrics = RecordingDevice(), GraphCounts()
+    async with Engine(ToyModel(), options, device=device, metrics=metrics) as engine:
+        for _ in range(MOST_ROUNDS):
+            expected = await engine.generate(request)
+            if await metrics.are_captured("denoise"):
+                break
+        replays, misses = device.num_replays, metrics.misses["denoise"]
+        await engine.generate(request)
+        assert (device.num_replays, metrics.misses["denoise"]) == (replays + 4, misses)
+        (arena,) = arenas
+        arena._grow()
+        result = await engine.generate(request)
+    assert metrics.misses["denoise"] > misses
+    np.testing.assert_array_equal(result.audio[0], expected.audio[0])

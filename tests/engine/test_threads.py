@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sa3.random_weights import official_config
 from stable_audio_serve.models.weights import cast_network
 from tests.factories import make_audio, make_request
-from tests.models.loaded import FAMILY, loaded
+from tests.goldens import SHARP, TINY
+from tests.models.loaded import loaded
+from tests.parameters import slow
 
 THREADS = (1, 2, 4)
 steady = pytest.mark.skipif(not is_amd(), reason="large products depend on the threads here: recipes name their number")
@@ -75,16 +78,25 @@ def make_wide_model() -> Sa3Model:
     return Sa3Model(components, config=config, spec=spec, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", [*FAMILY, pytest.param("wide", marks=steady)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("wide", marks=steady),
+        pytest.param("wide, other requests", marks=[steady, pytest.mark.slow]),
+        *map(slow, (*SHARP, *TINY)),
+    ],
+)
+@pytest.mark.server
 async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
-    model = make_wide_model() if name == "wide" else loaded(name)
+    model = make_wide_model() if name.startswith("wide") else loaded(name)
     requests = make_requests(model.spec.card.sample_rate_hz)
-    if name == "wide":  # whose requests are slow
-        names = ("plain", "guided", "inpainting")
+    if name.startswith("wide"):  # whose requests are slow
+        names = ("inpainting",) if name == "wide" else ("plain", "guided")
         requests = {kind: replace(requests[kind], duration_padding_s=1.0, batch_size=1) for kind in names}
     await _check_threads(model, requests)
 
 
+@pytest.mark.slow
 async def test_nor_does_it_in_bfloat16() -> None:
     model = make_wide_model.__wrapped__()
     cast_network(model.denoiser, torch.bfloat16)
@@ -112,11 +124,22 @@ def test_a_recipe_names_the_threads_where_bytes_depend_on_them(
     assert described.threads == threads
 
 
+def long_form(values: Iterable[tuple[Any, ...]], *, short: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of which those that `short` does not name are slow."""
+    return [value if value in short else slow(*value) for value in values]
+
+
+ROWS = (1, 5, 63, 64, 65, 139, 257, 431)
+WIDTHS = ((1024, 1024), (1024, 8192), (4096, 1024), (768, 6144), (72, 72), (16, 24))
+FEW_PRODUCTS = [(1, (1024, 1024)), (65, (1024, 8192)), (431, (4096, 1024)), (139, (72, 72))]
+QUERIES = (1, 3, 17, 31, 32, 33, 64, 139, 257)
+
+
 @steady
-@pytest.mark.parametrize("rows", [1, 5, 63, 64, 65, 139, 257, 431])
-@pytest.mark.parametrize(("width", "out"), [(1024, 1024), (1024, 8192), (4096, 1024), (768, 6144), (72, 72), (16, 24)])
+@pytest.mark.parametrize(("rows", "widths"), long_form(product(ROWS, WIDTHS), short=FEW_PRODUCTS))
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-def test_products_are_the_same_on_any_number_of_threads(rows: int, width: int, out: int, dtype: torch.dtype) -> None:
+def test_products_are_the_same_on_any_number_of_threads(rows: int, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    width, out = widths
     x, weight = torch.randn(1, rows, width, dtype=dtype), torch.randn(out, width, dtype=dtype)
     with torch.inference_mode():
         results = [_within(num_threads, lambda: F.linear(x, weight)) for num_threads in (1, 2, 3, 4, 8)]
@@ -124,8 +147,9 @@ def test_products_are_the_same_on_any_number_of_threads(rows: int, width: int, o
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("queries", [1, 3, 17, 31, 32, 33, 64, 139, 257])
-@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "is_masked"), long_form(product(QUERIES, (False, True)), short=[(1, False), (33, True), (257, False)])
+)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_attention_is_the_same_on_any_number_of_threads(queries: int, is_masked: bool, dtype: torch.dtype) -> None:
     query, key = torch.randn(2, 12, queries, 64, dtype=dtype), torch.randn(2, 12, 271, 64, dtype=dtype)

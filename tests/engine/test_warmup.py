@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,3 +87,20 @@ def test_steps_are_measured_alone_guided_and_up_to_a_whole_one() -> None:
         (rows, 256) for rows in (1, 2, 4, 8)
     }
     assert step_shapes(OneRowPerCall(), 256, max_tokens=0) == {(1, 256), (2, 256)}
+
+
+def test_warm_up_compiles_every_kind_of_call_before_timing_any() -> None:
+    numbers_of_rows: list[int] = []
+
+    def note(name: str, items: Sequence[object]) -> None:
+        if name == "denoise":
+            numbers_of_rows.append(len(items))
+
+    timed = Timed()
+    timed.model = ToyModel(on_call=note)
+    timed.warm_up(budget_s=0.0)
+    plain, timed.model.spec = len(numbers_of_rows), replace(timed.model.spec, is_compiled=True)
+    numbers_of_rows.clear()
+    timed.warm_up(budget_s=0.0)
+    assert numbers_of_rows[:4] == [1, 2, 1, 2]  # without a source and with one
+    assert len(numbers_of_rows) == plain + 4

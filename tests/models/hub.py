@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +13,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import pytest
+from huggingface_hub import close_session, constants, snapshot_download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -56,11 +57,35 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
     return mine | told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
 
 
+@contextmanager
+def pointing_library_at(
+    endpoint: str, home: Path, *, token: str | None = None, is_offline: bool = False
+) -> Iterator[None]:
+    """The hub's library within this process, as if it had been imported with such an environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("HF_")]:
+            patch.delenv(name)
+        if token is not None:
+            patch.setenv("HF_TOKEN", token)
+        told = {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_OFFLINE": is_offline,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }
+        for name, value in told.items():
+            patch.setattr(constants, name, value)
+        yield
+    close_session()
+
+
 def fill_cache(home: Path, repo_id: str, folder: Path) -> None:
     """Download the checkpoint in `folder`, called `repo_id`, to the cache below `home`; then its hub is gone."""
-    code = "import huggingface_hub, sys; huggingface_hub.snapshot_download(sys.argv[1])"
-    with running_hub({repo_id: Repo(checkpoint_files(folder))}) as hub:
-        subprocess.run([sys.executable, "-c", code, repo_id], env=hub_environment(hub.url, home), check=True)
+    with running_hub({repo_id: Repo(checkpoint_files(folder))}) as hub, pointing_library_at(hub.url, home):
+        snapshot_download(repo_id)
 
 
 @contextmanager
@@ -143,7 +168,7 @@ def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
         yield hub

@@ -10,8 +10,9 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.goldens import SHARP, TINY, load_goldens
+from tests.parameters import slow
 
-FAMILY = [*SHARP, *TINY]
+FAMILY = [*SHARP, *map(slow, TINY)]
 
 
 @cache

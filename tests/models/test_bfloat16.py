@@ -32,9 +32,8 @@ from stable_audio_serve.verification.sa3 import make_runner
 from stable_audio_serve.verification.sao_networks import compare_denoiser as compare_open_denoiser
 from stable_audio_serve.verification.sao_runs import compare_runs
 from tests.factories import make_request
-from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP, TINY
-
-OPEN = ("tiny-1.0", "tiny-small")
+from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP
+from tests.parameters import slow
 
 # Signal over error in decibels, about 4 dB below the worst of all folders when this was written: 37.7 for a call of the
 # network or a part of it, 31.7 with guidance, which multiplies the error, 28.4 for the latents and 20.9 for the audio
@@ -74,7 +73,13 @@ def load_in_bfloat16(folder: Path) -> Sa3Model | SaoModel:
 
 
 @pytest.mark.parametrize(
-    "folder", [*(SA3_GOLDENS / name for name in (*SHARP, *TINY)), *(OPEN_GOLDENS / n for n in OPEN)]
+    "folder",
+    [
+        SA3_GOLDENS / "tiny-l",
+        slow(OPEN_GOLDENS / "tiny-small"),
+        *(slow(SA3_GOLDENS / name) for name in (*SHARP, "tiny-s")),
+        slow(OPEN_GOLDENS / "tiny-1.0"),
+    ],
 )
 @torch.no_grad()
 def test_every_stored_number_is_near(folder: Path) -> None:
@@ -90,7 +95,7 @@ def test_every_stored_number_is_near(folder: Path) -> None:
     assert {component: worst for component, worst in found.items() if worst[0] < LEAST_DB[component]} == {}
 
 
-@pytest.mark.parametrize("folder", [SA3_GOLDENS / "tiny-s", OPEN_GOLDENS / "tiny-small"])
+@pytest.mark.parametrize("folder", [slow(SA3_GOLDENS / "tiny-s"), slow(OPEN_GOLDENS / "tiny-small")])
 async def test_a_crowd_changes_no_byte_in_strict(folder: Path) -> None:
     requests = [make_request(seed=n, duration_s=0.4 + 0.2 * n, steps=2 + n, cfg_scale=1.0 + n) for n in range(3)]
     options = EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0)

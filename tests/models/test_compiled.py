@@ -61,6 +61,7 @@ def run(model: DiffusionModel, own: list[BranchConditioning], *, frames: int) ->
     return model.denoise(StepBatch.of(x, t=torch.full((len(own),), 0.6), valid=valid, branches=own))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_calls_of_every_kind_are_as_without(name: str, tmp_path: Path) -> None:
     plain, model = load(name), compile_layers(load(name), folder=tmp_path / "kernels", backend=TRACED)
@@ -72,6 +73,7 @@ def test_calls_of_every_kind_are_as_without(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(actual[..., :-1], expected[..., :-1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_and_lengths_share_a_compilation(tmp_path: Path) -> None:
     counted: list[Any] = []
 
@@ -88,10 +90,16 @@ def test_layers_and_lengths_share_a_compilation(tmp_path: Path) -> None:
     assert len(counted) == 2  # of one row and of several
 
 
-def test_an_engine_serves_a_compiled_model_in_fast_mode_only(tmp_path: Path) -> None:
-    model = compile_layers(load("sharp-s"), folder=tmp_path, backend=TRACED)
+@pytest.mark.server
+def test_a_compiled_model_is_refused_in_strict_mode(tmp_path: Path) -> None:
+    model = compile_layers(load("tiny-1.0"), folder=tmp_path, backend=TRACED)
     with pytest.raises(ConfigError, match="compile cannot be used in strict mode"):
         Engine(model)
+
+
+@pytest.mark.slow
+def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
+    model = compile_layers(load("sharp-s"), folder=tmp_path, backend=TRACED)
 
     async def generate(served: DiffusionModel) -> Tensor:
         async with Engine(served, EngineOptions(mode="fast", warmup_budget_s=0.1)) as engine:
@@ -115,6 +123,7 @@ def test_kernels_are_kept_where_nobody_else_can_write(tmp_path: Path) -> None:
         compile_layers(load("sharp-s"), folder=folder, backend=TRACED)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
     without = {"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}
     with (
@@ -122,6 +131,17 @@ def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match=r"compile cannot be used on cpu: .*no-such-compiler"),
     ):
         compile_layers(load("sharp-s"), folder=tmp_path)
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
+    def fail(*_: object) -> Any:
+        raise RuntimeError("no such compiler")
+
+    with pytest.raises(ConfigError, match=r"compile cannot be used on cpu: .*no such compiler"):
+        compile_layers(load("tiny-1.0"), folder=tmp_path, backend=fail)  # type: ignore[arg-type]
+
+
+def test_a_model_of_another_backend_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="backend: native"):
         compile_layers(ForwardingModel(load("sharp-s")), folder=tmp_path)
 
@@ -133,6 +153,8 @@ def test_settings_that_exclude_each_other_are_refused(other: dict[str, Any]) -> 
         ModelSettings(name="demo", compile=True, **other)
 
 
+@pytest.mark.slow
+@pytest.mark.server
 def test_kernels_of_this_machine_are_kept(tmp_path: Path) -> None:
     try:
         compile_layers(load("sharp-s"), folder=tmp_path)  # compiles something small for real

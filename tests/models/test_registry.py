@@ -110,6 +110,7 @@ def test_the_demo_is_marked_and_packaged() -> None:
     assert Path(demo.folder or "").parts[-3:] == ("stable_audio_serve", "demo", "checkpoint")
 
 
+@pytest.mark.server
 def test_the_registry_is_cheap_to_import() -> None:
     code = (
         "import sys; from stable_audio_serve.models.registry import resolve_entry; resolve_entry('medium'); "

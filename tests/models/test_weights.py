@@ -205,6 +205,8 @@ def make_large_checkpoint(folder: Path) -> int:
     return sum(size * (2 if key.startswith(sa3_build.DENOISER_KEYS) else 4) for key, size in sizes.items())
 
 
+@pytest.mark.server
+@pytest.mark.slow
 def test_loading_adds_hardly_more_memory_than_the_tensors_take(tmp_path: Path) -> None:
     """A file of twice the size, as a whole in memory beside its cast tensors, would add 2.1 times as much."""
     final_bytes = make_large_checkpoint(tmp_path)

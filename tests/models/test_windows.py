@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.models.protocol import WindowRule, WindowSpan
@@ -26,7 +26,6 @@ def assert_tiles(spans: Sequence[WindowSpan], *, first: int, end: int, frames: i
         assert span.stop == frames or span.stop - span.keep_stop >= rule.halo
 
 
-@settings(max_examples=300)
 @given(rule=RULES, count=st.integers(1, 700), share=st.floats(0.01, 1))
 def test_planned_windows_tile_what_is_heard(rule: WindowRule, count: int, share: float) -> None:
     frames = count * rule.multiple
@@ -38,7 +37,6 @@ def test_planned_windows_tile_what_is_heard(rule: WindowRule, count: int, share:
     assert max(span.stop - span.start for span in spans) <= LONGEST_FRAMES
 
 
-@settings(max_examples=300)
 @given(rule=RULES, count=st.integers(1, 700), begun=st.floats(0, 0.99), longest=st.integers(1, 600))
 def test_windows_cut_from_anywhere_tile_the_rest(rule: WindowRule, count: int, begun: float, longest: int) -> None:
     frames = count * rule.multiple

@@ -31,6 +31,7 @@ from stable_audio_serve.sampling import (
     start_state,
     v_path,
 )
+from tests.parameters import slow
 
 CHANNELS, FRAMES = 3, 12
 CASES = [*(("v", name) for name in V_SAMPLERS), *(("open", name) for name in SAMPLERS)]
@@ -198,11 +199,11 @@ def beside_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tens
     ("family", "sampler", "steps", "tolerance"),
     [
         ("v", "dpmpp-2m", 200, 2e-3),
-        ("v", "k-heun", 200, 2e-3),
-        ("v", "k-dpm-2", 200, 2e-3),
+        slow("v", "k-heun", 200, 2e-3),
+        slow("v", "k-dpm-2", 200, 2e-3),
         ("v", "k-lms", 200, 2e-3),
-        ("v", "k-dpm-fast", 200, 2e-3),
-        ("v", "v-ddim", 1000, 5e-3),
+        slow("v", "k-dpm-fast", 200, 2e-3),
+        slow("v", "v-ddim", 1000, 5e-3),
         ("stable-audio-3", "euler", 1000, 5e-3),
         ("stable-audio-3", "rk4", 100, 2e-3),
         ("stable-audio-3", "dpmpp", 500, 5e-3),
@@ -225,7 +226,7 @@ def test_deterministic_samplers_follow_the_exact_flow_beside_a_kept_frame(
     torch.testing.assert_close(result[:, 1].double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp-2m-sde", "dpmpp-3m-sde", "k-dpmpp-2s-ancestral"])
+@pytest.mark.parametrize("sampler", [slow("dpmpp-2m-sde"), "dpmpp-3m-sde", slow("k-dpmpp-2s-ancestral")])
 def test_stochastic_samplers_follow_the_exact_diffusion_beside_a_kept_frame(sampler: str) -> None:
     span = SigmaRange(0.01, 80.0)
     plan = build_v_plan(sampler, 150, span=span, guidance=Guidance(), has_source=False)

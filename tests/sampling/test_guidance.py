@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
@@ -77,7 +77,6 @@ def test_unmasked_equals_all_frames_valid() -> None:
     assert torch.equal(guide(**inputs, valid=None, rows=rows), guide(**inputs, valid=everything, rows=rows))
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     order=st.lists(st.sampled_from(range(len(GUIDANCES))), min_size=1, max_size=5),
     channels=st.integers(2, 17),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.sampling import (
@@ -42,7 +42,6 @@ def rows_in_flight(draw: st.DrawFn):
     return plan, draw(st.integers(0, len(plan.evaluations) - 1))
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows=st.lists(rows_in_flight(), min_size=1, max_size=6), seed=st.integers(0, 2**20))
 def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

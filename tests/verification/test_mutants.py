@@ -16,9 +16,10 @@ from stable_audio_serve.models.sa3 import planning
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.model import Sa3Model
 from tests.goldens import SA3_GOLDENS, SHARP
+from tests.parameters import slow
 from tests.verification.folders import edit_facts, run_verify
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 # One case of each kind is enough to notice a mistake, and quick.
 CASES = ("gen/t2a_short_unchunked", "gen/t2a_cfg3_neg_apg1")
@@ -71,20 +72,22 @@ def keep_cases(facts: dict[str, Any]) -> None:
     facts.pop("tensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
 def test_nothing_is_missed_without_a_mistake(untouched: dict[str, Path], name: str) -> None:
     answer = run_verify(untouched[name])
     assert answer.exit_code == 0, "\n".join(answer.lines)
 
 
-@pytest.mark.parametrize("name", SHARP)
 @pytest.mark.parametrize(
-    ("mutate", "component"),
+    ("name", "mutate", "component"),
     [
-        (lower_the_floor, "schedules"),
-        (shorten_the_halo, "decoder halo"),
-        (scale_the_negative_output, "end-to-end latents"),
-        (scale_the_negative_prompt, "end-to-end latents"),
+        ("sharp-s", shorten_the_halo, "decoder halo"),
+        slow("sharp-l", scale_the_negative_output, "end-to-end latents"),
+        *(slow(name, lower_the_floor, "schedules") for name in SHARP),
+        slow("sharp-l", shorten_the_halo, "decoder halo"),
+        slow("sharp-s", scale_the_negative_output, "end-to-end latents"),
+        *(slow(name, scale_the_negative_prompt, "end-to-end latents") for name in SHARP),
     ],
 )
 def test_a_mistake_is_missed(
@@ -96,6 +99,7 @@ def test_a_mistake_is_missed(
     assert component in answer.report["failed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
 def test_another_norm_eps_is_missed(untouched: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(untouched[name], tmp_path / name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from stable_audio_serve.sampling import brownian, multistep, open_flow, v_networ
 from stable_audio_serve.verification import sao_common
 from stable_audio_serve.verification.bounds import REQUIRED_WITHOUT_MODEL
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
+from tests.parameters import slow
 from tests.verification.folders import Answer, add_to_first, edit_facts, edit_tensors, run_verify
 
 FOLDER = OPEN_GOLDENS / "common"
@@ -27,12 +29,17 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(FOLDER, tmp_path / "common"))
 
 
+@cache
+def verify_stored() -> Answer:
+    return run_verify(FOLDER)
+
+
 def missed(answer: Answer) -> set[str]:
     return {entry["key"].split("[")[0] for entry in answer.report["comparisons"] if entry["missed"]}
 
 
 def test_the_command_accepts_the_folder_and_compares_every_number() -> None:
-    answer = run_verify(FOLDER)
+    answer = verify_stored()
     assert answer.exit_code == 0, "\n".join(answer.lines)
     for component in REQUIRED_WITHOUT_MODEL:
         assert "largest difference" in answer.line(component, "ok")
@@ -42,7 +49,7 @@ def test_the_command_accepts_the_folder_and_compares_every_number() -> None:
 
 
 def test_every_step_of_every_sampler_is_compared() -> None:
-    keys = [entry["key"] for entry in run_verify(FOLDER).report["comparisons"]]
+    keys = [entry["key"] for entry in verify_stored().report["comparisons"]]
     for name, facts in load_open_goldens("common").facts["cases"].items():
         if name.startswith("sampler/") and "adaptive" not in name:
             for part in ("x", "denoised"):
@@ -74,11 +81,11 @@ def other_branch_as_the_guided_one(patch: pytest.MonkeyPatch) -> None:
     ("mutate", "component"),
     [
         (other_time_of_a_sigma, "samplers over sigma"),
-        (noise_with_the_other_sign, "samplers over sigma"),
+        slow(noise_with_the_other_sign, "samplers over sigma"),
         (flow_starts_at_another_log_snr, "schedules"),
-        (flow_starts_at_another_log_snr, "samplers over time"),
-        (lms_of_a_lower_order, "samplers over sigma"),
-        (other_branch_as_the_guided_one, "samplers over time"),
+        slow(flow_starts_at_another_log_snr, "samplers over time"),
+        slow(lms_of_a_lower_order, "samplers over sigma"),
+        slow(other_branch_as_the_guided_one, "samplers over time"),
     ],
 )
 def test_a_mistake_is_missed(monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
@@ -91,11 +98,11 @@ def test_a_mistake_is_missed(monkeypatch: pytest.MonkeyPatch, mutate: Mutate, co
 @pytest.mark.parametrize(
     "key",
     [
-        "sampler/dpmpp-3m-sde/out",
-        "sampler/rf-rk4/denoised",
         "brownian/tree_3",
-        "schedule/dist_shift_sine_9999",
-        "prepare/up_441",
+        slow("sampler/dpmpp-3m-sde/out"),
+        slow("sampler/rf-rk4/denoised"),
+        slow("schedule/dist_shift_sine_9999"),
+        slow("prepare/up_441"),
     ],
 )
 def test_one_changed_number_is_a_miss(folder: Path, key: str) -> None:

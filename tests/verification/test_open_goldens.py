@@ -17,10 +17,10 @@ from stable_audio_serve.models.sao import conditioners, denoiser, model, recepti
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.sao_requests import ReplayedRow, objective_of
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
-from tests.models.sao.tiny import TINY
+from tests.parameters import slow
 from tests.verification.folders import add_to_first, edit_facts, edit_tensors, run_verify
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 COMPARED = (
@@ -43,7 +43,7 @@ COMPARED = (
 )
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["tiny-small", slow("tiny-1.0")])
 def test_the_command_accepts_the_folder_and_compares_every_output(name: str) -> None:
     answer = run_verify(OPEN_GOLDENS / name)
     assert answer.exit_code == 0, "\n".join(answer.lines)
@@ -148,15 +148,15 @@ def every_window_takes_the_first_frames_noise(patch: pytest.MonkeyPatch) -> None
     ("mutate", "component"),
     [
         (negative_without_seconds, "end-to-end steps"),
-        (every_window_takes_the_first_frames_noise, "decoder halo"),
-        (other_norm_eps, "denoiser"),
-        (cosines_first, "number"),
-        (decoder_halo_one_short, "decoder halo"),
-        (encoder_halo_one_short, "decoder halo"),
-        (unconditional_without_seconds, "denoiser guidance"),
-        (heads_interleaved, "denoiser"),
-        (negative_scaled, "end-to-end latents"),
-        (negative_with_the_prompt_s_seconds, "end-to-end latents"),
+        slow(cosines_first, "number"),
+        slow(other_norm_eps, "denoiser"),
+        slow(every_window_takes_the_first_frames_noise, "decoder halo"),
+        slow(decoder_halo_one_short, "decoder halo"),
+        slow(encoder_halo_one_short, "decoder halo"),
+        slow(unconditional_without_seconds, "denoiser guidance"),
+        slow(heads_interleaved, "denoiser"),
+        slow(negative_scaled, "end-to-end latents"),
+        slow(negative_with_the_prompt_s_seconds, "end-to-end latents"),
     ],
 )
 def test_a_mistake_is_missed(quick: Path, monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
@@ -166,6 +166,7 @@ def test_a_mistake_is_missed(quick: Path, monkeypatch: pytest.MonkeyPatch, mutat
     assert component in answer.report["failed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("component", "key"),
     [
@@ -180,6 +181,7 @@ def test_one_changed_weight_names_its_component(tmp_path: Path, component: str, 
     assert component in run_verify(folder).report["failed"]
 
 
+@pytest.mark.slow
 def test_malformed_facts_are_misses(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-small", tmp_path / "folder"))
     facts = json.loads((folder / "golden.json").read_text())
@@ -204,7 +206,9 @@ def test_a_run_with_an_unknown_argument_is_skipped_by_name(quick: Path, tmp_path
     assert [("reverb" in line, "bpm" in line) for line in reasons] == [(True, False), (False, True)]
 
 
-@pytest.mark.parametrize("key", ["gen/card/trace_denoised", "gen/init_8.0/global_cond", "gen/negative/latents"])
+@pytest.mark.parametrize(
+    "key", [slow("gen/card/trace_denoised"), slow("gen/init_8.0/global_cond"), slow("gen/negative/latents")]
+)
 def test_one_changed_number_is_a_miss(quick: Path, tmp_path: Path, key: str) -> None:
     folder = Path(shutil.copytree(quick, tmp_path / "folder"))
     edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.2))
@@ -219,6 +223,7 @@ def test_runs_with_another_objective_are_listed_or_described(stated: object) -> 
     assert objective_of("gen/card", goldens, trained="v") == "v"
 
 
+@pytest.mark.slow
 def test_a_folder_need_not_state_the_draws_of_a_run(quick: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quick, tmp_path / "folder"))
     edit_facts(folder, lambda facts: facts["cases"]["gen/card"].pop("draws"))

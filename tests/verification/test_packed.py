@@ -9,12 +9,11 @@ import pytest
 
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.verification import observed
+from tests.parameters import slow
 from tests.verification.folders import make_quick_copy, run_verify
 
-pytestmark = pytest.mark.slow
 
-
-@pytest.mark.parametrize("name", ["sharp-s", "sharp-l"])
+@pytest.mark.parametrize("name", ["sharp-s", slow("sharp-l")])
 def test_packed_rows_pass_the_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observed, "EngineOptions", partial(EngineOptions, mode="fast"))
     packed: list[bool] = []

@@ -299,6 +299,7 @@ async def test_a_folder_that_is_gone_stops_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
+@pytest.mark.server
 async def test_reports_in_a_bucket_and_a_bucket_that_fails(object_storage: ObjectStorage) -> None:
     bucket = object_storage.make_bucket()
     store = S3Artifacts(object_storage.settings(bucket, prefix="a/b"))

@@ -12,6 +12,7 @@ from tests.models.loaded import assert_near
 from tests.models.sa3.test_denoiser import conditioning, denoiser, golden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
 def test_a_layer_is_traced_as_one_graph(name: str) -> None:
     g, net, given = golden(name), denoiser(name), []

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide
 from stable_audio_serve.sampling.plan import Guidance
-from tests.goldens import load_goldens
-from tests.models.loaded import FAMILY, assert_near, loaded
+from tests.goldens import SHARP, load_goldens
+from tests.models.loaded import assert_near, loaded
 
 WITHIN = 2e-4
 NAME = re.compile(r"dit/cfg(?P<cfg>\d+)_(?P<branch>neg|null)_apg(?P<apg>\d+)(?P<variant>.*)")
 # Value-zeroed padding is the reference's CPU fallback, which is not reproduced.
 CASES = [
     (name, key)
-    for name in FAMILY
+    for name in SHARP
     for key in sorted(load_goldens(name).tensors)
     if NAME.fullmatch(key) and "vzero" not in key
 ]

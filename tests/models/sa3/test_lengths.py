@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.models.sa3.lengths import LengthRule, plan_length
@@ -23,7 +23,6 @@ def rules(draw: st.DrawFn) -> LengthRule:
     return LengthRule(sample_rate_hz=rate_hz, hop=hop, frame_multiple=multiple, max_samples=frames * hop)
 
 
-@settings(max_examples=1000)
 @given(rule=rules(), share=st.floats(0, 1), padding_s=st.floats(0, 30))
 def test_output_samples_are_exact_for_any_duration_and_rate(rule: LengthRule, share: float, padding_s: float) -> None:
     cap_s = rule.max_samples / rule.sample_rate_hz
@@ -40,7 +39,6 @@ def test_output_samples_are_exact_for_any_duration_and_rate(rule: LengthRule, sh
     )
 
 
-@settings(max_examples=300)
 @given(frames=st.integers(1, 3000), size=st.integers(2, 200), data=st.data())
 def test_windows_tile_the_frames_exactly(frames: int, size: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, size - 1))

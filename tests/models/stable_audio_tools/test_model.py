@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from tests.models.sao.test_generation import CASES, TOLERANCE, make_noise
 from tests.models.sao.test_model import run, to_requests, with_objective
 from tests.models.sao.tiny import TINY
 from tests.models.stable_audio_tools.installed import needs_package, quiet
+from tests.parameters import slow
 
-pytestmark = [needs_package, quiet]
+pytestmark = [pytest.mark.server, needs_package, quiet]
 
 
 def load(folder: Path) -> PackageModel:
@@ -55,7 +57,7 @@ def rectified_flow(tmp_path_factory: pytest.TempPathFactory) -> PackageModel:
     return load(with_objective(folder, "rectified_flow", target=tmp_path_factory.mktemp("flow") / "checkpoint"))
 
 
-@pytest.mark.parametrize(("name", "case"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("name", "case"), [CASES[0], *starmap(slow, CASES[1:])])
 def test_a_run_of_the_reference_comes_out_the_same(name: str, case: str, rectified_flow: PackageModel) -> None:
     goldens = load_open_goldens(name)
     facts, latents = goldens.facts["cases"][case], goldens.tensors[f"{case}/latents"]
@@ -71,6 +73,7 @@ def decoded(model: PackageModel, latents: Tensor) -> Tensor:
     return torch.stack(model.decode([DecodeWindow(row, 0, SeededNoise(0)) for row in latents]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "encoder_width"), [(OPEN_1_0, 768), (OPEN_SMALL, 768)], ids=["1.0", "small"])
 def test_the_package_has_the_tensors_of_ours_at_the_published_shapes(values: Any, encoder_width: int) -> None:
     config = ConfigReader(values)
@@ -82,7 +85,7 @@ def test_the_package_has_the_tensors_of_ours_at_the_published_shapes(values: Any
     assert {key: tuple(value.shape) for key, value in theirs.items()} == ours
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["tiny-1.0", slow("tiny-small")])
 def test_rows_come_out_the_same_in_company(name: str) -> None:
     samplers = ("dpmpp-3m-sde", "k-heun", "v-ddim") if name == "tiny-1.0" else ("pingpong", "euler", "rk4")
     source = SourceAudio(np.linspace(-0.5, 0.5, 2 * 4000, dtype=np.float32).reshape(2, 4000), 1000)
@@ -108,6 +111,7 @@ def test_rows_come_out_the_same_in_company(name: str) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_half_precision_stays_near(name: str) -> None:
     folder = load_open_goldens(name).folder
@@ -188,6 +192,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_config_that_only_the_package_builds_gives_what_the_package_generates(name: str, tmp_path: Path) -> None:
     model = load(write_checkpoint(tmp_path, name))
@@ -243,6 +248,7 @@ UNSEEN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNSEEN)
 def test_both_backends_agree_on_configs_that_no_golden_has(name: str, tmp_path: Path) -> None:
     base, changes = UNSEEN[name]

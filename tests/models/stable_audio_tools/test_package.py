@@ -42,6 +42,7 @@ def test_the_package_builds_one_family_only() -> None:
         package.require_open_family(SA3_FAMILY)
 
 
+@pytest.mark.server
 def test_looking_for_the_package_imports_no_torch() -> None:
     code = (
         "import sys; from stable_audio_serve.models.stable_audio_tools.package import missing_packages; "
@@ -51,5 +52,7 @@ def test_looking_for_the_package_imports_no_torch() -> None:
 
 
 @needs_package
+@pytest.mark.server
+@pytest.mark.slow
 def test_nothing_that_stood_in_for_another_library_stays() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)

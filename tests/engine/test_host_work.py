@@ -1,0 +1,69 @@
+"""An engine's step starts one copy and waits for nothing, counted on a stand-in device. The bounds are what is needed
+today, to be lowered whenever a change needs less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.counting.host_work import Setting, count, run_apart
+
+pytestmark = [pytest.mark.slow, pytest.mark.server]
+
+# Launches of the worst step, by kind of request of the sampler pingpong.
+DENOISE = {
+    "plain": 197,
+    "guided": 245,
+    "variation": 197,
+    "inpaint": 198,
+    "mixed": 265,
+    "sampler euler": 195,
+    "sampler dpmpp": 203,
+}
+OPEN = {"guided": 136, "inpaint": 153}  # of Stable Audio Open
+OTHERS = {"text": 159, "begin": 77, "encode": 192, "finish": 7, "decode": 251}
+STRICT = {**OTHERS, "text": 302, "denoise": 262, "decode": 1230}
+STEPS = {Setting(kind): most for kind, most in DENOISE.items()} | {
+    Setting("plain", "fast", "float32"): 154,
+    **{Setting(kind, "fast", "float32", "open"): most for kind, most in OPEN.items()},
+}
+FAST, IN_STRICT = Setting("mixed"), Setting("mixed", "strict")
+Counted = dict[Setting, dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def counted(request: pytest.FixtureRequest) -> Counted:
+    """The worst call of each kind, counted in a process of its own."""
+    few = [FAST, IN_STRICT, Setting("guided", "fast", "float32", "open")]
+    settings = few if request.param == "few" else [*STEPS, IN_STRICT]
+    return dict(zip(settings, run_apart(count, settings), strict=True))
+
+
+def test_a_step_waits_for_nothing_and_makes_one_copy(counted: Counted) -> None:
+    failures = []
+    for setting in STEPS.keys() & counted:
+        work, most_launches = counted[setting]["denoise"], STEPS[setting]
+        if not work["calls"] or work["waits"] or work["launches"] > most_launches or work["asynchronous_copies"] != 1:
+            failures.append((setting, work))
+    assert not failures
+
+
+def test_other_calls_wait_for_nothing(counted: Counted) -> None:
+    failures = []
+    for setting, bounds in ((FAST, OTHERS), (IN_STRICT, STRICT)):
+        for call, most_launches in bounds.items():
+            work = counted[setting][call]
+            if not work["calls"] or work["waits"] or work["launches"] > most_launches:
+                failures.append((setting, call, work))
+    assert not failures
+
+
+def test_no_call_mixes_devices_or_copies_while_it_waits(counted: Counted) -> None:
+    assert not [
+        (setting, call, work["origins"])
+        for setting, calls in counted.items()
+        for call, work in calls.items()
+        if work["mix_ups"] or work["blocking_copies"]
+    ]
