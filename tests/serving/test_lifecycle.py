@@ -30,7 +30,7 @@ _LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16, "deadline_
 
 
 def make_args(**settings: Any) -> dict[str, Any]:
-    return {"models": [model("tiny", max_queue_s=1e6)], **settings}
+    return {"models": [model("tiny", aliases=["little"], max_queue_s=1e6)], **settings}
 
 
 @pytest.fixture(scope="module")
