@@ -22,6 +22,8 @@ from tests.backends import ToneBackend
 from tests.databases import PostgresServer, postgres, postgres_url
 from tests.patience import PATIENCE_S, until
 
+pytestmark = pytest.mark.server
+
 __all__ = ["postgres", "postgres_url"]
 
 FAST = StreamPauses(first_poll_s=0.02, last_poll_s=0.05, comment_s=0.2)

@@ -22,6 +22,8 @@ from tests.api.test_jobs import BODY, REGION, wait
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
+pytestmark = pytest.mark.server
+
 PATHS = ("/jobs", "/jobs/variations", "/jobs/inpaint")
 WAV = make_audio_file(duration_s=0.2)
 

@@ -21,6 +21,8 @@ from tests.api.test_jobs import submit, wait
 from tests.audio_files import pcm_of
 from tests.backends import ToneBackend
 
+pytestmark = pytest.mark.server
+
 URL = "/v1/audio/generations"
 BODY = {"prompt": "x", "duration": 1, "seed": 300}
 CEILING = 0.977

@@ -23,6 +23,8 @@ from stable_audio_serve.core.errors import InvalidUploadError, OverloadedError
 from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S, wait_until
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[AudioDecoder]:

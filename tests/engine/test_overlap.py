@@ -22,6 +22,8 @@ from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_
 from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
+pytestmark = pytest.mark.server
+
 FAST_TOLERANCE = 1e-5  # as in tests of a crowd's bytes
 PATIENCES = (None, 1)
 

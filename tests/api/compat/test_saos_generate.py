@@ -23,6 +23,8 @@ from tests.api.compat.serving import make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
+pytestmark = pytest.mark.server
+
 PATHS = ("/generate", "/saos/generate")
 STYLE = "/generate/style-transfer"
 

@@ -16,6 +16,8 @@ from tests.api.compat.serving import make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
+pytestmark = pytest.mark.server
+
 URL = "/generate/loop"
 NOT_DRUMS = "melody, harmony, pitched instruments, vocals, singing"
 NOT_INSTRUMENTS = "drums, percussion, kick, snare, hi-hat"

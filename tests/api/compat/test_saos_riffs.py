@@ -19,6 +19,8 @@ from tests.api.compat.serving import connect_anew, keep_app, make_client
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 
+pytestmark = pytest.mark.server
+
 URL = "/generate/loop-with-riff"
 
 MATCHING = {

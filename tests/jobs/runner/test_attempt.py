@@ -26,6 +26,8 @@ from tests.backends import ToneBackend
 from tests.jobs.conftest import Workshop, make_spec, upload
 from tests.patience import until
 
+pytestmark = pytest.mark.server
+
 
 class FailingBackend(ToneBackend):
     """Raises these errors one after another, then works."""

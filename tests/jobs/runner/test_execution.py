@@ -15,6 +15,8 @@ from stable_audio_serve.core.generation import GenerationRequest
 from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
 from tests.patience import until
 
+pytestmark = pytest.mark.server
+
 
 async def test_a_job_becomes_a_file(workshop: Workshop) -> None:
     await workshop.start_runner()

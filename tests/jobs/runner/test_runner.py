@@ -19,6 +19,8 @@ from tests.backends import ToneBackend
 from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
 from tests.patience import until
 
+pytestmark = pytest.mark.server
+
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=2)])
 async def test_no_more_run_at_once_than_may(workshop: Workshop) -> None:

@@ -28,6 +28,8 @@ from tests.goldens import load_open_goldens
 from tests.models.sao.test_generation import CASES, TOLERANCE, make_noise
 from tests.parameters import slow
 
+pytestmark = pytest.mark.server
+
 HOP = 64
 V_CASES = [case for case in CASES if case[0] == "tiny-1.0"]
 FLOW_CASES = [case for case in CASES if case not in V_CASES]  # `verify` runs them: tests/verification
