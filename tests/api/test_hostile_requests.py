@@ -419,8 +419,8 @@ CASES = [
     Case("blanks for numbers", blank_numbers, refused_by_name),
     Case("long numbers", numbers(b"1" + b"0" * 5000)),
     Case("a megabyte of digits", numbers(b"9" * 1_000_000, most=1)),
-    Case("odd sizes", numbers(b"1" + b"0" * 400, b"-0.0", b"1e308"), answered),
-    Case("odd spellings", numbers(b"true", '"\u0663"'.encode(), b'"1_0"'), answered),
+    Case("odd sizes", numbers(b"1" + b"0" * 400, b"-" + b"9" * 20, b"-0.0", b"1e-320", b"1e308"), answered),
+    Case("odd spellings", numbers(b"true", b'"1"', '"\u0663"'.encode(), b'"1_0"', b'"0x10"'), answered),
     # Bodies
     Case("a body above its limit", too_large, refused_as_too_large),
     Case("lengths that lie", lying_lengths, answered),
@@ -476,9 +476,13 @@ async def test_every_route_answers_hostile_requests(client: httpx.AsyncClient, c
 HOSTILE_PROMPTS = [
     f"{MARK}\r\nSet-Cookie: {MARK}=1\r\n\r\n{MARK}",
     f'{MARK}"; filename="{MARK}.sh',
+    f"../../../{MARK}/{MARK}",
     f"..\\{MARK}\x00.wav",
+    f"\u202e{MARK}\u2066\u200f",
     f"${{jndi:ldap://{MARK}}} $({MARK}) `{MARK}` %s %n {{{MARK}}} {{{{7*7}}}}",
+    f"<script>{MARK}</script>",
     f"\x1b[2J{MARK}\x07\x08\x7f",
+    f"'; DROP TABLE jobs; -- {MARK}",
     f"{MARK}\u2028level=error\u2029\x85",
 ]
 
