@@ -34,7 +34,9 @@ from stable_audio_serve.jobs.store.ledger import Ledger, Settled
 
 _RENEW_S = LEASE_S / 3
 _PATIENCE_S = 10.0  # then the ledger is away: long enough for a busy machine, because each process alone admits more
-_LEAVING_S = 0.05  # longest an answer waits until others may have its place: its client may ask another process next
+# Longest an answer waits until others may have its place, because its client may ask another process next. It takes
+# a transaction: milliseconds, on a busy machine hundreds of them.
+_LEAVING_S = 2.0
 _LEAST_AUDIO_S = 0.01  # less than anybody asks for
 _MOST_TOGETHER = 100  # clients of one transaction
 _MOST_NAMED = 200  # clients that metrics tell apart
