@@ -61,11 +61,13 @@ def create_app(
     metrics: Metrics | None = None,
     stream_pauses: StreamPauses | None = None,
     operations: Operations | None = None,
+    address_header: str | None = None,
 ) -> FastAPI:
     """Returns the application over any backend; it knows nothing of Ray.
 
     Without `jobs` it opens the queue of the settings, whose jobs another process runs. `operations` are what operators
-    see and do; by default what a backend of one process can tell.
+    see and do; by default what a backend of one process can tell. `address_header` is the one in which a proxy before
+    this process passes on the client's address, whatever the client sent in it.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_pauses=stream_pauses)
@@ -98,6 +100,7 @@ def create_app(
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
     app.state.keys = service.keys
+    app.state.address_header = address_header
     app.state.accounts = service.accounts
     app.state.origins = origins
     app.state.readiness = service.readiness

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
+from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_accounts import Accounts
 from stable_audio_serve.api.middleware.limits import accept_form, drop_body
@@ -80,7 +81,8 @@ def route_class(
 
     Where keys are configured it admits only requests with one that has one of `scopes`, before it reads their bodies;
     an upload of a key that has used up its limits is refused before it is read, too.
-    `request.state.key` is the key, `request.state.client` its client. `enter` is what every request passes first.
+    `request.state.caller` is who asks, `request.state.client` the client of the key. `enter` is what every
+    request passes first.
     """
 
     async def admit(request: Request) -> None:
@@ -89,7 +91,8 @@ def route_class(
         await keys.ring.refresh()
         needed = scopes(request) if callable(scopes) else scopes
         key = keys.admit(request, needed)
-        request.state.key, request.state.client = key, key.client
+        request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
+        request.state.client = key.client
         if request.method == "POST" and _MAKERS.intersection(needed) and _has_form(request):
             accounts: Accounts = request.app.state.accounts
             try:

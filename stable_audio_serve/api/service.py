@@ -17,6 +17,7 @@ import structlog
 from starlette.datastructures import UploadFile
 
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
+from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_accounts import Accounts
 from stable_audio_serve.api.middleware.key_ring import KeyRing
@@ -39,7 +40,6 @@ from stable_audio_serve.core.errors import (
     UploadTooLargeError,
 )
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult, SourceAudio
-from stable_audio_serve.core.keys import ApiKey
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.sound import ClipFacts
@@ -92,9 +92,7 @@ class Service:
         self.readiness = Readiness()
         self.keys = ApiKeys(KeyRing(settings.api, metrics=self.metrics, clock=self.clock))
         self.draining = Draining(self.readiness)
-        self.streams = EventStreams(
-            settings.ingress.max_event_streams, self.draining, metrics=self.metrics, pauses=stream_pauses
-        )
+        self.streams = EventStreams(settings.ingress, self.draining, metrics=self.metrics, pauses=stream_pauses)
         self.accounts = Accounts(
             self.jobs.store.database,
             num_processes=settings.ingress.replicas,
@@ -150,19 +148,23 @@ class Service:
         return JobUpload(file, role, _usable_s(card, padding_s), source.samples.nbytes)
 
     async def generate(
-        self, card: ModelCard, request: GenerationRequest, *, key: ApiKey, started_at: float
+        self, card: ModelCard, request: GenerationRequest, *, caller: Caller, started_at: float
     ) -> GenerationResult:
-        """Run one request of a key, within its limits, that arrived at `started_at`. Raises errors of `core.errors`."""
-        async with self.accounts.admitted(key, audio_s=_audio_s(request), takes_place=True):
-            return await self._generate(card, request, started_at=started_at)
+        """Run one request, within the limits of its key, that arrived at `started_at`. Raises errors of
+        `core.errors`.
+        """
+        async with self.accounts.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
+            return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
-    async def add_job(self, spec: JobSpec, key: ApiKey) -> Added:
+    async def add_job(self, spec: JobSpec, caller: Caller) -> Added:
         """`JobQueue.add` within the limits of a key, whose seconds of audio count now and not when the job runs.
 
         A repeated request is not charged again.
         """
         try:
-            async with self.accounts.admitted(key, audio_s=_audio_s(spec.request), takes_place=False) as admission:
+            audio_s = _audio_s(spec.request)
+            spec = replace(spec, request=replace(spec.request, client=caller.name))
+            async with self.accounts.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
                 added = await self.jobs.add(spec)
                 if not added.is_new:
                     admission.give_back()

@@ -6,6 +6,7 @@ A stream costs a connection and reads of the store for as long as its job waits 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.core.errors import OverloadedError, StorageError
+from stable_audio_serve.core.errors import OverloadedError, QuotaError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
+from stable_audio_serve.core.settings_api import IngressSettings
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
 
@@ -65,11 +68,12 @@ class EventStreams:
     """The streams that one process has open."""
 
     def __init__(
-        self, max_streams: int, draining: Draining, *, metrics: Metrics, pauses: StreamPauses | None = None
+        self, limits: IngressSettings, draining: Draining, *, metrics: Metrics, pauses: StreamPauses | None = None
     ) -> None:
-        self._max_streams = max_streams
+        self._limits = limits
         self._draining = draining
         self._open = Level(metrics, "event_streams_open")
+        self._open_by_client: Counter[str] = Counter()
         self._pauses = pauses or StreamPauses()
 
     async def follow(self, jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
@@ -103,25 +107,35 @@ class EventStreams:
             await asyncio.sleep(self._pauses.last_poll_s)
         return await question()
 
-    def open(self, events: AsyncIterator[ServerSentEvent], *, headers: Mapping[str, str] | None = None) -> Response:
-        """Returns an answer that sends `events`. Raises OverloadedError when too many are open."""
-        if self._open.value >= self._max_streams:
+    def open(
+        self, events: AsyncIterator[ServerSentEvent], *, caller: Caller, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """Returns an answer that sends `events`. Raises OverloadedError when too many are open, QuotaError when too
+        many are this caller's.
+        """
+        if self._open_by_client[caller.name] >= self._limits.max_event_streams_per_client:
+            message = "too many event streams of this client are open (ingress.max_event_streams_per_client)"
+            raise QuotaError(message, retry_after_s=_BUSY_RETRY_S)
+        if self._open.value >= self._limits.max_event_streams:
             message = "too many event streams are open (ingress.max_event_streams)"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         return _Stream(
             _end_quietly(events, self._draining),
-            counted=self._counted,
+            counted=partial(self._counted, caller.name),
             comment_s=self._pauses.comment_s,
             headers=headers,
         )
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, client: str) -> Iterator[None]:
         self._open.change(1)
+        self._open_by_client[client] += 1
         try:
             yield
         finally:
             self._open.change(-1)
+            self._open_by_client[client] -= 1
+            self._open_by_client += Counter()  # forgets clients that have none open
 
 
 class _Stream(EventSourceResponse):

@@ -126,14 +126,24 @@ class OverloadedError(StableAudioError):
 
 
 class QueueFullError(OverloadedError):
-    """A model's queue is full: `num_ahead` requests wait or run, for another `ahead_s` seconds; 0 where unknown."""
+    """A model's queue is full: `num_ahead` requests wait or run, for another `ahead_s` seconds; 0 where unknown.
+
+    `is_own_share`: there is room, but not for this client, who holds most of it.
+    """
 
     def __init__(
-        self, message: str, *, retry_after_s: float | None = None, num_ahead: int = 0, ahead_s: float = 0.0
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        num_ahead: int = 0,
+        ahead_s: float = 0.0,
+        is_own_share: bool = False,
     ) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
         self.num_ahead = num_ahead
         self.ahead_s = ahead_s
+        self.is_own_share = is_own_share
 
 
 class QuotaError(OverloadedError):

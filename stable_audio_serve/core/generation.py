@@ -86,6 +86,7 @@ class GenerationRequest:
     is_promised: bool = False  # refused before and told to come now: a full queue has some room left for it
     checkpoint: str | None = None  # hash of the weights that must make it (`models.weight_hash`); None = any
     request_id: str = ""
+    client: str = ""  # who asks, so that one client leaves room in a queue to others; "" = nobody in particular
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -118,6 +118,9 @@ class IngressSettings(Section):
     num_cpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per process.")
     max_ongoing_requests: int = Field(256, ge=1, description="Generations one process has in progress at a time.")
     max_event_streams: int = Field(128, ge=1, description="Streams of job events one process has open at a time.")
+    max_event_streams_per_client: int = Field(
+        16, ge=1, description="Those of one client: of its key, without keys of its address."
+    )
 
 
 class ProxySettings(Section):

@@ -3,18 +3,25 @@ That is the predicted device time at the pace at which predicted work was done l
 clients take their share of a machine.
 
 Interactive work is compared with other interactive work only, so that batch work never causes its refusal; batch work
-is compared with all work. Thread-safe bookkeeping; knows no rows and no tensors.
+is compared with all work. One client's work is at most three quarters of the bound, and while the queue is full, those
+who hold less than others still find room, so that one client with many or long requests shuts nobody out. Thread-safe
+bookkeeping; knows no rows and no tensors.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import chain
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import OverloadedError, QueueFullError
 from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
+_CLIENT_SHARE = 0.75  # of the bound, for one client
+_RESERVE_SHARE = 0.25  # of the bound, above it, for clients who hold less than those who fill the queue
 _PROMISED_MS = 2000.0  # above the bound, for those told to come now: they are told whole seconds
 _PROMISED_SHARE = 0.25  # or this share of the bound
 _WINDOW_MS = 1000.0  # of being busy, between two looks at the pace
@@ -57,6 +64,7 @@ class Admission:
         self._pace = Pace(clock)
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
+        self._clients: dict[int, str] = {}  # by request
         self._lock = threading.RLock()
         self.accepted_ms = 0.0  # of all requests ever admitted, as predicted then
 
@@ -66,16 +74,13 @@ class Admission:
         with self._lock:
             return sum(map(self._sum_ms, self._work_ms))
 
-    def check(self, priority: Priority = "interactive", *, is_promised: bool = False) -> None:
-        """Raises QueueFullError with the time until there is room if a request would be refused now.
+    def check(self, priority: Priority = "interactive", *, client: str = "", is_promised: bool = False) -> None:
+        """Raises QueueFullError with the time until there is room if any request of this client would be refused now.
 
-        `is_promised`: it was refused before and told to come now, when the place may be taken by another.
+        `client` "" is nobody in particular, for whom the whole queue is. `is_promised`: it was refused before and told
+        to come now, when the place may be taken by another.
         """
-        max_ms = self._max_ms + (max(_PROMISED_MS, _PROMISED_SHARE * self._max_ms) if is_promised else 0.0)
-        with self._lock:
-            ahead_ms, num_ahead, pace = self._ahead(priority)
-        if ahead_ms > max_ms:
-            raise _refusal(num_ahead, ahead_s=pace * ahead_ms / 1000.0, over_s=pace * (ahead_ms - max_ms) / 1000.0)
+        self._require_room(priority, client, work_ms=0.0, is_promised=is_promised)
 
     def admit(
         self,
@@ -83,6 +88,7 @@ class Admission:
         work_ms: float,
         *,
         priority: Priority = "interactive",
+        client: str = "",
         is_promised: bool = False,
         within_s: float | None = None,
     ) -> None:
@@ -90,12 +96,44 @@ class Admission:
         `within_s`.
         """
         with self._lock:
-            self.check(priority, is_promised=is_promised)
+            self._require_room(priority, client, work_ms=work_ms, is_promised=is_promised)
             if within_s is not None:
                 self._check_end(work_ms, priority, within_s=within_s)
             self._work_ms[priority][request_id] = work_ms
+            self._clients[request_id] = client
             self.accepted_ms += work_ms
             self._look(done_ms=0.0)
+
+    def _require_room(self, priority: Priority, client: str, *, work_ms: float, is_promised: bool) -> None:
+        """Raises QueueFullError. Work of no client may fill the queue; a client that holds nothing may begin."""
+        max_ms = self._max_ms + (max(_PROMISED_MS, _PROMISED_SHARE * self._max_ms) if is_promised else 0.0)
+        with self._lock:
+            ahead_ms, num_ahead, pace = self._ahead(priority)
+            held_ms = self._held_ms(priority) if client else {}
+            work_ms *= self._pace.value
+        own_ms = held_ms.get(client, 0.0)
+        over_own_ms = own_ms + work_ms - _CLIENT_SHARE * max_ms if own_ms else 0.0
+        over_ms = ahead_ms - max_ms
+        if over_ms > 0 and client:
+            less_ms = sum(each for each in held_ms.values() if each <= own_ms + work_ms)
+            over_ms = min(over_ms, less_ms - _RESERVE_SHARE * max_ms)
+        if over_ms > 0 or over_own_ms > 0:
+            raise _refusal(
+                num_ahead,
+                ahead_s=pace * ahead_ms / 1000.0,
+                over_s=pace * max(over_ms, over_own_ms) / 1000.0,
+                is_own_share=over_ms <= 0,
+            )
+
+    def _held_ms(self, priority: Priority) -> Mapping[str, float]:
+        """Returns the work ahead, at the pace of lately, by client."""
+        works = [self._work_ms["interactive"]]
+        if priority == "batch":
+            works.append(self._work_ms["batch"])
+        held: defaultdict[str, float] = defaultdict(float)
+        for request_id, work_ms in chain.from_iterable(each.items() for each in works):
+            held[self._clients[request_id]] += work_ms * self._pace.value
+        return held
 
     def _ahead(self, priority: Priority) -> tuple[float, int, float]:
         """Returns the work ahead, at the pace of lately, in ms, its requests, and the time a second of it takes."""
@@ -126,6 +164,7 @@ class Admission:
     def release(self, request_id: int, *, is_done: bool = False) -> None:
         """Remove an ended request; `is_done` if all its work was done. A second call does nothing."""
         with self._lock:
+            self._clients.pop(request_id, None)
             for works in self._work_ms.values():
                 if (left_ms := works.pop(request_id, None)) is not None:
                     self._look(done_ms=left_ms if is_done else 0.0)
@@ -138,12 +177,14 @@ class Admission:
         return sum(self._work_ms[priority].values())
 
 
-def _refusal(num_ahead: int, *, ahead_s: float, over_s: float) -> QueueFullError:
+def _refusal(num_ahead: int, *, ahead_s: float, over_s: float, is_own_share: bool) -> QueueFullError:
     """`over_s` is how much of the time that the work ahead takes is above the bound."""
     retry_s = max(over_s, _LEAST_RETRY_S)
+    what = "this client's share of the model's queue" if is_own_share else "the model's queue"
     return QueueFullError(
-        f"the model's queue is full (max_queue_s): about {ahead_s:.1f} s of work is waiting; retry in {retry_s:.1f} s",
+        f"{what} is full (max_queue_s): about {ahead_s:.1f} s of work is waiting; retry in {retry_s:.1f} s",
         retry_after_s=retry_s,
         num_ahead=num_ahead,
         ahead_s=ahead_s,
+        is_own_share=is_own_share,
     )

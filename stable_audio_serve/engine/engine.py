@@ -231,7 +231,7 @@ class Engine:
         """Plan a request, admit it and pass it to the engine thread."""
         submitted_at = self._clock.monotonic()
         priority = request.priority
-        self._admission.check(priority, is_promised=request.is_promised)
+        self._admission.check(priority, client=request.client, is_promised=request.is_promised)
         try:
             async with asyncio.timeout(request.deadline_s):
                 plans = await self._planners[priority].plan(request, frames=frames)
@@ -253,7 +253,14 @@ class Engine:
         if request.in_time and request.deadline_s is not None:
             within_s = request.deadline_s - (self._clock.monotonic() - submitted_at)
         work_ms = sum(map(self._predictor.share_ms, works))
-        self._admission.admit(state.id, work_ms, priority=priority, is_promised=request.is_promised, within_s=within_s)
+        self._admission.admit(
+            state.id,
+            work_ms,
+            priority=priority,
+            client=request.client,
+            is_promised=request.is_promised,
+            within_s=within_s,
+        )
         try:
             self._inbox.put(state)
         except ModelUnavailableError:

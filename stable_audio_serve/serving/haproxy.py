@@ -21,6 +21,7 @@ PUBLIC_HOST = "STABLE_AUDIO_PROXY_HOST"  # where clients are answered; unset = w
 HEADER_TIMEOUT_S = "STABLE_AUDIO_PROXY_HEADER_TIMEOUT_S"
 IDLE_TIMEOUT_S = "STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S"
 METRICS_HOST = "STABLE_AUDIO_METRICS_HOST"
+ADDRESS_HEADER = "X-Stable-Audio-Address"  # of the client, for replicas
 _MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"  # Ray's own
 
 _MARK = "# Finished by stable-audio-serve.\n"
@@ -86,6 +87,14 @@ def _take_many_connections(text: str, options: ProxyOptions) -> str:
     return _replace(text, r"^( *)maxconn \d+$", replacement=rf"\1fd-hard-limit {_MOST_FILES}")
 
 
+def _speak_http_1_only(text: str, options: ProxyOptions) -> str:
+    """Refuse HTTP/2, which HAProxy otherwise speaks with any client that begins with its preface.
+
+    A client could open a hundred unfinished requests on each connection: 1,500 connections took 991 MB of memory.
+    """
+    return _replace(text, r"^(defaults\n( +)mode http)$", replacement=r"\1\n\2option disable-h2-upgrade")
+
+
 def _bound_waiting(text: str, options: ProxyOptions) -> str:
     """Let nobody wait long for a request's beginning: its headers and what a buffer holds of its body (16 kB).
 
@@ -109,6 +118,12 @@ def _own_failures_of_serve(text: str, options: ProxyOptions) -> str:
     """The same for the plain texts of Ray Serve's own proxies and queues: the application's answers are never such."""
     answer = f"http-response {_REFUSAL} if {{ status 404 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}"
     return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=rf"\1\n\2{answer}")
+
+
+def _pass_on_addresses(text: str, options: ProxyOptions) -> str:
+    """Tell replicas who asks, whatever the client says of itself: they see HAProxy's own address."""
+    header = rf"\1\n\2http-request set-header {ADDRESS_HEADER} %[src]"
+    return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=header)
 
 
 def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
@@ -150,9 +165,11 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
     _close_admin_socket,
     _send_no_log,
     _take_many_connections,
+    _speak_http_1_only,
     _bound_waiting,
     _answer_in_json,
     _own_failures_of_serve,
+    _pass_on_addresses,
     _connect_for_each_request,
     _wait_for_routes,
     _hide_pages,
@@ -180,6 +197,12 @@ def _replace(text: str, pattern: str, *, replacement: str) -> str:
             "STABLE_AUDIO_PROXY=python"
         )
     return text
+
+
+def address_header(environ: Mapping[str, str]) -> str | None:
+    """Returns the header with the client's address, None for a process that is not behind this program."""
+    is_behind = environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    return ADDRESS_HEADER if is_behind else None
 
 
 def error_pages() -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Refusals by the ingress itself while a model is full, so that its replicas hear of few of them, and the times at
 which refused clients are told to come again, each its own. Knows neither Ray nor HTTP. The engine's admission is the
-truth: what a replica said counts for a second at most. Until then little more is passed on than the model does. Of
+truth: what a replica said of a client counts for that client alone, for a second at most. Until then little more is
+passed on than the model does. Of
 several processes that call a model each tells the others whom it told to come, since a client may ask any of them the
 next time, and how much it passed on.
 """
@@ -17,6 +18,7 @@ from stable_audio_serve.serving.promises import Promises, wish_of
 
 _HOLD_S = 1.0  # a cancelled request or a new replica may make room sooner than a full one thought
 _LONGEST_WAIT_S = 600.0
+_MOST_CLIENTS = 1000  # whose refusals are remembered, before those that are over are cleared away
 _PASSED_SHARE = 1.25  # of what is done is passed on to a full model: a replica that did more would not be found out
 _PROMISED_SHARE = 0.9  # of what is done is promised, so that delays do not add up
 _CALM_S = 3.0  # without a refusal or one who comes as told: the next overload may be by others
@@ -111,6 +113,7 @@ class OverloadGuard:
         self._rate = _Rate()
         self._room_at = float("-inf")  # when there is thought to be room for the next one
         self._trusted_until = float("-inf")  # what a full replica said
+        self._refused_until: dict[str, float] = {}  # by client: when the replica is asked again for it
         self._calm_at = float("-inf")
         self._second_try_at = float("-inf")  # of the last one who came as told and found no room
 
@@ -119,7 +122,7 @@ class OverloadGuard:
         now = self._clock.monotonic()
         self._promises.forget_late(now)
         is_promised = bool(self._promises.num_open) and self._claim(wish_of(request), now)
-        if not is_promised and now < min(self._room_at, self._trusted_until):
+        if not is_promised and now < min(self._room_at, self._refused_until.get(request.client, 0.0)):
             raise self._refusal(request, wait_s=self._room_at - now, now=now)
         self._take_room(now)
         self._news.num_entered += now < self._trusted_until
@@ -136,6 +139,9 @@ class OverloadGuard:
         wait_s = error.retry_after_s or 0.0
         self._room_at = now + wait_s
         self._trusted_until = now + _HOLD_S
+        if len(self._refused_until) >= _MOST_CLIENTS:
+            self._refused_until = {name: until for name, until in self._refused_until.items() if until > now}
+        self._refused_until[request.client] = now + _HOLD_S
         if error.num_ahead:
             self._rate.guess(error.num_ahead / max(error.ahead_s, _LEAST_AHEAD_S))
         return self._refusal(request, wait_s=wait_s, now=now)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,29 @@ async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> No
             while 200 not in statuses:
                 async with client.stream("GET", f"/jobs/{ticket['id']}/events") as reply:
                     statuses.append(reply.status_code)
+
+
+async def test_one_client_leaves_event_streams_to_others() -> None:
+    keys = {name: {"Authorization": f"Bearer {name}"} for name in ("greedy", "other")}
+    api = {"key_hashes": [f"{name}:{hash_key(name)}" for name in keys]}
+    ingress = {"max_event_streams_per_client": 2}
+    async with (
+        serve_app(ToneBackend(delay_s=30), ingress=ingress, api=api, stream_pauses=FAST) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
+        AsyncExitStack() as stack,
+    ):
+        client.headers.update(keys["greedy"])
+        ticket = await submit(client)
+        fal = (await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})).json()
+        streams = [await stack.enter_async_context(open_stream(client, ticket)) for _ in range(2)]
+        assert [(await anext(lines))[:4] for lines in streams] == ["id: "] * 2
+        for url in (f"/jobs/{ticket['id']}/events", f"{fal['status_url']}/stream"):
+            reply = await client.get(url)
+            assert reply.status_code == 429, reply.text
+            assert "ingress.max_event_streams_per_client" in reply.json()["detail"]
+            assert int(reply.headers["retry-after"]) > 0
+        client.headers.update(keys["other"])
+        await anext(await stack.enter_async_context(open_stream(client, await submit(client))))
 
 
 async def test_nobody_asks_the_store_for_a_client_that_has_gone(reads: list[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.errors import OverloadedError, QueueFullError
 from stable_audio_serve.engine.admission import Admission
 from tests.factories import FakeClock
 
@@ -21,6 +23,60 @@ def test_admission_refuses_above_the_bound_and_says_when_to_return() -> None:
     admission.update(2, 5_000.0)
     admission.admit(3, 1.0)
     assert admission.backlog_ms == pytest.approx(9_001.0)
+
+
+def test_one_client_leaves_room_for_those_who_hold_less() -> None:
+    admission = Admission(max_queue_s=20.0)
+    for number in range(3):
+        admission.admit(number, 5_000.0, client="greedy")
+    with pytest.raises(QueueFullError) as refusal:
+        admission.admit(3, 5_000.0, client="greedy")  # three quarters are 15 s
+    assert refusal.value.retry_after_s == pytest.approx(5.0)
+    for number in range(10, 20):
+        admission.admit(number, 1_000.0, client=f"other {number}")
+        admission.release(number, is_done=True)
+    admission.release(0, is_done=True)
+    admission.admit(3, 5_000.0, client="greedy")
+
+
+def test_a_request_longer_than_the_queue_does_not_shut_others_out() -> None:
+    admission = Admission(max_queue_s=20.0)
+    admission.admit(1, 500_000.0, client="greedy")
+    with pytest.raises(QueueFullError):
+        admission.check(client="greedy")
+    admission.check(client="other")
+    admission.admit(2, 1_000.0, client="other")
+    admission.admit(3, 1_000.0, client="other")
+
+
+def test_many_equal_clients_cannot_fill_the_queue_without_end() -> None:
+    admission = Admission(max_queue_s=20.0)
+    for number in range(21):  # the last begins when the work ahead is at the bound
+        admission.admit(number, 1_000.0, client=f"client {number}")
+    with pytest.raises(QueueFullError) as refusal:
+        admission.admit(21, 1_000.0, client="client 21")
+    assert not refusal.value.is_own_share
+
+
+def test_a_new_client_finds_room_while_two_greedy_ones_fill_the_queue() -> None:
+    admission = Admission(max_queue_s=20.0)
+    for number in range(20):
+        with suppress(QueueFullError):
+            admission.admit(number, 5_000.0, client=f"greedy {number % 2}")
+    assert admission.backlog_ms >= 20_000.0
+    for number in range(20, 24):
+        admission.admit(number, 1_000.0, client="other")
+        admission.release(number, is_done=True)
+
+
+def test_jobs_and_requests_of_one_client_count_together_for_its_jobs() -> None:
+    admission = Admission(max_queue_s=20.0)
+    admission.admit(1, 14_000.0, client="greedy")
+    with pytest.raises(QueueFullError) as refusal:
+        admission.admit(2, 5_000.0, priority="batch", client="greedy")
+    assert refusal.value.is_own_share
+    admission.admit(3, 5_000.0, priority="batch", client="other")
+    admission.admit(4, 1_000.0, client="greedy")  # batch work is never ahead of it
 
 
 def test_idle_engine_admits_work_of_any_size() -> None:

@@ -19,14 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from stable_audio_serve.core.settings import MetricsSettings, ProxySettings, Settings
 from stable_audio_serve.launcher.environment import PortBlock, claim_ports, haproxy_environment
-from stable_audio_serve.serving.haproxy import ConfigurationChangedError, ProxyOptions, finish
-from tests.patience import PATIENCE_S
+from stable_audio_serve.serving.haproxy import (
+    ADDRESS_HEADER,
+    ConfigurationChangedError,
+    ProxyOptions,
+    address_header,
+    finish,
+)
+from tests.patience import PATIENCE_S, until
 from tests.serving.launched import free_port
 from tests.sockets import listening
 
@@ -44,6 +51,7 @@ _EDITED = (
     "stats socket",
     "local0 info",
     "maxconn",
+    "defaults",
     "timeout client",
     "http-reuse always",
     "errorfile 502",
@@ -56,6 +64,7 @@ _EDITED = (
 
 app = FastAPI()
 reached: list[str] = []
+released = asyncio.Event()
 
 
 @app.post("/upload")
@@ -67,6 +76,18 @@ async def upload(request: Request) -> int:
 async def never() -> None:
     """Says that it was called, whether or not the body came."""
     reached.append("/never")
+
+
+@app.get("/wait")
+async def wait() -> str:
+    reached.append("/wait")
+    await released.wait()
+    return "waited"
+
+
+@app.get("/address")
+async def address(request: Request) -> list[str]:
+    return request.headers.getlist(ADDRESS_HEADER)
 
 
 @app.get("/slow")
@@ -182,10 +203,63 @@ async def test_half_open_connections_end_and_long_answers_do_not(
     assert events.text == "first\nlast\n"
 
 
-async def exchange(port: int, *parts: bytes, awaited: bytes = b"") -> bytes:
+async def test_it_names_the_client_whatever_that_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [(ADDRESS_HEADER, "192.0.2.1"), (ADDRESS_HEADER.lower(), "192.0.2.2"), ("X-Forwarded-For", "192.0.2.3")]
+    transport = httpx.AsyncHTTPTransport(local_address="127.0.0.3")
+    async with (
+        listening(app) as backend_port,
+        proxying(backend_port, tmp_path, monkeypatch) as proxy,
+        httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S, transport=transport) as client,
+    ):
+        assert (await client.get("/address", headers=said)).json() == ["127.0.0.3"]
+    assert address_header(os.environ) == ADDRESS_HEADER
+    assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None  # Ray's own HAProxy names nobody
+
+
+async def test_http_2_is_not_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection could hold a hundred unfinished requests, and its memory is never given back."""
+    async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
+        answers = [
+            await exchange(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", host=host)
+            for host, port in ((_PUBLIC, proxy.port), *(("127.0.0.1", port) for port in _pages(proxy.ports)))
+        ]
+    assert [answer.split(b"\r\n")[0] for answer in answers] == [b"HTTP/1.1 400 Bad request"] * 3
+
+
+@pytest.mark.slow
+async def test_a_long_request_survives_twenty_reloads_at_a_bounded_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HAProxy ends a process that a reload replaced when its last request is over."""
+    async with (
+        listening(app) as backend_port,
+        proxying(backend_port, tmp_path, monkeypatch) as proxy,
+        httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S) as client,
+    ):
+        waiting = asyncio.create_task(client.get("/wait"))
+        await until(lambda: "/wait" in reached)
+        for _ in range(20):
+            assert (await client.get("/docs")).status_code == 200  # on a connection of its own, kept alive
+            await proxy.api.reload()
+        await until(lambda: num_old(proxy) == 1)
+        (old,) = proxy.api._old_procs
+        memory = sum(psutil.Process(pid).memory_info().rss for pid in (old.pid, proxy.api._proc.pid))
+        released.set()
+        assert (await waiting).json() == "waited"
+        await until(lambda: num_old(proxy) == 0)
+    assert memory < 128 * 2**20
+
+
+def num_old(proxy: Proxy) -> int:
+    """Processes that a reload replaced and that still have something to finish."""
+    proxy.api._prune_old_procs()
+    return len(proxy.api._old_procs)
+
+
+async def exchange(port: int, *parts: bytes, awaited: bytes = b"", host: str = _PUBLIC) -> bytes:
     """Everything HAProxy answers to the first part, and to the others once `awaited` has come."""
     async with asyncio.timeout(PATIENCE_S):
-        reader, writer = await asyncio.open_connection(_PUBLIC, port)
+        reader, writer = await asyncio.open_connection(host, port)
         writer.write(parts[0])
         seen = await reader.readuntil(awaited) if awaited else b""
         for part in parts[1:]:

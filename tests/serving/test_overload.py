@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean, median
 
@@ -46,6 +46,15 @@ def wait_s(guard: OverloadGuard, prompt: str) -> float:
 def refused_s(guard: OverloadGuard, prompt: str, *, room_in_s: float, seed: int = 0) -> float:
     """Returns what a client is told who asks now and whose request a replica refuses."""
     return guard.refuse(guard.enter(request(prompt, seed=seed)), full(room_in_s)).retry_after_s or 0.0
+
+
+def test_a_refusal_is_remembered_for_its_own_client_alone() -> None:
+    guard = OverloadGuard(FakeClock())
+    greedy, other = (replace(request(name), client=name) for name in ("greedy", "other"))
+    guard.refuse(guard.enter(greedy), full(60.0))
+    with pytest.raises(OverloadedError):
+        guard.enter(greedy)
+    assert guard.enter(other) == other
 
 
 def test_replicas_are_not_asked_until_the_time_that_a_full_one_named_but_after_a_second_they_are() -> None:

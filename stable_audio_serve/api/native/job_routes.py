@@ -138,7 +138,8 @@ def build_router(service: Service) -> APIRouter:
             return Response(status_code=204)  # tells a browser not to reconnect
         base = jobs_base(request, limits=limits)
         after = int(last_event_id or 0)
-        return service.streams.open(stream_events(jobs, job, base=base, after=after, streams=service.streams))
+        events = stream_events(jobs, job, base=base, after=after, streams=service.streams)
+        return service.streams.open(events, caller=request.state.caller)
 
     router.include_router(_build_links(service))
     return router

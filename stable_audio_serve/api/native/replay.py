@@ -104,7 +104,7 @@ def build_router(service: Service) -> APIRouter:
         generation = recipe.to_request(sources=sources, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
         try:
-            result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
+            result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         except InvalidRequestError as error:
             raise _fault(error.field or "recipe", error.message) from error
         output = await service.finish_by(result, lambda: _finish(result, recipe, origin=TakeOrigin.of(generation)))

@@ -125,7 +125,7 @@ async def run(
     started_at: float,
 ) -> Output:
     """Returns the finished file of a request that arrived at `started_at`. Raises errors of `core.errors`."""
-    result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
+    result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     output = await service.finish(
         result, file_order(fields, card, generation=generation, settings=service.settings.audio)
     )

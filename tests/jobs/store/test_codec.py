@@ -48,6 +48,7 @@ REQUEST = GenerationRequest(
     in_time=True,
     checkpoint="c" * 64,
     request_id="r",
+    client="alice",
 )
 SPEC = JobSpec(
     id="1" * 32,

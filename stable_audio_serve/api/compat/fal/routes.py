@@ -161,7 +161,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
             client=request.state.client,
             wire={"base_url": base_url(request, service.settings.api)},
         )
-        job = (await service.add_job(spec, request.state.key)).job
+        job = (await service.add_job(spec, request.state.caller)).job
         links = targets.links_of(request, request_id, limits=service.settings.api)
         return make_ticket(job, links, position=await service.jobs.position(job))
 
@@ -195,7 +195,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         """The same as server-sent events, one per change, until the request is over."""
         links = targets.links_of(request, job.spec.id, limits=limits)
         events = stream_status(jobs, job, links=links, with_logs=logs, streams=service.streams)
-        return service.streams.open(events, headers={REQUEST_ID: job.spec.id})
+        return service.streams.open(events, caller=request.state.caller, headers={REQUEST_ID: job.spec.id})
 
     @router.get(path, responses=_RESULT_RESPONSES, response_model=AudioOutput)
     @router.get(f"{path}/response", include_in_schema=False)

@@ -21,7 +21,7 @@ async def run(
 ) -> AudioOutput:
     """Generates, stores the file, and returns its place. Raises errors of `core.errors`."""
     started_at = service.clock.monotonic()
-    result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
+    result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     output = await service.finish(result, order)
     note(request.scope, num_bytes=output.file.num_bytes)
     file_id, file = await service.jobs.publish(

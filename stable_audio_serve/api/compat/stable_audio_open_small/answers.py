@@ -45,7 +45,7 @@ async def make_clip(
     """Run a request that arrived at `started_at`. Returns its first `num_samples` as a file at full scale."""
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     asked_at = service.clock.monotonic()
-    result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
+    result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     made_at = service.clock.monotonic()
     origin = TakeOrigin.of(generation) if service.settings.dialects.recipes else None
     output = await service.finish_by(result, lambda: finish_window(result, num_samples=num_samples, origin=origin))

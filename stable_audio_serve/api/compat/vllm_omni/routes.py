@@ -55,7 +55,7 @@ def build_router(service: Service) -> APIRouter:
         span = resolve_span(body, cap_s=card.max_duration_s)
         generation = to_request(body, card, span=span, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s)
-        result = await service.generate(card, generation, key=request.state.key, started_at=started_at)
+        result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         encoding_at = service.clock.monotonic()
         finished = await service.compute(
             lambda: make_file(body, span=span, result=result, settings=service.settings.audio)
