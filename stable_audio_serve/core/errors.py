@@ -212,6 +212,10 @@ class StorageFullError(StorageError):
     kind = "storage_full"
 
 
+class UploadQuotaError(StorageFullError):
+    """This client keeps as many bytes as one client may."""
+
+
 class StoreMovedError(StorageError):
     """The files or the job database have been moved or replaced since the start."""
 

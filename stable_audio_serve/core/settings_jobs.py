@@ -52,6 +52,12 @@ class StorageSettings(Section):
     prefix: Annotated[str, AfterValidator(trim_prefix)] = Field(
         "stable-audio/jobs", max_length=500, description="What keys begin with; slashes at its ends do not count."
     )
+    max_bytes_per_key: int = Field(
+        2_147_483_648,
+        ge=1,
+        description="Files that one client has uploaded by fal's storage and that are kept, bytes; a client is a key, "
+        "without keys an address.",
+    )
     endpoint_url: PlainUrl | None = Field(None, description="Endpoint of an S3-compatible service; unset = AWS.")
     region: str = Field("us-east-1", min_length=1, description="Region; auto for R2.")
     addressing: Literal["auto", "path", "virtual"] = Field(

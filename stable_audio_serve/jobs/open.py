@@ -45,7 +45,7 @@ def open_store(settings: Settings, *, identity: str | None = None, catalog: Mode
     With the `identity` of prepared stores no other database is used, and none is created.
     """
     url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
-    return JobStore(Database(url, identity=identity), settings.jobs, catalog=catalog)
+    return JobStore(Database(url, identity=identity), settings.jobs, storage=settings.storage, catalog=catalog)
 
 
 def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Metrics | None = None) -> ArtifactStore:

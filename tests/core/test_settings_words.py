@@ -33,8 +33,8 @@ def complaint(folder: Path, args: dict[str, Any] | None = None, **environ: str) 
         ({"num_gpus": 1}, "num_gpus: unknown; did you mean models.0.num_gpus?"),
         (
             {"ingress": {"colour": "red"}},
-            "ingress.colour: unknown; valid here: max_event_streams, max_event_streams_per_client, max_ongoing_requests, "
-            "num_cpus, replicas",
+            "ingress.colour: unknown; valid here: max_event_streams, max_event_streams_per_client, "
+            "max_ongoing_requests, num_cpus, replicas",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from stable_audio_serve.core.catalog import ModelCatalog
-from stable_audio_serve.core.settings import JobSettings
+from stable_audio_serve.core.settings import JobSettings, StorageSettings
 from stable_audio_serve.jobs.store.client_jobs import ClientJobs
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.dead_letters import DeadLetters
@@ -21,6 +21,7 @@ from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs
 from stable_audio_serve.jobs.store.retention import Retention
 from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs
 from stable_audio_serve.jobs.store.tables import IDENTITY
+from stable_audio_serve.jobs.store.uploads import Uploads
 from stable_audio_serve.jobs.store.waiting import WaitingWork
 
 
@@ -28,16 +29,23 @@ class JobStore:
     """What clients, runners, operators and the sweeper may do with jobs, and the files that links lead to."""
 
     def __init__(
-        self, database: Database, limits: JobSettings | None = None, *, catalog: ModelCatalog | None = None
+        self,
+        database: Database,
+        limits: JobSettings | None = None,
+        *,
+        storage: StorageSettings | None = None,
+        catalog: ModelCatalog | None = None,
     ) -> None:
         """Touches nothing yet. `catalog` knows the defaults of models, which count in the size of jobs."""
+        limits, storage = limits or JobSettings(), storage or StorageSettings()
         self.database = database
-        self.clients = ClientJobs(database, limits or JobSettings(), catalog=catalog)
+        self.clients = ClientJobs(database, limits, catalog=catalog)
         self.runners = RunnerJobs(database)
         self.operators = OperatorJobs(database)
         self.dead_letters = DeadLetters(database)
         self.retention = Retention(database)
         self.files = PublishedFiles(database)
+        self.uploads = Uploads(database, max_bytes=storage.max_bytes_per_key, life_s=limits.retention_s)
         self.waiting = WaitingWork(database)
 
     def identity(self) -> str:

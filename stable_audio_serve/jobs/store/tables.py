@@ -125,6 +125,19 @@ FILES = sa.Table(
     sa.Index("files_by_age", "created_at"),
 )
 
+# What clients have uploaded and may still be fetched, for the limit of each client's bytes.
+UPLOADS = sa.Table(
+    "uploads",
+    METADATA,
+    sa.Column("name", _Text, primary_key=True),
+    sa.Column("ticket", _Text, nullable=False),  # the announced upload it belongs to
+    sa.Column("client", _Text, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Index("uploads_of_client", "client"),
+    sa.Index("uploads_by_age", "expires_at"),
+)
+
 # What tells this database from others, and a secret that only its servers know: one row.
 IDENTITY = sa.Table(
     "identity",

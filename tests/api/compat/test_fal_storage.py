@@ -21,6 +21,7 @@ from stable_audio_serve.api.compat.fal.storage import make_signer
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.jobs.queue import JobQueue
+from stable_audio_serve.jobs.store import uploads
 from tests.api.compat.serving import make_client, serve_app
 from tests.patience import PATIENCE_S
 
@@ -229,7 +230,7 @@ async def receiving(client: httpx.AsyncClient, ticket: str) -> list[httpx.Respon
 @pytest.fixture
 def own_signer(client: httpx.AsyncClient, jobs: JobQueue) -> tuple[httpx.AsyncClient, TimestampSigner]:
     """A server, and what signs as it does."""
-    return client, make_signer(jobs.store.secret(), [])
+    return client, make_signer(jobs.store.secret())
 
 
 async def test_what_was_signed_but_is_no_ticket_is_refused(
@@ -263,7 +264,7 @@ async def test_without_keys_too_nobody_else_can_sign(client: httpx.AsyncClient) 
     forged = [URLSafeTimedSerializer("", salt="fal-upload").dumps(names)]
     forged += [
         signer.sign(base64.urlsafe_b64encode(body).rstrip(b"=")).decode()
-        for signer in (make_signer("", []), TimestampSigner("", salt="fal-upload", digest_method=hashlib.sha256))
+        for signer in (make_signer(""), TimestampSigner("", salt="fal-upload", digest_method=hashlib.sha256))
     ]
     async with make_client() as (other, _):
         for ticket in [*forged, httpx.URL((await announce(other))["upload_url"]).path.rpartition("/")[2]]:
@@ -282,6 +283,70 @@ async def test_every_process_of_an_installation_takes_its_addresses(tmp_path: Pa
     other_keys = {"api": {"key_hashes": [hashlib.sha256(b"other").hexdigest()]}}
     async with make_client(**settings | other_keys) as (client, _):
         assert (await client.put(later["upload_url"], content=DATA)).status_code == 403
+
+
+@pytest.mark.parametrize("is_in_file", [False, True], ids=["configured", "in the key file"])
+async def test_an_address_ends_with_the_key_that_announced_it(tmp_path: Path, is_in_file: bool) -> None:
+    lines = [hashlib.sha256(key.encode()).hexdigest() for key in (KEY, "other")]
+    key_file = tmp_path / "keys"
+
+    def keep(digests: list[str]) -> dict[str, Any]:
+        key_file.write_text("".join(f"{digest}\n" for digest in digests))
+        api = {"key_file": str(key_file)} if is_in_file else {"key_hashes": digests}
+        return {"output_dir": str(tmp_path / "out"), "api": api}
+
+    async with make_client(**keep(lines)) as (client, _):
+        place = await announce(client)
+        assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
+    async with make_client(**keep(lines[1:])) as (client, _):
+        assert {reply.status_code for reply in await receiving(client, _ticket_of(place))} == {403}
+    async with make_client(output_dir=str(tmp_path / "out")) as (client, _):  # without keys
+        assert {reply.status_code for reply in await receiving(client, _ticket_of(place))} == {403}
+
+
+def _ticket_of(place: dict[str, str]) -> str:
+    return httpx.URL(place["upload_url"]).path.rpartition("/")[2]
+
+
+def _room_for(num_files: float) -> dict[str, Any]:
+    digests = [f"{name}:{hashlib.sha256(key.encode()).hexdigest()}" for name, key in (("a", KEY), ("b", "other"))]
+    return {"api": {"key_hashes": digests}, "storage": {"max_bytes_per_key": int(num_files * len(DATA))}}
+
+
+async def test_a_client_keeps_no_more_bytes_than_it_may() -> None:
+    async with make_client(**_room_for(2.5)) as (client, _):
+        places = [await announce(client) for _ in range(3)]
+        for place, status in zip(places, (200, 200, 507), strict=True):
+            for _ in range(2):  # the same again is no more bytes
+                reply = await client.put(place["upload_url"], content=DATA)
+                assert reply.status_code == status
+        assert "storage.max_bytes_per_key" in reply.json()["detail"]
+        assert (await client.get(places[2]["file_url"])).status_code == 404
+        refused = await client.post("/files/upload", content=DATA, headers=AUTHORIZED)
+        assert refused.status_code == 507
+        other = await client.post("/files/upload", content=DATA, headers={"authorization": "Key other"})
+        assert other.status_code == 200
+
+
+async def test_parts_count_once_and_as_often_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_TICKET_BYTES", 3 * len(DATA))
+    async with make_client(**_room_for(4.5)) as (client, _):
+        url = (await announce(client, "initiate-multipart"))["upload_url"]
+        replies = [await client.put(f"{url}/{number}", content=DATA) for number in (1, 2, 3, 3, 4)]
+        assert [reply.status_code for reply in replies] == [200, 200, 200, 200, 507]
+        assert "one upload" in replies[-1].json()["detail"]
+        parts = [{"partNumber": number, "etag": replies[number - 1].headers["etag"]} for number in (1, 2, 3)]
+        for _ in range(2):
+            assert (await client.post(f"{url}/complete", json={"parts": parts})).status_code == 200
+        for status in (200, 507):
+            assert (await client.put((await announce(client))["upload_url"], content=DATA)).status_code == status
+
+
+async def test_what_is_old_enough_to_go_no_longer_counts() -> None:
+    async with make_client(**_room_for(1), jobs={"retention_s": 0.05}) as (client, _):
+        for _ in range(2):
+            assert (await client.post("/files/upload", content=DATA, headers=AUTHORIZED)).status_code == 200
+            await asyncio.sleep(0.1)
 
 
 async def test_what_signs_addresses_is_not_beside_the_files(tmp_path: Path) -> None:

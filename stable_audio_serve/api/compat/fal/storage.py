@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import os
 import re
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import IO, Annotated
 
@@ -26,17 +27,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from stable_audio_serve.api.links import published_url
+from stable_audio_serve.api.middleware.callers import Caller
+from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.limits import accept_file_body
 from stable_audio_serve.artifacts.keys import part_key
 from stable_audio_serve.artifacts.store import StoredFile
-from stable_audio_serve.core.errors import DamagedFileError, UploadTooLargeError
-from stable_audio_serve.core.keys import parse_key_hash
+from stable_audio_serve.core.errors import DamagedFileError, KeysUnavailableError, StorageError, UploadTooLargeError
 from stable_audio_serve.jobs.queue import JobQueue
 
 MAX_PARTS = 10_000
 
 _TICKET_LIFE_S = 86_400
-_MAX_TICKET = 1000  # characters; ours have up to 550
+_MAX_TICKET = 1000  # characters; ours have up to 750
+_KEY_DIGITS = 16
+_RETRY_S = 5.0
 _CHUNK_BYTES = 1_048_576
 _ETAG = re.compile(r'"?([0-9a-f]{64})-([0-9]{1,12})"?')
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -50,6 +54,8 @@ class Ticket:
     file_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     file_name: str
     media_type: str
+    client: str = ""  # whose bytes they are
+    key: str = ""  # the beginning of the digest of the key that announced it, "" where no keys are configured
 
     def url(self, base: str) -> str:
         """Returns the address of the file once it is uploaded."""
@@ -62,18 +68,19 @@ _TICKET = TypeAdapter(Ticket)
 class Tickets:
     """Writes tickets into addresses and reads them back.
 
-    The signature is made from what only the processes of this installation know: the secret of their job database and
-    the digests of the configured keys. Changing those ends all announced uploads.
+    The signature is made from what only the processes of this installation know, the secret of their job database. A
+    ticket ends with the key that announced it.
     """
 
-    def __init__(self, jobs: JobQueue, key_hashes: Sequence[str]) -> None:
+    def __init__(self, jobs: JobQueue, ring: KeyRing) -> None:
         self._jobs = jobs
-        self._digests = sorted(parse_key_hash(text).digest for text in key_hashes)
+        self._ring = ring
         self._known_signer: TimestampSigner | None = None
 
-    def announce(self, file_name: str | None, media_type: str | None) -> Ticket:
+    def announce(self, file_name: str | None, media_type: str | None, *, caller: Caller) -> Ticket:
         """Returns a ticket for a new file."""
-        return _clean_ticket(secrets.token_hex(16), file_name, media_type=media_type)
+        clean = _clean_ticket(secrets.token_hex(16), file_name, media_type=media_type)
+        return replace(clean, client=caller.name, key=caller.key.digest[:_KEY_DIGITS])
 
     async def sign(self, ticket: Ticket) -> str:
         """Returns the signed ticket as a part of an address. Raises StorageError."""
@@ -81,7 +88,9 @@ class Tickets:
         return signer.sign(base64_encode(_TICKET.dump_json(ticket))).decode()
 
     async def read(self, text: str) -> Ticket:
-        """Returns the ticket of an address. Raises HTTPException 403 for a foreign or old one, and StorageError."""
+        """Returns the ticket of an address. Raises HTTPException 403 for a foreign or old one and one whose key is no
+        longer valid, KeysUnavailableError while nobody knows that, and StorageError.
+        """
         if len(text) > _MAX_TICKET:
             raise _unknown_ticket()
         signer = await self._signer()
@@ -89,18 +98,27 @@ class Tickets:
             ticket = _TICKET.validate_json(base64_decode(signer.unsign(text, max_age=_TICKET_LIFE_S)))
         except (BadData, ValueError) as error:  # ValidationError is one
             raise _unknown_ticket() from error
-        return _clean_ticket(ticket.file_id, ticket.file_name, media_type=ticket.media_type)
+        self._require_key(ticket)
+        clean = _clean_ticket(ticket.file_id, ticket.file_name, media_type=ticket.media_type)
+        return replace(clean, client=ticket.client, key=ticket.key)
+
+    def _require_key(self, ticket: Ticket) -> None:
+        if self._ring.health.state == "unread":
+            raise KeysUnavailableError("the file of keys cannot be read", retry_after_s=_RETRY_S)
+        is_known = bool(ticket.key) and any(digest.startswith(ticket.key) for digest in self._ring.keys)
+        if not (is_known or (self._ring.is_open and not ticket.key)):
+            raise _unknown_ticket()
 
     async def _signer(self) -> TimestampSigner:
         if self._known_signer is None:
             secret = await asyncio.to_thread(self._jobs.store.secret)
-            self._known_signer = make_signer(secret, self._digests)
+            self._known_signer = make_signer(secret)
         return self._known_signer
 
 
-def make_signer(secret: str, digests: Sequence[str]) -> TimestampSigner:
-    """Returns the signer of tickets, from the secret of a job database and the digests of the keys."""
-    key = hmac.digest(secret.encode(), " ".join(["fal-upload", *digests]).encode(), "sha256")
+def make_signer(secret: str) -> TimestampSigner:
+    """Returns the signer of tickets, from the secret of a job database."""
+    key = hmac.digest(secret.encode(), b"fal-upload", "sha256")
     return TimestampSigner(key, salt="fal-upload", digest_method=hashlib.sha256)
 
 
@@ -119,12 +137,16 @@ class Storage:
                 if await asyncio.to_thread(_digest, body) != existing.sha256:
                     raise HTTPException(400, "upload: the file is there already")
                 return existing  # the client repeats an upload whose answer it did not get
-            return await self._publish(ticket, body)
+            async with self._counted(ticket, ticket.file_id, num_bytes=_size(body)):
+                return await self._publish(ticket, body)
 
     async def receive_part(self, request: Request, ticket: Ticket, *, number: int) -> str:
         """Store the request's body as one part of the file. Returns its etag."""
         key = part_key(ticket.file_id, number)
-        async with _received(request) as body:
+        async with (
+            _received(request) as body,
+            self._counted(ticket, f"{ticket.file_id}-{number}", num_bytes=_size(body)),
+        ):
             part = await self._jobs.artifacts.put(
                 key, partial(_chunks, body), media_type=ticket.media_type, file_name=str(number)
             )
@@ -142,10 +164,26 @@ class Storage:
         with tempfile.TemporaryFile() as joined:
             for part in parts:
                 await self._append(joined, part)
-            file = await self._publish(ticket, joined)
+            names = [f"{ticket.file_id}-{number}" for number in etags]
+            async with self._counted(ticket, ticket.file_id, num_bytes=_size(joined), instead_of=names):
+                file = await self._publish(ticket, joined)
         for part in parts:
             await self._jobs.artifacts.delete(part.key)
         return file
+
+    @asynccontextmanager
+    async def _counted(
+        self, ticket: Ticket, name: str, *, num_bytes: int, instead_of: Collection[str] = ()
+    ) -> AsyncIterator[None]:
+        """Count a file that is about to be stored. Raises UploadQuotaError."""
+        uploads = self._jobs.store.uploads
+        add = partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes, ticket=ticket.file_id)
+        await asyncio.to_thread(partial(add, instead_of=instead_of))
+        try:
+            yield
+        except StorageError:
+            await asyncio.to_thread(uploads.forget, name)
+            raise
 
     async def _append(self, joined: IO[bytes], part: StoredFile) -> None:
         try:
@@ -190,6 +228,10 @@ async def _received(request: Request) -> AsyncIterator[IO[bytes]]:
             await upload.write(chunk)
         await upload.seek(0)
         yield file
+
+
+def _size(file: IO[bytes]) -> int:
+    return file.seek(0, os.SEEK_END)
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:

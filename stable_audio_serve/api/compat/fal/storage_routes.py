@@ -27,7 +27,7 @@ _RAW_BODY = {
     }
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    **error_responses(FalError, 408, 413, 500, 503),
+    **error_responses(FalError, 408, 413, 500, 503, 507),
     422: {"model": FalError, "description": "A field is missing, of the wrong type or out of range."},
 }
 _KEY_RESPONSES = {**_RESPONSES, **error_responses(FalError, 401)}
@@ -35,7 +35,7 @@ _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_RESPONSES,
     400: {"model": FalError, "description": "Another file is there already, or a part is missing."},
     404: {"model": FalError, "description": "No such address."},
-    403: {"model": FalError, "description": "The address is not one of ours, or too old."},
+    403: {"model": FalError, "description": "The address is not one of ours, or too old, or its key is gone."},
 }
 
 
@@ -123,21 +123,21 @@ def build_announcing_router(service: Service) -> APIRouter:
     @router.post("/storage/upload/initiate-multipart", summary="Announce In Parts", responses=_KEY_RESPONSES)
     async def announce(request: Request, body: NewUpload) -> UploadPlace:
         """Announce a file: its bytes are PUT to `upload_url`, or, in parts, to `<upload_url>/<number>`."""
-        ticket = tickets.announce(body.file_name, body.content_type)
+        ticket = tickets.announce(body.file_name, body.content_type, caller=request.state.caller)
         base, signed = base_url(request, limits), await tickets.sign(ticket)
         return UploadPlace(upload_url=f"{base}/storage/upload/{signed}", file_url=ticket.url(base))
 
     @router.post("/files/upload", openapi_extra=_RAW_BODY, responses={**_UPLOAD_RESPONSES, **_KEY_RESPONSES})
     async def upload(request: Request, name: _Name = None, *, media_type: _Type = None) -> Uploaded:
         """Store a file; the body is its bytes."""
-        ticket = tickets.announce(name, media_type)
+        ticket = tickets.announce(name, media_type, caller=request.state.caller)
         await storage.receive(request, ticket)
         return Uploaded(access_url=ticket.url(base_url(request, limits)))
 
     @router.post("/files/upload/multipart", summary="Announce Upload In Parts", responses=_KEY_RESPONSES)
     async def announce_parts(request: Request, name: _Name = None, *, media_type: _Type = None) -> MultipartUpload:
         """Announce a file that will come in parts."""
-        ticket = tickets.announce(name, media_type)
+        ticket = tickets.announce(name, media_type, caller=request.state.caller)
         return MultipartUpload(access_url=ticket.url(base_url(request, limits)), uploadId=await tickets.sign(ticket))
 
     return router
@@ -182,4 +182,4 @@ def build_receiving_router(service: Service) -> APIRouter:
 
 def _parts_of(service: Service) -> tuple[Tickets, Storage]:
     limits = service.settings.api
-    return Tickets(service.jobs, limits.key_hashes), Storage(service.jobs, max_bytes=limits.max_upload_bytes)
+    return Tickets(service.jobs, service.keys.ring), Storage(service.jobs, max_bytes=limits.max_upload_bytes)

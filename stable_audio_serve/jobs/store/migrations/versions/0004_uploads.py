@@ -1,0 +1,21 @@
+"""How many bytes each client has uploaded and may still be fetched."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    """Make the table."""
+    op.create_table(
+        "uploads",
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("ticket", sa.Text, nullable=False),
+        sa.Column("client", sa.Text, nullable=False),
+        sa.Column("num_bytes", sa.BigInteger, nullable=False),
+        sa.Column("expires_at", sa.Double, nullable=False),
+    )
+    op.create_index("uploads_of_client", "uploads", ["client"])
+    op.create_index("uploads_by_age", "uploads", ["expires_at"])
