@@ -59,9 +59,11 @@ def plan_spans(
 
 
 def is_continuation(start: int, stop: int, *, source_end: int, sample_rate_hz: int) -> bool:
-    """Whether the region [start, stop), in samples, goes on where a source ends, give or take what is too short for a
-    crossfade."""
-    return abs(source_end - start) < round(FADE_S * sample_rate_hz) and stop > source_end
+    """Whether the region [start, stop), in samples, goes on behind the end of a source.
+
+    A gap between them that is shorter than a crossfade does not count: times of clients are rounded.
+    """
+    return start < source_end + round(FADE_S * sample_rate_hz) and stop > source_end
 
 
 def _merge(regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -37,8 +37,8 @@ def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_
         if not (math.isfinite(start_s) and math.isfinite(end_s) and 0 <= start_s < end_s):
             raise InvalidRequestError(f"inpaint region {start_s}..{end_s} must have 0 <= start < end", field=field)
         start, end = int(start_s * sample_rate_hz), int(end_s * sample_rate_hz)
-        goes_on = is_continuation(start, end, source_end=source_end, sample_rate_hz=sample_rate_hz)
-        if request.keep == "source" and goes_on:
+        continues = is_continuation(start, end, source_end=source_end, sample_rate_hz=sample_rate_hz)
+        if request.keep == "source" and continues:
             start = min(start, source_end - source_end % hop)
         keep &= (first_samples < start) | (first_samples >= end)
     return keep.float()
