@@ -120,9 +120,14 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
     assert has_pitch(audio[:, 48000:], 440.0)
 
 
-@pytest.mark.parametrize("prompt", ["white noise", slow("pink noise"), slow("a 440 Hz sine wave")])
-async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str) -> None:
-    """A tenth of a second around each seam is at most 1 dB below and above the tenths beside it."""
+@pytest.mark.parametrize(
+    ("prompt", "most_db"), [("white noise", 1), slow("pink noise", 1), slow("a 440 Hz sine wave", 2)]
+)
+async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
+    """A tenth of a second around each seam is close to the quarters of a second beside it, in decibels.
+
+    A tone may meet itself in any phase: 30 ms of linear crossfade take up to 1 dB off it.
+    """
     source = await make_audio(engine, prompt)
     ends = source.shape[1]
     for regions, seams in (
@@ -134,8 +139,10 @@ async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prom
         edit = GenerationRequest(prompt, 3.0, seed=12, inpaint_audio=given, inpaint_regions_s=tuple(regions))
         audio = (await engine.generate(edit)).audio[0]
         for seam in seams:
-            before, at, after = (level_db(audio[:, seam + n - 2205 : seam + n + 2205]) for n in (-4410, 0, 4410))
-            assert min(before, after) - 1 < at < max(before, after) + 1, (regions, seam)
+            start, end = seam - 2205, seam + 2205
+            parts = audio[:, start - 11025 : start], audio[:, start:end], audio[:, end : end + 11025]
+            before, at, after = map(level_db, parts)
+            assert min(before, after) - most_db < at < max(before, after) + most_db, (regions, seam)
 
 
 def level_db(audio: np.ndarray) -> float:
