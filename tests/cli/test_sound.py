@@ -247,6 +247,7 @@ async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
     assert "cancelled" in (await shell.run("jobs", "fetch", job_id, code=130)).decode()
     assert "not found" in (await shell.run("jobs", "show", "0" * 32, code=2)).decode()
     assert "--audio" in (await shell.run("jobs", "submit", "rain", "-r", "1:2", code=2)).decode()
+    assert "--region" in (await shell.run("jobs", "submit", "rain", "--keep", "model", code=2)).decode()
 
 
 @pytest.mark.server  # loads a model
