@@ -83,6 +83,7 @@ def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
             "duration_s": longest_s / 4,
             "inpaint_audio": clip,
             "inpaint_regions_s": ((longest_s / 16, longest_s / 8),),
+            "keep": "model",  # the sides that are compared by their audio know nothing else
         },
         {"duration_s": longest_s, "steps": 6},
         {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": first},

@@ -276,8 +276,9 @@ def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: 
 def make_request(
     prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
 ) -> GenerationRequest:
-    """A request with any field replaced."""
-    return replace(GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed), **fields)  # type: ignore[arg-type]
+    """A request with any field replaced. The model makes all of an edit: source samples in it would hide faults."""
+    request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, keep="model")
+    return replace(request, **fields)  # type: ignore[arg-type]
 
 
 def make_unlike_requests() -> list[GenerationRequest]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from stable_audio_serve.audio.encode import (
 from stable_audio_serve.audio.loudness import describe_clip
 from stable_audio_serve.audio.peaks import treat_peaks
 from stable_audio_serve.audio.recipe import MOST_BYTES, Recipe, RecipeSource, sources_of, write_recipes
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Role
+from stable_audio_serve.core.generation import GeneratedSpan, GenerationRequest, GenerationResult, Role
 from stable_audio_serve.core.sound import ClipFacts, Peaks
 
 if TYPE_CHECKING:
@@ -66,18 +66,26 @@ class FinishedFile:
 
 
 def finish_clip(
-    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: int, peaks: Peaks
+    audio: npt.NDArray[np.float32],
+    sample_rate_hz: int,
+    *,
+    seed: int,
+    peaks: Peaks,
+    generated: Sequence[GeneratedSpan] | None = None,
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
-    """Returns a whole clip (C, S) float32 as it is delivered, in -1..1, and its facts."""
-    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks)
+    """Returns a whole clip (C, S) float32, of which a model made all or what is `generated`, as it is delivered, in
+    -1..1, and its facts."""
+    finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
 
 
 def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     """Returns the file of one variation, or for several a ZIP of `<stem>-01.<format>`, `<stem>-02.<format>`, ..."""
     finished = [
-        finish_clip(audio, result.sample_rate_hz, seed=seed, peaks=order.peaks)
-        for audio, seed in zip(result.audio, result.seeds, strict=True)
+        finish_clip(audio, result.sample_rate_hz, seed=seed, peaks=order.peaks, generated=generated)
+        for audio, seed, generated in zip(
+            result.audio, result.seeds, result.generated or repeat(None, len(result.audio)), strict=True
+        )
     ]
     clips = tuple(facts for _, facts in finished)
     recipes = _recipes_of(result, order)

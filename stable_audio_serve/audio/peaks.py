@@ -7,10 +7,13 @@ that maximum, and so never below the needed reduction. Between the two, the redu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stable_audio_serve.audio.keep import rise
+from stable_audio_serve.core.generation import GeneratedSpan
 from stable_audio_serve.core.sound import Peaks
 
 if TYPE_CHECKING:
@@ -26,8 +29,19 @@ _RELEASE_S = 0.1  # time constant
 _LEAST_REDUCTION = 1e-4  # less counts as none, so that samples far from any peak stay unchanged
 
 
-def treat_peaks(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, peaks: Peaks) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S) float32 of any loudness with its peaks treated, in -1..1. Does not change `audio`."""
+def treat_peaks(
+    audio: npt.NDArray[np.float32],
+    sample_rate_hz: int,
+    *,
+    peaks: Peaks,
+    generated: Sequence[GeneratedSpan] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Returns `audio` (C, S) float32 of any loudness with its peaks treated, in -1..1. Does not change `audio`.
+
+    Where only some of it is `generated`, the limiter changes nothing else; what no file can hold is cut off.
+    """
+    if peaks == "limit" and generated is not None:
+        return limit_spans(audio, sample_rate_hz, spans=generated)
     if peaks == "limit":
         return limit(audio, sample_rate_hz)
     if peaks == "scale":
@@ -56,6 +70,24 @@ def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np
     reduction = (points[:-1, None] + rises * ramp).reshape(-1)[:num_samples]
     limited = audio * (np.float32(1) - reduction)
     return np.clip(limited, -CEILING, CEILING, out=limited)  # rounding may have raised a sample by its last bit
+
+
+def limit_spans(
+    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, spans: Sequence[GeneratedSpan]
+) -> npt.NDArray[np.float32]:
+    """Returns `audio` (C, S), in -1..1, with each span limited by itself before it fades from and to the rest."""
+    if find_peak(audio) <= CEILING:
+        return audio
+    finished = audio.copy()
+    for span in spans:
+        own = audio[:, span.start : span.stop].copy()
+        num_in, fade_out = span.head.shape[1], own.shape[1] - span.tail.shape[1]
+        own[:, :num_in], own[:, fade_out:] = span.head, span.tail
+        change = limit(own, sample_rate_hz) - own
+        change[:, :num_in] *= rise(num_in)
+        change[:, fade_out:] *= rise(span.tail.shape[1])[::-1]
+        finished[:, span.start : span.stop] += change
+    return np.clip(finished, np.float32(-1), np.float32(1), out=finished)
 
 
 def find_peak(audio: npt.NDArray[np.float32]) -> float:

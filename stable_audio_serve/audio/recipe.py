@@ -16,6 +16,7 @@ from stable_audio_serve.core.generation import (
     SEED_LIMIT,
     EditSchedule,
     GenerationRequest,
+    Keep,
     MadeOn,
     Mode,
     Role,
@@ -112,6 +113,7 @@ class Recipe(_Part):
     inpaint_regions: Annotated[tuple[tuple[_S, _S], ...], Field(strict=False, max_length=MOST_REGIONS)] | None = _unset(
         "[start, end) of each region, seconds."
     )
+    keep: Keep | None = _unset("What is outside of them; unset = model, as before there was a choice.")
     response_format: FileFormat = Field(description="Kind of file.")
     peaks: Peaks | Literal["full"] = Field(
         description="What became of its peaks; full = the whole was brought to full scale, then cut to its `samples`."
@@ -128,6 +130,8 @@ class Recipe(_Part):
                 raise ValueError(f"{name} and {setting} belong together")
         if any(start >= end for start, end in self.inpaint_regions or ()):
             raise ValueError("inpaint_regions: each must start before its end")
+        if self.keep is not None and self.inpaint_audio is None:
+            raise ValueError("keep belongs to inpaint_audio")
         is_full = self.peaks == "full"
         if (is_full and self.response_format != "wav") or (self.samples is not None and not is_full):
             raise ValueError("peaks: full is of WAV files, and only with full there are samples")
@@ -169,6 +173,7 @@ class Recipe(_Part):
             edit_schedule=self.edit_schedule,
             inpaint_audio=sources[self.inpaint_audio.sha256] if self.inpaint_audio else None,
             inpaint_regions_s=self.inpaint_regions or (),
+            keep=self.keep or "model",
             checkpoint=self.checkpoint,
             exact=True,
             request_id=request_id,
@@ -222,6 +227,7 @@ def write_recipes(
         inpaint_regions=tuple((float(start), float(end)) for start, end in request.inpaint_regions_s)
         if inpaint
         else None,
+        keep=request.keep if inpaint else None,
         response_format=file_format,
         peaks=peaks,
         samples=samples,

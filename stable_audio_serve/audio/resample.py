@@ -19,6 +19,11 @@ _TILE_PHASES = (
 )
 
 
+def resampled_length(num_samples: int, from_hz: int, *, to_hz: int) -> int:
+    """Returns how many samples `resample` makes of `num_samples`."""
+    return -(-num_samples * to_hz // from_hz)
+
+
 def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | None = None) -> Tensor:
     """Returns `samples` (C, S) float32 resampled to (C, ceil(S * to_hz / from_hz)), or the first `max_samples` of it.
 
@@ -28,7 +33,7 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
     """
     divisor = math.gcd(from_hz, to_hz)
     source_step, num_phases = from_hz // divisor, to_hz // divisor
-    length = -(-samples.shape[-1] * num_phases // source_step)
+    length = resampled_length(samples.shape[-1], source_step, to_hz=num_phases)
     if max_samples is not None and max_samples < length:
         length = max_samples
     if source_step == num_phases:

@@ -12,7 +12,7 @@ import typer
 
 from stable_audio_serve.cli.endings import Ending, fail, said_plainly
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
-from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, with_options
+from stable_audio_serve.cli.sound_options import Keep, Prompt, SoundOptions, with_options
 from stable_audio_serve.core.errors import ConflictError, NotFoundError
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def submit(
     noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --audio: low keeps more of it.")] = None,
     regions: Annotated[
         list[str] | None,
-        typer.Option("--region", "-r", metavar="START:END", help="With --audio: seconds to make anew, keep the rest."),
+        typer.Option("--region", "-r", metavar="START:END", help="With --audio: seconds to regenerate."),
     ] = None,
+    keep: Keep = None,
     webhook: Annotated[str | None, typer.Option(help="Is told the end of the job.")] = None,
     key: Annotated[str | None, typer.Option("--idempotency-key", help="The same key finds the same job again.")] = None,
     options: SoundOptions,
@@ -50,8 +51,10 @@ def submit(
         check_inputs(prompt, audio)
         if audio is None and (regions or noise is not None):
             raise ValueError("--region and --noise need --audio")
+        if keep and not regions:
+            raise ValueError("--keep needs --region")
         spans = [parse_region(region) for region in regions or ()]
-        fields = {**options.controls, "init_noise_level": noise, "webhook_url": webhook}
+        fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
         order = makers.Order(
             "generate" if audio is None else "inpaint" if spans else "vary",
             typer.get_text_stream("stdin").read().strip() if prompt == "-" else prompt,

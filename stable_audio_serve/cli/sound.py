@@ -15,7 +15,7 @@ import typer
 
 from stable_audio_serve.cli.endings import said_plainly
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
-from stable_audio_serve.cli.sound_options import Prompt, SoundOptions, Source, with_options
+from stable_audio_serve.cli.sound_options import Keep, Prompt, SoundOptions, Source, with_options
 
 if TYPE_CHECKING:
     from stable_audio_serve.cli.makers import Order
@@ -26,7 +26,7 @@ app = typer.Typer()
 STDIN = "-"  # and standard output
 
 _Regions = Annotated[
-    list[str], typer.Option("--region", "-r", metavar="START:END", help="Seconds to make anew; may be given again.")
+    list[str], typer.Option("--region", "-r", metavar="START:END", help="Seconds to regenerate; may be repeated.")
 ]
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
@@ -57,11 +57,14 @@ def variation(
 
 @app.command()
 @with_options()
-def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, options: SoundOptions) -> None:
-    """Make regions of audio anew and keep the rest."""
+def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, keep: Keep = None, options: SoundOptions) -> None:
+    """Regenerate parts of a clip.
+
+    The rest keeps its samples. A crossfade of 30 ms inside each region joins the two.
+    """
     with said_plainly():
         spans = [parse_region(region) for region in regions]
-    _make("inpaint", prompt, audio=audio, regions=spans, options=options)
+    _make("inpaint", prompt, audio=audio, regions=spans, more={"keep": keep}, options=options)
 
 
 @app.command("continue")
@@ -74,14 +77,19 @@ def continue_audio(
     start: Annotated[
         float | None, typer.Option("--from", help="Seconds of the source to keep; default: all of it.")
     ] = None,
+    keep: Keep = None,
     options: SoundOptions,
 ) -> None:
-    """Continue audio behind its end."""
+    """Extend audio past its end.
+
+    The source keeps its samples, but for a crossfade over its last 30 ms.
+    """
     with said_plainly():
         check_inputs(prompt, audio)
         content = read_audio(audio)
         kept_s = _length_s(content) if start is None else start
-    _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more={"duration": until}, options=options)
+    more = {"duration": until, "keep": keep}
+    _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more=more, options=options)
 
 
 @app.command()

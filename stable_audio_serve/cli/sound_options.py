@@ -16,6 +16,14 @@ from stable_audio_serve.cli.remote import KeyFileOption, UrlOption
 Prompt = Annotated[str, typer.Argument(help="What to hear; - reads it from standard input.")]
 Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
 
+Keep = Annotated[
+    Literal["source", "model"] | None,
+    typer.Option(
+        help="Outside the regions: the source's own samples (default), or what the model makes of them.",
+        show_default=False,
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoundOptions:

@@ -49,6 +49,15 @@ class EditControls(Controls, total=False):
     edit_schedule: Literal["scaled", "reference"] | None
 
 
+class InpaintControls(Controls, total=False):
+    """Optional fields of an edit of regions.
+
+    `keep`: what is outside them, the source's own samples (the default) or what the model makes of them.
+    """
+
+    keep: Literal["source", "model"]
+
+
 class LoopControls(TypedDict, total=False):
     """Optional fields of a loop; `bars` unset = as many of 8, 4, 2, 1 as fit."""
 
@@ -60,7 +69,7 @@ class LoopControls(TypedDict, total=False):
     style_strength: float
 
 
-class JobControls(EditControls, total=False):
+class JobControls(EditControls, InpaintControls, total=False):
     """Optional fields of a job."""
 
     webhook_url: str | None

@@ -18,6 +18,7 @@ from stable_audio_serve.client.calls import (
     Call,
     Controls,
     EditControls,
+    InpaintControls,
     JobControls,
     LoopControls,
     Recipe,
@@ -70,14 +71,20 @@ class Client:
         """Make a variation of audio. Raises OSError if its file cannot be read."""
         return answers.read_take(self.send(calls.vary(audio, prompt, controls=controls)))
 
-    def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[Controls]) -> Take:
-        """Regenerate `regions`, [start, end) in seconds, and keep the rest. Raises OSError."""
+    def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]) -> Take:
+        """Regenerate `regions`, [start, end) in seconds, and keep the source's samples outside. Raises OSError.
+
+        Inside each region 30 ms of crossfade join the two; `keep="model"` has the model make everything.
+        """
         return answers.read_take(self.send(calls.inpaint(audio, prompt, regions=regions, controls=controls)))
 
     def extend(
-        self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[Controls]
+        self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
     ) -> Take:
-        """Continue audio that is `source_s` long until it is `until_s` long, in seconds. Raises OSError."""
+        """Continue audio that is `source_s` long until it is `until_s` long, in seconds. Raises OSError.
+
+        All but the last 30 ms of the source, which fade into what follows, keep their samples.
+        """
         controls["duration"] = until_s
         return self.inpaint(audio, prompt, regions=[(source_s, until_s)], **controls)
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 SEED_LIMIT = 2**63  # seeds are from 0 up to this, exclusive
 # How a flow model's times for an edit are made: those of a run from pure noise, scaled by the level, or as upstream.
 EditSchedule = Literal["scaled", "reference"]
+# What an edit has outside its regions: the source's own samples, or what the model makes of them.
+Keep = Literal["source", "model"]
 Role = Literal["init", "inpaint"]  # what source audio is for: a variation, or regions made anew
 Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
 
@@ -77,6 +79,7 @@ class GenerationRequest:
     edit_schedule: EditSchedule | None = None  # only for flow models
     inpaint_audio: SourceAudio | None = None
     inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
+    keep: Keep = "source"
     chunked_decode: bool | None = None
     deadline_s: float | None = None  # time budget from submission to audio, seconds
     in_time: bool = False  # refused at once if it is predicted to end after that
@@ -189,10 +192,25 @@ class DeviceUse:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationResult:
-    """Audio as it left the model: one (C, S) float32 array per variation, with what was done.
+class GeneratedSpan:
+    """Samples [start, stop) that a model made, in audio that otherwise has its source's own.
 
-    Full scale is -1..1. Loud clips exceed it; `audio.peaks` brings them back when a file is made.
+    The first and the last of them fade from and to the source; `head` and `tail` (C, n) float32 are those of the model
+    alone.
+    """
+
+    start: int
+    stop: int
+    head: npt.NDArray[np.float32]
+    tail: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """Audio before a file is made of it: one (C, S) float32 array per variation, with what was done.
+
+    Full scale is -1..1. Loud clips exceed it; `audio.peaks` brings them back when a file is made. `generated` names the
+    parts of each variation that the model made, None = all.
     """
 
     audio: tuple[npt.NDArray[np.float32], ...]
@@ -202,6 +220,7 @@ class GenerationResult:
     timings: StageTimings = field(default_factory=StageTimings)
     device: DeviceUse = field(default_factory=DeviceUse)
     making: Making | None = None
+    generated: tuple[tuple[GeneratedSpan, ...], ...] | None = None
 
     @property
     def made_on(self) -> MadeOn:

@@ -14,6 +14,8 @@ from typing import get_args
 
 import torch
 
+from stable_audio_serve.audio.keep import keep_source, plan_spans
+from stable_audio_serve.audio.resample import resampled_length
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import (
@@ -39,7 +41,7 @@ from stable_audio_serve.engine.request_state import Reply, RequestState, late
 from stable_audio_serve.engine.rows import row_work
 from stable_audio_serve.engine.scheduler import Scheduler
 from stable_audio_serve.engine.thread import EngineHeartbeat
-from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
+from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
 _STOP_TIMEOUT_S = 30.0  # closing does not wait for a longer step
@@ -172,7 +174,10 @@ class Engine:
             try:
                 result = await state.reply.future
                 making = settle(self._making, request, spec=self.spec)
-                return replace(result, device=replace(self._device.use(), dtype=self.dtype), making=making)
+                result = replace(result, device=replace(self._device.use(), dtype=self.dtype), making=making)
+                if request.inpaint_audio is None:
+                    return result
+                return await asyncio.to_thread(_keep_source, result, request, plan=state.plans[0][0])
             except asyncio.CancelledError:
                 state.cancel()
                 self._inbox.wake()
@@ -273,3 +278,18 @@ class Engine:
             if not self._is_started and not self._is_closing:
                 self._is_started = True
                 self._thread.start()
+
+
+def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:
+    """Returns the result with the source's own samples where the request keeps them. Changes the result's audio."""
+    given, source = request.inpaint_audio, plan.inpaint_source
+    if given is None or source is None or request.keep == "model" or not request.inpaint_regions_s:
+        return result
+    spans = plan_spans(
+        request.inpaint_regions_s,
+        num_source=resampled_length(given.samples.shape[1], given.sample_rate_hz, to_hz=result.sample_rate_hz),
+        num_samples=plan.output_samples,
+        sample_rate_hz=result.sample_rate_hz,
+    )
+    samples = source.samples.numpy()
+    return replace(result, generated=tuple(keep_source(audio, samples, spans=spans) for audio in result.audio))

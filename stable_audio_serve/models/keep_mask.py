@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from stable_audio_serve.audio.keep import is_continuation
+from stable_audio_serve.audio.resample import resampled_length
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 
@@ -16,6 +18,9 @@ def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_
 
     Everything after the clip's end is generated; without regions nothing is kept, as in the references. None without a
     source. `hop` is the number of samples per frame. Raises InvalidRequestError naming the field.
+
+    Where the source's own samples are kept, a region that continues it begins with the frame in which it ends: the
+    latent of that frame would be of a source that goes silent, and the continuation with it, for up to a frame.
     """
     field = "inpaint_start_seconds"
     if request.inpaint_audio is None:
@@ -25,10 +30,15 @@ def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_
     if not request.inpaint_regions_s:
         return torch.zeros(frames)
     first_samples = torch.arange(frames) * hop
+    source = request.inpaint_audio
+    source_end = resampled_length(source.samples.shape[1], source.sample_rate_hz, to_hz=sample_rate_hz)
     keep = first_samples < int(request.duration_s * sample_rate_hz)
     for start_s, end_s in request.inpaint_regions_s:
         if not (math.isfinite(start_s) and math.isfinite(end_s) and 0 <= start_s < end_s):
             raise InvalidRequestError(f"inpaint region {start_s}..{end_s} must have 0 <= start < end", field=field)
         start, end = int(start_s * sample_rate_hz), int(end_s * sample_rate_hz)
+        continues = is_continuation(start, end, source_end=source_end, sample_rate_hz=sample_rate_hz)
+        if request.keep == "source" and continues:
+            start = min(start, source_end - source_end % hop)
         keep &= (first_samples < start) | (first_samples >= end)
     return keep.float()

@@ -116,6 +116,7 @@ def _request(args: Mapping[str, Any], row: int, *, num_rows: int, goldens: Golde
         init_noise_level=float(args["init_noise_level"]),
         inpaint_audio=_source(args.get("inpaint_audio"), goldens),
         inpaint_regions_s=_regions(args),
+        keep="model",
         chunked_decode=args.get("chunked_decode", True),  # each of the reference's windows draws its own noise
     )
 

@@ -178,7 +178,7 @@ _RECIPE = json.dumps(
         "made_on": {"device": "cpu", "dtype": "float32"},
     }
 )
-_SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "sampler", "samples"}
+_SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "keep", "sampler", "samples"}
 _DROPPED = {
     "finetune_checkpoint",
     "sampler_type",  # for some models

@@ -234,7 +234,7 @@ async def test_the_model_is_asked_the_same_as_by_the_synchronous_route(
         status = await wait(client, await submit(client, job, **fields, sampler_kwargs={"sampler_type": "rk4"}))
     else:
         fields |= {"sampler_kwargs": '{"scale_phi": 0.5}', "duration_padding_sec": 2}
-        region = REGION if job.endswith("inpaint") else {"init_noise_level": 0.4}
+        region = {**REGION, "keep": "model"} if job.endswith("inpaint") else {"init_noise_level": 0.4}
         form = {name: str(value) for name, value in (BODY | region | fields).items()}
         await client.post(synchronous, data=form, files={"audio": ("a.wav", make_audio_file(duration_s=1.0))})
         status = await wait(client, await submit(client, job, **region, **fields))

@@ -168,6 +168,7 @@ def draw_order(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] |
         return "/v1/audio/variations", form, {"audio": SOURCE}
     start = 0.1 if kind == "inpaint" else 1.5
     form |= {"duration": 2.0, "inpaint_start_seconds": start, "inpaint_end_seconds": round(random.uniform(1.6, 2), 3)}
+    form |= random.choice([{}, {"keep": "model"}])
     return "/v1/audio/inpaint", form, {"audio": SOURCE}
 
 
@@ -256,6 +257,8 @@ async def test_a_recipe_is_hostile_input(real: httpx.AsyncClient) -> None:
         ({"inpaint_audio": {"sha256": sha256}, "inpaint_regions": [[0.0, 5.0]]}, "inpaint_regions"),
         ({"inpaint_audio": {"sha256": sha256}, "inpaint_regions": [[1.0, 0.5]]}, "recipe"),
         ({"inpaint_audio": {"sha256": sha256}, "inpaint_regions": [[0.0, 0.5]] * 10_000}, "inpaint_regions"),
+        ({"keep": "source"}, "recipe"),
+        ({"keep": "all"}, "keep"),
         ({"peaks": "full", "response_format": "mp3"}, "recipe"),
         ({"samples": 5}, "recipe"),
         ({"made_on": recipe["made_on"] | {"host": "x"}}, "host"),

@@ -9,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from stable_audio_serve.audio.keep import keep_source, plan_spans
 from stable_audio_serve.audio.peaks import limit, treat_peaks
+from stable_audio_serve.core.generation import GeneratedSpan
 
 CEILING = 0.977
 RATE_HZ = 44_100
 
 Audio = npt.NDArray[np.float32]
+Generated = tuple[GeneratedSpan, ...]
 
 
 def make_sine(hertz: float, *, level: float, duration_s: float = 2.0) -> Audio:
@@ -98,3 +101,47 @@ def test_the_references_ways() -> None:
         np.testing.assert_allclose(scaled, make_sine(440, level=1.0), atol=1e-3)
     silence = np.zeros((2, 100), np.float32)
     np.testing.assert_array_equal(treat_peaks(silence, RATE_HZ, peaks="scale"), silence)
+
+
+def make_edit(model: Audio, source: Audio, *, regions_s: list[tuple[float, float]]) -> tuple[Audio, Generated]:
+    spans = plan_spans(regions_s, num_source=source.shape[1], num_samples=model.shape[1], sample_rate_hz=RATE_HZ)
+    audio = model.copy()
+    return audio, keep_source(audio, source, spans=spans)
+
+
+def test_a_loud_generation_changes_no_sample_of_the_source() -> None:
+    source = make_sine(440, level=0.99)
+    audio, generated = make_edit(make_sine(220, level=1.7), source, regions_s=[(0.5, 1.0), (1.2, 1.3)])
+    finished = treat_peaks(audio, RATE_HZ, peaks="limit", generated=generated)
+    inside = np.zeros(source.shape[1], dtype=bool)
+    for start, end in ((22050, 44100), (52920, 57330)):
+        inside[start:end] = True
+        np.testing.assert_array_less(np.abs(finished[:, start + 1323 : end - 1323]), CEILING + 1e-6)
+    np.testing.assert_array_equal(finished[:, ~inside], source[:, ~inside])
+    assert np.abs(finished[:, inside]).max() < 0.99
+    middle = finished[0, 24000:42000].astype(np.float64)
+    assert distortion_db(middle) < -45
+
+
+def test_a_source_above_full_scale_is_cut_off_and_lowers_nothing() -> None:
+    source, model = make_sine(440, level=1.5), make_sine(220, level=0.5)
+    audio, generated = make_edit(model, source, regions_s=[(0.5, 1.0)])
+    finished = treat_peaks(audio, RATE_HZ, peaks="limit", generated=generated)
+    np.testing.assert_array_equal(finished[:, :22050], source[:, :22050].clip(-1, 1))
+    np.testing.assert_array_equal(finished[:, 23373:42777], model[:, 23373:42777])
+    scaled = treat_peaks(audio, RATE_HZ, peaks="scale", generated=generated)
+    np.testing.assert_allclose(scaled * np.abs(audio).max(), audio, atol=1e-6)
+
+
+@given(st.floats(0.1, 3), st.floats(0.1, 1), st.lists(st.integers(0, 400), min_size=2, max_size=6, unique=True))
+def test_limited_audio_is_no_louder_than_the_source_or_the_ceiling(
+    level: float, source_level: float, edges: list[int]
+) -> None:
+    edges = sorted(edges)[: len(edges) // 2 * 2]
+    regions_s = [(start / 8000, end / 8000) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    random = np.random.default_rng(len(edges))
+    model, source = ((scale * random.uniform(-1, 1, (2, 400))).astype(np.float32) for scale in (level, source_level))
+    spans = plan_spans(regions_s, num_source=400, num_samples=400, sample_rate_hz=8000)
+    audio = model.copy()
+    finished = treat_peaks(audio, 8000, peaks="limit", generated=keep_source(audio, source, spans=spans))
+    assert np.abs(finished).max() <= max(CEILING, np.abs(source).max()) + 1e-6

@@ -124,8 +124,10 @@ async def test_pipes(shell: Shell) -> None:
     assert shell.backend.last.init_noise_level == 0.25
     await shell.run("inpaint", "hail.wav", "hail", "-d", "1", "-r", "0.25:0.5", "-r", "0.75:1")
     assert shell.backend.last.inpaint_regions_s == ((0.25, 0.5), (0.75, 1.0))
-    await shell.run("continue", "hail.wav", "hail", "--until", "2.5", "-o", "long.wav")
+    assert shell.backend.last.keep == "source"
+    await shell.run("continue", "hail.wav", "hail", "--until", "2.5", "--keep", "model", "-o", "long.wav")
     assert shell.backend.last.inpaint_regions_s == ((1.0, 2.5),)
+    assert shell.backend.last.keep == "model"
     assert frames(await shell.read("long.wav")) == RATE_HZ * 5 // 2
     await shell.run("loop", "techno 120bpm", "--bars", "2", "--audio", "hail.wav", "-o", "loop.wav")
     assert frames(await shell.read("loop.wav")) == 4 * RATE_HZ
@@ -245,6 +247,7 @@ async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
     assert "cancelled" in (await shell.run("jobs", "fetch", job_id, code=130)).decode()
     assert "not found" in (await shell.run("jobs", "show", "0" * 32, code=2)).decode()
     assert "--audio" in (await shell.run("jobs", "submit", "rain", "-r", "1:2", code=2)).decode()
+    assert "--region" in (await shell.run("jobs", "submit", "rain", "--keep", "model", code=2)).decode()
 
 
 @pytest.mark.server  # loads a model

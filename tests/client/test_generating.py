@@ -92,7 +92,10 @@ async def test_a_source_may_be_many_things(
     assert served.backend.last.init_audio is not None
     await call("inpaint", source(), "rain", regions=[(0.25, 0.5), (0.75, 1.0)], duration=1.0)
     assert served.backend.last.inpaint_regions_s == ((0.25, 0.5), (0.75, 1.0))
-    await call("extend", source(), "rain", source_s=1.0, until_s=2.5, sampler_kwargs={"sampler_type": "euler"})
+    assert served.backend.last.keep == "source"
+    euler = {"sampler_type": "euler"}
+    await call("extend", source(), "rain", source_s=1.0, until_s=2.5, sampler_kwargs=euler, keep="model")
+    assert served.backend.last.keep == "model"
     assert served.backend.last.inpaint_regions_s == ((1.0, 2.5),)
     assert (served.backend.last.duration_s, served.backend.last.sampler) == (2.5, "euler")
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from stable_audio_serve.api.native import schemas
+from stable_audio_serve.api.native.routes import TIME_FIELDS
 from stable_audio_serve.client import AsyncClient, Client
-from stable_audio_serve.client.calls import Controls, EditControls, JobControls
+from stable_audio_serve.client.calls import Controls, EditControls, InpaintControls, JobControls
 
 
 @pytest.mark.parametrize(
@@ -16,12 +17,13 @@ from stable_audio_serve.client.calls import Controls, EditControls, JobControls
     [
         (Controls, [schemas.GenerationBody]),
         (EditControls, [schemas.GenerationBody, schemas.VariationForm]),
-        (JobControls, [schemas.JobBody, schemas.JobVariationForm]),
+        (InpaintControls, [schemas.GenerationBody, schemas.InpaintForm]),
+        (JobControls, [schemas.JobBody, schemas.JobVariationForm, schemas.JobInpaintForm]),
     ],
 )
 def test_the_fields_are_those_of_the_api(controls: type, bodies: list[type]) -> None:
     fields = set().union(*(body.model_fields for body in bodies))  # type: ignore[attr-defined]
-    assert set(controls.__annotations__) == fields - {"prompt", "audio"}
+    assert set(controls.__annotations__) == fields - {"prompt", "audio"} - TIME_FIELDS
 
 
 def test_both_clients_are_the_same_but_for_waiting() -> None:

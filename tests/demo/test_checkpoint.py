@@ -114,6 +114,36 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
         "a 440 Hz sine wave",
         inpaint_audio=SourceAudio(source, 44100),
         inpaint_regions_s=((1.0, 3.0),),
+        keep="model",
     )
     assert has_pitch(audio[:, :44100], 440.0)
     assert has_pitch(audio[:, 48000:], 440.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most_db"), [("white noise", 1), slow("pink noise", 1), slow("a 440 Hz sine wave", 2)]
+)
+async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
+    """A tenth of a second around each seam is close to the quarters of a second beside it, in decibels.
+
+    A tone may meet itself in any phase: 30 ms of linear crossfade take up to 1 dB off it.
+    """
+    source = await make_audio(engine, prompt)
+    ends = source.shape[1]
+    for regions, seams in (
+        ([(1.0, 2.0)], [44100 + 661, 88200 - 661]),
+        ([(1.5, 3.0)], [66150 - 661]),  # the source ends early in a latent frame
+        ([(0.3, 0.8), (1.5, 2.5)], [13230 + 661, 35280 - 661, 66150 + 661, 110250 - 661]),
+    ):
+        given = SourceAudio(source[:, : 66150 if len(seams) == 1 else ends], 44100)
+        edit = GenerationRequest(prompt, 3.0, seed=12, inpaint_audio=given, inpaint_regions_s=tuple(regions))
+        audio = (await engine.generate(edit)).audio[0]
+        for seam in seams:
+            start, end = seam - 2205, seam + 2205
+            parts = audio[:, start - 11025 : start], audio[:, start:end], audio[:, end : end + 11025]
+            before, at, after = map(level_db, parts)
+            assert min(before, after) - most_db < at < max(before, after) + most_db, (regions, seam)
+
+
+def level_db(audio: np.ndarray) -> float:
+    return 10 * math.log10(float((audio.astype(np.float64) ** 2).mean()))

@@ -33,8 +33,8 @@ def test_a_region_is_dragged_and_made_anew(page: Page) -> None:
 
 @pytest.mark.parametrize(
     ("start", "end", "length", "region"),
-    [(2, 3, 3, [2, 3]), (-0.5, 0.25, 2.5, [0, 0.75])],
-    ids=["continued", "extended to the left"],
+    [(2, 3, 3, [2, 3]), (-0.5, 0.25, 2.5, [0, 0.75]), (-0.5, 0, 2.5, [0, 0.53])],
+    ids=["continued", "extended to the left", "extended to the left of all of it"],
 )
 @pytest.mark.slow
 def test_a_take_is_made_longer(start: float, end: float, *, length: float, region: list[float], page: Page) -> None:

@@ -64,7 +64,9 @@ def make_fields(name: str, sampler: str, **fields: object) -> dict[str, object]:
 
 async def edit(client: httpx.AsyncClient, name: str, sampler: str, *regions: tuple[float, float]) -> bytes:
     starts, ends = zip(*regions, strict=True)
-    fields = make_fields(name, sampler, inpaint_start_seconds=list(starts), inpaint_end_seconds=list(ends))
+    fields = make_fields(
+        name, sampler, inpaint_start_seconds=list(starts), inpaint_end_seconds=list(ends), keep="model"
+    )
     data = {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
     reply = await client.post("/v1/audio/inpaint", data=data, files={"audio": ("a.wav", SOURCE)})
     assert reply.status_code == 200, reply.text

@@ -94,7 +94,7 @@ def build_router(service: Service) -> APIRouter:
         )
         regions = parse_regions(form.model_dump(include=TIME_FIELDS), duration_s=generation.duration_s)
         source = await service.decode(form.audio, card, padding_s=generation.duration_padding_s)
-        generation = replace(generation, inpaint_audio=source, inpaint_regions_s=regions)
+        generation = replace(generation, inpaint_audio=source, inpaint_regions_s=regions, keep=form.keep)
         return await answer(request, form, card=card, generation=generation, started_at=started_at)
 
     return router

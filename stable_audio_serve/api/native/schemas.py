@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_audio_serve.api.fields import PEAKS_DESCRIPTION, Finite, Prompt
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.core.generation import EditSchedule, Priority
+from stable_audio_serve.core.generation import EditSchedule, Keep, Priority
 from stable_audio_serve.core.sound import Peaks
 
 RESERVED_SAMPLER_KWARGS = frozenset(
@@ -146,6 +146,11 @@ class InpaintForm(UploadForm):
     inpaint_end_seconds: str | None = Field(None, description="Required. As many as starts.", examples=["6", "[4,15]"])
     inpaint_mask_start_seconds: str | None = Field(None, description="Alias of inpaint_start_seconds.")
     inpaint_mask_end_seconds: str | None = Field(None, description="Alias of inpaint_end_seconds.")
+    keep: Keep = Field(
+        "source",
+        description="Extension: what is outside the regions. source = the source's own samples, with crossfades of 30 "
+        "ms inside the regions, a continuation's in the last 30 ms of the source; model = what the model makes of it.",
+    )
 
 
 class JobControls(BaseModel):

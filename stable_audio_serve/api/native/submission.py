@@ -125,7 +125,7 @@ def build_router(service: Service) -> APIRouter:
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
         )
         regions = parse_regions(form.model_dump(include=TIME_FIELDS), duration_s=generation.duration_s)
-        generation = replace(generation, inpaint_regions_s=regions)
+        generation = replace(generation, inpaint_regions_s=regions, keep=form.keep)
         return await submit(
             request, response, fields=form, card=card, generation=generation, mode="inpainting", key=idempotency_key
         )

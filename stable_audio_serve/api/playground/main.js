@@ -75,6 +75,8 @@ async function useFile(file) {
   else form.showFaults([{ field: "audio", message: "This browser cannot read the file; the server may." }]);
 }
 
+const CROSSFADE_S = 0.03; // the server's, inside a region; what is before a clip's start has none of it
+
 // The region is made anew: within the take, behind its end, or before its start, for which the clip is moved.
 async function regenerate() {
   form.clearFaults();
@@ -94,7 +96,8 @@ async function regenerate() {
     duration,
     seed: form.locked ? fields.seed : randomSeed(),
   });
-  const times = [round(Math.max(0, region.start + before)), Math.min(duration, round(region.end + before))];
+  const end = before ? Math.max(region.end, CROSSFADE_S) : region.end;
+  const times = [round(Math.max(0, region.start + before)), Math.min(duration, round(end + before))];
   readySound();
   await jobs.start({ kind: "inpaint", fields: settings, source, regions: [times] });
 }

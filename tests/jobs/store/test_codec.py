@@ -39,6 +39,7 @@ REQUEST = GenerationRequest(
     duration_padding_s=0.0,
     init_noise_level=0.4,
     inpaint_regions_s=((0.0, 1.0), (2.0, 3.5)),
+    keep="model",
     chunked_decode=False,
     deadline_s=12.5,
     priority="batch",

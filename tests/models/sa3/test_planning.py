@@ -126,6 +126,16 @@ def test_kept_frames_are_those_whose_first_sample_is_kept() -> None:
     assert plan.inpaint_source.samples.shape == (2, plan.frames * hop)
 
 
+@pytest.mark.parametrize("start_s", [0.61, 0.65, 0.655])
+def test_no_frame_is_kept_of_a_source_that_ends_in_it_and_goes_on(start_s: float) -> None:
+    source = SourceAudio(make_clip().samples[:, :650], 1000)  # ends in the frame that begins with sample 640
+    fields = {"duration_s": 1.0, "inpaint_audio": source, "inpaint_regions_s": ((start_s, 1.0),)}
+    kept, alone = (one(keep=keep, **fields).keep_mask for keep in ("source", "model"))
+    assert [int(mask[:16].sum()) for mask in (kept, alone)] == [10, 10 if start_s == 0.61 else 11]
+    inside = one(keep="source", **fields | {"inpaint_regions_s": ((0.1, 0.2), (0.645, 0.65))}).keep_mask
+    assert inside[10] == 1
+
+
 def test_padding_and_windows_follow_the_request() -> None:
     long, short = one(duration_padding_s=6.0), one(duration_padding_s=0.0)
     assert long.frames > short.frames

@@ -1,0 +1,108 @@
+"""Puts a source's own samples back around the regions that an edit regenerated. Knows no model and no file.
+
+Generated audio and source fade into each other linearly, within the region, where there is source to fade to: 30 ms, or
+half of a region that is shorter than two fades. A region that continues the source has none of it, so it fades in over
+the last 30 ms of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stable_audio_serve.core.generation import GeneratedSpan
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+FADE_S = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Samples [start, stop) to take from the model; the first `fade_in` and last `fade_out` of them cross-fade."""
+
+    start: int
+    stop: int
+    fade_in: int = 0
+    fade_out: int = 0
+
+
+def plan_spans(
+    regions_s: Sequence[tuple[float, float]], *, num_source: int, num_samples: int, sample_rate_hz: int
+) -> tuple[Span, ...]:
+    """Returns what to take from the model in an edit of `num_samples` whose source has `num_source`, in order.
+
+    That is the regions, [start, end) in seconds, and all behind the source.
+    """
+    fade, source_end = round(FADE_S * sample_rate_hz), min(num_source, num_samples)
+    starts = [int(start_s * sample_rate_hz) for start_s, _ in regions_s]
+    stops = [int(end_s * sample_rate_hz) for _, end_s in regions_s]
+    regions = [(start, stop if stop < source_end else num_samples) for start, stop in zip(starts, stops, strict=True)]
+    spans = _merge([*regions, (source_end, num_samples)])
+    if not spans:
+        return ()
+    *inner, (start, stop) = spans
+    is_continued = any(
+        is_continuation(*region, source_end=source_end, sample_rate_hz=sample_rate_hz) for region in regions
+    )
+    ends_before = inner[-1][1] if inner else 0
+    if is_continued and start > source_end - fade:
+        start = max(source_end - fade, ends_before)
+        last = Span(start, stop, fade_in=source_end - start)
+    else:
+        last = _fade_inside(start, stop, fade=fade, source_end=source_end)
+    return (*(_fade_inside(*span, fade=fade, source_end=source_end) for span in inner), last)
+
+
+def is_continuation(start: int, stop: int, *, source_end: int, sample_rate_hz: int) -> bool:
+    """Whether the region [start, stop), in samples, goes on behind the end of a source.
+
+    A gap between them that is shorter than a crossfade does not count: times of clients are rounded.
+    """
+    return start < source_end + round(FADE_S * sample_rate_hz) and stop > source_end
+
+
+def _merge(regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the union of regions in order, without empty ones."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(region for region in regions if region[0] < region[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _fade_inside(start: int, stop: int, *, fade: int, source_end: int) -> Span:
+    has_edges = start > 0, stop < source_end
+    longest = min(fade, (stop - start) // max(sum(has_edges), 1))
+    return Span(start, stop, *(longest * has_edge for has_edge in has_edges))
+
+
+def keep_source(
+    audio: npt.NDArray[np.float32], source: npt.NDArray[np.float32], *, spans: Sequence[Span]
+) -> tuple[GeneratedSpan, ...]:
+    """Put `source` (C, >= S), silent behind its end, in place of all of `audio` (C, S) float32 but `spans`.
+
+    Returns what of the audio is the model's.
+    """
+    generated = []
+    for span in spans:
+        fading_in = slice(span.start, span.start + span.fade_in)
+        fading_out = slice(span.stop - span.fade_out, span.stop)
+        generated.append(GeneratedSpan(span.start, span.stop, audio[:, fading_in].copy(), audio[:, fading_out].copy()))
+        audio[:, fading_in] += (1 - rise(span.fade_in)) * (source[:, fading_in] - audio[:, fading_in])
+        audio[:, fading_out] += rise(span.fade_out) * (source[:, fading_out] - audio[:, fading_out])
+    edges = [0, *(edge for span in spans for edge in (span.start, span.stop)), audio.shape[1]]
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        audio[:, start:stop] = source[:, start:stop]
+    return tuple(generated)
+
+
+def rise(num_samples: int) -> npt.NDArray[np.float32]:
+    """Returns the model's share of each sample while it fades in, above 0 and below 1."""
+    return (np.arange(num_samples, dtype=np.float32) + np.float32(0.5)) / np.float32(max(num_samples, 1))
