@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import os
 import random
 import resource
@@ -30,8 +31,11 @@ from stable_audio_serve.serving import haproxy
 # above the range `ray start` gives to its workers (10002-19999).
 _FIRST_PORT = 20000
 _LAST_PORT = 32000
-_BLOCK = 32  # stats, metrics, two fallback proxies, and the ingress replicas
+# Stats, metrics, two fallback proxies, and the ingress replicas: each replica that starts takes a port that none has
+# had for `api.max_deadline_s`, an hour by default.
+_BLOCK = 128
 _ATTEMPTS = 50
+_QUARANTINE_MARGIN_S = 30
 LOOPBACK = "127.0.0.1"
 _LOCAL_NAMES = "localhost,127.0.0.1,::1"
 _ALL_IPV4 = "0.0.0.0"
@@ -161,6 +165,8 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_memory_monitor_refresh_ms": "0",  # what other programs use must not kill our replicas
         # gRPC would send Ray's metrics on this machine to a proxy that is meant for the outside world.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
+        # A replica that fails its health check ends at once: it would have as long as one that is replaced.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         "RAY_worker_niceness": "0",  # replicas answer people: they are not batch work that yields to everything
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -177,6 +183,7 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
     `host` is where clients are answered. Ray itself is told loopback, so that nobody gets past HAProxy. Raises OSError.
     """
     first_replica, last_replica = ports.replicas
+    longest_s = math.ceil(settings.api.max_deadline_s)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": _program(directory),
@@ -185,6 +192,9 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
         haproxy.HEADER_TIMEOUT_S: str(settings.proxy.header_timeout_s),
         haproxy.IDLE_TIMEOUT_S: str(settings.proxy.idle_timeout_s),
         haproxy.METRICS_HOST: settings.metrics.host,
+        # After a reload the replaced HAProxy finishes its requests; until it has, no other replica may get their port.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest_s),
+        "RAY_SERVE_PORT_QUARANTINE_S": str(longest_s + _QUARANTINE_MARGIN_S),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),

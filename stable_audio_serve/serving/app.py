@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.exchange import PromiseExchange
+from stable_audio_serve.serving.haproxy import address_header
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
@@ -49,7 +51,7 @@ from stable_audio_serve.serving.placement import (
     require_shared_database,
     runner_options,
 )
-from stable_audio_serve.serving.preflight import fetch_configs, require_weights
+from stable_audio_serve.serving.preflight import check_proxy, fetch_configs, require_weights
 from stable_audio_serve.serving.replica import ModelReplica, OverflowReplica
 from stable_audio_serve.serving.reservations import check_gpu_shares, decide_surge
 from stable_audio_serve.serving.surge import node_slots
@@ -110,7 +112,12 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
         app = create_app(
-            self._backend, self._settings, jobs=self._jobs, metrics=self._metrics, operations=self._operations
+            self._backend,
+            self._settings,
+            jobs=self._jobs,
+            metrics=self._metrics,
+            operations=self._operations,
+            address_header=address_header(os.environ),
         )
         app.add_middleware(_LeaveRequestIdToServe)
         self._draining: Draining = app.state.draining
@@ -191,6 +198,7 @@ def assemble(
     check_key_file(plan.settings.api.key_file)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     require_shared_database(plan.settings, num_nodes=num_nodes)
+    check_proxy(plan.settings, os.environ, print_error=logger.warning)
     # Folders are the same on every node, but another one may have a cache, or a way to the hub, that this one has not.
     checked = [model for model in plan.settings.models if model.path is not None or num_nodes == 1]
     require_weights(plan, checked, print_error=logger.warning)
@@ -214,7 +222,7 @@ def assemble(
     }
     overflow = {
         model.name: _bind(
-            by_name.get(overflow_name(model.name), OverflowReplica), overflow_options(model), plan.settings, model
+            by_name.get(overflow_name(model.name), OverflowReplica), overflow_options(plan, model), plan.settings, model
         )
         for model in overflowing_models(plan, cluster_gpus=cluster_gpus)
     }

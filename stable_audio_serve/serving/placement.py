@@ -41,8 +41,7 @@ _RUNNER_POLICY = "stable_audio_serve.serving.autoscaling:RunnerPolicy"
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": WINDOW_S, "aggregation_function": "max"}
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
 _ONE_REPLICA = 1  # percent, rounded up to whole replicas: an update starts one replica above the target at a time
-# A replica that is being replaced gets this long to finish its requests and looks this often whether it has.
-_DRAIN = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
+_DRAIN_LOOK_S = 0.1  # how often a replica that is being replaced looks whether its requests are over
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +151,7 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": _NO_LIMIT,
         "health_check_period_s": 1.0,  # how soon a dead one is missed: until then HAProxy tries it again and again
-        **_DRAIN,
+        **_drain_options(settings),
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
     }
 
@@ -170,7 +169,7 @@ def runner_options(settings: Settings) -> dict[str, Any]:
         "max_ongoing_requests": 1000,  # wake-up calls, over at once
         "health_check_period_s": 2.0,  # how soon a dead one is missed, and its jobs go on
         "graceful_shutdown_timeout_s": 10.0,
-        "graceful_shutdown_wait_loop_s": 0.1,
+        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
         "ray_actor_options": {"num_cpus": 0},
     }
 
@@ -183,7 +182,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
     if min_replicas is None:
         min_replicas = 1 if model.name in plan.preloaded else 0
     return {
-        **_engine_options(model, name=model.name),
+        **_engine_options(plan.settings, model, name=model.name),
         "max_surge_percent": _ONE_REPLICA if replicas.surge else 0,
         "autoscaling_config": {
             "min_replicas": min_replicas,
@@ -205,10 +204,10 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
     }
 
 
-def overflow_options(model: ModelSettings) -> dict[str, Any]:
+def overflow_options(plan: Plan, model: ModelSettings) -> dict[str, Any]:
     """Deployment options of a model's replicas on CPUs. They are always there: bursts end before one is loaded."""
     return {
-        **_engine_options(model, name=overflow_name(model.name)),
+        **_engine_options(plan.settings, model, name=overflow_name(model.name)),
         "num_replicas": model.overflow_replicas,
         "ray_actor_options": {"num_cpus": overflow_slot(model).cpus, "num_gpus": 0},
     }
@@ -239,18 +238,26 @@ def overflowing_models(plan: Plan, *, cluster_gpus: float) -> list[ModelSettings
     return chosen
 
 
-def _engine_options(model: ModelSettings, *, name: str) -> dict[str, Any]:
+def _engine_options(settings: Settings, model: ModelSettings, *, name: str) -> dict[str, Any]:
     """Deployment options of whatever holds an engine of this model."""
     capacity = model.max_rows * _REQUESTS_PER_ROW
     return {
         "name": name,
         "max_ongoing_requests": capacity,
         "max_queued_requests": capacity,
-        **_DRAIN,
+        **_drain_options(settings),
         "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
         "request_router_config": {
             "request_router_class": _ROUTER,
             "request_router_kwargs": {"model": name},
             "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
         },
+    }
+
+
+def _drain_options(settings: Settings) -> dict[str, Any]:
+    """A replica that is being replaced may finish the longest request there is."""
+    return {
+        "graceful_shutdown_timeout_s": settings.api.max_deadline_s,
+        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from stable_audio_serve.serving.placement import Plan, model_entry
 
 _Check = Callable[[ModelEntry, str | None], None]  # of an entry, with the hub's token
 
+_HARD_STOP, _RAYS_HARD_STOP_S = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", 120.0
 _LONGEST_S = 10.0  # for all models together; looking up a host may alone take longer than any limit of HTTP
 
 
@@ -55,6 +56,18 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
                     f"warning: model {card.name}: {error.message}; until its config is in the cache here, clients are "
                     f"told the facts of a distilled Stable Audio 3 model of {card.max_duration_s:g} s"
                 )
+
+
+def check_proxy(settings: Settings, environ: Mapping[str, str], *, print_error: Callable[[str], None]) -> None:
+    """Warn if HAProxy, which `ray start` gave its environment, ends requests that may take longer."""
+    if environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        return
+    hard_stop_s = float(environ.get(_HARD_STOP, _RAYS_HARD_STOP_S))
+    if hard_stop_s < settings.api.max_deadline_s:
+        print_error(
+            f"warning: at a change of ingress replicas HAProxy ends requests after {hard_stop_s:g} s, and requests may "
+            f"take {settings.api.max_deadline_s:g} s (api.max_deadline_s): set {_HARD_STOP} for every Ray process"
+        )
 
 
 def _is_described(entry: ModelEntry) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import socket
 import subprocess
 import sys
@@ -55,6 +56,22 @@ def test_every_haproxy_listener_and_file_is_the_servers_own(tmp_path: Path) -> N
     files = [value for name, value in variables.items() if "/" in value and name != haproxy.BINARY]
     assert len(files) == 6
     assert all(value.startswith(str(tmp_path)) for value in files)
+
+
+def test_a_reload_waits_as_long_as_a_request_may_take(tmp_path: Path) -> None:
+    with claim_ports(_HOST) as ports:
+        for longest_s in (3600.0, 90.5):
+            settings = Settings.model_validate({"api": {"max_deadline_s": longest_s}})
+            variables = haproxy_environment(ports, tmp_path, host=_HOST, settings=settings)
+            assert int(variables["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == math.ceil(longest_s)
+            assert int(variables["RAY_SERVE_PORT_QUARANTINE_S"]) == math.ceil(longest_s) + 30
+
+
+def test_a_hundred_replicas_find_ports_that_none_has_had() -> None:
+    with claim_ports(_HOST) as ports:
+        first, last = ports.replicas
+        free = [port for port in range(first, last) if is_port_free(_HOST, port)]
+    assert len(free) >= 100
 
 
 def test_whoever_asks_a_ray_that_has_stopped_starts_none() -> None:

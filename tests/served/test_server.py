@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from stable_audio_serve.core.settings import Settings
 from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import make_body, make_long_body
 from tests.serving.launched import LaunchedServer, Watcher
@@ -106,6 +107,11 @@ def test_models_and_pages(server: LaunchedServer) -> None:
     assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["tiny", "demo"]
     assert "/v1/audio/inpaint" in server.client.get("/openapi.json").json()["paths"]
     assert server.client.get("/docs").status_code == 200
+
+
+def test_a_reload_of_haproxy_waits_for_the_longest_request(server: LaunchedServer) -> None:
+    (rendered,) = server.directory.rglob("haproxy.cfg")
+    assert f" hard-stop-after {Settings().api.max_deadline_s:.0f}s\n" in rendered.read_text()
 
 
 def test_environment_reaches_the_limits(server: LaunchedServer) -> None:

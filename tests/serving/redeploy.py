@@ -1,9 +1,10 @@
-"""Run as a program: connects to a server's Ray and deploys its application again with another revision of its models,
-as `serve deploy` does with a changed file.
+"""Run as a program: connects to a server's Ray and deploys its application again with other settings of all
+its models, JSON, as `serve deploy` does with a changed file.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 
 import ray
@@ -11,12 +12,12 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 
-def main(address: str, application: str, revision: str) -> None:
+def main(address: str, application: str, changes: str) -> None:
     ray.init(address=address, log_to_driver=False)
     client = _get_global_client()
     config = client.get_serve_details()["applications"][application]["deployed_app_config"]
     for model in config["args"]["models"]:
-        model["revision"] = revision
+        model.update(json.loads(changes))
     client.deploy_apps(ServeDeploySchema.model_validate({"applications": [config]}), _blocking=False)
 
 

@@ -218,7 +218,7 @@ def plan_of(*models: dict[str, Any], **settings: Any) -> Any:
 def test_their_number_and_cores_are_the_operator_s() -> None:
     plan = plan_of({"name": SFX, "overflow": "cpu", "overflow_replicas": 3, "threads": 4}, {"name": "medium"})
     (model,) = overflowing_models(plan, cluster_gpus=2)
-    options = overflow_options(model)
+    options = overflow_options(plan, model)
     assert (options["name"], options["num_replicas"]) == ("small-sfx-cpu-overflow", 3)
     assert options["ray_actor_options"] == {"num_cpus": 4.0, "num_gpus": 0}
     assert "autoscaling_config" not in options

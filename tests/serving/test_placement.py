@@ -57,6 +57,14 @@ def test_fence_lets_the_engine_do_admission() -> None:
     assert options["max_queued_requests"] > 0
 
 
+def test_a_replaced_replica_may_finish_the_longest_request() -> None:
+    settings = Settings.model_validate({"models": [SFX], "api": {"max_deadline_s": 777}})
+    plan = plan_deployments(settings)
+    (model,) = settings.models
+    for options in (ingress_options(settings), model_options(plan, model, cluster_gpus=0)):
+        assert options["graceful_shutdown_timeout_s"] == 777
+
+
 def test_gpu_is_taken_when_there_is_one_and_only_then() -> None:
     assert gpus(SFX) == [0]
     assert gpus(SFX, cluster_gpus=1) == [1]

@@ -5,6 +5,7 @@ good weights come back by themselves. Every answer, before and after, is that of
 from __future__ import annotations
 
 import io
+import json
 import signal
 import threading
 import time
@@ -113,7 +114,7 @@ def wait_for(server: LaunchedServer, is_so: Callable[[dict[str, Any]], bool]) ->
 
 
 def deploy(server: LaunchedServer, revision: str) -> None:
-    with server.look_inside("tests.serving.redeploy", revision) as deploying:
+    with server.look_inside("tests.serving.redeploy", json.dumps({"revision": revision})) as deploying:
         assert deploying.wait(PATIENCE_S) == 0
 
 
