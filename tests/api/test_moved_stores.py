@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
+from stable_audio_serve.jobs.store import sqlite
 from tests.api.compat.serving import make_hasty_client
 from tests.api.test_job_stores import expect_body, submissions
 from tests.api.test_jobs import BODY, submit, wait
 from tests.audio_files import make_audio_file
 from tests.backends import open_event
 from tests.jobs.conftest import make_spec
+from tests.parameters import some
 from tests.patience import until
 
 pytestmark = pytest.mark.server
@@ -58,9 +61,11 @@ async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
     return health["job_store"]["state"], health["job_store"]["reason"]
 
 
-async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1) -> None:
+async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1, may_read: bool = False) -> None:
     """From every dialect; several at once need more connections to the database than there were."""
     for name, ask in submissions(client).items():
+        if may_read and name.endswith((" list", " status", " events")):
+            continue
         for reply in await asyncio.gather(*(ask() for _ in range(at_once))):
             assert reply.status_code == 503, (name, reply.text)
             assert int(reply.headers["retry-after"]) >= 1, name
@@ -289,3 +294,46 @@ async def test_a_database_without_jobs_is_unavailable(place: Path) -> None:
         connection.close()
         assert (await client.get("/jobs")).status_code == 503
         assert (await state_of(client))[0] == "unavailable"
+
+
+def _garbage(path: Path, _: Path) -> None:
+    path.write_bytes(bytes(range(256)) * (path.stat().st_size // 256))
+
+
+def _zeros(path: Path, _: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _short(path: Path, _: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(8192)
+
+
+def _another(path: Path, other: Path) -> None:
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("overwrite", some([_garbage, _another, _zeros, _short], [_garbage, _another]))
+async def test_a_database_whose_file_is_overwritten_takes_no_jobs(
+    place: Path, tmp_path: Path, overwrite: Callable[[Path, Path], None]
+) -> None:
+    """The open files are in place, so that only a look into the file shows it; the log could take all new jobs."""
+    other = tmp_path / "other"
+    prepare_stores(Settings(output_dir=str(other)))
+    async with make_hasty_client(**settings_of(place)) as (client, _):
+        await wait(client, await submit(client))
+        overwrite(place / "jobs.db", other / "jobs.db")
+        await asyncio.sleep(1.1)  # the file is looked into once a second
+        await expect_refusals(client, may_read=True)
+        assert (await state_of(client))[0] in ("moved", "unavailable")
+
+
+async def test_a_database_that_another_process_locks_is_away(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT_S", 0.3)
+    async with make_hasty_client(**settings_of(place)) as (client, _):
+        await wait(client, await submit(client))
+        with closing(sqlite3.connect(place / "jobs.db", isolation_level=None)) as locking:
+            locking.execute("BEGIN IMMEDIATE")
+            await expect_refusals(client, may_read=True)
+            assert (await state_of(client))[0] == "unavailable"
+        assert (await wait(client, await submit(client)))["status"] == "succeeded"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ _POOL_OVERFLOW = 8
 _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
+_LOOK_INSIDE_S = 1.0
 
 # Options of psycopg unless the URL sets them: seconds, the last in milliseconds. With them it notices a server that
 # vanishes without closing the connection.
@@ -96,6 +99,7 @@ class Database:
         self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or SystemClock().time)
         self._lock = threading.Lock()
         self._is_ready = False
+        self._looked_inside_at = float("-inf")
 
     def __str__(self) -> str:
         if self.is_sqlite:
@@ -111,6 +115,7 @@ class Database:
         """A transaction, which no other writer overlaps on SQLite. Raises StorageError."""
         with at_work():
             self._make_ready()
+            self._look_inside()
             with self.engine.begin() as connection:
                 yield connection
             self._require_in_place()  # or what was written may be lost with the file
@@ -140,13 +145,7 @@ class Database:
         with at_work():
             self._make_ready()
             self._require_known_revision()
-            with self._kept.connect() as connection:
-                found = find_identity(connection)
-            if found is None and not self._is_identity_kept:  # before the first checkpoint
-                return
-            self._is_identity_kept = True
-            self._identity = self._identity or found
-            self._require_identity(found)
+            self._require_kept()
 
     def require_room(self) -> None:
         """Raises StorageFullError when SQLite's disk is nearly full: the log may accept small changes even then.
@@ -177,6 +176,23 @@ class Database:
         """Close every connection."""
         self.engine.dispose()
 
+    def _look_inside(self) -> None:
+        """Once a second, look into SQLite's file: one that is overwritten in its place takes no changes, although its
+        log would.
+        """
+        if self.is_sqlite and time.monotonic() - self._looked_inside_at > _LOOK_INSIDE_S:
+            self._require_kept()
+            self._looked_inside_at = time.monotonic()
+
+    def _require_kept(self) -> None:
+        with self._kept.connect() as connection:
+            found = find_identity(connection)
+        if found is None and not self._is_identity_kept:  # before the first checkpoint
+            return
+        self._is_identity_kept = True
+        self._identity = self._identity or found
+        self._require_identity(found)
+
     def _make_ready(self) -> None:
         if self._is_ready:
             return
@@ -189,11 +205,16 @@ class Database:
                     self.engine.dispose()  # it may be the wrong one
                     raise
                 self._adopt()
+                if self.is_sqlite:  # bring the identity from the log into the file
+                    with self._reader.connect() as connection:
+                        connection.execute(sa.text("PRAGMA wal_checkpoint(PASSIVE)"))
                 self._is_ready = True
 
     def _prepare(self, connection: sa.Connection) -> None:
         if self._identity is None:
             upgrade(connection)
+            new = {"seq": 1, "id": secrets.token_hex(16), "secret": secrets.token_hex(32)}
+            connection.execute(self.insert(IDENTITY).values(new).on_conflict_do_nothing())
         else:
             self._require_identity(find_identity(connection))
             require_known(connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFul
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _RETRY_S = 2.0
+# SQLite's own come from what is done to a connection before SQLAlchemy has it, such as waiting for a lock.
+_ERRORS = (SQLAlchemyError, sqlite3.Error, OSError)
 _FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "53100")  # of SQLite by name, of PostgreSQL by number
 
 
@@ -27,7 +30,7 @@ def at_start(database: object) -> Iterator[None]:
     """Raises ConfigError with the reason for any database error; `str(database)` names the database."""
     try:
         yield
-    except (SQLAlchemyError, OSError) as error:
+    except _ERRORS as error:
         raise config_error(f"{database} cannot be used: {_reason(error)}") from error
 
 
@@ -36,7 +39,7 @@ def at_work() -> Iterator[None]:
     """Raises StorageError for any database error; the reason goes to the log only."""
     try:
         yield
-    except (SQLAlchemyError, OSError, ConfigError) as error:
+    except (*_ERRORS, ConfigError) as error:
         log.error("the job database failed", error=_reason(error))
         if _is_full(error):
             raise StorageFullError("the disk of the job database is full") from error
@@ -46,7 +49,7 @@ def at_work() -> Iterator[None]:
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    cause = error.orig if isinstance(error, DBAPIError) else None
+    cause = error.orig if isinstance(error, DBAPIError) else error
     return getattr(cause, "sqlite_errorname", None) in _FULL or getattr(cause, "sqlstate", None) in _FULL
 
 

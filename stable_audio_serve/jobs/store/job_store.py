@@ -6,7 +6,6 @@ states, leases and owners, not what jobs do. They run on SQLite and PostgreSQL.
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import sqlalchemy as sa
@@ -57,7 +56,5 @@ class JobStore:
         return self._find_own(IDENTITY.c.secret)
 
     def _find_own(self, column: sa.Column[Any]) -> str:
-        new = {"seq": 1, "id": secrets.token_hex(16), "secret": secrets.token_hex(32)}
-        with self.database.writing() as connection:
-            connection.execute(self.database.insert(IDENTITY).values(new).on_conflict_do_nothing())
+        with self.database.reading() as connection:
             return str(connection.execute(sa.select(column)).scalar_one())
