@@ -88,8 +88,13 @@ class S3Artifacts:
     def require_place(self) -> None:
         """Does nothing: a bucket does not move."""
 
-    def url(self, file: StoredFile) -> str:
-        """Returns a link on the public base, or a presigned one. Raises StorageError without credentials to sign it."""
+    def url(self, file: StoredFile) -> str | None:
+        """Returns a link on the public base, or a presigned one; None where links lead to the server.
+
+        Raises StorageError without credentials to sign it.
+        """
+        if self._settings.links == "server":
+            return None
         if base := self._settings.public_base_url:
             return f"{base.rstrip('/')}/{quote(self.bucket_key(file))}"
         with our_errors("sign"):

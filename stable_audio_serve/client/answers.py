@@ -110,9 +110,12 @@ class Job:
         return self.status in {"succeeded", "failed", "cancelled"}
 
     @property
-    def lies_in_a_bucket(self) -> bool:
-        """Whether its audio is downloaded from an object store instead of the server."""
-        return self.sent.get("storage_backend") == "s3"
+    def bucket_url(self) -> str | None:
+        """The link to its audio that leads past the server, to an object store; None where there is none."""
+        url = self.download_url
+        if self.sent.get("storage_backend") != "s3" or url is None or url.endswith(f"/jobs/{self.id}/audio"):
+            return None
+        return url
 
 
 @dataclass(frozen=True, slots=True)

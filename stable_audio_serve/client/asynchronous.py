@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Unpack
 
@@ -129,12 +129,20 @@ class AsyncClient:
         headers = self._connection.headers(following.headers)
         return httpx_sse.aconnect_sse(self._http, "GET", str(url), headers=headers, timeout=STREAM_TIMEOUT)
 
-    def open_audio(self, job: Job) -> AbstractAsyncContextManager[httpx.Response]:
-        """Open the download of a job's audio."""
-        if job.lies_in_a_bucket and job.download_url:
-            return self._http.stream("GET", job.download_url)  # another host: the key is not for it
-        url = self._connection.url(calls.job_path(job.id, "audio"))
-        return self._http.stream("GET", url, headers=self._connection.headers())
+    @asynccontextmanager
+    async def open_audio(self, job: Job) -> AsyncIterator[httpx.Response]:
+        """Open the download of a job's audio, through the server where its link leads to a bucket out of reach."""
+        async with AsyncExitStack() as stack:
+            response = None
+            if url := job.bucket_url:
+                with suppress(httpx.TransportError):  # another host: without the key
+                    response = await stack.enter_async_context(self._http.stream("GET", url))
+            if response is None or not response.is_success:
+                own = self._connection.url(calls.job_path(job.id, "audio"))
+                response = await stack.enter_async_context(
+                    self._http.stream("GET", own, headers=self._connection.headers())
+                )
+            yield response
 
 
 class AsyncJobs:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Unpack
 
@@ -126,12 +126,18 @@ class Client:
         headers = self._connection.headers(following.headers)
         return httpx_sse.connect_sse(self._http, "GET", str(url), headers=headers, timeout=STREAM_TIMEOUT)
 
-    def open_audio(self, job: Job) -> AbstractContextManager[httpx.Response]:
-        """Open the download of a job's audio."""
-        if job.lies_in_a_bucket and job.download_url:
-            return self._http.stream("GET", job.download_url)  # another host: the key is not for it
-        url = self._connection.url(calls.job_path(job.id, "audio"))
-        return self._http.stream("GET", url, headers=self._connection.headers())
+    @contextmanager
+    def open_audio(self, job: Job) -> Iterator[httpx.Response]:
+        """Open the download of a job's audio, through the server where its link leads to a bucket out of reach."""
+        with ExitStack() as stack:
+            response = None
+            if url := job.bucket_url:
+                with suppress(httpx.TransportError):
+                    response = stack.enter_context(self._http.stream("GET", url))  # another host: without the key
+            if response is None or not response.is_success:
+                own = self._connection.url(calls.job_path(job.id, "audio"))
+                response = stack.enter_context(self._http.stream("GET", own, headers=self._connection.headers()))
+            yield response
 
 
 class Jobs:

@@ -63,6 +63,11 @@ class StorageSettings(Section):
     addressing: Literal["auto", "path", "virtual"] = Field(
         "auto", description="Where the bucket stands in URLs; auto = in the path of endpoints, in the host of AWS."
     )
+    links: Literal["bucket", "server"] = Field(
+        "bucket",
+        description="Where the links of jobs lead: to the bucket, or to the server, which reads the file from a bucket "
+        "that clients do not reach.",
+    )
     public_base_url: PlainUrl | None = Field(
         None, description="Public base of download links; unset = presigned links."
     )

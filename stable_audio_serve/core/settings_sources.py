@@ -48,6 +48,7 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "prefix"): ("STABLE_AUDIO_STORAGE_PREFIX",),
     ("storage", "endpoint_url"): ("STABLE_AUDIO_STORAGE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "R2_ENDPOINT_URL"),
     ("storage", "region"): ("STABLE_AUDIO_STORAGE_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    ("storage", "links"): ("STABLE_AUDIO_STORAGE_LINKS",),
     ("storage", "public_base_url"): ("STABLE_AUDIO_STORAGE_PUBLIC_BASE_URL",),
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }

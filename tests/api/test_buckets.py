@@ -61,10 +61,20 @@ async def test_a_job_ends_with_a_presigned_link_to_its_object(
         assert fetched.headers["content-disposition"] == f'attachment; filename="{job_id}-{name}"'
         direct = await client.post("/v1/audio/generations", json=BODY | {"batch_size": batch_size})
         assert fetched.content == direct.content
-        assert (await client.get(f"/jobs/{job_id}/audio")).status_code == 404
-        through = await client.get(f"/jobs/{job_id}/audio", params={"through_server": True})
+        through = await client.get(f"/jobs/{job_id}/audio")
         assert (through.content, through.headers["content-type"]) == (direct.content, media_type)
         assert object_storage.keys(bucket) == [status["storage_key"]]
+
+
+async def test_links_lead_to_the_server_where_clients_do_not_reach_the_bucket(
+    object_storage: ObjectStorage, bucket: str
+) -> None:
+    async with make_client(storage=storage_args(object_storage, bucket, links="server")) as (client, _):
+        status = await finished(client, (await client.post("/jobs", json=BODY)).json()["id"])
+        assert (status["storage_backend"], len(object_storage.keys(bucket))) == ("s3", 1)
+        assert status["download_url"] == f"http://localhost/jobs/{status['id']}/audio"
+        direct = await client.post("/v1/audio/generations", json=BODY)
+        assert (await client.get(status["download_url"])).content == direct.content
 
 
 async def test_a_public_base_makes_plain_links(object_storage: ObjectStorage, bucket: str) -> None:

@@ -167,6 +167,24 @@ async def test_a_download_that_breaks_is_made_again(
     assert num_seen == 3
 
 
+@pytest.mark.parametrize("status", [None, 403, 404])
+async def test_a_bucket_out_of_reach_is_read_through_the_server(
+    served: Served, tmp_path: Path, connect: Callable[..., Caller], status: int | None
+) -> None:
+    async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"<Error/>"})
+
+    async with listening(bucket, lifespan="off") as port:
+        call = connect(served.url)
+        job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
+        expected = (await call("jobs.fetch", job)).content
+        host = f"127.0.0.1:{port}" if status else "bucket.invalid:8333"
+        sent = {**job.sent, "storage_backend": "s3", "download_url": f"http://{host}/take.wav"}
+        assert (await call("jobs.download", read_job(sent), tmp_path / "take.wav")).read_bytes() == expected
+        assert (await call("jobs.fetch", read_job(sent))).content == expected
+
+
 async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     served.backend.released.clear()

@@ -77,6 +77,8 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
     settings, services = settings_of(tree), tree["services"]
     if settings.storage.endpoint_url != "http://object-store:8333":
         yield "the files of jobs are not in the store"
+    if settings.storage.links != "server" and "ports" not in services["object-store"]:
+        yield "links lead to a store that clients do not reach"
     if settings.storage.bucket != services["object-store"]["environment"].get("S3_BUCKET"):
         yield "another bucket than the one that is made"
     database = services["postgres"]["environment"]
@@ -132,6 +134,7 @@ PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "nobody looks at /health": lambda t: _services(t)["server"].pop("healthcheck"),
     "does not wait for postgres": lambda t: _services(t)["server"]["depends_on"].pop("postgres"),
     "not in the store": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_ENDPOINT_URL"),
+    "clients do not reach": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_LINKS"),
     "another bucket": lambda t: _services(t)["object-store"]["environment"].update(S3_BUCKET="other"),
     "not in PostgreSQL": lambda t: _services(t)["postgres"]["environment"].update(POSTGRES_DB="other"),
     "looks for the server elsewhere": lambda t: _services(t)["server"]["command"].__setitem__(-1, "9000"),

@@ -30,9 +30,6 @@ from stable_audio_serve.jobs.job import Job, JobRef, State
 
 TAG = "Stable Audio 3 jobs"
 
-ThroughServer = Annotated[
-    bool, Query(description="Extension: also a file that lies in a bucket; without it such a file is at download_url.")
-]
 _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such job."}}
 _READ_RESPONSES: dict[int | str, dict[str, Any]] = {**_UNKNOWN, **error_responses(ErrorBody, 401, 500, 503)}
 _LIST_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -51,9 +48,8 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {kind: {} for kind in MEDIA_TYPES},
         "headers": {**SOUND_HEADERS, **RECIPE_HEADER},
     },
-    404: {"model": ErrorBody, "description": "No such job, its file is gone, or it lies in a bucket."},
+    404: {"model": ErrorBody, "description": "No such job, or its file is gone."},
     409: {"model": ErrorBody, "description": "It has no audio, or none yet."},
-    422: {"model": ValidationErrors, "description": "`through_server` is neither true nor false."},
     **error_responses(ErrorBody, 500, 503),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -154,10 +150,11 @@ def _build_links(service: Service) -> APIRouter:
     @links.get(
         "/jobs/{job_id:hex_id}/audio", summary="Download Job Audio", response_class=Response, responses=_AUDIO_RESPONSES
     )
-    async def download(request: Request, job_id: str, *, through_server: ThroughServer = False) -> Response:
-        """A finished job's file, for whoever has its id; where the client chose that, with its key only."""
-        if jobs.artifacts.backend_name != "local" and not through_server:
-            raise HTTPException(404, "the audio lies in a bucket: see download_url of the job")
+    async def download(request: Request, job_id: str) -> Response:
+        """A finished job's file, for whoever has its id; where the client chose that, with its key only.
+
+        Also one that lies in a bucket: where `download_url` leads to the bucket, not everybody may reach that.
+        """
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
         job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
         if job.result is None:

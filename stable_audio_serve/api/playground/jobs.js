@@ -83,7 +83,7 @@ export class Jobs {
   async finish(job, { status, began }) {
     if (status.status === "failed") this.onFailure(new Error(status.error ?? "The job failed."));
     if (status.status !== "succeeded") return;
-    const reply = await callPatiently(`jobs/${job.acceptedAs}/audio?through_server=true`);
+    const reply = await callPatiently(`jobs/${job.acceptedAs}/audio`);
     const facts = { ...readFacts(reply.headers), ...clipFacts(status) };
     const seconds = began && (performance.now() - began) / 1000;
     const blob = await reply.blob().catch(() => {

@@ -42,6 +42,10 @@ RELEASED = {
         "2c5e131542af8e70e1f36e81b39ba1238bb967adf051822f4ce8972ce9fc51ff",
         "d751d725e4f63b2174110938cd9662483c0fffbb309e9379c1c5647044495e83",
     ),
+    "0004_uploads": (
+        "a543bc4d78d81dffaf72b4adef3c77733758b945da2820f19ce8f6f04715b491",
+        "62abeb11195efae7307976eb54818a3f7d1f254e5290bb84b44d09c7b4345c01",
+    ),
 }
 
 _ADDING = (
