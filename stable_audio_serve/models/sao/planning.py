@@ -216,12 +216,16 @@ def _share(level: float) -> float:
 
 
 def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None) -> SourcePlan:
-    """Returns source audio at the model's rate and channels, exactly as long as the window."""
+    """Returns source audio at the model's rate and channels, exactly as long as the window.
+
+    The model's own window may end within a latent frame: what it has of that frame shapes the latents before.
+    """
+    tail = spec.tail_samples if frames == spec.max_frames else 0
     samples = prepare_source(
         audio,
         sample_rate_hz=spec.card.sample_rate_hz,
         channels=spec.card.channels,
-        num_samples=frames * spec.hop,
+        num_samples=frames * spec.hop + tail,
     )
     return SourcePlan(samples=samples, windows=_windows(frames, halo=halo))
 
