@@ -64,7 +64,7 @@ async def _compare_cases(report: Report, goldens: Goldens, *, model: SaoModel) -
     for objective, names in found.items():
         adapted = with_objective(model, objective)
         observed = _StoredText(adapted)
-        runner = Runner(adapted, num_frames=partial(_num_frames, hop=adapted.spec.hop), observed=observed)
+        runner = Runner(adapted, num_frames=partial(window_frames, hop=adapted.spec.hop), observed=observed)
         try:
             for name in names:
                 with report.guard("end-to-end", name):
@@ -73,8 +73,8 @@ async def _compare_cases(report: Report, goldens: Goldens, *, model: SaoModel) -
             await runner.close()
 
 
-def _num_frames(duration_s: float, *, padding_s: float, sample_size: int, hop: int) -> int:
-    """The run's window, whatever the clip's duration."""
+def window_frames(duration_s: float, *, padding_s: float, sample_size: int, hop: int) -> int:
+    """Returns the latent frames of a run, which is as long as its window whatever the clip's duration."""
     return sample_size // hop
 
 
