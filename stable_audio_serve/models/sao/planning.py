@@ -170,7 +170,7 @@ def _plan_sampler(
         level = None
         if has_source:
             level = max(_share(request.init_noise_level), MIN_NOISE_LEVEL)
-            times = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)
+            times = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)
         else:
             times = build(_first_time(request.sigma_max))
         plan = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source, level=level)
