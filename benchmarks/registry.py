@@ -60,6 +60,7 @@ CASES: Mapping[str, Case] = {
     "cold-start": Case("cold_start", "run_cold_start_case", "model device threads rounds"),
     "playground": Case("playground", "run_playground_case", "model threads rounds"),
     "threads": Case("threads", "run_threads_case", "model rounds", is_bare=True),
+    "edits": Case("edits", "run_edits_case", "device threads rounds", is_bare=True),
     "bfloat16": Case("bfloat16", "run_bfloat16_case", "rounds", is_bare=True),
 }
 

@@ -46,7 +46,7 @@ class EditControls(Controls, total=False):
     """Optional fields of a variation."""
 
     init_noise_level: float
-    edit_schedule: Literal["scaled", "reference"] | None
+    edit_schedule: Literal["even", "scaled", "reference"] | None
 
 
 class InpaintControls(Controls, total=False):

@@ -51,11 +51,20 @@ class ModelCard:
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
-    edit_schedule: EditSchedule = "scaled"
+    edit_schedule: EditSchedule | None = None  # the operator's choice
     samplers: tuple[str, ...] = FLOW_SAMPLERS  # allowed values of GenerationRequest.sampler
     conditions_on_start: bool = False  # honours GenerationRequest.start_s
     is_demo: bool = False
     description: str = ""
+
+    @property
+    def default_edit_schedule(self) -> EditSchedule:
+        """The schedule of a flow model's edits: the operator's choice, else the family's own.
+
+        The reference's times of Stable Audio Open are even and never above the level, those of Stable Audio 3 are
+        neither (`sampling/schedules.py`).
+        """
+        return self.edit_schedule or ("reference" if self.family == OPEN_FAMILY else "even")
 
     def noise_level(self, share: float, *, sampler: str | None) -> float:
         """Returns `GenerationRequest.init_noise_level` for a share of noise in 0..1; 1 = no influence of the source.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SEED_LIMIT = 2**63  # seeds are from 0 up to this, exclusive
 # How a flow model's times for an edit are made: those of a run from pure noise, scaled by the level, or as upstream.
-EditSchedule = Literal["scaled", "reference"]
+EditSchedule = Literal["even", "scaled", "reference"]
 # What an edit has outside its regions: the source's own samples, or what the model makes of them.
 Keep = Literal["source", "model"]
 Role = Literal["init", "inpaint"]  # what source audio is for: a variation, or regions made anew

@@ -98,9 +98,10 @@ class ModelSettings(Section):
     duration_padding_s: float | None = Field(
         None, ge=0, le=30, description="Headroom generated behind a clip, seconds; unset = the model's own."
     )
-    edit_schedule: EditSchedule = Field(
-        "scaled",
-        description="Times of a flow model's edits: scaled by their noise level, or reference = as the original code.",
+    edit_schedule: EditSchedule | None = Field(
+        None,
+        description="Times of a flow model's edits: even in log-SNR, scaled by their noise level, or reference = as "
+        "the original code; unset = even for Stable Audio 3, reference for Stable Audio Open.",
     )
     backend: NetworkBackend = Field(
         "native",

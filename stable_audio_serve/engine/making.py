@@ -62,7 +62,7 @@ def settle(making: Making, request: GenerationRequest, *, spec: ModelSpec) -> Ma
         sampler=request.sampler or spec.default_sampler,
         apg_scale=apg_scale if request.apg_scale is None else request.apg_scale,
         duration_padding_s=padding_s if request.duration_padding_s is None else request.duration_padding_s,
-        edit_schedule=request.edit_schedule or (card.edit_schedule if edits_by_time else None),
+        edit_schedule=request.edit_schedule or (card.default_edit_schedule if edits_by_time else None),
     )
 
 

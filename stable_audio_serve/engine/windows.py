@@ -57,10 +57,9 @@ class SourceEncoding:
     def pending(self, max_frames: int) -> list[EncodeWindow]:
         """Returns the next windows, at most `max_frames` latent frames together, but at least one if any is left."""
         spans = take_spans(self._source.windows[self._num_done :], max_frames)
-        samples = self._source.samples
         return [
             EncodeWindow(
-                samples=samples[:, span.start * self._hop : span.stop * self._hop].contiguous(),
+                samples=self._source.cut(span, hop=self._hop).contiguous(),
                 start=span.start,
                 stage=self._stage,
                 noise=self._noise,

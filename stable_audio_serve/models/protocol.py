@@ -31,6 +31,7 @@ class ModelSpec:
     max_frames: int  # latent frames of the longest window, headroom included
     default_sampler: str
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
+    tail_samples: int = 0  # of the longest window behind its last whole frame: a source's last latents depend on them
     pads_rows: bool = True  # the network leaves invalid frames out; otherwise rows of equal length only share a call
     packs_rows: bool = False  # the network takes packed batches
     packs_segments: bool = False  # ... whose lengths only the device knows, and is fast at it
@@ -84,10 +85,15 @@ class WindowRule:
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
     """Source audio made ready for the encoder: `samples` (C, S) float32 on the CPU at the model's rate, padded or
-    cropped to the row's frames; `windows` in latent frames."""
+    cropped to the row's frames and the window's tail; `windows` in latent frames."""
 
     samples: Tensor
     windows: tuple[WindowSpan, ...]
+
+    def cut(self, span: WindowSpan, *, hop: int) -> Tensor:
+        """Returns one window's samples (C, S_window); the last one also has what follows the last whole frame."""
+        stop = None if span is self.windows[-1] else span.stop * hop
+        return self.samples[:, span.start * hop : stop]
 
 
 @dataclass(frozen=True, slots=True)

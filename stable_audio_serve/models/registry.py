@@ -133,7 +133,7 @@ def resolve_entry(
     aliases: tuple[str, ...] = (),
     max_duration_s: float | None = None,
     duration_padding_s: float | None = None,
-    edit_schedule: EditSchedule = "scaled",
+    edit_schedule: EditSchedule | None = None,
     backend: NetworkBackend = "native",
 ) -> ModelEntry:
     """Returns the entry of an operator's choice: a built-in name, a local folder (`path`) or a repository (`repo_id`).

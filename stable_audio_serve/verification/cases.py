@@ -78,11 +78,15 @@ def skip_reason(args: Mapping[str, Any]) -> str | None:
     return "its seed is random" if int(args.get("seed", -1)) < 0 else None
 
 
-def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens) -> Case:
-    """Returns the case `name` with the goldens' defaults filled in. Raises CheckpointError naming what is malformed."""
+def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
+    """Returns the case `name` with the goldens' defaults filled in; `chunked` is the model's own default.
+
+    Raises CheckpointError naming what is malformed.
+    """
     stated = goldens.facts.get("generate_defaults") or {}
     given = {key: value for key, value in facts["args"].items() if value is not None}
     args = {**DEFAULTS, **{key: value for key, value in stated.items() if value is not None}, **given}
+    args.setdefault("chunked_decode", chunked)
     num_rows = int(args["batch_size"])
     if num_rows < 1:
         raise CheckpointError(f"golden.json: {name}: batch_size must be at least 1")
@@ -117,7 +121,7 @@ def _request(args: Mapping[str, Any], row: int, *, num_rows: int, goldens: Golde
         inpaint_audio=_source(args.get("inpaint_audio"), goldens),
         inpaint_regions_s=_regions(args),
         keep="model",
-        chunked_decode=args.get("chunked_decode", True),  # each of the reference's windows draws its own noise
+        chunked_decode=bool(args["chunked_decode"]),  # each of the reference's windows draws its own noise
     )
 
 

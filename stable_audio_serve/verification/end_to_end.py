@@ -33,12 +33,15 @@ class _Target:
     rows: Sequence[int]
 
 
-def compare_end_to_end(report: Report, goldens: Goldens, *, runner: Runner) -> None:
-    """Compare every case below gen/: with the reference's noise, and without the autoencoder's where that is stored."""
-    asyncio.run(_compare_cases(report, goldens, runner=runner))
+def compare_end_to_end(report: Report, goldens: Goldens, *, runner: Runner, chunked: bool) -> None:
+    """Compare every case below gen/: with the reference's noise, and without the autoencoder's where that is stored.
+
+    `chunked` says whether the model's config asks for windows.
+    """
+    asyncio.run(_compare_cases(report, goldens, runner=runner, chunked=chunked))
 
 
-async def _compare_cases(report: Report, goldens: Goldens, *, runner: Runner) -> None:
+async def _compare_cases(report: Report, goldens: Goldens, *, runner: Runner, chunked: bool) -> None:
     skipped: Counter[str] = Counter()
     try:
         for name, facts in goldens.cases().items():
@@ -48,7 +51,7 @@ async def _compare_cases(report: Report, goldens: Goldens, *, runner: Runner) ->
                 report.skip("end-to-end", f"{name}: {reason}")
                 continue
             with report.guard("end-to-end", name):
-                case = parse_case(name, facts, goldens=goldens)
+                case = parse_case(name, facts, goldens=goldens, chunked=chunked)
                 _compare_plans(report, runner, case=case, facts=facts)
                 if targets := _find_targets(goldens, case, plans=runner.plan(case), suffix="", skipped=skipped):
                     _compare_rows(report, await runner.run(case), targets=targets)

@@ -19,6 +19,7 @@ from stable_audio_serve.core.errors import CheckpointError
 
 FACTS_FILE = "golden.json"
 TENSORS_FILE = "golden.safetensors"
+_WHERE = "Reference numbers are in tests/data/goldens of a source checkout; the installed package has none."
 
 
 class Goldens:
@@ -35,6 +36,8 @@ class Goldens:
         path = folder / FACTS_FILE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: file not found. {_WHERE}") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(facts, dict):

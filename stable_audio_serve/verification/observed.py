@@ -107,7 +107,7 @@ class Runner:
         hop, noise = self._model.spec.hop, SilentWindows(ReplayNoise(0, (), num_rows=1).row(0))
         latents = torch.zeros(self._model.spec.card.latent_channels, plan.frames)
         for span in plan.inpaint_source.windows:
-            samples = plan.inpaint_source.samples[:, span.start * hop : span.stop * hop]
+            samples = plan.inpaint_source.cut(span, hop=hop)
             window = EncodeWindow(samples=samples, start=span.start, stage="inpaint", noise=noise)
             encoded = self._model.encode_audio([window])[0].cpu()
             kept = slice(span.keep_start - span.start, span.keep_stop - span.start)

@@ -38,7 +38,9 @@ def compare_sa3(report: Report, goldens: Goldens, *, model: Sa3Model) -> None:
         "autoencoder": lambda: compare_autoencoder(
             report, goldens, net=model.autoencoder, sample_rate_hz=rule.sample_rate_hz
         ),
-        "end-to-end": lambda: compare_end_to_end(report, goldens, runner=make_runner(model)),
+        "end-to-end": lambda: compare_end_to_end(
+            report, goldens, runner=make_runner(model), chunked=model.config.chunked
+        ),
     }
     for component, compare in parts.items():
         with report.guard(component), torch.no_grad():

@@ -14,6 +14,7 @@ from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.verification.bounds import OPEN_NUMBER_BOUND
 from stable_audio_serve.verification.goldens import Goldens, as_bool
 from stable_audio_serve.verification.report import Report
+from stable_audio_serve.verification.sao_edits import compare_edits
 from stable_audio_serve.verification.sao_networks import compare_autoencoder, compare_denoiser
 from stable_audio_serve.verification.sao_runs import compare_runs, given_to_network
 from stable_audio_serve.verification.sao_windows import compare_windows
@@ -32,6 +33,7 @@ def compare_sao(report: Report, goldens: Goldens, *, model: SaoModel) -> None:
         "decoder halo": lambda: compare_windows(report, model=model),
         "draws": lambda: compare_draws(report, goldens),
         "end-to-end": lambda: compare_runs(report, goldens, model=model),
+        "edits": lambda: compare_edits(report, goldens, model=model),
     }
     for part, compare in parts.items():
         with report.guard(part), torch.no_grad():

@@ -45,12 +45,11 @@ def compare_windows(report: Report, *, model: SaoModel) -> None:
     short = cut_windows(0, frames=frames, rule=plan.decode_rule, longest=WINDOW_FRAMES)
     noise = ReplayedRow(ReplayNoise(0, [ReplayDraw(SOURCE_DRAW, 0, shape)], num_rows=1), 0)
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    source = plan.init_source.samples
-    encoded, decoded = net.encode(source[None], drawn)[0], net.decode(latents)[0]
+    source = plan.init_source
+    encoded, decoded = net.encode(source.samples[None], drawn)[0], net.decode(latents)[0]
 
     def encode(span: WindowSpan) -> Tensor:
-        samples = source[:, span.start * spec.hop : span.stop * spec.hop]
-        window = EncodeWindow(samples=samples, start=span.start, stage="init", noise=noise)
+        window = EncodeWindow(source.cut(span, hop=spec.hop), start=span.start, stage="init", noise=noise)
         return model.encode_audio([window])[0]
 
     def decode(span: WindowSpan) -> Tensor:
@@ -58,7 +57,7 @@ def compare_windows(report: Report, *, model: SaoModel) -> None:
         return model.decode([window])[0]
 
     ways: dict[str, _Way] = {  # by the name of the network
-        "encoder": _Way(net.encoder, audio, spec.hop, 1, plan.init_source.windows, encode, encoded),
+        "encoder": _Way(net.encoder, audio, spec.hop, 1, source.windows, encode, encoded),
         "decoder": _Way(net.decode, latents, 1, spec.hop, short, decode, decoded),
     }
     for name, way in ways.items():

@@ -89,7 +89,8 @@ def test_autoencoder(device: torch.device, name: str) -> None:
 
 def test_whole_runs(device: torch.device, name: str) -> None:
     report = Report(say=lambda line: None, bounds={component: WIDER * bound for component, bound in BOUNDS.items()})
-    compare_end_to_end(report, Goldens.load(load_goldens(name).folder), runner=make_runner(load_on(device, name)))
+    model, goldens = load_on(device, name), Goldens.load(load_goldens(name).folder)
+    compare_end_to_end(report, goldens, runner=make_runner(model), chunked=model.config.chunked)
     missed = [comparison for comparison in report.comparisons if comparison.missed]
     assert not missed
     assert not report.failures

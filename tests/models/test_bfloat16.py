@@ -86,7 +86,7 @@ def test_every_stored_number_is_near(folder: Path) -> None:
     report, model, goldens = Decibels(), load_in_bfloat16(folder), Goldens.load(folder)
     if isinstance(model, Sa3Model):
         compare_denoiser(report, goldens, net=model.denoiser)
-        compare_end_to_end(report, goldens, runner=make_runner(model))
+        compare_end_to_end(report, goldens, runner=make_runner(model), chunked=model.config.chunked)
     else:
         compare_open_denoiser(report, goldens, model=model)
         compare_runs(report, goldens, model=model)

@@ -51,6 +51,20 @@ def test_a_local_copy_of_a_built_in_model_keeps_its_facts() -> None:
     assert entry.card.max_duration_s == 16.384  # what the folder can do is less than the name's cap
 
 
+@pytest.mark.parametrize(
+    ("folder", "own"),
+    [
+        (load_goldens("sharp-s").folder, "even"),
+        (load_goldens("sharp-l").folder, "even"),
+        (OPEN_GOLDENS / "tiny-small", "reference"),
+    ],
+)
+def test_each_family_has_its_own_schedule_of_edits(folder: Path, own: str) -> None:
+    assert describe_entry(resolve_entry("mine", path=str(folder))).card.default_edit_schedule == own
+    chosen = describe_entry(resolve_entry("mine", path=str(folder), edit_schedule="scaled")).card
+    assert chosen.default_edit_schedule == "scaled"
+
+
 def test_an_operator_may_pin_and_limit() -> None:
     entry = resolve_entry("small-sfx", revision="abc", max_duration_s=30.0, duration_padding_s=0.0)
     assert (entry.revision, entry.card.max_duration_s, entry.card.default_duration_padding_s) == ("abc", 30.0, 0.0)

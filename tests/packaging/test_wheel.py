@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.goldens import OPEN_GOLDENS
 from tests.packaging.wheel import ROOT, build_wheel, install_wheel
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -54,6 +55,15 @@ def test_its_commands_find_the_configuration_in_it(installed: Path, tmp_path: Pa
     assert run(installed, tmp_path, "stable-audio-serve", "init").returncode == 0
     assert (tmp_path / "serve_config.yaml").read_bytes() == (ROOT / "serve_config.yaml").read_bytes()
     assert run(installed, tmp_path, "stable-audio-serve", "config").stderr == "configuration: serve_config.yaml\n"
+
+
+def test_it_verifies_the_numbers_of_a_checkout(installed: Path, tmp_path: Path) -> None:
+    result = run(installed, tmp_path, "stable-audio-serve", "verify", str(OPEN_GOLDENS / "common"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("verification passed\n")
+    refused = run(installed, tmp_path, "stable-audio-serve", "verify", "tests/data/goldens/sao/common")
+    assert refused.returncode == 1
+    assert "Reference numbers are in tests/data/goldens of a source checkout" in refused.stdout
 
 
 def test_it_makes_sound_of_its_own_demo_in_an_empty_directory(installed: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import pytest
@@ -102,6 +103,21 @@ def test_a_scaled_schedule_never_rises_above_the_level_of_its_edit(level: float,
     assert torch.equal(edit_times(build, level, schedule="reference"), build(level))
     if steps == 8 and level == 0.4:  # what the reference's does instead
         assert build(level)[1:].max() > 1.5 * level
+
+
+@pytest.mark.parametrize("level", [0.01, 0.1, 0.25, 0.69, 0.999])
+@pytest.mark.parametrize("steps", [1, 8, 50, 1000])
+def test_an_even_schedule_falls_from_the_level_in_equal_steps_of_log_snr(level: float, steps: int) -> None:
+    def build(start: float) -> torch.Tensor:
+        return build_sigmas(steps, DEFAULT_SHIFT, length=40, sigma_max=start)
+
+    times = edit_times(build, level, schedule="even")
+    assert (times[0], times[-1]) == (torch.tensor(level), 0.0)
+    assert (times[1:] < times[:-1]).all()
+    log_snr = torch.log((1 - times[:-1].double()) / times[:-1].double())
+    end = math.log(1 / (level / (1 + math.exp(2.0))) - 1)  # of the level's share of sigmoid(-2)
+    expected = torch.linspace(math.log(1 / level - 1), end, steps + 1, dtype=torch.float64)[:-1]
+    torch.testing.assert_close(log_snr, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", get_args(EditSchedule))

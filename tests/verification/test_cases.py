@@ -13,9 +13,11 @@ from stable_audio_serve.verification.goldens import Goldens
 CLIP = torch.randn(2, 50)
 
 
-def parse(args: dict[str, Any], **facts: Any):
+def parse(args: dict[str, Any], *, chunked: bool = True, **facts: Any):
     goldens = Goldens({"generate_defaults": {"steps": 5, "sample_size": 4096}}, {"gen/a/clip": CLIP})
-    return parse_case("gen/a", {"args": {"prompt": "rain", "seed": 3, **args}, **facts}, goldens=goldens)
+    return parse_case(
+        "gen/a", {"args": {"prompt": "rain", "seed": 3, **args}, **facts}, goldens=goldens, chunked=chunked
+    )
 
 
 def test_defaults_come_from_the_goldens_then_from_the_reference() -> None:
@@ -59,6 +61,13 @@ def test_every_argument_has_its_field() -> None:
     assert request.init_audio is not None
     assert request.init_audio.sample_rate_hz == 1250
     assert request.inpaint_regions_s == ((0.1, 0.2), (0.5, 0.6))
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_windows_are_the_config_s_unless_the_case_says_otherwise(chunked: bool) -> None:
+    assert parse({}, chunked=chunked).requests[0].chunked_decode is chunked
+    for stated in (True, False):
+        assert parse({"chunked_decode": stated}, chunked=chunked).requests[0].chunked_decode is stated
 
 
 @pytest.mark.parametrize(

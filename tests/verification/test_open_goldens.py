@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stable_audio_serve.models.protocol import BranchConditioning
-from stable_audio_serve.models.sao import conditioners, denoiser, model, receptive_field
+from stable_audio_serve.models.sao import conditioners, denoiser, model, planning, receptive_field
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.sao_requests import ReplayedRow, objective_of
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
@@ -144,9 +144,14 @@ def every_window_takes_the_first_frames_noise(patch: pytest.MonkeyPatch) -> None
     patch.setattr(ReplayedRow, "window", lambda self, stage, start, **rest: exact(self, stage, 0, **rest))
 
 
+def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(planning, "blend_plan", lambda plan, path: plan)
+
+
 @pytest.mark.parametrize(
     ("mutate", "component"),
     [
+        (edits_without_a_mask, "end-to-end latents"),
         (negative_without_seconds, "end-to-end steps"),
         slow(cosines_first, "number"),
         slow(other_norm_eps, "denoiser"),

@@ -132,8 +132,8 @@ class VariationForm(UploadForm):
     )
     edit_schedule: EditSchedule | None = Field(
         None,
-        description="Extension, flow models only: scaled = no step is noisier than init_noise_level; reference = as "
-        "the original code, whose steps may be; unset = the model's own default.",
+        description="Extension, flow models only: even, scaled = no step is noisier than init_noise_level, with steps "
+        "even in log-SNR or those of a whole run; reference = as the original code; unset = the model's own default.",
     )
 
 

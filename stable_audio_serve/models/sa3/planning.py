@@ -119,7 +119,7 @@ def _plan_sampler(
         return build_sigmas(steps, warp, length=length.effective_frames, sigma_max=level)
 
     level = max(request.init_noise_level, MIN_NOISE_LEVEL) if has_source else 1.0
-    sigmas = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)
+    sigmas = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)
     sampler = request.sampler or spec.default_sampler
     return build_plan(sampler, sigmas, guidance=guidance, has_source=has_source), guidance
 

@@ -99,6 +99,7 @@ def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
         card=card,
         hop=config.autoencoder.hop,
         max_frames=config.window_frames,
+        tail_samples=config.sample_size - config.window_frames * config.autoencoder.hop,
         default_sampler=OBJECTIVE_SAMPLERS[config.objective],
         noisy_source_encoder=True,
         packs_rows=True,

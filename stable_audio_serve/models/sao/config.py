@@ -73,7 +73,7 @@ class SaoConfig:
 
     @property
     def window_frames(self) -> int:
-        """Latent frames of the window that the network always makes; what is left of `sample_size` is cut."""
+        """Latent frames of the window that the network always makes, without what is left of `sample_size`."""
         return self.sample_size // self.autoencoder.hop
 
 

@@ -187,7 +187,7 @@ class OobleckAutoencoder(nn.Module):
                 module.resolve()
 
     def encode(self, audio: Tensor, noise: Tensor) -> Tensor:
-        """Latents (B, D, F) of audio (B, C, S), S a multiple of the hop; `noise` (B, D, F) unit normal.
+        """Latents (B, D, F) of audio (B, C, S), S at least F times the hop; `noise` (B, D, F) unit normal.
 
         The bottleneck draws at inference too: the latent is its mean plus deviation times noise.
         """

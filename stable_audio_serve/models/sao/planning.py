@@ -170,7 +170,7 @@ def _plan_sampler(
         level = None
         if has_source:
             level = max(_share(request.init_noise_level), MIN_NOISE_LEVEL)
-            times = edit_times(build, level, schedule=request.edit_schedule or spec.card.edit_schedule)
+            times = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)
         else:
             times = build(_first_time(request.sigma_max))
         plan = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source, level=level)
@@ -216,12 +216,16 @@ def _share(level: float) -> float:
 
 
 def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None) -> SourcePlan:
-    """Returns source audio at the model's rate and channels, exactly as long as the window."""
+    """Returns source audio at the model's rate and channels, exactly as long as the window.
+
+    The model's own window may end within a latent frame: what it has of that frame shapes the latents before.
+    """
+    tail = spec.tail_samples if frames == spec.max_frames else 0
     samples = prepare_source(
         audio,
         sample_rate_hz=spec.card.sample_rate_hz,
         channels=spec.card.channels,
-        num_samples=frames * spec.hop,
+        num_samples=frames * spec.hop + tail,
     )
     return SourcePlan(samples=samples, windows=_windows(frames, halo=halo))
 

@@ -102,6 +102,7 @@ def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelS
         card=card,
         hop=hop,
         max_frames=frames,
+        tail_samples=sample_size - frames * hop,
         default_sampler=OBJECTIVE_SAMPLERS[card.objective],
         noisy_source_encoder=True,  # cannot be told from outside
         pads_rows=False,

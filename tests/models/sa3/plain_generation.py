@@ -94,6 +94,13 @@ def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sig
     return [sigma_max, *(warp(sigma_max * (1 - i / steps)) for i in range(1, steps + 1))]
 
 
+def make_even_schedule(steps: int, level: float) -> list[float]:
+    """Odds of noise in a geometric row, towards those of `level` / (1 + e^2)."""
+    odds, last = level / (1 - level), 1 / ((1 + math.exp(2)) / level - 1)
+    row = [odds * (last / odds) ** (i / steps) for i in range(1, steps)]
+    return [level, *(x / (1 + x) for x in row), 0.0]
+
+
 class PlainRun:
     """One request on one model, quiet autoencoder, noise as a lone reference run draws it."""
 
@@ -170,10 +177,13 @@ class PlainRun:
         if request.schedule_shift is not None:
             options = {"type": request.schedule_shift.kind, **dict(request.schedule_shift.options)}
         own = self.length.effective
-        if request.edit_schedule == "reference":
-            times = make_schedule(options, request.steps or 8, own, sigma_max)
+        steps = request.steps or 8
+        if request.edit_schedule == "reference" or sigma_max == 1.0:
+            times = make_schedule(options, steps, own, sigma_max)
+        elif request.edit_schedule == "scaled":
+            times = [time * sigma_max for time in make_schedule(options, steps, own, 1.0)]
         else:
-            times = [time * sigma_max for time in make_schedule(options, request.steps or 8, own, 1.0)]
+            times = make_even_schedule(steps, sigma_max)
         x = self.draw()
         if request.init_audio is not None:
             x = (1 - sigma_max) * self._clip(request.init_audio.samples) + sigma_max * x

@@ -52,6 +52,14 @@ def with_objective(folder: Path, objective: str, *, target: Path) -> Path:
     return target
 
 
+def with_sample_size(folder: Path, sample_size: int, *, target: Path) -> Path:
+    """A copy of a checkpoint with a window of another length."""
+    shutil.copytree(folder, target)
+    values = json.loads((target / "model_config.json").read_text()) | {"sample_size": sample_size}
+    (target / "model_config.json").write_text(json.dumps(values))
+    return target
+
+
 @pytest.fixture(scope="module")
 def rectified_flow(tmp_path_factory: pytest.TempPathFactory) -> SaoModel:
     folder = load_open_goldens("tiny-small").folder

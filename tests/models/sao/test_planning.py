@@ -121,13 +121,24 @@ def test_a_clip_is_the_beginning_of_the_window_s_audio(name: str, duration_s: fl
 
 
 @pytest.mark.parametrize("sampler", ["euler", "rk4", "dpmpp", "pingpong"])
-@pytest.mark.parametrize("schedule", ["reference", "scaled"])
+@pytest.mark.parametrize("schedule", ["reference", "scaled", "even"])
 def test_an_edit_of_a_flow_model_holds_as_much_noise_as_asked_for(sampler: str, schedule: str) -> None:
     (plan,) = plans(
         "tiny-small", sampler=sampler, init_audio=CLIP, init_noise_level=0.6, edit_schedule=schedule, steps=4
     )
     assert plan.sampler.noise_scale == pytest.approx(0.6)
     assert plan.sampler.source_scale == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "rk4", "dpmpp", "pingpong"])
+def test_an_edit_of_a_flow_model_has_the_reference_s_times(sampler: str) -> None:
+    edit = {"sampler": sampler, "init_audio": CLIP, "init_noise_level": 0.4, "steps": 8}
+    own, reference = one("tiny-small", **edit), one("tiny-small", **edit, edit_schedule="reference")
+    assert own.sampler == reference.sampler
+    if sampler != "rk4":  # even steps of log-SNR from the level to 2
+        expected = torch.sigmoid(-torch.linspace(math.log(0.6 / 0.4), 2, 9)[1:-1])
+        times = torch.tensor([evaluation.t for evaluation in own.sampler.evaluations[1:]])
+        torch.testing.assert_close(times, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", [0.1, 0.4, 1.0, 80.0])

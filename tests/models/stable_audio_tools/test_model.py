@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stable_audio_serve.core.catalog import NetworkBackend
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.config_reader import ConfigReader, read_config
@@ -32,7 +33,7 @@ from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, SeededNoise
 from tests.goldens import SA3_GOLDENS, load_open_goldens
 from tests.models.sao.test_checkpoint import make_parts, shapes_of
 from tests.models.sao.test_generation import CASES, TOLERANCE, make_noise
-from tests.models.sao.test_model import run, to_requests, with_objective
+from tests.models.sao.test_model import run, to_requests, with_objective, with_sample_size
 from tests.models.sao.tiny import TINY
 from tests.models.stable_audio_tools.installed import needs_package, quiet
 from tests.parameters import slow
@@ -279,6 +280,35 @@ def test_both_backends_agree_on_configs_that_no_golden_has(name: str, tmp_path: 
     for ours, theirs in zip(run(native, requests), run(package, requests), strict=True):
         assert theirs.std() > 1e-2
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["native", "stable_audio_tools"])
+def test_a_source_fills_a_window_that_ends_within_a_frame(backend: NetworkBackend, tmp_path: Path) -> None:
+    """The package prepares a source to `sample_size` and encodes it whole; that is 64 frames and 50 samples here."""
+    samples, steps = 64 * 64 + 50, 2
+    folder = with_sample_size(load_open_goldens("tiny-small").folder, samples, target=tmp_path / "odd")
+    source = np.random.default_rng(0).uniform(-0.8, 0.8, (2, samples + 100)).astype(np.float32)
+    said = {"prompt": "a kick drum", "seconds_total": 4.0}
+    expected = import_package().diffusion.generate_diffusion_cond(
+        load(folder).wrapper, steps=steps, cfg_scale=1.0, conditioning=[said], sample_size=samples, seed=7,
+        device="cpu", sampler_type="pingpong", init_audio=(1000, torch.from_numpy(source)), init_noise_level=0.1,
+    )  # fmt: skip
+    model = load_model(resolve_entry("odd", path=str(folder), backend=backend))
+    request = GenerationRequest(
+        prompt="a kick drum",
+        duration_s=64 * 64 / 1000,
+        seed=0,
+        conditioned_total_s=4.0,
+        steps=steps,
+        cfg_scale=1.0,
+        init_audio=SourceAudio(source, 1000),
+        init_noise_level=0.1,
+        edit_schedule="reference",
+    )
+    facts = {"steps": steps, "sampler_type": "pingpong", "init_noise_level": 0.1, "seed": 7}
+    (made,) = run(model, [request], noise=make_noise("tiny-small", facts, (1, 8, 64)))
+    assert made.shape == expected.shape[1:]
+    torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
 
 
 def write_random_weights(folder: Path) -> None:

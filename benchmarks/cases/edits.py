@@ -1,0 +1,102 @@
+"""How many variations of held tones keep their pitch, by the schedule of the edit's steps and by its noise level.
+
+Twelve notes of the demo model, varied without a prompt, so that only the source says which note it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.settings import CaseSettings
+from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, SourceAudio
+from stable_audio_serve.demo.checks import strongest_hz
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.registry import resolve_entry
+
+Audio = npt.NDArray[np.float32]
+
+_NOTES = ("c3", "c sharp 4", "d5", "d sharp 3", "e4", "f5", "f sharp 3", "g4", "g sharp 5", "a3", "a sharp 4", "b5")
+_VOICES = ("sine", "organ", "square", "saw")
+_LEVELS = (0.25, 0.4)
+_CENTS = 50.0
+_CLIP_S = 3.0
+_SEEDS_PER_ROUND = 1000
+
+
+async def run_edits_case(settings: CaseSettings) -> dict[str, Any]:
+    """Each round varies every tone once with other seeds; all schedules start from the same noise."""
+    model = load_model(resolve_entry("demo"), device=settings.device)
+    options = EngineOptions(mode="strict", torch_threads=settings.threads, max_queue_s=math.inf)
+    rate_hz, requests = model.spec.card.sample_rate_hz, _tones()
+    async with Engine(model, options) as engine:
+        sources = await _play(engine, requests)
+        pitches_hz = [strongest_hz(source) for source in sources]
+        found = {}
+        for level in _LEVELS:
+            for schedule in get_args(EditSchedule):
+                edits = [
+                    replace(
+                        request,
+                        prompt="",
+                        seed=_SEEDS_PER_ROUND * (number + 1) + request.seed,
+                        init_audio=SourceAudio(source, rate_hz),
+                        init_noise_level=level,
+                        edit_schedule=schedule,
+                    )
+                    for number in range(settings.rounds)
+                    for request, source in zip(requests, sources, strict=True)
+                ]
+                found[f"{schedule} {level:g}"] = _judge(await _play(engine, edits), pitches_hz)
+    return {
+        "tones": len(requests),
+        "steps": model.spec.card.default_steps,
+        "sampler": model.spec.default_sampler,
+        "cents": _CENTS,
+        "by_schedule": found,
+    }
+
+
+def _tones() -> list[GenerationRequest]:
+    return [
+        GenerationRequest(prompt=f"a held {_VOICES[number % len(_VOICES)]} on {note}", duration_s=_CLIP_S, seed=number)
+        for number, note in enumerate(_NOTES)
+    ]
+
+
+async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Audio]:
+    results = await asyncio.gather(*map(engine.generate, requests))
+    return [result.audio[0] for result in results]
+
+
+def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, float]:
+    """Returns how many clips have the pitch of their tone; the tones come again in every round."""
+    wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
+    cents = [_distance_cents(strongest_hz(clip), hertz) for clip, hertz in zip(clips, wanted, strict=True)]
+    return {"clips": len(clips), "kept": sum(one <= _CENTS for one in cents), "median_cents": median(cents)}
+
+
+def _distance_cents(found_hz: float, wanted_hz: float) -> float:
+    return abs(1200.0 * math.log2(found_hz / wanted_hz)) if found_hz > 0 else math.inf
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Kept pitches by schedule and level."""
+    return [
+        {
+            "schedule": name.split()[0],
+            "init_noise_level": name.split()[1],
+            "kept_pitch": f"{figures['kept']} of {figures['clips']}",
+            "kept_ratio": figures["kept"] / figures["clips"],
+            "median_cents": figures["median_cents"],
+        }
+        for name, figures in results["by_schedule"].items()
+    ]

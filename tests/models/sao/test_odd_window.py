@@ -1,0 +1,69 @@
+"""Windows that end within a latent frame, as those of fine-tunes do (882,000 samples are 430.66 frames)."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.engine.windows import SourceEncoding
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.parts import WindowNoise, stack_draws
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.report import Report
+from stable_audio_serve.verification.sao_runs import compare_runs
+from tests.goldens import load_open_goldens
+from tests.models.sao.test_model import with_sample_size
+
+HOP, FRAMES, TAIL = 64, 430, 42
+SAMPLES = FRAMES * HOP + TAIL
+
+
+def load_with(sample_size: int, tmp_path: Path, *, name: str) -> SaoModel:
+    folder = with_sample_size(load_open_goldens(name).folder, sample_size, target=tmp_path / name)
+    model = load_model(resolve_entry("odd", path=str(folder)))
+    assert isinstance(model, SaoModel)
+    return model
+
+
+@pytest.mark.parametrize("stage", ["init", "inpaint"])
+@torch.inference_mode()
+def test_the_last_window_encodes_the_rest_of_a_frame(stage: str, tmp_path: Path) -> None:
+    model = load_with(SAMPLES, tmp_path, name="tiny-1.0")
+    clip = np.random.default_rng(0).uniform(-0.8, 0.8, (2, SAMPLES + 99)).astype(np.float32)
+    sources = {f"{stage}_audio": SourceAudio(clip, 1000)}
+    (plan,) = model.plan(GenerationRequest(prompt="", duration_s=27.0, seed=1, **sources))
+    source, noise = getattr(plan, f"{stage}_source"), SeededNoise(1)
+    torch.testing.assert_close(source.samples, torch.from_numpy(clip[:, :SAMPLES]), rtol=0, atol=0)
+    assert len(source.windows) > 1
+    encoding = SourceEncoding(source, stage=stage, noise=noise, hop=HOP)
+    while encoding.lengths_left:
+        for window in encoding.pending(200):
+            encoding.put(model.encode_audio([window])[0])
+    draw = partial(stack_draws, shape=(model.spec.card.latent_channels, FRAMES), frame_axis=1, device=model.device)
+    whole = model.autoencoder.encode(source.samples[None], draw([WindowNoise(noise, stage, 0)], "bottleneck"))[0]
+    torch.testing.assert_close(encoding.latents(), whole, rtol=0, atol=2e-5)
+
+
+@pytest.mark.server
+def test_verification_accepts_a_run_of_such_a_window(tmp_path: Path) -> None:
+    """A stored run of 64 frames, in a window with another 30 samples: text to audio does not see them."""
+    stored, case = Goldens.load(load_open_goldens("tiny-small").folder), "gen/one_step"
+    facts = json.loads(json.dumps({"cases": {case: stored.cases()[case]}}))
+    facts["cases"][case]["args"]["sample_size"] += 30
+    sample_size = facts["cases"][case]["args"]["sample_size"]
+    stored.facts.clear()
+    stored.facts.update(facts)
+    report = Report(say=lambda line: None)
+    compare_runs(report, stored, model=load_with(sample_size, tmp_path, name="tiny-small"))
+    assert not report.failures
+    assert f"{case}/latents" in {found.key for found in report.comparisons if found.component == "lengths"}
+    assert not [found for found in report.comparisons if found.missed]
