@@ -231,7 +231,6 @@ async function connect() {
   try {
     await form.load();
     form.clearFaults();
-    element("open-docs").hidden = Boolean(key()); // a link sends no key
     await jobs.resume();
   } catch (error) {
     fail(error);
