@@ -42,7 +42,8 @@ REPLAY = "X-Replay"
 RECIPE_HEADER: dict[str, Any] = {
     RECIPE: {
         "schema": {"type": "string"},
-        "description": "What made the file, as JSON; of several variations one each, with commas. Absent above 4 kB.",
+        "description": "What made the file, as JSON; of several variations one each, with commas. Above 4 kB without "
+        "prompts and regions, which `left_out` names then: the file has them. Absent if that is above 4 kB, too.",
     }
 }
 _MOST_RECIPE_BYTES = 4096
@@ -52,6 +53,7 @@ EXPOSED_HEADERS = (
     "Idempotent-Replayed",
     "Retry-After",
     "Server-Timing",
+    "Warning",
     "X-Error-Kind",
     "X-Model",
     "X-Output-Count",
@@ -113,10 +115,15 @@ def result_headers(output: Output) -> dict[str, str]:
 
 
 def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
-    if sum(recipe.num_prompt_chars for recipe in recipes) > _MOST_RECIPE_BYTES:
-        return {}  # known without writing texts of 600 kB each on the event loop
-    text = ", ".join(recipe.to_json() for recipe in recipes)
-    return {RECIPE: text} if text and len(text) <= _MOST_RECIPE_BYTES else {}
+    """Returns the recipes whole, else without what makes them long: proxies take 4 to 16 kB of all headers together."""
+    if not recipes:
+        return {}
+    text = ""
+    if sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES:  # else texts of 600 kB were written
+        text = ", ".join(recipe.to_json() for recipe in recipes)
+    if not 0 < len(text) <= _MOST_RECIPE_BYTES:
+        text = ", ".join(recipe.to_short_json() for recipe in recipes)
+    return {RECIPE: text} if len(text) <= _MOST_RECIPE_BYTES else {}
 
 
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:
