@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Take
 from stable_audio_serve.client.asynchronous import AsyncClient
-from stable_audio_serve.client.calls import Audio, Controls, JobControls, Recipe
+from stable_audio_serve.client.calls import Audio, Recipe
+from stable_audio_serve.client.controls import Controls, EditControls, JobControls, JobEditControls, LoopControls
 from stable_audio_serve.client.retrying import Retries
 from stable_audio_serve.client.synchronous import Client
 
@@ -17,10 +18,13 @@ __all__ = [
     "Client",
     "Clip",
     "Controls",
+    "EditControls",
     "Job",
     "JobControls",
+    "JobEditControls",
     "JobPage",
     "JobProgress",
+    "LoopControls",
     "Model",
     "Recipe",
     "Retries",
