@@ -43,7 +43,7 @@ _ENDINGS: tuple[tuple[type[errors.StableAudioError], Ending], ...] = (
 )
 
 
-# What the API says of a request has the names of its fields.
+# Errors whose messages name fields of the API.
 _OF_REQUESTS = (errors.InvalidRequestError, errors.InvalidUploadError, errors.UploadTooLargeError)
 
 

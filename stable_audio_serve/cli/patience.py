@@ -1,4 +1,4 @@
-"""What a command says while a server keeps it waiting: on standard error, before anybody takes it for dead."""
+"""Messages on standard error while a command waits for its server, or is about to try again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SILENT_S = 1.5
 
 
 class Patience:
-    """Says which server is waited for once a request has had no answer for a while. Used with `with`."""
+    """Names the server when a request has had no answer for 1.5 s. A context manager, which ends the timer."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet

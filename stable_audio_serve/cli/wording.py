@@ -1,4 +1,4 @@
-"""Puts what the API and the system say into the words of the command line: options instead of fields."""
+"""Rewrites messages of the API and of the system for the command line: options instead of fields."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _PHRASES = (
     ("String should have at least 1 character", "must not be empty"),
     ("String should have", "must have"),
 )
-# A field's name stands first in a sentence, or is a word that English has not.
+# A name of a field: the first word of a sentence, or a word with an underscore.
 _NAME = re.compile(
     r"(?:(?<=^)|(?<=; )|(?<=: ))[a-z_.]+(?=:| must | is )|(?<![\w.])[a-z]+(?:_[a-z]+)+(?:\.[a-z_]+)?(?!\w)"
 )
 
 
 def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
-    """Returns what the API says of its fields as it is of options; `names` are those that a command has otherwise."""
+    """Returns a message of the API with options in place of fields; `names` override `OPTIONS` for one command."""
     for said, plain in _PHRASES:
         message = message.replace(said, plain)
     known = {**OPTIONS, **(names or {})}

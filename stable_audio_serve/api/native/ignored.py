@@ -1,6 +1,6 @@
-"""What a request says in vain: fields that nothing reads, and the end of a prompt that is longer than a model reads.
+"""Parts of a request that have no effect: unknown fields, and the end of a prompt that is longer than a model reads.
 
-Answers name it, in a header and, where they are JSON, in a field. `api.unknown_fields` may refuse unknown fields.
+Answers name them in a header and, where they are JSON, in a field. `api.unknown_fields` may refuse unknown fields.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def cut_prompts(made_on: MadeOn | None) -> list[str]:
 
 
 def warning_headers(request: Request, made_on: MadeOn | None = None) -> dict[str, str]:
-    """Returns the header that says what of a request had no effect; nothing where all of it had."""
+    """Returns the header that names the parts of a request without effect, {} where there are none."""
     names = ignored_names(request)
     sentences = [f"unknown fields are ignored: {', '.join(names)}"] if names else []
     return _header([*sentences, *cut_prompts(made_on)])
