@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from stable_audio_serve.core.generation import (
     DeviceUse,
     GenerationRequest,
     GenerationResult,
+    Loaded,
+    Making,
     ProgressCallback,
     StageTimings,
 )
@@ -55,6 +57,7 @@ class ToneBackend:
     status_delay_s: float = 0.0
     device: DeviceUse = field(default_factory=DeviceUse)
     level: float = 0.5
+    prompt_chars: int | None = None  # how many characters of a prompt are read
     requests: list[tuple[str, GenerationRequest]] = field(default_factory=list)
     num_running: int = 0
     num_cancelled: int = 0
@@ -85,9 +88,12 @@ class ToneBackend:
         t = np.arange(max(int(request.duration_s * RATE_HZ), 1)) / RATE_HZ
         tones = (self.level * np.sin(2 * np.pi * (100 + seed % 1000) * t) for seed in seeds)
         audio = tuple(np.tile(tone, (2, 1)).astype(np.float32) for tone in tones)
-        return GenerationResult(
-            audio, RATE_HZ, model, seeds, StageTimings(queue_ms=1, denoise_ms=2, total_ms=3), self.device
-        )
+        timings = StageTimings(queue_ms=1, denoise_ms=2, total_ms=3)
+        result = GenerationResult(audio, RATE_HZ, model, seeds, timings, self.device)
+        if self.prompt_chars is None or len(request.prompt) <= self.prompt_chars:
+            return result
+        making = Making("0", torch="0", mode="strict", processor="0", loaded=Loaded(), prompt_chars=self.prompt_chars)
+        return replace(result, making=making)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         await asyncio.sleep(self.status_delay_s)

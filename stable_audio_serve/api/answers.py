@@ -6,6 +6,7 @@ Knows no dialect. Files are streamed from their store, never held in memory.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -41,7 +42,8 @@ REPLAY = "X-Replay"
 RECIPE_HEADER: dict[str, Any] = {
     RECIPE: {
         "schema": {"type": "string"},
-        "description": "What made the file, as JSON; of several variations one each, with commas. Absent above 4 kB.",
+        "description": "What made the file, as JSON; of several variations one each, with commas. Above 4 kB without "
+        "prompts and regions, which `left_out` names then: the file has them. Absent if that is above 4 kB, too.",
     }
 }
 _MOST_RECIPE_BYTES = 4096
@@ -51,6 +53,7 @@ EXPOSED_HEADERS = (
     "Idempotent-Replayed",
     "Retry-After",
     "Server-Timing",
+    "Warning",
     "X-Error-Kind",
     "X-Model",
     "X-Output-Count",
@@ -61,6 +64,10 @@ EXPOSED_HEADERS = (
     *SOUND_HEADERS,
 )
 _STREAM_ABOVE_BYTES = 1_048_576
+_BYTES = "application/octet-stream"
+_AUDIO = re.compile(
+    r"audio/[a-z0-9.-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?"
+)  # without +: browsers render what ends in +xml
 
 
 def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
@@ -86,12 +93,12 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipe
         **sound_headers(file.clips, file.made_on),
         **_recipe_header(recipes),
         "Content-Length": str(file.num_bytes),
-        "X-Content-Type-Options": "nosniff",
     }
+    media_type = file.media_type if file.media_type == "application/zip" else audio_type(file.media_type)
     if is_head:
         await chunks.aclose()
-        return Response(headers=headers, media_type=file.media_type)
-    return StreamingResponse(_chain(first, chunks), headers=headers, media_type=file.media_type)
+        return Response(headers=headers, media_type=media_type)
+    return StreamingResponse(_chain(first, chunks), headers=headers, media_type=media_type)
 
 
 def result_headers(output: Output) -> dict[str, str]:
@@ -108,10 +115,15 @@ def result_headers(output: Output) -> dict[str, str]:
 
 
 def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
-    if sum(recipe.num_prompt_chars for recipe in recipes) > _MOST_RECIPE_BYTES:
-        return {}  # known without writing texts of 600 kB each on the event loop
-    text = ", ".join(recipe.to_json() for recipe in recipes)
-    return {RECIPE: text} if text and len(text) <= _MOST_RECIPE_BYTES else {}
+    """Returns the recipes whole, else without what makes them long: proxies take 4 to 16 kB of all headers together."""
+    if not recipes:
+        return {}
+    text = ""
+    if sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES:  # else texts of 600 kB were written
+        text = ", ".join(recipe.to_json() for recipe in recipes)
+    if not 0 < len(text) <= _MOST_RECIPE_BYTES:
+        text = ", ".join(recipe.to_short_json() for recipe in recipes)
+    return {RECIPE: text} if len(text) <= _MOST_RECIPE_BYTES else {}
 
 
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:
@@ -139,8 +151,17 @@ def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[st
 
 
 def attachment(file_name: str) -> dict[str, str]:
-    """Returns the header that names a download."""
-    return {"Content-Disposition": content_disposition(file_name)}
+    """Returns the headers of a download, which no browser shows or runs as something else."""
+    return {"Content-Disposition": content_disposition(file_name), "X-Content-Type-Options": "nosniff"}
+
+
+def audio_type(media_type: str | None) -> str:
+    """Returns the type of a file that a client brought, as it is served: an audio type, or that of plain bytes.
+
+    Our own pages and the scripts that they trust come from the same origin as such files.
+    """
+    text = (media_type or "").lower()
+    return text if _AUDIO.fullmatch(text) else _BYTES
 
 
 async def _chunks(file: EncodedFile) -> AsyncIterator[bytes]:

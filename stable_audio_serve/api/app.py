@@ -39,17 +39,17 @@ from stable_audio_serve.jobs.queue import JobQueue
 
 # One for each dialect, in the order of the API page.
 TAGS = [
-    {"name": server.TAG, "description": "Health and models, shared by all dialects."},
-    {"name": status.TAG, "description": "The state of the server; with a key that has the scope `admin`, changing it."},
     {"name": native.TAG, "description": "Our own API: the Stable Audio 3 server's."},
     {"name": native_jobs.TAG, "description": "The same requests, accepted now and done later."},
-    {"name": pages.TAG, "description": "For browsers: what is served, and this description."},
+    {"name": server.TAG, "description": "Health and models, shared by all dialects."},
     {"name": files.TAG, "description": "Downloads, for whoever has the link."},
     {"name": merged.TAG, "description": "The path that the dialects of Stable Audio 3 and Open Small share."},
     {"name": open_small.TAG, "description": "The Flask API for Stable Audio Open Small."},
     {"name": vllm_omni.TAG, "description": "vLLM-Omni's audio generation."},
     {"name": aimlapi.TAG, "description": "The AIML API's `stable-audio`: submit and poll."},
     {"name": fal.TAG, "description": "fal's queue, synchronous calls and storage for `fal-ai/stable-audio`."},
+    {"name": status.TAG, "description": "The state of the server; with a key that has the scope `admin`, changing it."},
+    {"name": pages.TAG, "description": "For browsers: what is served, and this description."},
 ]
 
 
@@ -86,7 +86,7 @@ def create_app(
         openapi_tags=TAGS,
         lifespan=lifespan,
         redirect_slashes=False,  # Starlette would redirect to whatever Host the client sent
-        openapi_url=None,  # with its pages behind the keys, in `pages`
+        openapi_url=None,  # in `pages`, with pages that load nothing from elsewhere
         middleware=[
             Middleware(
                 OriginsMiddleware,

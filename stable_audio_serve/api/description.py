@@ -24,8 +24,12 @@ _ERRORS = {
     507: "There is no room left to keep it.",
 }
 _SECURITY_SCHEMES = {
-    "Bearer": {"type": "http", "scheme": "bearer", "description": "Where keys are configured."},
-    "Key": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "The same as `Key <key>`."},
+    # One only: in a page's form for several, people fill in the wrong one.
+    "Bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, where keys are configured. The header may also be `Authorization: Key <key>`.",
+    },
 }
 
 

@@ -26,6 +26,7 @@ from stable_audio_serve.core.sound import Peaks
 
 MOST_BYTES = 1_048_576  # of a recipe as text
 MOST_REGIONS = 100
+_LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
 
 def _to_whole(value: object) -> object:
@@ -181,8 +182,17 @@ class Recipe(_Part):
 
     def to_json(self) -> str:
         """Returns the one text of this recipe: printable ASCII without spaces between parts, with sorted keys."""
-        text = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
+        return _to_text(self.model_dump())
+
+    def to_short_json(self) -> str:
+        """Returns it without what may be long, which `left_out` names: no recipe that can be replayed."""
+        left_out = [name for name in _LONG if getattr(self, name) is not None]
+        return _to_text({**self.model_dump(exclude={*left_out}), "left_out": left_out})
+
+
+def _to_text(recipe: Mapping[str, Any]) -> str:
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
 def write_recipes(

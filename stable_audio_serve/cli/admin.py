@@ -26,10 +26,8 @@ _LETTERS = f"{_PREFIX}/dead-letters"
 _PAGE = 500
 _POLL_S = 0.5
 
-app = typer.Typer(no_args_is_help=True, help="Load and unload models, take the server out, see to dead letters.")
-letters = typer.Typer(
-    no_args_is_help=True, help="Jobs that failed by no fault of their own: list, show, retry, delete."
-)
+app = typer.Typer(no_args_is_help=True, help="Load models, drain the server, see to dead letters.")
+letters = typer.Typer(no_args_is_help=True, help="Jobs that failed by no fault of their own.")
 app.add_typer(letters, name="dead-letters")
 app.add_typer(store_jobs.app, name="jobs")
 
@@ -37,14 +35,17 @@ _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Its name or one of
 _Wait = Annotated[float, typer.Option("--wait", min=0, max=86_400, help="Longest time to wait for it, seconds.")]
 _Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
 _Number = Annotated[int, typer.Argument(metavar="NUMBER", min=0, help="As `list` shows it.")]
-_Numbers = Annotated[list[int] | None, typer.Argument(metavar="[NUMBER]...", min=0, help="As `list` shows them.")]
+_Numbers = Annotated[list[int] | None, typer.Argument(metavar="NUMBER", min=0, help="As `list` shows them.")]
 _All = Annotated[bool, typer.Option("--all", help="All there are, or all of --model.")]
 _OfModel = Annotated[str | None, typer.Option("--model", help="Only those of this model, by its canonical name.")]
 
 
 @app.command()
 def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Keep one replica of a model until `unload`, whatever the load; with --wait, until it is ready."""
+    """Keep one replica of a model until `unload`.
+
+    It stays whatever the load is. With --wait, the command ends when it is ready.
+    """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/load")
         deadline = time.monotonic() + wait
@@ -61,7 +62,10 @@ def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: K
 
 @app.command()
 def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Let a model go to zero replicas once it has had nothing to do for its `downscale_delay_s`."""
+    """Let an idle model go to zero replicas again.
+
+    It goes once it has had nothing to do for its `downscale_delay_s`.
+    """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/unload")
     typer.echo(f"{kept['model']}: no longer kept; it is {kept['stage']} now")
@@ -69,10 +73,10 @@ def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = No
 
 @app.command()
 def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Take the server out: /ready says 503, new work is refused, what was begun is finished; waits until that is done.
+    """Drain the server: finish current work, accept no more.
 
-    Jobs that wait are left to other servers. Afterwards stop it, or let it go on with `resume`. Exit code 6: not done
-    in time, it goes on draining.
+    /ready answers 503, and jobs that wait are left to other servers. The command ends when the work is finished.
+    Afterwards stop the server, or let it go on with `resume`. Exit code 6: not done in time, it goes on draining.
     """
     with connected(url, key_file) as client:
         state = ask(client, f"POST {_PREFIX}/drain")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 
 import typer
 
+from stable_audio_serve.cli.wording import describe_os_error, in_options
 from stable_audio_serve.core import errors
 
 
@@ -42,16 +43,26 @@ _ENDINGS: tuple[tuple[type[errors.StableAudioError], Ending], ...] = (
 )
 
 
+# Errors whose messages name fields of the API.
+_OF_REQUESTS = (errors.InvalidRequestError, errors.InvalidUploadError, errors.UploadTooLargeError)
+
+
 @contextmanager
-def said_plainly() -> Iterator[None]:
-    """End the command when anything in it fails in a way that is expected."""
+def said_plainly(names: Mapping[str, str] | None = None) -> Iterator[None]:
+    """End the command when anything in it fails in a way that is expected.
+
+    `names` are the options that a command has for fields of the API, where they differ from those of other commands.
+    """
     try:
         yield
     except errors.StableAudioError as error:
         ending = next((ending for kind, ending in _ENDINGS if isinstance(error, kind)), Ending.FAILED)
         hint = "; set STABLE_AUDIO_API_KEY or --key-file" if isinstance(error, errors.UnauthorizedError) else ""
-        raise fail(f"{error.message}{hint}", ending) from error
-    except (OSError, ValueError) as error:
+        message = in_options(error.message, names) if isinstance(error, _OF_REQUESTS) else error.message
+        raise fail(f"{message}{hint}", ending) from error
+    except OSError as error:
+        raise fail(describe_os_error(error), Ending.REFUSED) from error
+    except ValueError as error:
         raise fail(str(error), Ending.REFUSED) from error
     except KeyboardInterrupt as error:
         raise fail("interrupted", Ending.INTERRUPTED) from error

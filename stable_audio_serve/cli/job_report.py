@@ -7,14 +7,13 @@ from datetime import datetime
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from stable_audio_serve.jobs.job import Job, JobEvent, State
 
-_PIPE_WIDTH = 200  # characters of a line where there is no terminal
-_LEAST_WIDTH = 140  # a narrower terminal breaks lines, but no id is cut short
+_WIDEST = 2000  # characters of a line; a terminal that is narrower breaks it
 _PROMPT_CHARACTERS = 60
 _STYLES: Mapping[State, str] = {
     "queued": "cyan",
@@ -133,18 +132,16 @@ def _prompt(job: Job) -> Text:
 
 
 def new_table(*columns: str) -> Table:
-    """Returns a table whose last column is cut where there is little room."""
+    """Returns a table whose cells keep to one line."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in columns:
-        table.add_column(name, no_wrap=name != columns[-1])
+        table.add_column(name, no_wrap=True)
     return table
 
 
-def print_wide(what: Table | str) -> None:
-    """Print a table or a line; no id in it is cut short."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.width = max(console.width, _LEAST_WIDTH) if console.is_terminal else _PIPE_WIDTH
-    console.print(what)
+def print_wide(what: RenderableType) -> None:
+    """Print a table or a line as wide as it is: nothing in it is cut short."""
+    Console(highlight=False, markup=False, emoji=False, width=_WIDEST).print(what)
 
 
 def _when(at: datetime | None) -> str:

@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Submit, list, watch, fetch and can
 _ENDINGS = {"succeeded": Ending.DONE, "failed": Ending.FAILED, "cancelled": Ending.INTERRUPTED}
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `submit` printed it.")]
-_Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="As `submit` printed them.")]
+_Ids = Annotated[list[str], typer.Argument(metavar="ID", help="As `submit` printed them.")]
 _Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
 
 
@@ -36,10 +36,10 @@ def submit(
     noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --audio: low keeps more of it.")] = None,
     regions: Annotated[
         list[str] | None,
-        typer.Option("--region", "-r", metavar="START:END", help="With --audio: seconds to regenerate."),
+        typer.Option("--region", "-r", metavar="START:END", help="With --audio: part to regenerate, seconds."),
     ] = None,
     keep: Keep = None,
-    webhook: Annotated[str | None, typer.Option(help="Is told the end of the job.")] = None,
+    webhook: Annotated[str | None, typer.Option(help="URL called when the job ends.")] = None,
     key: Annotated[str | None, typer.Option("--idempotency-key", help="The same key finds the same job again.")] = None,
     options: SoundOptions,
 ) -> None:
@@ -53,6 +53,8 @@ def submit(
             raise ValueError("--region and --noise need --audio")
         if keep and not regions:
             raise ValueError("--keep needs --region")
+        if regions and noise is not None:
+            raise ValueError("--noise is for variations: it has no effect with --region")
         spans = [parse_region(region) for region in regions or ()]
         fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
         order = makers.Order(
@@ -102,7 +104,10 @@ def show(job_id: _Id, *, url: UrlOption = None, key_file: KeyFileOption = None) 
 
 @app.command()
 def watch(job_id: _Id, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Show a job's progress until it is over. Exit code 0: it succeeded. 1: it failed. 130: it was cancelled."""
+    """Show a job's progress until it is over.
+
+    Exit code 0: it succeeded. 1: it failed. 130: it was cancelled.
+    """
     from stable_audio_serve.cli.progress import shown
 
     with said_plainly(), open_client(url, key_file) as client, shown(quiet=False) as show_progress:
@@ -138,7 +143,10 @@ def fetch(
 
 @app.command()
 def cancel(job_ids: _Ids, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Cancel jobs: at once while they wait, within one step while they run."""
+    """Cancel jobs.
+
+    Those that wait end at once, those that run within one step.
+    """
     with said_plainly(), open_client(url, key_file) as client:
         faults = []
         for job_id in job_ids:
@@ -153,13 +161,10 @@ def cancel(job_ids: _Ids, *, url: UrlOption = None, key_file: KeyFileOption = No
 
 
 def _print_jobs(jobs: list[Job]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from stable_audio_serve.cli.job_report import new_table, plain, print_wide
 
-    from stable_audio_serve.cli.job_report import plain
-
-    table = Table("id", "status", "model", "seconds", "created", "error")
+    table = new_table("Job", "Status", "Model", "Seconds", "Created", "Error")
     for job in jobs:
         created = f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}"
         table.add_row(job.id, job.status, job.model, f"{job.duration_s:g}", created, plain(job.error or ""))
-    Console().print(table)
+    print_wide(table)

@@ -32,7 +32,7 @@ def new(
         typer.Argument(help="The client it belongs to: a client's next key finds the jobs of its last one."),
     ] = None,
     *,
-    scope: Annotated[list[str] | None, typer.Option(help=_SCOPE_HELP)] = None,
+    scope: Annotated[list[str] | None, typer.Option(metavar="SCOPE", help=_SCOPE_HELP)] = None,
     audio_seconds_per_minute: Annotated[
         float | None, typer.Option(help="Most seconds of audio in any minute; unset = no limit.")
     ] = None,
@@ -40,7 +40,9 @@ def new(
         int | None, typer.Option(help="Most synchronous requests at a time; unset = no limit.")
     ] = None,
 ) -> None:
-    """Make a key. Prints its line, which the server needs, to standard output, and the key itself to standard error.
+    """Make a key.
+
+    Prints its line, which the server needs, to standard output, and the key itself to standard error.
 
     The line belongs into the file of `api.key_file` (STABLE_AUDIO_API_KEY_FILE). Its first word alone, without scopes
     and limits, may also stand in `api.key_hashes` (STABLE_AUDIO_API_KEY_HASHES).
@@ -63,7 +65,10 @@ def new(
 
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="File of keys.")]) -> None:
-    """Check a file of keys, and print whose they are and what they may do. Exit code 2: the message names the line."""
+    """Check a file of keys.
+
+    Prints whose they are and what they may do. Exit code 2: the message names the line at fault.
+    """
     from stable_audio_serve.core.key_file import load_key_file
 
     with refusing():

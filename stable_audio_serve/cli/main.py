@@ -10,10 +10,11 @@ import typer
 from stable_audio_serve import __version__
 from stable_audio_serve.cli import admin, jobs, keys, quality, sound
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured, read_configuration, refusing
+from stable_audio_serve.cli.endings import said_plainly
 from stable_audio_serve.cli.serving import run_server
 from stable_audio_serve.cli.status import status
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(sound.app)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(quality.app, name="quality")
@@ -72,7 +73,10 @@ def init(
     file: Annotated[Path, typer.Argument(help="File to write.")] = Path("serve_config.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
 ) -> None:
-    """Write a configuration to start from: it serves the demo model and shows in comments how to serve others."""
+    """Write a configuration to start from.
+
+    It serves the demo model and shows in comments how to serve others.
+    """
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE
 
     try:
@@ -90,7 +94,10 @@ def init(
 
 @app.command()
 def config(file: ConfigOption = None) -> None:
-    """Print the effective settings, secrets hidden: defaults, file, .env and environment merged."""
+    """Print the effective settings, secrets hidden.
+
+    They are merged from defaults, file, .env and environment.
+    """
     import yaml
 
     from stable_audio_serve.serving.placement import plan_deployments
@@ -115,7 +122,10 @@ def serve(
         typer.Option(help="Who accepts connections; auto = HAProxy where it runs; default: the setting proxy.kind."),
     ] = None,
 ) -> None:
-    """Serve the models of a config file on this machine until Ctrl-C, with a Ray of its own."""
+    """Serve the models of a config file until Ctrl-C.
+
+    On this machine, with a Ray of its own.
+    """
     with refusing():
         found = read_configuration(file)
     run_server(found, host=host, port=port, metrics_port=metrics_port, proxy=proxy)
@@ -125,10 +135,14 @@ def serve(
 def verify(
     folder: Annotated[Path, typer.Argument(help="Checkpoint with golden.json and golden.safetensors beside it.")],
     json_file: Annotated[
-        typer.FileTextWrite | None, typer.Option("--json", help="Also write every comparison to this file.")
+        typer.FileTextWrite | None,
+        typer.Option("--json", metavar="FILE", help="File for every comparison."),
     ] = None,
 ) -> None:
-    """Check that this machine reproduces a checkpoint's stored reference numbers; exit 1 names what does not."""
+    """Check a checkpoint's stored reference numbers here.
+
+    Exit code 1 names what this machine does not reproduce.
+    """
     import json
 
     from stable_audio_serve.verification import verify as verify_folder
@@ -151,6 +165,7 @@ def _describe_api() -> dict[str, Any]:
 def _write(text: str, out: Path | None) -> None:
     if out is None:
         typer.echo(text, nl=False)
-    else:
+        return
+    with said_plainly():
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)

@@ -26,7 +26,7 @@ def shown(*, quiet: bool) -> Iterator[Callable[[JobProgress], None]]:
         task = bar.add_task("waiting", total=1.0, left="")
 
         def show(progress: JobProgress) -> None:
-            where = "" if progress.queue_position is None else f" ({progress.queue_position} before it)"
+            where = {None: "", 0: ", next"}.get(progress.queue_position, f", {progress.queue_position} ahead")
             left = "" if progress.eta_s is None else f"{progress.eta_s:.0f} s left"
             bar.update(task, completed=progress.fraction, description=f"{progress.stage}{where}", left=left)
 

@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
     from stable_audio_serve.verification.quality.archive import ReportArchive
 
-app = typer.Typer(no_args_is_help=True, help="List, make and remove the reports that new replicas are compared with.")
+app = typer.Typer(no_args_is_help=True, help="Reports that new replicas are compared with.")
 
 _MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name in the configuration.")]
-_ID = Annotated[str, typer.Argument(metavar="ID", help="32 hexadecimal digits, as of `list`.")]
+_ID = Annotated[str, typer.Argument(metavar="ID", help="32 hexadecimal digits, as `list` prints it.")]
 
 
 @app.command("list")
 def list_reports(*, file: ConfigOption = None) -> None:
-    """All reports in the configured store, and every model's last good weights."""
+    """List reports and every model's last good weights."""
     with said_plainly():
         _run(_list(load_configured(file)))
 
 
 @app.command()
 def check(name: _MODEL, *, file: ConfigOption = None) -> None:
-    """Load a configured model here and let it pass the gate as a new replica does; exit 1 when it fails.
+    """Check a configured model as a new replica is.
 
-    What passes has a report from then on, whose id `quality_report` can name.
+    It is loaded here. What passes has a report from then on, whose id `quality_report` can name. Exit code 1: it fails.
     """
     with said_plainly():
         _run(_check(load_configured(file), name))
@@ -43,7 +43,10 @@ def check(name: _MODEL, *, file: ConfigOption = None) -> None:
 
 @app.command()
 def forget(report_id: _ID, *, file: ConfigOption = None) -> None:
-    """Remove a report, so that the next replica with these weights makes a new one."""
+    """Remove a report.
+
+    The next replica with these weights makes a new one.
+    """
     with said_plainly():
         _run(_forget(load_configured(file), report_id))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ import typer
 
 from stable_audio_serve.cli.configuration import refusing
 from stable_audio_serve.cli.endings import fail, said_plainly
+from stable_audio_serve.cli.patience import Patience
+from stable_audio_serve.cli.wording import describe_os_error
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Client
@@ -26,31 +29,45 @@ KeyFileOption = Annotated[
 ]
 
 _TIMEOUT_S = 10.0
+_MOST_REFUSED = 2  # a server that is started again may listen a moment later
 
 
 @contextmanager
 def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
     """A client that tries once, for what operators ask. What goes wrong is one sentence and an exit code."""
-    import httpx
-
-    from stable_audio_serve.client import Retries
-
-    with (
-        said_plainly(),
-        open_client(url, key_file, retries=Retries(most=0), http=httpx.Client(timeout=_TIMEOUT_S)) as client,
-    ):
+    with said_plainly(), open_client(url, key_file, most_retries=0, timeout_s=_TIMEOUT_S) as client:
         yield client
 
 
-def open_client(url: str | None, key_file: Path | None, **options: Any) -> Client:
-    """Returns a client of the server; `options` are those of `Client`."""
-    from stable_audio_serve.client import Client
+@contextmanager
+def open_client(
+    url: str | None,
+    key_file: Path | None,
+    *,
+    quiet: bool = False,
+    most_retries: int | None = None,
+    timeout_s: float | None = None,
+) -> Iterator[Client]:
+    """A client of the server, which says on standard error what keeps it waiting, unless it is to be quiet."""
+    import httpx
+
+    from stable_audio_serve.client import Client, Retries
+    from stable_audio_serve.client.connection import TIMEOUT
 
     load_dotenv()
-    try:
-        return Client(url, api_key=_read_key(key_file), **options)
-    except ValueError as error:
-        raise fail(f"--url (STABLE_AUDIO_URL): {error}") from error
+    with Patience(quiet=quiet) as patience:
+        retries = Retries(most_refused=_MOST_REFUSED, on_pause=patience.retry)
+        if most_retries is not None:
+            retries = replace(retries, most=most_retries)
+        http = httpx.Client(
+            timeout=timeout_s or TIMEOUT, event_hooks={"request": [patience.begin], "response": [patience.end]}
+        )
+        try:
+            client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
+        except ValueError as error:
+            raise fail(f"--url (STABLE_AUDIO_URL): {error}") from error
+        with client:
+            yield client
 
 
 def ask(client: Client, what: str, **options: Any) -> Any:
@@ -76,8 +93,10 @@ def _read_key(file: Path | None) -> str | None:
         return None
     try:
         key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise fail(f"--key-file: {file} cannot be read: {error}") from error
+    except OSError as error:
+        raise fail(f"--key-file: {describe_os_error(error)}") from error
+    except UnicodeDecodeError as error:
+        raise fail(f"--key-file: {file} holds no API key") from error
     if not key or not key.isascii() or not key.isprintable():
         raise fail(f"--key-file: {file} holds no API key")
     return key

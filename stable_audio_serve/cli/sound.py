@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,12 +27,13 @@ app = typer.Typer()
 STDIN = "-"  # and standard output
 
 _Regions = Annotated[
-    list[str], typer.Option("--region", "-r", metavar="START:END", help="Seconds to regenerate; may be repeated.")
+    list[str], typer.Option("--region", "-r", metavar="START:END", help="Part to regenerate, seconds; may be repeated.")
 ]
 _REPLAY_HAS_NOT = (
     *("model", "duration", "steps", "seed", "cfg_scale", "sampler", "negative_prompt", "variations", "format"),
     "priority",
 )
+_UNTIL = {"duration": "--until", "inpaint_end_seconds": "--until", "inpaint_start_seconds": "--from"}
 _LOOP_HAS_NOT = ("model", "duration", "sampler", "negative_prompt", "variations", "format", "priority")
 
 
@@ -73,7 +75,7 @@ def continue_audio(
     audio: Source,
     prompt: Prompt,
     *,
-    until: Annotated[float, typer.Option("--until", "-u", help="Length of the whole afterwards, seconds.")],
+    until: Annotated[float, typer.Option("--until", "-u", help="Length of the result, seconds.")],
     start: Annotated[
         float | None, typer.Option("--from", help="Seconds of the source to keep; default: all of it.")
     ] = None,
@@ -88,14 +90,17 @@ def continue_audio(
         check_inputs(prompt, audio)
         content = read_audio(audio)
         kept_s = _length_s(content) if start is None else start
+        if until <= kept_s:
+            what = "the source" if start is None else "--from"
+            raise ValueError(f"--until {until:g} is not longer than {what} ({kept_s:g} s)")
     more = {"duration": until, "keep": keep}
-    _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more=more, options=options)
+    _make("inpaint", prompt, audio=content, regions=[(kept_s, until)], more=more, options=options, names=_UNTIL)
 
 
 @app.command()
 @with_options(without=_LOOP_HAS_NOT)
 def loop(
-    prompt: Annotated[str, typer.Argument(help="What to hear, with a tempo such as 120bpm.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear, with a tempo such as 120bpm.")],
     *,
     bars: Annotated[Literal["1", "2", "4", "8"] | None, typer.Option(help="Default: as many as fit.")] = None,
     kind: Annotated[Literal["auto", "drums", "instruments"], typer.Option(help="What the loop is of.")] = "auto",
@@ -105,7 +110,10 @@ def loop(
     strength: Annotated[float | None, typer.Option(help="With --audio: low keeps more of it.")] = None,
     options: SoundOptions,
 ) -> None:
-    """Make a loop of whole bars. A model for loops makes it: see `dialects.saos_model` of the server."""
+    """Make a loop of whole bars.
+
+    A model for loops makes it: see `dialects.saos_model` of the server.
+    """
     more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
     _make("loop", prompt, audio=audio, more=more, options=options)
 
@@ -119,11 +127,11 @@ def replay(
     *,
     source: Annotated[
         list[str] | None,
-        typer.Option("--source", metavar="AUDIO", help="A file that it was made from; may be repeated."),
+        typer.Option("--source", metavar="AUDIO", help="Source file that the recipe names; may be repeated."),
     ] = None,
     options: SoundOptions,
 ) -> None:
-    """Make a take again, the same bytes where it is called exact."""
+    """Recreate a clip from its recipe."""
     from stable_audio_serve.cli.makers import Order
 
     with said_plainly():
@@ -142,21 +150,20 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """List the models that a server serves."""
-    from rich.console import Console
-    from rich.table import Table
+    from stable_audio_serve.cli.job_report import new_table, print_wide
 
     with said_plainly(), open_client(url, key_file) as client:
         found = client.models()
     if as_json:
         typer.echo(json.dumps([dict(model.sent) for model in found], indent=2))
         return
-    table = Table("model", "longest", "rate", "channels", "steps", "guidance", "also called")
+    table = new_table("Model", "Longest", "Rate", "Channels", "Steps", "Guidance", "Aliases")
     for model in found:
         name = f"{model.name} (default)" if model.is_default else model.name
         rate, longest = f"{model.sample_rate_hz:,} Hz", f"{model.max_duration_s:g} s"
         guidance, aliases = f"{model.default_cfg_scale:g}", ", ".join(model.aliases)
         table.add_row(name, longest, rate, str(model.channels), str(model.default_steps), guidance, aliases)
-    Console().print(table)
+    print_wide(table)
 
 
 def _make(
@@ -167,6 +174,7 @@ def _make(
     audio: str | bytes | None = None,
     regions: list[tuple[float, float]] | None = None,
     more: dict[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     from stable_audio_serve.cli.makers import Order
 
@@ -177,22 +185,24 @@ def _make(
         source = read_audio(audio) if isinstance(audio, str) else audio
         fields = {**options.controls, **(more or {})}
         controls = {name: value for name, value in fields.items() if value is not None}
-    _carry_out(Order(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options)
+    _carry_out(
+        Order(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options, names=names
+    )
 
 
-def _carry_out(order: Order, *, options: SoundOptions) -> None:
-    """Make what is ordered, write it and say so."""
+def _carry_out(order: Order, *, options: SoundOptions, names: Mapping[str, str] | None = None) -> None:
+    """Make what is ordered, write it and say so; `names` are for messages, see `said_plainly`."""
     from stable_audio_serve.cli.makers import make_by_server, make_here
     from stable_audio_serve.cli.progress import shown
     from stable_audio_serve.cli.saving import save
 
-    with said_plainly():
+    with said_plainly(names):
         check_outputs(options.out, as_json=options.as_json)
         with shown(quiet=options.quiet) as show:
             if options.local:
                 take = make_here(order, config=options.config, on_progress=show)
             else:
-                with open_client(options.url, options.key_file) as client:
+                with open_client(options.url, options.key_file, quiet=options.quiet) as client:
                     take = make_by_server(order, client, on_progress=show)
         files = save(take, options.out, prompt=order.prompt or str(order.recipe.get("prompt", "")))
     report(take, files, as_json=options.as_json)
@@ -211,12 +221,16 @@ def check_outputs(out: str, *, as_json: bool) -> None:
 
 
 def report(take: Take, files: list[Path], *, as_json: bool) -> None:
-    """Say what was written, on standard output."""
+    """Say what was written, on standard output, and on standard error what of the request had no effect."""
+    for warning in take.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if not as_json:
         for file in files:
             typer.echo(str(file))
         if take.replay == "close":
-            typer.echo("close: it was made on something else than the first time, its last bits may differ", err=True)
+            typer.echo(
+                "close: made on another device or version than the first time, the last bits may differ", err=True
+            )
         return
     clips = [
         {
@@ -276,6 +290,9 @@ def parse_region(text: str) -> tuple[float, float]:
     """Returns [start, end) in seconds. Raises ValueError."""
     start, _, end = text.partition(":")
     try:
-        return float(start), float(end)
+        start_s, end_s = float(start), float(end)
     except ValueError as error:
         raise ValueError(f"--region: {text!r} is not START:END in seconds, such as 2:4.5") from error
+    if not start_s < end_s:
+        raise ValueError(f"--region {text}: the start must be before the end")
+    return start_s, end_s

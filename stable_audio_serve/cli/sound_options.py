@@ -13,7 +13,7 @@ import typer
 
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption
 
-Prompt = Annotated[str, typer.Argument(help="What to hear; - reads it from standard input.")]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear; - reads it from standard input.")]
 Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
 
 Keep = Annotated[
@@ -36,15 +36,17 @@ class SoundOptions:
     cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", help="Guidance.")] = None
     sampler: Annotated[str | None, typer.Option(help="A sampler of the model.")] = None
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid, with guidance above 1.")] = None
-    variations: Annotated[int, typer.Option("--variations", "-n", min=1, help="How many, with seeds that follow.")] = 1
+    variations: Annotated[
+        int, typer.Option("--variations", "-n", min=1, help="Number of variations; seeds count up from --seed.")
+    ] = 1
     format: Annotated[Literal["wav", "flac", "mp3", "ogg", "opus"] | None, typer.Option(help="Kind of file.")] = None
-    priority: Annotated[Literal["interactive", "batch"], typer.Option(help="Batch work lets others go first.")] = (
-        "interactive"
-    )
+    priority: Annotated[
+        Literal["interactive", "batch"], typer.Option(help="Batch work lets interactive work go first.")
+    ] = "interactive"
     out: Annotated[
         str, typer.Option("--out", "-o", help="File or folder to write, - for standard output; default: here.")
     ] = "."
-    as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Describe the result as JSON.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False
     url: UrlOption = None
     key_file: KeyFileOption = None

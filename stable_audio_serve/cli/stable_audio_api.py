@@ -11,7 +11,7 @@ import typer
 
 from stable_audio_serve.cli.serving import run_server
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()

@@ -24,13 +24,13 @@ def status(
     url: UrlOption = None,
     key_file: KeyFileOption = None,
     *,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(min=0.5, max=3600, help="Seconds between two looks.")] = 2.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.5, max=3600, help="With --watch: seconds between two answers.")] = 2.0,
     as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON, with everything there is; a line for each look.")
+        bool, typer.Option("--json", help="As JSON, with everything there is; with --watch a line for each answer.")
     ] = False,
 ) -> None:
-    """What a running server does: models, replicas, backlog, jobs.
+    """Show models, replicas, backlog and jobs of a server.
 
     Exit code 0: it is ready for requests. 1: it is not, or drains. 3: nobody answers. 4: no valid key.
     """

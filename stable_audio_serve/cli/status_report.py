@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stable_audio_serve.cli.job_report import plain
+from stable_audio_serve.cli.job_report import plain, print_wide
 
 _PIPE_WIDTH = 200  # characters of a line where there is no terminal
 _STAGE_STYLES = {"ready": "green", "loading": "yellow", "waking": "yellow", "failed": "red", "idle": "bright_black"}
@@ -22,7 +22,7 @@ _UNKNOWN = "?"
 
 def show(found: Mapping[str, Any]) -> None:
     """Print it once."""
-    _console().print(_draw(found))
+    print_wide(_draw(found))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ _Name = Annotated[
     str, typer.Argument(metavar="ID", help="A job's id; sa3/ID, aiml/ID or fal/ID where it is not unique.")
 ]
 _Client = Annotated[str | None, typer.Option("--client", help="Whose job, where several clients chose its id.")]
-_Names = Annotated[list[str], typer.Argument(metavar="ID...", help="Jobs' ids, as of `show`.")]
+_Names = Annotated[list[str], typer.Argument(metavar="ID", help="Jobs' ids, as of `show`.")]
 
 
 @app.command("list")
@@ -50,7 +50,10 @@ def list_jobs(state: _State = None, limit: _Limit = 50, *, as_json: _Json = Fals
 
 @app.command("dead-letters")
 def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, *, file: ConfigOption = None) -> None:
-    """Jobs that failed by no fault of their own and are not tried again by themselves."""
+    """List jobs that failed by no fault of their own.
+
+    They are not tried again by themselves.
+    """
     from stable_audio_serve.cli import job_report
 
     with _opened(file) as (store, _):

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Take
 from stable_audio_serve.client.asynchronous import AsyncClient
-from stable_audio_serve.client.calls import Audio, Controls, JobControls, Recipe
+from stable_audio_serve.client.calls import Audio, Recipe
+from stable_audio_serve.client.controls import (
+    Controls,
+    EditControls,
+    InpaintControls,
+    JobControls,
+    JobEditControls,
+    JobInpaintControls,
+    LoopControls,
+)
 from stable_audio_serve.client.retrying import Retries
 from stable_audio_serve.client.synchronous import Client
 
@@ -17,10 +26,15 @@ __all__ = [
     "Client",
     "Clip",
     "Controls",
+    "EditControls",
+    "InpaintControls",
     "Job",
     "JobControls",
+    "JobEditControls",
+    "JobInpaintControls",
     "JobPage",
     "JobProgress",
+    "LoopControls",
     "Model",
     "Recipe",
     "Retries",

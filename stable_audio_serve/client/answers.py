@@ -8,12 +8,12 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from stable_audio_serve.client.headers import read_file_name, read_recipes, read_timings, read_values, read_warnings
 from stable_audio_serve.core.errors import CancelledRequestError, ConflictError, GenerationError
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,8 @@ class Take:
     """The audio of one request or job: one clip per variation.
 
     `timings_ms` has the milliseconds of each stage; it and `request_id` are empty for a job. `replay` is set of a take
-    that was made again: exact = the bytes of the first time, close = made on something else.
+    that was made again: exact = the bytes of the first time, close = made on something else. `warnings` are sentences
+    about what of the request had no effect, such as the end of a prompt that is longer than the model reads.
     """
 
     clips: tuple[Clip, ...]
@@ -57,6 +58,7 @@ class Take:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     manifest: Mapping[str, Any] | None = None
     replay: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def content(self) -> bytes:
@@ -156,9 +158,10 @@ def read_job_take(job: Job, content: bytes, *, disposition: str) -> Take:
         facts = [(clip["seed"], clip["peak"], clip["loudness"], clip["silent"]) for clip in job.sent["clips"]]
         recipes = job.sent.get("recipes") or [None] * len(facts)
         clips = [(*clip, recipe) for clip, recipe in zip(facts, recipes, strict=True)]
-        return _make_take(
-            content, _file_name(disposition), clips=clips, model=job.model, rate_hz=job.sent["sample_rate"]
+        take = _make_take(
+            content, read_file_name(disposition), clips=clips, model=job.model, rate_hz=job.sent["sample_rate"]
         )
+        return replace(take, warnings=tuple(job.sent.get("warnings", ())))
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise GenerationError(f"the job's file cannot be understood: {error}") from error
 
@@ -210,7 +213,7 @@ def place_file(response: httpx.Response, path: Path) -> Path:
     if not path.is_dir():
         return path
     disposition = response.headers.get("content-disposition")
-    return path / (_file_name(disposition) if disposition else Path(response.url.path).name)
+    return path / (read_file_name(disposition) if disposition else Path(response.url.path).name)
 
 
 def read_page(sent: Mapping[str, Any]) -> JobPage:
@@ -239,18 +242,18 @@ def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
 
 def _read_take(response: httpx.Response) -> Take:
     headers = response.headers
-    seeds = _values(headers.get("x-seeds") or headers["x-seed"])
+    seeds = read_values(headers.get("x-seeds") or headers["x-seed"])
     clips = zip(
         seeds,
-        _values(headers["x-audio-peak"]),
-        _values(headers["x-audio-loudness"]),
-        _values(headers["x-audio-silent"]),
-        _values(headers.get("x-recipe", "")) or [None] * len(seeds),
+        read_values(headers["x-audio-peak"]),
+        read_values(headers["x-audio-loudness"]),
+        read_values(headers["x-audio-silent"]),
+        read_recipes(headers.get("x-recipe", "")) or [None] * len(seeds),
         strict=True,
     )
     take = _make_take(
         response.content,
-        _file_name(headers["content-disposition"]),
+        read_file_name(headers["content-disposition"]),
         clips=list(clips),
         model=headers["x-model"],
         rate_hz=int(headers["x-sample-rate"]),
@@ -258,8 +261,9 @@ def _read_take(response: httpx.Response) -> Take:
     return replace(
         take,
         request_id=headers["x-request-id"],
-        timings_ms=_timings(headers["server-timing"]),
+        timings_ms=read_timings(headers["server-timing"]),
         replay=headers.get("x-replay"),
+        warnings=read_warnings(headers.get("warning", "")),
     )
 
 
@@ -278,23 +282,6 @@ def _unzip(content: bytes) -> tuple[dict[str, bytes], Mapping[str, Any] | None]:
         files = {name: archive.read(name) for name in archive.namelist()}
     manifest = files.pop(MANIFEST, None)
     return files, None if manifest is None else json.loads(manifest)
-
-
-def _values(header: str) -> list[Any]:
-    """Returns JSON values that stand in a header with commas between them."""
-    return json.loads(f"[{header}]")
-
-
-def _timings(header: str) -> dict[str, float]:
-    stages = (entry.strip().partition(";dur=") for entry in header.split(","))
-    return {name: float(duration_ms) for name, _, duration_ms in stages}
-
-
-def _file_name(disposition: str) -> str:
-    """Returns the last part of the name that a Content-Disposition header gives: never a folder of this machine."""
-    message = Message()
-    message["content-disposition"] = disposition
-    return Path(message.get_filename("audio")).name
 
 
 def _time(text: str | None) -> datetime | None:

@@ -14,18 +14,18 @@ import httpx_sse
 
 from stable_audio_serve.client import answers, calls
 from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Take
-from stable_audio_serve.client.calls import (
-    Audio,
-    Call,
+from stable_audio_serve.client.calls import Audio, Call, Recipe, Regions
+from stable_audio_serve.client.connection import STREAM_TIMEOUT, TIMEOUT, Connection
+from stable_audio_serve.client.controls import (
     Controls,
     EditControls,
     InpaintControls,
     JobControls,
+    JobEditControls,
+    JobInpaintControls,
     LoopControls,
-    Recipe,
-    Regions,
+    takes,
 )
-from stable_audio_serve.client.connection import STREAM_TIMEOUT, TIMEOUT, Connection
 from stable_audio_serve.client.failures import read_failure, read_lost_connection
 from stable_audio_serve.client.files import whole_file
 from stable_audio_serve.client.following import POLL_S, Following
@@ -64,14 +64,17 @@ class AsyncClient:
         """Close the connections."""
         await self._http.aclose()
 
+    @takes(Controls)
     async def generate(self, prompt: str, **controls: Unpack[Controls]) -> Take:
         """Make audio from a text prompt."""
         return answers.read_take(await self.send(calls.generate(prompt, controls)))
 
+    @takes(EditControls)
     async def vary(self, audio: Audio, prompt: str, **controls: Unpack[EditControls]) -> Take:
         """Make a variation of audio. Raises OSError if its file cannot be read."""
         return answers.read_take(await self.send(calls.vary(audio, prompt, controls=controls)))
 
+    @takes(InpaintControls)
     async def inpaint(
         self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]
     ) -> Take:
@@ -81,6 +84,7 @@ class AsyncClient:
         """
         return answers.read_take(await self.send(calls.inpaint(audio, prompt, regions=regions, controls=controls)))
 
+    @takes(InpaintControls, without=("duration",))
     async def extend(
         self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
     ) -> Take:
@@ -91,6 +95,7 @@ class AsyncClient:
         controls["duration"] = until_s
         return await self.inpaint(audio, prompt, regions=[(source_s, until_s)], **controls)
 
+    @takes(LoopControls)
     async def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Take:
         """Make a loop of whole bars at the tempo that the prompt names, such as 120bpm. Raises OSError.
 
@@ -151,16 +156,19 @@ class AsyncJobs:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
+    @takes(JobControls)
     async def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
         """Submit text to audio. Returns the job, which is the same one for the same `idempotency_key`."""
         return await self._submit(calls.submit(prompt, controls, key=idempotency_key))
 
+    @takes(JobEditControls)
     async def submit_variation(
-        self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]
+        self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobEditControls]
     ) -> Job:
         """Submit a variation. Raises OSError."""
         return await self._submit(calls.submit_variation(audio, prompt, controls=controls, key=idempotency_key))
 
+    @takes(JobInpaintControls)
     async def submit_inpaint(
         self,
         audio: Audio,
@@ -168,7 +176,7 @@ class AsyncJobs:
         *,
         regions: Regions,
         idempotency_key: str | None = None,
-        **controls: Unpack[JobControls],
+        **controls: Unpack[JobInpaintControls],
     ) -> Job:
         """Submit the regeneration of `regions`, [start, end) in seconds. Raises OSError."""
         call = calls.submit_inpaint(audio, prompt, regions=regions, controls=controls, key=idempotency_key)

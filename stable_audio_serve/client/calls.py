@@ -1,7 +1,4 @@
-"""What the server is asked, as values: each function returns the HTTP call of one operation. Sends nothing.
-
-The names of fields are those of the HTTP API, in whose description their ranges and defaults stand.
-"""
+"""What the server is asked, as values: each function returns the HTTP call of one operation. Sends nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypedDict
+from typing import Any, BinaryIO
 
 from stable_audio_serve.client.answers import Clip
 
@@ -18,61 +15,6 @@ from stable_audio_serve.client.answers import Clip
 Audio = bytes | str | Path | BinaryIO | Clip
 Recipe = Mapping[str, Any]  # of a take, as the server tells it
 Regions = Sequence[tuple[float, float]]  # [start, end) in seconds
-
-
-class Controls(TypedDict, total=False):
-    """Optional fields of every request; what is not given is the server's or the model's default."""
-
-    model: str
-    negative_prompt: str | None
-    duration: float
-    steps: int
-    cfg_scale: float
-    batch_size: int
-    seed: int
-    chunked_decode: bool | None
-    apg_scale: float
-    duration_padding_sec: float
-    response_format: str
-    deadline_s: float | None
-    priority: Literal["interactive", "batch"]
-    exact: bool
-    peaks: str | None
-    manifest: bool
-    sampler_kwargs: Mapping[str, str | float | bool | None]
-
-
-class EditControls(Controls, total=False):
-    """Optional fields of a variation."""
-
-    init_noise_level: float
-    edit_schedule: Literal["even", "scaled", "reference"] | None
-
-
-class InpaintControls(Controls, total=False):
-    """Optional fields of an edit of regions.
-
-    `keep`: what is outside them, the source's own samples (the default) or what the model makes of them.
-    """
-
-    keep: Literal["source", "model"]
-
-
-class LoopControls(TypedDict, total=False):
-    """Optional fields of a loop; `bars` unset = as many of 8, 4, 2, 1 as fit."""
-
-    bars: Literal[1, 2, 4, 8] | None
-    loop_type: Literal["auto", "drums", "instruments"]
-    steps: int
-    cfg_scale: float
-    seed: int
-    style_strength: float
-
-
-class JobControls(EditControls, InpaintControls, total=False):
-    """Optional fields of a job."""
-
-    webhook_url: str | None
 
 
 @dataclass(frozen=True, slots=True)

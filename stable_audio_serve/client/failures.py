@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,9 +52,12 @@ def read_failure(response: httpx.Response) -> errors.StableAudioError:
 def read_lost_connection(error: httpx.HTTPError) -> errors.StableAudioError:
     """Returns the error of a call that brought no answer."""
     make: Callable[[str], errors.StableAudioError] = errors.UnreachableError
-    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        make = errors.NotConnectedError
+    elif isinstance(error, httpx.TimeoutException):
         make = errors.DeadlineExceededError
-    return make(f"{_server_of(error)} did not answer: {error or type(error).__name__}")
+    reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    return make(f"{_server_of(error)} did not answer: {reason}")
 
 
 def _server_of(error: httpx.HTTPError) -> str:

@@ -13,18 +13,18 @@ import httpx_sse
 
 from stable_audio_serve.client import answers, calls
 from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Take
-from stable_audio_serve.client.calls import (
-    Audio,
-    Call,
+from stable_audio_serve.client.calls import Audio, Call, Recipe, Regions
+from stable_audio_serve.client.connection import STREAM_TIMEOUT, TIMEOUT, Connection
+from stable_audio_serve.client.controls import (
     Controls,
     EditControls,
     InpaintControls,
     JobControls,
+    JobEditControls,
+    JobInpaintControls,
     LoopControls,
-    Recipe,
-    Regions,
+    takes,
 )
-from stable_audio_serve.client.connection import STREAM_TIMEOUT, TIMEOUT, Connection
 from stable_audio_serve.client.failures import read_failure, read_lost_connection
 from stable_audio_serve.client.files import whole_file
 from stable_audio_serve.client.following import POLL_S, Following
@@ -63,14 +63,17 @@ class Client:
         """Close the connections."""
         self._http.close()
 
+    @takes(Controls)
     def generate(self, prompt: str, **controls: Unpack[Controls]) -> Take:
         """Make audio from a text prompt."""
         return answers.read_take(self.send(calls.generate(prompt, controls)))
 
+    @takes(EditControls)
     def vary(self, audio: Audio, prompt: str, **controls: Unpack[EditControls]) -> Take:
         """Make a variation of audio. Raises OSError if its file cannot be read."""
         return answers.read_take(self.send(calls.vary(audio, prompt, controls=controls)))
 
+    @takes(InpaintControls)
     def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]) -> Take:
         """Regenerate `regions`, [start, end) in seconds, and keep the source's samples outside. Raises OSError.
 
@@ -78,6 +81,7 @@ class Client:
         """
         return answers.read_take(self.send(calls.inpaint(audio, prompt, regions=regions, controls=controls)))
 
+    @takes(InpaintControls, without=("duration",))
     def extend(
         self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
     ) -> Take:
@@ -88,6 +92,7 @@ class Client:
         controls["duration"] = until_s
         return self.inpaint(audio, prompt, regions=[(source_s, until_s)], **controls)
 
+    @takes(LoopControls)
     def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Take:
         """Make a loop of whole bars at the tempo that the prompt names, such as 120bpm. Raises OSError.
 
@@ -146,16 +151,19 @@ class Jobs:
     def __init__(self, client: Client) -> None:
         self._client = client
 
+    @takes(JobControls)
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
         """Submit text to audio. Returns the job, which is the same one for the same `idempotency_key`."""
         return self._submit(calls.submit(prompt, controls, key=idempotency_key))
 
+    @takes(JobEditControls)
     def submit_variation(
-        self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]
+        self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobEditControls]
     ) -> Job:
         """Submit a variation. Raises OSError."""
         return self._submit(calls.submit_variation(audio, prompt, controls=controls, key=idempotency_key))
 
+    @takes(JobInpaintControls)
     def submit_inpaint(
         self,
         audio: Audio,
@@ -163,7 +171,7 @@ class Jobs:
         *,
         regions: Regions,
         idempotency_key: str | None = None,
-        **controls: Unpack[JobControls],
+        **controls: Unpack[JobInpaintControls],
     ) -> Job:
         """Submit the regeneration of `regions`, [start, end) in seconds. Raises OSError."""
         call = calls.submit_inpaint(audio, prompt, regions=regions, controls=controls, key=idempotency_key)

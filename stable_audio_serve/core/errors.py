@@ -20,6 +20,7 @@ StableAudioError
 ├── KeysUnavailableError       unavailable        the file of keys has never been read, so nobody is known; retry
 ├── GenerationError            generation_failed  the model produced something unusable
 ├── UnreachableError           unreachable        a client got no answer from its server; retry
+│   └── NotConnectedError      unreachable        no connection was made: nobody listens there, or no such name
 ├── StorageError               storage            a file or job cannot be stored or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
 │   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
@@ -198,6 +199,10 @@ class UnreachableError(StableAudioError):
     """A client could not reach its server, or lost the connection before the answer came."""
 
     kind = "unreachable"
+
+
+class NotConnectedError(UnreachableError):
+    """No connection was made: the server was not asked for anything."""
 
 
 class StorageError(StableAudioError):

@@ -150,7 +150,8 @@ class Making:
     """How an engine made audio: what the last bits depend on, and what the request left to the model.
 
     `processor` names the instructions of a CPU or the GPU. `threads` are those of a call where the bytes may depend on
-    their number, else None, and so are the `slots` of a call.
+    their number, else None, and so are the `slots` of a call. `prompt_chars` and `negative_prompt_chars` are how many
+    first characters of a prompt the model reads, None = all.
     """
 
     version: str  # of this package
@@ -168,6 +169,8 @@ class Making:
     apg_scale: float | None = None
     duration_padding_s: float | None = None
     edit_schedule: EditSchedule | None = None
+    prompt_chars: int | None = None
+    negative_prompt_chars: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

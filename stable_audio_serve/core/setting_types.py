@@ -42,6 +42,7 @@ HostName = Annotated[
     ),
 ]
 ProxyKind = Literal["auto", "haproxy", "python"]
+UnknownFields = Literal["ignore", "refuse"]
 ReportId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", json_schema_extra={"form": "32 hexadecimal digits"})]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a folder's path"})]

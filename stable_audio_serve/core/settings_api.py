@@ -15,6 +15,7 @@ from stable_audio_serve.core.setting_types import (
     Origin,
     ProxyKind,
     Seconds,
+    UnknownFields,
     Url,
     check_key_hashes,
     split_commas,
@@ -36,6 +37,10 @@ class ApiSettings(Section):
         description="Most denoising steps of our own API; unset = 50, for a model whose own default is more as many.",
     )
     max_batch_size: int = Field(4, ge=1, le=99, description="Most variations of one request.")
+    unknown_fields: UnknownFields = Field(
+        "ignore",
+        description="Fields that our own API does not have: ignored and named in the answer, or refused.",
+    )
     max_upload_bytes: int = Field(104_857_600, ge=1, description="Largest uploaded audio file, bytes.")
     max_fields_bytes: int = Field(
         1_048_576, ge=1024, description="Largest JSON body, and largest rest of a form besides its upload, bytes."

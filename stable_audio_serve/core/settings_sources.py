@@ -122,7 +122,8 @@ def load_environment(environ: MutableMapping[str, str], *, directory: Path | Non
         try:
             values = dotenv_values(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f".env: cannot be read: {error}", field=".env") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f".env: cannot be read: {reason}", field=".env") from error
         for name, value in values.items():
             if value is not None:
                 environ.setdefault(name, value)

@@ -173,7 +173,7 @@ class Engine:
             state = await self._accept(request, on_progress, frames=frames)
             try:
                 result = await state.reply.future
-                making = settle(self._making, request, spec=self.spec)
+                making = settle(self._making, request, spec=self.spec, prompts=state.shared.prompts)
                 result = replace(result, device=replace(self._device.use(), dtype=self.dtype), making=making)
                 if request.inpaint_audio is None:
                     return result

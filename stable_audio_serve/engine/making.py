@@ -13,6 +13,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, Loaded, Making, Mode
 from stable_audio_serve.core.processor import has_matrix_bfloat16, is_amd
 from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.request_state import Prompts
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.planning import DEFAULT_APG_SCALE
 
@@ -48,8 +49,8 @@ def describe_engine(
     )
 
 
-def settle(making: Making, request: GenerationRequest, *, spec: ModelSpec) -> Making:
-    """Returns how an engine made the audio of a request, with what that left to the model."""
+def settle(making: Making, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None) -> Making:
+    """Returns how an engine made the audio of a request, with what that left to the model and what was read of it."""
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"
     is_sa3 = card.family == SA3_FAMILY
@@ -63,6 +64,8 @@ def settle(making: Making, request: GenerationRequest, *, spec: ModelSpec) -> Ma
         apg_scale=apg_scale if request.apg_scale is None else request.apg_scale,
         duration_padding_s=padding_s if request.duration_padding_s is None else request.duration_padding_s,
         edit_schedule=request.edit_schedule or (card.default_edit_schedule if edits_by_time else None),
+        prompt_chars=prompts.prompt.chars_read if prompts else None,
+        negative_prompt_chars=prompts.negative.chars_read if prompts and prompts.negative else None,
     )
 
 

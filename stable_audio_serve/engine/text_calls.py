@@ -69,7 +69,8 @@ class TextCalls:
         model = self._model
         if not isinstance(model, TokenModel):
             return model.encode_text(prompts)
-        told = model.tokenize(prompts)
+        tokens = model.tokenize(prompts)
+        told, read = tokens.told, tokens.chars_read
         if self._device.can_capture and (num_prompts := captured_prompts(len(prompts))):
             shape = TextShape(num_prompts, *model.text_size)
             if captured := self._graphs.find(shape, self._run):
@@ -79,9 +80,10 @@ class TextCalls:
                 there = shape.told(captured.memory.inputs)
                 there.copy_(buffer, non_blocking=True)
                 captured.replay()
-                return TextEmbedding.each(prompts, shape.embeddings(captured.memory.outputs), mask=there[:, 1])
+                embeddings = shape.embeddings(captured.memory.outputs)
+                return TextEmbedding.each(prompts, embeddings, mask=there[:, 1], chars_read=read)
         there = self._device.upload(told)
-        return TextEmbedding.each(prompts, model.embed_tokens(there), mask=there[:, 1])
+        return TextEmbedding.each(prompts, model.embed_tokens(there), mask=there[:, 1], chars_read=read)
 
     def _run(self, shape: TextShape, memory: CallMemory) -> None:
         assert isinstance(self._model, TokenModel)

@@ -239,7 +239,7 @@ def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
 def _ready_text(url: str, plan: Plan) -> str:
     body = json.dumps({"prompt": "a 440 Hz sine tone, fading out", "duration": 3})
     return (
-        f"ready: {url} serves {', '.join(plan.names)} (Ctrl-C stops it). Try:\n"
+        f"ready: {url} serves {', '.join(plan.names)} (Ctrl-C stops it). Open {url}/ in a browser, or try:\n"
         f"  curl -fsS {url}/v1/audio/generations -H 'Content-Type: application/json' -d '{body}' -o clip.wav"
     )
 

@@ -42,19 +42,39 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Prompts as tokens: `told` is ids and mask, (B, 2, T) int64 on the host, mask 1 for real tokens.
+
+    `chars_read` is how many of each prompt's first characters they stand for, None = all.
+    """
+
+    told: Tensor
+    chars_read: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TextEmbedding:
-    """One encoded prompt: `tokens` (T, width) on the model's device, `mask` (T,) bool, true for real tokens."""
+    """One encoded prompt: `tokens` (T, width) on the model's device, `mask` (T,) bool, true for real tokens.
+
+    `chars_read` is how many of the prompt's first characters the tokens stand for, None = all.
+    """
 
     prompt: str
     tokens: Tensor
     mask: Tensor
+    chars_read: int | None = None
 
     @classmethod
-    def each(cls, prompts: Sequence[str], tokens: Tensor, *, mask: Tensor) -> list[TextEmbedding]:
+    def each(
+        cls, prompts: Sequence[str], tokens: Tensor, *, mask: Tensor, chars_read: Sequence[int | None]
+    ) -> list[TextEmbedding]:
         """Returns the prompts' own parts of tokens (B, T, width) and mask (B, T), where B may be larger."""
         real = mask.bool()
         # Cloned, so that a cached prompt does not hold the whole batch's memory.
-        return [cls(prompt, tokens[i].clone(), real[i].clone()) for i, prompt in enumerate(prompts)]
+        return [
+            cls(prompt, tokens[i].clone(), real[i].clone(), chars)
+            for i, (prompt, chars) in enumerate(zip(prompts, chars_read, strict=True))
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -285,8 +305,8 @@ class TokenModel(Protocol):
         """Tokens T of every prompt, padding included, and the width of their embeddings."""
         ...
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Returns ids and mask, (B, 2, T) int64 on the host."""
+    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
+        """Returns the prompts' tokens, cut or padded to T."""
         ...
 
     def embed_tokens(self, told: Tensor) -> Tensor:

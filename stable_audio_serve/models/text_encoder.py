@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.models.protocol import PromptTokens
 
 # From a folder to the network and transformers' report of the loading (`output_loading_info`).
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
@@ -27,15 +28,16 @@ class TextEncoder:
         self.width = width
         self.max_length = max_length
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Returns ids and mask, (B, T) int64 with T = `max_length`: cut or padded on the right, mask 1 for real tokens.
+    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
+        """Returns tokens with T = `max_length`, cut or padded on the right.
 
         Of an empty prompt a T5Gemma has no real token, a T5 one, which ends the text.
         """
         encoded = self.tokenizer(
             list(prompts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
         )
-        return encoded["input_ids"], encoded["attention_mask"]
+        told = torch.stack((encoded["input_ids"], encoded["attention_mask"]), dim=1)
+        return PromptTokens(told, chars_read(encoded, num_prompts=len(prompts)))
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns hidden states (B, T, width) float32; padded positions are never keys, their values arbitrary.
@@ -49,6 +51,16 @@ class TextEncoder:
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state
         return hidden.float()
+
+
+def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
+    """Returns how many of each prompt's first characters a tokenizer's answer stands for, None = all.
+
+    None also where the tokenizer is not one of the `tokenizers` package, which alone knows.
+    """
+    if not encoded.is_fast:
+        return (None,) * num_prompts
+    return tuple(max(end for _, end in one.offsets) if one.overflowing else None for one in encoded.encodings)
 
 
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:

@@ -39,7 +39,8 @@ class Goldens:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: file not found. {_WHERE}") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{path} cannot be read as JSON: {reason}") from error
         if not isinstance(facts, dict):
             raise CheckpointError(f"{path} must hold a JSON object")
         path = folder / TENSORS_FILE

@@ -25,6 +25,22 @@ async def test_a_published_file_is_a_download(client: httpx.AsyncClient, jobs: J
     assert reply.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.parametrize(
+    ("kind", "served"),
+    [
+        *((kind, kind) for kind in ("audio/wav", "audio/mpeg; codecs=mp3", "application/zip")),
+        *((kind, "application/octet-stream") for kind in ("text/javascript", "text/html", "audio/x+xml", "image/png")),
+    ],
+)
+async def test_files_are_served_as_audio_or_as_bytes(
+    client: httpx.AsyncClient, jobs: JobQueue, kind: str, served: str
+) -> None:
+    """Whatever type they were stored with: a page of this server may run its scripts and show its images."""
+    url = await publish(jobs, kind=kind)
+    for reply in (await client.get(url), await client.head(url)):
+        assert reply.headers["content-type"] == served
+
+
 async def test_head_tells_what_a_download_would_be(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     url = await publish(jobs, data=b"x" * 3_000_000)
     reply, told = await client.get(url), await client.head(url)

@@ -122,6 +122,7 @@ async def test_the_openapi_page_describes_every_public_route(client: httpx.Async
         f"{ticket}/complete",
         "/favicon.ico",
         "/playground/{path}",
+        *("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json"),
     }
     for path, operations in document["paths"].items():
         for operation in operations.values():

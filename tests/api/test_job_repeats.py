@@ -82,7 +82,8 @@ async def test_spelling_does_not_make_another_request(client: httpx.AsyncClient)
         b'{"sampler_kwargs":{"b":2,"a":1},"steps":"5","duration":2.0,"prompt":" rain ","unknown":[1]}',
     )
     first, second = [(await client.post("/jobs", content=body, headers=headers)).json() for body in bodies]
-    assert first == second
+    assert first["ignored"] == ["sampler_kwargs.a", "sampler_kwargs.b"]
+    assert second == first | {"ignored": ["unknown", "sampler_kwargs.b", "sampler_kwargs.a"]}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,8 @@ async def test_a_chosen_id_is_the_jobs(client: httpx.AsyncClient, runner: JobRun
     url = f"/jobs/{ID}01"
     first = await client.put(url, json=BODY)
     assert first.status_code == 202
-    assert first.json() == {"id": f"{ID}01", "status": "queued", "status_url": f"http://localhost/jobs/{ID}01"}
+    told = {"id": f"{ID}01", "status": "queued", "status_url": f"http://localhost/jobs/{ID}01", "ignored": []}
+    assert first.json() == told
     again = await client.put(url, json=dict(reversed(BODY.items())))
     assert (again.status_code, again.json()) == (202, first.json())
     assert again.headers["idempotent-replayed"] == "true"

@@ -23,6 +23,7 @@ PUBLIC = {
     *(("PUT", path) for path in ("/storage/upload/{ticket}", "/storage/upload/{ticket}/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
+    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json")),
 }
 
 
@@ -73,7 +74,6 @@ async def test_both_schemes_are_taken_everywhere(locked: FastAPI, scheme: str, k
         assert (await client.post("/v1/audio/generate", json={"input": "x", "audio_length": 1})).status_code == 200
         body = {"prompt": "x", "duration": 1}
         assert (await client.post("/v1/audio/generations", json=body)).status_code == 200
-        assert (await client.get("/docs")).status_code == 200
 
 
 @pytest.mark.parametrize(

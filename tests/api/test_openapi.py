@@ -77,3 +77,19 @@ def test_no_two_operations_are_called_the_same(paths: dict[str, dict[str, Any]],
 def test_job_audio_and_each_dialects_own_health_are_described(paths: dict[str, dict[str, Any]]) -> None:
     assert {"200", "404", "409"} <= set(paths["/jobs/{job_id}/audio"]["get"]["responses"])
     assert {"200", "500"} <= set(paths["/saos/health"]["get"]["responses"])
+
+
+def test_audio_comes_first_and_operators_late(app: Any) -> None:
+    tags = [tag["name"] for tag in app.openapi()["tags"]]
+    assert tags[:2] == ["Stable Audio 3", "Stable Audio 3 jobs"]
+    assert tags.index("Operators") > max(tags.index(name) for name in ("Generate", "Files", "Server"))
+
+
+def test_a_key_can_be_entered_once_for_every_operation_that_wants_one(app: Any) -> None:
+    document = app.openapi()
+    (name,) = document["components"]["securitySchemes"]  # of two ways in one form, people fill in the wrong one
+    assert document["components"]["securitySchemes"][name]["scheme"] == "bearer"
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            wants_key = "401" in operation["responses"]
+            assert operation["security"] == ([{}, {name: []}] if wants_key else []), path

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ from stable_audio_serve.serving.placement import plan_deployments
 from tests.api.compat import test_aiml, test_fal_queue
 from tests.api.compat.serving import make_client
 from tests.api.test_jobs import submit, wait
-from tests.audio_files import make_audio_file
+from tests.audio_files import make_audio_file, pcm_of
 from tests.backends import ToneBackend
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 
@@ -366,10 +367,27 @@ async def test_what_cannot_be_repeated_is_refused_by_name(real: httpx.AsyncClien
         assert said in fault["msg"]
 
 
-async def test_a_long_recipe_is_in_no_header(client: httpx.AsyncClient) -> None:
-    for prompt, is_there in (("x" * 3000, True), ("x" * 4000, False), ("雨" * 700, False)):
+async def test_a_long_prompt_is_left_out_of_the_header_only(client: httpx.AsyncClient) -> None:
+    for prompt, is_whole in (("x" * 3000, True), ("x" * 4000, False), ("雨" * 700, False)):
         reply = await client.post("/v1/audio/generations", json={"prompt": prompt, "duration": 1})
-        assert ("x-recipe" in reply.headers) is is_there
+        assert len(reply.headers["x-recipe"]) <= 4096
+        (told,) = recipes_of(reply)
+        inside = read_recipe(reply.content)
+        assert inside["prompt"] == prompt
+        left = inside if is_whole else {**inside, "left_out": ["prompt"]}
+        assert told == {name: value for name, value in left.items() if is_whole or name != "prompt"}
+        refused = await client.post(REPLAY, json=told)
+        assert refused.status_code == (200 if is_whole else 422)
+
+
+@in_its_loop
+async def test_a_model_says_how_much_of_a_prompt_it_reads(real: httpx.AsyncClient) -> None:
+    body = {"prompt": "warm analog pad, slow attack " * 400, "duration": 1, "steps": 1}
+    take = await real.post("/v1/audio/generations", json=body)
+    (chars,) = re.findall(r"prompt: the model reads the first (\d+) characters only", take.headers["warning"])
+    cut = await real.post("/v1/audio/generations", json={**body, "prompt": body["prompt"][: int(chars)], "seed": 7})
+    assert "warning" not in cut.headers
+    assert pcm_of(cut.content) == pcm_of((await real.post("/v1/audio/generations", json={**body, "seed": 7})).content)
 
 
 async def test_a_jobs_audio_comes_with_its_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
@@ -379,7 +397,8 @@ async def test_a_jobs_audio_comes_with_its_recipes(client: httpx.AsyncClient, ru
         assert recipes_of(audio) == job["recipes"]
         assert (await client.head(job["download_url"])).headers["x-recipe"] == audio.headers["x-recipe"]
     long = await wait(client, await submit(client, prompt="x" * 4000))
-    assert "x-recipe" not in (await client.get(long["download_url"])).headers
+    (told,) = recipes_of(await client.get(long["download_url"]))
+    assert told["left_out"] == ["prompt"]
 
 
 @pytest.mark.parametrize("is_told", [False, True])

@@ -21,10 +21,10 @@ from tests.backends import ToneBackend
 pytestmark = pytest.mark.server
 
 # Operations that every key may use, and those that need no key at all; of the rest a test below says what they need.
-ANY = {"/v1/models", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}", "/riffs/available", "/model/info"}
+ANY = {"/v1/models", "/riffs/available", "/model/info"}
 ANY |= {"/v1/status", "/api/fal/proxy"}  # what it leads to asks again
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
-OPEN |= {"/favicon.ico", "/playground/{path}"}
+OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
 STORAGE = {"/storage/auth/token", "/storage/upload/initiate", "/storage/upload/initiate-multipart"}
 STORAGE |= {"/files/upload", "/files/upload/multipart"}

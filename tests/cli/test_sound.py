@@ -160,14 +160,19 @@ async def test_models_are_listed(shell: Shell) -> None:
         "small-sfx",
         "small-music",
     ]
-    assert b"small-sfx (default)" in await shell.run("models", COLUMNS="200")
+    shown = await shell.run("models", COLUMNS="80")
+    assert b"small-sfx (default)" in shown
+    assert b"stabilityai/stable-audio-3-medium" in shown
+    job_id = (await shell.run("jobs", "submit", "rain")).decode().strip()
+    assert job_id in (await shell.run("jobs", "list", COLUMNS="60")).decode()
 
 
 FAILURES = [
-    (["generate", "rain", "--steps", "0"], 2, "steps"),
+    (["generate", "rain", "--steps", "0"], 2, "--steps must be"),
     (["generate", "rain", "-m", "gpt"], 2, "gpt"),
-    (["generate", ""], 2, "prompt"),
-    (["variation", "missing.wav", "rain"], 2, "missing.wav"),
+    (["generate", ""], 2, "PROMPT must not be empty"),
+    (["generate", "rain", "-d", "500"], 2, "--duration must be at most"),
+    (["variation", "missing.wav", "rain"], 2, "missing.wav: file not found"),
     (["inpaint", "-", "rain", "-r", "later"], 2, "START:END"),
     (["variation", "-", "-"], 2, "standard input"),
     (["continue", "-", "-", "--until", "2"], 2, "standard input"),

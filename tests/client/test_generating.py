@@ -58,6 +58,17 @@ async def test_takes_are_made_again_from_recipes_and_from_files(served: Served, 
         await call("replay", source)
 
 
+async def test_what_had_no_effect_is_told(served: Served, connect: Callable[..., Caller]) -> None:
+    served.backend.prompt_chars = 1012
+    call = connect(served.url)
+    take: Take = await call("generate", "x" * 10_400, duration=0.5)
+    job = await call("jobs.submit", "x" * 10_400, duration=0.5)
+    fetched: Take = await call("jobs.fetch", await call("jobs.wait", job.id))
+    assert take.warnings == fetched.warnings == ("prompt: the model reads the first 1012 characters only",)
+    assert take.clips[0].recipe is None  # without the prompt it is none that can be replayed
+    assert (await call("generate", "rain", duration=0.5)).warnings == ()
+
+
 async def test_variations_are_clips_in_order(served: Served, connect: Callable[..., Caller]) -> None:
     take = await connect(served.url)(
         "generate", "rain", duration=0.5, seed=7, batch_size=3, response_format="flac", manifest=True

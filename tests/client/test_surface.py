@@ -3,13 +3,22 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from operator import attrgetter
 
 import pytest
 
 from stable_audio_serve.api.native import schemas
 from stable_audio_serve.api.native.routes import TIME_FIELDS
 from stable_audio_serve.client import AsyncClient, Client
-from stable_audio_serve.client.calls import Controls, EditControls, InpaintControls, JobControls
+from stable_audio_serve.client.controls import (
+    Controls,
+    EditControls,
+    InpaintControls,
+    JobControls,
+    JobEditControls,
+    JobInpaintControls,
+    LoopControls,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,12 +27,42 @@ from stable_audio_serve.client.calls import Controls, EditControls, InpaintContr
         (Controls, [schemas.GenerationBody]),
         (EditControls, [schemas.GenerationBody, schemas.VariationForm]),
         (InpaintControls, [schemas.GenerationBody, schemas.InpaintForm]),
-        (JobControls, [schemas.JobBody, schemas.JobVariationForm, schemas.JobInpaintForm]),
+        (JobControls, [schemas.JobBody]),
+        (JobEditControls, [schemas.JobBody, schemas.JobVariationForm]),
+        (JobInpaintControls, [schemas.JobBody, schemas.JobInpaintForm]),
     ],
 )
 def test_the_fields_are_those_of_the_api(controls: type, bodies: list[type]) -> None:
     fields = set().union(*(body.model_fields for body in bodies))  # type: ignore[attr-defined]
     assert set(controls.__annotations__) == fields - {"prompt", "audio"} - TIME_FIELDS
+
+
+METHODS = {
+    "generate": Controls,
+    "vary": EditControls,
+    "inpaint": InpaintControls,
+    "extend": InpaintControls,
+    "loop": LoopControls,
+    "jobs.submit": JobControls,
+    "jobs.submit_variation": JobEditControls,
+    "jobs.submit_inpaint": JobInpaintControls,
+}
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_have_real_parameters_with_docs(kind: type, name: str) -> None:
+    method = attrgetter(name)(kind("http://a"))
+    parameters = inspect.signature(method).parameters
+    fields = set(METHODS[name].__annotations__) - ({"duration"} if name == "extend" else set())
+    assert fields <= set(parameters)
+    assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    assert all(f"    {field}: " in (inspect.getdoc(method) or "") for field in fields)
+    needed = {"regions": [(0, 1)], "source_s": 1.0, "until_s": 2.0}
+    given = {each: value for each, value in needed.items() if each in parameters}
+    words = ["rain"] if "audio" not in parameters or name == "loop" else [b"RIFF", "rain"]
+    with pytest.raises(TypeError, match=r"\w+\(\) got an unexpected keyword argument 'nonsense'"):
+        method(*words, **given, nonsense=1)
 
 
 def test_both_clients_are_the_same_but_for_waiting() -> None:

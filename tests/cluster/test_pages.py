@@ -14,12 +14,12 @@ from tests.docs.blocks import DOCS, blocks_of, text_of
 pytestmark = pytest.mark.cluster
 
 
-def test_nginx_takes_both_blocks(tmp_path: Path) -> None:
-    server, location = (block.text for block in blocks_of(DOCS / "proxy.md") if block.language == "nginx")
+def test_nginx_takes_the_configuration(tmp_path: Path) -> None:
+    (server,) = (block.text for block in blocks_of(DOCS / "proxy.md") if block.language == "nginx")
     pair = trustme.CA().issue_cert("audio.example.com")
     pair.private_key_pem.write_to_path(str(tmp_path / "audio.example.com.key"))
     pair.cert_chain_pems[0].write_to_path(str(tmp_path / "audio.example.com.pem"))
-    http = f"{server.rstrip().removesuffix('}')}{location}}}".replace("/etc/ssl", str(tmp_path))
+    http = server.replace("/etc/ssl", str(tmp_path))
     config = tmp_path / "nginx.conf"
     config.write_text(
         f"pid {tmp_path}/nginx.pid; error_log stderr; events {{}}\nhttp {{\naccess_log off;\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
+from stable_audio_serve.api.native.ignored import warning_headers
 from stable_audio_serve.api.native.schemas import Controls
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.encode import AudioFormat
@@ -32,9 +34,9 @@ def file_order(
     )
 
 
-def audio_answer(output: Output, file_format: AudioFormat) -> Response:
+def audio_answer(request: Request, output: Output, *, file_format: AudioFormat) -> Response:
     """Returns one file, or the ZIP of several."""
     stem = file_stem(output.result.model)
     name = f"{stem}.{file_format}" if len(output.result.audio) == 1 else f"{stem}-batch.zip"
-    headers = attachment(name) | result_headers(output)
+    headers = attachment(name) | result_headers(output) | warning_headers(request, output.result.made_on)
     return encoded_answer(output.file, headers)

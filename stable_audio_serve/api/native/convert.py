@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pydantic_core
-import structlog
 from fastapi.exceptions import RequestValidationError
 
 from stable_audio_serve.api.native.schemas import Controls, VariationForm, check_sampler_kwargs
@@ -17,8 +16,6 @@ from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard, ModelCatalog
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import ApiSettings
-
-log = structlog.get_logger("stable_audio_serve.api")
 
 # Numbers in `sampler_kwargs`: the request's field and its range. A threshold that Stable Audio Open does not know must
 # be 0 there; noise levels are its own.
@@ -117,10 +114,7 @@ def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCa
 
 
 def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the fields of the request that stand in `sampler_kwargs`; adds what is wrong with them to `faults`.
-
-    Keys that the model has no use for are ignored, as the original ignores them.
-    """
+    """Returns the fields of the request that stand in `sampler_kwargs`; adds what is wrong with them to `faults`."""
     values = {key: value for key, value in values.items() if value is not None}
     chosen: dict[str, Any] = {}
     sampler = values.pop("sampler_type", None)
@@ -140,9 +134,13 @@ def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[di
             faults.append(_fault("sampler_kwargs", message, value=value))
     if chosen.get("sigma_min", 0.0) >= chosen.get("sigma_max", math.inf):
         faults.append(_fault("sampler_kwargs", "sampler_kwargs.sigma_min must be below sigma_max", value=values))
-    if values:
-        log.info("sampler_kwargs ignored", keys=sorted(key[:50] for key in values)[:20])
     return chosen
+
+
+def unused_options(values: Mapping[str, Any], card: ModelCard) -> list[str]:
+    """Returns the keys of `sampler_kwargs` that a model has no use for, which are ignored as the original does."""
+    used = {"sampler_type", *_OPTIONS[card.family == OPEN_FAMILY]}
+    return [key for key, value in values.items() if value is not None and key not in used]
 
 
 def _is_number(value: object) -> bool:

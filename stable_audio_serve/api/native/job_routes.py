@@ -18,6 +18,7 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native import submission
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stream_events
+from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names, ignored_names, warning_headers
 from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
 from stable_audio_serve.api.native.status import JobPage, JobStatus, brief, describe, jobs_base, recipes_of
@@ -46,10 +47,11 @@ _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Its audio, or a ZIP of several variations.",
         "content": {kind: {} for kind in MEDIA_TYPES},
-        "headers": {**SOUND_HEADERS, **RECIPE_HEADER},
+        "headers": {**SOUND_HEADERS, **RECIPE_HEADER, **WARNING_HEADER},
     },
     404: {"model": ErrorBody, "description": "No such job, or its file is gone."},
     409: {"model": ErrorBody, "description": "It has no audio, or none yet."},
+    422: {"model": ValidationErrors, "description": "A refused field."},
     **error_responses(ErrorBody, 500, 503),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -95,13 +97,15 @@ def build_router(service: Service) -> APIRouter:
         status: Annotated[State | None, Query(description="Only jobs with this status.")] = None,
     ) -> JobPage:
         """The jobs of the caller's key, newest first. Places in the queue are told of one job at a time only."""
+        check_names(request, (), limits=limits, parameters=("limit", "cursor", "status"))
         try:
             page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
         except InvalidRequestError as error:
             fault = {"type": "value_error", "loc": ("query", error.field), "msg": error.message, "input": cursor}
             raise RequestValidationError([fault]) from error
         statuses = await statuses_of(request, page.jobs)
-        return JobPage(jobs=[brief(status) for status in statuses], next_cursor=page.next_cursor)
+        jobs_told = [brief(status) for status in statuses]
+        return JobPage(jobs=jobs_told, next_cursor=page.next_cursor, ignored=list(ignored_names(request)))
 
     @router.get(path, responses=_READ_RESPONSES)
     async def show_job(request: Request, job_id: str) -> JobStatus:
@@ -155,12 +159,15 @@ def _build_links(service: Service) -> APIRouter:
 
         Also one that lies in a bucket: where `download_url` leads to the bucket, not everybody may reach that.
         """
+        check_names(request, (), limits=service.settings.api)
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
         job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
         if job.result is None:
             raise HTTPException(409, f"the job has no audio: it is {job.state}")
-        is_head = request.method == "HEAD"
-        return await file_answer(job.result.file, jobs, is_head=is_head, recipes=recipes_of(job) or ())
+        file, is_head = job.result.file, request.method == "HEAD"
+        response = await file_answer(file, jobs, is_head=is_head, recipes=recipes_of(job) or ())
+        response.headers.update(warning_headers(request, file.made_on))
+        return response
 
     return links
 

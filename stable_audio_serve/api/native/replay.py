@@ -21,6 +21,7 @@ from stable_audio_serve.api.answers import RECIPE_HEADER, REPLAY
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer
 from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.ignored import check_names
 from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
@@ -87,6 +88,7 @@ class _Sent:
 
     text: str | bytes
     uploads: tuple[UploadFile, ...] = ()
+    unknown: tuple[str, ...] = ()  # names of fields of a form that are none
 
 
 def build_router(service: Service) -> APIRouter:
@@ -98,6 +100,7 @@ def build_router(service: Service) -> APIRouter:
         """Make a take again from its recipe, the same bytes where the answer says exact."""
         started_at = service.clock.monotonic()
         sent = await _read(service, request)
+        check_names(request, sent.unknown, limits=service.settings.api)
         recipe = _parse(sent.text)
         card = _require_model(service, recipe)
         sources = await _find_sources(service, recipe, card=card, uploads=sent.uploads)
@@ -109,7 +112,7 @@ def build_router(service: Service) -> APIRouter:
             raise _fault(error.field or "recipe", error.message) from error
         output = await service.finish_by(result, lambda: _finish(result, recipe, origin=TakeOrigin.of(generation)))
         note(request.scope, num_bytes=output.file.num_bytes)
-        response = audio_answer(output, AudioFormat(recipe.response_format))
+        response = audio_answer(request, output, file_format=AudioFormat(recipe.response_format))
         response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
         return response
 
@@ -135,11 +138,12 @@ async def _read(service: Service, request: Request) -> _Sent:
     if len(given) != 1:
         raise _fault("recipe", "recipe: one is needed, as the part recipe or inside the audio file of the part file")
     (name, value) = given[0]
+    unknown = tuple(other for other, sent in form.multi_items() if other != name and not isinstance(sent, UploadFile))
     if name == "file":
-        return _Sent(await _extract(service, value), uploads)
+        return _Sent(await _extract(service, value), uploads, unknown)
     if isinstance(value, UploadFile):
-        return _Sent(await value.read(MOST_BYTES + 1), uploads)
-    return _Sent(value, uploads)
+        return _Sent(await value.read(MOST_BYTES + 1), uploads, unknown)
+    return _Sent(value, uploads, unknown)
 
 
 async def _extract(service: Service, file: UploadFile | str) -> str:

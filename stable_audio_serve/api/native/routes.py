@@ -12,8 +12,9 @@ from stable_audio_serve.api.answers import RECIPE_HEADER, SOUND_HEADERS
 from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_order
-from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_request
+from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_request, unused_options
 from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names
 from stable_audio_serve.api.native.regions import parse_regions
 from stable_audio_serve.api.native.schemas import (
     Controls,
@@ -44,6 +45,7 @@ AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
             "X-Output-Count": {"schema": {"type": "integer"}, "description": "Variations."},
             **SOUND_HEADERS,
             **RECIPE_HEADER,
+            **WARNING_HEADER,
             "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds per stage."},
         },
     },
@@ -63,7 +65,7 @@ def build_router(service: Service) -> APIRouter:
         request: Request, fields: Controls, *, card: ModelCard, generation: GenerationRequest, started_at: float
     ) -> Response:
         output = await run(service, request, card=card, generation=generation, fields=fields, started_at=started_at)
-        return audio_answer(output, fields.response_format)
+        return audio_answer(request, output, file_format=fields.response_format)
 
     async def generate(request: Request, body: GenerationBody) -> Response:
         """Make audio from a text prompt."""
@@ -103,7 +105,10 @@ def build_router(service: Service) -> APIRouter:
 def convert(
     service: Service, request: Request, *, fields: Controls, sampler_kwargs: dict[str, Any]
 ) -> tuple[ModelCard, GenerationRequest]:
-    """Returns the model and the request for `fields`, without source audio. Raises RequestValidationError."""
+    """Returns the model and the request for `fields`, without source audio. Raises RequestValidationError.
+
+    What nothing reads of it is kept for the answer.
+    """
     card, generation = to_request(
         fields,
         sampler_kwargs,
@@ -112,6 +117,8 @@ def convert(
         request_id=request.state.request_id,
     )
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=generation.batch_size)
+    unused = [f"sampler_kwargs.{key}" for key in unused_options(sampler_kwargs, card)]
+    check_names(request, [*(fields.model_extra or ()), *unused], limits=service.settings.api)
     return card, generation
 
 

@@ -65,9 +65,9 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 
 class Controls(BaseModel):
-    """Fields of every generation request."""
+    """Fields of every generation request. Unknown ones are kept as extra fields, whose names the answer tells."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     prompt: Prompt = Field(description="What to hear.", examples=["warm analog pad, slow attack"])
     model: str = Field(

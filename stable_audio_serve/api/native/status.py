@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from stable_audio_serve.api.links import base_url, file_url
+from stable_audio_serve.api.native.ignored import cut_prompts
 from stable_audio_serve.artifacts.store import ArtifactStore, BackendName
 from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import clip_dict
@@ -23,6 +24,7 @@ _TICKET: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
     "status": "queued",
     "status_url": "http://localhost:8000/jobs/68e48e7af36c4d829e3797a0b3e7687c",
+    "ignored": [],
 }
 _STATUS: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
@@ -49,6 +51,7 @@ _STATUS: dict[str, Any] = {
     "device": None,
     "dtype": None,
     "recipes": None,
+    "warnings": [],
 }
 
 
@@ -60,6 +63,7 @@ class JobTicket(BaseModel):
     id: str = Field(description="32 hexadecimal digits.")
     status: Literal["queued"] = "queued"
     status_url: str = Field(description="Where to ask about it.")
+    ignored: list[str] = Field(description="Names of fields and parameters that were sent and that nothing reads.")
 
 
 class JobProgress(BaseModel):
@@ -116,6 +120,7 @@ class JobStatus(BaseModel):
         description="What made each variation of a job that has succeeded; in pages and webhooks only where their "
         f"prompts have at most {_MOST_LISTED_CHARS} characters in all."
     )
+    warnings: list[str] = Field(description="What of the request had no effect, such as the end of a long prompt.")
 
 
 class JobPage(BaseModel):
@@ -123,6 +128,7 @@ class JobPage(BaseModel):
 
     jobs: list[JobStatus]
     next_cursor: str | None = Field(description="Leads to the next page; null = there are no older ones.")
+    ignored: list[str] = Field(description="Names of parameters that were sent and that nothing reads.")
 
 
 def jobs_base(request: Request, *, limits: ApiSettings) -> str:
@@ -170,6 +176,7 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
         device=made_on.device if made_on else None,
         dtype=made_on.dtype if made_on else None,
         recipes=recipes_of(job),
+        warnings=cut_prompts(made_on),
     )
 
 

@@ -20,6 +20,7 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import file_stem
 from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit
 from stable_audio_serve.api.native.errors import render_error
+from stable_audio_serve.api.native.ignored import ignored_names
 from stable_audio_serve.api.native.regions import parse_regions
 from stable_audio_serve.api.native.routes import TIME_FIELDS, convert
 from stable_audio_serve.api.native.schemas import (
@@ -181,7 +182,8 @@ class _Submission:
         note(request.scope, job_id=added.job.spec.id)
         if not added.is_new:
             response.headers[REPLAYED] = "true"
-        return JobTicket(id=added.job.spec.id, status_url=job_url(base, added.job.spec.id))
+        job_id = added.job.spec.id
+        return JobTicket(id=job_id, status_url=job_url(base, job_id), ignored=list(ignored_names(request)))
 
     async def _keep_upload(
         self, fields: _Fields, card: ModelCard, *, padding_s: float | None, mode: Mode
@@ -204,6 +206,6 @@ async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> No
 
 def _fingerprint(method: str, mode: Mode, *, fields: _Fields, upload: JobUpload | None) -> str:
     """Returns the SHA-256 of what the client asked for: route, fields in any order, and upload."""
-    sent = fields.model_dump(mode="json", exclude_unset=True, exclude={"audio"})
+    sent = fields.model_dump(mode="json", exclude_unset=True, exclude={"audio", *(fields.model_extra or ())})
     asked = [method, mode, sent, upload.file.sha256 if upload else None]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -62,7 +62,8 @@ async function addTake({ id, order, blob, status, facts, seconds }) {
   const take = { id, at: Date.now(), order, blob, rateHz: status.sample_rate, model: status.model, facts, seconds };
   const isKept = takes.add(take);
   await show(take, { plays: Boolean(seconds) && element("autoplay").checked });
-  say(seconds ? `Made in ${seconds.toFixed(2)} s.` : "Made.");
+  const warnings = (status.warnings ?? []).map((warning) => ` ${warning}.`);
+  say((seconds ? `Made in ${seconds.toFixed(2)} s.` : "Made.") + warnings.join(""));
   if (!(await isKept)) say("Made. This browser has no room for it: it lasts as long as this page.");
 }
 
@@ -234,7 +235,6 @@ async function connect() {
   try {
     await form.load();
     form.clearFaults();
-    element("open-docs").hidden = Boolean(key()); // a link sends no key
     await jobs.resume();
   } catch (error) {
     fail(error);

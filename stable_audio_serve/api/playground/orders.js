@@ -48,15 +48,16 @@ export async function repeat(take) {
   return { reply, verdict: reply.headers.get("X-Replay") };
 }
 
-// What the answer's headers say of its one clip.
+// What the answer's headers say of its one clip. A recipe without its long prompt cannot be replayed.
 export function readFacts(headers) {
   const value = (name) => JSON.parse(headers.get(name) ?? "null");
+  const recipe = value("X-Recipe");
   return {
     seed: value("X-Seed"),
     loudness: value("X-Audio-Loudness"),
     device: headers.get("X-Device"),
     dtype: headers.get("X-Dtype"),
-    recipe: value("X-Recipe"),
+    recipe: recipe?.left_out ? null : recipe,
   };
 }
 

@@ -20,6 +20,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.routes import Base64A
 from stable_audio_serve.api.compat.stable_audio_open_small.schemas import Format, GenerateBody, parse
 from stable_audio_serve.api.native.answers import audio_answer
 from stable_audio_serve.api.native.errors import describe_error as describe_sa3_error
+from stable_audio_serve.api.native.ignored import warning_headers
 from stable_audio_serve.api.native.routes import MEDIA_TYPES, convert, run
 from stable_audio_serve.api.native.schemas import GenerationBody
 from stable_audio_serve.api.refusals import ExpectedError
@@ -110,7 +111,7 @@ async def _generate_sa3(service: Service, request: Request, *, values: dict[str,
     card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
     output = await run(service, request, card=card, generation=generation, fields=body, started_at=started_at)
     if body.return_format != "base64":
-        return audio_answer(output, body.response_format)
+        return audio_answer(request, output, file_format=body.response_format)
     result = output.result
     metadata = clip_metadata(
         replace(generation, cfg_scale=card.default_cfg_scale if generation.cfg_scale is None else generation.cfg_scale),
@@ -118,4 +119,6 @@ async def _generate_sa3(service: Service, request: Request, *, values: dict[str,
         duration_s=round(result.audio[0].shape[1] / result.sample_rate_hz, 2),
         generation_s=result.timings.total_ms / 1000,
     )
-    return await base64_answer(service, output, metadata=metadata | {"detected_bpm": read_tempo(body.prompt)})
+    answer = await base64_answer(service, output, metadata=metadata | {"detected_bpm": read_tempo(body.prompt)})
+    answer.headers.update(warning_headers(request, result.made_on))
+    return answer

@@ -6,9 +6,11 @@ Nothing here is loaded from another host: scripts and styles come from the folde
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -24,22 +26,26 @@ from stable_audio_serve.api.description import error_responses
 from stable_audio_serve.api.links import base_url
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.schemas import ErrorBody
-from stable_audio_serve.api.routing import public_route_class, route_class
+from stable_audio_serve.api.routing import public_route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import info
 from stable_audio_serve.api.shared_routes.server import NAME
 
 TAG = "Pages"
 
+_REDOC = "redoc.standalone.js"
+_REDOC_LOGO = b"https://cdn.redoc.ly/redoc/logo-mini.svg"
 _ASSETS = {
     "swagger-ui-bundle.js": "text/javascript",
     "swagger-ui.css": "text/css",
-    "redoc.standalone.js": "text/javascript",
+    _REDOC: "text/javascript",
     "favicon.png": "image/png",
 }
+# Scripts are the page's own module and what it imports, not 'self': this origin also serves what clients uploaded.
 # wavesurfer.js puts its styles into the page by itself, and draws its spectrogram in a worker of its own making.
 _HOME_POLICY = (
-    "default-src 'self'; style-src 'self' 'nonce-{nonce}'; media-src 'self' blob:; worker-src 'self' blob:; "
+    "default-src 'self'; script-src 'nonce-{script_nonce}'; style-src 'self' 'nonce-{style_nonce}'; "
+    "media-src 'self' blob:; worker-src blob:; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 # Both pages set styles by script; Swagger plays what it received, ReDoc searches in a worker of its own making.
@@ -51,7 +57,7 @@ _API_POLICY = (
 _PLAYGROUND = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _HTML: dict[int | str, dict[str, Any]] = {200: {"description": "A page.", "content": {"text/html": {}}}}
-_API_RESPONSES: dict[int | str, dict[str, Any]] = {**_HTML, **error_responses(ErrorBody, 401, 500)}
+_API_RESPONSES: dict[int | str, dict[str, Any]] = {**_HTML, **error_responses(ErrorBody, 500)}
 
 _CARD_PATHS = {
     "docs": "/docs",
@@ -127,9 +133,11 @@ def build_router(service: Service) -> APIRouter:
         if "application/json" in accepted and "text/html" not in accepted:
             card = await _describe(service, request)
             return JSONResponse(card.model_dump(), headers={"Vary": "Accept"})
-        nonce = secrets.token_urlsafe(16)
-        policy = {"Content-Security-Policy": _HOME_POLICY.format(nonce=nonce)}
-        page = playground["index.html"].content.decode().replace("{nonce}", nonce)
+        nonces = {name: secrets.token_urlsafe(16) for name in ("script_nonce", "style_nonce")}
+        policy = {"Content-Security-Policy": _HOME_POLICY.format(**nonces)}
+        page = playground["index.html"].content.decode()
+        for name, nonce in nonces.items():
+            page = page.replace(f"{{{name}}}", nonce)
         return HTMLResponse(page, headers={**_HEADERS, **policy, "Vary": "Accept", "Cache-Control": "no-store"})
 
     @router.get(
@@ -167,10 +175,10 @@ def build_router(service: Service) -> APIRouter:
 
 
 def build_api_router() -> APIRouter:
-    """The API's description and the two pages that show it; they need a key where keys are configured."""
-    router = APIRouter(route_class=route_class(render_error, scopes=()), tags=[TAG])
+    """The API's description and the two pages that show it, open to everybody: it is the same for every server."""
+    router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
 
-    @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 401, 500))
+    @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 500))
     async def openapi(request: Request) -> dict[str, Any]:
         """This document."""
         document: dict[str, Any] = request.app.openapi()
@@ -209,7 +217,7 @@ def build_api_router() -> APIRouter:
         responses={
             200: {"description": "A script, a style or an image.", "content": {"application/octet-stream": {}}},
             404: {"model": ErrorBody, "description": "No such file."},
-            **error_responses(ErrorBody, 401, 500),
+            **error_responses(ErrorBody, 500),
         },
     )
     async def asset(file_name: str) -> Response:
@@ -217,7 +225,9 @@ def build_api_router() -> APIRouter:
         if file_name not in _ASSETS:
             raise HTTPException(404, "file not found")
         path = Path(str(files("fastapi_offline") / "static" / file_name))
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "max-age=3600"}
+        if file_name == _REDOC:
+            return Response(await asyncio.to_thread(_read_redoc, path), media_type=_ASSETS[_REDOC], headers=headers)
         return FileResponse(path, media_type=_ASSETS[file_name], headers=headers)
 
     return router
@@ -234,6 +244,12 @@ def _read_playground() -> dict[str, _File]:
             media_type = _PLAYGROUND.get(path.suffix, "text/html")
             found[path.relative_to(folder).as_posix()] = _File(content, media_type, etag)
     return found
+
+
+@cache
+def _read_redoc(path: Path) -> bytes:
+    """Returns ReDoc without its maker's logo, which it would load from another host."""
+    return path.read_bytes().replace(_REDOC_LOGO, b"data:,")
 
 
 def _root(request: Request) -> str:

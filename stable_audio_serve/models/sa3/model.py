@@ -22,6 +22,7 @@ from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
+    PromptTokens,
     RowConditioning,
     RowPlan,
     StepBatch,
@@ -113,9 +114,9 @@ class Sa3Model:
         """Tokens of every prompt, padding included, and the width of their embeddings."""
         return self.text.max_length, self.config.prompt.width
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Returns ids and mask, (B, 2, T) int64 on the host."""
-        return torch.stack(self.text.tokenize(prompts), dim=1)
+    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
+        """Returns the prompts' tokens, cut or padded to T."""
+        return self.text.tokenize(prompts)
 
     @torch.inference_mode()
     @exact
@@ -130,8 +131,9 @@ class Sa3Model:
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width) float32, with the learned vector at padded positions, and which tokens are real."""
-        told = to_device(self.tokenize(prompts), self._device)
-        return TextEmbedding.each(prompts, self.embed_tokens(told), mask=told[:, 1])
+        tokens = self.tokenize(prompts)
+        told = to_device(tokens.told, self._device)
+        return TextEmbedding.each(prompts, self.embed_tokens(told), mask=told[:, 1], chars_read=tokens.chars_read)
 
     @torch.inference_mode()
     @exact

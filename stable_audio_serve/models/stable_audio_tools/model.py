@@ -30,6 +30,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.sao.planning import plan_rows
 from stable_audio_serve.models.stable_audio_tools.config import Inputs
 from stable_audio_serve.models.switches import exact
+from stable_audio_serve.models.text_encoder import chars_read
 from stable_audio_serve.sampling.schedules import TimestepShift
 
 _CONTEXT, _CONTEXT_MASK, _PREPENDED = "cross_attn_cond", "cross_attn_mask", "prepend_cond"
@@ -75,8 +76,11 @@ class PackageModel:
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width), zero at padded positions, and which tokens are real."""
-        tokens, mask = self.wrapper.conditioner.conditioners[self.inputs.prompt.id](list(prompts), self._device)
-        return TextEmbedding.each(prompts, tokens, mask=mask)
+        text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
+        tokens, mask = text(list(prompts), self._device)
+        encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)  # it tells nobody
+        read = chars_read(encoded, num_prompts=len(prompts))
+        return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)
 
     @torch.inference_mode()
     @exact

@@ -46,6 +46,7 @@ async def check_file(client: httpx.AsyncClient, url: str, data: bytes = DATA, me
     assert (reply.status_code, reply.content) == (200, data)
     assert reply.headers["content-type"] == media_type
     assert reply.headers["content-disposition"].startswith("attachment")
+    assert reply.headers["x-content-type-options"] == "nosniff"
 
 
 async def test_a_token_is_the_callers_key_for_a_while(client: httpx.AsyncClient) -> None:
@@ -140,6 +141,10 @@ async def test_a_part_number_out_of_range_is_422(client: httpx.AsyncClient, numb
         ("<script>.html", "text/html\r\nx: y", "script_.html", "application/octet-stream"),
         ("...", "nonsense", "upload.bin", "application/octet-stream"),
         ("Gitarre ♫.mp3", "audio/mpeg; codecs=mp3", "Gitarre_.mp3", "audio/mpeg; codecs=mp3"),
+        *(
+            ("a.b", media_type, "a.b", "application/octet-stream")
+            for media_type in ("text/javascript", "text/html", "image/svg+xml", "image/png", "audio/x+xml", "text/css")
+        ),
         (None, None, "upload.bin", "application/octet-stream"),
         ("x" * 5000 + ".wav", "audio/wav", None, "audio/wav"),
     ],

@@ -15,7 +15,7 @@ from tests.models.loaded import FAMILY, assert_near, loaded
 @pytest.mark.parametrize("name", FAMILY)
 def test_prompts_become_the_reference_tokens(name: str) -> None:
     goldens = load_goldens(name)
-    ids, mask = loaded(name).text.tokenize(goldens.facts["components"]["text"]["prompts"])
+    ids, mask = loaded(name).text.tokenize(goldens.facts["components"]["text"]["prompts"]).told.unbind(1)
     assert torch.equal(ids, goldens.tensors["text/input_ids"])
     assert torch.equal(mask, goldens.tensors["text/attention_mask"])
 
@@ -30,6 +30,18 @@ def test_prompt_embeddings_with_learned_padding(name: str) -> None:
     embedded = model.encode_text(goldens.facts["components"]["text"]["prompts"])
     assert_near(torch.stack([e.tokens for e in embedded]), goldens.tensors["text/embeddings"], within=BOUNDS["text"])
     assert torch.equal(torch.stack([e.mask for e in embedded]), real)
+
+
+def test_how_much_of_a_long_prompt_is_read() -> None:
+    text = loaded("tiny-s").text
+    long = "warm analog pad, slow attack " * 400
+    tokens = text.tokenize(["rain", long])
+    whole, read = tokens.chars_read
+    assert whole is None
+    assert read is not None
+    assert 0 < read < len(long)
+    assert text.tokenize([long[:read]]).told.equal(tokens.told[1:])
+    assert text.tokenize([long[:read]]).chars_read == (None,)
 
 
 @pytest.mark.parametrize("name", SHARP)

@@ -26,6 +26,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from stable_audio_serve.api.answers import audio_type
 from stable_audio_serve.api.links import published_url
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.key_ring import KeyRing
@@ -44,7 +45,6 @@ _RETRY_S = 5.0
 _CHUNK_BYTES = 1_048_576
 _ETAG = re.compile(r'"?([0-9a-f]{64})-([0-9]{1,12})"?')
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
-_MEDIA_TYPE = re.compile(r"[A-Za-z0-9.+-]{1,60}/[A-Za-z0-9.+-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,5 +250,4 @@ def _digest(file: IO[bytes]) -> str:
 def _clean_ticket(file_id: str, file_name: str | None, *, media_type: str | None) -> Ticket:
     """Returns a ticket whose name and type can stand in a path and a header; the client chose them freely."""
     name = _UNSAFE.sub("_", file_name or "")[-100:].lstrip("._-") or "upload.bin"
-    is_type = media_type is not None and _MEDIA_TYPE.fullmatch(media_type)
-    return Ticket(file_id, name, media_type if is_type and media_type else "application/octet-stream")
+    return Ticket(file_id, name, audio_type(media_type))

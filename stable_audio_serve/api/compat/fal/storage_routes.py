@@ -65,7 +65,7 @@ class NewUpload(BaseModel):
     """A file about to be uploaded."""
 
     file_name: str | None = Field(None, description="Unset = upload.bin.")
-    content_type: str | None = Field(None, description="Unset = application/octet-stream.")
+    content_type: str | None = Field(None, description="An audio type; others and unset = application/octet-stream.")
 
 
 class UploadPlace(BaseModel):

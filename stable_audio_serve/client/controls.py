@@ -1,0 +1,120 @@
+"""The optional fields of requests: what each means, and how methods take them as keyword parameters.
+
+The names are those of the HTTP API, in whose description their ranges stand.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
+from typing import Annotated, Any, Literal, ParamSpec, TypedDict, TypeVar, get_type_hints
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_HEAD = "Optional, None = the server's or the model's default:"
+
+
+class Controls(TypedDict, total=False):
+    """Of every request."""
+
+    model: Annotated[str | None, "Name or alias of a served model."]
+    negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]
+    duration: Annotated[float | None, "Length, seconds."]
+    steps: Annotated[int | None, "Denoising steps."]
+    cfg_scale: Annotated[float | None, "Guidance."]
+    batch_size: Annotated[int | None, "Number of variations; seeds count up from `seed`."]
+    seed: Annotated[int | None, "The same seed gives the same audio; -1 = random."]
+    chunked_decode: Annotated[bool | None, "Decode in windows."]
+    apg_scale: Annotated[float | None, "Adaptive projected guidance; 0 = plain guidance."]
+    duration_padding_sec: Annotated[float | None, "Headroom generated after the clip, seconds."]
+    response_format: Annotated[str | None, "Kind of file: wav, flac, mp3, ogg or opus."]
+    deadline_s: Annotated[float | None, "Time budget, seconds; then DeadlineExceededError."]
+    priority: Annotated[Literal["interactive", "batch"] | None, "Batch work lets interactive work go first."]
+    exact: Annotated[bool | None, "Only what the model's own kind of device makes, so that the bytes are the same."]
+    peaks: Annotated[str | None, "What becomes of peaks: limit, scale or clip."]
+    manifest: Annotated[bool | None, "Adds a manifest to the files of several variations."]
+    sampler_kwargs: Annotated[
+        Mapping[str, str | float | bool | None] | None, "Options of the sampler, such as `sampler_type`."
+    ]
+
+
+class EditControls(Controls, total=False):
+    """Of a variation."""
+
+    init_noise_level: Annotated[float | None, "Strength, 0 to 1: low keeps more of the source."]
+    edit_schedule: Annotated[
+        Literal["even", "scaled", "reference"] | None, "Noise levels of a flow model's edit: even, scaled or reference."
+    ]
+
+
+class InpaintControls(Controls, total=False):
+    """Of an edit of regions."""
+
+    keep: Annotated[
+        Literal["source", "model"] | None,
+        "What is outside the regions: the source's own samples (the default) or what the model makes of them.",
+    ]
+
+
+class LoopControls(TypedDict, total=False):
+    """Of a loop."""
+
+    bars: Annotated[Literal[1, 2, 4, 8] | None, "Length; unset = as many of 8, 4, 2, 1 as fit."]
+    loop_type: Annotated[Literal["auto", "drums", "instruments"] | None, "What the loop is of."]
+    steps: Annotated[int | None, "Denoising steps."]
+    cfg_scale: Annotated[float | None, "Guidance."]
+    seed: Annotated[int | None, "The same seed gives the same audio; -1 = random."]
+    style_strength: Annotated[float | None, "With audio: low keeps more of it."]
+
+
+class JobControls(Controls, total=False):
+    """Of a job."""
+
+    webhook_url: Annotated[str | None, "URL called when the job ends."]
+
+
+class JobEditControls(JobControls, EditControls, total=False):
+    """Of a job that makes a variation."""
+
+
+class JobInpaintControls(JobControls, InpaintControls, total=False):
+    """Of a job that edits regions."""
+
+
+def takes(controls: type, *, without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Gives a method the fields of `controls` as keyword parameters of its own, in its signature and its docstring.
+
+    Python does not check what a `**controls: Unpack[...]` is given: an unknown name raises TypeError here.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        hints = get_type_hints(controls, include_extras=True)
+        fields = {name: hint for name, hint in hints.items() if name not in without}
+        own = inspect.signature(method)
+        parameters = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint.__origin__)
+            for name, hint in fields.items()
+        ]
+        signature = own.replace(parameters=parameters)
+
+        @wraps(method)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{method.__name__}() {error}") from None
+            return method(*args, **kwargs)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        checked.__doc__ = _document(inspect.getdoc(method) or "", fields)
+        return checked
+
+    return decorate
+
+
+def _document(text: str, fields: Mapping[str, Any]) -> str:
+    lines = (f"    {name}: {hint.__metadata__[0]}" for name, hint in fields.items())
+    return "\n".join((text, "", _HEAD, "", *lines))

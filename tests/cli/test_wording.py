@@ -1,0 +1,145 @@
+"""What commands say: options instead of the API's fields, plain reasons, and help that fits a terminal."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from stable_audio_serve.cli import app, patience, remote
+from stable_audio_serve.cli.sound_options import SoundOptions
+from stable_audio_serve.cli.wording import OPTIONS, describe_os_error, in_options
+from stable_audio_serve.launcher.launch import _ready_text
+
+DEAD = "http://127.0.0.1:9"  # nothing listens there
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*path, name))
+
+
+ALL = list(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_help_is_whole_at_80_columns(path: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*path, "--help"])
+    assert result.exit_code == 0, result.output
+    assert "<bool>" not in result.output
+    usage, *lines = result.output.splitlines()
+    assert "}...}" not in usage
+    assert [line for line in lines if line.endswith("...") or len(line) > 80] == []
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("duration: duration must be at most 120 (the model x)", "--duration must be at most 120 (the model x)"),
+        ("steps: Input should be greater than or equal to 1", "--steps must be greater than or equal to 1"),
+        (
+            "cfg_scale: Input should be less than or equal to 20; batch_size: batch_size must be at most 4 (api.x_y)",
+            "--cfg-scale must be less than or equal to 20; --variations must be at most 4 (api.x_y)",
+        ),
+        ("prompt: String should have at least 1 character", "PROMPT must not be empty"),
+        (
+            "sampler_kwargs: sampler_kwargs.sampler_type must be one of euler, rk4 for the model demo",
+            "--sampler must be one of euler, rk4 for the model demo",
+        ),
+        ("audio: the uploaded file is empty", "AUDIO: the uploaded file is empty"),
+        ("the model is not ready, the prompt is fine", "the model is not ready, the prompt is fine"),
+    ],
+)
+def test_fields_of_the_api_are_named_as_options(message: str, said: str) -> None:
+    assert in_options(message) == said
+
+
+def test_a_command_may_have_another_option_for_a_field() -> None:
+    assert in_options("duration must be at most 5", {"duration": "--until"}) == "--until must be at most 5"
+
+
+def test_every_control_of_a_command_has_a_name() -> None:
+    assert set(SoundOptions().controls) <= set(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["variation", "nope.wav", "rain"], "error: nope.wav: file not found\n"),
+        (["replay", "."], "error: .: is a directory\n"),
+        (["generate", "rain", "--key-file", "nope"], "error: --key-file: nope: file not found\n"),
+        (["inpaint", "nope.wav", "rain", "-r", "3:2"], "error: --region 3:2: the start must be before the end\n"),
+        (
+            ["jobs", "submit", "rain", "--audio", "nope.wav", "-r", "1:2", "--noise", "0.5"],
+            "error: --noise is for variations: it has no effect with --region\n",
+        ),
+    ],
+)
+def test_mistakes_are_said_plainly(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stderr) == (2, said)
+
+
+def test_continue_says_why_a_clip_cannot_be_shorter(tmp_path: Path) -> None:
+    from tests.audio_files import make_audio_file
+
+    (tmp_path / "x.wav").write_bytes(make_audio_file(duration_s=3.0))
+    result = CliRunner().invoke(app, ["continue", "x.wav", "rain", "--until", "2"])
+    assert (result.exit_code, result.stderr) == (2, "error: --until 2 is not longer than the source (3 s)\n")
+
+
+def test_reasons_of_the_system_are_in_words() -> None:
+    assert describe_os_error(PermissionError(13, "Permission denied", "x")) == "x: permission denied"
+    assert describe_os_error(OSError("there are too many files")) == "there are too many files"
+
+
+def test_a_dead_server_is_noticed_soon() -> None:
+    started_at = time.monotonic()
+    result = CliRunner().invoke(app, ["generate", "rain", "--url", DEAD])
+    assert time.monotonic() - started_at < 5  # 0.75 to 1.5 s of pauses
+    first, second, last = result.stderr.splitlines()
+    assert first.startswith(f"the server {DEAD} did not answer: Connection refused; trying again in ")
+    assert second.startswith(first[:70])
+    assert last == f"error: the server {DEAD} did not answer: Connection refused"
+    assert result.exit_code == 3
+
+
+def test_a_server_that_hangs_is_named_while_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_SILENT_S", 0.1)
+    monkeypatch.setattr(remote, "_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        url = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        result = CliRunner().invoke(app, ["status", "--url", url])
+    waiting, error = result.stderr.splitlines()
+    assert waiting == f"waiting for the server {url}/"
+    assert error.startswith(f"error: the server {url} did not answer")
+
+
+def test_the_first_line_comes_within_two_seconds() -> None:
+    assert patience._SILENT_S < 2
+
+
+def test_a_quiet_command_says_its_end_only() -> None:
+    result = CliRunner().invoke(app, ["generate", "rain", "--url", DEAD, "--quiet"])
+    assert result.stderr == f"error: the server {DEAD} did not answer: Connection refused{os.linesep}"
+
+
+def test_the_ready_line_names_the_page() -> None:
+    text = _ready_text("http://127.0.0.1:8000", SimpleNamespace(names=["demo"]))  # type: ignore[arg-type]
+    assert text.startswith("ready: http://127.0.0.1:8000 serves demo")
+    assert "Open http://127.0.0.1:8000/ in a browser" in text
