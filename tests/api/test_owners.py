@@ -29,11 +29,12 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
-# Need no key: the start page and its parts, probes, and what a link that was handed out leads to.
+# Need no key: the start page and its parts, the description of the API, probes, and what a handed out link leads to.
 OPEN = {
     *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("GET", path) for path in ("/favicon.ico", "/playground/{path}")),
+    *(("GET", path) for path in ("/docs", "/docs/assets/{file_name}", "/redoc", "/openapi.json")),
     *(("PUT", f"/storage/upload/{{ticket}}{rest}") for rest in ("", "/{number}")),
     ("POST", "/storage/upload/{ticket}/complete"),
     ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from operator import not_
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,7 +25,6 @@ _TICKET: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
     "status": "queued",
     "status_url": "http://localhost:8000/jobs/68e48e7af36c4d829e3797a0b3e7687c",
-    "ignored": [],
 }
 _STATUS: dict[str, Any] = {
     "id": "68e48e7af36c4d829e3797a0b3e7687c",
@@ -63,7 +63,11 @@ class JobTicket(BaseModel):
     id: str = Field(description="32 hexadecimal digits.")
     status: Literal["queued"] = "queued"
     status_url: str = Field(description="Where to ask about it.")
-    ignored: list[str] = Field(description="Names of fields and parameters that were sent and that nothing reads.")
+    ignored: list[str] = Field(
+        default_factory=list,
+        exclude_if=not_,
+        description="Names of fields and parameters that were sent and that nothing reads; absent if there are none.",
+    )
 
 
 class JobProgress(BaseModel):
@@ -128,7 +132,11 @@ class JobPage(BaseModel):
 
     jobs: list[JobStatus]
     next_cursor: str | None = Field(description="Leads to the next page; null = there are no older ones.")
-    ignored: list[str] = Field(description="Names of parameters that were sent and that nothing reads.")
+    ignored: list[str] = Field(
+        default_factory=list,
+        exclude_if=not_,
+        description="Names of parameters that were sent and that nothing reads; absent if there are none.",
+    )
 
 
 def jobs_base(request: Request, *, limits: ApiSettings) -> str:
