@@ -44,12 +44,19 @@ def check_that_it_finishes_what_it_began(stopped: LaunchedServer, number: int) -
     assert stopped.start_s is not None
     assert time.monotonic() - answered_at < stopped.start_s  # as fast as this machine is just now
     assert "cutting off" not in stopped.output
+    check_that_its_log_is_plain(stopped)
     with closing(sqlite3.connect(_database_of(stopped))) as database:  # without costing the job an attempt
         kept = database.execute("SELECT state, attempts FROM jobs WHERE id = ?", (job["id"],)).fetchall()
         assert kept == [("queued", 0)]
     assert stopped.process.returncode == 0, stopped.output
     assert stopped.leftovers() == []
     assert not stopped.directory.exists()
+
+
+def check_that_its_log_is_plain(launched: LaunchedServer) -> None:
+    """No traceback of Ray's, and no colour codes in a file."""
+    assert "Traceback" not in launched.output, launched.output
+    assert "\x1b" not in launched.output
 
 
 def _database_of(launched: LaunchedServer) -> str:

@@ -1,0 +1,55 @@
+"""What Ray Serve's controller logs of a replica that died."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from logging.handlers import BufferingHandler
+
+import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError
+
+from stable_audio_serve.serving.logs import shorten_deaths
+
+_NAME = "SERVE_REPLICA::audio#tiny#abcdefgh"
+logger = logging.getLogger("ray.serve")
+
+
+@pytest.fixture
+def lines() -> Iterator[list[logging.LogRecord]]:
+    """The records of Serve's logger, as its controller has it."""
+    handler = BufferingHandler(100)
+    shorten_deaths()
+    logger.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        logger.removeHandler(handler)
+        logger.removeFilter(logger.filters[-1])
+
+
+def log_failure(error: Exception) -> None:
+    """As the controller does: the traceback in the message, and once more beside it."""
+    try:
+        raise error
+    except Exception:
+        logger.exception("Exception when trying to get routing stats:\nTraceback (most recent call last):\n  ...")
+
+
+def make_death() -> ActorDiedError:
+    return ActorDiedError(ActorDiedErrorContext(class_name="ServeReplica:audio:tiny", actor_id=b"1" * 16, name=_NAME))
+
+
+def test_a_death_is_one_line_however_often_it_is_seen(lines: list[logging.LogRecord]) -> None:
+    log_failure(make_death())
+    log_failure(make_death())
+    (line,) = lines
+    assert logging.Formatter().format(line) == f"Exception when trying to get routing stats: {_NAME} has died"
+    assert line.levelno == logging.WARNING
+
+
+def test_other_failures_keep_their_tracebacks(lines: list[logging.LogRecord]) -> None:
+    for _ in range(2):
+        log_failure(RuntimeError("a bug"))
+    assert [logging.Formatter().format(line).count("Traceback") for line in lines] == [2, 2]
