@@ -152,7 +152,16 @@ def test_schemas_refuse(change: Change) -> None:
 
 PROBLEMS: dict[str, Change] = {
     "no readinessProbe on /ready": lambda d: _worker(d).container.pop("readinessProbe"),
-    "no livenessProbe on /health": lambda d: _worker(d).container.pop("livenessProbe"),
+    "ingress: no livenessProbe": lambda d: _worker(d).container.pop("livenessProbe"),
+    "ingress: livenessProbe asks the application": lambda d: _worker(d).container.update(livenessProbe=_ON_HEALTH),
+    "ingress: startupProbe asks the application": lambda d: _worker(d).container.update(startupProbe=_ON_HEALTH),
+    "gpu: livenessProbe asks the application": lambda d: groups(d)[2].container.update(livenessProbe=_ON_HEALTH),
+    "ingress: readinessProbe gives a slow server up after 4 s": lambda d: (
+        _worker(d).container["readinessProbe"].update(periodSeconds=2, failureThreshold=2)
+    ),
+    "gpu: readinessProbe keeps a server that drains": lambda d: (
+        groups(d)[2].container["readinessProbe"].update(periodSeconds=20)
+    ),
     "gpu: no livenessProbe": lambda d: groups(d)[2].container.pop("livenessProbe"),
     "KubeRay would wait": lambda d: groups(d)[0].container.update(readinessProbe={"httpGet": {"path": "/ready"}}),
     "is not above drain_s": lambda d: _worker(d).pod.update(terminationGracePeriodSeconds=60),
@@ -177,6 +186,8 @@ PROBLEMS: dict[str, Change] = {
     ),
     "a Secret among": lambda d: d.append({"kind": "Secret", "data": {}}),
     "without token authentication": lambda d: _service(d)["rayClusterConfig"].pop("authOptions"),
+_ON_HEALTH = {"httpGet": {"path": "/health", "port": "serve"}, "failureThreshold": 6}
+
     "requests go to the head": lambda d: _service(d).pop("excludeHeadPodFromServeSvc"),
     "lets everybody in": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"]["ingress"].append(
         {"ports": [{"port": 8265}]}
