@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.serve_file import deploy_schema, read_serve_file
+from tests.cluster import manifests
 from tests.cluster.manifests import OVERLAYS, Group, groups, of_kind, problems, render, serve_config
 from tests.cluster.rayservice import own_schema, schema_of_crd
 from tests.cluster.tools import CLUSTER, ROOT
@@ -107,6 +109,15 @@ def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert cluster["enableInTreeAutoscaling"] is True
+def test_old_words_of_kustomize_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = shutil.copytree(CLUSTER / "kuberay", tmp_path / "kuberay")
+    file = copied / "overlays" / "demo" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("resources:", "bases:"))
+    monkeypatch.setattr(manifests, "CLUSTER", tmp_path)
+    with pytest.raises(AssertionError, match="'bases' is deprecated"):
+        render("demo")
+
+
 
 
 def _service(documents: Documents) -> dict[str, Any]:
