@@ -16,7 +16,7 @@ from ray.scripts.scripts import drain_node
 
 from tests.cluster.tools import CLUSTER, run_program
 
-OVERLAYS = ("demo", "one-gpu", "multi-gpu")
+OVERLAYS = ("demo", "one-gpu", "multi-gpu", "multi-gpu-spot")
 _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
 _UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}

@@ -89,7 +89,7 @@ def test_several_gpus_are_those_of_the_config_file() -> None:
 
 
 def test_images_are_placeholders_that_the_overlay_replaces() -> None:
-    for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda")):
+    for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda"), ("multi-gpu-spot", "cuda")):
         images = {group.container["image"] for group in groups(rendered(overlay))}
         assert images == {f"registry.example.com/stable-audio-serve:{tag}"}
 
@@ -109,6 +109,24 @@ def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert cluster["enableInTreeAutoscaling"] is True
+
+
+def test_only_gpu_pods_may_be_on_spot_nodes() -> None:
+    """And must be, so that all of them are of the cheaper kind; what holds the cluster together is on others."""
+    plain, spot = groups(rendered("multi-gpu")), groups(rendered("multi-gpu-spot"))
+    assert [_choice_of_nodes(group) for group in spot] == ["NotIn", "NotIn", "In"]
+    (taint,) = [each for each in spot[2].pod["tolerations"] if each not in plain[2].pod["tolerations"]]
+    assert (taint["value"], taint["effect"]) == ("spot", "NoSchedule")
+    assert spot[1].pod["affinity"]["podAntiAffinity"] == plain[1].pod["affinity"]["podAntiAffinity"]
+
+
+def _choice_of_nodes(group: Group) -> str:
+    required = group.pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    ((choice,),) = (term["matchExpressions"] for term in required["nodeSelectorTerms"])
+    assert choice["values"] == ["spot"]
+    return choice["operator"]
+
+
 def test_old_words_of_kustomize_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = shutil.copytree(CLUSTER / "kuberay", tmp_path / "kuberay")
     file = copied / "overlays" / "demo" / "kustomization.yaml"
@@ -116,8 +134,6 @@ def test_old_words_of_kustomize_are_seen(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(manifests, "CLUSTER", tmp_path)
     with pytest.raises(AssertionError, match="'bases' is deprecated"):
         render("demo")
-
-
 
 
 def _service(documents: Documents) -> dict[str, Any]:
@@ -161,6 +177,8 @@ def test_schemas_refuse(change: Change) -> None:
         validate(documents)
 
 
+_ON_HEALTH = {"httpGet": {"path": "/health", "port": "serve"}, "failureThreshold": 6}
+
 PROBLEMS: dict[str, Change] = {
     "no readinessProbe on /ready": lambda d: _worker(d).container.pop("readinessProbe"),
     "ingress: no livenessProbe": lambda d: _worker(d).container.pop("livenessProbe"),
@@ -197,8 +215,6 @@ PROBLEMS: dict[str, Change] = {
     ),
     "a Secret among": lambda d: d.append({"kind": "Secret", "data": {}}),
     "without token authentication": lambda d: _service(d)["rayClusterConfig"].pop("authOptions"),
-_ON_HEALTH = {"httpGet": {"path": "/health", "port": "serve"}, "failureThreshold": 6}
-
     "requests go to the head": lambda d: _service(d).pop("excludeHeadPodFromServeSvc"),
     "lets everybody in": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"]["ingress"].append(
         {"ports": [{"port": 8265}]}
