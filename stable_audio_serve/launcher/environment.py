@@ -162,7 +162,7 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Serve's that asks after the end would start another Ray
         "RAY_DEDUP_LOGS": "0",
-        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "stable_audio_serve.serving.logs.shorten_deaths",
+        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "stable_audio_serve.serving.logs.tidy_controller_log",
         "RAY_memory_monitor_refresh_ms": "0",  # what other programs use must not kill our replicas
         # gRPC would send Ray's metrics on this machine to a proxy that is meant for the outside world.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),

@@ -35,12 +35,17 @@ def configure_logging(level: str) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed form
 
 
-def shorten_deaths() -> None:
+def tidy_controller_log() -> None:
     """Let Ray Serve's controller, in whose process this is called, log a dead replica or proxy once, in one line.
 
     The controller asks every replica once a second for its load. Until its health check notices the death as well, up
     to ten seconds later, it logs each of these failures with two tracebacks.
+
+    Other tracebacks stay, without the colour codes of Ray's errors: the log is a file.
     """
+    from ray.exceptions import colorama  # Ray's own copy
+
+    colorama.Fore.CYAN = colorama.Fore.RESET = ""
     logging.getLogger("ray.serve").addFilter(_Deaths())
 
 

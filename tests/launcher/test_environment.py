@@ -24,7 +24,7 @@ from stable_audio_serve.launcher.environment import (
     require_free_port,
 )
 from stable_audio_serve.serving import haproxy
-from stable_audio_serve.serving.logs import shorten_deaths
+from stable_audio_serve.serving.logs import tidy_controller_log
 from tests.patience import PATIENCE_S
 
 _HOST = "127.0.0.1"
@@ -114,7 +114,7 @@ def test_colour_codes_go_to_terminals_only(
 
 def test_serve_finds_what_shortens_its_log() -> None:
     path = environment.base_environment(Settings())["RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"]
-    assert import_attr(path) is shorten_deaths
+    assert import_attr(path) is tidy_controller_log
 
 
 def test_a_temporary_folder_without_programs_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

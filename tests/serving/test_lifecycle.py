@@ -213,7 +213,7 @@ def test_killed_processes_and_ctrl_c_leave_no_traceback(server: LaunchedServer) 
     assert "has died" in server.output
     server.stop()
     assert server.process.returncode == 0
-    check_that_its_log_is_plain(server)
+    check_that_its_log_is_plain(server, since=0)
 
 
 def test_config_fault_stops_the_start_by_name(tmp_path: Path) -> None:

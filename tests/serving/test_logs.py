@@ -8,19 +8,21 @@ from logging.handlers import BufferingHandler
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError, colorama
 
-from stable_audio_serve.serving.logs import shorten_deaths
+from stable_audio_serve.serving.logs import tidy_controller_log
 
 _NAME = "SERVE_REPLICA::audio#tiny#abcdefgh"
 logger = logging.getLogger("ray.serve")
 
 
 @pytest.fixture
-def lines() -> Iterator[list[logging.LogRecord]]:
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
     """The records of Serve's logger, as its controller has it."""
     handler = BufferingHandler(100)
-    shorten_deaths()
+    for name in ("CYAN", "RESET"):
+        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # set back afterwards
+    tidy_controller_log()
     logger.addHandler(handler)
     try:
         yield handler.buffer
@@ -53,3 +55,10 @@ def test_other_failures_keep_their_tracebacks(lines: list[logging.LogRecord]) ->
     for _ in range(2):
         log_failure(RuntimeError("a bug"))
     assert [logging.Formatter().format(line).count("Traceback") for line in lines] == [2, 2]
+
+
+def test_the_error_of_another_process_has_no_colours(lines: list[logging.LogRecord]) -> None:
+    trace = "Traceback (most recent call last):\n  what went wrong"
+    log_failure(RayTaskError("f", trace, ValueError("x"), proctitle="ray::Replica", pid=1, ip="127.0.0.1"))
+    (line,) = lines
+    assert "ray::Replica() (pid=1" in logging.Formatter().format(line)
