@@ -162,6 +162,7 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Serve's that asks after the end would start another Ray
         "RAY_DEDUP_LOGS": "0",
+        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "stable_audio_serve.serving.logs.tidy_controller_log",
         "RAY_memory_monitor_refresh_ms": "0",  # what other programs use must not kill our replicas
         # gRPC would send Ray's metrics on this machine to a proxy that is meant for the outside world.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
@@ -175,6 +176,11 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
     }
+
+
+def color_environment() -> dict[str, str]:
+    """Returns the variable that keeps colour codes out of what Ray prints, where some of it goes to a file."""
+    return {} if sys.stdout.isatty() and sys.stderr.isatty() else {"RAY_COLOR_PREFIX": "0"}
 
 
 def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:

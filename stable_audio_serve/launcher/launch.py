@@ -89,7 +89,8 @@ def serve(
             variables = environment.base_environment(plan.settings)
             kind = proxy or plan.settings.proxy.kind
             proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
-            apply_environment(variables | proxied, defaults=start_limits(crowding()))
+            defaults = start_limits(crowding()) | environment.color_environment()
+            apply_environment(variables | proxied, defaults=defaults)
             # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
             # Before anything is said of models: a mistyped `args` leaves only the defaults.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)

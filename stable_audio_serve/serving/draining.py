@@ -10,7 +10,8 @@ import asyncio
 import csv
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import httpx
@@ -38,8 +39,29 @@ def drain(application: str, *, within_s: float, statistics_host: str, report: Ca
 
     `statistics_host` is where HAProxy, if there is one, shows its statistics.
     """
+    with _handle(INGRESS_NAME, application) as ingress, _handle(RUNNER_NAME, application) as runner:
+        _drain(ingress, runner, within_s=within_s, statistics_host=statistics_host, report=report)
+
+
+@contextmanager
+def _handle(name: str, application: str) -> Iterator[DeploymentHandle]:
+    """A handle whose router ends with the context: else it goes on calling the controller, also after Ray's end."""
+    handle = serve.get_deployment_handle(name, application)
+    try:
+        yield handle
+    finally:
+        handle.shutdown()
+
+
+def _drain(
+    ingress: DeploymentHandle,
+    runner: DeploymentHandle,
+    *,
+    within_s: float,
+    statistics_host: str,
+    report: Callable[[str], None],
+) -> None:
     deadline_at = time.monotonic() + within_s
-    ingress, runner = (serve.get_deployment_handle(name, application) for name in (INGRESS_NAME, RUNNER_NAME))
     proxies = _python_proxies()
     for proxy in proxies:  # from now on it says whether it has sent everything
         proxy.update_draining.remote(True)

@@ -1,12 +1,16 @@
-"""Log lines of a replica process: key=value on standard error, which Ray collects per process."""
+"""Log lines of our processes, key=value on standard error, which Ray collects per process; and how Ray Serve's
+controller logs a process that died.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 
 import structlog
 
 _ROOT = "stable_audio_serve"
+_ACTOR_NAME = re.compile(r"\bname: (\S+)")  # in the text of Ray's error
 
 
 def configure_logging(level: str) -> None:
@@ -29,3 +33,38 @@ def configure_logging(level: str) -> None:
     root.propagate = False
     root.setLevel(level.upper())
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed form
+
+
+def tidy_controller_log() -> None:
+    """Let Ray Serve's controller, in whose process this is called, log a dead replica or proxy once, in one line.
+
+    The controller asks every replica once a second for its load. Until its health check notices the death as well, up
+    to ten seconds later, it logs each of these failures with two tracebacks.
+
+    Other tracebacks stay, without the colour codes of Ray's errors: the log is a file.
+    """
+    from ray.exceptions import colorama  # Ray's own copy
+
+    colorama.Fore.CYAN = colorama.Fore.RESET = ""
+    logging.getLogger("ray.serve").addFilter(_Deaths())
+
+
+class _Deaths(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from ray.exceptions import ActorDiedError
+
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, ActorDiedError) or error.actor_init_failed:
+            return True
+        what = record.getMessage().partition("\n")[0].rstrip(":")
+        named = _ACTOR_NAME.search(str(error))
+        record.msg, record.args = "%s: %s has died", (what, named[1] if named else error.actor_id)
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        record.exc_info = record.exc_text = None
+        is_new = (line := record.getMessage()) not in self._logged
+        self._logged.add(line)
+        return is_new

@@ -72,6 +72,32 @@ async def test_a_bug_is_logged_as_an_error_with_its_trace(
     assert lines[0]["request_id"] == "id-2"
 
 
+@pytest.mark.parametrize("url", ["/health", "/saos/health", "/ready", "/v1/status"])
+async def test_what_is_polled_is_logged_at_debug_unless_it_fails(
+    url: str,
+    client: httpx.AsyncClient,
+    backend: ToneBackend,
+    lines: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert (await client.get(url)).status_code == 200
+
+    async def fail() -> None:
+        raise RuntimeError("what went wrong")
+
+    monkeypatch.setattr(backend, "status", fail)
+    assert (await client.get(url)).status_code == 500
+    assert [line["log_level"] for line in lines if line["event"] == "request"] == ["debug", "error"]
+
+
+async def test_a_server_that_is_not_ready_says_so_at_info(
+    client: httpx.AsyncClient, backend: ToneBackend, lines: list[dict[str, Any]]
+) -> None:
+    backend.statuses = {}  # nothing is loaded yet
+    assert (await client.get("/ready")).status_code == 503
+    assert [line["log_level"] for line in lines] == ["info"]
+
+
 async def test_requests_refusals_and_audio_are_counted() -> None:
     metrics, backend = CountingMetrics(), ToneBackend()
     transport = httpx.ASGITransport(create_app(backend, Settings(), metrics=metrics))

@@ -16,15 +16,12 @@ from ray.scripts.scripts import drain_node
 
 from tests.cluster.tools import CLUSTER, run_program
 
-OVERLAYS = ("demo", "one-gpu", "multi-gpu")
+OVERLAYS = ("demo", "one-gpu", "multi-gpu", "multi-gpu-spot")
 _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
 _UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
-_PROBES = {
-    "head": {},  # KubeRay's own: it deploys only to a head that is ready
-    "ingress": {"livenessProbe": "/health", "readinessProbe": "/ready", "startupProbe": "/health"},
-    "gpu": {"readinessProbe": "/ready"},  # without a replica no proxy is there
-}
+_RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz "
+_SLOW_ANSWERS_S = 10  # a server that is slow for less than this keeps its place in the Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +49,9 @@ class Group:
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    """Returns the documents `kubectl kustomize` makes of an overlay."""
+    """Returns the documents `kubectl kustomize` makes of an overlay. Its warnings fail, too: of deprecated fields."""
     result = run_program("kubectl", "kustomize", CLUSTER / "kuberay" / "overlays" / overlay)
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
     return list(yaml.safe_load_all(result.stdout))
 
 
@@ -122,7 +119,7 @@ def _cluster_problems(documents: list[dict[str, Any]]) -> Iterator[str]:
 
 def _group_problems(group: Group, documents: list[dict[str, Any]]) -> Iterator[str]:
     args = serve_config(documents)["applications"][0]["args"]
-    yield from _probe_problems(group)
+    yield from _probe_problems(group, drain_s=args["drain_s"])
     yield from _stop_problems(group, drain_s=args["drain_s"])
     yield from _memory_problems(group)
     yield from _confinement_problems(group)
@@ -143,14 +140,25 @@ def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return selector["matchLabels"].items() <= labels.items()
 
 
-def _probe_problems(group: Group) -> Iterator[str]:
-    for name, path in _PROBES[group.name].items():
-        if group.container.get(name, {}).get("httpGet", {}).get("path") != path:
-            yield f"no {name} on {path}"
-    if group.name == "head" and "readinessProbe" in group.container:
-        yield "a readinessProbe, for which KubeRay would wait before it deploys"
-    elif group.name != "head" and "livenessProbe" not in group.container:
+def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
+    if group.name == "head":
+        if "readinessProbe" in group.container:
+            yield "a readinessProbe, for which KubeRay would wait before it deploys"
+        return
+    ready = group.container.get("readinessProbe", {})
+    if ready.get("httpGet", {}).get("path") != "/ready":
+        yield "no readinessProbe on /ready"
+    unready_s = ready.get("periodSeconds", 10) * ready.get("failureThreshold", 3)
+    if unready_s < _SLOW_ANSWERS_S:
+        yield f"readinessProbe gives a slow server up after {unready_s} s"
+    if unready_s + ready.get("timeoutSeconds", 1) > drain_s:
+        yield "readinessProbe keeps a server that drains in the Service until drain_s is over"
+    if "livenessProbe" not in group.container:
         yield "no livenessProbe"
+    for name in ("livenessProbe", "startupProbe"):  # of what restarts a pod
+        probe = group.container.get(name)
+        if probe and _RAYLET not in " ".join(probe.get("exec", {}).get("command", [])):
+            yield f"{name} asks the application, not Ray of its own pod"
 
 
 def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:

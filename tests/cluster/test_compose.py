@@ -19,6 +19,7 @@ from tests.cluster.tools import CLUSTER, run_program
 pytestmark = pytest.mark.cluster
 
 FILE = CLUSTER / "compose.yaml"
+GPU_FILE = CLUSTER / "compose.gpu.yaml"
 _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL")
 _NEEDED = re.compile(r"\$\{(\w+):\?[^}]*\}")
 _FILLED_IN = re.compile(r"\$\{\w+:[?-][^}]*\}")
@@ -26,6 +27,30 @@ _FILLED_IN = re.compile(r"\$\{\w+:[?-][^}]*\}")
 
 def compose() -> dict[str, Any]:
     return copy.deepcopy(yaml.safe_load(FILE.read_text()))
+
+
+def compose_with_gpu() -> dict[str, Any]:
+    return merged(compose(), yaml.safe_load(GPU_FILE.read_text()))
+
+
+def merged(below: Any, above: Any) -> Any:
+    """As Compose merges two files where, as here, no list is in both: mappings by key, other values replaced."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: merged(below.get(key), value) for key, value in above.items()}
+    assert below is None or not isinstance(above, list)
+    return above
+
+
+def gpu_problems(tree: dict[str, Any]) -> Iterator[str]:
+    yield from problems(tree)
+    server = tree["services"]["server"]
+    if not server["image"].endswith(":cuda") or server["build"]["target"] != "cuda":
+        yield "not the image for CUDA"
+    if server["build"]["args"]["TORCH_INDEX_URL"]:
+        yield "torch for CPUs in the image for CUDA"
+    devices = server.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+    if not any("gpu" in device["capabilities"] and device.get("count") for device in devices):
+        yield "no GPU is reserved"
 
 
 def settings_of(tree: dict[str, Any]) -> Settings:
@@ -94,21 +119,24 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
         yield "Prometheus does not reach the server"
 
 
-def test_schema_takes_it() -> None:
-    result = run_program("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FILE)
+def test_schema_takes_both_files() -> None:
+    result = run_program("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FILE, GPU_FILE)
     assert result.returncode == 0, result.stdout
 
 
-def test_schema_refuses_an_unknown_key(tmp_path: Path) -> None:
-    path = tmp_path / "compose.yaml"
-    path.write_text(FILE.read_text().replace("stop_signal:", "stop_sygnal:"))
-    result = run_program("check-jsonschema", "--builtin-schema", "vendor.compose-spec", path)
+def test_schema_refuses_unknown_keys(tmp_path: Path) -> None:
+    paths = [tmp_path / "compose.yaml", tmp_path / "compose.gpu.yaml"]
+    paths[0].write_text(FILE.read_text().replace("stop_signal:", "stop_sygnal:"))
+    paths[1].write_text(GPU_FILE.read_text().replace("capabilities:", "capability:"))
+    result = run_program("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *paths)
     assert result.returncode != 0
     assert "stop_sygnal" in result.stdout
+    assert "capability" in result.stdout
 
 
 def test_parts_fit_each_other() -> None:
     assert problems(compose()) == []
+    assert list(gpu_problems(compose_with_gpu())) == []
 
 
 def test_every_variable_of_the_operator_is_in_the_example() -> None:
@@ -147,3 +175,19 @@ def test_what_does_not_fit_is_seen(problem: str) -> None:
     tree = compose()
     PROBLEMS[problem](tree)
     assert problem in "\n".join(problems(tree))
+
+
+GPU_PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "not the image for CUDA": lambda t: _services(t)["server"].update(image="stable-audio-serve:cpu"),
+    "torch for CPUs": lambda t: _services(t)["server"]["build"].update(
+        args=compose()["services"]["server"]["build"]["args"]
+    ),
+    "no GPU is reserved": lambda t: _services(t)["server"].pop("deploy"),
+}
+
+
+@pytest.mark.parametrize("problem", GPU_PROBLEMS)
+def test_what_a_gpu_lacks_is_seen(problem: str) -> None:
+    tree = compose_with_gpu()
+    GPU_PROBLEMS[problem](tree)
+    assert problem in "\n".join(gpu_problems(tree))

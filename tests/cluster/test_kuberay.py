@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.serve_file import deploy_schema, read_serve_file
+from tests.cluster import manifests
 from tests.cluster.manifests import OVERLAYS, Group, groups, of_kind, problems, render, serve_config
 from tests.cluster.rayservice import own_schema, schema_of_crd
 from tests.cluster.tools import CLUSTER, ROOT
@@ -87,7 +89,7 @@ def test_several_gpus_are_those_of_the_config_file() -> None:
 
 
 def test_images_are_placeholders_that_the_overlay_replaces() -> None:
-    for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda")):
+    for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda"), ("multi-gpu-spot", "cuda")):
         images = {group.container["image"] for group in groups(rendered(overlay))}
         assert images == {f"registry.example.com/stable-audio-serve:{tag}"}
 
@@ -107,6 +109,31 @@ def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert cluster["enableInTreeAutoscaling"] is True
+
+
+def test_only_gpu_pods_may_be_on_spot_nodes() -> None:
+    """And must be, so that all of them are of the cheaper kind; what holds the cluster together is on others."""
+    plain, spot = groups(rendered("multi-gpu")), groups(rendered("multi-gpu-spot"))
+    assert [_choice_of_nodes(group) for group in spot] == ["NotIn", "NotIn", "In"]
+    (taint,) = [each for each in spot[2].pod["tolerations"] if each not in plain[2].pod["tolerations"]]
+    assert (taint["value"], taint["effect"]) == ("spot", "NoSchedule")
+    assert spot[1].pod["affinity"]["podAntiAffinity"] == plain[1].pod["affinity"]["podAntiAffinity"]
+
+
+def _choice_of_nodes(group: Group) -> str:
+    required = group.pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    ((choice,),) = (term["matchExpressions"] for term in required["nodeSelectorTerms"])
+    assert choice["values"] == ["spot"]
+    return choice["operator"]
+
+
+def test_old_words_of_kustomize_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = shutil.copytree(CLUSTER / "kuberay", tmp_path / "kuberay")
+    file = copied / "overlays" / "demo" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("resources:", "bases:"))
+    monkeypatch.setattr(manifests, "CLUSTER", tmp_path)
+    with pytest.raises(AssertionError, match="'bases' is deprecated"):
+        render("demo")
 
 
 def _service(documents: Documents) -> dict[str, Any]:
@@ -150,9 +177,20 @@ def test_schemas_refuse(change: Change) -> None:
         validate(documents)
 
 
+_ON_HEALTH = {"httpGet": {"path": "/health", "port": "serve"}, "failureThreshold": 6}
+
 PROBLEMS: dict[str, Change] = {
     "no readinessProbe on /ready": lambda d: _worker(d).container.pop("readinessProbe"),
-    "no livenessProbe on /health": lambda d: _worker(d).container.pop("livenessProbe"),
+    "ingress: no livenessProbe": lambda d: _worker(d).container.pop("livenessProbe"),
+    "ingress: livenessProbe asks the application": lambda d: _worker(d).container.update(livenessProbe=_ON_HEALTH),
+    "ingress: startupProbe asks the application": lambda d: _worker(d).container.update(startupProbe=_ON_HEALTH),
+    "gpu: livenessProbe asks the application": lambda d: groups(d)[2].container.update(livenessProbe=_ON_HEALTH),
+    "ingress: readinessProbe gives a slow server up after 4 s": lambda d: (
+        _worker(d).container["readinessProbe"].update(periodSeconds=2, failureThreshold=2)
+    ),
+    "gpu: readinessProbe keeps a server that drains": lambda d: (
+        groups(d)[2].container["readinessProbe"].update(periodSeconds=20)
+    ),
     "gpu: no livenessProbe": lambda d: groups(d)[2].container.pop("livenessProbe"),
     "KubeRay would wait": lambda d: groups(d)[0].container.update(readinessProbe={"httpGet": {"path": "/ready"}}),
     "is not above drain_s": lambda d: _worker(d).pod.update(terminationGracePeriodSeconds=60),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 
 _INSTALLED_BY = {
-    "kubectl": "apt-get install kubernetes-client",
+    "kubectl": "apt-get install kubernetes-client, where that is 1.21 or newer (Debian 12 has 1.20)",
     "promtool": "apt-get install prometheus",
     "prometheus": "apt-get install prometheus",
     "nginx": "apt-get install nginx",

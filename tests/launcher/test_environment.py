@@ -11,12 +11,20 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from ray._common.utils import import_attr
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.launcher import environment
-from stable_audio_serve.launcher.environment import claim_ports, haproxy_environment, is_port_free, require_free_port
+from stable_audio_serve.launcher.environment import (
+    claim_ports,
+    color_environment,
+    haproxy_environment,
+    is_port_free,
+    require_free_port,
+)
 from stable_audio_serve.serving import haproxy
+from stable_audio_serve.serving.logs import tidy_controller_log
 from tests.patience import PATIENCE_S
 
 _HOST = "127.0.0.1"
@@ -91,6 +99,22 @@ except ray.exceptions.RaySystemError as error:
     )
     assert "has not been started" in done.stdout
     assert done.stdout.endswith(" False\n")
+
+
+@pytest.mark.parametrize(
+    ("terminals", "is_plain"), [((True, True), False), ((True, False), True), ((False, True), True)]
+)
+def test_colour_codes_go_to_terminals_only(
+    terminals: tuple[bool, bool], *, is_plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stream, is_terminal in zip((sys.stdout, sys.stderr), terminals, strict=True):
+        monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
+    assert (color_environment() == {"RAY_COLOR_PREFIX": "0"}) is is_plain
+
+
+def test_serve_finds_what_shortens_its_log() -> None:
+    path = environment.base_environment(Settings())["RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"]
+    assert import_attr(path) is tidy_controller_log
 
 
 def test_a_temporary_folder_without_programs_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_refusals_leave_no_traceback_in_the_log(server: LaunchedServer) -> None:
     num_lines = len(server.lines)
     server.client.post("/generate", json=make_body(sampler_kwargs={"sampler_type": "no-such-sampler"}))
     server.client.post("/generate", json=make_body(deadline_s=0.001))
-    server.client.get("/health", headers={"X-Request-Id": "the-last-line"})
+    server.client.get("/v1/models", headers={"X-Request-Id": "the-last-line"})
     server.wait_for_output("the-last-line")
     assert not [line for line in server.lines[num_lines:] if "Traceback" in line]
 
@@ -148,6 +148,7 @@ def test_every_stage_of_the_start_is_printed(server: LaunchedServer) -> None:
     assert "cold start: ray" in server.output
     assert "tiny: import" in server.output
     assert f"ready: {server.url}" in server.output
+    assert "\x1b" not in server.output  # colours are for terminals
 
 
 def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, watcher: Watcher) -> None:

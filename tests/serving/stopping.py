@@ -21,6 +21,7 @@ _SECONDS_OF_WORK = _LONG_BODY | {"steps": 150}
 
 def check_that_it_finishes_what_it_began(stopped: LaunchedServer, number: int) -> None:
     """Send the signal while its model `tiny` makes a clip and a job; nothing else may go on there."""
+    num_lines = len(stopped.lines)
     job = stopped.client.post("/jobs", json=_LONG_BODY).json()
     watcher = Watcher(stopped, "tiny")
     with ThreadPoolExecutor(2) as pool:
@@ -44,12 +45,19 @@ def check_that_it_finishes_what_it_began(stopped: LaunchedServer, number: int) -
     assert stopped.start_s is not None
     assert time.monotonic() - answered_at < stopped.start_s  # as fast as this machine is just now
     assert "cutting off" not in stopped.output
+    check_that_its_log_is_plain(stopped, since=num_lines)
     with closing(sqlite3.connect(_database_of(stopped))) as database:  # without costing the job an attempt
         kept = database.execute("SELECT state, attempts FROM jobs WHERE id = ?", (job["id"],)).fetchall()
         assert kept == [("queued", 0)]
     assert stopped.process.returncode == 0, stopped.output
     assert stopped.leftovers() == []
     assert not stopped.directory.exists()
+
+
+def check_that_its_log_is_plain(launched: LaunchedServer, *, since: int) -> None:
+    """No traceback of Ray's from line `since` on, and nowhere colour codes."""
+    assert not [line for line in launched.lines[since:] if "Traceback" in line], launched.output
+    assert "\x1b" not in launched.output
 
 
 def _database_of(launched: LaunchedServer) -> str:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.hub import fill_cache
 from tests.packaging.wheel import build_wheel, install_wheel
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import probe_start
 from tests.serving.conftest import TINY, model
 from tests.serving.launched import LaunchedServer, command, free_port, write_config
-from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began
+from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began, check_that_its_log_is_plain
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -203,6 +203,17 @@ def test_taken_port_stops_the_start(server: LaunchedServer, tmp_path: Path) -> N
     error = run_to_failure(config, "--port", str(free_port()), "--metrics-port", str(server.port))
     assert f"port {server.port}" in error
     assert "STABLE_AUDIO_METRICS_PORT" in error
+
+
+def test_killed_processes_and_ctrl_c_leave_no_traceback(server: LaunchedServer) -> None:
+    for name in ("ray::ServeReplica:audio:tiny", "ray::ServeReplica:audio:job-runner"):
+        (pid,) = server.pids(name)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda name=name, pid=pid: set(server.pids(name)) - {pid})
+    assert "has died" in server.output
+    server.stop()
+    assert server.process.returncode == 0
+    check_that_its_log_is_plain(server, since=0)
 
 
 def test_config_fault_stops_the_start_by_name(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _CLIENT_GONE_STATUS = 499  # never sent; nginx's word for it in logs and metrics
+_POLLED = ("/health", "/ready", "/v1/status")  # every few seconds, by probes and by each open playground
 
 
 class ObserveMiddleware:
@@ -84,7 +85,7 @@ class ObserveMiddleware:
         if "refusal" in facts:
             self._metrics.increment("refusals", reason=facts["refusal"])
         log.log(
-            logging.ERROR if status == 500 else logging.INFO,
+            _log_level(route, status),
             "request",
             method=scope["method"],
             route=route,
@@ -97,6 +98,12 @@ class ObserveMiddleware:
 def note(scope: Scope, **values: Any) -> None:
     """Add `values` to the log line of the request."""
     scope["state"]["log"].update(values)
+
+
+def _log_level(route: str, status: int) -> int:
+    if status == 500:
+        return logging.ERROR
+    return logging.DEBUG if route.endswith(_POLLED) and status < 500 else logging.INFO  # also below a prefix
 
 
 def _request_id(scope: Scope) -> str:

@@ -1,0 +1,64 @@
+"""What Ray Serve's controller logs of a replica that died."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from logging.handlers import BufferingHandler
+
+import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, RayTaskError, colorama
+
+from stable_audio_serve.serving.logs import tidy_controller_log
+
+_NAME = "SERVE_REPLICA::audio#tiny#abcdefgh"
+logger = logging.getLogger("ray.serve")
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
+    """The records of Serve's logger, as its controller has it."""
+    handler = BufferingHandler(100)
+    for name in ("CYAN", "RESET"):
+        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # set back afterwards
+    tidy_controller_log()
+    logger.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        logger.removeHandler(handler)
+        logger.removeFilter(logger.filters[-1])
+
+
+def log_failure(error: Exception) -> None:
+    """As the controller does: the traceback in the message, and once more beside it."""
+    try:
+        raise error
+    except Exception:
+        logger.exception("Exception when trying to get routing stats:\nTraceback (most recent call last):\n  ...")
+
+
+def make_death() -> ActorDiedError:
+    return ActorDiedError(ActorDiedErrorContext(class_name="ServeReplica:audio:tiny", actor_id=b"1" * 16, name=_NAME))
+
+
+def test_a_death_is_one_line_however_often_it_is_seen(lines: list[logging.LogRecord]) -> None:
+    log_failure(make_death())
+    log_failure(make_death())
+    (line,) = lines
+    assert logging.Formatter().format(line) == f"Exception when trying to get routing stats: {_NAME} has died"
+    assert line.levelno == logging.WARNING
+
+
+def test_other_failures_keep_their_tracebacks(lines: list[logging.LogRecord]) -> None:
+    for _ in range(2):
+        log_failure(RuntimeError("a bug"))
+    assert [logging.Formatter().format(line).count("Traceback") for line in lines] == [2, 2]
+
+
+def test_the_error_of_another_process_has_no_colours(lines: list[logging.LogRecord]) -> None:
+    trace = "Traceback (most recent call last):\n  what went wrong"
+    log_failure(RayTaskError("f", trace, ValueError("x"), proctitle="ray::Replica", pid=1, ip="127.0.0.1"))
+    (line,) = lines
+    assert "ray::Replica() (pid=1" in logging.Formatter().format(line)
