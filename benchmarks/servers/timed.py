@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from benchmarks.servers.instant import make_result
 from benchmarks.simulate.devices import DeviceModel, LinearDevice
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import QueueFullError, StableAudioError
+from stable_audio_serve.core.errors import OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, StageTimings
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.core.settings import ModelSettings, Settings
@@ -22,7 +22,6 @@ from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 _LEAST_RETRY_S = 0.1
-_PROMISED_MS = 2000.0  # above the bound, for those told to come now, as in an engine
 _RATE_HZ, _HOP = 44_100, 4096
 _DEFAULT_STEPS = 8
 
@@ -76,10 +75,10 @@ class TimedDevice:
     async def run(self, request: GenerationRequest) -> StageTimings:
         """Returns the stages once the device has done them. A cancelled request frees it at once.
 
-        Raises QueueFullError when more than `max_queue_s` of work is ahead, as an engine does.
+        Raises OverloadedError when more than `max_queue_s` of work is ahead, as an engine does.
         """
         arrived_at = self._clock.monotonic()
-        self._require_room(is_promised=request.is_promised)
+        self._require_room()
         stages = predict_stages(self._times, request)
         self.accepted_ms += stages.total_ms
         await self._wait_for_turn(stages.total_ms)
@@ -96,15 +95,10 @@ class TimedDevice:
         queue_ms = (started_at - arrived_at) * 1000.0
         return replace(stages, queue_ms=queue_ms, total_ms=stages.total_ms + queue_ms)
 
-    def _require_room(self, *, is_promised: bool) -> None:
-        excess_s = (self.backlog_ms - self._max_ms - (_PROMISED_MS if is_promised else 0.0)) / 1000.0
+    def _require_room(self) -> None:
+        excess_s = (self.backlog_ms - self._max_ms) / 1000.0
         if excess_s > 0:
-            raise QueueFullError(
-                "the device's queue is full",
-                retry_after_s=max(excess_s, _LEAST_RETRY_S),
-                num_ahead=self._num_waiting + 1,
-                ahead_s=self.backlog_ms / 1000.0,
-            )
+            raise OverloadedError("the device's queue is full", retry_after_s=max(excess_s, _LEAST_RETRY_S))
 
     async def _wait_for_turn(self, work_ms: float) -> None:
         self._waiting_ms += work_ms
@@ -162,7 +156,7 @@ class TimedReplica:
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
-        except QueueFullError as error:
+        except OverloadedError as error:
             return error
         finally:
             self._outcomes["in_flight"] -= 1

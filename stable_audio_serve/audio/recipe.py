@@ -176,7 +176,6 @@ class Recipe(_Part):
             inpaint_regions_s=self.inpaint_regions or (),
             keep=self.keep or "model",
             checkpoint=self.checkpoint,
-            exact=True,
             request_id=request_id,
         )
 

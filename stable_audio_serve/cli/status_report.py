@@ -90,7 +90,7 @@ def _models(models: Mapping[str, Any]) -> Table:
 def _replicas(models: Mapping[str, Any]) -> Table | None:
     table = _table("Replica", "Model", "Device", "Precision", "Requests", "Per min", "Backlog", "Rows/step", "Said")
     for name, model in models.items():
-        for replica in (*model.get("replicas", ()), *model.get("overflow", ())):
+        for replica in model.get("replicas", ()):
             age_s = replica.get("age_s")
             is_old = age_s is not None and age_s > _OLD_S
             table.add_row(

@@ -32,7 +32,6 @@ class Controls(TypedDict, total=False):
     response_format: Annotated[str | None, "Kind of file: wav, flac, mp3, ogg or opus."]
     deadline_s: Annotated[float | None, "Time budget, seconds; then DeadlineExceededError."]
     priority: Annotated[Literal["interactive", "batch"] | None, "Batch work lets interactive work go first."]
-    exact: Annotated[bool | None, "Only what the model's own kind of device makes, so that the bytes are the same."]
     peaks: Annotated[str | None, "What becomes of peaks: limit, scale or clip."]
     manifest: Annotated[bool | None, "Adds a manifest to the files of several variations."]
     sampler_kwargs: Annotated[

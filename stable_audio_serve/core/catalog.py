@@ -154,7 +154,6 @@ class ModelStatus:
     `stage` is loading, ready, failed, idle (scaled to zero) or waking (from zero, while its first requests are held).
     `quality` is that of the replica that has the most to say. `refused_update` says why a deployment failed while older
     replicas go on, else None. `states` counts replicas by Serve's words: running, starting, stopping and so on.
-    `overflow` is the stage of its replicas on CPUs that help out, None where it has none.
     """
 
     stage: str
@@ -164,7 +163,6 @@ class ModelStatus:
     quality: ModelQuality | None = None
     refused_update: str | None = None
     states: Mapping[str, int] = field(default_factory=dict)
-    overflow: str | None = None
 
 
 def _key(name: str) -> str:

@@ -10,7 +10,6 @@ StableAudioError
 ├── NotFoundError              not_found          there is no such job or file for this caller
 ├── ConflictError              conflict           contradicts what is stored, for example a reused key
 ├── OverloadedError            overloaded         no room now; retry in a few seconds
-│   ├── QueueFullError         overloaded         the same from a model's replica, which says what is waiting
 │   └── QuotaError             quota              this caller already has too much waiting
 ├── DeadlineExceededError      deadline_exceeded  the request's own time budget ran out
 │   └── StartTimeoutError      start_timeout      it did not start within the time it allows
@@ -23,6 +22,7 @@ StableAudioError
 │   └── NotConnectedError      unreachable        no connection was made: nobody listens there, or no such name
 ├── StorageError               storage            a file or job cannot be stored or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
+│   │   └── UploadQuotaError   storage_full       this client keeps as many bytes as one client may
 │   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
 │   └── DamagedFileError       storage            a stored file has changed or lost bytes
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
@@ -124,27 +124,6 @@ class OverloadedError(StableAudioError):
     """There is no room for this work now; `retry_after_s` says when there should be."""
 
     kind = "overloaded"
-
-
-class QueueFullError(OverloadedError):
-    """A model's queue is full: `num_ahead` requests wait or run, for another `ahead_s` seconds; 0 where unknown.
-
-    `is_own_share`: there is room, but not for this client, who holds most of it.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        retry_after_s: float | None = None,
-        num_ahead: int = 0,
-        ahead_s: float = 0.0,
-        is_own_share: bool = False,
-    ) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        self.num_ahead = num_ahead
-        self.ahead_s = ahead_s
-        self.is_own_share = is_own_share
 
 
 class QuotaError(OverloadedError):

@@ -82,11 +82,8 @@ class GenerationRequest:
     keep: Keep = "source"
     chunked_decode: bool | None = None
     deadline_s: float | None = None  # time budget from submission to audio, seconds
-    in_time: bool = False  # refused at once if it is predicted to end after that
-    exact: bool = False  # by the model's own replicas only, so that the same request has the same bytes
     priority: Priority = "interactive"
     start_within_s: float | None = None  # most time from submission to the first step, seconds
-    is_promised: bool = False  # refused before and told to come now: a full queue has some room left for it
     checkpoint: str | None = None  # hash of the weights that must make it (`models.weight_hash`); None = any
     request_id: str = ""
     client: str = ""  # who asks, so that one client leaves room in a queue to others; "" = nobody in particular

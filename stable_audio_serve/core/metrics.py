@@ -64,13 +64,6 @@ _ENGINE = (
         "Requests that have left an engine: finished, refused, failed, cancelled or expired.",
         ("outcome", "model"),
     ),
-    Metric(
-        "overflowed_requests",
-        "counter",
-        "Requests that a full model passed to its replicas on CPUs: answered, refused there too, or failed.",
-        ("outcome", "model"),
-        is_rare=True,
-    ),
     Metric("engine_audio_seconds", "counter", "Audio made, seconds.", ("model",)),
     Metric("engine_queue_ms", "histogram", "From a request's arrival to its first work.", ("model",)),
     Metric("engine_request_ms", "histogram", "From a request's arrival to its audio.", ("model",)),

@@ -31,7 +31,7 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model's replicas; `is_kept`: an operator keeps it loaded. `overflow` are those on CPUs beside its GPUs.
+    """One model's replicas; `is_kept`: an operator keeps it loaded.
 
     `waiting_jobs_s` is the predicted device time of all jobs that wait for it in the job database; None = not known.
     """
@@ -39,7 +39,6 @@ class ModelReport:
     status: ModelStatus
     is_kept: bool = False
     replicas: tuple[ReplicaReport, ...] = ()
-    overflow: tuple[ReplicaReport, ...] = ()
     waiting_jobs_s: float | None = None
 
 

@@ -143,14 +143,6 @@ class ModelSettings(Section):
         le=1,
         description="Share of a GPU's memory a replica may use, weights included; unset = `num_gpus` if below 1.",
     )
-    overflow: Literal["cpu"] | None = Field(
-        None,
-        description="cpu = requests that the replicas on GPUs refuse for being full go to replicas on CPUs, where they "
-        "would end in time; meant for small models (docs/overflow.md).",
-    )
-    overflow_replicas: int = Field(
-        1, ge=1, le=1000, description="Replicas on CPUs for `overflow`, which are always loaded."
-    )
     max_queue_s: Seconds = Field(
         300.0,
         description="Predicted work a replica accepts before it refuses, seconds; batch work leaves room for other.",
@@ -185,17 +177,6 @@ class ModelSettings(Section):
             raise ValueError("num_gpus must be a whole number above 1")
         if self.memory_share is not None and (self.num_gpus == 0 or self.device in ("cpu", "mps")):
             raise ValueError("memory_share is of a GPU's memory, and this model gets no GPU")
-        return self
-
-    @model_validator(mode="after")
-    def _check_overflow(self) -> ModelSettings:
-        if self.overflow is None:
-            if "overflow_replicas" in self.model_fields_set:
-                raise ValueError("overflow_replicas needs overflow: cpu")
-        elif self.num_gpus == 0 or self.device in ("cpu", "mps"):
-            raise ValueError("overflow: cpu is for a model on a GPU, and this one gets none")
-        elif self.mode == "strict":
-            raise ValueError("overflow and mode: strict exclude each other: a CPU makes other bytes than a GPU")
         return self
 
     @model_validator(mode="after")

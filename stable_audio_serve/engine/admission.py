@@ -16,14 +16,12 @@ from collections.abc import Mapping
 from itertools import chain
 
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import OverloadedError, QueueFullError
+from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
 _CLIENT_SHARE = 0.75  # of the bound, for one client
 _RESERVE_SHARE = 0.25  # of the bound, above it, for clients who hold less than those who fill the queue
-_PROMISED_MS = 2000.0  # above the bound, for those told to come now: they are told whole seconds
-_PROMISED_SHARE = 0.25  # or this share of the bound
 _WINDOW_MS = 1000.0  # of being busy, between two looks at the pace
 _NEWEST_WEIGHT = 0.3
 _PACE_RANGE = (0.5, 4.0)
@@ -74,41 +72,27 @@ class Admission:
         with self._lock:
             return sum(map(self._sum_ms, self._work_ms))
 
-    def check(self, priority: Priority = "interactive", *, client: str = "", is_promised: bool = False) -> None:
-        """Raises QueueFullError with the time until there is room if any request of this client would be refused now.
+    def check(self, priority: Priority = "interactive", *, client: str = "") -> None:
+        """Raises OverloadedError with the time until there is room if any request of this client would be refused now.
 
-        `client` "" is nobody in particular, for whom the whole queue is. `is_promised`: it was refused before and told
-        to come now, when the place may be taken by another.
+        `client` "" is nobody in particular, for whom the whole queue is.
         """
-        self._require_room(priority, client, work_ms=0.0, is_promised=is_promised)
+        self._require_room(priority, client, work_ms=0.0)
 
-    def admit(
-        self,
-        request_id: int,
-        work_ms: float,
-        *,
-        priority: Priority = "interactive",
-        client: str = "",
-        is_promised: bool = False,
-        within_s: float | None = None,
-    ) -> None:
-        """Add a request's work. Raises QueueFullError as `check` does, OverloadedError for what would not be done
-        `within_s`.
-        """
+    def admit(self, request_id: int, work_ms: float, *, priority: Priority = "interactive", client: str = "") -> None:
+        """Add a request's work. Raises OverloadedError as `check` does."""
         with self._lock:
-            self._require_room(priority, client, work_ms=work_ms, is_promised=is_promised)
-            if within_s is not None:
-                self._check_end(work_ms, priority, within_s=within_s)
+            self._require_room(priority, client, work_ms=work_ms)
             self._work_ms[priority][request_id] = work_ms
             self._clients[request_id] = client
             self.accepted_ms += work_ms
             self._look(done_ms=0.0)
 
-    def _require_room(self, priority: Priority, client: str, *, work_ms: float, is_promised: bool) -> None:
-        """Raises QueueFullError. Work of no client may fill the queue; a client that holds nothing may begin."""
-        max_ms = self._max_ms + (max(_PROMISED_MS, _PROMISED_SHARE * self._max_ms) if is_promised else 0.0)
+    def _require_room(self, priority: Priority, client: str, *, work_ms: float) -> None:
+        """Raises OverloadedError. Work of no client may fill the queue; a client that holds nothing may begin."""
+        max_ms = self._max_ms
         with self._lock:
-            ahead_ms, num_ahead, pace = self._ahead(priority)
+            ahead_ms, pace = self._ahead(priority)
             held_ms = self._held_ms(priority) if client else {}
             work_ms *= self._pace.value
         own_ms = held_ms.get(client, 0.0)
@@ -118,11 +102,10 @@ class Admission:
             less_ms = sum(each for each in held_ms.values() if each <= own_ms + work_ms)
             over_ms = min(over_ms, less_ms - _RESERVE_SHARE * max_ms)
         if over_ms > 0 or over_own_ms > 0:
-            raise _refusal(
-                num_ahead,
-                ahead_s=pace * ahead_ms / 1000.0,
-                over_s=pace * max(over_ms, over_own_ms) / 1000.0,
-                is_own_share=over_ms <= 0,
+            what = "the model's queue" if over_ms > 0 else "this client's share of the model's queue"
+            raise OverloadedError(
+                f"{what} is full (max_queue_s): about {pace * ahead_ms / 1000.0:.1f} s of work is waiting",
+                retry_after_s=max(pace * max(over_ms, over_own_ms) / 1000.0, _LEAST_RETRY_S),
             )
 
     def _held_ms(self, priority: Priority) -> Mapping[str, float]:
@@ -135,22 +118,13 @@ class Admission:
             held[self._clients[request_id]] += work_ms * self._pace.value
         return held
 
-    def _ahead(self, priority: Priority) -> tuple[float, int, float]:
-        """Returns the work ahead, at the pace of lately, in ms, its requests, and the time a second of it takes."""
-        ahead_ms, num_ahead = self._sum_ms("interactive"), len(self._work_ms["interactive"])
+    def _ahead(self, priority: Priority) -> tuple[float, float]:
+        """Returns the work ahead, at the pace of lately, in ms, and the time a second of it takes."""
+        ahead_ms = self._sum_ms("interactive")
         is_shared = priority == "interactive" and bool(self._work_ms["batch"])
         if priority == "batch":
-            ahead_ms, num_ahead = ahead_ms + self._sum_ms("batch"), num_ahead + len(self._work_ms["batch"])
-        return ahead_ms * self._pace.value, num_ahead, 1.0 + self._batch_share if is_shared else 1.0
-
-    def _check_end(self, work_ms: float, priority: Priority, *, within_s: float) -> None:
-        ahead_ms, _, pace = self._ahead(priority)
-        ends_in_s = pace * (ahead_ms + work_ms * self._pace.value) / 1000.0
-        if ends_in_s > within_s:
-            raise OverloadedError(
-                f"it would end in {ends_in_s:.1f} s, and deadline_s leaves {within_s:.1f} s",
-                retry_after_s=max(ends_in_s - within_s, _LEAST_RETRY_S),
-            )
+            ahead_ms += self._sum_ms("batch")
+        return ahead_ms * self._pace.value, 1.0 + self._batch_share if is_shared else 1.0
 
     def update(self, request_id: int, work_ms: float) -> None:
         """Replace an admitted request's work by what is left of it."""
@@ -175,16 +149,3 @@ class Admission:
 
     def _sum_ms(self, priority: Priority) -> float:
         return sum(self._work_ms[priority].values())
-
-
-def _refusal(num_ahead: int, *, ahead_s: float, over_s: float, is_own_share: bool) -> QueueFullError:
-    """`over_s` is how much of the time that the work ahead takes is above the bound."""
-    retry_s = max(over_s, _LEAST_RETRY_S)
-    what = "this client's share of the model's queue" if is_own_share else "the model's queue"
-    return QueueFullError(
-        f"{what} is full (max_queue_s): about {ahead_s:.1f} s of work is waiting; retry in {retry_s:.1f} s",
-        retry_after_s=retry_s,
-        num_ahead=num_ahead,
-        ahead_s=ahead_s,
-        is_own_share=is_own_share,
-    )

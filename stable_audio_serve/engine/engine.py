@@ -236,7 +236,7 @@ class Engine:
         """Plan a request, admit it and pass it to the engine thread."""
         submitted_at = self._clock.monotonic()
         priority = request.priority
-        self._admission.check(priority, client=request.client, is_promised=request.is_promised)
+        self._admission.check(priority, client=request.client)
         try:
             async with asyncio.timeout(request.deadline_s):
                 plans = await self._planners[priority].plan(request, frames=frames)
@@ -254,18 +254,8 @@ class Engine:
         )
         if any(work.encode_left for work in works):
             state.clock.mark("source", self._clock.monotonic())  # most of its planning was resampling
-        within_s = None
-        if request.in_time and request.deadline_s is not None:
-            within_s = request.deadline_s - (self._clock.monotonic() - submitted_at)
         work_ms = sum(map(self._predictor.share_ms, works))
-        self._admission.admit(
-            state.id,
-            work_ms,
-            priority=priority,
-            client=request.client,
-            is_promised=request.is_promised,
-            within_s=within_s,
-        )
+        self._admission.admit(state.id, work_ms, priority=priority, client=request.client)
         try:
             self._inbox.put(state)
         except ModelUnavailableError:

@@ -18,14 +18,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_ring import check_key_file
-from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.draining import replaced
-from stable_audio_serve.serving.exchange import PromiseExchange
 from stable_audio_serve.serving.haproxy import address_header
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
@@ -37,22 +35,18 @@ from stable_audio_serve.serving.operations import (
     is_drain_wanted,
     read_drain_wanted,
 )
-from stable_audio_serve.serving.overflow import OverflowBackend, overflow_catalog, overflow_name
-from stable_audio_serve.serving.overload import Word
 from stable_audio_serve.serving.placement import (
     INGRESS_NAME,
     Plan,
     describe_models,
     ingress_options,
     model_options,
-    overflow_options,
-    overflowing_models,
     plan_deployments,
     require_shared_database,
     runner_options,
 )
 from stable_audio_serve.serving.preflight import check_proxy, fetch_configs, require_weights
-from stable_audio_serve.serving.replica import ModelReplica, OverflowReplica
+from stable_audio_serve.serving.replica import ModelReplica
 from stable_audio_serve.serving.reservations import check_gpu_shares, decide_surge
 from stable_audio_serve.serving.surge import node_slots
 
@@ -73,35 +67,18 @@ class Ingress:
         plan: Plan,
         handles: Mapping[str, DeploymentHandle],
         runner: DeploymentHandle,
-        overflow: Mapping[str, DeploymentHandle] = MappingProxyType({}),
     ) -> None:
-        """`overflow` are handles by model of replicas on CPUs, for models that have some."""
         yield_to_engines()
         configure_logging(plan.settings.log_level)
         application = serve.get_replica_context().app_name
         self._settings = plan.settings
         self._metrics = RayMetrics()
-        main = RayBackend(
-            plan.catalog,
-            handles,
-            application=application,
-            num_callers=plan.settings.ingress.replicas,
-            metrics=self._metrics,
-        )
+        self._backend = RayBackend(plan.catalog, handles, application=application, metrics=self._metrics)
         # Of this deployment, which cannot be bound to itself. Unchecked, because it is not deployed yet, and the check
         # would wait for Serve's controller.
         ingress = serve.get_deployment_handle(INGRESS_NAME, application, _check_exists=False)
-        self._exchange = PromiseExchange(main, ingress=ingress)
-        self._operations = RayOperations(main, ingress=ingress, runner=runner, application=application)
+        self._operations = RayOperations(self._backend, ingress=ingress, runner=runner, application=application)
         self._application = application
-        self._backend: Backend = main
-        if overflow:
-            cpus = RayBackend(
-                overflow_catalog(plan.catalog, overflow),
-                {overflow_name(model): handle for model, handle in overflow.items()},
-                application=application,
-            )
-            self._backend = OverflowBackend(main, cpus, metrics=self._metrics)
         self._jobs = open_queue(
             plan.settings,
             identity=plan.store_identity,
@@ -124,9 +101,7 @@ class Ingress:
         if read_drain_wanted(self._application):
             self._draining.rest()
         loop = asyncio.get_running_loop()
-        work = [self._leave_when_replaced(), self._follow_operators()]
-        if self._settings.ingress.replicas > 1:
-            work.append(self._exchange.run())
+        work = (self._leave_when_replaced(), self._follow_operators())
         self._tasks = [loop.create_task(each) for each in work]
         return app
 
@@ -138,10 +113,6 @@ class Ingress:
     async def drain_progress(self) -> DrainProgress:
         """Returns how many requests are left to finish, when an operator takes the server out."""
         return DrainProgress(self._draining.is_resting, self._draining.num_from_before)
-
-    async def hear_promises(self, teller: str, words: Mapping[str, Word]) -> None:
-        """Note whom another ingress replica told to come again; see `PromiseExchange`."""
-        self._exchange.hear(teller, words)
 
     async def _follow_operators(self) -> None:
         while True:
@@ -220,14 +191,8 @@ def assemble(
         )
         for model in plan.settings.models
     }
-    overflow = {
-        model.name: _bind(
-            by_name.get(overflow_name(model.name), OverflowReplica), overflow_options(plan, model), plan.settings, model
-        )
-        for model in overflowing_models(plan, cluster_gpus=cluster_gpus)
-    }
-    runner = _bind(JobRunnerReplica, runner_options(plan.settings), plan, models)  # jobs wait rather than overflow
-    return _bind(Ingress, ingress_options(plan.settings), plan, models, runner, overflow)
+    runner = _bind(JobRunnerReplica, runner_options(plan.settings), plan, models)
+    return _bind(Ingress, ingress_options(plan.settings), plan, models, runner)
 
 
 def _bind(deployed: type, options: Mapping[str, Any], *args: object) -> serve.Application:

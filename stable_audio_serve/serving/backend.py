@@ -1,13 +1,14 @@
 """The API's Backend over Ray Serve model handles: deadlines, one retry, errors of ours instead of Ray's.
 
-Runs inside an ingress replica or a job runner. How models are is `model_watch`; who is refused while one is full,
-`overload`.
+Runs inside an ingress replica or a job runner. How models are is `model_watch`; who is refused while one is full is for
+its engine to say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -20,13 +21,12 @@ from stable_audio_serve.core.errors import (
     DeadlineExceededError,
     GenerationError,
     ModelUnavailableError,
-    QueueFullError,
+    OverloadedError,
     StableAudioError,
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.serving.model_watch import ModelWatch
-from stable_audio_serve.serving.overload import OverloadGuard, Word
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS = 2  # generation is pure once the seed is fixed, so one replica's death costs one retry
 _DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this is for an engine that cannot
 _RETRY_AFTER_S = 5.0
+_JITTER = 0.25  # of a time to retry
 _LOAD_CHECK_S = 1.0  # how often a request that is held looks whether its model can load at all
 
 
@@ -48,14 +49,11 @@ class RayBackend:
         handles: Mapping[str, DeploymentHandle],
         *,
         application: str,
-        num_callers: int = 1,
         metrics: Metrics = NullMetrics(),
     ) -> None:
-        """`num_callers` processes like this one call the models; where there are several, `tell` is called often."""
         self._catalog = catalog
         self._handles = handles
         self._watch = ModelWatch((card.name for card in catalog), handles, application=application, metrics=metrics)
-        self._guards = {card.name: OverloadGuard(num_processes=num_callers) for card in catalog}
 
     @property
     def catalog(self) -> ModelCatalog:
@@ -67,39 +65,13 @@ class RayBackend:
     ) -> GenerationResult:
         """Run one request on any replica of the model, see `Backend.generate`.
 
-        While the model is full, interactive requests are refused here; batch ones come from few callers that wait.
+        A refused client is told a little more than the time until there is room, so that not all come at once.
         """
-        if request.priority == "batch":
-            return await self._run(model, request, on_progress=on_progress)
-        guard = self._guards[model]
-        request = guard.enter(request)
         try:
-            result = await self._run(model, request, on_progress=on_progress)
-        except QueueFullError as error:
-            raise guard.refuse(request, error) from error
-        guard.done()
-        return result
-
-    def withdraw(self, model: str, request: GenerationRequest) -> None:
-        """Do not expect the client of a refused request again: it is answered otherwise."""
-        if request.priority != "batch":
-            self._guards[model].withdraw(request)
-
-    def promise(self, model: str, request: GenerationRequest, *, in_s: float) -> None:
-        """Expect the client of a refused request after so many seconds after all."""
-        if request.priority != "batch":
-            self._guards[model].promise(request, in_s=in_s)
-
-    def tell(self) -> Mapping[str, Word]:
-        """Returns what the other callers have to hear by model, empty while no model is full."""
-        words = {name: guard.tell() for name, guard in self._guards.items()}
-        return {name: word for name, word in words.items() if word is not None}
-
-    def hear(self, words: Mapping[str, Word]) -> None:
-        """Note what another caller told; models that are not known here are left out."""
-        for name, word in words.items():
-            if name in self._guards:
-                self._guards[name].hear(word)
+            return await self._run(model, request, on_progress=on_progress)
+        except OverloadedError as error:
+            wait_s = (error.retry_after_s or _RETRY_AFTER_S) * random.uniform(1.0, 1.0 + _JITTER)
+            raise OverloadedError(error.message, retry_after_s=wait_s) from error
 
     async def _run(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
@@ -139,7 +111,7 @@ class RayBackend:
             response.cancel()
             raise
         except BackPressureError as error:
-            raise QueueFullError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
+            raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
         except (DeploymentUnavailableError, RequestCancelledError) as error:
             raise _unloadable(model) from error
         except RayTaskError as error:  # nothing we expect: its text is for the log only

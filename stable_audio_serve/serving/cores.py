@@ -22,8 +22,6 @@ def choose_threads(settings: Settings, model: ModelSettings, *, device: str, clu
         return 1
     on_cpu = [other for other in settings.models if not (cluster_gpus and may_use_gpu(settings, other))]
     num_replicas = sum(other.replicas.max_replicas for other in on_cpu)
-    if cluster_gpus:
-        num_replicas += sum(other.overflow_replicas for other in settings.models if other.overflow)
     return share_cores(usable_cores(), num_replicas=num_replicas)
 
 

@@ -21,7 +21,6 @@ from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.heard import last_prices, reports
 from stable_audio_serve.serving.kept_models import keep, kept, release
-from stable_audio_serve.serving.overflow import overflow_name
 from stable_audio_serve.serving.waiting_board import WaitingJobs
 
 if TYPE_CHECKING:
@@ -83,7 +82,6 @@ class RayOperations:
                     status,
                     is_kept=name in kept_now,
                     replicas=reports(name) if status.states else (),
-                    overflow=reports(overflow_name(name)),
                     waiting_jobs_s=_predicted_s(name, waiting),
                 )
                 for name, status in statuses.items()

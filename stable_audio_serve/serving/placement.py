@@ -15,13 +15,9 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.core.settings_sources import check_model_names, preloaded_names
 from stable_audio_serve.jobs.open import check_stores, uses_sqlite
 from stable_audio_serve.models.registry import ModelEntry, describe_entry, resolve_entry
-from stable_audio_serve.serving.overflow import overflow_name
 from stable_audio_serve.serving.reservations import (
-    may_use_gpu,
-    overflow_slot,
     replica_slot,
     reserved_cpus,
-    reserved_gpus,
 )
 from stable_audio_serve.serving.scaling import WINDOW_S
 
@@ -73,9 +69,6 @@ class Plan:
         wanted = sum(
             reserved_cpus(model, num_gpus=0) * (model.replicas.max_replicas + bool(model.replicas.surge))
             for model in self.settings.models
-        )
-        wanted += sum(
-            overflow_slot(model).cpus * model.overflow_replicas for model in self.settings.models if model.overflow
         )
         wanted += self.settings.ingress.num_cpus * self.settings.ingress.replicas
         return max(os.cpu_count() or 1, math.ceil(wanted))
@@ -202,40 +195,6 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         },
         "ray_actor_options": {"num_cpus": slot.cpus, "num_gpus": slot.gpus},
     }
-
-
-def overflow_options(plan: Plan, model: ModelSettings) -> dict[str, Any]:
-    """Deployment options of a model's replicas on CPUs. They are always there: bursts end before one is loaded."""
-    return {
-        **_engine_options(plan.settings, model, name=overflow_name(model.name)),
-        "num_replicas": model.overflow_replicas,
-        "ray_actor_options": {"num_cpus": overflow_slot(model).cpus, "num_gpus": 0},
-    }
-
-
-def overflowing_models(plan: Plan, *, cluster_gpus: float) -> list[ModelSettings]:
-    """Returns the models that have replicas on CPUs beside those on GPUs. Raises ConfigError for one that cannot.
-
-    One that runs on a CPU because there is no GPU has none: the same settings serve a laptop.
-    """
-    chosen = []
-    for model in plan.settings.models:
-        if model.overflow is None:
-            continue
-        if not may_use_gpu(plan.settings, model):
-            raise ConfigError(
-                f"models.{model.name}: overflow: cpu is for a model on a GPU, and device is {plan.settings.device}",
-                field="overflow",
-            )
-        if overflow_name(model.name) in plan.names:
-            raise ConfigError(
-                f"models: {overflow_name(model.name)} is the name of what overflow: cpu of {model.name} adds; "
-                "give that model another",
-                field="models",
-            )
-        if reserved_gpus(plan.settings, model, cluster_gpus=cluster_gpus):
-            chosen.append(model)
-    return chosen
 
 
 def _engine_options(settings: Settings, model: ModelSettings, *, name: str) -> dict[str, Any]:

@@ -25,8 +25,6 @@ from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.heard import ReplicaWords
 from stable_audio_serve.serving.logs import configure_logging
-from stable_audio_serve.serving.niceness import yield_to_engines
-from stable_audio_serve.serving.overflow import overflow_name, overflow_settings
 from stable_audio_serve.serving.recent import RecentSum
 from stable_audio_serve.serving.serve_status import read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
@@ -62,28 +60,27 @@ class ModelReplica:
     """An asyncio actor around one engine; ready only once the model is loaded and warm."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, model: ModelSettings, *, label: str | None = None
+        self, settings: Settings, model: ModelSettings
     ) -> None:
-        """`label` is what metrics call the model; None: its name."""
         configure_logging(settings.log_level)
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
         try:
-            self._engine, self._quality = await self._start(settings, model, label=label or model.name)
+            self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
             # Serve shows the whole chain of a failed start, the cause first: a bare one puts the sentence on top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
 
-    async def _start(self, settings: Settings, model: ModelSettings, *, label: str) -> tuple[Engine, ModelQuality]:
+    async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
             from stable_audio_serve.serving.engines import hash_model, load_engine
             from stable_audio_serve.serving.metrics import RayMetrics
             from stable_audio_serve.serving.step_meter import StepMeter
             from stable_audio_serve.serving.trial import Trial
-        metrics = self._meter = StepMeter(RayMetrics(model=label))
+        metrics = self._meter = StepMeter(RayMetrics(model=model.name))
         quiet = QuietMetrics(metrics)
         load = partial(
             load_engine,
@@ -219,11 +216,3 @@ async def _others_answer(*, surge: bool) -> bool:
     application = await asyncio.to_thread(read_application, mine.app_name)
     deployment = application.deployments.get(mine.deployment) if application else None
     return bool(deployment and deployment.replica_states.get(ReplicaState.RUNNING))
-
-
-class OverflowReplica(ModelReplica):
-    """A replica on CPUs for what a model's others refuse; it leaves the cores to everything else first."""
-
-    async def __init__(self, settings: Settings, model: ModelSettings) -> None:  # type: ignore[misc]  # Serve awaits it
-        yield_to_engines()
-        await super().__init__(settings, overflow_settings(model), label=overflow_name(model.name))

@@ -21,11 +21,6 @@ def replica_slot(settings: Settings, model: ModelSettings, *, cluster_gpus: floa
     return Slot(gpus, reserved_cpus(model, num_gpus=gpus))
 
 
-def overflow_slot(model: ModelSettings) -> Slot:
-    """Returns what a replica on CPUs reserves that answers what a model's others refuse."""
-    return Slot(0.0, float(model.threads or 1))
-
-
 def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
     """Raise ConfigError for models whose replicas, on one GPU together, would have more than all of its memory."""
     gpus = {model.name: reserved_gpus(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
@@ -47,8 +42,6 @@ def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: flo
     """
     slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     taken = [slots[model.name] for model in settings.models for _ in range(model.replicas.max_replicas)]
-    for model in settings.models:
-        taken += [overflow_slot(model)] * (model.overflow_replicas if model.overflow else 0)
     taken += [Slot(0.0, settings.ingress.num_cpus)] * settings.ingress.replicas
     models = tuple(
         model

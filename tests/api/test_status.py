@@ -56,14 +56,8 @@ async def test_tells_models_replicas_and_jobs() -> None:
         ReplicaReport("b2", 9.0, "cuda:1", "bfloat16", 1, backlog_s=0.5, rows_per_step=2.0, finished_per_minute=5),
         ReplicaReport("c3", 0.1),  # one of another version, which says nothing of all that
     )
-    overflow = (
-        ReplicaReport(
-            "d4", 0.2, "cpu", "float32", in_flight=1, backlog_s=9.0, rows_per_step=1.0, finished_per_minute=3
-        ),
-        ReplicaReport("e5", 61.0, "cpu", "float32", finished_per_minute=1000),  # of another minute
-    )
     ready = ModelStatus("ready", 3, "cuda:0", states={"running": 3, "starting": 1})
-    models = {"medium": ModelReport(ready, is_kept=True, replicas=replicas, overflow=overflow, waiting_jobs_s=7.5)}
+    models = {"medium": ModelReport(ready, is_kept=True, replicas=replicas, waiting_jobs_s=7.5)}
     told = Told(ServerReport(models, DrainReport("draining", 2, None), age_s=0.5))
     settings = {"models": [{"name": "medium", "replicas": {"max_replicas": 4}}, {"name": "small-sfx"}]}
     async with make_client(operations=told, run_jobs=False, **settings) as (client, _):
@@ -83,8 +77,7 @@ async def test_tells_models_replicas_and_jobs() -> None:
         "age_s": 0.4,
     }
     assert medium["replicas"][2] == dict.fromkeys(medium["replicas"][2]) | {"id": "c3", "age_s": 0.1}
-    assert [(replica["id"], replica["device"]) for replica in medium["overflow"]] == [("d4", "cpu"), ("e5", "cpu")]
-    del medium["replicas"], medium["overflow"]
+    del medium["replicas"]
     assert medium == {
         "stage": "ready",
         "default": False,
@@ -95,7 +88,7 @@ async def test_tells_models_replicas_and_jobs() -> None:
         "backlog_s": 2.0,
         "rows_per_step": 4.0,
         "waiting_jobs_s": 7.5,
-        "requests_per_minute": 78,
+        "requests_per_minute": 75,
     }
     assert status["models"]["small-sfx"]["min_replicas"] == 1  # the default model is preloaded
     jobs = status["jobs"]

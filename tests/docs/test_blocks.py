@@ -40,7 +40,7 @@ PAGES = {
     },
     "shell": {"docs/operations.md"},  # tests/jobs/test_backup.py
     "yaml": {
-        *("docs/cluster.md", "docs/cpu.md", "docs/keys.md", "docs/metrics.md", "docs/overflow.md", "docs/proxy.md"),
+        *("docs/cluster.md", "docs/cpu.md", "docs/keys.md", "docs/metrics.md", "docs/proxy.md"),
         "docs/stable-audio-tools.md",
     },
 }
@@ -80,7 +80,7 @@ def yaml_of(page: str) -> Any:
     return yaml.safe_load(text_of(DOCS / page, "yaml"))
 
 
-@pytest.mark.parametrize("page", ["cpu.md", "overflow.md", "stable-audio-tools.md"])
+@pytest.mark.parametrize("page", ["cpu.md", "stable-audio-tools.md"])
 def test_settings_are_taken(page: str) -> None:
     assert Settings.model_validate(yaml_of(page)).models
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.core.errors import OverloadedError, QueueFullError
+from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.engine.admission import Admission
 from tests.factories import FakeClock
 
@@ -29,7 +29,7 @@ def test_one_client_leaves_room_for_those_who_hold_less() -> None:
     admission = Admission(max_queue_s=20.0)
     for number in range(3):
         admission.admit(number, 5_000.0, client="greedy")
-    with pytest.raises(QueueFullError) as refusal:
+    with pytest.raises(OverloadedError) as refusal:
         admission.admit(3, 5_000.0, client="greedy")  # three quarters are 15 s
     assert refusal.value.retry_after_s == pytest.approx(5.0)
     for number in range(10, 20):
@@ -42,7 +42,7 @@ def test_one_client_leaves_room_for_those_who_hold_less() -> None:
 def test_a_request_longer_than_the_queue_does_not_shut_others_out() -> None:
     admission = Admission(max_queue_s=20.0)
     admission.admit(1, 500_000.0, client="greedy")
-    with pytest.raises(QueueFullError):
+    with pytest.raises(OverloadedError):
         admission.check(client="greedy")
     admission.check(client="other")
     admission.admit(2, 1_000.0, client="other")
@@ -53,15 +53,15 @@ def test_many_equal_clients_cannot_fill_the_queue_without_end() -> None:
     admission = Admission(max_queue_s=20.0)
     for number in range(21):  # the last begins when the work ahead is at the bound
         admission.admit(number, 1_000.0, client=f"client {number}")
-    with pytest.raises(QueueFullError) as refusal:
+    with pytest.raises(OverloadedError) as refusal:
         admission.admit(21, 1_000.0, client="client 21")
-    assert not refusal.value.is_own_share
+    assert refusal.value.message.startswith("the model's queue is full")
 
 
 def test_a_new_client_finds_room_while_two_greedy_ones_fill_the_queue() -> None:
     admission = Admission(max_queue_s=20.0)
     for number in range(20):
-        with suppress(QueueFullError):
+        with suppress(OverloadedError):
             admission.admit(number, 5_000.0, client=f"greedy {number % 2}")
     assert admission.backlog_ms >= 20_000.0
     for number in range(20, 24):
@@ -72,9 +72,9 @@ def test_a_new_client_finds_room_while_two_greedy_ones_fill_the_queue() -> None:
 def test_jobs_and_requests_of_one_client_count_together_for_its_jobs() -> None:
     admission = Admission(max_queue_s=20.0)
     admission.admit(1, 14_000.0, client="greedy")
-    with pytest.raises(QueueFullError) as refusal:
+    with pytest.raises(OverloadedError) as refusal:
         admission.admit(2, 5_000.0, priority="batch", client="greedy")
-    assert refusal.value.is_own_share
+    assert refusal.value.message.startswith("this client's share")
     admission.admit(3, 5_000.0, priority="batch", client="other")
     admission.admit(4, 1_000.0, client="greedy")  # batch work is never ahead of it
 
@@ -146,25 +146,3 @@ def test_backlog_never_exceeds_the_bound_by_more_than_one_request(events: list[t
                 admitted[request_id] = work_ms
         assert admission.backlog_ms == pytest.approx(sum(admitted.values()))
         assert admission.backlog_ms <= 3_000.0 + 5_000.0
-
-
-def test_what_must_end_in_time_is_refused_when_work_ahead_and_its_own_take_longer() -> None:
-    admission = Admission(max_queue_s=100.0)
-    admission.admit(1, 4_000.0)
-    admission.admit(2, 3_000.0, within_s=7.0)  # 4 s before it, 3 s of its own
-    with pytest.raises(OverloadedError, match=r"it would end in 8\.0 s, and deadline_s leaves 7\.9 s") as refusal:
-        admission.admit(3, 1_000.0, within_s=7.9)
-    assert refusal.value.retry_after_s == pytest.approx(0.1)
-    admission.update(1, 2_000.0)
-    admission.admit(3, 1_000.0, within_s=6.0)
-    assert admission.backlog_ms == pytest.approx(6_000.0)
-
-
-def test_interactive_work_that_must_end_in_time_goes_before_batch_work_but_for_its_share() -> None:
-    admission = Admission(max_queue_s=100.0, batch_share=0.5)
-    admission.admit(1, 50_000.0, priority="batch")
-    with pytest.raises(OverloadedError, match=r"would end in 3\.0 s"):
-        admission.admit(2, 2_000.0, within_s=2.9)
-    admission.admit(2, 2_000.0, within_s=3.0)
-    with pytest.raises(OverloadedError, match=r"would end in 53\.0 s"):
-        admission.admit(3, 1_000.0, priority="batch", within_s=52.0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
 
-from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, QueueFullError, StableAudioError
+from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.serving import model_watch
 from stable_audio_serve.serving.backend import RayBackend
@@ -41,17 +40,16 @@ async def test_an_answer_that_is_lost_with_its_node_is_made_again_once(lost: Ray
         await backend(lost, lost).generate("small-sfx", _REQUEST)
 
 
-async def test_only_a_full_queue_is_remembered_not_what_one_request_alone_met() -> None:
-    late = OverloadedError("it would end in 9.0 s, and deadline_s leaves 2.0 s", retry_after_s=7.0)
-    model = backend(late, _RESULT, QueueFullError("full", retry_after_s=0.5, num_ahead=5, ahead_s=1.0), _RESULT)
-    with pytest.raises(OverloadedError, match="deadline_s"):
-        await model.generate("small-sfx", _REQUEST)
-    assert await model.generate("small-sfx", _REQUEST) == _RESULT
-    for _ in range(2):  # a replica is asked once
-        with pytest.raises(OverloadedError, match="max_queue_s"):
+async def test_refused_clients_are_told_times_that_differ_by_a_quarter() -> None:
+    model = backend(*[OverloadedError("the model's queue is full", retry_after_s=8.0)] * 50, _RESULT)
+    waits = []
+    for _ in range(50):
+        with pytest.raises(OverloadedError, match="queue is full") as refusal:
             await model.generate("small-sfx", _REQUEST)
-    batch = replace(_REQUEST, priority="batch")
-    assert await model.generate("small-sfx", batch) == _RESULT
+        waits.append(refusal.value.retry_after_s or 0.0)
+    assert 8.0 <= min(waits) < 8.5
+    assert 9.5 < max(waits) <= 10.0
+    assert await model.generate("small-sfx", _REQUEST) == _RESULT  # no refusal is remembered
 
 
 async def test_an_answer_proves_a_model_ready_while_the_controller_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,6 @@ def to_request(
         chunked_decode=fields.chunked_decode,
         deadline_s=fields.deadline_s,
         priority=fields.priority,
-        exact=fields.exact,
         request_id=request_id,
         **sampling,
     )

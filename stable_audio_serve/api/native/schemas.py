@@ -91,11 +91,6 @@ class Controls(BaseModel):
     priority: Priority = Field(
         "interactive", description="Extension: batch work lets interactive work go first, but not for ever."
     )
-    exact: bool = Field(
-        False,
-        description="Extension: only what the model's own kind of device makes, so that the same request has the same "
-        "bytes; such a request is refused where another is made on a CPU because the model is full.",
-    )
     peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
     manifest: bool = Field(False, description="Extension: adds manifest.json to the ZIP of several variations.")
 

@@ -63,7 +63,6 @@ class ServedModel(BaseModel):
         description="Finished in the last minute by all replicas there are, also those on CPUs; requests of jobs count."
     )
     replicas: list[Replica]
-    overflow: list[Replica] = Field(description="On CPUs, for what the others refuse; backlog_s leaves them out.")
 
 
 class Jobs(BaseModel):

@@ -87,9 +87,8 @@ def _describe_model(service: Service, card: ModelCard, *, report: ModelReport) -
         backlog_s=sum(replica.backlog_s or 0.0 for replica in report.replicas),
         rows_per_step=fmean(rows) if rows else None,
         waiting_jobs_s=report.waiting_jobs_s,
-        requests_per_minute=sum(map(_last_minute, (*report.replicas, *report.overflow))),
+        requests_per_minute=sum(map(_last_minute, report.replicas)),
         replicas=[_describe_replica(replica) for replica in report.replicas],
-        overflow=[_describe_replica(replica) for replica in report.overflow],
     )
 
 

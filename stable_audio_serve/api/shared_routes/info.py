@@ -40,7 +40,6 @@ class ModelHealth(BaseModel):
     detail: dict[str, str]
     quality: QualityHealth | None = Field(description="Of the replica that has the most to say; null before one runs.")
     refused_update: str | None = Field(description="Set while older replicas answer because newer ones do not start.")
-    overflow: str | None = Field(description="Stage of its replicas on CPUs that help out; null where it has none.")
 
 
 class ModelInfo(BaseModel):
@@ -236,5 +235,4 @@ def _describe_status(card: ModelCard, status: ModelStatus) -> ModelHealth:
         detail=dict(status.detail or {}),
         quality=QualityHealth(**asdict(status.quality)) if status.quality else None,
         refused_update=status.refused_update,
-        overflow=status.overflow,
     )
