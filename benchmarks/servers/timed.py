@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -63,7 +64,7 @@ class TimedDevice:
         self._sleep = sleep
         self._turn = asyncio.Lock()  # handed on in order
         self._waiting_ms = 0.0
-        self.accepted_ms = 0.0  # device time of everything ever accepted
+        self._accepted_ms = 0.0  # device time of everything ever accepted
         self._num_waiting = 0
         self._free_at = float("-inf")
 
@@ -71,6 +72,11 @@ class TimedDevice:
     def backlog_ms(self) -> float:
         """Device time of everything accepted that is not spent yet."""
         return self._waiting_ms + max(0.0, self._free_at - self._clock.monotonic()) * 1000.0
+
+    @property
+    def busy_s(self) -> float:
+        """How long it has worked, seconds."""
+        return (self._accepted_ms - self.backlog_ms) / 1000.0
 
     async def run(self, request: GenerationRequest) -> StageTimings:
         """Returns the stages once the device has done them. A cancelled request frees it at once.
@@ -80,7 +86,7 @@ class TimedDevice:
         arrived_at = self._clock.monotonic()
         self._require_room()
         stages = predict_stages(self._times, request)
-        self.accepted_ms += stages.total_ms
+        self._accepted_ms += stages.total_ms
         await self._wait_for_turn(stages.total_ms)
         started_at = max(arrived_at, self._free_at)
         self._free_at = started_at + stages.total_ms / 1000.0
@@ -143,6 +149,8 @@ class TimedReplica:
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         self._model = model.name
         self._device = TimedDevice(self.times, max_queue_s=model.max_queue_s)
+        self._looked_at = time.monotonic(), 0.0
+        self._waiting = 0.0, float("-inf")
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
@@ -175,9 +183,19 @@ class TimedReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """As the real one."""
-        prices = prices_of(self.times)
-        device = self._device
-        return replica_stats(backlog_ms=device.backlog_ms, accepted_ms=device.accepted_ms, load_s=0.0, prices=prices)
+        now, busy_s = time.monotonic(), self._device.busy_s
+        before, busy_before_s = self._looked_at
+        self._looked_at = now, busy_s
+        waiting_s, told_at = self._waiting
+        return replica_stats(
+            work_s=self._device.backlog_ms / 1000.0,
+            busy_share=min(1.0, max(0.0, busy_s - busy_before_s) / max(now - before, 0.1)),
+            waiting_s=waiting_s if now - told_at < 5.0 else 0.0,
+        )
+
+    async def note_waiting(self, seconds: float) -> None:
+        """As the real one."""
+        self._waiting = seconds, time.monotonic()
 
     async def status(self) -> object:
         """Returns what it has done and what its device still has to do."""

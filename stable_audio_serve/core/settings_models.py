@@ -24,11 +24,10 @@ class ReplicaSettings(Section):
     )
     upscale_delay_s: Delay = Field(
         3.0,
-        description="How long there is work for twice as many replicas before some are added, seconds; a third of it "
-        "if for four times as many.",
+        description="How long more replicas are wanted before some are added, seconds.",
     )
     downscale_delay_s: Delay = Field(
-        300.0, description="How long fewer replicas have been enough before some are removed, seconds."
+        300.0, description="How long fewer replicas are wanted before some are removed, seconds."
     )
     surge: bool | None = Field(
         None,

@@ -64,7 +64,6 @@ class Admission:
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
         self._clients: dict[int, str] = {}  # by request
         self._lock = threading.RLock()
-        self.accepted_ms = 0.0  # of all requests ever admitted, as predicted then
 
     @property
     def backlog_ms(self) -> float:
@@ -85,7 +84,6 @@ class Admission:
             self._require_room(priority, client, work_ms=work_ms)
             self._work_ms[priority][request_id] = work_ms
             self._clients[request_id] = client
-            self.accepted_ms += work_ms
             self._look(done_ms=0.0)
 
     def _require_room(self, priority: Priority, client: str, *, work_ms: float) -> None:

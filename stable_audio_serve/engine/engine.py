@@ -216,9 +216,9 @@ class Engine:
         return self._price_list.current()
 
     @property
-    def accepted_ms(self) -> float:
-        """Predicted device time of everything ever accepted."""
-        return self._admission.accepted_ms
+    def busy_s(self) -> float:
+        """How long the engine has had something to do, seconds since its start."""
+        return self._thread.busy_s
 
     def heartbeat(self) -> EngineHeartbeat:
         """Returns whether the engine thread is alive and how old its last turn is."""

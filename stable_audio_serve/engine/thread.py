@@ -46,6 +46,7 @@ class EngineThread:
         self._prepare = prepare
         self._clock = clock
         self._beat_at = clock.monotonic()
+        self.busy_s = 0.0  # how long it has had something to do
         self._stopping = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -77,7 +78,9 @@ class EngineThread:
                 self._ready.set()
                 while not self._stopping:
                     self._beat_at = self._clock.monotonic()
-                    if not self._loop.turn():
+                    if self._loop.turn():
+                        self.busy_s += self._clock.monotonic() - self._beat_at
+                    else:
                         self._inbox.wait(_IDLE_BEAT_S)
         except BaseException as error:
             log.critical("the engine thread ended", exc_info=error)

@@ -1,143 +1,89 @@
-"""Ray Serve's side of scaling on predicted work: what replicas publish, and the policy that the controller calls.
+"""How many replicas a model has: what they publish each second, and the policy that Ray Serve's controller calls.
 
-Serve pickles this module by value into its controller, which decides ten times a second: nothing here blocks or raises,
-nothing heavy is imported, and what has a thread or a lock is in other modules.
+Replicas are wanted for two reasons. Work that waits: the predicted seconds of everything accepted, and of jobs that no
+runner has started, over the wait that the operator aims at. Work that is done: the busy shares of the replicas, of
+which none should be above four fifths, or requests that come at random wait long. Without the second a well used
+deployment, which has no backlog, would shrink. Serve's own delays say how long more or fewer must be wanted.
+
+Serve pickles this module by value into its controller, which decides ten times a second: nothing here blocks, and what
+has a thread or a lock is in other modules.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from stable_audio_serve.core.pricing import Prices
-from stable_audio_serve.serving import scaling, waiting_board
 from stable_audio_serve.serving.kept_models import kept
 from stable_audio_serve.serving.metrics import RayMetrics
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
-_BACKLOG, _ACCEPTED, _LOAD = "backlog_ms", "accepted_ms", "load_s"
-_SHOW_S = 2.0  # between two samples of the metrics
-_MEMORY, _PRICES = "stable_audio_memory", "stable_audio_prices"  # in the policy's state, beside Serve's own keys
+_USED_SHARE = 0.8
+_SHOW_S = 2.0  # between two samples of the metric
+_EPSILON = 1e-6  # what is less is what rounding left
+_WORK, _BUSY, _WAITING = "work_s", "busy_share", "waiting_s"
 
 
-def replica_stats(*, backlog_ms: float, accepted_ms: float, load_s: float, prices: Prices) -> dict[str, float]:
-    """Returns what a replica's `record_autoscaling_stats` returns: predicted device time not spent yet, that of all it
-    ever accepted, how long it took to load, and its prices.
+def replica_stats(*, work_s: float, busy_share: float, waiting_s: float) -> dict[str, float]:
+    """Returns what a replica's `record_autoscaling_stats` returns: predicted seconds of what it has accepted, the share
+    of the last second in which its device worked, and predicted seconds of the jobs that wait for its model.
     """
-    return {_BACKLOG: backlog_ms, _ACCEPTED: accepted_ms, _LOAD: load_s, **prices.to_dict()}
+    return {_WORK: work_s, _BUSY: busy_share, _WAITING: waiting_s}
 
 
-class _Policy:
-    """Decides, and where that fails leaves the replicas as they are."""
+class WorkPolicy:
+    """Replicas of one model by its work, one instance per deployment."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, target_wait_s: float) -> None:
+        """Serve makes it from JSON."""
+        self._target_wait_s = target_wait_s
+        self._metrics: RayMetrics | None = None  # made where it is used
+        self._shown_at = float("-inf")
         self._has_failed = False
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Returns the replicas to aim at and the state that Serve keeps until the next call."""
+        """Returns the replicas to aim at; where that fails, as many as there are: an error would end the controller's
+        turn for every model.
+        """
+        state = dict(context.policy_state or {})
         try:
-            return self.decide(context)
-        except Exception:  # it would end the controller's turn for every model
+            return self._decide(context), state
+        except Exception:
             if not self._has_failed:
                 logging.getLogger("ray.serve").exception("the autoscaling policy failed; replicas stay as they are")
             self._has_failed = True
-            return context.target_num_replicas, dict(context.policy_state)
+            return context.target_num_replicas, state
 
-    def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        raise NotImplementedError
+    def _decide(self, context: AutoscalingContext) -> int:
+        """Serve keeps what was published for `look_back_period_s`; a replica's busiest second in it counts."""
+        published = context.raw_metrics or {}
+        work = {str(replica): series[-1].value for replica, series in published.get(_WORK, {}).items() if series}
+        waiting_s = max((series[-1].value for series in _series(published, _WAITING)), default=0.0)
+        busy = sum(max(point.value for point in series) for series in _series(published, _BUSY))
+        wanted = max(_up((sum(work.values()) + waiting_s) / self._target_wait_s), _up(busy / _USED_SHARE))
+        if context.total_num_requests > 0:  # also one that is held because there is no replica
+            wanted = max(wanted, 1)
+        self._show(context, wanted)
+        if any(str(replica) not in work for replica in context.running_replicas):  # it has yet to say what it does
+            wanted = max(wanted, context.target_num_replicas)
+        return max(wanted, int(context.deployment_name in kept(context.app_name)))
 
-
-class WorkPolicy(_Policy):
-    """Replicas of one model by the predicted work of its engines and of jobs that wait, one instance per deployment."""
-
-    def __init__(self, **goal: float) -> None:
-        """Serve makes it from JSON, the fields of a `scaling.Goal`."""
-        super().__init__()
-        self._goal = scaling.Goal(**goal)
-        self._metrics: RayMetrics | None = None  # made where it is used
-        self._shown_at = float("-inf")
-
-    def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        state = context.policy_state
-        prices = _prices(context.raw_metrics) or state.get(_PRICES)
-        waiting = waiting_board.read(context.app_name, context.deployment_name, now=context.current_time)
-        waiting_ms = prices.of(waiting.size) if prices and waiting else 0.0
-        replicas, memory = scaling.decide(
-            state.get(_MEMORY, scaling.Memory()),
-            _observe(context, waiting_ms=waiting_ms, num_waiting=waiting.num_jobs if waiting else 0.0),
-            goal=self._goal,
-            target=context.target_num_replicas,
-            now=context.current_time,
-        )
-        self._show(context, waiting_ms=waiting_ms, wanted=memory.wanted[-1][1])
-        is_kept = context.deployment_name in kept(context.app_name)
-        return max(replicas, int(is_kept)), {**state, _MEMORY: memory, _PRICES: prices}
-
-    def _show(self, context: AutoscalingContext, *, waiting_ms: float, wanted: int) -> None:
+    def _show(self, context: AutoscalingContext, wanted: int) -> None:
         if 0.0 <= context.current_time - self._shown_at < _SHOW_S:
             return
         self._shown_at = context.current_time
         if self._metrics is None:
             self._metrics = RayMetrics(model=context.deployment_name)
-        self._metrics.show("waiting_work_ms", waiting_ms)
         self._metrics.show("replicas_wanted", wanted)
 
 
-class RunnerPolicy(_Policy):
-    """Leaves the job runners as many as they are: Serve tells only a policy what replicas say, and the models' policies
-    are to know what runners say of jobs that wait.
-    """
-
-    def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        _put_up(context)
-        return context.target_num_replicas, dict(context.policy_state)
+def _series(published: Any, name: str) -> Iterator[Any]:
+    return (series for series in published.get(name, {}).values() if series)
 
 
-def _observe(context: AutoscalingContext, *, waiting_ms: float, num_waiting: float) -> scaling.Observed:
-    """Adds jobs that wait by their work, and by their number, which keeps one replica before any price is known."""
-    published = context.raw_metrics
-    loads = _last_values(published, _LOAD)
-    accepted = [  # Serve keeps as much of them as the window is long
-        [(point.timestamp, point.value) for point in (series[0], series[-1])]
-        for series in published.get(_ACCEPTED, {}).values()
-        if series
-    ]
-    return scaling.Observed(
-        backlog_s=(sum(_last_values(published, _BACKLOG)) + waiting_ms) / 1000.0,
-        arriving=sum(map(scaling.rate, accepted)) / 1000.0,
-        num_requests=context.total_num_requests + num_waiting,
-        load_s=max(loads, default=None),
-    )
-
-
-def _prices(published: Mapping[str, Mapping[Any, Sequence[Any]]]) -> Prices | None:
-    """Returns the mean of what replicas ask; None while none says it."""
-    found = {field.name: _last_values(published, field.name) for field in fields(Prices)}
-    if not all(found.values()):
-        return None
-    return Prices.from_dict({name: sum(values) / len(values) for name, values in found.items()})
-
-
-def _put_up(context: AutoscalingContext) -> None:
-    """Write the last word of every runner on the board."""
-    said: dict[str, dict[str, Any]] = {}
-    for name, series_by_replica in context.raw_metrics.items():
-        for replica, series in series_by_replica.items():
-            if series:
-                said.setdefault(str(replica), {})[name] = series[-1]
-    words = {
-        runner: waiting_board.Word(
-            max(point.timestamp for point in points.values()),
-            waiting_board.from_stats({name: point.value for name, point in points.items()}),
-        )
-        for runner, points in said.items()
-    }
-    waiting_board.write(context.app_name, words, now=context.current_time)
-
-
-def _last_values(published: Mapping[str, Mapping[Any, Sequence[Any]]], name: str) -> list[float]:
-    return [series[-1].value for series in published.get(name, {}).values() if series]
+def _up(number: float) -> int:
+    return math.ceil(number - _EPSILON)

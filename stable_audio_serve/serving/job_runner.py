@@ -18,12 +18,12 @@ from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.heard import last_prices, reports
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.operations import DrainProgress, is_drain_wanted, read_drain_wanted
 from stable_audio_serve.serving.placement import Plan
-from stable_audio_serve.serving.waiting_board import WaitingJobs, to_stats
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _WAKE_TIMEOUT_S = 5.0
 _LOOK_S = 0.5  # how soon it hears of operators
+_TELL_S = 1.0
+_TELL_TIMEOUT_S = 5.0
 _PAUSE_S = 0.1  # between two calls: under a flood of jobs each costs ingress and runner more than it brings
 
 
@@ -44,20 +46,22 @@ class JobRunnerReplica:
         configure_logging(settings.log_level)
         application = serve.get_replica_context().app_name
         self._models = plan.names
+        self._handles = handles
+        self._telling: dict[str, asyncio.Task[None]] = {}
         backend = RayBackend(plan.catalog, handles, application=application)
-        metrics = RayMetrics()
+        self._metrics = metrics = RayMetrics()
         store = open_store(settings, identity=plan.store_identity)
         artifacts = open_artifacts(settings, is_prepared=plan.store_identity is not None, metrics=metrics)
         self._store, self._artifacts = store, artifacts
         notifier = Notifier(Outbox(store.database), webhook_bodies(artifacts), settings=settings.jobs, metrics=metrics)
         self._runner = JobRunner(
-            store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics
+            store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics, prices=last_prices
         )
         self._application = application
         if await asyncio.to_thread(read_drain_wanted, application):
             self._runner.hold()
         await self._runner.start()
-        self._following = asyncio.create_task(self._follow_operators())
+        self._tasks = [asyncio.create_task(each) for each in (self._follow_operators(), self._tell_models())]
 
     async def wake(self) -> None:
         """Look for jobs now."""
@@ -67,17 +71,36 @@ class JobRunnerReplica:
         """Put jobs back into the queue, because the server stops. Returns how many are still held."""
         return self._runner.drain()
 
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve every second, for the policies of all models."""
-        return to_stats(await self.waiting_jobs() or {})
-
-    async def waiting_jobs(self) -> Mapping[str, WaitingJobs] | None:
+    async def waiting_jobs(self) -> Mapping[str, Waiting] | None:
         """Returns what waits for each model in the job database, as of a second ago; None while that is not known."""
         waiting = self._runner.waiting_work()
-        if waiting is None:
-            return None
-        found = {model: waiting.get(model, Waiting()) for model in self._models}
-        return {model: WaitingJobs(each.num_jobs, each.size) for model, each in found.items()}
+        return None if waiting is None else {model: waiting.get(model, Waiting()) for model in self._models}
+
+    async def _tell_models(self) -> None:
+        """Tell each model's replicas once a second how much work of jobs waits for them, for its autoscaling policy."""
+        while True:
+            for model, waiting in (await self.waiting_jobs() or {}).items():
+                if model not in self._telling or self._telling[model].done():
+                    self._telling[model] = asyncio.create_task(self._tell(model, waiting))
+            await asyncio.sleep(_TELL_S)
+
+    async def _tell(self, model: str, waiting: Waiting) -> None:
+        """A call to a model without replicas starts one, and is answered by it."""
+        prices = last_prices(model)
+        waiting_s = 0.0 if prices is None else prices.of(waiting.size) / 1000.0
+        self._metrics.gauge("waiting_work_ms", waiting_s * 1000.0, model=model)
+        if not waiting.num_jobs:
+            return
+        handle = self._handles[model]
+        try:
+            if reports(model):
+                await handle.broadcast("note_waiting", waiting_s).results_async(
+                    timeout_s=_TELL_TIMEOUT_S, return_exceptions=True
+                )
+            else:
+                await handle.note_waiting.remote(waiting_s)
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.debug("model %s did not hear of its jobs: %s", model, error)
 
     async def drain_progress(self) -> DrainProgress:
         """Returns how many jobs are left to finish, when an operator takes the server out."""
@@ -97,8 +120,9 @@ class JobRunnerReplica:
         self._runner.check_health()
 
     async def __del__(self) -> None:  # Serve's hook for the end of a replica
-        if hasattr(self, "_following"):  # not after a failed start
-            self._following.cancel()
+        if hasattr(self, "_tasks"):  # not after a failed start
+            for task in (*self._tasks, *self._telling.values()):
+                task.cancel()
             await self._runner.close()
             await self._artifacts.close()
             await asyncio.to_thread(self._store.database.close)

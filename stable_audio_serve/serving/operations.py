@@ -16,12 +16,12 @@ from ray.serve.exceptions import RayServeException
 
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
+from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.serving import notes
 from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.heard import last_prices, reports
 from stable_audio_serve.serving.kept_models import keep, kept, release
-from stable_audio_serve.serving.waiting_board import WaitingJobs
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -118,12 +118,12 @@ class RayOperations:
         is_done = all(one is not None and one.has_begun and not one.num_left for one in all_)
         return DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))
 
-    async def _ask_for_waiting(self) -> Mapping[str, WaitingJobs] | None:
+    async def _ask_for_waiting(self) -> Mapping[str, Waiting] | None:
         """What any of the runners says: each knows of the whole job database."""
         response = self._runner.waiting_jobs.remote()
         try:
             async with asyncio.timeout(_ASK_TIMEOUT_S):
-                waiting: Mapping[str, WaitingJobs] | None = await response
+                waiting: Mapping[str, Waiting] | None = await response
                 return waiting
         except (TimeoutError, RayError, RayServeException) as error:
             response.cancel()
@@ -131,7 +131,7 @@ class RayOperations:
             return None
 
 
-def _predicted_s(model: str, waiting: Mapping[str, WaitingJobs] | None) -> float | None:
+def _predicted_s(model: str, waiting: Mapping[str, Waiting] | None) -> float | None:
     """Returns the device time of the jobs that wait for a model; None while they or its prices are not known."""
     jobs = None if waiting is None else waiting.get(model)
     if jobs is None:

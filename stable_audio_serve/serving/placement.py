@@ -19,7 +19,6 @@ from stable_audio_serve.serving.reservations import (
     replica_slot,
     reserved_cpus,
 )
-from stable_audio_serve.serving.scaling import WINDOW_S
 
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
@@ -31,10 +30,9 @@ _NO_LIMIT = 100_000
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
 _ROUTING_STATS_PERIOD_S = 1.0  # how often a replica says what it has to do
 _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
-_RUNNER_POLICY = "stable_audio_serve.serving.autoscaling:RunnerPolicy"
 # What a policy sees of replicas and callers: how often they report (Serve's variables for that have no effect in 2.60),
 # how long that is kept, and that the most requests at a time count, not their mean.
-_OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": WINDOW_S, "aggregation_function": "max"}
+_OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregation_function": "max"}
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
 _ONE_REPLICA = 1  # percent, rounded up to whole replicas: an update starts one replica above the target at a time
 _DRAIN_LOOK_S = 0.1  # how often a replica that is being replaced looks whether its requests are over
@@ -153,12 +151,7 @@ def runner_options(settings: Settings) -> dict[str, Any]:
     """Deployment options of the job runners, which wait for models rather than compute."""
     return {
         "name": RUNNER_NAME,
-        "autoscaling_config": {  # as many as there are, with a policy that hears what they say
-            "min_replicas": settings.jobs.runners,
-            "max_replicas": settings.jobs.runners,
-            **_OBSERVATION,
-            "policy": {"policy_function": _RUNNER_POLICY},
-        },
+        "num_replicas": settings.jobs.runners,
         "max_ongoing_requests": 1000,  # wake-up calls, over at once
         "health_check_period_s": 2.0,  # how soon a dead one is missed, and its jobs go on
         "graceful_shutdown_timeout_s": 10.0,
@@ -180,17 +173,12 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
         "autoscaling_config": {
             "min_replicas": min_replicas,
             "max_replicas": replicas.max_replicas,
-            # The policy waits itself: Serve waits as long however much there is, and goes to what one moment wants.
-            "upscale_delay_s": 0.0,
-            "downscale_delay_s": 0.0,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
             **_OBSERVATION,
             "policy": {
                 "policy_function": _POLICY,
-                "policy_kwargs": {
-                    "target_wait_s": replicas.target_wait_s,
-                    "grow_after_s": replicas.upscale_delay_s,
-                    "shrink_after_s": replicas.downscale_delay_s,
-                },
+                "policy_kwargs": {"target_wait_s": replicas.target_wait_s},
             },
         },
         "ray_actor_options": {"num_cpus": slot.cpus, "num_gpus": slot.gpus},

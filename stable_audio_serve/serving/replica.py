@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MINUTE_S = 60
+_LEAST_LOOK_S = 0.1
+_WAITING_OLD_S = 5.0  # what a runner said longer ago is not believed
 _PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
 
 
@@ -66,6 +68,8 @@ class ModelReplica:
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
+        self._looked_at = time.monotonic(), 0.0  # when, and how long the engine had been busy by then
+        self._waiting = 0.0, float("-inf")  # seconds of work of jobs that wait, and when that was said
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
@@ -182,12 +186,19 @@ class ModelReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve every second, for the policy of this model's replicas."""
+        now, busy_s = time.monotonic(), self._engine.busy_s
+        before, busy_before_s = self._looked_at
+        self._looked_at = now, busy_s
+        waiting_s, told_at = self._waiting
         return replica_stats(
-            backlog_ms=self._engine.backlog_ms,
-            accepted_ms=self._engine.accepted_ms,
-            load_s=sum(self._start_s.values()),
-            prices=self._engine.prices(),
+            work_s=self._engine.backlog_ms / 1000.0,
+            busy_share=min(1.0, (busy_s - busy_before_s) / max(now - before, _LEAST_LOOK_S)),
+            waiting_s=waiting_s if now - told_at < _WAITING_OLD_S else 0.0,
         )
+
+    async def note_waiting(self, seconds: float) -> None:
+        """Called by job runners every second with the predicted work of the jobs that wait for this model."""
+        self._waiting = seconds, time.monotonic()
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises ModelUnavailableError."""

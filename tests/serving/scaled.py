@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
-from benchmarks.servers.timed import TimedReplica
+from benchmarks.servers.timed import DEVICE, TimedReplica, predict_stages
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_store
@@ -114,6 +115,32 @@ def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, 
     return dict(store.operators.counts())
 
 
+def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
+    """Four fifths of two replicas' time are used, without a backlog. Returns the numbers of replicas, one a second, of
+    the last part, which is longer than what the policy looks back on and two delays.
+    """
+    request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
+    pause_s = predict_stages(DEVICE, request).total_ms / 1000.0 / (0.8 * 2)
+    counts = observer.seen["busy"].counts
+
+    async def run() -> list[int]:
+        running: set[asyncio.Task[object]] = set()
+        seen: list[int] = []
+        looked_at = time.monotonic()
+        while len(seen) < 35:
+            task = asyncio.create_task(backend.generate("busy", request))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            await asyncio.sleep(random.expovariate(1.0 / pause_s))
+            if time.monotonic() > looked_at + 1.0:
+                looked_at = time.monotonic()
+                seen.append(counts[-1])
+        await asyncio.gather(*running)
+        return seen[-15:]
+
+    return asyncio.run(run())
+
+
 def refused_databases(folder: str) -> list[str]:
     """What is said of jobs in a file, which each node would have for itself, and in a database that is not there."""
     said = []
@@ -163,12 +190,18 @@ def main(folder: str, database_url: str, num_jobs: str) -> None:
     backend = RayBackend(plan_deployments(settings).catalog, {"lazy": handle}, application=_APPLICATION)
     jobs = jobs_wait(settings, observer, int(num_jobs))
     outcomes = load_comes_and_goes(backend, observer)
+    counted = {model: {"counts": list(seen.counts), "nodes": len(seen.nodes)} for model, seen in observer.seen.items()}
+    steady = load_is_steady(
+        RayBackend(backend.catalog, {"busy": serve.get_deployment_handle("busy", _APPLICATION)}, application="audio"),
+        observer,
+    )
     result = {
         "outcomes": {outcome: outcomes.count(outcome) for outcome in set(outcomes)},
         "jobs": jobs,
+        "steady": steady,
         "refused": refused,
         "failed": failed,
-        **{model: {"counts": seen.counts, "nodes": len(seen.nodes)} for model, seen in observer.seen.items()},
+        **counted,
     }
     print("seen: " + json.dumps(result))
     serve.shutdown()

@@ -48,7 +48,8 @@ def test_operator_decides_replica_counts_and_delays() -> None:
     options = make_options(SFX | {"replicas": counts | waits})
     scaling = options["small-sfx"]["autoscaling_config"]
     assert {key: scaling[key] for key in counts} == counts
-    assert scaling["policy"]["policy_kwargs"] == {"target_wait_s": 3, "grow_after_s": 1, "shrink_after_s": 60}
+    assert scaling["policy"]["policy_kwargs"] == {"target_wait_s": 3}
+    assert (scaling["upscale_delay_s"], scaling["downscale_delay_s"]) == (1, 60)
 
 
 def test_fence_lets_the_engine_do_admission() -> None:

@@ -56,6 +56,10 @@ def test_jobs_that_wait_add_replicas_although_nobody_asks_and_all_are_done(seen:
     assert seen["jobs"] == {"succeeded": JOBS}
 
 
+def test_steady_load_without_a_backlog_keeps_the_replicas_it_needs(seen: dict[str, Any]) -> None:
+    assert min(seen["steady"]) >= 2
+
+
 def test_sqlite_is_refused_on_two_nodes_and_postgresql_is_not_for_that(seen: dict[str, Any]) -> None:
     in_file, elsewhere = seen["refused"]
     assert "2 nodes" in in_file

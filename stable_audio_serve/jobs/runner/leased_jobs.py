@@ -15,9 +15,9 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import UnknownModelError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.pricing import WorkSize
 from stable_audio_serve.jobs.job import Job
 from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, StopReason
-from stable_audio_serve.jobs.runner.capacity import work_of
 from stable_audio_serve.jobs.runner.gate import StorageGate
 from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
 
@@ -104,11 +104,11 @@ class LeasedJobs:
     def _begin(self, job: Job) -> None:
         lease = lease_id(job)
         try:
-            work = work_of(job.spec.request, self._catalog.resolve(job.spec.model))
+            size = WorkSize.of(job.spec.request, model=self._catalog.resolve(job.spec.model))
         except UnknownModelError:  # the attempt will fail with it
-            work = 0.0
+            size = WorkSize()
         self.heartbeat.hold(lease)
-        self._context.capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, work=work)
+        self._context.capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, size=size)
         self._attempts[lease] = attempt = Attempt(job, self._context)
         attempt.task.add_done_callback(partial(self._end, lease))
 

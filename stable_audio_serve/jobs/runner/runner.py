@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import get_args
@@ -20,6 +20,7 @@ from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import GenerationError, StorageError
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import State
 from stable_audio_serve.jobs.runner.attempt import AttemptContext, record_end
@@ -60,8 +61,9 @@ class JobRunner:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
         pauses: RunnerPauses = RunnerPauses(),
+        prices: Callable[[str], Prices | None] = lambda model: None,
     ) -> None:
-        """Without a notifier no webhooks are sent."""
+        """Without a notifier no webhooks are sent. `prices` are what each model's engines published last."""
         clock = clock or SystemClock()
         self._store = store
         self._backend = backend
@@ -81,6 +83,7 @@ class JobRunner:
         self._executor = JobExecutor(backend, artifacts, limits=settings.api, gate=self._gate, clock=clock)
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
+            prices=prices,
             ahead_s={"interactive": self._settings.work_ahead_s, "batch": self._settings.batch_ahead_s},
             most_ahead_s={model.name: _AHEAD_SHARE * model.replicas.target_wait_s for model in settings.models},
             max_running=self._settings.max_running,
