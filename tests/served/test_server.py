@@ -41,13 +41,14 @@ def read_wav(response: httpx.Response) -> wave.Wave_read:
 
 
 def test_a_starting_server_is_alive_before_it_is_ready(server: LaunchedServer) -> None:
-    *loading, last = server.probes
-    assert len(loading) > 1  # the ingress takes less time than the models
-    assert {ready for _, ready in loading} == {503}
-    assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
-        (200, "loading", False)
-    }
-    assert last[1] == 200
+    *before, last = [
+        (health.status_code, health.json()["status"], health.json()["healthy"], ready)
+        for health, ready in server.probes
+    ]
+    loading = (200, "loading", False, 503)
+    assert before[:2] == [loading, loading]  # the ingress takes less time than the models
+    assert set(before) <= {loading, (200, "ok", True, 503)}  # one of the two ingress replicas hears of them later
+    assert last[-1] == 200
     assert server.client.get("/health").json()["device"] in ("cpu", "cuda:0")
 
 

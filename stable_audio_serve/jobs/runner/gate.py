@@ -17,7 +17,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.jobs.runner.pauses import RunnerPauses
-from stable_audio_serve.jobs.store.health import Refusals, health_of
+from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
@@ -85,8 +85,7 @@ class StorageGate:
             pause_s = self._pause_s * random.uniform(0.5, 1.0)
             self._pause_s = min(2 * self._pause_s, self._pauses.last_probe_s)
             with suppress(StorageError):  # the database may be full too, which health checks notice by themselves
-                note = self._refusals.note
-                await asyncio.to_thread(note, self._owner, health_of(refused), for_s=pause_s + _GRACE_S)
+                await self._note(health_of(refused), for_s=pause_s + _GRACE_S)
             await asyncio.sleep(pause_s)
             refused = await self._probe()
         log.warning("jobs are started again: files can be kept")
@@ -95,6 +94,15 @@ class StorageGate:
             await asyncio.to_thread(self._refusals.withdraw, self._owner)
         self._limit, self._needed_bytes, self._trying = 1, 0, None
         self._on_open()
+
+    async def _note(self, health: StoreHealth, *, for_s: float) -> None:
+        """Cancelling it waits for its thread: what that writes must not come after the withdrawal in `close`."""
+        noting = asyncio.ensure_future(asyncio.to_thread(self._refusals.note, self._owner, health, for_s=for_s))
+        try:
+            await asyncio.shield(noting)
+        except asyncio.CancelledError:
+            await asyncio.gather(noting, return_exceptions=True)
+            raise
 
     async def _probe(self) -> StorageError | None:
         try:
