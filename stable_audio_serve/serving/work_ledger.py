@@ -15,15 +15,12 @@ from stable_audio_serve.core.pricing import Prices
 
 OLD_S = 5.0
 _CHOSEN_S = 1.0  # a choice that is older was not used: its caller left, or the replica was full
-_WAYS = 60  # words by which the clocks of two machines are compared
+_MOST_AGE_S = 5.0  # of a report when it arrives: Serve's controller brings it, and clocks of machines may differ
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """What a replica publishes: the device time of all it had accepted at `said_at`, and its prices.
-
-    `said_at` is in seconds on a clock of its own that does not jump; others compare two of its times only.
-    """
+    """What a replica publishes: the device time of all it had accepted at `said_at`, Unix seconds, and its prices."""
 
     said_at: float
     backlog_ms: float
@@ -32,7 +29,7 @@ class ReplicaWork:
     @classmethod
     def now(cls, backlog_ms: float, prices: Prices) -> ReplicaWork:
         """Returns what the calling replica says now."""
-        return cls(time.monotonic(), backlog_ms, prices)
+        return cls(time.time(), backlog_ms, prices)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what crosses Serve's controller."""
@@ -93,26 +90,24 @@ class _Replica:
 
     def __init__(self, now: float) -> None:
         self.work: ReplicaWork | None = None
-        self.said_at = now  # on the clock of this process
+        self.heard_at = now
+        self._said_at = now  # on the clock of this process
         self.chosen = _Calls()
         self._sent = _Calls()
         self._by_id: defaultdict[str, deque[_Call]] = defaultdict(deque)  # several calls may have one id
-        self._ways_s: deque[float] = deque(maxlen=_WAYS)
 
-    def hear(self, work: ReplicaWork, *, now: float) -> None:
-        """The fastest of the last words tells by how much the two clocks differ."""
+    def hear(self, work: ReplicaWork, *, now: float, age_s: float) -> None:
         if self.work is not None and self.work.said_at == work.said_at:
             return
-        self.work = work
-        self._ways_s.append(now - work.said_at)
-        self.said_at = work.said_at + min(self._ways_s)
-        for call in self._sent.drop_before(self.said_at):
+        self.work, self.heard_at = work, now
+        self._said_at = now - min(max(age_s, 0.0), _MOST_AGE_S)
+        for call in self._sent.drop_before(self._said_at):
             self._forget(call.request_id)
 
     def left_ms(self, now: float) -> float:
         for _ in self.chosen.drop_before(now - _CHOSEN_S):
             pass
-        said_ms = self.work.backlog_ms - (now - self.said_at) * 1000.0 if self.work else 0.0
+        said_ms = self.work.backlog_ms - (now - self._said_at) * 1000.0 if self.work else 0.0
         return max(0.0, said_ms) + self.chosen.total_ms + self._sent.total_ms
 
     def send(self, call: _Call) -> None:
@@ -135,23 +130,32 @@ class _Replica:
 class WorkLedger:
     """The replicas of one model by name. Not thread-safe."""
 
-    def __init__(self, *, old_after_s: float = OLD_S, clock: Callable[[], float] = time.monotonic) -> None:
-        """A replica that has said nothing for `old_after_s` is not relied on. `clock` returns seconds."""
+    def __init__(
+        self,
+        *,
+        old_after_s: float = OLD_S,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """A replica that has said nothing for `old_after_s` is not relied on. `clock` and `wall` return seconds, `wall`
+        those of `ReplicaWork.said_at`.
+        """
         self._old_after_s = old_after_s
         self._clock = clock
+        self._wall = wall
         self._replicas: dict[str, _Replica] = {}
 
     def update(self, words: Mapping[str, Mapping[str, Any]]) -> None:
         """Note which replicas there are and what each said last: empty if nothing yet. Others are forgotten."""
-        now = self._clock()
+        now, wall = self._clock(), self._wall()
         self._replicas = {name: self._replicas.get(name) or _Replica(now) for name in words}
         for name, word in words.items():
             if (work := ReplicaWork.from_dict(word)) is not None:
-                self._replicas[name].hear(work, now=now)
+                self._replicas[name].hear(work, now=now, age_s=wall - work.said_at)
 
     def is_old(self, replica: str) -> bool:
         """Whether a replica has said nothing for too long; a new one has until then to say something."""
-        return self._clock() - self._replicas[replica].said_at > self._old_after_s
+        return self._clock() - self._replicas[replica].heard_at > self._old_after_s
 
     def left_ms(self, replica: str) -> float:
         """Returns the predicted work that a replica has not done yet, as far as this process can know."""
