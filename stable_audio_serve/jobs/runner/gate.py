@@ -1,7 +1,7 @@
 """Decides whether jobs may be started: not while the place for their files is known to refuse them.
 
 A job whose file was refused has been computed for nothing. So no other job is started until as much can be written as
-was refused, however long that takes; then one job at first, and twice as many whenever a file was kept.
+was refused, however long that takes; then one job, and all others when its file was kept.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class StorageGate:
 
     def kept(self) -> None:
         """Note that a file was kept."""
-        if 0 < self._limit < _LARGE:
-            self._limit *= 2
+        if self._limit == 1:
+            self._limit = _LARGE
             self._pause_s = self._pauses.probe_s
             self._on_open()
 
