@@ -75,7 +75,7 @@ class InstantReplica:
 
     async def status(self) -> object:
         """Ready, having loaded nothing."""
-        from stable_audio_serve.serving.replica import ReplicaStatus
+        from stable_audio_serve.serving.model_states import ReplicaStatus
 
         counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
         return ReplicaStatus(device="cpu", start_s={}, backlog_ms=0.0, quality=None, **counts)

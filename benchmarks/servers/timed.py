@@ -199,7 +199,7 @@ class TimedReplica:
 
     async def status(self) -> object:
         """Returns what it has done and what its device still has to do."""
-        from stable_audio_serve.serving.replica import ReplicaStatus
+        from stable_audio_serve.serving.model_states import ReplicaStatus
 
         return ReplicaStatus(
             device="timed", start_s={}, backlog_ms=self._device.backlog_ms, quality=None, **self._outcomes

@@ -185,7 +185,7 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
 def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
     """Wait until every preloaded replica runs and the HTTP path says so. Returns the body of /health."""
-    from stable_audio_serve.serving.serve_status import read_application
+    from stable_audio_serve.serving.model_states import read_application
 
     next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
     while True:

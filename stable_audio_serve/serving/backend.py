@@ -26,7 +26,7 @@ from stable_audio_serve.core.errors import (
 )
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.serving.model_watch import ModelWatch
+from stable_audio_serve.serving.model_states import ModelWatch
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator

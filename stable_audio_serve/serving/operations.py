@@ -20,8 +20,8 @@ from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.serving import notes
 from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
-from stable_audio_serve.serving.heard import last_prices, reports
 from stable_audio_serve.serving.kept_models import keep, kept, release
+from stable_audio_serve.serving.model_states import last_prices, reports
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

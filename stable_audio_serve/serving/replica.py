@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,9 @@ from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import replica_stats
-from stable_audio_serve.serving.heard import ReplicaWords
 from stable_audio_serve.serving.logs import configure_logging
-from stable_audio_serve.serving.recent import RecentSum
-from stable_audio_serve.serving.serve_status import read_application
+from stable_audio_serve.serving.meters import RecentSum
+from stable_audio_serve.serving.model_states import ReplicaStatus, ReplicaWords, read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -38,24 +36,6 @@ _MINUTE_S = 60
 _LEAST_LOOK_S = 0.1
 _WAITING_OLD_S = 5.0  # what a runner said longer ago is not believed
 _PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStatus:
-    """Where a replica runs, how long the stages of its start took (seconds), and what became of its requests.
-
-    `expired` are requests whose own deadline ended them; `backlog_ms` is predicted device time not yet spent.
-    """
-
-    device: str
-    start_s: Mapping[str, float]
-    in_flight: int
-    finished: int
-    cancelled: int
-    expired: int
-    failed: int
-    backlog_ms: float
-    quality: ModelQuality | None
 
 
 class ModelReplica:
@@ -81,8 +61,8 @@ class ModelReplica:
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
             from stable_audio_serve.serving.engines import hash_model, load_engine
+            from stable_audio_serve.serving.meters import StepMeter
             from stable_audio_serve.serving.metrics import RayMetrics
-            from stable_audio_serve.serving.step_meter import StepMeter
             from stable_audio_serve.serving.trial import Trial
         metrics = self._meter = StepMeter(RayMetrics(model=model.name))
         quiet = QuietMetrics(metrics)

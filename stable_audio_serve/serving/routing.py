@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from stable_audio_serve.serving.heard import hear
 from stable_audio_serve.serving.metrics import RayMetrics
+from stable_audio_serve.serving.model_states import hear
 from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 
 

@@ -11,7 +11,7 @@ from ray.exceptions import NodeDiedError, OwnerDiedError, RayError
 
 from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
-from stable_audio_serve.serving import model_watch
+from stable_audio_serve.serving import model_states
 from stable_audio_serve.serving.backend import RayBackend
 from tests.backends import make_catalog
 
@@ -60,7 +60,7 @@ async def test_an_answer_proves_a_model_ready_while_the_controller_is_silent(mon
         assert head_is_back.wait(60)
         raise RayError("it was away")
 
-    monkeypatch.setattr(model_watch, "read_application", silent)
+    monkeypatch.setattr(model_states, "read_application", silent)
     asked = backend(_RESULT)
     try:
         assert (await asked.status())["small-sfx"].stage == "loading"

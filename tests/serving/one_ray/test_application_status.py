@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ray import serve
 
-from stable_audio_serve.serving.serve_status import read_application
+from stable_audio_serve.serving.model_states import read_application
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

@@ -6,8 +6,8 @@ import pytest
 
 from stable_audio_serve.core.operations import ReplicaReport
 from stable_audio_serve.core.pricing import Prices
-from stable_audio_serve.serving import heard
-from stable_audio_serve.serving.heard import ReplicaWords, hear, last_prices, reports
+from stable_audio_serve.serving import model_states
+from stable_audio_serve.serving.model_states import ReplicaWords, hear, last_prices, reports
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 
@@ -15,9 +15,9 @@ from stable_audio_serve.serving.work_ledger import ReplicaWork
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time in seconds, which a test sets."""
     time = [50.0]
-    monkeypatch.setattr(heard.time, "monotonic", lambda: time[0])
-    monkeypatch.setattr(heard, "_heard", {})
-    monkeypatch.setattr(heard, "_prices", {})
+    monkeypatch.setattr(model_states.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(model_states, "_heard", {})
+    monkeypatch.setattr(model_states, "_prices", {})
     return time
 
 

@@ -1,30 +1,34 @@
-"""What one process knows of the models that it calls: their stages and replicas as Ray Serve's controller sees them,
-and what replicas say of themselves.
+"""The state of models, as this process knows it: what replicas last published about their work, and their stages, as
+Ray Serve's controller sees them. Read by status, health, routing and job runners.
 
-Asking wakes no model, and nobody waits long: the last answer is better than a late one.
+Nothing here wakes a model. What replicas publish comes with the routers' updates, once a second. The controller is
+asked at most twice a second; while it does not answer, its last answer counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
 from stable_audio_serve.core.catalog import ModelQuality, ModelStatus
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.serving.serve_status import read_application
+from stable_audio_serve.core.operations import ReplicaReport
+from stable_audio_serve.core.pricing import Prices
+from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-
-    from stable_audio_serve.serving.replica import ReplicaStatus
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,115 @@ _TTL_S = 0.5  # an older answer is renewed, those who ask meanwhile get the old 
 _STALE_S = 2.0  # a caller waits for a newer one than that
 _REPLICA_TTL_S = 5.0  # how old the words of replicas on themselves may be
 _TIMEOUT_S = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """Where a replica runs, how long the stages of its start took (seconds), and what became of its requests.
+
+    `expired` are requests whose own deadline ended them; `backlog_ms` is predicted device time not yet spent.
+    """
+
+    device: str
+    start_s: Mapping[str, float]
+    in_flight: int
+    finished: int
+    cancelled: int
+    expired: int
+    failed: int
+    backlog_ms: float
+    quality: ModelQuality | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaWords:
+    """What a replica publishes for operators beside its work."""
+
+    device: str
+    dtype: str
+    in_flight: int
+    rows_per_step: float | None
+    finished_per_minute: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what crosses Serve's controller."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True)
+class _Heard:
+    at: float
+    words: Mapping[str, Any]
+
+
+_heard: dict[str, dict[str, _Heard]] = {}
+_prices: dict[str, Prices] = {}
+_lock = threading.Lock()
+
+
+def hear(model: str, words: Mapping[str, Mapping[str, Any]]) -> None:
+    """Note which replicas a model has and what each said last. Others are forgotten."""
+    now = time.monotonic()
+    works = map(ReplicaWork.from_dict, words.values())
+    work = next(filter(None, works), None)
+    with _lock:
+        if work is not None:
+            _prices[model] = work.prices
+        known = _heard.get(model, {})
+        _heard[model] = {
+            name: known[name] if name in known and known[name].words == word else _Heard(now, word)
+            for name, word in words.items()
+        }
+
+
+def last_prices(model: str) -> Prices | None:
+    """Returns what a replica of a model asked last, though there may be none any more; None before one has said it."""
+    return _prices.get(model)
+
+
+def reports(model: str) -> tuple[ReplicaReport, ...]:
+    """Returns what is known of each replica of a model, in order of their names."""
+    now = time.monotonic()
+    with _lock:
+        heard = sorted(_heard.get(model, {}).items())
+    return tuple(_report(name, one.words, age_s=now - one.at) for name, one in heard)
+
+
+def _report(name: str, words: Mapping[str, Any], *, age_s: float) -> ReplicaReport:
+    """What another version says differently is not known."""
+    backlog_ms, rows = words.get("backlog_ms"), words.get("rows_per_step")
+    return ReplicaReport(
+        name,
+        age_s,
+        device=words.get("device"),
+        dtype=words.get("dtype"),
+        in_flight=words.get("in_flight"),
+        backlog_s=None if backlog_ms is None else float(backlog_ms) / 1000.0,
+        rows_per_step=None if rows is None else float(rows),
+        finished_per_minute=words.get("finished_per_minute"),
+    )
+
+
+def read_application(name: str) -> ApplicationStatusOverview | None:
+    """Returns the status of an application and of its deployments, None where Serve or the application does not run.
+
+    `serve.status` takes twenty times as long: for each deployment it imports and pickles the request router again.
+    Blocking. Raises RayError where the controller does not answer.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    told = client.get_serve_details()["applications"].get(name) if client else None
+    if told is None:
+        return None
+    deployments = {
+        deployment: DeploymentStatusOverview(
+            status=each["status"],
+            status_trigger=each["status_trigger"],
+            replica_states=dict(Counter(replica["state"] for replica in each["replicas"])),
+            message=each["message"],
+        )
+        for deployment, each in told["deployments"].items()
+    }
+    return ApplicationStatusOverview(told["status"], told["message"], told["last_deployed_time_s"], deployments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""Rows per step of the last seconds, by hand."""
+"""What a replica counts of its last seconds, on a clock that the test sets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.serving.step_meter import StepMeter
+from stable_audio_serve.serving.meters import RecentSum, StepMeter
 
 
 @dataclass
@@ -46,3 +46,19 @@ def test_a_hundred_thousand_steps_a_second_are_two_numbers() -> None:
             meter.observe("engine_rows_per_step", 4, model="m")
     assert meter.rows_per_step == 4
     assert len(meter._steps._seconds) <= 11
+
+
+def test_counts_a_minute_and_forgets_it() -> None:
+    clock = Hand()
+    requests = RecentSum(60, clock=clock)
+    assert requests.total == 0
+    for second in range(200):  # 10,000 requests, 50 a second
+        clock.now = 1000.0 + second
+        for _ in range(50):
+            requests.add()
+    assert requests.total == 50 * 61  # sixty whole seconds and the one that runs
+    assert len(requests._seconds) == 61
+    clock.now += 30
+    assert requests.total == 50 * 31
+    clock.now += 31
+    assert requests.total == 0
