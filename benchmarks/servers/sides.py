@@ -20,8 +20,8 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.serving.app import assemble
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.engines import first_device
-from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.model_states import ReplicaStatus
+from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.replica import ModelReplica
 
 _OTHERS = ("lock", "eager-lock", "static")

@@ -1,6 +1,6 @@
 """The API's Backend over Ray Serve model handles: deadlines, one retry, errors of ours instead of Ray's.
 
-Runs inside an ingress replica or a job runner. How models are is `model_watch`; who is refused while one is full is for
+Runs inside an ingress replica or a job runner. The state of models is `model_states`; who is refused while one is full is for
 its engine to say.
 """
 
