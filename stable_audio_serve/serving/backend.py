@@ -1,7 +1,7 @@
 """The API's Backend over Ray Serve model handles: deadlines, one retry, errors of ours instead of Ray's.
 
-Runs inside an ingress replica or a job runner. The state of models is `model_states`; who is refused while one is full is for
-its engine to say.
+Runs inside an ingress replica or a job runner. The state of models is in `model_states`; the engine decides who is
+refused.
 """
 
 from __future__ import annotations
