@@ -22,7 +22,7 @@ from stable_audio_serve.engine.batching import BatchPolicy
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.device import Device, open_device
 from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.pace import WindowPace
+from stable_audio_serve.engine.pacing import WindowPace
 from stable_audio_serve.engine.policies import resolve_mode
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Reply, RequestState

@@ -20,7 +20,7 @@ from stable_audio_serve.engine.call_cost import Measurement
 from stable_audio_serve.engine.call_shapes import PackedShapes, round_up
 from stable_audio_serve.engine.cost import CostModel
 from stable_audio_serve.engine.decode_calls import captured_windows
-from stable_audio_serve.engine.pace import WindowPace
+from stable_audio_serve.engine.pacing import WindowPace
 from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
@@ -31,7 +31,7 @@ from stable_audio_serve.engine.work import Phase, RowWork
 from stable_audio_serve.models.windows import LONGEST_FRAMES, WINDOW_GRID, cut_windows
 
 _PROBE_WINDOW = 128
-_CALLS_AHEAD = 2  # of the host, as in `engine.call_times`
+_CALLS_AHEAD = 2  # of the host, as in `engine.pacing`
 
 
 @dataclass(frozen=True, slots=True)

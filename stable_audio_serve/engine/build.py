@@ -22,7 +22,7 @@ from stable_audio_serve.engine.inbox import Inbox
 from stable_audio_serve.engine.loop import EngineLoop
 from stable_audio_serve.engine.memory import RowMemory
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.pace import WindowPace
+from stable_audio_serve.engine.pacing import WindowPace
 from stable_audio_serve.engine.policies import resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.prompt_cache import PromptCache

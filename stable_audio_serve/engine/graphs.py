@@ -16,8 +16,7 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.capture_pace import CapturePace
-from stable_audio_serve.engine.capture_room import CaptureRoom
+from stable_audio_serve.engine.captures import CapturePace, CaptureRoom
 from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
 
 log = logging.getLogger(__name__)

@@ -13,11 +13,10 @@ from torch import Tensor
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.call_times import CallTimes
 from stable_audio_serve.engine.device import Device, Moment
 from stable_audio_serve.engine.executor import Executor
 from stable_audio_serve.engine.noise_ahead import RowNoise
-from stable_audio_serve.engine.pace import WindowPace
+from stable_audio_serve.engine.pacing import CallTimes, WindowPace
 from stable_audio_serve.engine.prompt_cache import PromptCache
 from stable_audio_serve.engine.request_state import Prompts
 from stable_audio_serve.engine.rows import Encoding, Failures, Row, run_alone

@@ -1,12 +1,19 @@
-"""When calls are captured beside traffic, so that nobody waits long: from how long that took. Knows no device."""
+"""When calls are captured beside traffic, so that nobody waits long, and how much of the device's memory captured calls
+may take, which they keep.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.engine.device import Device
+
+log = logging.getLogger(__name__)
 
 MOST_MS = 200.0  # that a waiting step may be delayed
 _SHARE = 0.1  # of the time while others wait
@@ -43,3 +50,34 @@ class CapturePace:
         if larger:
             return min(larger)
         return max((ms * size / known for known, ms in taken), default=math.inf)
+
+
+class CaptureRoom:
+    """Counts by what this process holds more after a capture than before. Used by one thread."""
+
+    def __init__(self, device: Device, *, max_bytes: int | None) -> None:
+        """`max_bytes` None: no bound, and nothing is counted."""
+        self._device = device
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more should be captured."""
+        return self._max_bytes is not None and self.num_bytes >= self._max_bytes
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Returns a context for one capture, which may fail."""
+        before = self._held()
+        try:
+            yield
+        finally:
+            self.num_bytes += max(0, self._held() - before)
+            if self.is_full:
+                held_gb = self.num_bytes / 1e9
+                log.warning("captured calls hold %.3g GB: calls of other shapes run without (memory_share)", held_gb)
+
+    def _held(self) -> int:
+        memory = None if self._max_bytes is None else self._device.memory()
+        return 0 if memory is None else memory.held
