@@ -120,10 +120,10 @@ site-serve: site ## the same, and show it on http://127.0.0.1:8001 (PORT= change
 
 demo-model: install ## train the demo model from nothing (OUT=demo-run DEVICE=cpu); resumes where it stopped
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
-		$(PY) -m stable_audio_serve.demo.train --out $(OUT) --device $(DEVICE)
+		$(PY) -m examples.demo_model.train --out $(OUT) --device $(DEVICE)
 
 demo-eval: install ## judge the packaged demo model and write its report
-	$(PY) -m stable_audio_serve.demo.evaluate --json stable_audio_serve/demo/checkpoint/report.json
+	$(PY) -m examples.demo_model.evaluate --json stable_audio_serve/demo/checkpoint/report.json
 
 clean: ## remove everything that can be rebuilt
 	rm -rf $(VENV) build dist site bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

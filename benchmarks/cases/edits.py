@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.settings import CaseSettings
+from examples.demo_model.checks import strongest_hz
 from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, SourceAudio
-from stable_audio_serve.demo.checks import strongest_hz
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry

@@ -27,7 +27,7 @@ from benchmarks.simulate.requests import Outcome, Shape
 from benchmarks.simulate.rivals import run_lock, run_static
 from benchmarks.simulate.roofline import MEDIUM, OPEN, OPEN_SMALL, SMALL, Network, Roofline, h200
 from benchmarks.workload import MIXES, Mix
-from stable_audio_serve.demo.architecture import FRAME_S, HEADROOM_S
+from examples.demo_model.architecture import FRAME_S, HEADROOM_S
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import Call
 from stable_audio_serve.engine.windows import window_lengths

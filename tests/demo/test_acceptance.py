@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import stable_audio_serve.demo
-from stable_audio_serve.demo.cases import KINDS, draw_cases
-from stable_audio_serve.demo.evaluate import judge
-from stable_audio_serve.demo.players import EnginePlayer
+from examples.demo_model.cases import KINDS, draw_cases
+from examples.demo_model.evaluate import judge
+from examples.demo_model.players import EnginePlayer
+from stable_audio_serve.models.registry import BUILT_IN
 
 pytestmark = pytest.mark.slow
 
-CHECKPOINT = Path(stable_audio_serve.demo.__file__).with_name("checkpoint")
+CHECKPOINT = Path(BUILT_IN["demo"].folder or "")
 
 
 async def test_fresh_prompts_of_every_kind_meet_the_acceptance_table() -> None:

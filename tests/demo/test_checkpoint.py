@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.demo.checks import (
+from examples.demo_model.checks import (
     has_chord,
     has_loose_tempo,
     has_pitch,
@@ -20,6 +19,7 @@ from stable_audio_serve.demo.checks import (
     is_silent,
     strongest_hz,
 )
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN

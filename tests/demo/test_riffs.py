@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from examples.demo_model.riffs import RATE_HZ, RIFFS, render_riff
 from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibrary, find_folder
-from stable_audio_serve.demo.riffs import RATE_HZ, RIFFS, render_riff
 
 ROOTS_HZ = {"gsharp_80bpm_4.wav": 207.65, "f_110bpm_3.wav": 174.61}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from stable_audio_serve.demo.clips import ClipConfig, ClipSource
-from stable_audio_serve.demo.package import write_checkpoint
-from stable_audio_serve.demo.train_autoencoder import (
+from examples.demo_model.clips import ClipConfig, ClipSource
+from examples.demo_model.package import write_checkpoint
+from examples.demo_model.train_autoencoder import (
     Autoencoder,
     AutoencoderConfig,
     AutoencoderTrainer,
@@ -18,8 +18,8 @@ from stable_audio_serve.demo.train_autoencoder import (
     reconstruction_loss,
     standardise,
 )
-from stable_audio_serve.demo.train_decoder import DecoderTrainingConfig, train_decoder
-from stable_audio_serve.demo.train_denoiser import DenoiserTrainingConfig, Trainer, draw_times
+from examples.demo_model.train_decoder import DecoderTrainingConfig, train_decoder
+from examples.demo_model.train_denoiser import DenoiserTrainingConfig, Trainer, draw_times
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import BUILT_IN
 

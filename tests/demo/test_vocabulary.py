@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from stable_audio_serve.demo.captions import caption
-from stable_audio_serve.demo.scenes import draw_scene
-from stable_audio_serve.demo.vocabulary import build_tokenizer
+from examples.demo_model.captions import caption
+from examples.demo_model.scenes import draw_scene
+from examples.demo_model.vocabulary import build_tokenizer
 from stable_audio_serve.models.oscillator.bank import nearest_oscillator
 from tests.parameters import slow
 

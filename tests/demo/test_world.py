@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from stable_audio_serve.demo.captions import caption
-from stable_audio_serve.demo.checks import check_scene, onset_times_s, strongest_hz
-from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
-from stable_audio_serve.demo.synthesis import render_scene
+from examples.demo_model.captions import caption
+from examples.demo_model.checks import check_scene, onset_times_s, strongest_hz
+from examples.demo_model.scenes import SHARES, Scene, draw_scene
+from examples.demo_model.synthesis import render_scene
 from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, OSCILLATOR_HZ, OscillatorBank
 
 BANK = OscillatorBank()

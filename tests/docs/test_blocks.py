@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from stable_audio_serve.cli.metrics_page import exported_name
 from stable_audio_serve.core.metrics import METRICS
 from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
-from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, text_of
+from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, text_of
 from tests.patience import PATIENCE_S
 
 # Who runs or reads the blocks of a language, page by page where a page needs a test of its own. `bash` is
@@ -74,6 +75,19 @@ def test_commands_that_are_not_run_could_be(block: Block) -> None:
         assert words[0] in PROGRAMS | {"curl"}, words
         if words[0] == "make":
             assert words[1] in targets
+
+
+def can_be_started(module: str) -> bool:
+    """Whether `python -m` finds a program of that name."""
+    spec = find_spec(module)
+    return spec is not None and (spec.submodule_search_locations is None or find_spec(f"{module}.__main__") is not None)
+
+
+def test_modules_that_make_and_the_pages_start_exist() -> None:
+    texts = [(ROOT / page).read_text() for page in ["Makefile", "benchmarks/README.md", *pages()]]
+    started = {module for text in texts for module in re.findall(r"(?:python3?|\$\(PY\)) -m (\w+(?:\.\w+)*)", text)}
+    assert {"benchmarks", "benchmarks.gpu", "examples.demo_model.evaluate", "examples.demo_model.train"} <= started
+    assert {module for module in started if not can_be_started(module)} == set()
 
 
 def yaml_of(page: str) -> Any:

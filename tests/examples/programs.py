@@ -82,4 +82,6 @@ async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes
 
 
 def find_examples(suffixes: Sequence[str] = (".py", ".sh")) -> set[str]:
-    return {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.*") if path.suffix in suffixes}
+    """Paths of the programs below `examples/`, without the demo model's, which `tests/demo` tests."""
+    paths = {path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.*") if path.suffix in suffixes}
+    return {str(path) for path in paths if path.parts[0] not in ("__init__.py", "demo_model")}

@@ -47,6 +47,12 @@ def test_it_has_the_default_configuration_of_the_checkout(wheel: Path) -> None:
     assert packaged == (ROOT / "serve_config.yaml").read_bytes()
 
 
+def test_it_holds_the_package_and_nothing_else_of_the_checkout(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"stable_audio_serve"}
+
+
 def test_its_commands_find_the_configuration_in_it(installed: Path, tmp_path: Path) -> None:
     result = run(installed, tmp_path, "stable-audio-serve", "config")
     assert result.stderr.startswith("configuration: the packaged one, which serves the demo model")

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.demo.checks import (
+from examples.demo_model.checks import (
     has_chord,
     has_loose_tempo,
     has_strict_tempo,
@@ -19,7 +18,9 @@ from stable_audio_serve.demo.checks import (
     is_panned,
     strongest_hz,
 )
-from stable_audio_serve.demo.players import HttpPlayer
+from examples.demo_model.players import HttpPlayer
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.registry import BUILT_IN
 from tests.serving.launched import LaunchedServer
 
 pytestmark = pytest.mark.server
@@ -109,7 +110,5 @@ def test_health_and_models_say_that_it_is_a_demo(url: str) -> None:
 
 
 def test_the_model_card_says_what_it_cannot_do() -> None:
-    import stable_audio_serve.demo
-
-    card = Path(stable_audio_serve.demo.__file__).with_name("checkpoint") / "README.md"
+    card = Path(BUILT_IN["demo"].folder or "") / "README.md"
     assert "## What it cannot do" in card.read_text()

@@ -12,9 +12,9 @@ import pytest
 import pytest_asyncio
 import soundfile
 
+from examples.demo_model.checks import has_loose_tempo, has_strict_tempo, onset_times_s
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.demo.checks import has_loose_tempo, has_strict_tempo, onset_times_s
 from stable_audio_serve.serving.engines import load_engine
 from stable_audio_serve.serving.local import LocalBackend
 from stable_audio_serve.serving.placement import plan_deployments

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from stable_audio_serve.demo.vocabulary import TEMPO_PATTERN
+from examples.demo_model.vocabulary import TEMPO_PATTERN
 from stable_audio_serve.models.oscillator.timeline import NUM_TIMELINE_FEATURES, TempoRule, timeline_features
 
 RULE = TempoRule(re.compile(TEMPO_PATTERN), default_bpm=120, minimum_bpm=30, maximum_bpm=300)

@@ -19,7 +19,7 @@ from stable_audio_serve.core.generation import SourceAudio
 log = structlog.get_logger("stable_audio_serve.api")
 
 _NAME = re.compile(r"([a-g](?:sharp)?)_([0-9]{1,6})_?bpm(?:_[0-9]+)?\.wav", re.IGNORECASE)
-_STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # made by `demo.riffs`
+_STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # made by `examples/demo_model/riffs.py`
 _USED_S = 12.0
 _MAX_STRETCH = 16.0  # a riff stretched or squeezed further cannot be recognised
 _MARGIN_S = 1.0

@@ -1,6 +1,7 @@
-"""Judges a demo checkpoint, or a server's demo model, on fresh prompts: `python -m ...demo.evaluate [FOLDER | URL]`.
+"""Judges a demo checkpoint, or a server's demo model, on fresh prompts.
 
-Every class is reported separately. Thresholds are those of the acceptance table; nothing here reads weights or latents.
+`python -m examples.demo_model.evaluate [FOLDER | URL]` reports every class separately. Thresholds are those of the
+acceptance table; nothing here reads weights or latents.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from examples.demo_model.cases import KINDS, Case, draw_cases
+from examples.demo_model.checks import Audio, check_scene, has_loose_tempo, has_pitch, has_strict_tempo
+from examples.demo_model.players import EnginePlayer, HttpPlayer, Player
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.demo.cases import KINDS, Case, draw_cases
-from stable_audio_serve.demo.checks import Audio, check_scene, has_loose_tempo, has_pitch, has_strict_tempo
-from stable_audio_serve.demo.players import EnginePlayer, HttpPlayer, Player
 from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 from stable_audio_serve.models.registry import BUILT_IN
 

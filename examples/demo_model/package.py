@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stable_audio_serve.demo import architecture
-from stable_audio_serve.demo.train_autoencoder import Autoencoder
-from stable_audio_serve.demo.train_denoiser import Network, Trainer
-from stable_audio_serve.demo.vocabulary import MAX_TOKENS, write_tokenizer
+from examples.demo_model import architecture
+from examples.demo_model.train_autoencoder import Autoencoder
+from examples.demo_model.train_denoiser import Network, Trainer
+from examples.demo_model.vocabulary import MAX_TOKENS, write_tokenizer
 
 _TOKENIZER_CONFIG = {
     "backend": "tokenizers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stable_audio_serve.demo.scenes import DEFAULT_SWEEP, DEFAULT_TEMPO_BPM, Scene, default_pitch
+from examples.demo_model.scenes import DEFAULT_SWEEP, DEFAULT_TEMPO_BPM, Scene, default_pitch
 from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, nearest_oscillator
 
 _NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.demo.optim import MixedOptimizer
-from stable_audio_serve.demo.scenes import SHARES, draw_scene
-from stable_audio_serve.demo.synthesis import render_scene
+from examples.demo_model.optim import MixedOptimizer
+from examples.demo_model.scenes import SHARES, draw_scene
+from examples.demo_model.synthesis import render_scene
 from stable_audio_serve.models.oscillator.bank import NUM_CHANNELS, NUM_OSCILLATORS
 from stable_audio_serve.models.oscillator.parts import PatchMlpDecoder, PatchMlpEncoder
 

@@ -1,6 +1,6 @@
 """The two riffs that come with the server, made by the demo's own synthesiser and free of rights: CC0.
 
-`python -m stable_audio_serve.demo.riffs FOLDER` writes them; a test compares them with the packaged files.
+`python -m examples.demo_model.riffs FOLDER` writes them; a test compares them with the packaged files.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stable_audio_serve.demo.scenes import Scene
-from stable_audio_serve.demo.synthesis import FRAME_S, render_scene
+from examples.demo_model.scenes import Scene
+from examples.demo_model.synthesis import FRAME_S, render_scene
 from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, SAMPLE_RATE_HZ, OscillatorBank
 
 RATE_HZ = 22_050  # all their partials are below 5 kHz, and the package stays small

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from stable_audio_serve.demo.captions import caption
-from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
+from examples.demo_model.captions import caption
+from examples.demo_model.scenes import SHARES, Scene, draw_scene
 
 Task = Literal["generate", "edit", "loop"]
 

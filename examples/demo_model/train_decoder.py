@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stable_audio_serve.demo.architecture import PATCH_FRAMES
-from stable_audio_serve.demo.clips import Batch, ClipConfig, ClipSource, prefetched
-from stable_audio_serve.demo.optim import MixedOptimizer
-from stable_audio_serve.demo.train_autoencoder import Autoencoder, reconstruction_loss
-from stable_audio_serve.demo.train_denoiser import HIGHEST_UNNAMED_T, Network, Trainer, draw_times
+from examples.demo_model.architecture import PATCH_FRAMES
+from examples.demo_model.clips import Batch, ClipConfig, ClipSource, prefetched
+from examples.demo_model.optim import MixedOptimizer
+from examples.demo_model.train_autoencoder import Autoencoder, reconstruction_loss
+from examples.demo_model.train_denoiser import HIGHEST_UNNAMED_T, Network, Trainer, draw_times
 
 
 @dataclass(frozen=True, slots=True)

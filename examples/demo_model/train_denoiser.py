@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.demo import architecture
-from stable_audio_serve.demo.architecture import COND_DIM, LONGEST_TRAINED_S
-from stable_audio_serve.demo.clips import Batch, ClipConfig, ClipSource, prefetched
-from stable_audio_serve.demo.optim import MixedOptimizer
-from stable_audio_serve.demo.train_autoencoder import Autoencoder
+from examples.demo_model import architecture
+from examples.demo_model.architecture import COND_DIM, LONGEST_TRAINED_S
+from examples.demo_model.clips import Batch, ClipConfig, ClipSource, prefetched
+from examples.demo_model.optim import MixedOptimizer
+from examples.demo_model.train_autoencoder import Autoencoder
 from stable_audio_serve.models.blocks.fourier import ExpoFourier
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.config import parse_denoiser

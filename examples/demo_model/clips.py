@@ -13,13 +13,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from stable_audio_serve.demo import architecture
-from stable_audio_serve.demo.architecture import FRAME_S, HEADROOM_S, LONGEST_TRAINED_S, PATCH_FRAMES
-from stable_audio_serve.demo.captions import caption
-from stable_audio_serve.demo.scenes import SHARES, Scene, draw_scene
-from stable_audio_serve.demo.synthesis import render_scene
-from stable_audio_serve.demo.train_autoencoder import Autoencoder
-from stable_audio_serve.demo.vocabulary import MAX_TOKENS, build_tokenizer
+from examples.demo_model import architecture
+from examples.demo_model.architecture import FRAME_S, HEADROOM_S, LONGEST_TRAINED_S, PATCH_FRAMES
+from examples.demo_model.captions import caption
+from examples.demo_model.scenes import SHARES, Scene, draw_scene
+from examples.demo_model.synthesis import render_scene
+from examples.demo_model.train_autoencoder import Autoencoder
+from examples.demo_model.vocabulary import MAX_TOKENS, build_tokenizer
 from stable_audio_serve.models.oscillator.bank import SAMPLE_RATE_HZ
 from stable_audio_serve.models.oscillator.timeline import timeline_features
 

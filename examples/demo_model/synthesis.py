@@ -10,8 +10,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from stable_audio_serve.demo.drums import BAR_PATTERNS, HIT_SOUNDS
-from stable_audio_serve.demo.scenes import Scene
+from examples.demo_model.drums import BAR_PATTERNS, HIT_SOUNDS
+from examples.demo_model.scenes import Scene
 from stable_audio_serve.models.oscillator.bank import (
     BAND_EDGES_HZ,
     FLOOR,

@@ -1,4 +1,4 @@
-"""Trains the demo model from nothing: `python -m stable_audio_serve.demo.train --out FOLDER`. Resumes where it stopped.
+"""Trains the demo model from nothing: `python -m examples.demo_model.train --out FOLDER`. Resumes where it stopped.
 
 Three stages (autoencoder, then denoiser with text encoder, then the decoder once more), then the checkpoint
 folder `FOLDER/checkpoint` in the Stable Audio 3 format. Runs on a CPU or a GPU.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stable_audio_serve.demo.package import write_checkpoint
-from stable_audio_serve.demo.train_autoencoder import AutoencoderConfig, train_autoencoder
-from stable_audio_serve.demo.train_decoder import DecoderTrainingConfig, train_decoder
-from stable_audio_serve.demo.train_denoiser import DenoiserTrainingConfig, train_denoiser
+from examples.demo_model.package import write_checkpoint
+from examples.demo_model.train_autoencoder import AutoencoderConfig, train_autoencoder
+from examples.demo_model.train_decoder import DecoderTrainingConfig, train_decoder
+from examples.demo_model.train_denoiser import DenoiserTrainingConfig, train_denoiser
 
 
 def main() -> None:

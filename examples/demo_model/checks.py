@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from stable_audio_serve.demo.scenes import Scene
+from examples.demo_model.scenes import Scene
 from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 
 Audio = npt.NDArray[np.float32]

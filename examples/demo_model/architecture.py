@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
-from stable_audio_serve.demo.scenes import DEFAULT_TEMPO_BPM
-from stable_audio_serve.demo.vocabulary import (
+from examples.demo_model.scenes import DEFAULT_TEMPO_BPM
+from examples.demo_model.vocabulary import (
     FIRST_PITCH,
     LAST_PITCH,
     MAX_TOKENS,

@@ -1,1 +1,0 @@
-"""The demo model: its procedural sound world, training and evaluation."""
