@@ -114,15 +114,23 @@ class Service:
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, field: str = "audio"
     ) -> SourceAudio:
         """Returns the part of an uploaded file that a model can use. Raises InvalidUploadError, UploadTooLargeError."""
+        self._check_size(upload, field=field)
+        max_s = _usable_s(card, padding_s)
+        with self._measured("upload_decode_ms"):
+            return await self._audio.decode(upload.file, max_s=max_s, field=field)
+
+    async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
+        """Returns the text in an uploaded file, see `embedded_text.extract`. Raises as `decode` does."""
+        self._check_size(upload, field=field)
+        return await self._audio.read_text(upload.file, field=field)
+
+    def _check_size(self, upload: UploadFile, *, field: str) -> None:
         limit = self.settings.api.max_upload_bytes
         if not upload.size:
             raise InvalidUploadError(f"{field}: the uploaded file is empty", field=field)
         if upload.size > limit:
             message = f"{field}: the upload is larger than {limit} bytes (api.max_upload_bytes)"
             raise UploadTooLargeError(message, field=field)
-        max_s = _usable_s(card, padding_s)
-        with self._measured("upload_decode_ms"):
-            return await self._audio.decode(upload.file, max_s=max_s, field=field)
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
         """Returns the first `max_s` seconds of a file of the operator. Raises GenerationError."""

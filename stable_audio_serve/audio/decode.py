@@ -1,4 +1,4 @@
-"""Decodes uploaded audio. Files may be hostile, so a separate process reads them.
+"""Decodes uploaded audio and reads the text in it. Files may be hostile, so a separate process reads them.
 
 The process is a plain child with its own environment, and inherits no threads, devices or sockets. When it crashes or
 hangs, it is replaced.
@@ -15,12 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from stable_audio_serve.core.errors import InvalidUploadError, OverloadedError
 from stable_audio_serve.core.generation import SourceAudio
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _MAX_VALUES = 80_000_000  # kept samples x channels, 320 MB: 410 s of stereo at 96 kHz
 _START_TIMEOUT_S = 30.0
@@ -55,10 +58,22 @@ class AudioDecoder:
 
         Raises InvalidUploadError naming `field`, OverloadedError when no decoding process can be started.
         """
+        answer, payload = self._ask(file, self._limits | {"max_s": max_s}, field=field)
+        interleaved = payload.view(np.float32).reshape(answer["frames"], answer["channels"])
+        return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
+
+    def read_text(self, file: IO[bytes], *, field: str = "audio") -> str | None:
+        """Returns what `embedded_text.extract` finds in `file`, which needs a `fileno`. Raises as `decode` does."""
+        answer, payload = self._ask(file, None, field=field)
+        return payload.tobytes().decode() if answer["has_text"] else None
+
+    def _ask(
+        self, file: IO[bytes], limits: dict[str, Any] | None, *, field: str
+    ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
         file.flush()
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
-                return self._decode_once(file.fileno(), max_s=max_s)
+                return self._ask_once(file.fileno(), limits)
             except _FileRefusedError as error:
                 raise InvalidUploadError(f"{field}: {error}", field=field) from error
             except TimeoutError as error:
@@ -68,13 +83,13 @@ class AudioDecoder:
                     raise InvalidUploadError(f"{field}: decoding the file failed", field=field) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _decode_once(self, descriptor: int, *, max_s: float) -> SourceAudio:
+    def _ask_once(self, descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
         worker = self._idle.get()
         try:
             if worker is None or not worker.is_alive():
                 worker = None
                 worker = self._start_process()
-            return worker.decode(descriptor, self._limits | {"max_s": max_s}, timeout_s=self._timeout_s)
+            return worker.ask(descriptor, limits, timeout_s=self._timeout_s)
         except (_WorkerLostError, TimeoutError):
             if worker is not None:
                 worker.stop()
@@ -142,8 +157,13 @@ class DecodeProcess:
         self.process.kill()
         self.process.wait()
 
-    def decode(self, descriptor: int, limits: dict[str, Any], *, timeout_s: float) -> SourceAudio:
-        """Returns the audio. Raises TimeoutError, or _WorkerLostError when the process died; stop it after either."""
+    def ask(
+        self, descriptor: int, limits: dict[str, Any] | None, *, timeout_s: float
+    ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
+        """Returns the answer of `audio.decode_worker` and the bytes after it; without `limits`, about the file's text.
+
+        Raises TimeoutError, or _WorkerLostError when the process died; stop it after either.
+        """
         deadline_at = time.monotonic() + timeout_s
         task = json.dumps(limits).encode()
         try:
@@ -152,13 +172,13 @@ class DecodeProcess:
             answer: dict[str, Any] = json.loads(self._read_line(deadline_at))
             if "refused" in answer:
                 raise _FileRefusedError(answer["refused"])
-            interleaved = np.empty((answer["frames"], answer["channels"]), dtype=np.float32)
-            self._read_into(interleaved.reshape(-1).view(np.uint8).data, deadline_at)
+            payload = np.empty(answer["num_bytes"], dtype=np.uint8)
+            self._read_into(payload.data, deadline_at)
         except TimeoutError:
             raise
         except (OSError, EOFError) as error:
             raise _WorkerLostError("the decoding process died") from error
-        return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
+        return answer, payload
 
     def _read_line(self, deadline: float) -> bytes:
         line = bytearray()

@@ -2,8 +2,8 @@
 
 It imports as little as possible, limits its own memory, and may crash: its parent then starts another.
 
-In one exchange the parent sends a JSON line and the file's descriptor; the answer is a JSON line, and float32 samples
-(S, C) after it when the line has `frames`.
+In one exchange the parent sends the arguments of `read` as JSON, or null for `read_text`, and the file's descriptor;
+the answer is a JSON line with `num_bytes`, and so many bytes after it: float32 samples (S, C), or the text in UTF-8.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from stable_audio_serve.audio.embedded_text import extract
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -76,6 +78,16 @@ def read(
         raise Refused("the audio cannot be decoded") from error
 
 
+def read_text(descriptor: int) -> str | None:
+    """Returns the text in a file, see `embedded_text.extract`. Raises Refused."""
+    sniff(os.pread(descriptor, 16, 0))
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        try:
+            return extract(file)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+
+
 def check_rate(rate_hz: int) -> None:
     """Raise Refused for a rate outside the usual range."""
     if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
@@ -126,6 +138,16 @@ def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
     return np.concatenate(blocks)
 
 
+def _answer(descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], bytes | memoryview]:
+    """Returns the answer to a message, and what follows it. Raises Refused."""
+    if limits is None:
+        text = read_text(descriptor)
+        return {"has_text": text is not None}, (text or "").encode()
+    samples, rate_hz = read(descriptor, **limits)
+    answer = {"frames": samples.shape[0], "channels": samples.shape[1], "rate_hz": rate_hz}
+    return answer, np.ascontiguousarray(samples).data.cast("B")
+
+
 def main() -> None:
     """Serve exchanges on the socket named on the command line until the parent closes it."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
@@ -137,20 +159,17 @@ def main() -> None:
         message, descriptors, _, _ = socket.recv_fds(channel, 4096, 1)
         if not message:
             return
-        task = json.loads(message)
-        samples = None
+        payload: bytes | memoryview = b""
         try:
-            samples, rate_hz = read(descriptors[0], **task)
-            answer: dict[str, Any] = {"frames": samples.shape[0], "channels": samples.shape[1], "rate_hz": rate_hz}
+            answer, payload = _answer(descriptors[0], json.loads(message))
         except Refused as error:
             answer = {"refused": str(error)}
         except MemoryError:
             answer = {"refused": "the audio needs too much memory to decode"}
         finally:
             os.close(descriptors[0])
-        channel.sendall(json.dumps(answer).encode() + b"\n")
-        if samples is not None:
-            channel.sendall(np.ascontiguousarray(samples).data)
+        channel.sendall(json.dumps(answer | {"num_bytes": len(payload)}).encode() + b"\n")
+        channel.sendall(payload)
 
 
 if __name__ == "__main__":

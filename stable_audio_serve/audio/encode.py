@@ -9,6 +9,7 @@ import io
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.ogg import rewrite_ogg
+from stable_audio_serve.audio.embedded_text import make_wav_chunk
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,6 +28,10 @@ _CHUNK_BYTES = 1_048_576
 _MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _OPUS_RATE_HZ = 48_000
 _OPUS_TAIL = 960  # silent samples behind an Opus clip, cut off again: libsndfile extrapolates the end, with a click
+MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes files that nobody can read above some 51,000
+_OGG_SERIAL = 1
+_OGG_HEADER_BYTES = 27
+_REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 class AudioFormat(StrEnum):
@@ -104,22 +109,25 @@ def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]
     return np.multiply(scaled, np.float32(32767), out=scaled).astype(np.int16)
 
 
-def encode_audio(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat) -> EncodedFile:
+def encode_audio(
+    audio: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, text: str | None = None
+) -> EncodedFile:
     """Returns a file of `audio` (C, S) float32 in -1..1. WAV and FLAC hold 16-bit samples at the given rate.
 
-    MP3 and Opus have few rates; other audio is resampled to the next higher one, or to the highest.
+    MP3 and Opus have few rates; other audio is resampled to the next higher one, or to the highest. `text`, not empty,
+    is what `embedded_text.extract` finds in the file; Opus takes `MOST_OPUS_TEXT_CHARS`.
     """
     if file_format is AudioFormat.WAV:
-        return encode_wav(to_pcm16(audio), sample_rate_hz)
+        return encode_wav(to_pcm16(audio), sample_rate_hz, text=text)
     if file_format is AudioFormat.FLAC:
-        return _encode_with_libsndfile(to_pcm16(audio), sample_rate_hz, file_format=file_format)
+        return _encode_with_libsndfile(to_pcm16(audio), sample_rate_hz, file_format=file_format, text=text)
     rate_hz = _container_rate(sample_rate_hz, file_format)
     samples = np.clip(audio.T, -1.0, 1.0)
     if rate_hz != sample_rate_hz:
         import soxr
 
         samples = np.clip(soxr.resample(samples, sample_rate_hz, rate_hz), -1.0, 1.0)
-    return _encode_with_libsndfile(samples, rate_hz, file_format=file_format)
+    return _encode_with_libsndfile(samples, rate_hz, file_format=file_format, text=text)
 
 
 def encode_pcm(audio: npt.NDArray[np.float32]) -> EncodedFile:
@@ -141,16 +149,17 @@ def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
     return EncodedFile("application/zip", (stream.getbuffer(),))
 
 
-def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int) -> EncodedFile:
-    """Returns a WAV file of interleaved samples (S, C)."""
+def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int, *, text: str | None = None) -> EncodedFile:
+    """Returns a WAV file of interleaved samples (S, C), with `text` behind them."""
     channels = pcm.shape[1]
     data = _little_endian(pcm)
     frame_bytes = 2 * channels
-    riff = struct.pack("<4sI4s", b"RIFF", 36 + len(data), b"WAVE")
+    chunks = () if text is None else (make_wav_chunk(text),)
+    riff = struct.pack("<4sI4s", b"RIFF", 36 + len(data) + sum(map(len, chunks)), b"WAVE")
     rates = (sample_rate_hz, sample_rate_hz * frame_bytes)
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, *rates, frame_bytes, 16)
     header = riff + layout + struct.pack("<4sI", b"data", len(data))
-    return EncodedFile(AudioFormat.WAV.media_type, (header, data))
+    return EncodedFile(AudioFormat.WAV.media_type, (header, data, *chunks))
 
 
 def _little_endian(pcm: npt.NDArray[np.int16]) -> memoryview:
@@ -166,7 +175,11 @@ def _container_rate(sample_rate_hz: int, file_format: AudioFormat) -> int:
 
 
 def _encode_with_libsndfile(
-    samples: npt.NDArray[np.int16] | npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat
+    samples: npt.NDArray[np.int16] | npt.NDArray[np.float32],
+    sample_rate_hz: int,
+    *,
+    file_format: AudioFormat,
+    text: str | None,
 ) -> EncodedFile:
     import soundfile
 
@@ -179,6 +192,8 @@ def _encode_with_libsndfile(
     stream = io.BytesIO()
     channels = samples.shape[1]
     with soundfile.SoundFile(stream, "w", sample_rate_hz, channels, format=container, subtype=subtype) as file:
+        if text is not None:
+            file.comment = text
         for start in range(0, len(samples), _BLOCK):
             file.write(samples[start : start + _BLOCK])
         if file_format is AudioFormat.OPUS:
@@ -186,5 +201,30 @@ def _encode_with_libsndfile(
     if container != "OGG":
         return EncodedFile(file_format.media_type, (stream.getbuffer(),))
     data = bytearray(stream.getbuffer())
-    rewrite_ogg(data, trim_samples=_OPUS_TAIL if file_format is AudioFormat.OPUS else 0)
+    _rewrite_ogg(data, trim_samples=_OPUS_TAIL if file_format is AudioFormat.OPUS else 0)
     return EncodedFile(file_format.media_type, (memoryview(data),))
+
+
+def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
+    """Give every page of `data` the same serial and cut `trim_samples` from its end.
+
+    libsndfile takes a random serial, and its end is exact only behind samples that are cut off again. Page layout and
+    checksum: RFC 3533. The end trimming of Opus: RFC 7845, section 4.4.
+    """
+    start = 0
+    while start < len(data):
+        payload_start = start + _OGG_HEADER_BYTES + data[start + 26]
+        stop = payload_start + sum(data[start + _OGG_HEADER_BYTES : payload_start])
+        struct.pack_into("<I", data, start + 14, _OGG_SERIAL)
+        if stop == len(data):
+            (granule,) = struct.unpack_from("<q", data, start + 6)
+            struct.pack_into("<q", data, start + 6, granule - trim_samples)
+        data[start + 22 : start + 26] = bytes(4)
+        data[start + 22 : start + 26] = _ogg_checksum(data[start:stop])
+        start = stop
+
+
+def _ogg_checksum(page: bytearray) -> bytes:
+    # Ogg's CRC is zlib's with the bits of every byte and of the result reversed, and without its two inversions.
+    value = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return value.to_bytes(4, "big").translate(_REVERSED_BITS)

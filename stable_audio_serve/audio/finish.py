@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stable_audio_serve.audio.embedded_text import embed_in_file
 from stable_audio_serve.audio.encode import (
+    MOST_OPUS_TEXT_CHARS,
     AudioFormat,
     EncodedFile,
     encode_audio,
@@ -89,8 +89,11 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     ]
     clips = tuple(facts for _, facts in finished)
     recipes = _recipes_of(result, order)
-    files = [encode_audio(audio, result.sample_rate_hz, file_format=order.file_format) for audio, _ in finished]
-    files = [_with_recipe(file, recipe) for file, recipe in zip_longest(files, recipes)]
+    file_format, rate_hz = order.file_format, result.sample_rate_hz
+    files = [
+        encode_audio(audio, rate_hz, file_format=file_format, text=_text_of(recipe, file_format=file_format))
+        for (audio, _), recipe in zip_longest(finished, recipes)
+    ]
     if len(files) == 1:
         return FinishedFile(files[0], clips, recipes)
     names = [f"{order.stem}-{number:02d}.{order.file_format}" for number in range(1, len(files) + 1)]
@@ -101,10 +104,11 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
     return FinishedFile(make_zip(entries), clips, recipes)
 
 
-def _with_recipe(file: EncodedFile, recipe: Recipe | None) -> EncodedFile:
-    """Returns the file with its recipe inside, unless that is longer than any file is allowed to carry."""
-    text = "" if recipe is None else recipe.to_json()
-    return embed_in_file(file, text=text) if 0 < len(text) <= MOST_BYTES else file
+def _text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
+    """Returns the recipe that a file carries, None if it is longer than such a file can carry."""
+    text = None if recipe is None else recipe.to_json()
+    most = MOST_OPUS_TEXT_CHARS if file_format is AudioFormat.OPUS else MOST_BYTES
+    return None if text is None or len(text) > most else text
 
 
 def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...]:
@@ -128,9 +132,8 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
     pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
     audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # as all audio: channel after channel
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
-    file = encode_wav(pcm, result.sample_rate_hz)
     if origin is None:
-        return FinishedFile(file, (facts,))
+        return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))
     recipes = write_recipes(
         origin.request,
         sources=origin.sources,
@@ -141,7 +144,8 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
         peaks="full",
         samples=len(pcm),
     )
-    return FinishedFile(_with_recipe(file, recipes[0]), (facts,), recipes)
+    text = _text_of(recipes[0], file_format=AudioFormat.WAV)
+    return FinishedFile(encode_wav(pcm, result.sample_rate_hz, text=text), (facts,), recipes)
 
 
 def clip_dict(clip: ClipFacts) -> dict[str, Any]:

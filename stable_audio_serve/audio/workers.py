@@ -44,6 +44,10 @@ class AudioWorkers:
         """Returns the first `max_s` seconds of an open file with its hash, see `AudioDecoder.decode`."""
         return await self.run_decoding(lambda: self._decode(file, max_s=max_s, field=field))
 
+    async def read_text(self, file: IO[bytes], *, field: str) -> str | None:
+        """Returns the text in an open file, see `AudioDecoder.read_text`."""
+        return await self.run_decoding(lambda: self._decoder.read_text(file, field=field))
+
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
         """Returns the first `max_s` seconds of the file at `path`, see `AudioDecoder.decode`. Raises OSError too."""
 

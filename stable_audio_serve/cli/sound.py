@@ -6,6 +6,7 @@ Imports what a command needs only when it runs.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -252,17 +253,14 @@ def read_audio(audio: str) -> bytes:
 
 
 def read_recipe(content: bytes) -> dict[str, Any]:
-    """Returns the recipe that a file is, or that an audio file carries.
-
-    Raises ValueError, and InvalidUploadError for a damaged file.
-    """
+    """Returns the recipe that a file is, or that an audio file carries. Raises ValueError."""
     text: str | bytes | None = content
     if not content:
         raise ValueError("the file is empty")
     if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
-        from stable_audio_serve.audio.embedded_text import MOST_TEXT_BYTES, extract
+        from stable_audio_serve.audio.embedded_text import extract
 
-        text = extract(content, most_bytes=MOST_TEXT_BYTES)
+        text = extract(io.BytesIO(content))
     if text is None:
         raise ValueError("the file carries no recipe")
     try:
@@ -276,8 +274,6 @@ def read_recipe(content: bytes) -> dict[str, Any]:
 
 def _length_s(content: bytes) -> float:
     """Returns the length of an audio file. Raises ValueError."""
-    import io
-
     import soundfile
 
     try:

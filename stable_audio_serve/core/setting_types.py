@@ -7,47 +7,54 @@ import binascii
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainSerializer, SecretStr
+from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
+from pydantic_core import PydanticCustomError
 
 from stable_audio_serve.core.keys import parse_key_hash
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Device = Annotated[
-    str, Field(pattern=r"^(cuda(:\d+)?|mps|cpu)$", json_schema_extra={"form": "cuda, cuda:N, mps or cpu"})
-]
+
+
+def _form(pattern: str, words: str) -> AfterValidator:
+    """Accepts text that matches `pattern` as a whole, which errors tell in `words`: Pydantic's own show the pattern."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise PydanticCustomError("form", "must be {words}", {"words": words})
+        return text
+
+    return AfterValidator(check)
+
+
+Device = Annotated[str, _form(r"cuda(:\d+)?|mps|cpu", "cuda, cuda:N, mps or cpu")]
 Hidden = PlainSerializer(lambda values: ["**********"] * len(values), when_used="json")
-Url = Annotated[
-    str, Field(pattern=r"^https?://[^\s?#]+$", json_schema_extra={"form": "an http:// or https:// URL without query"})
-]
-PlainUrl = Annotated[
-    str,
-    Field(
-        pattern=r"^https?://[^\s?#@]+$",
-        json_schema_extra={"form": "an http:// or https:// URL without user, password and query"},
-    ),
-]
+Url = Annotated[str, _form(r"https?://[^\s?#]+", "an http:// or https:// URL without query")]
+PlainUrl = Annotated[str, _form(r"https?://[^\s?#@]+", "an http:// or https:// URL without user, password and query")]
 Origin = Annotated[
     str,
-    Field(
-        pattern=r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?)$",
-        json_schema_extra={"form": "*, null, or a scheme and a host as in https://app.example:8443"},
+    _form(
+        r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?",
+        "*, null, or a scheme and a host as in https://app.example:8443",
     ),
 ]
 HostName = Annotated[
-    str,
-    Field(
-        pattern=r"^(\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\])$",
-        json_schema_extra={"form": "* or the name of a host, without a port"},
-    ),
+    str, _form(r"\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\]", "* or the name of a host, without a port")
 ]
+ListenHost = Annotated[str, _form(r"[0-9A-Za-z.:%_-]+", "an address or a host name")]
 ProxyKind = Literal["auto", "haproxy", "python"]
 UnknownFields = Literal["ignore", "refuse"]
-ReportId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", json_schema_extra={"form": "32 hexadecimal digits"})]
+ReportId = Annotated[str, _form(r"[0-9a-f]{32}", "32 hexadecimal digits")]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
-Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a folder's path"})]
-
-FileName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$", json_schema_extra={"form": "a file's path"})]
+NewModelName = Annotated[
+    str,
+    _form(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
+        "1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first",
+    ),
+]
+Folder = Annotated[str, _form(r"[^\x00]+", "a folder's path")]
+FileName = Annotated[str, _form(r"[^\x00]+", "a file's path")]
 
 
 def _without_secrets(url: str | None) -> str | None:

@@ -11,6 +11,7 @@ from stable_audio_serve.core.setting_types import (
     Folder,
     Hidden,
     HostName,
+    ListenHost,
     ModelName,
     Origin,
     ProxyKind,
@@ -143,10 +144,8 @@ class ProxySettings(Section):
 class MetricsSettings(Section):
     """Where the pages with statistics and metrics for operators listen."""
 
-    host: str = Field(
+    host: ListenHost = Field(
         "127.0.0.1",
-        pattern=r"^[0-9A-Za-z.:%_-]+$",
-        json_schema_extra={"form": "an address or a host name"},
         description="Where statistics and metrics listen; another than loopback opens Ray's other ports there too.",
     )
     port: int | None = Field(

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from stable_audio_serve.core.catalog import DecodePrecision, NetworkBackend
 from stable_audio_serve.core.generation import EditSchedule
-from stable_audio_serve.core.setting_types import Delay, Device, Folder, ModelName, ReportId, Seconds
+from stable_audio_serve.core.setting_types import Delay, Device, Folder, ModelName, NewModelName, ReportId, Seconds
 from stable_audio_serve.core.settings_section import Section
 
 
@@ -84,11 +84,7 @@ class EngineSettings(Section):
 class ModelSettings(Section):
     """One served model. With neither `path` nor `repo_id` the name must be one of the built-in registry."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        json_schema_extra={"form": "1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"},
-        description="Canonical name, as it stands in headers and file names.",
-    )
+    name: NewModelName = Field(description="Canonical name, as it stands in headers and file names.")
     path: Folder | None = Field(None, description="Folder with model_config.json and model.safetensors.")
     repo_id: str | None = Field(None, min_length=1, description="Hugging Face repository of the same files.")
     revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of the repository.")

@@ -14,11 +14,12 @@ from typing import Any
 from dotenv import dotenv_values
 from pydantic import ValidationError
 
-from stable_audio_serve.core import failpoints, settings_words
+from stable_audio_serve.core import failpoints
 from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 from stable_audio_serve.core.keys import hash_key, parse_key_hash
 from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings_words import faults, nearest, unknown_keys
 
 # The place of each variable in the tree; of several names for one value the first that is set wins.
 VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
@@ -111,7 +112,7 @@ def load_settings(
     try:
         return _with_plain_key(Settings.model_validate(tree), environ.get(_PLAIN_KEY, "").strip())
     except ValidationError as error:
-        raise _config_error(error, origins) from error
+        raise _config_error(error, tree, origins=origins) from error
 
 
 def load_environment(environ: MutableMapping[str, str], *, directory: Path | None = None) -> None:
@@ -137,7 +138,7 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     for name in sorted(name for name in environ if name.startswith(_PREFIX) and name not in known):
         if _SERVICE_LINK.search(name) or environ[name].startswith(("tcp://", "udp://", "sctp://")):
             continue
-        near = settings_words.nearest(name.removeprefix(_PREFIX), [each.removeprefix(_PREFIX) for each in known])
+        near = nearest(name.removeprefix(_PREFIX), [each.removeprefix(_PREFIX) for each in known])
         found.append(f"{name}: unknown" + (f"; did you mean {_PREFIX}{near}?" if near else " variable"))
     if found:
         raise ConfigError("; ".join(found), field=found[0].partition(":")[0])
@@ -225,12 +226,16 @@ def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
             _set(tree, ("storage", key), value=environ[name])
 
 
-def _config_error(error: ValidationError, origins: Mapping[tuple[str, ...], str]) -> ConfigError:
+def _config_error(
+    error: ValidationError, tree: dict[str, Any], *, origins: Mapping[tuple[str, ...], str]
+) -> ConfigError:
     def name(path: tuple[str, ...]) -> str:
         return next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), ".".join(path))
 
     def is_secret(path: tuple[str, ...]) -> bool:
         return any(path[: len(secret)] == secret[: len(path)] for secret in _SECRET)
 
-    found = settings_words.faults(error, Settings, name=name, is_secret=is_secret)
-    return ConfigError("; ".join(f"{named}: {complaint}" for named, complaint in found), field=found[0][0])
+    found = {**faults(error, is_secret=is_secret), **dict(unknown_keys(tree, Settings))}
+    return ConfigError(
+        "; ".join(f"{name(path)}: {said}" for path, said in found.items()), field=name(next(iter(found)))
+    )

@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from stable_audio_serve.core import settings_words
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings_words import faults, unknown_keys
 
 if typing.TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
@@ -132,12 +131,8 @@ def require_known_keys(file: ServeFile) -> None:
     """Raise ConfigError naming the keys beside `args` that Ray Serve does not know. Imports Ray."""
     from ray.serve.schema import ServeDeploySchema
 
-    schema = settings_words.schema_of(ServeDeploySchema)
-    unknown = list(settings_words.unknown_keys(file.tree, schema))
-    if unknown:
-        args = [f"applications.0.args.{place}" for place in settings_words.places(settings_words.schema_of(Settings))]
-        said = (f"{'.'.join(key)}: {settings_words.unknown(key, schema, elsewhere=args)}" for key in unknown)
-        raise ConfigError(f"{file.path}: {'; '.join(said)}", field=".".join(unknown[0]))
+    if found := dict(unknown_keys(file.tree, ServeDeploySchema)):
+        raise _refusal(file, found)
 
 
 def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
@@ -150,7 +145,9 @@ def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema
     try:
         return ServeDeploySchema.model_validate(tree)
     except ValidationError as error:
-        found = settings_words.faults(error, ServeDeploySchema)
-        raise ConfigError(
-            f"{file.path}: " + "; ".join(f"{key}: {complaint}" for key, complaint in found), field=found[0][0]
-        ) from error
+        raise _refusal(file, faults(error)) from error
+
+
+def _refusal(file: ServeFile, found: dict[tuple[str, ...], str]) -> ConfigError:
+    said = "; ".join(f"{'.'.join(key)}: {complaint}" for key, complaint in found.items())
+    return ConfigError(f"{file.path}: {said}", field=".".join(next(iter(found))))

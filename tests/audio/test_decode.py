@@ -19,6 +19,7 @@ import soundfile
 
 from stable_audio_serve.audio.decode import AudioDecoder, DecodeProcess
 from stable_audio_serve.audio.decode_worker import Refused, mix_down, read
+from stable_audio_serve.audio.encode import AudioFormat, encode_audio
 from stable_audio_serve.core.errors import InvalidUploadError, OverloadedError
 from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S, wait_until
@@ -134,6 +135,23 @@ def test_half_a_file_gives_what_it_has_or_is_refused(decoder: AudioDecoder, cont
         assert "cannot be decoded" in error.message  # noqa: PT017  either is right, a crash is not
     else:
         assert 10_000 < samples.shape[1] < 30_000
+
+
+@pytest.mark.parametrize("file_format", list(AudioFormat))
+def test_the_text_in_a_file_is_read_by_the_process(decoder: AudioDecoder, file_format: AudioFormat) -> None:
+    audio, text = np.zeros((1, 480), dtype=np.float32), '{"a":"' + "x" * 30_000 + '"}'
+    told, plain = (encode_audio(audio, 48_000, file_format=file_format, text=given) for given in (text, None))
+    assert decoder.read_text(as_file(told.to_bytes())) == text
+    assert decoder.read_text(as_file(plain.to_bytes())) is None
+    with pytest.raises(InvalidUploadError, match=r"audio: (not an audio file|the audio cannot be decoded)"):
+        decoder.read_text(as_file(told.to_bytes()[:20]))
+
+
+def test_too_long_a_text_is_refused_by_name(decoder: AudioDecoder) -> None:
+    audio = np.zeros((1, 480), dtype=np.float32)
+    file = encode_audio(audio, 48_000, file_format=AudioFormat.FLAC, text="{" * 1_048_577).to_bytes()
+    with pytest.raises(InvalidUploadError, match="file: the text in the file is longer than 1048576 bytes"):
+        decoder.read_text(as_file(file), field="file")
 
 
 def test_a_chain_of_ogg_files_is_read_at_one_rate(decoder: AudioDecoder) -> None:

@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import structlog
 from typer.testing import CliRunner
 
-from stable_audio_serve.audio.embedded_text import embed, extract
+from stable_audio_serve.audio.embedded_text import extract
+from stable_audio_serve.audio.encode import AudioFormat, encode_audio
 from stable_audio_serve.cli import app
 from stable_audio_serve.cli.saving import slug
 from stable_audio_serve.cli.sound import read_recipe
@@ -141,7 +143,7 @@ async def test_a_file_is_made_again(shell: Shell) -> None:
     rain = await shell.read("rain.wav")
     assert await shell.read("rain-7.wav") == rain
     assert await shell.run("replay", "-", "-o", "-", stdin=rain) == rain
-    recipe = extract(rain, most_bytes=10_000)
+    recipe = extract(io.BytesIO(rain))
     assert recipe is not None
     assert await shell.run("replay", "-", "-o", "-", stdin=recipe.encode()) == rain
     await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")  # no header holds its recipe
@@ -279,7 +281,7 @@ async def test_without_a_server_its_configuration_holds(shell: Shell) -> None:
     await asyncio.to_thread((shell.folder / "serve_config.yaml").write_text, config)
     loop = ("loop", "kick drum 120bpm", "--bars", "1", "--steps", "2", "--local", "-o", "loop.wav", "--json")
     assert json.loads(await shell.run(*loop))["model"] == "loops"
-    assert extract(await shell.read("loop.wav"), most_bytes=10_000) is not None
+    assert extract(io.BytesIO(await shell.read("loop.wav"))) is not None
 
 
 @pytest.mark.parametrize(
@@ -291,8 +293,9 @@ def test_names(prompt: str, name: str) -> None:
     assert len(slug(prompt * 100)) <= 60
 
 
-@pytest.mark.parametrize("text", ["[1]", "1", "null", "[" * 100_000, "{"])
+@pytest.mark.parametrize("text", ["[1]", "1", '{"a":' * 100_000, "{"])
 def test_what_a_file_carries_may_be_no_recipe(text: str) -> None:
-    file = embed(make_audio_file(duration_s=0.1), text=text)
+    audio = np.zeros((1, 100), dtype=np.float32)
+    file = encode_audio(audio, RATE_HZ, file_format=AudioFormat.FLAC, text=text).to_bytes()
     with pytest.raises(ValueError, match=r"recipe|Expecting"):
         read_recipe(file)

