@@ -206,6 +206,13 @@ async def test_half_sent_requests_end_and_reach_nobody(name: str, tmp_path: Path
 
 
 @both
+async def test_http_2_is_not_spoken_in_clear(name: str, tmp_path: Path) -> None:
+    async with balancing(name, tmp_path) as balanced:
+        said = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert b" 400 " in said.split(b"\r\n")[0]
+
+
+@both
 async def test_links_are_made_from_what_the_client_called(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         said = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()

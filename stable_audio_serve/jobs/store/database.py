@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
 _LOOK_INSIDE_S = 1.0
+_CHECKPOINT_S, _CHECKPOINT_LOOK_S = 3.0, 0.02  # longest of a checkpoint on a busy machine, and between two looks
 
 # Options of psycopg unless the URL sets them: seconds, the last in milliseconds. With them it notices a server that
 # vanishes without closing the connection.
@@ -100,6 +102,7 @@ class Database:
         self._lock = threading.Lock()
         self._is_ready = False
         self._looked_inside_at = float("-inf")
+        self._is_faulty = False
 
     def __str__(self) -> str:
         if self.is_sqlite:
@@ -185,6 +188,23 @@ class Database:
             self._looked_inside_at = time.monotonic()
 
     def _require_kept(self) -> None:
+        """SQLite's file is read without locks, so a checkpoint in progress may be seen half done: only what lasts is a
+        fault, and after one nobody waits again until it is over.
+        """
+        give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
+        while True:
+            try:
+                self._read_identity()
+            except (sa.exc.DBAPIError, sqlite3.Error):
+                self._is_faulty = self._is_faulty or time.monotonic() >= give_up_at
+                if self._is_faulty:
+                    raise
+                time.sleep(_CHECKPOINT_LOOK_S)
+            else:
+                self._is_faulty = False
+                return
+
+    def _read_identity(self) -> None:
         with self._kept.connect() as connection:
             found = find_identity(connection)
         if found is None and not self._is_identity_kept:  # before the first checkpoint

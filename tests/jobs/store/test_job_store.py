@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from stable_audio_serve.jobs.store.database import Database
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
+
+from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.stores import database, postgres_with_tables, store, store_url, wall
 
@@ -18,3 +23,30 @@ def test_a_database_keeps_its_secret_which_is_not_its_name(store: JobStore, data
     secrets = {store.secret(), store.secret(), JobStore(database).secret()}
     assert [len(secret) for secret in secrets] == [64]
     assert store.identity() not in secrets.pop()
+
+
+def test_a_checkpoint_in_progress_does_not_look_like_another_file(tmp_path: Path) -> None:
+    """The file is read without its log and without locks, so that a checkpoint may be seen half done."""
+    url = database_url(None, tmp_path)
+    database = Database(url)
+    database.prepare()
+    is_over = threading.Event()
+
+    def write_and_checkpoint() -> None:
+        with closing(sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)) as connection:
+            while not is_over.is_set():
+                connection.execute("CREATE TABLE IF NOT EXISTS scratch (text TEXT)")
+                connection.executemany("INSERT INTO scratch VALUES (?)", [("x" * 3000,)] * 300)
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                connection.execute("DROP TABLE scratch")
+                connection.execute("VACUUM")
+
+    writing = threading.Thread(target=write_and_checkpoint)
+    writing.start()
+    try:
+        for _ in range(2000):
+            database.require_same()
+    finally:
+        is_over.set()
+        writing.join()
+        database.close()
