@@ -18,6 +18,7 @@ from stable_audio_serve.core.errors import StableAudioError, StartError
 from stable_audio_serve.launcher.guard import guarded
 from stable_audio_serve.launcher.patience import advice, crowding
 from stable_audio_serve.launcher.signals import StopSignals
+from stable_audio_serve.serving.ray_internals import find_controller
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +117,9 @@ def _stop(late_exit_code: int) -> None:
 def _stop_serve() -> None:
     """Ask Serve's controller to end everything it started; wait up to `_SERVE_TIMEOUT_S`."""
     import ray
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    try:
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
+    controller = find_controller()
+    if controller is None:
         return  # stopped before Serve was up
     with suppress(ray.exceptions.RayError, TimeoutError):
         # The controller ends itself when it is done, which fails this call: retrying it would only print a warning.

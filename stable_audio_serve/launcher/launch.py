@@ -166,8 +166,10 @@ def _proxy_environment(
 def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
     from ray import serve
     from ray.exceptions import RayError
-    from ray.serve.context import _get_global_client
 
+    from stable_audio_serve.serving import ray_internals
+
+    ray_internals.require()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
@@ -180,7 +182,7 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
             raise ConfigError(fault[1], field="proxy") from error
         raise
     watch.lap("serve")
-    _get_global_client().deploy_apps(schema)
+    ray_internals.deploy(schema)
 
 
 def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
+from stable_audio_serve.serving import ray_internals
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.haproxy import address_header
@@ -165,6 +166,7 @@ def assemble(
 
     Raises ConfigError, CheckpointError.
     """
+    ray_internals.require()
     plan = plan_deployments(load_settings(args))
     check_key_file(plan.settings.api.key_file)
     num_nodes = sum(node["Alive"] for node in ray.nodes())

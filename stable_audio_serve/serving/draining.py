@@ -18,10 +18,9 @@ import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_HAPROXY_STATS_PORT
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
+from stable_audio_serve.serving import ray_internals
 from stable_audio_serve.serving.placement import INGRESS_NAME, RUNNER_NAME
 
 if TYPE_CHECKING:
@@ -95,9 +94,9 @@ def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
 
 def _num_in_haproxy(host: str) -> int:
     """Answers that HAProxy has not sent to the end, by its own statistics; it buffers what clients read slowly."""
-    if not RAY_SERVE_ENABLE_HA_PROXY:
+    if not ray_internals.has_haproxy():
         return 0
-    url = f"http://{host}:{RAY_SERVE_HAPROXY_STATS_PORT}/stats;csv"
+    url = f"http://{host}:{ray_internals.haproxy_stats_port()}/stats;csv"
     try:
         page = httpx.get(url, timeout=_CALL_TIMEOUT_S, trust_env=False).raise_for_status().text
     except httpx.HTTPError as error:
@@ -112,13 +111,15 @@ def _python_proxies() -> Sequence[ActorHandle]:
 
     An HAProxy told to drain waits for idle connections, too.
     """
-    asked = _get_global_client()._controller.get_proxies.remote()
+    controller = ray_internals.find_controller()
+    if controller is None:
+        return ()
     try:
-        proxies = ray.get(asked, timeout=_CALL_TIMEOUT_S)
+        proxies = ray.get(controller.get_proxies.remote(), timeout=_CALL_TIMEOUT_S)
     except (TimeoutError, RayError) as error:
         logger.debug("the controller does not answer: %s", error)
         return ()
-    return [proxy for name, proxy in proxies.items() if name.startswith("fallback-") or not RAY_SERVE_ENABLE_HA_PROXY]
+    return [proxy for name, proxy in proxies.items() if name.startswith("fallback-") or not ray_internals.has_haproxy()]
 
 
 def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
@@ -133,11 +134,6 @@ def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
 
 
 async def replaced(*, look_every_s: float) -> None:
-    """Return when Ray Serve has begun to stop the replica that this runs in.
-
-    Serve has no hook for that moment: the destructor comes only when all requests are over.
-    """
-    worker = ray._private.worker.global_worker
-    replica = worker.actors[worker.actor_id]._replica_impl
-    while not replica._shutting_down:  # noqa: ASYNC110  it is not ours to signal
+    """Return when Ray Serve has begun to stop the replica that this runs in."""
+    while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  it is not ours to signal
         await asyncio.sleep(look_every_s)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ReplicaState
 
@@ -25,6 +24,7 @@ from stable_audio_serve.core.catalog import ModelQuality, ModelStatus
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.operations import ReplicaReport
 from stable_audio_serve.core.pricing import Prices
+from stable_audio_serve.serving.ray_internals import application_details
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def read_application(name: str) -> ApplicationStatusOverview | None:
     `serve.status` takes twenty times as long: for each deployment it imports and pickles the request router again.
     Blocking. Raises RayError where the controller does not answer.
     """
-    client = _get_global_client(raise_if_no_controller_running=False)
-    told = client.get_serve_details()["applications"].get(name) if client else None
+    told = application_details(name)
     if told is None:
         return None
     deployments = {

@@ -12,9 +12,9 @@ import threading
 import time
 
 from ray.exceptions import RpcError
-from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.serving.ray_internals import gcs_client
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _key(heading: str, name: str, *, application: str) -> bytes:
 
 def _call(method: str, *arguments: object) -> list[bytes]:
     """One call of Ray's store: its answer is of no use but for the list of keys."""
-    client = internal_kv_get_gcs_client()
+    client = gcs_client()
     if client is None:
         raise StorageError("this process has no connection to Ray")
     try:

@@ -1,0 +1,108 @@
+"""What this package uses of Ray beyond its public API, in one place. Tested with the versions in `TESTED`.
+
+`require` is called at the start: with a Ray that lacks one of these, the server says so instead of failing later.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stable_audio_serve.core.errors import StartError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.serve.schema import ServeDeploySchema
+
+TESTED = ("2.60",)
+
+_NEEDED = {  # by module: names, with dots for attributes
+    "ray.serve.context": ("_get_global_client",),
+    "ray.serve._private.client": (
+        "ServeControllerClient.deploy_apps",
+        "ServeControllerClient.get_serve_details",
+    ),
+    "ray.serve._private.constants": ("SERVE_CONTROLLER_NAME", "SERVE_NAMESPACE"),
+    "ray.serve._private.replica": ("Replica",),
+    "ray._private.worker": ("global_worker.actors",),
+    "ray.experimental.internal_kv": ("internal_kv_get_gcs_client",),
+}
+
+
+def require() -> None:
+    """Raises StartError when the installed Ray lacks something that is used here."""
+    import ray
+
+    for module, names in _NEEDED.items():
+        for name in names:
+            if not _has(module, name):
+                raise StartError(
+                    f"Ray {ray.__version__} has no {module}.{name}, which this server uses; it is tested with Ray "
+                    f"{' and '.join(TESTED)}: install the versions of constraints.txt"
+                )
+
+
+def deploy(schema: ServeDeploySchema) -> None:
+    """Deploy as `serve deploy` does, from the process that started Serve."""
+    from ray.serve.context import _get_global_client
+
+    _get_global_client().deploy_apps(schema)
+
+
+def application_details(name: str) -> Mapping[str, Any] | None:
+    """Returns what the controller says of an application; None where Serve or the application does not run.
+
+    Blocking. Raises RayError where the controller does not answer.
+    """
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client.get_serve_details()["applications"].get(name) if client else None
+
+
+def find_controller() -> ActorHandle | None:
+    """Returns Serve's controller, None where it does not run."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
+
+
+def is_replica_stopping() -> bool:
+    """Whether Serve has begun to stop the replica that this process runs: it has no hook for that moment."""
+    import ray
+
+    worker = ray._private.worker.global_worker
+    return bool(worker.actors[worker.actor_id]._replica_impl._shutting_down)
+
+
+def gcs_client() -> Any:
+    """Returns the client of the key-value store in Ray's head, None without a connection to Ray."""
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    return internal_kv_get_gcs_client()
+
+
+def has_haproxy() -> bool:
+    """Whether Serve runs HAProxy."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def haproxy_stats_port() -> int:
+    """Returns the port of HAProxy's statistics."""
+    return int(os.environ.get("RAY_SERVE_HAPROXY_STATS_PORT", "8404"))
+
+
+def _has(module: str, name: str) -> bool:
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return False
+    return True
