@@ -67,7 +67,7 @@ async def test_of_old_words_nothing_is_believed_and_two_are_drawn() -> None:
 
 async def test_one_silent_replica_of_several_costs_its_share_of_the_choices() -> None:
     router = Router({"busy": says(1e9), "free": says(0.0), "silent": None})
-    router._ledger._replicas["silent"].said_at -= 2 * 3600.0
+    router._ledger._replicas["silent"].heard_at -= 2 * 3600.0
     first = Counter([ranks[0][0] for ranks in [await router.choose() for _ in range(300)] if len(ranks) == 3])
     assert set(first) == {"free"}
     assert 50 < router.counted.choices["queue"] < 150  # 100 expected, standard deviation 8
