@@ -59,7 +59,9 @@ class Admission:
     def __init__(self, max_queue_s: float, *, batch_share: float = 0.0, clock: Clock = SystemClock()) -> None:
         """`batch_share`: time given to batch work while interactive work runs, as a share of interactive time."""
         self._max_ms = max_queue_s * 1000.0
+        self._clock = clock
         self._pace = Pace(clock)
+        self._returning_ms, self._turned_away_at = 0.0, clock.monotonic()
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
         self._clients: dict[int, str] = {}  # by request
@@ -100,11 +102,22 @@ class Admission:
             less_ms = sum(each for each in held_ms.values() if each <= own_ms + work_ms)
             over_ms = min(over_ms, less_ms - _RESERVE_SHARE * max_ms)
         if over_ms > 0 or over_own_ms > 0:
+            returning_ms = self._turn_away(work_ms or ahead_ms / max(self._num_held, 1))
             what = "the model's queue" if over_ms > 0 else "this client's share of the model's queue"
             raise OverloadedError(
                 f"{what} is full (max_queue_s): about {pace * ahead_ms / 1000.0:.1f} s of work is waiting",
-                retry_after_s=max(pace * max(over_ms, over_own_ms) / 1000.0, _LEAST_RETRY_S),
+                retry_after_s=max(pace * (max(over_ms, over_own_ms) + returning_ms) / 1000.0, _LEAST_RETRY_S),
             )
+
+    def _turn_away(self, work_ms: float) -> float:
+        """Count the work of a refused request, which comes again. Returns that of those refused before it, as far as
+        the device has not had the time for it since.
+        """
+        with self._lock:
+            now = self._clock.monotonic()
+            returning_ms = max(0.0, self._returning_ms - (now - self._turned_away_at) * 1000.0)
+            self._returning_ms, self._turned_away_at = returning_ms + work_ms, now
+        return returning_ms
 
     def _held_ms(self, priority: Priority) -> Mapping[str, float]:
         """Returns the work ahead, at the pace of lately, by client."""
@@ -144,6 +157,10 @@ class Admission:
     def _look(self, *, done_ms: float) -> None:
         is_deep = len(self._work_ms["interactive"]) >= _MANY and self._sum_ms("interactive") > self._max_ms / 2
         self._pace.saw(done_ms=done_ms, is_deep=is_deep)
+
+    @property
+    def _num_held(self) -> int:
+        return sum(map(len, self._work_ms.values()))
 
     def _sum_ms(self, priority: Priority) -> float:
         return sum(self._work_ms[priority].values())
