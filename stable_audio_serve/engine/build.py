@@ -75,7 +75,7 @@ def build_machinery(
     drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
     cost = CostModel()
     chosen = policy or _own_policy(model.spec, options, device=device, cost=cost)
-    pace = WindowPace(cost, turn_frames=options.turn_frames, is_fixed=is_strict)
+    pace = WindowPace(cost, is_fixed=is_strict)
     predictor = Predictor(cost, chosen, turn_frames=pace.turn_frames)
     max_tokens = 0 if isinstance(chosen, OneRowPerCall) else options.max_step_tokens
     memory = RowMemory(model.spec, max_bytes=bounds.rows, is_fixed=is_strict, setting=bounds.setting)
@@ -150,8 +150,6 @@ def _limits(options: EngineOptions, *, max_tokens: int, max_bytes: int | None) -
     return SchedulerLimits(
         max_started=options.max_rows,
         max_tokens=max_tokens,
-        slack=options.slack,
-        max_slack_s=options.max_slack_s,
         batch_share=options.batch_share,
         max_bytes=max_bytes,
     )

@@ -24,7 +24,7 @@ _LENGTHS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # few, because calls
 class WindowPace:
     """Limits the windows of one turn. Used by the engine thread only."""
 
-    def __init__(self, cost: CostModel, *, turn_frames: int, is_fixed: bool) -> None:
+    def __init__(self, cost: CostModel, *, is_fixed: bool, turn_frames: int = 512) -> None:
         """`turn_frames` is the most latent frames of a row in one turn. `is_fixed`: windows are cut as planned, each is
         a call of its own, and a row has one in each turn, because more would gain nothing.
         """

@@ -61,7 +61,7 @@ def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prom
         raise ConfigError(
             f"max_memory_bytes is {max_rows_bytes / 1e9:.3g} GB, but of the device's {memory.total / 1e9:.3g} GB this "
             f"replica may take {memory.allowed / 1e9:.3g} GB, its weights {memory.held / 1e9:.3g} GB and encoded "
-            f"prompts (engine.prompt_cache_bytes) {prompt_cache_bytes / 1e9:.3g} GB of it; allowed: up to "
+            f"prompts {prompt_cache_bytes / 1e9:.3g} GB of it; allowed: up to "
             f"{max(own, 0)} bytes",
             field="max_memory_bytes",
             allowed=f"1..{max(own, 0)}",

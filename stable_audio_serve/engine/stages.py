@@ -98,7 +98,6 @@ class Stages:
         failures = self._times.time("denoise", groups, run=lambda: self._executor.denoise(rows, calls))
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
-        self._metrics.observe("engine_tokens_per_step", tokens)
         padded_tokens = sum(count * frames for own in groups for count, frames in own)
         self._metrics.gauge("engine_pad_share", 1.0 - tokens / padded_tokens)
         now = self._clock.monotonic()
