@@ -13,8 +13,8 @@ from stable_audio_serve.core.generation import Loaded
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.share import WHOLE, require_share
+from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.hardware.share import WHOLE, require_share
 from stable_audio_serve.models.families import find_files, load_model, resolve_device
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import ModelEntry

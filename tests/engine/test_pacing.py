@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stable_audio_serve.engine.cost import CostModel, Measurement
-from stable_audio_serve.engine.pacing import WindowPace
+from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
+from stable_audio_serve.engine.scheduling.pacing import WindowPace
 
 
 def make_pace(*, turn_frames: int = 512, is_fixed: bool = False) -> WindowPace:

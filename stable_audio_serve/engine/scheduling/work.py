@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from stable_audio_serve.engine.batching import Lane
-from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.scheduling.batching import Lane
+from stable_audio_serve.engine.scheduling.cost import CostModel
 
 
 class Phase(Enum):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stable_audio_serve.engine.device import Device
+from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowRule, WindowSpan
 from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
 from stable_audio_serve.sampling.noise import NoiseSource

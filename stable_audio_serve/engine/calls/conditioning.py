@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stable_audio_serve.engine.arena import FrameArena, Pages, SlotArena, write
-from stable_audio_serve.engine.device import Device
+from stable_audio_serve.engine.hardware.arena import FrameArena, Pages, SlotArena, write
+from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.models.protocol import BranchConditioning, RowConditioning
 
 

@@ -1,8 +1,12 @@
-"""The state of one request that the caller's event loop and the engine thread share: reply, cancellation, timings."""
+"""The state of one request that the caller's event loop and the engine thread share: reply, cancellation, timings; and
+the inbox through which requests reach the engine thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,7 +15,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stable_audio_serve.core.errors import DeadlineExceededError, StartTimeoutError
+from stable_audio_serve.core.errors import DeadlineExceededError, ModelUnavailableError, StartTimeoutError
 from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
@@ -19,12 +23,55 @@ from stable_audio_serve.core.generation import (
     ProgressCallback,
     StageTimings,
 )
-from stable_audio_serve.engine.conditioning import HeldConditioning
-from stable_audio_serve.engine.scheduler import RowId
-from stable_audio_serve.engine.windows import SourceEncoding
-from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.engine.calls.conditioning import HeldConditioning
+from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.windows import SourceEncoding
+from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import RowPlan, TextEmbedding
 from stable_audio_serve.sampling.noise import NoiseSource
+
+UNAVAILABLE = "the model is shutting down or its engine stopped; retry"
+
+
+class Inbox:
+    """Submitted requests in order. A closed inbox accepts nothing, so no request can be left in it."""
+
+    def __init__(self) -> None:
+        self._requests: deque[RequestState] = deque()
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._closed = False
+
+    def put(self, request: RequestState) -> None:
+        """Add a request. Raises ModelUnavailableError once the inbox is closed."""
+        with self._lock:
+            if self._closed:
+                raise ModelUnavailableError(UNAVAILABLE)
+            self._requests.append(request)
+        self._changed.set()
+
+    def wake(self) -> None:
+        """Wake the engine thread: something was cancelled, or it should stop."""
+        self._changed.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something arrives or `wake` is called, at most `timeout_s`."""
+        self._changed.wait(timeout_s)
+
+    def take(self) -> list[RequestState]:
+        """Returns everything submitted since the last call."""
+        self._changed.clear()
+        with self._lock:
+            taken = list(self._requests)
+            self._requests.clear()
+        return taken
+
+    def close(self) -> list[RequestState]:
+        """Accept nothing more. Returns the requests that were never taken."""
+        with self._lock:
+            self._closed = True
+        return self.take()
+
 
 Message = TypeVar("Message")
 TimedStage = Literal["queue", "text", "source", "denoise", "stalled", "decode"]

@@ -4,6 +4,7 @@ is encoded once for all rows that share it. Knows no registers and no later phas
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
@@ -13,15 +14,48 @@ from torch import Tensor
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.device import Device, Moment
-from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.noise_ahead import RowNoise
-from stable_audio_serve.engine.pacing import CallTimes, WindowPace
-from stable_audio_serve.engine.prompt_cache import PromptCache
-from stable_audio_serve.engine.request_state import Prompts
-from stable_audio_serve.engine.rows import Encoding, Failures, Row, run_alone
-from stable_audio_serve.engine.windows import SourceEncoding
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.noise_ahead import RowNoise
+from stable_audio_serve.engine.calls.request_state import Prompts
+from stable_audio_serve.engine.calls.rows import Encoding, Failures, Row, run_alone
+from stable_audio_serve.engine.hardware.device import Device, Moment
+from stable_audio_serve.engine.scheduling.pacing import CallTimes, WindowPace
+from stable_audio_serve.engine.scheduling.windows import SourceEncoding
 from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
+
+
+class PromptCache:
+    """An LRU cache of text embeddings of at most `max_bytes`; 0 turns it off. Not thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
+
+    def get(self, prompt: str) -> TextEmbedding | None:
+        """Returns the embedding of exactly this prompt, or None."""
+        embedding = self._embeddings.get(prompt)
+        if embedding is not None:
+            self._embeddings.move_to_end(prompt)
+        return embedding
+
+    def put(self, embedding: TextEmbedding) -> None:
+        """Keep an embedding and drop the least recently used ones. An embedding above the bound is not kept."""
+        if embedding.num_bytes > self._max_bytes or embedding.prompt in self._embeddings:
+            return
+        self._embeddings[embedding.prompt] = embedding
+        self._num_bytes += embedding.num_bytes
+        while self._num_bytes > self._max_bytes:
+            _, dropped = self._embeddings.popitem(last=False)
+            self._num_bytes -= dropped.num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the embeddings."""
+        return self._num_bytes
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
 
 
 class RowInputs:

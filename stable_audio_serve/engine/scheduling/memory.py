@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.arena import PAGE_FRAMES, pages_of
-from stable_audio_serve.engine.windows import window_lengths
+from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, pages_of
+from stable_audio_serve.engine.scheduling.windows import window_lengths
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,

@@ -17,14 +17,13 @@ from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.conditioning import HeldConditioning
-from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.device import Device, Moment
-from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.inputs import RowInputs
-from stable_audio_serve.engine.pacing import CallTimes, WindowPace
-from stable_audio_serve.engine.prompt_cache import PromptCache
-from stable_audio_serve.engine.rows import Decoding, Encoding, Failures, Row, Stepping, make_assembly, run_alone
+from stable_audio_serve.engine.calls.conditioning import HeldConditioning
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.inputs import PromptCache, RowInputs
+from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, make_assembly, run_alone
+from stable_audio_serve.engine.hardware.device import Device, Moment
+from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.engine.scheduling.pacing import CallTimes, WindowPace
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 

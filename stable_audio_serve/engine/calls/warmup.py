@@ -11,11 +11,10 @@ from functools import partial
 import torch
 
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.batching import BatchPolicy, Lane
-from stable_audio_serve.engine.call_cost import Measurement
-from stable_audio_serve.engine.cost import CostModel, Work
-from stable_audio_serve.engine.device import Device
-from stable_audio_serve.engine.windows import window_lengths
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Lane
+from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement, Work
+from stable_audio_serve.engine.scheduling.windows import window_lengths
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from stable_audio_serve.engine.arena import HeldFrames
-from stable_audio_serve.engine.batching import Lane
-from stable_audio_serve.engine.conditioning import HeldConditioning
-from stable_audio_serve.engine.device import DEVICE_LOST, Device, Moment
-from stable_audio_serve.engine.noise_ahead import RowNoise
-from stable_audio_serve.engine.request_state import Prompts, RequestState
-from stable_audio_serve.engine.scheduler import RowId
-from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
-from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.engine.calls.conditioning import HeldConditioning
+from stable_audio_serve.engine.calls.noise_ahead import RowNoise
+from stable_audio_serve.engine.calls.request_state import Prompts, RequestState
+from stable_audio_serve.engine.hardware.arena import HeldFrames
+from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Moment
+from stable_audio_serve.engine.scheduling.batching import Lane
+from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
+from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import RowPlan
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation

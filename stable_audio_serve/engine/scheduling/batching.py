@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from stable_audio_serve.engine.call_cost import Groups
-from stable_audio_serve.engine.call_shapes import (
+from stable_audio_serve.engine.scheduling.call_shapes import (
     PACKED_ROWS,
     CallMs,
     CallShapes,
@@ -21,6 +20,7 @@ from stable_audio_serve.engine.call_shapes import (
     most_rows,
     round_up,
 )
+from stable_audio_serve.engine.scheduling.cost import Groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import DeviceUse, Mode
-from stable_audio_serve.engine.landing import LandingRing
-from stable_audio_serve.engine.share import WHOLE, DeviceMemory, allowed_bytes
+from stable_audio_serve.engine.hardware.landing import LandingRing
+from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowed_bytes
 from stable_audio_serve.sampling.transfer import to_device
 
 # Errors after which the device itself is unusable: no row caused them and the process must be replaced.

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stable_audio_serve.engine.arena import NOTHING, HeldFrames, page_table, pages_of, read, write
-from stable_audio_serve.engine.conditioning import HeldBranch
-from stable_audio_serve.engine.device import Device
-from stable_audio_serve.engine.graphs import Kind
+from stable_audio_serve.engine.calls.conditioning import HeldBranch
+from stable_audio_serve.engine.hardware.arena import NOTHING, HeldFrames, page_table, pages_of, read, write
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.hardware.graphs import Kind
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, GuidanceUse, guidance_values, guide
 from stable_audio_serve.sampling.plan import Guidance

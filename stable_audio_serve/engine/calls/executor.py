@@ -1,4 +1,5 @@
-"""Turns rows and windows into calls of the model and hides how those run: as they are, packed, or as captured graphs.
+"""Turns rows and windows into calls of the model and hides how those run: as they are, packed (rows of
+different lengths one after another, without padding), or as captured graphs.
 
 A call that raises runs again item by item, so that only the item that causes the error fails.
 """
@@ -6,6 +7,7 @@ A call that raises runs again item by item, so that only the item that causes th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeVar
@@ -15,23 +17,47 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.engine.arena import FrameArena, HeldFrames, read, write
-from stable_audio_serve.engine.batching import BatchPolicy, Call
-from stable_audio_serve.engine.conditioning import ConditioningArena
-from stable_audio_serve.engine.decode_calls import DecodeCalls
-from stable_audio_serve.engine.device import DEVICE_LOST, Device
-from stable_audio_serve.engine.graphs import CallMemory, Graphs
-from stable_audio_serve.engine.packed_step import PackedInputs, PackedShape, run_packed_step
-from stable_audio_serve.engine.packing import denoise_packed
-from stable_audio_serve.engine.rows import Row, Stepping
-from stable_audio_serve.engine.step import Memories, StepInputs, StepRow, StepShape, run_step
-from stable_audio_serve.engine.text_calls import TextCalls
+from stable_audio_serve.engine.calls.coding_calls import DecodeCalls, TextCalls
+from stable_audio_serve.engine.calls.conditioning import ConditioningArena
+from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.rows import Row, Stepping
+from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
+from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device
+from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
+    StepBatch,
     TextEmbedding,
 )
+
+
+def denoise_packed(
+    model: DiffusionModel, batch: StepBatch, *, frames: Sequence[int], valid_frames: Sequence[int]
+) -> Tensor:
+    """Returns the network output (B, D, F) float32 of a padded batch, which runs packed; 0 behind each row's `frames`.
+
+    Nothing of the padding is read. For a model whose spec says `packs_rows`.
+    """
+    packed = replace(batch, x=pack(batch.x, frames), valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames))
+    return unpack(model.denoise(packed), frames, padded=batch.x.shape[-1])
+
+
+def pack(x: Tensor, frames: Sequence[int]) -> Tensor:
+    """Returns the first `frames` of each row of x (B, D, F), one row after another: (1, D, N)."""
+    return torch.cat([row[:, :count] for row, count in zip(x, frames, strict=True)], dim=1)[None]
+
+
+def unpack(x: Tensor, frames: Sequence[int], *, padded: int) -> Tensor:
+    """Returns the rows of x (1, D, N), padded with zeros: (B, D, padded)."""
+    rows = x.new_zeros(len(frames), x.shape[1], padded)
+    for target, row in zip(rows, x[0].split(list(frames), dim=1), strict=True):
+        target[:, : row.shape[1]] = row
+    return rows
+
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -1,18 +1,21 @@
-"""Decides which rows the engine works on next: pure bookkeeping that never sees a tensor or a device.
+"""Decides which rows the engine works on next. Bookkeeping only: no tensors, no device.
 
-Every row has a deadline, arrival + slack x its predicted time alone, so short work overtakes long work. No row waits
-forever: the slack is bounded and a deadline never moves, so every row becomes the earliest at some point. The rows
-with the earliest deadlines fill a token budget per step. Rows of equal work have deadlines in order of arrival and
-finish in that order. Taking turns over all rows would make all of them finish late.
+Deadlines. A row's deadline is its arrival + slack x its predicted time alone, at most `max_slack_s`, and never moves.
+Short rows therefore overtake long ones, and every row becomes the earliest at some point. Taking turns over all rows
+would make all of them finish late.
 
-Interactive rows go ahead of batch rows at the next step. While there are interactive rows, batch rows get time equal
-to a share of the interactive time: a batch row joins an interactive step if that makes the step hardly longer, else
-time accumulates until it pays for a separate step. So an interactive row is delayed by at most that share and the
-current step, and a batch row ends at the latest when the engine has worked 1 + 1 / share times as long as this row and
-the batch rows before it take.
+Filling a step. Rows join in order of deadline until the step has enough latent frames: as many as make its fixed cost
+small (`knee_tokens`), or a quarter of all waiting frames if that is more, because then a larger step finishes the
+queue sooner; at most `max_tokens`. Rows that started hold device memory, so only so many start, and once a row finds
+too little memory none behind it starts: otherwise small rows would keep a large one waiting forever.
 
-Where a device has a second queue, rows that encode or decode are picked besides those of a step and take nothing of its
-budget. All that is said of time above means the device's, which both queues share.
+Lending to batch rows. Interactive rows go first, and each interactive step lends `batch_share` of its time to batch
+rows. A batch row joins the step if the lent time covers what it adds. If it does not fit, lent time accumulates over
+steps until it covers a step of its own, which then runs alone. So an interactive row waits at most that share longer
+plus one step, and batch rows progress under any interactive load. Lent time is dropped when nobody needs it.
+
+Second queue. Where a device has one, rows that encode or decode run beside a step and take nothing of its budget.
+Times are the device's, which both queues share.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from itertools import chain
 from typing import NewType
 
 from stable_audio_serve.core.generation import Priority
-from stable_audio_serve.engine.work import Phase, RowWork
+from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 
 RowId = NewType("RowId", int)
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.call_cost import Groups
-from stable_audio_serve.engine.cost import CostModel, Work
-from stable_audio_serve.engine.device import Device, Moment
+from stable_audio_serve.engine.hardware.device import Device, Moment
+from stable_audio_serve.engine.scheduling.cost import CostModel, Groups, Work
 
 Result = TypeVar("Result")
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.engine.arena import NOTHING, PAGE_FRAMES, Pages, page_table, pages_of, read, write
-from stable_audio_serve.engine.call_shapes import PackedRoom
-from stable_audio_serve.engine.device import Device
-from stable_audio_serve.engine.graphs import Kind
-from stable_audio_serve.engine.step import KEPT_PARTS, Memories, StepRow, StepShape, join_sections
+from stable_audio_serve.engine.calls.step import KEPT_PARTS, Memories, StepRow, StepShape, join_sections
+from stable_audio_serve.engine.hardware.arena import NOTHING, PAGE_FRAMES, Pages, page_table, pages_of, read, write
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.hardware.graphs import Kind
+from stable_audio_serve.engine.scheduling.call_shapes import PackedRoom
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, PagedRows, guidance_values, guide
