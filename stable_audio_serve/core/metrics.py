@@ -47,7 +47,7 @@ _HTTP = (
     Metric(
         "key_limits_alone",
         "gauge",
-        "1 while the job database is away and each process keeps its share of keys' limits.",
+        "1 while the job database is away and each process applies the limits of keys to its own requests.",
         is_rare=True,
     ),
     Metric("upload_decode_ms", "histogram", "Time to decode an uploaded file, waiting for its turn included."),
