@@ -51,6 +51,7 @@ _SESSION = {
     "enable_sort": "off",
     "jit": "off",
 }
+_NO_WAIT_FOR_DISK = sa.select(sa.func.set_config("synchronous_commit", "off", True))
 
 
 def database_url(url: str | None, folder: Path) -> sa.URL:
@@ -93,6 +94,7 @@ class Database:
             without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
         else:
             self.engine, without_log = _create_postgresql(url), None
+        self._hasty = self.engine.execution_options(is_durable=False)
         self._reader = self.engine.execution_options(reading=True)
         if not self.is_sqlite:  # one statement needs no BEGIN before it and no ROLLBACK after it
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
@@ -114,19 +116,24 @@ class Database:
         return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
-        """A transaction, which no other writer overlaps on SQLite. Raises StorageError."""
+    def writing(self, *, is_durable: bool = True) -> Iterator[sa.Connection]:
+        """A transaction, which no other writer overlaps on SQLite. Raises StorageError.
+
+        One that is not durable waits for no disk: a power cut may undo it, but nothing before or after it.
+        """
         with at_work():
             self._make_ready()
             self._look_inside()
-            with self.engine.begin() as connection:
+            with (self.engine if is_durable else self._hasty).begin() as connection:
+                if not (is_durable or self.is_sqlite):
+                    connection.execute(_NO_WAIT_FOR_DISK)
                 yield connection
             self._require_in_place()  # or what was written may be lost with the file
 
     @contextmanager
-    def writing_alone(self, lock: int) -> Iterator[sa.Connection]:
-        """A transaction that no other with the same lock number overlaps. Raises StorageError."""
-        with self.writing() as connection:
+    def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
+        """`writing` that no other with the same lock number overlaps. Raises StorageError."""
+        with self.writing(is_durable=is_durable) as connection:
             if not self.is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
             yield connection

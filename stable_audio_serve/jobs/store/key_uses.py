@@ -90,10 +90,12 @@ class KeyUses:
     def admit(self, use: Use) -> QuotaError | None:
         """Charge the audio and take the place, or return why not."""
         lock = zlib.crc32(f"uses of {use.client}".encode())
-        with self._database.writing_alone(lock) as connection:
-            refusal = self._find_full(connection, use)
+        with self._database.writing_alone(lock, is_durable=False) as connection:
+            before, now = self._find_used(connection, use)
+            refusal = find_full(use, before, now=now)
             if refusal is None:
-                connection.execute(self._forget, {"of_client": use.client})
+                if any(not (audio_s or places) for _, audio_s, places in before):
+                    connection.execute(self._forget, {"of_client": use.client})
                 row = {"id": use.id, "client": use.client, "audio_s": use.audio_s}
                 connection.execute(self._insert, row | {"place_s": LEASE_S if use.has_place else 0.0})
         return refusal
@@ -101,21 +103,23 @@ class KeyUses:
     def find_full(self, use: Use) -> QuotaError | None:
         """Return why `use` would be refused, if it would. Changes nothing."""
         with self._database.reading() as connection:
-            return self._find_full(connection, use)
+            before, now = self._find_used(connection, use)
+        return find_full(use, before, now=now)
 
     def end(self, use: Use, *, counts: bool) -> None:
         """Free the place, and give the audio back unless it counts."""
         is_it = _uses.id == use.id
         is_kept = counts and use.limits.audio_seconds_per_minute is not None
-        with self._database.writing() as connection:
+        with self._database.writing(is_durable=False) as connection:
             free = sa.update(KEY_USES).where(is_it).values(place_until=0.0)
             connection.execute(free if is_kept else sa.delete(KEY_USES).where(is_it))
 
     def renew(self, ids: Sequence[str]) -> None:
         """Keep the places of these requests for another `LEASE_S` seconds."""
-        with self._database.writing() as connection:
+        with self._database.writing(is_durable=False) as connection:
             connection.execute(self._renew, {"ids": ids})
 
-    def _find_full(self, connection: sa.Connection, use: Use) -> QuotaError | None:
+    def _find_used(self, connection: sa.Connection, use: Use) -> tuple[list[Used], float]:
+        """Return what the client has used, oldest first, and the time."""
         rows = connection.execute(self._find, {"of_client": use.client}).all()
-        return find_full(use, [(at, audio_s, places) for _, at, audio_s, places in rows], now=rows[0][0] if rows else 0)
+        return [(at, audio_s, places) for _, at, audio_s, places in rows], rows[0].now if rows else 0.0
