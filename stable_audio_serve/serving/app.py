@@ -82,8 +82,11 @@ class Ingress:
             wake=RunnerBell(runner).ring,
             metrics=self._metrics,
         )
-        self._operator_store = open_operator_store(self._jobs.store.database, application)
-        self._operations = RayOperations(self._backend, self._operator_store, ingress=ingress, runner=runner)
+        store = self._jobs.store
+        self._operator_store = open_operator_store(store.database, application)
+        self._operations = RayOperations(
+            self._backend, jobs=store, settings=self._operator_store, ingress=ingress, runner=runner
+        )
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
         app = create_app(

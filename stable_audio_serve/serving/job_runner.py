@@ -74,11 +74,6 @@ class JobRunnerReplica:
         """Put jobs back into the queue, because the server stops. Returns how many are still held."""
         return self._runner.drain()
 
-    async def waiting_jobs(self) -> Mapping[str, Waiting] | None:
-        """Returns what waits for each model in the job database, as of a second ago; None while that is not known."""
-        waiting = self._runner.waiting_work()
-        return None if waiting is None else {model: waiting.get(model, Waiting()) for model in self._models}
-
     async def _tell_models(self) -> None:
         """Tell each model once a second, for its autoscaling policy, what waits for it and whether an operator keeps it
         loaded; once more when an operator has let it go.
@@ -86,9 +81,9 @@ class JobRunnerReplica:
         kept: frozenset[str] = frozenset()
         while True:
             kept_before, kept = kept, self._operator_store.current.kept_models
-            waiting = await self.waiting_jobs() or {}
+            waiting = self._runner.waiting_work()
             for model in self._models:
-                jobs = waiting.get(model, Waiting())
+                jobs = (waiting or {}).get(model, Waiting())
                 telling = self._telling.get(model)
                 needs_replica = jobs.num_jobs > 0 or model in kept
                 if telling is not None and not telling.done():
@@ -96,7 +91,7 @@ class JobRunnerReplica:
                         telling.cancel()  # it may still ask for a first replica
                 elif needs_replica or model in kept_before:
                     self._telling[model] = asyncio.create_task(self._tell(model, jobs, is_kept=model in kept))
-                if model in waiting:
+                if waiting is not None:
                     self._metrics.gauge("waiting_work_ms", 1000.0 * (predicted_s(model, jobs) or 0.0), model=model)
             await asyncio.sleep(_TELL_S)
 

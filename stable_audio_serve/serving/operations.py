@@ -1,6 +1,6 @@
 """`core.operations.Operations` over Ray Serve, in an ingress replica: what is known here already, never a question to
-the models. While somebody looks, one question a second to a job runner, and while the server drains to the processes
-that have something to finish. What operators set is kept by `jobs.store.operator_settings`.
+the models. While somebody looks, one question a second to the job database, and while the server drains to those that
+have something to finish. What operators set is kept by `jobs.store.operator_settings`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.operator_settings import OperatorStore
 from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.serving.asked import Asked
@@ -52,9 +54,16 @@ class RayOperations:
     """One per ingress replica, used on its event loop."""
 
     def __init__(
-        self, backend: RayBackend, settings: OperatorStore, *, ingress: DeploymentHandle, runner: DeploymentHandle
+        self,
+        backend: RayBackend,
+        *,
+        jobs: JobStore,
+        settings: OperatorStore,
+        ingress: DeploymentHandle,
+        runner: DeploymentHandle,
     ) -> None:
         self._backend = backend
+        self._jobs = jobs
         self._settings = settings
         self._ingress = ingress
         self._runner = runner
@@ -74,7 +83,7 @@ class RayOperations:
                     status,
                     is_kept=name in kept_models,
                     replicas=reports(name) if status.states else (),
-                    waiting_jobs_s=predicted_s(name, (waiting or {}).get(name)),
+                    waiting_jobs_s=None if waiting is None else predicted_s(name, waiting.get(name, Waiting())),
                 )
                 for name, status in statuses.items()
             },
@@ -111,22 +120,14 @@ class RayOperations:
         return DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))
 
     async def _ask_for_waiting(self) -> Mapping[str, Waiting] | None:
-        """What any of the runners says: each knows of the whole job database."""
-        response = self._runner.waiting_jobs.remote()
         try:
-            async with asyncio.timeout(_ASK_TIMEOUT_S):
-                waiting: Mapping[str, Waiting] | None = await response
-                return waiting
-        except (TimeoutError, RayError, RayServeException) as error:
-            response.cancel()
-            logger.debug("no job runner answers: %s", error)
+            return await asyncio.to_thread(self._jobs.waiting.by_model)
+        except StorageError:
             return None
 
 
-def predicted_s(model: str, jobs: Waiting | None) -> float | None:
-    """Returns the device time of jobs that wait for a model; None while they or its prices are not known."""
-    if jobs is None:
-        return None
+def predicted_s(model: str, jobs: Waiting) -> float | None:
+    """Returns the device time of jobs that wait for a model; None before a replica of it has told its prices."""
     if not jobs.num_jobs:
         return 0.0
     prices = last_prices(model)
