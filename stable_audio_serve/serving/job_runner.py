@@ -60,7 +60,7 @@ class JobRunnerReplica:
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics, prices=last_prices
         )
         self._operator_store = open_operator_store(store.database, application)
-        with suppress(StorageError):  # it is heard of as soon as the database answers
+        with suppress(StorageError):  # `follow` reads it as soon as the database answers
             self._follow_operators(await asyncio.to_thread(self._operator_store.read))
         await self._runner.start()
         work = (self._operator_store.follow(self._follow_operators), self._tell_models())
@@ -75,8 +75,8 @@ class JobRunnerReplica:
         return self._runner.drain()
 
     async def _tell_models(self) -> None:
-        """Tell each model once a second, for its autoscaling policy, what waits for it and whether an operator keeps it
-        loaded; once more when an operator has let it go.
+        """Send each model once a second, for its autoscaling policy, the work that waits for it and whether an operator
+        keeps it loaded; once more when an operator has let it go.
         """
         kept: frozenset[str] = frozenset()
         while True:
@@ -110,7 +110,7 @@ class JobRunnerReplica:
                     response.cancel()
                     raise
         except (TimeoutError, RayError, RayServeException) as error:
-            logger.debug("model %s did not hear of its jobs: %s", model, error)
+            logger.debug("model %s could not be sent its waiting work: %s", model, error)
 
     async def drain_progress(self) -> DrainProgress:
         """Returns how many jobs are left to finish, when an operator takes the server out."""
@@ -144,7 +144,7 @@ class RunnerBell:
         self._again = False
 
     def ring(self) -> None:
-        """Call every runner, now or, soon after another call, once for all that asked meanwhile."""
+        """Call every runner: now or, soon after another call, once for all rings since then."""
         if self._ringing is not None and not self._ringing.done():
             self._again = True
             return

@@ -1,6 +1,6 @@
-"""`core.operations.Operations` over Ray Serve, in an ingress replica: what is known here already, never a question to
-the models. While somebody looks, one question a second to the job database, and while the server drains to those that
-have something to finish. What operators set is kept by `jobs.store.operator_settings`.
+"""`core.operations.Operations` over Ray Serve, in an ingress replica. It never asks the models: replicas publish their
+state. While a client reads the status, it asks the job database once a second, and while the server drains the ingress
+replicas and job runners. `jobs.store.operator_settings` stores the settings of operators.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DrainProgress:
 def open_operator_store(database: Database, application: str) -> OperatorStore:
     """Returns what operators set for the application of this Ray cluster.
 
-    Its name outlives Ray's head where that has Redis; a server that is started anew has another one.
+    The name outlives Ray's head where that has Redis; a server that is stopped and started has another name.
     """
     return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
@@ -101,7 +101,7 @@ class RayOperations:
         await asyncio.to_thread(self._settings.release, model)
 
     async def drain(self) -> None:
-        """See `Operations.drain`. Every process hears of it within half a second."""
+        """See `Operations.drain`. Every process reads it within half a second."""
         await asyncio.to_thread(self._settings.drain)
         self._drain.forget()
 
@@ -135,7 +135,7 @@ def predicted_s(model: str, jobs: Waiting) -> float | None:
 
 
 async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress | None]:
-    """What each of its replicas says, None for one that cannot be asked."""
+    """The progress of each of its replicas, None for a replica that does not answer."""
     try:
         answers = await deployment.broadcast("drain_progress").results_async(
             timeout_s=_ASK_TIMEOUT_S, return_exceptions=True
@@ -147,6 +147,6 @@ async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress |
 
 
 def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
-    """Returns what all have to finish; None while one is silent, or has yet to hear of the drain."""
+    """Returns what all have to finish; None while a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None

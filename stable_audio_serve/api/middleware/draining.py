@@ -1,7 +1,7 @@
 """The end of a process, or a rest: new work is refused, event streams end so that clients reconnect, answers in flight
 are counted.
 
-Does not know who ends it: the launcher stops the whole server, an operator takes it out for a while, Ray Serve replaces
+There are three causes: the launcher stops the whole server, an operator takes it out for a while, Ray Serve replaces
 one replica by another.
 """
 
@@ -24,7 +24,7 @@ _READING = frozenset({"GET", "HEAD"})
 
 
 class Draining:
-    """One per application, used on its event loop. Neither `leave` nor `stop` can be undone."""
+    """One per application, used on its event loop. `leave` and `stop` cannot be undone."""
 
     def __init__(self, readiness: Readiness) -> None:
         self._readiness = readiness
@@ -32,7 +32,7 @@ class Draining:
         self._is_replaced = False
         self._refusal: str | None = None  # why new work is refused
         self._in_flight: set[object] = set()
-        self._at_rest: frozenset[object] | None = None  # what was in flight when the rest began
+        self._at_rest: frozenset[object] | None = None  # in flight when the rest began
 
     @property
     def num_in_flight(self) -> int:
@@ -41,7 +41,7 @@ class Draining:
 
     @property
     def num_from_before(self) -> int:
-        """Those of them that were there when the rest began: what it has to finish."""
+        """The requests in flight that arrived before the rest began, which it has to finish."""
         return len(self._in_flight & (self._at_rest or set()))
 
     @property
@@ -70,7 +70,7 @@ class Draining:
         self.leave()
 
     def rest(self) -> None:
-        """Refuse new work until `resume`: what only reads is answered, so that clients get what was begun here."""
+        """Refuse new work until `resume`. Reading is allowed, so that clients get the results of work begun here."""
         if self._refusal is None:
             self._at_rest = frozenset(self._in_flight)
             self._refuse(_RESTING)
