@@ -135,7 +135,7 @@ async def _opened(settings: Settings) -> AsyncIterator[ReportArchive]:
 
     artifacts = open_artifacts(settings)
     try:
-        yield ReportArchive(artifacts, wait_s=settings.quality_gate.store_wait_s)
+        yield ReportArchive(artifacts)
     finally:
         await artifacts.close()
 

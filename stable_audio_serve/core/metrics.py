@@ -34,9 +34,7 @@ _HTTP = (
     Metric("http_request_ms", "histogram", "Time of a whole request, milliseconds.", ("route",)),
     Metric("http_requests_in_progress", "gauge", "Requests that are being answered now, streams included."),
     Metric("refusals", "counter", "Requests that were refused: the kind of error, or the HTTP status.", ("reason",)),
-    Metric("bodies_receiving", "gauge", "Request bodies that are being received, unless they come at once."),
     Metric("event_streams_open", "gauge", "Streams of job events that are open."),
-    Metric("api_keys", "gauge", "Keys that may use the API, where `api.key_file` is set.", is_rare=True),
     Metric("key_file_broken", "gauge", "1 while `api.key_file` cannot be used: former keys count.", is_rare=True),
     Metric(
         "key_requests",
@@ -49,7 +47,7 @@ _HTTP = (
     Metric(
         "key_limits_alone",
         "gauge",
-        "1 while the job database is away and each process keeps its share of keys' limits.",
+        "1 while the job database is away and each process applies the limits of keys to its own requests.",
         is_rare=True,
     ),
     Metric("upload_decode_ms", "histogram", "Time to decode an uploaded file, waiting for its turn included."),
@@ -87,7 +85,6 @@ _ENGINE = (
         is_rare=True,
     ),
     Metric("engine_rows_per_step", "histogram", "Variations that share a denoising step.", ("model",)),
-    Metric("engine_tokens_per_step", "histogram", "Latent frames of a denoising step, both branches.", ("model",)),
     Metric("engine_pad_share", "gauge", "Part of the last step that was padding, 0 to 1.", ("model",)),
     Metric("engine_prompt_cache_hits", "counter", "Prompts whose embedding was there already.", ("model",)),
     Metric("engine_prompt_cache_misses", "counter", "Prompts that had to be embedded.", ("model",)),
@@ -97,7 +94,6 @@ _ENGINE = (
         "New replicas at the quality gate: passed, unchecked (nothing to compare with could be read) or failed.",
         ("outcome", "model"),
     ),
-    Metric("quality_gate_ms", "histogram", "Time of the golden requests and their comparison.", ("model",)),
     Metric(
         "model_update_refused",
         "gauge",
@@ -111,12 +107,6 @@ _ENGINE = (
         ("model",),
     ),
     Metric("engine_device_memory_bytes", "gauge", "GPU memory in use by the engine; 0 on a CPU.", ("model",)),
-    Metric(
-        "router_choices",
-        "counter",
-        "Choices of a replica for a call: by predicted work, or by queue where a replica has long said nothing.",
-        ("by", "model"),
-    ),
 )
 _JOBS = (
     Metric("jobs", "counter", "Jobs that have ended.", ("state", "contract")),

@@ -45,8 +45,7 @@ from stable_audio_serve.serving.placement import (
 )
 from stable_audio_serve.serving.preflight import check_proxy, fetch_configs, require_weights
 from stable_audio_serve.serving.replica import ModelReplica
-from stable_audio_serve.serving.reservations import check_gpu_shares, decide_surge
-from stable_audio_serve.serving.surge import node_slots
+from stable_audio_serve.serving.reservations import check_gpu_shares, decide_surge, node_slots
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -18,7 +18,7 @@ from stable_audio_serve.client.answers import read_job
 from stable_audio_serve.client.following import Following
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
-from tests.client.conftest import IN_ONE_LOOP, Caller, Served, serve
+from tests.client.conftest import IN_ONE_LOOP, POLLS, Caller, Served, serve
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
@@ -198,7 +198,7 @@ async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]
 async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable[..., Caller]) -> None:
     refusals = Counter[int]()
     async with (
-        serve(ingress={"max_event_streams": 1}, refusals=refusals) as served,
+        serve(stream_limits=replace(POLLS, max_open=1), refusals=refusals) as served,
         httpx.AsyncClient(timeout=PATIENCE_S) as other,
     ):
         call = connect(served.url)

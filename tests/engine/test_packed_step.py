@@ -14,11 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.arena import ANYWHERE
-from stable_audio_serve.engine.batching import Call, Lane, MergedGrid, PackedOrGrid
-from stable_audio_serve.engine.call_shapes import GraphShapes, PackedRoom, PackedShapes
-from stable_audio_serve.engine.packed_step import PackedInputs, PackedShape, run_packed_step
-from stable_audio_serve.engine.step import Memories, StepRow
+from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.step import Memories, StepRow
+from stable_audio_serve.engine.hardware.arena import ANYWHERE
+from stable_audio_serve.engine.scheduling.batching import Call, Lane, MergedGrid, PackedOrGrid
+from stable_audio_serve.engine.scheduling.call_shapes import GraphShapes, PackedRoom, PackedShapes
 from stable_audio_serve.models.blocks.varlen import is_varlen_right
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel

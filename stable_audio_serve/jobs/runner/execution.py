@@ -50,7 +50,7 @@ class JobExecutor:
         self._limits = limits
         self._clock = clock or SystemClock()
         self._source_bytes = ByteBudget(limits.max_source_bytes)
-        self._audio = AudioWorkers(limits, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
+        self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Returns the result of the job with its stored file. Keeps nothing when cancelled or when it raises.

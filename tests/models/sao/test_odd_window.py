@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-from stable_audio_serve.engine.windows import SourceEncoding
+from stable_audio_serve.engine.scheduling.windows import SourceEncoding
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.registry import resolve_entry
