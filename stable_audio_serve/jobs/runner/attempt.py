@@ -1,6 +1,6 @@
 """One attempt at one job, under one lease: runs it, writes its progress and its end, puts it back where that may help.
 
-Once the lease is lost nothing is written any more: the job belongs to another runner. Knows no SQL and no models.
+Once the lease is lost nothing is written any more: the job belongs to another runner. Uses no SQL and no models.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunnerPauses:
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """What the attempts of one runner share. `reports` are those that are not written yet, the latest of each job."""
+    """What the attempts of one runner share. `reports` has the latest progress of each job that is not written yet."""
 
     store: JobStore
     artifacts: ArtifactStore
@@ -140,7 +140,7 @@ class Attempt:
         await self._record_end(ended)
 
     async def _retry_or_give_up(self, error: StableAudioError) -> None:
-        """Put the job back for a while. Meanwhile no other job of an unavailable model is leased."""
+        """Put the job back for a while, in which no other job of an unavailable model is leased."""
         pauses = self._context.pauses
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))
         if isinstance(error, ModelUnavailableError):

@@ -43,7 +43,7 @@ class _RunningJob:
 class Capacity:
     """Counts the jobs that one runner runs and says whether the engines have room for more; `key` is any name of a job.
 
-    Each priority has its own room, so that neither keeps the other from the engines, which decide which runs first.
+    Each priority has its own room: both always have jobs in the engines, which decide what runs first.
     """
 
     def __init__(
@@ -92,11 +92,6 @@ class Capacity:
         if model in self._closed_until:
             self._closed_until[model] = max(self._closed_until[model], self._clock.monotonic() + for_s)
 
-    def opens_in_s(self) -> float | None:
-        """Returns the seconds until the next closed model opens; None when no model is closed."""
-        now = self._clock.monotonic()
-        return min((until - now for until in self._closed_until.values() if until > now), default=None)
-
     def begin(self, key: Hashable, *, model: str, priority: Priority, size: WorkSize) -> None:
         """Count a job that was leased."""
         self._running[key] = _RunningJob(model, priority, size)
@@ -111,8 +106,9 @@ class Capacity:
         del self._running[key]
 
     def predict_end_s(self, key: Hashable) -> float | None:
-        """Returns the seconds until a running job is done; one that waits ends after the jobs before it. None without
-        prices.
+        """Returns the seconds until a running job is done; None without prices.
+
+        A job that waits in an engine ends after the jobs before it.
         """
         job = self._running[key]
         if job.is_working:
@@ -195,7 +191,7 @@ class StorageGate:
             await self._withdraw()
 
     async def _probe_until_kept(self, error: StorageError) -> None:
-        """Probe until a file as large as those that were refused can be written."""
+        """Probe until a file as large as the refused ones can be written."""
         log.error("no jobs are started: files cannot be kept", reason=error.message, num_bytes=self._needed_bytes)
         self._metrics.gauge("job_files_refused", 1.0)
         refused: StorageError | None = error
@@ -221,5 +217,5 @@ class StorageGate:
         return None
 
     async def _withdraw(self) -> None:
-        with suppress(StorageError):  # it expires by itself
+        with suppress(StorageError):  # the refusal expires
             await asyncio.to_thread(self._refusals.withdraw, self._owner)

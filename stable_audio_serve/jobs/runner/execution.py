@@ -1,4 +1,5 @@
-"""The work of one job: decode its upload, generate its audio, make and keep its file. Knows no states and no tables."""
+"""The work of one job: decode its upload, generate its audio, make and keep its file. States and tables are not its
+subject."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ class JobExecutor:
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` gets the files that could be kept and those that could not be kept or read."""
+        """`gate` learns of every file that could be kept, and of every file that could not be kept or read."""
         self._backend = backend
         self._artifacts = artifacts
         self._gate = gate
@@ -155,17 +156,18 @@ class ByteBudget:
         self._limit = limit
         self._used = 0
         self._turn = asyncio.Lock()  # first come, first served: many small requests do not starve a large one
-        self._released = asyncio.Condition()
+        self._released = asyncio.Event()
 
     @asynccontextmanager
     async def hold(self, num_bytes: int) -> AsyncIterator[None]:
         """Hold `num_bytes` for the life of the context, which begins once there is room for them."""
-        async with self._turn, self._released:
-            await self._released.wait_for(lambda: not self._used or self._used + num_bytes <= self._limit)
+        async with self._turn:
+            while self._used and self._used + num_bytes > self._limit:
+                self._released.clear()
+                await self._released.wait()
             self._used += num_bytes
         try:
             yield
         finally:
             self._used -= num_bytes
-            async with self._released:
-                self._released.notify_all()
+            self._released.set()

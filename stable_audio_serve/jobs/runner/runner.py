@@ -1,7 +1,7 @@
 """Runs waiting jobs, several at a time, beside any number of other runners of the same store.
 
 Leases jobs while there is room for them, renews the leases, makes an attempt at each job and takes over the jobs of
-runners that died. Knows no SQL, no models and no HTTP.
+runners that died. Uses no SQL, no models and no HTTP.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class JobRunner:
             store,
             self.owner,
             lease_s=self._settings.lease_s,
-            held=lambda: tuple(self._attempts),  # taken in one step, whatever this thread does meanwhile
+            held=lambda: tuple(self._attempts),  # one step, so it may run on any thread
             on_change=self._stop_changed,
         )
         self._sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
@@ -160,7 +160,7 @@ class JobRunner:
 
     @property
     def num_held(self) -> int:
-        """The jobs that it leases, and one that it may be about to."""
+        """The jobs that it leases, including a job whose lease is being taken."""
         return len(self._attempts) + int(self._is_leasing)
 
     def hold(self) -> None:
@@ -208,13 +208,13 @@ class JobRunner:
                 wait_s = self._pauses.last_poll_s
             else:
                 poll_s = self._pauses.first_poll_s if num_done else min(poll_s * 2, self._pauses.last_poll_s)
-                wait_s = self._wait_s(outlook, poll_s)
+                wait_s = _wait_s(outlook, poll_s)
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._woken.wait()
 
     async def _turn(self, outlook: Outlook) -> int:
-        """Act on what is due. Returns how many things were done."""
+        """Do everything whose time has come. Returns how many things were done."""
         self._metrics.gauge("jobs_running", self._capacity.num_running)
         self._metrics.gauge("jobs_queued", outlook.num_queued)
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
@@ -233,12 +233,6 @@ class JobRunner:
             for priority, num_queued in outlook.queued.items():
                 num_done += await self._lease(priority, num_queued)
         return num_done
-
-    def _wait_s(self, outlook: Outlook, poll_s: float) -> float:
-        """Returns the seconds until the next poll, or until something comes due that is not due already."""
-        times = [outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s]
-        times.append(self._capacity.opens_in_s())
-        return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])
 
     async def _reclaim(self) -> int:
         """Put back the jobs of dead runners. Returns how many there were."""
@@ -291,7 +285,7 @@ class JobRunner:
         self.wake()
 
     def _stop_changed(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:
-        """Stop those whose leases are lost and those that their clients cancelled."""
+        """Stop jobs whose leases are lost or whose clients cancelled them."""
         reasons: dict[LeaseId, StopReason] = dict.fromkeys(to_cancel, "cancelled")
         reasons |= dict.fromkeys(lost, "lost")
         for lease, reason in reasons.items():
@@ -330,7 +324,7 @@ class JobRunner:
 async def _repeat(
     action: Callable[[], Awaitable[object]], *, pause_s: float, first_in_s: float = 0.0, spread: float = 0.0
 ) -> None:
-    """Run `action` again and again and log what it raises; that the store does not answer is for the loop to say.
+    """Run `action` again and again and log its errors, except that the store does not answer, which the loop logs.
 
     Each pause between two runs differs from `pause_s` by a share of up to `spread`, at random.
     """
@@ -345,7 +339,7 @@ async def _repeat(
 
 
 async def _finish(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Wait some time for tasks to end by themselves, then cancel those that have not."""
+    """Wait a few seconds for tasks to end, then cancel the others."""
     if tasks:
         await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
     for task in tasks:
@@ -355,3 +349,9 @@ async def _finish(tasks: Collection[asyncio.Task[None]]) -> None:
 
 def _is_due(in_s: float | None) -> bool:
     return in_s is not None and in_s <= 0
+
+
+def _wait_s(outlook: Outlook, poll_s: float) -> float:
+    """Returns the seconds until the next poll, or until something comes due that is not due already."""
+    times = (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s)
+    return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])

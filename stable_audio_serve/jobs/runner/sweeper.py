@@ -1,7 +1,7 @@
-"""Removes what is no longer needed: old jobs with their files, files that belong to nothing, unfinished files.
+"""Removes old jobs with their files, files that belong to nothing, and unfinished files.
 
 Any number of sweepers may work on one store at a time. None touches a file that is not known to be this store's.
-Knows no SQL and not when to sweep.
+Its caller decides when to sweep.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sweeper:
         self._clock = clock or SystemClock()
 
     async def sweep(self) -> dict[str, int]:
-        """Remove what is due. Returns how many files that were: `old` ones of jobs that ended or published long ago,
+        """Remove all three kinds. Returns the number of files: `old` ones of jobs that ended or published long ago,
         `orphans` that belong to no job, and `unfinished` ones whose writer ended too early.
 
         What fails is logged, and left to a later sweep.
@@ -105,7 +105,7 @@ class Sweeper:
         return await asyncio.to_thread(partial(self._artifacts.sweep_unfinished, before=before))
 
     async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
-        """Delete files, a few at a time. Returns how many; those that stay are orphans, which a later sweep removes."""
+        """Delete files, a few at a time. Returns how many; the others are orphans, which a later sweep removes."""
         num_deleted = 0
         for start in range(0, len(keys), _AT_ONCE):
             deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])
