@@ -52,7 +52,7 @@ def open_client(
     import httpx
 
     from stable_audio_serve.client import Client, Retries
-    from stable_audio_serve.client.connection import TIMEOUT
+    from stable_audio_serve.client.operations import TIMEOUT
 
     load_dotenv()
     with Patience(quiet=quiet) as patience:
@@ -75,7 +75,7 @@ def ask(client: Client, what: str, **options: Any) -> Any:
     from stable_audio_serve.client.calls import Call
 
     method, path = what.split()
-    return client.send(Call(method, path, **options)).json()
+    return client.send(Call(method, path, lambda answer: answer.json(), options))
 
 
 def load_dotenv() -> None:

@@ -23,7 +23,7 @@ from stable_audio_serve.audio.encode import AudioFormat, encode_audio
 from stable_audio_serve.cli import app
 from stable_audio_serve.cli.saving import slug
 from stable_audio_serve.cli.sound import read_recipe
-from stable_audio_serve.client.retrying import Attempts
+from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
 from stable_audio_serve.models.registry import BUILT_IN
 from tests.api.compat.serving import serve_app
