@@ -36,7 +36,7 @@ scrape_configs:
 
 Samples show up within Ray's report interval, 10 s. Besides the labels below each has Ray's own, of which `WorkerId`
 tells the processes apart: add counters and histograms up over it, `sum without (WorkerId) (...)`; of a gauge that every
-runner says the same of take the maximum. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`; times are in
+runner reports alike take the maximum. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`; times are in
 milliseconds where the name ends in `_ms`. A metric appears with its first sample; one marked * may never appear on a
 healthy server. Ray Serve's own metrics (`ray_serve_...`) are on the same page.
 
@@ -62,7 +62,7 @@ def _draw_routes_group(tag: dict[str, str], paths: dict[str, dict[str, Any]]) ->
 
 
 def _rows(operations: dict[str, Any], tag: str) -> list[tuple[str, str]]:
-    """Methods and what they do; those that do the same share a row."""
+    """Rows of methods and their descriptions; methods with the same description share a row."""
     methods: dict[str, list[str]] = {}
     for method, operation in operations.items():
         if tag in operation["tags"]:

@@ -64,7 +64,7 @@ _PHRASES = (
     ("String should have at least 1 character", "must not be empty"),
     ("String should have", "must have"),
 )
-# A name of a field: the first word of a sentence, or a word with an underscore.
+# The name of a field: the first word of a sentence, or any word with an underscore.
 _NAME = re.compile(
     r"(?:(?<=^)|(?<=; )|(?<=: ))[a-z_.]+(?=:| must | is )|(?<![\w.])[a-z]+(?:_[a-z]+)+(?:\.[a-z_]+)?(?!\w)"
 )

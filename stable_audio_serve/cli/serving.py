@@ -77,7 +77,7 @@ def serve(
 ) -> None:
     """Serve the models of a config file until Ctrl-C.
 
-    On this machine, with a Ray of its own.
+    Starts Ray on this machine and stops it at the end.
     """
     with plain_errors():
         found = read_configuration(file)

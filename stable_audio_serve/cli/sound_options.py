@@ -73,7 +73,7 @@ class SoundOptions:
 
 
 def with_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds the shared options but those of `without` to a command, which gets them as its argument `options`."""
+    """Adds the shared options except `without` to a command, which gets them as its argument `options`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         shared = [field for field in fields(SoundOptions) if field.name not in without]

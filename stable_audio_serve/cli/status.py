@@ -1,4 +1,4 @@
-"""`stable-audio-serve status`: the state of a running server. Imports what it needs only when it runs."""
+"""`stable-audio-serve status`: the state of a running server. Imports its tables only when it runs."""
 
 from __future__ import annotations
 
