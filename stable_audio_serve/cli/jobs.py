@@ -18,7 +18,7 @@ from stable_audio_serve.core.errors import ConflictError, NotFoundError
 if TYPE_CHECKING:
     from stable_audio_serve.client import Job
 
-app = typer.Typer(no_args_is_help=True, help="Submit, list, watch, fetch and cancel jobs of a server.")
+app = typer.Typer(no_args_is_help=True, help="Submit, list, show, fetch and cancel jobs of a server.")
 
 _ENDINGS = {"succeeded": Ending.DONE, "failed": Ending.FAILED, "cancelled": Ending.INTERRUPTED}
 
@@ -73,7 +73,7 @@ def list_jobs(
         Literal["queued", "running", "succeeded", "failed", "cancelled"] | None,
         typer.Option(help="Only jobs in this state."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Most jobs to list.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number to list.")] = 20,
     *,
     as_json: JsonOption = False,
     url: UrlOption = None,

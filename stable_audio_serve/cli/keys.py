@@ -21,23 +21,21 @@ from stable_audio_serve.core.keys import (
 
 app = typer.Typer(no_args_is_help=True, help="Make API keys, and check a file of keys.")
 
-_SCOPE_HELP = f"Allowed use: {', '.join(SCOPES)}; may be repeated; default: generate and jobs."
+_SCOPE_HELP = f"Permission: {', '.join(SCOPES)}; may be repeated; default: generate and jobs."
 
 
 @app.command()
 def new(
     name: Annotated[
         str | None,
-        typer.Argument(help="The client it belongs to: a client's next key finds the jobs of its last one."),
+        typer.Argument(help="Its client: a client's next key finds the jobs of its last one."),
     ] = None,
     *,
     scope: Annotated[list[str] | None, typer.Option(metavar="SCOPE", help=_SCOPE_HELP)] = None,
     audio_seconds_per_minute: Annotated[
-        float | None, typer.Option(help="Most seconds of audio in any minute; unset = no limit.")
+        float | None, typer.Option(help="Limit of audio seconds in any minute.")
     ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(help="Most synchronous requests at a time; unset = no limit.")
-    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Limit of synchronous requests at a time.")] = None,
 ) -> None:
     """Make a key.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def quality(
-    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Model of the configuration to check.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model of the configuration to check.")] = None,
     *,
     forget: Annotated[
         str | None, typer.Option(metavar="ID", help="Remove this report: the next replica makes a new one.")

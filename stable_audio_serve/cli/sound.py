@@ -98,11 +98,11 @@ def continue_audio(
 @app.command()
 @with_options(without=_LOOP_HAS_NOT)
 def loop(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear, with a tempo such as 120bpm.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Description with a tempo such as 120bpm.")],
     *,
     bars: Annotated[Literal["1", "2", "4", "8"] | None, typer.Option(help="Default: as many as fit.")] = None,
     kind: Annotated[Literal["auto", "drums", "instruments"], typer.Option(help="Kind of loop.")] = "auto",
-    audio: Annotated[str | None, typer.Option(help="Make a variation of this; - is standard input.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Apply the prompt's style to this; - is standard input.")] = None,
     strength: Annotated[float | None, typer.Option(help="With --audio: low keeps more of it.")] = None,
     options: SoundOptions,
 ) -> None:

@@ -13,7 +13,9 @@ import typer
 
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear; - reads it from standard input.")]
+Prompt = Annotated[
+    str, typer.Argument(metavar="PROMPT", help="Description of the sound; - reads it from standard input.")
+]
 Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
 
 Keep = Annotated[

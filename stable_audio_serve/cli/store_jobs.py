@@ -39,9 +39,9 @@ _Names = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of jobs, as
 @app.command("list")
 def list_jobs(
     state: _State = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most jobs to list.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number to list.")] = 50,
     *,
-    dead: Annotated[bool, typer.Option("--dead-letters", help="Only those that used up their attempts.")] = False,
+    dead: Annotated[bool, typer.Option("--dead-letters", help="Only jobs that used up their attempts.")] = False,
     as_json: JsonOption = False,
     file: ConfigOption = None,
 ) -> None:
