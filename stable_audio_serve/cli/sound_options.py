@@ -13,9 +13,7 @@ import typer
 
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption
 
-Prompt = Annotated[
-    str, typer.Argument(metavar="PROMPT", help="Description of the sound; - for standard input.")
-]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Description of the sound; - for standard input.")]
 Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
 
 Keep = Annotated[
