@@ -27,6 +27,11 @@ class Metric:
     is_rare: bool = False
 
 
+def exported_name(metric: Metric) -> str:
+    """Returns its name in Prometheus."""
+    return f"ray_stable_audio_{metric.name}{'_total' if metric.kind == 'counter' else ''}"
+
+
 _HTTP = (
     Metric(
         "http_requests", "counter", "Answered requests; status 499 = the client left.", ("route", "method", "status")
