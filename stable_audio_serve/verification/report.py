@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from stable_audio_serve.core.errors import StableAudioError
-from stable_audio_serve.verification.bounds import BOUNDS, TIMES_ROUNDING, Component
+from stable_audio_serve.verification.bounds import BOUNDS, TIMES_ROUNDING
 
 # What torch and the networks raise for wrong shapes, types or values in the files.
 DATA_ERRORS = (
@@ -27,11 +27,17 @@ DATA_ERRORS = (
 )
 
 
+def describe_error(error: BaseException) -> str:
+    """Returns an error in one line."""
+    text = error.message if isinstance(error, StableAudioError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:400]
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One stored tensor or value and the largest difference to it; infinite where they cannot be subtracted."""
 
-    component: Component
+    component: str
     key: str
     difference: float
     bound: float
@@ -41,18 +47,13 @@ class Comparison:
         """Whether the difference is above the bound, or not a number."""
         return not self.difference <= self.bound
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns it as JSON values; an infinite difference is None."""
-        difference = self.difference if math.isfinite(self.difference) else None
-        return {**asdict(self), "difference": difference, "missed": self.missed}
-
 
 @dataclass(slots=True)
 class Report:
     """Collects findings; `say` gets a line per skipped part at once and a line per component at the end."""
 
     say: Callable[[str], None]
-    bounds: dict[Component, float] = field(default_factory=lambda: dict(BOUNDS))
+    bounds: dict[str, float] = field(default_factory=lambda: dict(BOUNDS))
     rounding: Mapping[str, float] = field(default_factory=dict)  # by stored key: what float32 rounding alone may do
     comparisons: list[Comparison] = field(default_factory=list)
     failures: dict[str, list[str]] = field(default_factory=dict)  # what could not be compared at all, by component
@@ -69,27 +70,25 @@ class Report:
         return not self.failed
 
     def compare(
-        self, component: Component, key: str, *, actual: Tensor, expected: Tensor, only: Tensor | None = None
+        self, component: str, key: str, *, actual: Tensor, expected: Tensor, only: Tensor | None = None
     ) -> None:
         """Record max|actual - expected| over the elements where `only` (broadcastable bool) is true.
 
         Values that are not numbers, and shapes that differ, miss every bound. Nothing is recorded for no elements.
         """
-        if actual.shape != expected.shape:
-            self.note(component, f"{key} (shape {_shape(actual)}, expected {_shape(expected)})", difference=math.inf)
-            return
-        difference = (actual.detach().double() - expected.double()).abs()
-        if only is not None:
-            difference = difference[only.expand_as(difference)]
-        if difference.numel():
-            largest = float(difference.max())
-            self.note(component, key, difference=math.inf if math.isnan(largest) else largest)
-
-    def note(self, component: Component, key: str, *, difference: float) -> None:
-        """Record one comparison by its largest difference."""
         stated = self.rounding.get(key.split("[")[0])  # rows of a batch share their key
         bound = self.bounds[component] if stated is None else TIMES_ROUNDING * stated
-        self.comparisons.append(Comparison(component, key, difference, bound))
+        largest = math.inf
+        if actual.shape != expected.shape:
+            key = f"{key} (shape {_shape(actual)}, expected {_shape(expected)})"
+        else:
+            difference = (actual.detach().double() - expected.double()).abs()
+            if only is not None:
+                difference = difference[only.expand_as(difference)]
+            if not difference.numel():
+                return
+            largest = float(difference.nan_to_num(nan=math.inf).max())
+        self.comparisons.append(Comparison(component, key, largest, bound))
 
     def skip(self, component: str, reason: str) -> None:
         """Print that something is not compared, and why."""
@@ -97,7 +96,7 @@ class Report:
 
     def fail(self, component: str, message: str) -> None:
         """Record a component as missed because it could not be compared."""
-        self.failures.setdefault(component, []).append(" ".join(message.split())[:400])
+        self.failures.setdefault(component, []).append(message)
 
     @contextmanager
     def guard(self, component: str, key: str = "") -> Iterator[None]:
@@ -105,10 +104,9 @@ class Report:
         try:
             yield
         except DATA_ERRORS as error:
-            text = error.message if isinstance(error, StableAudioError) else f"{type(error).__name__}: {error}"
-            self.fail(component, f"{key}: {text}" if key else text)
+            self.fail(component, f"{key}: {describe_error(error)}" if key else describe_error(error))
 
-    def require_groups(self, required: Mapping[str, tuple[Component, ...]]) -> None:
+    def require_groups(self, required: Mapping[str, tuple[str, ...]]) -> None:
         """Record as missed the parts for which nothing was compared; `required` are the components of each."""
         compared = {comparison.component for comparison in self.comparisons}
         for name, components in required.items():
@@ -117,12 +115,9 @@ class Report:
 
     def finish(self) -> None:
         """Print the result of every component and of the whole."""
-        found: dict[str, list[Comparison]] = {component: [] for component in (*BOUNDS, *self.failures)}
-        for comparison in self.comparisons:
-            found[comparison.component].append(comparison)
-        for component, comparisons in found.items():
-            if comparisons:
-                self.say(_summary(component, comparisons))
+        for component in dict.fromkeys((*BOUNDS, *self.failures)):
+            if found := [one for one in self.comparisons if one.component == component]:
+                self.say(_summary(component, found))
             if reasons := self.failures.get(component):
                 others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
                 self.say(_line(component, "MISSED", text=reasons[0] + others))
@@ -130,12 +125,11 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything that was compared as JSON values; an infinite difference is None."""
-        return {
-            "passed": self.passed,
-            "failed": self.failed,
-            "failures": self.failures,
-            "comparisons": [comparison.as_dict() for comparison in self.comparisons],
-        }
+        comparisons = []
+        for one in self.comparisons:
+            difference = one.difference if math.isfinite(one.difference) else None
+            comparisons.append({**asdict(one), "difference": difference, "missed": one.missed})
+        return {"passed": self.passed, "failed": self.failed, "failures": self.failures, "comparisons": comparisons}
 
 
 def _summary(component: str, found: list[Comparison]) -> str:

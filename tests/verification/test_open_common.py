@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stable_audio_serve.sampling import brownian, multistep, open_flow, v_network
-from stable_audio_serve.verification import sao_common
+from stable_audio_serve.verification import samplers
 from stable_audio_serve.verification.bounds import REQUIRED_WITHOUT_MODEL
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
 from tests.parameters import slow
@@ -74,7 +74,7 @@ def lms_of_a_lower_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_branch_as_the_guided_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sao_common, "_UNGUIDED_SHARE", 1.0)
+    patch.setattr(samplers, "_UNGUIDED_SHARE", 1.0)
 
 
 @pytest.mark.parametrize(
