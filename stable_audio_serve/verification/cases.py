@@ -31,31 +31,27 @@ DEFAULTS: Mapping[str, Any] = {
 _V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
 _FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
 
-# Our field of an argument and its type; those that may be lists, one value per row; those of a row's conditioning.
-_FIELDS: Mapping[str, tuple[str, type]] = {
-    "steps": ("steps", int),
-    "cfg_scale": ("cfg_scale", float),
-    "cfg_interval": ("cfg_interval", tuple),
-    "cfg_norm_threshold": ("cfg_norm_threshold", float),
-    "scale_phi": ("cfg_rescale", float),
-    "apg_scale": ("apg_scale", float),
-    "sampler_type": ("sampler", str),
-    "sigma_min": ("sigma_min", float),
-    "sigma_max": ("sigma_max", float),
-    "rho": ("rho", float),
-    "init_noise_level": ("init_noise_level", float),
-    "duration_padding_sec": ("duration_padding_s", float),
-    "chunked_decode": ("chunked_decode", bool),  # each of the reference's windows draws its own noise
+# Our names of the arguments of a run, of those that may be lists with a value per row, and of a row's conditioning.
+_FIELDS = {
+    "steps": "steps",
+    "cfg_scale": "cfg_scale",
+    "cfg_interval": "cfg_interval",
+    "cfg_norm_threshold": "cfg_norm_threshold",
+    "scale_phi": "cfg_rescale",
+    "apg_scale": "apg_scale",
+    "sampler_type": "sampler",
+    "sigma_min": "sigma_min",
+    "sigma_max": "sigma_max",
+    "rho": "rho",
+    "init_noise_level": "init_noise_level",
+    "duration_padding_sec": "duration_padding_s",
+    "chunked_decode": "chunked_decode",  # each of the reference's windows draws its own noise
 }
-_LISTED = {"prompt": ("prompt", str), "negative_prompt": ("negative_prompt", str), "duration": ("duration_s", float)}
-_ROW = {"prompt": ("prompt", str), "seconds_start": ("start_s", float), "seconds_total": ("conditioned_total_s", float)}
-_NEGATIVE_ROW = {
-    "prompt": ("negative_prompt", str),
-    "seconds_start": ("negative_start_s", float),
-    "seconds_total": ("negative_total_s", float),
-}
+_LISTED = {"prompt": "prompt", "negative_prompt": "negative_prompt", "duration": "duration_s"}
+_ROW = {"prompt": "prompt", "seconds_start": "start_s", "seconds_total": "conditioned_total_s"}
+_NEGATIVE = {"prompt": "negative_prompt", "seconds_start": "negative_start_s", "seconds_total": "negative_total_s"}
 # The reference takes an object as the shift; a stored case names its class or the type of a config.
-_SHIFTS = {"dist_shift", "schedule_shift", "schedule", "sampling_dist_shift", "distribution_shift"}
+_SHIFTS = ("dist_shift", "schedule_shift", "schedule", "sampling_dist_shift", "distribution_shift")
 _SHIFT_CLASSES = {
     "logsnrshift": "logsnr",
     "fluxdistributionshift": "flux",
@@ -63,8 +59,8 @@ _SHIFT_CLASSES = {
     "identitydistributionshift": "none",
 }
 _REGIONS = ("inpaint_mask_start_seconds", "inpaint_mask_end_seconds")
-_READ = {"batch_size", "sample_size", "seed", "conditioning", "negative_conditioning", "init_audio", "inpaint_audio"}
-_WITHOUT_EFFECT = {"truncate_output_to_duration", "return_latents", "rescale_cfg", "disable_tqdm", "callback"}
+_READ = ("batch_size", "sample_size", "seed", "conditioning", "negative_conditioning", "init_audio", "inpaint_audio")
+_WITHOUT_EFFECT = ("truncate_output_to_duration", "return_latents", "rescale_cfg", "disable_tqdm", "callback")
 _KNOWN = {*_FIELDS, *_LISTED, *_SHIFTS, *_REGIONS, *_READ, *_WITHOUT_EFFECT}
 
 
@@ -98,59 +94,60 @@ def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, chunked
     Raises CheckpointError naming what is malformed.
     """
     args = {"chunked_decode": chunked, **DEFAULTS}
-    for stated in (goldens.facts.get("generate_defaults") or {}, facts["args"]):
+    for stated in (goldens.section("generate_defaults"), facts["args"]):
         args |= {key: value for key, value in stated.items() if value is not None}
-    num_rows = int(args["batch_size"])
     starts, ends = (value if isinstance(value := args.get(edge, []), list) else [value] for edge in _REGIONS)
     requests = [
         GenerationRequest(
-            **_fields(args, _FIELDS),
-            **_fields({key: _of_row(args.get(key), row, num_rows=num_rows) for key in _LISTED}, _LISTED),
+            **_renamed(args, _FIELDS),
+            **_renamed({key: _of_row(args, key, row=row) for key in _LISTED}, _LISTED),
             seed=row,
             schedule_shift=_shift(args),
             edit_schedule="reference",
             init_audio=_source(args.get("init_audio"), goldens),
             inpaint_audio=_source(args.get("inpaint_audio"), goldens),
-            inpaint_regions_s=tuple((float(start), float(end)) for start, end in zip(starts, ends, strict=True)),
+            inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
             keep="model",
         )
-        for row in range(num_rows)
+        for row in range(int(args["batch_size"]))
     ]
     return Case(name, tuple(requests), int(args["seed"]), int(args["sample_size"]))
 
 
 def parse_open_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
-    """Returns a case of the Stable Audio Open family. Raises CheckpointError without one condition per row."""
-    is_v = card.objective == "v"
+    """Returns a case of the Stable Audio Open family. Raises ValueError without one condition per row."""
+    is_v, source = card.objective == "v", None
     args = {**(_V_DEFAULTS if is_v else _FLOW_DEFAULTS), **facts["args"]}
+    if not is_v:
+        args |= {"sigma_min": None, "rho": None}  # flow samplers drop them
+    if inputs := facts.get("inputs"):
+        source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"]))
     rows, negatives = args["conditioning"], args.get("negative_conditioning") or [{}]
     negatives = negatives * len(rows) if len(negatives) == 1 else negatives
-    if {len(rows), len(negatives)} != {int(args.get("batch_size", 1))}:
-        raise CheckpointError(f"golden.json: {name} has another number of conditions than rows")
-    inputs, ignored = facts.get("inputs"), () if is_v else ("sigma_min", "rho")  # flow samplers drop them
-    source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"])) if inputs else None
     requests = [
         GenerationRequest(
-            **_fields(args, {key: field for key, field in _FIELDS.items() if key not in ignored}),
-            **_fields(row, _ROW),
-            **_fields(negative, _NEGATIVE_ROW),
+            **_renamed(args, _FIELDS),
+            **_renamed(row, _ROW),
+            **_renamed(negative, _NEGATIVE),
             duration_s=int(args["sample_size"]) / card.sample_rate_hz,
             seed=index,
             init_audio=source,
             edit_schedule=None if is_v else "reference",
         )
-        for index, (row, negative) in enumerate(zip(rows, negatives, strict=True))
+        for index, row, negative in zip(range(int(args.get("batch_size", 1))), rows, negatives, strict=True)
     ]
     return Case(name, tuple(requests), int(args["seed"]), int(args["sample_size"]))
 
 
-def _fields(args: Mapping[str, Any], fields: Mapping[str, tuple[str, type]]) -> dict[str, Any]:
+def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Returns the arguments that are there, by our names."""
-    return {field: type_(args[name]) for name, (field, type_) in fields.items() if args.get(name) is not None}
+    found = {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-def _of_row(value: Any, row: int, *, num_rows: int) -> Any:
+def _of_row(args: Mapping[str, Any], key: str, *, row: int) -> Any:
     """Returns the row's element of a list as long as the batch; any other value applies to every row."""
+    value, num_rows = args.get(key), int(args["batch_size"])
     if not isinstance(value, list):
         return value
     if len(value) != num_rows:
@@ -168,7 +165,4 @@ def _shift(args: Mapping[str, Any]) -> ScheduleShift | None:
 
 
 def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | None:
-    if found is None:
-        return None
-    samples = torch.atleast_2d(goldens[found["tensor"]].float())
-    return SourceAudio(samples.numpy(), int(found["sample_rate"]))
+    return found and SourceAudio(torch.atleast_2d(goldens[found["tensor"]]).numpy(), int(found["sample_rate"]))

@@ -72,7 +72,7 @@ def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> 
 def _items(check: Check, goldens: Goldens) -> list[re.Match[str]]:
     if check.over == "tensors":
         return goldens.matching(check.pattern)
-    names = goldens.cases() if check.over == "cases" else [check.pattern]
+    names = goldens.section("cases") if check.over == "cases" else [check.pattern]
     return [match for name in names if (match := re.fullmatch(check.pattern, name))]
 
 

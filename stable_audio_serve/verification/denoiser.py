@@ -99,39 +99,44 @@ class _Pass:
         """Returns the output (B, D, F) for the stored conditioning or another."""
         return self.net(self.x, self.t, conditioning=conditioning or self.condition(), valid=valid)
 
-    def guided(self, guidance: Guidance, *, negative: bool, valid: Tensor | None) -> Tensor:
-        """Returns the guided output; the other branch is the stored negative's, or has no context."""
-        wanted = self.condition()
-        other = wanted.without_context()
-        if negative:
-            # Padded tokens of the negative branch are zeros, unlike the positive side's learned padding.
-            mask = self._goldens["dit/negative_cross_attn_mask"].bool()[..., None]
-            other = self.condition(torch.where(mask, self._goldens["dit/negative_cross_attn_cond"], 0.0))
-        outputs = [self.run(branch, valid=valid) for branch in (wanted, other)]
-        rows = GuidanceBatch.of([guidance] * len(self.x))
-        return guide(self.x, self.t, conditional=outputs[0], unconditional=outputs[1], valid=valid, rows=rows)
+    def negative(self) -> Any:
+        """Returns the conditioning of the negative branch: padded tokens are zeros, not the learned padding."""
+        mask = self._goldens["dit/negative_cross_attn_mask"].bool()[..., None]
+        return self.condition(torch.where(mask, self._goldens["dit/negative_cross_attn_cond"], 0.0))
 
     def made_by(self, path: str) -> Tensor:
         """Returns what a module inside the network makes in a plain pass."""
         return watch([self.net.get_submodule(path)], self.run)[0][-1][1]
 
 
-def _hidden(it: Subject, _: object) -> Tensor:
-    layers = len(it.model.denoiser.transformer.layers)
-    return torch.stack([_Pass(it).made_by(f"transformer.layers.{layer}") for layer in range(layers)])
+def _output(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+    """An output, whose name says local conditioning, guidance scale, branch, projection, norm threshold, rescale,
+    interval and padding.
+
+    Row 0 decides about the interval for all rows of the reference: outside it in one run, inside in another, whose rows
+    are swapped.
+    """
+    inputs, component = _Pass(it), "denoiser padding" if match["padding"] else "denoiser"
+    valid = inputs.valid if match["padding"] else None
+    if match["local"]:
+        inputs.local = torch.zeros_like(inputs.local) if match["local"] == "zero" and inputs.local is not None else None
+    wanted = inputs.condition()
+    found = inputs.run(wanted, valid=valid)
+    if match["cfg"]:
+        component = "denoiser guidance"
+        cfg, apg, norm, phi = (_number(match[part] or "0") for part in ("cfg", "apg", "norm", "phi"))
+        guidance = Guidance(cfg, apg_scale=apg, norm_threshold=norm, rescale=_PHI if match["phi"] == "" else phi)
+        if guidance.cfg_scale != 1.0 and match["interval"] != "off":
+            other = inputs.run(inputs.negative() if match["negative"] else wanted.without_context(), valid=valid)
+            rows = GuidanceBatch.of([guidance] * len(inputs.x))
+            found = guide(inputs.x, inputs.t, conditional=found, unconditional=other, valid=valid, rows=rows)
+    found = found.flip(0) if match["interval"] == "swapped" else found
+    yield Found(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
 
 
-def _other_local(it: Subject, match: re.Match[str]) -> Tensor:
-    """The output where local conditioning is zeros, or is none at all."""
-    inputs = _Pass(it)
-    inputs.local = torch.zeros_like(inputs.local) if match[1] == "zero" and inputs.local is not None else None
-    return inputs.run()
-
-
-def _padded(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    inputs = _Pass(it)
-    only = None if inputs.valid is None else inputs.valid[:, None]
-    yield Found(match[0], inputs.run(valid=inputs.valid), it.goldens[match[0]], only)
+def _number(digits: str) -> float:
+    """Returns the number that the digits of a name mean: with a leading 0 they are decimals, 05 = 0.5."""
+    return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
 
 
 def _beside_padding(it: Subject, _: object) -> Iterator[Found]:
@@ -143,32 +148,15 @@ def _beside_padding(it: Subject, _: object) -> Iterator[Found]:
     yield Found("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
 
 
-def _guided(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """A guided output, whose name says scale, branch, projection, norm threshold, rescale, interval and padding.
-
-    Row 0 decides about the interval for all rows of the reference: outside it in one run, inside in another, whose rows
-    are swapped.
-    """
-    inputs = _Pass(it)
-    valid = inputs.valid if match["padding"] else None
-    cfg, apg, norm, phi = (_number(match[part] or "0") for part in ("cfg", "apg", "norm", "phi"))
-    guidance = Guidance(cfg, apg_scale=apg, norm_threshold=norm, rescale=_PHI if match["phi"] == "" else phi)
-    if guidance.cfg_scale == 1.0 or match["interval"] == "off":
-        found = inputs.run()
-    else:
-        found = inputs.guided(guidance, negative=(match["branch"] or "").startswith("neg"), valid=valid)
-    found = found.flip(0) if match["interval"] == "swapped" else found
-    yield Found(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None])
+def _hidden(it: Subject, _: object) -> Tensor:
+    layers = len(it.model.denoiser.transformer.layers)
+    return torch.stack([_Pass(it).made_by(f"transformer.layers.{layer}") for layer in range(layers)])
 
 
-def _number(digits: str) -> float:
-    """Returns the number that the digits of a name mean: with a leading 0 they are decimals, 05 = 0.5."""
-    return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
-
-
-_GUIDED = (
-    r"dit/(?:out_)?cfg(?P<cfg>\d+)(?:_(?P<branch>negative|neg|null))?(?:_apg(?P<apg>\d+))?(?:_norm(?P<norm>\d+))?"
-    r"(?:_phi(?P<phi>\d*))?(?:_interval_(?P<interval>\w+))?(?P<padding>_pad_keymask)?"
+_OUTPUT = (
+    r"dit/(?:out_?)?(?:(?P<local>zero|no)_local)?(?:cfg(?P<cfg>\d+))?(?:_null|(?P<negative>_neg(?:ative)?))?"
+    r"(?:_apg(?P<apg>\d+))?(?:_norm(?P<norm>\d+))?(?:_phi(?P<phi>\d*))?(?:_interval_(?P<interval>\w+))?"
+    r"(?P<padding>_?pad_keymask)?"
 )
 # The module of the denoiser that makes a stored value.
 _MODULES = {
@@ -203,12 +191,9 @@ SA3_DENOISER = (
     Check(
         "inputs", "dit/(x|t|(negative_)?cross_attn_(cond|mask)|global_cond|local_add_cond|padding_mask)", lambda *_: ()
     ),
-    Check("denoiser", "dit/out", lambda it, _: _Pass(it).run()),
-    Check("denoiser", "dit/out_(zero|no)_local", _other_local),
+    Check("denoiser", _OUTPUT, _output),
     *(_module_check(pattern, path) for pattern, path in _MODULES.items()),
-    Check("denoiser padding", "dit/out_pad_keymask", _padded),
     Check("denoiser padding", "dit/.*_pad_vzero", lambda *_: ["value-zeroed outputs: padding is key-masked here"]),
-    Check("denoiser guidance", _GUIDED, _guided),
 )
 OPEN_DENOISER = (
     *SA3_DENOISER,

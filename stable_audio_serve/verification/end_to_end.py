@@ -57,7 +57,7 @@ _SILENT = "_ae_noise_off"
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
     """A run with all rows of its batch: with the reference's noise, and without the autoencoder's if that is stored."""
-    goldens, name, facts = it.goldens, match[0], it.goldens.cases()[match[0]]
+    goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     if reason := skip_reason(facts["args"]):
         yield f"{name}: {reason}"

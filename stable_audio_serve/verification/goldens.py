@@ -35,18 +35,12 @@ class Goldens:
         path = folder / FACTS_FILE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
+            path = folder / TENSORS_FILE
+            return cls(dict(facts), load_file(path))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: file not found. {_WHERE}") from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"{path} cannot be read as JSON: {reason}") from error
-        if not isinstance(facts, dict):
-            raise CheckpointError(f"{path} must hold a JSON object")
-        path = folder / TENSORS_FILE
-        try:
-            return cls(facts, load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def __getitem__(self, key: str) -> Tensor:
         """Returns the tensor `key`; integers keep their type, everything else is float32."""
@@ -65,40 +59,22 @@ class Goldens:
         self._used |= {match[0] for match in matches}
         return matches
 
-    def section(self, name: str, *path: str) -> dict[str, Any]:
+    def section(self, *path: str) -> dict[str, Any]:
         """Returns an object of the facts, or one inside it, empty if absent."""
         found = self.facts
-        for part in (name, *path):
+        for part in path:
             found = found.get(part, {})
             if not isinstance(found, dict):
-                raise CheckpointError(f"{FACTS_FILE}: {'.'.join((name, *path))} must be an object")
+                raise CheckpointError(f"{FACTS_FILE}: {'.'.join(path)} must be an object")
         return found
 
-    def cases(self) -> dict[str, dict[str, Any]]:
-        """Returns what is stated of the reference's runs, by name."""
-        cases = self.section("cases")
-        for name in cases:
-            self.section("cases", name)
-        return cases
-
-    def rounding(self) -> dict[str, float]:
-        """Returns how far rounding of the weights moves a stored number, by its key, where that is stated."""
-        stated = self.section("components", "rounding", "max_abs") or self.section("rounding", "worst_cases")
-        if not all(isinstance(value, int | float) for value in stated.values()):
-            raise CheckpointError(f"{FACTS_FILE}: what is stated of rounding must be numbers")
-        return stated
-
     def lacking(self) -> list[str]:
-        """Returns tensors that the facts list and the file does not hold, or holds in another shape.
+        """Returns tensors that the facts list and the file does not hold.
 
         Cases and padding variants are left out: a folder need not hold all of them.
         """
-        return [
-            key
-            for key, stated in self.section("tensors").items()
-            if not (key.startswith("gen/") or "_pad_" in key)
-            and (key not in self._tensors or list(self._tensors[key].shape) != _stated_shape(stated))
-        ]
+        listed = (key for key in self.section("tensors") if not key.startswith("gen/") and "_pad_" not in key)
+        return [key for key in listed if key not in self._tensors]
 
     def unused(self) -> dict[str, list[str]]:
         """Returns the tensors that were never read, by their group."""
@@ -106,8 +82,3 @@ class Goldens:
         for key in sorted(self._tensors.keys() - self._used):
             groups.setdefault(key.split("/")[0], []).append(key)
         return groups
-
-
-def _stated_shape(stated: Any) -> list[int]:
-    """Returns the shape that the facts state of a tensor: {"shape": ...}, or a dtype and a shape."""
-    return list(stated["shape"] if isinstance(stated, dict) else stated[1])

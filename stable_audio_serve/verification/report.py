@@ -15,7 +15,6 @@ from stable_audio_serve.verification.bounds import BOUNDS, TIMES_ROUNDING
 
 # What torch and the networks raise for wrong shapes, types or values in the files.
 DATA_ERRORS = (
-    StableAudioError,
     RuntimeError,
     ValueError,
     TypeError,
@@ -44,8 +43,8 @@ class Comparison:
 
     @property
     def missed(self) -> bool:
-        """Whether the difference is above the bound, or not a number."""
-        return not self.difference <= self.bound
+        """Whether the difference is above the bound."""
+        return self.difference > self.bound
 
 
 @dataclass(slots=True)
@@ -80,19 +79,19 @@ class Report:
         bound = self.bounds[component] if stated is None else TIMES_ROUNDING * stated
         largest = math.inf
         if actual.shape != expected.shape:
-            key = f"{key} (shape {_shape(actual)}, expected {_shape(expected)})"
+            key = f"{key} (shape {list(actual.shape)}, expected {list(expected.shape)})"
         else:
-            difference = (actual.detach().double() - expected.double()).abs()
+            difference = (actual.detach().double() - expected.double()).abs().nan_to_num(nan=math.inf)
             if only is not None:
                 difference = difference[only.expand_as(difference)]
             if not difference.numel():
                 return
-            largest = float(difference.nan_to_num(nan=math.inf).max())
+            largest = float(difference.max())
         self.comparisons.append(Comparison(component, key, largest, bound))
 
     def skip(self, component: str, reason: str) -> None:
         """Print that something is not compared, and why."""
-        self.say(_line(component, "skipped", text=reason))
+        self.say(f"{component:<23} skipped  {reason}")
 
     def fail(self, component: str, message: str) -> None:
         """Record a component as missed because it could not be compared."""
@@ -103,7 +102,7 @@ class Report:
         """Record an error that unusable data causes inside the block as a miss of `component`."""
         try:
             yield
-        except DATA_ERRORS as error:
+        except (StableAudioError, *DATA_ERRORS) as error:
             self.fail(component, f"{key}: {describe_error(error)}" if key else describe_error(error))
 
     def require_groups(self, required: Mapping[str, tuple[str, ...]]) -> None:
@@ -120,15 +119,14 @@ class Report:
                 self.say(_summary(component, found))
             if reasons := self.failures.get(component):
                 others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-                self.say(_line(component, "MISSED", text=reasons[0] + others))
+                self.say(f"{component:<23} MISSED   {reasons[0]}{others}")
         self.say(f"verification failed: {', '.join(self.failed)}" if self.failed else "verification passed")
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything that was compared as JSON values; an infinite difference is None."""
-        comparisons = []
-        for one in self.comparisons:
-            difference = one.difference if math.isfinite(one.difference) else None
-            comparisons.append({**asdict(one), "difference": difference, "missed": one.missed})
+        comparisons = [{**asdict(one), "missed": one.missed} for one in self.comparisons]
+        for one in comparisons:
+            one["difference"] = one["difference"] if math.isfinite(one["difference"]) else None
         return {"passed": self.passed, "failed": self.failed, "failures": self.failures, "comparisons": comparisons}
 
 
@@ -137,12 +135,4 @@ def _summary(component: str, found: list[Comparison]) -> str:
     num_missed = sum(comparison.missed for comparison in found)
     counts = f"{len(found)} compared" + (f", {num_missed} missed" if num_missed else "")
     figures = f"largest difference {worst.difference:.2e}  bound {worst.bound:.0e}  ({counts}; worst {worst.key})"
-    return _line(component, "MISSED" if num_missed else "ok", text=figures)
-
-
-def _line(component: str, verdict: str, *, text: str) -> str:
-    return f"{component:<23} {verdict:<8} {text}"
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+    return f"{component:<23} {'MISSED' if num_missed else 'ok':<8} {figures}"

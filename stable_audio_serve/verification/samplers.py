@@ -212,7 +212,7 @@ def _path_noise(it: Subject, match: re.Match[str]) -> Tensor:
 
 def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
     """A sampler's result, and x and the clean estimate at every step."""
-    name, goldens, facts = match[0], it.goldens, it.goldens.cases()[match[0]]
+    name, goldens, facts = match[0], it.goldens, it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     noise, sampler = goldens["sampler/noise"], facts["args"]["sampler_type"]
     if goldens.section(FORMULAS_KEY) != _FORMULAS:
@@ -256,7 +256,7 @@ def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> tuple[Sa
 
 def _prepare(it: Subject, match: re.Match[str]) -> Tensor:
     """Source audio at a model's rate, channels and length."""
-    facts, channels = it.goldens.cases()[match[0]], it.goldens[match[0]].shape[1]
+    facts, channels = it.goldens.section("cases", match[0]), it.goldens[match[0]].shape[1]
     source = SourceAudio(it.goldens["prepare/wave"][: facts["in_channels"]].numpy(), int(facts["in_rate"]))
     length, rate_hz = int(facts["length"]), int(facts["rate"])
     return prepare_source(source, sample_rate_hz=rate_hz, channels=channels, num_samples=length)[None]

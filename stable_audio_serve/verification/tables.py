@@ -21,7 +21,7 @@ _EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise of an edit, from the lowest
 
 def _draws(it: Subject, match: re.Match[str]) -> Iterator[Found]:
     """A case's draws, replayed in order from its seed: the stored tensors, first values and integers."""
-    case = it.goldens.cases()[match[0]]
+    case = it.goldens.section("cases", match[0])
     seed = case.get("manual_seed", case.get("args", {}).get("seed"))
     if seed is None or seed < 0:
         return

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.models.config_reader import CONFIG_FILE
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
@@ -76,10 +77,10 @@ def compare(
     """
     if lacking := goldens.lacking():
         others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file, or has another shape")
+        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file")
     if goldens.section("components", "rounding"):
         report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
-    report.rounding = goldens.rounding()
+    report.rounding = goldens.section("components", "rounding", "max_abs") or goldens.section("rounding", "worst_cases")
     checks: tuple[Check, ...] = (DRAWS, *COMMON_CHECKS)
     if isinstance(model, Sa3Model):
         checks = _SA3_CHECKS
@@ -99,7 +100,7 @@ def compare(
 def _load_model(report: Report, folder: Path) -> DiffusionModel | None:
     try:
         return load_model(resolve_entry("verified", path=str(folder)), device="cpu")
-    except DATA_ERRORS as error:
+    except (StableAudioError, *DATA_ERRORS) as error:
         message = describe_error(error)
         report.fail(next((component for part, component in _OWNERS if part in message), "checkpoint"), message)
     return None
