@@ -30,18 +30,21 @@ from stable_audio_serve.models.sao.build import build_spec
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.sampling import GuidanceBatch, ReplayDraw, ReplayNoise, SeededNoise, guide
 from stable_audio_serve.verification.autoencoder import join_windows
-from stable_audio_serve.verification.cases import Case, parse_case, parse_open_case, skip_reason
 from stable_audio_serve.verification.checks import Check, Found, Subject, same
 from stable_audio_serve.verification.denoiser import watch
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.runs import (
     SOURCE_DRAW,
+    Case,
     RowNoise,
     RowResult,
     draw_script,
+    parse_case,
+    parse_open_case,
     plan_case,
     replay_rows,
     run_case,
+    skip_reason,
 )
 from stable_audio_serve.verification.samplers import (
     Script,
@@ -59,25 +62,26 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
     """A run with all rows of its batch: with the reference's noise, and without the autoencoder's if that is stored."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
+    model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
+    if is_open:
+        model = _with_objective(model, objective_of(name, goldens, trained=model.config.objective))
+        case = parse_open_case(name, facts, goldens=goldens, card=model.spec.card)
+    else:
+        case = parse_case(name, facts, goldens=goldens, chunked=model.config.chunked)
     if reason := skip_reason(facts["args"]):
         yield f"{name}: {reason}"
         return
-    model, case, texts = it.model, None, {}
-    if isinstance(model, SaoModel):
-        model = _with_objective(model, objective_of(name, goldens, trained=model.config.objective))
-        case = parse_open_case(name, facts, goldens=goldens, card=model.spec.card)
+    plans, script, sampler = plan_case(model, case), draw_script(model, case), case.requests[0].sampler or ""
+    if is_open:
         texts = _stored_texts(goldens, case, model=model)
         yield from _compare_length(model, case, goldens=goldens)
-        yield from _compare_conditions(model, plan_case(model, case), goldens=goldens, prefix=f"{name}/")
-    else:
-        case = parse_case(name, facts, goldens=goldens, chunked=model.config.chunked)
-    plans, script, sampler = plan_case(model, case), draw_script(model, case), case.requests[0].sampler or ""
+        yield from _compare_conditions(model, plans, goldens=goldens, prefix=f"{name}/")
     yield from compare_script(name, script, facts=facts, sampler=sampler)
     yield from _compare_plans(name, plans, facts=facts)
     if (sigmas := facts.get("trace_sigma")) is not None:
-        points, prefix = _walk(model, case, script=script, texts=texts), f"{name}/trace_"
-        component = "end-to-end steps"
-        yield from compare_steps(points, prefix, sampler=sampler, sigmas=sigmas, goldens=goldens, component=component)
+        points = _walk(model, case, script=script, texts=texts)
+        steps = compare_steps(points, f"{name}/trace_", sampler=sampler, sigmas=sigmas, goldens=goldens)
+        yield from (step._replace(component="end-to-end steps") for step in steps)
     windows = [draw for draw in script if isinstance(draw, ReplayDraw) and "/" in draw.stage]
     silent = replay_rows(case, [draw for draw in script if draw not in windows])
     for suffix, noise in (("", replay_rows(case, script)), (_SILENT, [RowNoise(row) for row in silent])):
@@ -86,7 +90,7 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
         if rows := [row for row in stored if not isinstance(row, str)]:
             results = run_case(model, case, noise=noise, texts=texts)
             yield from (
-                _compare_row(results[row], key, stored=expected, clips=not texts) for row, key, expected in rows
+                _compare_row(results[row], key, stored=expected, clips=not is_open) for row, key, expected in rows
             )
     if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
         yield Found(key, _silent_conditioning(model, plans[0]), local, component="autoencoder")

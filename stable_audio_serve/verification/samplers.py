@@ -133,7 +133,7 @@ def walk_plan(
 
 
 def compare_steps(
-    points: Sequence[StepPoint], prefix: str, *, sampler: str, sigmas: Sequence[float], goldens: Goldens, component: str
+    points: Sequence[StepPoint], prefix: str, *, sampler: str, sigmas: Sequence[float], goldens: Goldens
 ) -> Iterator[Found]:
     """Yields x and the clean estimate at the levels `sigmas`, which fall; what is stored begins with `prefix`.
 
@@ -147,7 +147,7 @@ def compare_steps(
         # At sigma = 500 an x of 1000 leaves the clean estimate that x's last bits decide.
         size = _size(stored["x"][step])
         for part, found in zip(stored, point.reported(sampler, is_last=point is points[-1]), strict=True):
-            yield Found(f"{prefix}{part}[{step}]", found / size, stored[part][step] / size, component=component)
+            yield Found(f"{prefix}{part}[{step}]", found / size, stored[part][step] / size)
 
 
 def _size(x: Tensor) -> float:
@@ -220,8 +220,6 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
     if sampler in DATA_DEPENDENT:
         yield f"{name}: {sampler} chooses its steps from the data"
         return
-    component = "samplers over sigma" if sampler in V_SAMPLERS and sampler not in OVER_TIME else "samplers over time"
-    component = "Heun over sigma" if sampler == "k-heun" else component
     source = goldens["sampler/init"] if name.endswith("_init") else None
     plan, network = _plan(facts["args"], has_source=source is not None, frames=noise.shape[-1])
     script = sampler_script(sampler, plan, shape=tuple(noise.shape))
@@ -232,10 +230,9 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
         return _UNGUIDED_SHARE * network(x, t)
 
     points = walk_plan(plan, replay, noise=noise, source=source, network=network, unguided=unguided)
-    sigmas = facts["sigma"]
-    yield from compare_steps(points, f"{name}/", sampler=sampler, sigmas=sigmas, goldens=goldens, component=component)
+    yield from compare_steps(points, f"{name}/", sampler=sampler, sigmas=facts["sigma"], goldens=goldens)
     size = _size(goldens[f"{name}/x"][-1])
-    yield Found(f"{name}/out", points[-1].following / size, goldens[f"{name}/out"] / size, component=component)
+    yield Found(f"{name}/out", points[-1].following / size, goldens[f"{name}/out"] / size)
 
 
 def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> tuple[SamplerPlan, Network]:
@@ -271,6 +268,8 @@ COMMON_CHECKS = (
     Check("Brownian paths", r"brownian/tree_(\d+)", _path_increment),
     Check("Brownian paths", "brownian/sampler_(f32|one_row|seed_list)", _path_noise),
     Check("Brownian paths", "brownian/sampler_f16", lambda _, key: [f"{key[0]}: noise is drawn in float32 here"]),
-    Check("samplers over sigma", "sampler/.*", _run_sampler, over="cases"),
+    Check("samplers over sigma", "sampler/(dpmpp|k-(?!heun)).*", _run_sampler, over="cases"),
+    Check("Heun over sigma", "sampler/k-heun.*", _run_sampler, over="cases"),
+    Check("samplers over time", "sampler/(rf|v-ddim).*", _run_sampler, over="cases"),
     Check("source preparation", "prepare/(?!wave).*", _prepare),
 )

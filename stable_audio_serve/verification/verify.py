@@ -14,17 +14,19 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.verification.autoencoder import OPEN_AUTOENCODER, SA3_AUTOENCODER
-from stable_audio_serve.verification.bounds import (
-    AUTOENCODER_BOUND_WITH_ROUNDING,
-    OPEN_NUMBER_BOUND,
-    REQUIRED,
-    REQUIRED_WITHOUT_MODEL,
-)
 from stable_audio_serve.verification.checks import Check, Subject, run_checks
 from stable_audio_serve.verification.denoiser import CONDITIONERS, OPEN_DENOISER, SA3_DENOISER
 from stable_audio_serve.verification.end_to_end import OPEN_RUNS, RUNS
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import DATA_ERRORS, Report, describe_error
+from stable_audio_serve.verification.report import (
+    AUTOENCODER_BOUND_WITH_ROUNDING,
+    DATA_ERRORS,
+    OPEN_NUMBER_BOUND,
+    REQUIRED,
+    REQUIRED_WITHOUT_MODEL,
+    Report,
+    describe_error,
+)
 from stable_audio_serve.verification.samplers import COMMON_CHECKS, FORMULAS_KEY
 from stable_audio_serve.verification.tables import DRAWS, SA3_TABLES
 

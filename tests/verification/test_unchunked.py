@@ -16,9 +16,16 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling import ReplayNoise
 from stable_audio_serve.verification.autoencoder import CallOrderNoise
-from stable_audio_serve.verification.cases import Case, parse_case
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.runs import RowNoise, draw_script, plan_case, replay_rows, run_case
+from stable_audio_serve.verification.runs import (
+    Case,
+    RowNoise,
+    draw_script,
+    parse_case,
+    plan_case,
+    replay_rows,
+    run_case,
+)
 from tests.goldens import SA3_GOLDENS
 from tests.models.loaded import assert_near
 
