@@ -1,5 +1,5 @@
-"""What is compared of the autoencoders: stored encodings and decodings, quiet or seeded, whole or in windows, values in
-between, and windows cut as for a model's plans with doing long audio in one piece.
+"""Checks of the autoencoders: stored encodings and decodings, with and without noise, whole and in windows; the outputs
+of their modules; and that long audio coded in windows equals long audio coded in one piece.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class CallOrderNoise(SeededNoise):
 
 
 def join_windows(spans: Sequence[WindowSpan], run: Callable[[WindowSpan], Tensor], *, unit: int) -> Tensor:
-    """Returns what is kept of each window's result, joined; `unit` values of the last axis are a frame."""
+    """Returns the kept parts of the windows' results, joined; `unit` values of the last axis are a frame."""
     kept = [slice((span.keep_start - span.start) * unit, (span.keep_stop - span.start) * unit) for span in spans]
     return torch.cat([run(span)[..., part] for span, part in zip(spans, kept, strict=True)], dim=-1)
 
 
 def _run(it: Subject, match: re.Match[str]) -> tuple[Tensor, list[Tensor]]:
-    """Returns a stored input encoded or decoded as the name says, and what was drawn for it."""
+    """Returns a stored input encoded or decoded as the name says, and the random draws of that."""
     net, decodes = it.model.autoencoder, match["way"] == "decode"
     value = it.goldens["_".join(("ae/latents" if decodes else "ae/audio", *filter(None, [match["input"]])))]
     noise = CallOrderNoise(int(match["seed"] or 0))

@@ -1,4 +1,4 @@
-"""What a check is, and the loop that runs a table of them. Knows neither families nor what the numbers mean."""
+"""The definition of a check, and the loop that runs a table of checks. Knows no family and no meaning of a number."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of a table: what is compared, and as a part of which component, whose bound is in `BOUNDS`.
+    """One row of a table: the component whose bound in `BOUNDS` applies, the stored numbers, and how to compute them.
 
     `make` is called for every stored tensor, or for every case of the facts, whose whole name is `pattern`, a regular
     expression; or once. It returns what the stored tensor should be, or any number of findings, among them texts that
@@ -51,22 +51,27 @@ class Check:
 
 
 def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> None:
-    """Run every check and compare what it finds; an error is a miss of its component and does not stop the others."""
+    """Run every check and compare its findings; an error is a miss of its component and does not stop the others."""
     for check in checks:
         skipped: Counter[str] = Counter()
         with report.guard(check.component), torch.no_grad():
             for match in _items(check, subject.goldens):
                 with report.guard(check.component, match[0]):
-                    made = check.make(subject, match)
-                    found = [Found(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made
-                    for one in found:
-                        if isinstance(one, str):
-                            skipped[one] += 1
-                        else:
-                            component = one.component or check.component
-                            report.compare(component, one.key, actual=one.actual, expected=one.expected, only=one.only)
+                    skipped.update(_run_check(report, subject, check=check, match=match))
         for reason, count in skipped.items():
             report.skip(check.component, f"{count} {reason}" if count > 1 else reason)
+
+
+def _run_check(report: Report, subject: Subject, *, check: Check, match: re.Match[str]) -> list[str]:
+    """Compare the findings of a check for one item. Returns the reasons why something was skipped."""
+    made, skipped = check.make(subject, match), []
+    for found in [Found(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made:
+        if isinstance(found, str):
+            skipped.append(found)
+        else:
+            component = found.component or check.component
+            report.compare(component, found.key, actual=found.actual, expected=found.expected, only=found.only)
+    return skipped
 
 
 def _items(check: Check, goldens: Goldens) -> list[re.Match[str]]:
@@ -77,5 +82,5 @@ def _items(check: Check, goldens: Goldens) -> list[re.Match[str]]:
 
 
 def same(key: str, stated: object, *, found: object, component: str | None = None) -> Found:
-    """Returns whether a value is the one that the facts state, to be compared with true."""
+    """Returns whether a value equals the stated one, as a finding that is compared with true."""
     return Found(key, torch.tensor(found == stated), torch.tensor(True), component=component)

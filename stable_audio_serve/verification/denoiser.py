@@ -1,6 +1,6 @@
-"""What is compared of conditioners and denoiser: stored embeddings, forward passes, guided ones, and values in between.
+"""Checks of the conditioners and the denoiser: stored embeddings, forward passes, guided outputs, outputs of modules.
 
-A row of the table whose numbers a folder does not hold is of the other family.
+Some rows of the tables are for one family only: the folders of the other one do not have these numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_audio_serve.models.sao.denoiser import Denoiser as OpenDenoiser
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
 from stable_audio_serve.verification.checks import Check, Found, Subject
 
-_PHI = 0.7  # of the Stable Audio Open family's numbers, whose names do not say it
+_PHI = 0.7  # of the Stable Audio Open family's numbers, whose names do not have the value
 
 
 def watch(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[list[tuple[Tensor, Tensor]]]:

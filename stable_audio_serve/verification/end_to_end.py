@@ -1,8 +1,8 @@
-"""What is compared of whole runs through the real engine: lengths, schedules, draws, conditions, steps, latents and
-audio; and what a masked edit keeps.
+"""Checks of whole runs through the real engine: lengths, schedules, draws, conditions, steps, latents and audio; and of
+the frames that a masked edit keeps.
 
 Runs of the Stable Audio Open family take the stored prompt tokens, because the reference's text encoder computes in
-float16, whose last bits differ from machine to machine; the encoder is compared by itself.
+float16, whose last bits differ from machine to machine; the encoder has its own checks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a verification found: comparisons by component and their bounds, what was skipped and why, whether it passed."""
+"""The result of a verification: comparisons by component with their bounds, skipped parts, and whether it passed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A run of a reference, repeated: its arguments as requests, one per row of its batch; its random draws; and what comes
-out of the real engine.
+"""A repeated run of a reference: its arguments as requests, one per row of its batch; its random draws; and the latents
+and audio that the engine makes.
 
 Arguments are the reference's own. A run with an unknown argument is skipped, because ignoring the argument would
 compare two different runs.
@@ -113,7 +113,7 @@ def skip_reason(args: Mapping[str, Any]) -> str | None:
 def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
     """Returns the case `name` with the goldens' defaults filled in; `chunked` is the model's own default.
 
-    Raises CheckpointError naming what is malformed.
+    Raises CheckpointError naming a malformed argument.
     """
     args = {"chunked_decode": chunked, **DEFAULTS}
     for stated in (goldens.section("generate_defaults"), facts["args"]):
@@ -195,7 +195,7 @@ def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | 
 class RowNoise:
     """A row's noise with another inside the autoencoder: its part of one draw over all frames (D, F), or zeros.
 
-    `asked` has what was drawn there for one row, and the axis of each draw that counts frames.
+    `asked` has the draws inside the autoencoder for one row, and the axis of each that counts frames.
     """
 
     def __init__(self, source: NoiseSource, drawn: Tensor | None = None) -> None:
@@ -229,7 +229,7 @@ class RowResult:
 class ObservedModel(ForwardingModel):
     """A model whose rows are decoded whole, headroom included, so that their final latents can be read.
 
-    `noise` is by the row's number, which is its seed; `texts` take the place of the text encoder.
+    `noise` is by the row's number, which is its seed; `texts` replace the text encoder.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class ObservedModel(ForwardingModel):
 
     @property
     def spec(self) -> ModelSpec:
-        return replace(super().spec, captures_decode=False)  # every call of the decoder is made anew, to be seen
+        return replace(super().spec, captures_decode=False)  # so that every call of the decoder is seen
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         plans = super().plan(request, frames=frames)
@@ -296,17 +296,16 @@ def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
 def draw_script(model: DiffusionModel, case: Case) -> Script:
     """Returns the reference's draws in order: start noise, source windows, sampler steps, decode windows.
 
-    What is drawn in a window is what the model asks for there. A source is encoded once for all rows.
+    The draws of a window are those that the model asks for. A source is encoded once for all rows.
     """
     plan, hop, num_rows = plan_case(model, case)[0], model.spec.hop, len(case.requests)
     latent = (num_rows, model.spec.card.latent_channels, plan.frames)
     encoding, decoding = RowNoise(SeededNoise(0)), RowNoise(SeededNoise(0))
     for stage, source in (("init", plan.init_source), ("inpaint", plan.inpaint_source)):
-        for span in (
-            () if source is None else source.windows if isinstance(model, Sa3Model) else whole_window(plan.frames)
-        ):
-            silence = torch.zeros(model.spec.card.channels, (span.stop - span.start) * hop)
-            model.encode_audio([EncodeWindow(silence, span.start, stage, encoding)])
+        if source is not None:
+            for span in source.windows if isinstance(model, Sa3Model) else whole_window(plan.frames):
+                silence = torch.zeros(model.spec.card.channels, (span.stop - span.start) * hop)
+                model.encode_audio([EncodeWindow(silence, span.start, stage, encoding)])
     for span in plan.decode_windows:
         zeros = torch.zeros(latent[1], span.stop - span.start, device=model.device)
         model.decode([DecodeWindow(zeros, span.start, decoding)])

@@ -1,5 +1,5 @@
 """Runs a sampler's plan step by step outside the engine, and compares every point on its way with the stored one; and
-what else of the Stable Audio Open family needs no checkpoint: schedules, Brownian paths, preparation of source audio.
+other checks of the Stable Audio Open family without a checkpoint: schedules, Brownian paths, preparation of sources.
 
 Folders with such numbers hold no model. Their networks are formulas, which they state, and by which they are known.
 """
@@ -135,7 +135,7 @@ def walk_plan(
 def compare_steps(
     points: Sequence[StepPoint], prefix: str, *, sampler: str, sigmas: Sequence[float], goldens: Goldens
 ) -> Iterator[Found]:
-    """Yields x and the clean estimate at the levels `sigmas`, which fall; what is stored begins with `prefix`.
+    """Yields x and the clean estimate at the levels `sigmas`, which fall; the stored keys begin with `prefix`.
 
     Raises ValueError when the run has no step at a level.
     """

@@ -1,4 +1,4 @@
-"""What is compared without running a network: stored random draws, schedules, lengths, and where an edit starts."""
+"""Checks that run no network: stored random draws, schedules, lengths, and the noise level at which an edit starts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _schedules(it: Subject, _: object) -> Iterator[Found]:
 
 
 def _edit_levels(it: Subject, _: object) -> Iterator[Found]:
-    """Where an edit starts is what was asked for, down to the lowest level, as the reference takes it."""
+    """An edit starts at the level of the request, down to the lowest one, as in the reference."""
     spec = it.model.spec
     silence = SourceAudio(np.zeros((spec.card.channels, spec.hop), np.float32), spec.card.sample_rate_hz)
     request = GenerationRequest(

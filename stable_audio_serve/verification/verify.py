@@ -62,7 +62,9 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
         logging.disable(logging.CRITICAL)  # the engine logs failures with their stack: they are reported here
         try:
             with report.guard("goldens"):
+                _set_bounds(report, goldens, model=model)
                 compare(report, goldens, model=model)
+                _report_files(report, goldens)
         finally:
             logging.disable(logging.NOTSET)
         report.require_groups(REQUIRED if needs_model else REQUIRED_WITHOUT_MODEL)
@@ -73,27 +75,35 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
 def compare(
     report: Report, goldens: Goldens, *, model: DiffusionModel | None, only: Collection[str] | None = None
 ) -> None:
-    """Run every check of the model's family, or `only` those of some components; None = of numbers without a model.
+    """Run every check of the model's family, or `only` the checks of some components.
 
-    Tensors that are listed and absent are a miss, and those that no check knows are named.
+    Without a model these are the checks of numbers that need none.
     """
-    if lacking := goldens.lacking():
-        others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file")
-    if goldens.section("components", "rounding"):
-        report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
-    report.rounding = goldens.section("components", "rounding", "max_abs") or goldens.section("rounding", "worst_cases")
     checks: tuple[Check, ...] = (DRAWS, *COMMON_CHECKS)
     if isinstance(model, Sa3Model):
         checks = _SA3_CHECKS
     elif isinstance(model, SaoModel):
         checks = _OPEN_CHECKS
-        report.bounds["number"] = OPEN_NUMBER_BOUND
     elif model is not None:
         report.fail("checkpoint", f"nothing is known to compare for the family {model.spec.card.family}")
         return
     chosen = [check for check in checks if only is None or check.component in only]
     run_checks(report, Subject(goldens, model), checks=chosen)
+
+
+def _set_bounds(report: Report, goldens: Goldens, *, model: DiffusionModel | None) -> None:
+    if isinstance(model, SaoModel):
+        report.bounds["number"] = OPEN_NUMBER_BOUND
+    if goldens.section("components", "rounding"):
+        report.bounds["autoencoder"] = AUTOENCODER_BOUND_WITH_ROUNDING
+    report.rounding = goldens.section("components", "rounding", "max_abs") or goldens.section("rounding", "worst_cases")
+
+
+def _report_files(report: Report, goldens: Goldens) -> None:
+    """Report tensors that are listed and absent as a miss, and name those that no check has read."""
+    if lacking := goldens.lacking():
+        others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file")
     for group, keys in goldens.unused().items():
         names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")
