@@ -22,6 +22,7 @@ from stable_audio_serve.core.generation import SourceAudio
 T = TypeVar("T")
 
 MAX_DECODE_S = 20.0  # of one file
+MAX_SOURCE_BYTES = 2**30  # decoded source audio of requests or jobs in progress, of one process
 _NICENESS = 5
 
 
