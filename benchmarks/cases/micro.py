@@ -26,13 +26,13 @@ from benchmarks.simulate.roofline import SMALL, h200
 from benchmarks.workload import noise_audio
 from stable_audio_serve.audio.encode import AudioFormat, encode_audio, to_pcm16
 from stable_audio_serve.core.generation import GenerationRequest, Mode
-from stable_audio_serve.engine.batching import BatchPolicy
-from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.build import resolve_policy
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.policies import resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
-from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy
+from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler, SchedulerLimits
+from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import DiffusionModel, StepBatch
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling.guidance import GuidanceBatch, guide

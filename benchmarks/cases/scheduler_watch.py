@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.metrics import worst_ratio
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.scheduler import RowId, Scheduler
+from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler
 from stable_audio_serve.models.protocol import DiffusionModel
 
 ACTIVE = (256, 32)

@@ -29,8 +29,8 @@ from benchmarks.simulate.roofline import MEDIUM, OPEN, OPEN_SMALL, SMALL, Networ
 from benchmarks.workload import MIXES, Mix
 from examples.demo_model.architecture import FRAME_S, HEADROOM_S
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.batching import Call
-from stable_audio_serve.engine.windows import window_lengths
+from stable_audio_serve.engine.scheduling.batching import Call
+from stable_audio_serve.engine.scheduling.windows import window_lengths
 from stable_audio_serve.models.protocol import WindowRule
 from stable_audio_serve.models.windows import audible_windows, chunked_windows
 

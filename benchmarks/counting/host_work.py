@@ -25,12 +25,12 @@ from torch import Tensor
 from benchmarks.counting.stand_in_device import DEVICE, HostWork, StandInDevice, move
 from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, Mode, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.call_cost import Measurement
-from stable_audio_serve.engine.device import CudaDevice, Moment
-from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.scheduler import RowId, Scheduler
-from stable_audio_serve.engine.share import DeviceMemory
-from stable_audio_serve.engine.stages import Stages
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.stages import Stages
+from stable_audio_serve.engine.hardware.device import CudaDevice, Moment
+from stable_audio_serve.engine.hardware.share import DeviceMemory
+from stable_audio_serve.engine.scheduling.cost import Measurement
+from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry

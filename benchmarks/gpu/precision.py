@@ -25,7 +25,7 @@ from benchmarks.gpu.record import Done, Measurement
 from benchmarks.gpu.subjects import Bench, make_clip
 from benchmarks.workload import PROMPTS
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.call_shapes import round_up
+from stable_audio_serve.engine.scheduling.call_shapes import round_up
 from stable_audio_serve.models.protocol import BranchConditioning, DiffusionModel, StepBatch
 from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
 from stable_audio_serve.models.sa3.model import Sa3Model

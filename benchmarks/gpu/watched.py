@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu.tracing import StepWatch
 from stable_audio_serve.core.clock import SystemClock
-from stable_audio_serve.engine.device import Device, open_device
+from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import (
     DecodeWindow,

@@ -18,19 +18,19 @@ from benchmarks.sides.captures import Captures
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Priority
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.batching import BatchPolicy
-from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.pacing import WindowPace
-from stable_audio_serve.engine.policies import resolve_mode
-from stable_audio_serve.engine.prompt_cache import PromptCache
-from stable_audio_serve.engine.request_state import Reply, RequestState
-from stable_audio_serve.engine.rows import Decoding, Failures, Row, row_work
-from stable_audio_serve.engine.scheduler import RowId
-from stable_audio_serve.engine.stages import Stages
-from stable_audio_serve.engine.threads import plain_threads, steady_threads
-from stable_audio_serve.engine.work import Phase
+from stable_audio_serve.engine.build import resolve_mode
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.inputs import PromptCache
+from stable_audio_serve.engine.calls.request_state import Reply, RequestState
+from stable_audio_serve.engine.calls.rows import Decoding, Failures, Row, row_work
+from stable_audio_serve.engine.calls.stages import Stages
+from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy
+from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.engine.scheduling.pacing import WindowPace
+from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.work import Phase
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 from stable_audio_serve.sampling.noise import SeededNoise
 

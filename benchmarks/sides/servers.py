@@ -16,9 +16,9 @@ from benchmarks.sides.captures import Captures
 from benchmarks.sides.pipeline import Pipeline
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.batching import BatchPolicy, Call, Lane, OneRowPerCall
-from stable_audio_serve.engine.call_shapes import GRAPH_ROWS, AnyRows, CallShapes, GraphShapes, round_up
-from stable_audio_serve.engine.device import Device
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call, Lane, OneRowPerCall
+from stable_audio_serve.engine.scheduling.call_shapes import GRAPH_ROWS, AnyRows, CallShapes, GraphShapes, round_up
 from stable_audio_serve.models.protocol import DiffusionModel
 
 MAX_BATCH = 32

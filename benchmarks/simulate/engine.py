@@ -15,19 +15,17 @@ from benchmarks.simulate.queues import Queues
 from benchmarks.simulate.requests import Outcome, Shape
 from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.batching import BatchPolicy, Call, OneRowPerCall
-from stable_audio_serve.engine.call_cost import Measurement
-from stable_audio_serve.engine.call_shapes import PackedShapes, round_up
-from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.decode_calls import captured_windows
-from stable_audio_serve.engine.pacing import WindowPace
-from stable_audio_serve.engine.policies import resolve_mode, resolve_policy
+from stable_audio_serve.engine.build import resolve_mode, resolve_policy
+from stable_audio_serve.engine.calls.coding_calls import captured_prompts, captured_windows
+from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_shapes
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
-from stable_audio_serve.engine.text_calls import captured_prompts
-from stable_audio_serve.engine.warmup import DURATION_SHARES, step_shapes
-from stable_audio_serve.engine.windows import count_fitting, window_lengths
-from stable_audio_serve.engine.work import Phase, RowWork
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call, OneRowPerCall
+from stable_audio_serve.engine.scheduling.call_shapes import PackedShapes, round_up
+from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
+from stable_audio_serve.engine.scheduling.pacing import WindowPace
+from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler, SchedulerLimits
+from stable_audio_serve.engine.scheduling.windows import count_fitting, window_lengths
+from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 from stable_audio_serve.models.windows import LONGEST_FRAMES, WINDOW_GRID, cut_windows
 
 _PROBE_WINDOW = 128

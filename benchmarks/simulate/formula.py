@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stable_audio_serve.engine.call_cost import CallCost
+from stable_audio_serve.engine.scheduling.cost import CallCost
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.arrivals import Arrival
-from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import WindowRule
 
 

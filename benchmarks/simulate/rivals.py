@@ -11,7 +11,7 @@ from benchmarks.arrivals import Arrival
 from benchmarks.sides.servers import BATCH_WAIT_S, MAX_BATCH
 from benchmarks.simulate.devices import DeviceModel
 from benchmarks.simulate.requests import Outcome, Shape
-from stable_audio_serve.engine.call_shapes import round_up
+from stable_audio_serve.engine.scheduling.call_shapes import round_up
 
 Kind = tuple[int, int, float]
 

@@ -18,7 +18,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small import routes as open
 from stable_audio_serve.api.compat.vllm_omni import routes as vllm_omni
 from stable_audio_serve.api.description import DescribedAPI
 from stable_audio_serve.api.middleware.draining import DrainingMiddleware
-from stable_audio_serve.api.middleware.limits import LimitsMiddleware
+from stable_audio_serve.api.middleware.limits import ClientTimes, LimitsMiddleware
 from stable_audio_serve.api.middleware.observe import ObserveMiddleware
 from stable_audio_serve.api.middleware.origins import Origins, OriginsMiddleware
 from stable_audio_serve.api.native import job_routes as native_jobs
@@ -29,7 +29,7 @@ from stable_audio_serve.api.operator_routes import admin, status
 from stable_audio_serve.api.routing import allowed_methods
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.api.shared_routes import files, merged, pages, server
-from stable_audio_serve.api.streams import StreamPauses
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.api.unmanaged import UnmanagedOperations
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
@@ -59,7 +59,8 @@ def create_app(
     *,
     jobs: JobQueue | None = None,
     metrics: Metrics | None = None,
-    stream_pauses: StreamPauses | None = None,
+    stream_limits: StreamLimits | None = None,
+    client_times: ClientTimes | None = None,
     operations: Operations | None = None,
     address_header: str | None = None,
 ) -> FastAPI:
@@ -70,7 +71,7 @@ def create_app(
     this process passes on the client's address, whatever the client sent in it.
     """
     metrics = metrics or NullMetrics()
-    service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_pauses=stream_pauses)
+    service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -95,7 +96,7 @@ def create_app(
             ),
             Middleware(DrainingMiddleware, draining=service.draining),
             Middleware(ObserveMiddleware, metrics=metrics),
-            Middleware(LimitsMiddleware, limits=settings.api, metrics=metrics),
+            Middleware(LimitsMiddleware, limits=settings.api, times=client_times),
         ],
     )
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
-from stable_audio_serve.api.streams import EventStreams, StreamPauses
+from stable_audio_serve.api.streams import EventStreams, StreamLimits
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
 from stable_audio_serve.audio.recipe import Recipe
@@ -81,7 +81,7 @@ class Service:
         jobs: JobQueue | None = None,
         metrics: Metrics | None = None,
         clock: Clock | None = None,
-        stream_pauses: StreamPauses | None = None,
+        stream_limits: StreamLimits | None = None,
     ) -> None:
         """Without `jobs` it opens the queue of the settings, whose jobs another process runs. Raises ConfigError."""
         self.backend = backend
@@ -92,9 +92,9 @@ class Service:
         self.readiness = Readiness()
         self.keys = ApiKeys(KeyRing(settings.api, metrics=self.metrics, clock=self.clock))
         self.draining = Draining(self.readiness)
-        self.streams = EventStreams(settings.ingress, self.draining, metrics=self.metrics, pauses=stream_pauses)
+        self.streams = EventStreams(self.draining, metrics=self.metrics, limits=stream_limits)
         self.limiter = KeyLimiter(self.jobs.store.database, metrics=self.metrics, clock=self.clock)
-        self._audio = AudioWorkers(settings.api, own_rates_hz={card.sample_rate_hz for card in backend.catalog})
+        self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
         self._source_bytes = 0

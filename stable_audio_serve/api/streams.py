@@ -22,7 +22,6 @@ from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.core.errors import OverloadedError, QuotaError, StorageError
 from stable_audio_serve.core.metrics import Level, Metrics
-from stable_audio_serve.core.settings_api import IngressSettings
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
 
@@ -35,9 +34,11 @@ _RECONNECT_MS = 2000  # a server that only replaces this process answers then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamPauses:
-    """How long event streams wait, and for how often."""
+class StreamLimits:
+    """How many event streams one process has open, how long they wait, and how often."""
 
+    max_open: int = 128
+    max_open_per_client: int = 16  # a client is a key, without keys an address
     first_poll_s: float = 0.5  # grows while nothing happens
     last_poll_s: float = 2.0
     comment_s: float = 10.0  # proxies and clients drop a silent connection after 15 s or more
@@ -67,14 +68,11 @@ async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Drainin
 class EventStreams:
     """The streams that one process has open."""
 
-    def __init__(
-        self, limits: IngressSettings, draining: Draining, *, metrics: Metrics, pauses: StreamPauses | None = None
-    ) -> None:
-        self._limits = limits
+    def __init__(self, draining: Draining, *, metrics: Metrics, limits: StreamLimits | None = None) -> None:
         self._draining = draining
         self._open = Level(metrics, "event_streams_open")
         self._open_by_client: Counter[str] = Counter()
-        self._pauses = pauses or StreamPauses()
+        self._limits = limits or StreamLimits()
 
     async def follow(self, jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
         """Yields the job as it is now, then every change until it is over or gone; only events after the id `after`.
@@ -84,27 +82,27 @@ class EventStreams:
         """
         current: Job | None = job
         sent: object = None
-        wait_s = self._pauses.first_poll_s
+        wait_s = self._limits.first_poll_s
         while current is not None:
             is_queued = current.state == "queued"
             position = await self._ask(partial(jobs.position, current)) if is_queued else current.engine_position
             now = (current.state, current.attempts, current.stage, current.fraction, current.cancel_requested, position)
             if now != sent:
-                sent, wait_s = now, self._pauses.first_poll_s
+                sent, wait_s = now, self._limits.first_poll_s
                 events = await self._ask(partial(jobs.events, job.spec.ref, after=after))
                 after = max((event.id for event in events), default=after)
                 yield Change(current, events, position)
             if current.is_over or self._draining.is_leaving:
                 return
             await self._draining.pause(wait_s)
-            wait_s = min(wait_s * 1.5, self._pauses.last_poll_s)
+            wait_s = min(wait_s * 1.5, self._limits.last_poll_s)
             current = await self._ask(partial(jobs.get, job.spec.ref))
 
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
-        for _ in range(self._pauses.max_polls_away):
+        for _ in range(self._limits.max_polls_away):
             with suppress(StorageError):
                 return await question()
-            await asyncio.sleep(self._pauses.last_poll_s)
+            await asyncio.sleep(self._limits.last_poll_s)
         return await question()
 
     def open(
@@ -113,16 +111,16 @@ class EventStreams:
         """Returns an answer that sends `events`. Raises OverloadedError when too many are open, QuotaError when too
         many are this caller's.
         """
-        if self._open_by_client[caller.name] >= self._limits.max_event_streams_per_client:
-            message = "too many event streams of this client are open (ingress.max_event_streams_per_client)"
+        if self._open_by_client[caller.name] >= self._limits.max_open_per_client:
+            message = "too many event streams of this client are open"
             raise QuotaError(message, retry_after_s=_BUSY_RETRY_S)
-        if self._open.value >= self._limits.max_event_streams:
-            message = "too many event streams are open (ingress.max_event_streams)"
+        if self._open.value >= self._limits.max_open:
+            message = "too many event streams are open"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         return _Stream(
             _end_quietly(events, self._draining),
             counted=partial(self._counted, caller.name),
-            comment_s=self._pauses.comment_s,
+            comment_s=self._limits.comment_s,
             headers=headers,
         )
 

@@ -32,12 +32,11 @@ _ATTEMPTS = 2  # a process may also die of something other than the file, for ex
 
 
 class AudioDecoder:
-    """A pool of decoding processes, each started when first needed. `decode` blocks: call it from worker threads."""
+    """A decoding process, started when first needed. `decode` blocks: call it from worker threads."""
 
     def __init__(
         self,
         *,
-        num_workers: int = 1,
         timeout_s: float = 20.0,
         own_rates_hz: Collection[int] = (),
         start_process: Callable[[], DecodeProcess] | None = None,
@@ -50,8 +49,7 @@ class AudioDecoder:
         self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
         self._timeout_s = timeout_s
         self._idle: queue.LifoQueue[DecodeProcess | None] = queue.LifoQueue()
-        for _ in range(num_workers):
-            self._idle.put(None)
+        self._idle.put(None)
 
     def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
         """Returns the first `max_s` seconds of `file`, which needs a `fileno`: at its own rate, at most stereo.

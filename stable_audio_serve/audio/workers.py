@@ -1,6 +1,6 @@
 """Threads and processes for audio: they decode uploads and make files, so that the event loop does not.
 
-Knows the limits in the settings, but neither requests nor where files are kept.
+Knows neither requests nor where files are kept.
 """
 
 from __future__ import annotations
@@ -14,31 +14,25 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TypeVar
 
 from stable_audio_serve.audio.decode import AudioDecoder
 from stable_audio_serve.core.generation import SourceAudio
 
-if TYPE_CHECKING:
-    from stable_audio_serve.core.settings import ApiSettings
-
 T = TypeVar("T")
 
+MAX_DECODE_S = 20.0  # of one file
 _NICENESS = 5
 
 
 class AudioWorkers:
-    """Decodes at most `api.decode_workers` files and makes at most `api.encode_workers` at a time; others wait."""
+    """Decodes one upload and encodes two clips at a time; others wait."""
 
-    def __init__(self, limits: ApiSettings, *, own_rates_hz: Collection[int]) -> None:
+    def __init__(self, *, own_rates_hz: Collection[int]) -> None:
         """`own_rates_hz` are accepted besides the usual rates, see `AudioDecoder`. Starts no process yet."""
-        self._decoder = AudioDecoder(
-            num_workers=limits.decode_workers, timeout_s=limits.max_decode_s, own_rates_hz=own_rates_hz
-        )
-        self._decode_threads = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="audio-decode")
-        self._encode_threads = ThreadPoolExecutor(
-            limits.encode_workers, thread_name_prefix="audio-encode", initializer=_yield_to_others
-        )
+        self._decoder = AudioDecoder(timeout_s=MAX_DECODE_S, own_rates_hz=own_rates_hz)
+        self._decode_threads = ThreadPoolExecutor(1, thread_name_prefix="audio-decode")
+        self._encode_threads = ThreadPoolExecutor(2, thread_name_prefix="audio-encode", initializer=_yield_to_others)
 
     async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
         """Returns the first `max_s` seconds of an open file with its hash, see `AudioDecoder.decode`."""

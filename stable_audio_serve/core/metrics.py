@@ -27,6 +27,11 @@ class Metric:
     is_rare: bool = False
 
 
+def exported_name(metric: Metric) -> str:
+    """Returns its name in Prometheus."""
+    return f"ray_stable_audio_{metric.name}{'_total' if metric.kind == 'counter' else ''}"
+
+
 _HTTP = (
     Metric(
         "http_requests", "counter", "Answered requests; status 499 = the client left.", ("route", "method", "status")
@@ -34,9 +39,7 @@ _HTTP = (
     Metric("http_request_ms", "histogram", "Time of a whole request, milliseconds.", ("route",)),
     Metric("http_requests_in_progress", "gauge", "Requests that are being answered now, streams included."),
     Metric("refusals", "counter", "Requests that were refused: the kind of error, or the HTTP status.", ("reason",)),
-    Metric("bodies_receiving", "gauge", "Request bodies that are being received, unless they come at once."),
     Metric("event_streams_open", "gauge", "Streams of job events that are open."),
-    Metric("api_keys", "gauge", "Keys that may use the API, where `api.key_file` is set.", is_rare=True),
     Metric("key_file_broken", "gauge", "1 while `api.key_file` cannot be used: former keys count.", is_rare=True),
     Metric(
         "key_requests",
@@ -87,7 +90,6 @@ _ENGINE = (
         is_rare=True,
     ),
     Metric("engine_rows_per_step", "histogram", "Variations that share a denoising step.", ("model",)),
-    Metric("engine_tokens_per_step", "histogram", "Latent frames of a denoising step, both branches.", ("model",)),
     Metric("engine_pad_share", "gauge", "Part of the last step that was padding, 0 to 1.", ("model",)),
     Metric("engine_prompt_cache_hits", "counter", "Prompts whose embedding was there already.", ("model",)),
     Metric("engine_prompt_cache_misses", "counter", "Prompts that had to be embedded.", ("model",)),
@@ -97,7 +99,6 @@ _ENGINE = (
         "New replicas at the quality gate: passed, unchecked (nothing to compare with could be read) or failed.",
         ("outcome", "model"),
     ),
-    Metric("quality_gate_ms", "histogram", "Time of the golden requests and their comparison.", ("model",)),
     Metric(
         "model_update_refused",
         "gauge",
@@ -111,29 +112,18 @@ _ENGINE = (
         ("model",),
     ),
     Metric("engine_device_memory_bytes", "gauge", "GPU memory in use by the engine; 0 on a CPU.", ("model",)),
-    Metric(
-        "router_choices",
-        "counter",
-        "Choices of a replica for a call: by predicted work, or by queue where a replica has long said nothing.",
-        ("by", "model"),
-    ),
 )
 _JOBS = (
     Metric("jobs", "counter", "Jobs that have ended.", ("state", "contract")),
     Metric("job_wait_ms", "histogram", "From a job's submission to its start.", ("model",)),
-    Metric("job_run_ms", "histogram", "From a job's start to its end.", ("model",)),
     Metric("jobs_by_state", "gauge", "Jobs that are kept; every runner says the same.", ("state",)),
-    Metric("jobs_queued", "gauge", "Jobs that wait; every runner says the same."),
     Metric("jobs_running", "gauge", "Jobs at work in this runner."),
     Metric("job_queue_age_s", "gauge", "How long the next job has been due, seconds; every runner says the same."),
     Metric("job_files_refused", "gauge", "1 while a runner starts no jobs: their files cannot be kept.", is_rare=True),
     Metric("job_retries", "counter", "Starts that failed and are tried again.", ("reason",), is_rare=True),
     Metric("job_dead_letters", "counter", "Jobs given up after their last attempt.", ("reason",), is_rare=True),
     Metric("job_leases_lost", "counter", "Jobs that this runner had to leave to another.", is_rare=True),
-    Metric("jobs_reclaimed", "counter", "Jobs taken from a runner that fell silent.", ("state",), is_rare=True),
     Metric("webhooks", "counter", "Tries of webhooks: delivered, failed or given_up.", ("outcome",), is_rare=True),
-    Metric("sweep_ms", "histogram", "One removal of what is too old.", is_rare=True),
-    Metric("swept_files", "counter", "Files that were removed: old, orphans or unfinished.", ("kind",), is_rare=True),
     Metric("damaged_files", "counter", "Stored files that are not what was stored.", is_rare=True),
 )
 

@@ -56,10 +56,6 @@ class Settings(Section):
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the first that exists.")
     model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
-    compile_dir: Folder = Field(
-        "~/.cache/stable-audio-serve/compiled",
-        description="Folder of what `compile` makes, kept between starts; nobody else may write to it.",
-    )
     output_dir: Folder = Field("outputs", description="Folder of jobs and, without a bucket, their files.")
     hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")
     drain_s: float = Field(

@@ -43,35 +43,14 @@ class ApiSettings(Section):
         description="Fields that our own API does not have: ignored and named in the answer, or refused.",
     )
     max_upload_bytes: int = Field(104_857_600, ge=1, description="Largest uploaded audio file, bytes.")
-    max_fields_bytes: int = Field(
-        1_048_576, ge=1024, description="Largest JSON body, and largest rest of a form besides its upload, bytes."
-    )
     max_bodies_bytes: int = Field(
         4_294_967_296, ge=1, description="Bodies of requests in progress, uploads included, bytes, per ingress replica."
     )
     max_source_bytes: int = Field(
         1_073_741_824, ge=1, description="Decoded source audio of requests in progress, bytes, per ingress replica."
     )
-    receive_rate_bytes_s: float = Field(
-        4096.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Least rate at which a body must arrive, averaged over `receive_window_s`, bytes a second.",
-    )
-    receive_window_s: Seconds = Field(10.0, description="What that rate is averaged over, seconds.")
-    receive_total_timeout_s: Seconds = Field(300.0, description="Longest time for a whole body to arrive, seconds.")
-    max_receiving: int = Field(
-        256, ge=1, description="Bodies received at a time, per ingress replica, besides those that arrive at once."
-    )
-    receive_grace_s: Seconds = Field(
-        4.0, description="What at once means: a body within about this time, give or take a half, seconds."
-    )
-    send_idle_timeout_s: Seconds = Field(60.0, description="Longest a client may stop reading its answer, seconds.")
     default_deadline_s: Seconds = Field(900.0, description="Time budget of a request that names none, seconds.")
     max_deadline_s: Seconds = Field(3600.0, description="Largest time budget a request may ask for, seconds.")
-    max_decode_s: Seconds = Field(20.0, description="Longest time to decode one uploaded file, seconds.")
-    decode_workers: int = Field(1, ge=1, le=16, description="Processes that decode uploads, per ingress replica.")
-    encode_workers: int = Field(2, ge=1, le=64, description="Threads that encode audio files, per ingress replica.")
     key_hashes: Annotated[tuple[str, ...], BeforeValidator(split_commas), AfterValidator(check_key_hashes), Hidden] = (
         Field(
             (),
@@ -123,10 +102,6 @@ class IngressSettings(Section):
     replicas: int = Field(1, ge=1, description="Ingress processes; two or more off a laptop.")
     num_cpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per process.")
     max_ongoing_requests: int = Field(256, ge=1, description="Generations one process has in progress at a time.")
-    max_event_streams: int = Field(128, ge=1, description="Streams of job events one process has open at a time.")
-    max_event_streams_per_client: int = Field(
-        16, ge=1, description="Those of one client: of its key, without keys of its address."
-    )
 
 
 class ProxySettings(Section):

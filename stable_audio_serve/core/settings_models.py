@@ -46,8 +46,6 @@ class QualityGateSettings(Section):
     """What a new replica must generate before it takes requests (docs/quality.md)."""
 
     enabled: bool = Field(True, description="Whether there is a gate.")
-    budget_s: Seconds = Field(20.0, description="No golden request begins later than this, but for the first, seconds.")
-    store_wait_s: Seconds = Field(10.0, description="Longest wait for one answer of the report store, seconds.")
 
 
 class EngineSettings(Section):
@@ -62,20 +60,9 @@ class EngineSettings(Section):
         le=128,
         description="Rows of one call in strict mode on CUDA, a guided variation is two; unused ones cost.",
     )
-    turn_frames: int = Field(
-        512, ge=1, le=1_048_576, description="Latent frames encoded or decoded between two steps, in fast mode."
-    )
-    slack: float = Field(
-        6.0,
-        ge=1,
-        le=1000,
-        description="A request is due this many times its time alone after it arrived; who is due first goes first.",
-    )
-    max_slack_s: float = Field(120.0, ge=0, le=86_400, description="Longest that may be until then, seconds.")
     batch_share: float = Field(
         0.125, ge=0, le=100, description="Time batch work gets beside other work, as a share of that work's time."
     )
-    prompt_cache_bytes: int = Field(268_435_456, ge=0, description="Encoded prompts that are kept, bytes; 0 = none.")
     warmup_budget_s: float = Field(
         2.0, ge=0, le=3600, description="Time spent on measuring speed before the first request, seconds; 0 = none."
     )
@@ -90,9 +77,6 @@ class ModelSettings(Section):
     revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of the repository.")
     aliases: tuple[ModelName, ...] = Field((), description="Further names requests may use.")
     max_duration_s: Seconds | None = Field(None, description="Longest clip, seconds; unset = the model's own cap.")
-    duration_padding_s: float | None = Field(
-        None, ge=0, le=30, description="Headroom generated behind a clip, seconds; unset = the model's own."
-    )
     edit_schedule: EditSchedule | None = Field(
         None,
         description="Times of a flow model's edits: even in log-SNR, scaled by their noise level, or reference = as "
@@ -141,9 +125,6 @@ class ModelSettings(Section):
     max_queue_s: Seconds = Field(
         300.0,
         description="Predicted work a replica accepts before it refuses, seconds; batch work leaves room for other.",
-    )
-    max_rows: int = Field(
-        64, ge=2, description="Most variations in progress on one replica; a quarter is kept free of batch ones."
     )
     max_memory_bytes: int | None = Field(
         None,

@@ -14,6 +14,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
+from typing import NamedTuple
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import OverloadedError
@@ -22,10 +23,26 @@ from stable_audio_serve.core.generation import Priority
 _LEAST_RETRY_S = 0.1
 _CLIENT_SHARE = 0.75  # of the bound, for one client
 _RESERVE_SHARE = 0.25  # of the bound, above it, for clients who hold less than those who fill the queue
+_MOST_REFUSED_MS = 600_000.0
+_MOST_CLIENTS = 1000  # whose refused work is counted
 _WINDOW_MS = 1000.0  # of being busy, between two looks at the pace
 _NEWEST_WEIGHT = 0.3
 _PACE_RANGE = (0.5, 4.0)
 _MANY = 4  # requests: of fewer the device may not have enough rows to share its calls
+
+
+class _Refused(NamedTuple):
+    """Refused work that is expected to come again."""
+
+    work_ms: float
+    at: float
+
+    def left_ms(self, now: float) -> float:
+        """Returns the work minus the time since then, in ms."""
+        return max(0.0, self.work_ms - (now - self.at) * 1000.0)
+
+
+_NOTHING_REFUSED = _Refused(0.0, 0.0)
 
 
 class Pace:
@@ -61,7 +78,8 @@ class Admission:
         self._max_ms = max_queue_s * 1000.0
         self._clock = clock
         self._pace = Pace(clock)
-        self._returning_ms, self._turned_away_at = 0.0, clock.monotonic()
+        self._refused: dict[str, _Refused] = {}  # by client
+        self._refused_once = _NOTHING_REFUSED  # of all clients, one request each
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
         self._clients: dict[int, str] = {}  # by request
@@ -102,22 +120,32 @@ class Admission:
             less_ms = sum(each for each in held_ms.values() if each <= own_ms + work_ms)
             over_ms = min(over_ms, less_ms - _RESERVE_SHARE * max_ms)
         if over_ms > 0 or over_own_ms > 0:
-            returning_ms = self._turn_away(work_ms or ahead_ms / max(self._num_held, 1))
+            refused_ms = self._count_refused(client, work_ms or ahead_ms / max(self._num_held, 1))
             what = "the model's queue" if over_ms > 0 else "this client's share of the model's queue"
             raise OverloadedError(
                 f"{what} is full (max_queue_s): about {pace * ahead_ms / 1000.0:.1f} s of work is waiting",
-                retry_after_s=max(pace * (max(over_ms, over_own_ms) + returning_ms) / 1000.0, _LEAST_RETRY_S),
+                retry_after_s=max(pace * (max(over_ms, over_own_ms) + refused_ms) / 1000.0, _LEAST_RETRY_S),
             )
 
-    def _turn_away(self, work_ms: float) -> float:
-        """Count the work of a refused request, which comes again. Returns that of those refused before it, as far as
-        the device has not had the time for it since.
+    def _count_refused(self, client: str, work_ms: float) -> float:
+        """Count a refused request, which its client sends again later. Returns the refused work ahead of it, in ms.
+
+        Refused work of a client counts in full for that client and once for the others, so a client that ignores
+        Retry-After lengthens its own times only. Time takes off what the device could have done meanwhile.
         """
+        if not client:
+            return 0.0
+        now = self._clock.monotonic()
         with self._lock:
-            now = self._clock.monotonic()
-            returning_ms = max(0.0, self._returning_ms - (now - self._turned_away_at) * 1000.0)
-            self._returning_ms, self._turned_away_at = returning_ms + work_ms, now
-        return returning_ms
+            if len(self._refused) >= _MOST_CLIENTS:
+                self._refused = {name: each for name, each in self._refused.items() if each.left_ms(now) > 0}
+            own_ms = self._refused.get(client, _NOTHING_REFUSED).left_ms(now)
+            all_ms = self._refused_once.left_ms(now)
+            if client in self._refused or len(self._refused) < _MOST_CLIENTS:
+                self._refused[client] = _Refused(min(own_ms + work_ms, _MOST_REFUSED_MS), now)
+                if own_ms == 0.0:
+                    self._refused_once = _Refused(min(all_ms + work_ms, _MOST_REFUSED_MS), now)
+        return max(own_ms, all_ms)
 
     def _held_ms(self, priority: Priority) -> Mapping[str, float]:
         """Returns the work ahead, at the pace of lately, by client."""

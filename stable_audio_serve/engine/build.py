@@ -1,39 +1,108 @@
-"""Puts the engine's machinery together, once: the thread that uses the device, with all that works on it. Knows no
-requests and no event loop, and never sees the engine, so that a forgotten one is freed and ends its thread.
+"""Chooses an engine's mode and batch policy, and builds the thread that uses the device with all that works on it.
+
+Knows no requests and no event loop. It never sees the engine, so that an engine nobody holds is freed and its thread
+ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Protocol, get_args
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import Mode, Priority
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.batching import BatchPolicy, OneRowPerCall
-from stable_audio_serve.engine.call_shapes import PackedShapes
-from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.device import Device
-from stable_audio_serve.engine.executor import Executor
-from stable_audio_serve.engine.inbox import Inbox
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.inputs import PromptCache
+from stable_audio_serve.engine.calls.request_state import Inbox
+from stable_audio_serve.engine.calls.stages import Stages
+from stable_audio_serve.engine.calls.warmup import WarmUp
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.hardware.share import MemoryPlan, plan_memory
+from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.loop import EngineLoop
-from stable_audio_serve.engine.memory import RowMemory
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.pacing import WindowPace
-from stable_audio_serve.engine.policies import resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.prompt_cache import PromptCache
-from stable_audio_serve.engine.scheduler import Scheduler, SchedulerLimits
-from stable_audio_serve.engine.share import MemoryPlan, plan_memory
-from stable_audio_serve.engine.stages import Stages
+from stable_audio_serve.engine.scheduling.batching import (
+    BatchPolicy,
+    EqualLengths,
+    FixedSlots,
+    MergedGrid,
+    OneRowPerCall,
+    Packed,
+    PackedOrGrid,
+)
+from stable_audio_serve.engine.scheduling.call_shapes import (
+    GRAPH_ROWS_BESIDE_PACKED,
+    AnyRows,
+    GraphShapes,
+    PackedShapes,
+)
+from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.engine.scheduling.memory import RowMemory
+from stable_audio_serve.engine.scheduling.pacing import WindowPace
+from stable_audio_serve.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from stable_audio_serve.engine.thread import EngineThread
-from stable_audio_serve.engine.threads import plain_threads, steady_threads
-from stable_audio_serve.engine.warmup import WarmUp
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource
+
+
+class DeviceKind(Protocol):
+    """The preferences of a device, as in `engine.hardware.device.Device`."""
+
+    @property
+    def default_mode(self) -> Mode: ...
+
+    @property
+    def frame_grid(self) -> int: ...
+
+    @property
+    def prefers_packed(self) -> bool: ...
+
+    @property
+    def shares_calls(self) -> bool: ...
+
+
+def resolve_mode(options: EngineOptions, device: DeviceKind) -> Mode:
+    """Returns the mode of `options`, else the device's own."""
+    return options.mode or device.default_mode
+
+
+def resolve_policy(
+    options: EngineOptions,
+    device: DeviceKind,
+    *,
+    cost: CostModel,
+    pads_rows: bool = True,
+    packs_rows: bool = False,
+    packed: PackedShapes | None = None,
+) -> BatchPolicy:
+    """Returns how steps are split into device calls in this mode on this device; `pads_rows`, `packs_rows` as in
+    ModelSpec, `packed` the shapes of packed calls that graphs can be captured of, if there are any.
+
+    A grid that the options name is kept. Where calls are not shared, no graph needs a number of rows.
+    """
+    grid = (options.frame_grid or device.frame_grid) if pads_rows else 1
+    if resolve_mode(options, device) == "strict":
+        return FixedSlots(options.slots, grid) if device.shares_calls else OneRowPerCall(grid)
+    knee_tokens = partial(cost.knee_tokens, fixed_share=options.fixed_share)
+    if pads_rows and packs_rows and device.prefers_packed and options.frame_grid is None:
+        return Packed(knee_tokens)
+    shapes = (GraphShapes if device.shares_calls else AnyRows)(grid, options.max_step_tokens)
+
+    def call_ms(rows: int, frames: int) -> float:
+        return cost.call_ms("denoise", rows=rows, frames=frames)
+
+    if not pads_rows:
+        return EqualLengths(call_ms, knee_tokens, shapes)
+    if packed is None or options.frame_grid is not None:
+        return MergedGrid(call_ms, knee_tokens, shapes)
+    beside = GraphShapes(grid, options.max_step_tokens, GRAPH_ROWS_BESIDE_PACKED)
+    return PackedOrGrid(MergedGrid(call_ms, knee_tokens, beside), packed, partial(cost.groups_ms, "denoise"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +127,6 @@ def build_machinery(
     admission: Admission,
     noise_factory: Callable[[int], NoiseSource],
     policy: BatchPolicy | None,
-    scheduler: Callable[..., Scheduler],
     clock: Clock,
     metrics: Metrics,
 ) -> Machinery:
@@ -66,73 +134,21 @@ def build_machinery(
 
     Raises ConfigError where the device's memory cannot be what the options say.
     """
-    bounds = plan_memory(
-        device.memory(), max_rows_bytes=options.max_memory_bytes, prompt_cache_bytes=options.prompt_cache_bytes
-    )
-    is_strict = mode == "strict"
-    together = 1 if is_strict else options.slots
-    inbox = Inbox()
-    drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
     cost = CostModel()
-    chosen = policy or _own_policy(model.spec, options, device=device, cost=cost)
-    pace = WindowPace(cost, turn_frames=options.turn_frames, is_fixed=is_strict)
-    predictor = Predictor(cost, chosen, turn_frames=pace.turn_frames)
-    max_tokens = 0 if isinstance(chosen, OneRowPerCall) else options.max_step_tokens
-    memory = RowMemory(model.spec, max_bytes=bounds.rows, is_fixed=is_strict, setting=bounds.setting)
-    stages = Stages(
+    builder = _Builder(
         model,
-        Executor(
-            model,
-            chosen,
-            device=device,
-            together=together,
-            clock=clock,
-            metrics=metrics,
-            max_capture_bytes=bounds.captures,
-        ),
+        options,
         device=device,
+        is_strict=mode == "strict",
         cost=cost,
-        cache=PromptCache(options.prompt_cache_bytes),
-        drawers=drawers,
-        pace=pace,
-        clock=clock,
-        metrics=metrics,
-    )
-    loop = EngineLoop(
-        model.spec,
-        scheduler=scheduler(
-            _limits(options, max_tokens=max_tokens, max_bytes=bounds.rows),
-            knee_tokens=lambda frames: frames * chosen.crowd(1, frames),
-            step_ms=predictor.step_ms,
-            has_second_queue=device.has_second_queue,
+        policy=policy or _own_policy(model.spec, options, device=device, cost=cost),
+        bounds=plan_memory(
+            device.memory(), max_rows_bytes=options.max_memory_bytes, prompt_cache_bytes=options.prompt_cache_bytes
         ),
-        stages=stages,
-        predictor=predictor,
-        memory=memory,
-        admission=admission,
-        inbox=inbox,
         clock=clock,
         metrics=metrics,
     )
-    warm_up = WarmUp(
-        model,
-        cost,
-        policy=chosen,
-        max_tokens=max_tokens,
-        max_prompts=together,
-        noise_factory=noise_factory,
-        device=device,
-        budget_s=options.warmup_budget_s,
-    )
-
-    def prepare() -> None:
-        memory.measure(model, noise_factory)
-        if options.warmup_budget_s > 0:
-            warm_up.run()
-
-    sharing = (steady_threads if is_strict and not device.shares_calls else plain_threads)(options.torch_threads)
-    thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=clock)
-    return Machinery(thread, inbox, bounds, predictor, drawers)
+    return builder.build(admission, noise_factory)
 
 
 def _own_policy(spec: ModelSpec, options: EngineOptions, *, device: Device, cost: CostModel) -> BatchPolicy:
@@ -146,12 +162,104 @@ def _own_policy(spec: ModelSpec, options: EngineOptions, *, device: Device, cost
     )
 
 
-def _limits(options: EngineOptions, *, max_tokens: int, max_bytes: int | None) -> SchedulerLimits:
-    return SchedulerLimits(
-        max_started=options.max_rows,
-        max_tokens=max_tokens,
-        slack=options.slack,
-        max_slack_s=options.max_slack_s,
-        batch_share=options.batch_share,
-        max_bytes=max_bytes,
-    )
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    model: DiffusionModel
+    options: EngineOptions
+    _: KW_ONLY
+    device: Device
+    is_strict: bool
+    cost: CostModel
+    policy: BatchPolicy
+    bounds: MemoryPlan
+    clock: Clock
+    metrics: Metrics
+
+    def build(self, admission: Admission, noise_factory: Callable[[int], NoiseSource]) -> Machinery:
+        drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
+        inbox = Inbox()
+        pace = WindowPace(self.cost, is_fixed=self.is_strict)
+        predictor = Predictor(self.cost, self.policy, turn_frames=pace.turn_frames)
+        memory = RowMemory(
+            self.model.spec, max_bytes=self.bounds.rows, is_fixed=self.is_strict, setting=self.bounds.setting
+        )
+        loop = EngineLoop(
+            self.model.spec,
+            scheduler=self._scheduler(predictor),
+            stages=self._stages(pace, drawers),
+            predictor=predictor,
+            memory=memory,
+            admission=admission,
+            inbox=inbox,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+        warm_up = self._warm_up(noise_factory)
+
+        def prepare() -> None:
+            memory.measure(self.model, noise_factory)
+            if self.options.warmup_budget_s > 0:
+                warm_up.run()
+
+        use_threads = steady_threads if self.is_strict and not self.device.shares_calls else plain_threads
+        sharing = use_threads(self.options.torch_threads)
+        thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
+        return Machinery(thread, inbox, self.bounds, predictor, drawers)
+
+    def _scheduler(self, predictor: Predictor) -> Scheduler:
+        limits = SchedulerLimits(
+            self.options.max_rows,
+            self._max_tokens,
+            batch_share=self.options.batch_share,
+            max_bytes=self.bounds.rows,
+        )
+        return Scheduler(
+            limits,
+            knee_tokens=lambda frames: frames * self.policy.crowd(1, frames),
+            step_ms=predictor.step_ms,
+            has_second_queue=self.device.has_second_queue,
+        )
+
+    def _stages(self, pace: WindowPace, drawers: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
+        executor = Executor(
+            self.model,
+            self.policy,
+            device=self.device,
+            together=self._max_prompts,
+            clock=self.clock,
+            metrics=self.metrics,
+            max_capture_bytes=self.bounds.captures,
+        )
+        return Stages(
+            self.model,
+            executor,
+            device=self.device,
+            cost=self.cost,
+            cache=PromptCache(self.options.prompt_cache_bytes),
+            drawers=drawers,
+            pace=pace,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+
+    def _warm_up(self, noise_factory: Callable[[int], NoiseSource]) -> WarmUp:
+        return WarmUp(
+            self.model,
+            self.cost,
+            policy=self.policy,
+            max_tokens=self._max_tokens,
+            max_prompts=self._max_prompts,
+            noise_factory=noise_factory,
+            device=self.device,
+            budget_s=self.options.warmup_budget_s,
+        )
+
+    @property
+    def _max_tokens(self) -> int:
+        """0: the scheduler picks one row at a time."""
+        return 0 if isinstance(self.policy, OneRowPerCall) else self.options.max_step_tokens
+
+    @property
+    def _max_prompts(self) -> int:
+        """Prompts of one call of the text encoder."""
+        return 1 if self.is_strict else self.options.slots

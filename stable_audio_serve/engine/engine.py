@@ -28,18 +28,15 @@ from stable_audio_serve.core.generation import (
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.batching import BatchPolicy
-from stable_audio_serve.engine.build import build_machinery
-from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.inbox import UNAVAILABLE
+from stable_audio_serve.engine.build import build_machinery, resolve_mode
+from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, late
+from stable_audio_serve.engine.calls.rows import row_work
+from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.making import describe_engine, require_checkpoint, settle
 from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.planner import Planner
-from stable_audio_serve.engine.policies import resolve_mode
-from stable_audio_serve.engine.price_list import PriceList
-from stable_audio_serve.engine.request_state import Reply, RequestState, late
-from stable_audio_serve.engine.rows import row_work
-from stable_audio_serve.engine.scheduler import Scheduler
+from stable_audio_serve.engine.prediction import PriceList
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy
 from stable_audio_serve.engine.thread import EngineHeartbeat
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
@@ -65,14 +62,12 @@ class Engine:
         metrics: Metrics = NullMetrics(),
         noise_factory: Callable[[int], NoiseSource] = SeededNoise,
         policy: BatchPolicy | None = None,
-        scheduler: Callable[..., Scheduler] = Scheduler,
         device: Device | None = None,
         loaded: Loaded = Loaded(),
     ) -> None:
         """`noise_factory` makes a row's noise from its seed; `policy` None: the one for these options and device.
 
-        `scheduler` is called like the class `Scheduler`. `device` None: the model's. `loaded` is what results say of
-        the model's files.
+        `device` None: the model's. `loaded` describes the model's files in results.
         """
         self._model = model
         self._device = device or open_device(model.device, clock=clock)
@@ -93,7 +88,6 @@ class Engine:
             admission=self._admission,
             noise_factory=noise_factory,
             policy=policy,
-            scheduler=scheduler,
             clock=clock,
             metrics=metrics,
         )

@@ -20,15 +20,14 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.device import DEVICE_LOST
-from stable_audio_serve.engine.inbox import UNAVAILABLE, Inbox
-from stable_audio_serve.engine.memory import RowMemory
+from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Inbox, RequestState, late, late_start
+from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
+from stable_audio_serve.engine.calls.stages import Stages
+from stable_audio_serve.engine.hardware.device import DEVICE_LOST
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.request_state import RequestState, late, late_start
-from stable_audio_serve.engine.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
-from stable_audio_serve.engine.scheduler import RowId, Scheduler
-from stable_audio_serve.engine.stages import Stages
-from stable_audio_serve.engine.work import Phase
+from stable_audio_serve.engine.scheduling.memory import RowMemory
+from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler
+from stable_audio_serve.engine.scheduling.work import Phase
 from stable_audio_serve.models.protocol import ModelSpec
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from stable_audio_serve.core.catalog import SA3_FAMILY
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, Loaded, Making, Mode
 from stable_audio_serve.core.processor import has_matrix_bfloat16, is_amd
+from stable_audio_serve.engine.calls.request_state import Prompts
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.request_state import Prompts
 from stable_audio_serve.models.protocol import ModelSpec
 from stable_audio_serve.models.sa3.planning import DEFAULT_APG_SCALE
 

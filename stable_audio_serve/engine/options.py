@@ -21,13 +21,10 @@ class EngineOptions:
     max_rows: int = 64  # rows holding device state at once, three quarters of them batch rows; others wait as plans
     max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused, batch ones first
     batch_share: float = 0.125  # time for batch rows while interactive ones run, as a share of interactive time
-    slack: float = 6.0  # a row's deadline is its arrival + slack x its predicted time alone ...
-    max_slack_s: float = 120.0  # ... but at most this far away
     fixed_share: float = 0.15  # a step is large enough when its fixed cost is at most this share of it
     max_step_tokens: int = 16_384  # latent frames of one step, all rows together
     slots: int = 8  # rows of one strict call on CUDA, dummies included
     frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, on a CPU 1 or, in fast, packed
-    turn_frames: int = 512  # a row's latent frames encoded or decoded in one turn (fast; strict: one window)
     max_memory_bytes: int | None = None  # of rows in progress; on CUDA most of what is free, on a CPU no bound
     prompt_cache_bytes: int = 256 * 2**20
     planning_threads: int = 1  # for requests of each priority
@@ -39,18 +36,16 @@ class EngineOptions:
         if self.mode not in (None, "strict", "fast"):
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
         least = {"slots": 2, "max_rows": 2}  # a guided row takes two slots; each priority needs a row
-        whole = ("max_rows", "max_step_tokens", "slots", "turn_frames", "planning_threads", "max_planning")
+        whole = ("max_rows", "max_step_tokens", "slots", "planning_threads", "max_planning")
         for name in (*whole, "frame_grid", "max_memory_bytes", "torch_threads"):
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):
                 allowed = f">= {least.get(name, 1)}"
                 raise ConfigError(f"engine {name} must be {allowed}, got {value}", field=name, allowed=allowed)
-        for name in ("max_queue_s", "batch_share", "max_slack_s", "prompt_cache_bytes", "warmup_budget_s"):
+        for name in ("max_queue_s", "batch_share", "prompt_cache_bytes", "warmup_budget_s"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ConfigError(f"engine {name} must not be negative, got {value}", field=name, allowed=">= 0")
-        if not self.slack >= 1:
-            raise ConfigError(f"engine slack must be at least 1, got {self.slack}", field="slack", allowed=">= 1")
         if not 0 < self.fixed_share < 1:
             message = f"engine fixed_share must lie between 0 and 1, got {self.fixed_share}"
             raise ConfigError(message, field="fixed_share", allowed="0 < fixed_share < 1")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from stable_audio_serve.core.clock import Clock
-from stable_audio_serve.engine.inbox import Inbox
+from stable_audio_serve.engine.calls.request_state import Inbox
 from stable_audio_serve.engine.loop import EngineLoop
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 
+KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # compiled ones, found again by later processes
 _MOST_VARIANTS = 64  # of a layer: one row or several, with a text or without, ...; torch's own bound of 8 is too low
 
 
@@ -33,7 +34,7 @@ class CompiledModel(ForwardingModel):
         )
 
 
-def compile_layers(model: DiffusionModel, *, folder: Path, backend: str = "inductor") -> CompiledModel:
+def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> CompiledModel:
     """Returns the model with layers that will be compiled; numbers of rows and of frames share one compilation.
 
     Compiled kernels are kept in `folder` and found again by later processes. Raises ConfigError, naming `compile`,
@@ -57,7 +58,7 @@ def _keep_kernels(folder: Path) -> None:
         make_private_folder(folder)
         require_own_folder(folder)
     except OSError as error:
-        raise ConfigError(f"compile_dir {folder} cannot be used: {error}", field="compile_dir") from error
+        raise ConfigError(f"compile: the folder {folder} cannot be used: {error}", field="compile") from error
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
 

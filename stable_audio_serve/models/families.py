@@ -49,13 +49,13 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     decode_precision: str | None = None,
-    compile_dir: Path | None = None,
+    compile: bool = False,
     token: str | None = None,
     check_size: Callable[[int], None] | None = None,
 ) -> DiffusionModel:
     """Load `entry` onto `device`; `dtype` is the denoiser's precision (see `resolve_dtype`), `decode_precision` that of
-    the decoder's products (tf32 by default on CUDA, else float32). With a `compile_dir` the denoiser's layers are
-    compiled, and kept there. `check_size` gets the bytes that the weights will take before they are loaded, and may
+    the decoder's products (tf32 by default on CUDA, else float32). With `compile` the denoiser's layers are
+    compiled. `check_size` gets the bytes that the weights will take before they are loaded, and may
     raise.
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
@@ -72,7 +72,7 @@ def load_model(
     if check_size is not None:
         check_size(weight_bytes(folder, text_encoder=text_encoder, dtype=precision))
     model = load(card, folder, text_encoder=text_encoder, device=target, dtype=precision, decode_precision=decoding)
-    return model if compile_dir is None else compile_layers(model, folder=compile_dir)
+    return compile_layers(model) if compile else model
 
 
 def find_files(entry: ModelEntry, *, token: str | None = None) -> tuple[Path, Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -14,8 +13,8 @@ from stable_audio_serve.core.generation import Loaded
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.share import WHOLE, require_share
+from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.hardware.share import WHOLE, require_share
 from stable_audio_serve.models.families import find_files, load_model, resolve_device
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import ModelEntry
@@ -52,7 +51,7 @@ def load_engine(
         device=device.torch_device,
         dtype=_asked_dtype(settings, model),
         decode_precision=model.decode_precision,
-        compile_dir=Path(settings.compile_dir) if model.compile else None,
+        compile=model.compile,
         token=settings.hub_token,
         check_size=partial(_require_room, model.name, device, share) if device.memory() else None,
     )
@@ -101,17 +100,12 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
     engine = model.engine
     return EngineOptions(
         mode=model.mode,
-        max_rows=model.max_rows,
         max_memory_bytes=model.max_memory_bytes,
         max_queue_s=model.max_queue_s,
         torch_threads=threads,
         max_step_tokens=engine.max_step_tokens,
         slots=engine.slots,
-        turn_frames=engine.turn_frames,
-        slack=engine.slack,
-        max_slack_s=engine.max_slack_s,
         batch_share=engine.batch_share,
-        prompt_cache_bytes=engine.prompt_cache_bytes,
         warmup_budget_s=engine.warmup_budget_s,
     )
 

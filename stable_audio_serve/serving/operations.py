@@ -1,26 +1,28 @@
-"""`core.operations.Operations` over Ray Serve, in an ingress replica: what is known here already, never a question to
-the models. While somebody looks, one question a second to a job runner, and while the server drains to the processes
-that have something to finish.
+"""`core.operations.Operations` over Ray Serve, in an ingress replica. It never asks the models: replicas publish their
+state. While a client reads the status, it asks the job database once a second, and while the server drains the ingress
+replicas and job runners. `jobs.store.operator_settings` stores the settings of operators.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.job_store import JobStore
+from stable_audio_serve.jobs.store.operator_settings import OperatorStore
 from stable_audio_serve.jobs.store.waiting import Waiting
-from stable_audio_serve.serving import notes
-from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
-from stable_audio_serve.serving.kept_models import keep, kept, release
 from stable_audio_serve.serving.model_states import last_prices, reports
 
 if TYPE_CHECKING:
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _OLD_S = 5.0
 _ASK_TIMEOUT_S = 2.0
-_DRAIN = "drain"
-_WANTED = "wanted"
+_ASK_EVERY_S = 1.0
+_PATIENCE_S = 1.0  # then the older answer is returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +46,31 @@ class DrainProgress:
     num_left: int
 
 
-def is_drain_wanted(application: str) -> bool | None:
-    """Whether operators take this server out, as it was half a second ago; None = not known yet. Does not wait."""
-    noted = notes.watched(_DRAIN, application=application)
-    return None if noted is None else _WANTED in noted
+def open_operator_store(database: Database, application: str) -> OperatorStore:
+    """Returns what operators set for the application of this Ray cluster.
 
-
-def read_drain_wanted(application: str) -> bool:
-    """`is_drain_wanted` as it is now, for a process that starts. Blocking; False while Ray's head does not answer."""
-    try:
-        return _WANTED in notes.read(_DRAIN, application=application)
-    except StorageError:
-        return False
+    The name outlives Ray's head where that has Redis; a server that is stopped and started has another name.
+    """
+    return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
 
 class RayOperations:
     """One per ingress replica, used on its event loop."""
 
     def __init__(
-        self, backend: RayBackend, *, ingress: DeploymentHandle, runner: DeploymentHandle, application: str
+        self,
+        backend: RayBackend,
+        *,
+        jobs: JobStore,
+        settings: OperatorStore,
+        ingress: DeploymentHandle,
+        runner: DeploymentHandle,
     ) -> None:
         self._backend = backend
+        self._jobs = jobs
+        self._settings = settings
         self._ingress = ingress
         self._runner = runner
-        self._application = application
         self._drain = Asked(self._ask_for_drain, first=DrainReport("draining", None, None))
         self._waiting = Asked(self._ask_for_waiting, first=None)
 
@@ -74,15 +79,15 @@ class RayOperations:
         statuses, waiting, drain = await asyncio.gather(
             self._backend.status(), self._waiting.answer(), self._drain_report()
         )
-        kept_now = kept(self._application)
+        kept_models = self._settings.current.kept_models
         age_s = self._backend.status_age_s
         return ServerReport(
             models={
                 name: ModelReport(
                     status,
-                    is_kept=name in kept_now,
+                    is_kept=name in kept_models,
                     replicas=reports(name) if status.states else (),
-                    waiting_jobs_s=_predicted_s(name, waiting),
+                    waiting_jobs_s=None if waiting is None else predicted_s(name, waiting.get(name, Waiting())),
                 )
                 for name, status in statuses.items()
             },
@@ -93,24 +98,24 @@ class RayOperations:
 
     async def keep(self, model: str) -> None:
         """See `Operations.keep`."""
-        await asyncio.to_thread(keep, model, application=self._application)
+        await asyncio.to_thread(self._settings.keep, model)
 
     async def release(self, model: str) -> None:
         """See `Operations.release`."""
-        await asyncio.to_thread(release, model, application=self._application)
+        await asyncio.to_thread(self._settings.release, model)
 
     async def drain(self) -> None:
-        """See `Operations.drain`. Every process looks for the note twice a second."""
-        await asyncio.to_thread(notes.note, _DRAIN, _WANTED, application=self._application)
+        """See `Operations.drain`. Every process reads it within half a second."""
+        await asyncio.to_thread(self._settings.drain)
         self._drain.forget()
 
     async def resume(self) -> None:
         """See `Operations.resume`."""
-        await asyncio.to_thread(notes.erase, _DRAIN, _WANTED, application=self._application)
+        await asyncio.to_thread(self._settings.resume)
         self._drain.forget()
 
     async def _drain_report(self) -> DrainReport:
-        return await self._drain.answer() if is_drain_wanted(self._application) else DrainReport()
+        return await self._drain.answer() if self._settings.current.is_drained else DrainReport()
 
     async def _ask_for_drain(self) -> DrainReport:
         requests, jobs = await asyncio.gather(_progress_of(self._ingress), _progress_of(self._runner))
@@ -119,23 +124,14 @@ class RayOperations:
         return DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))
 
     async def _ask_for_waiting(self) -> Mapping[str, Waiting] | None:
-        """What any of the runners says: each knows of the whole job database."""
-        response = self._runner.waiting_jobs.remote()
         try:
-            async with asyncio.timeout(_ASK_TIMEOUT_S):
-                waiting: Mapping[str, Waiting] | None = await response
-                return waiting
-        except (TimeoutError, RayError, RayServeException) as error:
-            response.cancel()
-            logger.debug("no job runner answers: %s", error)
+            return await asyncio.to_thread(self._jobs.waiting.by_model)
+        except StorageError:
             return None
 
 
-def _predicted_s(model: str, waiting: Mapping[str, Waiting] | None) -> float | None:
-    """Returns the device time of the jobs that wait for a model; None while they or its prices are not known."""
-    jobs = None if waiting is None else waiting.get(model)
-    if jobs is None:
-        return None
+def predicted_s(model: str, jobs: Waiting) -> float | None:
+    """Returns the device time of jobs that wait for a model; None before a replica of it has told its prices."""
     if not jobs.num_jobs:
         return 0.0
     prices = last_prices(model)
@@ -143,7 +139,7 @@ def _predicted_s(model: str, waiting: Mapping[str, Waiting] | None) -> float | N
 
 
 async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress | None]:
-    """What each of its replicas says, None for one that cannot be asked."""
+    """The progress of each of its replicas, None for a replica that does not answer."""
     try:
         answers = await deployment.broadcast("drain_progress").results_async(
             timeout_s=_ASK_TIMEOUT_S, return_exceptions=True
@@ -155,6 +151,42 @@ async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress |
 
 
 def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
-    """Returns what all have to finish; None while one is silent, or has yet to hear of the drain."""
+    """Returns what all have to finish; None while a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None
+
+
+class Asked(Generic[T]):
+    """The last answer to one question. Used on one event loop."""
+
+    def __init__(self, ask: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
+        """`ask` does not raise; `first` is the answer while there is none, or only an old one."""
+        self._ask = ask
+        self._clock = clock
+        self._first = self._answer = first
+        self._asked_at = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    async def answer(self) -> T:
+        """Returns an answer about a second old; a few seconds where a newer one is late."""
+        if self._asking is None or self._asking.done():
+            if self._age_s < _ASK_EVERY_S:
+                return self._answer
+            self._asking = asyncio.create_task(self._renew())
+        await asyncio.wait({self._asking}, timeout=_PATIENCE_S)
+        return self._answer if self._age_s < _OLD_S else self._first
+
+    def forget(self) -> None:
+        """Ask anew next time, because the answer is another one now; one that is on its way does not count."""
+        self._asked_at = float("-inf")
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+
+    @property
+    def _age_s(self) -> float:
+        return self._clock.monotonic() - self._asked_at
+
+    async def _renew(self) -> None:
+        self._answer = await self._ask()
+        self._asked_at = self._clock.monotonic()

@@ -23,7 +23,7 @@ from stable_audio_serve.serving.reservations import (
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
 
-_REQUESTS_PER_ROW = 8  # an engine's rows and the queue behind them; how much it really takes is predicted work
+_MOST_REQUESTS = 512  # of a replica, far above what an engine admits
 # More requests than a process can have connections. Serve queues what is over its limit, /health and Serve's own probes
 # included, and answers overflow in plain text: the application itself bounds what costs something.
 _NO_LIMIT = 100_000
@@ -128,7 +128,6 @@ def model_entry(model: ModelSettings) -> ModelEntry:
         revision=model.revision,
         aliases=model.aliases,
         max_duration_s=model.max_duration_s,
-        duration_padding_s=model.duration_padding_s,
         edit_schedule=model.edit_schedule,
         backend=model.backend,
     )
@@ -187,11 +186,10 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
 
 def _engine_options(settings: Settings, model: ModelSettings, *, name: str) -> dict[str, Any]:
     """Deployment options of whatever holds an engine of this model."""
-    capacity = model.max_rows * _REQUESTS_PER_ROW
     return {
         "name": name,
-        "max_ongoing_requests": capacity,
-        "max_queued_requests": capacity,
+        "max_ongoing_requests": _MOST_REQUESTS,
+        "max_queued_requests": _MOST_REQUESTS,
         **_drain_options(settings),
         "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS,
         "request_router_config": {

@@ -1,6 +1,6 @@
 """What this package uses of Ray beyond its public API, in one place. Tested with the versions in `TESTED`.
 
-`require` is called at the start: with a Ray that lacks one of these, the server says so instead of failing later.
+`require` is called at the start: with a Ray that lacks one of these, the server stops with that message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ _NEEDED = {  # by module: names, with dots for attributes
     "ray.serve._private.constants": ("SERVE_CONTROLLER_NAME", "SERVE_NAMESPACE"),
     "ray.serve._private.replica": ("Replica",),
     "ray._private.worker": ("global_worker.actors",),
-    "ray.experimental.internal_kv": ("internal_kv_get_gcs_client",),
 }
 
 
@@ -52,7 +51,7 @@ def deploy(schema: ServeDeploySchema) -> None:
 
 
 def application_details(name: str) -> Mapping[str, Any] | None:
-    """Returns what the controller says of an application; None where Serve or the application does not run.
+    """Returns the controller's details of an application; None where Serve or the application does not run.
 
     Blocking. Raises RayError where the controller does not answer.
     """
@@ -79,13 +78,6 @@ def is_replica_stopping() -> bool:
 
     worker = ray._private.worker.global_worker
     return bool(worker.actors[worker.actor_id]._replica_impl._shutting_down)
-
-
-def gcs_client() -> Any:
-    """Returns the client of the key-value store in Ray's head, None without a connection to Ray."""
-    from ray.experimental.internal_kv import internal_kv_get_gcs_client
-
-    return internal_kv_get_gcs_client()
 
 
 def has_haproxy() -> bool:

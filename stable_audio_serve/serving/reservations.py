@@ -1,18 +1,41 @@
 """What Ray reserves for each replica, of CPUs and GPUs, and from that: whether replicas that may share a GPU would have
 more than its memory, and which models' updates may start a replica more. Pure: no torch, no running Ray.
+
+Ray counts GPUs in ten thousandths and packs replicas while their fractions fit; it knows nothing of memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.serving.shares import GpuReplicas, check_shares
-from stable_audio_serve.serving.surge import Slot, has_room
 
-_GPU_PRECISION = 10_000  # Ray's own
+_GPU_PRECISION = 10_000  # Ray's own: parts of a GPU
+_WHOLE = 1 + 1e-9
+_SLACK = 1e-6  # of sums of fractions
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What one replica reserves of a node."""
+
+    gpus: float
+    cpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReplicas:
+    """Up to `count` replicas of a model, each with `gpu` of a GPU, 0..1, and `memory` of that GPU's memory, 0..1."""
+
+    model: str
+    gpu: float
+    memory: float
+    count: int
 
 
 def replica_slot(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> Slot:
@@ -89,3 +112,76 @@ def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
     """Whether a model would run on a GPU where there is one."""
     device = model.device or settings.device
     return device is None or device.startswith("cuda")
+
+
+def check_shares(models: Iterable[GpuReplicas]) -> None:
+    """Raises ConfigError naming the replicas that fit on one GPU by their GPUs and not by their memory."""
+    models = [model for model in models if model.gpu > 0]
+    if all(model.memory <= model.gpu * _WHOLE for model in models):
+        return
+    fullest = _fullest(models)
+    memory = {model.model: model.memory for model in models}
+    total = sum(count * memory[name] for name, count in fullest.items())
+    if total > _WHOLE:
+        gpu = {model.model: model.gpu for model in models}
+        listed = ", ".join(
+            f"{count} of {name} (num_gpus {gpu[name]:g}, memory_share {memory[name]:g})"
+            for name, count in sorted(fullest.items())
+        )
+        raise ConfigError(
+            f"memory_share: on one GPU there may be {listed}: together {total:.4g} of its memory; "
+            "lower memory_share, or raise num_gpus",
+            field="memory_share",
+        )
+
+
+def _fullest(models: list[GpuReplicas]) -> Counter[str]:
+    """Returns how many replicas of each model take the most memory of a GPU on which they all fit."""
+    sizes = [max(1, round(model.gpu * _GPU_PRECISION)) for model in models]
+    unit = math.gcd(_GPU_PRECISION, *sizes)
+    room = _GPU_PRECISION // unit
+    best: list[tuple[float, tuple[tuple[str, int], ...]]] = [(0.0, ())] * (room + 1)  # by what is taken of the GPU
+    for model, size in zip(models, sizes, strict=True):
+        for count in _bundles(min(model.count, _GPU_PRECISION // size)):
+            taken = count * size // unit
+            for place in range(room, taken - 1, -1):
+                memory, chosen = best[place - taken]
+                if memory + count * model.memory > best[place][0]:
+                    best[place] = memory + count * model.memory, (*chosen, (model.model, count))
+    fullest = Counter[str]()
+    for name, count in best[room][1]:
+        fullest[name] += count
+    return fullest
+
+
+def _bundles(count: int) -> Iterator[int]:
+    """Yields numbers of which some add up to each number up to `count`: 1, 2, 4, ... and a rest."""
+    size = 1
+    while count > 0:
+        yield min(size, count)
+        count -= size
+        size *= 2
+
+
+def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:
+    """Whether `extra` fits on one of `nodes` after all of `taken` were placed, the largest first."""
+    free = [[node.gpus, node.cpus] for node in nodes]
+    largest_first = sorted(taken, key=lambda slot: (slot.gpus, slot.cpus), reverse=True)
+    return all(_place(free, slot) for slot in (*largest_first, extra))
+
+
+def _place(free: list[list[float]], slot: Slot) -> bool:
+    """Take a slot from the node where the least is left, which Ray's packing does too."""
+    fitting = [node for node in free if node[0] + _SLACK >= slot.gpus and node[1] + _SLACK >= slot.cpus]
+    if not fitting:
+        return False
+    node = min(fitting)
+    node[0] -= slot.gpus
+    node[1] -= slot.cpus
+    return True
+
+
+def node_slots(nodes: Iterable[Mapping[str, Any]]) -> list[Slot]:
+    """Returns what the living ones of `ray.nodes()` have."""
+    alive = (node["Resources"] for node in nodes if node["Alive"])
+    return [Slot(resources.get("GPU", 0.0), resources.get("CPU", 0.0)) for resources in alive]

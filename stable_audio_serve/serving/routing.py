@@ -10,7 +10,6 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.model_states import hear
 from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 
@@ -26,7 +25,6 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         """Serve's hook for a router's own fields; from `request_router_kwargs`."""
         self._model = model
         self._ledger = WorkLedger(old_after_s=old_after_s)
-        self._metrics = RayMetrics(model=model)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -36,13 +34,11 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         if not replicas:
             return []
         if self._ledger.is_old(_name(replicas[0].replica_id)):
-            self._metrics.increment("router_choices", by="queue")
             return [replicas[:2]]
         call = pending_request.args if pending_request else ()
         replicas.sort(key=lambda replica: self._rank(_name(replica.replica_id), call))
         first = _name(replicas[0].replica_id)
         self._ledger.choose(replica=first, ms=self._ledger.price_ms(first, call))
-        self._metrics.increment("router_choices", by="work")
         return [[replica] for replica in replicas]
 
     def _rank(self, replica: str, call: Sequence[object]) -> tuple[bool, float]:

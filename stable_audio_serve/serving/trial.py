@@ -9,7 +9,6 @@ import asyncio
 import gc
 import logging
 import re
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -75,8 +74,8 @@ class Trial:
         """`others_answer` says whether replicas of this model go on when this one does not start."""
         self._settings = settings
         self._model = model
-        self._archive = ReportArchive(artifacts, wait_s=settings.quality_gate.store_wait_s)
-        self._gate = QualityGate(self._archive, budget_s=settings.quality_gate.budget_s)
+        self._archive = ReportArchive(artifacts)
+        self._gate = QualityGate(self._archive)
         self._load = load
         self._others_answer = others_answer
         self._stage = stage
@@ -160,10 +159,8 @@ class Trial:
         return Started(engine, quality)
 
     async def _judge(self, engine: Engine, weights: str, *, source: Source, pinned: str | None) -> ModelQuality:
-        began_at = time.monotonic()
         setup = Setup(self._model.name, weights, **precisions(self._settings, self._model, device=engine.device))
         passed = await self._gate.judge(engine.spec.card, engine.generate, setup=setup, source=source, pinned=pinned)
-        self._metrics.observe("quality_gate_ms", 1000.0 * (time.monotonic() - began_at))
         facts = (setup.model, passed.basis, passed.report, weights)
         logger.info("quality gate passed: model=%s basis=%s report=%s weights=%s", *facts)
         gate: GateOutcome = "unchecked" if passed.basis == "unchecked" else "passed"

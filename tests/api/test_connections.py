@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -13,8 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.middleware.limits import LimitsMiddleware
-from stable_audio_serve.core.metrics import NullMetrics
+from stable_audio_serve.api.middleware.limits import ClientTimes, LimitsMiddleware
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.audio_files import make_audio_file, pcm_of
 from tests.backends import ToneBackend
@@ -29,10 +29,10 @@ _JSON = "Content-Type: application/json\r\n"
 
 @asynccontextmanager
 async def connect(
-    backend: ToneBackend, *, max_generations: int = 256, **api: object
+    backend: ToneBackend, *, times: ClientTimes | None = None, max_generations: int = 256, **api: object
 ) -> AsyncIterator[httpx.AsyncClient]:
     async with (
-        serve(backend, max_generations=max_generations, **api) as port,
+        serve(backend, times=times, max_generations=max_generations, **api) as port,
         httpx.AsyncClient(timeout=PATIENCE_S) as client,
     ):
         client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
@@ -40,10 +40,12 @@ async def connect(
 
 
 @asynccontextmanager
-async def serve(backend: ToneBackend, *, max_generations: int = 256, **api: object) -> AsyncIterator[int]:
+async def serve(
+    backend: ToneBackend, *, times: ClientTimes | None = None, max_generations: int = 256, **api: object
+) -> AsyncIterator[int]:
     """A uvicorn server on a free port of this machine."""
     settings = Settings.model_validate({"api": api, "ingress": {"max_ongoing_requests": max_generations}})
-    async with listening(create_app(backend, settings)) as port:
+    async with listening(create_app(backend, settings, client_times=times)) as port:
         yield port
 
 
@@ -97,18 +99,18 @@ async def test_one_connection_serves_many_requests() -> None:
         assert (await client.get("/health")).status_code == 200
 
 
-FAST = {"receive_window_s": 0.4, "receive_rate_bytes_s": 5000}  # 2,000 bytes in each 0.4 s
+FAST = ClientTimes(window_s=0.4, rate_bytes_s=5000)  # 2,000 bytes in each 0.4 s
 
 
 @pytest.mark.parametrize(
-    ("limits", "reason"),
+    ("times", "reason"),
     [
-        (FAST, "body: must arrive at 5000 bytes a second or more (api.receive_rate_bytes_s)"),
-        ({"receive_total_timeout_s": 0.2}, "body: did not arrive within 0.2 s (api.receive_total_timeout_s)"),
+        (FAST, "body: must arrive at 5000 bytes a second or more"),
+        (ClientTimes(total_s=0.2), "body: did not arrive within 0.2 s"),
     ],
 )
-async def test_a_body_that_does_not_arrive_is_408(limits: dict[str, float], reason: str) -> None:
-    async with serve(ToneBackend(), **limits) as port:
+async def test_a_body_that_does_not_arrive_is_408(times: ClientTimes, reason: str) -> None:
+    async with serve(ToneBackend(), times=times) as port:
         reader, writer = await open_connection(port, b'{"prom', length=1000)
         async with asyncio.timeout(PATIENCE_S):
             reply = await reader.read()  # until the server closes the connection
@@ -133,14 +135,14 @@ async def trickle(port: int, part: bytes, *, every_s: float, length: int, header
 
 
 async def test_a_body_that_trickles_is_ended_though_it_never_pauses() -> None:
-    async with serve(ToneBackend(), **FAST) as port:
+    async with serve(ToneBackend(), times=FAST) as port:
         status, num_sent = await trickle(port, b" ", every_s=0.02, length=100_000)
     assert status.startswith(b"HTTP/1.1 408 ")
     assert num_sent < 2000
 
 
 async def test_a_trickle_is_not_paid_for_by_what_came_before() -> None:
-    async with serve(ToneBackend(), **FAST) as port:
+    async with serve(ToneBackend(), times=FAST) as port:
         reader, writer = await open_connection(port, bytes(500_000), length=1_000_000)
         async with asyncio.timeout(60):  # at the least rate half a megabyte would be good for 100 s
             assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408 ")
@@ -150,7 +152,7 @@ async def test_a_trickle_is_not_paid_for_by_what_came_before() -> None:
 async def test_a_slow_body_is_taken_when_it_keeps_the_rate() -> None:
     backend = ToneBackend()
     body = b'{"prompt": "x", "duration": 0.1, "seed": 7}'
-    async with serve(backend, receive_window_s=5.0, receive_rate_bytes_s=1000, receive_grace_s=0.01) as port:
+    async with serve(backend, times=ClientTimes(window_s=5.0, rate_bytes_s=1000, grace_s=0.01)) as port:
         reader, writer = await open_connection(port, b"", length=len(body) + 12_000)
         for part in (body, *[b" " * 3000] * 4):
             writer.write(part)
@@ -162,7 +164,6 @@ async def test_a_slow_body_is_taken_when_it_keeps_the_rate() -> None:
 
 
 async def test_a_handler_that_is_slow_to_read_is_not_taken_for_a_slow_client() -> None:
-    limits = ApiSettings.model_validate(FAST | {"receive_grace_s": 0.1})
     parts = asyncio.Queue[bytes]()
 
     async def read_slowly(scope: Scope, receive: Receive, send: Send) -> None:
@@ -174,7 +175,7 @@ async def test_a_handler_that_is_slow_to_read_is_not_taken_for_a_slow_client() -
         await parts.put(num_bytes)
         await Response("done")(scope, receive, send)
 
-    async with listening(LimitsMiddleware(read_slowly, limits=limits, metrics=NullMetrics())) as port:
+    async with listening(LimitsMiddleware(read_slowly, limits=ApiSettings(), times=replace(FAST, grace_s=0.1))) as port:
         reader, writer = await open_connection(port, b"1", length=3)
         for _ in range(2):
             await asyncio.sleep(0.3)
@@ -186,8 +187,8 @@ async def test_a_handler_that_is_slow_to_read_is_not_taken_for_a_slow_client() -
 
 
 async def test_more_slow_bodies_than_are_taken_are_refused_and_whatever_arrives_at_once_is_not() -> None:
-    limits = {"receive_grace_s": 0.3, "receive_window_s": PATIENCE_S}  # the slow ones stay, however long this takes
-    async with connect(ToneBackend(), max_receiving=4, **limits) as client:
+    times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)  # the slow ones stay, however long this takes
+    async with connect(ToneBackend(), times=times) as client:
         port = client.base_url.port
         assert port is not None
         slow = [await open_connection(port, b"{", length=1000) for _ in range(12)]
@@ -217,7 +218,7 @@ async def test_more_slow_bodies_than_are_taken_are_refused_and_whatever_arrives_
 
 async def test_a_client_that_stops_reading_does_not_pin_its_answer() -> None:
     backend = ToneBackend()
-    async with serve(backend, send_idle_timeout_s=0.3) as port:
+    async with serve(backend, times=ClientTimes(send_idle_s=0.3)) as port:
         reader, writer = await open_connection(port, b'{"prompt": "x", "duration": 100}')
         await reader.readuntil(b"\r\n\r\n")
         await asyncio.sleep(1.5)
@@ -241,15 +242,15 @@ async def test_an_answer_that_waits_for_no_body_ends_the_connection() -> None:
 
 
 async def test_bodies_of_fields_above_the_limit_are_413_also_as_forms() -> None:
-    async with connect(ToneBackend(), max_fields_bytes=10_000) as client:
-        reply = await client.post(URL, json={"prompt": "x" * 10_000})
+    async with connect(ToneBackend()) as client:
+        reply = await client.post(URL, json={"prompt": "x" * 1_100_000})
         assert reply.status_code == 413
         assert "body" in reply.json()["detail"]
         multipart = {"content-type": "multipart/form-data; boundary=B"}
         for path in (URL, "/jobs", "/v1/audio/generate", "/v2/generate/audio", "/fal-ai/stable-audio"):
-            reply = await client.post(path, content=bytes(100_000), headers=multipart)
+            reply = await client.post(path, content=bytes(1_100_000), headers=multipart)
             assert reply.status_code == 413, (path, reply.text)
-            assert "api.max_fields_bytes" in reply.text, path
+            assert "1048576" in reply.text, path
 
 
 async def test_an_upload_above_the_limit_is_413() -> None:

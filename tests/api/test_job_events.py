@@ -7,13 +7,14 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from stable_audio_serve.api.streams import StreamPauses
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.core.errors import GenerationError
 from stable_audio_serve.core.keys import hash_key
 from tests.api.compat.serving import make_client, serve_app
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.server
 
 __all__ = ["postgres", "postgres_url"]
 
-FAST = StreamPauses(first_poll_s=0.02, last_poll_s=0.05, comment_s=0.2)
+FAST = StreamLimits(first_poll_s=0.02, last_poll_s=0.05, comment_s=0.2)
 PROGRESS = {"stage", "fraction", "eta_seconds", "queue_position", "message", "at"}
 
 
@@ -69,7 +70,7 @@ def ids(events: list[dict[str, Any]]) -> list[int]:
 
 
 async def test_everything_is_told_in_order_until_the_end() -> None:
-    async with make_client(ToneBackend(delay_s=0.3), jobs={"max_running": 1}, stream_pauses=FAST) as (client, _):
+    async with make_client(ToneBackend(delay_s=0.3), jobs={"max_running": 1}, stream_limits=FAST) as (client, _):
         first, second = await submit(client), await submit(client)
         events = await read(client, second)
         assert events[-1]["data"] == (await client.get(second["status_url"])).json()
@@ -89,7 +90,7 @@ async def test_everything_is_told_in_order_until_the_end() -> None:
 
 
 async def test_a_broken_stream_goes_on_where_it_broke_off() -> None:
-    async with make_client(stream_pauses=FAST) as (client, _):
+    async with make_client(stream_limits=FAST) as (client, _):
         ticket = await submit(client)
         await wait(client, ticket)
         everything = await read(client, ticket)
@@ -103,7 +104,7 @@ async def test_a_broken_stream_goes_on_where_it_broke_off() -> None:
 
 
 async def test_a_stream_that_has_ended_does_not_begin_again() -> None:
-    async with make_client(stream_pauses=FAST) as (client, _):
+    async with make_client(stream_limits=FAST) as (client, _):
         ticket = await submit(client)
         await read(client, ticket)
         reply = await client.get(f"/jobs/{ticket['id']}/events", headers={"Last-Event-ID": "end"})
@@ -127,7 +128,7 @@ async def test_an_unknown_job_has_no_events(client: httpx.AsyncClient, job_id: s
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
 async def test_every_end_ends_the_stream(state: str) -> None:
     backend = ToneBackend(delay_s=30 if state == "cancelled" else 0, error=GenerationError("silence"))
-    async with make_client(backend, stream_pauses=FAST) as (client, _):
+    async with make_client(backend, stream_limits=FAST) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
         if state == "cancelled":
@@ -139,7 +140,7 @@ async def test_every_end_ends_the_stream(state: str) -> None:
 
 
 async def test_places_in_the_queue_are_told_as_they_change(reads: list[str]) -> None:
-    async with make_client(run_jobs=False, stream_pauses=FAST) as (client, _):
+    async with make_client(run_jobs=False, stream_limits=FAST) as (client, _):
         before, ticket = await submit(client), await submit(client)
         following = asyncio.create_task(read(client, ticket))
         await polls(reads)
@@ -160,7 +161,7 @@ async def open_stream(client: httpx.AsyncClient, ticket: dict[str, Any]) -> Asyn
 
 async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> None:
     async with (
-        serve_app(ToneBackend(delay_s=30), ingress={"max_event_streams": 2}, stream_pauses=FAST) as (port, _),
+        serve_app(ToneBackend(delay_s=30), stream_limits=replace(FAST, max_open=2)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         ticket = await submit(client)
@@ -189,9 +190,9 @@ async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> No
 async def test_one_client_leaves_event_streams_to_others() -> None:
     keys = {name: {"Authorization": f"Bearer {name}"} for name in ("greedy", "other")}
     api = {"key_hashes": [f"{name}:{hash_key(name)}" for name in keys]}
-    ingress = {"max_event_streams_per_client": 2}
+    limits = replace(FAST, max_open_per_client=2)
     async with (
-        serve_app(ToneBackend(delay_s=30), ingress=ingress, api=api, stream_pauses=FAST) as (port, _),
+        serve_app(ToneBackend(delay_s=30), api=api, stream_limits=limits) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
         AsyncExitStack() as stack,
     ):
@@ -203,7 +204,7 @@ async def test_one_client_leaves_event_streams_to_others() -> None:
         for url in (f"/jobs/{ticket['id']}/events", f"{fal['status_url']}/stream"):
             reply = await client.get(url)
             assert reply.status_code == 429, reply.text
-            assert "ingress.max_event_streams_per_client" in reply.json()["detail"]
+            assert "of this client" in reply.json()["detail"]
             assert int(reply.headers["retry-after"]) > 0
         client.headers.update(keys["other"])
         await anext(await stack.enter_async_context(open_stream(client, await submit(client))))
@@ -211,7 +212,7 @@ async def test_one_client_leaves_event_streams_to_others() -> None:
 
 async def test_nobody_asks_the_store_for_a_client_that_has_gone(reads: list[str]) -> None:
     async with (
-        serve_app(ToneBackend(delay_s=30), stream_pauses=FAST) as (port, _),
+        serve_app(ToneBackend(delay_s=30), stream_limits=FAST) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         ticket = await submit(client)
@@ -235,8 +236,8 @@ async def test_a_stream_wants_a_key_where_there_are_some() -> None:
 async def test_a_stream_outlives_a_restart_of_its_database(
     postgres: PostgresServer, postgres_url: str, reads: list[str]
 ) -> None:
-    pauses = StreamPauses(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)  # however long a restart takes
-    async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_pauses=pauses) as (client, _):
+    pauses = StreamLimits(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)  # however long a restart takes
+    async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
         await polls(reads)
@@ -254,9 +255,9 @@ async def test_a_stream_outlives_a_restart_of_its_database(
 async def test_a_stream_whose_store_stays_away_just_ends(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, reads: list[str]
 ) -> None:
-    pauses = StreamPauses(first_poll_s=0.1, last_poll_s=0.1, max_polls_away=1)
+    pauses = StreamLimits(first_poll_s=0.1, last_poll_s=0.1, max_polls_away=1)
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
-    async with make_client(run_jobs=False, jobs={"database_url": url}, stream_pauses=pauses) as (client, _):
+    async with make_client(run_jobs=False, jobs={"database_url": url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(client.get(f"/jobs/{ticket['id']}/events", timeout=PATIENCE_S))
         await polls(reads)
@@ -271,8 +272,8 @@ async def test_a_stream_whose_store_stays_away_just_ends(
 async def test_any_replica_tells_of_any_job(tmp_path: Path) -> None:
     folder = str(tmp_path)
     async with (
-        make_client(run_jobs=False, output_dir=folder, stream_pauses=FAST) as (one, _),
-        make_client(output_dir=folder, stream_pauses=FAST) as (other, _),
+        make_client(run_jobs=False, output_dir=folder, stream_limits=FAST) as (one, _),
+        make_client(output_dir=folder, stream_limits=FAST) as (other, _),
     ):
         ticket = await submit(one)
         events = await read(other, ticket)

@@ -24,7 +24,7 @@ LIMITS = {"max_steps": 9, "max_batch_size": 2, "max_duration_s": 60, "max_deadli
 
 @pytest.fixture(scope="module")
 def limited() -> Iterator[tuple[FastAPI, ToneBackend]]:
-    with keep_app(api=LIMITS | {"max_fields_bytes": 2048, "max_upload_bytes": 2000}, jobs={"max_queued": 1}) as limited:
+    with keep_app(api=LIMITS | {"max_upload_bytes": 2000}, jobs={"max_queued": 1}) as limited:
         yield limited
 
 
@@ -37,7 +37,7 @@ def limited() -> Iterator[tuple[FastAPI, ToneBackend]]:
         (TEXT, {"duration": 61}, 422, "at most 60 (api.max_duration_s)"),
         (TEXT, {"duration": 6, "model": "demo"}, 422, "at most 5 (the model demo)"),
         (TEXT, {"deadline_s": 31}, 422, "at most 30 (api.max_deadline_s)"),
-        (TEXT, {"prompt": "x" * 3000}, 413, "2048 bytes (api.max_fields_bytes)"),
+        (TEXT, {"prompt": "x" * 1_100_000}, 413, "1048576 bytes"),
     ],
 )
 async def test_the_setting_is_named(

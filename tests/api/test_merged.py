@@ -174,8 +174,8 @@ async def test_a_failure_inside_is_opaque_in_both_forms(client: httpx.AsyncClien
 
 
 async def test_keys_and_sizes_are_told_in_both_forms() -> None:
-    async with make_client(api={"key_hashes": [hash_key(b"key")], "max_fields_bytes": 2000}) as (client, _):
-        for headers, size, status in (({}, 10, 401), ({"authorization": "Bearer key"}, 5000, 413)):
+    async with make_client(api={"key_hashes": [hash_key(b"key")]}) as (client, _):
+        for headers, size, status in (({}, 10, 401), ({"authorization": "Bearer key"}, 1_048_577, 413)):
             reply = await client.post(URL, content=bytes(size), headers=headers)
             assert reply.status_code == status
             body = reply.json()

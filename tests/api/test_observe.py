@@ -150,7 +150,7 @@ async def test_a_client_that_leaves_with_the_whole_answer_has_not_left_early(
         pass
 
     metrics = NullMetrics()
-    app = ObserveMiddleware(LimitsMiddleware(answer, limits=ApiSettings(), metrics=metrics), metrics=metrics)
+    app = ObserveMiddleware(LimitsMiddleware(answer, limits=ApiSettings()), metrics=metrics)
     scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     handling = asyncio.create_task(app(scope, receive, drop))
     await asyncio.wait({handling}, timeout=PATIENCE_S)

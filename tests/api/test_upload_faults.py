@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from stable_audio_serve.api.middleware.limits import ClientTimes
 from tests.api.test_connections import connect, open_connection, serve
 from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
@@ -67,9 +68,10 @@ async def test_a_decoder_killed_between_and_during_uploads_costs_nobody_anything
     assert decoder_pids() <= before
 
 
-async def test_a_hanging_decoder_is_a_400_and_blocks_no_other_upload() -> None:
+async def test_a_hanging_decoder_is_a_400_and_blocks_no_other_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stable_audio_serve.audio.workers.MAX_DECODE_S", 4.0)
     before = decoder_pids()
-    async with connect(ToneBackend(), max_decode_s=4.0) as client:
+    async with connect(ToneBackend()) as client:
         assert (await upload(client)).status_code == 200
         (pid,) = decoder_pids() - before
         os.kill(pid, signal.SIGSTOP)
@@ -116,7 +118,7 @@ async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None
         for _ in range(100):
             yield bytes(65536)
 
-    async with serve(ToneBackend(), max_upload_bytes=5_000_000, receive_window_s=0.5) as port:
+    async with serve(ToneBackend(), max_upload_bytes=5_000_000, times=ClientTimes(window_s=0.5)) as port:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             assert (await upload(client)).status_code == 200
             assert (await upload(client, b"RIFF----WAVE" + bytes(3_000_000))).status_code == 400

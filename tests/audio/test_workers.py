@@ -11,14 +11,13 @@ import pytest
 
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.errors import InvalidUploadError
-from stable_audio_serve.core.settings import ApiSettings
 from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
 async def workers() -> AsyncIterator[AudioWorkers]:
-    workers = AudioWorkers(ApiSettings(decode_workers=1, encode_workers=2), own_rates_hz=())
+    workers = AudioWorkers(own_rates_hz=())
     yield workers
     await workers.close()
 

@@ -10,14 +10,14 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 
-from stable_audio_serve.api.streams import StreamPauses
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.client import AsyncClient, Client, Retries
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.api.compat.serving import make_app, serve_app
 from tests.backends import ToneBackend
 from tests.sockets import listening
 
-POLLS = StreamPauses(first_poll_s=0.05, last_poll_s=0.1)
+POLLS = StreamLimits(first_poll_s=0.05, last_poll_s=0.1)
 QUICK = Retries(most=3, most_wait_s=20.0, first_pause_s=0.01)
 
 
@@ -30,8 +30,10 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(backend: ToneBackend | None = None, **settings: Any) -> AsyncIterator[Served]:
-    async with serve_app(backend, stream_pauses=POLLS, **settings) as (port, backend):
+async def serve(
+    backend: ToneBackend | None = None, *, stream_limits: StreamLimits = POLLS, **settings: Any
+) -> AsyncIterator[Served]:
+    async with serve_app(backend, stream_limits=stream_limits, **settings) as (port, backend):
         yield Served(f"http://127.0.0.1:{port}", backend)
 
 
@@ -40,7 +42,7 @@ IN_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # of a module's tests an
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def _server() -> AsyncIterator[tuple[FastAPI, Served]]:
-    async with make_app(stream_pauses=POLLS) as (app, backend), listening(app, lifespan="off") as port:
+    async with make_app(stream_limits=POLLS) as (app, backend), listening(app, lifespan="off") as port:
         yield app, Served(f"http://127.0.0.1:{port}", backend)
 
 

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from stable_audio_serve.api.middleware.limits import MAX_FIELDS_BYTES, ClientTimes
 from stable_audio_serve.core.settings import ApiSettings, ProxySettings
 from tests.cluster.balancers import FILES, check, configured, start
 from tests.cluster.tools import CLUSTER, run_program
@@ -157,13 +158,13 @@ def test_haproxy_starts_while_no_name_is_known(tmp_path: Path) -> None:
 def test_limits_are_the_servers_own() -> None:
     api, proxy = ApiSettings(), ProxySettings()
     nginx, haproxy = ((CLUSTER / "load_balancer" / file).read_text() for file in ("nginx.conf", "haproxy.cfg"))
-    largest = api.max_upload_bytes + api.max_fields_bytes
+    largest = api.max_upload_bytes + MAX_FIELDS_BYTES
     for line in (
         f"client_header_timeout {proxy.header_timeout_s:g}s;",
         f"client_max_body_size {largest // _MIB}m;",
-        f"send_timeout {api.send_idle_timeout_s:g}s;",
+        f"send_timeout {ClientTimes().send_idle_s:g}s;",
         f"proxy_read_timeout {api.max_deadline_s:g}s;",
-        f"client_body_buffer_size {api.max_fields_bytes // _MIB}m;",
+        f"client_body_buffer_size {MAX_FIELDS_BYTES // _MIB}m;",
     ):
         assert f" {line}" in nginx
     for line in (
@@ -188,7 +189,7 @@ async def test_events_pass_as_they_happen(name: str, tmp_path: Path) -> None:
 @both
 async def test_uploads_pass_up_to_the_servers_limit(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
-        largest = b"x" * (ApiSettings().max_upload_bytes + ApiSettings().max_fields_bytes)
+        largest = b"x" * (ApiSettings().max_upload_bytes + MAX_FIELDS_BYTES)
         assert (await balanced.client.post("/jobs/inpaint", content=largest)).status_code == 200
         assert sum(server.num_bytes for server in balanced.servers) == len(largest)
         head = f"POST /jobs/inpaint HTTP/1.1\r\nHost: a\r\nContent-Length: {len(largest) + 1}\r\n\r\n"

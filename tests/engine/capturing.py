@@ -11,7 +11,7 @@ import torch
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.engine.device import WaitingDevice
+from stable_audio_serve.engine.hardware.device import WaitingDevice
 from tests.engine.late_device import LateDevice
 
 MOST_ROUNDS = 60  # of a load until its calls are captured

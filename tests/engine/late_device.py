@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks.counting.operations import is_composite
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import Mode
-from stable_audio_serve.engine.device import Moment, WaitingDevice
+from stable_audio_serve.engine.hardware.device import Moment, WaitingDevice
 
 
 class LateDevice(WaitingDevice):

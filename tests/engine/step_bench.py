@@ -9,10 +9,10 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.arena import FrameArena, HeldFrames
-from stable_audio_serve.engine.conditioning import ConditioningArena
-from stable_audio_serve.engine.device import WaitingDevice
-from stable_audio_serve.engine.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.calls.conditioning import ConditioningArena
+from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames
+from stable_audio_serve.engine.hardware.device import WaitingDevice
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.update import StepNumbers
 from tests.factories import make_audio, make_request

@@ -109,7 +109,51 @@ def test_bound_and_retry_after_follow_the_pace_at_which_predicted_work_is_done(p
         clock.now += 0.025 * pace
         admission.release(waiting.pop(0), is_done=True)
     assert len(waiting) * 0.1 * pace == pytest.approx(2.0, abs=0.15 * pace)
-    assert advice_s <= 2.5  # one caller in each turn is told to wait for those before it
+    assert advice_s <= max(0.1, 0.1 * pace) * 1.05
+
+
+def test_refused_requests_of_a_client_are_told_to_come_one_after_another() -> None:
+    clock = FakeClock()
+    admission = Admission(max_queue_s=10.0, clock=clock)
+    admission.admit(0, 12_000.0, client="full")
+
+    def wait_s(client: str) -> float:
+        with pytest.raises(OverloadedError) as refusal:
+            admission.admit(1, 3_000.0, client=client)
+        return refusal.value.retry_after_s or 0.0
+
+    first_s = wait_s("full")
+    assert [wait_s("full") for _ in range(3)] == pytest.approx([first_s + 3.0, first_s + 6.0, first_s + 9.0])
+    clock.now += 11.0
+    assert wait_s("full") == pytest.approx(first_s + 1.0)
+
+
+def test_a_client_that_does_not_wait_lengthens_its_own_times_only() -> None:
+    admission = Admission(max_queue_s=10.0, clock=FakeClock())
+    for number in range(20):
+        with suppress(OverloadedError):
+            admission.admit(number, 1_000.0, client=f"client {number}")
+    waits = {}
+    for client, tries in (("first", 1), ("hammering", 500), ("last", 1)):
+        for _ in range(tries):
+            with pytest.raises(OverloadedError) as refusal:
+                admission.admit(99, 1_000.0, client=client)
+        waits[client] = refusal.value.retry_after_s or 0.0
+    assert waits["last"] == pytest.approx(waits["first"] + 2.0)  # one request of 1 s of each client before it
+    assert waits["hammering"] > 400.0
+
+
+def test_refused_clients_with_one_request_each_come_one_after_another() -> None:
+    admission = Admission(max_queue_s=10.0, clock=FakeClock())
+    for number in range(20):
+        with suppress(OverloadedError):
+            admission.admit(number, 1_000.0, client=f"client {number}")
+    waits = []
+    for number in range(20, 24):
+        with pytest.raises(OverloadedError) as refusal:
+            admission.admit(number, 3_000.0, client=f"client {number}")
+        waits.append(refusal.value.retry_after_s or 0.0)
+    assert waits == pytest.approx([waits[0] + 3.0 * number for number in range(4)])
 
 
 def test_pace_is_not_learned_from_a_few_requests() -> None:

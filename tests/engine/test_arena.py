@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stable_audio_serve.engine.arena import (
+from stable_audio_serve.engine.hardware.arena import (
     ANYWHERE,
     PAGE_FRAMES,
     FrameArena,

@@ -11,7 +11,7 @@ import pytest
 
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.batching import FixedSlots
+from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
 from tests.patience import PATIENCE_S
 

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import Mode
-from stable_audio_serve.engine.batching import (
+from stable_audio_serve.engine.build import resolve_policy
+from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.scheduling.batching import (
     BatchPolicy,
     EqualLengths,
     FixedSlots,
@@ -20,11 +23,8 @@ from stable_audio_serve.engine.batching import (
     OneRowPerCall,
     Packed,
 )
-from stable_audio_serve.engine.call_shapes import GRAPH_ROWS, AnyRows, GraphShapes
-from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.device import Device, open_device
-from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.policies import resolve_policy
+from stable_audio_serve.engine.scheduling.call_shapes import GRAPH_ROWS, AnyRows, GraphShapes
+from stable_audio_serve.engine.scheduling.cost import CostModel
 
 
 def open_on(device: str) -> Device:

@@ -15,9 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.decode_calls import DecodeCalls
-from stable_audio_serve.engine.graphs import Graphs
-from stable_audio_serve.engine.text_calls import TextCalls
+from stable_audio_serve.engine.calls.coding_calls import DecodeCalls, TextCalls
+from stable_audio_serve.engine.hardware.graphs import Graphs
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry

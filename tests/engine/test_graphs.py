@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from stable_audio_serve.engine import graphs as graphs_module
-from stable_audio_serve.engine.graphs import CallMemory, Graphs, Kind
+from stable_audio_serve.engine.hardware import graphs as graphs_module
+from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs, Kind
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import FakeClock
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.memory import (
+from stable_audio_serve.engine.scheduling.memory import (
     MemoryUse,
     RowMemory,
     RowShape,
@@ -23,8 +23,8 @@ from stable_audio_serve.engine.memory import (
     peak_bytes,
     row_shape,
 )
-from stable_audio_serve.engine.scheduler import RowId, Scheduler, SchedulerLimits
-from stable_audio_serve.engine.work import RowWork
+from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler, SchedulerLimits
+from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import ToyModel, make_request

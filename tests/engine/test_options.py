@@ -9,7 +9,7 @@ from stable_audio_serve.engine.options import EngineOptions
 
 
 @pytest.mark.parametrize(
-    "fields", [{"mode": "exact"}, {"slots": 0}, {"slots": 1}, {"fixed_share": 0}, {"slack": 0.5}, {"max_queue_s": -1}]
+    "fields", [{"mode": "exact"}, {"slots": 0}, {"slots": 1}, {"fixed_share": 0}, {"max_queue_s": -1}]
 )
 def test_bad_options_are_refused_by_name(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as refusal:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from stable_audio_serve.engine.cost import CostModel, Measurement
-from stable_audio_serve.engine.pacing import WindowPace
+from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
+from stable_audio_serve.engine.scheduling.pacing import WindowPace
 
 
 def make_pace(*, turn_frames: int = 512, is_fixed: bool = False) -> WindowPace:
     """Decoding takes 2 ms and a tenth of a millisecond per latent frame."""
     cost = CostModel()
     cost.fit("decode", [Measurement(1, frames, 2.0 + frames / 10) for frames in (10, 100)])
-    return WindowPace(cost, turn_frames=turn_frames, is_fixed=is_fixed)
+    return WindowPace(cost, is_fixed=is_fixed, turn_frames=turn_frames)
 
 
 def test_a_row_alone_decodes_a_whole_turn() -> None:

@@ -14,16 +14,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.arena import ANYWHERE
-from stable_audio_serve.engine.batching import Call, Lane, MergedGrid, PackedOrGrid
-from stable_audio_serve.engine.call_shapes import GraphShapes, PackedRoom, PackedShapes
-from stable_audio_serve.engine.packed_step import PackedInputs, PackedShape, run_packed_step
-from stable_audio_serve.engine.step import Memories, StepRow
+from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.step import Memories, StepRow
+from stable_audio_serve.engine.hardware.arena import ANYWHERE
+from stable_audio_serve.engine.scheduling.batching import Call, Lane, MergedGrid, PackedOrGrid
+from stable_audio_serve.engine.scheduling.call_shapes import GraphShapes, PackedRoom, PackedShapes
 from stable_audio_serve.models.blocks.varlen import is_varlen_right
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.verification.bounds import BOUNDS
+from stable_audio_serve.verification.report import BOUNDS
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, REQUESTS, Bench, tensors_of
 from tests.factories import make_audio, make_request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stable_audio_serve.engine.packing import denoise_packed, pack, unpack
+from stable_audio_serve.engine.calls.executor import denoise_packed, pack, unpack
 from stable_audio_serve.models.protocol import StepBatch
 
 

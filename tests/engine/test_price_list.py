@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from stable_audio_serve.core.generation import GenerationRequest
-from stable_audio_serve.engine.batching import OneRowPerCall
-from stable_audio_serve.engine.cost import CostModel, Measurement
-from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.price_list import PriceList
-from stable_audio_serve.engine.rows import row_work
+from stable_audio_serve.engine.calls.rows import row_work
+from stable_audio_serve.engine.prediction import Predictor, PriceList
+from stable_audio_serve.engine.scheduling.batching import OneRowPerCall
+from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from tests.factories import ToyModel, make_request
 
 MODEL = ToyModel()

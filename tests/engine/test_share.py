@@ -12,9 +12,9 @@ import torch
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.device import open_device
-from stable_audio_serve.engine.graphs import Graphs
-from stable_audio_serve.engine.share import (
+from stable_audio_serve.engine.hardware.device import open_device
+from stable_audio_serve.engine.hardware.graphs import Graphs
+from stable_audio_serve.engine.hardware.share import (
     CONTEXT_BYTES,
     DeviceMemory,
     allowed_bytes,

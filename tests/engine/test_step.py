@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from stable_audio_serve.engine import Engine, EngineOptions, executor
-from stable_audio_serve.engine.arena import FrameArena
-from stable_audio_serve.engine.step import Memories, StepInputs, run_step
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.calls import executor
+from stable_audio_serve.engine.calls.step import Memories, StepInputs, run_step
+from stable_audio_serve.engine.hardware.arena import FrameArena
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBatch
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, NETWORK_ROWS, PADDED, REQUESTS, Bench, tensors_of

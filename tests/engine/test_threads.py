@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Loaded
 from stable_audio_serve.core.processor import is_amd
 from stable_audio_serve.engine import Engine, EngineOptions, making
-from stable_audio_serve.engine.threads import steady_threads
+from stable_audio_serve.engine.hardware.threads import steady_threads
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.registry import BUILT_IN
 from stable_audio_serve.models.sa3.build import build_components, build_spec

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stable_audio_serve.engine.batching import BatchPolicy, OneRowPerCall
-from stable_audio_serve.engine.cost import CostModel
-from stable_audio_serve.engine.device import open_device
+from stable_audio_serve.engine.build import resolve_policy
+from stable_audio_serve.engine.calls.warmup import WarmUp, step_shapes
+from stable_audio_serve.engine.hardware.device import open_device
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.policies import resolve_policy
-from stable_audio_serve.engine.warmup import WarmUp, step_shapes
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy, OneRowPerCall
+from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import FakeClock, ToyModel
 

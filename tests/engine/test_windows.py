@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.core.clock import SystemClock
-from stable_audio_serve.engine.device import open_device
-from stable_audio_serve.engine.windows import AudioAssembly, SourceEncoding
+from stable_audio_serve.engine.hardware.device import open_device
+from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.protocol import SourcePlan
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import make_windows

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stable_audio_serve.engine.device import Moment, WaitingDevice
+from stable_audio_serve.engine.hardware.device import Moment, WaitingDevice
 from tests.factories import FakeClock
 from tests.patience import PATIENCE_S
 

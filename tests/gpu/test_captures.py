@@ -13,7 +13,7 @@ from benchmarks.sides.servers import wait_for_captures
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.device import open_device
+from stable_audio_serve.engine.hardware.device import open_device
 from tests.engine.test_checkpoint_independence import SUBJECTS, make_neighbours
 from tests.goldens import SHARP
 from tests.gpu.loaded import load_on

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.clock import SystemClock
-from stable_audio_serve.engine.device import Device, open_device
+from stable_audio_serve.engine.hardware.device import Device, open_device
 
 pytestmark = pytest.mark.gpu
 

@@ -20,11 +20,7 @@ from stable_audio_serve.serving.serve_file import read_serve_file
 KNOBS: dict[str, tuple[float, tuple[float, ...]]] = {
     "max_step_tokens": (4096, (0, 63, 2**21)),
     "slots": (4, (0, 1, 129)),
-    "turn_frames": (64, (0, -1)),
-    "slack": (2.5, (0.5, -1, float("nan"), 1001)),
-    "max_slack_s": (30.0, (-1, float("inf"))),
     "batch_share": (0.5, (-0.1, 101)),
-    "prompt_cache_bytes": (0, (-1,)),
     "warmup_budget_s": (0.0, (-1, float("nan"))),
 }
 
@@ -59,7 +55,7 @@ def test_a_knob_of_the_file_reaches_the_engine_and_no_other_option_changes(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("mode", "fast"), ("max_rows", 9), ("max_queue_s", 7.0), ("max_memory_bytes", 5_000_000_000)]
+    ("key", "value"), [("mode", "fast"), ("max_queue_s", 7.0), ("max_memory_bytes", 5_000_000_000)]
 )
 def test_what_a_model_itself_says_reaches_the_engine(tmp_path: Path, key: str, value: object) -> None:
     assert getattr(options_of(tmp_path, {key: value}), key) == value
@@ -79,5 +75,5 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path: Path, knob: str, valu
 def test_a_mistyped_knob_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"models\.0\.engine\.slot: unknown; did you mean slots\?"):
         settings_of(tmp_path, {"engine": {"slot": 4}})
-    with pytest.raises(ConfigError, match=r"models\.0\.slack: unknown; valid: name, .*, engine"):
-        settings_of(tmp_path, {"slack": 4})
+    with pytest.raises(ConfigError, match=r"models\.0\.warmup_budget_s: unknown; valid: name, .*, engine"):
+        settings_of(tmp_path, {"warmup_budget_s": 4})

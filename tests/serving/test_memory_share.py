@@ -10,7 +10,7 @@ import torch
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.engine.share import CONTEXT_BYTES
+from stable_audio_serve.engine.hardware.share import CONTEXT_BYTES
 from stable_audio_serve.serving.engines import load_engine, memory_share
 from tests.engine.test_share import SharedDevice
 from tests.factories import make_request

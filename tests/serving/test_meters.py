@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.serving.meters import RecentSum, StepMeter
+from stable_audio_serve.serving.metrics import RecentSum, StepMeter
 
 
 @dataclass
@@ -23,7 +23,7 @@ def test_the_mean_of_ten_seconds_with_steps_and_nothing_else() -> None:
     clock = Hand()
     meter = StepMeter(NullMetrics(), clock=clock)
     assert meter.rows_per_step is None
-    meter.observe("engine_tokens_per_step", 1000, model="m")
+    meter.observe("engine_denoise_ms", 1000, model="m")
     assert meter.rows_per_step is None
     for rows in (1, 2, 6):
         meter.observe("engine_rows_per_step", rows, model="m")

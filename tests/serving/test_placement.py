@@ -11,9 +11,9 @@ import pytest
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.serving.placement import ingress_options, model_options, plan_deployments
-from stable_audio_serve.serving.reservations import decide_surge
-from stable_audio_serve.serving.surge import Slot
+from stable_audio_serve.serving.reservations import Slot, decide_surge
 
 
 def make_options(*models: dict[str, Any], cluster_gpus: float = 0, **settings: Any) -> dict[str, dict[str, Any]]:
@@ -53,8 +53,8 @@ def test_operator_decides_replica_counts_and_delays() -> None:
 
 
 def test_fence_lets_the_engine_do_admission() -> None:
-    options = make_options(SFX | {"max_rows": 10})["small-sfx"]
-    assert options["max_ongoing_requests"] >= 2 * 10
+    options = make_options(SFX)["small-sfx"]
+    assert options["max_ongoing_requests"] >= 2 * EngineOptions().max_rows
     assert options["max_queued_requests"] > 0
 
 

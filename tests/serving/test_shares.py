@@ -11,8 +11,7 @@ import pytest
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
-from stable_audio_serve.serving.reservations import check_gpu_shares
-from stable_audio_serve.serving.shares import GpuReplicas, check_shares
+from stable_audio_serve.serving.reservations import GpuReplicas, check_gpu_shares, check_shares
 
 SFX, MUSIC = "small-sfx", "small-music"
 

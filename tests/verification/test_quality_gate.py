@@ -63,7 +63,7 @@ def gate(folder: Path) -> QualityGate:
 
 
 def make_gate(store: ArtifactStore, *, wait_s: float = 10.0, clock: FakeClock | None = None) -> QualityGate:
-    return QualityGate(ReportArchive(store, wait_s=wait_s), budget_s=20.0, clock=clock or FakeClock())
+    return QualityGate(ReportArchive(store, wait_s=wait_s), clock=clock or FakeClock())
 
 
 async def judge(
@@ -327,7 +327,7 @@ async def test_many_that_pass_at_once_do_no_harm(folder: Path) -> None:
 
 async def test_reports_can_be_listed_and_forgotten(folder: Path) -> None:
     archive = ReportArchive(LocalArtifacts(folder), wait_s=10.0)
-    gate = QualityGate(archive, budget_s=20.0, clock=FakeClock())
+    gate = QualityGate(archive, clock=FakeClock())
     assert await archive.names() == []
     await judge(gate)
     assert sorted(await archive.names()) == sorted([FIRST.report_id, last_good_id("m")])

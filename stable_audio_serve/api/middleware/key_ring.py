@@ -116,7 +116,6 @@ class KeyRing:
             found = KeyFileHealth("ok")
         self._known = found
         self._metrics.gauge("key_file_broken", float(found.state != "ok"))
-        self._metrics.gauge("api_keys", len(self.keys))
 
     def _take(self, data: bytes) -> None:
         before, self.keys = self.keys, merge_keys(self._configured, parse_key_file(data))

@@ -16,16 +16,28 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_serve.core.metrics import Level, Metrics
 from stable_audio_serve.core.settings import ApiSettings
 
 # With these Ray Serve lets a client change its own deadline or switch its own cancellation off.
 _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
+MAX_FIELDS_BYTES = 1_048_576  # of a JSON body, and of a form besides its upload
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DRAIN_S = 10.0
 _MAX_DROPPED_BYTES = 16_777_216
 _MAX_DRAIN_IDLE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientTimes:
+    """How slowly a client may send its request and read its answer."""
+
+    rate_bytes_s: float = 4096.0  # averaged over `window_s`
+    window_s: float = 10.0
+    total_s: float = 300.0  # until the whole body is there
+    grace_s: float = 4.0  # a body that arrives within this time, half of it more or less, takes no place
+    max_slow: int = 256  # bodies at a time that take longer, per process
+    send_idle_s: float = 60.0  # without reading anything of the answer
 
 
 class ClientGoneError(OSError):
@@ -35,10 +47,11 @@ class ClientGoneError(OSError):
 class LimitsMiddleware:
     """Applies `ApiSettings` to every HTTP request. A handler whose client goes away is cancelled."""
 
-    def __init__(self, app: ASGIApp, *, limits: ApiSettings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, limits: ApiSettings, times: ClientTimes | None = None) -> None:
         self._app = app
         self._limits = limits
-        self._held = _Held(Level(metrics, "bodies_receiving"))
+        self._times = times or ClientTimes()
+        self._held = _Held()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
         """Run the application on a guarded connection. Raises ClientGoneError when the client has gone."""
@@ -48,8 +61,15 @@ class LimitsMiddleware:
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in _CONTROL_HEADERS]
         handler = asyncio.current_task()
         assert handler is not None
-        body = _body_limit(scope, self._limits)
-        connection = _Connection(receive, send, handler=handler, body=body, held=self._held, limits=self._limits)
+        connection = _Connection(
+            receive,
+            send,
+            handler=handler,
+            body=_body_limit(scope),
+            held=self._held,
+            limits=self._limits,
+            times=self._times,
+        )
         scope.setdefault("state", {})["connection"] = connection
         try:
             await self._app(scope, connection.receive, connection.send)
@@ -88,9 +108,9 @@ def is_answered(scope: Scope) -> bool:
 
 @dataclass(slots=True)
 class _Held:
-    """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many are incomplete."""
+    """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many arrive slowly."""
 
-    receiving: Level
+    num_slow: int = 0
     num_bytes: int = 0
 
 
@@ -100,8 +120,8 @@ class _Pace:
     The time that a handler takes between two parts does not count: it is not the client's.
     """
 
-    def __init__(self, limits: ApiSettings) -> None:
-        self._limits = limits
+    def __init__(self, times: ClientTimes) -> None:
+        self._times = times
         self.waited_s = 0.0
         self._stretch_bytes = 0
         self._stretch_s = 0.0
@@ -109,14 +129,14 @@ class _Pace:
     @property
     def patience_s(self) -> float:
         """Seconds to wait for more before the average of the last stretch is too low."""
-        return self._limits.receive_window_s - self._stretch_s
+        return self._times.window_s - self._stretch_s
 
     def add(self, num_bytes: int, *, waited_s: float) -> None:
         """Count a part that arrived. A stretch ends once a window's worth has arrived, and the next one begins."""
         self.waited_s += waited_s
         self._stretch_bytes += num_bytes
         self._stretch_s += waited_s
-        if self._stretch_bytes >= self._limits.receive_rate_bytes_s * self._limits.receive_window_s:
+        if self._stretch_bytes >= self._times.rate_bytes_s * self._times.window_s:
             self._stretch_bytes, self._stretch_s = 0, 0.0
 
 
@@ -128,13 +148,13 @@ class _BodyLimit:
     refusal: str
 
 
-def _body_limit(scope: Scope, limits: ApiSettings) -> _BodyLimit:
+def _body_limit(scope: Scope) -> _BodyLimit:
     headers = dict(scope["headers"])
     declared = headers.get(b"content-length", b"")
     declared_bytes = int(declared) if declared.isdigit() else 0
-    refusal = f"body: larger than {limits.max_fields_bytes} bytes (api.max_fields_bytes)"
+    refusal = f"body: larger than {MAX_FIELDS_BYTES} bytes"
     is_there = declared_bytes > 0 or b"transfer-encoding" in headers
-    return _BodyLimit(limits.max_fields_bytes, declared_bytes, is_there, refusal)
+    return _BodyLimit(MAX_FIELDS_BYTES, declared_bytes, is_there, refusal)
 
 
 class _Connection:
@@ -149,13 +169,14 @@ class _Connection:
         body: _BodyLimit,
         held: _Held,
         limits: ApiSettings,
+        times: ClientTimes,
     ) -> None:
         self._receive, self._send, self._handler = receive, send, handler
-        self._body, self._held, self._limits = body, held, limits
-        self._deadline_at = asyncio.get_running_loop().time() + limits.receive_total_timeout_s
-        self._pace = _Pace(limits)
+        self._body, self._held, self._limits, self._times = body, held, limits, times
+        self._deadline_at = asyncio.get_running_loop().time() + times.total_s
+        self._pace = _Pace(times)
         # Random: a thousand clients that came together would be refused together, and block the loop.
-        self._grace_s = limits.receive_grace_s * random.uniform(0.5, 1.5)
+        self._grace_s = times.grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
         self._unsent_bytes = math.inf  # of the answer, where its length is known
@@ -175,7 +196,7 @@ class _Connection:
     def accept_form(self) -> None:
         limit = self._limits.max_upload_bytes
         refusal = f"audio: the upload is larger than {limit} bytes (api.max_upload_bytes)"
-        self._body = replace(self._body, max_bytes=limit + self._limits.max_fields_bytes, refusal=refusal)
+        self._body = replace(self._body, max_bytes=limit + MAX_FIELDS_BYTES, refusal=refusal)
 
     async def drop_body(self) -> None:
         await self._drain({"more_body": self._body.is_there}, max_bytes=_MAX_DROPPED_BYTES)
@@ -220,7 +241,7 @@ class _Connection:
             self._unsent_bytes -= len(message.get("body", b""))
             self.is_answered = not message.get("more_body", False) or self._unsent_bytes <= 0
         try:
-            async with asyncio.timeout(self._limits.send_idle_timeout_s):
+            async with asyncio.timeout(self._times.send_idle_s):
                 await self._send(message)
         except TimeoutError as error:
             raise ClientGoneError("the client stopped reading its answer") from error
@@ -246,18 +267,17 @@ class _Connection:
         try:
             return await self._wait(min(left_s, patience_s))
         except TimeoutError as error:
-            limits = self._limits
             reason = (
-                f"did not arrive within {limits.receive_total_timeout_s:g} s (api.receive_total_timeout_s)"
+                f"did not arrive within {self._times.total_s:g} s"
                 if left_s < patience_s
-                else f"must arrive at {limits.receive_rate_bytes_s:g} bytes a second or more (api.receive_rate_bytes_s)"
+                else f"must arrive at {self._times.rate_bytes_s:g} bytes a second or more"
             )
             raise HTTPException(408, f"body: {reason}", headers=_CLOSE) from error
 
     async def _take_place(self) -> None:
-        if self._held.receiving.value >= self._limits.max_receiving:
+        if self._held.num_slow >= self._times.max_slow:
             await self._drain({"more_body": True}, max_bytes=2 * self._body.max_bytes)
-            raise HTTPException(503, "body: too many others are being received (api.max_receiving)", headers=_BUSY)
+            raise HTTPException(503, "body: too many others are being received", headers=_BUSY)
         self._count(True)
 
     async def _wait(self, timeout_s: float) -> Message:
@@ -275,7 +295,7 @@ class _Connection:
     def _count(self, is_receiving: bool) -> None:
         """Count this body as being received, or no longer."""
         if is_receiving is not self._is_counted:
-            self._held.receiving.change(1 if is_receiving else -1)
+            self._held.num_slow += 1 if is_receiving else -1
         self._is_counted = is_receiving
 
     async def _drain(self, message: Message, *, max_bytes: int) -> None:

@@ -157,6 +157,15 @@ REFUSALS = sa.Table(
     sa.Column("until", sa.Double, nullable=False),  # then forgotten unless the runner repeats it
 )
 
+# What operators set while a server runs, for each server that shares the database.
+OPERATOR_SETTINGS = sa.Table(
+    "operator_settings",
+    METADATA,
+    sa.Column("server", _Text, primary_key=True),
+    sa.Column("setting", _Text, primary_key=True),
+    sa.Column("model", _Text, primary_key=True),  # empty where the setting is of the whole server
+)
+
 # Requests of clients with limits: their audio counts for a minute, their places until they end.
 KEY_USES = sa.Table(
     "key_uses",

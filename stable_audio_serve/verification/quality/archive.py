@@ -31,7 +31,7 @@ T = TypeVar("T")
 class ReportArchive:
     """Reports and last good weights in one artifact store. Writing replaces a file as a whole."""
 
-    def __init__(self, store: ArtifactStore, *, wait_s: float) -> None:
+    def __init__(self, store: ArtifactStore, *, wait_s: float = 10.0) -> None:
         """No call takes longer than about `wait_s`."""
         self._store = store
         self._wait_s = wait_s

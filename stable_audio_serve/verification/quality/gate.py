@@ -29,6 +29,8 @@ from stable_audio_serve.verification.quality.sound import Clip, describe, differ
 
 logger = logging.getLogger(__name__)
 
+_BUDGET_S = 20.0  # no golden request begins later than this, but for the first
+
 Generate = Callable[[GenerationRequest], Awaitable[GenerationResult]]
 # What the audio was compared with: a pinned report, one of the same weights, one of others, or nothing, because there
 # was nothing yet (new) or what there was could not be read (unchecked).
@@ -55,10 +57,8 @@ class _Reference:
 class QualityGate:
     """Judges loaded models, one after another."""
 
-    def __init__(self, archive: ReportArchive, *, budget_s: float, clock: Clock = SystemClock()) -> None:
-        """No golden request begins after `budget_s`, but for the first."""
+    def __init__(self, archive: ReportArchive, *, clock: Clock = SystemClock()) -> None:
         self._archive = archive
-        self._budget_s = budget_s
         self._clock = clock
 
     async def judge(
@@ -77,7 +77,7 @@ class QualityGate:
 
     async def _run(self, card: ModelCard, generate: Generate) -> Mapping[str, Clip]:
         clips: dict[str, Clip] = {}
-        ends_at = self._clock.monotonic() + self._budget_s
+        ends_at = self._clock.monotonic() + _BUDGET_S
         for name, request in golden_requests(card).items():
             if clips and self._clock.monotonic() >= ends_at:
                 logger.warning("quality gate: model=%s no time for request %s and later ones", card.name, name)

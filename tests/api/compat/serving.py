@@ -15,13 +15,13 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
-from stable_audio_serve.api.streams import StreamPauses
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.api.webhook_bodies import webhook_bodies
 from stable_audio_serve.core.operations import Operations
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_queue
 from stable_audio_serve.jobs.queue import JobQueue
-from stable_audio_serve.jobs.runner.pauses import RunnerPauses
+from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.watch import StoreWatch
@@ -40,7 +40,7 @@ async def make_app(
     *,
     run_jobs: bool = True,
     hasty: bool = False,
-    stream_pauses: StreamPauses | None = None,
+    stream_limits: StreamLimits | None = None,
     operations: Operations | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
@@ -55,7 +55,7 @@ async def make_app(
         if hasty:
             watch = StoreWatch(jobs.store.database, jobs.artifacts, fresh_s=0.0, fresh_if_bad_s=0.0)
             jobs = JobQueue(jobs.store, jobs.artifacts, watch=watch)
-        app = create_app(backend, parsed, jobs=jobs, stream_pauses=stream_pauses, operations=operations)
+        app = create_app(backend, parsed, jobs=jobs, stream_limits=stream_limits, operations=operations)
         app.state.jobs = jobs
         app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
         notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings=parsed.jobs)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.api.streams import StreamPauses
+from stable_audio_serve.api.streams import StreamLimits
 from stable_audio_serve.core.errors import GenerationError
 from tests.api.compat.serving import make_client, serve_app
 from tests.backends import ToneBackend
@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S, until
 pytestmark = pytest.mark.server
 
 QUEUE = "/queue/fal-ai/stable-audio"
-QUICK = StreamPauses(first_poll_s=0.05)
+QUICK = StreamLimits(first_poll_s=0.05)
 BODY = {"prompt": "Trömmelwirbel", "seconds_total": 1}
 
 
@@ -42,7 +42,7 @@ async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: 
 
 
 async def test_every_change_is_told_until_the_end() -> None:
-    async with make_client(ToneBackend(delay_s=0.4), jobs={"max_running": 1}, stream_pauses=QUICK) as (client, _):
+    async with make_client(ToneBackend(delay_s=0.4), jobs={"max_running": 1}, stream_limits=QUICK) as (client, _):
         first, second = await submit(client), await submit(client)
         events = await read_stream(client, second)
         assert [event["status"] for event in events][:1] == ["IN_QUEUE"]
@@ -57,7 +57,7 @@ async def test_every_change_is_told_until_the_end() -> None:
 
 
 async def test_streams_without_logs_and_of_ended_requests() -> None:
-    async with make_client(stream_pauses=QUICK) as (client, backend):
+    async with make_client(stream_limits=QUICK) as (client, backend):
         for query in ("", "?logs=0", "?logs=false"):
             events = await read_stream(client, await submit(client), query)
             assert all(event["logs"] is None for event in events if event["status"] != "IN_QUEUE"), query
@@ -70,7 +70,7 @@ async def test_streams_without_logs_and_of_ended_requests() -> None:
 
 
 async def test_a_cancelled_request_ends_its_stream(reads: list[str]) -> None:
-    async with make_client(ToneBackend(delay_s=30), stream_pauses=QUICK) as (client, _):
+    async with make_client(ToneBackend(delay_s=30), stream_limits=QUICK) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read_stream(client, ticket))
         await until(lambda: len(reads) >= 3)  # the route's own, then the stream's
@@ -87,7 +87,7 @@ async def test_an_unknown_request_has_no_stream(client: httpx.AsyncClient) -> No
 @asynccontextmanager
 async def open_stream(path: str, headers: dict[str, str]) -> AsyncIterator[AsyncIterator[str]]:
     async with (
-        serve_app(ToneBackend(delay_s=30), stream_pauses=StreamPauses(comment_s=0.2)) as (port, _),
+        serve_app(ToneBackend(delay_s=30), stream_limits=StreamLimits(comment_s=0.2)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         ticket = await submit(client)
@@ -110,7 +110,7 @@ STREAMS = {
 async def test_the_first_event_comes_at_once_and_comments_keep_the_connection(
     way: str,
 ) -> None:
-    assert StreamPauses().comment_s < 15
+    assert StreamLimits().comment_s < 15
     async with open_stream(*STREAMS[way]) as lines, asyncio.timeout(PATIENCE_S):
         first = await anext(lines)
         assert json.loads(first.removeprefix("data: "))["status"] in ("IN_QUEUE", "IN_PROGRESS")

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -50,6 +51,10 @@ RELEASED = {
         "4b4639c7a7b47aa58264da82ff0dfdc7204c32a8da7e3700864ff88475207e36",
         "9fb23a62fc99a54789e6534c02bed0e6f621d5accc57ffc9ffc9ac55addd9e27",
     ),
+    "0006_operator_settings": (
+        "70e8d68c22df30058944dc572769433ca64e752ca75bdfa4ddd8de4ece59418a",
+        "70e8d68c22df30058944dc572769433ca64e752ca75bdfa4ddd8de4ece59418a",
+    ),
 }
 
 # A server that misses this table applies the limits of keys by itself, as it does while the database is away.
@@ -64,13 +69,18 @@ _ADDING = (
 _NO_VALUE_NEEDED = r"(?!.*\b(UNIQUE|CHECK|REFERENCES|PRIMARY)\b)((?!.*NOT NULL)|(?=.*\bDEFAULT\b))"
 
 
-def statements(name: str, dialect: str) -> list[str]:
-    """What a revision runs on an empty database, each on one line."""
+def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, VERSIONS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def statements(name: str, dialect: str) -> list[str]:
+    """What a revision runs on an empty database, each on one line."""
+    module = load(name)
     written = io.StringIO()
     context = MigrationContext.configure(
         dialect_name=dialect, opts={"as_sql": True, "output_buffer": written, "literal_binds": True}
@@ -150,6 +160,11 @@ def test_revisions_are_numbered_one_after_another() -> None:
     """So that a server knows from the number alone whether tables are of the revision after its own."""
     assert [name[:4] for name in NAMES] == [f"{number:04d}" for number in range(1, len(NAMES) + 1)]
     assert list(RELEASED) == NAMES
+
+
+def test_each_revision_follows_the_one_before_it() -> None:
+    modules = [load(name) for name in NAMES]
+    assert [module.down_revision for module in modules] == [None, *(module.revision for module in modules[:-1])]
 
 
 @pytest.mark.parametrize("kind", CONTRACT_KINDS)

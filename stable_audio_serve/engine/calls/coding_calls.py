@@ -1,0 +1,248 @@
+"""Calls of the text encoder and of the audio decoder, which may be captured as graphs: their inputs are then written to
+fixed tensors. A decoder call takes several windows of one length. Knows no rows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs, Kind
+from stable_audio_serve.engine.scheduling.call_shapes import GRAPH_ROWS
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, TextEmbedding, TokenModel
+from stable_audio_serve.sampling.noise import NoiseSource
+
+
+def captured_prompts(num_prompts: int) -> int:
+    """Returns how many prompts the call has that is captured for these; 0: none is."""
+    return GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_prompts)] if num_prompts <= GRAPH_ROWS[-1] else 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextShape:
+    """A call over `prompts` prompts of T tokens each, whose embeddings are `width` wide."""
+
+    prompts: int
+    tokens: int
+    width: int
+
+    @property
+    def kind(self) -> Kind:
+        return "text"
+
+    @property
+    def size(self) -> int:
+        return self.prompts * self.tokens
+
+    @property
+    def inputs(self) -> tuple[int, torch.dtype]:
+        return 2 * self.size, torch.int64
+
+    @property
+    def num_outputs(self) -> int:
+        return self.size * self.width
+
+    def told(self, inputs: Tensor) -> Tensor:
+        """Returns ids and mask (B, 2, T) as a view."""
+        return inputs.view(self.prompts, 2, self.tokens)
+
+    def embeddings(self, outputs: Tensor) -> Tensor:
+        """Returns tokens (B, T, width) float32 as a view."""
+        return outputs.view(self.prompts, self.tokens, self.width)
+
+
+class TextCalls:
+    """Calls of one model's text encoder. Used by the engine thread only."""
+
+    def __init__(self, model: DiffusionModel, *, device: Device, graphs: Graphs) -> None:
+        self._model = model
+        self._device = device
+        self._graphs = graphs
+
+    def embed(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """Returns the prompts' embeddings, from one call."""
+        model = self._model
+        if not isinstance(model, TokenModel):
+            return model.encode_text(prompts)
+        tokens = model.tokenize(prompts)
+        told, read = tokens.told, tokens.chars_read
+        if self._device.can_capture and (num_prompts := captured_prompts(len(prompts))):
+            shape = TextShape(num_prompts, *model.text_size)
+            if captured := self._graphs.find(shape, self._run):
+                buffer = self._device.host_buffer(shape.prompts, 2, shape.tokens, dtype=torch.int64)
+                buffer[: len(told)] = told
+                buffer[len(told) :] = 0  # prompts of padding
+                there = shape.told(captured.memory.inputs)
+                there.copy_(buffer, non_blocking=True)
+                captured.replay()
+                embeddings = shape.embeddings(captured.memory.outputs)
+                return TextEmbedding.each(prompts, embeddings, mask=there[:, 1], chars_read=read)
+        there = self._device.upload(told)
+        return TextEmbedding.each(prompts, model.embed_tokens(there), mask=there[:, 1], chars_read=read)
+
+    def _run(self, shape: TextShape, memory: CallMemory) -> None:
+        assert isinstance(self._model, TokenModel)
+        shape.embeddings(memory.outputs).copy_(self._model.embed_tokens(shape.told(memory.inputs)))
+
+
+# A call over more takes the device so much longer than the host that there is nothing to win, and a graph keeps the
+# memory of the largest call.
+_MOST_LATENTS = 512
+
+
+def captured_windows(num_windows: int, *, frames: int) -> int:
+    """Returns how many windows of so many latents the call has that is captured for these; 0: none is."""
+    if num_windows > GRAPH_ROWS[-1]:
+        return 0
+    padded = GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_windows)]
+    return padded if padded * frames <= _MOST_LATENTS else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a window is given of `NoiseSource.window`: float32 of this shape."""
+
+    stage: str
+    shape: tuple[int, ...]
+    frame_axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """A call over `windows` windows of latents (D, F) each, which become audio (C, S)."""
+
+    windows: int
+    latents: tuple[int, int]
+    audio: tuple[int, int]
+    draws: tuple[Draw, ...]
+
+    @property
+    def kind(self) -> Kind:
+        return "decode"
+
+    @property
+    def size(self) -> int:
+        return self.windows * self.latents[1]
+
+    @property
+    def inputs(self) -> tuple[int, torch.dtype]:
+        return sum(self._sizes), torch.float32
+
+    @property
+    def num_outputs(self) -> int:
+        return self.windows * math.prod(self.audio)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [self.windows * math.prod(shape) for shape in self._shapes]
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [self.latents, *(draw.shape for draw in self.draws)]
+
+    def read(self, inputs: Tensor) -> list[Tensor]:
+        """Returns latents (B, D, F), then each draw (B, ...), as views."""
+        return [part.view(self.windows, *s) for part, s in zip(inputs.split(self._sizes), self._shapes, strict=True)]
+
+
+class DecodeCalls:
+    """Calls of one model's decoder. Used by the engine thread only."""
+
+    def __init__(self, model: DiffusionModel, *, device: Device, graphs: Graphs) -> None:
+        self._model = model
+        self._device = device
+        self._graphs = graphs
+        self._draws: dict[int, tuple[Draw, ...]] = {}  # of a window of so many latents
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        """Returns the audio (C, S_window) float32 of windows of one length, from one call."""
+        model, num_frames = self._model, windows[0].latents.shape[-1]
+        count = captured_windows(len(windows), frames=num_frames)
+        if not (count and self._device.can_capture and model.spec.captures_decode):
+            return model.decode(windows)
+        if num_frames not in self._draws:
+            watched = _WatchedNoise(windows[0].noise)
+            audio = model.decode([replace(windows[0], noise=watched), *windows[1:]])
+            self._draws[num_frames] = tuple(dict.fromkeys(watched.draws))
+            self._graphs.find(self._shape(count, num_frames), self._run)  # one more miss
+            return audio
+        shape = self._shape(count, num_frames)
+        captured = self._graphs.find(shape, self._run)
+        if captured is None:
+            return model.decode(windows)
+        self._tell(windows, shape=shape, inputs=captured.memory.inputs)
+        captured.replay()
+        return list(captured.memory.outputs.view(count, *shape.audio)[: len(windows)].clone())
+
+    def _run(self, shape: DecodeShape, memory: CallMemory) -> None:
+        latents, *drawn = shape.read(memory.inputs)
+        names = [draw.stage for draw in shape.draws]
+        noises = [_GivenNoise(dict(zip(names, own, strict=True))) for own in zip(*drawn, strict=True)]
+        windows = [
+            DecodeWindow(own, start=0, noise=noise)
+            for own, noise in zip(latents, noises or [_GivenNoise({})] * shape.windows, strict=True)
+        ]
+        torch.stack(self._model.decode(windows), out=memory.outputs.view(shape.windows, *shape.audio))
+
+    def _shape(self, windows: int, frames: int) -> DecodeShape:
+        spec = self._model.spec
+        return DecodeShape(
+            windows,
+            latents=(spec.card.latent_channels, frames),
+            audio=(spec.card.channels, frames * spec.hop),
+            draws=self._draws[frames],
+        )
+
+    def _tell(self, windows: Sequence[DecodeWindow], *, shape: DecodeShape, inputs: Tensor) -> None:
+        """Write the windows' latents and noise; what is left over are older ones."""
+        latents, *drawn = shape.read(inputs)
+        torch.stack([window.latents for window in windows], out=latents[: len(windows)])
+        for draw, there in zip(shape.draws, drawn, strict=True):
+            for window, target in zip(windows, there, strict=False):
+                noise = window.noise.window(
+                    draw.stage, window.start, shape=draw.shape, frame_axis=draw.frame_axis, device=self._model.device
+                )
+                target.copy_(noise)
+
+
+class _WatchedNoise:
+    """A row's noise; `draws` are what it was asked for."""
+
+    def __init__(self, noise: NoiseSource) -> None:
+        self._noise = noise
+        self.draws: list[Draw] = []
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        return self._noise.initial(shape)
+
+    def step(self, shape: tuple[int, ...]) -> Tensor:
+        return self._noise.step(shape)
+
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
+        self.draws.append(Draw(stage, shape, frame_axis))
+        return self._noise.window(stage, start, shape=shape, frame_axis=frame_axis, device=device)
+
+
+class _GivenNoise:
+    """Draws that are there already, by stage."""
+
+    def __init__(self, drawn: Mapping[str, Tensor]) -> None:
+        self._drawn = drawn
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        raise RuntimeError("a window draws no latents")
+
+    step = initial
+
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
+        return self._drawn[stage]

@@ -1,0 +1,92 @@
+"""Where the constants of the rows' denoiser inputs are kept on the device: each once, however many rows share it, and
+where a call finds it by a number. Knows no rows and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from stable_audio_serve.engine.hardware.arena import FrameArena, Pages, SlotArena, write
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.models.protocol import BranchConditioning, RowConditioning
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBranch:
+    """Where one branch's values are, by name; a name that is missing means zeros."""
+
+    slots: Mapping[str, int]
+    pages: Mapping[str, Pages]
+
+
+@dataclass(slots=True)
+class HeldConditioning:
+    """What `ConditioningArena.hold` keeps for one or more users: `share` adds one, `free` ends one's use."""
+
+    conditional: HeldBranch
+    unconditional: HeldBranch | None
+    _arena: ConditioningArena
+    _num_users: int = 1
+
+    def share(self) -> HeldConditioning:
+        """Returns the same value for one more user."""
+        self._num_users += 1
+        return self
+
+    def free(self) -> None:
+        """End one use; after the last one the memory is given back."""
+        self._num_users -= 1
+        if self._num_users == 0:
+            self._arena.give_back(self)
+
+
+@dataclass(slots=True)
+class ConditioningArena:
+    """All conditioning of one engine. Arenas are made when a name is first seen. Used by one thread."""
+
+    device: Device
+    slots: dict[str, SlotArena] = field(default_factory=dict)
+    frames: dict[str, FrameArena] = field(default_factory=dict)
+
+    @property
+    def num_moves(self) -> int:
+        """How often memory that was in use has moved."""
+        slots, frames = self.slots.values(), self.frames.values()
+        return sum(arena.num_moves for arena in slots) + sum(arena.num_moves for arena in frames)
+
+    def hold(self, conditioning: RowConditioning) -> HeldConditioning:
+        """Keep both branches; a tensor that both have is kept once."""
+        slots: dict[int, int] = {}
+        pages: dict[int, Pages] = {}
+
+        def keep(branch: BranchConditioning) -> HeldBranch:
+            for name, value in branch.constants.items():
+                if id(value) not in slots:
+                    if name not in self.slots:
+                        self.slots[name] = SlotArena(value)
+                    slots[id(value)] = self.slots[name].put(value)
+            for name, value in branch.by_frame.items():
+                if id(value) not in pages:
+                    if name not in self.frames:
+                        self.frames[name] = FrameArena(len(value), device=value.device, dtype=value.dtype)
+                    pages[id(value)] = own = self.frames[name].take(value.shape[-1])
+                    table = self.device.upload(torch.tensor(own, dtype=torch.int32))
+                    write(self.frames[name].memory, table, values=value)
+            return HeldBranch(
+                {name: slots[id(value)] for name, value in branch.constants.items()},
+                {name: pages[id(value)] for name, value in branch.by_frame.items()},
+            )
+
+        other = conditioning.unconditional
+        return HeldConditioning(keep(conditioning.conditional), None if other is None else keep(other), self)
+
+    def give_back(self, held: HeldConditioning) -> None:
+        """Let others use the memory of a value without users."""
+        branches = [branch for branch in (held.conditional, held.unconditional) if branch is not None]
+        for name, slot in {(name, slot) for branch in branches for name, slot in branch.slots.items()}:
+            self.slots[name].give_back(slot)
+        for name, pages in {(name, pages) for branch in branches for name, pages in branch.pages.items()}:
+            self.frames[name].give_back(pages)

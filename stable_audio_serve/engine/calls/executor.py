@@ -1,0 +1,262 @@
+"""Turns rows and windows into calls of the model and hides how those run: as they are, packed (rows of
+different lengths one after another, without padding), or as captured graphs.
+
+A call that raises runs again item by item, so that only the item that causes the error fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.engine.calls.coding_calls import DecodeCalls, TextCalls
+from stable_audio_serve.engine.calls.conditioning import ConditioningArena
+from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.rows import Row, Stepping
+from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
+from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device
+from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    DiffusionModel,
+    EncodeWindow,
+    StepBatch,
+    TextEmbedding,
+)
+
+
+def denoise_packed(
+    model: DiffusionModel, batch: StepBatch, *, frames: Sequence[int], valid_frames: Sequence[int]
+) -> Tensor:
+    """Returns the network output (B, D, F) float32 of a padded batch, which runs packed; 0 behind each row's `frames`.
+
+    Nothing of the padding is read. For a model whose spec says `packs_rows`.
+    """
+    packed = replace(batch, x=pack(batch.x, frames), valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames))
+    return unpack(model.denoise(packed), frames, padded=batch.x.shape[-1])
+
+
+def pack(x: Tensor, frames: Sequence[int]) -> Tensor:
+    """Returns the first `frames` of each row of x (B, D, F), one row after another: (1, D, N)."""
+    return torch.cat([row[:, :count] for row, count in zip(x, frames, strict=True)], dim=1)[None]
+
+
+def unpack(x: Tensor, frames: Sequence[int], *, padded: int) -> Tensor:
+    """Returns the rows of x (1, D, N), padded with zeros: (B, D, padded)."""
+    rows = x.new_zeros(len(frames), x.shape[1], padded)
+    for target, row in zip(rows, x[0].split(list(frames), dim=1), strict=True):
+        target[:, : row.shape[1]] = row
+    return rows
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Executor:
+    """Runs device work for the engine thread. Results are in the order of the inputs.
+
+    Up to `together` windows or prompts of equal shape share a call; 1 (strict mode) gives each a separate call.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        policy: BatchPolicy,
+        *,
+        device: Device,
+        together: int,
+        clock: Clock = SystemClock(),
+        metrics: Metrics = NullMetrics(),
+        max_capture_bytes: int | None = None,
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._policy = policy
+        self._together = together
+        self.conditioning = ConditioningArena(device)
+        self._graphs = Graphs(device, clock=clock, metrics=metrics, max_bytes=max_capture_bytes)
+        self._text = TextCalls(model, device=device, graphs=self._graphs)
+        self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
+        self._moves = 0
+
+    @cached_property
+    def arena(self) -> FrameArena:
+        """The rows' registers. Memory is taken on the engine's thread, with the first row."""
+        return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
+
+    def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
+        """Returns the prompts' embeddings."""
+        outcomes: list[TextEmbedding | Exception] = []
+        for start in range(0, len(prompts), self._together):
+            outcomes += run_isolated(prompts[start : start + self._together], self._text.embed)
+        return outcomes
+
+    def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
+        """Returns the latents (D, F_window) float32 of source windows."""
+        return self._by_length(windows, length=lambda window: window.samples.shape[-1], run=self._model.encode_audio)
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
+        """Returns the audio (C, S_window) float32 of windows."""
+        return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._decoder.decode)
+
+    def calls(self, rows: Sequence[Row]) -> list[Call]:
+        """Returns the device calls in which these rows step now."""
+        return self._policy.split([row.lane for row in rows])
+
+    def hold(self, parts: Tensor) -> HeldFrames:
+        """Returns where the parts (N, D, F) float32 of one row are kept: its registers, then what a blend keeps."""
+        num_parts, _, frames = parts.shape
+        held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
+        table = torch.tensor(held.parts, dtype=torch.int32)
+        write(self.arena.memory, self._device.upload(table), values=parts)
+        return held
+
+    def release(self, held: HeldFrames, *, part: int) -> Tensor:
+        """Returns one part (D, F) of what was held, and gives all of it back."""
+        table = self._device.upload(torch.tensor(held.parts[part], dtype=torch.int32))
+        latents = read(self.arena.memory, table, frames=held.frames)
+        held.free()
+        return latents
+
+    def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
+        """Run one evaluation of every row: network, guidance, update. Returns the rows that failed.
+
+        A row's registers, draws and work all advance, or none of them does.
+        """
+        failures: list[tuple[Row, Exception]] = []
+        for call in calls:
+            members = [rows[i] for i in call.members]
+            outcomes = run_isolated(members, partial(self._evaluate, call=call))
+            for row, outcome in zip(members, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    failures.append((row, outcome))
+                else:
+                    _commit(row)
+        return failures
+
+    def _by_length(
+        self,
+        windows: Sequence[Item],
+        *,
+        length: Callable[[Item], int],
+        run: Callable[[Sequence[Item]], Sequence[Tensor]],
+    ) -> list[Tensor | Exception]:
+        order = sorted(range(len(windows)), key=lambda i: length(windows[i]))
+        outcomes: dict[int, Tensor | Exception] = {}
+        for _, group in groupby(order, key=lambda i: length(windows[i])):
+            indices = list(group)
+            for start in range(0, len(indices), self._together):
+                some = indices[start : start + self._together]
+                outcomes.update(zip(some, run_isolated([windows[i] for i in some], run), strict=True))
+        return [outcomes[i] for i in range(len(windows))]
+
+    def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
+        """Advance the registers of every row by one evaluation, from one call of the network. Returns the rows."""
+        told = [_step_row(row) for row in rows]
+        is_packed_by_host = bool(call.lengths) and call.room is None
+        own = StepShape.of(
+            told,
+            network_rows=sum(len(row.branches) for row in told) if is_packed_by_host else call.rows,
+            frames=call.frames,
+            latent_channels=self._model.spec.card.latent_channels,
+        )
+        shape = own if call.room is None else PackedShape(own, call.room, self._model.spec.num_prefix)
+        if is_packed_by_host:
+            plans = [row.plan for row, known in zip(rows, told, strict=True) for _ in known.branches]
+            frames, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
+            inputs = StepInputs.read(self._device.upload(own.write(told, self._device)), own)
+            denoise = partial(denoise_packed, self._model, frames=frames, valid_frames=seen)
+            run_step(denoise, inputs, memories=self._memories(), frames=own.frames)
+        elif not self._device.can_capture or not self._replay(shape.general(), told):
+            self._run(shape, self._device.upload(shape.write(told, self._device)))
+        return rows
+
+    def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
+        """Run a captured step. Returns whether it is captured."""
+        if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
+            self._graphs.forget("denoise")
+            self._moves = moves
+        captured = self._graphs.find(shape, self._run_on)
+        if captured is None:
+            return False
+        captured.memory.inputs.copy_(shape.write(rows, self._device), non_blocking=True)
+        captured.replay()
+        return True
+
+    def capture_next(self, *, is_idle: bool) -> bool:
+        """Capture one more shape of calls; few and quick ones while others wait. Returns whether there was one."""
+        return self._graphs.capture_next(is_idle=is_idle)
+
+    def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
+        denoise, memories = self._model.denoise, self._memories()
+        if isinstance(shape, PackedShape):
+            run_packed_step(denoise, PackedInputs.read(inputs, shape), memories=memories, shape=shape)
+        else:
+            run_step(denoise, StepInputs.read(inputs, shape), memories=memories, frames=shape.frames)
+
+    def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
+        """What a step makes is written to the arenas."""
+        self._run(shape, memory.inputs)
+
+    def _memories(self) -> Memories:
+        return Memories(
+            self.arena.memory,
+            constants={name: arena.memory for name, arena in self.conditioning.slots.items()},
+            by_frame={name: arena.memory for name, arena in self.conditioning.frames.items()},
+        )
+
+
+def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
+    """Returns one result per item from `run(items)`; if that raises, each item runs alone and may yield its exception.
+
+    `run` must have no effect when it raises. Errors in DEVICE_LOST are raised, since no item caused them.
+    """
+    try:
+        return list(run(items))
+    except DEVICE_LOST:
+        raise
+    except Exception as error:  # noqa: BLE001 - the engine's edge: an error that one row causes ends that row only
+        if len(items) == 1:
+            return [error]
+    outcomes: list[Result | Exception] = []
+    for item in items:
+        outcomes += run_isolated([item], run)
+    return outcomes
+
+
+def _step_row(row: Row) -> StepRow:
+    stepping, evaluation = row.in_phase(Stepping), row.evaluation
+    noise = stepping.noise.current() if any(evaluation.c) else None
+    numbers = stepping.numbers[row.work.num_done]
+    branches = [stepping.conditioning.conditional]
+    if evaluation.guided:
+        if stepping.conditioning.unconditional is None:
+            raise RuntimeError("a guided row has one branch only")
+        branches.append(stepping.conditioning.unconditional)
+    return StepRow(
+        numbers,
+        row.plan.guidance,
+        guided=evaluation.guided,
+        valid_frames=row.plan.valid_frames,
+        num_registers=row.plan.sampler.num_registers,
+        held=stepping.held,
+        branches=branches,
+        noise=noise,
+    )
+
+
+def _commit(row: Row) -> None:
+    if row.evaluation.draws_noise:
+        row.in_phase(Stepping).noise.advance()
+    row.work.finish_evaluation()

@@ -1,0 +1,196 @@
+"""What rows need before their first evaluation: noise, prompt embeddings, encoded sources. Each prompt and each source
+is encoded once for all rows that share it. Knows no registers and no later phase.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from dataclasses import replace
+
+from torch import Tensor
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.noise_ahead import RowNoise
+from stable_audio_serve.engine.calls.request_state import Prompts
+from stable_audio_serve.engine.calls.rows import Encoding, Failures, Row, run_alone
+from stable_audio_serve.engine.hardware.device import Device, Moment
+from stable_audio_serve.engine.scheduling.pacing import CallTimes, WindowPace
+from stable_audio_serve.engine.scheduling.windows import SourceEncoding
+from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
+
+
+class PromptCache:
+    """An LRU cache of text embeddings of at most `max_bytes`; 0 turns it off. Not thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
+
+    def get(self, prompt: str) -> TextEmbedding | None:
+        """Returns the embedding of exactly this prompt, or None."""
+        embedding = self._embeddings.get(prompt)
+        if embedding is not None:
+            self._embeddings.move_to_end(prompt)
+        return embedding
+
+    def put(self, embedding: TextEmbedding) -> None:
+        """Keep an embedding and drop the least recently used ones. An embedding above the bound is not kept."""
+        if embedding.num_bytes > self._max_bytes or embedding.prompt in self._embeddings:
+            return
+        self._embeddings[embedding.prompt] = embedding
+        self._num_bytes += embedding.num_bytes
+        while self._num_bytes > self._max_bytes:
+            _, dropped = self._embeddings.popitem(last=False)
+            self._num_bytes -= dropped.num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the embeddings."""
+        return self._num_bytes
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
+
+
+class RowInputs:
+    """Takes rows from waiting through encoding. Used by the engine thread only; returns the rows that failed."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        executor: Executor,
+        *,
+        device: Device,
+        times: CallTimes,
+        cache: PromptCache,
+        drawers: Mapping[Priority, futures.Executor],
+        pace: WindowPace,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """Each of `drawers` runs one draw at a time, in order."""
+        self._model = model
+        self._executor = executor
+        self._device = device
+        self._times = times
+        self._cache = cache
+        self._drawers = drawers
+        self._pace = pace
+        self._clock = clock
+        self._metrics = metrics
+        self._ready: Moment | None = None  # all that rows share and that was asked for so far
+
+    def start(self, rows: Sequence[Row]) -> Failures:
+        """Open the rows' noise and sources and set their prompts. Rows without sources are complete afterwards."""
+        noises: dict[int, RowNoise] = {}
+        failures = [failure for row in rows for failure in run_alone(row, lambda row: self._open_noise(row, noises))]
+        failures += self._embed([row for row in rows if row.id in noises])
+        failed = {row.id for row, _ in failures}
+        for row in rows:
+            prompts = row.request.shared.prompts
+            if row.id in failed or prompts is None:
+                if row.id in noises:
+                    noises[row.id].cancel()
+                continue
+            assert self._ready is not None
+            row.phase = encoding = Encoding(noises[row.id], prompts, self._ready)
+            self._open_sources(row, encoding)
+        return failures
+
+    def encode(self, rows: Sequence[Row]) -> Failures:
+        """Encode the next source windows of each row; a row is complete after its last window."""
+        sources = {row.id: row.in_phase(Encoding).sources for row in rows}
+        pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
+        failed: dict[int, Exception] = {}
+        windows = [(source, window) for source in pending.values() for window in source.pending(self._pace.turn_frames)]
+        with self._device.beside():
+            for (source, _), outcome in zip(windows, self._encode([window for _, window in windows]), strict=True):
+                if isinstance(outcome, Exception):
+                    failed[id(source)] = outcome
+                elif id(source) not in failed:
+                    source.put(outcome)
+            self._ready = ready = self._device.mark()
+        failures: Failures = []
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("source", now)
+            row.phase = replace(row.in_phase(Encoding), ready=ready)
+            own = sources[row.id]
+            row.work.encode_left = _lengths_left(own)
+            errors = [failed[id(source)] for source in own.values() if id(source) in failed]
+            if errors:
+                failures.append((row, errors[0]))
+        return failures
+
+    def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
+        if not windows:  # other rows of the request had them encoded
+            return []
+        calls = [((1, window.samples.shape[-1] // self._model.spec.hop),) for window in windows]
+        return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
+
+    def _embed(self, rows: Sequence[Row]) -> Failures:
+        """Set the rows' prompt embeddings: cached ones, and all new ones of this turn encoded together."""
+        rows = [row for row in rows if row.request.shared.prompts is None]
+        prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
+        known: dict[str, TextEmbedding | Exception] = {
+            prompt: embedding for prompt in prompts if (embedding := self._cache.get(prompt)) is not None
+        }
+        missing = [prompt for prompt in prompts if prompt not in known]
+        self._metrics.increment("engine_prompt_cache_hits", len(known))
+        self._metrics.increment("engine_prompt_cache_misses", len(missing))
+        if missing:
+            with self._device.beside():
+                outcomes = self._times.time("text", [((len(missing), 0),)], run=lambda: self._executor.embed(missing))
+                self._ready = self._device.mark()
+            known.update(zip(missing, outcomes, strict=True))
+            for outcome in outcomes:
+                if not isinstance(outcome, Exception):
+                    self._cache.put(outcome)
+        failures: Failures = []
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("text", now)
+            embeddings: list[TextEmbedding] = []
+            for outcome in (known[prompt] for prompt in _prompts(row)):
+                if isinstance(outcome, Exception):
+                    failures.append((row, outcome))
+                    break
+                embeddings.append(outcome)
+            else:
+                prompt, *negative = embeddings
+                row.request.shared.prompts = Prompts(prompt, negative[0] if negative else None)
+        return failures
+
+    def _open_noise(self, row: Row, noises: dict[int, RowNoise]) -> None:
+        shape = (self._model.spec.card.latent_channels, row.plan.frames)
+        source = row.request.noise_factory(row.plan.seed)
+        drawer = self._drawers[row.request.request.priority]
+        noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
+
+    def _open_sources(self, row: Row, encoding: Encoding) -> None:
+        """Set up the encodings of a row's sources; the request's rows share them unless the encoder draws noise."""
+        shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
+        for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
+            if plan is not None:
+                if stage not in shared:
+                    noise, hop = encoding.noise.source, self._model.spec.hop
+                    shared[stage] = SourceEncoding(plan, stage=stage, noise=noise, hop=hop)
+                encoding.sources[stage] = shared[stage]
+        row.work.encode_left = _lengths_left(encoding.sources)
+
+
+def _prompts(row: Row) -> list[str]:
+    """Returns the row's prompt and, if it has one, its negative prompt."""
+    negative = row.plan.negative_prompt
+    return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
+
+
+def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
+    """Returns the latent frames of each source window still to encode."""
+    return tuple(frames for source in sources.values() for frames in source.lengths_left)

@@ -1,0 +1,303 @@
+"""One evaluation of packed rows whose lengths only the device knows: what the host tells it, in one copy, and what it
+does then. As `step`, but nothing is padded to the longest row: registers are read and written page by page, and the
+network sees the rows' frames one after another. Knows no queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stable_audio_serve.engine.calls.step import KEPT_PARTS, Memories, StepRow, StepShape, join_sections
+from stable_audio_serve.engine.hardware.arena import NOTHING, PAGE_FRAMES, Pages, page_table, pages_of, read, write
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.hardware.graphs import Kind
+from stable_audio_serve.engine.scheduling.call_shapes import PackedRoom
+from stable_audio_serve.models.protocol import StepBatch
+from stable_audio_serve.models.segments import Segments
+from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, PagedRows, guidance_values, guide
+from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepTerms, advance, network_input
+
+_NUM_FLOAT_SECTIONS = 2  # of the buffer: the first ones
+
+
+@dataclass(frozen=True, slots=True)
+class PackedShape:
+    """All that a captured call of packed rows has fixed. Of `own`, whose frames are the longest row's, everything but
+    its buffer holds here, too. Each row has `num_prefix` tokens of the network's own.
+
+    Below N are rows, B network rows, and G pages of 64 frames, all of them room for as many or fewer.
+    """
+
+    own: StepShape
+    room: PackedRoom
+    num_prefix: int
+
+    def general(self) -> PackedShape:
+        """Returns the shape that takes any rows which need no more memory than these: what is worth capturing."""
+        return replace(self, own=self.own.general())
+
+    @property
+    def kind(self) -> Kind:
+        return "denoise"
+
+    @property
+    def size(self) -> int:
+        return self.room.tokens
+
+    @property
+    def inputs(self) -> tuple[int, torch.dtype]:
+        """Zeros are a step without rows."""
+        return sum(self.sizes), torch.float32
+
+    @property
+    def num_outputs(self) -> int:
+        return 0
+
+    @property
+    def num_pages(self) -> int:
+        """Rows that fit into the tokens cannot have more pages than this."""
+        return self.room.tokens // PAGE_FRAMES + self.own.rows
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many values of 4 bytes each section of the buffer has, in the order of `PackedInputs.read`."""
+        own, pages, network_rows = self.own, self.num_pages, self.room.rows
+        return [
+            own.rows * NUM_VALUES,
+            own.rows * NUM_GUIDANCE,
+            *[own.rows] * 5,
+            *[network_rows] * 3,
+            pages,
+            pages,
+            pages * own.num_registers,
+            pages * KEPT_PARTS * own.use.blends,
+            network_rows * len(own.constants),
+            network_rows * pages_of(self.room.longest) * len(own.by_frame),
+            pages * own.latent_channels * PAGE_FRAMES * own.draws,
+        ]
+
+    def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
+        """Returns a host buffer that tells the device all about these rows, to be copied there at once."""
+        sizes = self.sizes
+        buffer = device.host_buffer(sum(sizes), dtype=torch.float32)
+        branches = [len(row.branches) for row in rows]
+        first_branch = list(accumulate(branches, initial=0))
+        counts = [pages_of(row.held.frames) for row in rows]
+        first_page = list(accumulate(counts, initial=0))
+        of_branch = [index for index, count in enumerate(branches) for _ in range(count)]
+        own = [branch for row in rows for branch in row.branches]
+        longest, num_missing = self.room.longest, self.room.rows - len(own)
+        tables = [[branch.pages.get(name, ()) for branch in own] for name in self.own.by_frame]
+        values = join_sections(
+            [
+                [value for row in rows for value in row.numbers.values],
+                [value for row in rows for value in guidance_values(row.guidance)],
+            ],
+            sizes=sizes[:_NUM_FLOAT_SECTIONS],
+        )
+        sections = [
+            [row.held.frames for row in rows],
+            [row.valid_frames for row in rows],
+            first_page[:-1],
+            first_branch[:-1],
+            [place + count - 1 for place, count in zip(first_branch, branches, strict=False)],
+            of_branch,
+            [rows[index].held.frames for index in of_branch],
+            [rows[index].valid_frames for index in of_branch],
+            [index for index, count in enumerate(counts) for _ in range(count)],
+            [PAGE_FRAMES * page for count in counts for page in range(count)],
+            _by_page([row.held.parts[: row.num_registers] for row in rows], counts, num_parts=self.own.num_registers),
+            _by_page(
+                [row.held.parts[row.num_registers :] for row in rows],
+                counts,
+                num_parts=KEPT_PARTS * self.own.use.blends,
+            ),
+            [
+                slot
+                for name in self.own.constants
+                for slot in [branch.slots.get(name, NOTHING) for branch in own] + [NOTHING] * num_missing
+            ],
+            page_table(tables, frames=longest, num_parts=self.room.rows),
+        ]
+        numbers = join_sections(sections, sizes=sizes[_NUM_FLOAT_SECTIONS:-1])
+        end = len(values) + len(numbers)
+        buffer[: len(values)] = torch.tensor(values, dtype=torch.float32)
+        buffer[len(values) : end].view(torch.int32)[:] = torch.tensor(numbers, dtype=torch.int32)
+        if self.own.draws:
+            noise = buffer[end:].view(-1, self.own.latent_channels, PAGE_FRAMES)
+            for row, start, count in zip(rows, first_page, counts, strict=False):
+                if row.noise is not None:
+                    whole = F.pad(row.noise, (0, count * PAGE_FRAMES - row.noise.shape[1]))
+                    noise[start : start + count] = whole.unflatten(1, (count, PAGE_FRAMES)).transpose(0, 1)
+        return buffer
+
+
+def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_parts: int) -> list[int]:
+    """Returns the pages of each row's parts, those of the same frames together, `NOTHING` for parts that it lacks."""
+    return [
+        parts[part][page] if part < len(parts) else NOTHING
+        for parts, count in zip(rows, counts, strict=True)
+        for page in range(count)
+        for part in range(num_parts)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInputs:
+    """What the device is told; whole numbers are int32. What is not there is 0: a row without frames, a page that is
+    only read where nothing is, and written where nobody reads."""
+
+    values: Tensor  # (N, NUM_VALUES)
+    guidance: Tensor  # (N, NUM_GUIDANCE)
+    frames: Tensor  # (N,)
+    valid_frames: Tensor  # (N,)
+    first_page: Tensor  # (N,) of the pages here
+    conditional: Tensor  # (N,) the network rows of each row, the same one twice if it is not guided
+    unconditional: Tensor
+    lanes: Tensor  # (B,) the row of each network row
+    lane_frames: Tensor  # (B,)
+    lane_valid_frames: Tensor  # (B,)
+    page_rows: Tensor  # (G,) the row of each page
+    page_starts: Tensor  # (G,) its first frame in that row
+    registers: Tensor  # (G, R, 1) pages of the arena
+    kept: Tensor  # (G, 3, 1), or nothing
+    slots: Tensor  # (names, B)
+    by_frame: Tensor  # (names, B, P) pages of the arenas of these names
+    noise: Tensor  # (G, D, 64) float32, anything where a row uses none; or nothing
+
+    @classmethod
+    def read(cls, buffer: Tensor, shape: PackedShape) -> PackedInputs:
+        """Returns views of a buffer that `shape` wrote."""
+        own = shape.own
+        values, guidance, *whole, noise = buffer.split(shape.sizes)
+        (
+            frames,
+            valid,
+            first_page,
+            conditional,
+            unconditional,
+            lanes,
+            lane_frames,
+            lane_valid,
+            page_rows,
+            page_starts,
+        ) = (section.view(torch.int32) for section in whole[:10])
+        registers, kept, slots, by_frame = (section.view(torch.int32) for section in whole[10:])
+        return cls(
+            values=values.view(own.rows, NUM_VALUES),
+            guidance=guidance.view(own.rows, NUM_GUIDANCE),
+            frames=frames,
+            valid_frames=valid,
+            first_page=first_page,
+            conditional=conditional,
+            unconditional=unconditional,
+            lanes=lanes,
+            lane_frames=lane_frames,
+            lane_valid_frames=lane_valid,
+            page_rows=page_rows,
+            page_starts=page_starts,
+            registers=registers.view(shape.num_pages, own.num_registers, 1),
+            kept=kept.view(-1, KEPT_PARTS, 1),
+            slots=slots.view(len(own.constants), shape.room.rows),
+            by_frame=by_frame.view(len(own.by_frame), shape.room.rows, pages_of(shape.room.longest)),
+            noise=noise.view(-1, own.latent_channels, PAGE_FRAMES),
+        )
+
+
+def run_packed_step(
+    denoise: Callable[[StepBatch], Tensor], inputs: PackedInputs, *, memories: Memories, shape: PackedShape
+) -> None:
+    """Advance the registers of N rows by one evaluation each. Nothing is written if the network fails."""
+    memory, own, rows = memories.registers, shape.own, inputs.page_rows
+    frame = inputs.page_starts[:, None] + torch.arange(PAGE_FRAMES, device=memory.device, dtype=torch.int32)
+    state = read(memory, inputs.registers, frames=PAGE_FRAMES)
+    terms = StepTerms(inputs.values.index_select(0, rows), own.use)
+    x = network_input(state, terms)
+    tokens = _Tokens(inputs, shape)
+    output = denoise(tokens.batch(x, times=StepTerms(inputs.values, own.use).t, memories=memories)).float()[0]
+    velocity, unconditional = tokens.pages(output, inputs.conditional, frame=frame), None
+    if own.guides is not None:
+        unconditional = tokens.pages(output, inputs.unconditional, frame=frame)
+        guided = guide(
+            x,
+            terms.t,
+            conditional=velocity,
+            unconditional=unconditional,
+            valid=frame < inputs.valid_frames.index_select(0, rows)[:, None],
+            rows=GuidanceBatch(inputs.guidance.index_select(0, rows), own.guides),
+            add_up=_paged_rows(inputs, shape).sum,
+        )
+        velocity = torch.where(terms.guided, guided, velocity)
+    kept = None
+    if own.use.blends:
+        mask, source, noise = read(memory, inputs.kept, frames=PAGE_FRAMES).unbind(1)
+        kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
+    drawn = inputs.noise if own.draws else None
+    moved = advance(state, terms, velocity=velocity, unconditional=unconditional, noise=drawn, kept=kept)
+    # What lies behind a row's own frames stays 0: the next call may be longer, and 0 x NaN is NaN.
+    is_own = frame < inputs.frames.index_select(0, rows)[:, None]
+    write(memory, inputs.registers, values=torch.where(is_own[:, None, None], moved, 0.0))
+
+
+def _paged_rows(inputs: PackedInputs, shape: PackedShape) -> PagedRows:
+    """Returns which pages make up each row."""
+    place = torch.arange(pages_of(shape.room.longest), device=inputs.frames.device, dtype=torch.int32)
+    counts = (inputs.frames + PAGE_FRAMES - 1) // PAGE_FRAMES
+    pages = torch.where(place < counts[:, None], inputs.first_page[:, None] + place, shape.num_pages)
+    return PagedRows(pages, inputs.page_rows)
+
+
+class _Tokens:
+    """The network's tokens, and where they come from and go to."""
+
+    def __init__(self, inputs: PackedInputs, shape: PackedShape) -> None:
+        self._inputs = inputs
+        self._shape = shape
+        self.segments = Segments.of(
+            inputs.lane_frames,
+            inputs.lane_valid_frames,
+            num_prefix=shape.num_prefix,
+            num_tokens=shape.room.tokens,
+            longest_frames=shape.room.longest,
+        )
+        segments = self.segments
+        self._frames = torch.where(segments.is_frame, segments.positions - shape.num_prefix, 0)  # (tokens,) in its row
+
+    def batch(self, x: Tensor, *, times: Tensor, memories: Memories) -> StepBatch:
+        """Returns what the network reads, of latents x (G, D, 64) and times (N,)."""
+        inputs, own, segments = self._inputs, self._shape.own, self.segments
+        first = PAGE_FRAMES * inputs.first_page.index_select(0, inputs.lanes)
+        places = first.index_select(0, segments.rows) + self._frames
+        latents = x.transpose(0, 1).flatten(1).index_select(1, places)
+        return StepBatch(
+            x=torch.where(segments.is_frame, latents, 0.0)[None],
+            t=times.index_select(0, inputs.lanes),
+            valid=None,
+            constants={name: memories.constants[name] for name in own.constants},
+            by_frame={
+                name: self._read(memories.by_frame[name], table)
+                for name, table in zip(own.by_frame, inputs.by_frame, strict=True)
+            },
+            segments=segments,
+            slots=dict(zip(own.constants, inputs.slots, strict=True)),
+        )
+
+    def _read(self, memory: Tensor, table: Tensor) -> Tensor:
+        """Returns what pages (B, P) of a memory hold for each token, (1, channels, tokens)."""
+        rows, frames = self.segments.rows, self._frames
+        pages = table.flatten().index_select(0, rows * table.shape[1] + frames // PAGE_FRAMES)
+        values = memory[pages, :, frames % PAGE_FRAMES]
+        return torch.where(self.segments.is_frame[:, None], values, 0.0).T[None]
+
+    def pages(self, output: Tensor, branches: Tensor, *, frame: Tensor) -> Tensor:
+        """Returns the output (D, tokens) of each row's network row `branches` (N,) by page, (G, D, 64)."""
+        first = self.segments.offsets.index_select(0, branches) + self._shape.num_prefix
+        places = first.index_select(0, self._inputs.page_rows)[:, None] + frame
+        taken = output.index_select(1, places.clamp(max=output.shape[1] - 1).flatten())
+        return taken.unflatten(1, frame.shape).transpose(0, 1)

@@ -1,0 +1,254 @@
+"""The state of one request that the caller's event loop and the engine thread share: reply, cancellation, timings; and
+the inbox through which requests reach the engine thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from stable_audio_serve.core.errors import DeadlineExceededError, ModelUnavailableError, StartTimeoutError
+from stable_audio_serve.core.generation import (
+    GenerationRequest,
+    GenerationResult,
+    Progress,
+    ProgressCallback,
+    StageTimings,
+)
+from stable_audio_serve.engine.calls.conditioning import HeldConditioning
+from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.windows import SourceEncoding
+from stable_audio_serve.engine.scheduling.work import RowWork
+from stable_audio_serve.models.protocol import RowPlan, TextEmbedding
+from stable_audio_serve.sampling.noise import NoiseSource
+
+UNAVAILABLE = "the model is shutting down or its engine stopped; retry"
+
+
+class Inbox:
+    """Submitted requests in order. A closed inbox accepts nothing, so no request can be left in it."""
+
+    def __init__(self) -> None:
+        self._requests: deque[RequestState] = deque()
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._closed = False
+
+    def put(self, request: RequestState) -> None:
+        """Add a request. Raises ModelUnavailableError once the inbox is closed."""
+        with self._lock:
+            if self._closed:
+                raise ModelUnavailableError(UNAVAILABLE)
+            self._requests.append(request)
+        self._changed.set()
+
+    def wake(self) -> None:
+        """Wake the engine thread: something was cancelled, or it should stop."""
+        self._changed.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something arrives or `wake` is called, at most `timeout_s`."""
+        self._changed.wait(timeout_s)
+
+    def take(self) -> list[RequestState]:
+        """Returns everything submitted since the last call."""
+        self._changed.clear()
+        with self._lock:
+            taken = list(self._requests)
+            self._requests.clear()
+        return taken
+
+    def close(self) -> list[RequestState]:
+        """Accept nothing more. Returns the requests that were never taken."""
+        with self._lock:
+            self._closed = True
+        return self.take()
+
+
+Message = TypeVar("Message")
+TimedStage = Literal["queue", "text", "source", "denoise", "stalled", "decode"]
+
+
+class Reply:
+    """Sends results, errors and progress to the caller's event loop. Usable from any thread."""
+
+    def __init__(self, on_progress: ProgressCallback | None) -> None:
+        """Must be called on the caller's event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._on_progress = on_progress
+        self.future: asyncio.Future[GenerationResult] = self._loop.create_future()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the caller is gone because its event loop is closed."""
+        return self._loop.is_closed()
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether the caller asked for progress."""
+        return self._on_progress is not None
+
+    def resolve(self, result: GenerationResult) -> None:
+        """Deliver the result, unless the caller left."""
+        self._post(self.future.set_result, result)
+
+    def fail(self, error: Exception) -> None:
+        """Raise `error` in the caller, unless the caller left."""
+        self._post(self.future.set_exception, error)
+
+    def report(self, progress: Progress) -> None:
+        """Call the caller's callback on the caller's event loop."""
+        if self._on_progress is not None:
+            self._post(self._on_progress, progress)
+
+    def _post(self, action: Callable[[Message], object], message: Message) -> None:
+        with suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(self._deliver, action, message)
+
+    def _deliver(self, action: Callable[[Message], object], message: Message) -> None:
+        if not self.future.done():
+            action(message)
+
+
+class StageClock:
+    """Splits a request's wall time into stages without gaps: each mark adds the time since the last to one stage."""
+
+    def __init__(self, started_at: float) -> None:
+        self._started_at = self._last_at = started_at
+        self._seconds: dict[TimedStage, float] = {}
+
+    def mark(self, stage: TimedStage, now: float) -> None:
+        """Add the time since the last mark to `stage`."""
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last_at
+        self._last_at = now
+
+    def timings(self) -> StageTimings:
+        """Returns the time of each stage up to the last mark."""
+        ms = {stage: seconds * 1000.0 for stage, seconds in self._seconds.items()}
+        stalled_ms = ms.get("stalled", 0.0)
+        return StageTimings(
+            queue_ms=ms.get("queue", 0.0),
+            text_ms=ms.get("text", 0.0),
+            source_ms=ms.get("source", 0.0),
+            denoise_ms=ms.get("denoise", 0.0) + stalled_ms,
+            stalled_ms=stalled_ms,
+            decode_ms=ms.get("decode", 0.0),
+            total_ms=(self._last_at - self._started_at) * 1000.0,
+        )
+
+
+def late(request: GenerationRequest) -> DeadlineExceededError:
+    """Returns the error for a request that did not finish in time."""
+    message = f"the request did not finish within its {request.deadline_s:g} s"
+    return DeadlineExceededError(message, field="deadline_s")
+
+
+def late_start(request: GenerationRequest) -> StartTimeoutError:
+    """Returns the error for a request that did not start in time."""
+    return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The embeddings of a request's prompt and, where some evaluation is guided with one, its negative prompt."""
+
+    prompt: TextEmbedding
+    negative: TextEmbedding | None
+
+
+@dataclass(slots=True)
+class SharedParts:
+    """What the rows of a request share, made by the first of them that gets so far; None before."""
+
+    prompts: Prompts | None = None
+    sources: dict[str, SourceEncoding] = field(default_factory=dict)  # by stage; unless the encoder draws noise
+    conditioning: HeldConditioning | None = None  # unless it depends on a row's own noise
+
+    def release(self) -> None:
+        """Give back what is kept for rows to come."""
+        if self.conditioning is not None:
+            self.conditioning.free()
+            self.conditioning = None
+
+
+class RequestRow(Protocol):
+    """What a request needs to know about each of its rows; `engine.rows.Row` implements it."""
+
+    id: RowId
+    plan: RowPlan
+    work: RowWork
+
+    @property
+    def fraction(self) -> float:
+        """How much of the row is done, 0..1; never falls."""
+        ...
+
+    @property
+    def steps_done(self) -> int:
+        """The number of finished sampler steps."""
+        ...
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the row can run its first step or has run it."""
+        ...
+
+
+class RequestState:
+    """One accepted request. The fields from `clock` on are for the engine thread only; any thread may call `cancel`."""
+
+    def __init__(
+        self,
+        request_id: int,
+        request: GenerationRequest,
+        *,
+        plans: Sequence[tuple[RowPlan, RowWork]],
+        reply: Reply,
+        noise_factory: Callable[[int], NoiseSource],
+        submitted_at: float,
+    ) -> None:
+        self.id = request_id
+        self.request = request
+        self.plans = plans
+        self.reply = reply
+        self.noise_factory = noise_factory
+        self.submitted_at = submitted_at
+        self.deadline_at = None if request.deadline_s is None else submitted_at + request.deadline_s
+        self.start_by = None if request.start_within_s is None else submitted_at + request.start_within_s
+        self._cancelled = False
+        self.clock = StageClock(submitted_at)
+        self.rows: list[RequestRow] = []
+        self.audio: dict[int, npt.NDArray[np.float32]] = {}
+        self.shared = SharedParts()
+        self.last_position: int | None = None
+        self.is_started = False
+
+    def cancel(self) -> None:
+        """End the request at the next step boundary."""
+        self._cancelled = True
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the request was cancelled or its caller is gone."""
+        return self._cancelled or self.reply.is_abandoned
+
+    def progress(self, queue_position: int | None) -> Progress:
+        """Returns the progress of all variations together; stage and fraction never go back."""
+        rows = self.rows
+        fraction = sum(row.fraction for row in rows) / len(rows)
+        steps_total = sum(len(row.plan.sampler.step_ends) for row in rows)
+        steps_done = sum(row.steps_done for row in rows)
+        if queue_position is not None:
+            return Progress("queued", 0.0, 0, steps_total, queue_position)
+        if steps_done == steps_total:
+            return Progress("decoding", fraction, steps_done, steps_total)
+        denoising = any(row.is_conditioned for row in rows)
+        return Progress("denoising" if denoising else "encoding", fraction, steps_done, steps_total)

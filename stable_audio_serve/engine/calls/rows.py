@@ -1,0 +1,167 @@
+"""The engine thread's view of one row: one variation of one request with its own registers, noise and windows."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from stable_audio_serve.engine.calls.conditioning import HeldConditioning
+from stable_audio_serve.engine.calls.noise_ahead import RowNoise
+from stable_audio_serve.engine.calls.request_state import Prompts, RequestState
+from stable_audio_serve.engine.hardware.arena import HeldFrames
+from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Moment
+from stable_audio_serve.engine.scheduling.batching import Lane
+from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
+from stable_audio_serve.engine.scheduling.work import RowWork
+from stable_audio_serve.models.protocol import RowPlan
+from stable_audio_serve.sampling.noise import NoiseSource
+from stable_audio_serve.sampling.plan import Evaluation
+from stable_audio_serve.sampling.update import StepNumbers
+
+# The progress at which a row's phases end: rough values that make progress monotone.
+_ENCODED, _DENOISED = 0.05, 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Accepted, or ended: holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Its noise is being drawn and its sources, by stage (init, inpaint), are being encoded."""
+
+    noise: RowNoise
+    prompts: Prompts
+    ready: Moment  # of the second queue: prompts and the windows that were asked for are there
+    sources: dict[str, SourceEncoding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping:
+    """Between two evaluations: its registers, and behind them what a blended plan keeps, are `held` on the device."""
+
+    noise: RowNoise
+    conditioning: HeldConditioning
+    numbers: Sequence[StepNumbers]  # of each evaluation
+    held: HeldFrames
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Denoised: `latents` (D, F) float32 on the model's device; `noise` serves the windows."""
+
+    noise: NoiseSource
+    latents: Tensor
+    audio: AudioAssembly
+    ready: Moment  # the latents, then the windows that were asked for are there
+
+
+RowPhase = Waiting | Encoding | Stepping | Decoding
+OnePhase = TypeVar("OnePhase", Waiting, Encoding, Stepping, Decoding)
+
+
+class Row:
+    """Mutable state of one row; tensors live on the model's device."""
+
+    def __init__(self, row_id: RowId, request: RequestState, *, index: int, plan: RowPlan, work: RowWork) -> None:
+        """`index` is the variation's place in the request."""
+        self.id = row_id
+        self.request = request
+        self.index = index
+        self.plan = plan
+        self.work = work
+        self.phase: RowPhase = Waiting()
+        self._encode_total = sum(work.encode_left)
+        self._decode_total = sum(work.decode_left)
+
+    def in_phase(self, kind: type[OnePhase]) -> OnePhase:
+        """Returns the phase's value. Raises RuntimeError if the row is in another phase."""
+        if not isinstance(self.phase, kind):
+            raise RuntimeError(f"a row is {type(self.phase).__name__}, not {kind.__name__}")
+        return self.phase
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation that runs next."""
+        return self.plan.sampler.evaluations[self.work.num_done]
+
+    @property
+    def lane(self) -> Lane:
+        """What the next evaluation needs in a device call."""
+        return self.work.lane
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the row can run its first step or has run it."""
+        return isinstance(self.phase, Stepping) or self.work.num_done > 0
+
+    @property
+    def steps_done(self) -> int:
+        """The number of finished sampler steps, as the client counts them."""
+        return bisect_right(self.plan.sampler.step_ends, self.work.num_done)
+
+    @property
+    def fraction(self) -> float:
+        """How much of the row is done, 0..1; never falls."""
+        encoded = _share_done(self._encode_total, sum(self.work.encode_left))
+        denoised = self.work.num_done / max(len(self.work.branches), 1)
+        decoded = _share_done(self._decode_total, sum(self.work.decode_left))
+        return _ENCODED * encoded + (_DENOISED - _ENCODED) * denoised + (1.0 - _DENOISED) * decoded
+
+    def release(self) -> None:
+        """Free the row's tensors and stop its noise."""
+        if isinstance(self.phase, Encoding | Stepping):
+            self.phase.noise.cancel()
+        if isinstance(self.phase, Stepping):
+            self.phase.held.free()
+            self.phase.conditioning.free()
+        self.phase = Waiting()
+
+
+Failures = list[tuple[Row, Exception]]  # rows and why each failed
+
+
+def run_alone(row: Row, action: Callable[[Row], None]) -> Failures:
+    """Run an action for a single row. Returns the row as failed if it raises."""
+    try:
+        action(row)
+    except DEVICE_LOST:
+        raise
+    except Exception as error:  # noqa: BLE001 - the engine's edge
+        return [(row, error)]
+    return []
+
+
+def row_work(plan: RowPlan, *, hop: int) -> RowWork:
+    """Returns the work of a planned row; a guided evaluation takes two network rows."""
+    sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
+    end = min(plan.output_samples, plan.valid_frames * hop)
+    return RowWork(
+        plan.frames,
+        branches=[2 if evaluation.guided else 1 for evaluation in plan.sampler.evaluations],
+        encode_left=[frames for source in sources for frames in window_lengths(source.windows)],
+        decode_left=window_lengths(audible_spans(plan.decode_windows, hop=hop, end=end)),
+    )
+
+
+def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
+    """Returns the empty output of a planned row; `is_fixed`: its windows are those of the plan."""
+    return AudioAssembly(
+        plan.decode_windows,
+        device=device,
+        channels=channels,
+        hop=hop,
+        valid_frames=plan.valid_frames,
+        output_samples=plan.output_samples,
+        rule=None if is_fixed else plan.decode_rule,
+    )
+
+
+def _share_done(total: int, left: int) -> float:
+    return 1.0 if total == 0 else 1.0 - left / total

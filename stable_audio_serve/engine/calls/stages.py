@@ -1,0 +1,234 @@
+"""The phases of picked rows: inputs, evaluations, decoded audio. Everything but evaluations runs beside them, where the
+device can. Knows neither prompts nor how sources are encoded (`inputs` does), and no scheduler; returns failed rows to
+the loop, which ends their requests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from dataclasses import replace
+
+import torch
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.errors import GenerationError
+from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.calls.conditioning import HeldConditioning
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.inputs import PromptCache, RowInputs
+from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, make_assembly, run_alone
+from stable_audio_serve.engine.hardware.device import Device, Moment
+from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.engine.scheduling.pacing import CallTimes, WindowPace
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
+
+
+class Stages:
+    """Advances rows phase by phase. Used by the engine thread only; every phase returns the rows that failed."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        executor: Executor,
+        *,
+        device: Device,
+        cost: CostModel,
+        cache: PromptCache,
+        drawers: Mapping[Priority, futures.Executor],
+        pace: WindowPace,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """Each of `drawers` runs one draw at a time, in order."""
+        self._model = model
+        self._executor = executor
+        self._device = device
+        self._cost = cost
+        self._times = CallTimes(device, cost=cost, metrics=metrics)
+        self._pace = pace
+        self._clock = clock
+        self._metrics = metrics
+        self._inputs = RowInputs(
+            model,
+            executor,
+            device=device,
+            times=self._times,
+            cache=cache,
+            drawers=drawers,
+            pace=pace,
+            clock=clock,
+            metrics=metrics,
+        )
+        self._delivering: deque[tuple[Row, Moment]] = deque()
+
+    def start(self, rows: Sequence[Row]) -> Failures:
+        """Start rows: noise, prompts, sources. Rows without sources can begin afterwards."""
+        return self._inputs.start(rows)
+
+    def encode(self, rows: Sequence[Row]) -> Failures:
+        """Encode the next source windows of each row; a row can begin after its last window."""
+        return self._inputs.encode(rows)
+
+    def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
+        """Set the conditioning and registers of rows whose text and sources are encoded, after which they can step.
+
+        Not `at_once`: only of rows for which the device need not wait.
+        """
+        failures: Failures = []
+        for row in rows:
+            ready = row.in_phase(Encoding).ready
+            if at_once or ready.is_reached():
+                self._device.follow(ready)
+                failures += self._begin(row)
+        return failures
+
+    def denoise(self, rows: Sequence[Row]) -> Failures:
+        """Run one evaluation of every row; a row can be decoded after its last one."""
+        calls = self._executor.calls(rows)
+        lanes = [row.lane for row in rows]
+        tokens = sum(lane.branches * lane.frames for lane in lanes)
+        groups = [call.groups for call in calls]
+        self._pace.saw_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
+        failures = self._times.time("denoise", groups, run=lambda: self._executor.denoise(rows, calls))
+        failpoint("between_steps")
+        self._metrics.observe("engine_rows_per_step", len(rows))
+        padded_tokens = sum(count * frames for own in groups for count, frames in own)
+        self._metrics.gauge("engine_pad_share", 1.0 - tokens / padded_tokens)
+        now = self._clock.monotonic()
+        for row in rows:
+            row.request.clock.mark("denoise", now)
+            if row.work.num_done == len(row.work.branches):
+                self._take_latents(row)
+        return failures
+
+    def decode(self, rows: Sequence[Row], *, others_wait: bool = False) -> Failures:
+        """Decode the next windows of each row into its audio; short ones if other rows wait for it."""
+        failpoint("before_decode")
+        max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
+        decoding = {row.id: row.in_phase(Decoding) for row in rows}
+        failed: dict[int, tuple[Row, Exception]] = {}
+        with self._device.beside(*(own.latents for own in decoding.values())):
+            windows = [
+                (row, window)
+                for row in rows
+                for window in decoding[row.id].audio.pending(
+                    decoding[row.id].latents, decoding[row.id].noise, max_frames=max_frames
+                )
+            ]
+            calls = [((1, window.latents.shape[-1]),) for _, window in windows]
+            outcomes = self._times.time(
+                "decode", calls, run=lambda: self._executor.decode([window for _, window in windows])
+            )
+            for (row, _), outcome in zip(windows, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    failed.setdefault(row.id, (row, outcome))
+                elif row.id not in failed:
+                    audio = decoding[row.id].audio
+                    audio.put(outcome)
+                    row.work.decode_left = audio.lengths_left
+            ready = self._device.mark()
+        self._metrics.gauge("engine_device_memory_bytes", self._device.use().memory_used_bytes or 0)
+        now = self._clock.monotonic()
+        for row in rows:
+            row.phase = replace(decoding[row.id], ready=ready)
+            row.request.clock.mark("decode", now)
+        return list(failed.values())
+
+    def deliver(self, row: Row) -> None:
+        """Note that a row's work is all asked for: `delivered` returns it when its audio is on the host."""
+        self._delivering.append((row, row.in_phase(Decoding).ready))
+
+    def delivered(self, *, wait: bool = False) -> tuple[list[Row], Failures]:
+        """Returns the rows whose audio has arrived, and those of them whose audio is not a number.
+
+        With `wait`, at least one row that is on its way is waited for.
+        """
+        self._device.collect()  # in every turn, so that little has to be moved at once
+        arrived: list[Row] = []
+        failures: Failures = []
+        while self._delivering:
+            row, moment = self._delivering[0]
+            if not moment.is_reached():
+                if not wait or arrived:
+                    break
+                moment.wait()
+            self._device.collect()
+            self._delivering.popleft()
+            if not isinstance(row.phase, Decoding):
+                continue  # it ended meanwhile
+            row.request.clock.mark("decode", self._clock.monotonic())  # the device ended later than it was asked
+            arrived.append(row)
+            if not row.phase.audio.is_finite:
+                failures.append((row, GenerationError("the model made audio that is not a number")))
+        return arrived, failures
+
+    def capture(self, *, is_idle: bool) -> bool:
+        """Prepare one more shape of calls to run faster; rarely while others wait. Returns whether there was one."""
+        return self._executor.capture_next(is_idle=is_idle)
+
+    @property
+    def has_room_beside(self) -> bool:
+        """Whether more windows may be encoded or decoded beside the next step."""
+        return self._times.has_room_beside
+
+    def keep_pace(self) -> None:
+        """Wait until the device is at most a few calls behind, and learn how long its calls took."""
+        self._times.keep_pace()
+
+    def _begin(self, row: Row) -> Failures:
+        return run_alone(row, self._set_registers)
+
+    def _set_registers(self, row: Row) -> None:
+        encoding, plan = row.in_phase(Encoding), row.plan.sampler
+        init, inpaint = encoding.sources.get("init"), encoding.sources.get("inpaint")
+        kept = None
+        if plan.start_blend is not None:
+            if row.plan.keep_mask is None or inpaint is None:
+                raise RuntimeError("a blended plan keeps nothing")
+            mask, noise = self._device.upload(row.plan.keep_mask == 1.0), self._device.upload(encoding.noise.kept())
+            kept = Kept(mask=mask, source=inpaint.latents().float(), noise=noise)
+        noise = self._device.upload(encoding.noise.initial())
+        registers = start_state(plan, noise, source=init.latents() if init else None, kept=kept)
+        numbers = [StepNumbers.of(evaluation) for evaluation in plan.evaluations]
+        parts = [registers]
+        if kept is not None:
+            parts.append(torch.stack([kept.mask.float().expand_as(kept.source), kept.source, kept.noise]))
+        held = self._executor.hold(torch.cat(parts))
+        try:
+            conditioning = self._condition(row, encoding)
+        except Exception:
+            held.free()  # no phase of the row has it yet
+            raise
+        row.phase = Stepping(encoding.noise, conditioning, numbers, held)
+
+    def _condition(self, row: Row, encoding: Encoding) -> HeldConditioning:
+        shared = row.request.shared
+        if shared.conditioning is not None:
+            return shared.conditioning.share()
+        inpaint = None if row.plan.sampler.start_blend else encoding.sources.get("inpaint")
+        conditioning = self._model.condition(
+            row.plan,
+            prompt=encoding.prompts.prompt,
+            negative=encoding.prompts.negative,
+            inpaint_latents=inpaint.latents() if inpaint else None,
+        )
+        held = self._executor.conditioning.hold(conditioning)
+        if inpaint is None or not self._model.spec.noisy_source_encoder:
+            shared.conditioning = held.share()
+        return held
+
+    def _take_latents(self, row: Row) -> None:
+        """Move a row's result from registers to latents."""
+        stepping, spec = row.in_phase(Stepping), self._model.spec
+        audio = make_assembly(
+            row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._pace.is_fixed, device=self._device
+        )
+        latents = self._executor.release(stepping.held, part=row.plan.sampler.result_register)
+        stepping.conditioning.free()
+        audio.check(latents[:, : row.plan.valid_frames])
+        row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())

@@ -1,0 +1,171 @@
+"""Measures a newly loaded model on typical shapes, so that the first prediction is already accurate; the measurements
+also trigger lazy initialisation. Stops at the end of its time budget. Knows no requests of callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Lane
+from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement, Work
+from stable_audio_serve.engine.scheduling.windows import window_lengths
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    DiffusionModel,
+    EncodeWindow,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+)
+from stable_audio_serve.sampling.noise import NoiseSource
+
+_PROMPT = "warm-up"
+DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the model's maximum duration
+_CROWDS = (1, 2, 4, 8, 32)  # rows waiting together
+_NUM_RUNS = 3  # of each probe; the shortest counts, because whatever disturbs a run makes it longer
+
+
+def step_shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
+    """Returns the (rows, frames) of the denoiser calls to time for rows of this length: alone, guided, and crowds of
+    up to a whole step's tokens."""
+    crowds = [[Lane(1, frames)], [Lane(2, frames)]]
+    crowds += [[Lane(1, frames)] * count for count in _CROWDS if count * policy.padded(frames) <= max_tokens]
+    calls = [policy.split(lanes)[0] for lanes in crowds]
+    return {(len(call.lengths), frames) if call.lengths else (call.rows, call.frames) for call in calls}
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """A device call to time: its kind, its shape and a function that runs it."""
+
+    work: Work
+    rows: int
+    frames: int
+    run: Callable[[], object]
+
+    @property
+    def size(self) -> int:
+        """What the time of a call of this kind is at most proportional to, but for attention."""
+        return self.rows * max(self.frames, 1)
+
+
+class WarmUp:
+    """Fits `cost` to a model. Call `run` on the engine thread before the first request."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        cost: CostModel,
+        *,
+        policy: BatchPolicy,
+        max_tokens: int,
+        max_prompts: int,
+        noise_factory: Callable[[int], NoiseSource],
+        device: Device,
+        budget_s: float,
+    ) -> None:
+        """`max_tokens` latent frames are in a step at most, and `max_prompts` in a call of the text encoder."""
+        self._model = model
+        self._cost = cost
+        self._policy = policy
+        self._max_tokens = max_tokens
+        self._max_prompts = max_prompts
+        self._noise_factory = noise_factory
+        self._device = device
+        self._left_s = budget_s
+        self._measured: dict[Work, list[Measurement]] = {}
+
+    def run(self) -> None:
+        """Time probes from the smallest to the largest, except those predicted to exceed the budget."""
+        prompt = self._model.encode_text([_PROMPT])[0]
+        if self._model.spec.is_compiled:
+            self._compile(prompt)
+        probes = {(probe.work, probe.rows, probe.frames): probe for probe in self._probes(prompt)}
+        last: dict[Work, tuple[float, int]] = {}  # milliseconds and size of each kind's last probe
+        for probe in sorted(probes.values(), key=lambda probe: (probe.size, probe.rows)):
+            if probe.work in last:
+                ms, size = last[probe.work]
+                if ms * probe.size / size > 1000.0 * self._left_s:
+                    continue
+            else:
+                self._run_once(probe)  # what is initialised lazily counts neither as time of this shape nor as budget
+            ms = self._best_ms(probe)
+            last[probe.work] = ms, probe.size
+            self._measured.setdefault(probe.work, []).append(Measurement(probe.rows, probe.frames, ms))
+        for work, measurements in self._measured.items():
+            self._cost.fit(work, measurements)
+
+    def _compile(self, prompt: TextEmbedding) -> None:
+        """Make once each kind of call that is compiled apart: of one row and of several, without and with a source."""
+        plan = self._plan(DURATION_SHARES[0])
+        latents = torch.zeros(self._model.spec.card.latent_channels, plan.frames, device=self._model.device)
+        inpainting = replace(plan, keep_mask=torch.ones(plan.frames))
+        for own, source in ((plan, None), (inpainting, latents)):
+            conditioning = self._model.condition(own, prompt=prompt, negative=None, inpaint_latents=source)
+            for rows in (1, 2):
+                self._denoise(plan, [conditioning] * rows, frames=self._policy.padded(plan.frames))
+
+    def _plan(self, share: float) -> RowPlan:
+        """Returns the plan of a row whose duration is this share of the longest."""
+        duration_s = self._model.spec.card.max_duration_s * share
+        request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
+        return self._model.plan(request)[0]
+
+    def _probes(self, prompt: TextEmbedding) -> Iterator[_Probe]:
+        for count in _CROWDS:
+            if count <= self._max_prompts:
+                yield _Probe("text", count, 0, partial(self._model.encode_text, [_PROMPT] * count))
+        for share in DURATION_SHARES:
+            plan = self._plan(share)
+            conditioning = self._model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None)
+            yield from self._row_probes(plan, conditioning)
+
+    def _row_probes(self, plan: RowPlan, conditioning: RowConditioning) -> Iterator[_Probe]:
+        noise = self._noise_factory(0)
+        for rows, frames in step_shapes(self._policy, plan.frames, max_tokens=self._max_tokens):
+            run = partial(self._denoise, plan, [conditioning] * rows, frames=frames)
+            yield _Probe("denoise", rows, frames, run)
+        spec = self._model.spec
+        window = max(window_lengths(plan.decode_windows))
+        latents = torch.zeros(spec.card.latent_channels, window, device=self._model.device)
+        samples = torch.zeros(spec.card.channels, window * spec.hop)
+        yield _Probe("decode", 1, window, partial(self._model.decode, [DecodeWindow(latents, 0, noise)]))
+        encode = EncodeWindow(samples, 0, "init", noise)
+        yield _Probe("encode", 1, window, partial(self._model.encode_audio, [encode]))
+
+    def _denoise(self, plan: RowPlan, rows: Sequence[RowConditioning], *, frames: int) -> object:
+        device = self._model.device
+        batch = StepBatch.of(
+            torch.zeros(len(rows), self._model.spec.card.latent_channels, frames, device=device),
+            t=torch.full((len(rows),), 0.5, device=device),
+            valid=(torch.arange(frames) < plan.valid_frames).expand(len(rows), frames).to(device),
+            branches=[row.conditional for row in rows],
+        )
+        return self._model.denoise(batch)
+
+    def _best_ms(self, probe: _Probe) -> float:
+        """Returns the shortest of up to three runs; no run starts that is predicted to exceed the budget."""
+        best_s = self._run_once(probe)
+        self._left_s -= best_s
+        for _ in range(_NUM_RUNS - 1):
+            if best_s > self._left_s:
+                break
+            run_s = self._run_once(probe)
+            self._left_s -= run_s
+            best_s = min(best_s, run_s)
+        return 1000.0 * best_s
+
+    def _run_once(self, probe: _Probe) -> float:
+        """Returns the seconds that one run takes the device."""
+        began = self._device.mark()
+        probe.run()
+        ended = self._device.mark()
+        ended.wait()
+        return ended.ms_since(began) / 1000.0

@@ -1,0 +1,269 @@
+"""Calls captured as CUDA graphs, by shape: a captured call starts in one launch. A shape that is not captured yet runs
+eagerly, is counted, and is captured later, one at a time so that no request waits long. Bounds the time and the memory
+that captures take. Knows no rows and no model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.clock import Clock
+from stable_audio_serve.core.metrics import Metrics
+from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Moment
+
+log = logging.getLogger(__name__)
+
+MOST_MS = 200.0  # that a waiting step may be delayed
+_SHARE = 0.1  # of the time while others wait
+_MISSES_TO_DELAY = 100  # after which a shape is captured beside traffic however long that takes
+_NUM_KEPT = 8  # captures of a kind to learn from: the first ones also initialise what a kernel needs
+
+
+class CapturePace:
+    """Used by the engine thread only."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._taken: defaultdict[Hashable, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=_NUM_KEPT))
+        self._rests_until = -math.inf
+
+    def saw(self, kind: Hashable, *, size: int, ms: float) -> None:
+        """Note that a capture has ended, and how long it kept the device from everything else."""
+        self._taken[kind].append((size, ms))
+        self._rests_until = self._clock.monotonic() + ms / 1000.0 * (1.0 / _SHARE - 1.0)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether captures have had their share of the time for now."""
+        return self._clock.monotonic() < self._rests_until
+
+    def allows(self, kind: Hashable, *, size: int, misses: int) -> bool:
+        """Whether a shape may be captured while others wait."""
+        return misses >= _MISSES_TO_DELAY or self._predicted_ms(kind, size) <= MOST_MS
+
+    def _predicted_ms(self, kind: Hashable, size: int) -> float:
+        """Returns no less than any larger capture took that is known, else in proportion to the largest."""
+        taken = self._taken[kind]
+        larger = [ms for known, ms in taken if known >= size]
+        if larger:
+            return min(larger)
+        return max((ms * size / known for known, ms in taken), default=math.inf)
+
+
+class CaptureRoom:
+    """Counts by what this process holds more after a capture than before. Used by one thread."""
+
+    def __init__(self, device: Device, *, max_bytes: int | None) -> None:
+        """`max_bytes` None: no bound, and nothing is counted."""
+        self._device = device
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more should be captured."""
+        return self._max_bytes is not None and self.num_bytes >= self._max_bytes
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Returns a context for one capture, which may fail."""
+        before = self._held()
+        try:
+            yield
+        finally:
+            self.num_bytes += max(0, self._held() - before)
+            if self.is_full:
+                held_gb = self.num_bytes / 1e9
+                log.warning("captured calls hold %.3g GB: calls of other shapes run without (memory_share)", held_gb)
+
+    def _held(self) -> int:
+        memory = None if self._max_bytes is None else self._device.memory()
+        return 0 if memory is None else memory.held
+
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["denoise", "text", "decode"]
+
+MOST_GRAPHS = 192
+_MISSES_TO_CAPTURE = 2  # a shape that is seen once may never come again
+_USES_TO_AGE = 20_000  # after so many calls all counts are halved: what was asked for long ago matters less
+_WORTH_DROPPING = 2  # how many times more often a shape must be asked for than the one it replaces
+
+
+class Shape(Protocol):
+    """All that a captured call has fixed, as a value."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def size(self) -> int:
+        """Latent frames or tokens, padding included: what the call's time grows with."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[int, torch.dtype]:
+        """How many values the call reads, and their type."""
+        ...
+
+    @property
+    def num_outputs(self) -> int:
+        """How many float32 values the call makes, beside what it writes to other memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallMemory:
+    """Where a captured call reads and writes: shared by all calls of a kind, no two of which run at once."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+# Asks the device for a call of a shape on this memory.
+Run = Callable[[Any, CallMemory], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A captured call: write its inputs, `replay`, and copy what is needed of its outputs before the next call."""
+
+    memory: CallMemory
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """Captured calls of one engine: the most used shapes. Used by the engine thread only."""
+
+    def __init__(self, device: Device, *, clock: Clock, metrics: Metrics, max_bytes: int | None = None) -> None:
+        """Once captures have taken `max_bytes` of the device's memory, which they keep, there are no further ones."""
+        self._device = device
+        self._room = CaptureRoom(device, max_bytes=max_bytes)
+        self._pace = CapturePace(clock)
+        self._measuring: tuple[Shape, Moment, Moment] | None = None  # the last capture, until its time is known
+        self._metrics = metrics
+        self._captured: dict[Shape, Captured] = {}
+        self._wanted: dict[Shape, Run] = {}
+        self._misses: Counter[Shape] = Counter()
+        self._uses: Counter[Shape] = Counter()
+        self._num_uses = 0
+        self._refused: set[Shape] = set()
+        self._inputs: dict[Kind, Tensor] = {}
+        self._outputs: dict[Kind, Tensor] = {}
+
+    def find(self, shape: Shape, run: Run) -> Captured | None:
+        """Returns the captured call of a shape; None, after which the caller runs it as it is, if there is none.
+
+        `run` is what may be captured later: device work that depends on nothing but the shape and the inputs, which
+        may be zeros.
+        """
+        self._uses[shape] += 1
+        self._num_uses += 1
+        if self._num_uses % _USES_TO_AGE == 0:
+            self._age()
+        captured = self._captured.get(shape)
+        if captured is None:
+            self._metrics.increment("engine_graph_misses", kind=shape.kind)
+            self._misses[shape] += 1
+            self._wanted[shape] = run
+        return captured
+
+    def capture_next(self, *, is_idle: bool) -> bool:
+        """Capture the largest shape that was missed often enough. Returns whether there was one.
+
+        Unless the device `is_idle`, only one that delays others for a short time, and only now and then.
+        """
+        if not self._learn(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
+            return False
+        wanted = [shape for shape in self._wanted if self._is_due(shape) and (is_idle or self._is_quick(shape))]
+        if not wanted:
+            return False
+        shape = max(wanted, key=lambda shape: shape.size)
+        with nullcontext() if shape.kind == "denoise" else self._device.beside():
+            began = self._device.mark()
+            with self._room.counted():
+                self._capture(shape)
+            self._measuring = shape, began, self._device.mark()
+        return True
+
+    def _capture(self, shape: Shape) -> None:
+        self._make_room()
+        run = self._wanted.pop(shape)
+        del self._misses[shape]
+        num_inputs, dtype = shape.inputs
+        memory = CallMemory(
+            self._fixed(self._inputs, shape.kind, num=num_inputs, dtype=dtype).zero_(),
+            self._fixed(self._outputs, shape.kind, num=shape.num_outputs, dtype=torch.float32),
+        )
+        try:
+            replay = self._device.capture(lambda: run(shape, memory))
+        except DEVICE_LOST:
+            raise
+        except Exception:
+            log.exception("a call cannot be captured: %s", shape)
+            self._refused.add(shape)
+            return
+        self._captured[shape] = Captured(memory, replay)
+        self._count(shape.kind)
+
+    def _learn(self, *, wait: bool) -> bool:
+        """Note how long the last capture took. Returns False if it has not ended."""
+        if self._measuring is not None:
+            shape, began, ended = self._measuring
+            if wait:
+                ended.wait()
+            elif not ended.is_reached():
+                return False
+            self._pace.saw(shape.kind, size=shape.size, ms=ended.ms_since(began))
+            self._measuring = None
+        return True
+
+    def forget(self, kind: Kind) -> None:
+        """Drop all captured calls of a kind, because memory that they use has moved."""
+        for shape in [shape for shape in self._captured if shape.kind == kind]:
+            del self._captured[shape]
+        self._count(kind)
+
+    def _is_quick(self, shape: Shape) -> bool:
+        return self._pace.allows(shape.kind, size=shape.size, misses=self._misses[shape])
+
+    def _is_due(self, shape: Shape) -> bool:
+        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._refused:
+            return False
+        if len(self._captured) < MOST_GRAPHS:
+            return True
+        return self._uses[shape] > _WORTH_DROPPING * self._uses[self._least_used()]
+
+    def _make_room(self) -> None:
+        """Drop the captured call that is asked for least, if there is no room for one more."""
+        if len(self._captured) >= MOST_GRAPHS:
+            dropped = self._least_used()
+            del self._captured[dropped]
+            self._count(dropped.kind)
+
+    def _least_used(self) -> Shape:
+        return min(self._captured, key=lambda shape: self._uses[shape])
+
+    def _age(self) -> None:
+        self._uses = Counter({shape: count // 2 for shape, count in self._uses.items() if count > 1})
+        for shape in [shape for shape in self._wanted if not self._uses[shape]]:
+            del self._wanted[shape], self._misses[shape]
+
+    def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
+        """Returns memory that all calls of a kind have in common; those captured before may keep a smaller one."""
+        if kind not in shared or len(shared[kind]) < num:
+            shared[kind] = torch.zeros(num, dtype=dtype, device=self._device.torch_device)
+        return shared[kind][:num]
+
+    def _count(self, kind: Kind) -> None:
+        self._metrics.gauge("engine_graphs", float(sum(shape.kind == kind for shape in self._captured)), kind=kind)

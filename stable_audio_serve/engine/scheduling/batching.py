@@ -1,0 +1,289 @@
+"""Splits the picked rows into device calls: how many network rows, padded to how many latent frames.
+Pure bookkeeping. All call shapes are chosen here, so that a graph can be captured and replayed for each shape.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+from stable_audio_serve.engine.scheduling.call_shapes import (
+    PACKED_ROWS,
+    CallMs,
+    CallShapes,
+    PackedRoom,
+    PackedShapes,
+    cut,
+    most_rows,
+    round_up,
+)
+from stable_audio_serve.engine.scheduling.cost import Groups
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """What one picked row needs in a call: `branches` network rows (2 when guided) of `frames` latent frames."""
+
+    branches: int
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One device call. `members` index the lanes; `rows` includes dummies, `frames` padding.
+
+    A packed call pads no row: `lengths` are the latent frames of each of its rows, `frames` those of the longest. Where
+    a graph needs a fixed shape it has a `room`, of which `num_spare` tokens are left over.
+    """
+
+    members: tuple[int, ...]
+    rows: int
+    frames: int
+    lengths: tuple[int, ...] = ()
+    room: PackedRoom | None = None
+    num_spare: int = 0
+
+    @property
+    def groups(self) -> Groups:
+        """The rows to predict the call's time from; what is left over counts as if all packed rows were longer."""
+        if not self.lengths:
+            return ((self.rows, self.frames),)
+        longer = -(-self.num_spare // len(self.lengths))
+        return tuple((rows, frames + longer) for frames, rows in Counter(self.lengths).items())
+
+
+class BatchPolicy(Protocol):
+    """Splits a step into calls. Every lane is in exactly one call, which is at least as long as the lane."""
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Returns the calls of this step."""
+        ...
+
+    def padded(self, frames: int) -> int:
+        """Returns the padded length of a call for a single row of `frames` latent frames."""
+        ...
+
+    def crowd(self, branches: int, frames: int) -> int:
+        """Returns how many network rows usually share such a row's call when many rows wait."""
+        ...
+
+
+def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int, list[int]]:
+    """Returns the indices of the lanes of each padded length, in the order given."""
+    groups: dict[int, list[int]] = {}
+    for i, lane in enumerate(lanes):
+        groups.setdefault(padded(lane.frames), []).append(i)
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class OneRowPerCall:
+    """Strict mode on a CPU: a call's shape depends only on its row and the grid."""
+
+    grid: int = 1
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        return [Call((i,), lane.branches, self.padded(lane.frames)) for i, lane in enumerate(lanes)]
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return branches
+
+    def padded(self, frames: int) -> int:
+        return round_up(frames, self.grid)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedSlots:
+    """Strict mode on CUDA: a call has `slots` network rows, all of one padded length; unused slots are dummies."""
+
+    slots: int = 8
+    grid: int = 64
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Lanes fill the calls of their padded length in the order given."""
+        calls: list[Call] = []
+        for frames, members in _by_length(lanes, self.padded).items():
+            group: list[int] = []
+            used = 0
+            for i in members:
+                if used + lanes[i].branches > self.slots:
+                    calls.append(Call(tuple(group), self.slots, frames))
+                    group, used = [], 0
+                group.append(i)
+                used += lanes[i].branches
+            calls.append(Call(tuple(group), self.slots, frames))
+        return calls
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return self.slots
+
+    def padded(self, frames: int) -> int:
+        return round_up(frames, self.grid)
+
+
+def _fill(
+    shapes: CallShapes, call_ms: CallMs, *, lanes: Sequence[Lane], members: Sequence[int], frames: int
+) -> list[Call]:
+    """Returns the calls of these members, padded to `frames`; both rows of a guided lane are in one call."""
+    _, rooms = cut(shapes, call_ms, rows=sum(lanes[i].branches for i in members), frames=frames)
+    groups: list[list[int]] = [[] for _ in rooms]
+    for i in sorted(members, key=lambda i: -lanes[i].branches):  # single rows fit into any gap that guided ones leave
+        place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
+        if place == len(rooms):  # guided rows leave gaps in calls of an odd size
+            rooms.append(max(most_rows(shapes, frames), lanes[i].branches))
+            groups.append([])
+        groups[place].append(i)
+        rooms[place] -= lanes[i].branches
+    return [
+        Call(tuple(sorted(group)), shapes.least(sum(lanes[i].branches for i in group)), frames)
+        for group in groups
+        if group
+    ]
+
+
+def _crowd(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
+    """Returns the rows of a call of about `knee_tokens` latent frames."""
+    rows = min(int(knee_tokens / frames), most_rows(shapes, frames))
+    return max(shapes.most(rows), shapes.least(branches))
+
+
+@dataclass(frozen=True, slots=True)
+class MergedGrid:
+    """Fast mode: rows of different lengths share a call where one padded call is predicted to be faster than two.
+
+    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` returns the number of latent frames above
+    which a call's fixed cost is a small share of it.
+    """
+
+    call_ms: CallMs
+    knee_tokens: Callable[[int], float]
+    shapes: CallShapes
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Returns the split with the least predicted time; lanes of equal padded length share calls."""
+        by_length = _by_length(lanes, self.padded)
+        lengths = sorted(by_length)
+        rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
+        call_ms = cache(self.call_ms)
+        # best[stop] = (least predicted ms for the first `stop` lengths, where the last call of that split begins)
+        best: list[tuple[float, int]] = [(0.0, 0)]
+        for stop in range(1, len(lengths) + 1):
+            candidates = [
+                (best[start][0] + self._cut_ms(call_ms, rows=sum(rows[start:stop]), frames=lengths[stop - 1]), start)
+                for start in range(stop)
+            ]
+            best.append(min(candidates))
+        calls: list[Call] = []
+        stop = len(lengths)
+        while stop > 0:
+            start = best[stop][1]
+            members = [i for length in lengths[start:stop] for i in by_length[length]]
+            frames = lengths[stop - 1]
+            calls = _fill(self.shapes, call_ms, lanes=lanes, members=members, frames=frames) + calls
+            stop = start
+        return calls
+
+    def _cut_ms(self, call_ms: CallMs, *, rows: int, frames: int) -> float:
+        return cut(self.shapes, call_ms, rows=rows, frames=frames)[0]
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
+
+    def padded(self, frames: int) -> int:
+        return self.shapes.padded(frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Fast mode where rows cost nothing but their own frames: all share one call, without padding.
+
+    `knee_tokens` as in MergedGrid.
+    """
+
+    knee_tokens: Callable[[int], float]
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Returns one call; equal lengths lie side by side in it."""
+        if not lanes:
+            return []
+        members = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
+        lengths = tuple(lanes[i].frames for i in members for _ in range(lanes[i].branches))
+        return [Call(tuple(members), len(lengths), lengths[-1], lengths)]
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return max(branches, int(self.knee_tokens(frames) / frames))
+
+    def padded(self, frames: int) -> int:
+        return frames
+
+
+@dataclass(frozen=True, slots=True)
+class PackedOrGrid:
+    """Fast mode where a graph can be captured of packed rows: rows are packed into one call, unless padded calls are
+    predicted to be faster, as for a request alone. `groups_ms` predicts the time of a call of several lengths."""
+
+    grid: MergedGrid
+    shapes: PackedShapes
+    groups_ms: Callable[[Groups], float]
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        padded = self.grid.split(lanes)
+        if len(lanes) < 2:
+            return padded
+        packed = self.pack(lanes)
+        return packed if self._ms(packed) < self._ms(padded) else padded
+
+    def pack(self, lanes: Sequence[Lane]) -> list[Call]:
+        """Returns packed calls of at least one lane."""
+        calls: list[Call] = []
+        members: list[int] = []
+        lengths: list[int] = []
+        for i in sorted(range(len(lanes)), key=lambda i: lanes[i].frames):
+            if len(lengths) + lanes[i].branches > PACKED_ROWS:
+                calls.append(self._call(members, lengths))
+                members, lengths = [], []
+            members.append(i)
+            lengths += [lanes[i].frames] * lanes[i].branches
+        return [*calls, self._call(members, lengths)]
+
+    def _call(self, members: Sequence[int], lengths: Sequence[int]) -> Call:
+        room = self.shapes.room(lengths)
+        num_spare = room.tokens - sum(lengths) - self.shapes.prefix * len(lengths)
+        return Call(tuple(members), room.rows, room.longest, tuple(lengths), room, num_spare)
+
+    def _ms(self, calls: Sequence[Call]) -> float:
+        return sum(self.groups_ms(call.groups) for call in calls)
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return self.grid.crowd(branches, frames)
+
+    def padded(self, frames: int) -> int:
+        return self.grid.padded(frames)
+
+
+@dataclass(frozen=True, slots=True)
+class EqualLengths:
+    """Fast mode for a network that knows no invalid frames: only rows of one length share a call, without padding.
+
+    `call_ms` and `knee_tokens` as in MergedGrid; of `shapes`, the row counts.
+    """
+
+    call_ms: CallMs
+    knee_tokens: Callable[[int], float]
+    shapes: CallShapes
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        return [
+            call
+            for frames, members in _by_length(lanes, self.padded).items()
+            for call in _fill(self.shapes, self.call_ms, lanes=lanes, members=members, frames=frames)
+        ]
+
+    def crowd(self, branches: int, frames: int) -> int:
+        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
+
+    def padded(self, frames: int) -> int:
+        return frames

@@ -1,0 +1,233 @@
+"""Predicts the device memory of rows, so that no row starts that would not fit. Knows no scheduler and no allocator.
+
+A row keeps its registers, a draw of noise, its latents and its branches' constants; the temporaries of its largest call
+come on top. What a model takes is measured once, by following every tensor of a few small calls.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, pages_of
+from stable_audio_serve.engine.scheduling.windows import window_lengths
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    DiffusionModel,
+    EncodeWindow,
+    ModelSpec,
+    RowPlan,
+    StepBatch,
+)
+from stable_audio_serve.models.windows import LONGEST_FRAMES
+from stable_audio_serve.sampling.noise import NoiseSource
+
+_DURATION_SHARES = (1 / 64, 1 / 16)  # of the model's maximum duration, to measure
+_WINDOW = 32  # latent frames of the windows that are measured
+_REGISTER_BYTES = 4  # float32
+_KEPT_BESIDE = 2  # a draw of noise and the latents, as large as a register each
+# What rows keep from step to step lies in arenas. One that is full doubles: then it is at most twice what they keep,
+# and while it is copied the old one, of half the size, is still there.
+_ARENA_GROWTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What a row's memory depends on; windows in latent frames, the longest of the row each."""
+
+    frames: int
+    num_registers: int
+    num_branches: int
+    encode_window: int
+    decode_window: int
+
+    def cut(self, frames: int) -> RowShape:
+        """Returns the shape of the same request for a clip of other latent frames."""
+        windows = min(self.encode_window, frames), min(self.decode_window, frames)
+        return replace(self, frames=frames, encode_window=windows[0], decode_window=windows[1])
+
+
+def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
+    """Returns what a plan's memory depends on; `is_fixed`: windows are those of the plan."""
+    sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
+    decoded = max(window_lengths(plan.decode_windows))
+    if plan.decode_rule is not None and not is_fixed:
+        decoded = max(decoded, min(plan.decode_windows[-1].stop, LONGEST_FRAMES))
+    return RowShape(
+        frames=plan.frames,
+        num_registers=plan.sampler.num_registers,
+        num_branches=2 if any(evaluation.guided for evaluation in plan.sampler.evaluations) else 1,
+        encode_window=max((max(window_lengths(source.windows)) for source in sources), default=0),
+        decode_window=decoded,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Device bytes by what they grow with: a branch's constants, some per frame; a call's temporaries per frame."""
+
+    branch: float = 0.0
+    branch_frame: float = 0.0
+    denoise_frame: float = 0.0
+    encode_frame: float = 0.0
+    decode_frame: float = 0.0
+
+    def row_bytes(self, shape: RowShape, *, latent_channels: int) -> int:
+        """Returns the most that a row takes at any time of its life."""
+        paged = PAGE_FRAMES * pages_of(shape.frames)
+        frame = _REGISTER_BYTES * latent_channels
+        kept = frame * paged * shape.num_registers + shape.num_branches * (self.branch + self.branch_frame * paged)
+        beside = frame * shape.frames * _KEPT_BESIDE
+        largest_call = max(
+            shape.num_branches * shape.frames * self.denoise_frame,
+            shape.encode_window * self.encode_frame,
+            shape.decode_window * self.decode_frame,
+        )
+        return math.ceil(_ARENA_GROWTH * kept + beside + largest_call)
+
+
+class RowMemory:
+    """The bound on the memory of all started rows together, and how much of it each row takes."""
+
+    def __init__(
+        self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
+    ) -> None:
+        """`max_bytes` None: no bound, and nothing is measured. `is_fixed`: windows are those of the plan. `setting`
+        is the operator's that gives `max_bytes`."""
+        self._spec = spec
+        self._is_fixed = is_fixed
+        self._setting = setting
+        self.max_bytes = max_bytes
+        self.use = MemoryUse()
+
+    def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> None:
+        """Call it on the engine thread before the first request. Raises ConfigError if not even a short clip fits."""
+        if self.max_bytes is None:
+            return
+        self.use = measure_use(model, noise_factory(0))
+        shortest = model.plan(_request(self._spec, _DURATION_SHARES[0]))[0]
+        if (needed := self.row_bytes(shortest)) > self.max_bytes:
+            raise ConfigError(
+                f"{self._setting} leaves {self.max_bytes / 1e9:.3g} GB of the device's memory for variations in "
+                f"progress, and the shortest takes {needed / 1e9:.3g} GB: {needed - self.max_bytes} bytes are missing",
+                field=self._setting,
+            )
+
+    def row_bytes(self, plan: RowPlan) -> int:
+        """Returns the device bytes of a row; 0 without a bound."""
+        return 0 if self.max_bytes is None else self._bytes(row_shape(plan, is_fixed=self._is_fixed))
+
+    def check(self, plan: RowPlan, request: GenerationRequest) -> None:
+        """Raises InvalidRequestError with the range that fits if the row never will."""
+        if self.max_bytes is None or (needed := self.row_bytes(plan)) <= self.max_bytes:
+            return
+        allowed = f"0..{self._longest_s(plan, request):.4g}"
+        message = (
+            f"a clip of {request.duration_s:g} s takes {needed / 1e9:.3g} GB of the device's memory, "
+            f"of which {self._setting} leaves {self.max_bytes / 1e9:.3g} GB; allowed: {allowed} s"
+        )
+        raise InvalidRequestError(message, field="duration", allowed=allowed)
+
+    def _bytes(self, shape: RowShape) -> int:
+        return self.use.row_bytes(shape, latent_channels=self._spec.card.latent_channels)
+
+    def _longest_s(self, plan: RowPlan, request: GenerationRequest) -> float:
+        """Returns the longest clip of such a request that fits, in seconds; 0 if none does."""
+        shape, fits = row_shape(plan, is_fixed=self._is_fixed), 0
+        step = 2 ** plan.frames.bit_length()
+        while step := step // 2:
+            if fits + step < plan.frames and self._bytes(shape.cut(fits + step)) <= (self.max_bytes or 0):
+                fits += step
+        frame_s = self._spec.hop / self._spec.card.sample_rate_hz
+        return max(request.duration_s - (plan.frames - fits) * frame_s, 0.0)
+
+
+def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
+    """Returns what a model takes, from its prompt constants at two lengths and one small call of each kind."""
+    spec, device = model.spec, model.device
+    prompt = model.encode_text(["memory"])[0]
+    constants: list[tuple[int, int]] = []
+    for share in _DURATION_SHARES:
+        plan = model.plan(_request(spec, share))[0]
+        branch = model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None).conditional
+        constants.append((plan.frames, branch.num_bytes))
+    (frames, few), (more_frames, many) = constants
+    per_frame = max(many - few, 0) / max(more_frames - frames, 1)
+    channels = spec.card.latent_channels
+    batch = StepBatch.of(
+        torch.zeros(1, channels, more_frames, device=device),
+        t=torch.full((1,), 0.5, device=device),
+        valid=torch.ones(1, more_frames, dtype=torch.bool, device=device),
+        branches=[branch],
+    )
+    latents, samples = (
+        torch.zeros(channels, _WINDOW, device=device),
+        torch.zeros(spec.card.channels, _WINDOW * spec.hop),
+    )
+    return MemoryUse(
+        branch=max(few - per_frame * frames, 0.0),
+        branch_frame=per_frame,
+        denoise_frame=peak_bytes(lambda: model.denoise(batch)) / more_frames,
+        encode_frame=peak_bytes(lambda: model.encode_audio([EncodeWindow(samples, 0, "init", noise)])) / _WINDOW,
+        decode_frame=peak_bytes(lambda: model.decode([DecodeWindow(latents, 0, noise)])) / _WINDOW,
+    )
+
+
+def _request(spec: ModelSpec, share: float) -> GenerationRequest:
+    """Returns a request for this share of the longest clip."""
+    duration_s = spec.card.max_duration_s * share
+    return GenerationRequest(prompt="memory", duration_s=duration_s, seed=0, duration_padding_s=0.0)
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Returns the most bytes of new tensors that exist at any time while `run` runs."""
+    run()  # what is made once and kept does not count
+    with _TensorBytes() as counted:
+        run()
+    return counted.peak
+
+
+class _TensorBytes(TorchDispatchMode):
+    """Follows the storages that operations make until they are freed; those of their inputs are not new."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(  # noqa: PLR0917  # as torch calls it
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            self._follow(value, is_new=False)
+        made = func(*args, **(kwargs or {}))
+        for value in tree_leaves(made):
+            self._follow(value, is_new=True)
+        self.peak = max(self.peak, self._live)
+        return made
+
+    def _follow(self, value: object, *, is_new: bool) -> None:
+        if not isinstance(value, Tensor):
+            return
+        storage = value.untyped_storage()
+        if id(storage) in self._known:
+            return
+        self._known.add(id(storage))
+        num_bytes = storage.nbytes() if is_new else 0
+        self._live += num_bytes
+        weakref.finalize(storage, self._forget, id(storage), num_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self._live -= num_bytes

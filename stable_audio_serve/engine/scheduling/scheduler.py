@@ -1,0 +1,296 @@
+"""Decides which rows the engine works on next. Bookkeeping only: no tensors, no device.
+
+Deadlines. A row's deadline is its arrival + slack x its predicted time alone, at most `max_slack_s`, and never moves.
+Short rows therefore overtake long ones, and every row becomes the earliest at some point. Taking turns over all rows
+would make all of them finish late.
+
+Filling a step. Rows join in order of deadline until the step has enough latent frames: as many as make its fixed cost
+small (`knee_tokens`), or a quarter of all waiting frames if that is more, because then a larger step finishes the
+queue sooner; at most `max_tokens`. Rows that started hold device memory, so only so many start, and once a row finds
+too little memory none behind it starts: otherwise small rows would keep a large one waiting forever.
+
+Lending to batch rows. Interactive rows go first, and each interactive step lends `batch_share` of its time to batch
+rows. A batch row joins the step if the lent time covers what it adds. If it does not fit, lent time accumulates over
+steps until it covers a step of its own, which then runs alone. So an interactive row waits at most that share longer
+plus one step, and batch rows progress under any interactive load. Lent time is dropped when nobody needs it.
+
+Second queue. Where a device has one, rows that encode or decode run beside a step and take nothing of its budget.
+Times are the device's, which both queues share.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NewType
+
+from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.engine.scheduling.work import Phase, RowWork
+
+RowId = NewType("RowId", int)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds of one pick; `max_tokens` 0 means one row at a time."""
+
+    max_started: int = 64  # at least 2: a quarter, but at least one, for interactive rows only; one for batch
+    max_tokens: int = 16_384
+    slack: float = 6.0
+    max_slack_s: float = 120.0
+    batch_share: float = 0.125
+    max_bytes: int | None = None  # device memory of all started rows; None: no bound
+
+
+@dataclass(slots=True, order=True)
+class _Entry:
+    deadline_at: float
+    row_id: RowId  # ids rise with arrival, so ties run in order of arrival
+    work: RowWork = field(compare=False)
+    priority: Priority = field(compare=False)
+    tokens: int = field(compare=False)  # of the work when it was last counted
+    num_bytes: int = field(compare=False)
+    started: bool = field(default=False, compare=False)
+
+
+@dataclass(slots=True)
+class _Step:
+    entries: list[_Entry] = field(default_factory=list)
+    num_new: int = 0
+    num_new_batch: int = 0
+    new_bytes: int = 0
+    is_short: bool = False  # a row waits for memory, so that none behind it starts
+    tokens: float = 0.0
+    frames_beside: float = 0.0  # latent frames of the rows that run beside the step
+    is_held_back: bool = False  # a row could run, if there were room beside the step
+
+    @property
+    def works(self) -> list[RowWork]:
+        return [entry.work for entry in self.entries]
+
+
+class Scheduler:
+    """All rows from admission to their end. Between two picks only the work of picked rows goes on. Used by one thread;
+    unknown ids raise KeyError.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        knee_tokens: Callable[[int], float],
+        step_ms: Callable[[Sequence[RowWork], int], float],
+        has_second_queue: bool = False,
+    ) -> None:
+        """`knee_tokens(frames)` returns how many latent frames make a step of such rows worth its fixed cost;
+        `step_ms(works, num_new)` predicts a step of these rows, `num_new` of which were never picked before.
+        `has_second_queue`: rows that encode or decode run beside a step."""
+        self._has_second_queue = has_second_queue
+        self._limits = limits
+        self._knee_tokens = knee_tokens
+        self._step_ms = step_ms
+        self._orders: dict[Priority, list[_Entry]] = {"interactive": [], "batch": []}
+        self._entries: dict[RowId, _Entry] = {}
+        self._num_started: dict[Priority, int] = dict.fromkeys(self._orders, 0)
+        self._started_bytes = 0
+        self._waiting_tokens: dict[Priority, int] = dict.fromkeys(self._orders, 0)
+        self._picked: list[_Entry] = []
+        self._lent_ms = 0.0  # time that interactive steps gave to batch rows and that is not used yet
+
+    def add(
+        self,
+        row_id: RowId,
+        work: RowWork,
+        *,
+        arrived_at: float,
+        alone_s: float,
+        priority: Priority = "interactive",
+        num_bytes: int = 0,
+    ) -> None:
+        """Add a row; `arrived_at` is on the engine's clock, `alone_s` its predicted time on an idle engine.
+
+        `num_bytes` is the device memory that it takes from its start to its end.
+        """
+        if row_id in self._entries:
+            raise ValueError(f"row {row_id} was already added")
+        slack_s = min(self._limits.slack * alone_s, self._limits.max_slack_s)
+        entry = _Entry(arrived_at + slack_s, row_id, work, priority, self._tokens(work), num_bytes)
+        self._entries[row_id] = entry
+        self._waiting_tokens[priority] += entry.tokens
+        insort(self._orders[priority], entry)
+
+    def remove(self, row_id: RowId) -> None:
+        """Remove a row that ended."""
+        entry = self._entries.pop(row_id)
+        order = self._orders[entry.priority]
+        del order[bisect_left(order, entry)]
+        self._num_started[entry.priority] -= entry.started
+        self._started_bytes -= entry.num_bytes if entry.started else 0
+        self._waiting_tokens[entry.priority] -= entry.tokens
+
+    def pick(self, *, beside: bool = True) -> list[RowId]:
+        """Returns the rows to work on now, earliest deadline first; empty only if no row is left.
+
+        Not `beside`: only rows of a step; then it may be empty although others wait for room in the second queue.
+        Picked rows count as started until they are removed. No row starts while `max_started` rows are started, or
+        while it needs more memory than is left; then no row behind it starts either, so that its turn comes.
+        """
+        self._count_again()
+        step = self._fill("interactive", beside=beside)
+        if step.entries or step.is_held_back:
+            step = self._lend(step, beside=beside)
+        else:
+            self._lent_ms = 0.0
+            step = self._fill("batch", beside=beside, is_short=step.is_short)
+        for entry in step.entries:
+            self._num_started[entry.priority] += not entry.started
+            self._started_bytes += 0 if entry.started else entry.num_bytes
+            entry.started = True
+        self._picked = step.entries
+        return [entry.row_id for entry in step.entries]
+
+    def _count_again(self) -> None:
+        """Bring the sum of waiting tokens up to date with the last pick's rows."""
+        for entry in self._picked:
+            if self._entries.get(entry.row_id) is entry:
+                tokens = self._tokens(entry.work)
+                self._waiting_tokens[entry.priority] += tokens - entry.tokens
+                entry.tokens = tokens
+
+    def _runs_beside(self, work: RowWork) -> bool:
+        return self._has_second_queue and work.phase is not Phase.DENOISE
+
+    def _tokens(self, work: RowWork) -> int:
+        """Returns the latent frames that the row adds to a step, nothing if it runs beside one."""
+        return 0 if self._runs_beside(work) else work.tokens
+
+    def _fill(self, priority: Priority, *, beside: bool, is_short: bool = False) -> _Step:
+        """Returns a step with as many rows of one priority as fit the budget, and as many beside it."""
+        step, budget, budget_beside, is_full = _Step(is_short=is_short), 0.0, 0.0, False
+        num_left = self._num_started[priority]  # started rows further on
+        for entry in self._orders[priority]:
+            if is_full and not num_left:
+                break  # nothing behind can run beside the step before it has run in one
+            if not self._may_run(entry, beside=step):
+                if not num_left:
+                    break  # no row starts, so none of the others may run either
+                continue
+            num_left -= entry.started
+            if self._runs_beside(entry.work):
+                step.is_held_back |= not beside
+                budget_beside = budget_beside or self._budget(priority, entry.work.frames)
+                if beside and (not step.frames_beside or step.frames_beside < budget_beside):
+                    _take_beside(step, entry)
+                else:
+                    _reserve(step, entry)  # so that no row behind it starts in its place
+            elif is_full:
+                continue
+            elif not step.tokens:
+                budget = self._budget(priority, entry.work.frames)
+                _take(step, entry)
+            elif step.tokens >= budget or step.tokens + entry.tokens > self._limits.max_tokens:
+                is_full = True
+                if not self._has_second_queue:
+                    break
+            else:
+                _take(step, entry)
+        return step
+
+    def _lend(self, step: _Step, *, beside: bool) -> _Step:
+        """Returns the interactive step with the batch rows that may join it, or a batch row whose step is paid for."""
+        if not self._orders["batch"]:
+            self._lent_ms = 0.0
+            return step
+        ms = self._step_ms(step.works, step.num_new)
+        share_ms = self._limits.batch_share * ms
+        num_interactive = len(step.entries)
+        for entry in self._orders["batch"]:
+            if not self._may_run(entry, beside=step):
+                continue
+            is_beside = self._runs_beside(entry.work)
+            if is_beside and not beside:
+                continue
+            new = int(not entry.started)
+            rides = is_beside or step.tokens + entry.tokens <= self._limits.max_tokens
+            if not rides and len(step.entries) > num_interactive:
+                break  # its turn comes when those before it are done
+            works = [*step.works, entry.work] if rides else [entry.work]
+            costs_ms = self._step_ms(works, step.num_new + new) - ms if rides else self._step_ms(works, new)
+            if costs_ms > self._lent_ms + (share_ms if rides else 0.0):
+                self._lent_ms += share_ms
+                return step
+            self._lent_ms -= max(0.0, costs_ms)
+            if not rides:
+                return _take(_Step(), entry)
+            ms += costs_ms
+            (_take_beside if is_beside else _take)(step, entry)
+        self._lent_ms = 0.0  # no batch row waits for time
+        return step
+
+    def _may_run(self, entry: _Entry, *, beside: _Step) -> bool:
+        """Returns whether the row is started, or there is room and memory for one more started row of its priority."""
+        if entry.started:
+            return True
+        if self._limits.max_bytes is not None:
+            taken = self._started_bytes + beside.new_bytes
+            if taken and taken + entry.num_bytes > self._limits.max_bytes:
+                beside.is_short = True
+            if beside.is_short:
+                return False
+        most, num_started = self._limits.max_started, self.num_started + beside.num_new
+        num_batch = self._num_started["batch"] + beside.num_new_batch
+        if entry.priority == "batch":
+            return num_batch < most - max(most // 4, 1) and num_started < most
+        is_batch_shut_out = not num_batch and bool(self._orders["batch"])
+        return num_started < most - is_batch_shut_out
+
+    def _budget(self, priority: Priority, frames: int) -> float:
+        """Returns max(knee, a quarter of the waiting tokens), capped."""
+        cap = self._limits.max_tokens
+        if cap == 0:
+            return 0.0
+        return min(max(self._knee_tokens(frames), self._waiting_tokens[priority] / 4), cap)
+
+    def position(self, row_id: RowId) -> int:
+        """Returns the number of rows ahead of this one."""
+        entry = self._entries[row_id]
+        ahead = len(self._orders["interactive"]) if entry.priority == "batch" else 0
+        return ahead + bisect_left(self._orders[entry.priority], entry)
+
+    def is_started(self, row_id: RowId) -> bool:
+        """Returns whether the row was ever picked."""
+        return self._entries[row_id].started
+
+    @property
+    def num_started(self) -> int:
+        """The number of rows that hold device state."""
+        return sum(self._num_started.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[RowId]:
+        return (entry.row_id for entry in chain.from_iterable(self._orders.values()))
+
+    def __contains__(self, row_id: RowId) -> bool:
+        return row_id in self._entries
+
+
+def _take(step: _Step, entry: _Entry) -> _Step:
+    step.entries.append(entry)
+    step.tokens += entry.tokens
+    return _reserve(step, entry)
+
+
+def _reserve(step: _Step, entry: _Entry) -> _Step:
+    step.num_new += not entry.started
+    step.new_bytes += 0 if entry.started else entry.num_bytes
+    step.num_new_batch += entry.priority == "batch" and not entry.started
+    return step
+
+
+def _take_beside(step: _Step, entry: _Entry) -> _Step:
+    step.frames_beside += entry.work.frames
+    return _take(step, entry)

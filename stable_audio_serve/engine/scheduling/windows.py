@@ -1,0 +1,160 @@
+"""Splits latents and audio into windows for the autoencoder and joins the results. Knows no queue and no model."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowRule, WindowSpan
+from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
+from stable_audio_serve.sampling.noise import NoiseSource
+
+
+def count_fitting(lengths: Sequence[int], max_frames: int) -> int:
+    """Returns how many leading windows fit into `max_frames` latent frames: at least one, if there is any."""
+    return max(bisect_right(list(accumulate(lengths)), max_frames), min(1, len(lengths)))
+
+
+def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
+    """Returns the leading spans that fit into `max_frames` latent frames, at least one."""
+    return spans[: count_fitting(window_lengths(spans), max_frames)]
+
+
+def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
+    """Returns the windows that overlap the result, which ends at sample `end`; the headroom is never decoded."""
+    return [span for span in spans if span.keep_start * hop < end]
+
+
+def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
+    """Returns the latent frames of each window."""
+    return tuple(span.stop - span.start for span in spans)
+
+
+class SourceEncoding:
+    """One source while it is encoded: the windows still to encode and the latents so far."""
+
+    def __init__(self, source: SourcePlan, *, stage: str, noise: NoiseSource, hop: int) -> None:
+        """`stage` is init or inpaint; `hop` is the number of audio samples per latent frame."""
+        self._source = source
+        self._stage = stage
+        self._noise = noise
+        self._hop = hop
+        self._num_done = 0
+        self._latents: Tensor | None = None
+
+    @property
+    def lengths_left(self) -> tuple[int, ...]:
+        """Latent frames of the windows still to encode."""
+        return window_lengths(self._source.windows[self._num_done :])
+
+    def pending(self, max_frames: int) -> list[EncodeWindow]:
+        """Returns the next windows, at most `max_frames` latent frames together, but at least one if any is left."""
+        spans = take_spans(self._source.windows[self._num_done :], max_frames)
+        return [
+            EncodeWindow(
+                samples=self._source.cut(span, hop=self._hop).contiguous(),
+                start=span.start,
+                stage=self._stage,
+                noise=self._noise,
+            )
+            for span in spans
+        ]
+
+    def put(self, latents: Tensor) -> None:
+        """Add the next window's latents (D, F_window) float32; windows come in order."""
+        span = self._source.windows[self._num_done]
+        if self._latents is None:
+            frames = max(s.keep_stop for s in self._source.windows)
+            self._latents = latents.new_zeros(latents.shape[0], frames)
+        kept = latents[:, span.keep_start - span.start : span.keep_stop - span.start]
+        self._latents[:, span.keep_start : span.keep_stop] = kept
+        self._num_done += 1
+
+    def latents(self) -> Tensor:
+        """Returns all latents (D, F) float32. Raises RuntimeError before the last window."""
+        if self._latents is None or self.lengths_left:
+            raise RuntimeError("a source was read before all its windows were encoded")
+        return self._latents
+
+
+class AudioAssembly:
+    """One row's audio while its windows are decoded: exact length, silent after the valid frames.
+
+    The audio is on the host, and `is_finite` right, once the device has done what was asked of it up to the last `put`
+    and it is collected.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[WindowSpan],
+        *,
+        device: Device,
+        channels: int,
+        hop: int,
+        valid_frames: int,
+        output_samples: int,
+        rule: WindowRule | None = None,
+    ) -> None:
+        """With a `rule` the frames that `spans` cover are cut anew whenever windows are taken."""
+        self._device = device
+        self._hop = hop
+        self._end = min(output_samples, valid_frames * hop)
+        self._frames = spans[-1].stop
+        self._rule = rule
+        self._left = audible_spans(spans, hop=hop, end=self._end)
+        self._audio = torch.zeros(channels, output_samples)
+        # Whether the checked latents and the samples so far are finite: on the device, then on the host.
+        self._finite_there: dict[int, Tensor] = {}
+        self._finite = torch.ones(2, dtype=torch.bool)
+
+    @property
+    def lengths_left(self) -> tuple[int, ...]:
+        """Latent frames of the windows still to decode."""
+        return window_lengths(self._left)
+
+    def pending(self, latents: Tensor, noise: NoiseSource, *, max_frames: int) -> Iterator[DecodeWindow]:
+        """Yields the next windows of `latents` (D, F), at most `max_frames` in all but at least one if any is left."""
+        if self._rule is not None and self._left:
+            longest, first = min(max_frames, LONGEST_FRAMES), self._left[0].keep_start
+            cut = cut_windows(first, frames=self._frames, rule=self._rule, longest=longest)
+            self._left = audible_spans(cut, hop=self._hop, end=self._end)
+        for span in take_spans(self._left, max_frames):
+            yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
+
+    def check(self, latents: Tensor) -> None:
+        """Note whether these latents are finite: what follows from others may be audio that sounds like nothing."""
+        self._note_finite(0, latents)
+
+    def put(self, audio: Tensor) -> None:
+        """Add the next window's audio (C, >= hop * F_window) float32 on the device; windows come in order."""
+        span = self._left.pop(0)
+        start = span.keep_start * self._hop
+        stop = min(span.keep_stop * self._hop, self._end)
+        offset = span.start * self._hop
+        kept = audio[:, start - offset : stop - offset].float()
+        for channel, target in zip(kept, self._audio[:, start:stop], strict=True):
+            self._device.download(channel, target)
+        self._note_finite(1, kept)
+
+    def _note_finite(self, place: int, values: Tensor) -> None:
+        finite = torch.isfinite(values).all()
+        if place in self._finite_there:
+            finite = finite & self._finite_there[place]
+        self._finite_there[place] = finite
+        self._device.download(finite, self._finite[place])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all checked latents and all samples so far are finite."""
+        return bool(self._finite.all())
+
+    def audio(self) -> npt.NDArray[np.float32]:
+        """Returns the finished audio (C, S) float32; a model's peaks may exceed -1..1."""
+        return self._audio.numpy()
