@@ -119,7 +119,7 @@ class Database:
     def writing(self, *, is_durable: bool = True) -> Iterator[sa.Connection]:
         """A transaction, which no other writer overlaps on SQLite. Raises StorageError.
 
-        One that is not durable waits for no disk: a power cut may undo it, but nothing before or after it.
+        Without `is_durable` it does not wait for the disk: a power cut may undo it, but no durable one.
         """
         with at_work():
             self._make_ready()
@@ -128,7 +128,7 @@ class Database:
                 if not (is_durable or self.is_sqlite):
                     connection.execute(_NO_WAIT_FOR_DISK)
                 yield connection
-            self._require_in_place()  # or what was written may be lost with the file
+            self._require_in_place()  # or the change may be lost with the file
 
     @contextmanager
     def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
@@ -140,7 +140,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A connection that waits for no writer. Each statement sees what is committed by then. Raises StorageError."""
+        """A connection that waits for no writer. Each statement sees all commits before it. Raises StorageError."""
         with at_work():
             self._make_ready()
             with self._reader.connect() as connection:
@@ -150,7 +150,7 @@ class Database:
         """Raises StoreMovedError when another database has replaced the one at the start.
 
         A SQLite file is read without its log, which still holds the former identity.
-        Raises StorageError when its tables were upgraded meanwhile to a revision that this version must not use.
+        Raises StorageError when its tables were upgraded since then to a revision that this version must not use.
         """
         with at_work():
             self._make_ready()
@@ -187,7 +187,7 @@ class Database:
         self.engine.dispose()
 
     def _look_inside(self) -> None:
-        """Once a second, look into SQLite's file: one that is overwritten in its place takes no changes, although its
+        """Once a second, look into SQLite's file: once overwritten in its place it takes no changes, although its
         log would.
         """
         if self.is_sqlite and time.monotonic() - self._looked_inside_at > _LOOK_INSIDE_S:
@@ -196,7 +196,7 @@ class Database:
 
     def _require_kept(self) -> None:
         """SQLite's file is read without locks, so a checkpoint in progress may be seen half done: only what lasts is a
-        fault, and after one nobody waits again until it is over.
+        fault, and after one there is no waiting until it is over.
         """
         give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
         while True:

@@ -29,8 +29,8 @@ Used = tuple[float, float, int]  # a time, and the seconds of audio and the plac
 
 @dataclass(slots=True, kw_only=True)
 class Use:
-    """A request of a client with limits. `has_place` only with a limit of `concurrency`; when there is no place, the
-    client may come again `busy_retry_s` later.
+    """A request of a client with limits. `has_place` needs a limit of `concurrency`; `busy_retry_s` is the Retry-After
+    when no place is free.
     """
 
     id: str
@@ -69,7 +69,7 @@ class KeyUses:
     def __init__(self, database: Database) -> None:
         self._database = database
         now = database.now
-        # Times too far in the future were written before the clock was set back: they lock nobody out.
+        # Times too far in the future were written before the clock was set back: they do not count.
         has_audio = sa.and_(_uses.at > now - WINDOW_S, _uses.at < now + WINDOW_S)
         has_place = sa.and_(_uses.place_until > now, _uses.place_until < now + 2 * LEASE_S)
         is_of_client = _uses.client == sa.bindparam("of_client")
@@ -88,7 +88,7 @@ class KeyUses:
         self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
 
     def admit(self, use: Use) -> QuotaError | None:
-        """Charge the audio and take the place, or return why not."""
+        """Charge the audio and hold the place, or return why not."""
         lock = zlib.crc32(f"uses of {use.client}".encode())
         with self._database.writing_alone(lock, is_durable=False) as connection:
             before, now = self._find_used(connection, use)
