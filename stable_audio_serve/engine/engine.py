@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 
 from stable_audio_serve.audio.keep import keep_source, plan_spans
-from stable_audio_serve.audio.resample import resampled_length
+from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import (

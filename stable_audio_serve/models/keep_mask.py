@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.audio.keep import is_continuation
-from stable_audio_serve.audio.resample import resampled_length
+from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 

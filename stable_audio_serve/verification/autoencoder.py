@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,10 +87,13 @@ def _clip(it: Subject, match: re.Match[str]) -> Tensor:
 def _inside(it: Subject, path: str) -> tuple[Tensor, Tensor]:
     """Returns what a module of the autoencoder is given and makes in a quiet run."""
     net, wave = it.model.autoencoder, it.goldens.find("ae/wave")
-    run, name = (net.decode, "ae/latents") if path.startswith("decoder") else (net.encode, "ae/audio")
-    return watch([net.get_submodule(path)], lambda: net.encoder(wave) if wave is not None else run(it.goldens[name]))[
-        0
-    ][0]
+    if wave is not None:
+        run = partial(net.encoder, wave)
+    elif path.startswith("decoder"):
+        run = partial(net.decode, it.goldens["ae/latents"])
+    else:
+        run = partial(net.encode, it.goldens["ae/audio"])
+    return watch([net.get_submodule(path)], run)[0][0]
 
 
 def _open_decode(it: Subject, match: re.Match[str]) -> Tensor:
@@ -131,17 +135,19 @@ def _windows(it: Subject, _: object) -> Iterator[Found]:
     def encode(cut: Tensor, start: int) -> Tensor:
         return model.encode_audio([EncodeWindow(cut, start, "init", noise)])[0]
 
-    if plan.decode_rule is not None:
+    if plan.decode_rule is not None or is_exact:  # a config may ask for decoding in one piece
         spans = cut_windows(0, frames=frames, rule=plan.decode_rule, longest=WINDOW_FRAMES)
         yield _in_windows(decode, latents, spans=spans, units=(1, hop))
-        yield from [_beyond_windows(decode, latents, spans=spans, units=(1, hop))] if is_exact else ()
     if is_exact:
+        yield _beyond_windows(decode, latents, spans=spans, units=(1, hop))
         yield _in_windows(encode, audio, spans=plan.init_source.windows, units=(hop, 1))
         yield _beyond_windows(encode, audio, spans=plan.init_source.windows, units=(hop, 1))
 
 
 def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
     """Whether joined windows are the whole; `units` are values of input and output per frame."""
+    if len(spans) < 2:
+        raise ValueError("long audio is one window")
     made = join_windows(spans, lambda span: code(_cut(value, span, unit=units[0]), span.start), unit=units[1])
     return Found(f"{code.__name__} in {len(spans)} windows", made, code(value, 0))
 

@@ -60,20 +60,6 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "end-to-end": ("end-to-end latents", "end-to-end audio"),
 }
 
-# The same for a folder without a model.
-REQUIRED_WITHOUT_MODEL: dict[str, tuple[str, ...]] = {
-    component: (component,)
-    for component in (
-        "schedules",
-        "draws",
-        "Brownian paths",
-        "samplers over sigma",
-        "Heun over sigma",
-        "samplers over time",
-        "source preparation",
-    )
-}
-
 # What torch and the networks raise for wrong shapes, types or values in the files.
 DATA_ERRORS = (
     RuntimeError,

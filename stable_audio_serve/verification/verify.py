@@ -20,10 +20,10 @@ from stable_audio_serve.verification.end_to_end import OPEN_RUNS, RUNS
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import (
     AUTOENCODER_BOUND_WITH_ROUNDING,
+    BOUNDS,
     DATA_ERRORS,
     OPEN_NUMBER_BOUND,
     REQUIRED,
-    REQUIRED_WITHOUT_MODEL,
     Report,
     describe_error,
 )
@@ -32,6 +32,10 @@ from stable_audio_serve.verification.tables import DRAWS, SA3_TABLES
 
 _SA3_CHECKS = (*SA3_TABLES, DRAWS, *CONDITIONERS, *SA3_DENOISER, *SA3_AUTOENCODER, RUNS)
 _OPEN_CHECKS = (*CONDITIONERS, *OPEN_DENOISER, *OPEN_AUTOENCODER, DRAWS, *OPEN_RUNS)
+_COMMON_CHECKS = (DRAWS, *COMMON_CHECKS)
+
+# Verification without a model fails when nothing was compared for one of these components.
+REQUIRED_WITHOUT_MODEL = {check.component: (check.component,) for check in _COMMON_CHECKS if check.component in BOUNDS}
 
 # Which component a checkpoint's keys and files belong to, first match first.
 _OWNERS = (
@@ -79,7 +83,7 @@ def compare(
 
     Without a model these are the checks of numbers that need none.
     """
-    checks: tuple[Check, ...] = (DRAWS, *COMMON_CHECKS)
+    checks: tuple[Check, ...] = _COMMON_CHECKS
     if isinstance(model, Sa3Model):
         checks = _SA3_CHECKS
     elif isinstance(model, SaoModel):

@@ -13,7 +13,7 @@ import torch
 
 from stable_audio_serve.sampling import brownian, multistep, open_flow, v_network
 from stable_audio_serve.verification import samplers
-from stable_audio_serve.verification.report import REQUIRED_WITHOUT_MODEL
+from stable_audio_serve.verification.verify import REQUIRED_WITHOUT_MODEL
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
 from tests.parameters import slow
 from tests.verification.folders import Answer, add_to_first, edit_facts, edit_tensors, run_verify

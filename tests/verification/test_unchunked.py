@@ -71,7 +71,7 @@ def test_long_audio_is_coded_in_one_piece(folder: Path, model: Sa3Model) -> None
 def test_a_run_decodes_with_the_noise_of_one_piece(folder: Path, model: Sa3Model) -> None:
     """The reference draws the start noise, one per step of pingpong, then the decoder's."""
     stored = Goldens.load(folder)
-    args, latents = stored.cases()["gen/t2a_default"]["args"], stored["gen/t2a_default/latents_keymask"]
+    args, latents = stored.facts["cases"]["gen/t2a_default"]["args"], stored["gen/t2a_default/latents_keymask"]
     noise = CallOrderNoise(args["seed"])
     for _ in range(1 + args["steps"]):
         noise.initial(tuple(latents.shape))

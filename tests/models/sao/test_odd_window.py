@@ -57,7 +57,7 @@ def test_the_last_window_encodes_the_rest_of_a_frame(stage: str, tmp_path: Path)
 def test_verification_accepts_a_run_of_such_a_window(tmp_path: Path) -> None:
     """A stored run of 64 frames, in a window with another 30 samples: text to audio does not see them."""
     stored, case = Goldens.load(load_open_goldens("tiny-small").folder), "gen/one_step"
-    facts = json.loads(json.dumps({"cases": {case: stored.cases()[case]}}))
+    facts = json.loads(json.dumps({"cases": {case: stored.facts["cases"][case]}}))
     facts["cases"][case]["args"]["sample_size"] += 30
     sample_size = facts["cases"][case]["args"]["sample_size"]
     stored.facts.clear()
