@@ -141,22 +141,20 @@ class RunnerBell:
     def __init__(self, runner: DeploymentHandle) -> None:
         self._runner = runner
         self._ringing: asyncio.Task[None] | None = None
-        self._again = False
+        self._is_asked = False
 
     def ring(self) -> None:
         """Call every runner: now or, soon after another call, once for all rings since then."""
-        if self._ringing is not None and not self._ringing.done():
-            self._again = True
-            return
-        self._ringing = asyncio.create_task(self._ring())
+        self._is_asked = True
+        if self._ringing is None or self._ringing.done():
+            self._ringing = asyncio.create_task(self._ring())
 
     async def _ring(self) -> None:
-        self._again = True
-        while self._again:
-            self._again = False
+        while self._is_asked:
+            self._is_asked = False
             response = self._runner.broadcast("wake")
             try:
                 await response.results_async(timeout_s=_WAKE_TIMEOUT_S, return_exceptions=True)
             except (TimeoutError, RayError, RayServeException) as error:
-                logger.debug("a job runner did not hear: %s", error)
+                logger.debug("a job runner could not be woken: %s", error)
             await asyncio.sleep(_PAUSE_S)
