@@ -15,7 +15,7 @@ def compare_text(report: Report, goldens: Goldens, *, model: Sa3Model) -> None:
     prompts = goldens.component("text").get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise CheckpointError("golden.json: components.text.prompts must be a list of strings")
-    ids, mask = model.text.tokenize(prompts).told.unbind(1)
+    ids, mask = model.text.tokenize(prompts).ids_and_mask.unbind(1)
     for key, actual in (("text/input_ids", ids), ("text/attention_mask", mask)):
         if (expected := goldens.find(key)) is not None:
             report.compare("text tokens", key, actual=actual, expected=expected)

@@ -45,7 +45,7 @@ def _compare_text(report: Report, goldens: Goldens, *, model: SaoModel) -> None:
     prompts = goldens.facts.get("cond_t5", {}).get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise CheckpointError("golden.json: cond_t5.prompts must be a list of strings")
-    ids, mask = model.text.tokenize(prompts).told.unbind(1)
+    ids, mask = model.text.tokenize(prompts).ids_and_mask.unbind(1)
     real = as_bool(mask)
     report.compare("text tokens", "cond/input_ids", actual=ids, expected=goldens["cond/input_ids"])
     report.compare("text tokens", "cond/attention_mask", actual=mask, expected=goldens["cond/attention_mask"])

@@ -62,8 +62,8 @@ class Bench:
         channels = self.model.spec.card.latent_channels
         return StepShape.of(rows, network_rows=NETWORK_ROWS, frames=PADDED, latent_channels=channels)
 
-    def step(self, shape: StepShape, told: Tensor) -> None:
-        run_step(self.model.denoise, StepInputs.read(told, shape), memories=self.memories, frames=PADDED)
+    def step(self, shape: StepShape, buffer: Tensor) -> None:
+        run_step(self.model.denoise, StepInputs.read(buffer, shape), memories=self.memories, frames=PADDED)
 
     def results(self, rows: Sequence[StepRow]) -> list[bytes]:
         pages = [[page for part in row.held.parts for page in part] for row in rows]

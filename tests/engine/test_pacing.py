@@ -33,11 +33,11 @@ def test_a_row_alone_decodes_a_whole_turn() -> None:
 )
 def test_windows_take_no_longer_than_a_step_while_others_wait(step_ms: float, num_rows: int, frames: int) -> None:
     pace = make_pace()
-    pace.saw_step(step_ms)
+    pace.record_step(step_ms)
     assert pace.decode_frames(num_rows, others_wait=True) == frames
 
 
 def test_fixed_windows_depend_on_nobody() -> None:
     pace = make_pace(is_fixed=True)
-    pace.saw_step(30.0)
+    pace.record_step(30.0)
     assert pace.decode_frames(1, others_wait=True) == pace.decode_frames(9, others_wait=False) == 1

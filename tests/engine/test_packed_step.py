@@ -56,8 +56,8 @@ def pack(bench: Bench, rows: Sequence[StepRow]) -> PackedShape:
     return PackedShape(bench.shape(rows), ROOM, bench.model.spec.num_prefix)
 
 
-def step(bench: Bench, shape: PackedShape, told: Tensor) -> None:
-    run_packed_step(bench.model.denoise, PackedInputs.read(told, shape), memories=bench.memories, shape=shape)
+def step(bench: Bench, shape: PackedShape, buffer: Tensor) -> None:
+    run_packed_step(bench.model.denoise, PackedInputs.read(buffer, shape), memories=bench.memories, shape=shape)
 
 
 def registers(bench: Bench, rows: Sequence[StepRow]) -> Tensor:
@@ -100,8 +100,8 @@ def test_a_recorded_packed_step_with_other_rows_equals_their_own_step_to_the_bit
         memories = bench.memories
         addresses = [memory.data_ptr() for memory in tensors_of(memories)]
 
-        def run(told: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            inputs = PackedInputs.read(told, general)
+        def run(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
+            inputs = PackedInputs.read(buffer, general)
             run_packed_step(
                 bench.model.denoise, inputs, memories=Memories(registers, constants, by_frame), shape=general
             )

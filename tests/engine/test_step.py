@@ -39,8 +39,8 @@ def test_a_recorded_step_with_other_rows_equals_their_own_step_to_the_bit(name: 
         general = bench.shape(first).general()
         addresses = [memory.data_ptr() for memory in tensors_of(bench.memories)]
 
-        def step(told: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            inputs = StepInputs.read(told, general)
+        def step(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
+            inputs = StepInputs.read(buffer, general)
             memories = Memories(registers, constants, by_frame)
             run_step(bench.model.denoise, inputs, memories=memories, frames=PADDED)
 
@@ -89,15 +89,15 @@ class AdaptedModel(ToyModel):
 
 
 def test_another_adapter_is_a_write_and_not_a_capture() -> None:
-    """The place of low-rank terms: constants of a branch, found by a number in what the step is told."""
+    """The place of low-rank terms: constants of a branch, found by a number in what the step is buffer."""
     bench = Bench(AdaptedModel())
     first = (make_request("as a choir", duration_s=0.6, seed=1), make_request(duration_s=0.4, seed=2))
     second = (make_request(duration_s=0.5, seed=3), make_request("as a band", duration_s=0.8, seed=4, cfg_scale=3.0))
     with torch.inference_mode():
         rows, others = (bench.rows(requests, evaluation=0) for requests in (first, second))
         general = replace(bench.shape([*rows, *others]).general(), rows=NETWORK_ROWS)
-        told = general.write(rows, DEVICE)
-        recorded: Callable[[], None] = make_fx(lambda: bench.step(general, told))()
+        buffer = general.write(rows, DEVICE)
+        recorded: Callable[[], None] = make_fx(lambda: bench.step(general, buffer))()
         slot = others[1].branches[0].slots["adapter.out"]
         outcomes = []
         for name in ("as a band", "as a bell"):
@@ -107,7 +107,7 @@ def test_another_adapter_is_a_write_and_not_a_capture() -> None:
             bench.step(bench.shape(others), bench.shape(others).write(others, DEVICE))
             expected = bench.results(others)
             bench.registers.memory.copy_(before)
-            told.copy_(general.write(others, DEVICE))
+            buffer.copy_(general.write(others, DEVICE))
             recorded()
             assert bench.results(others) == expected
             bench.registers.memory.copy_(before)

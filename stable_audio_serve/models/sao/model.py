@@ -112,17 +112,19 @@ class SaoModel:
 
     @torch.inference_mode()
     @exact
-    def embed_tokens(self, told: Tensor) -> Tensor:
+    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
         """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device, zero at padded positions."""
-        ids, mask = told.unbind(1)
+        ids, mask = ids_and_mask.unbind(1)
         return self.prompt(self.text.encode(ids, mask), mask.bool())
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """Returns tokens (T, width) float32, zero at padded positions, and which tokens are real."""
         tokens = self.tokenize(prompts)
-        told = to_device(tokens.told, self._device)
-        return TextEmbedding.each(prompts, self.embed_tokens(told), mask=told[:, 1], chars_read=tokens.chars_read)
+        ids_and_mask = to_device(tokens.ids_and_mask, self._device)
+        return TextEmbedding.each(
+            prompts, self.embed_tokens(ids_and_mask), mask=ids_and_mask[:, 1], chars_read=tokens.chars_read
+        )
 
     @torch.inference_mode()
     @exact
