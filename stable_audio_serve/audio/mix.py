@@ -1,4 +1,4 @@
-"""Mixes the channels of source audio. Knows neither models nor torch."""
+"""Mixes the channels of source audio. Independent of models and torch."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from stable_audio_serve.core.generation import SourceAudio
 
 
 def to_mono(audio: SourceAudio) -> SourceAudio:
-    """Returns the mean of all channels as one."""
+    """Returns the mean of all channels as one channel."""
     return replace(audio, samples=audio.samples.mean(axis=0, keepdims=True), is_mixed=True)

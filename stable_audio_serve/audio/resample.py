@@ -1,7 +1,7 @@
-"""Resamples audio that enters a model exactly as the references do (torchaudio's default windowed sinc).
+"""Resamples a model's input audio exactly as the references do (torchaudio's default windowed sinc).
 
-Another resampler would differ by 0.02 and by one sample in length, which changes what the model makes. Output is not
-resampled here.
+Another resampler would differ by 0.02 and by one sample in length, which changes the model's output. Output audio is
+not resampled here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _TILE_PHASES = (
 
 
 def resampled_length(num_samples: int, from_hz: int, *, to_hz: int) -> int:
-    """Returns how many samples `resample` makes of `num_samples`."""
+    """Returns the number of samples that `resample` makes from `num_samples`."""
     return -(-num_samples * to_hz // from_hz)
 
 
 def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | None = None) -> Tensor:
-    """Returns `samples` (C, S) float32 resampled to (C, ceil(S * to_hz / from_hz)), or the first `max_samples` of it.
+    """Returns `samples` (C, S) float32 resampled to (C, ceil(S * to_hz / from_hz)), or its first `max_samples`.
 
-    Hann-windowed sinc, 6 zero crossings, roll-off 0.99. With the rates divided by their common divisor (o -> n) and
-    c = 0.99 min(o, n), output j of every n is the sum over k of x[k] (c/o) sinc(t) cos^2(pi t / 12) with
+    Hann-windowed sinc, 6 zero crossings, roll-off 0.99. With the rates divided by their greatest common divisor
+    (o -> n) and c = 0.99 min(o, n), output j of every n is the sum over k of x[k] (c/o) sinc(t) cos^2(pi t / 12) with
     t = clamp((k/o - j/n) c, -6, 6).
     """
     divisor = math.gcd(from_hz, to_hz)
@@ -58,7 +58,7 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
 
 
 def _kernel(phases: Tensor, taps: Tensor, *, source_step: int, num_phases: int, cutoff: float) -> Tensor:
-    """Returns weights (phases, taps) float32, computed in double; `taps` are input positions relative to the period."""
+    """Returns weights (phases, taps) float32, computed in float64; `taps` are input positions in the period."""
     distance = taps.double()[None] / source_step - phases.double()[:, None] / num_phases
     t = (distance * cutoff).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)
     window = torch.cos(t * math.pi / _ZERO_CROSSINGS / 2) ** 2

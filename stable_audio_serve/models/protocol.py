@@ -113,7 +113,7 @@ class SourcePlan:
     windows: tuple[WindowSpan, ...]
 
     def cut(self, span: WindowSpan, *, hop: int) -> Tensor:
-        """Returns one window's samples (C, S_window); the last window includes the samples after its last whole frame."""
+        """Returns one window's samples (C, S_window). The last window includes the tail after its last whole frame."""
         stop = None if span is self.windows[-1] else span.stop * hop
         return self.samples[:, span.start * hop : stop]
 

@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width). `rotary` is this layer's table, with the head norms' gain and bias folded in."""
+        """(B, N, width) -> (B, N, width). `rotary` is this layer's table, with the head norms folded in."""
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         if not self.differential:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)

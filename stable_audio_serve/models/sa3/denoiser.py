@@ -62,7 +62,7 @@ class Modulation(NamedTuple):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention, local conditioning and feed-forward; the first and last are modulated and gated."""
+    """Self-attention, cross-attention, local conditioning, feed-forward. The first and last are modulated and gated."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Memory tokens before the frames, rotary positions over all tokens, the layers, and input and output projections."""
+    """Memory tokens before the frames, rotary positions over all tokens, the layers, and the projections."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()

@@ -223,7 +223,7 @@ class SameDecoder(nn.Module):
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 
     def forward(self, latents: Tensor, noise: Noises) -> Tensor:
-        """F is zero-padded to a multiple of `latent_multiple` after the first projection, so the result may be longer."""
+        """F is zero-padded to a multiple of `latent_multiple` after the first projection; the result may be longer."""
         first, block = self.layers["1"], self.layers["3"]
         assert isinstance(block, ResamplingBlock)
         embedded = first(latents.transpose(1, 2))
