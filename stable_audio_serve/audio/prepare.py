@@ -1,7 +1,7 @@
-"""Brings source audio to the form that a model's encoder expects: its rate, length and channels, as float samples.
+"""Converts source audio to the form that a model's encoder needs: rate, length, channels, float samples.
 
-Resampling is exactly that of the references (torchaudio's default windowed sinc). Another resampler would differ by
-0.02 and by one sample in length, which changes the model's result. Output is not resampled here.
+Resampling equals that of the references (torchaudio's default windowed sinc). Another resampler differs by up to 0.02
+and by one sample in length, which changes the model's result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TILE_PHASES = (
 
 def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, num_samples: int) -> Tensor:
     """Returns `audio` as (channels, num_samples) float32 on the CPU, resampled, then cropped or padded with zeros."""
-    # Arrays from another process are read-only, and torch warns about those.
+    # Arrays from another process are read-only; torch warns about those.
     samples = torch.from_numpy(np.require(audio.samples, np.float32, ["C", "W"]))
     samples = fix_channels(samples, channels)
     samples = resample(samples, audio.sample_rate_hz, to_hz=sample_rate_hz, max_samples=num_samples)
@@ -35,8 +35,8 @@ def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, nu
 def fix_channels(samples: Tensor, channels: int) -> Tensor:
     """Returns samples (C, S) as (channels, S).
 
-    One channel is repeated, several are averaged for mono, and of too many the first are kept. Raises
-    InvalidUploadError when there are several but too few.
+    One channel is repeated, several are averaged for mono, and the first ones are kept if there are too many. Raises
+    InvalidUploadError if there are several but too few.
     """
     found = samples.shape[0]
     if found == channels:
