@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -18,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stable_audio_serve.cli.messages import plain
-from stable_audio_serve.client import Job, JobProgress, Model
+
+if TYPE_CHECKING:
+    from stable_audio_serve.client import Job, JobProgress, Model
 
 _WIDEST = 2000  # characters of a line; a narrower terminal breaks it
 _PIPE_WIDTH = 200  # characters of a line of status where there is no terminal
