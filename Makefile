@@ -101,9 +101,7 @@ bench-gpu: $(if $(filter file,$(origin PY)),install) ## the benchmarks of a CUDA
 	$(PY) -m benchmarks.gpu $(if $(PART),--part $(PART)) --out $(GPU_OUT)
 
 docs: install ## write docs/openapi.json, docs/openapi.md and docs/metrics.md from the application, docs/performance.md from the results
-	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json
-	$(PY) -m stable_audio_serve.cli routes --out docs/openapi.md
-	$(PY) -m stable_audio_serve.cli metrics --out docs/metrics.md
+	$(PY) -m docs.reference
 	$(PY) -m benchmarks.page
 
 playground-assets: ## fetch the playground's drawing of sound (wavesurfer.js) again, as it was published

@@ -203,7 +203,7 @@ class SimulatedEngine:
         ms = sum(map(self._call_ms, calls))
         groups = [call.groups for call in calls]
         self._cost.correct("denoise", groups, measured_ms=ms)
-        self._pace.saw_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
+        self._pace.record_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
         self._queues.run(ms, gap_ms=self._gap_ms)
         self.counts.calls += len(calls)
         self.counts.padded_tokens += sum(

@@ -27,6 +27,11 @@ class Metric:
     is_rare: bool = False
 
 
+def exported_name(metric: Metric) -> str:
+    """Returns its name in Prometheus."""
+    return f"ray_stable_audio_{metric.name}{'_total' if metric.kind == 'counter' else ''}"
+
+
 _HTTP = (
     Metric(
         "http_requests", "counter", "Answered requests; status 499 = the client left.", ("route", "method", "status")
@@ -111,19 +116,14 @@ _ENGINE = (
 _JOBS = (
     Metric("jobs", "counter", "Jobs that have ended.", ("state", "contract")),
     Metric("job_wait_ms", "histogram", "From a job's submission to its start.", ("model",)),
-    Metric("job_run_ms", "histogram", "From a job's start to its end.", ("model",)),
     Metric("jobs_by_state", "gauge", "Jobs that are kept; every runner says the same.", ("state",)),
-    Metric("jobs_queued", "gauge", "Jobs that wait; every runner says the same."),
     Metric("jobs_running", "gauge", "Jobs at work in this runner."),
     Metric("job_queue_age_s", "gauge", "How long the next job has been due, seconds; every runner says the same."),
     Metric("job_files_refused", "gauge", "1 while a runner starts no jobs: their files cannot be kept.", is_rare=True),
     Metric("job_retries", "counter", "Starts that failed and are tried again.", ("reason",), is_rare=True),
     Metric("job_dead_letters", "counter", "Jobs given up after their last attempt.", ("reason",), is_rare=True),
     Metric("job_leases_lost", "counter", "Jobs that this runner had to leave to another.", is_rare=True),
-    Metric("jobs_reclaimed", "counter", "Jobs taken from a runner that fell silent.", ("state",), is_rare=True),
     Metric("webhooks", "counter", "Tries of webhooks: delivered, failed or given_up.", ("outcome",), is_rare=True),
-    Metric("sweep_ms", "histogram", "One removal of what is too old.", is_rare=True),
-    Metric("swept_files", "counter", "Files that were removed: old, orphans or unfinished.", ("kind",), is_rare=True),
     Metric("damaged_files", "counter", "Stored files that are not what was stored.", is_rare=True),
 )
 

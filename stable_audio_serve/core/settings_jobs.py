@@ -24,12 +24,6 @@ class JobSettings(Section):
     max_queued_per_key: int = Field(1000, ge=1, description="Of these, jobs of one API key.")
     runners: int = Field(1, ge=1, description="Job runner processes.")
     max_running: int = Field(64, ge=1, description="Jobs of each priority running at a time, of one runner.")
-    work_ahead_s: Seconds = Field(
-        30.0,
-        description="Predicted interactive work a runner hands to each model replica at a time, seconds; one job at "
-        "least.",
-    )
-    batch_ahead_s: Seconds = Field(5.0, description="The same for batch work, which interactive work passes anyway.")
     lease_s: float = Field(
         15.0, ge=1, le=3600, description="How long a silent runner keeps its jobs, seconds; renewed at a third of it."
     )

@@ -60,9 +60,6 @@ class EngineSettings(Section):
         le=128,
         description="Rows of one call in strict mode on CUDA, a guided variation is two; unused ones cost.",
     )
-    batch_share: float = Field(
-        0.125, ge=0, le=100, description="Time batch work gets beside other work, as a share of that work's time."
-    )
     warmup_budget_s: float = Field(
         2.0, ge=0, le=3600, description="Time spent on measuring speed before the first request, seconds; 0 = none."
     )

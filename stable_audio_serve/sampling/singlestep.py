@@ -1,7 +1,7 @@
-"""Samplers over sigma with several calls of the network within a step and nothing kept between steps.
+"""Samplers over sigma with several network calls per step, which keep nothing between steps.
 
-In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), k = (x - d) / s the slope
-dx/dsigma. Each function writes all its steps. Levels are float32 values; intermediate ones are computed in float32 in
+In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), and k = (x - d) / s the slope
+dx/dsigma. Each function writes all its steps. Levels are float32 values; intermediate levels are computed in float32 in
 the references' order of operations.
 """
 
@@ -23,9 +23,9 @@ _X, _AHEAD, _FIRST_SLOPE = register(0), register(1), register(2)
 
 
 def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Heun's method, algorithm 1 of arXiv 2206.00364 without churn: the mean of the slopes at s and at n.
+    """Heun's method, algorithm 1 of arXiv 2206.00364 without churn: uses the mean of the slopes at s and n.
 
-    Registers: x with half a step taken, the point at n. The last step, to 0, is Euler's.
+    Registers: x with half a step taken, the point at n. The last step, to 0, is an Euler step.
     """
     for s, n in itertools.pairwise(sigmas):
         k = network.slope(s)
@@ -38,9 +38,9 @@ def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927): the slope at the geometric mean of s and n.
+    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927): uses the slope at the geometric mean of s and n.
 
-    Registers: x, the point at the mean. The last step, to 0, is Euler's.
+    Registers: x, the point at the mean. The last step, to 0, is an Euler step.
     """
     for s, n in itertools.pairwise(sigmas):
         if n == 0.0:
@@ -56,7 +56,7 @@ def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
 def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
     """DPM-Solver++(2S) (arXiv 2211.01095) to a level below n, then fresh noise up to n.
 
-    Registers: x, the point at the geometric mean. Draws at every step but the last, which is Euler's.
+    Registers: x, the point at the geometric mean. Draws at every step except the last, which is an Euler step.
     """
     for s, n in itertools.pairwise(sigmas):
         down, up = _ancestral_levels(s, n)
@@ -74,9 +74,9 @@ def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
-    """Returns the level that a step from s goes down to, and the noise that brings it up to n.
+    """Returns the level that a step from s to n descends to, and the noise that raises it to n.
 
-    Computed in float32, where a long step ends at 0, because down is n**2 / s, much less than n.
+    Computed in float32. A long step descends to 0, because the level is n**2 / s, much less than n.
     """
     start, end = torch.tensor([s, n], dtype=torch.float32)
     up = torch.minimum(end, (end**2 * (start**2 - end**2) / start**2) ** 0.5)
@@ -84,10 +84,10 @@ def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
 
 
 def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
-    """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` counts calls of the network.
+    """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` is the number of network calls.
 
-    The last pieces are of lower order, so that there are exactly `steps` calls. Ends at `span.sigma_min`, not at 0.
-    Registers: x, the point ahead, the slope at the piece's start.
+    The last pieces have a lower order, so that there are exactly `steps` calls. Ends at `span.sigma_min`, not at 0.
+    Registers: x, the next point, the slope at the piece's start.
     """
     check_steps(steps)
     ends = torch.tensor([span.sigma_max, span.sigma_min], dtype=torch.float32).log().neg()
@@ -107,7 +107,7 @@ def _first_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
 
 
 def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """Evaluates at the middle; the slopes' difference over half the piece extrapolates to its end."""
+    """Evaluates the middle; the difference of the two slopes extrapolates to the end of the piece."""
     h = float(end - start)
     s, middle, n = (float(_levels(time)) for time in (start, start + 0.5 * (end - start), end))
     first = network.slope(s)

@@ -26,12 +26,12 @@ from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
 from stable_audio_serve.serving import ray_internals
 from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.cores import yield_to_engines
 from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.haproxy import address_header
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
-from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.operations import DrainProgress, RayOperations, open_operator_store
 from stable_audio_serve.serving.placement import (
     INGRESS_NAME,

@@ -21,10 +21,10 @@ from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.cores import yield_to_engines
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.model_states import last_prices, reports
-from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.operations import DrainProgress, open_operator_store, predicted_s
 from stable_audio_serve.serving.placement import Plan
 

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.operator_settings import OperatorStore
 from stable_audio_serve.jobs.store.waiting import Waiting
-from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.model_states import last_prices, reports
 
@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _OLD_S = 5.0
 _ASK_TIMEOUT_S = 2.0
+_ASK_EVERY_S = 1.0
+_PATIENCE_S = 1.0  # then the older answer is returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +154,39 @@ def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
     """Returns what all have to finish; None while a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None
+
+
+class Asked(Generic[T]):
+    """The last answer to one question. Used on one event loop."""
+
+    def __init__(self, ask: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
+        """`ask` does not raise; `first` is the answer while there is none, or only an old one."""
+        self._ask = ask
+        self._clock = clock
+        self._first = self._answer = first
+        self._asked_at = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    async def answer(self) -> T:
+        """Returns an answer about a second old; a few seconds where a newer one is late."""
+        if self._asking is None or self._asking.done():
+            if self._age_s < _ASK_EVERY_S:
+                return self._answer
+            self._asking = asyncio.create_task(self._renew())
+        await asyncio.wait({self._asking}, timeout=_PATIENCE_S)
+        return self._answer if self._age_s < _OLD_S else self._first
+
+    def forget(self) -> None:
+        """Ask anew next time, because the answer is another one now; one that is on its way does not count."""
+        self._asked_at = float("-inf")
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+
+    @property
+    def _age_s(self) -> float:
+        return self._clock.monotonic() - self._asked_at
+
+    async def _renew(self) -> None:
+        self._answer = await self._ask()
+        self._asked_at = self._clock.monotonic()

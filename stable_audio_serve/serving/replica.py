@@ -23,7 +23,7 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.logs import configure_logging
-from stable_audio_serve.serving.meters import RecentSum
+from stable_audio_serve.serving.metrics import RayMetrics, RecentSum, StepMeter
 from stable_audio_serve.serving.model_states import ReplicaStatus, ReplicaWords, read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
@@ -50,11 +50,8 @@ class ModelReplica:
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
         self._looked_at = time.monotonic(), 0.0  # when, and how long the engine had been busy by then
-        self._waiting_s, self._is_kept, self._told_at = (
-            0.0,
-            False,
-            float("-inf"),
-        )  # what a runner sent, when
+        # The last report of a job runner, and when it came.
+        self._waiting_s, self._is_kept, self._told_at = 0.0, False, float("-inf")
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
@@ -66,8 +63,6 @@ class ModelReplica:
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
             from stable_audio_serve.serving.engines import hash_model, load_engine
-            from stable_audio_serve.serving.meters import StepMeter
-            from stable_audio_serve.serving.metrics import RayMetrics
             from stable_audio_serve.serving.trial import Trial
         metrics = self._meter = StepMeter(RayMetrics(model=model.name))
         quiet = QuietMetrics(metrics)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stable_audio_serve.audio.resample import resample
+from stable_audio_serve.audio.prepare import resample
 from tests.goldens import load_goldens
 
 COMMON = load_goldens("common").tensors

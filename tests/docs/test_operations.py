@@ -16,8 +16,7 @@ import yaml
 from typer.core import TyperGroup
 
 from stable_audio_serve.cli.main import app
-from stable_audio_serve.cli.metrics_page import exported_name
-from stable_audio_serve.core.metrics import METRICS
+from stable_audio_serve.core.metrics import METRICS, exported_name
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
-from stable_audio_serve.verification.bounds import BOUNDS
-from stable_audio_serve.verification.end_to_end import compare_end_to_end
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import Report
-from stable_audio_serve.verification.sa3 import make_runner
+from stable_audio_serve.verification.report import BOUNDS, Report
+from stable_audio_serve.verification.verify import compare
 from tests.goldens import SHARP, load_goldens
 from tests.gpu.loaded import load_on
 from tests.models.loaded import assert_near
@@ -90,7 +88,7 @@ def test_autoencoder(device: torch.device, name: str) -> None:
 def test_whole_runs(device: torch.device, name: str) -> None:
     report = Report(say=lambda line: None, bounds={component: WIDER * bound for component, bound in BOUNDS.items()})
     model, goldens = load_on(device, name), Goldens.load(load_goldens(name).folder)
-    compare_end_to_end(report, goldens, runner=make_runner(model), chunked=model.config.chunked)
+    compare(report, goldens, model=model, only={"end-to-end"})
     missed = [comparison for comparison in report.comparisons if comparison.missed]
     assert not missed
     assert not report.failures

@@ -18,7 +18,7 @@ from stable_audio_serve.sampling import (
     shift_from_config,
     start_state,
 )
-from stable_audio_serve.verification.sao_common import flow_output
+from stable_audio_serve.verification.samplers import flow_output
 from tests.goldens import load_open_goldens
 from tests.sampling.toys import run_plan
 

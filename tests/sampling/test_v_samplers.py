@@ -20,7 +20,7 @@ from stable_audio_serve.sampling import (
     start_state,
 )
 from stable_audio_serve.sampling.karras import polyexponential_sigmas
-from stable_audio_serve.verification.sao_common import v_output
+from stable_audio_serve.verification.samplers import v_output
 from tests.goldens import load_open_goldens
 from tests.sampling.toys import linear_v_velocity, run_plan
 

@@ -27,7 +27,6 @@ from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, TakeOrigin, finish, finish_window
-from stable_audio_serve.audio.mix import to_mono
 from stable_audio_serve.audio.recipe import MOST_BYTES, MOST_REGIONS, Recipe, RecipeMaker, RecipeSource, is_exact
 from stable_audio_serve.audio.workers import hash_file
 from stable_audio_serve.core.catalog import ModelCard
@@ -224,7 +223,7 @@ async def _find_sources(
     sources = {sha256: await service.decode(found[sha256], card, padding_s=padding_s) for sha256 in recipe.hashes}
     mixed = {source.sha256 for source in (recipe.init_audio, recipe.inpaint_audio) if source and source.is_mixed}
     return await service.compute(
-        lambda: {key: to_mono(audio) if key in mixed else audio for key, audio in sources.items()}
+        lambda: {key: audio.to_mono() if key in mixed else audio for key, audio in sources.items()}
     )
 
 

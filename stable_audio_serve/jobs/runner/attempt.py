@@ -197,7 +197,6 @@ async def record_end(ended: Job, context: AttemptContext) -> None:
     metrics.increment("jobs", state=ended.state, contract=spec.contract)
     if ended.started_at is not None:
         metrics.observe("job_wait_ms", (ended.started_at - ended.created_at).total_seconds() * 1000, model=spec.model)
-    metrics.observe("job_run_ms", run_s * 1000, model=spec.model)
     if ended.is_dead_letter:
         metrics.increment("job_dead_letters", reason=error or "")
     elif spec.upload is not None:  # an operator may retry a dead letter, which needs it

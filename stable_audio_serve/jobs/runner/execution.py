@@ -14,6 +14,7 @@ from typing import IO
 
 from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
+from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import AudioFormat
 from stable_audio_serve.audio.finish import FileOrder, TakeOrigin, finish
 from stable_audio_serve.audio.workers import AudioWorkers
@@ -49,7 +50,7 @@ class JobExecutor:
         self._gate = gate
         self._limits = limits
         self._clock = clock or SystemClock()
-        self._source_bytes = ByteBudget(limits.max_source_bytes)
+        self._source_bytes = ByteBudget(workers.MAX_SOURCE_BYTES)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:

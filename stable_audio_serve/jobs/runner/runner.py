@@ -46,6 +46,9 @@ _REPLICAS_S = 2.0  # between two questions how many replicas each model has
 _COUNT_S = 15.0  # between two counts of the jobs of each state
 _SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
 # Of a model's target wait: jobs that an engine has already count for its replicas, but a new replica does not get them.
+# Predicted work that a runner hands to each model replica at a time; one job at least. Interactive work passes batch
+# work, so little of that suffices.
+_AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
 _AHEAD_SHARE = 0.5
 _CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be put back; others are taken over when their leases end
 
@@ -87,7 +90,7 @@ class JobRunner:
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
             prices=prices,
-            ahead_s={"interactive": self._settings.work_ahead_s, "batch": self._settings.batch_ahead_s},
+            ahead_s=_AHEAD_S,
             most_ahead_s={model.name: _AHEAD_SHARE * model.replicas.target_wait_s for model in settings.models},
             max_running=self._settings.max_running,
             clock=clock,
@@ -214,7 +217,6 @@ class JobRunner:
     async def _turn(self, outlook: Outlook) -> int:
         """Do everything whose time has come. Returns how many things were done."""
         self._metrics.gauge("jobs_running", self._capacity.num_running)
-        self._metrics.gauge("jobs_queued", outlook.num_queued)
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
         if outlook.num_stops:
@@ -239,7 +241,6 @@ class JobRunner:
         reclaimed = await asyncio.to_thread(self._store.runners.reclaim, max_attempts=max_attempts)
         for job in reclaimed:
             log.warning("job reclaimed", job_id=job.spec.id, attempts=job.attempts, state=job.state)
-            self._metrics.increment("jobs_reclaimed", state=job.state)
             if job.is_over:
                 await record_end(job, self._context)
         return len(reclaimed)

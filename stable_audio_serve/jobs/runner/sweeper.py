@@ -60,7 +60,6 @@ class Sweeper:
         }
         took_s = self._clock.monotonic() - started_at
         log.info("swept", **swept, took_s=round(took_s, 3))
-        self._metrics.observe("sweep_ms", took_s * 1000)
         return swept
 
     async def _count_removed(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
@@ -69,7 +68,6 @@ class Sweeper:
         except Exception as error:  # the other kinds, and later sweeps, may succeed
             log.warning("a sweep failed", kind=kind, error=str(error), exc_info=not isinstance(error, StorageError))
             return 0
-        self._metrics.increment("swept_files", num_removed, kind=kind)
         return num_removed
 
     async def _remove_old(self) -> int:

@@ -18,7 +18,7 @@ from stable_audio_serve.models.sao.conditioners import (
 from stable_audio_serve.models.sao.config import PromptConfig, SaoConfig, parse_config
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import assign_weights
-from stable_audio_serve.verification.bounds import BOUNDS
+from stable_audio_serve.verification.report import BOUNDS
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY, weights_of
 
@@ -39,7 +39,7 @@ def text_encoder(name: str, dtype: torch.dtype) -> TextEncoder:
 
 def embed(name: str, prompts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     encoder = text_encoder(name, dtype)
-    ids, mask = encoder.tokenize(prompts).told.unbind(1)
+    ids, mask = encoder.tokenize(prompts).ids_and_mask.unbind(1)
     return PromptConditioner(config_of(name).prompt, encoder_width=encoder.width)(
         encoder.encode(ids, mask), mask.bool()
     )
@@ -48,7 +48,7 @@ def embed(name: str, prompts: list[str], dtype: torch.dtype = torch.float32) -> 
 @pytest.mark.parametrize("name", TINY)
 def test_prompts_become_the_reference_s_tokens(name: str) -> None:
     goldens = load_open_goldens(name)
-    ids, mask = text_encoder(name, torch.float32).tokenize(goldens.facts["cond_t5"]["prompts"]).told.unbind(1)
+    ids, mask = text_encoder(name, torch.float32).tokenize(goldens.facts["cond_t5"]["prompts"]).ids_and_mask.unbind(1)
     assert torch.equal(ids, goldens.tensors["cond/input_ids"])
     assert torch.equal(mask, goldens.tensors["cond/attention_mask"])
 
