@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
@@ -26,7 +27,7 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices, WorkSize
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.job import Job, State
-from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, RunnerPauses, StopReason, record_end
+from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, RunnerPauses, record_end
 from stable_audio_serve.jobs.runner.capacity import Capacity, StorageGate
 from stable_audio_serve.jobs.runner.execution import JobExecutor
 from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
@@ -39,7 +40,8 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_WEIGH_S = 1.0  # between two questions how much work waits
+_WEIGH_S = 1.0  # between two sums of the work that waits
+_WEIGH_REST = 20.0  # and times as long as a sum takes: 1.8 ms for 10,000 jobs, 0.3 s for a million
 _REPLICAS_S = 2.0  # between two questions how many replicas each model has
 _COUNT_S = 15.0  # between two counts of the jobs of each state
 _SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
@@ -85,7 +87,6 @@ class JobRunner:
             first_probe_s=pauses.probe_s,
             last_probe_s=pauses.last_probe_s,
         )
-        self._executor = JobExecutor(backend, artifacts, limits=settings.api, gate=self._gate, clock=clock)
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
             prices=prices,
@@ -97,7 +98,7 @@ class JobRunner:
         self._context = AttemptContext(
             store=store,
             artifacts=artifacts,
-            executor=self._executor,
+            executor=JobExecutor(backend, artifacts, limits=settings.api, gate=self._gate, clock=clock),
             capacity=self._capacity,
             settings=self._settings,
             pauses=pauses,
@@ -131,16 +132,14 @@ class JobRunner:
             self._notifier.start(on_postponed=self.wake)
         self._loop_task = asyncio.create_task(self._run_loop())
         sweep_s = self._settings.sweep_every_s
-        self._background = [
-            asyncio.create_task(work)
-            for work in (
-                _repeat(self._write_reports, pause_s=self._pauses.report_s),
-                _repeat(self._count, pause_s=_COUNT_S),
-                _repeat(self._ask_replicas, pause_s=_REPLICAS_S),
-                _repeat(self._weigh, pause_s=_WEIGH_S),
-                _repeat(self._sweeper.sweep, pause_s=sweep_s, first_in_s=sweep_s, spread=_SWEEP_SPREAD),
-            )
-        ]
+        background = (
+            _repeat(self._write_reports, pause_s=self._pauses.report_s),
+            _repeat(self._count, pause_s=_COUNT_S),
+            _repeat(self._ask_replicas, pause_s=_REPLICAS_S),
+            _repeat(self._weigh, pause_s=_WEIGH_S),
+            _repeat(self._sweeper.sweep, pause_s=sweep_s, first_in_s=sweep_s, spread=_SWEEP_SPREAD),
+        )
+        self._background = [asyncio.create_task(work) for work in background]
 
     def wake(self) -> None:
         """Look for something to do now. Call it on the runner's event loop."""
@@ -157,8 +156,7 @@ class JobRunner:
         """Raises GenerationError when the loop or the heartbeat has ended, which they never should."""
         if self._loop_task is None:
             return
-        has_ended = self._loop_task.done() and not self._is_closing
-        if has_ended or not self._heartbeat.is_alive:
+        if not self._heartbeat.is_alive or (self._loop_task.done() and not self._is_closing):
             raise GenerationError("the job runner's loop has ended")
 
     @property
@@ -196,7 +194,7 @@ class JobRunner:
         if self._notifier is not None:
             await self._notifier.close()
         await asyncio.to_thread(self._heartbeat.close)
-        await self._executor.close()
+        await self._context.executor.close()
 
     async def _run_loop(self) -> None:
         poll_s = self._pauses.first_poll_s
@@ -239,8 +237,8 @@ class JobRunner:
     async def _reclaim(self) -> int:
         """Put back the jobs of dead runners. Returns how many there were."""
         await asyncio.to_thread(self._heartbeat.beat)  # first, or our own jobs are lost when the store was away
-        reclaim = partial(self._store.runners.reclaim, max_attempts=self._settings.max_attempts)
-        reclaimed = await asyncio.to_thread(reclaim)
+        max_attempts = self._settings.max_attempts
+        reclaimed = await asyncio.to_thread(self._store.runners.reclaim, max_attempts=max_attempts)
         for job in reclaimed:
             log.warning("job reclaimed", job_id=job.spec.id, attempts=job.attempts, state=job.state)
             if job.is_over:
@@ -255,10 +253,11 @@ class JobRunner:
             models = self._capacity.open_models(priority)
             if (models is not None and not models) or not self._gate.admits(self._capacity.num_running):
                 break
-            lease = partial(store.lease, self.owner, lease_s=lease_s, models=models, priority=priority)
             self._is_leasing = True
             try:
-                job = await asyncio.to_thread(lease)
+                job = await asyncio.to_thread(
+                    store.lease, self.owner, lease_s=lease_s, models=models, priority=priority
+                )
                 if job is None:
                     break
                 failpoint("after_lease")
@@ -287,11 +286,9 @@ class JobRunner:
 
     def _stop_changed(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:
         """Stop jobs whose leases are lost or whose clients cancelled them."""
-        reasons: dict[LeaseId, StopReason] = dict.fromkeys(to_cancel, "cancelled")
-        reasons |= dict.fromkeys(lost, "lost")
-        for lease, reason in reasons.items():
+        for lease in (*lost, *to_cancel):
             if lease in self._attempts:
-                self._attempts[lease].stop(reason)
+                self._attempts[lease].stop("lost" if lease in lost else "cancelled")
 
     async def _write_reports(self) -> None:
         """Write the progress of all jobs in one transaction, however often each has reported."""
@@ -312,14 +309,16 @@ class JobRunner:
             self._capacity.set_replicas({name: model.num_replicas for name, model in status.items()})
 
     async def _weigh(self) -> None:
-        """Learn how much work waits, which needs no question while nothing does."""
+        """Sum the work that waits, an empty queue without a query and a queue of a million jobs less often."""
+        if self._outlook is None or not self._outlook.num_queued:
+            self._waiting = None if self._outlook is None else {}
+            return
+        started_at = time.monotonic()
         try:
-            if self._outlook is not None:
-                is_empty = not self._outlook.num_queued
-                self._waiting = {} if is_empty else await asyncio.to_thread(self._store.waiting.by_model)
+            self._waiting = await asyncio.to_thread(self._store.waiting.by_model)
         except StorageError:
             self._waiting = None
-            raise
+        await asyncio.sleep(_WEIGH_REST * (time.monotonic() - started_at))
 
 
 async def _repeat(

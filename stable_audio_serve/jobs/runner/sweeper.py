@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 
 import structlog
 
@@ -72,9 +71,9 @@ class Sweeper:
         return num_removed
 
     async def _remove_old(self) -> int:
-        purge = partial(self._store.retention.purge, age_s=self._settings.retention_s, limit=_BATCH)
+        purge, age_s = self._store.retention.purge, self._settings.retention_s
         num_removed = 0
-        while keys := await asyncio.to_thread(purge):
+        while keys := await asyncio.to_thread(purge, age_s=age_s, limit=_BATCH):
             num_removed += await self._delete(keys)
             await asyncio.sleep(_PAUSE_S)
         return num_removed
@@ -90,7 +89,7 @@ class Sweeper:
         for folder in FOLDERS:
             cursor = None
             while True:
-                page = await asyncio.to_thread(partial(self._artifacts.list_folder, folder, cursor=cursor))
+                page = await asyncio.to_thread(self._artifacts.list_folder, folder, cursor=cursor)
                 aged = [item.key for item in page.objects if since <= item.modified_at <= before]
                 num_removed += await self._delete(await asyncio.to_thread(self._store.retention.unreferenced, aged))
                 if (cursor := page.next_cursor) is None:
@@ -100,7 +99,7 @@ class Sweeper:
 
     async def _remove_unfinished(self) -> int:
         before = self._clock.time() - self._settings.orphan_after_s
-        return await asyncio.to_thread(partial(self._artifacts.sweep_unfinished, before=before))
+        return await asyncio.to_thread(self._artifacts.sweep_unfinished, before=before)
 
     async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
         """Delete files, a few at a time. Returns how many; the others are orphans, which a later sweep removes."""
