@@ -1,4 +1,4 @@
-"""A GPU machine without the server's packages."""
+"""The engine runs on a GPU machine without the server's packages."""
 
 from __future__ import annotations
 

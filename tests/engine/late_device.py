@@ -21,7 +21,7 @@ from stable_audio_serve.engine.hardware.device import Moment, WaitingDevice
 
 
 class LateDevice(WaitingDevice):
-    """`patience`: polls of an unreached point before the second queue runs; None: it runs on wait only."""
+    """Polls of an unreached point run the second queue after `patience` of them; None: only waiting runs it."""
 
     def __init__(self, *, patience: int | None = None, mode: Mode = "strict") -> None:
         super().__init__(torch.device("cpu"), clock=SystemClock())
