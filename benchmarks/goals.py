@@ -89,9 +89,9 @@ def _stand(goal: Goal, results: Mapping[str, Any] | None) -> Standing:
     count = None if goal.count is None else _find(results, goal.count)
     if isinstance(found, Mapping):
         return Standing(goal, found["value"], found["low"], found["high"], is_void, count)
-    rounds = [found] if goal.rounds is None else _numbers(_find(results, goal.rounds))
-    value = float(found)
-    return Standing(goal, value, min(value, *rounds), max(value, *rounds), is_void, count)
+    rounds = [] if goal.rounds is None else _find(results, goal.rounds) or []
+    values = [float(found), *map(float, rounds)]
+    return Standing(goal, values[0], min(values), max(values), is_void, count)
 
 
 def _find(results: Any, path: Sequence[str]) -> Any:
@@ -102,253 +102,97 @@ def _find(results: Any, path: Sequence[str]) -> Any:
     return results
 
 
-def _numbers(values: Any) -> list[float]:
-    """Returns the numbers of a list, or of the lists of a mapping."""
-    if isinstance(values, Mapping):
-        return [number for some in values.values() for number in _numbers(some)]
-    return [float(value) for value in values or ()]
-
-
 def _number(value: float) -> str:
-    return (
-        f"{value:.0f}"
-        if abs(value) >= 100 or value == int(value)
-        else f"{value:.2f}"
-        if value >= 0.1
-        else f"{value:.3f}"
-    )
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
-def _run(id: str, what: str, *, side: str, figure: str, bound: float, over: str = "lock") -> Goal:
-    mix, _, _ = what.partition(" ")
+def _run(id: str, mix: str, *, figure: str, side: str = "ours-fast", over: str = "lock", bound: float) -> Goal:
+    mode, steps = side.removeprefix("ours-"), figure.removeprefix("p95_")
+    words = f"p95 of {steps} steps" if steps != figure else figure
+    what = f"{mix} {mode} {words}{'' if over == 'lock' else f' over {over}'}"
     path, larger_is_better = ("ratios", side, over, figure), figure in ("capacity", "goodput")
     return Goal(id, what, f"run-{mix}", path, bound, larger_is_better, count=("num_requests",))
 
 
-def _simulated(id: str, what: str, *, figure: str, bound: float) -> Goal:
-    """Judged as rows are batched on CUDA in half precision."""
-    mix, _, _ = what.partition(" ")
-    path, larger_is_better = ("mixes", mix, "packed", figure), figure.startswith("capacity")
-    return Goal(id, what, "simulate", path, bound, larger_is_better, count=("mixes", mix, "num_requests"))
+def _simulated(mix: str, *, figure: str, bound: float) -> Goal:
+    """By arithmetic: the real scheduler on a model of an H200."""
+    steps = figure.removeprefix("p95_")
+    what = f"{mix} {f'p95 of {steps} steps' if steps != figure else figure}, simulated"
+    path = ("mixes", mix, "packed", f"{figure}_over_lock_ratio")
+    return Goal("P22", what, "simulate", path, bound, figure == "capacity", count=("mixes", mix, "num_requests"))
 
 
-_CAPACITY, _P95 = "capacity_over_lock_ratio", "p95_over_lock_ratio"
-_P95_8, _P95_100 = "p95_8_over_lock_ratio", "p95_100_over_lock_ratio"
+def _case(id: str, what: str, *, case: str, path: str, bound: float, larger_is_better: bool = False) -> Goal:
+    """`path` is dotted; where the last name has a sibling ending in `_rounds`, that is the interval."""
+    *parents, last = path.split(".")
+    return Goal(id, what, case, (*parents, last), bound, larger_is_better, rounds=(*parents, f"{last}_rounds"))
 
-# Of this machine, a CPU: modes strict and fast.
-_CPU = (
-    _run("P1", "demo-wide fast capacity", side="ours-fast", figure="capacity", bound=1.4),
-    _run("P1", "demo-fast fast capacity", side="ours-fast", figure="capacity", bound=1.2),
-    _run("P1", "demo-wide strict capacity", side="ours-strict", figure="capacity", bound=0.97),
-    _run("P1", "demo-fast strict capacity", side="ours-strict", figure="capacity", bound=0.97),
-    _run("P2", "demo-wide fast capacity over static", side="ours-fast", figure="capacity", bound=1.1, over="static"),
-    _run("P2", "demo-fast fast capacity over static", side="ours-fast", figure="capacity", bound=1.1, over="static"),
-    _run("P4", "demo-wide fast p95", side="ours-fast", figure="p95", bound=0.7),
-    _run("P4", "demo-fast fast p95", side="ours-fast", figure="p95", bound=0.9),
-    _run("P4", "demo-wide strict p95", side="ours-strict", figure="p95", bound=1.05),
-    _run("P5", "demo-wide fast p95 of 8 steps", side="ours-fast", figure="p95_8", bound=0.3),
-    _run("P5", "demo-wide fast p95 of 50 steps", side="ours-fast", figure="p95_50", bound=1.5),
-    _run("P5", "demo-wide strict p95 of 8 steps", side="ours-strict", figure="p95_8", bound=0.3),
-    _run("P5", "demo-wide strict p95 of 50 steps", side="ours-strict", figure="p95_50", bound=1.7),
-    _run("P6", "demo-wide fast goodput", side="ours-fast", figure="goodput", bound=1.2),
-    Goal(
-        "P7",
-        "lone request in process over what is allowed",
-        "http",
-        ("engine_over_allowed_ratio",),
-        1.0,
-        rounds=("engine_over_allowed_ratio_rounds",),
+
+GOALS: tuple[Goal, ...] = (
+    _run("P1", "demo-wide", figure="capacity", bound=1.4),
+    _run("P1", "demo-fast", figure="capacity", bound=1.2),
+    _run("P1", "demo-wide", side="ours-strict", figure="capacity", bound=0.97),
+    _run("P1", "demo-fast", side="ours-strict", figure="capacity", bound=0.97),
+    _run("P2", "demo-wide", figure="capacity", over="static", bound=1.1),
+    _run("P2", "demo-fast", figure="capacity", over="static", bound=1.1),
+    _run("P4", "demo-wide", figure="p95", bound=0.7),
+    _run("P4", "demo-fast", figure="p95", bound=0.9),
+    _run("P4", "demo-wide", side="ours-strict", figure="p95", bound=1.05),
+    _run("P5", "demo-wide", figure="p95_8", bound=0.3),
+    _run("P5", "demo-wide", figure="p95_50", bound=1.5),
+    _run("P5", "demo-wide", side="ours-strict", figure="p95_8", bound=0.3),
+    _run("P5", "demo-wide", side="ours-strict", figure="p95_50", bound=1.7),
+    _run("P6", "demo-wide", figure="goodput", bound=1.2),
+    _case(
+        "P7", "lone request in process over what is allowed", case="http", path="engine_over_allowed_ratio", bound=1.0
     ),
-    Goal(
-        "P7",
-        "lone request over HTTP over what is allowed",
-        "http",
-        ("http_over_allowed_ratio",),
-        1.0,
-        rounds=("http_over_allowed_ratio_rounds",),
-    ),
-    Goal("P11", "memory growth", "memory", ("memory_rss_growth_share",), 0.02),
+    _case("P7", "lone request over HTTP over what is allowed", case="http", path="http_over_allowed_ratio", bound=1.0),
+    _case("P11", "memory growth", case="memory", path="memory_rss_growth_share", bound=0.02),
+    _case("P14", "cold start", case="cold-start", path="first_audio_over_ray_plus_bare_ratio", bound=2.0),
     *(
-        Goal(
-            "P12",
-            f"throughput of 64 in flight over 8, {mode}",
-            f"ladder-{mode}",
-            ("concurrency_throughput_ratio",),
-            0.97,
+        _case(
+            "P15",
+            what,
+            case="scale",
+            path=f"{side}.worst_capacity_over_one.{count}",
+            bound=bound,
             larger_is_better=True,
-            rounds=("concurrency_throughput_ratio_rounds",),
         )
-        for mode in ("strict", "fast")
-    ),
-    Goal(
-        "P12",
-        "scheduler's share of a step",
-        "ladder-fast",
-        ("scheduler_share_of_step",),
-        0.02,
-        rounds=("scheduler_share_of_step_rounds",),
-    ),
-    # A share of step time like the one above, not the time of a pick: a step takes a quarter of what waits, 10 rows of
-    # 32 and 54 of 256, so a pick that cost the same for every row it returns would take 5.4 times as long.
-    Goal(
-        "P12",
-        "scheduler's share of a step, 256 rows over 32",
-        "micro",
-        ("scheduler_share_256_over_32_active_ratio",),
-        1.3,
-        rounds=("scheduler_share_256_over_32_active_ratio_rounds",),
-    ),
-    *(
-        Goal(
-            "P13",
-            f"4x the frames, {mode}",
-            f"ladder-{mode}",
-            ("duration_4x_frames_time_ratio",),
-            4.8,
-            rounds=("duration_4x_frames_time_ratio_rounds",),
+        for what, side, count, bound in (
+            ("2 stand-in replicas", "stand_in", 2, 1.9),
+            ("4 stand-in replicas", "stand_in", 4, 3.6),
+            ("2 demo replicas", "model", 2, 1.6),
         )
-        for mode in ("strict", "fast")
     ),
-    Goal("P14", "cold start", "cold-start", ("first_audio_over_ray_plus_bare_ratio",), 2.0),
-    Goal(
-        "P15", "2 stand-in replicas", "scale", ("stand_in", "worst_capacity_over_one", "2"), 1.9, larger_is_better=True
-    ),
-    Goal(
-        "P15", "4 stand-in replicas", "scale", ("stand_in", "worst_capacity_over_one", "4"), 3.6, larger_is_better=True
-    ),
-    Goal("P15", "2 demo replicas", "scale", ("model", "worst_capacity_over_one", "2"), 1.6, larger_is_better=True),
-    Goal(
+    _case(
         "P25",
         "small-mixed p95 by predicted work over Serve's router",
-        "routing",
-        ("p95_over_serve_ratio",),
-        0.8,
-        rounds=("p95_over_serve_ratio_rounds",),
+        case="routing",
+        path="p95_over_serve_ratio",
+        bound=0.8,
     ),
-    Goal(
-        "P26",
-        "bursts, p95 with replicas by predicted work over Serve's policy",
-        "autoscale",
-        ("p95_over_serve_ratio",),
-        0.8,
-        rounds=("p95_over_serve_ratio_rounds",),
-    ),
-    Goal(
-        "P26",
-        "the same, replicas' time",
-        "autoscale",
-        ("replica_s_over_serve_ratio",),
-        1.0,
-        rounds=("replica_s_over_serve_ratio_rounds",),
-    ),
-    Goal(
-        "P16",
-        "step rate all MP3 over all WAV",
-        "formats",
-        ("mp3_over_wav_step_rate_ratio",),
-        0.8,
-        larger_is_better=True,
-        rounds=("mp3_over_wav_step_rate_ratio_rounds",),
-    ),
-    Goal("P16", "event-loop stall p99 (ms)", "formats", ("event_loop_stall_p99_ms",), 50.0),
-    Goal(
-        "P17", "text encodes over distinct prompts", "prompt-cache", ("text_encodes_over_distinct_prompts_ratio",), 1.05
-    ),
-    Goal(
-        "P18",
-        "overload goodput over peak",
-        "overload",
-        ("model", "worst_goodput_over_peak_ratio"),
-        0.9,
-        larger_is_better=True,
-    ),
-    Goal("P18", "overload refusals p50 (ms)", "overload", ("model", "worst_refusal_p50_ms"), 20.0),
-    Goal("P18", "overload refusals p99 (ms)", "overload", ("model", "worst_refusal_p99_ms"), 100.0),
-    Goal("P18", "overload normal after (s)", "overload", ("model", "worst_normal_after_s"), 30.0),
-    Goal(
-        "P18",
-        "overload served within four tries (share)",
-        "overload",
-        ("model", "worst_served_within_four_tries_share"),
-        0.95,
-        larger_is_better=True,
-    ),
-)
-
-# Counted without a GPU.
-_COUNTED = (
-    Goal("P19", "blocking copies in a step", "micro", ("host_blocking_copies_per_step",), 0),
-    Goal("P19", "waits in a step", "micro", ("host_waits_per_step",), 0),
-    Goal("P19", "asynchronous copies in a step", "micro", ("host_asynchronous_copies_per_step",), 1),
-    Goal("P19", "operations that mix devices", "micro", ("host_mix_ups",), 0),
-    Goal("P20", "launches per layer of small", "micro", ("launches_per_layer", "small-music"), 25),
-    Goal("P20", "graph breaks per layer of small", "micro", ("graph_breaks_per_layer", "small-music"), 0),
-    Goal(
-        "P23",
-        "bfloat16 over float32 on a CPU",
-        "bfloat16",
-        ("over_float32_ratio",),
-        0.33,
-        rounds=("over_float32_ratio_rounds",),
-    ),
-    Goal(
-        "P23",
-        "four rows together over alone on a CPU",
-        "bfloat16",
-        ("rows_together_ratio", "float32"),
-        1.3,
-        larger_is_better=True,
-        rounds=("rows_together_ratio_rounds", "float32"),
-    ),
-    Goal("P23", "two threads over one: throughput", "threads", ("speedup", "2"), 1.67, larger_is_better=True),
-)
-
-# By arithmetic: the real scheduler on a model of an H200.
-_SIMULATED = (
-    Goal(
-        "P21",
-        "shapes of a day of small-mixed",
-        "simulate",
-        ("days", "small-mixed", "num_shapes"),
-        128,
-        count=("days", "small-mixed", "num_requests"),
-    ),
-    Goal(
-        "P21",
-        "shapes of a day of medium-mixed",
-        "simulate",
-        ("days", "medium-mixed", "num_shapes"),
-        128,
-        count=("days", "medium-mixed", "num_requests"),
-    ),
-    _simulated("P22", "equal-5s capacity", figure=_CAPACITY, bound=4.0),
-    _simulated("P22", "small-8 capacity", figure=_CAPACITY, bound=2.0),
-    _simulated("P22", "small-mixed capacity", figure=_CAPACITY, bound=1.4),
-    _simulated("P22", "medium-8 capacity", figure=_CAPACITY, bound=1.1),
-    _simulated("P22", "sao-100 capacity", figure=_CAPACITY, bound=1.0),
-    _simulated("P22", "small-8 p95", figure=_P95, bound=0.6),
-    _simulated("P22", "small-mixed p95", figure=_P95, bound=0.5),
-    _simulated("P22", "medium-8 p95", figure=_P95, bound=0.75),
-    _simulated("P22", "medium-mixed p95", figure=_P95, bound=0.45),
-    _simulated("P22", "sao-100 p95", figure=_P95, bound=1.05),
-    _simulated("P22", "small-mixed p95 of 8 steps", figure=_P95_8, bound=0.12),
-    _simulated("P22", "medium-mixed p95 of 8 steps", figure=_P95_8, bound=0.1),
-    _simulated("P22", "small-mixed p95 of 100 steps", figure=_P95_100, bound=1.5),
-    _simulated("P22", "medium-mixed p95 of 100 steps", figure=_P95_100, bound=1.5),
-    _simulated("P22", "small-mixed packed capacity", figure=_CAPACITY, bound=1.9),
-    _simulated("P22", "small-mixed packed p95 of 8 steps", figure=_P95_8, bound=0.06),
-    _simulated("P22", "small-8 packed p95", figure=_P95, bound=0.45),
     *(
-        Goal(
-            "P24",
-            f"{clip} clips over TensorRT",
-            "simulate",
-            ("clips_over_published_ratio", clip, "packed"),
-            bound,
-            larger_is_better=True,
+        _case(
+            "P18", f"overload {what}", case="overload", path=f"model.worst_{name}", bound=bound, larger_is_better=larger
         )
-        for clip, bound in (("small 5 s", 3.0), ("small 30 s", 2.0), ("medium 5 s", 1.5), ("medium 30 s", 1.2))
+        for what, name, bound, larger in (
+            ("goodput over peak", "goodput_over_peak_ratio", 0.9, True),
+            ("refusals p50 (ms)", "refusal_p50_ms", 20.0, False),
+            ("refusals p99 (ms)", "refusal_p99_ms", 100.0, False),
+            ("normal after (s)", "normal_after_s", 30.0, False),
+            ("served within four tries (share)", "served_within_four_tries_share", 0.95, True),
+        )
     ),
+    _case(
+        "P23", "two threads over one: throughput", case="threads", path="speedup.2", bound=1.67, larger_is_better=True
+    ),
+    _simulated("small-mixed", figure="capacity", bound=1.9),
+    _simulated("small-mixed", figure="p95", bound=0.5),
+    _simulated("small-mixed", figure="p95_8", bound=0.06),
+    _simulated("small-mixed", figure="p95_100", bound=1.5),
+    _simulated("medium-mixed", figure="p95", bound=0.45),
+    _simulated("medium-mixed", figure="p95_8", bound=0.1),
+    _simulated("medium-mixed", figure="p95_100", bound=1.5),
 )
-
-GOALS: tuple[Goal, ...] = (*_CPU, *_COUNTED, *_SIMULATED)

@@ -5,7 +5,6 @@ The bytes must be the same, or the comparison is void.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,7 +25,7 @@ _COUNTS = (1, 2)
 _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=10.0, seed=7)
 
 
-def run_threads_case(settings: CaseSettings) -> dict[str, Any]:
+async def run_threads(settings: CaseSettings) -> dict[str, Any]:
     """One thread and two in turn, `rounds` clips each; the best counts, because others can only take time away.
 
     Raises RuntimeError if the audio differs.
@@ -36,7 +35,7 @@ def run_threads_case(settings: CaseSettings) -> dict[str, Any]:
     audio: list[npt.NDArray[np.float32]] = []
     for _ in range(settings.rounds):
         for count in _COUNTS:
-            result, taken_s = asyncio.run(_generate(model, count))
+            result, taken_s = await _generate(model, count)
             seconds[count].append(taken_s)
             audio.append(result.audio[0])
     if not all(np.array_equal(audio[0], other) for other in audio[1:]):
@@ -61,8 +60,8 @@ async def _generate(model: Sa3Model, num_threads: int) -> tuple[GenerationResult
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """What a second CPU thread is worth at the official size."""
+    """One number of threads per row."""
     return [
-        {"threads": count, "work_s_per_audio_s": value, "speedup": results["speedup"][count]}
+        {"threads": count, "work per second of audio (s)": value, "speedup": results["speedup"][count]}
         for count, value in results["work_s_per_audio_s"].items()
     ]

@@ -8,22 +8,26 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import yaml
 
+from benchmarks.dialects import OverHttp, open_clients
 from stable_audio_serve.models.registry import ModelEntry
 
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
-_SAID = "cold start:"
-_READY = (_SAID, "INFO:     Uvicorn running on")
+_IN_PROGRESS = 10_000  # no bound of ours may refuse a burst
+_SAID = "cold start:"  # when the server is ready
 _STAGE = re.compile(r"(\w+) ([0-9.]+) s")
 
 
@@ -61,33 +65,44 @@ def write_config(
     deployments: Sequence[Mapping[str, object]] = (),
     **args: object,
 ) -> Path:
-    """A serve config with one model in one replica, and what else `args` say. `deployments` overrule what the
+    """Write a serve config with one model in one replica, and what else `args` say. `deployments` overrule what the
     application says of its deployments, see Ray Serve.
     """
     model = {"name": entry.card.name, "threads": threads, "replicas": {"max_replicas": 1}}
-    if not entry.card.is_demo and entry.folder:
-        model["path"] = str(Path(entry.folder).resolve())
+    if not entry.card.is_demo:
+        model |= _source(entry)
     application = {
         "name": "benchmark",
         "route_prefix": "/",
         "import_path": import_path,
         "args": {"models": [model], "output_dir": str(folder / "outputs"), **args},
-        "deployments": [dict(deployment) for deployment in deployments],
+        "deployments": list(deployments),
     }
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))
     return path
 
 
-def model_args(entry: ModelEntry, *, name: str, threads: int, replicas: int = 1) -> dict[str, object]:
-    """Returns what a serve config says of a model under another name, with a fixed number of replicas."""
-    source = {"path": str(Path(entry.folder).resolve())} if entry.folder else {"repo_id": entry.repo_id}
-    return {
-        "name": name,
-        **source,
-        "threads": threads,
-        "replicas": {"min_replicas": replicas, "max_replicas": replicas},
-    }
+def _source(entry: ModelEntry) -> dict[str, object]:
+    return {"path": str(Path(entry.folder).resolve())} if entry.folder else {"repo_id": entry.repo_id}
+
+
+@asynccontextmanager
+async def serving(
+    entry: ModelEntry, names: Mapping[str, Mapping[str, object]], *, threads: int, **args: Any
+) -> AsyncIterator[Mapping[str, OverHttp]]:
+    """One model under several names, each with what its entry says besides. Gives what asks each, once it has as many
+    replicas as its entry says, by default one. `args` as for `write_config`; nothing is refused but by the models.
+    """
+    one = {**_source(entry), "threads": threads, "replicas": {"min_replicas": 1, "max_replicas": 1}}
+    models: list[dict[str, Any]] = [{"name": name, **one, **own} for name, own in names.items()]
+    ingress = {"max_ongoing_requests": _IN_PROGRESS}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_config(Path(folder), entry, threads=threads, models=models, ingress=ingress, **args)
+        with running_server(path) as server:
+            _wait_for_replicas(server, {model["name"]: model["replicas"]["min_replicas"] for model in models})
+            async with open_clients(server.url) as clients:
+                yield {name: OverHttp(clients, model=name) for name in names}
 
 
 @contextmanager
@@ -95,23 +110,9 @@ def running_server(config: Path) -> Iterator[Server]:
     """Start, wait until it says it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
     port = _free_port()
     command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
-    with _running(command, port=port) as server:
-        yield server
-
-
-@contextmanager
-def running_instant_app() -> Iterator[Server]:
-    """The API on uvicorn alone, around an engine that takes no time. Raises RuntimeError if it does not start."""
-    port = _free_port()
-    with _running(("-m", "benchmarks.servers.instant", str(port)), port=port) as server:
-        yield server
-
-
-@contextmanager
-def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
     started_at = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -124,7 +125,7 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
     def read() -> None:
         for line in process.stdout or ():
             server.lines.append(line.rstrip())
-            if line.startswith(_READY):
+            if line.startswith(_SAID):
                 server.ready_s = time.perf_counter() - started_at
                 ready.set()
         ready.set()
@@ -143,6 +144,19 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
             _stop(process)
         server.stopped_s = time.perf_counter() - stopping_at
         reader.join(5.0)
+
+
+def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
+    """Wait until every model has so many replicas. Raises RuntimeError if that takes too long."""
+    ends_at = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        models = httpx.get(f"{server.url}/health", trust_env=False).raise_for_status().json()["models"]
+        missing = [name for name, count in counts.items() if models[name]["num_replicas"] < count]
+        if not missing:
+            return
+        if time.monotonic() > ends_at:
+            raise RuntimeError(f"not all replicas of {missing} came up within {_READY_TIMEOUT_S:.0f} s")
+        time.sleep(0.5)
 
 
 @contextmanager

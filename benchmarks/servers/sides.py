@@ -4,7 +4,6 @@ replica behind each name. `build` is its import path.
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -67,20 +66,3 @@ class SideReplica:
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
     """The application of `serving.app` with a replica of each side."""
     return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(_OTHERS, SideReplica))
-
-
-def side_models(
-    sides: tuple[str, ...], *, path: str, padding_s: float, threads: int, mode: str | None
-) -> list[dict[str, object]]:
-    """Returns the `models` section of a config that serves one checkpoint once per side; `mode` of those without."""
-    return [
-        {
-            "name": side,
-            "path": os.path.abspath(path),
-            "duration_padding_s": padding_s,
-            "threads": threads,
-            "replicas": {"min_replicas": 1, "max_replicas": 1},
-            "mode": side.removeprefix("ours-") if side.startswith("ours-") else mode,
-        }
-        for side in sides
-    ]

@@ -6,13 +6,12 @@ served; `static` on batches of like requests; `ours` is the engine. Where the en
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from benchmarks.sides.batcher import Batcher
-from benchmarks.sides.captures import Captures
+from benchmarks.sides.captures import Captures, wait_for_captures
 from benchmarks.sides.pipeline import Pipeline
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
@@ -23,9 +22,6 @@ from stable_audio_serve.models.protocol import DiffusionModel
 
 MAX_BATCH = 32
 BATCH_WAIT_S = 0.01
-_SETTLED_S = (
-    1.0  # an engine that has captured nothing for so long, while nothing was asked, has nothing left to capture
-)
 _BUCKET_FRAMES = {"cpu": 16, "cuda": 64}  # latent frames; narrower on a CPU, where padding costs as much as sound
 
 BatchKey = tuple[object, ...]
@@ -170,12 +166,6 @@ class OurServer:
 
     async def close(self) -> None:
         await self._engine.close()
-
-
-async def wait_for_captures(captures: Captures) -> None:
-    """Return once an engine of which nothing is asked has captured what it wants to."""
-    while time.monotonic() < captures.changed_at + _SETTLED_S:  # noqa: ASYNC110 - another thread captures
-        await asyncio.sleep(0.05)
 
 
 SIDES = ("lock", "eager-lock", "static", "ours", "ours-strict", "ours-fast")
