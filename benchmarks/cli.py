@@ -164,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--dialect", choices=_DIALECTS, help="how that server is asked; default: sa3")
     own.add_argument("--url-model", help="the model that server is asked for; default: its own choice")
     own.add_argument("--url-key", help="sent to it as a bearer token")
-    own.add_argument("--count", type=_positive, help="requests of each list")
+    own.add_argument("--count", type=int, help="requests of each list")
     own.add_argument("--goodput-trials", type=int, help="steps of the search for the highest good rate; 0: none")
     own.add_argument("--budget-s", type=float, help="after this no new measurement begins; start again to go on")
     return command
@@ -184,12 +184,6 @@ def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
     for option in options.split():
         case.add_argument(f"--{option}", **known[option])
     return case
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of at least 1")
-    return int(text)
 
 
 def _parse_sides(text: str) -> tuple[str, ...]:

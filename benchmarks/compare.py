@@ -5,6 +5,7 @@ Sides take turns; every round draws its own list. Knows no files but the pieces'
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -16,7 +17,7 @@ from benchmarks.figures import Bracket, capacity_rps, fit_alone_ms, is_good, sum
 from benchmarks.load import Asker, Audio, Record, play, play_alone
 from benchmarks.pieces import Pieces
 from benchmarks.quiet import Watch, in_quiet
-from benchmarks.workload import Arrival, ArrivalList, draw_arrivals
+from benchmarks.workload import Arrival, draw_arrivals
 
 # Root mean square of a clip's difference over that of the reference. Rows that share a call differ by 1e-5 at most in
 # float32, 16-bit files by 1e-4 of a quiet clip. A denoiser in float16 changes a clip by more than 1e-3, a decoder in
@@ -53,26 +54,23 @@ class RunOptions:
     warms_up: bool = False  # a list to every side before the first that counts
 
 
+@dataclass
 class Run:
-    """Measures piece by piece; finished pieces are not measured again."""
+    """Measures piece by piece; finished pieces are not measured again. `is_watched`: all sides run on this machine and
+    below this process, so others' use of it can be seen; then a round that is void is repeated.
+    """
 
-    def __init__(
-        self, askers: Mapping[str, Asker], options: RunOptions, *, pieces: Pieces, is_watched: bool = True
-    ) -> None:
-        """`is_watched`: all sides run on this machine and below this process, so others' use of it can be seen; then a
-        round that is void is repeated.
-        """
-        self._askers = askers
-        self._options = options
-        self._pieces = pieces
-        self._is_watched = is_watched
-        self._is_warm = not options.warms_up
+    askers: Mapping[str, Asker]
+    options: RunOptions
+    pieces: Pieces
+    is_watched: bool = True
+    _is_warm: bool = False
 
     async def measure(self) -> dict[str, Any]:
         """Returns figures and ratios. Raises VoidError, SideFailedError, and OutOfTimeError."""
-        options = self._options
+        options = self.options
         reference = options.sides[0]
-        alone = await self._pieces.take("alone", self._probe)
+        alone = await self.pieces.take("alone", self._probe)
         bursts = [await self._round("capacity", number=number, rate_hz=None) for number in range(options.rounds)]
         rate_hz = options.load_share * median(capacity_rps(one["records"][reference]) for one in bursts)
         replays = [await self._round("replay", number=number, rate_hz=rate_hz) for number in range(options.rounds)]
@@ -100,24 +98,24 @@ class Run:
 
     async def _probe(self) -> dict[str, Any]:
         """Ask every side for the same few clips, one at a time, for their audio; the reference also for its times."""
-        arrivals, (reference, *others) = self._choose_probes(), self._options.sides
+        arrivals, (reference, *others) = self._choose_probes(), self.options.sides
         clips: dict[str, list[Audio]] = {}
-        for name, asker in self._askers.items():
+        for name, asker in self.askers.items():
             try:
                 clips[name] = [(await asker.ask(arrival)).read() for arrival in arrivals]
             except Exception as error:
                 raise SideFailedError(f"{name} failed: {error or type(error).__name__}") from error
             await asker.settle()
-        bound = self._options.largest_difference
+        bound = self.options.largest_difference
         outputs = {} if bound is None else compare(clips[reference], {o: clips[o] for o in others}, bound=bound)
-        records = _require_answers(reference, await play_alone(self._askers[reference], arrivals))
+        records = _require_answers(reference, await play_alone(self.askers[reference], arrivals))
         return {"outputs": outputs, "records": [asdict(record) for record in records]}
 
     def _choose_probes(self) -> list[Arrival]:
         """Returns a few arrivals of each step class, spread over their durations, all due at once."""
-        arrivals = self._draw(0, rate_hz=None, count=max(self._options.count, _LEAST_DRAWN))
+        arrivals = self._draw(0, rate_hz=None, count=max(self.options.count, _LEAST_DRAWN))
         chosen = []
-        for steps in arrivals.step_classes:
+        for steps in sorted({arrival.steps for arrival in arrivals}):
             own = sorted((a for a in arrivals if a.steps == steps), key=lambda a: a.duration_s)
             places = {round(i * (len(own) - 1) / (_PROBES_PER_CLASS - 1)) for i in range(_PROBES_PER_CLASS)}
             chosen += [own[place] for place in sorted(places)]
@@ -126,18 +124,19 @@ class Run:
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
         """One list to every side in turns; again while other programs use the machine. Void if they always do."""
         arrivals = self._draw(number, rate_hz=rate_hz)
-        arrivals.save(self._pieces.folder / f"{kind}-{number + 1}-arrivals.json")
+        path = self.pieces.folder / f"{kind}-{number + 1}-arrivals.json"
+        path.write_text(json.dumps([asdict(arrival) for arrival in arrivals]) + "\n")
 
         async def play_all() -> dict[str, list[dict[str, Any]]]:
             await self._warm_up()
-            names = list(self._askers) if number % 2 == 0 else list(self._askers)[::-1]
+            names = list(self.askers) if number % 2 == 0 else list(self.askers)[::-1]
             return {name: [asdict(record) for record in await self._play(name, arrivals)] for name in names}
 
         async def play_in_quiet() -> dict[str, Any]:
-            records, watch = await in_quiet(play_all) if self._is_watched else (await play_all(), Watch())
+            records, watch = await in_quiet(play_all) if self.is_watched else (await play_all(), Watch())
             return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
 
-        piece = await self._pieces.take(f"{kind}-{number + 1}", play_in_quiet)
+        piece = await self.pieces.take(f"{kind}-{number + 1}", play_in_quiet)
         records = {name: [Record(**record) for record in own] for name, own in piece["records"].items()}
         return {**piece, "records": records}
 
@@ -145,15 +144,15 @@ class Run:
         """The highest rate at which nearly all requests end in time, between shares of the side's own capacity."""
         good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
         alone_ms = fit_alone_ms(probes)
-        for trial in range(self._options.goodput_trials):
+        for trial in range(self.options.goodput_trials):
             rate_hz = (good_rps + bad_rps) / 2
             arrivals = self._draw(trial, rate_hz=rate_hz)
 
-            async def play_one(arrivals: ArrivalList = arrivals) -> list[dict[str, Any]]:
+            async def play_one(arrivals: tuple[Arrival, ...] = arrivals) -> list[dict[str, Any]]:
                 await self._warm_up()
                 return [asdict(record) for record in await self._play(name, arrivals)]
 
-            records = [Record(**one) for one in await self._pieces.take(f"goodput-{name}-{trial + 1}", play_one)]
+            records = [Record(**one) for one in await self.pieces.take(f"goodput-{name}-{trial + 1}", play_one)]
             if is_good(records, alone_ms=alone_ms):
                 good_rps = rate_hz
             else:
@@ -161,18 +160,18 @@ class Run:
         return Bracket(good_rps, bad_rps)
 
     async def _warm_up(self) -> None:
-        if not self._is_warm:
+        if self.options.warms_up and not self._is_warm:
             self._is_warm = True
-            for name in self._askers:
+            for name in self.askers:
                 await self._play(name, self._draw(99, rate_hz=None))
 
-    async def _play(self, name: str, arrivals: ArrivalList) -> list[Record]:
-        records = _require_answers(name, await play(self._askers[name], arrivals))
-        await self._askers[name].settle()
+    async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[Record]:
+        records = _require_answers(name, await play(self.askers[name], arrivals))
+        await self.askers[name].settle()
         return records
 
-    def _draw(self, number: int, *, rate_hz: float | None, count: int | None = None) -> ArrivalList:
-        options = self._options
+    def _draw(self, number: int, *, rate_hz: float | None, count: int | None = None) -> tuple[Arrival, ...]:
+        options = self.options
         return draw_arrivals(
             options.mix,
             rate_hz=rate_hz,

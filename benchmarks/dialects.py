@@ -41,8 +41,9 @@ class OverHttp:
             response = await self._fetch(next(self._clients), arrival, self._model)
         except (httpx.HTTPError, TimeoutError) as error:
             raise RuntimeError(f"{type(error).__name__} {error}") from error
-        content = response.content
-        return Answer(read_stages(response), _count_samples(content), lambda: read_audio(content))
+        content, timing = response.content, response.headers.get("Server-Timing", "")
+        stages_ms = {name: float(ms) for name, ms in _TIMING.findall(timing)}
+        return Answer(stages_ms, _count_samples(content), lambda: read_audio(content))
 
     async def settle(self) -> None:
         """Nothing is known of a server's inside."""
@@ -126,11 +127,6 @@ DIALECTS: Mapping[str, Fetch] = {
     "aiml": _fetch_aiml,
     "fal": _fetch_fal,
 }
-
-
-def read_stages(response: httpx.Response) -> dict[str, float]:
-    """Returns the milliseconds of each stage in Server-Timing."""
-    return {name: float(ms) for name, ms in _TIMING.findall(response.headers.get("Server-Timing", ""))}
 
 
 def read_audio(content: bytes) -> Audio:

@@ -23,12 +23,11 @@ Records = Mapping[str, Sequence[Record]]  # of one round, by side
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Ours over theirs: one value, the lowest and highest it may be, and the worse of the rounds."""
+    """Ours over theirs: one value, and the lowest and highest it may be."""
 
     value: float
     low: float
     high: float
-    worst: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +72,10 @@ def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) 
     return [record.latency_ms for record in kept if record.is_finished and steps in (None, record.steps)]
 
 
-def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float], *, larger_is_better: bool) -> Ratio:
+def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Returns the median of the rounds' ratios, and their range."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    worst = min(ratios) if larger_is_better else max(ratios)
-    return Ratio(median(ratios), min(ratios), max(ratios), worst)
+    return Ratio(median(ratios), min(ratios), max(ratios))
 
 
 def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
@@ -91,13 +89,13 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
         [ms for some in theirs for ms in some], 95
     )
     rounds = [percentile(a, 95) / percentile(b, 95) for a, b in zip(ours, theirs, strict=True)]
-    return Ratio(pooled, min(pooled, *rounds), max(pooled, *rounds), max(rounds))
+    return Ratio(pooled, min(pooled, *rounds), max(pooled, *rounds))
 
 
 def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
     """Returns good rate over good rate; the interval is what the brackets leave open."""
-    low = ours.good_rps / theirs.bad_rps
-    return Ratio(ours.good_rps / theirs.good_rps, low, ours.bad_rps / theirs.good_rps, low)
+    good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
+    return Ratio(good, low, high)
 
 
 def is_good(records: Sequence[Record], *, alone_ms: Callable[[Record], float]) -> bool:
@@ -155,8 +153,8 @@ def summarize_sides(
         capacities = [[capacity_rps(records[name]) for records in bursts] for name in (ours, theirs)]
         medians = [[median(some) for some in latencies(name)] for name in (ours, theirs)]
         found: dict[str, Ratio | None] = {
-            "capacity": ratio_of_medians(*capacities, larger_is_better=True),
-            "p50": ratio_of_medians(*medians, larger_is_better=False),
+            "capacity": ratio_of_medians(*capacities),
+            "p50": ratio_of_medians(*medians),
             "p95": ratio_of_pooled_p95(latencies(ours), latencies(theirs)),
             **{f"p95_{n}": ratio_of_pooled_p95(latencies(ours, n), latencies(theirs, n)) for n in steps},
         }

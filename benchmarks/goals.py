@@ -1,4 +1,4 @@
-"""The goals as data, and a line per goal that says where we stand: `P4 demo-wide p95 0.66 (0.62-0.71, n 72) <= 0.7 ok`.
+"""The goals as data, and a line per goal that says where we stand: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`.
 
 Reads result files only. A goal is met by its value; where the value misses but its interval reaches the bound, the line
 says `close`; `MISS` means that the whole interval misses. What no file holds is `not measured`.
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.report import format_cell
+
 Verdict = Literal["ok", "close", "MISS", "void", "not measured"]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound on one figure. `path` leads to it within the results of a case's file, `rounds` to that of each round."""
+    """A bound on one figure. `path` leads to it within the results of a case's file: a ratio with its interval, or a
+    number whose sibling ending in `_rounds`, if there is one, has that of each round."""
 
     id: str
     what: str
@@ -25,8 +28,6 @@ class Goal:
     path: tuple[str, ...]
     bound: float
     larger_is_better: bool = False
-    rounds: tuple[str, ...] | None = None
-    count: tuple[str, ...] | None = None  # leads to the number of requests behind the figure
 
     @property
     def sign(self) -> str:
@@ -43,7 +44,6 @@ class Standing:
     low: float | None = None
     high: float | None = None
     is_void: bool = False
-    count: int | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -57,14 +57,11 @@ class Standing:
         return "close" if self._meets(self.high if self.goal.larger_is_better else self.low) else "MISS"
 
     def __str__(self) -> str:
-        goal = self.goal
-        bound = f"{goal.sign} {_number(goal.bound)}"
-        if self.value is None or self.low is None or self.high is None:
-            return f"{goal.id} {goal.what} {bound} not measured"
-        known = [] if self.low == self.high else [f"{_number(self.low)}-{_number(self.high)}"]
-        known += [] if self.count is None else [f"n {self.count}"]
-        brackets = f" ({', '.join(known)})" if known else ""
-        return f"{goal.id} {goal.what} {_number(self.value)}{brackets} {bound} {self.verdict}"
+        goal, interval = self.goal, ""
+        if self.low is not None and self.high is not None and self.low != self.high:
+            interval = f" ({format_cell(self.low)}-{format_cell(self.high)})"
+        value = "" if self.value is None else f" {format_cell(self.value)}{interval}"
+        return f"{goal.id} {goal.what}{value} {goal.sign} {goal.bound:g} {self.verdict}"
 
     def _meets(self, value: float) -> bool:
         return value >= self.goal.bound if self.goal.larger_is_better else value <= self.goal.bound
@@ -82,16 +79,15 @@ def has_missed(standings: Sequence[Standing]) -> bool:
 
 
 def _stand(goal: Goal, results: Mapping[str, Any] | None) -> Standing:
-    found = None if results is None else _find(results, goal.path)
+    found = _find(results, goal.path)
     if results is None or found is None:
         return Standing(goal)
     is_void = bool(results.get("is_void"))
-    count = None if goal.count is None else _find(results, goal.count)
     if isinstance(found, Mapping):
-        return Standing(goal, found["value"], found["low"], found["high"], is_void, count)
-    rounds = [] if goal.rounds is None else _find(results, goal.rounds) or []
+        return Standing(goal, found["value"], found["low"], found["high"], is_void)
+    rounds = _find(results, (*goal.path[:-1], f"{goal.path[-1]}_rounds")) or []
     values = [float(found), *map(float, rounds)]
-    return Standing(goal, values[0], min(values), max(values), is_void, count)
+    return Standing(goal, values[0], min(values), max(values), is_void)
 
 
 def _find(results: Any, path: Sequence[str]) -> Any:
@@ -102,97 +98,49 @@ def _find(results: Any, path: Sequence[str]) -> Any:
     return results
 
 
-def _number(value: float) -> str:
-    if abs(value) >= 100 or value == int(value):
-        return f"{value:.0f}"
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+# Id; what; file; dotted path; bound.
+_TABLE = """
+P1; demo-wide fast capacity; run-demo-wide; ratios.ours-fast.lock.capacity; >= 1.4
+P1; demo-fast fast capacity; run-demo-fast; ratios.ours-fast.lock.capacity; >= 1.2
+P1; demo-wide strict capacity; run-demo-wide; ratios.ours-strict.lock.capacity; >= 0.97
+P1; demo-fast strict capacity; run-demo-fast; ratios.ours-strict.lock.capacity; >= 0.97
+P2; demo-wide fast capacity over static; run-demo-wide; ratios.ours-fast.static.capacity; >= 1.1
+P2; demo-fast fast capacity over static; run-demo-fast; ratios.ours-fast.static.capacity; >= 1.1
+P4; demo-wide fast p95; run-demo-wide; ratios.ours-fast.lock.p95; <= 0.7
+P4; demo-fast fast p95; run-demo-fast; ratios.ours-fast.lock.p95; <= 0.9
+P4; demo-wide strict p95; run-demo-wide; ratios.ours-strict.lock.p95; <= 1.05
+P5; demo-wide fast p95 of 8 steps; run-demo-wide; ratios.ours-fast.lock.p95_8; <= 0.3
+P5; demo-wide fast p95 of 50 steps; run-demo-wide; ratios.ours-fast.lock.p95_50; <= 1.5
+P5; demo-wide strict p95 of 8 steps; run-demo-wide; ratios.ours-strict.lock.p95_8; <= 0.3
+P5; demo-wide strict p95 of 50 steps; run-demo-wide; ratios.ours-strict.lock.p95_50; <= 1.7
+P6; demo-wide fast goodput; run-demo-wide; ratios.ours-fast.lock.goodput; >= 1.2
+P7; lone request in process over what is allowed; http; engine_over_allowed_ratio; <= 1
+P7; lone request over HTTP over what is allowed; http; http_over_allowed_ratio; <= 1
+P11; memory growth; memory; memory_rss_growth_share; <= 0.02
+P14; cold start; cold-start; first_audio_over_ray_plus_bare_ratio; <= 2
+P15; 2 stand-in replicas; scale; stand_in.worst_capacity_over_one.2; >= 1.9
+P15; 4 stand-in replicas; scale; stand_in.worst_capacity_over_one.4; >= 3.6
+P15; 2 demo replicas; scale; model.worst_capacity_over_one.2; >= 1.6
+P18; overload goodput over peak; overload; model.worst_goodput_over_peak_ratio; >= 0.9
+P18; overload refusals p50 (ms); overload; model.worst_refusal_p50_ms; <= 20
+P18; overload refusals p99 (ms); overload; model.worst_refusal_p99_ms; <= 100
+P18; overload normal after (s); overload; model.worst_normal_after_s; <= 30
+P18; overload served within four tries (share); overload; model.worst_served_within_four_tries_share; >= 0.95
+P22; small-mixed capacity, simulated; simulate; mixes.small-mixed.packed.capacity_over_lock_ratio; >= 1.9
+P22; small-mixed p95, simulated; simulate; mixes.small-mixed.packed.p95_over_lock_ratio; <= 0.5
+P22; small-mixed p95 of 8 steps, simulated; simulate; mixes.small-mixed.packed.p95_8_over_lock_ratio; <= 0.06
+P22; small-mixed p95 of 100 steps, simulated; simulate; mixes.small-mixed.packed.p95_100_over_lock_ratio; <= 1.5
+P22; medium-mixed p95, simulated; simulate; mixes.medium-mixed.packed.p95_over_lock_ratio; <= 0.45
+P22; medium-mixed p95 of 8 steps, simulated; simulate; mixes.medium-mixed.packed.p95_8_over_lock_ratio; <= 0.1
+P22; medium-mixed p95 of 100 steps, simulated; simulate; mixes.medium-mixed.packed.p95_100_over_lock_ratio; <= 1.5
+P23; two threads over one: throughput; threads; speedup.2; >= 1.67
+P25; small-mixed p95 by predicted work over Serve's router; routing; p95_over_serve_ratio; <= 0.8
+"""
 
 
-def _run(id: str, mix: str, *, figure: str, side: str = "ours-fast", over: str = "lock", bound: float) -> Goal:
-    mode, steps = side.removeprefix("ours-"), figure.removeprefix("p95_")
-    words = f"p95 of {steps} steps" if steps != figure else figure
-    what = f"{mix} {mode} {words}{'' if over == 'lock' else f' over {over}'}"
-    path, larger_is_better = ("ratios", side, over, figure), figure in ("capacity", "goodput")
-    return Goal(id, what, f"run-{mix}", path, bound, larger_is_better, count=("num_requests",))
+def _parse(line: str) -> Goal:
+    id, what, case, path, bound = line.split("; ")
+    return Goal(id, what, case, tuple(path.split(".")), float(bound[3:]), bound.startswith(">="))
 
 
-def _simulated(mix: str, *, figure: str, bound: float) -> Goal:
-    """By arithmetic: the real scheduler on a model of an H200."""
-    steps = figure.removeprefix("p95_")
-    what = f"{mix} {f'p95 of {steps} steps' if steps != figure else figure}, simulated"
-    path = ("mixes", mix, "packed", f"{figure}_over_lock_ratio")
-    return Goal("P22", what, "simulate", path, bound, figure == "capacity", count=("mixes", mix, "num_requests"))
-
-
-def _case(id: str, what: str, *, case: str, path: str, bound: float, larger_is_better: bool = False) -> Goal:
-    """`path` is dotted; where the last name has a sibling ending in `_rounds`, that is the interval."""
-    *parents, last = path.split(".")
-    return Goal(id, what, case, (*parents, last), bound, larger_is_better, rounds=(*parents, f"{last}_rounds"))
-
-
-GOALS: tuple[Goal, ...] = (
-    _run("P1", "demo-wide", figure="capacity", bound=1.4),
-    _run("P1", "demo-fast", figure="capacity", bound=1.2),
-    _run("P1", "demo-wide", side="ours-strict", figure="capacity", bound=0.97),
-    _run("P1", "demo-fast", side="ours-strict", figure="capacity", bound=0.97),
-    _run("P2", "demo-wide", figure="capacity", over="static", bound=1.1),
-    _run("P2", "demo-fast", figure="capacity", over="static", bound=1.1),
-    _run("P4", "demo-wide", figure="p95", bound=0.7),
-    _run("P4", "demo-fast", figure="p95", bound=0.9),
-    _run("P4", "demo-wide", side="ours-strict", figure="p95", bound=1.05),
-    _run("P5", "demo-wide", figure="p95_8", bound=0.3),
-    _run("P5", "demo-wide", figure="p95_50", bound=1.5),
-    _run("P5", "demo-wide", side="ours-strict", figure="p95_8", bound=0.3),
-    _run("P5", "demo-wide", side="ours-strict", figure="p95_50", bound=1.7),
-    _run("P6", "demo-wide", figure="goodput", bound=1.2),
-    _case(
-        "P7", "lone request in process over what is allowed", case="http", path="engine_over_allowed_ratio", bound=1.0
-    ),
-    _case("P7", "lone request over HTTP over what is allowed", case="http", path="http_over_allowed_ratio", bound=1.0),
-    _case("P11", "memory growth", case="memory", path="memory_rss_growth_share", bound=0.02),
-    _case("P14", "cold start", case="cold-start", path="first_audio_over_ray_plus_bare_ratio", bound=2.0),
-    *(
-        _case(
-            "P15",
-            what,
-            case="scale",
-            path=f"{side}.worst_capacity_over_one.{count}",
-            bound=bound,
-            larger_is_better=True,
-        )
-        for what, side, count, bound in (
-            ("2 stand-in replicas", "stand_in", 2, 1.9),
-            ("4 stand-in replicas", "stand_in", 4, 3.6),
-            ("2 demo replicas", "model", 2, 1.6),
-        )
-    ),
-    _case(
-        "P25",
-        "small-mixed p95 by predicted work over Serve's router",
-        case="routing",
-        path="p95_over_serve_ratio",
-        bound=0.8,
-    ),
-    *(
-        _case(
-            "P18", f"overload {what}", case="overload", path=f"model.worst_{name}", bound=bound, larger_is_better=larger
-        )
-        for what, name, bound, larger in (
-            ("goodput over peak", "goodput_over_peak_ratio", 0.9, True),
-            ("refusals p50 (ms)", "refusal_p50_ms", 20.0, False),
-            ("refusals p99 (ms)", "refusal_p99_ms", 100.0, False),
-            ("normal after (s)", "normal_after_s", 30.0, False),
-            ("served within four tries (share)", "served_within_four_tries_share", 0.95, True),
-        )
-    ),
-    _case(
-        "P23", "two threads over one: throughput", case="threads", path="speedup.2", bound=1.67, larger_is_better=True
-    ),
-    _simulated("small-mixed", figure="capacity", bound=1.9),
-    _simulated("small-mixed", figure="p95", bound=0.5),
-    _simulated("small-mixed", figure="p95_8", bound=0.06),
-    _simulated("small-mixed", figure="p95_100", bound=1.5),
-    _simulated("medium-mixed", figure="p95", bound=0.45),
-    _simulated("medium-mixed", figure="p95_8", bound=0.1),
-    _simulated("medium-mixed", figure="p95_100", bound=1.5),
-)
+GOALS = tuple(map(_parse, _TABLE.strip().splitlines()))

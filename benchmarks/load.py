@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 Audio = npt.NDArray[np.float32]
 Item = TypeVar("Item")
 
-_AROUND = ("total", "encode", "store")  # stages that a server names besides the engine's
 _MOST_ATTEMPTS = 20
 _NOT_TOLD_S = 1.0  # until the next attempt after a refusal without Retry-After
 
@@ -88,7 +87,6 @@ class Record:
     ended_at: float
     audio_s: float
     steps: int
-    sent_at: float = 0.0
     outcome: Literal["finished", "refused", "failed"] = "finished"
     stages_ms: Mapping[str, float] = field(default_factory=dict)
     num_samples: int = 0
@@ -101,62 +99,37 @@ class Record:
         return (self.ended_at - self.due_at) * 1000.0
 
     @property
-    def late_ms(self) -> float:
-        """From the scheduled arrival until the client sent it."""
-        return (self.sent_at - self.due_at) * 1000.0
-
-    @property
     def is_finished(self) -> bool:
         """Whether audio came back."""
         return self.outcome == "finished"
 
-    @property
-    def replica_ms(self) -> float:
-        """The replica's own time, with the wait for its device."""
-        return sum(ms for stage, ms in self.stages_ms.items() if stage not in _AROUND)
 
-    @property
-    def queue_ms(self) -> float:
-        """The part of it spent waiting for the device."""
-        return self.stages_ms.get("queue", 0.0)
-
-
-async def play(
-    asker: Asker, arrivals: Iterable[Arrival], *, on_end: Callable[[], object] = lambda: None
-) -> list[Record]:
+async def play(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
     """Send each request at its own time (open loop). Returns the records in the list's order."""
-    started_at = time.perf_counter()
-
-    async def send_when_due(index: int, arrival: Arrival) -> Record:
-        await asyncio.sleep(max(0.0, arrival.at_s - (time.perf_counter() - started_at)))
-        record = await _send(asker, arrival, index=index, started_at=started_at)
-        on_end()
-        return record
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(send_when_due(*numbered)) for numbered in enumerate(arrivals)]
-    return [task.result() for task in tasks]
+    return [attempts[0] for attempts in await play_until_served(asker, arrivals, most_attempts=1)]
 
 
-async def play_until_served(asker: Asker, arrivals: Sequence[Arrival]) -> list[list[Record]]:
+async def play_until_served(
+    asker: Asker, arrivals: Iterable[Arrival], *, most_attempts: int = _MOST_ATTEMPTS
+) -> list[list[Record]]:
     """Send each request at its own time, and again whenever it was refused and its Retry-After is over.
 
     Returns all attempts of each request.
     """
     started_at = time.perf_counter()
 
-    async def send_until_served(index: int, arrival: Arrival) -> list[Record]:
+    async def send(index: int, arrival: Arrival) -> list[Record]:
         attempts: list[Record] = []
-        while len(attempts) < _MOST_ATTEMPTS:
+        while not attempts or (attempts[-1].outcome == "refused" and len(attempts) < most_attempts):
+            if attempts:
+                due_at = attempts[-1].ended_at + (attempts[-1].retry_after_s or _NOT_TOLD_S)
+                arrival = replace(arrival, at_s=due_at)
             await asyncio.sleep(max(0.0, arrival.at_s - (time.perf_counter() - started_at)))
             attempts.append(await _send(asker, arrival, index=index, started_at=started_at))
-            if attempts[-1].outcome != "refused":
-                break
-            arrival = replace(arrival, at_s=attempts[-1].ended_at + (attempts[-1].retry_after_s or _NOT_TOLD_S))
         return attempts
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(send_until_served(*numbered)) for numbered in enumerate(arrivals)]
+        tasks = [group.create_task(send(*numbered)) for numbered in enumerate(arrivals)]
     return [task.result() for task in tasks]
 
 
@@ -195,8 +168,7 @@ def require_clips(records: Sequence[Record], *, sample_rate_hz: int) -> None:
 
 
 async def _send(asker: Asker, arrival: Arrival, *, index: int, started_at: float) -> Record:
-    sent_at = time.perf_counter() - started_at
-    record = Record(index, arrival.at_s, sent_at, arrival.duration_s, arrival.steps, sent_at)
+    record = Record(index, arrival.at_s, arrival.at_s, arrival.duration_s, arrival.steps)
     try:
         answer = await asker.ask(arrival)
         record = replace(record, stages_ms=dict(answer.stages_ms), num_samples=answer.num_samples)

@@ -68,16 +68,8 @@ def _machine(folder: Path) -> Iterator[str]:
     yield "".join(f"- {line}\n" for line in sorted({_environment(report) for report in reports.values()}))
     yield f"### Goals\n\n{_GOALS_SAID}"
     yield _goals(read_standings(folder, GPU_GOALS if folder.name.startswith("gpu") else GOALS))
-    for name, report in reports.items():
-        if name.startswith("run-"):
-            results, about = report["results"], report["environment"]
-            command = _command(_run_command(results), about["settings"], followed=_RUN_FOLLOWS)
-            said = (
-                f"{_RUN_SAID.get(name, '')} {results['num_requests']} requests; latencies at {results['rate_hz']:.2f} "
-                f"requests a second, {results['load_share']:g} of the capacity of {results['reference']}; in brackets "
-                f"over {results['reference']}, with the range of the rounds."
-            )
-            yield _section(name.removeprefix("run-"), report, command=command, said=said, rows=run.rows(results))
+    for name in (name for name in reports if name.startswith("run-")):
+        yield _comparison(name, reports[name])
     for name, case in CASES.items():
         stems = [stem for stem in ([f"{name}-{mode}" for mode in MODES] if case.by_mode else [name]) if stem in reports]
         if not stems:
@@ -90,17 +82,25 @@ def _machine(folder: Path) -> Iterator[str]:
         yield _section(name, report, command=command, said=(module.__doc__ or "").strip(), rows=rows)
 
 
+def _comparison(name: str, report: Mapping[str, Any]) -> str:
+    results = report["results"]
+    options = f"run --mix {results['mix']} --against {','.join(results['sides'])} --count {results['count']}"
+    options += f" --goodput-trials {results['goodput_trials']}"
+    command = _command(options, report["environment"]["settings"], followed=_RUN_FOLLOWS)
+    said = (
+        f"{_RUN_SAID.get(name, '')} {results['num_requests']} requests; latencies at {results['rate_hz']:.2f} a "
+        f"second, {results['load_share']:g} of the capacity of {results['reference']}; in brackets over it, with the "
+        "range of the rounds."
+    )
+    return _section(name.removeprefix("run-"), report, command=command, said=said, rows=run.rows(results))
+
+
 def _section(
     name: str, report: Mapping[str, Any], *, command: str, said: str, rows: Sequence[Mapping[str, object]]
 ) -> str:
     about = report["environment"]
     measured = f"`{command}`, {about['at'][:10]}, commit {about['commit']}"
     return f"### {name}\n\n{said}\n\n{measured}\n\n{_table(rows)}"
-
-
-def _run_command(results: Mapping[str, Any]) -> str:
-    options = f"run --mix {results['mix']} --against {','.join(results['sides'])} --count {results['count']}"
-    return f"{options} --goodput-trials {results['goodput_trials']}"
 
 
 def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:

@@ -5,11 +5,9 @@ only, so that every side and every later run gets the same list. Knows no model 
 from __future__ import annotations
 
 import itertools
-import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -82,36 +80,11 @@ class Arrival:
         return self.cfg_scale != 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ArrivalList:
-    """Requests in order of their arrival; `rate_hz` None: all at once."""
-
-    mix: str
-    rate_hz: float | None
-    seed: int
-    max_duration_s: float
-    arrivals: tuple[Arrival, ...]
-
-    def __iter__(self) -> Iterator[Arrival]:
-        return iter(self.arrivals)
-
-    def __len__(self) -> int:
-        return len(self.arrivals)
-
-    @property
-    def step_classes(self) -> tuple[int, ...]:
-        """The step counts that occur, rising."""
-        return tuple(sorted({arrival.steps for arrival in self}))
-
-    def save(self, path: Path) -> None:
-        """Write the list as JSON."""
-        path.write_text(json.dumps(asdict(self)) + "\n")
-
-
 def draw_arrivals(
     mix: Mix | str, *, rate_hz: float | None, count: int, seed: int, max_duration_s: float
-) -> ArrivalList:
-    """Returns `count` requests of a mix, durations cut to `max_duration_s`.
+) -> tuple[Arrival, ...]:
+    """Returns `count` requests of a mix in order of their arrival, durations cut to `max_duration_s`; `rate_hz` None:
+    all at once.
 
     The requests depend on (mix, count, seed) only; another rate only moves their arrivals.
     """
@@ -124,8 +97,7 @@ def draw_arrivals(
     if rate_hz is not None:
         clock = random.Random(f"poisson/{mix.name}/{count}/{seed}")
         due_s = list(itertools.accumulate(clock.expovariate(1.0) / rate_hz for _ in range(count)))
-    arrivals = tuple(replace(arrival, at_s=at_s) for arrival, at_s in zip(asked, due_s, strict=True))
-    return ArrivalList(mix.name, rate_hz, seed, max_duration_s, arrivals)
+    return tuple(replace(arrival, at_s=at_s) for arrival, at_s in zip(asked, due_s, strict=True))
 
 
 def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: float) -> Arrival:

@@ -72,7 +72,6 @@ def _start_once(config: Path, *, model: str) -> dict[str, Any]:
     return {
         "ready_s": server.ready_s,
         "first_audio_s": first_audio_s,
-        "stopped_s": server.stopped_s,
         "stages_s": server.stages_s,
     }
 

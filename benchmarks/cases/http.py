@@ -30,19 +30,15 @@ _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Milliseconds of the calls of one round by each way."""
+    """The calls of one round by each way."""
 
     bare_ms: list[float]
     engine_ms: list[float]
     http: list[Record]
 
-    def medians_ms(self) -> dict[str, float]:
-        """Returns the median of each way."""
-        return {
-            "bare": median(self.bare_ms),
-            "engine": median(self.engine_ms),
-            "http": median(record.latency_ms for record in self.http),
-        }
+    def by_way(self) -> dict[str, list[float]]:
+        """Returns the milliseconds of each call."""
+        return {"bare": self.bare_ms, "engine": self.engine_ms, "http": [record.latency_ms for record in self.http]}
 
 
 async def run_http(settings: CaseSettings) -> dict[str, Any]:
@@ -85,12 +81,12 @@ def compare_ways(rounds: Sequence[Round], *, allowed: Mapping[str, Allowance]) -
 
     A way may take so many times as long as the bare pipeline or so many milliseconds longer, the larger: `allowed`.
     """
-    medians_ms = [calls.medians_ms() for calls in rounds]
-    figures: dict[str, Any] = {}
-    for slow, fast in (("engine", "bare"), ("http", "bare"), ("http", "engine")):
-        pairs = [(way[slow], way[fast]) for way in medians_ms]
-        figures[f"{slow}_over_{fast}_ratio"] = worst_ratio(pairs, larger_is_better=False)
-        figures[f"{slow}_over_{fast}_added_ms"] = max(ours - theirs for ours, theirs in pairs)
+    by_way = [calls.by_way() for calls in rounds]
+    medians_ms = [{way: median(taken) for way, taken in calls.items()} for calls in by_way]
+    figures: dict[str, Any] = {
+        f"{slow}_over_{fast}_ratio": worst_ratio([(one[slow], one[fast]) for one in medians_ms], larger_is_better=False)
+        for slow, fast in (("engine", "bare"), ("http", "bare"), ("http", "engine"))
+    }
     for way, (ratio, ms) in allowed.items():
         shares = [medians[way] / max(ratio * medians["bare"], medians["bare"] + ms) for medians in medians_ms]
         figures[f"{way}_over_allowed_ratio"] = max(shares)
@@ -98,14 +94,8 @@ def compare_ways(rounds: Sequence[Round], *, allowed: Mapping[str, Allowance]) -
     return {
         **figures,
         "medians_ms_rounds": medians_ms,
-        # What HTTP, Ray and encoding took beside the engine's own time within the same requests.
-        "added_ms": {
-            "worst_round_median": max(median(r.latency_ms - r.replica_ms for r in one.http) for one in rounds)
-        },
         "encode_ms": median(record.stages_ms.get("encode", 0.0) for one in rounds for record in one.http),
-        "bare": summarize([ms for one in rounds for ms in one.bare_ms]),
-        "engine": summarize([ms for one in rounds for ms in one.engine_ms]),
-        "http": summarize([record.latency_ms for one in rounds for record in one.http]),
+        **{way: summarize([ms for calls in by_way for ms in calls[way]]) for way in ("bare", "engine", "http")},
     }
 
 

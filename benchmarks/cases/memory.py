@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,8 @@ from stable_audio_serve.engine import Engine, EngineOptions
 _IN_FLIGHT = 8
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySizes:
-    """One list of `requests` again and again; memory is read every time from the `settled`th to the last time."""
-
-    requests: int = 40
-    settled: int = 5
-    times: int = 25
-
-
-SHORT = MemorySizes(requests=20, settled=3, times=15)
+# Requests of the list, and the first and last time it is played that memory is read: short, full.
+_SIZES = ((20, 3, 15), (40, 5, 25))
 
 
 async def run_memory(settings: CaseSettings) -> dict[str, Any]:
@@ -42,30 +33,29 @@ async def run_memory(settings: CaseSettings) -> dict[str, Any]:
 
 
 def _run(settings: CaseSettings) -> dict[str, Any]:
-    return asyncio.run(_measure(settings, sizes=MemorySizes() if settings.full else SHORT))
+    return asyncio.run(_measure(settings))
 
 
-async def _measure(settings: CaseSettings, *, sizes: MemorySizes) -> dict[str, Any]:
+async def _measure(settings: CaseSettings) -> dict[str, Any]:
     """Requests of the mix `demo-fast`, eight in flight; memory is read when none is.
 
     The list is the same every time, because what a process holds also depends on the last few clips.
     """
+    count, settled, times = _SIZES[settings.full]
     model = load(settings)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     card = model.spec.card
-    arrivals = draw_arrivals(
-        "demo-fast", rate_hz=None, count=sizes.requests, seed=1, max_duration_s=card.max_duration_s
-    )
+    arrivals = draw_arrivals("demo-fast", rate_hz=None, count=count, seed=1, max_duration_s=card.max_duration_s)
     requests = [to_request(arrival) for arrival in arrivals]
     held: list[int] = []
     async with Engine(model, options) as engine:
-        for index in range(sizes.times):
+        for index in range(times):
             await send_in_flight(engine.generate, requests, num_in_flight=_IN_FLIGHT)
-            if index + 1 >= sizes.settled:
+            if index + 1 >= settled:
                 gc.collect()
                 held.append(resident_bytes())
     return {
-        "memory_requests": [sizes.requests * sizes.settled, sizes.requests * sizes.times],
+        "memory_requests": [count * settled, count * times],
         "memory_rss_mib": [count / 2**20 for count in held],
         "memory_rss_growth_share": growth_share(held),
     }

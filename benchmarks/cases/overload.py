@@ -34,52 +34,41 @@ _ALONE_S = (0.5, 4.0, 13.0)  # clips whose times alone are measured, the others'
 _SHOWS_S = 4.0  # the one that shows whether the server is as before
 _ALONE_CALLS, _WARM_UP_CALLS = 5, 10
 _FEW_TRIES = 4
+_FACTOR, _RETURNING_FACTOR = 3.0, 1.5
+_LARGER_IS_BETTER = ("goodput_over_peak_ratio", "finished_over_peak_ratio", "served_within_four_tries_share")
+_SMALLER_IS_BETTER = ("refusal_p50_ms", "refusal_p99_ms", "normal_after_s")
+_MAX_QUEUE_S = 0.5  # of predicted work, that the bounded model accepts
 
 
 @dataclass(frozen=True, slots=True)
-class OverloadLoad:
-    """`factor` times the capacity is offered for `seconds`; capacity is that of two bursts of `burst` requests, one
-    before and one after, because a shared machine's pace changes. The bounded model accepts `max_queue_s` of predicted
-    work. Then `returning_factor` times the capacity is offered for `returning_s` by clients that obey Retry-After.
-    `sides`: the model, and a stand-in whose device is a clock.
-    """
+class _Load:
+    """Seconds of the overload and of the clients that come again, requests of a burst, sides."""
 
-    factor: float = 3.0
     seconds: float = 20.0
-    returning_factor: float = 1.5
     returning_s: float = 10.0
     burst: int = 50
-    max_queue_s: float = 0.5
     sides: tuple[str, ...] = ("model",)
 
 
-FULL = OverloadLoad(seconds=60.0, returning_s=30.0, burst=150, sides=("model", "stand_in"))
-
-
 async def run_overload(settings: CaseSettings) -> dict[str, Any]:
-    """`settings.rounds` rounds on each side, the worse counts. Raises RuntimeError for a wrong answer in the burst."""
-    load = FULL if settings.full else OverloadLoad()
+    """`settings.rounds` rounds on each side, the worse counts. Capacity is that of two bursts, one before and one
+    after, because a shared machine's pace changes. Raises RuntimeError for a wrong answer in a burst."""
+    load = _Load(60.0, 30.0, 150, ("model", "stand_in")) if settings.full else _Load()
     sides = {side: await _measure(settings, load, import_path=_SIDES[side]) for side in load.sides}
     is_void = any(figures["is_void"] for figures in sides.values())
     return {"load": asdict(load), "mix": _MIX, "is_void": is_void, **sides}
 
 
-async def _measure(settings: CaseSettings, load: OverloadLoad, *, import_path: str) -> dict[str, Any]:
+async def _measure(settings: CaseSettings, load: _Load, *, import_path: str) -> dict[str, Any]:
     entry = resolve_model(settings.model)
-    names = {"peak": {}, "bounded": {"max_queue_s": load.max_queue_s}}
+    names = {"peak": {}, "bounded": {"max_queue_s": _MAX_QUEUE_S}}
     async with serving(entry, names, threads=settings.threads, import_path=import_path) as sides:
         take = partial(_round, sides["peak"], sides["bounded"], load=load, card=entry.card)
         measured = [await in_quiet(take) for _ in range(settings.rounds)]
     rounds = [figures for figures, _ in measured]
     return {
-        "worst_goodput_over_peak_ratio": min(one["goodput_over_peak_ratio"] for one in rounds),
-        "worst_finished_over_peak_ratio": min(one["finished_over_peak_ratio"] for one in rounds),
-        "worst_refusal_p50_ms": max(one["refusal_p50_ms"] for one in rounds),
-        "worst_refusal_p99_ms": max(one["refusal_p99_ms"] for one in rounds),
-        "worst_normal_after_s": max(one["normal_after_s"] for one in rounds),
-        "worst_served_within_four_tries_share": min(
-            one["returning"]["served_within_four_tries_share"] for one in rounds
-        ),
+        **{f"worst_{name}": min(one[name] for one in rounds) for name in _LARGER_IS_BETTER},
+        **{f"worst_{name}": max(one[name] for one in rounds) for name in _SMALLER_IS_BETTER},
         "other_answers": sum(one["other_answers"] for one in rounds),
         "refusals_without_retry_after": sum(one["refusals_without_retry_after"] for one in rounds),
         **describe_quiet([watch for _, watch in measured]),
@@ -87,9 +76,9 @@ async def _measure(settings: CaseSettings, load: OverloadLoad, *, import_path: s
     }
 
 
-async def _round(peak: OverHttp, bounded: OverHttp, *, load: OverloadLoad, card: ModelCard) -> dict[str, Any]:
+async def _round(peak: OverHttp, bounded: OverHttp, *, load: _Load, card: ModelCard) -> dict[str, Any]:
     def draw(count: int, rate_hz: float | None = None) -> tuple[Arrival, ...]:
-        return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=1, max_duration_s=card.max_duration_s).arrivals
+        return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=1, max_duration_s=card.max_duration_s)
 
     async def play_burst() -> list[Record]:
         records = await play(peak, burst)
@@ -105,19 +94,18 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: OverloadLoad, card:
         for seconds, clip in lone.items()
     }
     peak_hz = capacity_rps(bursts[0])
-    offered = draw(round(load.factor * peak_hz * load.seconds), load.factor * peak_hz)
+    offered = draw(round(_FACTOR * peak_hz * load.seconds), _FACTOR * peak_hz)
     started_at = time.perf_counter()
     over = await play(bounded, offered)
     normal_after_s = await _wait_until_normal(
         bounded, lone[_SHOWS_S], limit_ms=_NORMAL_RATIO * alone_ms[_SHOWS_S], since=started_at + offered[-1].at_s
     )
     bursts.append(await play_burst())
-    returning_hz = load.returning_factor * peak_hz
+    returning_hz = _RETURNING_FACTOR * peak_hz
     returning = await play_until_served(bounded, draw(round(returning_hz * load.returning_s), returning_hz))
     burst_work_ms = sum(_times_alone_ms(bursts[0], alone_ms))
     return {
         "peak_rps": [capacity_rps(records) for records in bursts],
-        "offered_rps": load.factor * peak_hz,
         "alone_p50_ms": alone_ms,
         "normal_after_s": normal_after_s,
         **summarize_overload(
@@ -125,7 +113,7 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: OverloadLoad, card:
             work_ms=_times_alone_ms(over, alone_ms),
             peak_work_ms_per_s=sum(burst_work_ms / span_s(records) for records in bursts) / len(bursts),
         ),
-        "returning": summarize_returns(returning),
+        **summarize_returns(returning),
     }
 
 
@@ -153,28 +141,21 @@ def summarize_overload(
     return {
         "goodput_over_peak_ratio": in_time_ms / peak_ms,
         "finished_over_peak_ratio": sum(ms for _, ms in meanwhile) / peak_ms,
-        "finished_p95_ms": _percentile([record.latency_ms for record in records if record.is_finished], 95),
-        "refused_share": len(refused) / len(records),
         "refusal_p50_ms": _percentile([record.latency_ms for record in refused], 50),
         "refusal_p99_ms": _percentile([record.latency_ms for record in refused], 99),
         "refusals_without_retry_after": sum(record.retry_after_s is None for record in refused),
         "other_answers": len(failed),
-        "first_other_answer": failed[0].error if failed else None,
-        "client_late_p99_ms": _percentile([record.late_ms for record in records], 99),
     }
 
 
 def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
     """Returns what became of clients that obey Retry-After, from all attempts of each."""
-    refused = [attempts for attempts in clients if attempts[0].outcome == "refused"]
     served = [attempts for attempts in clients if attempts[-1].is_finished]
     return {
-        "clients": len(clients),
-        "refused_at_first": len(refused),
+        "returning_clients": len(clients),
         "never_served": len(clients) - len(served),
         "most_attempts": max(len(attempts) for attempts in clients),
         "served_within_four_tries_share": sum(len(attempts) <= _FEW_TRIES for attempts in served) / len(clients),
-        "refusal_p50_ms": _percentile([attempts[0].latency_ms for attempts in refused], 50),
     }
 
 

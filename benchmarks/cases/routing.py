@@ -6,14 +6,13 @@ Clips have a tenth of the mix's lengths and a frame takes ten times as long, so 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from statistics import mean
 from typing import Any
 
 from benchmarks.cases.engine import resolve_model
 from benchmarks.dialects import OverHttp
-from benchmarks.figures import percentile, summarize
+from benchmarks.figures import summarize
 from benchmarks.load import play, require_clips
 from benchmarks.quiet import Watch, describe_quiet, in_quiet
 from benchmarks.servers.process import serving
@@ -27,28 +26,18 @@ _SMALL_MIXED = MIXES["small-mixed"]
 _MIX = replace(_SMALL_MIXED, durations_s=tuple((s / SHORTENED, weight) for s, weight in _SMALL_MIXED.durations_s))
 _QUEUE_S = 1e6
 _WARM_UP = 16
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingLoad:
-    """`requests` a round at `share` of what the replicas can do."""
-
-    replicas: int = 4
-    requests: int = 200
-    share: float = 0.8
-
-
-FULL = RoutingLoad(requests=600)
+_REPLICAS = 4
+_REQUESTS = (200, 600)  # of a round: short, full
+_LOAD_SHARE = 0.8  # of what the replicas can do
 
 
 async def run_routing(settings: CaseSettings) -> dict[str, Any]:
     """`settings.rounds` rounds of other requests; the worse round counts. Raises RuntimeError for any wrong answer."""
-    load = FULL if settings.full else RoutingLoad()
     rounds: list[dict[str, dict[str, float]]] = []
     watches: list[Watch] = []
     entry = resolve_model(settings.model)
-    card, count = entry.card, load.replicas
-    model = {"replicas": {"min_replicas": count, "max_replicas": count}, "max_queue_s": _QUEUE_S}
+    card, num_requests = entry.card, _REQUESTS[settings.full]
+    model = {"replicas": {"min_replicas": _REPLICAS, "max_replicas": _REPLICAS}, "max_queue_s": _QUEUE_S}
     async with serving(
         entry,
         {_OURS: model, _SERVES: model},
@@ -58,15 +47,19 @@ async def run_routing(settings: CaseSettings) -> dict[str, Any]:
         deployments=[{"name": _SERVES, "request_router_config": {}}],
     ) as sides:
         for side in sides.values():  # opens the connections to all replicas
-            await _play(side, _draw(card, load, count=_WARM_UP, seed=0), card=card)
+            await _play(side, _draw(card, count=_WARM_UP, seed=0), card=card)
         for seed in range(1, settings.rounds + 1):
-            arrivals = _draw(card, load, count=load.requests, seed=seed)
+            arrivals = _draw(card, count=num_requests, seed=seed)
             figures = {}
             for name in (_OURS, _SERVES) if seed % 2 else (_SERVES, _OURS):
                 figures[name], watch = await in_quiet(partial(_play, sides[name], arrivals, card=card))
                 watches.append(watch)
             rounds.append(figures)
-    return summarize_rounds(rounds) | describe_quiet(watches) | {"load": asdict(load)}
+    return (
+        summarize_rounds(rounds)
+        | describe_quiet(watches)
+        | {"load": {"replicas": _REPLICAS, "requests": num_requests, "share": _LOAD_SHARE}}
+    )
 
 
 def summarize_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
@@ -78,24 +71,21 @@ def summarize_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dic
     return results
 
 
-def _draw(card: ModelCard, load: RoutingLoad, *, count: int, seed: int) -> tuple[Arrival, ...]:
-    """Returns requests that keep the replicas busy for the share of the time that the load says."""
+def _draw(card: ModelCard, *, count: int, seed: int) -> tuple[Arrival, ...]:
+    """Returns requests that keep the replicas busy for `_LOAD_SHARE` of the time."""
 
     def draw(rate_hz: float) -> tuple[Arrival, ...]:
-        return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=seed, max_duration_s=card.max_duration_s).arrivals
+        return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=seed, max_duration_s=card.max_duration_s)
 
     asked = draw(1.0)  # what is asked for does not depend on the rate
     work_s = sum(SHORTENING_DEVICE.stages(to_request(arrival)).total_ms for arrival in asked) / 1000.0
-    return draw(load.share * load.replicas * count / work_s)
+    return draw(_LOAD_SHARE * _REPLICAS * count / work_s)
 
 
 async def _play(side: OverHttp, arrivals: Sequence[Arrival], *, card: ModelCard) -> dict[str, float]:
     records = await play(side, arrivals)
     require_clips(records, sample_rate_hz=card.sample_rate_hz)
-    return summarize([record.latency_ms for record in records]) | {
-        "queue_mean_ms": mean(record.queue_ms for record in records),
-        "client_late_p95_ms": percentile([record.late_ms for record in records], 95),
-    }
+    return summarize([record.latency_ms for record in records])
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

@@ -55,12 +55,10 @@ class RunRequest:
             raise ValueError(f"no mix is called {self.mix!r}; there are {', '.join(MIXES)}")
         if unknown := [side for side in self.here if side not in SIDES]:
             raise ValueError(f"no side is called {unknown[0]!r}; there are {', '.join(SIDES)}")
-        if len(set(self.here)) < len(self.here):
-            raise ValueError(f"a side is named twice: {','.join(self.here)}")
         if self.url is not None and not _ADDRESS.fullmatch(self.url):
             raise ValueError(f"--url {self.url} is no address like http://host:8000")
-        if self.url is None and len(self.here) < 2:
-            raise ValueError("a comparison needs two sides: --against lock,ours or one of them and --url")
+        if len(set(self.sides)) < max(len(self.sides), 1 if self.url else 2):
+            raise ValueError("a comparison needs two unlike sides: --against lock,ours or one of them and --url")
 
     @property
     def here(self) -> tuple[str, ...]:

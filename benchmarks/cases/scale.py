@@ -5,7 +5,6 @@ two cores, and the real model. All are models of one server, each with a fixed n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.cases.engine import resolve_model
@@ -23,41 +22,16 @@ _MODEL_MIX = MIXES["demo-wide"]
 _WARM_UP_PER_REPLICA = 4
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleLoad:
-    """Replica counts, least first, and how much is sent: `requests` to every count up to `same_up_to`, so many more to
-    larger ones that each replica gets as many as there."""
-
-    counts: tuple[int, ...] = (1, 2, 4)
-    requests: int = 60
-    same_up_to: int = 4
-    model_counts: tuple[int, ...] = (1, 2)
-    model_requests: int = 60
-
-    def requests_to(self, count: int) -> int:
-        """Returns the length of the burst to this many replicas."""
-        return self.requests * max(count, self.same_up_to) // self.same_up_to
-
-
-FULL = ScaleLoad(counts=(1, 2, 4, 8, 16), requests=320, model_requests=300)
-
-
-@dataclass(frozen=True, slots=True)
-class Burst:
-    """What a number of replicas made of requests that came at once. Processor time is that of server and client."""
-
-    capacity_rps: float
-    cpu_ms_per_request: float
-    foreign_cores: float | None
+# Replica counts and how many requests each gets: short, full.
+_STAND_IN_BURSTS = ({1: 60, 2: 60, 4: 60}, {1: 320, 2: 320, 4: 320, 8: 640, 16: 1280})
+_MODEL_BURSTS = ({1: 60, 2: 60}, {1: 300, 2: 300})
 
 
 async def run_scale(settings: CaseSettings) -> dict[str, Any]:
     """`settings.rounds` rounds over all counts; the worse round counts. Raises RuntimeError for any wrong answer."""
-    load = FULL if settings.full else ScaleLoad()
-    stand_in = await _measure(settings, _CLIPS, {count: load.requests_to(count) for count in load.counts}, _STAND_IN)
-    model = await _measure(settings, _MODEL_MIX, dict.fromkeys(load.model_counts, load.model_requests), _MODEL)
+    stand_in = await _measure(settings, _CLIPS, _STAND_IN_BURSTS[settings.full], _STAND_IN)
+    model = await _measure(settings, _MODEL_MIX, _MODEL_BURSTS[settings.full], _MODEL)
     return {
-        "load": asdict(load),
         "is_void": stand_in["is_void"] or model["is_void"],
         "stand_in": stand_in,
         "model": model,
@@ -79,9 +53,13 @@ async def _measure(  # noqa: PLR0917
             require_clips(records, sample_rate_hz=card.sample_rate_hz)
             return records
 
-        async def measure(count: int) -> Burst:
+        async def measure(count: int) -> dict[str, Any]:
             records, watch = await in_quiet(lambda: send(count, requests[count]))
-            return Burst(capacity_rps(records), 1000.0 * watch.own_s / len(records), watch.foreign_cores)
+            return {
+                "capacity_rps": capacity_rps(records),
+                "cpu_ms_per_request": 1000.0 * watch.own_s / len(records),  # of server and client
+                "foreign_cores": watch.foreign_cores,
+            }
 
         for count in requests:  # opens the connections to all of them
             await send(count, count * _WARM_UP_PER_REPLICA)
@@ -89,11 +67,13 @@ async def _measure(  # noqa: PLR0917
     return {
         "requests": requests,
         "worst_capacity_over_one": worst_over_first(
-            {count: [one[count].capacity_rps for one in bursts] for count in requests}
+            {count: [one[count]["capacity_rps"] for one in bursts] for count in requests}
         ),
-        "worst_cpu_ms_per_request": {count: max(one[count].cpu_ms_per_request for one in bursts) for count in requests},
-        **describe_quiet([Watch(0.0, burst.foreign_cores) for one in bursts for burst in one.values()]),
-        "rounds": [{count: asdict(burst) for count, burst in one.items()} for one in bursts],
+        "worst_cpu_ms_per_request": {
+            count: max(one[count]["cpu_ms_per_request"] for one in bursts) for count in requests
+        },
+        **describe_quiet([Watch(0.0, burst["foreign_cores"]) for one in bursts for burst in one.values()]),
+        "rounds": bursts,
     }
 
 

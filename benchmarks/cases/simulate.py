@@ -4,42 +4,31 @@ arrive at once, and p95 at 0.8 of the lock server's capacity. Figures come from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
+from benchmarks.figures import capacity_rps, percentile, steady_latencies_ms
+from benchmarks.load import Record
 from benchmarks.settings import CaseSettings
 from benchmarks.simulate.device import MEDIUM, SMALL, Gpu, Network
-from benchmarks.simulate.engine import Outcome, SimulatedEngine, work_of
-from benchmarks.workload import Arrival, ArrivalList, draw_arrivals
+from benchmarks.simulate.engine import SimulatedEngine, record_of, work_of
+from benchmarks.workload import Arrival, draw_arrivals
 
 _LOAD_SHARE = 0.8  # of the lock server's capacity
-_STEADY = (0.15, 0.95)  # of the requests by arrival
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Requests of each list, and a list per seed."""
-
-    requests: Mapping[str, int]
-    seeds: tuple[int, ...] = (1, 2, 3)
-
-
-FULL = Sizes({"small-mixed": 2000, "medium-mixed": 400})
-SHORT = Sizes({"small-mixed": 400, "medium-mixed": 200})
+_REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # of a list: short, full
+_SEEDS = (1, 2, 3)  # a list each
 _NETWORKS = {"small-mixed": SMALL, "medium-mixed": MEDIUM}
 
 
 async def run_simulate(settings: CaseSettings) -> dict[str, Any]:
     """Returns the ratios of each mix; the worst seed counts: the lowest capacity, the highest latency."""
-    sizes = FULL if settings.full else SHORT
     mixes: dict[str, Any] = {}
     for mix, network in _NETWORKS.items():
-        count = sizes.requests[mix]
-        seeds = [_compare(mix, network, count=count, seed=seed) for seed in sizes.seeds]
+        count = _REQUESTS[mix][settings.full]
+        seeds = [_compare(mix, network, count=count, seed=seed) for seed in _SEEDS]
         worst = {name: (min if name.startswith("capacity") else max)(seed[name] for seed in seeds) for name in seeds[0]}
         mixes[mix] = {"num_requests": count, "packed": worst}
     return {"device": "arithmetic: an H200", "mixes": mixes}
@@ -48,26 +37,27 @@ async def run_simulate(settings: CaseSettings) -> dict[str, Any]:
 def _compare(mix: str, network: Network, *, count: int, seed: int) -> dict[str, float]:
     """Returns the engine's figures over the lock server's, on the same lists of requests."""
 
-    def draw(rate_hz: float | None) -> ArrivalList:
+    def draw(rate_hz: float | None) -> tuple[Arrival, ...]:
         return draw_arrivals(mix, rate_hz=rate_hz, count=count, seed=seed, max_duration_s=network.longest_s)
 
     gpu, burst = Gpu(network), draw(None)
-    lock_hz = _rate_hz(run_lock(burst, gpu))
+    lock_hz = capacity_rps(run_lock(burst, gpu))
     replay = draw(_LOAD_SHARE * lock_hz)
     lock, ours = run_lock(replay, gpu), SimulatedEngine(gpu).run(replay)
     return {
-        "capacity_over_lock_ratio": _rate_hz(SimulatedEngine(gpu).run(burst)) / lock_hz,
-        "p95_over_lock_ratio": _p95_ms(ours) / _p95_ms(lock),
+        "capacity_over_lock_ratio": capacity_rps(SimulatedEngine(gpu).run(burst)) / lock_hz,
+        "p95_over_lock_ratio": percentile(steady_latencies_ms(ours), 95) / percentile(steady_latencies_ms(lock), 95),
     } | {
-        f"p95_{steps}_over_lock_ratio": _p95_ms(ours, steps=steps) / _p95_ms(lock, steps=steps)
-        for steps in replay.step_classes
+        f"p95_{steps}_over_lock_ratio": percentile(steady_latencies_ms(ours, steps=steps), 95)
+        / percentile(steady_latencies_ms(lock, steps=steps), 95)
+        for steps in sorted({arrival.steps for arrival in replay})
     }
 
 
-def run_lock(arrivals: Iterable[Arrival], gpu: Gpu) -> list[Outcome]:
+def run_lock(arrivals: Iterable[Arrival], gpu: Gpu) -> list[Record]:
     """Serve one request at a time, first come first served."""
     now_ms = 0.0
-    outcomes: list[Outcome] = []
+    records: list[Record] = []
     known: set[str] = set()
     for arrival in arrivals:
         work = work_of(arrival, gpu.network)
@@ -76,18 +66,8 @@ def run_lock(arrivals: Iterable[Arrival], gpu: Gpu) -> list[Outcome]:
         now_ms += sum(gpu.step_ms([work.frames] * branches) for branches in work.branches)
         now_ms += sum(gpu.decode_ms(len(list(same)), frames) for frames, same in groupby(sorted(work.decode_left)))
         known.add(arrival.prompt)
-        outcomes.append(Outcome(arrival, now_ms / 1000.0))
-    return outcomes
-
-
-def _rate_hz(outcomes: Sequence[Outcome]) -> float:
-    return len(outcomes) / max(outcome.ended_at for outcome in outcomes)
-
-
-def _p95_ms(outcomes: Sequence[Outcome], *, steps: int | None = None) -> float:
-    ordered = sorted(outcomes, key=lambda outcome: outcome.arrival.at_s)
-    kept = ordered[int(_STEADY[0] * len(ordered)) : int(_STEADY[1] * len(ordered))]
-    return float(np.percentile([o.latency_ms for o in kept if steps in (None, o.arrival.steps)], 95))
+        records.append(record_of(arrival, now_ms))
+    return records
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.settings import CaseSettings
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sa3.random_weights import build_random_model
 
 _MODEL = "small-music"
@@ -35,9 +34,11 @@ async def run_threads(settings: CaseSettings) -> dict[str, Any]:
     audio: list[npt.NDArray[np.float32]] = []
     for _ in range(settings.rounds):
         for count in _COUNTS:
-            result, taken_s = await _generate(model, count)
-            seconds[count].append(taken_s)
-            audio.append(result.audio[0])
+            options = EngineOptions(mode="strict", torch_threads=count, warmup_budget_s=0.0)
+            async with Engine(model, options) as engine:
+                started_at = time.perf_counter()
+                audio.append((await engine.generate(_REQUEST)).audio[0])
+                seconds[count].append(time.perf_counter() - started_at)
     if not all(np.array_equal(audio[0], other) for other in audio[1:]):
         raise RuntimeError("the audio differs between the numbers of threads: the comparison is void")
     work_s = {count: min(taken) / _REQUEST.duration_s for count, taken in seconds.items()}
@@ -49,14 +50,6 @@ async def run_threads(settings: CaseSettings) -> dict[str, Any]:
         "work_s_per_audio_s": {str(count): value for count, value in work_s.items()},
         "speedup": {str(count): work_s[1] / value for count, value in work_s.items()},
     }
-
-
-async def _generate(model: Sa3Model, num_threads: int) -> tuple[GenerationResult, float]:
-    """The audio, and the seconds it took."""
-    async with Engine(model, EngineOptions(mode="strict", torch_threads=num_threads, warmup_budget_s=0.0)) as engine:
-        started_at = time.perf_counter()
-        result = await engine.generate(_REQUEST)
-        return result, time.perf_counter() - started_at
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

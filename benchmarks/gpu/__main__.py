@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,13 @@ from benchmarks.report import describe_environment, hash_sources, write_report
 _BUDGET_S = 450.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    name: str
-    measure: Callable[[Bench, Pieces], Awaitable[dict[str, Any]]]
-
-
-PARTS: Mapping[int, _Part] = {
-    1: _Part("lone", lone.measure),
-    2: _Part("busy", busy.measure),
-    3: _Part("small", partial(mixes.measure, mixes=mixes.SMALL)),
-    4: _Part("medium", partial(mixes.measure, mixes=mixes.MEDIUM)),
-    5: _Part("precision", precision.measure),
+_Measure = Callable[[Bench, Pieces], Awaitable[dict[str, Any]]]
+PARTS: Mapping[int, tuple[str, _Measure]] = {
+    1: ("lone", lone.measure),
+    2: ("busy", busy.measure),
+    3: ("small", partial(mixes.measure, mixes=mixes.SMALL)),
+    4: ("medium", partial(mixes.measure, mixes=mixes.MEDIUM)),
+    5: ("precision", precision.measure),
 }
 
 
@@ -59,16 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(number: int, options: argparse.Namespace) -> bool:
     """Measure one part and write its file. Returns whether a measurement failed."""
-    bench, part = Bench(options.device), PARTS[number]
-    name = f"gpu-{number}-{part.name}"
+    bench, (part, measure) = Bench(options.device), PARTS[number]
+    name = f"gpu-{number}-{part}"
     about = {"device": str(options.device), "models_are_tiny": bench.is_tiny, "sources_sha256": hash_sources()}
     environment = describe_environment(about)
     same = about | {key: environment[key] for key in ("gpu", "cpu", "versions")}
     pieces = Pieces(options.out / name, same, ends_at=time.monotonic() + options.budget_s)
-    print(f"part {number}, {part.name}", flush=True)
+    print(f"part {number}, {part}", flush=True)
     await trace(options.device, partial(asyncio.sleep, 0.0))  # loads the profiler
     try:
-        results = await part.measure(bench, pieces)
+        results = await measure(bench, pieces)
     finally:
         await bench.drop()
     results |= {"left": pieces.left, "failed": pieces.failed}

@@ -31,18 +31,15 @@ _MIXES: Mapping[tuple[str, str, str], Mapping[str, float]] = {
 _OVER_EAGER = {"small-8": 5.0, "medium-8": 1.4}
 
 
-def _file(mix: str) -> str:
-    return _SMALL if mix in _OF_SMALL else _MEDIUM
-
-
 def _of_mixes() -> Iterator[Goal]:
+    file = {mix: _SMALL if mix in _OF_SMALL else _MEDIUM for bounds in _MIXES.values() for mix in bounds}
     for (id, figure, over), bounds in _MIXES.items():
         for mix, bound in bounds.items():
             path = ("mixes", mix, "ratios", "ours", over, figure)
-            yield Goal(id, f"{mix} {figure} over {over}", _file(mix), path, bound, figure in {"capacity", "goodput"})
+            yield Goal(id, f"{mix} {figure} over {over}", file[mix], path, bound, figure in {"capacity", "goodput"})
     for mix, bound in _OVER_EAGER.items():
         what = f"{mix} capacity over a lock that captures nothing"
-        yield Goal("P3", what, _file(mix), ("capacity_over_eager_lock_ratio", mix), bound, True)
+        yield Goal("P3", what, file[mix], ("capacity_over_eager_lock_ratio", mix), bound, True)
 
 
 def _of_clips() -> Iterator[Goal]:

@@ -13,7 +13,7 @@ from benchmarks.figures import capacity_rps
 from benchmarks.gpu.bench import Bench
 from benchmarks.load import InProcess, play, play_alone
 from benchmarks.pieces import Pieces
-from benchmarks.workload import draw_arrivals
+from benchmarks.workload import Arrival, draw_arrivals
 
 _SIDES = ("lock", "static", "ours")
 _EAGER = "eager-lock"
@@ -52,7 +52,7 @@ async def _measure_mix(bench: Bench, pieces: Pieces, *, mix: str) -> dict[str, A
     card = model.spec.card
     askers = {name: InProcess(await bench.side(_MODELS[mix], name)) for name in (*_SIDES, _EAGER)}
     longest_s = min(card.max_duration_s, sizes.most_s)
-    pilots = draw_arrivals(mix, rate_hz=None, count=_PILOTS, seed=99, max_duration_s=longest_s).arrivals
+    pilots = draw_arrivals(mix, rate_hz=None, count=_PILOTS, seed=99, max_duration_s=longest_s)
 
     async def measure_pilots() -> float:
         for _ in range(sizes.before):
@@ -76,11 +76,11 @@ async def _measure_mix(bench: Bench, pieces: Pieces, *, mix: str) -> dict[str, A
     results = await Run({name: askers[name] for name in _SIDES}, options, pieces=own, is_watched=False).measure()
     if mix in _MEASURED_EAGER:
         burst = draw_arrivals(mix, rate_hz=None, count=count, seed=1, max_duration_s=longest_s)
-        eager = partial(_measure_burst, askers[_EAGER], list(burst)[:_EAGER_REQUESTS])
+        eager = partial(_measure_burst, askers[_EAGER], burst[:_EAGER_REQUESTS])
         results["eager_lock_rps"] = await own.take("eager-lock", eager)
     return results
 
 
-async def _measure_burst(asker: InProcess, arrivals: list[Any]) -> float:
+async def _measure_burst(asker: InProcess, arrivals: tuple[Arrival, ...]) -> float:
     await play(asker, arrivals[:1])
     return capacity_rps(await play(asker, arrivals))

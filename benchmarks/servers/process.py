@@ -41,7 +41,6 @@ class Server:
     url: str
     pid: int = 0
     ready_s: float = 0.0
-    stopped_s: float = 0.0
     lines: list[str] = field(default_factory=list)
 
     @property
@@ -133,16 +132,12 @@ def running_server(config: Path) -> Iterator[Server]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        with _interruptible():
-            ready.wait(_READY_TIMEOUT_S)
+        ready.wait(_READY_TIMEOUT_S)
         if not server.ready_s:
             raise RuntimeError("the server did not start:\n" + "\n".join(server.lines[-30:]))
         yield server
     finally:
-        stopping_at = time.perf_counter()
-        with _interruptible():
-            _stop(process)
-        server.stopped_s = time.perf_counter() - stopping_at
+        _stop(process)
         reader.join(5.0)
 
 
@@ -157,19 +152,6 @@ def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
         if time.monotonic() > ends_at:
             raise RuntimeError(f"not all replicas of {missing} came up within {_READY_TIMEOUT_S:.0f} s")
         time.sleep(0.5)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within it Ctrl-C ends a wait at once; an event loop that is held up by the wait would only notice it later."""
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

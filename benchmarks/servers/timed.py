@@ -74,93 +74,15 @@ SHORTENING_DEVICE = LinearDevice(
 )
 
 
-class TimedDevice:
-    """One device that serves requests one after another in order of their arrival, without deadlines or priorities.
-    While work is waiting it is never idle, however late this process wakes up: only the clock counts.
-    """
+class StandInReplica:
+    """What every stand-in answers like `serving.replica.ModelReplica`."""
 
-    def __init__(self, times: LinearDevice, *, max_queue_s: float) -> None:
-        self._times = times
-        self._max_ms = max_queue_s * 1000.0
-        self._turn = asyncio.Lock()  # handed on in order
-        self._waiting_ms = 0.0
-        self._accepted_ms = 0.0  # device time of everything ever accepted
-        self._num_waiting = 0
-        self._free_at = float("-inf")
-
-    @property
-    def backlog_ms(self) -> float:
-        """Device time of everything accepted that is not spent yet."""
-        return self._waiting_ms + max(0.0, self._free_at - time.monotonic()) * 1000.0
-
-    @property
-    def busy_s(self) -> float:
-        """How long it has worked, seconds."""
-        return (self._accepted_ms - self.backlog_ms) / 1000.0
-
-    async def run(self, request: GenerationRequest) -> StageTimings:
-        """Returns the stages once the device has done them. A cancelled request frees it at once.
-
-        Raises OverloadedError when more than `max_queue_s` of work is ahead, as an engine does.
-        """
-        arrived_at = time.monotonic()
-        excess_s = (self.backlog_ms - self._max_ms) / 1000.0
-        if excess_s > 0:
-            raise OverloadedError("the device's queue is full", retry_after_s=max(excess_s, _LEAST_RETRY_S))
-        stages = self._times.stages(request)
-        self._accepted_ms += stages.total_ms
-        await self._wait_for_turn(stages.total_ms)
-        started_at = max(arrived_at, self._free_at)
-        self._free_at = started_at + stages.total_ms / 1000.0
-        try:
-            while (left_s := self._free_at - time.monotonic()) > 0:  # noqa: ASYNC110 - a clock ends it
-                await asyncio.sleep(left_s)
-        except asyncio.CancelledError:
-            self._free_at = time.monotonic()
-            raise
-        finally:
-            self._turn.release()
-        queue_ms = (started_at - arrived_at) * 1000.0
-        return replace(stages, queue_ms=queue_ms, total_ms=stages.total_ms + queue_ms)
-
-    async def _wait_for_turn(self, work_ms: float) -> None:
-        self._waiting_ms += work_ms
-        self._num_waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self._num_waiting -= 1
-            self._waiting_ms = self._waiting_ms - work_ms if self._num_waiting else 0.0  # no rest of rounding
-
-
-class TimedReplica:
-    """Answers like `serving.replica.ModelReplica`, when its device has had the time."""
-
-    times: ClassVar[LinearDevice] = DEVICE
-
-    def __init__(self, settings: Settings, model: ModelSettings) -> None:
-        self._model = model.name
-        self._device = TimedDevice(self.times, max_queue_s=model.max_queue_s)
-        self._looked_at = time.monotonic(), 0.0
-        self._waiting = 0.0, float("-inf")
-        self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+    device = "timed"
+    backlog_s = 0.0
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns a clip of the length asked for, or the refusal."""
-        self._outcomes["in_flight"] += 1
-        outcome = "failed"
-        try:
-            timings = await self._device.run(request)
-            outcome = "finished"
-            return replace(make_result(self._model, request), timings=timings)
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except OverloadedError as error:
-            return error
-        finally:
-            self._outcomes["in_flight"] -= 1
-            self._outcomes[outcome] += 1
+        """Returns the audio, or an error of ours, as the real replica does."""
+        raise NotImplementedError
 
     async def generate_reporting(
         self, request: GenerationRequest
@@ -169,18 +91,62 @@ class TimedReplica:
         yield Progress("denoising", 0.0)
         yield await self.generate(request)
 
+    async def status(self) -> object:
+        """Ready; nothing is counted."""
+        from stable_audio_serve.serving.model_states import ReplicaStatus
+
+        counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+        return ReplicaStatus(device=self.device, start_s={}, backlog_ms=1000.0 * self.backlog_s, quality=None, **counts)
+
+
+class TimedReplica(StandInReplica):
+    """Answers when its device has had the time.
+
+    The device serves requests one after another in order of their arrival. While work is waiting it is never idle,
+    however late this process wakes up: only the clock counts. The time of a cancelled request is spent all the same.
+    """
+
+    times: ClassVar[LinearDevice] = DEVICE
+
+    def __init__(self, settings: Settings, model: ModelSettings) -> None:
+        self._model = model.name
+        self._max_queue_s = model.max_queue_s
+        self._accepted_s = 0.0  # device time of everything ever accepted
+        self._free_at = time.monotonic()
+        self._looked_at = time.monotonic(), 0.0
+        self._waiting = 0.0, float("-inf")
+
+    @property
+    def backlog_s(self) -> float:  # type: ignore[override]
+        """Device time of everything accepted that is not spent yet."""
+        return max(0.0, self._free_at - time.monotonic())
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
+        """Returns a clip of the length asked for, or the refusal where too much work is ahead."""
+        waiting_s = self.backlog_s
+        if waiting_s > self._max_queue_s:
+            retry_s = max(waiting_s - self._max_queue_s, _LEAST_RETRY_S)
+            return OverloadedError("the device's queue is full", retry_after_s=retry_s)
+        stages = self.times.stages(request)
+        self._accepted_s += stages.total_ms / 1000.0
+        self._free_at = ended_at = max(time.monotonic(), self._free_at) + stages.total_ms / 1000.0
+        await asyncio.sleep(max(0.0, ended_at - time.monotonic()))
+        queue_ms = 1000.0 * waiting_s
+        timings = replace(stages, queue_ms=queue_ms, total_ms=stages.total_ms + queue_ms)
+        return replace(make_result(self._model, request), timings=timings)
+
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve."""
-        return ReplicaWork.now(self._device.backlog_ms, self.times.prices).to_dict()
+        return ReplicaWork.now(1000.0 * self.backlog_s, self.times.prices).to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve."""
-        now, busy_s = time.monotonic(), self._device.busy_s
+        now, busy_s = time.monotonic(), self._accepted_s - self.backlog_s
         before, busy_before_s = self._looked_at
         self._looked_at = now, busy_s
         waiting_s, told_at = self._waiting
         return replica_stats(
-            work_s=self._device.backlog_ms / 1000.0,
+            work_s=self.backlog_s,
             busy_share=min(1.0, max(0.0, busy_s - busy_before_s) / max(now - before, 0.1)),
             waiting_s=waiting_s if now - told_at < 5.0 else 0.0,
         )
@@ -188,14 +154,6 @@ class TimedReplica:
     async def note_waiting(self, seconds: float) -> None:
         """Called by job runners."""
         self._waiting = seconds, time.monotonic()
-
-    async def status(self) -> object:
-        """Returns what it has done and what its device still has to do."""
-        from stable_audio_serve.serving.model_states import ReplicaStatus
-
-        return ReplicaStatus(
-            device="timed", start_s={}, backlog_ms=self._device.backlog_ms, quality=None, **self._outcomes
-        )
 
 
 class ShorteningReplica(TimedReplica):

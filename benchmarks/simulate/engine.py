@@ -10,14 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from benchmarks.load import Record
 from benchmarks.simulate.device import Gpu, Network
 from benchmarks.workload import Arrival
-from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.batching import Call
 from stable_audio_serve.engine.call_cost import Measurement
 from stable_audio_serve.engine.call_shapes import PackedShapes
 from stable_audio_serve.engine.cost import CostModel
+from stable_audio_serve.engine.device import CudaDevice
 from stable_audio_serve.engine.pacing import WindowPace
 from stable_audio_serve.engine.policies import resolve_policy
 from stable_audio_serve.engine.prediction import Predictor
@@ -32,18 +33,6 @@ _PROBE_WINDOW = 128  # frames
 _CALLS_AHEAD = 2  # of the host, as in `engine.pacing`
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """When a request was due and when its audio was ready, in seconds."""
-
-    arrival: Arrival
-    ended_at: float
-
-    @property
-    def latency_ms(self) -> float:
-        return (self.ended_at - self.arrival.at_s) * 1000.0
-
-
 def work_of(arrival: Arrival, network: Network) -> RowWork:
     """Returns a request's device work: a guided step takes two network rows, decoding the product's windows."""
     frames = network.frames(arrival.duration_s)
@@ -52,14 +41,9 @@ def work_of(arrival: Arrival, network: Network) -> RowWork:
     return RowWork(frames, branches=branches, decode_left=window_lengths(windows))
 
 
-@dataclass(frozen=True, slots=True)
-class _GpuKind:
-    """What suits a GPU, as in `engine.device.CudaDevice`."""
-
-    default_mode: Mode = "fast"
-    frame_grid: int = 64
-    shares_calls: bool = True
-    prefers_packed: bool = False
+def record_of(arrival: Arrival, ended_ms: float) -> Record:
+    """Returns the record of a request that ended then."""
+    return Record(0, arrival.at_s, ended_ms / 1000.0, arrival.duration_s, arrival.steps)
 
 
 @dataclass(slots=True)
@@ -77,7 +61,7 @@ class _Queues:
     def __init__(self) -> None:
         self.now_ms = 0.0
         self.num_asked = 0  # calls of the second queue
-        self.outcomes: list[Outcome] = []
+        self.records: list[Record] = []
         self._second: deque[_Beside] = deque()
 
     def run(self, ms: float) -> None:
@@ -101,7 +85,7 @@ class _Queues:
         while self._second and self.now_ms + self._second[0].left_ms <= until_ms:
             call = self._second.popleft()
             self.now_ms += call.left_ms
-            self.outcomes += [Outcome(arrival, self.now_ms / 1000.0) for arrival in call.arrivals]
+            self.records += [record_of(arrival, self.now_ms) for arrival in call.arrivals]
         if self._second and until_ms > self.now_ms:
             self._second[0].left_ms -= until_ms - self.now_ms
         self.now_ms = max(self.now_ms, until_ms)
@@ -121,17 +105,17 @@ class _Row:
 
 
 class SimulatedEngine:
-    """One engine on one GPU. The clock goes on between two calls of `run`."""
+    """One engine on one GPU, to run once."""
 
     def __init__(self, gpu: Gpu) -> None:
-        network, options, kind = gpu.network, EngineOptions(mode="fast"), _GpuKind()
+        network, options = gpu.network, EngineOptions(mode="fast")
         longest_frames = network.frames(network.longest_s)
         self._gpu = gpu
         self._together = options.slots
         self._cost = CostModel()
         self._policy = resolve_policy(
             options,
-            kind,
+            CudaDevice,  # type: ignore[arg-type]  # the class has what suits a GPU
             cost=self._cost,
             packs_rows=True,
             packed=PackedShapes(network.prefix_tokens, longest_frames),
@@ -158,9 +142,8 @@ class SimulatedEngine:
         self._last_text = 0
         self._windows: list[int] = []  # the second queue's calls
 
-    def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
-        """Returns the outcomes in order of their ends; arrivals are due in this order, none before the last call's
-        end."""
+    def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
+        """Returns what became of the arrivals, which are due in this order, in order of their ends."""
         queues, coming = self._queues, list(arrivals)
         num_taken = 0
         while num_taken < len(coming) or self._rows:
@@ -171,8 +154,7 @@ class SimulatedEngine:
                 num_taken += 1
             self._turn()
         queues.wait(queues.num_asked)
-        outcomes, queues.outcomes = queues.outcomes, []
-        return outcomes
+        return queues.records
 
     def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
         """Fit the cost model to what the engine's warm-up measures."""
