@@ -177,8 +177,8 @@ def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
         "model": {"help": "registered name or checkpoint folder; default: the demo model"},
         "device": {"help": "default: cpu"},
         "mode": {"choices": MODES, "help": "default: both, or the device's own"},
-        "threads": {"type": _positive, "help": "model threads; default: 1"},
-        "rounds": {"type": _positive, "help": "default: 3"},
+        "threads": {"type": int, "help": "model threads; default: 1"},
+        "rounds": {"type": int, "help": "default: 3"},
         "full": {"action": "store_true", "help": "as many requests as published figures need"},
     }
     for option in options.split():
