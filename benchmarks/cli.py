@@ -32,7 +32,7 @@ Rows = list[dict[str, object]]
 
 MODES = ("strict", "fast")
 _DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # of `dialects`, which needs more packages
-# What needs no traceback: the words say what to do.
+# Errors whose message is enough: no traceback.
 _TOLD = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
 _INTERRUPTED = 130
 
@@ -82,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = CaseSettings(
         **{field.name: given.pop(field.name) for field in fields(CaseSettings) if field.name in given}
     )
-    signal.signal(
-        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
-    )  # servers that were started are stopped
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # stops the servers too
     try:
         out.mkdir(parents=True, exist_ok=True)
         if case == "bench":
@@ -149,7 +147,7 @@ def run_bench(settings: CaseSettings, *, out: Path) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """A parser that returns nothing but what was given; each case takes only the options that it follows."""
+    """Returns the parser, whose result has only the options given. Each case takes the options that it follows."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     cases = command.add_subparsers(dest="case", required=True)
     cases.add_parser("gpu", help="what a CUDA device does: python -m benchmarks gpu --help", add_help=False)

@@ -1,6 +1,6 @@
 """One comparison from beginning to end: outputs, capacity, the same arrivals at one rate, goodput by bisection.
 
-Sides take turns; every round draws its own list. Knows no files but the pieces', and not how sides start.
+Sides take turns; every round draws its own list.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class VoidError(RuntimeError):
 
 
 class SideFailedError(RuntimeError):
-    """A side gave another answer than audio, or none; what was measured before is kept."""
+    """A side gave another answer than audio, or none; finished pieces are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +211,8 @@ def compare(
 
 
 def difference(clip: Audio, reference: Audio) -> float:
-    """Returns the level of the difference over the reference's: infinite for another shape, for what is not a number,
-    and for any sound where the reference is silent."""
+    """Returns the level of the difference over the reference's: infinite for another shape, for values that are not
+    finite, and for any sound where the reference is silent."""
     if clip.shape != reference.shape or not np.isfinite(clip).all():
         return float("inf")
     change = _level(clip - reference)

@@ -130,7 +130,7 @@ DIALECTS: Mapping[str, Fetch] = {
 
 
 def read_audio(content: bytes) -> Audio:
-    """Returns (C, S) float32. Raises RuntimeError for what is no audio file."""
+    """Returns (C, S) float32. Raises RuntimeError if `content` is no audio file."""
     try:
         samples, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -153,7 +153,7 @@ def _whole_seconds(arrival: Arrival) -> dict[str, object]:
 
 
 def _count_samples(content: bytes) -> int:
-    """Returns the samples per channel of a WAV file, 0 for another file or one that ends before they do."""
+    """Returns the samples per channel of a WAV file, 0 for another file or a truncated one."""
     try:
         with wave.open(io.BytesIO(content)) as reader:
             frames = reader.getnframes()

@@ -37,7 +37,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A goal with what was measured: the value, and the least and the most it may be."""
+    """A goal with its measured value, and the least and the most that may be."""
 
     goal: Goal
     value: float | None = None

@@ -1,5 +1,5 @@
 """Sends requests and keeps what became of each: every arrival at its own time, however late the others are. A side is
-in this process or behind HTTP; a late client is late in the figures. Judges nothing and knows no case.
+in this process or behind HTTP; a late client is late in the figures.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _section(
 
 
 def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:
-    """Returns what was typed: options that have their default are left out."""
+    """Returns the command without options that have their default."""
     given = {name: settings[name] for name in followed if name in settings and settings[name] != _DEFAULTS[name]}
     flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
     return " ".join(["python -m benchmarks", case, *flags])

@@ -12,11 +12,11 @@ from typing import Any
 
 
 class OtherRunError(RuntimeError):
-    """A folder holds what was measured with other options."""
+    """A folder holds pieces of a run with other options."""
 
 
 class OutOfTimeError(RuntimeError):
-    """The time budget ended before the run did; what is measured is kept."""
+    """The time budget ended before the run did; finished pieces are kept."""
 
 
 class Pieces:

@@ -1,4 +1,4 @@
-"""How much of the machine other programs used meanwhile: a measurement beside which somebody else worked is void, and
+"""How much of the machine other programs used during a measurement. If it was too much, the measurement is void and
 repeated a few times.
 
 A process counts as ours if it is this one or descends from it. Without psutil nothing is known and nothing is void.
@@ -66,7 +66,7 @@ def _machine_s() -> float:
 
 
 def _own_s() -> dict[int, float]:
-    """Returns the processor seconds of this process and its descendants, ended children included, by process."""
+    """Returns the processor seconds of this process and its descendants, by process."""
     if not _CAN_WATCH:
         return {}
     used: dict[int, float] = {}
@@ -76,5 +76,5 @@ def _own_s() -> dict[int, float]:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        used[process.pid] = float(times.user + times.system + times.children_user + times.children_system)
+        used[process.pid] = float(times.user + times.system)
     return used

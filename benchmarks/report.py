@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_LEAST_EXPONENT = -4  # of ten; what is smaller would be all zeros
+_LEAST_EXPONENT = -4  # of ten; smaller values would be all zeros
 
 
 def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def hash_sources() -> str:
-    """Returns what tells two states of the code apart, also where no commit is known or files were changed."""
+    """Returns a hash of the code, which also shows changes that are not committed."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for folder in ("stable_audio_serve", "benchmarks"):
@@ -79,7 +79,7 @@ def format_cell(value: object) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """Returns what a program says, None if it cannot be run."""
+    """Returns a program's output, None if it cannot be run."""
     try:
         ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

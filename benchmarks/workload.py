@@ -1,5 +1,5 @@
-"""What is asked for and when: named mixes of requests, and lists of arrivals that depend on (mix, rate, count, seed)
-only, so that every side and every later run gets the same list. Knows no model and no dialect.
+"""Named mixes of requests, and lists of arrivals that depend on (mix, rate, count, seed) only, so that every side and
+every later run gets the same list.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
     steps = _choose(rng, mix.steps)
     duration_s = _choose(rng, mix.durations_s) * rng.uniform(1 - mix.spread, 1 + mix.spread)
     prompt = rng.choices(PROMPTS, [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)])[0]
-    rng.random(), rng.random()  # so that lists stay those of earlier results, which had modes and formats
+    rng.random(), rng.random()  # two values that earlier lists drew here, so that lists stay the same
     return Arrival(
         at_s=0.0,
         prompt=prompt,

@@ -75,7 +75,7 @@ async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[A
 
 
 def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, float]:
-    """Returns how many clips have the pitch of their tone; the tones come again in every round."""
+    """Returns how many clips have the pitch of their tone; every round has the same tones."""
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
     found = map(strongest_hz, clips)
     cents = [abs(1200.0 * math.log2(hz / own)) if hz > 0 else math.inf for hz, own in zip(found, wanted, strict=True)]

@@ -1,4 +1,4 @@
-"""The engine by itself: eight unlike requests at once against the same eight one after another, in one process."""
+"""The engine alone: eight unlike requests at once against the same eight one after another, in one process."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ async def run_http(settings: CaseSettings) -> dict[str, Any]:
     arrival = Arrival(0.0, "a low drone", duration_s, seed=1, steps=8)
     request = to_request(arrival)
     options = EngineOptions(torch_threads=settings.threads)
-    bare = open_side("lock", model, options=options)  # without others nobody waits at its lock
+    bare = open_side("lock", model, options=options)  # its lock is always free
     num_calls = _FULL_CALLS if settings.full else _SHORT_CALLS
     async with Engine(model, options) as engine:
         compare_audio([await bare.generate(request)], [await engine.generate(request)], mode=engine.mode)

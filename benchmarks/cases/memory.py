@@ -1,4 +1,4 @@
-"""Whether the engine takes more memory after many requests, in a process of its own, which holds nothing else."""
+"""Whether the engine takes more memory after many requests, in a fresh process."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ async def _measure(settings: CaseSettings) -> dict[str, Any]:
 def growth_share(held: Sequence[int]) -> float:
     """Returns how much more is held at the least in the second half than in the first.
 
-    Single readings go up and down by up to 7 % with what the last requests left behind; what is never given back
-    raises the least one too. A steady leak shows by half of it.
+    Single readings go up and down by up to 7 % with what the last requests left behind; a leak raises the
+    lowest one too. A steady leak shows by half of it.
     """
     middle = len(held) // 2
     return min(held[middle:]) / min(held[:middle]) - 1.0

@@ -1,8 +1,8 @@
 """What a server still does when three times its capacity is asked of it: goodput, how soon refusals come, how soon all
 is normal again, and whether clients that obey Retry-After are served within four tries.
 
-The server has the same model twice: with a long queue, which shows what it can do at best, and with one as short as an
-operator would set who wants every accepted request to be in time.
+The server has the same model twice: with a long queue, which shows its best throughput, and with a queue so
+short that every accepted request should be in time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SIDES = {"model": "stable_audio_serve.serving.app:build", "stand_in": "benchmar
 _SLACK, _LEAST_S = 5.0, 1.0  # in time is within five times the time alone, or a second
 _NORMAL_RATIO, _NORMAL_IN_A_ROW, _PATIENCE_S = 1.5, 3, 60.0
 _ALONE_S = (0.5, 4.0, 13.0)  # clips whose times alone are measured, the others' lie between; seconds
-_SHOWS_S = 4.0  # the one that shows whether the server is as before
+_SHOWS_S = 4.0  # the clip that shows whether the server is back to normal
 _ALONE_CALLS, _WARM_UP_CALLS = 5, 10
 _FEW_TRIES = 4
 _FACTOR, _RETURNING_FACTOR = 3.0, 1.5
@@ -42,7 +42,7 @@ _MAX_QUEUE_S = 0.5  # of predicted work, that the bounded model accepts
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """Seconds of the overload and of the clients that come again, requests of a burst, sides."""
+    """Seconds of the overload and of the returning clients, requests of a burst, sides."""
 
     seconds: float = 20.0
     returning_s: float = 10.0
@@ -128,8 +128,8 @@ def summarize_overload(
 ) -> dict[str, Any]:
     """Returns the figures of one overload.
 
-    Work is counted in times alone, because a short run's accepted requests may happen to be short ones. What is left
-    when the arrivals end does not count as done meanwhile. Refusals take from the scheduled arrival.
+    Work is counted in times alone, because a short run's accepted requests may happen to be short ones. Work
+    that ends after the last arrival does not count. A refusal is timed from the scheduled arrival.
     """
     refused = [record for record in records if record.outcome == "refused"]
     failed = [record for record in records if record.outcome == "failed"]

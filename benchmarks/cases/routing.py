@@ -63,7 +63,7 @@ async def run_routing(settings: CaseSettings) -> dict[str, Any]:
 
 
 def summarize_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Returns the rounds with our latencies over those of Serve's router, of which the worst round counts."""
+    """Returns the rounds with our latencies over Serve's; the worst round counts."""
     results: dict[str, Any] = {"rounds": list(rounds)}
     for name in ("p50", "p95", "mean"):
         ratios = [sides[_OURS][f"{name}_ms"] / sides[_SERVES][f"{name}_ms"] for sides in rounds]
@@ -77,7 +77,7 @@ def _draw(card: ModelCard, *, count: int, seed: int) -> tuple[Arrival, ...]:
     def draw(rate_hz: float) -> tuple[Arrival, ...]:
         return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=seed, max_duration_s=card.max_duration_s)
 
-    asked = draw(1.0)  # what is asked for does not depend on the rate
+    asked = draw(1.0)  # the requests do not depend on the rate
     work_s = sum(SHORTENING_DEVICE.stages(to_request(arrival)).total_ms for arrival in asked) / 1000.0
     return draw(_LOAD_SHARE * _REPLICAS * count / work_s)
 

@@ -1,7 +1,7 @@
 """Our server against what people would run instead, on one list of arrivals.
 
 By default all sides are models of one server of ours, started for this; with `engine_only` they run in this process,
-without Ray and HTTP. With `url` any running server of the five systems is a side, alone or beside those in `against`.
+without Ray and HTTP. With `url` any running server of the five systems is a side, alone or with the sides in `against`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _FULL, _SHORT = (300, 6), (60, 0)  # requests of a round, trials of a bisection
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What is compared. Numbers that are None follow `CaseSettings.full`; after `budget_s` no new piece begins."""
+    """The sides and the amount of work. Numbers that are None follow `CaseSettings.full`; no new piece begins after
+    `budget_s`."""
 
     mix: str = "demo-wide"
     against: tuple[str, ...] | None = None
@@ -50,7 +51,7 @@ class RunRequest:
     budget_s: float = float("inf")
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming what is unknown."""
+        """Raises ValueError for an unknown name or address."""
         if self.mix not in MIXES:
             raise ValueError(f"no mix is called {self.mix!r}; there are {', '.join(MIXES)}")
         if unknown := [side for side in self.here if side not in SIDES]:

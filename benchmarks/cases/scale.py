@@ -78,7 +78,7 @@ async def _measure(  # noqa: PLR0917
 
 
 def worst_over_first(values: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """Returns the least of each key's values over those of the first key in the same round; the first is left out."""
+    """Returns the least ratio of each key to the first key in the same round; the first is left out."""
     first, *others = values
     return {key: min(value / one for value, one in zip(values[key], values[first], strict=True)) for key in others}
 

@@ -1,5 +1,5 @@
-"""What is measured: models of the published shapes with random weights on the device, one in memory at a time, and the
-sides that run them; and the times and memory of the device. On a CPU tiny checkpoints take the models' places.
+"""Models of the published shapes with random weights on the device, one in memory at a time, the sides that run them,
+and the times and memory of the device. On a CPU tiny checkpoints take the models' places.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Sizes:
     models: tuple[str, ...] = ("small", "medium", "open")
     most_s: float = 1000.0  # of a clip
     most_steps: int = 1000
-    before: int = 3  # clips or crowds of a kind before it is measured: calls are captured when they come again
+    before: int = 3  # clips or crowds of a kind before it is measured: only repeated calls are captured
     repeats: int = 20  # at most; at least three, and no further one after `repeat_s`
     repeat_s: float = 2.0
     crowd: int = 16  # clips at once where eight rows or more share the device
@@ -94,7 +94,7 @@ class Bench:
         return self._loaded[1]
 
     async def side(self, model: str, side: str) -> Side:
-        """Returns a side over a model; it stays open until another model is asked for."""
+        """Returns a side over a model; it stays open until another model is loaded."""
         loaded = await self.model(model)
         if side not in self._sides:
             threads = 1 if self.is_tiny else None
@@ -117,12 +117,12 @@ class Bench:
         )
 
     async def settle(self) -> None:
-        """Wait until no side uses the device: an idle one may capture calls, beside whatever is measured then."""
+        """Wait until no side uses the device: an idle one may capture calls, which would disturb a measurement."""
         for side in self._sides.values():
             await side.settle()
 
     async def drop(self) -> None:
-        """Close what is open and free the device's memory."""
+        """Close all sides and free the device's memory."""
         for side in self._sides.values():
             await side.close()
         self._sides.clear()
@@ -148,7 +148,7 @@ class Bench:
         return [median(own) for own in taken_ms]
 
     def forget_peak(self) -> None:
-        """Let the peak begin at what is held now; a CPU process cannot."""
+        """Reset the peak to the memory in use; a CPU process cannot."""
         gc.collect()
         if not self.is_tiny:
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -55,7 +55,7 @@ async def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
     async def wait(seconds: float) -> None:
         done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            task.result()  # raises what it raised
+            task.result()  # raises its error
 
     tasks = [asyncio.create_task(repeat()) for _ in range(bench.sizes.active)]
     try:
@@ -92,7 +92,7 @@ async def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_full(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """The peak of a full engine over that which a line through those of few rows predicts for it."""
+    """The peak of a full engine over the prediction of a line through the peaks of few rows."""
     side, (few, more), full = await bench.side(row.model, "ours"), bench.sizes.few_rows, bench.sizes.full_rows
     peaks: dict[int, int] = {}
     for rows in (few, more, full):

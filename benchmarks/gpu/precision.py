@@ -130,7 +130,7 @@ def measure_error(actual: Tensor, expected: Tensor) -> dict[str, float | None]:
 
 
 class _Float64(TorchFunctionMode):
-    """The networks go to float32 in places; inside, what is float64 stays so."""
+    """The networks go to float32 in places; within this context float64 stays float64."""
 
     def __torch_function__(  # noqa: PLR0917  # as torch calls it
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

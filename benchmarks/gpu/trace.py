@@ -1,4 +1,4 @@
-"""What a GPU did meanwhile, from torch's profiler: kernels, copies, launches, waits, and the share of time it worked.
+"""A GPU's work during a call, from torch's profiler: kernels, copies, launches, waits, and the share of time it worked.
 On a CPU nothing is seen.
 """
 

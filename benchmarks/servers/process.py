@@ -64,8 +64,8 @@ def write_config(
     deployments: Sequence[Mapping[str, object]] = (),
     **args: object,
 ) -> Path:
-    """Write a serve config with one model in one replica, and what else `args` say. `deployments` overrule what the
-    application says of its deployments, see Ray Serve.
+    """Write a serve config with one model in one replica, and what else `args` say. `deployments` overrule
+    the application's own, see Ray Serve.
     """
     model = {"name": entry.card.name, "threads": threads, "replicas": {"max_replicas": 1}}
     if not entry.card.is_demo:
@@ -90,8 +90,8 @@ def _source(entry: ModelEntry) -> dict[str, object]:
 async def serving(
     entry: ModelEntry, names: Mapping[str, Mapping[str, object]], *, threads: int, **args: Any
 ) -> AsyncIterator[Mapping[str, OverHttp]]:
-    """One model under several names, each with what its entry says besides. Gives what asks each, once it has as many
-    replicas as its entry says, by default one. `args` as for `write_config`; nothing is refused but by the models.
+    """Serve one model under several names, each with further fields of its entry. Gives an asker for each name, once
+    all replicas are up. `args` as for `write_config`. Only the models themselves refuse requests.
     """
     one = {**_source(entry), "threads": threads, "replicas": {"min_replicas": 1, "max_replicas": 1}}
     models: list[dict[str, Any]] = [{"name": name, **one, **own} for name, own in names.items()]
@@ -106,7 +106,7 @@ async def serving(
 
 @contextmanager
 def running_server(config: Path) -> Iterator[Server]:
-    """Start, wait until it says it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
+    """Start, wait until it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
     port = _free_port()
     command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
     started_at = time.perf_counter()
@@ -155,7 +155,7 @@ def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """As an operator would; by force what is left after that, or at once if somebody is impatient."""
+    """Stop the server as Ctrl-C does, then kill the processes that are left."""
     processes = _descendants(process.pid)
     process.send_signal(signal.SIGINT)
     try:
@@ -169,7 +169,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
-    """A process and all that began with it."""
+    """Returns a process and its descendants."""
     try:
         first = psutil.Process(pid)
         return [first, *first.children(recursive=True)]

@@ -38,8 +38,8 @@ class LinearDevice:
     decode_per_frame_ms: float = 0.2
 
     def stages(self, request: GenerationRequest) -> StageTimings:
-        """Returns what a request takes on an idle device: text, `steps` steps and the decoder for each variation by
-        itself, with two rows a step where it is guided. Latent frames are Stable Audio 3's.
+        """Returns what a request takes on an idle device: text, `steps` steps and the decoder for each
+        variation, with two rows a step where it is guided. Latent frames are Stable Audio 3's.
         """
         rows = 1 if request.cfg_scale in (None, 1.0) else 2
         frames = math.ceil(request.duration_s * _RATE_HZ / _HOP)

@@ -66,7 +66,7 @@ class Captures(NullMetrics):
 
 
 async def wait_for_captures(captures: Captures) -> None:
-    """Return once an idle engine has captured what it wants to."""
+    """Return once an idle engine has no calls left to capture."""
     while time.monotonic() < captures.changed_at + _SETTLED_S:  # noqa: ASYNC110 - another thread captures
         await asyncio.sleep(0.05)
 

@@ -28,7 +28,7 @@ RunBatch = Callable[[Sequence[GenerationRequest]], Awaitable[Sequence[Generation
 
 
 class Side(Protocol):
-    """What is compared."""
+    """One of the compared servers."""
 
     captures: Captures
 
@@ -64,8 +64,8 @@ class OneCall:
 
 
 def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
-    """Returns what chooses a device's policy. Captured calls must come again, so there they have the engine's shapes,
-    for as many rows as a batch may have."""
+    """Returns a function from a device to its policy. Only repeated calls can be captured, so they have the engine's
+    shapes, for as many rows as a batch may have."""
 
     def choose(device: Device) -> BatchPolicy:
         if not device.can_capture:

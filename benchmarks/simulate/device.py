@@ -3,7 +3,7 @@
 A step of rows with L frames takes `fixed + max(F(L) / flops, (W + A(L)) / bandwidth) / efficiency`, with F operations
 and A activation bytes of all rows and W weight bytes; a decode takes `fixed + D(L) / flops / efficiency`. A
 multiply-add counts as two operations. The constants fit Stability AI's published H200 times within 10 % (medium at
-5 s: 37 % too high). Dimensions are those of the published configs.
+5 s: 37 % too high). Dimensions are from the published configs.
 """
 
 from __future__ import annotations

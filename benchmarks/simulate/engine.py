@@ -56,7 +56,7 @@ class _Beside:
 
 
 class _Queues:
-    """The GPU's two queues. The second goes first; what it leaves of the GPU's time is the first queue's."""
+    """The GPU's two queues. The second goes first; the first queue gets the rest of the GPU's time."""
 
     def __init__(self) -> None:
         self.now_ms = 0.0
@@ -143,7 +143,7 @@ class SimulatedEngine:
         self._windows: list[int] = []  # the second queue's calls
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
-        """Returns what became of the arrivals, which are due in this order, in order of their ends."""
+        """Returns a record of each arrival in order of their ends. Arrivals must be sorted by time."""
         queues, coming = self._queues, list(arrivals)
         num_taken = 0
         while num_taken < len(coming) or self._rows:
@@ -246,7 +246,7 @@ class SimulatedEngine:
         self._windows.append(self._queues.ask(ms, *ended))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
-        """Cut the rest of the row's clip anew, as `engine.windows.AudioAssembly` does; the first window is taken."""
+        """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does; the first window is taken."""
         rule = WindowRule(self._gpu.network.halo_frames)
         spans = cut_windows(row.frames_decoded, frames=row.work.frames, rule=rule, longest=longest)
         row.work.decode_left = window_lengths(spans)

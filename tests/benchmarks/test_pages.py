@@ -1,4 +1,4 @@
-"""Published figures are those of the committed results."""
+"""Published figures come from the committed results."""
 
 from __future__ import annotations
 

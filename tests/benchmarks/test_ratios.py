@@ -36,7 +36,7 @@ def record(due_at: float, latency_s: float, *, steps: int = 8, audio_s: float = 
 
 
 class Answering:
-    """A side that does what it is told."""
+    """A side whose answers a test decides."""
 
     def __init__(self, ask: Callable[[Arrival], Awaitable[None]]) -> None:
         self._ask = ask
