@@ -326,9 +326,9 @@ def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> Non
 
 
 def test_the_spec_contains_the_entrys_facts(folder: Path) -> None:
-    entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0)
+    entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0, duration_padding_s=0.5)
     spec = load_model(entry).spec
-    assert (spec.card.name, spec.card.max_duration_s) == ("mine", 5.0)
+    assert (spec.card.name, spec.card.max_duration_s, spec.card.default_duration_padding_s) == ("mine", 5.0, 0.5)
 
 
 def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

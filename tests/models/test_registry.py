@@ -66,8 +66,8 @@ def test_each_family_has_a_default_edit_schedule(folder: Path, own: str) -> None
 
 
 def test_an_operator_may_pin_a_revision_and_limit_the_duration() -> None:
-    entry = resolve_entry("small-sfx", revision="abc", max_duration_s=30.0)
-    assert (entry.revision, entry.card.max_duration_s) == ("abc", 30.0)
+    entry = resolve_entry("small-sfx", revision="abc", max_duration_s=30.0, duration_padding_s=0.0)
+    assert (entry.revision, entry.card.max_duration_s, entry.card.default_duration_padding_s) == ("abc", 30.0, 0.0)
     fork = resolve_entry("small-sfx", repo_id="someone/fork")
     assert (fork.repo_id, fork.card.max_duration_s) == ("someone/fork", 120.0)
 
