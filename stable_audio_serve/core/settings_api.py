@@ -142,5 +142,5 @@ class DialectSettings(Section):
         description="Folder of riffs named like gsharp_80bpm_4.wav; unset = `riffs`, or two packaged ones without it.",
     )
     recipes: bool = Field(
-        False, description="Whether files and answers of these dialects carry recipes, too (docs/recipes.md)."
+        False, description="Whether files and answers of these dialects carry recipes, too (docs/api.md)."
     )

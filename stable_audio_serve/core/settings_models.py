@@ -13,7 +13,7 @@ from stable_audio_serve.core.settings_section import Section
 
 
 class ReplicaSettings(Section):
-    """How many replicas of a model run and when that changes (docs/autoscaling.md)."""
+    """How many replicas of a model run and when that changes (docs/operations.md)."""
 
     min_replicas: int | None = Field(
         None, ge=0, description="Replicas kept at all times; unset = 1 for preloaded models, 0 for the others."
@@ -43,7 +43,7 @@ class ReplicaSettings(Section):
 
 
 class QualityGateSettings(Section):
-    """What a new replica must generate before it takes requests (docs/quality.md)."""
+    """What a new replica must generate before it takes requests (docs/operations.md)."""
 
     enabled: bool = Field(True, description="Whether there is a gate.")
 
@@ -85,13 +85,13 @@ class ModelSettings(Section):
     backend: NetworkBackend = Field(
         "native",
         description="stable_audio_tools = a Stable Audio Open model runs on that package's networks, which build more "
-        "configs than the native ones (docs/stable-audio-tools.md).",
+        "configs than the native ones (docs/models.md).",
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the server's `device`.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None,
         description="Precision of the denoiser; unset = by `model_half` on CUDA, else float32. bfloat16 on a CPU needs "
-        "AVX512-bf16 or AMX (docs/cpu.md).",
+        "AVX512-bf16 or AMX (docs/performance.md).",
     )
     decode_precision: DecodePrecision | None = Field(
         None,

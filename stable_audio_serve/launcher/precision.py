@@ -24,6 +24,6 @@ def faster_precision(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts
         return None
     return (
         f"faster here: this processor computes in bfloat16 by itself, and {', '.join(names)} in float32; "
-        "`dtype: bfloat16` with `decode_precision: half` takes a third to two thirds of the time (docs/cpu.md "
+        "`dtype: bfloat16` with `decode_precision: half` takes a third to two thirds of the time (docs/performance.md "
         "says what changes)"
     )
