@@ -42,7 +42,7 @@ PAGES = {
     "yaml": {"docs/deploy.md", "docs/metrics.md", "docs/models.md", "docs/performance.md", "docs/security.md"},
 }
 NOT_RUN = {"text", "{toctree}", "{image}", "{figure}"}
-PROGRAMS = {"cp", "export", "kubectl", "make", "pip", "stable-audio-serve"}
+PROGRAMS = {"cp", "docker", "export", "kubectl", "make", "pip", "stable-audio-serve"}
 
 
 def test_every_block_is_somebodys() -> None:
