@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +76,8 @@ def fill(text: str, folder: Path = _SUMMARIZED) -> str:
     tables = {"servers": _servers(results), "figures": _figures(results), "edits": _edits(results["edits"])}
     for name, rows in tables.items():
         table = f"<!-- {name} -->\n\n{_table(list(rows))}\n<!-- end -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, table=table: table, text, flags=re.DOTALL)
+        before, rest = text.split(f"<!-- {name} -->")
+        text = before + table + rest.partition("<!-- end -->")[2]
     return text
 
 

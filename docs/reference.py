@@ -16,8 +16,8 @@ _ROUTES_HEAD = """# All routes
 
 {description}
 
-A running server has the full OpenAPI description at `/openapi.json`: every field with its type, range and default, every
-answer and every error. `/docs` shows it as a page to try, `/redoc` as a page to read.
+A running server has the full OpenAPI description at `/openapi.json`: every field with its type, range and default,
+every answer and every error. `/docs` shows it as a page to try, `/redoc` as a page to read.
 
 `make docs` generates this page and `docs/openapi.json` from the code.
 """
@@ -35,8 +35,8 @@ scrape_configs:
 ```
 
 Samples appear within 10 s, Ray's report interval. Each metric also has Ray's labels. `WorkerId` is the process: sum
-counters and histograms over it, `sum without (WorkerId) (...)`, and use the maximum of a gauge that every runner reports.
-A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`. Names that end in `_ms` are milliseconds. A metric
+counters and histograms over it, `sum without (WorkerId) (...)`, and use the maximum of a gauge that every runner
+reports. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`. Names that end in `_ms` are milliseconds. A metric
 appears with its first sample; one marked * may never appear on a healthy server. Ray Serve's own metrics
 (`ray_serve_...`) are on the same page.
 
