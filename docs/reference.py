@@ -36,8 +36,8 @@ scrape_configs:
 
 Samples appear within 10 s, Ray's report interval. Each metric also has Ray's labels. `WorkerId` is the process: sum
 counters and histograms over it, `sum without (WorkerId) (...)`, and use the maximum of a gauge that every runner
-reports. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`. Names that end in `_ms` are milliseconds. A metric
-appears with its first sample; one marked * may never appear on a healthy server. Ray Serve's own metrics
+reports. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`. Names that end in `_ms` are milliseconds.
+A metric appears with its first sample; one marked * may never appear on a healthy server. Ray Serve's own metrics
 (`ray_serve_...`) are on the same page.
 
 `make docs` generates this page from `stable_audio_serve/core/metrics.py`.
