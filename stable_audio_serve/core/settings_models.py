@@ -74,6 +74,9 @@ class ModelSettings(Section):
     revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of the repository.")
     aliases: tuple[ModelName, ...] = Field((), description="Further names requests may use.")
     max_duration_s: Seconds | None = Field(None, description="Longest clip, seconds; unset = the model's own cap.")
+    duration_padding_s: float | None = Field(
+        None, ge=0, le=30, description="Headroom generated behind a clip, seconds; unset = the model's own."
+    )
     edit_schedule: EditSchedule | None = Field(
         None,
         description="Times of a flow model's edits: even in log-SNR, scaled by their noise level, or reference = as "

@@ -132,6 +132,7 @@ def resolve_entry(
     revision: str | None = None,
     aliases: tuple[str, ...] = (),
     max_duration_s: float | None = None,
+    duration_padding_s: float | None = None,
     edit_schedule: EditSchedule | None = None,
     backend: NetworkBackend = "native",
 ) -> ModelEntry:
@@ -156,6 +157,9 @@ def resolve_entry(
         aliases=tuple(dict.fromkeys((*entry.card.aliases, *aliases))),
         max_duration_s=max_duration_s or entry.card.max_duration_s,
         edit_schedule=edit_schedule,
+        default_duration_padding_s=(
+            entry.card.default_duration_padding_s if duration_padding_s is None else duration_padding_s
+        ),
     )
     return replace(
         entry,

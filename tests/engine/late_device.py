@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.counting.operations import is_composite
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine.hardware.device import Moment, WaitingDevice
+from tests.engine.torch_operations import is_composite
 
 
 class LateDevice(WaitingDevice):
-    """`patience`: polls of an unreached point before the second queue runs; None: it runs on wait only."""
+    """Polls of an unreached point run the second queue after `patience` of them; None: only waiting runs it."""
 
     def __init__(self, *, patience: int | None = None, mode: Mode = "strict") -> None:
         super().__init__(torch.device("cpu"), clock=SystemClock())

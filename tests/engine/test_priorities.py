@@ -1,4 +1,4 @@
-"""Interactive requests in an engine full of batch work: they run at every step and are never refused for it."""
+"""Interactive requests in an engine full of batch work: they run at every step and are not refused for it."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from tests.models.loaded import assert_near
 
 pytestmark = pytest.mark.gpu
 
-# Other kernels add in another order: ten times what the CPU is held to.
+# Other kernels add in another order: ten times the CPU's bounds.
 WIDER = 10.0
-# Relative root mean square of one denoiser call. Seen with CPU kernels: float16 0.0013, bfloat16 0.0098.
+# Relative root mean square of one denoiser call. Observed with CPU kernels: float16 0.0013, bfloat16 0.0098.
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
@@ -34,7 +34,7 @@ def stored(name: str, keys: Sequence[str], device: torch.device) -> list[Tensor]
 
 
 def denoise(device: torch.device, name: str, dtype: torch.dtype, *, guided: bool = False) -> Tensor:
-    """The stored inputs through the network, padding masked unless guided; (B, D, F) float32 on the CPU."""
+    """Run the network on the stored inputs, padding masked unless guided. Returns (B, D, F) float32 on the CPU."""
     net = load_on(device, name, dtype).denoiser
     keys = ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond", "padding_mask", "negative_cross_attn_cond")
     x, t, context, glob, local, valid, negative = stored(name, [f"dit/{key}" for key in keys], device)
@@ -85,7 +85,7 @@ def test_autoencoder(device: torch.device, name: str) -> None:
     assert_near(decoded, tensors["ae/decode_quiet"], within=WIDER * BOUNDS["autoencoder"])
 
 
-def test_whole_runs(device: torch.device, name: str) -> None:
+def test_runs_match_the_reference(device: torch.device, name: str) -> None:
     report = Report(say=lambda line: None, bounds={component: WIDER * bound for component, bound in BOUNDS.items()})
     model, goldens = load_on(device, name), Goldens.load(load_goldens(name).folder)
     compare(report, goldens, model=model, only={"end-to-end"})

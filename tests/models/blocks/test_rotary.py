@@ -1,4 +1,4 @@
-"""Queries and keys normed and turned together, against norming each by itself and turning pair by pair."""
+"""Queries and keys normed and rotated together, against norming them separately and rotating pair by pair."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_norm(kind: str, width: int, seed: int) -> nn.Module:
 
 
 def turn_pair_by_pair(x: Tensor, rotated: int) -> Tensor:
-    """X (B, N, H, E); channel j of the first half turns with channel j of the second."""
+    """X (B, N, H, E); channel j of the first half rotates with channel j of the second."""
     out, half = x.clone(), rotated // 2
     for position in range(x.shape[1]):
         for j in range(half):
@@ -36,7 +36,7 @@ def turn_pair_by_pair(x: Tensor, rotated: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
 @pytest.mark.parametrize(("width", "rotated"), [(64, 32), (32, 32), (36, 32)])
-def test_together_is_as_each_by_itself(kind: str, width: int, rotated: int) -> None:
+def test_joint_rotation_equals_separate_rotation(kind: str, width: int, rotated: int) -> None:
     norms = [(make_norm(kind, width, 2 * layer), make_norm(kind, width, 2 * layer + 1)) for layer in range(LAYERS)]
     rotary = RotaryEmbedding(rotated)
     x = torch.randn(2, POSITIONS, 3, HEADS, width, generator=torch.Generator().manual_seed(9))[:, :, :2]
@@ -53,7 +53,7 @@ def test_together_is_as_each_by_itself(kind: str, width: int, rotated: int) -> N
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_turned_in_float32(kind: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_rotated_in_float32(kind: str, dtype: torch.dtype) -> None:
     norm, rotary = make_norm(kind, 64, 1), RotaryEmbedding(32)
     x = torch.randn(1, POSITIONS, 2, HEADS, 64, generator=torch.Generator().manual_seed(9)).to(dtype)
     table = (
@@ -69,7 +69,7 @@ def test_half_precision_is_turned_in_float32(kind: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
-def test_gradients_pass_as_through_each_by_itself(kind: str) -> None:
+def test_gradients_equal_those_of_separate_rotation(kind: str) -> None:
     pair = make_norm(kind, 32, 1).requires_grad_(), make_norm(kind, 32, 2).requires_grad_()
     rotary = RotaryEmbedding(32)
     x = torch.randn(1, POSITIONS, 2, HEADS, 32, generator=torch.Generator().manual_seed(9)).requires_grad_()

@@ -32,7 +32,7 @@ def test_prompt_embeddings_with_learned_padding(name: str) -> None:
     assert torch.equal(torch.stack([e.mask for e in embedded]), real)
 
 
-def test_how_much_of_a_long_prompt_is_read() -> None:
+def test_the_number_of_characters_read_of_a_long_prompt() -> None:
     text = loaded("tiny-s").text
     long = "warm analog pad, slow attack " * 400
     tokens = text.tokenize(["rain", long])
