@@ -138,7 +138,7 @@ def fill_scheduler(num_rows: int, *, policy: BatchPolicy, cost: CostModel) -> Sc
     predictor = Predictor(cost, policy, turn_frames=options.turn_frames)
     scheduler = Scheduler(
         SchedulerLimits(options.max_rows, options.max_step_tokens, options.slack, options.max_slack_s),
-        knee_tokens=lambda frames: frames * policy.crowd(1, frames),
+        knee_tokens=lambda frames: frames * policy.typical_rows(1, frames),
         step_ms=predictor.step_ms,
     )
     for index, work in enumerate(draw_works(num_rows)):

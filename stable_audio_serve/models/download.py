@@ -128,7 +128,7 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
     """Returns the folder with the config, and the text encoder's folder if the same repository contains it."""
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
     try:
         info = _ask(entry, token)
         listed = _files_of(info, entry)
@@ -151,7 +151,7 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
 def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> None:
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
     try:
         info = _ask(entry, token)
         check_encoder(_files_of(info, entry))
@@ -283,7 +283,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
         case HfHubHTTPError():
             return f"{constants.ENDPOINT} answered {status} to {error.response.url.path}; see {page}"
         case LocalEntryNotFoundError() | HTTPError():
-            return not_here(entry, cache_dir=cache_dir)
+            return describe_incomplete_cache(entry, cache_dir=cache_dir)
         case OSError():
             return f"{repo_id} could not be stored in {place}: {_first_line(error)}"
         case UnicodeEncodeError():
@@ -292,7 +292,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
             return f"{constants.ENDPOINT} gave no answer of a model hub for {repo_id}: {_first_line(error)}"
 
 
-def not_here(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
+def describe_incomplete_cache(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
     """Returns the message for an incomplete cache in offline mode or without a connection."""
     lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():

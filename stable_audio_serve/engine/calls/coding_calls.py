@@ -203,8 +203,8 @@ class DecodeCalls:
         """Write the windows' latents and noise. Unused places keep old values."""
         latents, *drawn = shape.read(inputs)
         torch.stack([window.latents for window in windows], out=latents[: len(windows)])
-        for draw, there in zip(shape.draws, drawn, strict=True):
-            for window, target in zip(windows, there, strict=False):
+        for draw, targets in zip(shape.draws, drawn, strict=True):
+            for window, target in zip(windows, targets, strict=False):
                 noise = window.noise.window(
                     draw.stage, window.start, shape=draw.shape, frame_axis=draw.frame_axis, device=self._model.device
                 )
