@@ -94,7 +94,7 @@ fmt: install ## format and fix what can be fixed
 type: install ## types only
 	$(VENV)/bin/mypy
 
-bench: install ## where we stand: the short form of every goal this machine can show, under 12 minutes (FULL=1: hours, for publishing)
+bench: install ## the short form of every goal this machine can show, under 12 minutes (FULL=1: hours, for publishing)
 	$(PY) -m benchmarks bench $(if $(FULL),--full) --out $(or $(RESULTS),bench-results)
 
 bench-gpu: $(if $(filter file,$(origin PY)),install) ## the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one of them; started again it continues)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.counting.operations import is_composite
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import Mode
 from stable_audio_serve.engine.device import Moment, WaitingDevice
+from tests.engine.torch_operations import is_composite
 
 
 class LateDevice(WaitingDevice):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.counting.host_work import Setting, count, run_apart
+from tests.engine.host_work import Setting, count, run_apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.sides.captures import Captures
-from benchmarks.sides.servers import wait_for_captures
+from benchmarks.sides.pipeline import Captures, wait_for_captures
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.counting.stand_in_device import DEVICE, HostWork, StandInDevice, move
 from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, Mode, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.call_cost import Measurement
@@ -39,12 +38,13 @@ from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.weights import DTYPES, cast_network
 from stable_audio_serve.sampling.samplers import SAMPLERS
 from stable_audio_serve.sampling.v_samplers import V_SAMPLERS
+from tests.engine.stand_in_device import DEVICE, HostWork, StandInDevice, move
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Family = Literal["sa3", "open"]
-_GOLDENS = Path(__file__).parents[2] / "tests/data/goldens"
+_GOLDENS = Path(__file__).parents[1] / "data/goldens"
 CHECKPOINTS: dict[Family, Path] = {"sa3": _GOLDENS / "sa3/sharp-s", "open": _GOLDENS / "sao/tiny-1.0"}
 REQUESTS = ("plain", "guided", "variation", "inpaint", "mixed")
 _FAMILY_SAMPLERS: dict[Family, tuple[str, ...]] = {"sa3": tuple(SAMPLERS), "open": V_SAMPLERS}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.counting import operations
+from tests.engine import torch_operations as operations
 
 DEVICE = torch.device("privateuseone:0")
 _OWN_FOLDER = str(Path(__file__).parent)
@@ -80,7 +80,7 @@ class StandInTensor(torch.Tensor):
         return f"StandInTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # noqa: PLR0917 - torch passes them by position
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         raise RuntimeError(f"{func} on a tensor of the stand-in device, outside its context")
@@ -200,9 +200,7 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
 
-    def __torch_dispatch__(  # noqa: PLR0917 - torch passes them by position
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = operations.name_of(func)
         if name not in ("pin_memory", "is_pinned") and not any(
@@ -220,9 +218,7 @@ class _Dispatch(TorchDispatchMode):
 class _Construction(TorchFunctionMode):
     """Makes tensors from Python values on the host first, as torch does, but so that the copy can be seen."""
 
-    def __torch_function__(  # noqa: PLR0917 - torch passes them by position
-        self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == DEVICE.type:

@@ -1,5 +1,5 @@
 """What torch's operations do on a CUDA device: which start a kernel, which wait for the device, which only make views.
-Knows no tensors of its own: `stand_in_device` and `launches` count with it.
+Knows no tensors of its own: `stand_in_device` counts with it.
 """
 
 from __future__ import annotations
