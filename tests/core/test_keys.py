@@ -83,7 +83,10 @@ def test_a_bad_line_is_named_by_its_number_and_not_shown(line: str, complaint: s
         (b"\xff\xfe", "UTF-8"),
         (b"\x00" * 100, "line 1"),
         (f"a:{ONE}\nb:{ONE}\n".encode(), "lines 1 and 2 are the same key"),
-        (f"a:{ONE} concurrency=1\nb:{TWO}\na:{THREE}\n".encode(), "lines 1 and 3 give one name different limits"),
+        (
+            f"a:{ONE} concurrency=1\nb:{TWO}\na:{THREE}\n".encode(),
+            "lines 1 and 3 set different limits for the same name",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_refused(data: bytes, complaint: str) -> None:
@@ -99,7 +102,7 @@ def test_comments_empty_lines_and_a_byte_order_mark_say_nothing() -> None:
 
 def test_what_is_no_file_of_keys_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # nobody writes to it
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         load_key_file(str(tmp_path / "pipe"))
     with pytest.raises(OSError, match="directory"):
         load_key_file(str(tmp_path))
