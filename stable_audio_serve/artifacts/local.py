@@ -1,4 +1,4 @@
-"""Files in one local folder: written under another name next to it, flushed to the disk, then renamed."""
+"""Files in one local folder: written under a temporary name in the same folder, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class LocalArtifacts:
-    """An `ArtifactStore` below one folder, which must stay where it is. The protocol documents the methods."""
+    """An `ArtifactStore` in one folder, which must not move. The protocol documents the methods."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
-        """Touches nothing yet. With `may_make` the first file creates a missing folder."""
+        """Does no I/O. With `may_make` the first file creates a missing folder."""
         self._folder = Folder(folder, may_make=may_make)
         self._metrics = metrics or NullMetrics()
         self._threads = StoreThreads(_NUM_THREADS, name="local-files")
@@ -95,16 +95,16 @@ class LocalArtifacts:
         except StorageError as error:
             raise self._config_error(error.message) from error
         if not is_same:
-            raise self._config_error("a file does not come back as it was written")
+            raise self._config_error("a file that was read back differs from what was written")
 
     def require_place(self) -> None:
         self._folder.require()
 
     def url(self, file: StoredFile) -> None:
-        """Returns None: clients fetch local files through this server."""
+        """Returns None, because clients download local files from this server."""
 
     def bucket_key(self, file: StoredFile) -> None:
-        """Returns None: there is no bucket."""
+        """Returns None, because there is no bucket."""
 
     def claim(self, owner: str) -> float | None:
         path = self._folder.path / OWNER_KEY
@@ -184,11 +184,13 @@ class LocalArtifacts:
     def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")
         if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
-            raise ValueError(f"not an artifact key: {key!r}")  # keys are ours: this is a bug, not a bad request
+            raise ValueError(
+                f"not an artifact key: {key!r}"
+            )  # clients never choose keys: this is a bug, not a bad request
         return self._folder.path.joinpath(*parts)
 
     def _names(self, folder: str) -> Iterator[str]:
-        """Yields the names of the files in a folder, none if there is no such folder."""
+        """Yields the names of the files in a folder, none if the folder does not exist."""
         with suppress(FileNotFoundError), os.scandir(self._folder.path / folder) as entries:
             yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
@@ -205,7 +207,7 @@ class LocalArtifacts:
 
 
 def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
-    """Returns size and SHA-256 of what was written. Raises StorageError, StoppedError."""
+    """Returns size and SHA-256 of the written bytes. Raises StorageError, StoppedError."""
     digest = hashlib.sha256()
     num_bytes = 0
     partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
@@ -253,7 +255,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # only then does the new name survive a power cut
+    descriptor = os.open(folder, os.O_RDONLY)  # without this a power failure may lose the new name
     try:
         os.fsync(descriptor)
     finally:
@@ -263,4 +265,4 @@ def _flush_folder(folder: Path) -> None:
 def _storage_error(error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFullError("the disk is full")
-    return StorageError(f"a file cannot be kept or read: {error.strerror or 'I/O error'}", retry_after_s=_RETRY_S)
+    return StorageError(f"a file cannot be stored or read: {error.strerror or 'I/O error'}", retry_after_s=_RETRY_S)

@@ -1,4 +1,4 @@
-"""Checks a bucket at the start. Each thing that can be wrong is one sentence that names the settings at fault."""
+"""Checks a bucket at the start of the server. Each error is one sentence that names the settings to change."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import StorageSettings
 
-_TIMEOUT_S = 3.0  # of one attempt, for its connection and for its answer
-_BUDGET_S = 4.0  # with the last attempt, all is over within ten seconds
+_TIMEOUT_S = 3.0  # of one attempt, for the connection and for the response
+_BUDGET_S = 4.0  # no attempt starts later, so that the check ends within ten seconds
 _PAUSE_S = 0.2
 
 _BUCKET = "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME)"
@@ -51,7 +51,7 @@ _CHECK = b"check"
 def check_bucket(
     settings: StorageSettings, *, prefix: str, budget_s: float = _BUDGET_S, clock: Clock = SystemClock()
 ) -> None:
-    """Write, read, list and delete a small object. No attempt begins after `budget_s`. Raises ConfigError."""
+    """Write, read, list and delete a small object. No attempt starts after `budget_s`. Raises ConfigError."""
     try:
         client = make_client(settings, connect_timeout_s=_TIMEOUT_S, read_timeout_s=_TIMEOUT_S, max_attempts=1)
     except s3_errors() as error:
@@ -63,7 +63,9 @@ def check_bucket(
 
     def read() -> None:
         if client.get_object(**at)["Body"].read() != _CHECK:
-            raise ConfigError(f"{_BUCKET}: an object does not come back as it was written", field="storage.bucket")
+            raise ConfigError(
+                f"{_BUCKET}: an object that was read back differs from what was written", field="storage.bucket"
+            )
 
     for doing, call in (
         ("writing", lambda: client.put_object(**at, Body=_CHECK)),
@@ -78,7 +80,7 @@ def check_bucket(
 
 
 def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
-    """Repeat the call while the service is unreachable or in trouble, until the deadline."""
+    """Repeat the call until the deadline while the service is unreachable or returns server errors."""
     while True:
         try:
             call()
@@ -102,7 +104,7 @@ def _explain(error: Exception, settings: StorageSettings, *, doing: str) -> Conf
     if code == "NoSuchBucket" or (status == 404 and doing == "writing"):
         return _sentence(_BUCKET, f"{where} has no bucket {settings.bucket!r}")
     if code in _BAD_BUCKET:
-        return _sentence(_BUCKET, f"{settings.bucket!r} is no bucket name that {where} accepts")
+        return _sentence(_BUCKET, f"{where} does not accept the bucket name {settings.bucket!r}")
     if code in _BAD_REGION:
         return _sentence(_REGION, f"{settings.region} is not the region of bucket {settings.bucket!r} ({code})")
     if status == 403:

@@ -1,4 +1,4 @@
-"""The seam to the places for files. Keys are made by `artifacts.keys`, never by clients."""
+"""The interface of file stores. Only `artifacts.keys` creates keys, never clients."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from stable_audio_serve.core.sound import ClipFacts
 
 BackendName = Literal["local", "s3"]
 
-# How many files one call of `list_folder` returns at most.
+# Most files that one call of `list_folder` returns.
 MAX_LISTED = 1000
 
-# What a probe writes at most: enough to run into a limit, too little to push others into it.
+# Most bytes that a probe writes: enough to hit a quota, too few to fill the disk for others.
 PROBE_BYTES = 4_194_304
 
-# Returns the pieces of a file from its start. It may be called more than once, and the bytes are always the same.
+# Returns the chunks of a file from its start. May be called several times and always yields the same bytes.
 Chunks = Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file at rest, as it was when it was put. `sha256` is hexadecimal; `clips` says what can be heard in it and
-    `made_on` where a model made it, if known.
+    """A stored file, as it was when it was put. `sha256` is hexadecimal. `clips` are measurements of its audio and
+    `made_on` is the device that generated it, both if known.
     """
 
     key: ArtifactKey
@@ -48,14 +48,14 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPage:
-    """Some of the objects of a folder; `next_cursor` leads to the others, if there are any."""
+    """Some objects of a folder. `next_cursor` leads to the next page, None on the last one."""
 
     objects: tuple[StoredObject, ...]
     next_cursor: str | None
 
 
 class ArtifactStore(Protocol):
-    """Stores files. A file is either there in full or not there at all."""
+    """Stores files. A file is either complete or absent."""
 
     @property
     def backend_name(self) -> BackendName:
@@ -63,32 +63,32 @@ class ArtifactStore(Protocol):
         ...
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind.
+        """Write a file. Raises StorageError, StorageFullError. Leaves nothing behind on an error or a cancellation.
 
         The sweeper removes what cannot be removed at that moment.
         """
         ...
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Returns the file in chunks. The last one comes only when the whole matches what was put.
+        """Returns the file in chunks. Yields the last chunk only if the whole file matches its digest.
 
-        Raises FileNotFoundError before the first chunk when it is gone, StorageError, DamagedFileError.
+        Raises FileNotFoundError before the first chunk when the file does not exist, StorageError, DamagedFileError.
         """
         ...
 
     async def delete(self, key: ArtifactKey) -> None:
-        """Remove a file; it is no error when it is gone already. Raises StorageError."""
+        """Remove a file. A missing file is no error. Raises StorageError."""
         ...
 
     async def probe(self, num_bytes: int) -> None:
-        """Check, at little cost, whether a file of that size could be written now. Raises StorageError if not.
+        """Check, at little cost, whether a file of this size could be written now. Raises StorageError if not.
 
-        Where it could never fit, some free room is enough.
+        For a file larger than the store could ever hold, checks for some free space only.
         """
         ...
 
     async def close(self) -> None:
-        """Start no new work."""
+        """Stop accepting work."""
         ...
 
     def check(self) -> None:
@@ -96,37 +96,38 @@ class ArtifactStore(Protocol):
         ...
 
     def url(self, file: StoredFile) -> str | None:
-        """Returns a link that needs no server of ours, None if there is none. Blocking. Raises StorageError."""
+        """Returns a link that bypasses this server, None if there is none. Blocking. Raises StorageError."""
         ...
 
     def bucket_key(self, file: StoredFile) -> str | None:
-        """Returns the whole key of the file in its bucket, None where there is no bucket."""
+        """Returns the full key of the file in its bucket, None without a bucket."""
         ...
 
     def require_place(self) -> None:
-        """Raises StoreMovedError when files are not where they were, as far as this process can see. Blocking."""
+        """Raise StoreMovedError when this process can see that the store was moved or replaced. Blocking."""
         ...
 
     def claim(self, owner: str) -> float | None:
-        """Claim it for owner if unclaimed. Returns when, in Unix seconds, or None if another's. Blocking.
+        """Claim the store for `owner` unless it has an owner. Returns the time of the claim, Unix seconds. Blocking.
 
-        Files from before the claim are not the owner's. Raises StorageError.
+        Returns None when the store has another owner. Files from before the claim do not belong to the owner. Raises
+        StorageError.
         """
         ...
 
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
-        """Returns a small file whose digest nobody noted, None if there is none. Blocking.
+        """Returns a small file without checking a digest, None if it does not exist. Blocking.
 
-        Raises StorageError, DamagedFileError for a larger one.
+        Raises StorageError, and DamagedFileError for a file above `max_bytes`.
         """
         ...
 
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
-        """Returns the files directly in a folder of `keys` whose keys are ours. Blocking. Raises StorageError."""
+        """Returns the files directly in `folder`, without foreign keys. Blocking. Raises StorageError."""
         ...
 
     def sweep_unfinished(self, *, before: float) -> int:
-        """Remove files that dead writers left unfinished before this Unix time. Returns how many. Blocking.
+        """Remove unfinished files of dead writers from before this Unix time. Returns their number. Blocking.
 
         Raises StorageError.
         """

@@ -1,4 +1,4 @@
-"""Worker threads of one store, so that a slow disk or service delays only those who use it."""
+"""Worker threads of one store, so that a slow disk or service delays only its own callers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 log = structlog.get_logger("stable_audio_serve.artifacts")
 
-_WIND_DOWN_S = 1.0  # how long a cancelled caller waits for its work to be undone; it is undone in any case
+_WIND_DOWN_S = 1.0  # time that a cancelled caller waits for the undo, which continues after it
 
 
 class StoppedError(Exception):
-    """Work was stopped, and has left nothing behind."""
+    """The work was stopped and left nothing behind."""
 
 
 def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[bytes]:
-    """Yields `chunks` until `stop` is set. Raises StoppedError then."""
+    """Yields `chunks` until `stop` is set, then raises StoppedError."""
     for chunk in chunks:
         if stop.is_set():
             raise StoppedError
@@ -33,15 +33,15 @@ def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[by
 
 
 class StoreThreads:
-    """Runs blocking work so that cancelling its caller undoes it."""
+    """Runs blocking work on threads. Cancelling the caller undoes the work."""
 
     def __init__(self, num_threads: int, *, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[[threading.Event], T], *, undo: Callable[[], None]) -> T:
-        """Returns what `work` returns.
+        """Returns the result of `work`.
 
-        When the caller is cancelled the event is set, and work that ends nevertheless is undone.
+        When the caller is cancelled, sets the event. Work that finishes anyway is undone.
         """
         stop = threading.Event()
         future = self._pool.submit(work, stop)
@@ -55,11 +55,11 @@ class StoreThreads:
             raise
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Returns what `work` returns. Work goes on when the caller is cancelled."""
+        """Returns the result of `work`. The work continues when the caller is cancelled."""
         return await asyncio.wrap_future(self._pool.submit(work))
 
     async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
-        """Yields `chunks`, each made on a thread. The generator is closed at the end in any case."""
+        """Yields `chunks`, each produced on a thread. Always closes the generator at the end."""
         future: Future[bytes | None] | None = None
         try:
             while True:
@@ -69,11 +69,11 @@ class StoreThreads:
                     return
                 yield chunk
         finally:
-            if future is not None:  # a thread may be inside the generator at this moment
+            if future is not None:  # a thread may still be inside the generator
                 future.add_done_callback(lambda _: chunks.close())
 
     def close(self) -> None:
-        """Start no new work."""
+        """Stop accepting work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -82,4 +82,4 @@ def _undo(future: Future[T], undo: Callable[[], None]) -> None:
         try:
             undo()
         except StorageError as error:
-            log.warning("a file that nobody wants stays until it is swept", error=error.message)
+            log.warning("an abandoned file remains until the next sweep", error=error.message)

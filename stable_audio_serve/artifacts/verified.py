@@ -1,4 +1,4 @@
-"""Checks stored files while they are read: a damaged one never comes out complete."""
+"""Verifies stored files while they are read, so that a damaged file never arrives complete."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 
 
 def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) -> Generator[bytes]:
-    """Yields `chunks`, the last one only if all together match the size and SHA-256 of `file`.
+    """Yields `chunks`. Yields the last one only if the whole matches the size and SHA-256 of `file`.
 
-    Raises DamagedFileError if they do not, before the promised length is reached, so that every reader notices.
+    Otherwise raises DamagedFileError before the announced length is reached, so that every reader notices.
     """
     digest = hashlib.sha256()
     num_bytes = 0
@@ -43,5 +43,5 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
 def require_size(data: bytes, max_bytes: int) -> bytes:
     """Returns `data`. Raises DamagedFileError when it is larger."""
     if len(data) > max_bytes:
-        raise DamagedFileError(f"the stored file is larger than {max_bytes} bytes, which none of its kind is")
+        raise DamagedFileError(f"the stored file is larger than {max_bytes} bytes, the most allowed")
     return data

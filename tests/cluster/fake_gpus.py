@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from tests.cluster.tools import ROOT
 from tests.patience import PATIENCE_S
 
@@ -39,7 +39,7 @@ class Builder:
                 stderr=errors,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | start_limits(crowding()) | _ENVIRONMENT,
+                env=os.environ | start_timeouts(load_per_core()) | _ENVIRONMENT,
             )
 
     def __enter__(self) -> Builder:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from stable_audio_serve.core.errors import StorageError
-from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from stable_audio_serve.serving.kept_models import keep
 from tests.patience import PATIENCE_S
 
@@ -64,7 +64,7 @@ def test_names_are_seen_by_every_process_and_remembered_while_the_head_is_away()
     result = subprocess.run(
         [sys.executable, "-c", _SEE], capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         env=os.environ
-        | start_limits(crowding())
+        | start_timeouts(load_per_core())
         | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
