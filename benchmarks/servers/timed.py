@@ -193,7 +193,7 @@ class TimedReplica:
             waiting_s=waiting_s if now - told_at < 5.0 else 0.0,
         )
 
-    async def note_waiting(self, seconds: float) -> None:
+    async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
         """As the real one."""
         self._waiting = seconds, time.monotonic()
 

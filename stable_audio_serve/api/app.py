@@ -102,7 +102,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _render_unrouted)  # type: ignore[arg-type]
     app.state.keys = service.keys
     app.state.address_header = address_header
-    app.state.accounts = service.accounts
+    app.state.limiter = service.limiter
     app.state.origins = origins
     app.state.readiness = service.readiness
     app.state.draining = service.draining  # for the code that stops this process

@@ -19,7 +19,7 @@ from starlette.routing import Match
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import find_caller
 from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.api.middleware.key_accounts import Accounts
+from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.limits import accept_form, drop_body
 from stable_audio_serve.api.middleware.origins import Origins
 from stable_audio_serve.api.refusals import EXPECTED_ERRORS, ExpectedError
@@ -94,9 +94,9 @@ def route_class(
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
         request.state.client = key.client
         if request.method == "POST" and _MAKERS.intersection(needed) and _has_form(request):
-            accounts: Accounts = request.app.state.accounts
+            limiter: KeyLimiter = request.app.state.limiter
             try:
-                await accounts.require_room(key, takes_place="generate" in needed)
+                await limiter.require_room(key, takes_place="generate" in needed)
             except QuotaError:
                 await drop_body(request.scope)
                 raise

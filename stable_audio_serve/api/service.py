@@ -19,7 +19,7 @@ from starlette.datastructures import UploadFile
 from stable_audio_serve.api.middleware.api_keys import ApiKeys
 from stable_audio_serve.api.middleware.callers import Caller
 from stable_audio_serve.api.middleware.draining import Draining
-from stable_audio_serve.api.middleware.key_accounts import Accounts
+from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamLimits
@@ -93,12 +93,7 @@ class Service:
         self.keys = ApiKeys(KeyRing(settings.api, metrics=self.metrics, clock=self.clock))
         self.draining = Draining(self.readiness)
         self.streams = EventStreams(self.draining, metrics=self.metrics, limits=stream_limits)
-        self.accounts = Accounts(
-            self.jobs.store.database,
-            num_processes=settings.ingress.replicas,
-            metrics=self.metrics,
-            clock=self.clock,
-        )
+        self.limiter = KeyLimiter(self.jobs.store.database, metrics=self.metrics, clock=self.clock)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
         self._last_status: Mapping[str, ModelStatus] = {}
         self._num_generating = 0
@@ -107,7 +102,7 @@ class Service:
     async def close(self) -> None:
         """Wait for running work and stop threads and processes."""
         await self._audio.close()
-        await self.accounts.close()
+        await self.limiter.close()
         await self.jobs.close()
 
     async def decode(
@@ -161,7 +156,7 @@ class Service:
         """Run one request, within the limits of its key, that arrived at `started_at`. Raises errors of
         `core.errors`.
         """
-        async with self.accounts.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
+        async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
     async def add_job(self, spec: JobSpec, caller: Caller) -> Added:
@@ -172,7 +167,7 @@ class Service:
         try:
             audio_s = _audio_s(spec.request)
             spec = replace(spec, request=replace(spec.request, client=caller.name))
-            async with self.accounts.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
+            async with self.limiter.admitted(caller.key, audio_s=audio_s, takes_place=False) as admission:
                 added = await self.jobs.add(spec)
                 if not added.is_new:
                     admission.give_back()

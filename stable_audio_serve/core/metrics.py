@@ -51,7 +51,7 @@ _HTTP = (
     Metric(
         "key_limits_alone",
         "gauge",
-        "1 while the job database is unreachable and each process enforces its share of the keys' limits.",
+        "1 while the job database is unreachable and each process applies the keys' limits to its own requests.",
         is_rare=True,
     ),
     Metric("upload_decode_ms", "histogram", "Time to decode an uploaded file, waiting included, milliseconds."),

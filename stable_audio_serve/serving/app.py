@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.draining import Draining
 from stable_audio_serve.api.middleware.key_ring import check_key_file
-from stable_audio_serve.core.errors import StableAudioError
+from stable_audio_serve.core.errors import StableAudioError, StorageError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.jobs.open import open_queue, prepare_stores
+from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
 from stable_audio_serve.serving import ray_internals
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.draining import replaced
@@ -30,12 +32,7 @@ from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.niceness import yield_to_engines
-from stable_audio_serve.serving.operations import (
-    DrainProgress,
-    RayOperations,
-    is_drain_wanted,
-    read_drain_wanted,
-)
+from stable_audio_serve.serving.operations import DrainProgress, RayOperations, open_operator_store
 from stable_audio_serve.serving.placement import (
     INGRESS_NAME,
     Plan,
@@ -55,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.5  # how soon a replica hears of operators, and one that is being replaced sends readers of events elsewhere
+_LOOK_S = 0.5  # how soon a replica that is being replaced sends readers of events elsewhere
 
 
 @serve.ingress()
@@ -77,8 +74,6 @@ class Ingress:
         # Of this deployment, which cannot be bound to itself. Unchecked, because it is not deployed yet, and the check
         # would wait for Serve's controller.
         ingress = serve.get_deployment_handle(INGRESS_NAME, application, _check_exists=False)
-        self._operations = RayOperations(self._backend, ingress=ingress, runner=runner, application=application)
-        self._application = application
         self._jobs = open_queue(
             plan.settings,
             identity=plan.store_identity,
@@ -86,6 +81,8 @@ class Ingress:
             wake=RunnerBell(runner).ring,
             metrics=self._metrics,
         )
+        self._operator_store = open_operator_store(self._jobs.store.database, application)
+        self._operations = RayOperations(self._backend, self._operator_store, ingress=ingress, runner=runner)
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
         app = create_app(
@@ -98,10 +95,10 @@ class Ingress:
         )
         app.add_middleware(_LeaveRequestIdToServe)
         self._draining: Draining = app.state.draining
-        if read_drain_wanted(self._application):
-            self._draining.rest()
+        with suppress(StorageError):  # it is heard of as soon as the database answers
+            self._follow_operators(self._operator_store.read())
         loop = asyncio.get_running_loop()
-        work = (self._leave_when_replaced(), self._follow_operators())
+        work = (self._leave_when_replaced(), self._operator_store.follow(self._follow_operators))
         self._tasks = [loop.create_task(each) for each in work]
         return app
 
@@ -114,14 +111,11 @@ class Ingress:
         """Returns how many requests are left to finish, when an operator takes the server out."""
         return DrainProgress(self._draining.is_resting, self._draining.num_from_before)
 
-    async def _follow_operators(self) -> None:
-        while True:
-            is_wanted = is_drain_wanted(self._application)
-            if is_wanted:
-                self._draining.rest()
-            elif is_wanted is not None:
-                self._draining.resume()
-            await asyncio.sleep(_LOOK_S)
+    def _follow_operators(self, settings: OperatorSettings) -> None:
+        if settings.is_drained:
+            self._draining.rest()
+        else:
+            self._draining.resume()
 
     async def _leave_when_replaced(self) -> None:
         await replaced(look_every_s=_LOOK_S)

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from stable_audio_serve.serving.kept_models import kept
 from stable_audio_serve.serving.metrics import RayMetrics
 
 if TYPE_CHECKING:
@@ -25,14 +24,15 @@ if TYPE_CHECKING:
 _USED_SHARE = 0.8
 _SHOW_S = 2.0  # between two samples of the metric
 _EPSILON = 1e-6  # what is less is what rounding left
-_WORK, _BUSY, _WAITING = "work_s", "busy_share", "waiting_s"
+_WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
 
-def replica_stats(*, work_s: float, busy_share: float, waiting_s: float) -> dict[str, float]:
+def replica_stats(*, work_s: float, busy_share: float, waiting_s: float, is_kept: bool = False) -> dict[str, float]:
     """Returns what a replica's `record_autoscaling_stats` returns: predicted seconds of what it has accepted, the share
-    of the last second in which its device worked, and predicted seconds of the jobs that wait for its model.
+    of the last second in which its device worked, predicted seconds of the jobs that wait for its model, and whether an
+    operator keeps the model loaded.
     """
-    return {_WORK: work_s, _BUSY: busy_share, _WAITING: waiting_s}
+    return {_WORK: work_s, _BUSY: busy_share, _WAITING: waiting_s, _KEPT: float(is_kept)}
 
 
 class WorkPolicy:
@@ -65,12 +65,13 @@ class WorkPolicy:
         waiting_s = max((series[-1].value for series in _series(published, _WAITING)), default=0.0)
         busy = sum(max(point.value for point in series) for series in _series(published, _BUSY))
         wanted = max(_up((sum(work.values()) + waiting_s) / self._target_wait_s), _up(busy / _USED_SHARE))
-        if context.total_num_requests > 0:  # also one that is held because there is no replica
+        is_kept = any(series[-1].value for series in _series(published, _KEPT))
+        if is_kept or context.total_num_requests > 0:  # also a request that is held because there is no replica
             wanted = max(wanted, 1)
         self._show(context, wanted)
         if any(str(replica) not in work for replica in context.running_replicas):  # it has yet to say what it does
             wanted = max(wanted, context.target_num_replicas)
-        return max(wanted, int(context.deployment_name in kept(context.app_name)))
+        return wanted
 
     def _show(self, context: AutoscalingContext, wanted: int) -> None:
         if 0.0 <= context.current_time - self._shown_at < _SHOW_S:

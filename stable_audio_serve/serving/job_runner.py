@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ray import serve
@@ -12,8 +13,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from stable_audio_serve.api.webhook_bodies import webhook_bodies
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.open import open_artifacts, open_store
 from stable_audio_serve.jobs.runner.runner import JobRunner
+from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
 from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
@@ -22,7 +25,7 @@ from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.model_states import last_prices, reports
 from stable_audio_serve.serving.niceness import yield_to_engines
-from stable_audio_serve.serving.operations import DrainProgress, is_drain_wanted, read_drain_wanted
+from stable_audio_serve.serving.operations import DrainProgress, open_operator_store, predicted_s
 from stable_audio_serve.serving.placement import Plan
 
 if TYPE_CHECKING:
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WAKE_TIMEOUT_S = 5.0
-_LOOK_S = 0.5  # how soon it hears of operators
 _TELL_S = 1.0
 _TELL_TIMEOUT_S = 5.0
 _PAUSE_S = 0.1  # between two calls: under a flood of jobs each costs ingress and runner more than it brings
@@ -57,11 +59,12 @@ class JobRunnerReplica:
         self._runner = JobRunner(
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics, prices=last_prices
         )
-        self._application = application
-        if await asyncio.to_thread(read_drain_wanted, application):
-            self._runner.hold()
+        self._operator_store = open_operator_store(store.database, application)
+        with suppress(StorageError):  # it is heard of as soon as the database answers
+            self._follow_operators(await asyncio.to_thread(self._operator_store.read))
         await self._runner.start()
-        self._tasks = [asyncio.create_task(each) for each in (self._follow_operators(), self._tell_models())]
+        work = (self._operator_store.follow(self._follow_operators), self._tell_models())
+        self._tasks = [asyncio.create_task(each) for each in work]
 
     async def wake(self) -> None:
         """Look for jobs now."""
@@ -77,28 +80,40 @@ class JobRunnerReplica:
         return None if waiting is None else {model: waiting.get(model, Waiting()) for model in self._models}
 
     async def _tell_models(self) -> None:
-        """Tell each model's replicas once a second how much work of jobs waits for them, for its autoscaling policy."""
+        """Tell each model once a second, for its autoscaling policy, what waits for it and whether an operator keeps it
+        loaded; once more when an operator has let it go.
+        """
+        kept: frozenset[str] = frozenset()
         while True:
-            for model, waiting in (await self.waiting_jobs() or {}).items():
-                if model not in self._telling or self._telling[model].done():
-                    self._telling[model] = asyncio.create_task(self._tell(model, waiting))
+            kept_before, kept = kept, self._operator_store.current.kept_models
+            waiting = await self.waiting_jobs() or {}
+            for model in self._models:
+                jobs = waiting.get(model, Waiting())
+                telling = self._telling.get(model)
+                needs_replica = jobs.num_jobs > 0 or model in kept
+                if telling is not None and not telling.done():
+                    if not needs_replica:
+                        telling.cancel()  # it may still ask for a first replica
+                elif needs_replica or model in kept_before:
+                    self._telling[model] = asyncio.create_task(self._tell(model, jobs, is_kept=model in kept))
+                if model in waiting:
+                    self._metrics.gauge("waiting_work_ms", 1000.0 * (predicted_s(model, jobs) or 0.0), model=model)
             await asyncio.sleep(_TELL_S)
 
-    async def _tell(self, model: str, waiting: Waiting) -> None:
+    async def _tell(self, model: str, waiting: Waiting, *, is_kept: bool) -> None:
         """A call to a model without replicas starts one, and is answered by it."""
-        prices = last_prices(model)
-        waiting_s = 0.0 if prices is None else prices.of(waiting.size) / 1000.0
-        self._metrics.gauge("waiting_work_ms", waiting_s * 1000.0, model=model)
-        if not waiting.num_jobs:
-            return
-        handle = self._handles[model]
+        handle, words = self._handles[model], (predicted_s(model, waiting) or 0.0, is_kept)
         try:
             if reports(model):
-                await handle.broadcast("note_waiting", waiting_s).results_async(
-                    timeout_s=_TELL_TIMEOUT_S, return_exceptions=True
-                )
-            else:
-                await handle.note_waiting.remote(waiting_s)
+                telling = handle.broadcast("note_waiting", *words)
+                await telling.results_async(timeout_s=_TELL_TIMEOUT_S, return_exceptions=True)
+            elif waiting.num_jobs or is_kept:
+                response = handle.note_waiting.remote(*words)
+                try:
+                    await response
+                except asyncio.CancelledError:
+                    response.cancel()
+                    raise
         except (TimeoutError, RayError, RayServeException) as error:
             logger.debug("model %s did not hear of its jobs: %s", model, error)
 
@@ -106,14 +121,11 @@ class JobRunnerReplica:
         """Returns how many jobs are left to finish, when an operator takes the server out."""
         return DrainProgress(self._runner.is_holding, self._runner.num_held)
 
-    async def _follow_operators(self) -> None:
-        while True:
-            is_wanted = is_drain_wanted(self._application)
-            if is_wanted and not self._runner.is_holding:
-                self._runner.hold()
-            elif is_wanted is False and self._runner.is_holding:
-                self._runner.resume()
-            await asyncio.sleep(_LOOK_S)
+    def _follow_operators(self, settings: OperatorSettings) -> None:
+        if settings.is_drained:
+            self._runner.hold()
+        elif self._runner.is_holding:
+            self._runner.resume()
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises GenerationError."""

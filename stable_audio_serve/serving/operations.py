@@ -1,6 +1,6 @@
 """`core.operations.Operations` over Ray Serve, in an ingress replica: what is known here already, never a question to
 the models. While somebody looks, one question a second to a job runner, and while the server drains to the processes
-that have something to finish.
+that have something to finish. What operators set is kept by `jobs.store.operator_settings`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.operator_settings import OperatorStore
 from stable_audio_serve.jobs.store.waiting import Waiting
-from stable_audio_serve.serving import notes
 from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
-from stable_audio_serve.serving.kept_models import keep, kept, release
 from stable_audio_serve.serving.model_states import last_prices, reports
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 _OLD_S = 5.0
 _ASK_TIMEOUT_S = 2.0
-_DRAIN = "drain"
-_WANTED = "wanted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +40,24 @@ class DrainProgress:
     num_left: int
 
 
-def is_drain_wanted(application: str) -> bool | None:
-    """Whether operators take this server out, as it was half a second ago; None = not known yet. Does not wait."""
-    noted = notes.watched(_DRAIN, application=application)
-    return None if noted is None else _WANTED in noted
+def open_operator_store(database: Database, application: str) -> OperatorStore:
+    """Returns what operators set for the application of this Ray cluster.
 
-
-def read_drain_wanted(application: str) -> bool:
-    """`is_drain_wanted` as it is now, for a process that starts. Blocking; False while Ray's head does not answer."""
-    try:
-        return _WANTED in notes.read(_DRAIN, application=application)
-    except StorageError:
-        return False
+    Its name outlives Ray's head where that has Redis; a server that is started anew has another one.
+    """
+    return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
 
 class RayOperations:
     """One per ingress replica, used on its event loop."""
 
     def __init__(
-        self, backend: RayBackend, *, ingress: DeploymentHandle, runner: DeploymentHandle, application: str
+        self, backend: RayBackend, settings: OperatorStore, *, ingress: DeploymentHandle, runner: DeploymentHandle
     ) -> None:
         self._backend = backend
+        self._settings = settings
         self._ingress = ingress
         self._runner = runner
-        self._application = application
         self._drain = Asked(self._ask_for_drain, first=DrainReport("draining", None, None))
         self._waiting = Asked(self._ask_for_waiting, first=None)
 
@@ -74,15 +66,15 @@ class RayOperations:
         statuses, waiting, drain = await asyncio.gather(
             self._backend.status(), self._waiting.answer(), self._drain_report()
         )
-        kept_now = kept(self._application)
+        kept_models = self._settings.current.kept_models
         age_s = self._backend.status_age_s
         return ServerReport(
             models={
                 name: ModelReport(
                     status,
-                    is_kept=name in kept_now,
+                    is_kept=name in kept_models,
                     replicas=reports(name) if status.states else (),
-                    waiting_jobs_s=_predicted_s(name, waiting),
+                    waiting_jobs_s=predicted_s(name, (waiting or {}).get(name)),
                 )
                 for name, status in statuses.items()
             },
@@ -93,24 +85,24 @@ class RayOperations:
 
     async def keep(self, model: str) -> None:
         """See `Operations.keep`."""
-        await asyncio.to_thread(keep, model, application=self._application)
+        await asyncio.to_thread(self._settings.keep, model)
 
     async def release(self, model: str) -> None:
         """See `Operations.release`."""
-        await asyncio.to_thread(release, model, application=self._application)
+        await asyncio.to_thread(self._settings.release, model)
 
     async def drain(self) -> None:
-        """See `Operations.drain`. Every process looks for the note twice a second."""
-        await asyncio.to_thread(notes.note, _DRAIN, _WANTED, application=self._application)
+        """See `Operations.drain`. Every process hears of it within half a second."""
+        await asyncio.to_thread(self._settings.drain)
         self._drain.forget()
 
     async def resume(self) -> None:
         """See `Operations.resume`."""
-        await asyncio.to_thread(notes.erase, _DRAIN, _WANTED, application=self._application)
+        await asyncio.to_thread(self._settings.resume)
         self._drain.forget()
 
     async def _drain_report(self) -> DrainReport:
-        return await self._drain.answer() if is_drain_wanted(self._application) else DrainReport()
+        return await self._drain.answer() if self._settings.current.is_drained else DrainReport()
 
     async def _ask_for_drain(self) -> DrainReport:
         requests, jobs = await asyncio.gather(_progress_of(self._ingress), _progress_of(self._runner))
@@ -131,9 +123,8 @@ class RayOperations:
             return None
 
 
-def _predicted_s(model: str, waiting: Mapping[str, Waiting] | None) -> float | None:
-    """Returns the device time of the jobs that wait for a model; None while they or its prices are not known."""
-    jobs = None if waiting is None else waiting.get(model)
+def predicted_s(model: str, jobs: Waiting | None) -> float | None:
+    """Returns the device time of jobs that wait for a model; None while they or its prices are not known."""
     if jobs is None:
         return None
     if not jobs.num_jobs:

@@ -27,7 +27,6 @@ _NEEDED = {  # by module: names, with dots for attributes
     "ray.serve._private.constants": ("SERVE_CONTROLLER_NAME", "SERVE_NAMESPACE"),
     "ray.serve._private.replica": ("Replica",),
     "ray._private.worker": ("global_worker.actors",),
-    "ray.experimental.internal_kv": ("internal_kv_get_gcs_client",),
 }
 
 
@@ -79,13 +78,6 @@ def is_replica_stopping() -> bool:
 
     worker = ray._private.worker.global_worker
     return bool(worker.actors[worker.actor_id]._replica_impl._shutting_down)
-
-
-def gcs_client() -> Any:
-    """Returns the client of the key-value store in Ray's head, None without a connection to Ray."""
-    from ray.experimental.internal_kv import internal_kv_get_gcs_client
-
-    return internal_kv_get_gcs_client()
 
 
 def has_haproxy() -> bool:

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MINUTE_S = 60
 _LEAST_LOOK_S = 0.1
-_WAITING_OLD_S = 5.0  # what a runner said longer ago is not believed
+_WAITING_OLD_S = 5.0  # what a runner said longer ago about jobs is not believed
+_KEPT_OLD_S = 60.0  # the same of a model that stays loaded: a runner that died is replaced meanwhile
 _PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
 
 
@@ -49,7 +50,7 @@ class ModelReplica:
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
         self._looked_at = time.monotonic(), 0.0  # when, and how long the engine had been busy by then
-        self._waiting = 0.0, float("-inf")  # seconds of work of jobs that wait, and when that was said
+        self._waiting_s, self._is_kept, self._told_at = 0.0, False, float("-inf")  # what runners said last, and when
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
@@ -169,16 +170,19 @@ class ModelReplica:
         now, busy_s = time.monotonic(), self._engine.busy_s
         before, busy_before_s = self._looked_at
         self._looked_at = now, busy_s
-        waiting_s, told_at = self._waiting
+        told_ago_s = now - self._told_at
         return replica_stats(
             work_s=self._engine.backlog_ms / 1000.0,
             busy_share=min(1.0, (busy_s - busy_before_s) / max(now - before, _LEAST_LOOK_S)),
-            waiting_s=waiting_s if now - told_at < _WAITING_OLD_S else 0.0,
+            waiting_s=self._waiting_s if told_ago_s < _WAITING_OLD_S else 0.0,
+            is_kept=self._is_kept and told_ago_s < _KEPT_OLD_S,
         )
 
-    async def note_waiting(self, seconds: float) -> None:
-        """Called by job runners every second with the predicted work of the jobs that wait for this model."""
-        self._waiting = seconds, time.monotonic()
+    async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
+        """Called by job runners every second with the predicted work of the jobs that wait for this model, and whether
+        an operator keeps it loaded.
+        """
+        self._waiting_s, self._is_kept, self._told_at = seconds, is_kept, time.monotonic()
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces this replica. Raises ModelUnavailableError."""

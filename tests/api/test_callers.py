@@ -33,7 +33,7 @@ async def find_client(
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
         answer = await client.post(path, json=_BODY)
         assert answer.status_code == 200, answer.text
-    await app.state.accounts.close()
+    await app.state.limiter.close()
     ((_, request),) = backend.requests
     return request.client
 

@@ -17,7 +17,7 @@ from stable_audio_serve.core.settings import JobSettings, Settings
 from stable_audio_serve.jobs.job import Job, JobSpec, JobUpload
 from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.jobs.queue import JobQueue
-from stable_audio_serve.jobs.runner.pauses import RunnerPauses
+from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from stable_audio_serve.serving import autoscaling
 from stable_audio_serve.serving.autoscaling import WorkPolicy, replica_stats
 
 
@@ -34,8 +33,10 @@ class Context:
     policy_state: dict[str, Any] = field(default_factory=dict)
 
 
-def stats(work_s: float = 0.0, *, busy_share: float = 0.0, waiting_s: float = 0.0) -> dict[str, float]:
-    return replica_stats(work_s=work_s, busy_share=busy_share, waiting_s=waiting_s)
+def stats(
+    work_s: float = 0.0, *, busy_share: float = 0.0, waiting_s: float = 0.0, is_kept: bool = False
+) -> dict[str, float]:
+    return replica_stats(work_s=work_s, busy_share=busy_share, waiting_s=waiting_s, is_kept=is_kept)
 
 
 def publish(*replicas: list[dict[str, float]]) -> Context:
@@ -53,11 +54,6 @@ def publish(*replicas: list[dict[str, float]]) -> Context:
 
 def decide(context: Context, *, target_wait_s: float = 1.0) -> int:
     return WorkPolicy(target_wait_s=target_wait_s)(context)[0]  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoscaling, "kept", lambda application: frozenset())
 
 
 @pytest.mark.parametrize(("target_wait_s", "replicas"), [(1.0, 4), (2.0, 2), (10.0, 1)])
@@ -91,9 +87,10 @@ def test_a_replica_that_has_said_nothing_yet_is_waited_for() -> None:
     assert decide(context) == 5
 
 
-def test_a_model_that_an_operator_keeps_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoscaling, "kept", lambda application: frozenset({"tiny"} if application == "audio" else ()))
-    assert decide(Context(target_num_replicas=0)) == 1
+def test_a_model_that_an_operator_keeps_has_one_replica_at_least() -> None:
+    assert decide(publish([stats(is_kept=True)])) == 1
+    assert decide(publish([stats(9.0, is_kept=True)])) == 9
+    assert decide(publish([stats(is_kept=True), stats(is_kept=False)])) == 0  # what was said last counts
 
 
 @pytest.mark.parametrize("broken", [{"work_s": {"a": ["no point"]}}, {"work_s": None}])

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.jobs.runner.pauses import RunnerPauses
+from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import OVER, make_body, submit, wait

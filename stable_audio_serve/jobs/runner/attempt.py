@@ -9,14 +9,13 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
 
 import structlog
 
 from stable_audio_serve.artifacts.store import ArtifactStore
-from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.errors import (
     ModelUnavailableError,
     OverloadedError,
@@ -29,10 +28,8 @@ from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobError, JobResult
 from stable_audio_serve.jobs.runner.capacity import Capacity
-from stable_audio_serve.jobs.runner.execution import GENERATED, JobExecutor, JobProgress
-from stable_audio_serve.jobs.runner.heartbeat import lease_id
-from stable_audio_serve.jobs.runner.pauses import RunnerPauses
-from stable_audio_serve.jobs.runner.reporter import Reporter
+from stable_audio_serve.jobs.runner.execution import JobExecutor
+from stable_audio_serve.jobs.runner.heartbeat import LeaseId, lease_id
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import Report
 
@@ -41,23 +38,33 @@ log = structlog.get_logger("stable_audio_serve.jobs")
 T = TypeVar("T")
 StopReason = Literal["cancelled", "lost", "closing"]
 
-_LEAST_ELAPSED_S = 0.5  # a job's own pace predicts its end only after this time
-_LEAST_DONE = 0.05  # and this share of the work
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerPauses:
+    """How long a runner waits where nothing calls it back, seconds; tests give shorter times than these."""
+
+    first_poll_s: float = 0.25  # doubles while there is nothing to do
+    last_poll_s: float = 3.0  # the most that a lost wake-up costs; with it idle runners ask less than once a second
+    report_s: float = 0.5  # between two reports of progress, each a transaction for all jobs
+    settle_s: float = 1.0  # until the end of a job is written again when the store has failed
+    retry_s: float = 2.0  # at most, before another attempt at a job; doubles with each
+    last_retry_s: float = 60.0
+    probe_s: float = 1.0  # at most, before the place for files is tried again; doubles with each refusal
+    last_probe_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """What the attempts of one runner share."""
+    """What the attempts of one runner share. `reports` are those that are not written yet, the latest of each job."""
 
     store: JobStore
     artifacts: ArtifactStore
     executor: JobExecutor
     capacity: Capacity
-    reporter: Reporter
     settings: JobSettings
     pauses: RunnerPauses
     metrics: Metrics
-    clock: Clock
+    reports: dict[LeaseId, Report]
 
 
 class Attempt:
@@ -69,7 +76,6 @@ class Attempt:
         self.lease = lease_id(job)
         self._context = context
         self._stop_reason: StopReason | None = None
-        self._working_since: float | None = None
         self._work = asyncio.create_task(context.executor.execute(job, self._report))
         self.task = asyncio.create_task(self._run())
 
@@ -85,7 +91,7 @@ class Attempt:
             log.info("job started", model=spec.model, attempt=self.job.attempts, fence=self.lease.fence)
             try:
                 await asyncio.wait({self._work})
-                self._context.reporter.drop(self.lease)
+                self._context.reports.pop(self.lease, None)  # its end will be written
                 await self._end()
             finally:
                 self._work.cancel()
@@ -192,30 +198,11 @@ class Attempt:
             except StorageError:
                 await asyncio.sleep(self._context.pauses.settle_s)
 
-    def _report(self, progress: JobProgress) -> None:
-        if progress.stage != "queued":
-            if self._working_since is None:
-                self._working_since = self._context.clock.monotonic()
-            self._context.capacity.advance(self.lease, done=progress.fraction / GENERATED)
-        eta_s = self._eta_s(progress)
-        self._context.reporter.put(
-            Report(
-                self.job,
-                progress.stage,
-                fraction=progress.fraction,
-                eta_s=eta_s,
-                engine_position=progress.engine_position,
-            )
-        )
-
-    def _eta_s(self, progress: JobProgress) -> float | None:
-        """Returns the predicted seconds to the end of the generation: by its own pace, else by earlier jobs."""
-        done = progress.fraction / GENERATED
-        if self._working_since is not None:
-            elapsed_s = self._context.clock.monotonic() - self._working_since
-            if done >= _LEAST_DONE and elapsed_s >= _LEAST_ELAPSED_S:
-                return elapsed_s * (1.0 - done) / done
-        return self._context.capacity.predict_end_s(self.lease)
+    def _report(self, report: Report) -> None:
+        capacity = self._context.capacity
+        if report.stage != "queued":
+            capacity.advance(self.lease, done=report.fraction)
+        self._context.reports[self.lease] = replace(report, eta_s=capacity.predict_end_s(self.lease))
 
 
 async def record_end(ended: Job, context: AttemptContext) -> None:

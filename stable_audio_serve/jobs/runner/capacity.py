@@ -1,20 +1,34 @@
-"""How many jobs a runner leases at a time: for each model, as much predicted work as its replicas do in a given time.
+"""Whether a runner leases another job: while the engines have room for it, and its file can be kept.
 
-The prediction uses the prices that the model's engines publish. Pure bookkeeping.
+Engines have room for as much predicted work as the replicas of a model do in a given time, by the prices that the
+engines publish. A job whose file is refused has been computed for nothing: after a refusal no job is started until as
+much can be written as was refused, however long that takes; then one job, and all others once its file was kept.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
 
+import structlog
+
+from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.generation import Priority
+from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.pricing import Prices, WorkSize
+from stable_audio_serve.jobs.store.health import Refusals, health_of
+
+log = structlog.get_logger("stable_audio_serve.jobs")
 
 _JOBS_WITHOUT_PRICES = 4  # per replica
+_GRACE_S = 60.0  # how long a probe may take before other processes forget the refusal
 
 
 @dataclass(slots=True)
@@ -27,7 +41,7 @@ class _RunningJob:
 
 
 class Capacity:
-    """Counts the jobs that one runner runs and says whether it should lease more; `key` is any name of a job.
+    """Counts the jobs that one runner runs and says whether the engines have room for more; `key` is any name of a job.
 
     Each priority has its own room, so that neither keeps the other from the engines, which decide which runs first.
     """
@@ -90,7 +104,7 @@ class Capacity:
     def advance(self, key: Hashable, *, done: float) -> None:
         """Note that an engine works on the job and has done this share of it, 0..1."""
         job = self._running[key]
-        job.done, job.is_working = done, done < 1.0
+        job.done, job.is_working = done, True
 
     def end(self, key: Hashable) -> None:
         """Count the job no longer."""
@@ -101,7 +115,7 @@ class Capacity:
         prices.
         """
         job = self._running[key]
-        if job.is_working or job.done >= 1.0:
+        if job.is_working:
             return self._predict_s(job.model, [job], num_replicas=1)
         ahead = [other for other in self._of(job.model) if job.priority in (other.priority, "batch")]
         return self._predict_s(job.model, ahead, num_replicas=self._replicas.get(job.model, 1))
@@ -124,3 +138,88 @@ class Capacity:
 
     def _of(self, model: str) -> list[_RunningJob]:
         return [job for job in self._running.values() if job.model == model]
+
+
+class StorageGate:
+    """Closed while the place for files refuses them. One runner's; belongs to its event loop."""
+
+    def __init__(
+        self,
+        artifacts: ArtifactStore,
+        refusals: Refusals,
+        *,
+        owner: str,
+        metrics: Metrics,
+        on_open: Callable[[], None],
+        first_probe_s: float,
+        last_probe_s: float,
+    ) -> None:
+        """`on_open` is called when more jobs may be started than before.
+
+        The place is tried again after `first_probe_s` seconds at most, which doubles with each refusal.
+        """
+        self._artifacts = artifacts
+        self._refusals = refusals
+        self._owner = owner
+        self._metrics = metrics
+        self._on_open = on_open
+        self._first_probe_s = self._pause_s = first_probe_s
+        self._last_probe_s = last_probe_s
+        self._needed_bytes = 0
+        self._is_proven = True  # the last file was kept
+        self._probing: asyncio.Task[None] | None = None
+
+    def admits(self, num_running: int) -> bool:
+        """Whether another job may be started while `num_running` jobs run."""
+        return self._probing is None and (self._is_proven or num_running == 0)
+
+    def refused(self, error: StorageError, *, num_bytes: int) -> None:
+        """Note that a file of `num_bytes` could not be kept or, with 0, that a kept one could not be read."""
+        self._is_proven = False
+        self._needed_bytes = max(self._needed_bytes, num_bytes)
+        if self._probing is None:
+            self._probing = asyncio.create_task(self._probe_until_kept(error))
+
+    def kept(self) -> None:
+        """Note that a file was kept."""
+        if self._probing is None and not self._is_proven:
+            self._is_proven = True
+            self._pause_s = self._first_probe_s
+            self._on_open()
+
+    async def close(self) -> None:
+        """Stop trying, and withdraw the refusal that other processes see."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+            await self._withdraw()
+
+    async def _probe_until_kept(self, error: StorageError) -> None:
+        """Probe until a file as large as those that were refused can be written."""
+        log.error("no jobs are started: files cannot be kept", reason=error.message, num_bytes=self._needed_bytes)
+        self._metrics.gauge("job_files_refused", 1.0)
+        refused: StorageError | None = error
+        while refused is not None:
+            pause_s = self._pause_s * random.uniform(0.5, 1.0)
+            self._pause_s = min(2 * self._pause_s, self._last_probe_s)
+            with suppress(StorageError):  # the database may be full too, which health checks notice by themselves
+                health = health_of(refused)
+                await asyncio.to_thread(self._refusals.note, self._owner, health, for_s=pause_s + _GRACE_S)
+            await asyncio.sleep(pause_s)
+            refused = await self._probe()
+        log.warning("jobs are started again: files can be kept")
+        self._metrics.gauge("job_files_refused", 0.0)
+        await self._withdraw()
+        self._needed_bytes, self._probing = 0, None
+        self._on_open()
+
+    async def _probe(self) -> StorageError | None:
+        try:
+            await self._artifacts.probe(self._needed_bytes)
+        except StorageError as error:
+            return error
+        return None
+
+    async def _withdraw(self) -> None:
+        with suppress(StorageError):  # it expires by itself
+            await asyncio.to_thread(self._refusals.withdraw, self._owner)

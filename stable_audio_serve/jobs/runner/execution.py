@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import IO
 
@@ -21,21 +23,11 @@ from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, SourceAudio
 from stable_audio_serve.core.settings import ApiSettings
 from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
-from stable_audio_serve.jobs.runner.budget import ByteBudget
-from stable_audio_serve.jobs.runner.gate import StorageGate
+from stable_audio_serve.jobs.runner.capacity import StorageGate
+from stable_audio_serve.jobs.store.runner_jobs import Report
 
-GENERATED = 0.95  # the fraction of a job whose audio is generated and not yet a file
-
+_GENERATED = 0.95  # the fraction of a job whose audio is generated and not yet a file
 _LEAST_START_S = 0.001
-
-
-@dataclass(frozen=True, slots=True)
-class JobProgress:
-    """How far a job is; `stage` is one of the engine or one before or after it."""
-
-    stage: str
-    fraction: float
-    engine_position: int | None = None
 
 
 class JobExecutor:
@@ -59,24 +51,28 @@ class JobExecutor:
         self._source_bytes = ByteBudget(limits.max_source_bytes)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
-    async def execute(self, job: Job, report: Callable[[JobProgress], None]) -> JobResult:
+    async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
         """Returns the result of the job with its stored file. Keeps nothing when cancelled or when it raises.
 
         Raises errors of `core.errors`.
         """
         spec = job.spec
+
+        def on_progress(progress: Progress) -> None:
+            if progress.stage != "done":  # the file is still to be made
+                fraction = progress.fraction * _GENERATED
+                report(Report(job, progress.stage, fraction, engine_position=progress.queue_position))
+
         if not job.is_readable:
             raise StorageError("the job was written by another version of this server, which can run it")
         self._backend.catalog.resolve(spec.model)  # another server may have accepted the job
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)
             started_at = self._clock.monotonic()
-            result = await self._backend.generate(
-                spec.model, request, on_progress=lambda progress: _pass_on(progress, report)
-            )
+            result = await self._backend.generate(spec.model, request, on_progress=on_progress)
             inference_s = self._clock.monotonic() - started_at
             del request  # and with it the source audio
-        report(JobProgress("storing", GENERATED))
+        report(Report(job, "storing", _GENERATED))
         stored = await self._store(job, result)
         failpoint("after_upload")
         return JobResult(
@@ -152,6 +148,24 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
         raise StorageFullError("there is no room for temporary files") from error
 
 
-def _pass_on(progress: Progress, report: Callable[[JobProgress], None]) -> None:
-    if progress.stage != "done":  # the file is still to be made
-        report(JobProgress(progress.stage, progress.fraction * GENERATED, progress.queue_position))
+class ByteBudget:
+    """Bytes in use, at most `limit`, except that one task alone may hold more. Belongs to one event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._turn = asyncio.Lock()  # first come, first served: many small requests do not starve a large one
+        self._released = asyncio.Condition()
+
+    @asynccontextmanager
+    async def hold(self, num_bytes: int) -> AsyncIterator[None]:
+        """Hold `num_bytes` for the life of the context, which begins once there is room for them."""
+        async with self._turn, self._released:
+            await self._released.wait_for(lambda: not self._used or self._used + num_bytes <= self._limit)
+            self._used += num_bytes
+        try:
+            yield
+        finally:
+            self._used -= num_bytes
+            async with self._released:
+                self._released.notify_all()

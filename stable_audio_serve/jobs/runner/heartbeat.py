@@ -35,7 +35,7 @@ def lease_id(job: Job) -> LeaseId:
 
 
 class LeaseHeartbeat:
-    """Renews all leases that `owner` holds, in one query; without leases it asks the store nothing."""
+    """Renews the leases that `owner` holds, in one query; without leases it asks the store nothing."""
 
     def __init__(
         self,
@@ -43,15 +43,17 @@ class LeaseHeartbeat:
         owner: str,
         *,
         lease_s: float,
+        held: Callable[[], Collection[LeaseId]],
         on_change: Callable[[Collection[LeaseId], Collection[LeaseId]], None],
     ) -> None:
-        """`on_change(lost, to_cancel)` is called on the event loop of `start` when either has any leases."""
+        """`held` is called on other threads. `on_change(lost, to_cancel)` is called on the event loop of `start` when
+        either has any leases.
+        """
         self._store = store
         self._owner = owner
         self._lease_s = lease_s
+        self._held = held
         self._on_change = on_change
-        self._held: set[LeaseId] = set()
-        self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="job-heartbeat", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -61,16 +63,6 @@ class LeaseHeartbeat:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def hold(self, lease: LeaseId) -> None:
-        """Renew this lease too, from the next beat on."""
-        with self._lock:
-            self._held.add(lease)
-
-    def release(self, lease: LeaseId) -> None:
-        """Renew this lease no longer."""
-        with self._lock:
-            self._held.discard(lease)
-
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
@@ -78,8 +70,7 @@ class LeaseHeartbeat:
 
     def beat(self) -> None:
         """Renew the leases now and report those that changed. Blocking. Raises StorageError."""
-        with self._lock:
-            held = frozenset(self._held)
+        held = self._held()
         if not held:
             return
         renewed = self._store.runners.renew(self._owner, lease_s=self._lease_s, refs={lease.ref for lease in held})

@@ -1,14 +1,15 @@
 """Runs waiting jobs, several at a time, beside any number of other runners of the same store.
 
-Leases jobs while the engines have room, renews the leases and takes over the jobs of runners that died. Those that it
-leases are `LeasedJobs`. Knows no SQL, no models and no HTTP.
+Leases jobs while there is room for them, renews the leases, makes an attempt at each job and takes over the jobs of
+runners that died. Knows no SQL, no models and no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import get_args
@@ -18,20 +19,17 @@ import structlog
 from stable_audio_serve.artifacts.store import ArtifactStore
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
-from stable_audio_serve.core.errors import GenerationError, StorageError
+from stable_audio_serve.core.errors import GenerationError, StorageError, UnknownModelError
+from stable_audio_serve.core.failpoints import failpoint
+from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.core.pricing import Prices
+from stable_audio_serve.core.pricing import Prices, WorkSize
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.jobs.job import State
-from stable_audio_serve.jobs.runner.attempt import AttemptContext, record_end
-from stable_audio_serve.jobs.runner.backlog import WaitingBacklog
-from stable_audio_serve.jobs.runner.capacity import Capacity
+from stable_audio_serve.jobs.job import Job, State
+from stable_audio_serve.jobs.runner.attempt import Attempt, AttemptContext, RunnerPauses, StopReason, record_end
+from stable_audio_serve.jobs.runner.capacity import Capacity, StorageGate
 from stable_audio_serve.jobs.runner.execution import JobExecutor
-from stable_audio_serve.jobs.runner.gate import StorageGate
-from stable_audio_serve.jobs.runner.leased_jobs import LeasedJobs
-from stable_audio_serve.jobs.runner.pauses import RunnerPauses
-from stable_audio_serve.jobs.runner.periodic import Periodic
-from stable_audio_serve.jobs.runner.reporter import Reporter
+from stable_audio_serve.jobs.runner.heartbeat import LeaseHeartbeat, LeaseId, lease_id
 from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.health import Refusals
 from stable_audio_serve.jobs.store.job_store import JobStore
@@ -41,6 +39,9 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
+_WEIGH_S = 1.0  # between two questions how much work waits
+_REPLICAS_S = 2.0  # between two questions how many replicas each model has
+_COUNT_S = 15.0  # between two counts of the jobs of each state
 _SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
 # Of a model's target wait: jobs that an engine has already count for its replicas, but a new replica does not get them.
 _AHEAD_SHARE = 0.5
@@ -78,7 +79,8 @@ class JobRunner:
             owner=self.owner,
             metrics=self._metrics,
             on_open=self.wake,
-            pauses=pauses,
+            first_probe_s=pauses.probe_s,
+            last_probe_s=pauses.last_probe_s,
         )
         self._executor = JobExecutor(backend, artifacts, limits=settings.api, gate=self._gate, clock=clock)
         self._capacity = Capacity(
@@ -89,40 +91,53 @@ class JobRunner:
             max_running=self._settings.max_running,
             clock=clock,
         )
-        self._reporter = Reporter(
-            store, pause_s=pauses.report_s, on_lost=lambda lost: self._jobs.stop_changed(lost, ())
-        )
-        self._context = context = AttemptContext(
+        self._context = AttemptContext(
             store=store,
             artifacts=artifacts,
             executor=self._executor,
             capacity=self._capacity,
-            reporter=self._reporter,
             settings=self._settings,
             pauses=pauses,
             metrics=self._metrics,
-            clock=clock,
+            reports={},
         )
-        self._jobs = LeasedJobs(context, owner=self.owner, catalog=backend.catalog, gate=self._gate, on_end=self.wake)
+        self._heartbeat = LeaseHeartbeat(
+            store,
+            self.owner,
+            lease_s=self._settings.lease_s,
+            held=lambda: tuple(self._attempts),  # taken in one step, whatever this thread does meanwhile
+            on_change=self._stop_changed,
+        )
+        self._sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
+        self._attempts: dict[LeaseId, Attempt] = {}
+        self._outlook: Outlook | None = None
+        self._waiting: Mapping[str, Waiting] | None = None
         self._woken = asyncio.Event()
+        self.is_holding = False  # it leases no jobs
+        self._is_leasing = False
         self._is_closing = False
         self._loop_task: asyncio.Task[None] | None = None
-        self._counting = Periodic(self._count, pause_s=pauses.count_s, clock=clock)
-        self._asking = Periodic(self._ask_replicas, pause_s=pauses.replicas_s, clock=clock)
-        self._backlog = WaitingBacklog(store.waiting.by_model, clock=clock)
-        self._weighing = Periodic(self._backlog.refresh, pause_s=0.0, clock=clock)
-        sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
-        every_s = self._settings.sweep_every_s
-        self._sweeping = Periodic(sweeper.sweep, pause_s=every_s, spread=_SWEEP_SPREAD, first_in_s=every_s, clock=clock)
+        self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Take over from dead runners, then run jobs until `close`."""
         with suppress(StorageError):  # the loop tries again
             await self._reclaim()
-        self._jobs.heartbeat.start()
+        self._heartbeat.start()
         if self._notifier is not None:
             self._notifier.start(on_postponed=self.wake)
         self._loop_task = asyncio.create_task(self._run_loop())
+        sweep_s = self._settings.sweep_every_s
+        self._background = [
+            asyncio.create_task(work)
+            for work in (
+                _repeat(self._write_reports, pause_s=self._pauses.report_s),
+                _repeat(self._count, pause_s=_COUNT_S),
+                _repeat(self._ask_replicas, pause_s=_REPLICAS_S),
+                _repeat(self._weigh, pause_s=_WEIGH_S),
+                _repeat(self._sweeper.sweep, pause_s=sweep_s, first_in_s=sweep_s, spread=_SWEEP_SPREAD),
+            )
+        ]
 
     def wake(self) -> None:
         """Look for something to do now. Call it on the runner's event loop."""
@@ -133,63 +148,59 @@ class JobRunner:
 
         While this runner starts no jobs because their files cannot be kept, nothing waits for a model.
         """
-        return self._backlog.current() if self._gate.admits(0) else {}
+        return self._waiting if self._gate.admits(0) else {}
 
     def check_health(self) -> None:
         """Raises GenerationError when the loop or the heartbeat has ended, which they never should."""
         if self._loop_task is None:
             return
         has_ended = self._loop_task.done() and not self._is_closing
-        if has_ended or not self._jobs.heartbeat.is_alive:
+        if has_ended or not self._heartbeat.is_alive:
             raise GenerationError("the job runner's loop has ended")
-
-    @property
-    def is_holding(self) -> bool:
-        """Whether it leases no jobs."""
-        return self._jobs.is_paused
 
     @property
     def num_held(self) -> int:
         """The jobs that it leases, and one that it may be about to."""
-        return len(self._jobs)
+        return len(self._attempts) + int(self._is_leasing)
 
     def hold(self) -> None:
         """Lease no more jobs until `resume`; those in progress go on."""
-        self._jobs.is_paused = True
+        self.is_holding = True
 
     def resume(self) -> None:
         """Lease jobs again."""
-        self._jobs.is_paused = False
+        self.is_holding = False
         self.wake()
 
     def drain(self) -> int:
         """Lease no more jobs and put back those in progress, which costs no attempt. Returns how many still run."""
         self._is_closing = True
         self.wake()
-        return self._jobs.put_back()
+        for attempt in self._attempts.values():
+            attempt.stop("closing")
+        return len(self._attempts)
 
     async def close(self) -> None:
         """Stop; jobs in progress are put back and lose no attempt."""
         self.drain()
         await _finish({self._loop_task} if self._loop_task else set())
         self.drain()  # also the attempts begun in the last turn of the loop
-        await _finish(self._jobs.tasks)
-        for periodic in (self._counting, self._weighing, self._asking, self._sweeping):
-            await periodic.close()
-        await self._reporter.close()
+        await _finish({attempt.task for attempt in self._attempts.values()})
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         await self._gate.close()
         if self._notifier is not None:
             await self._notifier.close()
-        await asyncio.to_thread(self._jobs.heartbeat.close)
+        await asyncio.to_thread(self._heartbeat.close)
         await self._executor.close()
 
     async def _run_loop(self) -> None:
         poll_s = self._pauses.first_poll_s
         while not self._is_closing:
             self._woken.clear()
-            self._sweeping.start_if_due()
             try:
-                outlook = await asyncio.to_thread(self._store.runners.look, self.owner)
+                self._outlook = outlook = await asyncio.to_thread(self._store.runners.look, self.owner)
                 num_done = await self._turn(outlook)
             except Exception as error:  # the runner outlives whatever its store does
                 is_expected = isinstance(error, StorageError)
@@ -204,10 +215,12 @@ class JobRunner:
 
     async def _turn(self, outlook: Outlook) -> int:
         """Act on what is due. Returns how many things were done."""
-        self._measure(outlook)
+        self._metrics.gauge("jobs_running", self._capacity.num_running)
+        self._metrics.gauge("jobs_queued", outlook.num_queued)
+        self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
         if outlook.num_stops:
-            await asyncio.to_thread(self._jobs.heartbeat.beat)
+            await asyncio.to_thread(self._heartbeat.beat)
         if _is_due(outlook.reclaim_in_s):
             num_done += await self._reclaim()
         if _is_due(outlook.late_in_s):
@@ -217,9 +230,8 @@ class JobRunner:
         if _is_due(outlook.webhook_in_s) and self._notifier is not None:
             self._notifier.deliver_due()
         if _is_due(outlook.lease_in_s):
-            self._asking.start_if_due()
             for priority, num_queued in outlook.queued.items():
-                num_done += await self._jobs.lease(priority, num_queued)
+                num_done += await self._lease(priority, num_queued)
         return num_done
 
     def _wait_s(self, outlook: Outlook, poll_s: float) -> float:
@@ -230,10 +242,9 @@ class JobRunner:
 
     async def _reclaim(self) -> int:
         """Put back the jobs of dead runners. Returns how many there were."""
-        await asyncio.to_thread(self._jobs.heartbeat.beat)  # first, or our own jobs are lost when the store was away
-        reclaimed = await asyncio.to_thread(
-            partial(self._store.runners.reclaim, max_attempts=self._settings.max_attempts)
-        )
+        await asyncio.to_thread(self._heartbeat.beat)  # first, or our own jobs are lost when the store was away
+        reclaim = partial(self._store.runners.reclaim, max_attempts=self._settings.max_attempts)
+        reclaimed = await asyncio.to_thread(reclaim)
         for job in reclaimed:
             log.warning("job reclaimed", job_id=job.spec.id, attempts=job.attempts, state=job.state)
             self._metrics.increment("jobs_reclaimed", state=job.state)
@@ -241,15 +252,58 @@ class JobRunner:
                 await record_end(job, self._context)
         return len(reclaimed)
 
-    def _measure(self, outlook: Outlook) -> None:
-        self._metrics.gauge("jobs_running", self._capacity.num_running)
-        self._metrics.gauge("jobs_queued", outlook.num_queued)
-        self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
-        self._counting.start_if_due()
-        if outlook.num_queued:
-            self._weighing.start_if_due()
-        else:
-            self._backlog.none_waits()
+    async def _lease(self, priority: Priority, num_queued: int) -> int:
+        """Lease up to `num_queued` waiting jobs while there is room for them. Returns how many were leased."""
+        store, lease_s = self._store.runners, self._settings.lease_s
+        num_leased = 0
+        while num_leased < num_queued and not (self._is_closing or self.is_holding):
+            models = self._capacity.open_models(priority)
+            if (models is not None and not models) or not self._gate.admits(self._capacity.num_running):
+                break
+            lease = partial(store.lease, self.owner, lease_s=lease_s, models=models, priority=priority)
+            self._is_leasing = True
+            try:
+                job = await asyncio.to_thread(lease)
+                if job is None:
+                    break
+                failpoint("after_lease")
+                self._begin(job)
+            finally:
+                self._is_leasing = False
+            num_leased += 1
+        return num_leased
+
+    def _begin(self, job: Job) -> None:
+        lease = lease_id(job)
+        try:
+            size = WorkSize.of(job.spec.request, model=self._backend.catalog.resolve(job.spec.model))
+        except UnknownModelError:  # the attempt will fail with it
+            size = WorkSize()
+        self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, size=size)
+        self._attempts[lease] = attempt = Attempt(job, self._context)
+        attempt.task.add_done_callback(partial(self._end, lease))
+
+    def _end(self, lease: LeaseId, task: asyncio.Task[None]) -> None:
+        del self._attempts[lease]
+        self._capacity.end(lease)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a job could not be ended", job_id=lease.ref.id, exc_info=task.exception())
+        self.wake()
+
+    def _stop_changed(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:
+        """Stop those whose leases are lost and those that their clients cancelled."""
+        reasons: dict[LeaseId, StopReason] = dict.fromkeys(to_cancel, "cancelled")
+        reasons |= dict.fromkeys(lost, "lost")
+        for lease, reason in reasons.items():
+            if lease in self._attempts:
+                self._attempts[lease].stop(reason)
+
+    async def _write_reports(self) -> None:
+        """Write the progress of all jobs in one transaction, however often each has reported."""
+        if reports := list(self._context.reports.values()):
+            self._context.reports.clear()
+            lost = await asyncio.to_thread(self._store.runners.report, reports)
+            self._stop_changed([lease_id(job) for job in lost], ())
 
     async def _count(self) -> None:
         """Measure how many jobs there are of each state; every runner measures the same."""
@@ -258,8 +312,36 @@ class JobRunner:
             self._metrics.gauge("jobs_by_state", counts.get(state, 0), state=state)
 
     async def _ask_replicas(self) -> None:
-        status = await self._backend.status()
-        self._capacity.set_replicas({name: model.num_replicas for name, model in status.items()})
+        if self._outlook is None or _is_due(self._outlook.lease_in_s):
+            status = await self._backend.status()
+            self._capacity.set_replicas({name: model.num_replicas for name, model in status.items()})
+
+    async def _weigh(self) -> None:
+        """Learn how much work waits, which needs no question while nothing does."""
+        try:
+            if self._outlook is not None:
+                is_empty = not self._outlook.num_queued
+                self._waiting = {} if is_empty else await asyncio.to_thread(self._store.waiting.by_model)
+        except StorageError:
+            self._waiting = None
+            raise
+
+
+async def _repeat(
+    action: Callable[[], Awaitable[object]], *, pause_s: float, first_in_s: float = 0.0, spread: float = 0.0
+) -> None:
+    """Run `action` again and again and log what it raises; that the store does not answer is for the loop to say.
+
+    Each pause between two runs differs from `pause_s` by a share of up to `spread`, at random.
+    """
+    await asyncio.sleep(first_in_s * random.uniform(1.0 - spread, 1.0 + spread))
+    while True:
+        try:
+            with suppress(StorageError):
+                await action()
+        except Exception:
+            log.exception("background work failed")
+        await asyncio.sleep(pause_s * random.uniform(1.0 - spread, 1.0 + spread))
 
 
 async def _finish(tasks: Collection[asyncio.Task[None]]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -27,15 +26,6 @@ log = structlog.get_logger("stable_audio_serve.jobs")
 _BATCH = 100  # jobs deleted in one transaction
 _PAUSE_S = 0.1  # between batches, so that requests come first
 _AT_ONCE = 8  # files deleted at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    """Files that one sweep removed."""
-
-    num_old: int = 0  # of jobs that ended and files that were published long ago
-    num_orphans: int = 0  # belonging to no job
-    num_unfinished: int = 0  # whose writer ended too early
 
 
 class Sweeper:
@@ -57,22 +47,20 @@ class Sweeper:
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
 
-    async def sweep(self) -> Swept:
-        """Remove what is due and return how much that was. What fails is logged, and left to a later sweep."""
+    async def sweep(self) -> dict[str, int]:
+        """Remove what is due. Returns how many files that were: `old` ones of jobs that ended or published long ago,
+        `orphans` that belong to no job, and `unfinished` ones whose writer ended too early.
+
+        What fails is logged, and left to a later sweep.
+        """
         started_at = self._clock.monotonic()
-        swept = Swept(
-            num_old=await self._count_removed("old", self._remove_old),
-            num_orphans=await self._count_removed("orphans", self._remove_orphans),
-            num_unfinished=await self._count_removed("unfinished", self._remove_unfinished),
-        )
+        swept = {
+            "old": await self._count_removed("old", self._remove_old),
+            "orphans": await self._count_removed("orphans", self._remove_orphans),
+            "unfinished": await self._count_removed("unfinished", self._remove_unfinished),
+        }
         took_s = self._clock.monotonic() - started_at
-        log.info(
-            "swept",
-            old=swept.num_old,
-            orphans=swept.num_orphans,
-            unfinished=swept.num_unfinished,
-            took_s=round(took_s, 3),
-        )
+        log.info("swept", **swept, took_s=round(took_s, 3))
         self._metrics.observe("sweep_ms", took_s * 1000)
         return swept
 

@@ -157,12 +157,25 @@ REFUSALS = sa.Table(
     sa.Column("until", sa.Double, nullable=False),  # then forgotten unless the runner repeats it
 )
 
-# What each client with limits has used of them: `jobs.store.account` as JSON.
-ACCOUNTS = sa.Table(
-    "accounts",
+# What operators set while a server runs, for each server that shares the database.
+OPERATOR_SETTINGS = sa.Table(
+    "operator_settings",
     METADATA,
-    sa.Column("client", _Text, primary_key=True),
-    sa.Column("state", _Text, nullable=False),
+    sa.Column("server", _Text, primary_key=True),
+    sa.Column("setting", _Text, primary_key=True),
+    sa.Column("model", _Text, primary_key=True),  # empty where the setting is of the whole server
+)
+
+# Requests of clients with limits: their audio counts for a minute, their places until they end.
+KEY_USES = sa.Table(
+    "key_uses",
+    METADATA,
+    sa.Column("id", _Text, primary_key=True),
+    sa.Column("client", _Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("audio_s", sa.Double, nullable=False),
+    sa.Column("place_until", sa.Double, nullable=False),  # in the past: it holds none
+    sa.Index("key_uses_of_client", "client"),
 )
 
 

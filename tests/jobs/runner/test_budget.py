@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from stable_audio_serve.jobs.runner.budget import ByteBudget
+from stable_audio_serve.jobs.runner.execution import ByteBudget
 from tests.patience import PATIENCE_S
 
 

@@ -14,7 +14,7 @@ from stable_audio_serve.core.errors import (
     StorageError,
 )
 from stable_audio_serve.core.settings import JobSettings
-from stable_audio_serve.jobs.runner.pauses import RunnerPauses
+from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from tests.backends import ToneBackend
 from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
 from tests.patience import until

@@ -14,7 +14,7 @@ from stable_audio_serve.core.errors import ModelUnavailableError, OverloadedErro
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ProgressCallback
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobResult
-from stable_audio_serve.jobs.runner.pauses import RunnerPauses
+from stable_audio_serve.jobs.runner.attempt import RunnerPauses
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.runner_jobs import RunnerJobs

@@ -18,7 +18,7 @@ from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.job import Job, JobError, JobResult, JobUpload
 from stable_audio_serve.jobs.queue import JobQueue
-from stable_audio_serve.jobs.runner.sweeper import Sweeper, Swept
+from stable_audio_serve.jobs.runner.sweeper import Sweeper
 from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
 from tests.jobs.conftest import RecordedMetrics, Workshop, make_spec
@@ -27,6 +27,10 @@ from tests.patience import until
 
 HOUR = 3600.0
 LIMITS = JobSettings(retention_s=7 * 24 * HOUR, orphan_after_s=24 * HOUR, sweep_every_s=600)
+
+
+def swept(**numbers: int) -> dict[str, int]:
+    return {"old": 0, "orphans": 0, "unfinished": 0} | numbers
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Premises:
         """Leave a file unfinished."""
         raise NotImplementedError
 
-    async def sweep(self, **limits: float) -> Swept:
+    async def sweep(self, **limits: float) -> dict[str, int]:
         settings = LIMITS.model_copy(update=limits)
         store, artifacts = self.queue.store, self.queue.artifacts
         return await Sweeper(store, artifacts, settings=settings, metrics=self.metrics, clock=self).sweep()
@@ -159,7 +163,7 @@ async def test_nothing_young_is_touched(premises: Premises) -> None:
     assert len(before) == 5
     for late_s in (0, 23 * HOUR):
         premises.late_s = late_s
-        assert await premises.sweep() == Swept()
+        assert await premises.sweep() == swept()
     assert premises.names() == before
 
 
@@ -171,8 +175,8 @@ async def test_old_jobs_and_published_files_go_with_their_files(premises: Premis
     await premises.queue.artifacts.delete(job.spec.upload.file.key if job.spec.upload else "")
     later = await premises.finish(await premises.make_job())
     premises.late_s = 7 * 24 * HOUR + 1
-    swept = await premises.sweep(orphan_after_s=30 * 24 * HOUR)
-    assert swept.num_old == 3  # an upload that is gone already counts as removed
+    found = await premises.sweep(orphan_after_s=30 * 24 * HOUR)
+    assert found["old"] == 3  # an upload that is gone already counts as removed
     assert await premises.queue.get(job.spec.ref) is None
     assert await premises.queue.find_file(file_id) is None
     assert later.key in premises.names()
@@ -187,9 +191,9 @@ async def test_files_that_belong_to_nothing_go_after_a_day(premises: Premises) -
     for key in orphans:
         await premises.put(key)
     premises.late_s = 25 * HOUR
-    assert await premises.sweep() == Swept(num_orphans=4)  # with the upload of the ended job
+    assert await premises.sweep() == swept(orphans=4)  # with the upload of the ended job
     assert premises.names() == [artifact_key(job.spec.id, "a.wav", fence=1)]
-    assert await premises.sweep() == Swept()
+    assert await premises.sweep() == swept()
 
 
 async def test_what_a_job_still_needs_stays_however_old(premises: Premises) -> None:
@@ -198,7 +202,7 @@ async def test_what_a_job_still_needs_stays_however_old(premises: Premises) -> N
     assert premises.queue.store.runners.fail(dead, error, is_dead_letter=True) is not None
     assert premises.queue.store.runners.requeue(waiting, delay_s=0, attempts=0, message="again") is not None
     premises.late_s = 30 * 24 * HOUR
-    assert await premises.sweep(retention_s=60 * 24 * HOUR) == Swept()
+    assert await premises.sweep(retention_s=60 * 24 * HOUR) == swept()
     assert premises.names() == sorted(job.spec.upload.file.key for job in (running, dead, waiting) if job.spec.upload)
 
 
@@ -209,7 +213,7 @@ async def test_foreign_files_are_not_touched(premises: Premises) -> None:
     for key in FOREIGN:
         premises.write(key)
     premises.late_s = 400 * 24 * HOUR
-    assert await premises.sweep() == Swept()
+    assert await premises.sweep() == swept()
     assert premises.names() == sorted(FOREIGN)
 
 
@@ -222,7 +226,7 @@ async def test_what_was_there_before_us_stays(unclaimed: Premises) -> None:
     assert unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity()) is not None
     orphan = await unclaimed.put(file_key())
     unclaimed.late_s = 400 * 24 * HOUR
-    assert await unclaimed.sweep() == Swept(num_orphans=1)
+    assert await unclaimed.sweep() == swept(orphans=1)
     assert unclaimed.names() == before
     assert orphan.key not in unclaimed.names()
 
@@ -233,7 +237,7 @@ async def test_a_place_that_another_database_claimed_is_not_swept_of_orphans(
     file = await premises.finish(await premises.make_job())
     stranger = replace(premises, queue=make_queue(tmp_path, premises.queue.artifacts, premises.time, name="other.db"))
     stranger.late_s = 5 * 24 * HOUR
-    assert await stranger.sweep() == Swept()
+    assert await stranger.sweep() == swept()
     assert file.key in premises.names()
     assert premises.queue.store.identity() != stranger.queue.store.identity()
     await asyncio.to_thread(stranger.queue.store.database.close)
@@ -254,17 +258,17 @@ async def test_a_service_in_trouble_is_swept_later(bucket: Bucket) -> None:
     await bucket.put(file_key())
     bucket.late_s = 8 * 24 * HOUR
     bucket.storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
-    assert await bucket.sweep() == Swept()
+    assert await bucket.sweep() == swept()
     assert bucket.queue.store.operators.list_all() == []  # forgotten first: what is left of it is an orphan
     assert len(bucket.names()) == 3
     bucket.storage.proxy.faults = Faults()
-    assert await bucket.sweep() == Swept(num_orphans=3)
+    assert await bucket.sweep() == swept(orphans=3)
 
 
 async def test_unfinished_files_go_when_they_are_old(premises: Premises) -> None:
     premises.begin(file_key())
-    assert await premises.sweep() == Swept()
-    assert await premises.sweep(orphan_after_s=-HOUR) == Swept(num_unfinished=1)
+    assert await premises.sweep() == swept()
+    assert await premises.sweep(orphan_after_s=-HOUR) == swept(unfinished=1)
     assert premises.names() == []
 
 

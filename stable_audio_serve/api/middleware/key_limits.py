@@ -1,0 +1,235 @@
+"""Limits of keys: seconds of audio per minute, and requests at work at a time, over all servers of one job database.
+
+A request of a key with limits costs a transaction when it is admitted, and one when it ends if it held a place or its
+audio is given back. While the database is away each process applies the limits to its own requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import structlog
+
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    ForbiddenError,
+    QuotaError,
+    StartTimeoutError,
+    StorageError,
+)
+from stable_audio_serve.core.ids import ClientId
+from stable_audio_serve.core.keys import ANYBODY, NO_LIMITS, ApiKey
+from stable_audio_serve.core.metrics import Metrics, NullMetrics
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.key_uses import LEASE_S, WINDOW_S, KeyUses, Use, Used, find_full
+
+T = TypeVar("T")
+
+log = structlog.get_logger("stable_audio_serve.api")
+
+_RENEW_S = LEASE_S / 3
+_PATIENCE_S = 10.0  # for one transaction on a busy machine: long, because processes alone admit more
+_LEAVING_S = 2.0  # longest an answer waits until its place is free: the client may ask another process next
+_CLOSING_S = 1.0
+_LONGEST_RETRY_S = 60.0
+_LEAST_AUDIO_S = 0.01  # less than any request asks for
+_MOST_NAMED = 200  # clients that metrics tell apart
+
+
+@dataclass(slots=True)
+class Admission:
+    """Whether the audio of a request counts."""
+
+    counts: bool = False
+
+    def give_back(self) -> None:
+        """Do not count its audio: none was made."""
+        self.counts = False
+
+
+class KeyLimiter:
+    """One per application; belongs to one event loop. Keys without limits never touch the database."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        metrics: Metrics | None = None,
+        clock: Clock | None = None,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
+        """A database that takes longer than `patience_s` for a transaction is away. Touches nothing yet."""
+        self._uses = KeyUses(database)
+        self._metrics = metrics or NullMetrics()
+        self._clock = clock or SystemClock()
+        self._patience_s = patience_s
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="key-limits")  # a request ends after it was admitted
+        self._turn = asyncio.Lock()
+        self._is_away = False
+        self._places: set[str] = set()  # ids of requests that hold one in the database
+        self._alone: defaultdict[ClientId, dict[str, Used]] = defaultdict(dict)  # admitted while it was away
+        self._mean_s: defaultdict[ClientId, float] = defaultdict(lambda: 1.0)  # how long a request takes
+        self._ending: set[asyncio.Task[None]] = set()
+        self._upkeep: asyncio.Task[None] | None = None
+        self._labels: set[str] = set()
+
+    @asynccontextmanager
+    async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
+        """Charge `audio_s` to the key's client, and hold a place of it for the length of the block.
+
+        The audio does not count when the block raises, unless it ran out of its own time or its client went away.
+        Raises QuotaError, and ForbiddenError for more audio than the key may have in a whole minute.
+        """
+        admission = Admission()
+        try:
+            use = self._make_use(key, audio_s=audio_s, takes_place=takes_place)
+            if use is not None:
+                await self._admit(use)
+            began_at, admission.counts = self._clock.monotonic(), True
+            try:
+                yield admission
+            except Exception as error:
+                is_own = isinstance(error, DeadlineExceededError | CancelledRequestError)
+                if not is_own or isinstance(error, StartTimeoutError):
+                    admission.give_back()
+                raise
+            finally:
+                if use is not None:
+                    self._mean_s[key.client] += 0.2 * (self._clock.monotonic() - began_at - self._mean_s[key.client])
+                    await self._end(use, counts=admission.counts)
+        finally:
+            self._count(key, audio_s=audio_s, counts=admission.counts)
+
+    async def require_room(self, key: ApiKey, *, takes_place: bool) -> None:
+        """Raise QuotaError if nothing more is admitted for this key now, however little is asked. Charges nothing."""
+        use = self._make_use(key, audio_s=_LEAST_AUDIO_S, takes_place=takes_place)
+        if use is None:
+            return
+        try:
+            refusal = await self._ask(partial(self._uses.find_full, use))
+        except StorageError:
+            refusal = self._find_full_alone(use)
+        if refusal is not None:
+            self._count(key, audio_s=0.0, counts=False)
+            raise refusal
+
+    async def close(self) -> None:
+        """Free the places of requests that have just ended, within a moment."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=_CLOSING_S)
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _make_use(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> Use | None:
+        """Return None for a key without limits. Raises ForbiddenError."""
+        if key.limits == NO_LIMITS:
+            return None
+        rate, concurrency = key.limits.audio_seconds_per_minute, key.limits.concurrency
+        if rate is not None and audio_s > rate:
+            raise ForbiddenError(
+                f"{audio_s:g} seconds of audio are more than this key may have in a minute "
+                f"(audio-seconds-per-minute={rate:g})"
+            )
+        return Use(
+            id=secrets.token_hex(8),
+            client=key.client,
+            limits=key.limits,
+            audio_s=audio_s,
+            has_place=takes_place and concurrency is not None,
+            busy_retry_s=min(max(self._mean_s[key.client] / (concurrency or 1), 1.0), _LONGEST_RETRY_S),
+        )
+
+    async def _admit(self, use: Use) -> None:
+        try:
+            refusal = await self._ask(partial(self._uses.admit, use))
+            if refusal is None and use.has_place:
+                self._places.add(use.id)
+                self._keep_up()
+        except asyncio.CancelledError:  # the client left, and the transaction may go on: the next one undoes it
+            await self._end(use, counts=False)
+            raise
+        except StorageError:
+            refusal = self._find_full_alone(use)
+            if refusal is None:
+                self._alone[use.client][use.id] = self._clock.monotonic(), use.audio_s, int(use.has_place)
+        if refusal is not None:
+            raise refusal
+
+    def _find_full_alone(self, use: Use) -> QuotaError | None:
+        now, before = self._clock.monotonic(), self._alone[use.client]
+        for old in [name for name, (at, _, places) in before.items() if at + WINDOW_S <= now and not places]:
+            del before[old]
+        return find_full(use, list(before.values()), now=now)
+
+    async def _end(self, use: Use, *, counts: bool) -> None:
+        """Free the place, and give the audio back unless it counts."""
+        self._places.discard(use.id)
+        alone = self._alone[use.client]
+        if use.id in alone:
+            at, audio_s, _ = alone[use.id]
+            alone[use.id] = at, audio_s if counts else 0.0, 0
+        elif use.has_place or not counts:
+            ending = asyncio.create_task(self._try_end(use, counts=counts))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+            await asyncio.wait({ending}, timeout=_LEAVING_S)
+
+    async def _try_end(self, use: Use, *, counts: bool) -> None:
+        with suppress(StorageError):  # then the place is free when its lease ends, and the audio counts
+            await self._ask(partial(self._uses.end, use, counts=counts))
+
+    async def _ask(self, transaction: Callable[[], T]) -> T:
+        """Return the result of a transaction. Raises StorageError while the database is away."""
+        async with self._turn:
+            if self._is_away:
+                raise StorageError("the job database is away")
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    return await asyncio.get_running_loop().run_in_executor(self._executor, transaction)
+            except (StorageError, TimeoutError) as error:
+                self._note(is_away=True)
+                raise StorageError("the job database does not answer") from error
+
+    def _keep_up(self) -> None:
+        if self._upkeep is None or self._upkeep.done():
+            self._upkeep = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        """Renew the places that are held. While the database is away, find out when it is back."""
+        while self._is_away or self._places:
+            await asyncio.sleep(_RENEW_S)
+            renew = partial(self._uses.renew, tuple(self._places))
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._executor, renew)
+            except StorageError:
+                self._note(is_away=True)
+            else:
+                self._note(is_away=False)
+
+    def _note(self, *, is_away: bool) -> None:
+        if is_away is not self._is_away:
+            self._is_away = is_away
+            self._metrics.gauge("key_limits_alone", float(is_away))
+            log.warning("limits of keys", kept_by="each process alone" if is_away else "all processes together")
+        self._keep_up()  # until it is back
+
+    def _count(self, key: ApiKey, *, audio_s: float, counts: bool) -> None:
+        """Count a request by the name of its key; a bounded number of names."""
+        if key is ANYBODY:
+            return
+        if len(self._labels) < _MOST_NAMED:
+            self._labels.add(key.label)
+        label = key.label if key.label in self._labels else "other"
+        self._metrics.increment("key_requests", key=label, outcome="admitted" if counts else "refused")
+        self._metrics.increment("key_audio_seconds", audio_s if counts else 0.0, key=label)

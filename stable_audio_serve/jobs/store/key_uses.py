@@ -1,0 +1,121 @@
+"""What clients with limits have used: one row per admitted request, shared by all servers of one job database.
+
+Blocking, for worker threads. Every method of `KeyUses` raises StorageError.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from stable_audio_serve.core.errors import QuotaError
+from stable_audio_serve.core.ids import ClientId
+from stable_audio_serve.core.keys import KeyLimits
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.tables import KEY_USES
+
+WINDOW_S = 60.0  # how long audio counts
+LEASE_S = 15.0  # how long a place counts that is not renewed: its process has died
+
+_ROUNDING_S = 1e-6  # of sums of floats
+
+_uses = KEY_USES.c
+
+Used = tuple[float, float, int]  # a time, and the seconds of audio and the places that were taken then
+
+
+@dataclass(slots=True, kw_only=True)
+class Use:
+    """A request of a client with limits. `has_place` only with a limit of `concurrency`; when there is no place, the
+    client may come again `busy_retry_s` later.
+    """
+
+    id: str
+    client: ClientId
+    limits: KeyLimits
+    audio_s: float
+    has_place: bool
+    busy_retry_s: float = 1.0
+
+
+def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | None:
+    """Return why `use` is refused after all that was used `before`, oldest first; None: it is admitted."""
+    concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
+    if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:
+        message = f"this key has as many requests at work as it may have (concurrency={concurrency})"
+        return QuotaError(message, retry_after_s=use.busy_retry_s)
+    if rate is None:
+        return None
+    counting = [(at, audio_s) for at, audio_s, _ in before if at + WINDOW_S > now]
+    over_s = sum(audio_s for _, audio_s in counting) + use.audio_s - rate
+    ready_in_s = 0.0
+    for at, audio_s in counting:
+        if over_s <= _ROUNDING_S:
+            break
+        over_s -= audio_s
+        ready_in_s = at + WINDOW_S - now
+    if not ready_in_s:
+        return None
+    message = f"this key has used up its seconds of audio of this minute (audio-seconds-per-minute={rate:g})"
+    return QuotaError(message, retry_after_s=ready_in_s)
+
+
+class KeyUses:
+    """The uses in one database. Of two processes that ask for the rest of a limit at once, one gets it."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        now = database.now
+        # Times too far in the future were written before the clock was set back: they lock nobody out.
+        has_audio = sa.and_(_uses.at > now - WINDOW_S, _uses.at < now + WINDOW_S)
+        has_place = sa.and_(_uses.place_until > now, _uses.place_until < now + 2 * LEASE_S)
+        is_of_client = _uses.client == sa.bindparam("of_client")
+        last_at = sa.func.max(_uses.at)
+        audio_s = sa.func.coalesce(sa.func.sum(_uses.audio_s).filter(has_audio), 0.0)
+        self._find = (
+            sa.select(now.label("now"), last_at, audio_s, sa.func.count().filter(has_place))
+            .where(is_of_client)
+            .group_by(sa.cast(_uses.at, sa.BigInteger))  # few rows, however many requests a client sends
+            .order_by(last_at)
+        )
+        self._forget = sa.delete(KEY_USES).where(is_of_client, sa.not_(has_audio), sa.not_(has_place))
+        place_s = sa.bindparam("place_s", type_=sa.Double)
+        self._insert = sa.insert(KEY_USES).values(at=now, place_until=now + place_s)
+        is_any = _uses.id.in_(sa.bindparam("ids", expanding=True))
+        self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
+
+    def admit(self, use: Use) -> QuotaError | None:
+        """Charge the audio and take the place, or return why not."""
+        lock = zlib.crc32(f"uses of {use.client}".encode())
+        with self._database.writing_alone(lock) as connection:
+            refusal = self._find_full(connection, use)
+            if refusal is None:
+                connection.execute(self._forget, {"of_client": use.client})
+                row = {"id": use.id, "client": use.client, "audio_s": use.audio_s}
+                connection.execute(self._insert, row | {"place_s": LEASE_S if use.has_place else 0.0})
+        return refusal
+
+    def find_full(self, use: Use) -> QuotaError | None:
+        """Return why `use` would be refused, if it would. Changes nothing."""
+        with self._database.reading() as connection:
+            return self._find_full(connection, use)
+
+    def end(self, use: Use, *, counts: bool) -> None:
+        """Free the place, and give the audio back unless it counts."""
+        is_it = _uses.id == use.id
+        is_kept = counts and use.limits.audio_seconds_per_minute is not None
+        with self._database.writing() as connection:
+            free = sa.update(KEY_USES).where(is_it).values(place_until=0.0)
+            connection.execute(free if is_kept else sa.delete(KEY_USES).where(is_it))
+
+    def renew(self, ids: Sequence[str]) -> None:
+        """Keep the places of these requests for another `LEASE_S` seconds."""
+        with self._database.writing() as connection:
+            connection.execute(self._renew, {"ids": ids})
+
+    def _find_full(self, connection: sa.Connection, use: Use) -> QuotaError | None:
+        rows = connection.execute(self._find, {"of_client": use.client}).all()
+        return find_full(use, [(at, audio_s, places) for _, at, audio_s, places in rows], now=rows[0][0] if rows else 0)

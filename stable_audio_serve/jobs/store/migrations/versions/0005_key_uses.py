@@ -1,0 +1,21 @@
+"""What limited clients have used: a row for each request, instead of an account for each client."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+
+
+def upgrade() -> None:
+    """Make the table, and drop the accounts of the last minute."""
+    op.create_table(
+        "key_uses",
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("client", sa.Text, nullable=False),
+        sa.Column("at", sa.Double, nullable=False),
+        sa.Column("audio_s", sa.Double, nullable=False),
+        sa.Column("place_until", sa.Double, nullable=False),
+    )
+    op.create_index("key_uses_of_client", "key_uses", ["client"])
+    op.drop_table("accounts")

@@ -1,0 +1,287 @@
+"""Limits over several processes that share a database: each is a `KeyLimiter` with connections of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from stable_audio_serve.api.middleware import key_limits
+from stable_audio_serve.api.middleware.key_limits import KeyLimiter
+from stable_audio_serve.core.errors import (
+    DeadlineExceededError,
+    ForbiddenError,
+    InvalidRequestError,
+    OverloadedError,
+    QuotaError,
+    StartTimeoutError,
+)
+from stable_audio_serve.core.keys import ANYBODY, ApiKey, hash_key, parse_key
+from stable_audio_serve.core.metrics import NullMetrics
+from stable_audio_serve.jobs.store import key_uses
+from stable_audio_serve.jobs.store.key_uses import KeyUses, Use
+from tests.databases import PostgresServer
+from tests.jobs.stores import open_database, postgres_with_tables, store_url
+from tests.patience import PATIENCE_S
+
+pytestmark = pytest.mark.server
+
+__all__ = ["postgres_with_tables", "store_url"]
+
+
+def make_key(words: str, name: str = "alice") -> ApiKey:
+    return parse_key(f"{name}:{hash_key(name)} {words}")
+
+
+@pytest.fixture
+async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
+    """Two processes that answer requests."""
+    open_database(store_url).prepare()
+    pair = KeyLimiter(open_database(store_url)), KeyLimiter(open_database(store_url))
+    yield pair
+    await asyncio.gather(*(limiter.close() for limiter in pair))
+
+
+async def admit(limiter: KeyLimiter, key: ApiKey, audio_s: float = 1.0) -> float | None:
+    """Returns the Retry-After of a refusal, None for a request that was admitted and took no time."""
+    try:
+        async with limiter.admitted(key, audio_s=audio_s, takes_place=True):
+            return None
+    except QuotaError as error:
+        return error.retry_after_s or 0.0
+
+
+async def test_two_processes_admit_exactly_the_limit(
+    pair: tuple[KeyLimiter, KeyLimiter],
+) -> None:
+    key = make_key("audio-seconds-per-minute=100")
+    began_at = asyncio.get_running_loop().time()
+
+    async def hammer(limiter: KeyLimiter) -> list[float | None]:
+        return [await admit(limiter, key, 1.0) for _ in range(60)]
+
+    found = [each for some in await asyncio.gather(*(hammer(one) for one in pair * 5)) for each in some]
+    taken_s = asyncio.get_running_loop().time() - began_at
+    assert found.count(None) == 100 or taken_s > 59
+    waits = [each for each in found if each is not None]
+    assert all(59 - taken_s <= wait <= 61 for wait in waits)
+
+
+async def test_places_are_never_more_than_the_limit_over_both(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+    key, now, most = make_key("concurrency=3"), 0, 0
+
+    async def use(limiter: KeyLimiter) -> int:
+        nonlocal now, most
+        try:
+            async with limiter.admitted(key, audio_s=1, takes_place=True):
+                now += 1
+                most = max(most, now)
+                await asyncio.sleep(0.01)
+                now -= 1
+                return 1
+        except QuotaError:
+            await asyncio.sleep(0.005)
+            return 0
+
+    async def repeat(limiter: KeyLimiter) -> int:
+        return sum([await use(limiter) for _ in range(30)])
+
+    counts = await asyncio.gather(*(repeat(one) for one in pair * 4))
+    assert most == 3
+    assert sum(counts) >= 30  # places come free again
+
+
+async def test_a_client_that_waits_for_each_answer_is_never_refused(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+    key = make_key("concurrency=1")
+    assert [await admit(pair[number % 2], key) for number in range(40)] == [None] * 40
+
+
+async def test_what_was_refused_later_can_be_used_again(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+    key = make_key("audio-seconds-per-minute=10")
+    for error in (OverloadedError("full"), StartTimeoutError("late"), InvalidRequestError("bad"), RuntimeError("bug")):
+        with pytest.raises(type(error)):
+            async with pair[0].admitted(key, audio_s=10, takes_place=True):
+                raise error
+    async with pair[0].admitted(key, audio_s=9, takes_place=False) as admission:
+        admission.give_back()
+    with pytest.raises(DeadlineExceededError):
+        async with pair[0].admitted(key, audio_s=10, takes_place=True):
+            raise DeadlineExceededError("its own time")
+    assert await admit(pair[0], key) is not None
+    assert await admit(pair[1], key) is not None
+
+
+async def test_a_client_that_goes_away_leaves_its_place_and_pays(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+    key = make_key("concurrency=1 audio-seconds-per-minute=10")
+    entered = asyncio.Event()
+
+    async def stay() -> None:
+        async with pair[0].admitted(key, audio_s=4, takes_place=True):
+            entered.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(stay())
+    await entered.wait()
+    assert await admit(pair[1], key) is not None
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await pair[0].close()  # by then all is told
+    assert await admit(pair[1], key, 6) is None
+    assert await admit(pair[1], key, 1) is not None
+
+
+async def test_more_than_a_minute_holds_is_forbidden_and_names_the_limit(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+    with pytest.raises(ForbiddenError, match="audio-seconds-per-minute=10"):
+        await admit(pair[0], make_key("audio-seconds-per-minute=10"), 10.5)
+
+
+async def test_names_and_keys_without_limits_have_limiter_of_their_own(tmp_path: Path) -> None:
+    limiter = KeyLimiter(open_database(f"sqlite:///{tmp_path / 'jobs.db'}"))
+    for key in (ANYBODY, make_key(""), make_key("", "bob")):
+        assert [await admit(limiter, key, 1e9) for _ in range(10)] == [None] * 10
+    assert not (tmp_path / "jobs.db").exists()  # nothing was asked
+    limited = [make_key("audio-seconds-per-minute=1", name) for name in ("alice", "bob")]
+    assert [await admit(limiter, key) for key in limited] == [None, None]
+    await limiter.close()
+
+
+@pytest.mark.slow
+async def test_while_the_database_is_away_each_process_keeps_the_limits(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_limits, "_RENEW_S", 0.5)
+    url, sink = postgres.create_database(), Gauges()
+    open_database(url).prepare()
+    limiter = KeyLimiter(open_database(url), metrics=sink)
+    key, other = make_key("audio-seconds-per-minute=20 concurrency=4"), make_key("concurrency=1", "bob")
+    async with limiter.admitted(other, audio_s=1, takes_place=True):
+        postgres.stop()
+        try:
+            found = [await admit(limiter, key) for _ in range(30)]
+            assert found.count(None) == 20
+            assert sink.values["key_limits_alone"] == 1.0
+            async with limiter.admitted(make_key("concurrency=1", "carol"), audio_s=1, takes_place=True):
+                assert await admit(limiter, make_key("concurrency=1", "carol")) is not None
+        finally:
+            postgres.start()
+        async with asyncio.timeout(PATIENCE_S):
+            while sink.values["key_limits_alone"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await admit(limiter, other) is not None  # its place in the database was kept
+    assert await admit(limiter, key, 20) is None  # the database begins anew
+    await limiter.close()
+    postgres.drop_database(url)
+
+
+class Gauges(NullMetrics):
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        self.values[name] = value
+
+
+async def test_a_slow_database_is_waited_for_and_the_limit_holds(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_database(store_url).prepare()
+    servers = [KeyLimiter(open_database(store_url)) for _ in range(2)]
+    key, admit_use = make_key("audio-seconds-per-minute=2"), KeyUses.admit
+
+    def admit_slowly(uses: KeyUses, use: Use) -> QuotaError | None:
+        time.sleep(1.5)
+        return admit_use(uses, use)
+
+    monkeypatch.setattr(KeyUses, "admit", admit_slowly)
+    found = await asyncio.gather(*(admit(servers[number % 2], key) for number in range(4)))
+    assert found.count(None) == 2
+    await asyncio.gather(*(limiter.close() for limiter in servers))
+
+
+async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_database(store_url).prepare()
+    monkeypatch.setattr(key_limits, "_RENEW_S", 0.1)
+    sink = Gauges()
+    limiter = KeyLimiter(open_database(store_url), patience_s=1, metrics=sink)
+    key, goes_on, admit_use = make_key("audio-seconds-per-minute=20"), threading.Event(), KeyUses.admit
+
+    def hang(uses: KeyUses, use: Use) -> QuotaError | None:
+        goes_on.wait(PATIENCE_S)
+        return admit_use(uses, use)
+
+    monkeypatch.setattr(KeyUses, "admit", hang)
+    began_at = time.monotonic()
+    try:
+        found = [*await asyncio.gather(*(admit(limiter, key) for _ in range(10)))]
+        found += [await admit(limiter, key) for _ in range(20)]
+        assert found.count(None) == 20
+        assert sink.values["key_limits_alone"] == 1.0
+        assert time.monotonic() - began_at < 5
+    finally:
+        goes_on.set()
+    async with asyncio.timeout(PATIENCE_S):
+        while sink.values["key_limits_alone"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert await admit(limiter, key, 19) is None  # all but what was granted late, which counts
+    assert await admit(limiter, key, 1) is not None
+    await limiter.close()
+
+
+async def test_a_place_is_kept_as_long_as_its_request_lasts(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_database(store_url).prepare()
+    monkeypatch.setattr(key_uses, "LEASE_S", 1.5)
+    monkeypatch.setattr(key_limits, "_RENEW_S", 0.2)
+    one, other = (KeyLimiter(open_database(store_url)) for _ in range(2))
+    key = make_key("concurrency=1")
+    async with one.admitted(key, audio_s=1, takes_place=True):
+        await asyncio.sleep(2)
+        assert await admit(other, key) is not None
+    assert await admit(other, key) is None
+    await asyncio.gather(one.close(), other.close())
+
+
+async def test_a_client_that_leaves_while_it_is_admitted_holds_no_place(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_database(store_url).prepare()
+    limiter = KeyLimiter(open_database(store_url))
+    key, goes_on, entered, admit_use = make_key("concurrency=1"), threading.Event(), threading.Event(), KeyUses.admit
+
+    def admit_late(uses: KeyUses, use: Use) -> QuotaError | None:
+        entered.set()
+        goes_on.wait(PATIENCE_S)
+        return admit_use(uses, use)
+
+    monkeypatch.setattr(KeyUses, "admit", admit_late)
+    leaving = asyncio.create_task(admit(limiter, key))
+    await asyncio.to_thread(entered.wait, PATIENCE_S)
+    leaving.cancel()
+    await asyncio.sleep(0.05)
+    goes_on.set()
+    await asyncio.gather(leaving, return_exceptions=True)
+    assert await admit(limiter, key) is None
+    await limiter.close()
+
+
+async def test_metrics_name_a_bounded_number_of_clients(tmp_path: Path) -> None:
+    class Sink(NullMetrics):
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+
+        def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
+            super().increment(name, value, **labels)
+            self.names.add(labels["key"])
+
+    sink = Sink()
+    limiter = KeyLimiter(open_database(f"sqlite:///{tmp_path / 'jobs.db'}"), metrics=sink)
+    for number in range(1000):
+        await admit(limiter, make_key("", f"client-{number}"))
+    await admit(limiter, parse_key(hash_key("secret")))
+    assert len(sink.names) == 201
+    assert "other" in sink.names
+    assert not any(hash_key("secret").startswith(name) for name in sink.names)
+    await limiter.close()

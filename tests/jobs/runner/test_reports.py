@@ -1,0 +1,177 @@
+"""What a runner tells while it works: how far its jobs are, and how much work waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from stable_audio_serve.core.errors import StorageError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, ProgressCallback
+from stable_audio_serve.core.settings import JobSettings
+from tests.backends import ToneBackend
+from tests.jobs.conftest import Workshop, make_spec
+from tests.patience import until
+
+pytestmark = pytest.mark.server
+
+
+class TellingBackend(ToneBackend):
+    """Tells how far it is whenever a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released.clear()
+        self.tell: list[ProgressCallback] = []
+
+    async def generate(
+        self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
+    ) -> GenerationResult:
+        assert on_progress is not None
+        self.tell.append(on_progress)
+        return await super().generate(model, request)
+
+
+@pytest.fixture
+def telling(workshop: Workshop) -> TellingBackend:
+    workshop.backend = backend = TellingBackend()
+    return backend
+
+
+def denoised(share: float) -> Progress:
+    return Progress("denoising", share)
+
+
+async def test_all_jobs_are_written_together_each_as_far_as_it_is(
+    workshop: Workshop, telling: TellingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, written = workshop.queue.store.runners, list[int]()
+    report = store.report
+
+    def count(reports: Any) -> Any:
+        written.append(len(reports))
+        return report(reports)
+
+    monkeypatch.setattr(store, "report", count)
+    jobs = [await workshop.queue.submit(make_spec()) for _ in range(4)]
+    await workshop.start_runner()
+    await until(lambda: len(telling.tell) == 4)
+    for step in range(1, 11):
+        for tell in telling.tell:
+            tell(denoised(step / 10))
+    for job in jobs:
+        await workshop.until(job, lambda job: job.fraction == pytest.approx(0.95))
+        events = await workshop.queue.events(job.spec.ref)
+        assert [event.fraction for event in events] == [0.0, 0.0, pytest.approx(0.95)]
+    assert written == [4]
+    telling.released.set()
+    for job in jobs:
+        assert (await workshop.finished(job)).fraction == 1.0
+
+
+@pytest.mark.parametrize("job_settings", [JobSettings(lease_s=600.0)])
+async def test_a_lease_that_a_report_shows_to_be_lost_ends_the_work(
+    workshop: Workshop, telling: TellingBackend
+) -> None:
+    await workshop.start_runner()
+    lost, kept = [await workshop.queue.submit(make_spec()) for _ in range(2)]
+    await until(lambda: len(telling.tell) == 2)
+    lost = await workshop.until(lost, lambda job: job.state == "running")
+    workshop.queue.store.runners.requeue(lost, delay_s=600.0, attempts=0, message="taken away")
+    for tell in telling.tell:
+        tell(denoised(0.5))
+    await until(lambda: telling.num_cancelled == 1)
+    now = await workshop.queue.get(lost.spec.ref)
+    assert now is not None
+    assert (now.state, now.fraction) == ("queued", 0.0)
+    telling.released.set()
+    assert (await workshop.finished(kept)).state == "succeeded"
+
+
+async def test_progress_is_told_again_when_the_store_was_away(
+    workshop: Workshop, telling: TellingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await workshop.start_runner()
+    job = await workshop.queue.submit(make_spec())
+    await until(lambda: len(telling.tell) == 1)
+    failed: list[Any] = []
+
+    def fail(reports: Any) -> Any:
+        failed.append(reports)
+        raise StorageError("no answer")
+
+    with monkeypatch.context() as away:
+        away.setattr(workshop.queue.store.runners, "report", fail)
+        telling.tell[0](denoised(0.1))
+        await until(lambda: bool(failed))
+    telling.tell[0](denoised(0.2))
+    await workshop.until(job, lambda job: job.fraction == pytest.approx(0.19))
+    telling.released.set()
+    assert (await workshop.finished(job)).state == "succeeded"
+
+
+async def test_what_waits_is_known_unless_the_store_is_away(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stable_audio_serve.jobs.runner.runner._WEIGH_S", 0.02)
+    store, num_asked = workshop.queue.store, 0
+    by_model = store.waiting.by_model
+
+    def count() -> Any:
+        nonlocal num_asked
+        num_asked += 1
+        return by_model()
+
+    monkeypatch.setattr(store.waiting, "by_model", count)
+    runner = await workshop.start_runner()
+    assert runner.waiting_work() is None
+    await until(lambda: runner.waiting_work() == {})
+    assert num_asked == 0
+    runner.hold()
+    for _ in range(3):
+        await workshop.queue.submit(make_spec(model="medium"))
+    await until(lambda: sizes(runner.waiting_work) == {"medium": 3})
+
+    def fail() -> Any:
+        raise StorageError("no answer")
+
+    with monkeypatch.context() as away:
+        away.setattr(store.waiting, "by_model", fail)
+        await until(lambda: runner.waiting_work() is None)
+    await until(lambda: sizes(runner.waiting_work) == {"medium": 3})
+    runner.resume()
+    await until(lambda: runner.waiting_work() == {})
+
+
+def sizes(waiting_work: Callable[[], Any]) -> dict[str, int]:
+    return {model: waiting.num_jobs for model, waiting in (waiting_work() or {}).items()}
+
+
+async def test_background_work_that_fails_is_tried_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the sweep, whose pauses differ from runner to runner: those that start together drift apart."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def skip(seconds: float) -> None:
+        if seconds < 100.0:
+            await sleep(seconds)
+        else:
+            pauses.append(seconds)
+            await sleep(0.01)
+
+    num_swept = 0
+
+    async def fail(_: Any) -> Any:
+        nonlocal num_swept
+        num_swept += 1
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("stable_audio_serve.jobs.runner.runner.Sweeper.sweep", fail)
+    monkeypatch.setattr("stable_audio_serve.jobs.runner.runner.asyncio.sleep", skip)
+    await workshop.start_runner()
+    await until(lambda: num_swept >= 20)
+    every_s = workshop.settings.jobs.sweep_every_s
+    assert every_s / 2 <= min(pauses) < max(pauses) <= every_s * 1.5
+    assert len({round(pause_s) for pause_s in pauses}) > 3

@@ -1,0 +1,197 @@
+"""Uses of limited clients in a database: each limit holds however many processes ask for the rest of it at once."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from stable_audio_serve.core.ids import ClientId
+from stable_audio_serve.core.keys import KeyLimits
+from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.key_uses import KeyUses, Use
+from stable_audio_serve.jobs.store.tables import KEY_USES
+from tests.jobs.stores import Wall, database, open_database, postgres_with_tables, wall
+from tests.jobs.stores import contract_store_url as store_url
+from tests.patience import PATIENCE_S
+
+__all__ = ["database", "postgres_with_tables", "store_url", "wall"]
+
+ALICE, BOB = ClientId("alice"), ClientId("bob")
+
+
+def make_use(
+    audio_s: float = 1.0,
+    *,
+    client: ClientId = ALICE,
+    rate: float | None = None,
+    places: int | None = None,
+    busy_retry_s: float = 1.0,
+) -> Use:
+    return Use(
+        id=secrets.token_hex(8),
+        client=client,
+        limits=KeyLimits(rate, places),
+        audio_s=audio_s,
+        has_place=places is not None,
+        busy_retry_s=busy_retry_s,
+    )
+
+
+def admit(uses: KeyUses, audio_s: float = 1.0, **options: Any) -> float | None:
+    """Returns None for an admitted request, else in how many seconds to ask again."""
+    refusal = uses.admit(make_use(audio_s, **options))
+    return None if refusal is None else refusal.retry_after_s
+
+
+def count(uses: KeyUses, num: int, **options: Any) -> int:
+    return [admit(uses, **options) for _ in range(num)].count(None)
+
+
+def test_processes_share_a_limit_and_clients_have_their_own(database: Database, wall: Wall) -> None:
+    one, two = KeyUses(database), KeyUses(database)
+    assert (count(one, 7, rate=10), count(one, 7, rate=5, client=BOB)) == (7, 5)
+    assert (count(two, 1, rate=5, client=BOB), count(two, 7, rate=10)) == (0, 3)
+    wall.now += 59
+    assert count(one, 1, rate=10) == 0
+    wall.now += 1
+    assert count(one, 20, rate=10) == 10
+
+
+def test_the_wait_is_until_enough_of_what_was_used_is_a_minute_old(database: Database, wall: Wall) -> None:
+    uses = KeyUses(database)
+    for audio_s in (200, 300, 100):
+        assert admit(uses, audio_s, rate=600) is None
+        wall.now += 10
+    asked = [uses.find_full(make_use(audio_s, rate=600)) for audio_s in (200, 201, 500, 501, 600)]
+    assert [refusal and refusal.retry_after_s for refusal in asked] == [30, 40, 40, 50, 50]
+    wall.now += 29.9
+    assert admit(uses, 200, rate=600) == pytest.approx(0.1)
+    wall.now += 0.1
+    assert admit(uses, 200, rate=600) is None
+
+
+def test_audio_that_is_given_back_can_be_used_again(database: Database) -> None:
+    uses, use = KeyUses(database), make_use(10, rate=10)
+    for _ in range(3):
+        assert uses.admit(use) is None
+        uses.end(use, counts=False)
+    assert uses.admit(use) is None
+    uses.end(use, counts=True)
+    assert admit(uses, rate=10) is not None
+
+
+def test_a_place_is_free_when_its_request_ends(database: Database) -> None:
+    uses, use = KeyUses(database), make_use(places=2, rate=100)
+    assert uses.admit(use) is None
+    assert count(uses, 3, places=2, rate=100) == 1
+    assert admit(uses, places=2, busy_retry_s=7.0) == 7
+    uses.end(use, counts=True)
+    assert count(uses, 3, places=2, rate=100) == 1
+
+
+def test_places_that_are_not_renewed_are_free_after_15_seconds(database: Database, wall: Wall) -> None:
+    uses, use = KeyUses(database), make_use(places=3)
+    assert uses.admit(use) is None
+    assert count(uses, 5, places=3) == 2
+    wall.now += 10
+    uses.renew([use.id])
+    wall.now += 4
+    assert count(uses, 1, places=3) == 0
+    wall.now += 1.1
+    assert count(uses, 5, places=3) == 2
+
+
+_HOLDER = """
+import sys, time
+from tests.jobs.store.test_key_uses import KeyUses, make_use, open_database
+assert KeyUses(open_database(sys.argv[1])).admit(make_use(places=1)) is None
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.server
+def test_a_killed_process_gives_its_place_back(store_url: str) -> None:
+    open_database(store_url).prepare()
+    with subprocess.Popen([sys.executable, "-c", _HOLDER, store_url], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        holder.kill()
+    assert admit(KeyUses(open_database(store_url)), places=1) is not None
+    later = Wall(time.time() + 15.1)
+    assert admit(KeyUses(open_database(store_url, later)), places=1) is None
+
+
+def test_a_clock_that_was_set_back_locks_nobody_out(database: Database, wall: Wall) -> None:
+    uses = KeyUses(database)
+    assert admit(uses, 10, rate=10, places=1) is None
+    wall.now -= 86_400
+    assert admit(uses, 10, rate=10, places=1) is None
+    assert admit(uses, 10, rate=10) == 60
+
+
+def test_no_minute_has_more_than_the_limit_and_a_hammered_one_nearly_all(database: Database, wall: Wall) -> None:
+    chance, uses = random.Random(1), KeyUses(database)
+    admitted: list[tuple[float, float]] = []
+    began_at = wall.now
+    while wall.now < began_at + 300:
+        wall.now += chance.expovariate(2)
+        audio_s = chance.choice([0.5, 1, 7.3, 47])
+        if admit(uses, audio_s, rate=600) is None:
+            admitted.append((wall.now, audio_s))
+    for begin, _ in admitted:
+        assert sum(audio_s for at, audio_s in admitted if begin <= at < begin + 60) <= 600 + 1e-6
+    assert 0.95 * 5 * 600 < sum(audio_s for _, audio_s in admitted) <= 5 * 600
+
+
+def test_rows_of_a_client_go_when_they_no_longer_count(database: Database, wall: Wall) -> None:
+    uses = KeyUses(database)
+    for _ in range(200):
+        assert admit(uses, rate=1e8, places=1000) is None
+        wall.now += 1
+    with database.reading() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(KEY_USES)).scalar_one() == 60
+
+
+def _hammer(url: str, times: int) -> int:
+    """In another process: ask as fast as it goes, until refused so many times. Returns how much was admitted."""
+    uses = KeyUses(open_database(url))
+    num_admitted = num_refused = 0
+    while num_refused < times:
+        admitted = count(uses, 1, rate=50) + count(uses, 1, rate=50, client=BOB)
+        num_admitted, num_refused = num_admitted + admitted, num_refused + (not admitted)
+    return num_admitted
+
+
+@pytest.mark.server
+def test_processes_that_race_for_the_last_second_get_it_once(store_url: str, processes: ProcessPoolExecutor) -> None:
+    open_database(store_url).prepare()
+    futures: list[Future[int]] = [processes.submit(_hammer, store_url, 20) for _ in range(3)]
+    assert sum(future.result() for future in futures) == 100
+
+
+def test_threads_that_race_for_places_get_no_more_than_there_are(store_url: str) -> None:
+    open_database(store_url).prepare()
+    counts: list[int] = []
+    start = threading.Barrier(8)
+
+    def ask() -> None:
+        uses = KeyUses(open_database(store_url))
+        start.wait(PATIENCE_S)
+        counts.append(count(uses, 5, places=7))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert (len(counts), sum(counts)) == (8, 7)
