@@ -184,7 +184,7 @@ async def test_a_finished_job_cannot_be_cancelled(client: httpx.AsyncClient, run
     before = await wait(client, ticket)
     reply = await client.delete(f"/jobs/{ticket['id']}")
     assert reply.status_code == 409
-    assert reply.json() == {"detail": "the job is over: it is succeeded", "code": "job_is_over"}
+    assert reply.json() == {"detail": "the job has already ended: it is succeeded", "code": "job_is_over"}
     assert (await client.get(ticket["status_url"])).json() == before
 
 

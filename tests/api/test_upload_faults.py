@@ -148,7 +148,7 @@ async def test_more_body_bytes_than_a_process_holds_are_refused_until_others_are
         await until(lambda: backend.num_running == 1)
         second = await upload(client)
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
-        assert second.json() == {"detail": "body: too much is being received from others (api.max_bodies_bytes)"}
+        assert second.json() == {"detail": "body: the bodies of other requests in progress are too large; retry later (api.max_bodies_bytes)"}
         assert (await client.get("/health")).status_code == 200
         backend.released.set()
         assert (await first).status_code == 200
