@@ -1,4 +1,4 @@
-"""docs/openapi.md has every route of the application, and is what `make docs` writes."""
+"""docs/openapi.md lists every route of the application, as `make docs` writes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_audio_serve.core.settings import Settings
 from tests.docs.blocks import DOCS
 
 
-def test_it_lists_every_route() -> None:
+def test_page_lists_every_route() -> None:
     page = (DOCS / "openapi.md").read_text()
     document = create_app(OfflineBackend(), Settings()).openapi()
     assert page == draw_page(document), "make docs writes it"
