@@ -107,7 +107,7 @@ class IngressSettings(Section):
 
 
 class ProxySettings(Section):
-    """HAProxy in front of the ingress, when `stable-audio-serve serve` starts it. On a cluster, set the variables of HAProxy instead."""
+    """HAProxy in front of the ingress, started by `stable-audio-serve serve`. Clusters set its variables instead."""
 
     kind: ProxyKind = Field("auto", description="Proxy that accepts connections; auto = HAProxy where it runs.")
     header_timeout_s: Seconds = Field(
