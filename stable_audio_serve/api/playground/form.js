@@ -1,7 +1,7 @@
 // The form: shows the fields of the selected model with the server's ranges, reads their values, and shows errors at
 // the fields that the server names.
 
-import { callPatiently } from "./api.js";
+import { callWithRetries } from "./api.js";
 import { formName, readFields } from "./description.js";
 
 const KEYS = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
@@ -44,7 +44,7 @@ export class Form {
 
   // Loads models and limits. Throws ApiError.
   async load() {
-    const read = async (path, cache) => (await callPatiently(path, { cache })).json();
+    const read = async (path, cache) => (await callWithRetries(path, { cache })).json();
     const [models, limits, description] = await Promise.all([read("v1/models"), read("health"), read("openapi.json", "no-cache")]);
     this.accepted = readFields(description);
     this.models = new Map(models.data.map((model) => [model.id, model]));

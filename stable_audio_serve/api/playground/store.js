@@ -4,7 +4,7 @@
 const NAME = "stable-audio-serve";
 const STORES = ["takes", "jobs"]; // "takes" holds the clips
 let database = null;
-const memory = { clips: new Map(), jobs: new Map() };
+const memory = { takes: new Map(), jobs: new Map() };
 const otherTabs = new BroadcastChannel(NAME);
 const AUTOPLAY = `${NAME}.autoplay`;
 
